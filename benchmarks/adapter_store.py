@@ -7,11 +7,13 @@ drawn with probability 1 / rank of popularity; batches of more than 16 adapters 
     base     all prompts have one adapter, which has a slot
     fits     the traffic is over as many adapters as there are slots
     host     it is over all of them, which host memory holds
+    disk     the same, with a budget for a quarter of them; the others are read again
 
     kept = throughput of an arm / throughput of the base = median of paired ratios of seconds
 
-The arm's batch is another one in every call. "slot" is the time that an adapter takes
-from host memory into a slot.
+The arm's batch is another one in every call. "slot" is the time that an adapter in host memory
+takes into a slot, "read" what one takes from the disk into host memory (the page cache of the
+operating system is warm).
 
     python benchmarks/adapter_store.py [--adapters 1000] [--blocks 20] [--out results.json]
 """
@@ -99,10 +101,15 @@ class Traffic:
         return self._rng.choices(self._names, cum_weights=self._weights, k=self._batch)
 
 
-def serve(model: LlamaForCausalLM, paths: dict[str, Path], sizes: Sizes, options: Any) -> Any:
+def serve(
+    model: LlamaForCausalLM, paths: dict[str, Path], sizes: Sizes, options: Any, budget: int | None
+) -> Any:
     """The model with all adapters, which are loaded one after the other."""
     config = lorafx.LoraConfig(
-        target_modules=TARGETS, max_adapters=sizes.slots, max_rank=max(RANKS)
+        target_modules=TARGETS,
+        max_adapters=sizes.slots,
+        max_rank=max(RANKS),
+        max_host_bytes=budget,
     )
     own = {"overflow": "waves", **options}
     cm = lorafx.compile(copy.deepcopy(model), config, options=own)
@@ -155,6 +162,7 @@ def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> li
                 "kept_high": 1 / ratio.low,
             }
             counted = {n: getattr(after, n) - getattr(before, n) for n in COUNTED}
+            counted["reads"] = after.tiers["host"].misses - before.tiers["host"].misses
             goal = GOAL if case == "fits" else None
             rows.append({"case": case, **asdict(ratio), **kept, "goal": goal, **counted})
             print(
@@ -164,21 +172,31 @@ def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> li
 
 
 def misses(cm: Any, *, attempts: int) -> list[dict[str, Any]]:
-    """The times of adapters from host memory into a slot, of which one other is evicted."""
-    times: list[float] = []
+    """The times of adapters into host memory ("read", where there is a budget), and from there
+    into a slot ("slot"), of which one other adapter is evicted."""
+    reads: list[float] = []
+    slots: list[float] = []
     rng = random.Random(2)
     for name in itertools.islice(_without_end(rng, cm.adapters), attempts):
-        before, start = cm.stats().loads, time.perf_counter()
+        before, start = cm.stats(), time.perf_counter()
+        cm.prefetch_adapters([name])
+        middle = time.perf_counter()
         cm.pin_adapter(name)
         end = time.perf_counter()
         cm.unpin_adapter(name)
-        if cm.stats().loads > before:
-            times.append(end - start)
-    if len(times) < 2:
-        return []
-    p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
-    print(f"slot: p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(times)}")
-    return [{"case": "slot", "count": len(times), "p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3}]
+        after = cm.stats()
+        if after.loads > before.loads:
+            slots.append(end - middle)
+            if after.tiers["host"].misses > before.tiers["host"].misses:
+                reads.append(middle - start)
+    rows = []
+    for case, times in (("read", reads), ("slot", slots)):
+        if len(times) > 1:
+            p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+            row = {"case": case, "count": len(times), "p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3}
+            rows.append(row)
+            print(f"{case}: p50 {p50 * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(times)}")
+    return rows
 
 
 def _without_end(rng: random.Random, names: Sequence[str]) -> Any:
@@ -190,9 +208,15 @@ def run(sizes: Sizes, folder: Path, options: Any, *, blocks: int) -> list[dict[s
     model = build_model(sizes)
     paths = save_adapters(model, folder, sizes.adapters)
     print(f"saved {len(paths)} adapters")
-    cm = serve(model, paths, sizes, options)
+    attempts = max(100, 10 * blocks) if sizes.adapters > 100 else 10
+    cm = serve(model, paths, sizes, options, None)
+    quarter = cm.memory()["host"] // 4
     rows = examine(cm, sizes, {"fits": sizes.slots, "host": sizes.adapters}, blocks=blocks)
-    return rows + misses(cm, attempts=max(100, 10 * blocks) if sizes.adapters > 100 else 10)
+    rows += misses(cm, attempts=attempts)
+    cm.detach()
+    cm = serve(model, paths, sizes, options, quarter)
+    rows += examine(cm, sizes, {"disk": sizes.adapters}, blocks=blocks)
+    return rows + misses(cm, attempts=attempts)
 
 
 def main() -> None:

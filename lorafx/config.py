@@ -36,6 +36,9 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
+        max_host_bytes: bytes that adapters may take in host memory. Over it the least recently used
+            are dropped, and read again from the files that they were loaded from when a call uses
+            them (docs/adapter_store.md). None keeps all of them.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -64,6 +67,7 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     max_adapters: int = 8
     max_rank: int = 16
+    max_host_bytes: int | None = None
     dtype: torch.dtype | None = None
     row_dims: Mapping[str, int | None] = field(default_factory=dict)
     packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
@@ -75,8 +79,10 @@ class LoraConfig:
     trainable_tokens: int | Mapping[str, int] = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank"):
+        for name in ("max_adapters", "max_rank", "max_host_bytes"):
             value = getattr(self, name)
+            if value is None and name == "max_host_bytes":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         saved = self.modules_to_save

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from lorafx.torch_internals.operators import OpOverload, OpOverloadPacket
+from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket
 
 #: Calls the op that is its first argument, which writes into others of them.
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized

@@ -23,8 +23,7 @@ from lorafx.kernels.triton.attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.operators import OpOverload
-from lorafx.torch_internals.symbols import statically_known_true
+from lorafx.torch_internals.graph_parts import OpOverload, statically_known_true
 
 aten = torch.ops.aten
 

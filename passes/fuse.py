@@ -18,7 +18,7 @@ from lorafx.op_arguments import bound, in_order, operand
 from lorafx.program.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import RESHAPES, Use
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})

@@ -34,7 +34,7 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
-from lorafx.torch_internals.fake_tensors import enable_python_dispatcher
+from lorafx.torch_internals.graph_parts import enable_python_dispatcher
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -54,10 +54,8 @@ from lorafx.program.context import (
 )
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import grouped, is_grouped
-from lorafx.torch_internals.fake_tensors import FakeTensor
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import FakeTensor, OpOverload, guard_or_false, guard_or_true
 from lorafx.torch_internals.shortcuts import chosen
-from lorafx.torch_internals.symbols import guard_or_false, guard_or_true
 from lorafx.torch_internals.triton_compat import (
     FunctionalTensorMode,
     dispatch_functionalize,

@@ -43,9 +43,9 @@ from lorafx.program.frame import (
     token_inputs,
 )
 from lorafx.program.row_handoff import Handover, results_of
-from lorafx.torch_internals import symbols
+from lorafx.torch_internals import graph_parts
 from lorafx.torch_internals.dynamo import PlainAOTOutput
-from lorafx.torch_internals.fake_tensors import detect_fake_mode, enable_python_dispatcher
+from lorafx.torch_internals.graph_parts import detect_fake_mode, enable_python_dispatcher
 
 aten = torch.ops.aten
 
@@ -53,15 +53,15 @@ aten = torch.ops.aten
 _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (sympy.Mul, operator.mul),
     (sympy.Add, operator.add),
-    (symbols.FloorDiv, operator.floordiv),
-    (symbols.Mod, operator.mod),
-    (symbols.PythonMod, operator.mod),
-    (symbols.IntTrueDiv, operator.truediv),
-    (symbols.CeilToInt, math.ceil),
-    (symbols.FloorToInt, math.floor),
-    (symbols.TruncToInt, math.trunc),
-    (symbols.Max, torch.sym_max),
-    (symbols.Min, torch.sym_min),
+    (graph_parts.FloorDiv, operator.floordiv),
+    (graph_parts.Mod, operator.mod),
+    (graph_parts.PythonMod, operator.mod),
+    (graph_parts.IntTrueDiv, operator.truediv),
+    (graph_parts.CeilToInt, math.ceil),
+    (graph_parts.FloorToInt, math.floor),
+    (graph_parts.TruncToInt, math.trunc),
+    (graph_parts.Max, torch.sym_max),
+    (graph_parts.Min, torch.sym_min),
 )
 
 

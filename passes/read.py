@@ -54,7 +54,10 @@ class LoadAdapters:
 
     def run(self, model: Preparation) -> int:
         assert model.attachment is not None
-        model.store = AdapterStore(model.attachment.groups, model.config.max_adapters)
+        config = model.config
+        model.store = AdapterStore(
+            model.attachment.groups, config.max_adapters, max_host_bytes=config.max_host_bytes
+        )
         for adapter in model.adapters:
             model.store.load(adapter, model.origins.get(adapter.name))
             size = info(model.store, adapter.name).nbytes / 1e6

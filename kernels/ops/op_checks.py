@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
-from lorafx.torch_internals.symbols import guard_or_true
+from lorafx.torch_internals.graph_parts import guard_or_true
 
 
 def require(op: str, condition: bool | torch.SymBool, message: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define, define_on
-from lorafx.torch_internals import fake_tensors
-from lorafx.torch_internals.fake_tensors import (
+from lorafx.torch_internals import graph_parts
+from lorafx.torch_internals.graph_parts import (
     FakeTensor,
     FakeTensorMode,
     _DisableTorchDispatch,
@@ -84,10 +84,10 @@ def overwrite_fake(written: Tensor, value: Tensor) -> None:
 
 def overwrite_functional(written: Tensor, value: Tensor) -> None:
     """Functionalization of an operator that writes; both arguments are its wrappers."""
-    fake_tensors._sync(value)
-    fake_tensors._functionalize_replace(written, fake_tensors._from_functional_tensor(value))
-    fake_tensors._functionalize_commit_update(written)
-    fake_tensors._functionalize_sync(written)
+    graph_parts._sync(value)
+    graph_parts._functionalize_replace(written, graph_parts._from_functional_tensor(value))
+    graph_parts._functionalize_commit_update(written)
+    graph_parts._functionalize_sync(written)
 
 
 define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)

@@ -50,7 +50,7 @@ from lorafx.kernels.triton.launch import (
     split,
 )
 from lorafx.kernels.triton.source import TritonSpec
-from lorafx.torch_internals.symbols import guard_or_false
+from lorafx.torch_internals.graph_parts import guard_or_false
 
 
 def adjacent(tensor: Tensor) -> bool:

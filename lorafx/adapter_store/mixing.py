@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
+from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
@@ -35,12 +35,13 @@ def mixed(
     beyond a bank's."""
     summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
-        return replace(summed[0][0], name=name, version=next_version())
+        alone = summed[0][0]
+        return replace(alone, name=name, host=alone.numbers, version=next_version())
     for adapter, _ in summed:
         _refuse(name, adapter)
     terms: list[_Terms] = [{} for _ in groups]
     for adapter, weight in summed:
-        for g, of_group in adapter.factors.items():
+        for g, of_group in adapter.numbers.factors.items():
             for f in of_group:
                 terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
@@ -50,7 +51,7 @@ def mixed(
         max((f.rank for sums in factors.values() for f in sums), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        factors,
+        HostCopy(factors),
     )
 
 

@@ -109,6 +109,7 @@ def read_adapter(
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
+    warn: bool = True,
 ) -> Adapter:
     """Read the adapter `source`, as in `load_state`, and place every tensor on one of `sites`.
 
@@ -126,7 +127,7 @@ def read_adapter(
         CapacityError: only ranks over `max_rank`, or no room for replaced weights.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source, model)
+    state = load_state(source, model, warn=warn)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -139,7 +140,7 @@ def read_adapter(
     if strict and missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if missing:
+    if missing and warn:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "
@@ -154,6 +155,7 @@ def read_adapter(
         state.where,
         own=reading.extras.own,
         replaces_biases=state.config.bias != "none",
+        compared=reading.compared,
         invocation=state.config.invocation,
         keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
@@ -181,6 +183,7 @@ class Reading:
         landings, factors: targets of factors, and their keys by letter.
         unselected, unknown: saved paths without a site, and without any meaning.
         decoded: part paths with factors, except experts'.
+        compared: as in `Adapter`.
     """
 
     def __init__(self, findings: Findings) -> None:
@@ -194,6 +197,7 @@ class Reading:
         self.experts = ExpertReading(findings)
         self.extras = ExtrasReading(findings)
         self.decoded: set[str] = set()
+        self.compared = False
 
     def run(self) -> dict[str, LoraWeights]:
         """The factors by part path; problems go to the findings."""
@@ -371,6 +375,7 @@ class Reading:
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(base, Tensor):
             raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
+        self.compared = True
         tensor = self.state.tensors[key]
         if not same(tensor, base):
             raise Problem(

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -36,7 +36,7 @@ from torch import Tensor
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -57,6 +57,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _DOWNLOADED = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
 #: Tensors by name, and metadata.
 _Read = tuple[dict[str, Tensor], dict[str, str]]
+#: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
+Stamp: TypeAlias = tuple[int, int, int]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -77,7 +79,7 @@ class AdapterSource:
             transformers' `from_pretrained`.
         revision: branch, tag or commit on the hub.
 
-    `config` and `key_mapping` are copied.
+    `config` and `key_mapping` are copied, since an adapter may be read again later.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Saved
@@ -108,7 +110,7 @@ class Saved:
     metadata: Mapping[str, str]
     where: str
     component: str | None = None
-    origin: AdapterSource | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -129,18 +131,47 @@ class AdapterState:
     left_out: tuple[str, ...] = ()
 
 
-def origin_of(source: Any) -> AdapterSource | None:
-    """`source` by its absolute path; None in memory or on the hub."""
+class Origin(NamedTuple):
+    """Where an adapter can be read again: its absolute path with the settings given, and a stamp of
+    each file."""
+
+    source: AdapterSource
+    path: Path
+    files: Mapping[str, Stamp]
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError where a file is not what it was."""
+        now = _stamps(self.path)
+        for file in sorted({*self.files, *now}):
+            old, new = self.files.get(file), now.get(file)
+            if old is None or new is None:
+                what = f"{file} is {'new' if old is None else 'gone'}"
+            elif old[1] != new[1]:
+                what = f"{file} had {old[1]} bytes and has {new[1]}"
+            else:
+                what = f"{file} was written again"
+            if old != new:
+                raise CheckpointError(
+                    f"adapter {name!r} has to be read again, because "
+                    "LoraConfig(max_host_bytes=...) left no room for it in host memory, and "
+                    f"{self.path} is not what it was: {what}. load_adapter() loads what is there "
+                    "now"
+                )
+
+
+def origin_of(source: Any) -> Origin | None:
+    """The origin of `source`; None in memory or on the hub."""
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
     if isinstance(given.source, Saved):
         known = given.source.origin
-        return known and replace(known, component=given.component)
+        return known and known._replace(source=replace(known.source, component=given.component))
     if not isinstance(given.source, (str, os.PathLike)) or not os.path.exists(given.source):
         return None
-    return replace(given, source=Path(os.path.abspath(given.source)))
+    path = Path(os.path.abspath(given.source))
+    return Origin(replace(given, source=path), path, _stamps(path))
 
 
-def _stamps(path: Path) -> dict[str, tuple[int, int, int]]:
+def _stamps(path: Path) -> dict[str, Stamp]:
     """What changes when one of an adapter's files is written, by name."""
     try:
         if path.is_dir():
@@ -231,7 +262,9 @@ def _at(given: AdapterSource, path: Path) -> Saved:
                 f"{folder / name} was written while the adapter was read, which may be half of one "
                 "version and half of another; load it again when it is complete"
             )
-    return replace(_saved(given, read, str(file), fields), origin=origin_of(given))
+    origin = origin_of(given)
+    origin = origin and origin._replace(files=before)
+    return replace(_saved(given, read, str(file), fields), origin=origin)
 
 
 def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:

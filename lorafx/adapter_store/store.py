@@ -1,6 +1,7 @@
 """The store: adapters in host memory by name, and the slots of the banks.
 
     load      factors of a file -> the banks' dtype and layout, on the host
+    fetch     host copies dropped for the budget -> read again
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
     hold      a replaced or unloaded version lives on under a private name
@@ -12,6 +13,7 @@ write; a call that raises has changed nothing. A slot belongs to no adapter whil
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +28,9 @@ from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name
 from lorafx.adapter_store.stored import (
     Adapter,
     Hold,
+    HostCopy,
+    HostTier,
+    Kept,
     Retired,
     StoredAdapter,
     fitted,
@@ -36,15 +41,15 @@ from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, neare
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
-    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.adapter_store.saved import AdapterSource, Origin
     from lorafx.model.sites import Group
 
 T = TypeVar("T")
 
 
 class AdapterStore:
-    """Adapters by name over the banks of `groups`, of `max_adapters` slots. Safe to use from
-    several threads.
+    """Adapters by name over the banks of `groups`, of `max_adapters` slots, with `max_host_bytes`
+    of host memory. Safe to use from several threads.
 
     Attributes:
         hits: adapters of batches that had a slot.
@@ -52,17 +57,22 @@ class AdapterStore:
         evictions: adapters that lost their slot to another.
     """
 
-    def __init__(self, groups: Sequence[Group], max_adapters: int) -> None:
+    def __init__(
+        self, groups: Sequence[Group], max_adapters: int, max_host_bytes: int | None = None
+    ) -> None:
         self.max_adapters = max_adapters
         self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
         self.hits = self.loads = self.evictions = 0
         self._groups = tuple(groups)
         self._fitted = partial(fitted, places=places_of(groups), groups=self._groups)
+        self.host = HostTier(self._fitted, max_host_bytes)
+        self._next_use = itertools.count(1).__next__
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._holds: WeakSet[Hold] = WeakSet()
+        self._kept: WeakSet[Kept] = WeakSet()
         #: Inside `set_aside`: what the store had, and the slots written since.
         self._aside: Any = None
         self._written: set[int] = set()
@@ -110,21 +120,54 @@ class AdapterStore:
             self._mix([name])
             return self._adapters[name]
 
-    def load(self, adapter: Adapter, origin: AdapterSource | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place. Raises CapacityError,
-        CheckpointError for values beyond the banks' dtype, ConfigError for an invalid name."""
+    def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
+        """Keep `adapter` in host memory, replacing its namesake in place; it can be read again from
+        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype,
+        ConfigError for an invalid name."""
         self.loading(adapter, origin)()
 
-    def loading(self, adapter: Adapter, origin: AdapterSource | None = None) -> Callable[[], None]:
+    def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
         """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
+        stored.tier = self.host
 
         def keep() -> None:
             with self._lock:
                 undisturbed(lambda: self._keep(stored))
+                self._trim()
 
         return keep
+
+    def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> Kept:
+        """Read the dropped ones of these adapters again, without the lock; those with a slot only
+        if `resident`. All stay in host memory while the result lives. Raises UnknownAdapterError,
+        or CheckpointError for a changed file."""
+        wanted = adapters_among(names)
+        with self._lock:
+            self._check_known(wanted)
+            kept = Kept(
+                [
+                    self._adapters[member]
+                    for name in wanted
+                    if resident or name not in self._slots
+                    for member in ([name] if name in self._adapters else members(name))
+                ]
+            )
+            self._kept.add(kept)
+        for stored in kept.adapters:
+            stored.used = self._next_use()
+            if stored.host is None:
+                stored.host = self.host.read(stored)
+        with self._lock:
+            self._trim()
+        return kept
+
+    def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
+        """Set what reads dropped adapters, by source and name; without it none is dropped."""
+        with self._lock:
+            self.host.reader = reader
+            self._trim()
 
     def unload(self, name: str) -> None:
         with self._lock:
@@ -145,7 +188,8 @@ class AdapterStore:
             self._pinned.discard(name)
 
     def hold(self, name: str) -> Hold:
-        """Keep this version of an adapter while the result lives."""
+        """Keep this version of an adapter while the result lives. Raises as `fetch`."""
+        kept = self.fetch([name], resident=True)  # noqa: F841 - without the lock
         with self._lock:
             hold = Hold(name, self[name])
             self._holds.add(hold)
@@ -183,9 +227,9 @@ class AdapterStore:
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
             following = {
-                name: stored.factors
+                name: stored.numbers.factors
                 for name, stored in self._adapters.items()
-                if stored.extras.get("dora") or stored.extras.get("bias")
+                if stored.follows_base
             }
             for g, group in enumerate(self._groups):
                 measure(group, [f for factors in following.values() for f in factors.get(g, ())])
@@ -194,11 +238,20 @@ class AdapterStore:
                     self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, and of adapters on the host ("host")."""
+        """Bytes of the banks, of adapters on the host ("host"), and of files that can be read again
+        ("disk")."""
         with self._lock:
-            sizes = {id(t): t.nbytes for s in self._adapters.values() for t in s.tensors()}
-            banks = sum(group.bank.nbytes for group in self._groups)
-            return {"banks": banks, "host": sum(sizes.values())}
+            every = self._adapters.values()
+            files = (s.origin.files.values() for s in every if s.origin is not None)
+            return {
+                "banks": sum(group.bank.nbytes for group in self._groups),
+                "host": self._host_bytes(),
+                "disk": sum(size for stamps in files for _, size, _ in stamps),
+            }
+
+    def _host_bytes(self) -> int:
+        copies = [stored.host for stored in self._adapters.values() if stored.host is not None]
+        return sum({id(copy): copy.nbytes for copy in copies}.values())
 
     def after_fork(self) -> None:
         lock = free_after_fork(self._lock)
@@ -229,9 +282,31 @@ class AdapterStore:
         self._retire(stored.name)
         slot = self._slots.pop(stored.name, None)
         if slot is not None:
-            self._write(slot, stored)
+            self._write(slot, stored.name, stored.numbers)
             self._slots[stored.name] = slot
         self._adapters[stored.name] = stored
+        stored.used, self.host.grown = self._next_use(), True
+
+    def _trim(self) -> None:
+        """Drop adapters that were not looked for lately, down to the budget."""
+        host = self.host
+        if host.budget is None or host.reader is None or not host.grown or self._aside is not None:
+            return
+        held = {hold.stored for hold in list(self._holds)}
+        held = held.union(*(kept.adapters for kept in list(self._kept)))
+        for made in self._sums():
+            if made not in self._slots and self._adapters[made] not in held:
+                undisturbed(partial(self._unload, made))
+        over = self._host_bytes() - host.budget
+        for name, stored in sorted(self._adapters.items(), key=lambda item: item[1].used):
+            if over <= 0:
+                break
+            stays = stored in held or name in self._pinned or isinstance(name, Mixture)
+            if stored.host is not None and stored.can_be_dropped and not stays:
+                over -= stored.host.nbytes
+                stored.host = None
+                host.evictions += 1
+        host.grown = over > 0
 
     def _unload(self, name: str) -> None:
         self._unmix(name)
@@ -278,6 +353,7 @@ class AdapterStore:
             undisturbed(partial(self._unload, name))
         for name in missing:
             self._adapters[name] = mixed(name, self._adapters, self._groups)
+            self.host.grown = True
 
     def _unmix(self, name: str) -> None:
         for made in self._sums():
@@ -309,6 +385,7 @@ class AdapterStore:
     def _make_resident(
         self, missing: Sequence[str], wanted: Sequence[str], held: frozenset[int]
     ) -> None:
+        copies = [self._adapters[name].numbers for name in missing]
         pinned = self._pinned_beside(wanted)
         kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
         evictable = [name for name in self._slots if name not in kept.union(wanted)]
@@ -318,32 +395,39 @@ class AdapterStore:
             raise _no_slots(missing, kept.difference(wanted) or kept, self.max_adapters)
         evicted = [self._slots.pop(name) for name in evictable[:lacking]]
         self.evictions += len(evicted)
-        for name, slot in zip(missing, [*free, *evicted], strict=False):
+        for name, copy, slot in zip(missing, copies, [*free, *evicted], strict=False):
             self.loads += 1
             # Assigned afterwards: after a failure of the device the slot belongs to no adapter.
-            self._write(slot, self._adapters[name])
+            stored = self._adapters[name]
+            self._write(slot, stored.name, copy)
             self._slots[name] = slot
+            self.host.hits += not stored.reread
+            stored.reread = False
 
-    def _write(self, slot: int, stored: StoredAdapter) -> None:
+    def _write(self, slot: int, name: str, copy: HostCopy) -> None:
         if self._aside is not None:
             self._written.add(slot)
 
         def write() -> list[object]:
-            sources: list[object] = [stored]
+            sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                sources += group.bank.write(slot, stored.factors.get(g, ()), stored.own.get(g))
+                sources += group.bank.write(slot, copy.factors.get(g, ()), copy.own.get(g))
             return sources
 
-        self.copy_streams.copy(stored.name, slot, write)
+        self.copy_streams.copy(name, slot, write)
 
     def _put_back(self) -> None:
         if self._aside is None:
             return
         self._adapters, slots, self._pinned = self._aside
         self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
-        for name, slot in slots.items():
+        for name, slot in list(slots.items()):
             if slot in self._written:
-                self._write(slot, self._adapters[name])
+                copy = self._adapters[name].host
+                if copy is None:
+                    del slots[name]  # a file is not read here: other threads wait
+                else:
+                    self._write(slot, name, copy)
         self._slots, self._aside = slots, None
         self._written.clear()
 
@@ -369,7 +453,7 @@ def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> Capaci
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
-    where it has none), whether it is pinned, and its host bytes."""
+    where it has none), whether it is pinned, and its current host bytes."""
 
     name: str
     source: str
@@ -385,5 +469,5 @@ def info(store: AdapterStore, name: str) -> AdapterInfo:
     """The `AdapterInfo` of a loaded adapter."""
     s = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
-    nbytes = sum({id(t): t.nbytes for t in s.tensors()}.values())
+    nbytes = 0 if s.host is None else s.host.nbytes
     return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, nbytes)

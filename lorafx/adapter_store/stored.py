@@ -1,4 +1,5 @@
-"""Decoded adapters, and adapters in host memory, in the dtype and layout of the banks.
+"""Decoded adapters, and adapters in host memory, in the dtype and layout of the banks, within a
+budget of bytes: those that it has no room for are read again from their files.
 
 DoRA's scale of each output is computed once per adapter, in float32, from the bank's factors and
 the dequantised base weight:
@@ -12,15 +13,16 @@ output whose W + s·B A is zero gets no scale.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
-from lorafx.adapter_store.saved import AdapterSource
-from lorafx.errors import CapacityError, CheckpointError, way_out_by
+from lorafx.adapter_store.saved import AdapterSource, Origin
+from lorafx.errors import CapacityError, CheckpointError, LorafxError, way_out_by
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.convolutions import norm_factors
 from lorafx.model.extras import EXTRAS, When, bias_of
@@ -60,6 +62,7 @@ class Adapter:
         weights: `Site.part_path` -> factors; untouched parts are absent.
         own: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
+        compared: the file's copies of base weights were compared with the model's.
         invocation: the tokens from which on it is active (aLoRA); empty if always.
     """
 
@@ -69,6 +72,7 @@ class Adapter:
     source: str
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
     replaces_biases: bool = False
+    compared: bool = False
     invocation: tuple[int, ...] = ()
     keys: Mapping[str, Size] = field(default_factory=dict)
 
@@ -84,14 +88,32 @@ class Adapter:
 
 
 @dataclass(frozen=True, eq=False)
+class HostCopy:
+    """An adapter's factors and replaced rows by group index."""
+
+    factors: Mapping[int, Sequence[Factors]]
+    own: Mapping[int, OwnWeight] = field(default_factory=dict)
+
+    @cached_property
+    def nbytes(self) -> int:
+        every = [*itertools.chain(*self.factors.values()), *self.own.values()]
+        tensors = (t for values in every for t in values if isinstance(t, Tensor))
+        return sum({id(t): t.nbytes for t in tensors}.values())
+
+
+@dataclass(eq=False)
 class StoredAdapter:
-    """A loaded adapter, or a sum.
+    """A loaded adapter, or a sum. Only its host copy comes and goes.
 
     Attributes:
-        factors, own: factors and replaced rows by group index.
+        host: its numbers; None where the budget had no room for them.
         extras: sites with `EXTRAS`, by their names.
-        origin: the path that it was read from, with the settings given; None in memory and hubs.
+        origin: the files that it was read from, with the settings given; None in memory and hubs.
+        compared: as in `Adapter`.
         keys: as in `Adapter`.
+        tier: what reads its files again.
+        used: greater where it was looked for later.
+        reread: it was read again, and has not been written into a slot since.
         version: unique in this process, from 1 on.
     """
 
@@ -99,29 +121,90 @@ class StoredAdapter:
     rank: int
     source: str
     sites: tuple[str, ...]
-    factors: Mapping[int, Sequence[Factors]]
-    own: Mapping[int, OwnWeight] = field(default_factory=dict)
+    host: HostCopy | None
     extras: Mapping[When, tuple[str, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
-    origin: AdapterSource | None = None
+    origin: Origin | None = None
+    compared: bool = False
     keys: Mapping[str, Size] = field(default_factory=dict)
+    tier: HostTier | None = None
+    used: int = 0
+    reread: bool = False
     version: int = field(default_factory=next_version)
+
+    @property
+    def numbers(self) -> HostCopy:
+        """The host copy, read again if it was dropped. Raises as `HostTier.read`."""
+        found = self.host
+        if found is None:
+            assert self.tier is not None
+            found = self.host = self.tier.read(self)
+        return found
+
+    @property
+    def follows_base(self) -> bool:
+        """Whether some numbers are computed anew when base weights change."""
+        return bool(self.extras.get("dora") or self.extras.get("bias"))
+
+    @property
+    def can_be_dropped(self) -> bool:
+        return self.origin is not None and not self.compared and not self.follows_base
 
     @property
     def owned(self) -> tuple[str, ...]:
         """The sites with rows of the adapter's own."""
         return self.extras.get("own", ())
 
-    def tensors(self) -> Iterator[Tensor]:
-        every = [*itertools.chain(*self.factors.values()), *self.own.values()]
-        return (t for values in every for t in values if isinstance(t, Tensor))
-
 
 class Hold:
-    """Keeps a version of an adapter loaded under `name` (`AdapterStore.hold`)."""
+    """Keeps a version of an adapter loaded under `name`, and its numbers (`AdapterStore.hold`)."""
 
     def __init__(self, name: str, stored: StoredAdapter) -> None:
-        self.name, self.stored = name, stored
+        self.name, self.stored, self.numbers = name, stored, stored.numbers
+
+
+class Kept:
+    """Keeps adapters in host memory while it lives (`AdapterStore.fetch`)."""
+
+    def __init__(self, adapters: Sequence[StoredAdapter]) -> None:
+        self.adapters = adapters
+
+
+class HostTier:
+    """Reads dropped adapters again, and counts that.
+
+    Attributes:
+        budget: bytes of host memory for adapters; None for all of them.
+        hits, misses: adapters that got a slot and were in host memory; that were read again.
+        changed: failed reads.
+        evictions: adapters that were dropped.
+        reader: reads an adapter by source and name; without it none is dropped.
+        grown: host memory may be over the budget.
+    """
+
+    def __init__(self, fitted: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
+        self.budget = budget
+        self.hits = self.misses = self.changed = self.evictions = 0
+        self.reader: Callable[[AdapterSource, str], Adapter] | None = None
+        self.grown = True
+        self._fitted = fitted
+
+    def read(self, stored: StoredAdapter) -> HostCopy:
+        """Raises CheckpointError where a file has changed since it was loaded, or is unreadable."""
+        origin, reader = stored.origin, self.reader
+        assert origin is not None
+        assert reader is not None
+        self.misses += 1
+        try:
+            origin.check(stored.name)
+            copy = self._fitted(reader(origin.source, stored.name)).host
+            origin.check(stored.name)  # not changed while it was read
+        except LorafxError:
+            self.changed += 1
+            raise
+        assert copy is not None
+        stored.reread = self.grown = True
+        return copy
 
 
 class Retired(str):
@@ -167,7 +250,7 @@ def fitted(
     adapter: Adapter,
     places: Mapping[str, BankPlace],
     groups: Sequence[Group],
-    origin: AdapterSource | None = None,
+    origin: Origin | None = None,
 ) -> StoredAdapter:
     """`adapter`, read for the sites of `groups`, in the banks' dtype and layout. Raises
     CapacityError without room for DoRA or biases, CheckpointError for values beyond the dtype."""
@@ -205,11 +288,11 @@ def fitted(
         adapter.rank,
         adapter.source,
         sites([*adapter.weights, *adapter.own]),
-        factors,
-        owned,
+        HostCopy(factors, owned),
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
         invocation=adapter.invocation,
         origin=origin,
+        compared=adapter.compared,
         keys=adapter.keys,
     )
 

@@ -21,7 +21,7 @@ from lorafx.capture.lowering import Lowering
 from lorafx.capture.record import Stage, copied
 from lorafx.capture.verify import cloned, difference
 from lorafx.ownership.flow import module_path
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 #: A node and the index of a result, None for all.
 Source = tuple[fx.Node, int | None]

@@ -34,7 +34,7 @@ from lorafx.model.marks import detach
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 _RIGHT = (
     "compiled once more as the passes before outline left them, the graphs are right: "
@@ -347,8 +347,9 @@ def _write(
 
 def _adapter(stored: StoredAdapter) -> AdapterSource:
     """The adapter with what its files hold."""
-    source = stored.origin or AdapterSource(stored.source)
-    if stored.origin is None and not Path(stored.source).exists():
+    origin = stored.origin
+    source = AdapterSource(stored.source) if origin is None else origin.source
+    if origin is None and not Path(stored.source).exists():
         raise ConfigError(
             f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
             "so that a reproduction can have its files"

@@ -25,7 +25,7 @@ from lorafx.capture.compile_log import (
     tell,
     tell_instance,
     timed,
-    tracing_span,
+    tracing_seconds,
 )
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
@@ -35,7 +35,7 @@ from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
-from lorafx.capture.record import GraphRecord, Span, dump_folder
+from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LoweringError
@@ -90,7 +90,7 @@ class Backend:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
         keeping no graph, for a replaced module with an active adapter."""
         program, self._at = self.program, None
-        spans = [tracing_span()]
+        traced = tracing_seconds()
         frame = self._frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         own = frame.begins_call and not program.site_watch.missing
@@ -101,10 +101,11 @@ class Backend:
         found = None if form is None else self.instances.find(form)
         if found is not None:
             title, executable = found
-            tell_instance(title, type(program.model).__name__, call, spans)
+            tell_instance(title, type(program.model).__name__, call)
         else:
             begun = self.instances.begin()
-            record = self._record(frame, examples, call, spans)
+            record = self._record(frame, examples, call)
+            record.seconds["Dynamo"] = traced
             executable = self._compiled(gm, examples, frame, record)
             if form is not None:
                 self.instances.keep(record.title, form, executable, begun)
@@ -118,7 +119,6 @@ class Backend:
         frame: Frame,
         examples: Sequence[Any],
         call: Mapping[str, str],
-        spans: list[Span],
     ) -> GraphRecord:
         program = self.program
         checks = Checks.of(frame, examples)
@@ -129,7 +129,7 @@ class Backend:
         why = reason(call, [record.form for record in self.records])
         numeric, dumps = program.options.verify == "numeric", dump_folder(program.options)
         keeps = self.replay is not None or numeric or dumps is not None
-        return GraphRecord(title, lora, checks, keeps, form=call, reason=why, spans=spans)
+        return GraphRecord(title, lora, checks, keeps, form=call, reason=why)
 
     def _compiled(
         self,
@@ -238,7 +238,10 @@ class Backend:
             )(module, examples)
 
         folds = "stamps" in self.shortcuts
-        with failing_in("AOTAutograd", CaptureError, KEEP_OUT), timed(record.spans, "AOTAutograd"):
+        with (
+            failing_in("AOTAutograd", CaptureError, KEEP_OUT),
+            timed(record.seconds, "AOTAutograd"),
+        ):
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
         return checked(record.checks, self.owner, compiled)
 
@@ -254,7 +257,7 @@ class Backend:
         # request, so slots per token stay as they are: rows are proved from the call's arguments.
         if not (frame.begins_call or frame.per_token):
             ctx.look_up_slots()
-        with timed(record.spans, "passes"), builds_noted() as built:
+        with timed(record.seconds, "passes"), builds_noted() as built:
             run_pipeline(gm, ctx, record.after)
         for kernel in sorted(ctx.kernels):
             record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
@@ -294,5 +297,5 @@ class Backend:
             code = code_noted(record.code)
             way_out = 'run the graphs node by node by Options(lowering="reference")'
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
-        with failing, timed(record.spans, name), code:
+        with failing, timed(record.seconds, name), code:
             yield

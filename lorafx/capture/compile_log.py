@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorafx.capture.record import GraphRecord, Span, exclusive
+from lorafx.capture.record import GraphRecord
 from lorafx.program.argument_roles import PRIMARY
 from lorafx.program.program import Program
 from lorafx.progress import LOG, LongWork, compiling
@@ -48,19 +48,20 @@ def show(graph: str) -> None:
         _running.show(f"compiling {graph}")
 
 
-def tracing_span() -> Span:
-    """Dynamo's tracing so far."""
-    now = time.perf_counter()
-    return Span("Dynamo", now if _running is None else now - _running.seconds, now)
+def tracing_seconds() -> float:
+    """How long Dynamo has traced so far."""
+    return 0.0 if _running is None else _running.seconds
 
 
 @contextmanager
-def timed(spans: list[Span], what: str) -> Iterator[None]:
-    start = time.perf_counter()
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Adds the time of the block to its part, without that of parts that are timed inside of it."""
+    seconds.setdefault(what, 0.0)
+    start, before = time.perf_counter(), sum(seconds.values())
     try:
         yield
     finally:
-        spans.append(Span(what, start, time.perf_counter()))
+        seconds[what] += time.perf_counter() - start - (sum(seconds.values()) - before)
 
 
 def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
@@ -119,12 +120,12 @@ def tell(record: GraphRecord, model: str) -> None:
     LOG.info("%s: %s; %s", graph, record.reason, _times(record.seconds))
 
 
-def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequence[Span]) -> None:
+def tell_instance(title: str, model: str, form: Mapping[str, str]) -> None:
     """Log that an existing graph serves a captured call."""
     kinds = ("requests", "tokens", "inference mode")
     text = f"{title} of {model} serves {', '.join(form[what] for what in kinds if what in form)}"
     _end_line(f"{text}, too")
-    LOG.info("%s, too; %s", text, _times(exclusive(spans)))
+    LOG.info("%s, too; %s", text, _times({"Dynamo": tracing_seconds()}))
 
 
 def _end_line(graph: str) -> None:

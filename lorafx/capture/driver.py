@@ -16,8 +16,7 @@ from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.program.preparation import PassReport
-from lorafx.torch_internals.operators import OpOverload
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 
 #: Receives the captured graph (with None), then the graph after each pass with its report.
 AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]

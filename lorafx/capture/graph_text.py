@@ -29,7 +29,7 @@ from lorafx.ownership.flow import module_path
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SITE_OPS
 from lorafx.program.frame import FrameInput
-from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
+from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -25,9 +25,7 @@ from torch import Tensor, fx
 from lorafx.model.module_graph import storage_key
 from lorafx.torch_internals.dynamo import GlobalStateGuard
 from lorafx.torch_internals.frames import captured_code, source_name, symbols_of_frame
-from lorafx.torch_internals.operators import OperatorBase, _dispatch_keys
-from lorafx.torch_internals.symbols import ShapeEnv
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import OperatorBase, ShapeEnv, _dispatch_keys, tree_leaves
 
 _SIZES = (int, torch.SymInt)
 _LITERALS = (bool, float, complex, str, bytes)

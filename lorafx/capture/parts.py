@@ -25,7 +25,7 @@ from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
 from lorafx.torch_internals.compat import traced_anew
 from lorafx.torch_internals.frames import outside_of_frames
-from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
+from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 if TYPE_CHECKING:
     from lorafx.capture.record import GraphRecord

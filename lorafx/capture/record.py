@@ -147,29 +147,6 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
-class Span(NamedTuple):
-    """A part of a compilation, in seconds of `time.perf_counter`."""
-
-    name: str
-    start: float
-    end: float
-
-
-def exclusive(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds by name, in order of beginning, without those of nested parts."""
-    found: dict[str, float] = {}
-    around: list[Span] = []
-    for span in sorted(spans, key=lambda item: (item.start, -item.end)):
-        while around and around[-1].end <= span.start:
-            around.pop()
-        seconds = span.end - span.start
-        found[span.name] = found.get(span.name, 0.0) + seconds
-        if around:
-            found[around[-1].name] -= seconds
-        around.append(span)
-    return found
-
-
 @dataclass(eq=False)
 class GraphRecord:
     """A graph's record.
@@ -180,6 +157,7 @@ class GraphRecord:
         sources: generated sources by file name: a text, or a function that makes it.
         saved: its fate in the folder of saved graphs.
         form, reason: its kind of call, and why no earlier graph serves that.
+        seconds: of its compilation, by part.
         sizes: the meanings of symbols.
     """
 
@@ -195,12 +173,8 @@ class GraphRecord:
     saved: str = ""
     form: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    spans: list[Span] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, Size] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return exclusive(self.spans)
 
     def to_save(self) -> dict[str, Any]:
         saved = ("lora", "checks", "passes", "states", "outlined", "form", "sizes")

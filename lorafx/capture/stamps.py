@@ -27,14 +27,14 @@ from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import is_pure, is_view, repeats
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.dynamo import _log_api_usage_once
-from lorafx.torch_internals.fake_tensors import (
+from lorafx.torch_internals.graph_parts import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
     enable_python_dispatcher,
+    tree_leaves,
 )
 from lorafx.torch_internals.shortcuts import gave_up
-from lorafx.torch_internals.trees import tree_leaves
 
 STAMP = torch.ops.lorafx.stamp.default
 OVERWRITE = torch.ops.lorafx.overwrite.default

@@ -24,16 +24,16 @@ from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.ownership.real import alone, result_labels, tensors_in, written
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
-from lorafx.torch_internals.fake_tensors import (
+from lorafx.torch_internals.graph_parts import (
+    OpOverload,
     TorchDispatchMode,
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
+    is_traceable_wrapper_subclass,
 )
-from lorafx.torch_internals.operators import OpOverload
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafx.capture.record import Stage
 from lorafx.errors import VerifyError
 from lorafx.pass_order import GraphPass, way_around
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 #: Of `difference`, by dtype: orders of accumulation differ, and errors grow over layers.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}

@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -298,6 +298,7 @@ class CompiledModel(AsModule):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
+        kept = session.fetched(Requests((name,)))  # noqa: F841 - before the lock is taken
         with session.lock:
             if name is not None:
                 session.store[name]
@@ -388,6 +389,7 @@ class CompiledModel(AsModule):
         thread, unless it has a slot."""
         refuse_transformed()
         session = self._session
+        kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(
@@ -399,6 +401,14 @@ class CompiledModel(AsModule):
     def unpin_adapter(self, name: str) -> None:
         """Let a pinned adapter be evicted again. Raises UnknownAdapterError if it is not loaded."""
         self._session.store.unpin(name)
+
+    def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
+        """Read those of these adapters, or sums, that the budget of host memory
+        (`LoraConfig.max_host_bytes`) left no room for, before a call asks for them; calls of other
+        threads go on. They stay until others are used more recently. Raises UnknownAdapterError,
+        or CheckpointError where a file has changed since it was loaded."""
+        refuse_transformed()
+        self._session.store.fetch([one_name(name, "prefetch_adapters()") for name in names])
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -774,7 +784,7 @@ class CompiledModel(AsModule):
 
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
-        "base" parameters, "originals" of merged weights in host memory."""
+        "disk", "base" parameters, "originals" of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {

@@ -159,6 +159,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         requests = None
         if not own_argument:
             requests = requests_of(kwargs.pop("adapter_names", None))
+        kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
         with session.lock:
             session.refuse_injected()
             if requests is None and (session.default is None or session.running.updating):

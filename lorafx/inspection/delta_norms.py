@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def deltas_of(
         squares: dict[str, float] = {}
         reasons: dict[str, list[str]] = {}
         with unset_fake_temporarily(), torch.no_grad():
-            for index, parts in stored.factors.items():
+            for index, parts in stored.numbers.factors.items():
                 for factors in parts:
                     site = groups[index].site_of(factors.sibling)
                     square = _square(site, factors)

@@ -29,8 +29,8 @@ from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.preparation import PassReport, Preparation
 from lorafx.runtime.session import Session
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 from lorafx.torch_internals.shortcuts import states
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
 _BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
@@ -437,6 +437,7 @@ def _site(site: Site) -> SiteReport:
 
 def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
+    kept = None if quick else store.fetch([name], resident=True)  # noqa: F841
     stored = store[name]
     deltas = deltas_of(stored, session.program.groups, quick=quick)
     return AdapterReport(

@@ -35,7 +35,7 @@ from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.program.weight_uses import is_grouped
 from lorafx.runtime.example_inputs import named_inputs
-from lorafx.torch_internals.operators import HigherOrderOperator, OpOverload
+from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
@@ -399,7 +399,7 @@ class _Floors:
         self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
         self.factors: dict[str, int] = {}
         for name in adapters:
-            for index, factors in session.store[name].factors.items():
+            for index, factors in session.store[name].numbers.factors.items():
                 group = session.program.groups[index]
                 for own in factors:
                     path = group.site_of(own.sibling).path

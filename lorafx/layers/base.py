@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod
-from lorafx.torch_internals.operators import c10d
+from lorafx.torch_internals.graph_parts import c10d
 from lorafx.weights.loadable_layer import LoadableLayer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
-from lorafx.torch_internals.operators import grouped_mm
+from lorafx.torch_internals.graph_parts import grouped_mm
 from lorafx.weights.loadable_layer import LoadableLayer
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from lorafx.model.module_graph import ModuleGraph, writing
 from lorafx.model.sites import Group, Site
 from lorafx.model.weight_formats import is_dense
 from lorafx.torch_internals.compat import mark_fixed_shape
-from lorafx.torch_internals.subclasses import _storage_Use_Count, is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import _storage_Use_Count, is_traceable_wrapper_subclass
 
 
 @dataclass(eq=False)

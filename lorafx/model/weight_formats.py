@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.registry import Eligible
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 
 class CannotStore(Exception): ...

@@ -18,7 +18,7 @@ from torch import fx
 from lorafx.op_arguments import operand
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import OpOverload
 
 Rule = Callable[[fx.Node, "Flow"], Label]
 

@@ -33,7 +33,7 @@ from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow, Rule, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple, product
-from lorafx.torch_internals.operators import OpOverload, c10d
+from lorafx.torch_internals.graph_parts import OpOverload, c10d
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -28,7 +28,7 @@ from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
 from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import OpOverload
 
 # Specific first; the first table that knows an operator decides.
 TABLES = (sites, indexing, views, reductions, contractions, pointwise)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.torch_internals.symbols import FloorDiv
+from lorafx.torch_internals.graph_parts import FloorDiv
 
 Shape = tuple[sympy.Expr, ...]
 ONE = sympy.Integer(1)

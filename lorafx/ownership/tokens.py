@@ -34,7 +34,7 @@ from lorafx.ownership.symbolic import (
     product,
     reshaped,
 )
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import OpOverload
 
 aten = torch.ops.aten
 

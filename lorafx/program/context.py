@@ -25,8 +25,7 @@ from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.program.row_handoff import Handover
 from lorafx.program.weight_uses import Use
 from lorafx.registry import lookup
-from lorafx.torch_internals.fake_tensors import FakeTensorMode, detect_fake_mode
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import FakeTensorMode, OpOverload, detect_fake_mode
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default

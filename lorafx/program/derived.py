@@ -35,8 +35,7 @@ from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
 from lorafx.registry import lookup
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
 
 if TYPE_CHECKING:
     from lorafx.program.frame import FrameInput

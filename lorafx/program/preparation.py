@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
@@ -27,7 +27,7 @@ class Preparation:
     config: LoraConfig
     options: Options = field(default_factory=Options)
     saved: dict[str, AdapterState] = field(default_factory=dict)
-    origins: dict[str, AdapterSource] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     graph: ModuleGraph = field(init=False)
     sites: tuple[Site, ...] = ()
     adapters: list[Adapter] = field(default_factory=list)

@@ -34,8 +34,8 @@ from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
 from lorafx.program.preparation import PassReport
 from lorafx.program.row_handoff import role_of
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import size_source, source_name
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 #: Bank fields of every site op, and additional fields of ops that rescale.
 BANK_FIELDS = ("A", "B", "ranks", "scales")

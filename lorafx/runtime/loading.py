@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lorafx.adapter_store.names import members
-from lorafx.adapter_store.saved import AdapterSource, origin_of
+from lorafx.adapter_store.saved import AdapterSource, Origin, origin_of
 from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
@@ -117,7 +117,7 @@ def _refuse(session: Session, name: str) -> None:
 
 
 def _keeping(
-    session: Session, name: str, origin: AdapterSource | None, adapter: Adapter
+    session: Session, name: str, origin: Origin | None, adapter: Adapter
 ) -> Callable[[], None]:
     """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged

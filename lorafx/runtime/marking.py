@@ -28,7 +28,7 @@ from lorafx.adapter_store.peft_model import (
     without_wrappers,
 )
 from lorafx.adapter_store.peft_reader import adapter_target_modules
-from lorafx.adapter_store.saved import AdapterSource, AdapterState, origin_of
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin, origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
@@ -172,7 +172,7 @@ class Request:
 
     config: LoraConfig
     adapters: dict[str, AdapterState] = field(default_factory=dict)
-    origins: dict[str, AdapterSource] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
 
 
 def request_of(

@@ -22,6 +22,7 @@ from lorafx.adapter_store.names import BASE, members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
+from lorafx.adapter_store.stored import Kept
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.model.extras import EXTRAS, When
@@ -120,6 +121,8 @@ class Session:
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
+        # What was worth a warning was said when it was loaded.
+        store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
     @property
@@ -173,11 +176,13 @@ class Session:
                 or this very thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
+            CheckpointError: an adapter has to be read again, and its files have changed.
 
         Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
         """
         try:  # no context manager: it takes a microsecond
             refuse_transformed()
+            kept = self.fetched(requests)  # noqa: F841 - before the lock is taken
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -203,6 +208,16 @@ class Session:
         """What `function` returns, which runs the model outside of an engine's steps. The lock is
         held."""
         return function() if self.beside is None else self.beside(function)
+
+    def fetched(self, requests: Requests | None) -> Kept | None:
+        """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
+        if self.store.host.budget is None:
+            return None
+        if requests is None:
+            return self.store.fetch([self.default])
+        return self.store.fetch(
+            requests.names if requests.tokens is None else requests.used().values()
+        )
 
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way: a call, whose forwards `run` with
@@ -365,7 +380,9 @@ class Session:
         self.store.after_fork()
 
 
-def read_for(program: Program, source: Any, name: str, *, strict: bool = False) -> Adapter:
+def read_for(
+    program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
+) -> Adapter:
     """As `read_adapter`, for the program's sites."""
     return read_adapter(
         source,
@@ -375,6 +392,7 @@ def read_for(program: Program, source: Any, name: str, *, strict: bool = False) 
         max_rank=program.config.max_rank,
         lora_config=program.config,
         strict=strict,
+        warn=warn,
     )
 
 

@@ -12,12 +12,11 @@ from lorafx.adapter_store.store import AdapterStore
 @dataclass(frozen=True)
 class Tier:
     """Counts of one place where adapters lie: how often one that was asked for was found there
-    (`hits`) or not (`misses`), how many had to go (`evictions`), and its size now (`nbytes`)."""
+    (`hits`) or not (`misses`), and how many had to go (`evictions`)."""
 
     hits: int
     misses: int
     evictions: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,10 @@ class Statistics:
         waits: requests of continuous batching that were ready for a step and had no slot in it.
         tokens: tokens that continuous batching has run, prompts included, by adapter;
             "__base__" is the base model.
-        nbytes: bytes of the banks ("banks") and of adapters in host memory ("host"), now.
+        nbytes: bytes of the banks ("banks"), of adapters in host memory ("host"), and of the files
+            from which they can be read again ("disk"), now.
+        tiers: "host", where adapters without a slot are looked for; "disk", from which those are
+            read that host memory had no room for: its misses are files that had changed.
     """
 
     hits: int
@@ -40,6 +42,7 @@ class Statistics:
     waits: int
     tokens: Mapping[str, int] = field(default_factory=dict)
     nbytes: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,4 +58,9 @@ class SessionCounts:
     def with_those_of(self, store: AdapterStore) -> Statistics:
         """What adapters have done in a session with this store."""
         slots = store.hits, store.loads, store.evictions
-        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes())
+        host = store.host
+        tiers = {
+            "host": Tier(host.hits, host.misses, host.evictions),
+            "disk": Tier(host.misses - host.changed, host.changed, 0),
+        }
+        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes(), tiers)

@@ -177,9 +177,10 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
 
 
 def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
+    numbers = stored.numbers
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
-    for number, factors in stored.factors.items():
+    for number, factors in numbers.factors.items():
         group = groups[number]
         for f in factors:
             site = group.site_of(f.sibling)
@@ -187,7 +188,7 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in stored.own.items():
+    for number, weight in numbers.own.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

@@ -41,6 +41,7 @@ FILE = "model.safetensors"
 def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
     program = session.program
     session.refuse_running("export_merged()")
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock:  # weights stay, calls go on
         with session.lock:
             session.refuse_broken()

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.stored import StoredAdapter
+from lorafx.adapter_store.stored import Kept
 from lorafx.errors import CaptureError, ConfigError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
@@ -112,7 +112,7 @@ class Merged:
 
     report: MergeReport
     originals: tuple[Original, ...]
-    numbers: StoredAdapter
+    kept: Kept
 
     @property
     def name(self) -> str:
@@ -127,6 +127,7 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
@@ -134,11 +135,11 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
         session.program.look_at_modules()
         session.program.refuse_missing()
         check_packed(session.program.packed)
-        numbers = session.store[name]
+        kept = session.store.fetch([name], resident=True)
         changes = changes_of(session.program, session.store, name, requantize=requantize)
         _refuse_shared(session, name, changes)
         with progress(f"merging {name} into {len(changes)} weights"):
-            return _write_merged(session, name, numbers, changes)
+            return _write_merged(session, name, kept, changes)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -227,7 +228,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 
 
 def _write_merged(
-    session: Session, name: str, numbers: StoredAdapter, changes: Sequence[Change]
+    session: Session, name: str, kept: Kept, changes: Sequence[Change]
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original] = []
@@ -252,7 +253,7 @@ def _write_merged(
             weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, written, numbers), before.broken)
+        session.base = BaseState(Merged(report, written, kept), before.broken)
     except BaseException:
         rollback.run()
         raise

@@ -21,7 +21,7 @@ from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import ModuleGraph, storage_key, writing
 from lorafx.model.saved_names import SavedNames
 from lorafx.program.derived import Holder
-from lorafx.torch_internals.subclasses import is_traceable_wrapper_subclass
+from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 from lorafx.weights.loadable_layer import LoadableLayer
 
 WeightShape = tuple[int, ...]

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.torch_internals.compat import size_hint
-from lorafx.torch_internals.fake_tensors import FakeTensor, unset_fake_temporarily
-from lorafx.torch_internals.operators import OperatorBase
+from lorafx.torch_internals.graph_parts import FakeTensor, OperatorBase, unset_fake_temporarily
 
 #: bytes of the widest vector load of Inductor's GPU kernels
 VECTOR = 16

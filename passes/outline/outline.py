@@ -27,8 +27,7 @@ from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, siz
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.context import Context, Outlined
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.operators import OpOverload
-from lorafx.torch_internals.trees import tree_leaves
+from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 
 aten = torch.ops.aten
 

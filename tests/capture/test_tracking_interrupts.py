@@ -10,7 +10,7 @@ from interrupting import every_place
 from torch._C import _len_torch_dispatch_stack
 
 from lorafx.capture.tracking import Tracking, untracked
-from lorafx.torch_internals.fake_tensors import _push_on_torch_dispatch_stack
+from lorafx.torch_internals.graph_parts import _push_on_torch_dispatch_stack
 
 
 @pytest.fixture(autouse=True)

@@ -9,26 +9,18 @@ from typing import Any
 import torch
 import transformers
 from dense_merge import TOLERANCE, Case, error
-from tiny_models import Family
+from tiny_models import LLAMA_SIZES, VOCAB, Family
 from torch import Tensor
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-_SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def decoder(name: str, targets: Sequence[Any], **sizes: Any) -> Family:
     """A small decoder of transformers, `<name>ForCausalLM`, whose adapters have these targets."""
 
     def make(**changes: Any) -> Any:
-        config = getattr(transformers, f"{name}Config")(**{**_SIZES, **sizes, **changes})
+        config = getattr(transformers, f"{name}Config")(
+            **{"vocab_size": VOCAB, **LLAMA_SIZES, **sizes, **changes}
+        )
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
     return Family(make, tuple(targets))

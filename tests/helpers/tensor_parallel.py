@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from tiny_models import ONE_LAYER, VOCAB
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -145,15 +146,7 @@ def example(name: str) -> ModuleType:
 
 
 def llama_config(**changes: Any) -> transformers.LlamaConfig:
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return transformers.LlamaConfig(**{**sizes, **changes})
+    return transformers.LlamaConfig(**{"vocab_size": VOCAB, **ONE_LAYER, **changes})
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def _causal(config: type, model: type, **sizes: Any) -> Callable[..., nn.Module]
     return build
 
 
-_LLAMA_SIZES = {
+LLAMA_SIZES = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -93,7 +93,7 @@ _LLAMA_SIZES = {
     "pad_token_id": 0,
     "max_position_embeddings": 64,
 }
-_ONE_LAYER = {**_LLAMA_SIZES, "num_hidden_layers": 1}
+ONE_LAYER = {**LLAMA_SIZES, "num_hidden_layers": 1}
 _LLAMA_TARGETS = (
     ["q_proj", "v_proj"],
     "all-linear",
@@ -104,11 +104,11 @@ _LLAMA_TARGETS = (
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        _causal(transformers.LlamaConfig, transformers.LlamaForCausalLM, **_LLAMA_SIZES),
+        _causal(transformers.LlamaConfig, transformers.LlamaForCausalLM, **LLAMA_SIZES),
         _LLAMA_TARGETS,
     ),
     "qwen3": Family(
-        _causal(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **_ONE_LAYER, head_dim=10),
+        _causal(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **ONE_LAYER, head_dim=10),
         _LLAMA_TARGETS,
     ),
     "gpt2": Family(
@@ -131,7 +131,7 @@ FAMILIES: Mapping[str, Family] = {
         config={"fan_in_fan_out": True},
     ),
     "phi3": Family(
-        _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **_ONE_LAYER),
+        _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **ONE_LAYER),
         (
             ["qkv_proj"],
             "all-linear",
@@ -144,7 +144,7 @@ FAMILIES: Mapping[str, Family] = {
         _causal(
             transformers.Gemma3TextConfig,
             transformers.Gemma3ForCausalLM,
-            **_LLAMA_SIZES,
+            **LLAMA_SIZES,
             head_dim=10,
             sliding_window=4,
             layer_types=["sliding_attention", "full_attention"],

@@ -6,13 +6,15 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dense_merge import TOLERANCE, error
 from expert_models import moe_case
 
-from lorafx.capture.record import Span, exclusive
+from lorafx.capture import compile_log
+from lorafx.capture.compile_log import timed
 from lorafx.pass_order import MODEL_PASSES
 
 KINDS = ["llama", "plain"]
@@ -99,11 +101,15 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
 
 
 @pytest.mark.quick
-def test_seconds_are_counted_once() -> None:
-    spans = [Span("b", 1.0, 2.0), Span("c", 1.25, 1.5), Span("a", 0.0, 4.0), Span("b", 2.0, 3.0)]
-    assert exclusive(spans) == {"a": 2.0, "b": 1.75, "c": 0.25}
-    assert list(exclusive(spans)) == ["a", "b", "c"]
-    assert exclusive([]) == {}
+def test_seconds_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 1.25, 1.5, 2.0, 4.0, 5.0, 5.5])
+    monkeypatch.setattr(compile_log, "time", SimpleNamespace(perf_counter=clock.__next__))
+    seconds: dict[str, float] = {}
+    with timed(seconds, "a"), timed(seconds, "b"), timed(seconds, "c"):
+        pass
+    with timed(seconds, "b"):
+        pass
+    assert list(seconds.items()) == [("a", 3.0), ("b", 1.25), ("c", 0.25)]
 
 
 def test_the_norms_of_routed_experts(tmp_path: Path) -> None:

@@ -70,14 +70,6 @@ def linear_layer(graph: Graph, index: int, x: fx.Node, *weights: fx.Node) -> lis
     return [product, act, graph.call(aten.add.Tensor, act, x)]
 
 
-def test_other_weights_are_the_same_computation():
-    first, second = pair(linear_layer, (2, 4), (4, 4), (4, 4))
-    assert first.form == second.form
-    assert hash(first.form) == hash(second.form)
-    assert first.operands[0] is second.operands[1] or first.operands[0] is second.operands[0]
-    assert first.operands != second.operands
-
-
 @pytest.mark.parametrize(("offset", "same"), [(0, True), (4, True), (1, False)])
 def test_operands_that_vectors_cannot_be_loaded_from_are_told_apart(offset: int, same: bool):
     """16 bytes: a body is compiled for the operands of its first call."""

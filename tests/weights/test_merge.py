@@ -195,7 +195,7 @@ def test_what_cannot_be_summed_changes_nothing(plain: Case) -> None:
         "head.weight",
     ]
     cm.unmerge()
-    for number, factors in cm._session.store["a"].factors.items():
+    for number, factors in cm._session.store["a"].numbers.factors.items():
         for factor in factors:
             if cm._session.program.groups[number].site_of(factor.sibling).path == "head":
                 factor.A.fill_(120)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.torch_internals.operators import OpOverload, OpOverloadPacket, _dispatch_keys
+from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket, _dispatch_keys
 
 #: Classes whose `repr` identifies the value.
 PLAIN = (

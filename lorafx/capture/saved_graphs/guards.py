@@ -23,7 +23,7 @@ from lorafx.capture.saved_graphs.fingerprints import PLAIN, Fingerprints, Undesc
 from lorafx.model.runtime import holds_slots
 from lorafx.torch_internals.compat import dynamo_config
 from lorafx.torch_internals.dynamo import GlobalStateGuard, GuardBuilder, Source
-from lorafx.torch_internals.operators import _OpNamespace
+from lorafx.torch_internals.graph_parts import _OpNamespace, tree_map
 from lorafx.torch_internals.saved_graphs import (
     CheckFunctionManager,
     Guard,
@@ -38,7 +38,6 @@ from lorafx.torch_internals.saved_graphs import (
     default_device,
     forward_level,
 )
-from lorafx.torch_internals.trees import tree_map
 
 #: Kinds of guards by how the text of their place is made.
 _VALUE = frozenset(

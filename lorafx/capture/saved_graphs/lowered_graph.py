@@ -23,9 +23,8 @@ from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.delta_kernels import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.program.program import Program
-from lorafx.torch_internals.fake_tensors import FakeTensorMode
 from lorafx.torch_internals.frames import outside_of_frames
-from lorafx.torch_internals.operators import DispatchKeySet
+from lorafx.torch_internals.graph_parts import DispatchKeySet, FakeTensorMode, ShapeEnv
 from lorafx.torch_internals.saved_graphs import (
     BoxedBool,
     BoxedDeviceIndex,
@@ -34,7 +33,6 @@ from lorafx.torch_internals.saved_graphs import (
     GraphPickler,
     Options,
 )
-from lorafx.torch_internals.symbols import ShapeEnv
 
 #: Numbers in a literal tensor of the model's code, such as `torch.tensor([])`.
 _CONSTANT = 1024

@@ -25,7 +25,7 @@ from typing import Any, cast
 from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
 from lorafx.capture.parts import Captured, Parts
-from lorafx.capture.record import GraphRecord, Span, dump_folder
+from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.capture.saved_graphs.guards import SavedGuards
@@ -153,7 +153,7 @@ class SavedGraphs:
             if found is not None:
                 self._loaded.add(path)
                 record = self._backend.records[-1]
-                record.spans.append(Span("loading", start, time.perf_counter()))
+                record.seconds["loading"] = time.perf_counter() - start
                 record.reason = record.saved
                 tell(record, type(self._backend.program.model).__name__)
                 return found

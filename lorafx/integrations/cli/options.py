@@ -28,6 +28,7 @@ _OPTIONS = {
     "cache": "--cache",
     "lowering": "--lowering",
     "max_adapters": "--max-adapters",
+    "max_host_bytes": "--max-host-bytes",
     "max_rank": "--max-rank",
     "target_modules": "--target",
 }

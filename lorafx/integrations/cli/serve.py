@@ -20,6 +20,9 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
+    max_host_bytes: Annotated[
+        int | None, typer.Option(help="Host memory that adapters may take.")
+    ] = None,
     target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,

@@ -49,7 +49,7 @@ from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.replaced_methods import Replaced
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.session import refuse_elsewhere
-from lorafx.torch_internals.trees import tree_map_only
+from lorafx.torch_internals.graph_parts import tree_map_only
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")

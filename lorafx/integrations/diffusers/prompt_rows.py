@@ -31,7 +31,7 @@ from lorafx.ownership.memory import (
 )
 from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
-from lorafx.torch_internals.operators import OpOverload
+from lorafx.torch_internals.graph_parts import OpOverload
 
 T = TypeVar("T")
 

@@ -20,13 +20,24 @@ _COUNTED: Mapping[str, str] = {
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
+#: Likewise of `Tier`.
+_COUNTED_OF_TIERS: Mapping[str, str] = {
+    "hits": "Adapters that were asked for and found in a tier",
+    "misses": "Adapters that were asked for and not in a tier",
+    "evictions": "Adapters that had to leave a tier",
+}
 
 
 def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
     """All numbers of a model and its engine, at this moment."""
     for name, text in _COUNTED.items():
         yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-    text = "Bytes of the device's banks, and of adapters in host memory"
+    for name, text in _COUNTED_OF_TIERS.items():
+        counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
+        for tier, counts in stats.tiers.items():
+            counted.add_metric([tier], getattr(counts, name))
+        yield counted
+    text = "Bytes of the device's banks, of adapters in host memory, and of their files on disk"
     sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
     for place, nbytes in stats.nbytes.items():
         sizes.add_metric([place], nbytes)

@@ -33,8 +33,8 @@ from lorafx.runtime.requests import IN_BLOCKS
 from lorafx.runtime.session import wanted
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.entrances import unsupported
-from lorafx.torch_internals.fake_tensors import unset_fake_temporarily
 from lorafx.torch_internals.frames import capture_again
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 _LORA = ("lora_config", "adapters")
 

@@ -169,7 +169,13 @@ GPT_OSS = decoder(
 )
 
 
-@pytest.mark.parametrize("family", [GEMMA2, GPT_OSS], ids=["capped scores", "sinks"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(GEMMA2, id="capped scores"),
+        pytest.param(GPT_OSS, id="sinks", marks=pytest.mark.slow),
+    ],
+)
 def test_eager_attention(family, tmp_path):
     """One engine at a time uses it; calls beside it use the model's own."""
     case = build_case(family, tmp_path)

@@ -141,11 +141,13 @@ def test_settings_from_a_command_line(files):
     given = {
         **{"model": str(files.model), "adapters": str(files.adapters), "num_gpus": "0.5"},
         **{"target": "q_proj,v_proj", "num_replicas": "2", "max_adapters": "3"},
+        "max_host_bytes": "1000000",
         "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
     }
     settings = build.__annotations__["args"].model_validate(given)  # as Ray does
     served = settings
     assert (served.target, served.max_adapters) == (("q_proj", "v_proj"), 3)
+    assert served.max_host_bytes == 1_000_000
     replicas, ingress = deployments(build(settings))
     assert replicas.num_replicas == 2
     assert replicas._deployment_config.health_check_period_s == 3
@@ -201,8 +203,12 @@ def test_counts_are_told_to_ray(files, replica, monkeypatch):
         assert server.engine.get_result(added, timeout=60).error is None
         replica.check_health()
     stats = server.compiled.stats()
-    for place in ("banks", "host"):
+    for place in ("banks", "host", "disk"):
         assert told["lorafx_adapter_bytes", place] == stats.nbytes[place] > 0
+    for tier, counts in stats.tiers.items():
+        for name in ("hits", "misses", "evictions"):
+            assert told.get((f"lorafx_tier_{name}", tier), 0) == getattr(counts, name)
+    assert told["lorafx_tier_hits", "host"] > 0
     assert told["lorafx_tokens", "a3"] == stats.tokens["a3"]
     assert told["lorafx_adapter_loads", ""] == stats.loads > 0
     for name in ("a0", "a3"):

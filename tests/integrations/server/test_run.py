@@ -41,7 +41,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
-    arguments += ["--temperature", "1"]
+    arguments += ["--temperature", "1", "--max-host-bytes", "1000000"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -116,6 +116,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"adapters": "{tmp}/broken"}, "adapter_config.json"),
         ({"adapters": "{tmp}/weightless"}, "holds no adapter weights"),
         ({"max_rank": 1}, "--max-rank 1"),
+        ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"max_adapters": 0}, "--max-adapters"),
         ({"port": 70000}, "--port"),
         ({"api_key": ""}, "--api-key"),
@@ -162,9 +163,10 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
-    settings = Settings(model=str(files.model), adapters=files.adapters, max_adapters=5)
-    config = settings.lora_config()
-    assert (config.max_adapters, config.max_rank) == (5, 8)  # the largest of the adapters
+    given = {"max_adapters": 5, "max_host_bytes": 10_000}
+    config = Settings(model=str(files.model), adapters=files.adapters, **given).lora_config()
+    assert config.max_rank == 8  # the largest of the adapters
+    assert {name: getattr(config, name) for name in given} == given
 
 
 @pytest.mark.quick

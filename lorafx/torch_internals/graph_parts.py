@@ -1,0 +1,75 @@
+"""What graphs are made of: operators, fake tensors, symbolic sizes and nested containers; and what
+sees every operator that runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed as dist
+
+from lorafx.torch_internals.versions import private_names
+
+with private_names():
+    from torch import (
+        _from_functional_tensor,
+        _functionalize_commit_update,
+        _functionalize_replace,
+        _functionalize_sync,
+        _sync,
+    )
+    from torch import _grouped_mm as grouped_mm
+    from torch._C import (
+        DispatchKeySet,
+        _DisableTorchDispatch,
+        _dispatch_keys,
+        _len_torch_dispatch_stack,
+        _pop_torch_dispatch_stack,
+        _push_on_torch_dispatch_stack,
+        _storage_Use_Count,
+    )
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._guards import detect_fake_mode
+    from torch._inductor import inductor_prims  # defines prims.fma
+    from torch._ops import (
+        HigherOrderOperator,
+        OperatorBase,
+        OpOverload,
+        OpOverloadPacket,
+        _OpNamespace,
+    )
+    from torch._subclasses.fake_tensor import (
+        FakeTensor,
+        FakeTensorMode,
+        in_kernel_invocation_manager,
+        unset_fake_temporarily,
+    )
+    from torch.fx.experimental.symbolic_shapes import (
+        ShapeEnv,
+        guard_or_false,
+        guard_or_true,
+        statically_known_true,
+    )
+    from torch.utils._python_dispatch import (
+        TorchDispatchMode,
+        _get_current_dispatch_mode,
+        _get_current_dispatch_mode_stack,
+        is_traceable_wrapper_subclass,
+    )
+    from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+    from torch.utils._sympy.functions import (
+        CeilToInt,
+        FloorDiv,
+        FloorToInt,
+        IntTrueDiv,
+        Max,
+        Min,
+        Mod,
+        PythonMod,
+        TruncToInt,
+    )
+
+    if dist.is_available():
+        # Gives the functional collectives their fake implementations.
+        import torch.distributed._functional_collectives
+
+    c10d = torch.ops._c10d_functional
