@@ -127,7 +127,7 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
+    kept = session.store.fetch([name], resident=True)
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
