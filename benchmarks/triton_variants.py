@@ -87,7 +87,7 @@ def _attributes(signature: dict[str, str], spec: Spec | None) -> dict[Any, Any]:
     elif spec is not None:
         K, N = spec.delta.in_features, spec.out_features
         strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
-        strides |= {"slot_a": spec.delta.max_rank, "token_a": spec.delta.max_rank}
+        strides |= {"slot_a": spec.delta.slot_rows, "token_a": spec.delta.max_rank}
         aligned = {name: stride % 16 == 0 for name, stride in strides.items()}
     return {
         (index,): [["tt.divisibility", 16]]

@@ -18,7 +18,6 @@ from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.inspection.explanation import Explanation, predicted
 from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why
-from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
 from lorafx.torch_internals.entrances import entrance
 
@@ -28,7 +27,6 @@ def compile(
     lora_config: Any = None,
     *misplaced: Never,
     adapters: Mapping[str, Any] | Sequence[Any] | None = None,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dynamic: bool | None = True,
     mode: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
@@ -51,8 +49,6 @@ def compile(
             (docs/adapters.md).
         adapters: name -> adapter, loaded before the first call; or a list of folders, files or
             names on the hub, where an adapter's name is the last part of its path.
-        example_inputs: keyword arguments (or positional ones) of a call with which graphs are
-            captured at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`: True captures graphs for any batch size and length, False
             one for each, and None one for the first and another for all that differ from it.
         mode: as in `torch.compile`; the same as `Options.mode`.
@@ -66,8 +62,7 @@ def compile(
         CaptureError: the model is already compiled or attached, or shares modules with an attached
             one. It may share modules with compiled models, as a draft does with its target.
 
-    It also raises what a call with `example_inputs` raises. After an error the model's modules and
-    hooks are as they were.
+    After an error the model's modules and hooks are as they were.
     """
     refuse_arguments("lorafx.compile", misplaced, elsewhere)
     if dynamic is not None and not isinstance(dynamic, bool):
@@ -84,8 +79,6 @@ def compile(
     try:
         if marked.taken is not None:
             _set_default(compiled, marked.taken.active)
-        if example_inputs is not None:
-            compiled.capture(*as_call(example_inputs))
     except BaseException:
         compiled.detach()
         raise
@@ -127,22 +120,8 @@ def why(
     *,
     inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Why:
-    """What became of the module at `path`, as `CompiledModel.why` reports it.
-
-    Args:
-        model: what `compile` or `attach` returned, or torch.compile for that.
-        path: any path of the module, also one that only adapters use.
-        adapter: the name of a loaded adapter.
-        inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
-            adapter changes what the module returns; None for the last batch.
-
-    Raises:
-        ConfigError: the model carries no LoRA, there is no such module (the error names the nearest
-            paths), or `inputs` are no arguments of a call.
-        UnknownAdapterError: the adapter is not loaded.
-
-    With `inputs` it also raises what a call raises.
-    """
+    """As `CompiledModel.why`, for what `compile` or `attach` returned, or torch.compile for that.
+    Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).why(path, adapter, inputs=inputs)
 
 
@@ -153,19 +132,8 @@ def profile(
     *,
     calls: int = 10,
 ) -> Profile:
-    """Where the time of a call goes, as `CompiledModel.profile` measures it.
-
-    Args:
-        model: what `compile` or `attach` returned, or torch.compile for that. The arguments are
-            those of `CompiledModel.profile`.
-
-    Raises:
-        BatchError: no request has an adapter.
-        ConfigError: `calls` is no positive integer, the model carries no LoRA, or `inputs` are no
-            arguments of a call.
-
-    It also raises what a call raises.
-    """
+    """As `CompiledModel.profile`, for what `compile` or `attach` returned, or torch.compile for
+    that. Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).profile(inputs, adapter_names, calls=calls)
 
 

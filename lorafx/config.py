@@ -36,6 +36,9 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
+        slot_rank: the rank that a slot has room for; None for `max_rank`. An adapter of a larger
+            rank takes several adjacent slots, and the last slot has room for `max_rank`, so memory
+            is paid by rank (docs/adapter_store.md).
         max_host_bytes: bytes that adapters may take in host memory. Over it the least recently used
             are dropped, and read again from the files that they were loaded from when a call uses
             them (docs/adapter_store.md). None keeps all of them.
@@ -61,6 +64,8 @@ class LoraConfig:
             trainable_token_indices): a number for the model's input embedding, or numbers by name
             of a module. Heads that are tied to it follow. Adapters that are given when compiling
             raise it to their number.
+        max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
+            in one batch, each with whole weights on the device. None for `max_adapters`.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -77,14 +82,22 @@ class LoraConfig:
     lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
+    max_own_weights: int | None = None
+    slot_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank", "max_host_bytes"):
+        optional = ("max_host_bytes", "slot_rank", "max_own_weights")
+        for name in ("max_adapters", "max_rank", *optional):
             value = getattr(self, name)
-            if value is None and name == "max_host_bytes":
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
+        if self.slot_rank is not None and self.slot_rank > self.max_rank:
+            raise ConfigError(
+                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}; "
+                "give less, or a larger max_rank"
+            )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(

@@ -119,7 +119,9 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         dora=config.use_dora and first.expert_weight is None,
         biases=config.lora_bias and first.eligible.kind in BIAS_KINDS,
         own_rows=first.own_rows,
+        own_weights=min(config.max_own_weights or config.max_adapters, config.max_adapters),
         own_dtype=first.dtype,
+        slot_rank=config.slot_rank and config.slot_rank * first.terms,
     )
     for tensor in bank.tensors.values():
         mark_fixed_shape(tensor)

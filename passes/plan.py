@@ -168,7 +168,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     if rows is None or node.target is EMBEDDING_OP:
         return None
     bank = _bank(ctx, node)
-    slots, rank = len(bank.ranks), bank.max_rank
+    slots, rank = len(bank.ranks), bank.slot_rank  # what most adapters have
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
@@ -241,7 +241,7 @@ def _parts(sites: Sequence[Site]) -> list[Part]:
 
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
-    rank = _bank(ctx, node).max_rank
+    rank = _bank(ctx, node).slot_rank
     single, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return (
         f"byte floor at rank {rank}: {single:.2f} times the base weight's bytes with 1 adapter, "

@@ -24,6 +24,7 @@ class DeltaSpec:
             first sibling that A, B, ranks and scales show.
         embedding: A is (S, V, R) and x holds ids, of either int dtype.
         experts: E of a bank of E·S slots whose rows are routed; 0 for others.
+        spacing: rows of A and B from one slot to the next, 0 for `max_rank`.
     """
 
     x_dtype: torch.dtype
@@ -38,6 +39,7 @@ class DeltaSpec:
     sizes: tuple[int, ...]
     embedding: bool = False
     experts: int = 0
+    spacing: int = 0
 
     @classmethod
     def linear(
@@ -52,18 +54,26 @@ class DeltaSpec:
     ) -> DeltaSpec:
         """The spec of an `add_delta_` call; the tensors may be fake."""
         R, K = int(B.shape[1]), int(A.shape[2]) // max(int(ranks.shape[1]), 1)
-        group, columns = _bank_strides(A, B, ranks, K)
+        group, columns, spacing = _bank_strides(A, B, ranks, K)
         siblings, offsets, sizes = map(tuple, ranges)
         laid = (group, columns, siblings, offsets, sizes)
-        return cls(x.dtype, A.dtype, y.dtype, K, R, *laid, experts=experts)
+        return cls(x.dtype, A.dtype, y.dtype, K, R, *laid, experts=experts, spacing=spacing)
 
     @classmethod
     def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
         """The spec of an `add_embedding_delta_` call."""
-        R, columns = int(B.shape[1]), int(B.shape[2])
-        laid = have_strides(B, (R * columns, columns, 1)) and have_strides(A, (*A.stride()[:2], 1))
+        slots, R, columns = map(int, B.shape)
+        spacing = int(B.stride(0)) // columns if slots > 1 and columns else R
+        laid = have_strides(B, (spacing * columns, columns, 1)) and have_strides(
+            A, (*A.stride()[:2], 1)
+        )
         laid_out = (int(laid), columns, (0,), (0,), (columns,))
-        return cls(A.dtype, A.dtype, y.dtype, 0, R, *laid_out, embedding=True)
+        spacing = 0 if spacing == R else spacing
+        return cls(A.dtype, A.dtype, y.dtype, 0, R, *laid_out, embedding=True, spacing=spacing)
+
+    @property
+    def slot_rows(self) -> int:
+        return self.spacing or self.max_rank
 
     @property
     def last_column(self) -> int:
@@ -82,17 +92,18 @@ class DeltaSpec:
         )
 
 
-def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int]:
-    """(G, ΣN) of the bank of these tensors; (0, ·) if their strides are no bank's."""
+def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int, int]:
+    """(G, ΣN, spacing) of the bank of these tensors; (0, ·, ·) if their strides are no bank's."""
     slots, R, shown = map(int, B.shape)
     group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
+    spacing = int(B.stride(0)) // max(columns, 1) if slots > 1 else R
     laid = (
-        have_strides(A, (R * group * K, group * K, 1))
-        and have_strides(B, (R * columns, columns, 1))
+        have_strides(A, (spacing * group * K, group * K, 1))
+        and have_strides(B, (spacing * columns, columns, 1))
         and have_strides(ranks, (group, 1))
     )
-    return (group if laid else 0), columns
+    return (group if laid else 0), columns, (0 if spacing == R else spacing)
 
 
 def have_strides(tensor: Tensor, strides: Sequence[int]) -> bool:

@@ -91,9 +91,9 @@ def checked_plan(
     )
     require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
     factor = group * d.in_features
-    laid = {"B": (d.max_rank * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
+    laid = {"B": (d.slot_rows * columns, columns, 1), "ranks": (group, 1), "scales": (group, 1)}
     if not d.embedding:
-        laid["A"] = (d.max_rank * factor, factor, 1)
+        laid["A"] = (d.slot_rows * factor, factor, 1)
     for name, strides in laid.items():
         tensor = getattr(bank, name)
         # It may show some siblings of the bank.

@@ -118,6 +118,7 @@ class TritonSpec:
             "N": self.out_features,
             "R": d.max_rank,
             "G": d.group,
+            "SPACING": d.slot_rows,
             "B_COLUMNS": d.columns,
             "PLANES": self.planes,
             "PARTS": tiles.parts,

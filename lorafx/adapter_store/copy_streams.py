@@ -72,21 +72,22 @@ class _Lane:
         self.users.update({slot: events[stream] for slot, stream in self._using.items()})
         self._using.clear()
 
-    def wait(self, slot: int) -> None:
-        user = self.users.get(slot)
-        if isinstance(user, torch.cuda.Stream):
-            self.stream.wait_stream(user)
-        elif user is not None:
-            self.stream.wait_event(user)
+    def wait(self, slots: Iterable[int]) -> None:
+        for user in dict.fromkeys(self.users[slot] for slot in slots if slot in self.users):
+            if isinstance(user, torch.cuda.Stream):
+                self.stream.wait_stream(user)
+            else:
+                self.stream.wait_event(user)
 
-    def copied(self, name: str, slot: int, host: Sequence[object]) -> None:
+    def copied(self, name: str, slots: Iterable[int], host: Sequence[object]) -> None:
         self._land()
-        self.copies[slot] = copy = _Copy(name, self.stream.record_event(), host)
+        copy = _Copy(name, self.stream.record_event(), host)
+        self.copies.update(dict.fromkeys(slots, copy))
         self._flying.append(copy)
 
     def pending(self, slots: Iterable[int]) -> list[_Copy]:
-        found = (self.copies.get(slot) for slot in slots)
-        return [copy for copy in found if copy is not None and not copy.done]
+        found = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
+        return [copy for copy in found if not copy.done]
 
     def _land(self) -> None:
         while self._flying and self._flying[0].event.query():
@@ -144,28 +145,40 @@ class CopyStreams:
                 for lane in self._lanes:
                     lane.used()
 
-    def copy(self, name: str, slot: int, write: Callable[[], Sequence[object]]) -> None:
-        """`write` launches copies into the slot, after its earlier uses, and returns their sources.
-        Raises as `refuse_captured`."""
+    def copy(
+        self,
+        name: str,
+        slots: Collection[int],
+        write: Callable[[], Sequence[object]],
+        behind: Collection[int],
+    ) -> None:
+        """`write` launches copies into `slots`, after earlier uses of the slots `behind`, and
+        returns their sources. Raises as `refuse_captured`."""
         self.refuse_captured([name])
         if self.beside:
             # An interrupt would leave the caller on the copy stream.
-            undisturbed(partial(self._copy, name, slot, write))
+            undisturbed(partial(self._copy, name, slots, write, behind))
         else:
-            self.use([slot])
+            self.use(behind)
             write()
 
-    def _copy(self, name: str, slot: int, write: Callable[[], Sequence[object]]) -> None:
+    def _copy(
+        self,
+        name: str,
+        slots: Collection[int],
+        write: Callable[[], Sequence[object]],
+        behind: Collection[int],
+    ) -> None:
         host: Sequence[object] = ()
         with self._lock, ExitStack() as streams:
             for lane in self._lanes:
-                lane.wait(slot)
+                lane.wait(behind)
                 streams.enter_context(torch.cuda.stream(lane.stream))
             try:
                 host = write()
             finally:  # a failed write may have launched copies
                 for lane in self._lanes:
-                    lane.copied(name, slot, host)
+                    lane.copied(name, slots, host)
 
     def _capturing(self) -> bool:
         capturing = bool(self._lanes) and torch.cuda.is_current_stream_capturing()

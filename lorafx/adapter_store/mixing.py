@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
+from lorafx.adapter_store.stored import (
+    HostCopy,
+    StoredAdapter,
+    host_copy,
+    next_version,
+    width_of,
+)
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
@@ -52,6 +58,7 @@ def mixed(
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
         HostCopy(factors),
+        width=width_of(groups, factors),
     )
 
 

@@ -157,7 +157,6 @@ def read_adapter(
         replaces_biases=state.config.bias != "none",
         compared=reading.compared,
         invocation=state.config.invocation,
-        keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
 
 

@@ -7,6 +7,9 @@
     hold      a replaced or unloaded version lives on under a private name
     sums      adapters made of loaded ones on demand, and forgotten with any of these
 
+An adapter of a rank over a slot's takes several slots in a row (lorafx.adapter_store.windows);
+weights of its own lie in a place of their own, of which there may be fewer than slots.
+
 Banks are written in place, so captured addresses stay valid. Everything is checked before the first
 write; a call that raises has changed nothing. A slot belongs to no adapter while it is written.
 """
@@ -37,6 +40,7 @@ from lorafx.adapter_store.stored import (
     measure,
     places_of,
 )
+from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
 
@@ -70,6 +74,10 @@ class AdapterStore:
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
+        rooms = [len(g.bank.own) for g in groups if g.bank.own is not None]
+        self._own_room = min(rooms, default=max_adapters)
+        self._own_places: dict[int, int] = {}  # slot -> place of its last own weights
         self._pinned: set[str] = set()
         self._holds: WeakSet[Hold] = WeakSet()
         self._kept: WeakSet[Kept] = WeakSet()
@@ -100,9 +108,18 @@ class AdapterStore:
             return frozenset(self._pinned)
 
     def fits(self, names: frozenset[str]) -> bool:
-        """Whether these adapters find slots together."""
+        """Whether these adapters find slots together, and room for weights of their own."""
         with self._lock:
-            return len(names | self._pinned_beside(names)) <= self.max_adapters
+            pinned = self._pinned_beside(names)
+            if self._count_owning(names | pinned) > self._own_room:
+                return False
+            widths = {name: self._width(name) for name in names | pinned}
+            kept = {name: slot for name, slot in self._slots.items() if name in pinned}
+            widest = max(widths.values(), default=0)
+            if not kept or widest < 2:
+                return sum(widths.values()) - widest < self.max_adapters
+            places = arranged(widths, kept, (), kept, self.max_adapters, self._widest)
+            return places is not None
 
     def check_known(self, name: str) -> None:
         with self._lock:
@@ -130,6 +147,14 @@ class AdapterStore:
         """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
+        with self._lock:
+            slot = self._slots.get(stored.name) if stored.name in self._pinned else None
+            if slot is not None and not self._has_room(slot, stored):
+                what = "its own weights" if stored.owned else f"{stored.width} slots in a row"
+                raise CapacityError(
+                    f"{stored.name!r} is pinned, and there is no room for {what} in its place; "
+                    "unpin it first"
+                )
         stored.tier = self.host
 
         def keep() -> None:
@@ -217,9 +242,10 @@ class AdapterStore:
         calls keep their contents. Raises UnknownAdapterError, CapacityError for too few free slots
         or ranks, ConfigError for an impossible sum."""
         with self._lock:
-            self.hits += self._give_slots(adapters_among(names), held)
+            wanted = adapters_among(names)
+            self.hits += self._give_slots(wanted, held)
             slots = [-1 if name is None or name == BASE else self._slots[name] for name in names]
-            self.copy_streams.use({slot for slot in slots if slot >= 0})
+            self.copy_streams.use({s for n in wanted for s in self._window(n, self._slots[n])})
             return slots
 
     def refresh_magnitudes(self) -> None:
@@ -238,8 +264,7 @@ class AdapterStore:
                     self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks, of adapters on the host ("host"), and of files that can be read again
-        ("disk")."""
+        """Bytes of the banks, of adapters on the host ("host"), and of their files ("disk")."""
         with self._lock:
             every = self._adapters.values()
             files = (s.origin.files.values() for s in every if s.origin is not None)
@@ -281,8 +306,8 @@ class AdapterStore:
         self._unmix(stored.name)
         self._retire(stored.name)
         slot = self._slots.pop(stored.name, None)
-        if slot is not None:
-            self._write(slot, stored.name, stored.numbers)
+        if slot is not None and self._has_room(slot, stored):  # else a call gives it another
+            self._write(slot, stored, stored.numbers)
             self._slots[stored.name] = slot
         self._adapters[stored.name] = stored
         stored.used, self.host.grown = self._next_use(), True
@@ -372,8 +397,11 @@ class AdapterStore:
         self._let_go()
         self._check_known(wanted)
         if len(wanted) > self.max_adapters:
-            raise _too_many(wanted, self.max_adapters)
+            raise _too_many(dict.fromkeys(wanted, 1), self.max_adapters)
         self._mix(wanted)
+        widths = {name: self._adapters[name].width for name in wanted}
+        if sum(widths.values()) - max(widths.values(), default=0) >= self.max_adapters:
+            raise _too_many(widths, self.max_adapters)
         missing = [name for name in wanted if name not in self._slots]
         if missing:
             self.copy_streams.refuse_captured(missing)
@@ -385,65 +413,141 @@ class AdapterStore:
     def _make_resident(
         self, missing: Sequence[str], wanted: Sequence[str], held: frozenset[int]
     ) -> None:
-        copies = [self._adapters[name].numbers for name in missing]
         pinned = self._pinned_beside(wanted)
         kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
         evictable = [name for name in self._slots if name not in kept.union(wanted)]
-        free = sorted(set(range(self.max_adapters)).difference(self._slots.values()))
-        lacking = max(0, len(missing) - len(free))
-        if lacking > len(evictable):
-            raise _no_slots(missing, kept.difference(wanted) or kept, self.max_adapters)
-        evicted = [self._slots.pop(name) for name in evictable[:lacking]]
+        evicted = self._owners_to_evict(missing, evictable)
+        slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
+        widths = {name: self._adapters[name].width for name in [*slots, *missing]}
+        evictable = [name for name in evictable if name not in evicted]
+        places = arranged(widths, slots, evictable, kept, self.max_adapters, self._widest)
+        if places is None:
+            lacking = {name: widths[name] for name in missing}
+            raise _no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
+        copies = {name: self._adapters[name].numbers for name in places}  # a file may be gone
+        taken = {slot for name, first in places.items() for slot in self._window(name, first)}
+        evicted += [n for n in evictable if not taken.isdisjoint(self._window(n, slots[n]))]
+        for name in [*evicted, *(name for name in places if name in slots)]:
+            del self._slots[name]
         self.evictions += len(evicted)
-        for name, copy, slot in zip(missing, copies, [*free, *evicted], strict=False):
+        for name, slot in places.items():
             self.loads += 1
             # Assigned afterwards: after a failure of the device the slot belongs to no adapter.
             stored = self._adapters[name]
-            self._write(slot, stored.name, copy)
+            self._write(slot, stored, copies[name])
             self._slots[name] = slot
             self.host.hits += not stored.reread
             stored.reread = False
 
-    def _write(self, slot: int, name: str, copy: HostCopy) -> None:
+    def _owners_to_evict(self, missing: Sequence[str], evictable: Sequence[str]) -> list[str]:
+        """The first of `evictable` that make room for the own weights of `missing`."""
+        lacking = self._count_owning([*missing, *self._slots]) - self._own_room
+        owners = [name for name in evictable if self._adapters[name].owned]
+        if lacking > len(owners):
+            owning = [name for name in missing if self._adapters[name].owned]
+            raise CapacityError(
+                f"no room for the own weights of {', '.join(owning)}: the banks hold those of at "
+                f"most {self._own_room} adapters at a time; compile with LoraConfig("
+                f"max_own_weights={self._own_room + lacking - len(owners)}), unpin adapters, or "
+                "split the batch"
+            )
+        return owners[: max(0, lacking)]
+
+    def _count_owning(self, names: Iterable[str]) -> int:
+        """How many of these replace weights; a sum does only as a single adapter at weight 1."""
+        parts = (
+            [member for member, weight in name.weights if weight]
+            if isinstance(name, Mixture)
+            else [name]
+            for name in names
+        )
+        return sum(any(self._adapters[name].owned for name in part) for part in parts)
+
+    def _width(self, name: str) -> int:
+        """The number of slots of an adapter; a sum not yet made takes at most its members'."""
+        if name in self._adapters:
+            return self._adapters[name].width
+        return sum(self._adapters[member].width for member in members(name))
+
+    def _window(self, name: str, slot: int) -> range:
+        return window(slot, self._adapters[name].width, self.max_adapters)
+
+    def _has_room(self, slot: int, stored: StoredAdapter) -> bool:
+        """Whether `slot` takes this version of an adapter beside all others."""
+        others = {name: first for name, first in self._slots.items() if name != stored.name}
+        taken = {s for name, first in others.items() for s in self._window(name, first)}
+        owning = self._count_owning(others) + bool(stored.owned)
+        free = taken.isdisjoint(window(slot, stored.width, self.max_adapters))
+        return free and owning <= self._own_room
+
+    def _write(self, slot: int, stored: StoredAdapter, copy: HostCopy) -> None:
+        """Write an adapter that `_slots` does not have at this time."""
+        slots = behind = window(slot, stored.width, self.max_adapters)
+        place = 0
+        if stored.owned:
+            owners = [first for name, first in self._slots.items() if self._adapters[name].owned]
+            taken = {self._own_places[first] for first in owners}
+            place = self._own_places[slot] = min(set(range(self._own_room)) - taken)
+            behind = range(self.max_adapters)  # the place may have been any slot's
         if self._aside is not None:
-            self._written.add(slot)
+            self._written.update(behind)
 
         def write() -> list[object]:
             sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                sources += group.bank.write(slot, copy.factors.get(g, ()), copy.own.get(g))
+                factors, own = copy.factors.get(g, ()), copy.own.get(g)
+                sources += group.bank.write(slot, factors, own, place)
             return sources
 
-        self.copy_streams.copy(name, slot, write)
+        self.copy_streams.copy(stored.name, slots, write, behind)
 
     def _put_back(self) -> None:
         if self._aside is None:
             return
         self._adapters, slots, self._pinned = self._aside
-        self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
-        for name, slot in list(slots.items()):
-            if slot in self._written:
-                copy = self._adapters[name].host
-                if copy is None:
-                    del slots[name]  # a file is not read here: other threads wait
-                else:
-                    self._write(slot, name, copy)
+        touched = {
+            name
+            for name, slot in slots.items()
+            if not self._written.isdisjoint(self._window(name, slot))
+        }
+        self._slots = OrderedDict((n, s) for n, s in slots.items() if n not in touched)
+        for name in touched:
+            stored = self._adapters[name]
+            if stored.host is None:
+                del slots[name]  # a file is not read here: other threads wait
+            else:
+                self._write(slots[name], stored, stored.host)
+                self._slots[name] = slots[name]
         self._slots, self._aside = slots, None
         self._written.clear()
 
 
-def _too_many(wanted: Sequence[str], slots: int) -> CapacityError:
+def _too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
+    """The adapters of a batch, with the slots that each takes, are more than the slots."""
+    if len(wanted) > slots:
+        return CapacityError(
+            f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+            f"there are only {slots} slots; split the batch, or compile "
+            f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
+            "serves requests in turn where each finds slots beside pinned adapters"
+        )
+    needed = sum(wanted.values()) - max(wanted.values()) + 1
+    widths = ", ".join(f"{name} {width}" for name, width in wanted.items())
     return CapacityError(
-        f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
-        f"there are only {slots} slots; split the batch, or compile "
-        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
-        "serves requests in turn where each finds slots beside pinned adapters"
+        f"the adapters of the batch take {needed} slots by their ranks ({widths}; one of them may "
+        f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
+        f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
     )
 
 
-def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
+def _no_slots(missing: Mapping[str, int], kept: Iterable[str], slots: int) -> CapacityError:
+    """The other slots are `kept`; `missing` has the slots of each."""
+    lacking = ", ".join(
+        name if width == 1 else f"{name} ({width} slots in a row)"
+        for name, width in missing.items()
+    )
     return CapacityError(
-        f"no slots for {', '.join(missing)}: {slots} slots, of which "
+        f"no slots for {lacking}: {slots} slots, of which "
         f"those of {', '.join(sorted(kept))} are pinned, or used by the call around this one; "
         "unpin_adapter() some, split the batch, or "
         "compile with a larger LoraConfig(max_adapters=...)"

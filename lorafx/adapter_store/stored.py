@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.errors import CapacityError, CheckpointError, LorafxError, way_out_by
@@ -74,7 +74,6 @@ class Adapter:
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
-    keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def extras(self) -> dict[When, tuple[str, ...]]:
@@ -110,7 +109,7 @@ class StoredAdapter:
         extras: sites with `EXTRAS`, by their names.
         origin: the files that it was read from, with the settings given; None in memory and hubs.
         compared: as in `Adapter`.
-        keys: as in `Adapter`.
+        width: how many slots it takes in a row.
         tier: what reads its files again.
         used: greater where it was looked for later.
         reread: it was read again, and has not been written into a slot since.
@@ -126,7 +125,7 @@ class StoredAdapter:
     invocation: tuple[int, ...] = ()
     origin: Origin | None = None
     compared: bool = False
-    keys: Mapping[str, Size] = field(default_factory=dict)
+    width: int = 1
     tier: HostTier | None = None
     used: int = 0
     reread: bool = False
@@ -293,8 +292,14 @@ def fitted(
         invocation=adapter.invocation,
         origin=origin,
         compared=adapter.compared,
-        keys=adapter.keys,
+        width=width_of(groups, factors),
     )
+
+
+def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
+    """How many slots an adapter with these factors by group takes in a row."""
+    widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
+    return max(widths, default=1)
 
 
 def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group]) -> None:

@@ -2,44 +2,61 @@
 
     y[b] = f(x; W + s·B A of names[b])[b]    beside    outputs with the graphs after each pass
 
-The first pass whose graphs give other outputs is wrong, and its changes to the first differing
-value lead to the site.
+The first pass whose graphs give other outputs is wrong. Between two stages, common nodes have equal
+values as long as the pass is right; the first that differs leads back to the site through the nodes
+that the pass made.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import pickle
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.saved import AdapterSource, opened
-from lorafx.adapter_store.stored import StoredAdapter
-from lorafx.bisection.first_site import CompiledParts, FirstSite, Run, between, recorded
+from lorafx.capture.record import Stage
 from lorafx.capture.verify import TOLERANCE, difference
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
-from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.report import Report, Table, written_into
-from lorafx.model.marks import detach
+from lorafx.inspection.report import Report, Table
+from lorafx.ownership.flow import module_path
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
 from lorafx.torch_internals.graph_parts import tree_leaves
 
-_RIGHT = (
-    "compiled once more as the passes before outline left them, the graphs are right: "
-    "Options(passes={'outline': False}) goes without it"
-)
+#: A node and the index of a result, None for all.
+Source = tuple[fx.Node, int | None]
+
+
+@dataclass(frozen=True)
+class FirstSite:
+    """Where values first differ.
+
+    Attributes:
+        paths: the sites; several where a node computes them together.
+        node, where: the node with the difference, its module and source line.
+        error: max |got − want| / max(1, max |want|) of that node's value.
+        behind: whether the node only computes with the site's result.
+    """
+
+    paths: tuple[str, ...]
+    node: str
+    where: str
+    error: float
+    behind: bool = False
+
+    def __str__(self) -> str:
+        sites = ", ".join(self.paths) or "no site"
+        seen = "behind it, at" if self.behind else "at"
+        return f"{sites}: {seen} node {self.node}{self.where}, difference {self.error:.3g}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,6 @@ class Bisection(Report):
         stages: errors by pass from `provenance` on, in order.
         first: the first pass with errors over the tolerance, if any.
         notes: what could not be checked, and why.
-        script: a program that shows the difference, if wanted.
     """
 
     tolerance: float
@@ -69,10 +85,6 @@ class Bisection(Report):
     first: str | None = None
     site: FirstSite | None = None
     notes: tuple[str, ...] = ()
-    script: Path | None = None
-
-    def derived(self) -> dict[str, Any]:
-        return {"script": None if self.script is None else str(self.script)}
 
     @property
     def heading(self) -> str:
@@ -95,8 +107,7 @@ class Bisection(Report):
         return [Table("", ("after", "error", ""), rows)]
 
     def notes_as_lines(self) -> list[str]:
-        lines = [f"note: {note}" for note in self.notes]
-        return lines + ([f"reproduced by: python {self.script}"] if self.script else [])
+        return [f"note: {note}" for note in self.notes]
 
 
 def bisect(
@@ -105,15 +116,14 @@ def bisect(
     adapter_names: Sequence[str | None],
     *,
     tolerance: float | None = None,
-    folder: str | os.PathLike[str] | None = None,
 ) -> Bisection:
     """Find the first pass, then the first site, at which a compiled model's answers are wrong.
 
     The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
     weights are restored bit for bit. The graphs are captured again and run operator by operator
     after each pass from `provenance` on, the first that knows rows; if these are right and the
-    answers are not, they are recompiled, cut off behind a site. Serving graphs are unaffected;
-    other calls wait. Needs twice the memory of the graph's values.
+    answers are not, the lowering is wrong. Serving graphs are unaffected; other calls wait. Needs
+    twice the memory of the graph's values.
 
     Args:
         model: a model from `lorafx.compile`.
@@ -121,14 +131,12 @@ def bisect(
         adapter_names: an adapter for each request, None for the base; no sums.
         tolerance: the largest acceptable relative error; default: by dtype, 1e-4 for float32,
             2e-2 for float16, 6e-2 for bfloat16.
-        folder: receives a program that shows the difference, if there is one.
 
     Returns:
         A `Bisection`; `first` is None where nothing is wrong.
 
     Raises:
-        ConfigError: not a compiled model, a merged adapter, a sum of adapters, an unusable or
-            non-empty `folder`, or a program that cannot be written.
+        ConfigError: not a compiled model, a merged adapter, or a sum of adapters.
         BatchError: `adapter_names` does not fit the batch, or no output has a row for each request.
         MatchError: an adapter cannot be merged, so there is no reference.
 
@@ -140,12 +148,6 @@ def bisect(
             f"bisect() takes what lorafx.compile returned, and this is a {type(model).__name__}"
         )
     names = _names(compiled, adapter_names)
-    target = None if folder is None else Path(folder)
-    if target is not None:
-        with written_into(target):
-            full = any(target.iterdir())
-        if full:
-            raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
     roles = compiled.entry(compiled.model).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
@@ -161,14 +163,7 @@ def bisect(
         )
     if tolerance is None:
         tolerance = max(TOLERANCE.get(leaf.dtype, 1e-4) for leaf in want)
-    found = _Search(compiled, named, names, want, tolerance).run()
-    if target is not None and found.first is None:
-        target.rmdir()
-    elif target is not None:
-        with written_into(target):
-            script = _write(target, compiled, named, names, tolerance)
-            found = replace(found, script=script)
-    return found
+    return _Search(compiled, named, names, want, tolerance).run()
 
 
 def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
@@ -232,7 +227,7 @@ class _Search:
         notes: list[str] = []
         served = self._error()
         first, site = None, None
-        with replayed(self.compiled) as replay:
+        with replayed(self.compiled._entries) as replay:
             start = Provenance.name if Provenance.name in replay.names else Match.name
             checked = replay.names[replay.names.index(start) :]
             errors = []
@@ -249,15 +244,11 @@ class _Search:
                 site = between(before, self._runs(replay, first), self.tolerance)
             elif served > self.tolerance:
                 first = f"lowering ({self.compiled._session.program.options.lowering})"
-                parts = CompiledParts(replay.lowering, self.tolerance)
-                with replay.running(replay.flat, parts.run):
-                    self._call()
-                site = parts.site
-                notes += [
+                notes.append(
                     "the graphs after all passes are right, run operator by operator. "
-                    "Options(plan={path: 'aten'}) takes single sites out of the generated code",
-                    *(parts.notes or [_RIGHT]),
-                ]
+                    "Options(plan={path: 'aten'}) takes single sites out of the generated code, "
+                    "Options(passes={'outline': False}) compiles each layer by itself"
+                )
         return Bisection(self.tolerance, served, tuple(errors), first, site, tuple(notes))
 
     def _call(self) -> list[Tensor]:
@@ -280,79 +271,106 @@ class _Search:
         return runs
 
 
-_SCRIPT = '''"""Shows a difference that lorafx.bisect has found; exits with 1 where it is there."""
-
-import sys
-from pathlib import Path
-
-import torch
-
-import lorafx
-
-sys.path += {paths}  # where the model's classes and passes were imported from
-case = torch.load(Path(__file__).with_name("case.pt"), weights_only=False)
-found = lorafx.bisect(lorafx.compile(**case["compile"]), **case["bisect"])
-print(found)
-sys.exit(0 if found.first is None else 1)
-'''
+# --- the first site ---
 
 
-def _write(
-    folder: Path,
-    compiled: CompiledModel,
-    inputs: Mapping[str, Any],
-    names: Sequence[str | None],
-    tolerance: float,
-) -> Path:
-    """Write a program that shows the difference into `folder`, with the model, its options, inputs
-    and adapters in case.pt beside it. Raises ConfigError for an unpicklable model or pass, or an
-    adapter without file."""
-    program, store = compiled._session.program, compiled._session.store
-    options = {
-        item.name: getattr(program.options, item.name)
-        for item in fields(program.options)
-        if item.name not in ("cache", "dump", "verify")
-    }
-    passes = [item.run for item in program.options.passes.values() if isinstance(item, After)]
-    if any(
-        item.__module__ == "__main__" for item in (*map(type, program.model.modules()), *passes)
-    ):
-        raise ConfigError(
-            "what is defined in the program that runs, or in a notebook, cannot be found by "
-            "another program; put models and passes into a module of their own"
-        )
-    model = copy.deepcopy(program.model)
-    detach(model)
-    case = {
-        "compile": {
-            "model": model,
-            "lora_config": program.config,
-            "adapters": {name: _adapter(store[name]) for name in names if name is not None},
-            "options": {**options, "passes": dict(program.options.passes)},
-        },
-        "bisect": {"inputs": inputs, "adapter_names": names, "tolerance": tolerance},
-    }
-    try:
-        torch.save(case, folder / "case.pt")
-    except (pickle.PicklingError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(
-            f"the case cannot be written for a reproduction ({error}): models and passes have to "
-            "be at the top level of a module that can be imported"
-        ) from error
-    script = folder / "repro.py"
-    paths = [str(Path(path).absolute()) for path in sys.path]
-    script.write_text(_SCRIPT.format(paths=paths))
-    return script
+@dataclass
+class Run:
+    """The values of a stage's nodes in a call of its graph."""
+
+    stage: Stage
+    values: dict[str, Tensor]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.stage.graph.graph
+
+    @property
+    def returned(self) -> list[fx.Node]:
+        return list(self.graph.output_node().all_input_nodes)
 
 
-def _adapter(stored: StoredAdapter) -> AdapterSource:
-    """The adapter with what its files hold."""
-    origin = stored.origin
-    source = AdapterSource(stored.source) if origin is None else origin.source
-    if origin is None and not Path(stored.source).exists():
-        raise ConfigError(
-            f"adapter {stored.name!r} came from memory ({stored.source}); load it from a folder, "
-            "so that a reproduction can have its files"
-        )
-    saved = opened(source)
-    return replace(source, source=replace(saved, tensors=dict(saved.tensors), origin=None))
+class _Values(fx.Interpreter):
+    """Copies each tensor when it is made: later operators may overwrite it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "placeholder":
+            self.seen[n.name] = value.clone()
+        return value
+
+
+def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
+    """The results of a stage; appends the values of its nodes to `runs`."""
+    values = _Values(stage.graph)
+    results = values.run(*given)
+    runs.append(Run(stage, values.seen))
+    return results
+
+
+def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
+    """The first difference between runs of the same calls: of common, else of returned nodes."""
+    for good, bad in zip(before, after, strict=False):
+        pairs = [(node.name, node) for node in bad.graph.nodes]
+        pairs += [(was.name, now) for was, now in zip(good.returned, bad.returned, strict=False)]
+        for name, node in pairs:
+            if name in good.values and node.name in bad.values:
+                error = difference(bad.values[node.name], good.values[name])
+                if error > tolerance:
+                    return _led_to(node, good, bad, error)
+    return None
+
+
+def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
+    """The site of a wrong value: among the pass's new nodes, else the node's, else an operand's."""
+    names = {other.name for other in good.graph.nodes}
+
+    def known(other: fx.Node) -> bool:
+        return other.name in names
+
+    sources = list(_sources(node, None))
+    made = [source for source in sources if not (known(node) and known(source[0]))]
+    paths = _nearest(made, bad.stage, known) or bad.stage.paths(node)
+    behind = not paths
+    if behind:
+        paths = _nearest(made or sources, bad.stage, lambda _: False)
+    return FirstSite(paths, node.name, _where(node), error, behind and bool(paths))
+
+
+def _nearest(
+    starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
+) -> tuple[str, ...]:
+    """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
+    pending, seen = deque(starts), {node for node, _ in starts}
+    while pending:
+        node, index = pending.popleft()
+        paths = stage.paths(node)
+        if paths:
+            return paths[index : index + 1] if index is not None and index < len(paths) else paths
+        if ends(node):
+            continue
+        for source in _sources(node, index):
+            if source[0] not in seen:
+                seen.add(source[0])
+                pending.append(source)
+    return ()
+
+
+def _sources(node: fx.Node, index: int | None) -> Iterator[Source]:
+    if node.target is getitem:
+        source: Any = node.args[0]
+        yield source, int(node.args[1])  # type: ignore[arg-type]
+        return
+    for source in node.all_input_nodes:
+        yield source, index if len(node.all_input_nodes) == 1 else None
+
+
+def _where(node: fx.Node) -> str:
+    path = module_path(node)
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+    source = [line for line in lines if line.strip("^~ ")]
+    return (f" in {path}" if path else "") + (f" (`{source[-1]}`)" if source else "")

@@ -158,7 +158,7 @@ class Backend:
         finally:
             if self.recorded is not None:
                 self.recorded(record)
-        if self.replay is None:
+        if self.replay is None and dump_folder(program.options) is None:
             record.stages = []
         return executable
 

@@ -6,9 +6,8 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -22,7 +21,6 @@ from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
 from lorafx.capture.backend import Backend
-from lorafx.capture.record import GraphRecord
 from lorafx.compiled_model.as_module import AsModule, refusing_backward, signature_of
 from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import warm_up
@@ -32,7 +30,6 @@ from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.inspection.explanation import Explanation, explained
 from lorafx.inspection.profile import Profile, profiled
-from lorafx.inspection.replay import MadeCall, captured_again
 from lorafx.inspection.report import written_into
 from lorafx.inspection.viewer.dump import Dump, Dumps
 from lorafx.inspection.why import Why, why
@@ -47,7 +44,7 @@ from lorafx.progress import progress
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import asked_name, load_adapter, unloading
-from lorafx.runtime.requests import LastCall, Requests, check_tensors, checked_names, requests_of
+from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Resting, Session
 from lorafx.runtime.sharing import join, leave
@@ -106,10 +103,6 @@ class CompiledModel(AsModule):
         self._disabling: list[list[str | None]] = []
         #: Whether users call the model that was given (`lorafx.attach`), and not this object.
         self.attached = False
-        # In containers: an attribute of a module takes a microsecond to set.
-        self._last_calls: dict[str, MadeCall] = {}
-        #: Those that captured graphs.
-        self._capturing_calls: list[MadeCall] = []
         try:
             join(self._session)
         except BaseException:
@@ -163,10 +156,7 @@ class CompiledModel(AsModule):
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
             return self._session.call(partial(self._run_forward, args, kwargs), requests)
 
-        given = {"adapter_names": adapter_names, "adapter_slots": adapter_slots}
-        made = MadeCall("forward", LastCall.of(args, kwargs), given)
-        run = partial(in_waves, self._entries, call, args, kwargs, requests)
-        return refusing_backward(self._noted(made, run))
+        return refusing_backward(in_waves(self._entries, call, args, kwargs, requests))
 
     @untraced
     def generate(
@@ -192,21 +182,7 @@ class CompiledModel(AsModule):
 
             return self._session.call(run, requests)
 
-        made = MadeCall("generate", LastCall.of(args, kwargs), {"adapter_names": adapter_names})
-        run = partial(in_waves, self._entries, call, args, kwargs, requests, generates=True)
-        return self._noted(made, run)
-
-    def _noted(self, made: MadeCall, run: Callable[[], Any]) -> Any:
-        """What `run` returns, which makes the call. Calls of a replay are not noted."""
-        if self._session.backend.replay is not None:
-            return run()
-        records = self._session.backend.records
-        captured = len(records)
-        self._last_calls[made.method] = made
-        result = run()
-        if len(records) != captured:
-            self._capturing_calls.append(made)
-        return result
+        return in_waves(self._entries, call, args, kwargs, requests, generates=True)
 
     def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The model's forward for the requests of the running call; the model's call, where hooks
@@ -222,21 +198,6 @@ class CompiledModel(AsModule):
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, method=method)
 
-    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Capture the graphs for this call, without adapters and with them, by running it both
-        ways."""
-        self._entries.check_attached()
-        session = self._session
-
-        def both() -> None:
-            entry = self.entry(self.model)
-            entry(*args, **kwargs)
-            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
-
-        with session.lock:
-            warming = session.running._replace(warming=True)
-            session.note(warming, lambda: session.call(both, Requests((None,), alike=True)))
-
     def warmup(
         self,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -248,17 +209,15 @@ class CompiledModel(AsModule):
         """Capture and compile every graph that serving will need, so that no request waits for it.
 
         It runs the model's forward, once more with the returned cache and one further token, and
-        `generate`: each for every batch size and length, with no adapter, with one, and with a mix.
-        Dummy adapters stand in for those to come; graphs do not depend on which adapters a batch
-        has. Afterwards adapters, the default, slots, pins, random states and the buffers of the
-        model are as before, even when this raises. Other calls wait. It takes as long as compiling
-        does: 6 graphs for a causal language model on a CPU, and more where one request and calls
-        without an adapter have graphs of their own, as on a GPU.
+        `generate`: each for every batch size and length, with no adapter, with one, and with a mix
+        of dummy adapters. Afterwards adapters, the default, slots, pins, random states and the
+        buffers of the model are as before, even when this raises. Other calls wait. It takes as
+        long as compiling does: 6 graphs for a causal language model on a CPU, more on a GPU.
 
         Args:
-            example_inputs: keyword arguments (or positional ones) of a call, or a list of such
-                calls; a graph serves calls with the same arguments. Without them the calls have
-                token ids and an attention mask, made from the model's configuration.
+            example_inputs: keyword arguments (or positional ones) of a call; a graph serves calls
+                with the same arguments. Without them the calls have token ids and an attention
+                mask, made from the model's configuration.
             batch_sizes: numbers of requests. A batch of one request is captured by itself. All
                 others share one graph, whose Triton kernels are planned for the first of them: give
                 the sizes that you will serve.
@@ -416,7 +375,7 @@ class CompiledModel(AsModule):
         return self._session.store.names
 
     def list_adapters(self) -> list[str]:
-        """Names of the loaded adapters, in order of loading."""
+        """As `adapters`."""
         return list(self._session.store.names)
 
     @property
@@ -677,10 +636,9 @@ class CompiledModel(AsModule):
         packed qkv_proj): whether it carries LoRA and by which rule, what an adapter has for it, in
         which graphs it is and how, and what refuses it.
 
-        With `adapter` it also says which keys of the file are for the module, the norm of ΔW and by
+        With `adapter` it also says the norm of ΔW, and with `inputs`, the arguments of a call, by
         how much the adapter changes what the module returns: ‖delta‖ / ‖y‖ in one eager run of the
-        model with this adapter for all requests, on `inputs`, the arguments of a call, or on the
-        last batch if that is still there. `str()` is text, `json()` has the values.
+        model with this adapter for all requests. `str()` is text, `json()` has the values.
 
         Raises:
             ConfigError: there is no such module; the error names the nearest paths.
@@ -692,8 +650,7 @@ class CompiledModel(AsModule):
         session = self._session
         session.refuse_running("why()")
         with session.lock:
-            made = self._last_calls.get("forward")
-            return why(session, path, adapter, call, made and made.arguments)
+            return why(session, path, adapter, call)
 
     def profile(
         self,
@@ -712,53 +669,32 @@ class CompiledModel(AsModule):
         what a call raises.
         """
         self._entries.check_attached()
-        return profiled(self, inputs, list(adapter_names), calls)
+        return profiled(self._entries, self, inputs, list(adapter_names), calls)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write the graphs, before and after each pass, as text and as diffs, with the code that
         was generated for them, `explain.txt`, and `index.html`, which shows all of it in a browser
         (docs/look_inside.md).
 
-        The calls that captured them, and the last one, are made once more for that, operator by
-        operator, with ones for arguments that are gone. Of graphs whose calls cannot be made again
-        (they had a cache, say) only the generated code is written, and a warning says so. Raises
-        ConfigError if the folder cannot be made, or written to.
+        Graphs are kept after each pass only where `Options(dump=...)` or LORAFX_DUMP asked for it
+        when they were compiled. Of others the generated code alone is written, and a warning says
+        so. Raises ConfigError if the folder cannot be made, or written to.
         """
         target, unseen = Path(folder), list[str]()
         with written_into(target), self._session.lock:
             dump = Dump(target, self._session.program)
-            for record in self._with_stages():
+            for record in self._session.backend.records:
                 unseen += [] if record.stages else [record.title]
                 dump.add(record)
             dump.write(self.explain())
         if unseen:
             warnings.warn(
-                f"{target} has no stages of {some(unseen)}, because the calls that captured these "
-                "cannot be made again: LORAFX_DUMP, or Options(dump=...), writes graphs as they "
-                "are compiled",
+                f"{target} has no stages of {some(unseen)}, which were not kept: LORAFX_DUMP, or "
+                "Options(dump=...), writes graphs after each pass as they are compiled",
                 LorafxWarning,
                 stacklevel=2,
             )
         return target
-
-    def _with_stages(self) -> list[GraphRecord]:
-        """The records of the graphs, with the stages of those whose calls can be made again."""
-        records = self._session.backend.records
-        calls = [*self._capturing_calls, *self._last_calls.values()] if records else []
-        again = captured_again(self, calls)
-        found = []
-        for record in records:
-            alike = (
-                other for other in again if (other.form, other.lora) == (record.form, record.lora)
-            )
-            same = next(alike, None)
-            if same is not None:
-                again.remove(same)
-                record = replace(
-                    record, stages=same.stages, sizes=same.sizes, outlined=same.outlined
-                )
-            found.append(record)
-        return found
 
     def __repr__(self) -> str:
         lines = explained(self._session, quick=True).summary

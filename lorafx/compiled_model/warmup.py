@@ -25,7 +25,7 @@ from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceErro
 from lorafx.generation.alora import any_begins
 from lorafx.model.sites import Site
 from lorafx.progress import progress
-from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_examples
+from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_example
 from lorafx.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -59,25 +59,21 @@ def warm_up(
         if example_inputs is None:
             device = session.program.runtime.device
             example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
-            examples: tuple[Example, ...] = (example,)
         else:
-            examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
+            example = given_example(compiled.entry(compiled.model).roles, example_inputs)
         settings = _generation(compiled.model, generate)
         runs: dict[str, Callable[[Example, NameList], None]] = {}
         if generate is None or generate is False:
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
-        count = min(2, config.max_adapters)
+        width = -(-rank // (config.slot_rank or config.max_rank))
+        count = 2 if config.max_adapters > width else 1  # as many as find slots together
         dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
         if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
         # Those of one request last: a graph of several may serve one, not the other way round.
-        variants = [
-            variant
-            for example in examples
-            for variant in sorted(example.variants(*sizes), key=lambda v: v.rows == 1)
-        ]
+        variants = sorted(example.variants(*sizes), key=lambda variant: variant.rows == 1)
         calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
 
         def run() -> None:

@@ -98,25 +98,40 @@ def in_waves(
 
 
 def waves_of(store: AdapterStore, names: Names) -> list[list[int]] | None:
-    """Which rows, with adapters of these names, run together; None where all do, or no slot is
-    free of pinned adapters.
+    """Which rows, with adapters of these names, run together; None where all do, or one of them
+    finds no room beside pinned adapters.
 
-    There are as few waves as the slots allow, with about as many adapters each, so that no wave is
+    There are as few waves as room allows, with about as many adapters each, so that no wave is
     left with a single row, which has a graph of its own. Adapters that have slots come first:
     later waves may take those over.
     """
     every, pinned = frozenset(adapters_among(names)), store.pinned
-    free = store.max_adapters - len(pinned)
-    if store.fits(every) or free < 1:
+    apart = every - pinned
+    if store.fits(every) or not all(store.fits(frozenset({name})) for name in apart):
         return None
     resident = store.resident
-    apart = sorted(every - pinned, key=lambda name: name not in resident)
-    share = -(-len(apart) // -(-len(apart) // free))
-    wave_of = {name: place // share for place, name in enumerate(apart)}
-    waves: list[list[int]] = [[] for _ in range(-(-len(apart) // share))]
+    order = sorted(apart, key=lambda name: (name not in resident, str(name)))
+    parts = _parted(store, order, len(order))
+    even = _parted(store, order, -(-len(order) // len(parts)))
+    parts = even if len(even) == len(parts) else parts
+    wave_of = {name: number for number, part in enumerate(parts) for name in part}
+    waves: list[list[int]] = [[] for _ in parts]
     for row, name in enumerate(names):
         waves[wave_of.get(name, 0) if name else 0].append(row)
     return waves
+
+
+def _parted(store: AdapterStore, names: Sequence[str], most: int) -> list[frozenset[str]]:
+    """The names in order, at most so many together, in the first part where they find room."""
+    parts: list[frozenset[str]] = []
+    for name in names:
+        for number, part in enumerate(parts):
+            if len(part) < most and store.fits(part | {name}):
+                parts[number] |= {name}
+                break
+        else:
+            parts.append(frozenset({name}))
+    return parts
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:

@@ -199,6 +199,7 @@ class Explanation(Report):
         adapter_bytes: of an adapter of the largest rank on all sites.
         lowering: how its graphs become code.
         slots, max_rank: adapters on the device, and their largest rank.
+        slot_rank: the rank of a single slot, where slots share room.
         room: "DoRA's scales", "biases", "weights of adapters' own", if banks have room for them.
         shortcuts_off: names of disabled shortcuts -> reasons.
         prepared: results of the passes over the model; `notes` are their lines.
@@ -214,6 +215,7 @@ class Explanation(Report):
     max_rank: int
     weight_bytes: int
     adapter_bytes: int
+    slot_rank: int | None = None
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
@@ -264,6 +266,7 @@ class Explanation(Report):
 
     def sections(self) -> list[tuple[str, Iterable[str]]]:
         banks = f"banks: {len(self.banks)}, {self.slots} slots of rank up to {self.max_rank}"
+        banks += f", room for rank {self.slot_rank} in each" if self.slot_rank else ""
         noted = (note for item in self.prepared if item.name in _SELECTING for note in item.notes)
         by_parent = (
             (bank.parent, f"[{', '.join(bank.names)}], {size(bank.nbytes)}") for bank in self.banks
@@ -403,6 +406,7 @@ def _of_model(
         max_rank=config.max_rank,
         weight_bytes=sum(map(stored_bytes, model.parameters())),
         adapter_bytes=sum(factors),
+        slot_rank=config.slot_rank,
         room=room_of(groups),
         passes=tuple(str(pipeline(options)).splitlines()),
         prepared=tuple(prepared),

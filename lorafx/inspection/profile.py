@@ -26,7 +26,7 @@ from lorafx.adapter_store.names import BASE
 from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
-from lorafx.inspection.replay import Replay, Staged, replayed
+from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.report import Report, Table, over
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.module_graph import joined, shape_of
@@ -34,7 +34,9 @@ from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.program.weight_uses import is_grouped
+from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.example_inputs import named_inputs
+from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -230,32 +232,39 @@ class _Measured(fx.Interpreter):
 
 
 Nodes = Iterator[ProfiledNode]
+#: Serves a call with these arguments.
+_Call = Callable[[Mapping[str, Any]], None]
 
 
 def profiled(
-    compiled: Staged,
+    entries: CompiledForwards,
+    serve: Callable[..., Any],
     inputs: Mapping[str, Any] | Sequence[Any],
     names: Sequence[str | None],
     calls: int,
 ) -> Profile:
-    """See `CompiledModel.profile`."""
+    """See `CompiledModel.profile`, whose calls `serve` makes."""
     if not isinstance(calls, int) or calls < 1:
         raise ConfigError(f"calls = {calls!r}: at least one call is measured")
-    named = named_inputs(compiled.entry(compiled.model).roles, inputs)
+    named = named_inputs(entries.of(entries.model).roles, inputs)
     adapters = [name for name in dict.fromkeys(names) if name not in (None, BASE)]
     if not adapters:
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
-    program = compiled._session.program
+    program = entries.session.program
     device = program.runtime.device
-    served = _served(compiled, named, names, calls)
-    with replayed(compiled) as replay:
-        graphs = _measured(compiled, replay, named, names, calls)
-        floors = _Floors(compiled, adapters)
+
+    def call(given: Mapping[str, Any]) -> None:
+        serve(**given, adapter_names=list(names))
+
+    served = _served(call, named, device, calls)
+    with replayed(entries) as replay:
+        graphs = _measured(call, named, replay, device, calls)
+        floors = _Floors(entries.session, adapters)
         nodes = [node for graph in graphs for node in graph.nodes(calls, floors.of)]
     operators = sum(sum(graph.seconds.values()) for graph in graphs) / calls
     reached = {path for node in nodes for path in node.paths}
     return Profile(
-        model=type(compiled.model).__name__,
+        model=type(entries.model).__name__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         lowering=program.options.lowering,
         rows=len(names),
@@ -265,7 +274,7 @@ def profiled(
         operators=operators,
         others=operators - sum(node.whole for node in nodes),
         nodes=tuple(nodes),
-        unreached=tuple(site.path for site in compiled.sites if site.path not in reached),
+        unreached=tuple(site.path for site in program.sites if site.path not in reached),
         notes=tuple(_notes(nodes)),
     )
 
@@ -278,16 +287,14 @@ def _notes(nodes: Sequence[ProfiledNode]) -> Iterator[str]:
     yield "sites' times are of operators run one by one; as served, Inductor fuses those between"
 
 
-def _served(
-    compiled: Staged, inputs: Mapping[str, Any], names: Sequence[str | None], calls: int
-) -> float:
+def _served(call: _Call, inputs: Mapping[str, Any], device: torch.device, calls: int) -> float:
     """Median seconds of a call, after one that compiles."""
-    device, times = compiled._session.program.runtime.device, []
+    times = []
     for _ in range(calls + 1):
-        given = copy.deepcopy(dict(inputs))
+        given = copy.deepcopy(inputs)
         _wait(device)
         start = time.perf_counter()
-        compiled(**given, adapter_names=names)
+        call(given)
         _wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
@@ -299,31 +306,23 @@ def _wait(device: torch.device) -> None:
 
 
 def _measured(
-    compiled: Staged,
-    replay: Replay,
-    inputs: Mapping[str, Any],
-    names: Sequence[str | None],
-    calls: int,
+    call: _Call, inputs: Mapping[str, Any], replay: Replay, device: torch.device, calls: int
 ) -> list[_Measured]:
     """The graphs of a call, run operator by operator under torch.profiler."""
     graphs: dict[Stage, _Measured] = {}
-    device = compiled._session.program.runtime.device
     on_gpu = device.type == "cuda"
-
-    def call() -> None:
-        compiled(**copy.deepcopy(dict(inputs)), adapter_names=list(names))
 
     def run(stage: Stage, given: Sequence[Any]) -> Any:
         return graphs.setdefault(stage, _Measured(stage, len(graphs))).run(*given)
 
-    call()  # captures
+    call(copy.deepcopy(inputs))  # captures
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with (
         replay.running(replay.apart, run),
         recorded_events(activities=activities, acc_events=True) as profiler,
     ):
         for _ in range(calls):
-            call()
+            call(copy.deepcopy(inputs))
         _wait(device)
     found = list(graphs.values())
     for event in profiler.events() or ():
@@ -394,9 +393,8 @@ def _before(node: fx.Node) -> Sequence[fx.Node]:
 class _Floors:
     """Least traffic of sites with the adapters of a batch: 1 + bytes of A and B / bytes of W."""
 
-    def __init__(self, compiled: Staged, adapters: Sequence[str]) -> None:
-        session = compiled._session
-        self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
+    def __init__(self, session: Session, adapters: Sequence[str]) -> None:
+        self.sites: dict[str, Site] = {site.path: site for site in session.program.sites}
         self.factors: dict[str, int] = {}
         for name in adapters:
             for index, factors in session.store[name].numbers.factors.items():

@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.peft_keys import parse
-from lorafx.adapter_store.places import ExpertPlace, Places, SavedMeaning, SiteLanding
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, LorafxError, nearest, some
+from lorafx.errors import ConfigError, nearest, some
 from lorafx.inspection.delta_norms import deltas_of
 from lorafx.inspection.explanation import GraphReport, graph_report
 from lorafx.inspection.report import Report
@@ -23,7 +21,7 @@ from lorafx.passes.select import left_out
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import Program
 from lorafx.registry import lookup_class, own_entry
-from lorafx.runtime.requests import LastCall, Requests
+from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session
 
 
@@ -121,37 +119,6 @@ def _named_by(config: LoraConfig, site: Site) -> str:
     return "a module that carries it is among target_modules"
 
 
-def _landed(
-    saved: Mapping[str, Size], model: nn.Module, sites: tuple[Site, ...], found: Selection
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """An adapter's keys with shapes for `found`, and a note if there are none."""
-    places = Places(sites, model)
-    keys: list[str] = []
-    modules: dict[str, None] = {}
-    for key, shape in saved.items():
-        factor = parse(key)
-        path = key.rpartition(".")[0] if factor is None else factor.module
-        modules[places.current(path)] = None
-        if _means(places.meaning(path), found):
-            keys.append(f"{key} {tuple(shape)}")
-    if keys:
-        return tuple(keys), ()
-    near = nearest(found.path, modules)
-    return (), (f"none of its {len(saved)} keys is for this module{near}",)
-
-
-def _means(meaning: SavedMeaning, found: Selection) -> bool:
-    if isinstance(meaning, SiteLanding):
-        return any(
-            site is found.site and found.part in (None, part) for site, part in meaning.places
-        )
-    if isinstance(meaning, ExpertPlace):
-        weight = None if found.site is None else found.site.expert_weight
-        whole = found.site is None or meaning.weight is None
-        return meaning.experts.module is found.module and (whole or weight == meaning.weight)
-    return meaning is found.module
-
-
 #: Arguments of a call.
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -161,31 +128,26 @@ class WhyAdapter:
     """An adapter's effect on the module.
 
     Attributes:
-        keys: its keys for the module, with shapes.
         norm: the Frobenius norm of ΔW = s·B A, if known; `relative_norm` is relative to W's.
-        change: the relative norm of the change of the module's output.
-        batch: the inputs of `change`: "the last batch", "the given inputs".
+        change: the relative norm of the change of the module's output for the given inputs.
         notes: why it has no effect, what could not be measured.
     """
 
     name: str
     source: str
-    keys: tuple[str, ...] = ()
     norm: float | None = None
     relative_norm: float | None = None
     change: float | None = None
-    batch: str = ""
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         lines = [f"adapter {self.name!r} from {self.source}:"]
-        lines += [f"  key {key}" for key in self.keys]
         if self.norm is not None:
             relative = self.relative_norm
             of_weight = "" if relative is None else f", {relative:.3g} of that of W"
             lines.append(f"  norm of ΔW {self.norm:.3g}{of_weight}")
         if self.change is not None:
-            lines.append(f"  changes its output by {self.change:.3g} (relative norm, {self.batch})")
+            lines.append(f"  changes its output by {self.change:.3g} (relative norm)")
         return lines + [f"  {note}" for note in self.notes]
 
 
@@ -247,11 +209,9 @@ def why(
     path: str,
     adapter: str | None,
     call: Call | None,
-    last: LastCall | None,
 ) -> Why:
-    """The fate of the module at `path` in a marked model, measured with `call`, or the arguments of
-    the `last` call. Raises ConfigError without such a module, UnknownAdapterError, and
-    the errors of `call`."""
+    """The fate of the module at `path` in a marked model, measured with `call`. Raises ConfigError
+    without such a module, UnknownAdapterError, and the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
     found = selection_of(program, path)
@@ -260,7 +220,7 @@ def why(
         if adapter == BASE:
             raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
         store.check_known(adapter)
-        measured = _adapter(session, found, adapter, call, last)
+        measured = _adapter(session, found, adapter, call)
     site, cls = found.site, type(found.module)
     made = Why(
         asked=path,
@@ -292,38 +252,24 @@ def why(
     )
 
 
-def _adapter(
-    session: Session,
-    found: Selection,
-    name: str,
-    call: Call | None,
-    last: LastCall | None,
-) -> WhyAdapter:
+def _adapter(session: Session, found: Selection, name: str, call: Call | None) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
-    keys, notes = _landed(stored.keys, program.model, program.sites, found)
     if site is None or site.path not in stored.sites:
-        return WhyAdapter(name, stored.source, keys, notes=notes)
-    norm, change, batch = None, None, ""
+        near = nearest(found.path, stored.sites)
+        return WhyAdapter(name, stored.source, notes=(f"it has nothing for this module{near}",))
+    norm, notes = None, list[str]()
     deltas = deltas_of(stored, program.groups)
     if deltas is not None:
         norm = deltas.norms.get(site.path)
         if site.path in deltas.idle:
-            notes += (f"no effect, because {deltas.idle[site.path]}",)
-    arguments = call if call is not None or last is None else last.arguments()
-    reason = "the last batch is gone, or there was none; why(..., inputs={...}) measures it"
-    if arguments is not None:
-        try:
-            change = _change_of(session, site, name, arguments)
-            batch = "the last batch" if call is None else "the given inputs"
-            reason = "the model does not call this module"
-        except LorafxError as error:
-            if call is not None:
-                raise
-            reason = str(error)
-    if change is None:
-        notes += (f"its change was not measured: {reason}",)
+            notes.append(f"no effect, because {deltas.idle[site.path]}")
+    change = None if call is None else _change_of(session, site, name, call)
+    if call is None:
+        notes.append("why(..., inputs={...}) also measures its change of the output")
+    elif change is None:
+        notes.append("its change was not measured: the model does not call this module")
     relative = _relative(norm, program.weight_of(site))
-    return WhyAdapter(name, stored.source, keys, norm, relative, change, batch, notes)
+    return WhyAdapter(name, stored.source, norm, relative, change, tuple(notes))
 
 
 def _relative(norm: float | None, weight: Tensor | None) -> float | None:

@@ -8,8 +8,13 @@
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a slot's
 rank are never read.
 
+Slots may share memory: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches
+over the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉
+slots in a row, and memory is that of (S − 1)·p + R rows.
+
 A bank for E experts has E·S slots: slot s of expert e is its slot e·S + s, and a row that was
-routed to an expert is a row of that slot.
+routed to an expert is a row of that slot. Where slots share memory, S counts ⌈R / p⌉ − 1 slots more
+than the model has, for the last slot of an expert to reach over.
 """
 
 from __future__ import annotations
@@ -22,6 +27,10 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.own_rows import OwnRows
+
+
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class OwnWeight(NamedTuple):
@@ -71,6 +80,7 @@ class Bank:
         alike: (S, G) int32, of `experts` alone: the first sibling with the same A, rank and scale.
         gains, shifts: (S, ΣN) float32, DoRA's scale of each output − 1, and biases; or None.
         own, own_at, own_table, own_bias: as in OwnRows; or None.
+        slot_rank: p; 0 of a part of a bank, which is not written.
     """
 
     A: Tensor
@@ -86,6 +96,7 @@ class Bank:
     own_table: Tensor | None = None
     own_bias: Tensor | None = None
     shifts: Tensor | None = None
+    slot_rank: int = 0
 
     @classmethod
     def allocate(
@@ -102,38 +113,58 @@ class Bank:
         dora: bool = False,
         biases: bool = False,
         own_rows: int = 0,
+        own_weights: int = 0,
         own_dtype: torch.dtype | None = None,
+        slot_rank: int | None = None,
     ) -> Bank:
-        """A bank of zeros, with room for `own_rows` rows of the weight in each slot."""
+        """A bank of zeros, with room for `own_rows` rows of the weight for each of `own_weights`
+        adapters. A slot begins `slot_rank` (None: `rank`) rows behind the slot before it."""
         siblings, columns = len(out_features), sum(out_features)
-        slots *= experts
+        step = rank if slot_rank is None else min(slot_rank, rank)
+        if experts > 1:  # the last slot of an expert reaches over slots that nobody has
+            slots = experts * (slots - 1 + -(-rank // step))
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def strided(*shape: int, strides: tuple[int, int, int]) -> Tensor:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
+
+        def by_rows(width: int) -> Tensor:
+            return strided(slots, rank, width, strides=(step * width, width, 1))
+
+        def zeros(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros((slots, width), dtype=dtype, device=device)
 
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
             embedding = kind == "embedding"
-            inner = (in_features, rank) if embedding else (rank, siblings * in_features)
-            rows = (slots, own_rows, columns if embedding else in_features)
-            room = _room_for_rows(kind, rows, in_features, own_dtype or dtype, device)
+            apart = (in_features * rank, rank, 1)
+            shared = (step, (slots - 1) * step + rank, 1)
+            by_column = apart if step == rank else shared
+            rows = (own_weights, own_rows, columns if embedding else in_features)
+            room = _room_for_rows(kind, slots, rows, in_features, own_dtype or dtype, device)
             sibling = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
-                A=zeros(slots, *inner, dtype=dtype),
-                B=zeros(slots, rank, columns, dtype=dtype),
-                ranks=zeros(slots, siblings, dtype=torch.int32),
-                scales=zeros(slots, siblings),
+                A=strided(slots, in_features, rank, strides=by_column)
+                if embedding
+                else by_rows(siblings * in_features),
+                B=by_rows(columns),
+                ranks=zeros(siblings, dtype=torch.int32),
+                scales=zeros(siblings),
                 kind=kind,
                 experts=experts,
+                slot_rank=step,
                 alike=sibling.repeat(slots, 1) if kind == "experts" else None,
-                gains=zeros(slots, columns) if dora else None,
-                shifts=zeros(slots, columns) if biases else None,
+                gains=zeros(columns) if dora else None,
+                shifts=zeros(columns) if biases else None,
                 **room._asdict(),
             )
 
     @property
     def max_rank(self) -> int:
         return self.B.shape[1]
+
+    def width(self, rank: int) -> int:
+        """Adjacent slots that an adapter of this rank takes."""
+        return -(-rank // self.slot_rank)
 
     @property
     def own_rows(self) -> OwnRows:
@@ -158,14 +189,19 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        held = [tensor for tensor in self.tensors.values() if tensor.numel()]
+        return sum(_reach(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in held)
 
     @torch.no_grad()
     def write(
-        self, slot: int, factors: Sequence[Factors], weight: OwnWeight | None = None
+        self,
+        slot: int,
+        factors: Sequence[Factors],
+        weight: OwnWeight | None = None,
+        place: int = 0,
     ) -> list[Tensor]:
-        """Replace the contents of `slot`. CUDA copies are only launched: arguments and results must
-        not change before they are done."""
+        """Replace the contents of `slot`, and of `place` of the own rows by `weight`. CUDA copies
+        are only launched: arguments and results must not change before they are done."""
         slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
@@ -181,7 +217,7 @@ class Bank:
             made.append(_sent(_alike(factors, ranks, scales), self.alike[slots]))
         made.append(_sent(ranks, self.ranks[slots]))
         made += self.write_by_column(slot, factors)
-        return made + self._write_rows(slot, weight)
+        return made + self._write_rows(slot, weight, place)
 
     @torch.no_grad()
     def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
@@ -200,7 +236,7 @@ class Bank:
             made.append(_sent(row, table[slot]))
         return made
 
-    def _write_rows(self, slot: int, weight: OwnWeight | None) -> list[Tensor]:
+    def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
         if self.own is None:
             return []
         assert self.own_at is not None
@@ -211,19 +247,19 @@ class Bank:
         count, later = len(weight.rows), self.own.is_cuda
         rows = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
         at = rows if weight.at is None else weight.at.to(rows.device, non_blocking=later)
-        self.own[slot, :count].copy_(weight.rows, non_blocking=True)
+        self.own[place, :count].copy_(weight.rows, non_blocking=True)
         if self.own_bias is not None:
-            own_bias = self.own_bias[slot, :count]
+            own_bias = self.own_bias[place, :count]
             if weight.bias is None:
                 own_bias.zero_()
             else:
                 own_bias.copy_(weight.bias, non_blocking=later)
         if self.kind == "embedding":
-            self.own_at[slot].fill_(-1)
-            self.own_at[slot, at.long()] = rows
+            self.own_at[place].fill_(-1)
+            self.own_at[place, at.long()] = rows
         else:
-            self.own_at[slot, :count] = at
-        return [_sent(torch.tensor([slot, count], dtype=torch.int32), self.own_table[slot])]
+            self.own_at[place, :count] = at
+        return [_sent(torch.tensor([place, count], dtype=torch.int32), self.own_table[slot])]
 
     def _of_experts(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
@@ -239,23 +275,23 @@ class Bank:
 
 def _room_for_rows(
     kind: str,
+    slots: int,
     shape: tuple[int, int, int],
     vocabulary: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> OwnRows:
-    """Free room for (slots, rows, features) of own rows; none for 0."""
-    slots, rows, _ = shape
+    """Free room for (adapters, rows, features) of own rows; none for 0."""
+    adapters, rows, _ = shape
     if not rows:
         return OwnRows()
     embedding = kind == "embedding"
+    places = adapters, vocabulary if embedding else rows
     return OwnRows(
         torch.zeros(shape, dtype=dtype, device=device),
-        torch.full(
-            (slots, vocabulary if embedding else rows), -1, dtype=torch.int32, device=device
-        ),
+        torch.full(places, -1, dtype=torch.int32, device=device),
         torch.full((slots, 2), -1, dtype=torch.int32, device=device),
-        None if embedding else torch.zeros((slots, rows), dtype=dtype, device=device),
+        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
     )
 
 

@@ -113,27 +113,14 @@ def _repeated(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.index_select(dim, index)
 
 
-def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
-    """The examples that a user gives: a call's keyword arguments, its positional ones, or a list
-    of such calls. Raises ConfigError where they are none of these."""
-    listed = isinstance(inputs, Sequence) and not isinstance(inputs, str) and bool(inputs)
-    if listed and all(isinstance(item, Mapping) for item in inputs):
-        calls = [as_call(item) for item in inputs]
-    elif listed or isinstance(inputs, Mapping):
-        calls = [as_call(inputs)]
-    else:
-        raise ConfigError(
-            "example_inputs must be the keyword arguments of a call, its positional "
-            f"arguments, or a list of mappings of keyword arguments; got {inputs!r}"
-        )
-    examples = []
-    for args, kwargs in calls:
-        try:
-            named = roles.bind(args, kwargs)
-        except TypeError as error:
-            raise ConfigError(f"example_inputs do not fit the model's forward: {error}") from error
-        examples.append(Example.of(roles, named))
-    return tuple(examples)
+def given_example(roles: RoleTable, inputs: Any) -> Example:
+    """The example of a call's arguments, by name or in their order. Raises ConfigError where they
+    are neither, or do not fit the forward."""
+    args, kwargs = as_call(inputs)
+    try:
+        return Example.of(roles, roles.bind(args, kwargs))
+    except TypeError as error:
+        raise ConfigError(f"example_inputs do not fit the model's forward: {error}") from error
 
 
 def as_call(

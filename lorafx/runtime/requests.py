@@ -3,7 +3,6 @@ its arguments."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -226,61 +225,6 @@ def checked_names(names: Sequence[AdapterName] | None) -> tuple[str | None, ...]
 IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
     "lorafx.adapters", default=MappingProxyType({})
 )
-
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
-
-
-class _Held(NamedTuple):
-    """A tensor that is held weakly."""
-
-    tensor: weakref.ref[Tensor]
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-class LastCall(NamedTuple):
-    """The arguments of a call, whose tensors are held weakly."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LastCall | None:
-        """None where the call had more than tensors and plain values, such as a cache: that is not
-        what it was any more."""
-        for value in (*args, *kwargs.values()):
-            if not isinstance(value, (Tensor, *_PLAIN)):
-                return None
-        return cls(tuple(map(_held, args)), {name: _held(v) for name, v in kwargs.items()})
-
-    def arguments(
-        self, *, stand_ins: bool = False
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments. Where a tensor among them is gone, None, or, with `stand_ins`, ones in its
-        place."""
-        held = [item for item in (*self.args, *self.kwargs.values()) if isinstance(item, _Held)]
-        if not stand_ins and any(item.tensor() is None for item in held):
-            return None
-        return tuple(map(_found, self.args)), {n: _found(v) for n, v in self.kwargs.items()}
-
-
-def _held(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return _Held(weakref.ref(value), value.shape, value.dtype, value.device)
-
-
-def _found(value: Any) -> Any:
-    if not isinstance(value, _Held):
-        return value
-    tensor = value.tensor()
-    return (
-        torch.ones(value.shape, dtype=value.dtype, device=value.device)
-        if tensor is None
-        else tensor
-    )
 
 
 # --- arguments ---

@@ -31,7 +31,7 @@ class Statistics:
         tokens: tokens that continuous batching has run, prompts included, by adapter;
             "__base__" is the base model.
         nbytes: bytes of the banks ("banks"), of adapters in host memory ("host"), and of the files
-            from which they can be read again ("disk"), now.
+            that they were read from ("disk"), now.
         tiers: "host", where adapters without a slot are looked for; "disk", from which those are
             read that host memory had no room for: its misses are files that had changed.
     """

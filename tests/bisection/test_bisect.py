@@ -1,13 +1,9 @@
-"""`lorafx.bisect` finds passes that were made wrong, and the site; what it writes shows it."""
+"""`lorafx.bisect` finds passes that were made wrong, and the site."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +37,7 @@ def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family:
     cm(**given, adapter_names=NAMES)
     graphs = cm.recompiles
     found = lorafx.bisect(cm, given, NAMES)
-    assert (found.first, found.site, found.script) == (None, None, None)
+    assert (found.first, found.site) == (None, None)
     assert str(found).startswith("no difference above tolerance")
     names = [stage.name for stage in found.stages]
     assert names[0] == "provenance"
@@ -86,32 +82,7 @@ def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
     )
 
 
-@pytest.mark.slow
-def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_path: Path) -> None:
-    cm = wrong(plain, "fuse", wrong_passes.double_one)
-    found = lorafx.bisect(cm, inputs, NAMES, folder=tmp_path / "out")
-    assert found.first == "mine"
-    assert found.site is not None
-    assert (found.site.paths, found.site.behind) == (("up",), False)
-    assert found.script == tmp_path / "out" / "repro.py"
-    moved = tmp_path / "elsewhere"
-    (tmp_path / "out").rename(moved)
-    assert {file.name for file in moved.iterdir()} == {"repro.py", "case.pt"}
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ran = subprocess.run(
-        [sys.executable, moved / "repro.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert ran.returncode == 1, ran.stderr
-    assert "first wrong after: mine; first site up" in ran.stdout
-    with pytest.raises(ConfigError, match="not empty"):
-        lorafx.bisect(cm, inputs, NAMES, folder=moved)
-
-
-def test_what_cannot_be_bisected(plain: Case, inputs: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
     cm = plain.compile(dynamic=False)
     with pytest.raises(ConfigError, match=r"takes what lorafx\.compile returned"):
         lorafx.bisect(plain.base, inputs, NAMES)
@@ -119,12 +90,6 @@ def test_what_cannot_be_bisected(plain: Case, inputs: Any, tmp_path: Path) -> No
         lorafx.bisect(cm, inputs, NAMES[:3])
     with pytest.raises(ConfigError, match="not sums of them"):
         lorafx.bisect(cm, inputs, [{"a1": 0.5, "a0": 0.5}, None, None, None])
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(
-            ConfigError, match=r"file.* cannot be written: .*(File exists|Not a directory)"
-        ):
-            lorafx.bisect(cm, inputs, NAMES, folder=folder)
     with pytest.raises(lorafx.UnknownAdapterError):
         lorafx.bisect(cm, inputs, ["nobody"] * 4)
     cm.merge("a1")

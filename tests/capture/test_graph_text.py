@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lorafx
 from lorafx.capture.graph_text import stage_lines
 from lorafx.capture.record import Stage
-from lorafx.inspection.viewer.dump import OPS, legend, plain_name
+from lorafx.inspection.viewer.dump import legend
 
 aten = torch.ops.aten
 
@@ -70,13 +70,8 @@ class GraphModule(torch.nn.Module):
 
 
 @pytest.mark.quick
-def test_the_legend_knows_every_operator() -> None:
-    own = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lorafx::")]
-    names = {plain_name(name.partition("::")[2].partition(".")[0]) for name in own}
-    assert {"fused_linear", "run_delta", "triton_linear", "paged_cache"} <= names
-    assert names <= OPS.keys()
+def test_the_legend_explains_the_sizes_that_are_shown() -> None:
     shown = legend(["y = torch.ops.lorafx.run_delta_.default(x: s1)"], {"s1": "a", "s2": "b"}, ())
-    assert f"# lorafx.run_delta: {OPS['run_delta']}" in shown
     assert "# s1: a" in shown
     assert "# s2: b" not in shown
 
@@ -97,7 +92,10 @@ EXPECTED = (
 
 
 def test_dumps_are_readable(looked: Any, tmp_path: Path) -> None:
-    folder = looked("plain").cm.dump(tmp_path) / "graph-0-lora"
+    found = looked("plain")
+    cm = found.case.compile({"dump": str(tmp_path)})
+    cm(**found.inputs, adapter_names=["a1", None, "a0", "a3"])
+    folder = tmp_path / "graph-0-lora"
     graph = (folder / "09-pack.py").read_text()
     for text in EXPECTED:
         assert text in graph, text

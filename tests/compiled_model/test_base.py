@@ -98,16 +98,6 @@ def test_state_dict_and_files_are_the_same(case_of, family, tmp_path):
         assert old == new, name
 
 
-def test_attributes_of_the_model_are_there(llama):
-    cm = llama.compile()
-    assert cm.config is cm.model.config
-    assert isinstance(cm, nn.Module)
-    assert isinstance(cm.model.model.layers[0].self_attn.q_proj, nn.Linear)
-    assert not cm.training
-    with pytest.raises(AttributeError, match="no_such"):
-        _ = cm.no_such
-
-
 def test_packed_weights_take_no_more_memory(case_of):
     model = case_of("llama").model()
     before = storages(model)

@@ -54,39 +54,6 @@ def test_a_peft_model_that_is_attached_again_says_so(shallow):
     assert lorafx.attach(pm, options=REFERENCE) is model
 
 
-def test_why_knows_the_keys_of_adapters_that_were_handed_over(shallow):
-    pm = wrapped(shallow)
-    want = [
-        key
-        for key in peft.get_peft_model_state_dict(pm, adapter_name="a1")
-        if f".{Q.removeprefix('model.')}." in key
-    ]
-    cm = lorafx.compile(pm, options=REFERENCE)
-    for told in (cm.why(Q, "a1"), lorafx.why(pm, Q, "a1")):
-        assert [key.split(" ")[0] for key in told.adapter.keys] == want
-        assert len(want) == 2
-        assert not any("known" in note for note in told.adapter.notes)
-    from_files = shallow.compile().why(Q, "a1").adapter
-    assert cm.why(Q, "a1").adapter.keys == from_files.keys
-    del pm  # they are no tensors that are kept
-    assert cm.why("lm_head", "a1").adapter.notes == (
-        shallow.compile().why("lm_head", "a1").adapter.notes
-    )
-
-
-def test_why_knows_the_keys_of_tensors_in_memory(shallow):
-    cm = shallow.compile()
-    tensors = {
-        f"base_model.model.{Q}.lora_A.weight": torch.ones(2, 24),
-        f"base_model.model.{Q}.lora_B.weight": torch.ones(24, 2),
-    }
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    cm.load_adapter(lorafx.AdapterSource(tensors, config=config), "made")
-    assert cm.why(Q, "made").adapter.keys == tuple(
-        f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items()
-    )
-
-
 def test_a_name_that_is_a_folder_too_is_a_name(cm, shallow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sql").mkdir()

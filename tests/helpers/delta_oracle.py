@@ -181,3 +181,34 @@ def of_order_one(problem: Problem) -> Problem:
     unread = [slot for slot in range(len(B)) if slot not in p.owners()]
     p.A[unread] = B[unread] = torch.nan
     return p.with_(x=x, B=B)
+
+
+def sharing_room(problem: Problem, slot_rank: int) -> Problem:
+    """The same problem over a bank whose slots begin `slot_rank` rows apart.
+
+    Slots 0, w, 2·w, … hold what 0, 1, 2, … held, w being the slots that the largest rank takes.
+    What is between them is NaN, in memory that they share."""
+    p, (S, R, columns) = problem, problem.B.shape
+    w = -(-R // slot_rank)
+    count = (S - 1) * w + 1
+    rows = (count - 1) * slot_rank + R
+    B = torch.full((rows, columns), torch.nan, dtype=p.B.dtype)
+    B = B.as_strided((count, R, columns), (slot_rank * columns, columns, 1))
+    A = torch.full((rows * (p.A.shape[1] if p.embedding else p.A.shape[2]),), torch.nan)
+    if p.embedding:
+        A = A.to(p.A.dtype).as_strided((count, p.A.shape[1], R), (slot_rank, rows, 1))
+    else:
+        width = p.A.shape[2]
+        A = A.to(p.A.dtype).as_strided((count, R, width), (slot_rank * width, width, 1))
+    ranks = torch.zeros((count, p.ranks.shape[1]), dtype=torch.int32)
+    scales = torch.full(ranks.shape, torch.nan)
+    for slot in range(S):
+        live = int(p.ranks[slot].max())
+        B[slot * w, :live] = p.B[slot, :live]
+        if p.embedding:
+            A[slot * w, :, :live] = p.A[slot, :, :live]
+        else:
+            A[slot * w, :live] = p.A[slot, :live]
+        ranks[slot * w], scales[slot * w] = p.ranks[slot], p.scales[slot]
+    slots = torch.where(p.slots < 0, p.slots, p.slots * w)
+    return p.with_(A=A, B=B, ranks=ranks, scales=scales, slots=slots)

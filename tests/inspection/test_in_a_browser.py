@@ -122,11 +122,11 @@ def window() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a compiled Llama, written by `cm.dump`."""
+    """Of a compiled Llama."""
     folder = tmp_path_factory.mktemp("dump")
-    cm = llama.compile()
+    cm = llama.compile({"dump": str(folder)})
     cm(**FAMILIES["llama"].inputs(2, 4), adapter_names=["a0", None])
-    return cm.dump(folder) / "index.html"
+    return folder / "index.html"
 
 
 @pytest.fixture(autouse=True)

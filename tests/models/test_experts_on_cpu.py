@@ -11,6 +11,8 @@ from dense_merge import Case, check_mixed
 from expert_models import moe_case
 from torch._inductor.utils import run_and_get_code
 
+import lorafx
+
 NAMES = ["params", None, "older", "down", "dense", "params"]
 
 
@@ -42,3 +44,28 @@ def test_one_op_a_product(case: Case) -> None:
     graphs = cm.recompiles
     check_mixed(cm, case, NAMES[::-1], ids(seed=1))
     assert cm.recompiles == graphs
+
+
+@pytest.mark.slow
+def test_slots_of_experts_that_share_room(case: Case) -> None:
+    """Adapters of a larger rank take several slots of every expert, and overwrite no other."""
+    config = lorafx.LoraConfig(max_adapters=5, max_rank=4, slot_rank=2)
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, dynamic=False)
+    store = cm._session.store
+    assert [store[name].width for name in case.folders] == [2, 1, 1, 2]
+    check_mixed(cm, case, NAMES, ids())
+    graphs = cm.recompiles
+    check_mixed(cm, case, NAMES[::-1], ids(seed=1))
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4"])
+def test_other_ways_to_store_and_to_dispatch(model_type: str, tmp_path: Path) -> None:
+    """Transposed and interleaved weights with biases, older names, a batch of all experts."""
+    other = moe_case(model_type, tmp_path)
+    cm = other.compile({"lowering": "inductor"})
+    with torch.no_grad():
+        _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
+    assert "run_expert_delta_" in "\n".join(code)
+    check_mixed(cm, other, NAMES, ids())

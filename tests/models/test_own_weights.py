@@ -88,32 +88,40 @@ def test_in_inductors_code(case):
 
 
 def test_adapters_take_turns(case):
-    """In two slots, each with room for weights of an adapter's own."""
+    """Three slots, and room for weights of one adapter's own."""
     config = LoraConfig(
         ["q_proj", "v_proj", "k_proj", "o_proj"],
-        max_adapters=2,
+        max_adapters=3,
+        max_own_weights=1,
         modules_to_save=["lm_head", "embed_tokens"],
     )
     folders = {name: case.folders[name] for name in ("both", "head", "tokens")}
     plain = save_plain(case)
     cm = lorafx.compile(case.model(), config, adapters={**folders, **plain}, options=REFERENCE)
     known = Case(case.base, {**case.folders, **plain})
+    store = cm._session.store
     for names in (
         ["both", "p0"],
         ["head", None],
         ["p1", "p0"],
-        ["tokens", "both"],
+        ["tokens", "p1"],
         ["p0", "p1"],
         ["both", None],
     ):
         check_mixed(cm, known, names, inputs(2))
+    with pytest.raises(CapacityError, match=r"own weights of head: .*\(max_own_weights=2\)"):
+        cm(**inputs(2), adapter_names=["both", "head"])
+    check_mixed(cm, known, ["both", "p1"], inputs(2))
     cm.load_adapter(str(case.folders["head"]), "both")  # in place, where the old one lies
     check_mixed(cm, Case(case.base, {**folders, "both": folders["head"]}), ["both"], inputs(1))
     cm.pin_adapter("p0")
-    cm.load_adapter(str(case.folders["tokens"]), "p0")
-    moved = Case(case.base, {**known.folders, "p0": folders["tokens"]})
+    with pytest.raises(CapacityError, match="'p0' is pinned, and there is no room"):
+        cm.load_adapter(str(case.folders["head"]), "p0")
+    cm.load_adapter(str(case.folders["tokens"]), "p1")  # is given a slot again by a batch
+    assert "p1" not in store.resident
+    moved = Case(case.base, {**known.folders, "p1": folders["tokens"]})
     check_mixed(cm, moved, ["p1", "p0", None], inputs(3))
-    assert "both" not in cm._session.store.resident
+    assert "both" not in store.resident
 
 
 def save_plain(case: Case) -> dict[str, Any]:

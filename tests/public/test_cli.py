@@ -45,6 +45,20 @@ def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     assert "no dtype of this name" in said["message"]
 
 
+def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_rank(run) -> None:
+    asked = ("explain", EXAMPLES / "demo_model", "--target", "q_proj", "--max-rank", "16", "--json")
+
+    def banks(*options: str) -> int:
+        return sum(bank["nbytes"] for bank in json.loads(run(*asked, *options))["report"]["banks"])
+
+    assert banks("--slot-rank", "4") < banks() / 2  # 7 · 4 + 16 rows in the place of 8 · 16
+    title = "8 slots of rank up to 16, room for rank 4 in each"
+    assert title in run(*asked[:-1], "--slot-rank", "4")
+    assert "in each" not in run(*asked[:-1])
+    refused = json.loads(run(*asked, "--slot-rank", "32", code=1))
+    assert "slot_rank = 32 is over max_rank = 16" in refused["message"]
+
+
 def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:
     absent = str(tmp_path / "nothing")
     monkeypatch.setattr("sys.argv", ["lorafx", "inspect", absent])

@@ -156,20 +156,32 @@ class Cuda:
         patch.setattr(session, "accelerators", self.devices)
 
     def step(self, rows: tuple[int, ...]) -> None:
-        """What reads these slots."""
+        """What reads these slots, those that their adapters take beside them, and the places of
+        weights of their own."""
+        store, touched = self.session.store, {*filter(lambda row: row >= 0, rows)}
+        for name, slot in store.resident.items():
+            if slot in rows:
+                touched.update(store._window(name, slot))
+                if store[name].owned:
+                    touched.add(f"own {store._own_places[slot]}")
         for device in self.devices:
-            self.launch(device, {row for row in rows if row >= 0}, writes=False)
+            self.launch(device, touched, writes=False)
 
     def _noting(self, write: Callable[..., Any]) -> Callable[..., Any]:
         def noting(bank: Bank, slot: int, *more: Any) -> Any:
+            factors, own, place = (*more, (), None, 0)[:3] if len(more) != 1 else (more[0], None, 0)
+            width = max((bank.width(f.rank) for f in factors), default=1)
+            touched: list[Any] = [*range(slot, slot + width)]
+            if own is not None:
+                touched.append(f"own {place}")
             if id(bank) in self.banks:
-                self.launch(self.banks[id(bank)], [slot], writes=True)
+                self.launch(self.banks[id(bank)], touched, writes=True)
             return write(bank, slot, *more)
 
         return noting
 
 
-#: Of several ranks, with norms of the base, and with weights of their own.
+#: Of several widths, with norms of the base, and with weights of their own.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["up", "down"]},
     "b": {"r": 6, "target_modules": ["up", "gate"]},
@@ -187,7 +199,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def cm(case: Case) -> Any:
-    config = lorafx.LoraConfig(max_adapters=3, max_rank=8)
+    config = lorafx.LoraConfig(max_adapters=4, max_rank=8, slot_rank=4, max_own_weights=1)
     compiled = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
     step(compiled, "a", None)
     step(compiled, None, None)

@@ -138,10 +138,11 @@ class SlotsPerStep:
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:
-    """The slots that are pinned to other adapters leave none."""
+    """The adapters that are pinned leave no room."""
     return CapacityError(
-        f"no slot for {name!r} beside {pinned} adapters that are pinned; unpin_adapter() one, or "
-        "compile with a larger LoraConfig(max_adapters=...)"
+        f"no slot for {name!r}, or no room for its own weights, beside {pinned} adapters that are "
+        "pinned; unpin_adapter() one, or compile with a larger LoraConfig(max_adapters=...) or "
+        "LoraConfig(max_own_weights=...)"
     )
 
 

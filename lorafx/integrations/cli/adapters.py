@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from lorafx.integrations.cli.options import AdapterArgument, AsJson, Dtype, show
 
 DialectOption = Annotated[
     str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
-]
-Config = Annotated[
-    Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
 
 
@@ -24,7 +21,6 @@ def inspect(
     model: Annotated[
         str | None, typer.Option(help="Folder with a config.json; shows what it would refuse.")
     ] = None,
-    config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what ADAPTER holds, in which dialect, or why it is refused.
@@ -35,7 +31,7 @@ def inspect(
     from lorafx.adapter_store.saved import AdapterSource
     from lorafx.integrations.cli.models import on_meta, read_for
 
-    source = AdapterSource(adapter, _fields(config), dialect)
+    source = AdapterSource(adapter, dialect=dialect)
     found = inspected(source)
     if model is not None:
         read_for(on_meta(model), "adapter", source)
@@ -55,18 +51,6 @@ def inspect(
 
 def _scale(scale: float | None) -> str:
     return "?" if scale is None else f"{scale:g}"
-
-
-def _fields(config: Path | None) -> dict[str, Any] | None:
-    from lorafx.adapter_store.peft_config import json_object
-    from lorafx.errors import ConfigError
-
-    if config is None:
-        return None
-    try:
-        return json_object(config.read_text(), str(config))
-    except OSError as error:
-        raise ConfigError(f"--config {config} cannot be read: {error}") from error
 
 
 def merge(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from lorafx.integrations.cli.options import (
     Dtype,
     LanguageModel,
     LoweringOption,
+    SlotRank,
     Targets,
     as_option,
     show,
@@ -32,6 +32,7 @@ def explain(
         list[str] | None, typer.Option(help="Does this adapter fit? May be given several times.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="16, or the largest of --adapter.")] = None,
+    slot_rank: SlotRank = None,
     max_adapters: Annotated[int, typer.Option(help="How many may be in one batch.")] = 8,
     dtype: Annotated[
         str | None, typer.Option(help="As torch names it; what the configuration says.")
@@ -54,7 +55,9 @@ def explain(
     fits = [_fit(module, name, sources[name], targets, max_rank) for name in sources]
     rank = max_rank or max([16, *(fit["rank"] for fit in fits)])
     fitting = {fit["adapter"]: sources[fit["adapter"]] for fit in fits if fit["fits"]}
-    config = lorafx.LoraConfig(target_modules=targets, max_rank=rank, max_adapters=max_adapters)
+    config = lorafx.LoraConfig(
+        target_modules=targets, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
+    )
     report = lorafx.explain(module, request_of(config, fitting, module).config)
     if as_json:
         show_json({"model": model, "adapters": fits, "report": report.json()})
@@ -113,9 +116,6 @@ def profile(
 def bisect(
     model: LanguageModel,
     adapters: Adapters,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where a program that shows a difference is written.")
-    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
     dtype: Dtype = None,
     tolerance: Annotated[
@@ -128,12 +128,12 @@ def bisect(
 
     Where they differ, say after which pass first, and at which site. Exits with 1 then.
 
-    Example: lorafx bisect meta-llama/Llama-3.2-1B --adapters ./adapters --folder ./difference
+    Example: lorafx bisect meta-llama/Llama-3.2-1B --adapters ./adapters
     """
     import lorafx
 
     compiled, inputs, names = _compiled(model, adapters, None, length, dtype, lowering)
-    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance, folder=folder)
+    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance)
     show(found, as_json, model=model, adapters=names)
     if found.first is not None:
         raise typer.Exit(1)

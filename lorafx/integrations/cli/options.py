@@ -21,6 +21,7 @@ Adapters = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="As torch names it; what the files say.")]
 LoweringOption = Annotated[str, typer.Option(help="As Options.lowering.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")]
+SlotRank = Annotated[int | None, typer.Option(help="Rank of a slot; larger ones take several.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
 #: Fields of LoraConfig and Options that are options of commands, as these spell them.
@@ -30,6 +31,7 @@ _OPTIONS = {
     "max_adapters": "--max-adapters",
     "max_host_bytes": "--max-host-bytes",
     "max_rank": "--max-rank",
+    "slot_rank": "--slot-rank",
     "target_modules": "--target",
 }
 

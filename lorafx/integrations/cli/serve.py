@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafx.integrations.cli.options import Targets
+from lorafx.integrations.cli.options import SlotRank, Targets
 
 
 def serve(
@@ -20,6 +20,7 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
+    slot_rank: SlotRank = None,
     max_host_bytes: Annotated[
         int | None, typer.Option(help="Host memory that adapters may take.")
     ] = None,

@@ -38,6 +38,7 @@ class ModelSettings(BaseModel):
     name: str | None = None
     max_adapters: int = 8
     max_rank: int | None = None
+    slot_rank: int | None = None
     max_host_bytes: _Count = None
     target: tuple[str, ...] = ()
     dtype: str | None = None
@@ -149,6 +150,7 @@ class ModelSettings(BaseModel):
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
             max_rank=most,
+            slot_rank=self.slot_rank,
             max_host_bytes=self.max_host_bytes,
             use_dora=any(config.use_dora for config in saved),
             lora_bias=any(config.lora_bias or config.bias != "none" for config in saved),

@@ -3,13 +3,11 @@
 an attached model             is served without a backend inside of blocks (attached.py), and is the
                               base model elsewhere
 options with `lora_config`    LoRA is attached at the model's first frame
-all else, PEFT's layers too   Inductor, which the log says once for each model: the user may have
-                              forgotten `lorafx.attach` or the options
+all else, PEFT's layers too   Inductor
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,10 +23,8 @@ from lorafx.compiled_model.compiled import attached_models, compiled_of
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, LorafxError, nearest
 from lorafx.integrations.torch_compile.attached import RUNNING, FirstCall, attach
-from lorafx.model.marks import MARKS
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module
-from lorafx.progress import LOG
 from lorafx.runtime.requests import IN_BLOCKS
 from lorafx.runtime.session import wanted
 from lorafx.torch_internals.compat import mode_settings
@@ -79,7 +75,6 @@ def compile_frame(
         if running is not None:
             raise CaptureError("LoRA was attached to the model, which serves this call")
         capture_again("LoRA was attached to the model")
-    _note_unserved(model)
     # Inductor says itself where the machine lacks the compiler that it needs.
     auto = settings.lowering == "auto"
     lowering = InductorLowering(patches) if auto else lowering_for(settings, patches)
@@ -174,39 +169,3 @@ def _without_lora(base: Callable[..., Any], examples: Sequence[Any]) -> Callable
         return base(*arguments)
 
     return run
-
-
-#: The models that were looked at.
-_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-#: The same for what is compiled and no module, of which nothing can be held.
-_SEEN_FUNCTION: list[bool] = []
-
-
-def _note_unserved(model: nn.Module | None) -> None:
-    """Log that a frame of the model that is being compiled goes to Inductor as it is, where no
-    frame of the model will do anything else."""
-    if model is None:
-        if not _SEEN_FUNCTION and not attached_models():  # one of them may be what it calls
-            _SEEN_FUNCTION.append(True)
-            _log("a function", _NO_LORA)
-    elif model not in _SEEN:
-        _SEEN.add(model)
-        hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-        if not any(isinstance(hook, MARKS) for hook in hooks):
-            _log(type(model).__name__, _PEFT if peft_layers(model) else _NO_LORA)
-
-
-_NO_LORA = (
-    "it carries no LoRA, so it is compiled as it is, with Inductor unless options say "
-    "otherwise. Call lorafx.attach(model, lora_config) first, or give "
-    "options={'lora_config': ...} to torch.compile"
-)
-_PEFT = (
-    "PEFT's own layers are compiled as they are, with Inductor unless options say "
-    "otherwise. lorafx.attach(model) serves its adapters in mixed batches; compile the "
-    "model that it returns"
-)
-
-
-def _log(what: str, text: str) -> None:
-    LOG.warning('torch.compile(backend="lorafx") of %s: %s', what, text)

@@ -118,6 +118,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"max_rank": 1}, "--max-rank 1"),
         ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"max_adapters": 0}, "--max-adapters"),
+        ({"slot_rank": 32}, "slot_rank = 32 is over max_rank"),
         ({"port": 70000}, "--port"),
         ({"api_key": ""}, "--api-key"),
         ({"api_key": "two words"}, "LORAFX_API_KEY"),
@@ -163,6 +164,7 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
+    given = {"max_adapters": 5, "slot_rank": 2}
     given = {"max_adapters": 5, "max_host_bytes": 10_000}
     config = Settings(model=str(files.model), adapters=files.adapters, **given).lora_config()
     assert config.max_rank == 8  # the largest of the adapters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -77,23 +76,6 @@ def test_modes_and_options_that_are_none(plain: Case) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compiled(plain.model(), options=options)(**feed(1, 2))
-
-
-def test_a_model_without_lora_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Somebody who forgot the options would otherwise serve the base model and not know why."""
-    caplog.set_level(logging.WARNING, "lorafx")
-    net, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(2, 6)
-    for rows in (2, 3):
-        compiled(net, options=REFERENCE, dynamic=False)(torch.randn(rows, 6))
-    [record] = [record for record in caplog.records if record.name == "lorafx"]
-    assert "of Sequential: it carries no LoRA" in record.getMessage()
-    caplog.clear()
-    config = lorafx.LoraConfig(target_modules=["0"])
-    marked = lorafx.attach(nn.Sequential(nn.Linear(6, 9)).eval(), config, options=REFERENCE)
-    compiled(marked)(x)
-    options = {"lora_config": config, **REFERENCE}
-    compiled(nn.Sequential(nn.Linear(6, 9)).eval(), options=options)(x)
-    assert not [record for record in caplog.records if record.name == "lorafx"]
 
 
 PROCESS = """

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from attached import fresh_dynamo
 from dense_merge import REFERENCE, TOLERANCE, error, random_base, save_adapter
@@ -18,9 +17,7 @@ __all__ = ["fresh_dynamo"]
 
 
 @torch.no_grad()
-def test_every_switch_of_peft_has_its_effect(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_switch_of_peft_has_its_effect(tmp_path: Path) -> None:
     base = random_base("llama", num_hidden_layers=1)
     for index, name in enumerate("ab"):
         targets = ["q_proj", "o_proj", "down_proj"]
@@ -47,7 +44,3 @@ def test_every_switch_of_peft_has_its_effect(
     mixed = check(adapter_names=["a", "b", "__base__"])
     other = check(adapter_names=["b", "b", "a"])
     assert error(mixed[1], other[1]) <= TOLERANCE < 0.01 * error(mixed[0], other[0])
-    [record] = [record for record in caplog.records if record.name == "lorafx"]
-    text = record.getMessage()
-    assert f"of {type(model).__name__}: PEFT's own layers are compiled as they are" in text
-    assert "lorafx.attach(model) serves" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from delta_oracle import Problem, assert_delta, random_problem
+from delta_oracle import Problem, assert_delta, random_problem, sharing_room
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
@@ -82,6 +82,13 @@ def test_against_float64(name: str, batch: str) -> None:
         assert owner >= 0 or torch.equal(got, before)
 
 
+@pytest.mark.parametrize("batch", ["decode", "one row", "prefill"])
+@pytest.mark.parametrize("name", ["odd", "three slices", "some of a group", "rank 256"])
+def test_slots_that_share_room(name: str, batch: str) -> None:
+    p = problem(name, batch)
+    assert torch.equal(run(sharing_room(p, 2)), run(p))
+
+
 def of_two_tests(leading: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **rows: Any) -> Problem:
     """Sizes that the tests of instruction sets share: a kernel of each is compiled once."""
     return random_problem(x_shape=(*leading, 77), sizes=(48, 17), max_rank=9, dtypes=dtypes, **rows)
@@ -137,6 +144,7 @@ def test_embedding(batch: str, dtype: torch.dtype) -> None:
     y = run(p)
     assert_delta(p, y)
     assert torch.equal(run(p.with_(x=p.x.int())), y)
+    assert torch.equal(run(sharing_room(p, 2)), y)
 
 
 @pytest.mark.parametrize("name", ["odd", "three slices"])

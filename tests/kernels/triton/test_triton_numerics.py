@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from delta_oracle import sharing_room
 from triton_cases import BF16, FP16, FP32, LINEARS, STRATEGIES, assert_right, make_case, run
 
 from lorafx.kernels.triton.build import CONCAT, tiles_for
@@ -50,6 +53,14 @@ def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
     sizes, slots = (51, 64, 17)[:slices], spread(batch, 8)
     case = make_case(K=129, sizes=sizes, slots=slots, rank=rank, capacity=8, dtypes=dtypes)
     assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("strategy", LINEARS)
+def test_slots_that_share_room(strategy: str) -> None:
+    case = make_case(K=48, sizes=(48, 7), slots=(2, -1, 0, 1), rows=2, rank=5)
+    shared = replace(case, problem=sharing_room(case.problem, 2))
+    assert shared.spec.delta.spacing == 2
+    assert_right(shared, strategy, run(shared, strategy))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from delta_oracle import random_problem
+from delta_oracle import random_problem, sharing_room
 from triton_cases import (
     BF16,
     CPU,
@@ -44,6 +44,13 @@ def test_an_embedding(rank: int, dtype: torch.dtype) -> None:
     assert_right(case, "embedding", got)
     assert torch.equal(got[3:6], case.problem.y[3:6])
     assert torch.equal(got, run(case.with_(x=case.problem.x.int()), "embedding"))
+
+
+def test_an_embedding_in_slots_that_share_room() -> None:
+    case = embedding((2, -1, 0, 1), 3)
+    shared = Case(sharing_room(case.problem, 2), case.weight)
+    assert shared.spec.delta.spacing == 2
+    assert torch.equal(run(shared, "embedding"), run(case, "embedding"))
 
 
 def test_ids_outside_the_table_add_nothing() -> None:
