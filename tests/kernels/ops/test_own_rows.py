@@ -23,7 +23,6 @@ def bank(kind: str, rows: int) -> Bank:
         dtype=torch.float32,
         device=torch.device("cpu"),
         own_rows=rows,
-        own_weights=2,
     )
 
 
@@ -40,8 +39,8 @@ def test_a_linear(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     b = bank("linear", N)
     whole, bias, some = torch.randn(N, K), torch.randn(N), torch.randn(2, K)
-    b.write(0, [], OwnWeight(whole, bias), 1)
-    b.write(1, [], OwnWeight(some, None, torch.tensor([3, 0], dtype=torch.int32)), 0)
+    b.write(0, [], OwnWeight(whole, bias))
+    b.write(1, [], OwnWeight(some, None, torch.tensor([3, 0], dtype=torch.int32)))
     x, y = torch.randn(4, 2, K).to(dtype), torch.randn(4, 2, N).to(dtype)
     got, want = linear(b, x, y), y.clone()
     want[2] = torch.nn.functional.linear(x[2].float(), whole, bias).to(dtype)
@@ -59,8 +58,8 @@ def test_an_embedding() -> None:
     torch.manual_seed(0)
     b = bank("embedding", V)
     whole, some = torch.randn(V, N), torch.randn(2, N)
-    b.write(0, [], OwnWeight(whole), 0)
-    b.write(1, [], OwnWeight(some, None, torch.tensor([6, 2], dtype=torch.int32)), 1)
+    b.write(0, [], OwnWeight(whole))
+    b.write(1, [], OwnWeight(some, None, torch.tensor([6, 2], dtype=torch.int32)))
     ids, y = torch.tensor([[2, 3], [2, 6], [6, 0], [2, 2]]), torch.randn(4, 2, N)
     want = y.clone()
     want[0, 0], want[2] = some[1], whole[ids[2]]
