@@ -18,6 +18,7 @@ from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.inspection.explanation import Explanation, predicted
 from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why
+from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
 from lorafx.torch_internals.entrances import entrance
 
@@ -27,6 +28,7 @@ def compile(
     lora_config: Any = None,
     *misplaced: Never,
     adapters: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dynamic: bool | None = True,
     mode: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
@@ -49,6 +51,8 @@ def compile(
             (docs/adapters.md).
         adapters: name -> adapter, loaded before the first call; or a list of folders, files or
             names on the hub, where an adapter's name is the last part of its path.
+        example_inputs: keyword arguments (or positional ones) of a call with which graphs are
+            captured at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`: True captures graphs for any batch size and length, False
             one for each, and None one for the first and another for all that differ from it.
         mode: as in `torch.compile`; the same as `Options.mode`.
@@ -62,7 +66,8 @@ def compile(
         CaptureError: the model is already compiled or attached, or shares modules with an attached
             one. It may share modules with compiled models, as a draft does with its target.
 
-    After an error the model's modules and hooks are as they were.
+    It also raises what a call with `example_inputs` raises. After an error the model's modules and
+    hooks are as they were.
     """
     refuse_arguments("lorafx.compile", misplaced, elsewhere)
     if dynamic is not None and not isinstance(dynamic, bool):
@@ -79,6 +84,8 @@ def compile(
     try:
         if marked.taken is not None:
             _set_default(compiled, marked.taken.active)
+        if example_inputs is not None:
+            compiled.capture(*as_call(example_inputs))
     except BaseException:
         compiled.detach()
         raise

@@ -198,6 +198,21 @@ class CompiledModel(AsModule):
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, method=method)
 
+    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Capture the graphs for this call, without adapters and with them, by running it both
+        ways."""
+        self._entries.check_attached()
+        session = self._session
+
+        def both() -> None:
+            entry = self.entry(self.model)
+            entry(*args, **kwargs)
+            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
+
+        with session.lock:
+            warming = session.running._replace(warming=True)
+            session.note(warming, lambda: session.call(both, Requests((None,), alike=True)))
+
     def warmup(
         self,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,

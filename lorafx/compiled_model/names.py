@@ -91,7 +91,6 @@ _HUB = "an AdapterSource says what the files do not (revision=, key_mapping=)"
 ARGUMENTS: Mapping[str, str] = {
     "autocast_adapter_dtype": "banks have the dtype that LoraConfig(dtype=...) says",
     "backend": 'for torch.compile(model, backend="lorafx"), lorafx.attach(model, adapters) first',
-    "example_inputs": "warmup(example_inputs=...) of the compiled model captures graphs ahead",
     "disable": "the model itself is what runs without a compiler",
     "ephemeral_gpu_offload": "LoraConfig(max_adapters=...) bounds what is on the device",
     "fullgraph": "where the model breaks its graph, the pieces are compiled, as explain() shows",

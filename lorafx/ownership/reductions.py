@@ -154,6 +154,17 @@ def solved(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
+def distances(node: fx.Node, flow: Flow) -> Label:
+    """cdist: (..., P, M) and (..., R, M) -> (..., P, R), leading dimensions broadcast."""
+    args, n = bound(node), len(flow.shape(node))
+    left, right = (flow.aligned(args[k], n) for k in ("x1", "x2"))
+    if any(isinstance(label, Own) and label.dim == n - 1 for label in (left, right)):
+        return flow.lost(node, "distances over the owner dimension")
+    if isinstance(right, Own) and right.dim == n - 2:
+        right = right.at(n - 1)
+    return flow.agree(node, [left, right])
+
+
 _ONE_D = (
     aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
@@ -191,6 +202,7 @@ SPATIAL: dict[object, Rule] = {
         batch_first,
     ),
     aten.linalg_solve_triangular: solved,
+    **dict.fromkeys((aten.cdist, aten._cdist_forward), distances),
 }  # fmt: skip
 RULES |= SPATIAL
 

@@ -62,6 +62,7 @@ BATCH_FIRST = {
     # contractions
     "linear": (lambda x: x @ WEIGHT, "0:1"),
     "scores": (lambda x: x @ x.transpose(1, 2), "0:1"),
+    "distances": (lambda x: torch.cdist(x, torch.ones(3, 4).double()), "0:1"),
     "gram": (lambda x: torch.einsum("btk,ctk->bc", x, x), "bmm"),
     "conv1d": (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(2, 4, 3).double()), "0:1"),
     "attention": (

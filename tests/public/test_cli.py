@@ -56,7 +56,7 @@ def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_ran
     assert title in run(*asked[:-1], "--slot-rank", "4")
     assert "in each" not in run(*asked[:-1])
     refused = json.loads(run(*asked, "--slot-rank", "32", code=1))
-    assert "slot_rank = 32 is over max_rank = 16" in refused["message"]
+    assert "--slot-rank = 32 is over max_rank = 16" in refused["message"]
 
 
 def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:

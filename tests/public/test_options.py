@@ -152,6 +152,22 @@ def test_explain_tells_of_refusals(plain, inputs):
 # Forms of the configuration
 
 
+def test_example_inputs_that_fail_leave_the_model_unmarked(plain):
+    model = plain.model()
+    with pytest.raises(TypeError, match="no_such_argument"):
+        lorafx.compile(model, plain.folders, example_inputs={"no_such_argument": torch.ones(1)})
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_example_inputs_capture_at_once(plain, inputs):
+    for example in (inputs, list(inputs.values())):
+        cm = plain.compile(example_inputs=example)
+        assert cm.recompiles == 2
+        check_mixed(cm, plain, NAMES, inputs)
+        assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+        assert cm.recompiles == 2
+
+
 def test_forms_of_lora_config(plain, inputs):
     folder = plain.folders["a1"]
     one = {"one": folder}

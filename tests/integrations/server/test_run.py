@@ -118,7 +118,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"max_rank": 1}, "--max-rank 1"),
         ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"max_adapters": 0}, "--max-adapters"),
-        ({"slot_rank": 32}, "slot_rank = 32 is over max_rank"),
+        ({"slot_rank": 32}, "--slot-rank = 32 is over max_rank"),
         ({"port": 70000}, "--port"),
         ({"api_key": ""}, "--api-key"),
         ({"api_key": "two words"}, "LORAFX_API_KEY"),
