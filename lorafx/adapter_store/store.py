@@ -136,8 +136,7 @@ class AdapterStore:
             return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The adapter or sum; raises UnknownAdapterError, or as
-        `lorafx.adapter_store.store.mixed`."""
+        """The adapter or sum; raises UnknownAdapterError, or as `mixed`."""
         with self._lock:
             self._check_known([name])
             self._mix([name])
@@ -660,9 +659,17 @@ def mixed(
     adapters: Mapping[str, StoredAdapter],
     groups: Sequence[Group],
 ) -> StoredAdapter:
-    """The sum `name` of `adapters`. Raises ConfigError for an adapter
-    that is not linear in its weight or a scale beyond float32, CapacityError for a sum of ranks
-    beyond a bank's."""
+    """The sum `name` of `adapters`, as an adapter whose rank is the sum of theirs.
+
+        Σ_i w_i · s_i · B_i A_i = s · [B_1, v_2 · B_2, …] [A_1; A_2; …]      v_i = w_i · s_i / s
+
+    s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
+    bits. A site with a single adapter keeps its factors; only the scale changes. Weights change
+    bank contents alone, so no graph depends on them.
+
+    Raises ConfigError for an adapter that is not linear in its weight or a scale beyond float32,
+    CapacityError for a sum of ranks beyond a bank's.
+    """
     summed = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
         alone = summed[0][0]

@@ -51,6 +51,11 @@ from lorafx.runtime.running import (
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.entrances import unsupported
 
+T = TypeVar("T")
+
+_NOTHING: Final = nullcontext()
+_WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
+
 
 @dataclass(frozen=True)
 class Tier:
@@ -107,12 +112,6 @@ class SessionCounts:
             "disk": Tier(host.misses - host.changed, host.changed, 0),
         }
         return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes(), tiers)
-
-
-T = TypeVar("T")
-
-_NOTHING: Final = nullcontext()
-_WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
 class Served(NamedTuple):

@@ -49,7 +49,15 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 #: Arguments of `load_weights`.
 Weights = Mapping[str, Tensor] | NamedTensors | Callable[[], NamedTensors] | str | os.PathLike[str]
 
+_Key = tuple[object, ...]
+
 _INDEX = "model.safetensors.index.json"
+_SHOWN = 100  # problems in a message
+_NAMED = 5  # names in a sentence
+_BROKEN = (
+    "an update of the base weights was interrupted during its writes, and they are partly "
+    "old and partly new; call load_weights again with all weights"
+)
 
 
 @dataclass(frozen=True)
@@ -129,12 +137,6 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise CheckpointError(f"{path} holds no safetensors file")
     return found
-
-
-_SHOWN = 100  # problems in a message
-_NAMED = 5  # names in a sentence
-
-_Key = tuple[object, ...]
 
 
 class _Planned(NamedTuple):
@@ -419,12 +421,6 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set
     keys = {memory_key(target.tensor) for target in filled}
     state = model.state_dict(keep_vars=True)
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}
-
-
-_BROKEN = (
-    "an update of the base weights was interrupted during its writes, and they are partly "
-    "old and partly new; call load_weights again with all weights"
-)
 
 
 @dataclass(frozen=True)
