@@ -361,6 +361,7 @@ class CompiledModel(AsModule):
         thread, unless it has a slot."""
         refuse_transformed()
         session = self._session
+        session.store.check_known(name)
         kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.running.entries and name not in session.store.resident:
