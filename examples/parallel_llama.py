@@ -109,7 +109,7 @@ class ParallelLlama(nn.Module):
         self.model = Decoder(config, quant_method)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
-            self.lm_head.tie_weights(self.model.embed_tokens)
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) ids → (B, T, V) logits."""

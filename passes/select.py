@@ -21,16 +21,21 @@ from torch import Tensor, nn
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
-from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
+from lorafx.model.candidates import (
+    Candidate,
+    ExpertsCandidate,
+    by_raw_weight,
+    impossible,
+    weight_of,
+)
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, rows_asked
 from lorafx.model.module_graph import ModuleGraph, alike, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
-from lorafx.model.refusals import impossible, weight_of
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense, is_wrapped
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule
 
@@ -316,7 +321,7 @@ class _Selection:
         in_features, out_features = entry.sizes(module)
         try:
             slices = None if entry.output_sizes is None else entry.output_sizes(module)
-            parts, loose = item.parts(slices, in_features, out_features)
+            parts = item.parts(slices, in_features, out_features)
         except (AttributeError, TypeError, ValueError) as error:
             return f"its output slices are not known: {error}"
         if slices is None and selected and selected < item.members:
@@ -336,15 +341,11 @@ class _Selection:
             dtype=self._compute_dtype(module, entry, weight),
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
-                replace(
-                    part, selected=loose != () or part.name in selected or selected == item.members
-                )
+                replace(part, selected=part.name in selected or selected == item.members)
                 for part in parts
             ),
             member_of=item.member_of,
-            loose_names=loose,
             expert_weight=item.expert_weight,
-            closed_names=tuple(name for name in loose if name not in selected),
         )
 
     def _compute_dtype(
@@ -371,13 +372,8 @@ def _described(site: Site) -> str:
     if site.expert_weight is not None:
         text += f", {site.experts} experts"
     parts = [f"{(part.selected and part.name) or '-'} {part.out_features}" for part in site.parts]
-    loose = (
-        f"; {', '.join(site.loose_names)}, whose slices are not declared"
-        if site.loose_names
-        else ""
-    )
     if len(parts) > 1:
-        text += f" [{', '.join(parts)}{loose}]"
+        text += f" [{', '.join(parts)}]"
     return text + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")
 
 

@@ -242,22 +242,15 @@ def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
             "key_mapping maps regular expressions to what takes the place of their matches, "
             f"{{pattern: replacement}}; got {mapping!r:.80}"
         )
-    patterns: list[tuple[re.Pattern[str], str]] = []
-    for pattern, target in mapping.items():
-        try:
-            patterns.append((re.compile(pattern), target))
-        except (re.error, TypeError) as error:
-            raise ConfigError(
-                f"key_mapping: {pattern!r} is no regular expression: {error}"
-            ) from None
 
     def rename(path: str) -> str:
-        for pattern, target in patterns:
+        for pattern, target in mapping.items():
             try:
-                path = pattern.sub(target, path)
+                path = re.sub(pattern, target, path)
             except (re.error, IndexError, TypeError) as error:
                 raise ConfigError(
-                    f"key_mapping: {pattern.pattern!r} cannot become {target!r}: {error}"
+                    f"key_mapping: {pattern!r} is no regular expression, or its matches cannot "
+                    f"become {target!r}: {error}"
                 ) from None
         return path
 

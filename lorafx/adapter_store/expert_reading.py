@@ -37,7 +37,6 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected, saved_sizes
 from lorafx.adapter_store.stored import LoraWeights
-from lorafx.errors import some
 from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 from lorafx.model.sites import Site
 
@@ -76,7 +75,6 @@ class ExpertReading:
         self.singly = False
         self.touched: dict[tuple[int, str], set[Columns]] = {}
         self._modules: dict[int, tuple[Experts, dict[_Target, _Pair]]] = {}
-        self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
     def take(self, factor: FactorKey, place: ExpertPlace) -> None:
         self.paths.add(place.saved)
@@ -89,8 +87,11 @@ class ExpertReading:
             reason = place.reason or "experts have no embedding factors"
             raise Problem(f"{factor.key}: {reason}")
         if place.expert is not None and place.expert >= experts.count:
-            self._beyond.setdefault(id(experts), (experts, set()))[1].add(place.expert)
-        elif weight is not None and weight.name not in experts.sites:
+            raise Problem(
+                f"{factor.key}: {experts.path} has {experts.count} experts here (0 … "
+                f"{experts.count - 1}), so the adapter was made for a model with more"
+            )
+        if weight is not None and weight.name not in experts.sites:
             self.findings.closed[place.saved] = not_selected([weight.path(experts.path)])
         elif not experts.sites:
             self.findings.closed[place.saved] = not_selected([experts.path])
@@ -104,12 +105,6 @@ class ExpertReading:
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
         """(part path, factors) of each part whose factors have no problem."""
-        for experts, indices in self._beyond.values():
-            self.findings.problems.append(
-                f"{experts.path} has {experts.count} experts here (0 … {experts.count - 1}), and "
-                f"the adapter has factors for {some(map(str, sorted(indices)), 8)}: it was made "
-                "for a model with more"
-            )
         for experts, pairs in self._modules.values():
             for name, terms in self._terms(experts, pairs).items():
                 touched = self.touched.setdefault((id(experts.module), name), set())

@@ -55,12 +55,11 @@ from lorafx.adapter_store.stored import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
 from lorafx.model import targets
+from lorafx.model.candidates import unsupported
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
 from lorafx.model.extras import EXTRAS, When
-from lorafx.model.module_graph import ModuleGraph, join
-from lorafx.model.packed_names import ATTRIBUTE, PackedNames
-from lorafx.model.refusals import unsupported
+from lorafx.model.module_graph import join
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
@@ -88,19 +87,14 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
     modules: dict[str, None] = {}
     rank = 0
     state, places = load_state(source, model), Places((), model)
-    config, sizes = state.config, factor_sizes(state.tensors)
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        if factor is None:
-            continue
-        place = places.meaning(factor.module)
-        rows = sizes[factor.module].rank
+    for path, sizes in factor_sizes(state.tensors).items():
+        place, rows = places.meaning(path), sizes.rank
         if isinstance(place, ExpertPlace):
-            modules.update(dict.fromkeys(_parameters(place, config)))
-            rows = _rank_of(place, config, rows, tensor.dim())
+            modules.update(dict.fromkeys(_parameters(place, state.config)))
+            rows = _rank_of(place, state.config, rows)
         else:
-            modules[places.current(factor.module)] = None
-        rank = max(rank, rows if factor.letter == "A" else 0)
+            modules[places.current(path)] = None
+        rank = max(rank, rows)
     if (not modules or not rank) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), max(rank, 1))
@@ -173,8 +167,8 @@ def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
     return [weight.path(experts.path) for weight in weights]
 
 
-def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int, dims: int) -> int:
-    if place.expert is not None or dims == 3:
+def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int) -> int:
+    if place.expert is not None:
         return rows
     configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
     stacked = place.weight is None or rows not in configured
@@ -445,7 +439,6 @@ class _Search:
         selection = selection or LoraConfig()
         #: Whether the adapters were the selection, so that no module was left out of it.
         self.whole = isinstance(selection.target_modules, targets.AdapterNames)
-        self.packed_modules = selection.packed_modules
         self.exclude = targets.checked(selection.exclude_modules, "exclude_modules")
 
     def run(self) -> Iterator[str]:
@@ -484,9 +477,7 @@ class _Search:
     def _packed(self, missing: Collection[int]) -> Iterator[str]:
         """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
-        known: set[str] = set()
         for path, found in self.places.packed_names():
-            known.add(path)
             got = any(site.part_path(i) in reading.decoded for site, i in found)
             said = all(id(site.module) in missing for site, _ in found)
             if got or said or path in reading.closed:
@@ -494,19 +485,6 @@ class _Search:
             selected = any(site.parts[i].selected for site, i in found)
             if (selected or self._counts(path, None)) and self.config.matches(path):
                 yield path
-        for path, module in self._unselected_names():
-            new = path not in known and id(module) not in missing
-            if new and self._counts(path, None) and self.config.matches(path):
-                yield path
-
-    def _unselected_names(self) -> Iterator[tuple[str, nn.Module]]:
-        """(packed name or part's name, module) of all modules, if adapters are the selection."""
-        model = self.places.model
-        declared = self.packed_modules or any(hasattr(m, ATTRIBUTE) for m in model.modules())
-        if not self.whole or not declared:
-            return  # names cost a walk over the parameters
-        names = PackedNames(ModuleGraph(model), self.packed_modules).named()
-        yield from ((path, module) for path, module in names if lookup(module) is not None)
 
     def _experts(self) -> Iterator[str]:
         found = self.reading.experts

@@ -220,7 +220,6 @@ class Places:
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     named: dict[str, list[SitePart]] = {}
-    undeclared: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
     for site in sites:
         paths = [without_compiled(path) for path in site.paths]
@@ -228,23 +227,15 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
         for place, part in zip(places, site.parts, strict=True):
             for path in virtual_paths(paths, part.name) if part.name else ():
                 named.setdefault(path, []).append(place)
-        for name in site.loose_names:
-            missing = (
-                f"{site.path} packs it, and which of its slices it is was not declared; declare "
-                "the slices of each name with packed_modules"
-            )
-            found = SiteLanding(places, "", missing)
-            undeclared.update(dict.fromkeys(virtual_paths(paths, name), found))
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
     joined = {path: _joined(found) for path, found in members.items()}
-    return joined | undeclared | {path: _only(found) for path, found in named.items()}
+    return joined | {path: _only(found) for path, found in named.items()}
 
 
 def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
     closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
-    closed += places[0][0].closed_names
     return SiteLanding(places, saved, missing=not_selected(closed) if closed else "")
 
 

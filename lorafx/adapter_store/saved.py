@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -32,7 +33,6 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from lorafx.adapter_store.hub import downloaded, is_name, is_repository
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
@@ -51,6 +51,10 @@ WEIGHTS = (
 #: Metadata keys of a safetensors file that may hold a JSON configuration.
 _METADATA = ("adapter_config", CONFIG_FILE, "peft_config")
 _LONGEST_NAME = 1024
+#: An owner and a name on the Hugging Face hub.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+#: Only these files of a repository are downloaded.
+_DOWNLOADED = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
 #: Tensors by name, and metadata.
 _Read = tuple[dict[str, Tensor], dict[str, str]]
 #: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
@@ -199,9 +203,36 @@ def opened(given: AdapterSource) -> Saved:
             f"tensors, not from a {type(source).__name__}"
         )
     path = Path(source)
-    if isinstance(source, str) and is_repository(source):
-        path = downloaded(source, given.revision)
+    if isinstance(source, str) and is_name(source) and not os.path.lexists(source):
+        path = _downloaded(source, given.revision)
     return _at(given, path)
+
+
+def is_name(source: str) -> bool:
+    """Whether `source` reads "owner/name"."""
+    return _HUB_NAME.fullmatch(source) is not None
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The repository's snapshot folder. Raises CheckpointError if huggingface_hub cannot get it."""
+    absent = f"adapter folder {name} does not exist here"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{absent}; adapters on the hub need huggingface_hub: pip install 'lorafx[hf]'"
+        ) from None
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]
+            )
+        )
+    except Exception as error:  # network, HTTP or hub errors
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{absent}, and {name!r} cannot be had from the hub: {reason:.300}"
+        ) from error
 
 
 def _at(given: AdapterSource, path: Path) -> Saved:

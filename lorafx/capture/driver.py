@@ -15,7 +15,7 @@ from lorafx.pass_order import pipeline, way_around
 from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
-from lorafx.program.preparation import PassReport
+from lorafx.program.program import PassReport
 from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 
 #: Receives the captured graph (with None), then the graph after each pass with its report.

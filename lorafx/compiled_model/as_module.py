@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.model.training import warn_training
+from lorafx.runtime.marking import warn_training
 
 if TYPE_CHECKING:
     from lorafx.runtime.session import Session

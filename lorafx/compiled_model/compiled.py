@@ -46,14 +46,12 @@ from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import asked_name, load_adapter, unloading
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
-from lorafx.runtime.session import Resting, Session
+from lorafx.runtime.session import Resting, Session, Statistics
 from lorafx.runtime.sharing import join, leave
-from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
+from lorafx.weights.loader import Weights, WeightUpdate, update_weights
 from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
-from lorafx.weights.sources import Weights
-from lorafx.weights.update import WeightUpdate, update_weights
 
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import (
@@ -273,7 +271,7 @@ class CompiledModel(AsModule):
         name = one_name(name, "the default")
         name = None if name == BASE else name
         kept = session.fetched(Requests((name,)))  # noqa: F841 - before the lock is taken
-        with session.lock:  # an update takes a merge out and puts it back
+        with session.lock:
             if name is not None:
                 session.store[name]
             merged = session.base.merged
@@ -363,6 +361,7 @@ class CompiledModel(AsModule):
         thread, unless it has a slot."""
         refuse_transformed()
         session = self._session
+        session.store.check_known(name)
         kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.running.entries and name not in session.store.resident:
@@ -420,8 +419,8 @@ class CompiledModel(AsModule):
     def load_weights(self, weights: Weights, *, strict: bool = True) -> WeightUpdate:
         """Update the base weights in place, under any naming that a trainer produces.
 
-        Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
-        weights is updated too: packed and tied weights, copies of absorbed ones, a merged adapter.
+        Nothing is compiled again, and addresses and adapters stay. What depends on the
+        weights is updated too: packed and tied weights, views of absorbed ones, norms of DoRA.
         The update waits for running calls. docs/base_weights.md has the namings.
 
         Args:
@@ -438,11 +437,10 @@ class CompiledModel(AsModule):
         Raises:
             BaseWeightsError: unknown, duplicate, missing and misshapen names, numbers of another
                 kind (floats for a quantised weight), different values for tied weights: all
-                problems at once. The old weights stay in service.
-            ConfigError: `weights` is none of the above.
+                problems at once; or a module keeps a copy of a weight. The old weights stay in
+                service.
+            ConfigError: `weights` is none of the above, or an adapter is merged.
             BatchError: a call, or another update, is running on this thread.
-            MatchError: an adapter is merged, and cannot be merged into the new weights. They are
-                loaded; calls are refused until `merge` or `unmerge`.
 
         It also raises what iterating over `weights` raises. If that happens in the second round
         over a function, or while files are read, weights are partly written, and calls are refused
@@ -472,7 +470,7 @@ class CompiledModel(AsModule):
                 `set_adapter`.
             BatchError: a call is running on this thread.
             MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
-                held by another model in service, copied in an unsupported form, or beyond the range
+                held by another model in service, copied by a module, or beyond the range
                 of its dtype.
 
         Nothing has changed then.

@@ -27,7 +27,7 @@ from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
-from lorafx.program.preparation import PassReport, Preparation
+from lorafx.program.program import PassReport, Preparation
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 from lorafx.torch_internals.shortcuts import states
@@ -48,7 +48,6 @@ class SiteReport:
         registered: the registered class along its MRO.
         in_features, out_features: K and N; an embedding's K is the vocabulary.
         parts: name and columns of each projection of several; "-" if unnamed or not selected.
-        loose: names of projections whose slices are not declared.
         own_rows: how many rows of its weight an adapter may replace.
     """
 
@@ -60,7 +59,6 @@ class SiteReport:
     out_features: int
     dtype: str
     parts: tuple[tuple[str, int], ...] = ()
-    loose: tuple[str, ...] = ()
     own_rows: int = 0
 
 
@@ -437,7 +435,6 @@ def _site(site: Site) -> SiteReport:
         out_features=site.out_features,
         dtype=site.dtype_name,
         parts=tuple(parts) if len(parts) > 1 else (),
-        loose=tuple(site.loose_names),
         own_rows=site.own_rows,
     )
 

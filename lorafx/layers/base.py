@@ -1,4 +1,4 @@
-"""What all parallel layers share: the tensor-parallel group, this rank's sizes, and loading.
+"""What all parallel layers share: the tensor-parallel group, sizes, loading and weight formats.
 
     slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
@@ -10,18 +10,110 @@ functional ones, so Dynamo captures them as ops of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
 from lorafx.torch_internals.graph_parts import c10d
-from lorafx.weights.loadable_layer import LoadableLayer
+from lorafx.weights.loadable_layer import LoadableLayer, WeightMethod
+
+
+class QuantizeMethodBase(WeightMethod, ABC):
+    """Base class of weight formats. `layer` is a layer of this package, or any module that has what
+    `create_weights` registers. A method is stateless, so layers may share it."""
+
+    @abstractmethod
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        """Register the layer's weight parameters by `layer.add_weight`. The layer's sizes of this
+        rank are (output_size_per_partition, input_size_per_partition), its dtype `params_dtype`."""
+
+    @abstractmethod
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (…, K) → (…, N), with `bias` (N,) added."""
+
+    @abstractmethod
+    def dequantize(self, layer: Any) -> Tensor:
+        """The dense weight (N, K) that `apply` multiplies by, in the layer's `params_dtype`."""
+
+    def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and their values, of the checkpoint's sizes, that a checkpoint tensor for the
+        parameter `name` becomes; the layer cuts them to this rank afterwards."""
+        yield name, loaded
+
+    def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Names of the parameters that `incoming` gives for a tensor of this dtype."""
+        return (name,)
+
+
+class UnquantizedLinearMethod(QuantizeMethodBase):
+    """y = x Wᵀ + b, with a dense weight (N, K) in `params_dtype`; N, K are this rank's sizes."""
+
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        shape = layer.output_size_per_partition, layer.input_size_per_partition
+        weight = torch.empty(shape, dtype=layer.params_dtype, device=device)
+        # Uninitialised memory may hold NaN, which a model that is not loaded yet would spread.
+        bound = layer.input_size**-0.5
+        nn.init.uniform_(weight, -bound, bound)
+        layer.add_weight("weight", weight, output_dim=0, input_dim=1)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, layer.weight, bias)
+
+    def dequantize(self, layer: Any) -> Tensor:
+        return layer.weight.detach()
+
+
+class Int8ChannelLinearMethod(QuantizeMethodBase):
+    """y = (x Qᵀ) · s + b, W ≈ s · Q: symmetric, weight Q (N, K) int8, weight_scale s (N,) float32.
+    Whole rows of dense checkpoints are quantised before they are cut, so that scales do not depend
+    on ranks."""
+
+    def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
+        shape = layer.output_size_per_partition, layer.input_size_per_partition
+        weight = torch.zeros(shape, dtype=torch.int8, device=device)
+        scale = torch.ones(shape[0], dtype=torch.float32, device=device)
+        layer.add_weight("weight", weight, output_dim=0, input_dim=1)
+        layer.add_weight("weight_scale", scale, output_dim=0)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale.to(x.dtype)
+        return y if bias is None else y + bias
+
+    def dequantize(self, layer: Any) -> Tensor:
+        weight = layer.weight.float() * layer.weight_scale.float()[:, None]
+        return weight.to(layer.params_dtype)
+
+    def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if name == "weight" and loaded.is_floating_point():
+            weight, scale = quantize_int8(loaded)
+            yield "weight", weight
+            yield "weight_scale", scale
+        elif name == "weight" and loaded.dtype != torch.int8:
+            raise CheckpointError(
+                f"an int8 weight is loaded from int8 or floating-point numbers, got {loaded.dtype}"
+            )
+        else:
+            yield name, loaded
+
+    def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        if name == "weight" and dtype.is_floating_point:
+            return ("weight", "weight_scale")
+        return (name,)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W (…, N, K) → Q (…, N, K) int8, s (…, N) float32, with |W − s · Q| ≤ s / 2."""
+    dense = weight.detach().float()
+    scale = dense.abs().amax(dim=-1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.round(dense / scale[..., None]).to(torch.int8), scale
 
 
 @dataclass(frozen=True)
@@ -60,11 +152,9 @@ class TensorParallel:
         """(…, N) of each rank → (…, size · N), in the order of the ranks."""
         if self.size == 1:
             return y
-        ops = c10d
         # The op stacks along the first dimension, so it gets a new one.
-        gathered = ops.wait_tensor(
-            ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
-        )
+        y = y.contiguous().unsqueeze(0)
+        gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(y, self.size, self.group_name))
         return gathered.movedim(0, -2).flatten(-2)
 
     def part(self, total: int, what: str, layer: str) -> int:
@@ -156,24 +246,13 @@ class ParallelLayer(LoadableLayer):
         self.params_dtype = options.get("params_dtype") or torch.get_default_dtype()
         device, quant_method = options.get("device"), options.get("quant_method")
         self.quant_method = UnquantizedLinearMethod() if quant_method is None else quant_method
-        self.quant_method.create_weights(
-            self,
-            cut.input_part,
-            list(cut.output_parts),
-            self.input_size,
-            self.output_size,
-            self.params_dtype,
-            weight_loader=self.weight_loader,
-            device=device,
-        )
+        self.quant_method.create_weights(self, device)
         if bias:
-            zeros = torch.zeros(
-                self.output_size_per_partition, dtype=self.params_dtype, device=device
-            )
-            add_weight(self, "bias", zeros, output_dim=0, weight_loader=self.weight_loader)
+            rows = self.output_size_per_partition
+            zeros = torch.zeros(rows, dtype=self.params_dtype, device=device)
+            self.add_weight("bias", zeros, output_dim=0)
         else:
             self.register_parameter("bias", None)
-        self._keep_attributes()
         if tp.size > 1:
             self.local_product = LocalProduct()
 
@@ -221,11 +300,11 @@ class ParallelLayer(LoadableLayer):
     def checkpoint_shape(self, name: str, shard_id: ShardId = None) -> tuple[int, ...]:
         slices = self.slices(shard_id)
         shape = list(self.get_parameter(name).shape)
-        attributes = self._weight_attributes.get(name, {})
-        if "output_dim" in attributes:
-            shape[attributes["output_dim"]] = sum(self.output_sizes[i] for i in slices)
-        if "input_dim" in attributes:
-            shape[attributes["input_dim"]] = self.input_size
+        cut_dims = self.cut_dims.get(name, {})
+        if "output_dim" in cut_dims:
+            shape[cut_dims["output_dim"]] = sum(self.output_sizes[i] for i in slices)
+        if "input_dim" in cut_dims:
+            shape[cut_dims["input_dim"]] = self.input_size
         return tuple(shape)
 
     def _load(self, name: str, loaded: Tensor, shard_id: ShardId) -> None:
@@ -249,16 +328,16 @@ class ParallelLayer(LoadableLayer):
         return value.narrow(dim, start, length)
 
     def _write(self, name: str, value: Tensor, slices: tuple[int, ...]) -> None:
-        attributes = self._weight_attributes.get(name, {})
+        cut_dims = self.cut_dims.get(name, {})
         target = self.get_parameter(name).data
-        if "input_dim" in attributes:
-            dim = attributes["input_dim"]
+        if "input_dim" in cut_dims:
+            dim = cut_dims["input_dim"]
             value = self.piece_of_input(value, dim)
             target = _padded(target, dim, value.shape[dim])
-        if "output_dim" not in attributes:
+        if "output_dim" not in cut_dims:
             target.copy_(value)
             return
-        dim = attributes["output_dim"]
+        dim = cut_dims["output_dim"]
         sizes = [self.output_sizes[i] for i in slices]
         for index, rows in zip(slices, value.split(sizes, dim), strict=True):
             first = sum(self.output_partition_sizes[:index])

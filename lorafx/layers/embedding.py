@@ -100,15 +100,3 @@ class ParallelLMHead(VocabParallelEmbedding):
         if self.tp_size == 1:
             return logits
         return self.tp.all_gather(logits)[..., : self.num_embeddings]
-
-    def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-        """Use the embedding's weight; ConfigError where sizes or the ranks' parts differ."""
-        shape, other = self.weight.shape, embedding.weight.shape
-        if shape != other or self.num_embeddings != embedding.num_embeddings:
-            raise ConfigError(
-                f"{self.label}: cannot share the weight {tuple(other)} of "
-                f"{embedding.label}; its own weight is {tuple(shape)}, for "
-                f"{self.num_embeddings} embeddings"
-            )
-        self.weight = embedding.weight
-        return self

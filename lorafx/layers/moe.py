@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
-from lorafx.layers.quantization import add_weight
 from lorafx.torch_internals.graph_parts import grouped_mm
 from lorafx.weights.loadable_layer import LoadableLayer
 
@@ -33,7 +32,7 @@ class FusedMoE(LoadableLayer):
     """hidden_states (…, H), router_logits (…, E) → (…, H).
 
     Parameters are `w13_weight` (E, 2I / tp_size, H) and `w2_weight` (E, H, I / tp_size), each a
-    LoRA site with a delta for each expert. Shard ids of their loaders: ("w1", e) the gate, ("w3",
+    LoRA site with a delta for each expert. Shard ids of `load_weight`: ("w1", e) the gate, ("w3",
     e) the up and ("w2", e) the down projection of expert e; None for all experts as one tensor (E,
     2I, H) or (E, H, I).
 
@@ -89,8 +88,7 @@ class FusedMoE(LoadableLayer):
             weight = torch.empty(shape, dtype=params_dtype, device=device)
             bound = (hidden_size if name == "w13_weight" else intermediate_size) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
-            add_weight(self, name, weight, weight_loader=self.weight_loader)
-        self._keep_attributes()
+            self.add_weight(name, weight)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, self.hidden_size)

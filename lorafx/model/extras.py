@@ -40,7 +40,7 @@ def own_refusal(site: Site) -> str | None:
         return "a registered handler says what its call computes, but not with another weight"
     if entry.sharding is not None:
         return "its weight is one rank's share"
-    if len(site.parts) > 1 or site.loose_names:
+    if len(site.parts) > 1:
         return "it packs several projections"
     if is_stored(site.module, entry):
         return "its weight is quantised"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from torch import nn
 
@@ -154,20 +153,16 @@ def parts_of(
     sizes: Sequence[int] | None,
     in_features: int,
     total: int,
-) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """The parts of a site, and the names that only an adapter's row counts can place.
-
-    One part a member where the slices of each are known; one a slice, and the members' names, where
-    there are fewer names than slices; else one part. `sizes`: columns of the output slices, None
-    where the class does not say. ValueError where names and slices do not fit together.
-    """
+) -> tuple[Part, ...]:
+    """The parts of a site: one a member, one for each slice of no member, or one where the class
+    does not say the `sizes` of output slices. ValueError where names and slices do not fit."""
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
         raise ValueError(
             f"{where} has output slices of {list(sizes)}, which do not add up to {total}"
         )
     if not members or sizes is None:
-        return whole, ()
+        return whole
     named: dict[int, PackedMember] = {}
     if all(member.slices is not None for member in members):
         named = {i: member for member in members for i in member.slices or ()}
@@ -178,10 +173,11 @@ def parts_of(
             )
     elif len(members) == len(sizes):
         named = dict(enumerate(members))
-    elif len(members) > len(sizes):
+    else:
         raise ValueError(
             f"{where} has {len(sizes)} output slices for the {len(members)} names "
-            f"{', '.join(member.name for member in members)}"
+            f"{', '.join(member.name for member in members)}; declare with packed_modules which "
+            "slices each name covers"
         )
     parts: list[Part] = []
     at = 0
@@ -191,33 +187,9 @@ def parts_of(
         width = sum(sizes[i] for i in slices)
         parts.append(Part("" if member is None else member.name, slices, in_features, width))
         at = slices[-1] + 1
-    return tuple(parts), () if named else tuple(member.name for member in members)
+    return tuple(parts)
 
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
     """The paths that a member or packed `name` has beside a module's own `paths`."""
     return tuple(dict.fromkeys(renamed(path, name) for path in paths))
-
-
-def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
-    """Which slices of a packed module each of several names covers, by row counts alone: every
-    (first slice, slice behind the last) in some partition of `sizes` into `rows`, in order. `rows`
-    are None where unknown; without a partition all are empty."""
-    ends = (0, *accumulate(sizes))
-
-    def following(start: int, wanted: int | None) -> list[int]:
-        later = range(start + 1, len(ends))
-        return [end for end in later if wanted in (None, ends[end] - ends[start])]
-
-    reached = [{0}]
-    for wanted in rows:
-        reached.append({end for start in reached[-1] for end in following(start, wanted)})
-    kept = {len(sizes)} & reached[-1]
-    found: list[set[tuple[int, int]]] = []
-    for starts, wanted in zip(reversed(reached[:-1]), reversed(rows), strict=True):
-        pairs = {
-            (start, end) for start in starts for end in following(start, wanted) if end in kept
-        }
-        kept = {start for start, _ in pairs}
-        found.append(pairs)
-    return found[::-1]

@@ -12,7 +12,7 @@ lorafx.model.weight_formats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,7 +58,7 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
     """Store `weight` in the module's format, in place; the inverse of `dequantize`.
 
     Objects, addresses, sizes and dtypes stay, so compiled graphs see the new weight. Make a
-    `Stored` first to be able to restore exactly what was there.
+    copy by `stored` first to be able to restore exactly what was there.
 
     Args:
         weight: W, as `dequantize(module, parameter)` gives it, in any floating dtype.
@@ -89,18 +89,12 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
         ) from error
 
 
-class Stored:
-    """Copies of all tensors of a module's weight; ConfigError where its format is unknown."""
-
-    def __init__(self, module: nn.Module, parameter: str | None = None) -> None:
-        place = _Weight.of(module, parameter)
-        self.nbytes = sum(t.nbytes for t in place.format.tensors(module, place.name))
-        self._put_back = place.format.keep(module, place.name)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the same numbers back, bit by bit, in place."""
-        self._put_back()
+def stored(module: nn.Module, parameter: str | None = None) -> tuple[int, Callable[[], None]]:
+    """Copies of all tensors of a module's weight: their bytes, and a function that puts the same
+    numbers back, bit by bit, in place. ConfigError where its format is unknown."""
+    place = _Weight.of(module, parameter)
+    nbytes = sum(tensor.nbytes for tensor in place.format.tensors(module, place.name))
+    return nbytes, place.format.keep(module, place.name)
 
 
 @dataclass(frozen=True)

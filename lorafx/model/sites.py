@@ -56,9 +56,6 @@ class Site:
         parts: what its output columns consist of, in order.
         member_of: the packed names that this module is a part of elsewhere.
         expert_weight: for a parameter of routed experts, whose path is the parameter's then.
-        loose_names: names of a packed module whose slices are not declared; the rows of an
-            adapter's B determine them.
-        closed_names: those of `loose_names` that adapters may not have factors for.
         own_rows: how many rows of the weight an adapter may replace.
     """
 
@@ -72,9 +69,7 @@ class Site:
     device: torch.device
     parts: tuple[Part, ...] = ()
     member_of: tuple[Membership, ...] = ()
-    loose_names: tuple[str, ...] = ()
     expert_weight: ExpertWeight | None = None
-    closed_names: tuple[str, ...] = ()
     own_rows: int = 0
 
     @property

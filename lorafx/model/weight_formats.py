@@ -12,7 +12,6 @@ A format is found by the class of what holds W; no library is imported here.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -240,23 +239,6 @@ class WrapperSubclass(Format):
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
         return list(_inner(getattr(module, name)))
 
-    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        held = getattr(module, name).detach()
-        make = getattr(type(held), "from_hp", None)
-        if make is None:
-            raise CannotStore(
-                f"{type(held).__qualname__} has no `from_hp`, which would quantise new numbers"
-            )
-        given = {"dtype": held.dtype, "device": held.device}
-        try:
-            new = make(weight.to(**given), **_made_with(make, held))
-            names, context = new.__tensor_flatten__()
-        except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
-            raise CannotStore(f"{type(held).__qualname__}.from_hp: {error}") from error
-        if (names, context) != held.__tensor_flatten__():
-            raise CannotStore(f"{type(held).__qualname__}.from_hp returns another format")
-        _write(list(_inner(held)), list(_inner(new)))
-
 
 class FineGrained8(Format):
     """transformers' FP8Linear and FP8Experts: `<name>_scale_inv` holds a scale for each block of
@@ -344,36 +326,6 @@ def _inner(tensor: Tensor) -> Iterator[Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
         yield from _inner(getattr(tensor, name))
-
-
-def _made_with(make: Any, held: Any) -> dict[str, Any]:
-    """The arguments of `from_hp` that make the format that `held` has, by their names."""
-    block = tuple(getattr(held, "block_size", ()))
-    zero = getattr(held, "zero_point", None)
-    torchao: Any = sys.modules.get("torchao.quantization")
-    known: dict[str, Any] = {
-        "float8_dtype": getattr(getattr(held, "qdata", None), "dtype", None),
-        "block_size": block,
-    }
-    if torchao is not None and block:
-        known["granularity"] = (
-            torchao.PerTensor()
-            if block == tuple(held.shape)
-            else torchao.PerRow()
-            if block[-1] == held.shape[-1]
-            else torchao.PerGroup(block[-1])
-        )
-        symmetric = zero is None or not bool(zero.any())
-        kind = torchao.MappingType
-        known["mapping_type"] = kind.SYMMETRIC if symmetric else kind.ASYMMETRIC
-    found = {}
-    for name in list(inspect.signature(make).parameters)[1:]:
-        if name in ("scale", "zero_point"):
-            continue
-        value = known.get(name, getattr(held, name, None))
-        if value is not None:
-            found[name] = value
-    return found
 
 
 def _write(places: list[Tensor], values: list[Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,19 +32,17 @@ from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin, orig
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.interrupts import Rollback
 from lorafx.model.extras import token_rooms
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames
-from lorafx.model.training import warn_training
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.select import Alias, Select
 from lorafx.program.argument_roles import check_names
-from lorafx.program.preparation import Preparation
-from lorafx.program.program import Program
+from lorafx.program.program import Preparation, Program
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,16 @@ def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tupl
         found = Preparation(model, config)
         run_model_passes(found, (Alias(), Select()))
     return found.graph, found.sites
+
+
+def warn_training(model: nn.Module, stacklevel: int) -> None:
+    """Warn that dropout, which training mode makes active, changes every answer."""
+    warnings.warn(
+        f"{type(model).__name__} is in training mode, so its dropout is active; call eval() for "
+        "inference",
+        LorafxWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _mark(

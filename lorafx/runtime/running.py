@@ -79,13 +79,10 @@ class BaseState(NamedTuple):
     Attributes:
         merged: the adapter that they hold, None where they are the base's own.
         broken: why they cannot be served, "" where they can.
-        unmerged: why calls are refused though the weights are whole: an adapter is merged no
-            longer. Says nothing where one is.
     """
 
     merged: Named | None = None
     broken: str = ""
-    unmerged: str = ""
 
 
 class Streams:

@@ -1,6 +1,6 @@
-"""Layers whose parameters take checkpoint tensors through loaders of their own.
+"""Layers that write checkpoint tensors into their parameters themselves.
 
-    param.weight_loader(param, loaded_weight, shard_id)
+    layer.load_weight(name, loaded_weight, shard_id)
 
 writes a tensor of the whole layer's sizes into this rank's part of a parameter, or of the piece of
 it that the shard id names.
@@ -42,6 +42,17 @@ class LoadableLayer(nn.Module):
     prefix: str = ""
     output_sizes: tuple[int, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        #: By a parameter's name: which of its dimensions are cut among ranks.
+        self.cut_dims: dict[str, dict[str, int]] = {}
+
+    def add_weight(self, name: str, value: Tensor, **cut_dims: int) -> None:
+        """Register a parameter; `output_dim` and `input_dim` are its dimensions that hold outputs
+        and inputs, of which this rank may have a part."""
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.cut_dims[name] = cut_dims
+
     @abstractmethod
     def checkpoint_shape(self, name: str, shard_id: Any = None) -> tuple[int, ...]:
         """The shape of the checkpoint tensor for this shard; CheckpointError without one."""
@@ -57,12 +68,9 @@ class LoadableLayer(nn.Module):
         """The parameters that a checkpoint tensor of this dtype for `name` gives values to."""
         return (name,)
 
-    def weight_loader(
-        self, param: nn.Parameter, loaded_weight: Tensor, shard_id: Any = None
-    ) -> None:
-        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's `param`, or its
-        piece `shard_id`. CheckpointError for another shape, dtype or shard."""
-        name = self.name_of(param)
+    def load_weight(self, name: str, loaded_weight: Tensor, shard_id: Any = None) -> None:
+        """Write a checkpoint tensor, of the whole layer's sizes, into this rank's parameter `name`,
+        or its piece `shard_id`. CheckpointError for another name, shape, dtype or shard."""
         self.check_weight(name, loaded_weight.shape, shard_id)
         with torch.no_grad():
             self._load(name, loaded_weight, shard_id)
@@ -86,42 +94,6 @@ class LoadableLayer(nn.Module):
                 f"{expected}; the parameter has {tuple(param.shape)}"
             )
 
-    def name_of(self, param: nn.Parameter) -> str:
-        """The name of one of the layer's own parameters; CheckpointError for any other."""
-        for name, held in self._parameters.items():
-            if held is param:
-                return name
-        raise CheckpointError(f"{self.label}: the given parameter is not one of this layer's")
-
     @property
     def label(self) -> str:
         return f"{self.prefix} ({type(self).__name__})" if self.prefix else type(self).__name__
-
-    def _keep_attributes(self) -> None:
-        self._weight_attributes = {
-            name: {key: value for key, value in vars(param).items() if key != "weight_loader"}
-            for name, param in self._parameters.items()
-            if param is not None
-        }
-
-    def _mark_parameters(self) -> None:
-        """Give the parameters their attributes back, which copies and replacements lack."""
-        for name, attributes in self._weight_attributes.items():
-            param = self._parameters.get(name)
-            if param is not None:
-                for key, value in attributes.items():
-                    setattr(param, key, value)
-                param.weight_loader = self.weight_loader  # type: ignore[attr-defined]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark_parameters()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LoadableLayer:
-        super()._apply(fn, recurse)
-        self._mark_parameters()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._mark_parameters()

@@ -11,27 +11,25 @@ quantised weights stay on their device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store.stored import Kept
-from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
+from lorafx.errors import CaptureError, ConfigError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
-from lorafx.model.quantized import Stored, dequantize, requantize
+from lorafx.model.quantized import dequantize, requantize, stored
 from lorafx.model.weight_formats import own_tensors
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import held_elsewhere
-from lorafx.weights.changes import Change, changes_of, not_mergeable
-from lorafx.weights.deltas import add_to, mark_of, write
+from lorafx.weights.changes import Change, add_to, changes_of, mark_of, not_mergeable, write
+from lorafx.weights.copies import outdated_copies
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,8 @@ class Original:
         return cls(holder, tensor, numbers.nbytes, partial(write, tensor, numbers))
 
     @classmethod
-    def stored(cls, holder: Holder, parameter: str | None) -> Original:
-        stored = Stored(holder.module, parameter)
-        return cls(holder, None, stored.nbytes, stored.restore)
+    def of_format(cls, holder: Holder, parameter: str | None) -> Original:
+        return cls(holder, None, *stored(holder.module, parameter))
 
     @property
     def in_place(self) -> bool:
@@ -113,7 +110,6 @@ class Merged:
     """The adapter that the base weights hold, and their originals."""
 
     report: MergeReport
-    requantize: bool
     originals: tuple[Original, ...]
     kept: Kept
 
@@ -122,7 +118,6 @@ class Merged:
         return self.report.adapter
 
 
-T = TypeVar("T")
 _HALF = (
     "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
     "call unmerge(force=True), or load_weights with all of them"
@@ -131,23 +126,19 @@ _HALF = (
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     session.refuse_running(f"merge {name!r}")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
+    kept = session.store.fetch([name], resident=True)
     with session.weights_lock, session.lock:
         session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
-        return _merge(session, name, requantize=requantize)
-
-
-def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
-    _refuse_in_use(session, name)
-    session.program.look_at_modules()
-    session.program.refuse_missing()
-    check_packed(session.program.packed)
-    kept = session.store.fetch([name], resident=True)
-    changes = changes_of(session.program, session.store, name, requantize=requantize)
-    _refuse_shared(session, name, changes)
-    with progress(f"merging {name} into {len(changes)} weights"):
-        return _write_merged(session, name, kept, changes, requantize=requantize)
+        _refuse_in_use(session, name)
+        session.program.look_at_modules()
+        session.program.refuse_missing()
+        check_packed(session.program.packed)
+        kept = session.store.fetch([name], resident=True)
+        changes = changes_of(session.program, session.store, name, requantize=requantize)
+        _refuse_shared(session, name, changes)
+        with progress(f"merging {name} into {len(changes)} weights"):
+            return _write_merged(session, name, kept, changes)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -156,15 +147,11 @@ def unmerge(session: Session, *, force: bool = False) -> None:
         session.locks.streams.follow(session.accelerators)
         merged = merged_of(session)
         if merged is None:
-            if not session.base.unmerged:
-                raise ConfigError("no adapter is merged; call merge(name) first")
-            session.base = session.base._replace(unmerged="")
-            return
+            raise ConfigError("no adapter is merged; call merge(name) first")
         if not force:
             _refuse_touched(merged)
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
             undisturbed(lambda: _take_out(session, merged))
-        session.base = session.base._replace(unmerged="")
 
 
 def merged_of(session: Session) -> Merged | None:
@@ -183,64 +170,14 @@ def _take_out(session: Session, merged: Merged) -> None:
     session.base = before._replace(merged=None, broken=broken)
 
 
-def unmerged(session: Session, action: Callable[[], T]) -> T:
-    """What `action` returns, which writes base weights: it runs with the base's own weights, and
-    the merged adapter is merged into the new weights afterwards.
-
-    Raises:
-        BatchError: a call is running.
-        CaptureError: something else wrote weights since the merge.
-        MatchError: at the end, where ΔW does not fit any more. Nothing is merged then, and calls
-            are refused until `merge` or `unmerge`, since without a name they would be the base's.
-    """
-    with session.weights_lock, session.lock:
-        session.locks.streams.follow(session.accelerators)
-        merged = merged_of(session)
-        if merged is None:
-            return action()
-        try:
-            _refuse_touched(merged)
-            lost = _lost(merged, "it was interrupted")
-            session.base = session.base._replace(unmerged=lost)  # said before it is so
-            undisturbed(lambda: _take_out(session, merged))
-            result = action()
-        except BaseException:
-            if session.base.merged is None:
-                with suppress(LorafxError):  # calls are refused and say why; the cause is this one
-                    _merge_again(session, merged)
-            raise
-        _merge_again(session, merged)
-        return result
-
-
-def _merge_again(session: Session, merged: Merged) -> None:
-    try:
-        _merge(session, merged.name, requantize=merged.requantize)
-    except BaseException as error:
-        lost = _lost(merged, str(error) or type(error).__name__)
-        session.base = session.base._replace(unmerged=lost)
-        if isinstance(error, LorafxError):
-            raise type(error)(lost) from error
-        raise
-
-
-def _lost(merged: Merged, why: str) -> str:
-    return (
-        f"{merged.name!r} was merged, but could not be merged again after an update of the "
-        f"base weights: {why}. Call merge() for an adapter, or unmerge() to serve adapters "
-        "and the new base side by side"
-    )
-
-
 def _refuse_touched(merged: Merged) -> None:
     touched = [str(item.holder) for item in merged.originals if item.touched]
     if touched:
         raise CaptureError(
             f"{some(touched)}: something wrote or replaced these weights "
             f"since {merged.name!r} was merged, and restoring the originals would undo "
-            "that. Change base weights with load_weights(), which updates the merge too; "
-            "or call unmerge(force=True), which puts the originals back anyway, and load "
-            "the weights again"
+            "that. Call unmerge(force=True), which puts the originals back anyway, and "
+            "load_weights() then"
         )
 
 
@@ -261,7 +198,8 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    problems = []
+    written = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
+    problems = outdated_copies(session.program, written)
     for change in changes:
         if change.tied_apart:
             ends = ", ".join(str(holder) for holder, _ in change.ends)
@@ -289,12 +227,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 
 
 def _write_merged(
-    session: Session,
-    name: str,
-    kept: Kept,
-    changes: Sequence[Change],
-    *,
-    requantize: bool,
+    session: Session, name: str, kept: Kept, changes: Sequence[Change]
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[Original] = []
@@ -311,18 +244,15 @@ def _write_merged(
         for change in changes:
             holder, weight = change.holder, change.weight
             if weight is None:
-                keep(Original.stored(holder, change.parameter))
+                keep(Original.of_format(holder, change.parameter))
                 error = _requantized(change)
             else:
                 keep(Original.of(holder, weight))
                 error = add_to(weight, weight, change.delta, str(holder))
             weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
-            for copy in change.copies:
-                keep(Original.of(copy.holder, copy.tensor))
-                copy.follow(change.dense)
         written = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
-        session.base = BaseState(Merged(report, requantize, written, kept), before.broken)
+        session.base = BaseState(Merged(report, written, kept), before.broken)
     except BaseException:
         rollback.run()
         raise

@@ -8,9 +8,9 @@ one. A *destination* holds the places of one checkpoint tensor.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -138,10 +138,8 @@ class Shard:
         return "" if converted else _unlike(self.target.tensor, given)
 
     def write(self, loaded: Tensor) -> None:
-        parameter = self.target.tensor
-        assert isinstance(parameter, nn.Parameter)
-        with writing(parameter):
-            self.layer.weight_loader(parameter, loaded, self.shard_id)
+        with writing(self.target.tensor):
+            self.layer.load_weight(self.target.attribute, loaded, self.shard_id)
 
 
 WeightPlace = Box | Shard
@@ -168,25 +166,44 @@ class Destination:
             place.write(loaded[place.take] if place.take else loaded)
 
 
-class TensorGroup(ABC):
-    """Checkpoint tensors `names` that fill `destinations` together. A group is checked when its
-    last tensor is known, and written when that arrives; `path` is its name in messages."""
+class ConvertedGroup:
+    """Checkpoint tensors `names` of which a conversion of transformers makes those that fill
+    `destinations`. A group is checked when its last tensor is known, and written when that arrives;
+    `path` is its name in messages."""
 
-    path: str
-    names: tuple[str, ...]
-    destinations: tuple[Destination, ...]
+    def __init__(
+        self,
+        model: Any,
+        converter: Any,
+        key: str,
+        destinations: tuple[Destination, ...],
+        sources: Mapping[str, tuple[str, WeightShape]],
+    ) -> None:
+        """`sources`: the pattern of the converter and the shape, by the tensor's name."""
+        self.path, self.names, self.destinations = key, tuple(sources), destinations
+        self._model, self._converter, self._sources = model, converter, sources
 
-    @abstractmethod
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
         """Why tensors of these shapes do not go together, "" where they do."""
+        wrong = [
+            f"{name} has shape {shapes[name]}, expected {shape}"
+            for name, (_, shape) in self._sources.items()
+            if shapes[name] != shape
+        ]
+        return "; ".join(wrong)
 
-    @abstractmethod
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """The tensors for `destinations`, of those of all `names`."""
+        converter = deepcopy(self._converter)
+        for name, (pattern, _) in self._sources.items():
+            converter.add_tensor(self.path, name, pattern, tensors[name])
+        made = converter.convert(self.path, model=self._model, config=self._model.config)
+        values = (made[found.path] for found in self.destinations)
+        return [value[0] if isinstance(value, list) else value for value in values]
 
 
 class GroupMember(NamedTuple):
-    group: TensorGroup
+    group: ConvertedGroup
     name: str
 
 

@@ -254,6 +254,7 @@ class Served(RuleBasedStateMachine):
         self.merged.clear()
         return state
 
+    @precondition(lambda self: self.in_base is None)
     @rule(seed=numbers, once=st.booleans())
     def push(self, seed: int, once: bool) -> None:
         state = self.written(seed)

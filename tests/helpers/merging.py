@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from dense_merge import Case
-from hand_made import factors, hand_case, merged, save
+from hand_made import hand_case
 from tiny import randomise
 from tiny_models import VOCAB
 from torch import Tensor, nn
@@ -31,15 +31,10 @@ class Tied(nn.Module):
 
 
 def tied_case(folder: Path) -> Case:
-    """Adapters of both ends, of either, of neither, and "same", which adds one ΔW to both."""
+    """Adapters of both ends, of either, and of neither."""
     torch.manual_seed(0)
     base = Tied()
     randomise(base)
-    case = hand_case(
+    return hand_case(
         base, folder, both=["embed", "head"], embed=["embed"], head=["head"], up=["up"]
     )
-    ((_, (a, b)),) = factors(base, ["embed"], rank=2, seed=9).items()
-    same = {"embed": (a, b), "head": (b.T, a.T)}  # ΔE = s (B A)ᵀ, ΔW = s Aᵀ Bᵀ
-    case.folders["same"] = save(base, folder / "same", same)
-    case.merged["same"] = merged(base, same)
-    return case

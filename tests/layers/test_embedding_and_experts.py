@@ -22,10 +22,10 @@ def test_embedding():
     assert torch.equal(layer(ids), F.embedding(ids, layer.weight))
     assert (layer.num_embeddings, layer.embedding_dim, layer.tp_size) == (11, 4, 1)
     table = torch.randn(11, 4)
-    layer.weight.weight_loader(layer.weight, table)
+    layer.load_weight("weight", table)
     assert torch.equal(layer(ids), table[ids])
     with pytest.raises(lorafx.CheckpointError, match=r"\(12, 4\), expected \(11, 4\)"):
-        layer.weight.weight_loader(layer.weight, torch.zeros(12, 4))
+        layer.load_weight("weight", torch.zeros(12, 4))
 
 
 def by_experts(x, logits, w13, w2, renormalize):
@@ -57,8 +57,8 @@ def test_experts(renormalize):
 def test_experts_are_loaded_one_by_one_or_as_one_tensor():
     w13, w2 = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
     whole, single = FusedMoE(E, K, H, I), FusedMoE(E, K, H, I)
-    whole.w13_weight.weight_loader(whole.w13_weight, w13)
-    whole.w2_weight.weight_loader(whole.w2_weight, w2)
+    whole.load_weight("w13_weight", w13)
+    whole.load_weight("w2_weight", w2)
     model = nn.Module()
     model.experts = single
     saved = {}
@@ -77,11 +77,11 @@ def test_experts_are_loaded_one_by_one_or_as_one_tensor():
     with pytest.raises(lorafx.CheckpointError, match=r"experts\.w13_weight.*slices \('w3', 3\)"):
         load_weights(model, saved)
     with pytest.raises(lorafx.CheckpointError, match=r"no shard id \('w2', 0\) of w13_weight"):
-        single.w13_weight.weight_loader(single.w13_weight, w2[0], ("w2", 0))
+        single.load_weight("w13_weight", w2[0], ("w2", 0))
     with pytest.raises(lorafx.CheckpointError, match=r"experts 0 to 4"):
-        single.w2_weight.weight_loader(single.w2_weight, w2[0], ("w2", 5))
+        single.load_weight("w2_weight", w2[0], ("w2", 5))
     with pytest.raises(lorafx.CheckpointError, match=r"\('w2', 0\).*\(8, 6\), expected \(6, 8\)"):
-        single.w2_weight.weight_loader(single.w2_weight, w2[0].T, ("w2", 0))
+        single.load_weight("w2_weight", w2[0].T, ("w2", 0))
 
 
 class Block(nn.Module):

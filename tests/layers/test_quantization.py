@@ -24,7 +24,7 @@ def test_computes_with_the_dequantised_weight():
     layer = int8()
     dense = torch.randn(24, 6)
     dense[5] = 0  # a row without a scale of its own
-    layer.weight.weight_loader(layer.weight, dense)
+    layer.load_weight("weight", dense)
     assert layer.weight.dtype == torch.int8
     assert layer.weight_scale.shape == (24,)
     weight = layer.quant_method.dequantize(layer)

@@ -82,8 +82,8 @@ def test_what_is_loaded_is_what_the_ranks_hold(layers, data):
         members = shard_id if isinstance(shard_id, tuple) else (shard_id,)
         loaded = torch.cat([rows[i] for i in members])
         for one in layers:
-            one.weight.weight_loader(one.weight, loaded, shard_id)
-            one.bias.weight_loader(one.bias, loaded[:, 0], shard_id)
+            one.load_weight("weight", loaded, shard_id)
+            one.load_weight("bias", loaded[:, 0], shard_id)
     assert torch.equal(joined(layers, [one.weight for one in layers]), weight)
     if layers[0].input_size == layers[0].input_size_per_partition:
         assert all(torch.equal(one.bias, one.weight[:, 0]) for one in layers)

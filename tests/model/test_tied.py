@@ -33,7 +33,8 @@ class Parallel(nn.Module):
         super().__init__()
         self.embed_tokens = layers.VocabParallelEmbedding(VOCAB, 24)
         self.up = layers.ColumnParallelLinear(24, 24)
-        self.lm_head = layers.ParallelLMHead(VOCAB, 24).tie_weights(self.embed_tokens)
+        self.lm_head = layers.ParallelLMHead(VOCAB, 24)
+        self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         x = self.embed_tokens(input_ids)

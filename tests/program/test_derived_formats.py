@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.layers import ReplicatedLinear
-from lorafx.layers.quantization import Int8ChannelLinearMethod
+from lorafx.layers.base import Int8ChannelLinearMethod
 
 NAMES = ["a", None, "b", "a", "c"]
 
@@ -68,9 +68,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, dict]:
     """Latent without absorption, its weight dense: what the int8 weight stands for."""
     torch.manual_seed(0)
     stored = Latent("no").eval().requires_grad_(False)
-    stored.kv_b_proj.weight.weight_loader(
-        stored.kv_b_proj.weight, torch.randn(stored.kv_b_proj.weight.shape) * 0.5
-    )
+    stored.kv_b_proj.load_weight("weight", torch.randn(stored.kv_b_proj.weight.shape) * 0.5)
     dense = copy.deepcopy(stored)
     dense.kv_b_proj = nn.Linear(stored.latent, stored.kv_b_proj.output_size, bias=False)
     dense.kv_b_proj.weight.data = stored.kv_b_proj.quant_method.dequantize(stored.kv_b_proj)

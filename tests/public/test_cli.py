@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,7 +56,7 @@ def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_ran
     assert title in run(*asked[:-1], "--slot-rank", "4")
     assert "in each" not in run(*asked[:-1])
     refused = json.loads(run(*asked, "--slot-rank", "32", code=1))
-    assert "slot_rank = 32 is over max_rank = 16" in refused["message"]
+    assert "--slot-rank = 32 is over max_rank = 16" in refused["message"]
 
 
 def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:
@@ -76,34 +74,12 @@ def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "way_out"),
-    [
-        ("nope", "no such model in the hub's local cache; the hub cannot be asked"),
-        ("owner/nope", "no such model in the hub's local cache; the hub cannot be asked"),
-        ("a/b/nope", "name a model's folder, or a model of the hub"),
-        ("./nope", "name a model's folder"),
-    ],
-)
-def test_an_absent_model_is_said_at_once(run, monkeypatch, name: str, way_out: str) -> None:
-    """transformers would try again for half a minute where nobody answers."""
-
-    def wait(seconds: float) -> None:
-        raise AssertionError(f"waits {seconds} s for the hub")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", wait)
-    with socket.socket() as taken:  # which does not listen: connections are refused
-        taken.bind(("127.0.0.1", 0))
-        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
-        for command in (["explain", name], ["merge", name, "a", "out"]):
-            said = json.loads(run(*command, "--json", code=1))
-            assert said["error"] == "ConfigError"
-            assert said["message"].startswith(
-                f"{name} cannot be loaded: there is no folder of that"
-            )
-            assert way_out in said["message"]
+@pytest.mark.parametrize("name", ["nope", "owner/nope", "a/b/nope", "./nope"])
+def test_an_absent_model_is_a_line(run, name: str) -> None:
+    for command in (["explain", name], ["merge", name, "a", "out"]):
+        said = json.loads(run(*command, "--json", code=1))
+        assert said["error"] == "ConfigError"
+        assert said["message"].startswith(f"{name} cannot be loaded: ")
 
 
 def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str]) -> None:

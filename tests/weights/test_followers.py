@@ -1,4 +1,4 @@
-"""What depends on base weights sees new ones: absorbed copies and compiled graphs."""
+"""Absorbed weights and compiled graphs see new base weights, or the update is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dense_merge import Case, check_mixed
 from namings import new_weights, plain
 
 import lorafx
+from lorafx.errors import BaseWeightsError, MatchError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -25,10 +26,10 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case_of(OneLayer, tmp_path_factory.mktemp("layer"))
 
 
-def served_layer(layer: Case, keep: Any) -> Any:
+def served_layer(layer: Case, kept: str) -> Any:
     model = absorbed(layer)
     cm = lorafx.compile(model, layer.folders, options=REFERENCE)
-    keep(model)
+    post_process(model, kept)
     check_mixed(cm, layer, NAMES, states(4, 4))
     return cm
 
@@ -54,11 +55,28 @@ def check_new(cm: Any, layer: Case, seed: int = 3) -> None:
     ]
 
 
-@pytest.mark.parametrize("kept", ["views", "copies", "parameters"])
-def test_absorbed_weights(layer: Case, kept: str) -> None:
-    cm = served_layer(layer, lambda model: post_process(model, kept))
+def test_absorbed_views(layer: Case) -> None:
+    cm = served_layer(layer, "views")
     check_new(cm, layer)
     check_new(cm, layer, 4)
+
+
+@pytest.mark.parametrize("kept", ["copies", "permuted copies", "parameters"])
+def test_absorbed_copies_are_refused(layer: Case, kept: str) -> None:
+    """By updates and merges of their weight alone."""
+    cm = served_layer(layer, kept)
+    fresh = plain(new_weights(layer.base, 3))
+    refused = r"kv_b_proj.weight: self_attn.w_u[kv] repeats its numbers"
+    with pytest.raises(BaseWeightsError, match=refused):
+        cm.load_weights(fresh, strict=False)
+    with pytest.raises(MatchError, match=refused):
+        cm.merge("a")
+    check_mixed(cm, layer, NAMES, states(4, 4))
+    cm.merge("c")
+    cm.unmerge()
+    name = "self_attn.o_proj.weight"
+    cm.load_weights({name: fresh[name]}, strict=False)
+    assert torch.equal(cm.model.self_attn.o_proj.weight, fresh[name])
 
 
 def test_what_inductor_compiled(shallow: Case) -> None:

@@ -95,12 +95,11 @@ def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
 
 
-def test_a_tied_weight_is_changed_once(tmp_path: Path) -> None:
+def test_a_tied_weight_that_the_adapter_leaves_alone(tmp_path: Path) -> None:
     case = tied_case(tmp_path)
     inputs = {"input_ids": torch.randint(0, VOCAB, (2, 4))}
     cm = case.compile()
-    check_merges(cm, lambda name: case.expected([name] * 2, inputs), inputs, "same", "up")
-    assert [weight.name for weight in cm.merge("same").weights] == ["embed.weight"]
+    check_merges(cm, lambda name: case.expected([name] * 2, inputs), inputs, "up")
 
 
 # Weights of an adapter's own
@@ -148,12 +147,11 @@ def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
 # What was made of a weight
 
 
-@pytest.mark.parametrize("kept", ["views", "copies"])
-def test_absorbed_weights_follow(kept: str, tmp_path: Path) -> None:
+def test_absorbed_weights_follow(tmp_path: Path) -> None:
     case = case_of(OneLayer, tmp_path)
     model = absorbed(case)
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    post_process(model, kept)
+    post_process(model)
     inputs = states(3, 4)
     held = [model.self_attn.w_uk.clone(), model.self_attn.w_uv.clone()]
     check_merges(cm, lambda name: case.expected([name] * 3, inputs), inputs, "a", "b", "c")
@@ -190,12 +188,6 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
 # Quantised weights
 
 
-def torchao_int8(model: nn.Module) -> nn.Module:
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
-
-
 def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes").nn
     for name, child in list(model.named_children()):
@@ -207,17 +199,12 @@ def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     return model.to("cpu")
 
 
-@pytest.mark.parametrize(
-    ("quantise", "most"), [(torchao_int8, 0.02), (bitsandbytes_nf4, 0.2)], ids=["torchao", "bnb"]
-)
-def test_formats_of_libraries(
-    quantise: Callable[[nn.Module], nn.Module], most: float, tmp_path: Path
-) -> None:
+def test_formats_of_libraries(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).eval()
     pairs = factors(dense, ["0"], rank=3, seed=1, gain=2)
     folder = save(dense, tmp_path, pairs)
-    model = quantise(dense).requires_grad_(False)
+    model = bitsandbytes_nf4(dense).requires_grad_(False)
     cm = lorafx.compile(model, {"a": folder}, options=REFERENCE)
     x = torch.randn(3, 64)
     base = model(x).clone()
@@ -228,7 +215,7 @@ def test_formats_of_libraries(
     a, b = pairs["0"]
     update = SCALE * (b @ a)
     lost = float((lorafx.dequantize(model[0]) - before - update).norm() / update.norm())
-    assert lost < most
+    assert lost < 0.2
     assert report.error == pytest.approx(lost, rel=0.05)
     merged = model(x)
     assert (merged - base).norm() > 0.1 * base.norm()

@@ -15,7 +15,7 @@ from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import BatchError, CaptureError, MatchError
+from lorafx.errors import BatchError, CaptureError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -65,20 +65,18 @@ def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
     cm.unmerge()
 
 
-def test_a_merge_that_is_lost_is_said_until_somebody_decides(tmp_path: Path) -> None:
-    model = base().half()
-    cm = served(model, tmp_path, ["a"], gain=50.0)
+def test_not_while_an_adapter_is_merged(tmp_path: Path) -> None:
+    cm = served(base(), tmp_path, ["a"])
     cm.merge("own")
-    new = {name: torch.full_like(value, 65504) for name, value in model.state_dict().items()}
-    with pytest.raises(MatchError, match=r"'own' was merged, but could not be merged again"):
+    merged = {name: value.clone() for name, value in cm.model.state_dict().items()}
+    new = {name: value + 1 for name, value in merged.items()}
+    with pytest.raises(ConfigError, match=r"'own' is merged .* unmerge\(\) before load_weights"):
         cm.load_weights(new)
-    assert cm.merged is None
-    assert torch.equal(cm.model.a.weight, new["a.weight"])
-    x = torch.randn(2, 8).half()
-    with pytest.raises(CaptureError, match=r"could not be merged again .*unmerge\(\) to serve"):
-        cm(x)
+    assert cm.merged == "own"
+    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in merged.items())
     cm.unmerge()
-    assert cm(x, adapter_names=[None, None]).shape == (2, 8)
+    cm.load_weights(new)
+    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in new.items())
 
 
 def test_writes_through_data_are_seen(tmp_path: Path) -> None:

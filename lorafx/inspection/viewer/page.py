@@ -18,7 +18,7 @@ from lorafx.capture.record import GraphRecord, Stage
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SiteState
 from lorafx.program.frame import FrameInput
-from lorafx.program.preparation import PassReport
+from lorafx.program.program import PassReport
 
 #: In this order, each in a script element.
 _SCRIPTS = ("vendor/dagre.min.js", "vendor/cytoscape.min.js", "picture.js", "app.js")

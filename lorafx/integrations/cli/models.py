@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorafx.adapter_store.hub import check_model
 from lorafx.errors import ConfigError
 from lorafx.progress import progress
 
@@ -98,7 +97,6 @@ def read_for(
 
 @contextmanager
 def _readable(model: str) -> Iterator[None]:
-    check_model(model)
     try:
         yield
     except ImportError as error:

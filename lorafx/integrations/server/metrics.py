@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from lorafx.generation.continuous.failures import StepHealth
-from lorafx.runtime.statistics import Statistics
+from lorafx.runtime.session import Statistics
 
 #: The adapter of requests that ask for what there is not: their own words would be labels without
 #: end.

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafx.adapter_store.hub import check_model
 from lorafx.adapter_store.inspecting import config_of
-from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS
+from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 
@@ -70,12 +69,12 @@ class ModelSettings(BaseModel):
             )
         self.options()
         folder = Path(self.model)
-        if folder.is_dir() and not (folder / "config.json").is_file():
+        on_hub = "/" not in self.model or is_name(self.model)
+        if (folder.exists() or not on_hub) and not (folder / "config.json").is_file():
             raise ConfigError(
                 f"{folder} is no model: it has no config.json; name a folder that save_pretrained "
                 "wrote, or a model of the hub"
             )
-        check_model(self.model)
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
