@@ -1,5 +1,5 @@
-"""Adapters as the readers take them, in a known dialect, under PEFT's names; and as `lorafx inspect`
-reports them, without a model.
+"""Adapters as the readers take them, in a known dialect, under PEFT's names; and as
+`lorafx inspect` reports them, without a model.
 
     source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
 
