@@ -10,14 +10,15 @@ from lorafx.layers.base import (
     TensorParallel,
     UnquantizedLinearMethod,
 )
-from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lorafx.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
+    ParallelLMHead,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
 )
 from lorafx.layers.moe import FusedMoE
 from lorafx.layers.registered import register_layers

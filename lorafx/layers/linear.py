@@ -1,8 +1,13 @@
-"""Linear layers for models that are served: y = x Wᵀ + b, the weight whole or cut among ranks.
+"""Linear layers, embedding and head of models that are served, their weights cut among ranks.
 
-    replicated   every rank computes y (…, N)
+    replicated   every rank computes y = x Wᵀ + b (…, N)
     column       rank computes its part of the outputs (…, N / tp_size); gathered when asked
     row          rank multiplies its part of the inputs; y = Σ_rank x_rank W_rankᵀ + b
+    embedding    y = Σ_rank [ids of this rank] · W_rank[ids − first_rank]
+    head         logits = [x W_0ᵀ; x W_1ᵀ; ...]
+
+W (V, D) of the last two, of which rank i holds the rows [i · P, (i + 1) · P), P = ⌈V / tp_size⌉, is
+padded with rows of zeros where V does not divide; their logits are cut off.
 
 Constructors take, beside the sizes: `params_dtype`, `device`, `quant_method`, `prefix` (the layer's
 name, for messages), `tp_group` (a process group instead of all ranks) and `disable_tp` (one rank).
@@ -14,8 +19,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lorafx.errors import ConfigError
 from lorafx.layers.base import (
     LayerOptions,
     ParallelLayer,
@@ -220,3 +227,77 @@ class RowParallelLinear(LinearBase):
 
     def own_input(self, x: Tensor) -> Tensor:
         return x if self.input_is_parallel else self.piece_of_input(x, -1)
+
+
+class VocabParallelEmbedding(ParallelLayer):
+    """ids (…) of any integer dtype → (…, embedding_dim); rows of W are cut among the ranks.
+
+    Attributes:
+        num_embeddings, embedding_dim: V and D.
+        num_embeddings_per_partition: rows on this rank, padding included.
+        first_index: the id of this rank's first row.
+
+    Raises ConfigError for sizes that are not positive, or fewer embeddings than ranks.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, **options: Unpack[LayerOptions]
+    ) -> None:
+        self._build(num_embeddings, embedding_dim, False, options)
+
+    def _build(
+        self, num_embeddings: int, embedding_dim: int, bias: bool, options: LayerOptions
+    ) -> None:
+        label, tp = label_of(self, options), group_of(options)
+        checked_sizes(label, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if num_embeddings < tp.size:
+            raise ConfigError(
+                f"{label}: num_embeddings = {num_embeddings} is less than tp_size = {tp.size}"
+            )
+        rows = -(-num_embeddings // tp.size)
+        # The weight is (V, D): its outputs, as those of the head, are the vocabulary.
+        cut = ShardSizes(embedding_dim, [num_embeddings], embedding_dim, [rows])
+        ParallelLayer.__init__(self, cut, bias, tp, options)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings_per_partition = rows
+        self.first_index = tp.rank * rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tp_size == 1:
+            return self.product(ids)
+        local, elsewhere = self.own_ids(ids)
+        return self.tp.all_reduce(self.product(local).masked_fill(elsewhere.unsqueeze(-1), 0))
+
+    def compute(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight)
+
+    def own_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of this rank's W, 0 where another rank has the id; which ids this rank has)."""
+        local = ids - self.first_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        return local.masked_fill(elsewhere, 0), elsewhere
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """x (…, embedding_dim) → logits (…, num_embeddings), with a bias if `bias`, on every rank."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        self._build(num_embeddings, embedding_dim, bias, options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gathered(self.product(x))
+
+    def compute(self, x: Tensor) -> Tensor:
+        return self.quant_method.apply(self, x, self.bias)
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """This rank's logits (…, P) → all of them (…, V), without the padding."""
+        if self.tp_size == 1:
+            return logits
+        return self.tp.all_gather(logits)[..., : self.num_embeddings]

@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafx.layers.base import ParallelLayer
-from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lorafx.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
+    ParallelLMHead,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
 )
 from lorafx.layers.moe import FusedMoE
 from lorafx.registry import register

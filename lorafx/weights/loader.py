@@ -30,12 +30,12 @@ from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_elsewhere
 from lorafx.weights.copies import outdated_copies
-from lorafx.weights.loadable_layer import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.weight_places import (
     ConvertedGroup,
     Destination,
     GroupMember,
+    LoadableLayer,
     Meaning,
     Part,
     Target,
@@ -43,6 +43,7 @@ from lorafx.weights.weight_places import (
     destinations_of,
     meet,
     memory_key,
+    methods_of,
 )
 
 NamedTensors = Iterable[tuple[str, Tensor]]

@@ -35,12 +35,12 @@ from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedMember, PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
 from lorafx.registry import lookup
-from lorafx.weights.loadable_layer import LoadableLayer
 from lorafx.weights.weight_places import (
     Box,
     ConvertedGroup,
     Destination,
     GroupMember,
+    LoadableLayer,
     Meaning,
     Shard,
     Target,

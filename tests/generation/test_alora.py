@@ -16,7 +16,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lorafx
 from lorafx import BatchError, ConfigError, LorafxWarning
-from lorafx.adapter_store.inspecting import inspected
+from lorafx.adapter_store.checkpoint import inspected
 from lorafx.adapter_store.peft_model import take_over
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import MatchError, ProvenanceError

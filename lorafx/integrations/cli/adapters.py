@@ -27,7 +27,7 @@ def inspect(
 
     Example: lorafx inspect style.safetensors --model ./unet
     """
-    from lorafx.adapter_store.inspecting import inspected
+    from lorafx.adapter_store.checkpoint import inspected
     from lorafx.adapter_store.saved import AdapterSource
     from lorafx.integrations.cli.models import on_meta, read_for
 

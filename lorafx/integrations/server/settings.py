@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafx.adapter_store.inspecting import config_of
+from lorafx.adapter_store.checkpoint import config_of
 from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import lorafx
-from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.inspecting import inspected
+from lorafx.adapter_store.checkpoint import inspected, load_state
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.config import LoraConfig
