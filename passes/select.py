@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafx.config import LoraConfig, Options
+from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
 from lorafx.model.candidates import (
@@ -84,7 +84,12 @@ class Select:
         selection = _Selection(model.graph, model.config)
         model.sites = selection.sites()
         model.notes += selection.notes(model.sites)
-        _check_plan(model.options, model.sites)
+        paths = [site.path for site in model.sites]
+        for path in model.options.plan:
+            if path not in paths:
+                raise ConfigError(
+                    f"Options.plan names {path!r}, which is not a site{nearest(path, paths)}"
+                )
         return len(model.sites)
 
 
@@ -395,12 +400,3 @@ def _listed(problems: list[str]) -> str:
     shown = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
     more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return f"{len(problems)} problems with target_modules:{shown}{more}"
-
-
-def _check_plan(options: Options, sites: Sequence[Site]) -> None:
-    paths = [site.path for site in sites]
-    for path in options.plan:
-        if path not in paths:
-            raise ConfigError(
-                f"Options.plan names {path!r}, which is not a site{nearest(path, paths)}"
-            )

@@ -83,7 +83,8 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     groups: list[tuple[int, int, Callable[..., Any]]] = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints.get(parameter.name, parameter.annotation)
-        if not _is_named_tuple(hint):
+        of_type = isinstance(hint, type) and issubclass(hint, tuple)
+        if not (of_type and hasattr(hint, "_fields")):
             parameters.append(parameter.replace(annotation=hint))
             continue
         start = len(parameters)
@@ -112,10 +113,6 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     taken_apart.__signature__ = signature  # type: ignore[attr-defined]
     return taken_apart
-
-
-def _is_named_tuple(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
 
 def require(op: str, condition: bool | torch.SymBool, message: str) -> None:

@@ -403,7 +403,8 @@ class DerivedTensors:
             if tensor.dtype == weight.dtype and weight.dim() == 2:
                 place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                 form = strided_form(*place, weight, transposed=transposed)
-            shape = _out_in(weight, transposed=transposed)
+            first, second = len(weight), weight.numel() // len(weight)
+            shape = (second, first) if transposed else (first, second)
             return Derived(self._tied(site), form, shape, copied=False)
         return None
 
@@ -489,8 +490,3 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in pairs if size)
     start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + (reach + 1) * tensor.element_size()
-
-
-def _out_in(weight: Tensor, *, transposed: bool) -> tuple[int, int]:
-    first, second = len(weight), weight.numel() // len(weight)
-    return (second, first) if transposed else (first, second)
