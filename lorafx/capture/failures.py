@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from lorafx.errors import CaptureError, LorafxError, UnsupportedVersionError
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
-from lorafx.torch_internals.entrances import unsupported
-from lorafx.torch_internals.versions import installed
+from lorafx.torch_internals.versions import installed, unsupported
 
 _NOTE = "_lorafx_failed_in"
 KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"

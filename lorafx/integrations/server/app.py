@@ -22,10 +22,9 @@ from lorafx.integrations.server.errors import (
     answer_errors,
     message_of,
 )
-from lorafx.integrations.server.generating import Generation
+from lorafx.integrations.server.generating import Generation, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
 from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.served_model import ServedModel
 from lorafx.integrations.server.settings import UNPRINTABLE
 
 #: transformers' routes that are kept. Others load any model, or unload this one.

@@ -24,7 +24,7 @@ from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
 from lorafx.integrations.server.app import build_app
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import covering

@@ -15,7 +15,7 @@ from lorafx import CheckpointError, LoraConfig
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.integrations.server.app import build_app
 from lorafx.integrations.server.errors import message_of
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.generating import ServedModel
 from lorafx.runtime.marking import build_sites
 
 PATH = "/v1/completions"
