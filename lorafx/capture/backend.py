@@ -27,7 +27,7 @@ from lorafx.capture.compile_log import (
     timed,
     tracing_seconds,
 )
-from lorafx.capture.driver import NumericCheck, run_pipeline
+from lorafx.capture.driver import KEEP_OUT, NumericCheck, failing_in, run_pipeline
 from lorafx.capture.executable import (
     Captured,
     Parts,
@@ -38,7 +38,6 @@ from lorafx.capture.executable import (
     noted,
     with_lookups,
 )
-from lorafx.capture.failures import KEEP_OUT, failing_in
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
