@@ -31,7 +31,7 @@ from lorafx.config import LoraConfig
 from lorafx.pass_order import run_model_passes
 from lorafx.passes.attach import Attach
 from lorafx.passes.select import Alias, Select
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
 from lorafx.progress import progress
 from lorafx.runtime.marking import build_sites
 

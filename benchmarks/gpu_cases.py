@@ -14,8 +14,7 @@ from torch import Tensor
 from tune import concat_linear
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers them
-from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.roofline import FUSED, Work
+from lorafx.kernels.cost.roofline import FUSED, Work, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.build import CONCAT, TritonSpec

@@ -18,7 +18,7 @@ from gpu_cases import LAYERS, TINY, Case
 from gpu_job import Context
 from tune import Timer, tune
 
-from lorafx.kernels.cost.chips import assumed_chip, chip_of
+from lorafx.kernels.cost.roofline import assumed_chip, chip_of
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.triton.build import tuned_file
 from lorafx.kernels.triton.tiles import architecture_of

@@ -16,7 +16,7 @@ from torch import fx
 
 from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
-from lorafx.passes.attach import Attach
+from lorafx.passes.attach import Attach, LoadAdapters, Read
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
@@ -27,12 +27,11 @@ from lorafx.passes.pack import Pack, PackWeights
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance
-from lorafx.passes.read import LoadAdapters, Read
 from lorafx.passes.rescale import ReplaceRows, Rescale
 from lorafx.passes.select import Alias, Select
 from lorafx.passes.write_in_place import WriteInPlace
 from lorafx.program.context import Context
-from lorafx.program.preparation import PassReport, Preparation
+from lorafx.program.program import PassReport, Preparation
 
 
 class ModelPass(Protocol):

@@ -1,10 +1,13 @@
-"""attach: a bank for each group of siblings, a mark on each site.
+"""read: the meaning of adapters' saved tensors on the sites; attach: a bank for each group of
+siblings, a mark on each site; load: the store over the banks.
 
+    name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
-Siblings are sites that may share an input (q/k/v, gate/up), and then share a shrink through their
-bank. Embeddings, convolutions, and sites with replaceable rows are groups of one. Only the model's
-forward hooks change, and `Attachment.detach` removes exactly those.
+All errors in files are found by `read`, before the model changes. Siblings are sites that may share
+an input (q/k/v, gate/up), and then share a shrink through their bank. Embeddings, convolutions, and
+sites with replaceable rows are groups of one. Only the model's forward hooks change, and
+`Attachment.detach` removes exactly those.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.store import AdapterStore, info
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
@@ -28,8 +33,39 @@ from lorafx.model.module_graph import ModuleGraph, alike
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
+from lorafx.progress import progress
 from lorafx.torch_internals.compat import mark_fixed_shape
+
+
+@dataclass(frozen=True)
+class Read:
+    """The meaning of each adapter's saved tensors on the sites.
+
+    Raises CheckpointError, UnsupportedAdapterError or CapacityError, which name the tensor.
+    """
+
+    name: ClassVar[str] = "read"
+
+    def run(self, model: Preparation) -> int:
+        for name in list(model.saved):
+            with progress(f"reading adapter {name}"):
+                adapter = read_adapter(
+                    model.saved.pop(name),  # saved tensors are freed once read
+                    name,
+                    model.sites,
+                    model=model.model,
+                    max_rank=model.config.max_rank,
+                    lora_config=model.config,
+                    strict=model.options.strict,
+                )
+                model.adapters.append(adapter)
+                rows = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
+                model.notes.append(
+                    f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
+                    f"factors: {len(adapter.weights)}{rows}"
+                )
+        return len(model.adapters)
 
 
 @dataclass(frozen=True)
@@ -54,6 +90,25 @@ class Attach:
             for group in model.attachment.groups
         )
         return len(model.rollback) - before
+
+
+@dataclass(frozen=True)
+class LoadAdapters:
+    """The store over the banks, with the adapters that were read."""
+
+    name: ClassVar[str] = "load"
+
+    def run(self, model: Preparation) -> int:
+        assert model.attachment is not None
+        config = model.config
+        model.store = AdapterStore(
+            model.attachment.groups, config.max_adapters, max_host_bytes=config.max_host_bytes
+        )
+        for adapter in model.adapters:
+            model.store.load(adapter, model.origins.get(adapter.name))
+            size = info(model.store, adapter.name).nbytes / 1e6
+            model.notes.append(f"{adapter.name}: {size:.3g} MB of host memory, no slot yet")
+        return len(model.adapters)
 
 
 def _attach(

@@ -21,7 +21,7 @@ from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import FUSED_OP, Context, SiteState
 from lorafx.program.frame import fake_value
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
 
 aten = torch.ops.aten
 

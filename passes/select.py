@@ -30,7 +30,7 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense, is_wrapped
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule
 

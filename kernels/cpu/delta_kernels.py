@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatcher
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import (

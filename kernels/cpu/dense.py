@@ -45,8 +45,7 @@ from lorafx.kernels.cpu.cpu_source import (
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.ops.linear_ops import KERNELS
-from lorafx.kernels.ops.op_checks import check_bank, check_rows, require
-from lorafx.kernels.ops.op_library import BANK, BankArgs, define
+from lorafx.kernels.ops.op_library import BANK, BankArgs, check_bank, check_rows, define, require
 
 #: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
 UNIT_BYTES = 1 << 18

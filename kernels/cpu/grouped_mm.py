@@ -24,8 +24,7 @@ from torch import Tensor
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
-from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.op_library import define, require
 
 # Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
 UNIT = 64

@@ -30,8 +30,15 @@ from lorafx.kernels.ops.delta import (
     row_slots,
     shifted_rows,
 )
-from lorafx.kernels.ops.op_checks import check_bank, check_by_column, check_rows, require
-from lorafx.kernels.ops.op_library import BANK, BankArgs, define
+from lorafx.kernels.ops.op_library import (
+    BANK,
+    BankArgs,
+    check_bank,
+    check_by_column,
+    check_rows,
+    define,
+    require,
+)
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -28,8 +28,16 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
-from lorafx.kernels.ops.op_checks import check_linear, check_rows, require
-from lorafx.kernels.ops.op_library import BANK, RANGES, BankArgs, Ranges, define
+from lorafx.kernels.ops.op_library import (
+    BANK,
+    RANGES,
+    BankArgs,
+    Ranges,
+    check_linear,
+    check_rows,
+    define,
+    require,
+)
 
 
 class Blocks(NamedTuple):

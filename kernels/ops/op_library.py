@@ -1,21 +1,27 @@
-"""How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function.
+"""How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function; and
+checks of their arguments.
 
     BankArgs    A, B, ranks, scales, slots       in a schema "Tensor A, Tensor B, …"
     Ranges      siblings, offsets, sizes         in a schema "int[] siblings, …"
 
 Python functions take arguments that belong together as a NamedTuple, schemas have them flat; `flat`
-translates where Python runs an op. Generated kernels are entered past it.
+translates where Python runs an op. Generated kernels are entered past it. Each check takes real or
+fake tensors, and raises LoweringError with the op's name and the size or dtype that does not fit.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.torch_internals.graph_parts import guard_or_true
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
@@ -110,3 +116,103 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_named_tuple(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def require(op: str, condition: bool | torch.SymBool, message: str) -> None:
+    """A condition on sizes that only data determine counts as met."""
+    if not guard_or_true(condition):
+        raise LoweringError(f"lorafx::{op}: {message}")
+
+
+def check_bank(op: str, bank: BankArgs) -> None:
+    """Dtypes and numbers of dimensions fit, and all tensors have as many slots and siblings."""
+    A, B, ranks, scales, slots = bank
+    require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
+    require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
+    for name, tensor, dtype, shape in (
+        ("ranks", ranks, torch.int32, "(slots, siblings)"),
+        ("scales", scales, torch.float32, "(slots, siblings)"),
+        ("slots", slots, torch.int32, "(requests,)"),
+    ):
+        require(
+            op,
+            tensor.dim() == (1 if name == "slots" else 2) and tensor.dtype == dtype,
+            f"{name} is {str(dtype).removeprefix('torch.')} {shape}, "
+            f"not {tensor.dtype} {tuple(tensor.shape)}",
+        )
+    S, G = ranks.shape
+    for name, tensor in (("A", A), ("B", B), ("scales", scales)):
+        require(op, tensor.shape[0] == S, f"{name} has {tensor.shape[0]} slots, ranks has {S}")
+    require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
+
+
+def check_by_column(op: str, B: Tensor, **tables: Tensor | None) -> None:
+    """DoRA's gains, and shifts, are those of the bank's columns."""
+    for name, table in tables.items():
+        if table is None:
+            continue
+        want, have = (B.shape[0], B.shape[2]), tuple(table.shape)
+        require(op, have == want, f"{name} is (slots, columns) {want}, not {have}")
+        require(op, table.dtype == torch.float32, f"{name} is float32, not {table.dtype}")
+
+
+def check_linear(
+    op: str,
+    x: Tensor,
+    y_features: int | torch.SymInt,
+    bank: BankArgs,
+    ranges: Ranges,
+    features: int | torch.SymInt | None = None,
+) -> None:
+    """The bank is for x's features, or `features`, and the ranges are its columns and fill y."""
+    check_bank(op, bank)
+    A, (siblings, offsets, sizes) = bank.A, ranges
+    G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
+    require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
+    features = x.shape[-1] if features is None else features
+    require(op, A.shape[1] == R, f"A has {A.shape[1]} rows per slot, and B has {R}")
+    made_for = A.shape[2] // max(G, 1)
+    require(op, A.shape[2] == G * features, f"x has {features} features, A was made for {made_for}")
+    require(
+        op,
+        len(siblings) == len(offsets) == len(sizes),
+        f"{len(siblings)} siblings, {len(offsets)} offsets and {len(sizes)} sizes do not pair up",
+    )
+    require(
+        op, sum(sizes) == y_features, f"sizes {list(sizes)} do not fill y's {y_features} columns"
+    )
+    for i, offset, size in zip(siblings, offsets, sizes, strict=True):
+        require(op, i in range(G), f"sibling {i} of a group of {G}")
+        require(
+            op,
+            offset >= 0 and offset + size <= columns,
+            f"columns [{offset}, {offset + size}) of a bank of {columns} columns",
+        )
+
+
+def check_rows(
+    op: str, x_shape: Sequence[int], y_shape: Sequence[int], rows: int | torch.SymInt
+) -> None:
+    """x and y have as many rows, given their sizes without the features'."""
+    require(
+        op,
+        rows >= 0,
+        f"rows is {rows}; it must be the number of rows per request, or 0 where ownership is "
+        "not proved",
+    )
+    x_rows, y_rows = math.prod(x_shape), math.prod(y_shape)
+    require(op, x_rows == y_rows, f"x has {x_rows} rows and y has {y_rows}")
+
+
+def check_embedding(
+    op: str, ids: Tensor, y: Tensor, bank: BankArgs, rows: int | torch.SymInt
+) -> None:
+    """The bank is that of an embedding whose columns are y's."""
+    check_bank(op, bank)
+    A, B, N = bank.A, bank.B, y.shape[-1]
+    check_rows(op, ids.shape, y.shape[:-1], rows)
+    integer = ids.dtype in (torch.int32, torch.int64)
+    require(op, integer, f"ids is an integer tensor, not {ids.dtype}")
+    require(op, bank.ranks.shape[1] == 1, "an embedding has no siblings")
+    require(op, A.shape[2] == B.shape[1], f"A has rank {A.shape[2]} and B {B.shape[1]}")
+    require(op, B.shape[2] == N, f"y has {N} columns, B was made for {B.shape[2]}")

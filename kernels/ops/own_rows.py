@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.delta import groups, row_slots
-from lorafx.kernels.ops.op_checks import check_rows, require
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.op_library import check_rows, define, require
 
 
 class OwnRows(NamedTuple):

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.op_library import define, require
 
 
 def paged_cache(

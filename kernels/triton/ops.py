@@ -36,8 +36,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.ops.delta_spec import have_strides
-from lorafx.kernels.ops.op_checks import check_bank, require
-from lorafx.kernels.ops.op_library import BankArgs
+from lorafx.kernels.ops.op_library import BankArgs, check_bank, require
 from lorafx.kernels.triton.build import CONCAT, LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.generated import GeneratedKernel, Launch, generated_op
 from lorafx.kernels.triton.launch import (

@@ -26,7 +26,7 @@ from lorafx.pass_order import GraphPass, pipeline, way_around
 from lorafx.passes.outline.outline import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
-from lorafx.program.preparation import PassReport
+from lorafx.program.program import PassReport
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
 from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 from lorafx.torch_internals.versions import installed, unsupported

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lorafx.errors import some
-from lorafx.kernels.ops.checked_index import CHECKED_INDEX
+from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.torch_internals.frames import size_expression

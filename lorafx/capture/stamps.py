@@ -5,7 +5,13 @@
     afterwards      every stamp is the traced layer again, on its operands
 
 Layers are module calls of equal canonical form (lorafx.passes.outline). Values that they write into
-inputs of the graph, such as a cache, are results, copied into the input afterwards.
+inputs of the graph, such as a cache, are results, copied into the input afterwards:
+
+    lorafx::stamp(values, key)          new tensors of the layouts that are noted for `key`
+    lorafx::overwrite(written, value)   written becomes value, which is laid out like it
+
+A stamp never runs. In the traced graph an overwritten tensor is the value itself: Tensor.copy_
+expands and compares symbolic sizes, 4 ms of tracing each.
 """
 
 from __future__ import annotations
@@ -14,27 +20,98 @@ import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
+from lorafx.kernels.ops.op_library import define, define_on
 from lorafx.model.module_graph import storage_key
 from lorafx.ownership.real import written
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import is_pure, is_view, repeats
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals import graph_parts
 from lorafx.torch_internals.dynamo import _log_api_usage_once
 from lorafx.torch_internals.graph_parts import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    _DisableTorchDispatch,
     enable_python_dispatcher,
+    in_kernel_invocation_manager,
     tree_leaves,
 )
 from lorafx.torch_internals.shortcuts import gave_up
+
+
+class Layout(NamedTuple):
+    shape: tuple[int | torch.SymInt, ...]
+    strides: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> Layout:
+        return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+
+    def empty(self, mode: FakeTensorMode) -> FakeTensor:
+        with _DisableTorchDispatch():
+            # Allocating a symbolic size takes twenty times as long, all of it arithmetic on
+            # symbols; only the identity of this memory matters.
+            nothing = torch.empty(0, dtype=self.dtype, device="meta")
+            meta = nothing.as_strided(self.shape, self.strides)
+        return FakeTensor(mode, meta, self.device)
+
+    def view_of(self, other: FakeTensor, offset: int | torch.SymInt) -> FakeTensor:
+        """A fake tensor of this layout in the memory of `other`, from its element `offset` on."""
+        mode = other.fake_mode
+        with in_kernel_invocation_manager(mode):
+            meta = other.as_strided(self.shape, self.strides, offset + other.storage_offset())
+        return FakeTensor(mode, meta, self.device)
+
+
+def without_data(value: Any) -> FakeTensor:
+    """A tensor laid out like `value`, in new memory, without costly symbolic arithmetic."""
+    return Layout.of(value).empty(value.fake_mode)
+
+
+#: Results of the ops of the running capture, by key.
+LAYOUTS: dict[int, Sequence[Layout]] = {}
+
+
+def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
+    raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
+
+
+def stamp_fake(values: Sequence[Tensor], key: int) -> Sequence[Tensor]:
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return [layout.empty(mode) for layout in LAYOUTS[key]]
+
+
+define("stamp(Tensor[] values, int key) -> Tensor[]", stamp, stamp_fake)
+
+
+def overwrite(written: Tensor, value: Tensor) -> None:
+    written.copy_(value)
+
+
+def overwrite_fake(written: Tensor, value: Tensor) -> None:
+    pass
+
+
+def overwrite_functional(written: Tensor, value: Tensor) -> None:
+    """Functionalization of an operator that writes; both arguments are its wrappers."""
+    graph_parts._sync(value)
+    graph_parts._functionalize_replace(written, graph_parts._from_functional_tensor(value))
+    graph_parts._functionalize_commit_update(written)
+    graph_parts._functionalize_sync(written)
+
+
+define("overwrite(Tensor(a!) written, Tensor value) -> ()", overwrite, overwrite_fake)
+define_on("Functionalize", "overwrite", overwrite_functional)
+
 
 STAMP = torch.ops.lorafx.stamp.default
 OVERWRITE = torch.ops.lorafx.overwrite.default

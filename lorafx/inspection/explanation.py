@@ -29,7 +29,7 @@ from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
-from lorafx.program.preparation import PassReport, Preparation
+from lorafx.program.program import PassReport, Preparation
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
 from lorafx.torch_internals.shortcuts import states

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorafx.kernels.ops.conv_ops
-import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError, ProvenanceError

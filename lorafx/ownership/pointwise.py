@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-import lorafx.kernels.ops.checked_index  # noqa: F401  (defines torch.ops.lorafx.checked_index)
+import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.checked_index)
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own

@@ -20,7 +20,6 @@ import torch
 from torch import fx
 
 import lorafx.kernels.ops.conv_ops
-import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)

@@ -1,4 +1,5 @@
-"""A program: a marked model with everything needed to compile its frames."""
+"""A program: a marked model with everything needed to compile its frames; what the passes that
+prepare it have found."""
 
 from __future__ import annotations
 
@@ -10,10 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from lorafx.adapter_store.saved import AdapterState, Origin
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
+from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch
 from lorafx.model.extras import When
+from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
@@ -32,10 +38,47 @@ from lorafx.ownership.memory import (
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
-from lorafx.program.preparation import PassReport
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.frames import size_source, source_name
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
+
+
+@dataclass(eq=False)
+class Preparation:
+    """The results of the passes so far: `graph` (alias), `sites` (select), `adapters` (read, from
+    `saved`), `attachment` (attach), `store` (load) and `packed` siblings (pack_weights). The model
+    is unchanged until `attachment`; `rollback` undoes all changes."""
+
+    model: nn.Module
+    config: LoraConfig
+    options: Options = field(default_factory=Options)
+    saved: dict[str, AdapterState] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    graph: ModuleGraph = field(init=False)
+    sites: tuple[Site, ...] = ()
+    adapters: list[Adapter] = field(default_factory=list)
+    attachment: Attachment | None = None
+    store: AdapterStore | None = None
+    packed: tuple[PackedGroup, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    rollback: Rollback = field(default_factory=Rollback)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """A pass's result: `edits` of a graph, or items of a model; `nodes` after it, 0 for a model.
+    `notes` are of passes over the model."""
+
+    name: str
+    edits: int
+    seconds: float
+    nodes: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        heading = f"{self.name}: {self.edits}, {self.seconds * 1e3:.1f} ms"
+        return "\n  ".join([heading, *self.notes])
+
 
 #: Bank fields of every site op, and additional fields of ops that rescale.
 BANK_FIELDS = ("A", "B", "ranks", "scales")

@@ -42,8 +42,7 @@ from lorafx.model.targets import AdapterNames
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.select import Alias, Select
 from lorafx.program.argument_roles import check_names
-from lorafx.program.preparation import Preparation
-from lorafx.program.program import Program
+from lorafx.program.program import Preparation, Program
 
 
 @dataclass(frozen=True)

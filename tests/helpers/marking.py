@@ -14,7 +14,7 @@ from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attach
-from lorafx.program.preparation import Preparation
+from lorafx.program.program import Preparation
 from lorafx.runtime.marking import build_sites
 
 #: A call of `llama()`, and a pattern for all that it has.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafx.inspection.viewer.dump import html, packed
-from lorafx.program.preparation import PassReport
+from lorafx.program.program import PassReport
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'
 REASON = f"its weight is read by {HOSTILE}"

@@ -35,8 +35,7 @@ from lorafx.inspection.explanation import explained
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SiteState
 from lorafx.program.frame import FrameInput
-from lorafx.program.preparation import PassReport
-from lorafx.program.program import Program
+from lorafx.program.program import PassReport, Program
 from lorafx.runtime.session import Session
 
 NAMES = (

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from lorafx.errors import OutOfRangeError
-from lorafx.kernels.ops.checked_index import CHECKED_INDEX
+from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.ownership.labels import Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols
