@@ -25,14 +25,12 @@ from lorafx.integrations.cli.options import (
     show_table,
 )
 
-DialectOption = Annotated[
-    str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
-]
-
 
 def inspect(
     adapter: AdapterArgument,
-    dialect: DialectOption = None,
+    dialect: Annotated[
+        str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder with a config.json; shows what it would refuse.")
     ] = None,
@@ -53,7 +51,11 @@ def inspect(
         show_json(asdict(found))
     else:
         rows = [
-            (row.path, *(size or "?" for size in row.sizes), _scale(row.scale))
+            (
+                row.path,
+                *(size or "?" for size in row.sizes),
+                "?" if row.scale is None else f"{row.scale:g}",
+            )
             for row in found.modules
         ]
         if rows:
@@ -61,10 +63,6 @@ def inspect(
         print(*found.lines(), sep="\n")
         if model is not None:
             print(f"nothing is refused on {model}")
-
-
-def _scale(scale: float | None) -> str:
-    return "?" if scale is None else f"{scale:g}"
 
 
 def merge(

@@ -34,9 +34,8 @@ from lorafx.integrations.server.errors import (
     answer_errors,
     message_of,
 )
-from lorafx.integrations.server.generating import Generation, ServedModel
+from lorafx.integrations.server.generating import Generation, Metrics, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
-from lorafx.integrations.server.metrics import Metrics
 from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import covering

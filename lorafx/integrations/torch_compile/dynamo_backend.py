@@ -62,8 +62,6 @@ from lorafx.torch_internals.versions import entrance, unsupported
 _WAY = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
 #: The threads of the blocks that are open, by model.
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
-
-
 #: What runs a model as it is in this context: the backend asks which model that is.
 RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
 
