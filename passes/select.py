@@ -21,13 +21,18 @@ from torch import Tensor, nn
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
 from lorafx.model import targets
-from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
+from lorafx.model.candidates import (
+    Candidate,
+    ExpertsCandidate,
+    by_raw_weight,
+    impossible,
+    weight_of,
+)
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, rows_asked
 from lorafx.model.module_graph import ModuleGraph, alike, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
-from lorafx.model.refusals import impossible, weight_of
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense, is_wrapped
 from lorafx.program.program import Preparation

@@ -55,11 +55,11 @@ from lorafx.adapter_store.stored import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
 from lorafx.model import targets
+from lorafx.model.candidates import unsupported
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.module_graph import join
-from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 

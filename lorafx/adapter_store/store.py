@@ -7,7 +7,7 @@
     hold      a replaced or unloaded version lives on under a private name
     sums      adapters made of loaded ones on demand, and forgotten with any of these
 
-An adapter of a rank over a slot's takes several slots in a row (lorafx.adapter_store.windows);
+An adapter of a rank over a slot's takes several slots in a row, a window named by its first;
 weights of its own lie in a place of their own, of which there may be fewer than slots.
 
 Banks are written in place, so captured addresses stay valid. Everything is checked before the first
@@ -19,14 +19,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
+import torch
+from torch import Tensor
+
 from lorafx.adapter_store.copy_streams import CopyStreams
-from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.stored import (
     Adapter,
@@ -37,12 +39,16 @@ from lorafx.adapter_store.stored import (
     Retired,
     StoredAdapter,
     fitted,
+    host_copy,
     measure,
+    next_version,
     places_of,
+    width_of,
 )
-from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
+from lorafx.model.bank import Bank, Factors
+from lorafx.model.sites import Group
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.saved import AdapterSource, Origin
@@ -130,8 +136,7 @@ class AdapterStore:
             return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The adapter or sum; raises UnknownAdapterError, or as
-        `lorafx.adapter_store.mixing.mixed`."""
+        """The adapter or sum; raises UnknownAdapterError, or as `mixed`."""
         with self._lock:
             self._check_known([name])
             self._mix([name])
@@ -575,3 +580,202 @@ def info(store: AdapterStore, name: str) -> AdapterInfo:
     slot, pinned = store.resident.get(name), name in store.pinned
     nbytes = 0 if s.host is None else s.host.nbytes
     return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, nbytes)
+
+
+def window(first: int, width: int, count: int) -> range:
+    """The slots, of `count`, of an adapter in slot `first`."""
+    return range(first, min(first + width, count))
+
+
+def arranged(
+    widths: Mapping[str, int],
+    slots: Mapping[str, int],
+    evictable: Sequence[str],
+    kept: Collection[str],
+    count: int,
+    widest: int,
+) -> dict[str, int] | None:
+    """The first slot of each adapter that is to be written, or None where they do not fit.
+
+    The last slot has room for the largest rank (lorafx.model.bank), so a window may reach past it.
+    Hence adapters fit wherever the widths of all but the widest add up to less than the number of
+    slots and all windows may move.
+
+    `slots` are the current first slots. The `evictable` may lose theirs, least recently used first,
+    after free slots are used up; the `kept` stay. If that fails, all evictable ones go and others
+    may move. The last slot is left for the `widest` possible adapter, if possible.
+    """
+    windows = {name: window(first, widths[name], count) for name, first in slots.items()}
+    missing = {name: width for name, width in widths.items() if name not in slots}
+    placed = _placed(missing, windows, evictable, count, widest)
+    if placed is not None:
+        return placed
+    moving = {n: width for n, width in widths.items() if n not in evictable and n not in kept}
+    staying = {name: windows[name] for name in kept}
+    return _placed(moving, staying, (), count, max(moving.values()))
+
+
+def _placed(
+    widths: Mapping[str, int],
+    windows: Mapping[str, range],
+    evictable: Sequence[str],
+    count: int,
+    widest: int,
+) -> dict[str, int] | None:
+    """First slots, widest adapters first, evicting only `evictable`. Adapters of width `widest` go
+    to the highest slots and others to the lowest, which keeps the gap in one piece."""
+    age = {name: number for number, name in enumerate(evictable)}
+    owners: list[str | None] = [None] * count
+    for name, slots in windows.items():
+        for slot in slots:
+            owners[slot] = name
+    found: dict[str, int] = {}
+    for name in sorted(widths, key=lambda name: -widths[name]):
+        width = widths[name]
+        costs: list[tuple[int, int, int, int]] = []
+        for first in range(count):
+            others = {owners[slot] for slot in window(first, width, count)}
+            ages = [age.get(other, -1) for other in others if other is not None]
+            if -1 not in ages:
+                at = -first if width == widest > 1 else first
+                costs.append((max(ages, default=-1), len(ages), at, first))
+        if not costs:
+            return None
+        *_, found[name] = min(costs)
+        slots = window(found[name], width, count)
+        gone = {owners[slot] for slot in slots}
+        owners = [None if other in gone else other for other in owners]
+        for slot in slots:
+            owners[slot] = name
+    return found
+
+
+#: By sibling of a bank: factors, and their adapter's weight.
+_Terms = dict[int, list[tuple[Factors, float]]]
+
+
+def mixed(
+    name: Mixture,
+    adapters: Mapping[str, StoredAdapter],
+    groups: Sequence[Group],
+) -> StoredAdapter:
+    """The sum `name` of `adapters`, as an adapter whose rank is the sum of theirs.
+
+        Σ_i w_i · s_i · B_i A_i = s · [B_1, v_2 · B_2, …] [A_1; A_2; …]      v_i = w_i · s_i / s
+
+    s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
+    bits. A site with a single adapter keeps its factors; only the scale changes. Weights change
+    bank contents alone, so no graph depends on them.
+
+    Raises ConfigError for an adapter that is not linear in its weight or a scale beyond float32,
+    CapacityError for a sum of ranks beyond a bank's.
+    """
+    summed = [(adapters[member], weight) for member, weight in name.weights if weight]
+    if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
+        alone = summed[0][0]
+        return replace(alone, name=name, host=alone.numbers, version=next_version())
+    for adapter, _ in summed:
+        _refuse(name, adapter)
+    terms: list[_Terms] = [{} for _ in groups]
+    for adapter, weight in summed:
+        for g, of_group in adapter.numbers.factors.items():
+            for f in of_group:
+                terms[g].setdefault(f.sibling, []).append((f, weight))
+    _check_room(name, terms, groups)
+    factors = {g: _sums(name, terms[g], groups[g].bank) for g in range(len(groups)) if terms[g]}
+    return StoredAdapter(
+        name,
+        max((f.rank for sums in factors.values() for f in sums), default=0),
+        ", ".join(adapter.source for adapter, _ in summed),
+        tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
+        HostCopy(factors),
+        width=width_of(groups, factors),
+    )
+
+
+def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
+    dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
+    reasons = {
+        "is an aLoRA adapter, which serves only the tokens from its invocation on": (
+            adapter.invocation
+        ),
+        "is a DoRA adapter, whose magnitudes are not linear in a weight": dora,
+        "was trained with biases (lora_bias or bias)": biases,
+        "has weights of its own (modules_to_save or trainable tokens), which take the place of the "
+        "base's": adapter.owned,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ConfigError(
+                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
+                f"other scale; name it alone, {adapter.name!r}"
+            )
+
+
+def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
+    needed, where = 0, ""
+    for siblings, group in zip(terms, groups, strict=True):
+        room = group.bank.B.shape[1]
+        for sibling, summed in siblings.items():
+            ranks = [factors.rank for factors, _ in summed]
+            site = group.site_of(sibling)
+            rank = -(-sum(ranks) // site.terms)
+            if sum(ranks) > room and rank > needed:
+                needed, added = rank, " + ".join(map(str, ranks))
+                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
+    if needed:
+        raise CapacityError(
+            f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
+            f"LoraConfig(max_rank={needed})"
+        )
+
+
+def _sums(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
+    """A pair of factors for each sibling. Siblings whose adapters share A share the sum's A."""
+    joined: dict[tuple[int, ...], Tensor] = {}
+    found = []
+    for summed in terms.values():
+        factors = [f for f, _ in summed]
+        # s, and the v of the adapters, (adapters,); with experts (E,) and (adapters, E).
+        experts = factors[0].B.shape[:-2]
+        scales = torch.stack(
+            [torch.as_tensor(f.scale, dtype=torch.float64).expand(experts) * w for f, w in summed]
+        )
+        scale = scales.gather(0, scales.abs().argmax(0, keepdim=True)).squeeze(0)
+        if not bool(torch.isfinite(scale.float()).all()):
+            raise ConfigError(
+                f"{name!r}: a scale of the sum is beyond the range of float32; give smaller scales"
+            )
+        s = scale.float() if experts else float(scale)
+        if len(factors) == 1:
+            found.append(factors[0]._replace(scale=s))
+            continue
+        key = tuple(id(f.A) for f in factors)
+        if key not in joined:
+            joined[key] = _cat([f.A for f in factors], -1 if bank.kind == "embedding" else -2, bank)
+        shares = torch.where(scale != 0, scales / scale, 0.0)
+        scaled = [_scaled(f.B, share) for f, share in zip(factors, shares, strict=True)]
+        sums = joined[key], _cat(scaled, -2, bank)
+        found.append(factors[0]._replace(A=sums[0], B=sums[1], scale=s, ranks=_ranks(factors)))
+    return found
+
+
+def _scaled(b: Tensor, share: Tensor) -> Tensor:
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return (b.to(wide) * share.to(wide)[..., None, None]).to(b.dtype)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
+    whole = torch.cat(list(tensors), dim)
+    return host_copy(whole, whole.dtype, pin=True) if bank.A.is_cuda else whole
+
+
+def _ranks(factors: Sequence[Factors]) -> Tensor | None:
+    if all(f.ranks is None for f in factors):
+        return None
+    start, ranks = 0, torch.zeros(factors[0].B.shape[0], dtype=torch.int32)
+    for f in factors:
+        these = torch.full_like(ranks, f.rank) if f.ranks is None else f.ranks
+        ranks = torch.where(these > 0, start + these, ranks)
+        start += f.rank
+    return ranks

@@ -46,14 +46,12 @@ from lorafx.runtime.loading import asked_name, load_adapter, unloading
 from lorafx.runtime.marking import warn_training
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
-from lorafx.runtime.session import Resting, Session
+from lorafx.runtime.session import Resting, Session, Statistics
 from lorafx.runtime.sharing import join, leave
-from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
+from lorafx.weights.loader import Weights, WeightUpdate, update_weights
 from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
-from lorafx.weights.sources import Weights
-from lorafx.weights.update import WeightUpdate, update_weights
 
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import (

@@ -4,7 +4,12 @@ quantised and sharded over tensor-parallel ranks, and on which lorafx serves ada
 See docs/layers.md. Importing this package makes its layers eligible for LoRA.
 """
 
-from lorafx.layers.base import TensorParallel
+from lorafx.layers.base import (
+    Int8ChannelLinearMethod,
+    QuantizeMethodBase,
+    TensorParallel,
+    UnquantizedLinearMethod,
+)
 from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from lorafx.layers.linear import (
     ColumnParallelLinear,
@@ -15,11 +20,6 @@ from lorafx.layers.linear import (
     RowParallelLinear,
 )
 from lorafx.layers.moe import FusedMoE
-from lorafx.layers.quantization import (
-    Int8ChannelLinearMethod,
-    QuantizeMethodBase,
-    UnquantizedLinearMethod,
-)
 from lorafx.layers.registered import register_layers
 from lorafx.weights.loader import load_weights
 

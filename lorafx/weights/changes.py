@@ -1,16 +1,27 @@
-"""Which tensors of a model hold W + ΔW once an adapter is merged, and which cannot.
+"""What an adapter adds to each base tensor, as the tensor is stored, and adding it in place.
 
-    the weight of each touched site        W ← W + ΔW
-    its bias                               b ← b + s·b_B, or b'
-    views of it (packed buffers, W_UK)     change with it
-    quantised weights                      W' = requantise(dequantise(W) + ΔW), where asked for
+    linear (N, K)            ΔW[o : o + n]       = s · Bᵀ A        A (r, K), B (r, n)
+    linear (K, N)            ΔW[:, o : o + n]    = s · Aᵀ B
+    embedding (V, N)         ΔW                  = s · A B         A (V, r), B (r, N)
+    convolution (N, C, k…)   ΔW as of a linear, its kernels as rows
+    experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
+    experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
+    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.stored)
+    rows of its own          W_own − W + ΔW, in those rows
+    bias (N,)                s·b + b' − b, by output (`BiasDelta`)
+    quantised weights        requantise(dequantise(W) + ΔW), where asked for
 
-A tied tensor can be changed where every end gets the same ΔW. Everything that cannot be changed is
-found for all sites at once, before anything is written.
+o is the first output column of a part of the site. Factors are this rank's share, in the banks'
+dtype. ΔW is computed a few rows at a time, in float32 (float64 for a float64 weight).
+
+Views of a weight (packed buffers, W_UK) change with it. A tied tensor can be changed where every
+end gets the same ΔW. Everything that cannot be changed is found for all sites at once, before
+anything is written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,18 +29,236 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
-from lorafx.model.convolutions import unmergeable
-from lorafx.model.module_graph import storage_key
+from lorafx.model.bank import Factors, OwnWeight
+from lorafx.model.convolutions import unmergeable, weight_shape
+from lorafx.model.module_graph import storage_key, writing
 from lorafx.model.quantized import is_stored
-from lorafx.model.sites import Site
+from lorafx.model.sites import Group, Site
 from lorafx.program.derived import Holder, named_tensors, overlap
 from lorafx.registry import lookup
-from lorafx.weights.deltas import BiasDelta, Delta, deltas_of
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.store import AdapterStore
     from lorafx.program.program import Program
+
+#: Bytes of ΔW that are computed at once: on a CPU a cache's worth.
+BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26
+
+
+@dataclass(frozen=True)
+class DeltaTerm:
+    """The factors of one part of a site, and the part's first output column there."""
+
+    factors: Factors
+    start: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.factors.B.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """ΔW of one site, and the rows of its weight that the adapter replaces."""
+
+    site: Site
+    terms: tuple[DeltaTerm, ...]
+    own: OwnWeight | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        site = self.site
+        if site.eligible.kind == "conv":
+            return weight_shape(site.module)
+        pair = (site.out_features, site.in_features)
+        if site.eligible.transposed or site.eligible.kind == "embedding":
+            pair = pair[::-1]
+        return pair if site.expert_weight is None else (site.experts, *pair)
+
+    def block(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Rows [start, stop) of ΔW as it is stored, on the device and in the dtype of `like`."""
+        made = like.new_zeros((stop - start, *self.shape[1:]))
+        add = _add_rows if self.site.expert_weight is None else _add_experts
+        for term in self.terms:
+            add(self.site, term, made, start, stop)
+        return made
+
+    def update(self, start: int, stop: int, before: Tensor) -> Tensor:
+        """What is added to rows [start, stop), which hold `before`: ΔW, DoRA's scale, own rows."""
+        made = self.block(start, stop, before)
+        if self.own is not None:
+            self._exchange(self.own, made, start, stop, before)
+        turned = self.site.eligible.transposed or self.site.eligible.kind == "embedding"
+        for term in self.terms:
+            if term.factors.gains is None:
+                continue
+            gains, columns = _on(made, term.factors.gains), term.columns
+            if turned:
+                made[:, columns] += gains * (before[:, columns] + made[:, columns])
+                continue
+            low, high = max(start, columns.start), min(stop, columns.stop)
+            if low < high:
+                rows, gains = slice(low - start, high - start), gains[low - columns.start :]
+                gains = gains[: high - low].view(-1, *[1] * (made.dim() - 1))
+                made[rows] += gains * (before[rows] + made[rows])
+        return made
+
+    def _exchange(
+        self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
+    ) -> None:
+        rows = _on(made, own.rows)
+        at = torch.arange(len(rows)) if own.at is None else own.at.long()
+        at = at.to(made.device)
+        if self.site.eligible.transposed:
+            made[:, at] += rows[:, start:stop].T - before[:, at]
+            return
+        here = (at >= start) & (at < stop)
+        made[at[here] - start] += rows[here] - before[at[here] - start]
+
+    def same_as(self, other: Delta) -> bool:
+        """Whether both replace the same rows by the same numbers, and add no factors."""
+        return not (self.terms or other.terms) and _same_rows(self.own, other.own)
+
+
+@dataclass(frozen=True, eq=False)
+class BiasDelta(Delta):
+    """What the adapter adds to the bias of one site."""
+
+    @classmethod
+    def of(cls, delta: Delta) -> BiasDelta | None:
+        """None where the adapter leaves the site's bias alone."""
+        shifted = any(term.factors.shift is not None for term in delta.terms)
+        return cls(delta.site, delta.terms) if shifted else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.site.out_features,)
+
+    def update(self, start: int, stop: int, before: Tensor) -> Tensor:
+        made = before.new_zeros(self.shape)
+        for term in self.terms:
+            if term.factors.shift is not None:
+                made[term.columns] += _on(made, term.factors.shift)
+        return made[start:stop]
+
+
+def _add_rows(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
+    """Add rows [start, stop) of ΔW of a linear, a convolution or an embedding."""
+    f, columns = term.factors, term.columns
+    if site.eligible.kind == "embedding":
+        _add_product(made[:, columns], f.A[start:stop].T, f.B, f.scale)
+    elif site.eligible.transposed:
+        _add_product(made[:, columns], f.A[:, start:stop], f.B, f.scale)
+    else:
+        low, high = max(start, columns.start), min(stop, columns.stop)
+        if low < high:
+            rows = made.flatten(1)[low - start : high - start]  # a view: `made` is contiguous
+            _add_product(rows, f.B[:, low - term.start : high - term.start], f.A, f.scale)
+
+
+def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
+    f, columns = term.factors, term.columns
+    for e in range(start, stop):
+        rank = f.rank if f.ranks is None else int(f.ranks[e])
+        scale = f.scale[e] if isinstance(f.scale, Tensor) else f.scale
+        a, b, expert = f.A[e, :rank], f.B[e, :rank], made[e - start]
+        if site.eligible.transposed:
+            _add_product(expert[:, columns], a, b, scale)
+        else:
+            _add_product(expert[columns], b, a, scale)
+
+
+def _add_product(made: Tensor, rows: Tensor, columns: Tensor, scale: Tensor | float) -> None:
+    """made (N, K) += scale · rowsᵀ columns, of rows (r, N) and columns (r, K)."""
+    made.addmm_(_on(made, rows).T, _on(made, columns), alpha=float(scale))
+
+
+def _on(like: Tensor, factor: Tensor) -> Tensor:
+    return factor.to(device=like.device, dtype=like.dtype)
+
+
+def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.bias is not None or b.bias is not None or a.rows.shape != b.rows.shape:
+        return False
+    whole = a.at is None and b.at is None
+    some = a.at is not None and b.at is not None and torch.equal(a.at, b.at)
+    return (whole or some) and torch.equal(a.rows, b.rows)
+
+
+def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
+    numbers = stored.numbers
+    terms: dict[int, list[DeltaTerm]] = {}
+    sites: dict[int, Site] = {}
+    for number, factors in numbers.factors.items():
+        group = groups[number]
+        for f in factors:
+            site = group.site_of(f.sibling)
+            first = group.offsets[group.sites.index(site)]
+            sites[id(site)] = site
+            terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
+    own: dict[int, OwnWeight] = {}
+    for number, weight in numbers.own.items():
+        (site,) = groups[number].sites
+        sites[id(site)], own[id(site)] = site, weight
+    return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]
+
+
+def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of the first dimension of a tensor of this shape, at least one row in each."""
+    rows, row = shape[0], 4 * math.prod(shape[1:])
+    step = max(1, (BLOCK_ON_CPU if device.type == "cpu" else BLOCK) // row)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def computing(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
+    """target ← round(weight + ΔW); returns ‖(target − weight) − ΔW‖ / ‖ΔW‖. MatchError, with
+    `target` written in part, for a sum beyond the range of the dtype."""
+    dtype = computing(weight)
+    lost = whole = 0.0
+    for start, stop in blocks(weight.shape, weight.device):
+        before = weight.detach()[start:stop].to(dtype, copy=True)
+        update = delta.update(start, stop, before)
+        after = (before + update).to(weight.dtype)
+        wrong = after.to(dtype, copy=True).sub_(before).sub_(update)
+        norms = torch.stack([torch.linalg.vector_norm(wrong), torch.linalg.vector_norm(update)])
+        block_lost, block_whole = norms.tolist()  # one transfer a block
+        if not math.isfinite(block_lost):
+            overflown = ~torch.isfinite(after) & torch.isfinite(before)
+            if bool(overflown.any()):
+                raise MatchError(
+                    f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
+                )
+        lost, whole = lost + block_lost**2, whole + block_whole**2
+        write(target.detach()[start:stop], after)
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def write(target: Tensor, value: Tensor) -> None:
+    with writing(target):
+        target.detach().copy_(value)
+
+
+@torch.no_grad()
+def mark_of(tensor: Tensor) -> int:
+    """A sum over the bits of all numbers; torch's count of writes misses those through `.data`."""
+    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    words = 8 // bits.element_size()
+    if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:
+        bits = bits.reshape(-1).view(torch.int64)  # summed as it is: much faster than widened
+    return int(bits.sum(dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)

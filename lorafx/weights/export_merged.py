@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.progress import progress
-from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
-from lorafx.weights.deltas import Delta, add_to
+from lorafx.weights.changes import Change, Delta, add_to, changes_of, key_of, not_mergeable
 from lorafx.weights.weight_places import memory_key
 
 if TYPE_CHECKING:

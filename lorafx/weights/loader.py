@@ -1,26 +1,37 @@
-"""One source of checkpoint tensors on its way into the weights of a model.
+"""Checkpoint tensors from their source into the weights of a model, also of one that is serving.
 
     source ─▶ names ─▶ meanings ─▶ plan (shapes, dtypes, duplicates, what is missing) ─▶ writes
     for each target   boxes that tensors fill, no two of which meet, and which cover it
 
 All of it is planned before the first write. Numbers are compared only where two names mean tied
-tensors; they have to be equal.
+tensors; they have to be equal. Numbers are written in place, so packed buffers, tied weights and
+captured graphs see them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorafx.errors import BaseWeightsError, CheckpointError, some
+from lorafx.errors import BaseWeightsError, CheckpointError, ConfigError, some
+from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import ModuleGraph, storage_key
+from lorafx.model.packing import check_packed
+from lorafx.runtime.session import Session
+from lorafx.runtime.sharing import refresh_elsewhere
+from lorafx.weights.copies import outdated_copies
 from lorafx.weights.loadable_layer import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
-from lorafx.weights.sources import Weights, WeightSource, source_of
 from lorafx.weights.weight_places import (
     ConvertedGroup,
     Destination,
@@ -34,10 +45,98 @@ from lorafx.weights.weight_places import (
     memory_key,
 )
 
-_SHOWN = 100  # problems in a message
-_NAMED = 5  # names in a sentence
+NamedTensors = Iterable[tuple[str, Tensor]]
+#: Arguments of `load_weights`.
+Weights = Mapping[str, Tensor] | NamedTensors | Callable[[], NamedTensors] | str | os.PathLike[str]
 
 _Key = tuple[object, ...]
+
+_INDEX = "model.safetensors.index.json"
+_SHOWN = 100  # problems in a message
+_NAMED = 5  # names in a sentence
+_BROKEN = (
+    "an update of the base weights was interrupted during its writes, and they are partly "
+    "old and partly new; call load_weights again with all weights"
+)
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """What `read` gives each time it is called; `stable`: the tensors stay valid."""
+
+    read: Callable[[], Iterable[Any]]
+    stable: bool = True
+
+    def pairs(self) -> Iterator[tuple[str, Tensor]]:
+        """Its names and tensors, detached. ConfigError for what is no pair of these."""
+        for pair in self.read():
+            if (
+                not isinstance(pair, (tuple, list))
+                or len(pair) != 2
+                or not isinstance(pair[0], str)
+            ):
+                raise ConfigError(f"weights are (name, tensor) pairs, got {type(pair).__name__}")
+            name, tensor = pair
+            if not isinstance(tensor, Tensor):
+                raise ConfigError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
+            yield name, tensor.detach()
+
+
+def source_of(weights: Weights) -> WeightSource:
+    """The source of `weights`, which can be read twice. CheckpointError for a path without
+    safetensors.
+
+    mapping, list, tuple       read as it is
+    safetensors file, folder   mapped into memory
+    function of no arguments   called twice; it may fill one buffer again and again
+    any other iterable         copied to host memory first
+    """
+    if isinstance(weights, (str, os.PathLike)):
+        files = _files(Path(weights))
+        # torch takes an interrupt in the middle for a value that has no shape.
+        tensors = [pair for file in files for pair in undisturbed(partial(_mapped, file))]
+        return WeightSource(lambda: tensors)
+    if isinstance(weights, Mapping):
+        return WeightSource(weights.items)
+    if isinstance(weights, Sequence):
+        return WeightSource(lambda: weights)
+    if isinstance(weights, Iterable):
+        copies = [
+            (name, tensor.clone() if tensor.device.type == "cpu" else tensor.cpu())
+            for name, tensor in WeightSource(lambda: weights).pairs()
+        ]
+        return WeightSource(lambda: copies)
+    if callable(weights):
+        return WeightSource(weights, stable=False)
+    raise ConfigError(
+        "weights are (name, tensor) pairs, a mapping, a path of safetensors, or a function that "
+        f"gives pairs; got {type(weights).__name__}"
+    )
+
+
+def _mapped(path: Path) -> list[tuple[str, Tensor]]:
+    """The tensors of a file, mapped into memory: nothing is read before it is used."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            named = json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
+        return [path / name for name in dict.fromkeys(named)]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{path} holds no safetensors file")
+    return found
 
 
 class _Planned(NamedTuple):
@@ -322,3 +421,58 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set
     keys = {memory_key(target.tensor) for target in filled}
     state = model.state_dict(keep_vars=True)
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What an update did, by name.
+
+    Attributes:
+        loaded: parameters and buffers of the model that got numbers; for tied ones all names.
+        missing: parameters that got none or only some, and tensors that lack for a joint place.
+        ignored: tensors that the model has no place for.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def update_weights(session: Session, weights: Weights, *, strict: bool = True) -> WeightUpdate:
+    session.refuse_running("load_weights()")
+    source = source_of(weights)
+    with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
+        merged = session.base.merged
+        if merged is not None:
+            raise ConfigError(
+                f"{merged.name!r} is merged into the base weights; call unmerge() before "
+                "load_weights(), and merge() again after it"
+            )
+        report = session.update(partial(_update, session, source, strict=strict))
+    refresh_elsewhere(session)
+    return report
+
+
+def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUpdate:
+    program = session.program
+    program.look_at_modules()
+    program.refuse_missing()
+    check_packed(program.packed)
+    resolver = Resolver(program.graph, program.model, program.config.packed_modules)
+
+    def refusals(filled: list[Target]) -> list[str]:
+        return outdated_copies(program, filled, [module for module, _ in methods_of(filled)])
+
+    loading = Loading(resolver, source, strict=strict, refusals=refusals)
+    loading.check()
+    filled, before = loading.filled, session.base
+    session.base = before._replace(broken=_BROKEN)  # said before it is so
+    loading.write()
+    for module, method in methods_of(filled):
+        method.process_weights_after_loading(module)
+    session.store.refresh_magnitudes()
+    session.base = before._replace(broken=before.broken if loading.missing else "")
+    return WeightUpdate(
+        tuple(str(target) for target in filled), tuple(loading.missing), tuple(loading.ignored)
+    )

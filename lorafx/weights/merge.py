@@ -28,9 +28,8 @@ from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import held_elsewhere
-from lorafx.weights.changes import Change, changes_of, not_mergeable
+from lorafx.weights.changes import Change, add_to, changes_of, mark_of, not_mergeable, write
 from lorafx.weights.copies import outdated_copies
-from lorafx.weights.deltas import add_to, mark_of, write
 
 
 @dataclass(frozen=True)

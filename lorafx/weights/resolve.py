@@ -15,22 +15,34 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.packed_names import PackedModules, PackedNames
+from lorafx.errors import CheckpointError
+from lorafx.model.experts import (
+    PROJECTIONS,
+    ExpertMeaning,
+    ExpertWeight,
+    Half,
+    expert_weights,
+    meaning,
+)
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.packed_names import PackedMember, PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
-from lorafx.weights.expert_destinations import ExpertDestinations
-from lorafx.weights.packed_destinations import PackedDestinations
+from lorafx.registry import lookup
+from lorafx.weights.loadable_layer import LoadableLayer
 from lorafx.weights.weight_places import (
     Box,
     ConvertedGroup,
     Destination,
     GroupMember,
     Meaning,
+    Shard,
     Target,
     WeightNames,
     WeightShape,
@@ -218,3 +230,235 @@ class Resolver:
             if found is not None:
                 return destination(found, name)
         return None
+
+
+_SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
+
+
+class ExpertDestinations:
+    """Where checkpoint tensors of routed experts go; names and halves are those of adapters.
+
+    experts.3.gate_proj.weight    W_up[3, gate rows, :]      w1, w3, w2 the same in Mixtral's words
+    experts.gate_proj             W_up[:, gate rows, :]      the gates of all experts
+    experts.gate_up_proj          W_up                       w13, w13_weight
+    """
+
+    def __init__(self, names: WeightNames) -> None:
+        self._names = names
+        self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
+
+    def destinations(self, walked: Walked) -> Iterator[Destination]:
+        """The place of a name that leads to a module of experts, if it names a projection."""
+        names, kind = _named(walked.rest)
+        meant = meaning(self._of(walked.module), names) if self._of(walked.module) else None
+        if meant is None or meant.weight is None:
+            return
+        target = self._target(walked.module, meant.weight, kind)
+        if target is None:
+            return
+        path = walked.whole
+        wrong, experts = meant.wrong, meant.weight.experts
+        if meant.expert is not None and meant.expert >= experts:
+            wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
+        if wrong:
+            yield no_place(path, wrong)
+        elif isinstance(walked.module, LoadableLayer):
+            yield _sharded(target, path, meant)
+        else:
+            yield _box(target, path, kind, meant)
+
+    def _of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
+        if id(module) not in self._weights:
+            self._weights[id(module)] = expert_weights(module) or ()
+        return self._weights[id(module)]
+
+    def _target(self, module: nn.Module, weight: ExpertWeight, kind: str) -> Target | None:
+        if kind == "weight":
+            return self._names.target(module, weight.name)
+        stem = weight.name.removesuffix("_weight")
+        found = (self._names.target(module, f"{stem}{end}") for end in ("_bias", ".bias"))
+        return next((target for target in found if target is not None), None)
+
+
+def _named(rest: Sequence[str]) -> tuple[list[str], str]:
+    """A split "3.gate_proj.weight" as names of a projection, and "weight" or "bias"."""
+    names = [name for name in rest if name != "base_layer"]
+    if len(names) > 1 and names[-1] in ("weight", "bias"):
+        return names[:-1], names[-1]
+    stem = names[-1].removesuffix("_bias") if names else ""
+    if stem in PROJECTIONS and stem != names[-1]:
+        return [*names[:-1], stem], "bias"
+    return names, "weight"
+
+
+def _box(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Destination:
+    """By the parameter's own name as it is stored; by any other, and `NAME.weight`, (out, in)."""
+    weight = meant.weight
+    assert weight is not None
+    box = Box.whole(target)
+    dims = len(box.box)
+    out = dims - 1 if kind == "bias" or weight.transposed else dims - 2
+    box = box.narrowed(out, _columns(len(box.box[out]), weight, meant.half))
+    as_stored = meant.own and not path.endswith(".weight")
+    if kind == "weight" and weight.transposed and not as_stored:
+        box = box.swapped()
+    if meant.expert is None:
+        return Destination(path, box.shape, (box,))
+    box = box.narrowed(0, range(meant.expert, meant.expert + 1))
+    return Destination(path, box.shape[1:], (box,))
+
+
+def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
+    if half == "all" or not weight.halves:
+        return range(size)
+    if weight.halves == "interleaved":
+        return range(half == "up", size, 2)
+    return range(size // 2) if half == "gate" else range(size // 2, size)
+
+
+def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
+    weight, half, expert = meant.weight, meant.half, meant.expert
+    assert weight is not None
+    kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]
+    try:
+        if expert is None and half == "all":
+            whole = Shard(target)
+            return Destination(path, whole.shape, (whole,))
+        rows, *others = Shard(target, (kinds[0], expert or 0)).shape
+        cuts = tuple(
+            Shard(target, (kind, e), (*lead, slice(i * rows, (i + 1) * rows)))
+            for e, lead in (
+                [(expert, ())] if expert is not None else [(e, (e,)) for e in range(weight.experts)]
+            )
+            for i, kind in enumerate(kinds)
+        )
+    except CheckpointError as error:
+        return no_place(path, str(error))
+    shape = (len(kinds) * rows, *others)
+    return Destination(path, shape if expert is not None else (weight.experts, *shape), cuts)
+
+
+class PackedDestinations:
+    """Where tensors of packed projections go, as model or user declare them (PackedNames).
+
+    q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
+    qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
+    """
+
+    def __init__(self, names: WeightNames, packed: PackedNames) -> None:
+        self._names = names
+        self._packed = packed
+
+    def destinations(self, walked: Walked) -> Iterator[Destination]:
+        """Possible places of a name whose components, all but two, lead to a module."""
+        if len(walked.rest) != 2 or not self._packed.any:
+            return
+        name, attribute = walked.rest
+        module, path = walked.module, walked.path
+        canonical = self._names.graph.path(module)
+        for child_name, child in module._modules.items():
+            if child is None:
+                continue
+            members = self._packed.members(join(canonical, child_name))
+            if any(member.name == name for member in members):
+                found = self._into(child, join(path, child_name), members, name, attribute)
+                if found is not None:
+                    yield found
+        yield from self._apart(module, path, canonical, name, attribute)
+
+    def _into(
+        self,
+        child: nn.Module,
+        path: str,
+        members: tuple[PackedMember, ...],
+        name: str,
+        attribute: str,
+    ) -> Destination | None:
+        target = self._names.target(child, attribute)
+        if target is None:
+            return None
+        parent = path.rpartition(".")[0]
+        member_path = join(parent, f"{name}.{attribute}")
+        index = [member.name for member in members].index(name)
+        slices = members[index].slices
+        sizes = _slice_sizes(child)
+        if sizes is None or (slices is None and len(sizes) != len(members)):
+            many = "unknown" if sizes is None else str(len(sizes))
+            return no_place(
+                member_path,
+                f"{len(members)} names are declared for {path}, whose class gives {many} slices; "
+                "declare which slices each name covers by packed_modules, and their sizes by "
+                "lorafx.register(output_sizes=...), or give the packed tensor",
+            )
+        whole = destination(target, join(path, attribute))
+        if not whole.places:
+            return replace(whole, path=member_path)
+        if isinstance(child, LoadableLayer):
+            return destination(target, member_path, _shard_id(members, index))
+        dim = _out_dim(child, len(whole.shape or ()))
+        (box,) = whole.places
+        assert isinstance(box, Box)
+        covered = (index,) if slices is None else slices
+        starts = (0, *accumulate(sizes))
+        if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):
+            return no_place(member_path, f"{path} has slices of {list(sizes)}, which do not fit")
+        part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
+        return Destination(member_path, part.shape, (part,))
+
+    def _apart(
+        self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
+    ) -> Iterator[Destination]:
+        found = [
+            (membership.index, membership.count, child_name, child)
+            for child_name, child in module._modules.items()
+            if child is not None
+            for membership in self._packed.memberships(join(canonical, child_name))
+            if membership.name == name
+        ]
+        if not found:
+            return
+        found.sort(key=lambda item: item[0])
+        packed = join(path, f"{name}.{attribute}")
+        parts = [
+            destination(target, join(path, f"{child_name}.{attribute}"))
+            for _, _, child_name, child in found
+            if (target := self._names.target(child, attribute)) is not None
+        ]
+        count = found[0][1]
+        if len(parts) != count:
+            yield no_place(packed, f"it packs {count} tensors, but only {len(parts)} are here")
+            return
+        wrong = "; ".join(part.wrong for part in parts if part.wrong)
+        if wrong:
+            yield no_place(packed, wrong)
+            return
+        shapes = [part.shape or () for part in parts]
+        dim = _out_dim(found[0][3], len(shapes[0]))
+        ends = list(accumulate(shape[dim] for shape in shapes))
+        lead = (slice(None),) * dim
+        places = tuple(
+            replace(place, take=(*lead, slice(end - shape[dim], end)))
+            for part, shape, end in zip(parts, shapes, ends, strict=True)
+            for place in part.places
+        )
+        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
+
+
+def _shard_id(members: Sequence[PackedMember], index: int) -> Any:
+    slices = members[index].slices
+    return slices if slices is not None else index if len(members) > 1 else None
+
+
+def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
+    """Rows of each output slice of a packed module, None where its class does not say."""
+    if isinstance(module, LoadableLayer) and module.output_sizes:
+        return module.output_sizes
+    entry = lookup(module)
+    if entry is None or entry.output_sizes is None:
+        return None
+    return entry.output_sizes(module)
+
+
+def _out_dim(module: nn.Module, dims: int) -> int:
+    entry = lookup(module)
+    return dims - 1 if dims and entry is not None and entry.transposed else 0

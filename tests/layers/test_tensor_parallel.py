@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from two_ranks import on_ranks
 
 from lorafx.layers import Int8ChannelLinearMethod, RowParallelLinear, load_weights
-from lorafx.layers.quantization import quantize_int8
+from lorafx.layers.base import quantize_int8
 
 
 @pytest.mark.slow

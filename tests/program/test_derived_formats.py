@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.layers import ReplicatedLinear
-from lorafx.layers.quantization import Int8ChannelLinearMethod
+from lorafx.layers.base import Int8ChannelLinearMethod
 
 NAMES = ["a", None, "b", "a", "c"]
 

@@ -36,7 +36,7 @@ from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.sampling import RANGES
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.settings import ModelSettings
-from lorafx.runtime.statistics import Statistics
+from lorafx.runtime.session import Statistics
 from lorafx.torch_internals.transformers_parts import stream_error
 
 #: The adapter of requests that ask for what there is not: their own words would be labels without
