@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from lorafx.errors import *  # noqa: F403
     from lorafx.integrations.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
     from lorafx.integrations.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
-    from lorafx.integrations.torch_compile.attached import adapters as adapters
-    from lorafx.integrations.torch_compile.attached import attach as attach
-    from lorafx.integrations.torch_compile.attached import detach as detach
-    from lorafx.integrations.torch_compile.attached import load_adapter as load_adapter
-    from lorafx.integrations.torch_compile.attached import unload_adapter as unload_adapter
+    from lorafx.integrations.torch_compile.dynamo_backend import adapters as adapters
+    from lorafx.integrations.torch_compile.dynamo_backend import attach as attach
+    from lorafx.integrations.torch_compile.dynamo_backend import detach as detach
+    from lorafx.integrations.torch_compile.dynamo_backend import load_adapter as load_adapter
+    from lorafx.integrations.torch_compile.dynamo_backend import unload_adapter as unload_adapter
     from lorafx.model.quantized import dequantize as dequantize
     from lorafx.pass_order import pipeline as pipeline
     from lorafx.registry import register as register
@@ -58,7 +58,7 @@ _HOMES = {
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
-    "lorafx.integrations.torch_compile.attached": (
+    "lorafx.integrations.torch_compile.dynamo_backend": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),
 }
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
 
 def _imported(module: str) -> Any:
     """Raises UnsupportedVersionError where lorafx does not support the installed torch."""
-    from lorafx.torch_internals.entrances import entrance
+    from lorafx.torch_internals.versions import entrance
 
     with entrance():
         return importlib.import_module(module)

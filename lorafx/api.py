@@ -20,7 +20,7 @@ from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
-from lorafx.torch_internals.entrances import entrance
+from lorafx.torch_internals.versions import entrance
 
 
 def compile(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.adapter_store.names import BASE
+from lorafx.capture.driver import TOLERANCE, difference
 from lorafx.capture.record import Stage
-from lorafx.capture.verify import TOLERANCE, difference
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed

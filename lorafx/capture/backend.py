@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -27,32 +27,40 @@ from lorafx.capture.compile_log import (
     timed,
     tracing_seconds,
 )
-from lorafx.capture.driver import run_pipeline
-from lorafx.capture.executable import checked, for_base, looked_at, with_lookups
-from lorafx.capture.failures import KEEP_OUT, failing_in
+from lorafx.capture.driver import KEEP_OUT, NumericCheck, failing_in, run_pipeline
+from lorafx.capture.executable import (
+    Captured,
+    Parts,
+    checked,
+    for_base,
+    foreign_operators,
+    looked_at,
+    noted,
+    with_lookups,
+)
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
-from lorafx.capture.needless_guards import keep_guards
-from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.stamps import Folded, traced_once, unfold
-from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
+from lorafx.model.marks import MARKS
 from lorafx.pass_order import pipeline
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
+from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.dynamo import aot_autograd
 from lorafx.torch_internals.frames import (
     ends_in_break,
     guard_frame,
     guarded_attributes,
     names_of_frame,
+    source_text,
 )
 from lorafx.torch_internals.shortcuts import chosen
 
@@ -299,3 +307,55 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
+
+
+_HOOKS = "._forward_hooks"
+
+
+def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
+    """Which of Dynamo's `GuardFilterEntry`s of an entry's frame to keep; `at` gives the object at
+    one of Dynamo's places.
+
+    Only for frames that always belong to the same model: dropped are guards of marks, which never
+    change (some thirty of each, a tenth of a small model's step), and those on transformers' notes
+    of model classes, which would capture graphs again whenever a model of another class is made.
+    """
+    guards = [entry.orig_guard for entry in entries]
+    places = list(map(source_text, guards))
+    hooks = list(map(_hook_above, guards, places))
+    marks = {name for name in set(hooks) if name and isinstance(at(name), MARKS)}
+    of_registry = _registry_places(at)
+    return [
+        not (hook in marks or ("G[" in place and of_registry(guard.originating_source)))
+        for guard, place, hook in zip(guards, places, hooks, strict=True)
+    ]
+
+
+def _registry_places(at: Callable[[str], Any]) -> Callable[[Any], bool]:
+    """What says whether a source is part of transformers' notes of model classes."""
+    registry = recorded_outputs()
+
+    @cache
+    def is_registry(name: str) -> bool:
+        return registry is not None and at(name) is registry
+
+    def of_registry(source: Any) -> bool:
+        while source is not None:
+            name = source_text(source)
+            if name.startswith("G[") and is_registry(name):
+                return True
+            source = getattr(source, "base", None)
+        return False
+
+    return of_registry
+
+
+def _hook_above(guard: Any, place: str) -> str | None:
+    """The place of the hook below `self` that contains the guard's subject."""
+    source: Any = guard.originating_source if _HOOKS in place else None
+    while (base := getattr(source, "base", None)) is not None:
+        if source_text(base).endswith(_HOOKS):
+            name = source_text(source)
+            return name if name.startswith("L['self']") else None
+        source = base
+    return None

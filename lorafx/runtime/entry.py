@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.failures import explained, own_error
+from lorafx.capture.driver import explained, own_error
 from lorafx.capture.traced import Traced
 from lorafx.capture.tracking import Tracking, WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError

@@ -14,7 +14,7 @@ from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session, read_for
-from lorafx.torch_internals.entrances import entrance
+from lorafx.torch_internals.versions import entrance
 
 #: The name of an adapter that is given without one, as in PEFT.
 _UNNAMED = "default"

@@ -49,7 +49,7 @@ from lorafx.runtime.running import (
     refuse_transformed,
 )
 from lorafx.torch_internals.compat import no_mha_fast_path
-from lorafx.torch_internals.entrances import unsupported
+from lorafx.torch_internals.versions import unsupported
 
 T = TypeVar("T")
 

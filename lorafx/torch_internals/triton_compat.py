@@ -21,8 +21,7 @@ import triton.language as tl
 from torch.library import triton_op
 
 from lorafx.errors import LoweringError
-from lorafx.torch_internals.entrances import unsupported
-from lorafx.torch_internals.versions import private_names
+from lorafx.torch_internals.versions import private_names, unsupported
 
 with private_names():
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table

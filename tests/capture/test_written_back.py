@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.capture.written_back import write_back
+from lorafx.capture.lowering import write_back
 from lorafx.passes.outline.outline import INVOKE
 
 aten = torch.ops.aten

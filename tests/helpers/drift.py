@@ -236,8 +236,8 @@ def _saved(task: Task) -> None:
 
 def _triton(task: Task) -> None:
     from lorafx.torch_internals import inductor, triton_compat
-    from lorafx.torch_internals.entrances import entrance
     from lorafx.torch_internals.shortcuts import chosen
+    from lorafx.torch_internals.versions import entrance
 
     with entrance():  # as the calls of models are that ask for these
         if "early_launches" in chosen():

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from transformers import StaticCache
 
 from lorafx.capture import lowering
-from lorafx.capture.written_back import write_back
+from lorafx.capture.lowering import write_back
 from lorafx.torch_internals.shortcuts import SHORTCUTS
 
 NAMES = ["a0", None, "a1"]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.capture.parts import Captured
+from lorafx.capture.executable import Captured
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
 from lorafx.capture.saved_graphs.guards import value_at
 from lorafx.model.bank import Bank

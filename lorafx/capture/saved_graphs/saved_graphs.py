@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
-from lorafx.capture.parts import Captured, Parts
+from lorafx.capture.executable import Captured, Parts
 from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed

@@ -17,6 +17,8 @@ from lorafx.integrations.cli.options import (
     Dtype,
     LanguageModel,
     LoweringOption,
+    adapters_in,
+    loaded,
     show_json,
     show_table,
 )
@@ -47,7 +49,6 @@ def bench(
     """
     from lorafx.errors import ConfigError
     from lorafx.integrations.cli.measuring import compare
-    from lorafx.integrations.cli.models import adapters_in, loaded
 
     if min(batch, blocks, *(length or (1,))) < 1 or seconds <= 0:
         raise ConfigError("--batch, --length, --blocks and --seconds must be positive")

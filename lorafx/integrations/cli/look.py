@@ -18,7 +18,11 @@ from lorafx.integrations.cli.options import (
     LoweringOption,
     SlotRank,
     Targets,
+    adapters_in,
     as_option,
+    loaded,
+    on_meta,
+    read_for,
     show,
     show_json,
     target_modules,
@@ -47,7 +51,6 @@ def explain(
     Example: lorafx explain meta-llama/Llama-3.2-1B --adapter ./adapters/sql
     """
     import lorafx
-    from lorafx.integrations.cli.models import adapters_in, on_meta
     from lorafx.runtime.marking import request_of
 
     module, sources = on_meta(model, dtype), adapters_in(adapter or [])
@@ -71,7 +74,6 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
     """Whether an adapter can be loaded, its largest rank, the number of modules that it changes,
     and warnings; or the problem."""
     from lorafx.errors import LorafxError, LorafxWarning, respelled
-    from lorafx.integrations.cli.models import read_for
 
     fit = {"adapter": name, "fits": False, "rank": 0, "modules": 0, "notes": [], "problem": ""}
     try:
@@ -151,7 +153,6 @@ def _compiled(
     inputs are for all adapters and the base."""
     import lorafx
     from lorafx.errors import ConfigError
-    from lorafx.integrations.cli.models import adapters_in, loaded
     from lorafx.runtime.example_inputs import derived_example
 
     if length < 1 or (batch is not None and batch < 1):

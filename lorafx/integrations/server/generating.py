@@ -1,4 +1,5 @@
-"""What transformers' handlers generate with: the engine, with the adapter of each request.
+"""What transformers' handlers generate with: the engine, with the adapter of each request; and what
+a server counts, as Prometheus reads it.
 
 handler ── get_manager("base:adapter") ─▶ AdapterGeneration ─▶ AdapterBatchingManager
                                           one for each request   one for the server
@@ -8,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     CBStreamer,
@@ -24,12 +29,168 @@ from transformers.cli.serving.utils import (
 )
 
 from lorafx.adapter_store.names import BASE
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.errors import nearest
+from lorafx.generation.continuous.failures import StepHealth
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.sampling import RANGES
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.settings import ModelSettings
+from lorafx.runtime.session import Statistics
 from lorafx.torch_internals.transformers_parts import stream_error
+
+#: The adapter of requests that ask for what there is not: their own words would be labels without
+#: end.
+UNKNOWN = "__unknown__"
+#: Fields of `Statistics` that are counted, and what is said of them.
+_COUNTED: Mapping[str, str] = {
+    "hits": "Adapters of a batch that were in a slot already",
+    "loads": "Adapters that were written into a slot",
+    "evictions": "Adapters that lost their slot to another",
+    "waits": "Requests that were ready for a step and had no slot in it",
+}
+#: Likewise of `Tier`.
+_COUNTED_OF_TIERS: Mapping[str, str] = {
+    "hits": "Adapters that were asked for and found in a tier",
+    "misses": "Adapters that were asked for and not in a tier",
+    "evictions": "Adapters that had to leave a tier",
+}
+
+
+def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
+    """All numbers of a model and its engine, at this moment."""
+    for name, text in _COUNTED.items():
+        yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
+    for name, text in _COUNTED_OF_TIERS.items():
+        counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
+        for tier, counts in stats.tiers.items():
+            counted.add_metric([tier], getattr(counts, name))
+        yield counted
+    text = "Bytes of the device's banks, of adapters in host memory, and of their files on disk"
+    sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
+    for place, nbytes in stats.nbytes.items():
+        sizes.add_metric([place], nbytes)
+    yield sizes
+    text = "Tokens that have been run, prompts included"
+    tokens = CounterMetricFamily("lorafx_tokens", text, labels=["adapter"])
+    for adapter, number in stats.tokens.items():
+        tokens.add_metric([adapter], number)
+    yield tokens
+    text = "Steps of the engine that served nobody since the model failed"
+    yield CounterMetricFamily("lorafx_failed_steps", text, value=health.failed)
+
+
+class Metrics:
+    """The counts of one server; `stats` is `CompiledModel.stats`.
+
+    Attributes:
+        requests: those that have ended, by adapter and status.
+        failures: those whose generation failed, by adapter.
+        running: those that are being answered.
+    """
+
+    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
+        self._stats, self._health = stats, health
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "lorafx_requests",
+            "Requests that have ended, by adapter and status; 499: the client went away",
+            ["adapter", "status"],
+            registry=self._registry,
+        )
+        self.failures = Counter(
+            "lorafx_failures",
+            "Requests whose generation failed, also after the answer had begun",
+            ["adapter"],
+            registry=self._registry,
+        )
+        self.running = Gauge(
+            "lorafx_requests_running",
+            "Requests that are being answered",
+            registry=self._registry,
+        )
+        self._registry.register(self)
+
+    def ended(self, adapter: str, status: int) -> None:
+        """A request has been answered, or given up."""
+        self.running.dec()
+        self.requests.labels(adapter, str(status)).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """The numbers of the model and its engine, as the registry asks for them."""
+        return families(self._stats(), self._health)
+
+    def text(self) -> bytes:
+        """All counts in Prometheus's format."""
+        return generate_latest(self._registry)
+
+
+class ServedModel(ModelManager):
+    """What transformers' server asks for models: here one, that stays. Requests ask for the base by
+    `name`, for an adapter by `name:adapter`. With `folders` the adapters that have a folder may be
+    asked for, which are loaded then; without, those that are loaded."""
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        tokenizer: PreTrainedTokenizerFast,
+        name: str,
+        folders: ModelSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.get_gen_models: Any = self.listed  # a static method there
+        self.compiled = compiled
+        self.tokenizer = tokenizer
+        self.name = name
+        self._folders = folders
+        self._created = int(time.time())
+
+    def adapters(self) -> Sequence[str]:
+        """The adapters that may be asked for."""
+        return self.compiled.adapters if self._folders is None else self._folders.folders()
+
+    def _has(self, adapter: str) -> bool:
+        if self._folders is None:
+            return adapter in self.compiled.adapters
+        return self._folders.folder_of(adapter) is not None
+
+    def adapter_of(self, model: object) -> str | None:
+        """The adapter that a request asks for by `model`; None is the base model."""
+        if not isinstance(model, str) or not model:
+            raise RequestError(
+                f"the field `model` says what is to answer: {self.name!r} for the base model, "
+                f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
+                "model",
+            )
+        if model == self.name:
+            return None
+        adapter = model.removeprefix(f"{self.name}:")
+        if adapter != model and self._has(adapter):
+            return adapter
+        raise RequestError(
+            f"there is no model {model!r}{self._nearest(model)}; the base model is "
+            f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
+            "model",
+            status=404,
+            code="model_not_found",
+        )
+
+    def _nearest(self, model: str) -> str:
+        """What may have been meant: a name as it is, or an adapter's without the base model's, or
+        with another one."""
+        adapter = model if self._has(model) else model.partition(":")[2] or model
+        if self._has(adapter):
+            return f"; nearest: {self.name}:{adapter}"
+        names = [entry["id"] for entry in self.listed()]
+        return nearest(model, names) or nearest(adapter, self.adapters(), prefix=f"{self.name}:")
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
+        return [
+            {"id": self.name, **entry, "parent": None},
+            *({"id": f"{self.name}:{a}", **entry, "parent": self.name} for a in self.adapters()),
+        ]
 
 
 class TextStreamer(CBStreamer):

@@ -25,9 +25,7 @@ from lorafx.generation.continuous.sampling import (
     sampling_range,
 )
 from lorafx.integrations.server.errors import RequestError, status_of
-from lorafx.integrations.server.generating import Generation
-from lorafx.integrations.server.metrics import UNKNOWN, Metrics
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.generating import UNKNOWN, Generation, Metrics, ServedModel
 
 #: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, by the values
 #: that ask for nothing. transformers' server ignores them, honours them only without continuous

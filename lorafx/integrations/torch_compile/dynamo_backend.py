@@ -1,36 +1,386 @@
-"""`torch.compile(model, backend="lorafx")`, found by its entry point.
+"""`lorafx.attach`: models that their users call, and compile, themselves; and the backend of
+`torch.compile(model, backend="lorafx")`, found by its entry point.
 
-an attached model             is served without a backend inside of blocks (attached.py), and is the
-                              base model elsewhere
+    with lorafx.adapters(model, ["sql", None]):      requests of this thread or task
+        model(input_ids)                             served as by lorafx.compile
+
+`attach` puts a `Method` in the place of `model.forward`, and of `model.generate`. Dynamo breaks its
+graph there. Inside a block it calls the compiled model that lorafx holds; elsewhere it calls what
+was there, so that the base model runs, and trains, as its user compiled it.
+
+To the backend come
+
+an attached model             outside of blocks, where it is the base model
 options with `lora_config`    LoRA is attached at the model's first frame
 all else, PEFT's layers too   Inductor
 """
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import fields
-from typing import Any
+from typing import Any, Never, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
+from lorafx.adapter_store.names import AdapterName, members, one_name
+from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
+from lorafx.capture.driver import own_error
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
-from lorafx.compiled_model.compiled import attached_models, compiled_of
+from lorafx.capture.saved_graphs.folder import folder_of
+from lorafx.compiled_model.compiled import (
+    CompiledModel,
+    attached_models,
+    compiled_of,
+    refuse_compiled,
+)
+from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
-from lorafx.errors import CaptureError, ConfigError, LorafxError, nearest
-from lorafx.integrations.torch_compile.attached import RUNNING, FirstCall, attach
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError, nearest
+from lorafx.model.keywords import refuse_slips
+from lorafx.model.marks import MARKS
+from lorafx.model.marks import detach as remove_marks
 from lorafx.pass_order import pipeline
-from lorafx.program.stack import compiled_module
-from lorafx.runtime.requests import IN_BLOCKS
+from lorafx.program.stack import compiled_module, unwrapped
+from lorafx.runtime.marking import mark
+from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.requests import IN_BLOCKS, Requests, checked_names
 from lorafx.runtime.session import wanted
 from lorafx.torch_internals.compat import mode_settings
-from lorafx.torch_internals.entrances import unsupported
 from lorafx.torch_internals.frames import capture_again
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
+from lorafx.torch_internals.versions import entrance, unsupported
+
+#: How adapters are chosen for a model that its users call.
+_WAY = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
+#: The threads of the blocks that are open, by model.
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+#: What runs a model as it is in this context: the backend asks which model that is.
+RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
+
+
+class Method(InPlace):
+    """`forward` or `generate` of an attached model. Copies and pickles of the model have the method
+    that it stands for."""
+
+    def __init__(self, model: nn.Module, compiled: CompiledModel, name: str) -> None:
+        super().__init__(model, name)
+        self.compiled = compiled
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        serve = _serving(self, kwargs)
+        if serve is not None:
+            return serve(*args, **kwargs)
+        token = RUNNING.set(self)
+        try:
+            with self.compiled._session.lock:  # slots and marks are another thread's until then
+                return self.original(*args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+
+@torch.compiler.disable
+def _serving(method: Method, given: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """What serves this call; None for the model as it is, also within a call that is served."""
+    model, compiled = method.model, method.compiled
+    if compiled.detached or compiled._session.running_here:
+        return None
+    refuse_slips(given, method.original, model, _WAY)
+    requests = IN_BLOCKS.get().get(id(model))
+    return None if requests is None else functools.partial(_serve, method, requests)
+
+
+@torch.compiler.disable
+def _serve(method: Method, requests: Requests, *args: Any, **kwargs: Any) -> Any:
+    compiled, given = method.compiled, cast(Any, requests)
+    if method.name == "generate":
+        return compiled.generate(*args, **kwargs, adapter_names=given)
+    lora = any(name is not None for name in requests.names)
+    if lora and torch.is_grad_enabled() and _wants_gradient(method.model, args, kwargs):
+        raise CaptureError(
+            "this call needs gradients through lorafx's LoRA, which is for inference only; call "
+            "the model inside torch.no_grad() or torch.inference_mode()"
+        )
+    output = compiled(*args, **kwargs, adapter_names=given)
+    if any(site.module is method.model for site in compiled.sites):
+        compiled._session.returned_from = ""
+    return output
+
+
+def _wants_gradient(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    tensors = (item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+    return any(item.requires_grad for item in (*tensors, *model.parameters()))
+
+
+class FirstCall(InPlace):
+    """`forward` of a model whose first call will attach LoRA, while a block is open around it.
+
+    It calls the model as it is, whose first frame has the backend attach LoRA and raise; then it
+    hands the call over.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "forward")
+        self.lock = threading.RLock()
+        self.blocks = 0
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if id(self.model) not in IN_BLOCKS.get():
+            return self.original(*args, **kwargs)
+        with self.lock:
+            if vars(self.model).get("forward") is self:
+                token = RUNNING.set(self)
+                try:
+                    result = self.original(*args, **kwargs)
+                except Exception:
+                    if vars(self.model).get("forward") is self:
+                        raise
+                else:
+                    if vars(self.model).get("forward") is self:
+                        return result
+                finally:
+                    RUNNING.reset(token)
+        return self.model.forward(*args, **kwargs)
+
+
+_FIRST_CALLS = threading.Lock()
+
+
+@contextmanager
+def _until_attached(model: nn.Module) -> Iterator[None]:
+    """Around a block of a model that torch.compile was given `lora_config` for.
+
+    Raises:
+        ConfigError: at the end, where no call has attached LoRA.
+    """
+    with _FIRST_CALLS:
+        first = vars(model).get("forward")
+        if not isinstance(first, FirstCall):
+            first = FirstCall(model)
+            first.put_in_place()
+        first.blocks += 1
+    try:
+        yield
+    finally:
+        with _FIRST_CALLS:
+            first.blocks -= 1
+            if not first.blocks:
+                first.put_back()
+    if _attached(model) is None:
+        raise ConfigError(
+            f"no call inside the block has given this {type(model).__name__} LoRA: it was not "
+            'called, or not compiled with backend="lorafx" and lora_config among its options. '
+            "lorafx.attach(model, lora_config) marks a model before it is called"
+        )
+
+
+def attach(
+    model: nn.Module,
+    lora_config: Any = None,
+    *misplaced: Never,
+    adapters: Mapping[str, Any] | Sequence[Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+    **elsewhere: Never,
+) -> nn.Module:
+    """Mark `model` for LoRA and return it, for people who call the model, and torch.compile,
+    themselves.
+
+        model = lorafx.attach(model, lora_config)
+        compiled = torch.compile(model, backend="lorafx")
+        with torch.no_grad(), lorafx.adapters(model, ["sql", None, "chat"]):
+            compiled(input_ids)
+
+    Calls in a block of `lorafx.adapters` are served as by `lorafx.compile`, whether or not
+    torch.compile was called; its `mode`, `dynamic` and `options` count outside of blocks alone,
+    where it is the base model. A graph that is compiled around the model breaks there.
+    `lorafx.detach(model)` removes the marks again.
+
+    Args:
+        model, lora_config, adapters: as for `compile`. For a `peft.PeftModel` its base model is
+            marked and returned.
+        options: as for `compile`.
+        *misplaced, **elsewhere: as for `compile`.
+
+    It raises what `compile` raises. After an error the model's modules and hooks are as they were.
+    """
+    refuse_arguments("lorafx.attach", misplaced, elsewhere)
+    refuse_compiled(model)
+    options = Options.of(options)
+    if options.cache:
+        folder_of(options.cache)  # it can be used
+    with entrance():
+        marked = mark(model, lora_config, adapters, options)
+        compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic=True)
+    model, compiled.attached = compiled.model, True
+    for name in ("forward", "generate"):
+        if callable(getattr(model, name, None)):
+            if isinstance(first := vars(model).get(name), FirstCall):
+                first.put_back()
+            method = Method(model, compiled, name)
+            marked.attachment.rollback.add(method.put_back)
+            method.put_in_place()
+    return model
+
+
+def _attached(model: nn.Module) -> CompiledModel | None:
+    """What serves an attached model.
+
+    Raises:
+        ConfigError: the model is one that lorafx.compile serves, or carries marks of another.
+    """
+    compiled, name = compiled_of(model), type(model).__name__
+    if compiled is not None and compiled.attached:
+        return compiled
+    if compiled is not None:
+        raise ConfigError(
+            f"lorafx.compile serves this {name}, and this is for models that lorafx.attach marked; "
+            "use the compiled model itself: calls take adapter_names=[...], set_adapter(name) "
+            "chooses for calls that name none, and load_adapter(folder, name) is a method"
+        )
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    marks = [hook for hook in hooks if isinstance(hook, MARKS)]
+    if any(mark.runtime.session is not None for mark in marks):
+        raise ConfigError(
+            f"this {name} contains, or is part of, a model that LoRA was attached to; pass "
+            "that model"
+        )
+    if marks:
+        raise ConfigError(
+            f"this {name} carries marks of another model, as copies and pickles of a marked one "
+            "do; lorafx.detach() it and attach LoRA again"
+        )
+    return None
+
+
+def _marked(model: nn.Module) -> CompiledModel:
+    compiled = _attached(unwrapped(model))
+    if compiled is None:
+        raise ConfigError(
+            f"this {type(model).__name__} carries no LoRA; call lorafx.attach(model, lora_config) "
+            "first"
+        )
+    return compiled
+
+
+@contextmanager
+def adapters(
+    model: nn.Module, adapter_names: AdapterName | Sequence[AdapterName]
+) -> Iterator[None]:
+    """Serve each request of the calls inside the block with its own adapter.
+
+    Blocks may be nested; the innermost one counts. They hold for the thread, or the task of
+    asyncio, that opens them, and for tasks that it starts inside. Calls of several threads wait for
+    one another. Outside any block the model is the base model.
+
+    Args:
+        model: what `attach` returned, or a model that is compiled with `lora_config` among the
+            options of torch.compile, or what torch.compile returned for either.
+        adapter_names: one name per request, in the order of the batch, where None or "__base__" is
+            the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
+            scale; or a single name, or sum, for all requests. Inside the model's own `generate`
+            several consecutive rows may belong to one request, as beams and returned sequences do.
+
+    Raises:
+        ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
+        UnknownAdapterError: a name that is not loaded.
+        CaptureError: PEFT has put adapters into the model since.
+
+    For a model that its first call attaches, that call raises these. Calls inside the block raise
+    what `CompiledModel.forward` raises.
+    """
+    if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
+        requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
+    else:
+        requests = Requests(checked_names(adapter_names) or ())
+    model = without_wrappers(unwrapped(model))
+    compiled = _attached(model)
+    if compiled is not None:
+        compiled._session.refuse_injected()
+        for name in requests.names:
+            if name is not None:
+                compiled._session.store.check_known(name)
+    threads = _OPEN.setdefault(model, [])
+    thread = threading.get_ident()
+    with nullcontext() if compiled is not None else _until_attached(model):
+        threads.append(thread)
+        token = IN_BLOCKS.set({**IN_BLOCKS.get(), id(model): requests})
+        try:
+            yield
+        except Exception as error:
+            known = own_error(error)  # of the backend, at the first frame
+            if known is None:
+                raise
+            raise known from error
+        finally:
+            threads.remove(thread)
+            with suppress(ValueError):  # a generator that another task has closed
+                IN_BLOCKS.reset(token)
+
+
+def load_adapter(
+    model: nn.Module,
+    source: Any,
+    name: str | None = None,
+    *,
+    adapter_name: str | None = None,
+    strict: bool | None = None,
+    **elsewhere: Never,
+) -> None:
+    """As `CompiledModel.load_adapter`, for a marked model.
+
+    Raises:
+        ConfigError: the model is not marked.
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+    """
+    refuse_arguments("lorafx.load_adapter", (), elsewhere)
+    _marked(model).load_adapter(source, name, adapter_name=adapter_name, strict=strict)
+
+
+def unload_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter of a marked model and free its slot.
+
+    Raises:
+        ConfigError: the model is not marked.
+        UnknownAdapterError: it is not loaded.
+        BatchError: the surrounding block serves it.
+    """
+    compiled = _marked(model)
+    requests = IN_BLOCKS.get().get(id(compiled.model))
+    served = () if requests is None else requests.names
+    if any(given is not None and name in members(given) for given in served):
+        raise BatchError(f"{name!r} is being served; unload it after the block")
+    compiled.unload_adapter(name)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take LoRA off a marked model, or one that `lorafx.compile` serves, and return the model.
+
+    This also works for copies and pickles of a marked model. A `peft.PeftModel` that was attached
+    gets its wrappers back.
+
+    Raises:
+        CaptureError: a block of `adapters` is open, on this thread or another one.
+        BatchError: called inside a call of the compiled model.
+    """
+    compiled = compiled_of(model)
+    if compiled is None:
+        remove_marks(model)
+        return model
+    # Threads of this process: a fork leaves one.
+    alive = {thread.ident for thread in threading.enumerate()}
+    if alive.intersection(_OPEN.get(compiled.model, ())):
+        raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
+    return compiled.detach()
+
 
 _LORA = ("lora_config", "adapters")
 

@@ -11,10 +11,10 @@ import pytest
 from served import ask, client_of, question
 
 from lorafx.errors import ConfigError
-from lorafx.integrations.server.app import ROUTES, build_app
+from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.ray import RaySettings
 from lorafx.integrations.server.ray.application import Ingress
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.run import ROUTES, build_app
 from lorafx.integrations.server.settings import Settings
 
 KEY = "sk-Lora_1.2+3/4="

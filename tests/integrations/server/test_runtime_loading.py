@@ -13,9 +13,9 @@ from served import question
 
 from lorafx import CheckpointError, LoraConfig
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.integrations.server.app import build_app
 from lorafx.integrations.server.errors import message_of
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.run import build_app
 from lorafx.runtime.marking import build_sites
 
 PATH = "/v1/completions"

@@ -11,9 +11,8 @@ from served import ask, plain, question, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafx.integrations.server.app import build_app
-from lorafx.integrations.server.generating import TextStreamer
-from lorafx.integrations.server.served_model import ServedModel
+from lorafx.integrations.server.generating import ServedModel, TextStreamer
+from lorafx.integrations.server.run import build_app
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 #: Letters, and bytes that begin characters of two and three bytes, or go on with them. Each is a

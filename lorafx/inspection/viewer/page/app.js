@@ -1,4 +1,4 @@
-// The page: graphs as lorafx/inspection/viewer/page.py has written them, their stages, search, and
+// The page: graphs as lorafx/inspection/viewer/dump.py has written them, their stages, search, and
 // the panel of a node.
 "use strict";
 

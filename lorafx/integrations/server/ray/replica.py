@@ -19,7 +19,7 @@ from ray.serve import metrics
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.errors import error_response
-from lorafx.integrations.server.metrics import families
+from lorafx.integrations.server.generating import families
 from lorafx.integrations.server.run import opened
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.session import Statistics
