@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed
+from dense_merge import REFERENCE, Case, check_mixed
 from hand_made import factors, hand_case, merged, random_factors, save
 from packed_models import MAPPING, PACKED_AS, packed_factors, twins
 from torch import nn
@@ -18,7 +18,6 @@ from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-REFERENCE = {"lowering": "reference"}
 LAYERS = range(2)
 #: Adapters by what they touch; "part" leaves slices out.
 TARGETS = {

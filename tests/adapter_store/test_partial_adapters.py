@@ -12,7 +12,7 @@ from typing import Any
 import oracle
 import peft
 import pytest
-from dense_merge import Case, check_mixed, error, random_base
+from dense_merge import REFERENCE, Case, check_mixed, error, random_base
 from llava import llava
 from tiny_models import token_inputs
 from torch import nn
@@ -22,7 +22,6 @@ from lorafx.errors import CheckpointError, LorafxWarning
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-REFERENCE = {"lowering": "reference"}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from attached import fresh_dynamo
+from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
 from toolchain import needs_compiler
@@ -22,8 +22,6 @@ from torch._inductor.lowering import lowerings, register_lowering
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.provenance import Provenance
-
-__all__ = ["fresh_dynamo"]
 
 K = 6
 MIXED = ["a", None, "a"]

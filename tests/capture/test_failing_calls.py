@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from attached import fresh_dynamo
+from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError
-
-__all__ = ["fresh_dynamo"]
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attached import fresh_dynamo
+from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CaptureError, ProvenanceError
-
-__all__ = ["fresh_dynamo"]
 
 Serve = Callable[[Sequence["str | None"] | None, dict[str, Tensor]], Tensor]
 K = 6

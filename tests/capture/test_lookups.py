@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo, served
+from attached import attached, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import TOLERANCE, Case, error
 from hand_made import hand_case
 from tiny_models import VOCAB, token_inputs
@@ -19,8 +19,6 @@ from transformers import StaticCache
 
 import lorafx
 from lorafx import OutOfRangeError
-
-__all__ = ["fresh_dynamo"]
 
 
 def ids(rows: int = 3, length: int = 4, **wrong: int) -> torch.Tensor:

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attached import compiled, fresh_dynamo, served
+from attached import compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError
-
-__all__ = ["fresh_dynamo"]
 
 K = 6
 MIXED = ["a", None, "b"]
@@ -275,7 +273,6 @@ def test_what_is_only_read_keeps_its_owners(small):
     check(serving(case), case, [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 5)])
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 def test_the_same_of_a_marked_model(small):
     torch.manual_seed(0)
     case, inputs = small(writing(by_numpy), ["w"]), {"x": torch.randn(3, 5, K)}

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from attached import fresh_dynamo
+from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import Case, check_mixed
 from torch import Tensor, nn
 
 from lorafx.errors import ProvenanceError
-
-__all__ = ["fresh_dynamo"]
 
 D, HEADS = 8, 2
 MIXES = (["a", None, "b"], ["b", "a"], [None, "b", "b", "a"], ["a", "a", "a"], [None, "b", None])

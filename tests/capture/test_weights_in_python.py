@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from attached import EAGER, fresh_dynamo
+from attached import EAGER, fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import MatchError
-
-__all__ = ["fresh_dynamo"]
 
 K = 6
 BATCHES = (["a"] * 3, ["a", None, "b"])
@@ -116,7 +114,7 @@ def test_marked_models_in_eager_mode(small, cls):
         assert torch.equal(model(**inputs)["logits"], case.base(**inputs)["logits"])
 
 
-def test_marked_models_that_users_compile(small, fresh_dynamo):
+def test_marked_models_that_users_compile(small):
     case, inputs = small(InGenerator, ["w"]), {"x": torch.randn(3, K)}
     model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
     call = torch.compile(model, backend="lorafx")

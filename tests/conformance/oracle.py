@@ -214,6 +214,16 @@ class Oracle:
         return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
+def by_peft(base: nn.Module, folder: str | Path | None) -> nn.Module:
+    """What PEFT itself makes of a copy of the base and the adapter; without a folder the base."""
+    if folder is None:
+        return base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+    return twin.eval().requires_grad_(False)
+
+
 def one_row(arguments: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The arguments of one request, all of which have requests first."""
     return {

@@ -138,9 +138,6 @@ def post_process(model: nn.Module, kept: str = "views") -> None:
             KEPT[kept](module, *cut)
 
 
-REFERENCE = {"lowering": "reference"}
-
-
 def config(**changes: object) -> transformers.DeepseekV3Config:
     sizes = {
         "vocab_size": VOCAB,

@@ -7,11 +7,10 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
-
-REFERENCE = {"lowering": "reference"}
 
 
 class NoInputs(nn.Module):

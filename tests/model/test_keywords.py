@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo, graphs, served
+from attached import attached, compiled, fresh_dynamo, graphs, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case
 from tiny_models import token_inputs
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ import lorafx
 from lorafx.errors import ConfigError
 from lorafx.model.keywords import ELSEWHERE, refuse_slips
 
-__all__ = ["fresh_dynamo"]
 pytestmark = pytest.mark.quick
 
 SLIPS = (

@@ -1,4 +1,4 @@
-"""Marks in eager mode: what they refuse, and their copies."""
+"""Marks in eager mode: what they refuse, their copies, and what they are made of."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import pickle
 
 import pytest
 import torch
+from dense_merge import random_base
 from marking import ALL, IDS, attach, llama
+from own_weights import own_case
 from torch import nn
 
+from lorafx import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.model.marks import Attachment, SiteMark, detach
+from lorafx.model.targets import AdapterNames
+from lorafx.runtime.marking import covering, request_of
+from lorafx.torch_internals.compat import no_mha_fast_path
 
 pytestmark = pytest.mark.quick
 
@@ -103,3 +109,37 @@ def test_a_copy_is_marked_and_independent(duplicate):
         assert detach(other) == len(marks)
         assert detach(other) == 0
     assert len(model.lm_head._forward_hooks) == 1
+
+
+def test_the_fast_path_of_attention_stays_off_for_whoever_needs_it_last():
+    """It is one switch of the process: two models on two threads."""
+    assert torch.backends.mha.get_fastpath_enabled()
+    with no_mha_fast_path():
+        inner = no_mha_fast_path()
+        inner.__enter__()
+    assert not torch.backends.mha.get_fastpath_enabled()
+    inner.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+ADAPTERS = {
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [3, 5, 9]},
+    "dora": {"target_modules": ["k_proj"], "use_dora": True},
+    "fewer": {"target_modules": ["v_proj", "o_proj"], "trainable_token_indices": [7]},
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
+def test_covering(tmp_path, targets):
+    base = random_base("llama", num_hidden_layers=1)
+    case = own_case(base, tmp_path, ADAPTERS)
+    asked = LoraConfig(target_modules=targets, max_adapters=3, trainable_tokens=2)
+    later = covering(asked, case.folders.values(), base)
+    at_once = request_of(asked, case.folders, base).config
+    assert later == at_once
+    assert isinstance(later.target_modules, AdapterNames) == (targets is None)
+    assert later.use_dora
+    assert max(later.trainable_tokens.values()) == 3
+    assert later.modules_to_save

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense_merge import REFERENCE
 from hand_made import random_factors
 from packed_models import twins
 from torch import nn
@@ -15,8 +16,6 @@ from lorafx import layers
 from lorafx.errors import CheckpointError
 
 pytestmark = pytest.mark.quick
-
-REFERENCE = {"lowering": "reference"}
 
 
 def _open(model: nn.Module, **config: Any) -> Any:

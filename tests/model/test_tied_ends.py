@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
@@ -15,7 +16,6 @@ from lorafx.errors import MatchError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-REFERENCE = {"lowering": "reference"}
 V, D = 24, 20
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from dense_merge import REFERENCE
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,8 +20,6 @@ from lorafx.errors import (
     MatchError,
     UnsupportedAdapterError,
 )
-
-REFERENCE = {"lowering": "reference"}
 
 
 class Tower(nn.Module):
@@ -87,16 +86,11 @@ def cm(base: nn.Module, folders: dict[str, Path]) -> Any:
     return lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
 
 
-def alone(base: nn.Module, folders: dict[str, Path], name: str | None) -> nn.Module:
-    if name is None:
-        return base
-    return PeftModel.from_pretrained(copy.deepcopy(base), str(folders[name])).eval()
-
-
 def check(cm: Any, base: nn.Module, folders: dict[str, Path], names: list[str | None]) -> None:
     x = torch.randn(len(names), 6, 5)
     with torch.no_grad():
-        rows = [alone(base, folders, name)(row[None]) for name, row in zip(names, x, strict=True)]
+        alone = [oracle.by_peft(base, folders.get(name or "")) for name in names]
+        rows = [model(row[None]) for model, row in zip(alone, x, strict=True)]
     found = cm(x, adapter_names=names)
     oracle.assert_close(found, [torch.cat(rows)])
     first = next(filter(None, names))
@@ -132,7 +126,7 @@ def test_merging(
 ) -> None:
     x = torch.randn(2, 6, 5)
     with torch.no_grad():
-        want = alone(base, folders, name)(x)
+        want = oracle.by_peft(base, folders[name])(x)
     before = {key: value.clone() for key, value in cm.model.state_dict().items()}
     cm.merge(name)
     try:

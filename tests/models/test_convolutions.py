@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attached import EAGER
-from peft import PeftModel
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import MatchError, ProvenanceError
-
-REFERENCE = {"lowering": "reference"}
 
 
 class Pyramid(nn.Module):
@@ -65,12 +62,8 @@ class Served:
         self.folders["middle"] = oracle.save_adapter(
             base, folder / "middle", rank=rank, targets=targets, seed=9
         )
-        self.alone = {None: self.base}
-        for name, path in self.folders.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                twin = PeftModel.from_pretrained(copy.deepcopy(base), str(path))
-            self.alone[name] = twin.eval().requires_grad_(False)
+        paths = {None: None, **self.folders}
+        self.alone = {name: oracle.by_peft(self.base, path) for name, path in paths.items()}
         self.cm: Any = lorafx.compile(copy.deepcopy(base), self.folders, options=options)
 
     def check(self, x: Tensor, names: Sequence[str | None]) -> Tensor:

@@ -1,17 +1,20 @@
-"""Routed experts by generated C++: one op a product, whichever way the base computes it."""
+"""Routed experts by generated C++, one op a product, whichever way the base computes it; and by
+generated Triton kernels, in Triton's interpreter. Both against dense merge."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dense_merge import Case, check_mixed
-from expert_models import moe_case
+from expert_models import experts_modules, moe_case
 from torch._inductor.utils import run_and_get_code
 
 import lorafx
+from lorafx.errors import ConfigError
 
 NAMES = ["params", None, "older", "down", "dense", "params"]
 
@@ -69,3 +72,44 @@ def test_other_ways_to_store_and_to_dispatch(model_type: str, tmp_path: Path) ->
         _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
     assert "run_expert_delta_" in "\n".join(code)
     check_mixed(cm, other, NAMES, ids())
+
+
+ROUTED = ["params", None, "older", "down", "dense"]
+PINNED = {"gate_up_proj": "segments", "down_proj": "gemv"}
+
+
+def plan_of(case: Case, **strategies: str) -> dict[str, str]:
+    return {
+        f"{path}.{name}": strategy
+        for path, _ in experts_modules(case.base)
+        for name, strategy in strategies.items()
+    }
+
+
+def chosen(cm: Any) -> dict[str, str]:
+    """Strategy by name of the experts' parameter."""
+    return {
+        state.site.path.rpartition(".")[2]: state.strategy.partition(" ")[0]
+        for record in cm._session.backend.records
+        for state in record.states
+        if state.site.experts > 1
+    }
+
+
+def test_generated_deltas_for_every_mix_routing_and_length(case: Case) -> None:
+    options = {"lowering": "triton", "plan": plan_of(case, **PINNED)}
+    cm = case.compile(options)
+    check_mixed(cm, case, ROUTED, ids(5, 2))
+    assert chosen(cm) == PINNED
+    graphs = cm.recompiles
+    check_mixed(cm, case, ROUTED[:3], ids(3, 3, seed=4))
+    same = {"input_ids": torch.full((5, 2), 7)}  # every token of a request goes the same way
+    check_mixed(cm, case, ROUTED, same)
+    assert cm.recompiles == graphs
+
+
+def test_a_pin_for_something_else_is_refused(case: Case) -> None:
+    cm = case.compile({"lowering": "triton", "plan": plan_of(case, down_proj="split")})
+    with pytest.raises(Exception, match="base product is not part of the node") as raised:
+        cm(**ids(5, 4), adapter_names=ROUTED)
+    assert isinstance(raised.value, ConfigError) or "ConfigError" in str(raised.value)

@@ -12,12 +12,11 @@ import peft
 import pytest
 import torch
 from attached import EAGER
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import MatchError, UnsupportedAdapterError
-
-REFERENCE = {"lowering": "reference"}
 
 
 class Reader(nn.Module):
@@ -74,14 +73,9 @@ def cm(base: nn.Module, folders: dict[str, Path]) -> Any:
 def expected(
     base: nn.Module, folders: dict[str, Path], names: list[str | None], x: Tensor
 ) -> Tensor:
-    rows = []
-    for name, row in zip(names, x, strict=True):
-        model: nn.Module = base
-        if name is not None:
-            model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folders[name])).eval()
-        with torch.no_grad():
-            rows.append(model(row[None]))
-    return torch.cat(rows)
+    models = [oracle.by_peft(base, folders[name] if name else None) for name in names]
+    with torch.no_grad():
+        return torch.cat([model(row[None]) for model, row in zip(models, x, strict=True)])
 
 
 def test_rows_of_one_batch(cm: Any, base: nn.Module, folders: dict[str, Path]) -> None:

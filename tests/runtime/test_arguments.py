@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import fresh_dynamo
+from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 from transformers import BatchEncoding
@@ -16,7 +16,6 @@ from lorafx.errors import BatchError, ConfigError, ProvenanceError
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
-__all__ = ["fresh_dynamo"]
 MIX = ["a", None, "b"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo, served
+from attached import attached, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ from lorafx.errors import BatchError, LorafxWarning
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
-__all__ = ["fresh_dynamo"]
 MIX = ["a", None, "b"]
 
 

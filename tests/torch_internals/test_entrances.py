@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
@@ -14,7 +15,6 @@ from lorafx.torch_internals import compat
 
 pytestmark = pytest.mark.quick
 CONFIG = lorafx.LoraConfig(max_rank=2, target_modules="all-linear")
-REFERENCE = {"lowering": "reference"}
 
 
 def compiled(model: nn.Module) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import save_adapter
+from dense_merge import REFERENCE, save_adapter
 from expert_models import moe_base
 from namings import new_weights, plain
 from tiny_models import FAMILIES
@@ -22,7 +22,6 @@ from lorafx.weights.copies import outdated_copies
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-REFERENCE = {"lowering": "reference"}
 WIDTH = 32
 
 

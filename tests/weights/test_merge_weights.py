@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from absorbed import OneLayer, absorbed, case_of, post_process, states
-from dense_merge import TOLERANCE, build_case, error, random_base, valid
+from dense_merge import REFERENCE, TOLERANCE, build_case, error, random_base, valid
 from expert_models import moe_case
 from hand_made import SCALE, factors, save
 from merging import bits, tied_case
@@ -26,7 +26,6 @@ from lorafx.errors import MatchError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-REFERENCE = {"lowering": "reference"}
 QV = {"target_modules": ["q_proj", "v_proj"]}
 
 

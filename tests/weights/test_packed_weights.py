@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from dense_merge import REFERENCE
 from expert_models import moe_base
 from namings import new_weights, older
 from tensor_parallel import llama_config, push_weights
@@ -14,8 +15,6 @@ import lorafx
 from lorafx.errors import BaseWeightsError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
-REFERENCE = {"lowering": "reference"}
 
 
 def test_members_whose_sizes_nobody_declared() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from attached import attached, check, check_base, compiled, fresh_dynamo, graphs, served
+from attached import attached, check, check_base, compiled, fresh_dynamo, graphs, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error, save_adapter
 from sums import SumCase
 from tiny_models import FAMILIES, token_inputs
@@ -33,7 +33,6 @@ from lorafx.errors import (
     UnknownAdapterError,
 )
 
-__all__ = ["fresh_dynamo"]
 feed = FAMILIES["plain"].inputs
 CALLS: dict[str, Callable[[Any], Any]] = {"compiled": compiled, "eager": lambda model: model}
 

@@ -1,19 +1,23 @@
-"""`torch.compile(backend="lorafx")`: models without LoRA, and models that its options give some."""
+"""`torch.compile(backend="lorafx")`: models without LoRA, models that its options give some, and
+those of PEFT."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attached import attached, check, check_base, compiled, fresh_dynamo, graphs, served
-from dense_merge import REFERENCE, Case, error
+from attached import attached, check, check_base, compiled, fresh_dynamo, graphs, served  # noqa: F401  (the fixture)
+from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from peft import PeftModel
 from tiny_models import FAMILIES, PlainModel, token_inputs
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -22,7 +26,6 @@ import lorafx
 from lorafx.compiled_model.compiled import compiled_of
 from lorafx.errors import CaptureError, ConfigError, TargetError, UnknownAdapterError
 
-__all__ = ["fresh_dynamo"]
 feed = FAMILIES["plain"].inputs
 
 
@@ -233,3 +236,33 @@ def test_an_attached_model_keeps_its_own_options(plain: Case) -> None:
     model, inputs = attached(plain), feed(2, 4)
     check(asking(model, plain), model, plain, ["a0", None], inputs)
     check_base(asking(model, plain), plain, inputs)
+
+
+@torch.no_grad()
+def test_every_switch_of_peft_has_its_effect(tmp_path: Path) -> None:
+    base = random_base("llama", num_hidden_layers=1)
+    for index, name in enumerate("ab"):
+        targets = ["q_proj", "o_proj", "down_proj"]
+        save_adapter(base, tmp_path / name, rank=3 + index, seed=index, targets=targets)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"), "a").eval()
+    model.load_adapter(str(tmp_path / "b"), "b")
+    run = torch.compile(model, backend="lorafx", options=REFERENCE)
+    torch.manual_seed(1)
+    batch = FAMILIES["llama"].inputs(3, 5)
+
+    def check(**kwargs: Any) -> Tensor:
+        """The compiled model's logits are those of eager PEFT."""
+        want = model(**batch, **kwargs).logits
+        assert error(run(**batch, **kwargs).logits, want) <= TOLERANCE
+        return want
+
+    results = [check()]
+    model.set_adapter("b")
+    results.append(check())
+    with model.disable_adapter():
+        results.append(check())
+    for index, one in enumerate(results):
+        assert all(error(one, other) > 100 * TOLERANCE for other in results[:index])
+    mixed = check(adapter_names=["a", "b", "__base__"])
+    other = check(adapter_names=["b", "b", "a"])
+    assert error(mixed[1], other[1]) <= TOLERANCE < 0.01 * error(mixed[0], other[0])
