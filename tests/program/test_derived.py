@@ -8,16 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from absorbed import (
-    REFERENCE,
-    AbsorbedInForward,
-    OneLayer,
-    absorbed,
-    case_of,
-    post_process,
-    states,
-)
-from dense_merge import Case, check_mixed, error
+from absorbed import AbsorbedInForward, OneLayer, absorbed, case_of, post_process, states
+from dense_merge import REFERENCE, Case, check_mixed, error
 from torch import nn
 
 import lorafx

@@ -6,11 +6,8 @@ import copy
 
 import pytest
 import torch
-from absorbed import (
-    REFERENCE,
-    parts,
-)
-from dense_merge import Case, check_mixed, save_adapter
+from absorbed import parts
+from dense_merge import REFERENCE, Case, check_mixed, save_adapter
 from torch import Tensor, nn
 
 import lorafx

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from absorbed import REFERENCE, AbsorbedAttention, OneLayer, absorbed, case_of, post_process, states
-from dense_merge import Case, check_mixed
+from absorbed import AbsorbedAttention, OneLayer, absorbed, case_of, post_process, states
+from dense_merge import REFERENCE, Case, check_mixed
 from namings import new_weights, plain
 
 import lorafx
