@@ -140,13 +140,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> lorafx.CompiledModel:
     return lorafx.compile(model, folders, options={"lowering": "inductor"})
 
 
-X, NAMES = {"x": torch.randn(3, 6)}, ["a", None, "b"]
+X, ROWS = {"x": torch.randn(3, 6)}, ["a", None, "b"]
 
 
 def test_a_wrong_product_is_found(compiled: lorafx.CompiledModel) -> None:
     torch._dynamo.reset()
     with config.patch(post_grad_custom_pre_pass=Twice()):
-        found = lorafx.bisect(compiled, X, NAMES)
+        found = lorafx.bisect(compiled, X, ROWS)
     assert found.first == "lowering (inductor)"
     assert found.served > found.tolerance
     assert all(stage.error <= found.tolerance for stage in found.stages)

@@ -188,11 +188,10 @@ def test_interrupted_anywhere(world: World, what: str, thorough: bool) -> None:
     step = max(1, act.step // 20) if thorough else act.step
     for place, stopped in every_place(lambda: act.run(world), step):
         assert stopped is None or isinstance(stopped, KeyboardInterrupt), (place, stopped)
-        session = world.cm._session
-        if session.base.broken or (session.base.unmerged and not world.cm.merged):
+        if world.cm._session.base.broken:
             # Written in part, and said so: a push keeps no second copy of all weights.
-            assert what in ("push", "push merged", "push pairs")
-            with pytest.raises(CaptureError, match=r"load_weights again|could not be merged again"):
+            assert what.startswith("push")
+            with pytest.raises(CaptureError, match="load_weights again"):
                 elsewhere(world.answer)
         else:
             world.is_one_of(*states)
