@@ -123,8 +123,6 @@ class World:
     def reset(self, merged: str | None = None) -> None:
         """State (0, all 0, merged)."""
         cm = self.cm
-        if cm._session.base.unmerged:
-            cm.unmerge()
         if cm.merged:
             cm.unmerge()
         cm.set_adapter(None)
@@ -163,12 +161,6 @@ ACTS = {
     "unmerge": Act(lambda w: w.cm.unmerge(), ((0, OLD, None),), "a", step=3),
     "push": Act(lambda w: w.cm.load_weights(w.weights(1)), ((1, OLD, None),), step=83),
     "push pairs": Act(lambda w: w.cm.load_weights(w.pairs(1)), ((1, OLD, None),), step=79),
-    "push merged": Act(
-        lambda w: w.cm.load_weights(w.weights(1)),
-        ((1, OLD, "a"), (0, OLD, None), (1, OLD, None)),
-        "a",
-        step=97,
-    ),
 }
 
 
