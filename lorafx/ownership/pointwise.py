@@ -16,6 +16,7 @@ from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import divide, equal, is_multiple
+from lorafx.torch_internals.inductor import inductor_prims  # noqa: F401  (defines prims.fma)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -29,7 +29,6 @@ with private_names():
     )
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
-    from torch._inductor import inductor_prims  # defines prims.fma
     from torch._ops import (
         HigherOrderOperator,
         OperatorBase,

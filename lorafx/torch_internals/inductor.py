@@ -9,6 +9,7 @@ from typing import Any
 from lorafx.torch_internals.versions import private_names
 
 with private_names():
+    from torch._inductor import inductor_prims  # defines prims.fma
     from torch._inductor import lowering as _lowering  # max_pool2d's decomposition reaches for it
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.compile_fx import (
