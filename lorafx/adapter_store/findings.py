@@ -99,7 +99,7 @@ class Findings:
     def before(self, name: str, saved: str) -> str:
         """What patterns match for `name` of the factors at `saved`: its spelling before a
         `key_mapping`."""
-        stem = os.path.commonprefix([name, saved])
+        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - any common beginning does
         old, tail = self.state.paths.get(without_prefix(saved), saved), saved[len(stem) :]
         return old.removesuffix(tail) + name[len(stem) :] if old.endswith(tail) else name
 
