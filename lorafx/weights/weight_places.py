@@ -386,6 +386,10 @@ def meet(a: Part, b: Part) -> bool:
 
 def _unlike(tensor: Tensor, given: Tensor) -> str:
     held, dtype = tensor.dtype, given.dtype
+    if given.is_meta or given.layout is not torch.strided:
+        return (
+            f"the checkpoint's ({given.layout}, on {given.device}) is no dense tensor with values"
+        )
     wrapped, wrapper = map(is_traceable_wrapper_subclass, (tensor, given))
     if wrapped or wrapper:
         if wrapper and type(given) in (type(tensor), type(tensor.data)):
