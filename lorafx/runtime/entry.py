@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.driver import explained, own_error
+from lorafx.capture.driver import explained, lorafx_error_in
 from lorafx.capture.traced import Traced
 from lorafx.capture.tracking import Tracking, WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
@@ -124,7 +124,7 @@ class Entry:
                 )
             return result
         except BaseException as error:
-            known = own_error(error)
+            known = lorafx_error_in(error)
             if isinstance(known, ReplacedModuleError):
                 raise known from None
             raised = "; ".join(dict.fromkeys(traced.given_up.values()))

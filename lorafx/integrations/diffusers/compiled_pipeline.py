@@ -604,7 +604,7 @@ class _Following(Tracking):
         super().__init__(memory)
         self._rows = rows
 
-    def _made(self, func: OpOverload, results: object) -> None:
+    def _note_new(self, func: OpOverload, results: object) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
                 self._rows.of_noise(tensor)

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
-from lorafx.capture.driver import own_error
+from lorafx.capture.driver import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.capture.saved_graphs.folder import folder_of
@@ -316,7 +316,7 @@ def adapters(
         try:
             yield
         except Exception as error:
-            known = own_error(error)  # of the backend, at the first frame
+            known = lorafx_error_in(error)  # of the backend, at the first frame
             if known is None:
                 raise
             raise known from error
