@@ -50,9 +50,9 @@ _RETURN_VALUES_AND_INDICES = frozenset(("kthvalue", "max", "median", "min", "mod
 
 
 class _Lookup(NamedTuple):
-    """`index` points into dimension `dim` of `table`, or into all elements if that is None."""
+    """`indices` point into dimension `dim` of `table`, or into all elements if that is None."""
 
-    index: fx.Node
+    indices: fx.Node
     table: fx.Node
     dim: int | None
     negative: bool = False
@@ -124,15 +124,15 @@ def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
     lookups = [(node, use) for node in gm.graph.nodes for use in _lookups(node)]
     for node, use in lookups:
         table = _fake(use.table)
-        if not _is_host_index(_fake(use.index)) or not sources.is_of_call(use.index):
+        if not _is_host_index(_fake(use.indices)) or not sources.is_of_call(use.indices):
             continue
         if not isinstance(table, Tensor):
             continue
         if use.dim is not None and not -table.dim() <= use.dim < table.dim():
             continue
-        index = _before_layout(use.index)
+        index = _before_layout(use.indices)
         if _root(index) in sources.written:
-            _insert_check(use.index, use, sources, reader=node)
+            _insert_check(use.indices, use, sources, reader=node)
             continue
         key = index, size_expression(_size(table, use.dim)), use.negative, use.ignored
         if key not in known:
@@ -159,7 +159,7 @@ def _insert_check(
             entries = graph.call_method(method, (table, *where))
             entries.meta.update(meta, example_value=size)
             size = entries
-        names = sources.table_name(use), sources.name(_before_layout(use.index))
+        names = sources.table_name(use), sources.name(_before_layout(use.indices))
         arguments = (index, size, use.negative, use.ignored, *names)
         checked = graph.call_function(CHECKED_INDEX, arguments)
     value = _fake(index)
