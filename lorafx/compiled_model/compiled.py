@@ -29,6 +29,7 @@ from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.inspection.explanation import Explanation, explained
 from lorafx.inspection.profile import Profile, profiled
+from lorafx.inspection.replay import with_stages_of
 from lorafx.inspection.report import written_into
 from lorafx.inspection.viewer.dump import Dump, Dumps
 from lorafx.inspection.why import Why, why
@@ -813,25 +814,40 @@ class CompiledModel(AsModule):
         self._entries.check_attached()
         return profiled(self._entries, self, inputs, list(adapter_names), calls)
 
-    def dump(self, folder: str | os.PathLike[str]) -> Path:
+    def dump(
+        self,
+        folder: str | os.PathLike[str],
+        inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+    ) -> Path:
         """Write the graphs, before and after each pass, as text and as diffs, with the code that
         was generated for them, `explain.txt`, and `index.html`, which shows all of it in a browser
         (docs/look_inside.md).
 
         Graphs are kept after each pass only where `Options(dump=...)` or LORAFX_DUMP asked for it
-        when they were compiled. Of others the generated code alone is written, and a warning says
-        so. Raises ConfigError if the folder cannot be made, or written to.
+        when they were compiled. With `inputs`, the arguments of a call, the graphs of that call are
+        captured once more and run operator by operator, other calls wait, and the dump has their
+        stages. Of all others the generated code alone is written, and a warning says so.
+
+        Raises ConfigError if the folder cannot be made, or written to. With `inputs` it also raises
+        what a call raises.
         """
-        target, unseen = Path(folder), list[str]()
+        target = Path(folder)
         with written_into(target), self._session.lock:
+            records = self._session.backend.records
+            if inputs is not None:
+                args, kwargs = as_call(inputs)
+                call = partial(self, *args, **kwargs, adapter_names=adapter_names)
+                records = with_stages_of(self._entries, call)
             dump = Dump(target, self._session.program)
-            for record in self._session.backend.records:
-                unseen += [] if record.stages else [record.title]
+            for record in records:
                 dump.add(record)
             dump.write(self.explain())
+        unseen = [record.title for record in records if not record.stages]
         if unseen:
             warnings.warn(
-                f"{target} has no stages of {some(unseen)}, which were not kept: LORAFX_DUMP, or "
+                f"{target} has no stages of {some(unseen)}, which were not kept: pass the inputs "
+                "of a call to dump, which captures its graphs once more; LORAFX_DUMP, or "
                 "Options(dump=...), writes graphs after each pass as they are compiled",
                 LorafxWarning,
                 stacklevel=2,
