@@ -163,9 +163,7 @@ class Vectorizer:
             value = args[name]
             if value is None or (isinstance(value, Sequence) and not value):
                 if reductions.RULES.get(packet) is not reductions.reduced:
-                    raise NoCopy(
-                        node, "it works along no dimension, or along all of them flattened"
-                    )
+                    raise NoCopy(node, "it works along no dimension, or along all, flattened")
                 args[name] = list(range(1, n + 1))
             elif isinstance(value, int):
                 args[name] = wrap(value, n) + 1
