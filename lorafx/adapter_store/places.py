@@ -14,7 +14,7 @@ A *landing* is parts of sites in the order of the saved B's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -37,16 +37,17 @@ SitePart = tuple["Site", int]
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """Parts of sites, in the order of B's rows, that the path `saved` means. `missing`: why factors
-    may not be here, or ""."""
+    """Parts of sites, in the order of B's rows, that the path `saved` means. `undeclared`: a name
+    whose slices, among `places`, only B's rows tell. `missing`: why factors may not be here."""
 
     places: tuple[SitePart, ...]
     saved: str
+    undeclared: str = ""
     missing: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple((id(site), part) for site, part in self.places)
+        return (self.undeclared, *((id(site), part) for site, part in self.places))
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:
@@ -187,9 +188,9 @@ class Places:
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {key for key, experts in self._experts.items() if experts.sites}
 
-    def packed_names(self) -> Iterator[tuple[str, tuple[SitePart, ...]]]:
-        """(path, places) of unpacked and packed names beside the sites'."""
-        return ((path, found.places) for path, found in self._packed.items())
+    def packed_names(self) -> Mapping[str, SiteLanding]:
+        """The meanings of unpacked and packed names beside the sites', by path."""
+        return self._packed
 
     def nearest(self, path: str) -> str:
         """A message fragment with the closest module paths."""
@@ -220,6 +221,7 @@ class Places:
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     named: dict[str, list[SitePart]] = {}
+    undeclared: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
     for site in sites:
         paths = [without_compiled(path) for path in site.paths]
@@ -227,11 +229,14 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
         for place, part in zip(places, site.parts, strict=True):
             for path in virtual_paths(paths, part.name) if part.name else ():
                 named.setdefault(path, []).append(place)
+        for name in site.undeclared:
+            landing = SiteLanding(places, "", undeclared=name)
+            undeclared.update(dict.fromkeys(virtual_paths(paths, name), landing))
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
     joined = {path: _joined(found) for path, found in members.items()}
-    return joined | {path: _only(found) for path, found in named.items()}
+    return joined | undeclared | {path: _only(found) for path, found in named.items()}
 
 
 def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:

@@ -41,8 +41,8 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
 def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
-    if session.asked.placed or not _activates(session):
-        return entries.of(entries.model, per_token=session.asked.tokens is not None)
+    if session.requests.tokens_known or not _activates(session):
+        return entries.of(entries.model, per_token=session.requests.tokens is not None)
     return ActivatedForward(entries, entries.model)
 
 
@@ -63,7 +63,7 @@ def generating_forward_of(
     ids = named.get(_IDS) if inputs is None else inputs
     _check_ids(session, module, ids, "generate()")
     assert isinstance(ids, Tensor)
-    names = session.asked.of_rows(ids.shape[0], repeats=True)
+    names = session.requests.of_rows(ids.shape[0], repeats=True)
     return ActivatedForward(entries, module, _first_columns(session, names, ids), ids.shape[1])
 
 
@@ -120,7 +120,7 @@ class ActivatedForward:
                 name if begin is not None and begin <= columns.start else None
                 for name, begin in zip(names, begins, strict=True)
             )
-            running = session.running._replace(requests=Requests(active, activated=True))
+            running = session.running._replace(requests=Requests(active, all_tokens=True))
             return session.note(running, functools.partial(self._by_row, *args, **kwargs))
         # `active`: graphs with adapters serve all these calls, also one in which none has begun.
         requests = _token_requests(names, begins, columns)
@@ -135,10 +135,14 @@ class ActivatedForward:
             rows, length = tokens.shape[:2]
             repeats = rows // len(self._begins)  # beams, returned sequences
             begins = [begin for begin in self._begins for _ in range(repeats)]
-            return session.asked.of_rows(rows, repeats=True), begins, self._columns(named, length)
+            return (
+                session.requests.of_rows(rows, repeats=True),
+                begins,
+                self._columns(named, length),
+            )
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
-        names = session.asked.of_rows(ids.shape[0])
+        names = session.requests.of_rows(ids.shape[0])
         cached = any(_tokens_in(cache) != 0 for cache in caches(named))
         return names, _first_columns(session, names, ids, cached=cached), range(ids.shape[1])
 
@@ -155,7 +159,7 @@ class ActivatedForward:
 
 def _activates(session: Session) -> bool:
     """Whether a request of the running call has an adapter that begins at a token."""
-    return session.base.merged is None and any_begins(session, session.asked.names)
+    return session.base.merged is None and any_begins(session, session.requests.names)
 
 
 def _invocation(session: Session, name: str | None) -> tuple[int, ...]:
@@ -222,7 +226,7 @@ def _check_ids(session: Session, module: nn.Module, ids: Any, call: str) -> None
         why = "LoraConfig(row_dims=...) says that another dimension than 0 holds the requests"
     else:
         return
-    name = next(name for name in session.asked.names if any_begins(session, [name]))
+    name = next(name for name in session.requests.names if any_begins(session, [name]))
     raise BatchError(
         f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
         f"{list(_invocation(session, name))} on. They are looked for in input_ids, integers of "

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
-from lorafx.capture.driver import own_error
+from lorafx.capture.driver import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.capture.saved_graphs.folder import folder_of
@@ -50,9 +50,9 @@ from lorafx.model.marks import detach as remove_marks
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
-from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.replaced_methods import ReplacedMethod
 from lorafx.runtime.requests import IN_BLOCKS, Requests, checked_names
-from lorafx.runtime.session import wanted
+from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.frames import capture_again
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -62,11 +62,11 @@ from lorafx.torch_internals.versions import entrance, unsupported
 _BY_BLOCK = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
 #: The thread of each open block, by model.
 _BLOCK_THREADS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
-#: The method that runs its model without LoRA in this context. The backend reads the model from it.
-RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
+#: The method that runs its model without LoRA in this context; tells the backend the model.
+RUNNING: ContextVar[ReplacedMethod | None] = ContextVar("lorafx model as it is", default=None)
 
 
-class Method(InPlace):
+class Method(ReplacedMethod):
     """`forward` or `generate` of an attached model. Copies and pickles of the model have the method
     that it replaces."""
 
@@ -121,7 +121,7 @@ def _wants_gradient(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     return any(item.requires_grad for item in (*tensors, *model.parameters()))
 
 
-class FirstCall(InPlace):
+class FirstCall(ReplacedMethod):
     """`forward` of a model whose first call will attach LoRA, while a block is open around it.
 
     It calls the original forward. At the first frame the backend attaches LoRA and raises; then
@@ -298,7 +298,7 @@ def adapters(
     block raise what `CompiledModel.forward` raises.
     """
     if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
-        requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
+        requests = Requests((one_name(adapter_names, "adapter_names"),), uniform=True)
     else:
         requests = Requests(checked_names(adapter_names) or ())
     model = without_wrappers(unwrapped(model))
@@ -316,7 +316,7 @@ def adapters(
         try:
             yield
         except Exception as error:
-            cause = own_error(error)  # of the backend, at the first frame
+            cause = lorafx_error_in(error)  # of the backend, at the first frame
             if cause is None:
                 raise
             raise cause from error
@@ -510,7 +510,9 @@ def _refusing_adapters(base: Callable[..., Any], examples: Sequence[Any]) -> Cal
     def run(*arguments: Any) -> Any:
         for compiled in attached_models(IN_BLOCKS.get()):
             program, session = compiled._session.program, compiled._session
-            touched = {path for name in wanted(session) for path in session.store[name].sites}
+            touched = {
+                path for name in adapters_in_use(session) for path in session.store[name].sites
+            }
             sites = (program.site_of_weight(arguments[position]) for position in weights)
             if any(site is not None and site.path in touched for site in sites):
                 raise CaptureError(
