@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
-from lorafx.model.module_graph import alike
+from lorafx.model.module_graph import joined_lines
 from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import FUSED_OP, Context, SiteState
@@ -154,11 +154,11 @@ class PackWeights:
             return 0
         attachment = model.attachment
         assert attachment is not None
-        alone = model.graph.alone()
+        unshared = model.graph.unshared()
         packed: list[PackedGroup] = []
         notes: list[tuple[str, str]] = []
         for group in attachment.groups:
-            pack = pack_weights(model.graph, group, alone)
+            pack = pack_weights(model.graph, group, unshared)
             members = " + ".join(group.members)
             if pack is None:
                 if len(group.sites) > 1:
@@ -170,5 +170,5 @@ class PackWeights:
                 mark = attachment.marks[site.path]
                 mark.weight, mark.bias = pack.weight, pack.bias
         model.packed = tuple(packed)
-        model.notes += alike(notes)
+        model.notes += joined_lines(notes)
         return len(packed)

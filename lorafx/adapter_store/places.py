@@ -125,18 +125,18 @@ class Places:
 
     def _meaning(self, reading: str, saved: str) -> SavedMeaning:
         walked = self._names.walk(reading)
-        site = None if walked.rest else self._by_module.get(id(walked.module))
+        site = None if walked.remaining else self._by_module.get(id(walked.module))
         if site is not None:
             return _checked(tuple((site, i) for i in range(len(site.parts))), saved)
-        packed = self._packed.get(without_compiled(walked.whole))
+        packed = self._packed.get(without_compiled(walked.full_path))
         if packed is not None:
             return replace(packed, saved=saved)
         experts = self.experts_of(walked.module, walked.path)
-        if experts is not None and walked.rest in ((), (NESTED,)):
-            return ExpertPlace(experts, saved, nested=bool(walked.rest))
-        meant = None if experts is None else meaning(experts.weights, walked.rest)
+        if experts is not None and walked.remaining in ((), (NESTED,)):
+            return ExpertPlace(experts, saved, nested=bool(walked.remaining))
+        meant = None if experts is None else meaning(experts.weights, walked.remaining)
         if experts is None or meant is None:
-            return None if walked.rest else walked.module
+            return None if walked.remaining else walked.module
         place = meant.weight, meant.half, meant.expert
         return ExpertPlace(experts, saved, *place, reason=meant.wrong)
 
@@ -151,7 +151,7 @@ class Places:
 
     def module(self, path: str) -> nn.Module | None:
         walked = self._names.walk(self.current(path))
-        return None if walked.rest else walked.module
+        return None if walked.remaining else walked.module
 
     def carried(self, saved: str) -> tuple[str, int]:
         """The configured module of the factors at `saved` (`mha` for `mha.base_layer.out_proj`, a
@@ -173,8 +173,8 @@ class Places:
         best, left = without_prefix(path), 2
         for reading, _ in self._readings(path):
             walked = self._names.walk(reading)
-            if len(walked.rest) < left:
-                best, left = walked.whole, len(walked.rest)
+            if len(walked.remaining) < left:
+                best, left = walked.full_path, len(walked.remaining)
             if not left:
                 break
         return best

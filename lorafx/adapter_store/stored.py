@@ -319,7 +319,7 @@ def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
     assert bank.own is not None
     rows, bias = weight.rows, weight.bias
     lacks = site.weight_rows - len(rows)
-    if weight.at is None and lacks and site.eligible.kind == "linear":
+    if weight.indices is None and lacks and site.eligible.kind == "linear":
         bias = rows.new_zeros(len(rows)) if bias is None else bias
         rows = torch.nn.functional.pad(rows, (0, 0, 0, lacks))
         bias = torch.nn.functional.pad(bias, (0, lacks), value=-torch.inf)
@@ -327,7 +327,7 @@ def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
     return OwnWeight(
         host_copy(rows, bank.own.dtype, pin),
         None if bias is None else host_copy(bias, bank.own.dtype, pin),
-        None if weight.at is None else host_copy(weight.at, torch.int32, pin),
+        None if weight.indices is None else host_copy(weight.indices, torch.int32, pin),
     )
 
 

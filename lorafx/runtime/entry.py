@@ -150,7 +150,7 @@ class Entry:
                 raise
             raise failure from error
         finally:
-            hooks.take_over()
+            hooks.accept_new()
             if sites.state != state[0]:  # noticed when a graph was captured
                 for kind in (False, True):
                     self.traced.pop((state, kind), None)
