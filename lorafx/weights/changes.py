@@ -201,7 +201,7 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in numbers.own.items():
+    for number, weight in numbers.own_weights.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects.dialect import Translation, raw
-from lorafx.adapter_store.peft_config import PeftConfig, number, short
+from lorafx.adapter_store.peft_config import PeftConfig, is_number, short
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -28,14 +28,14 @@ def claims(saved: Saved) -> bool:
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
     alpha = _alpha(saved)
-    found = Translation(saved, "loralib", model)
+    translation = Translation(saved, "loralib", model)
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            found.keep(key)
+            translation.keep(key)
         else:
-            found.add(match["module"] or "", match["letter"], tensor)
-    for path, (_, _, rank) in factor_sizes(found.tensors).items():
+            translation.add(match["module"] or "", match["letter"], tensor)
+    for path, (_, _, rank) in factor_sizes(translation.tensors).items():
         b = saved.tensors.get(f"{path}.lora_B")
         columns = b.shape[1] if b is not None and b.dim() > 1 else 0
         if rank > columns > 0 and rank % columns == 0:
@@ -45,14 +45,14 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
                 f"(N, {rank}), and lora_alpha times {rank // columns}"
             )
         if rank:
-            found.scales[path] = alpha / rank
-    return found.state()
+            translation.scales[path] = alpha / rank
+    return translation.state()
 
 
 def _alpha(saved: Saved) -> float:
-    given = saved.fields.lora_alpha if isinstance(saved.fields, PeftConfig) else None
-    alpha: Any = raw(saved.fields).get("lora_alpha") if given is None else given
-    if number(alpha) and abs(alpha) < 1e30:
+    configured = saved.fields.lora_alpha if isinstance(saved.fields, PeftConfig) else None
+    alpha: Any = raw(saved.fields).get("lora_alpha") if configured is None else configured
+    if is_number(alpha) and abs(alpha) < 1e30:
         return alpha
     raise CheckpointError(
         f"{saved.where} is in loralib's dialect, whose files do not say α; give "

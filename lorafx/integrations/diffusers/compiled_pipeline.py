@@ -26,7 +26,7 @@ from lorafx import api
 from lorafx.adapter_store.checkpoint import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
-from lorafx.adapter_store.saved import AdapterSource, Source, opened
+from lorafx.adapter_store.saved import AdapterSource, Source, read_source
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
@@ -436,7 +436,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     it has one for a model that the pipeline was loaded without; raises CheckpointError where it has
     one for a model that is not compiled, or that the pipeline does not have."""
     given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = opened(given)
+    saved = read_source(given)
     named = dialect_of(saved, given.dialect).components(saved)
     found: dict[str, AdapterSource] = {}
     for name in named if given.component is None else (given.component,):
