@@ -82,8 +82,8 @@ def compile(
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:
-        if marked.taken is not None:
-            _set_default(compiled, marked.taken.active)
+        if marked.taken_over is not None:
+            _set_default(compiled, marked.taken_over.active)
         if example_inputs is not None:
             compiled.capture(*as_call(example_inputs))
     except BaseException:

@@ -123,6 +123,22 @@ class SliceSizes:
         return sum(self(module))
 
 
+@dataclass(frozen=True)
+class _FirstOf:
+    """Reads the first of several attributes that an instance has; a function is always there."""
+
+    sources: tuple[SizeOf | SizesOf, ...]
+
+    def __call__(self, module: nn.Module) -> Any:
+        for source in self.sources:
+            if not isinstance(source, str) or hasattr(module, source):
+                return _read(module, source)
+        raise AttributeError(
+            f"{type(module).__qualname__} has no {' or '.join(map(str, self.sources))}; say which "
+            "attributes hold the sizes: register_oot(..., input_size=, output_sizes=)"
+        )
+
+
 def shardings(
     given: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
@@ -262,9 +278,11 @@ def register_oot(
     Args:
         replaced: a class that is registered, or inherits from a registered class.
         by: the class that takes its place. Its forward computes the same product.
-        input_size: attribute or function giving K; by default what `replaced` calls it.
+        input_size: attribute or function giving K; by default what `replaced` calls it, or
+            `input_size`. For embeddings the vocabulary.
         output_sizes: attribute or function giving the columns of each output slice; by default what
-            `replaced` calls them. Of embeddings the dimension.
+            `replaced` calls them, or `output_sizes`, or `output_size` for one slice. For embeddings
+            the dimension.
         weight: attribute that holds W; by default that of `replaced`.
         sharding: for tensor-parallel classes, as in `register`; sizes are then those of this rank.
 
@@ -287,17 +305,17 @@ def register_oot(
         raise ConfigError(
             f"{call}: {by.__qualname__} is already registered; call lorafx.unregister for it first"
         )
-    known, slices = entry.sizes, entry.output_sizes
+    known, sliced = entry.sizes, entry.output_sizes
     assert isinstance(known, FeatureSizes), entry.cls
-    outputs = known.out_features
-    if output_sizes is not None:
-        slices = SliceSizes(output_sizes)
-        outputs = slices.total
+    # Outputs of several slices are read as these: their sum is N.
+    outputs = sliced.sizes if isinstance(sliced, SliceSizes) else known.out_features
+    inputs = input_size or _FirstOf((known.in_features, "input_size"))
+    slices = SliceSizes(output_sizes or _FirstOf((outputs, "output_sizes", "output_size")))
     whole, by_weight = shardings(sharding)
     _REGISTERED[by] = replace(
         entry,
         cls=by,
-        sizes=FeatureSizes(input_size or known.in_features, outputs),
+        sizes=FeatureSizes(inputs, slices.total),
         output_sizes=slices if entry.kind == "linear" else None,
         weight=weight or entry.weight,
         sharding=whole,

@@ -326,7 +326,7 @@ class _Selection:
         in_features, out_features = entry.sizes(module)
         try:
             slices = None if entry.output_sizes is None else entry.output_sizes(module)
-            parts = item.parts(slices, in_features, out_features)
+            parts, undeclared = item.parts(slices, in_features, out_features)
         except (AttributeError, TypeError, ValueError) as error:
             return f"its output slices are not known: {error}"
         if slices is None and selected and selected < item.members:
@@ -346,10 +346,14 @@ class _Selection:
             dtype=self._compute_dtype(module, entry, weight),
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
-                replace(part, selected=part.name in selected or selected == item.members)
+                replace(
+                    part,
+                    selected=bool(undeclared) or part.name in selected or selected == item.members,
+                )
                 for part in parts
             ),
             member_of=item.member_of,
+            undeclared=undeclared,
             expert_weight=item.expert_weight,
         )
 
@@ -378,7 +382,8 @@ def _described(site: Site) -> str:
         text += f", {site.experts} experts"
     parts = [f"{(part.selected and part.name) or '-'} {part.out_features}" for part in site.parts]
     if len(parts) > 1:
-        text += f" [{', '.join(parts)}]"
+        unknown = f"; {', '.join(site.undeclared)}, whose slices are not declared"
+        text += f" [{', '.join(parts)}{unknown if site.undeclared else ''}]"
     return text + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")
 
 

@@ -213,9 +213,8 @@ def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
 def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
     rename = _renaming(mapping)
     tensors: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
     old_keys: dict[str, str] = {}
-    sizes = factor_sizes(state.tensors)
+    paths: dict[str, str] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
         owner = key.rpartition(".")[0] if factor is None else factor.module
@@ -226,16 +225,14 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
         if first != key and (target != path or first not in tensors):
             raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
         tensors[key if target == path else new] = tensor
-        if factor is not None and factor.letter == "A":
-            scale = _scale(state, path, sizes[factor.module].rank)
-            if scale is not None:
-                scales[target] = scale
+        paths[target] = path
     if tensors.keys() == state.tensors.keys():
         first = without_prefix(next(iter(state.tensors), ""))
         raise ConfigError(
             f"key_mapping matches no path in {state.where}, whose first key is {first!r}"
         )
-    return replace(state, tensors=tensors, scales=scales)
+    scales = {new: state.scales[old] for new, old in paths.items() if old in state.scales}
+    return replace(state, tensors=tensors, scales=scales, paths=paths)
 
 
 def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
@@ -257,15 +254,6 @@ def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
         return path
 
     return rename
-
-
-def _scale(state: AdapterState, path: str, rank: int) -> float | None:
-    """s of the module saved as `path`, if patterns, which do not match its new name, may set it."""
-    config = state.config
-    if path in state.scales or not (config.rank_pattern or config.alpha_pattern):
-        return state.scales.get(path)
-    rank = config.rank(path) or rank
-    return config.scale(path, rank) if rank else None
 
 
 @dataclass(frozen=True)
@@ -308,9 +296,10 @@ def inspected(source: Any) -> Inspected:
     state = load_state(source)
     config, scales, tensors = state.config, state.scales, state.tensors
     rows = [
-        Row(path, sizes, scales.get(path, config.scale(path, sizes.rank) if sizes.rank else None))
+        Row(path, sizes, scales.get(path, config.scale(name, sizes.rank) if sizes.rank else None))
         for saved, sizes in factor_sizes(tensors).items()
         for path in (without_prefix(saved),)
+        for name in (state.paths.get(path, path),)
     ]
     return Inspected(
         state.where,

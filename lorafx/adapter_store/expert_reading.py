@@ -209,7 +209,8 @@ class ExpertReading:
             return []
         a, b = self._unwrapped(experts, weight, pair)
         name, rank = weight.path(unnested(saved)), a.shape[1]
-        rows, configured = rank * weight.experts, self.config.rank(name)
+        rows = rank * weight.experts
+        configured = self.config.rank(self.findings.before(name, saved))
         if configured not in (None, rank) and rows % configured == 0:
             raise Problem(
                 f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "

@@ -5,6 +5,7 @@ All readers of a file share one `Findings`, so that all problems are reported at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import FactorKey
+from lorafx.adapter_store.peft_keys import FactorKey, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some, way_out_by
@@ -97,10 +98,18 @@ class Findings:
                 f"{factor.key} and {first} are both {factor.factor} of {label} and differ; keep one"
             )
 
+    def before(self, name: str, saved: str) -> str:
+        """What patterns match for `name` of the factors at `saved`: its spelling before a
+        `key_mapping`."""
+        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - any common beginning does
+        old, tail = self.state.paths.get(without_prefix(saved), saved), saved[len(stem) :]
+        return old.removesuffix(tail) + name[len(stem) :] if old.endswith(tail) else name
+
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
         """s of the module that patterns call `name`, saved as `saved`; None for a rank over
         `max_rank`. Raises `Problem` if `rank` is not the configured rank."""
-        configured, scale = self.config.rank(name), self.state.scales.get(saved)
+        name, scale = self.before(name, saved), self.state.scales.get(saved)
+        configured = self.config.rank(name)
         if configured not in (None, rank) and scale is None:
             raise Problem(
                 f"{label} has rank {rank}, adapter_config.json says {configured} there (r, "

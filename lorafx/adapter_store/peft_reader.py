@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.module_graph import join
+from lorafx.model.packed_names import spans
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
@@ -283,13 +285,13 @@ class Reading:
             raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {absent[0]}")
         a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
         rank = a.shape[0] if a.dim() == 2 else 0
-        places = landing.places
+        places = self._covered(landing)
         sizes = [saved_sizes(place) for place in places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
         if len(places) == 1:
             check_shape(keys["B"].key, b, (n, rank), f"{label} needs ({n}, r = {rank})")
-        elif tuple(b.shape) != (n, rank):
+        elif tuple(b.shape) != (n, rank) or (landing.undeclared and places == landing.places):
             covered = ", ".join(
                 f"{site.part_path(i).rpartition('.')[2]} {size}"
                 for (site, i), (_, size) in zip(places, sizes, strict=True)
@@ -331,6 +333,21 @@ class Reading:
                 part_a, part_b, repeats * scale, magnitude=part_magnitude, bias=part_bias
             )
             yield site.part_path(index), weights
+
+    def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
+        """The parts that the factors are for: of a name without declared slices those that the rows
+        of B determine beside the rows of the other names, or all, which it cannot be for."""
+        if not landing.undeclared:
+            return landing.places
+        names = landing.places[0][0].undeclared
+        keys = [self.factors.get(replace(landing, undeclared=name).key, {}) for name in names]
+        shapes = (
+            self.state.tensors[found["B"].key].shape if "B" in found else None for found in keys
+        )
+        rows = [None if shape is None else next(iter(shape), 0) for shape in shapes]
+        sizes = [saved_sizes(place)[1] for place in landing.places]
+        possible = spans(sizes, rows)[names.index(landing.undeclared)]
+        return landing.places[slice(*possible.pop())] if len(possible) == 1 else landing.places
 
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str
@@ -485,8 +502,12 @@ class _MissingFactors:
     def _packed(self, missing: Collection[int]) -> Iterator[str]:
         """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
-        for path, places in self.places.packed_names():
+        for path, landing in self.places.packed_names().items():
+            places = landing.places
             decoded = any(site.part_path(i) in reading.decoded for site, i in places)
+            if landing.undeclared:
+                whole = replace(landing, undeclared="").key
+                decoded = landing.key in reading.landings or whole in reading.landings
             reported = all(id(site.module) in missing for site, _ in places)
             if decoded or reported or path in reading.unavailable:
                 continue

@@ -14,7 +14,7 @@ A *landing* consists of parts of sites, in the order of the saved B's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -37,16 +37,17 @@ SitePart = tuple["Site", int]
 
 @dataclass(frozen=True)
 class SiteLanding:
-    """Parts of sites, in the order of B's rows, that the path `saved` means; `reason`: why they
-    cannot have factors, or ""."""
+    """Parts of sites, in the order of B's rows, that the path `saved` means. `undeclared`: a name
+    whose slices, among `places`, only B's rows tell. `reason`: why factors may not be here."""
 
     places: tuple[SitePart, ...]
     saved: str
+    undeclared: str = ""
     reason: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple((id(site), part) for site, part in self.places)
+        return (self.undeclared, *((id(site), part) for site, part in self.places))
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:
@@ -187,9 +188,9 @@ class Places:
         modules = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return modules | {key for key, experts in self._experts.items() if experts.sites}
 
-    def packed_names(self) -> Iterator[tuple[str, tuple[SitePart, ...]]]:
-        """Yields (path, places) of names of parts and of packed names."""
-        return ((path, found.places) for path, found in self._packed.items())
+    def packed_names(self) -> Mapping[str, SiteLanding]:
+        """The meanings of names of parts and of packed names, by path."""
+        return self._packed
 
     def nearest(self, path: str) -> str:
         """A message fragment with the closest module paths."""
@@ -220,6 +221,7 @@ class Places:
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     named: dict[str, list[SitePart]] = {}
+    undeclared: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
     for site in sites:
         paths = [without_compiled(path) for path in site.paths]
@@ -227,11 +229,14 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
         for place, part in zip(places, site.parts, strict=True):
             for path in virtual_paths(paths, part.name) if part.name else ():
                 named.setdefault(path, []).append(place)
+        for name in site.undeclared:
+            landing = SiteLanding(places, "", undeclared=name)
+            undeclared.update(dict.fromkeys(virtual_paths(paths, name), landing))
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
     packed = {path: _packed_landing(items) for path, items in members.items()}
-    return packed | {path: _part_landing(parts) for path, parts in named.items()}
+    return packed | undeclared | {path: _part_landing(parts) for path, parts in named.items()}
 
 
 def _landing(places: tuple[SitePart, ...], saved: str) -> SiteLanding:

@@ -121,6 +121,7 @@ class AdapterState:
         where: its name in messages.
         scales: s by module path, overriding the configuration.
         left_out: other components of a pipeline with factors in its file.
+        paths: module paths as they were saved, which patterns match, by their mapped ones.
     """
 
     config: PeftConfig
@@ -129,6 +130,7 @@ class AdapterState:
     scales: Mapping[str, float] = field(default_factory=dict)
     dialect: str = "peft"
     left_out: tuple[str, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 class Origin(NamedTuple):

@@ -41,8 +41,8 @@ def any_begins(session: Session, names: Iterable[str | None]) -> bool:
 def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
-    if session.asked.placed or not _activates(session):
-        return entries.of(entries.model, per_token=session.asked.tokens is not None)
+    if session.requests.tokens_known or not _activates(session):
+        return entries.of(entries.model, per_token=session.requests.tokens is not None)
     return ActivatedForward(entries, entries.model)
 
 
@@ -63,7 +63,7 @@ def generating_forward_of(
     ids = named.get(_IDS) if given is None else given
     _check_ids(session, module, ids, "generate()")
     assert isinstance(ids, Tensor)
-    names = session.asked.of_rows(ids.shape[0], repeats=True)
+    names = session.requests.of_rows(ids.shape[0], repeats=True)
     return ActivatedForward(entries, module, _begins(session, names, ids), ids.shape[1])
 
 
@@ -119,7 +119,7 @@ class ActivatedForward:
                 name if at is not None and at <= columns.start else None
                 for name, at in zip(names, begins, strict=True)
             )
-            now = session.running._replace(requests=Requests(served, activated=True))
+            now = session.running._replace(requests=Requests(served, all_tokens=True))
             return session.note(now, functools.partial(self._by_row, *args, **kwargs))
         # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
         requests = _token_requests(names, begins, columns)
@@ -134,10 +134,11 @@ class ActivatedForward:
             rows, length = tokens.shape[:2]
             repeats = rows // len(self._begins)  # beams, returned sequences
             begins = [at for at in self._begins for _ in range(repeats)]
-            return session.asked.of_rows(rows, repeats=True), begins, self._columns(named, length)
+            names = session.requests.of_rows(rows, repeats=True)
+            return names, begins, self._columns(named, length)
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
-        names = session.asked.of_rows(ids.shape[0])
+        names = session.requests.of_rows(ids.shape[0])
         cached = any(_tokens_in(cache) != 0 for cache in caches(named))
         return names, _begins(session, names, ids, cached=cached), range(ids.shape[1])
 
@@ -154,7 +155,7 @@ class ActivatedForward:
 
 def _activates(session: Session) -> bool:
     """Whether a request of the running call has an adapter that begins at a token."""
-    return session.base.merged is None and any_begins(session, session.asked.names)
+    return session.base.merged is None and any_begins(session, session.requests.names)
 
 
 def _invocation(session: Session, name: str | None) -> tuple[int, ...]:
@@ -221,7 +222,7 @@ def _check_ids(session: Session, module: nn.Module, ids: Any, what: str) -> None
         why = "LoraConfig(row_dims=...) says that another dimension than 0 holds the requests"
     else:
         return
-    name = next(name for name in session.asked.names if any_begins(session, [name]))
+    name = next(name for name in session.requests.names if any_begins(session, [name]))
     raise BatchError(
         f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
         f"{list(_invocation(session, name))} on. They are looked for in input_ids, integers of "

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
 from lorafx.runtime.entry import CompiledForwards, Entry
-from lorafx.runtime.replaced_methods import Replaced
-from lorafx.runtime.session import refuse_elsewhere, wanted
+from lorafx.runtime.replaced_methods import Replacement
+from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.compat import tracing
 
 T = TypeVar("T")
@@ -61,22 +61,22 @@ class CompiledGenerate:
         if not callable(run):
             raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
         attributes = [item for item in self._nested if item[:2] != (model, "generate")]
-        replacing = self._session.stand_ins.replacing
+        replacing = self._session.replacements.replacing
         return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
     def within(self, method: Callable[..., T]) -> Callable[..., T]:
         """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
         Python."""
-        return functools.partial(self._session.stand_ins.replacing, self._nested, method)
+        return functools.partial(self._session.replacements.replacing, self._nested, method)
 
     @functools.cached_property
-    def _nested(self) -> list[Replaced]:
+    def _nested(self) -> list[Replacement]:
         """The `generate` of the model, and of models inside of it, for calls of them within a call,
         and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
         Dynamo guards on the very function."""
         mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
-        refused: Replaced = (model, batching, functools.partial(refuse, batching, _PAGED))
-        found: list[Replaced] = [refused] if hasattr(model, batching) else []
+        refused: Replacement = (model, batching, functools.partial(refuse, batching, _PAGED))
+        found: list[Replacement] = [refused] if hasattr(model, batching) else []
         return found + [
             (part, "generate", torch.compiler.disable(self._nested_in(part)))
             for part in model.modules()
@@ -91,7 +91,7 @@ class CompiledGenerate:
         @functools.wraps(run)
         def nested(*args: Any, **kwargs: Any) -> Any:
             refuse_elsewhere(session)
-            repeating = session.running._replace(requests=session.asked._replace(repeats=True))
+            repeating = session.running._replace(requests=session.requests._replace(repeats=True))
             action = functools.partial(self._generate, module, run, *args, **kwargs)
             return session.note(repeating, action)
 
@@ -104,22 +104,22 @@ class CompiledGenerate:
         kwargs.setdefault("disable_compile", True)
         # CompiledForwards first: each reads the module's own forward when it is made.
         forward = generating_forward_of(entries, model, run, args, kwargs)
-        attributes: list[Replaced] = [(model, "forward", forward)]
+        attributes: list[Replacement] = [(model, "forward", forward)]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
             if encoder is not model:
                 attributes.append((encoder, "forward", entries.of(encoder)))
         attributes += self._parts(model) + _modalities(entries, model, kwargs)
-        return session.stand_ins.replacing(attributes, run, *args, **kwargs)
+        return session.replacements.replacing(attributes, run, *args, **kwargs)
 
-    def _parts(self, model: nn.Module) -> list[Replaced]:
+    def _parts(self, model: nn.Module) -> list[Replacement]:
         """The parts of the model that a `generate` of its own class may call by themselves, as far
         as the adapters of the call change them: children, and the embedding of the text. Models
         inside of it have their own `generate`."""
         if not _overrides(model, "generate"):
             return []  # it calls what `_generate` knows
         session = self._session
-        paths = {path for name in wanted(session) for path in session.store[name].sites}
+        paths = {path for name in adapters_in_use(session) for path in session.store[name].sites}
         changed = {id(site.module) for site in session.program.sites if site.path in paths}
         generating = {id(part) for part, _, _ in self._nested}
         base = getattr(model, "base_model", model)
@@ -168,7 +168,7 @@ def _overrides(model: nn.Module, method: str) -> bool:
 
 def _modalities(
     entries: CompiledForwards, model: nn.Module, given: Mapping[str, Any]
-) -> list[Replaced]:
+) -> list[Replacement]:
     """The methods that `generate` has images and videos encoded by, before the first forward. In a
     batch of several adapters whose images come one entry a prompt, the forward encodes them
     instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
@@ -182,7 +182,7 @@ def _modalities(
     methods = {name: method for name, method in found if isinstance(method, MethodType)}
     if not isinstance(base, nn.Module) or not methods:
         return []
-    adapters = entries.session.asked.names
+    adapters = entries.session.requests.names
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
     images = [value for name in taken if isinstance(value := given.get(name), Tensor)]
     by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)

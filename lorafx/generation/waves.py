@@ -60,7 +60,7 @@ def in_waves(
     if (
         session.program.options.overflow != "waves"
         or requests is None
-        or requests.alike
+        or requests.uniform
         or requests.tokens is not None
         or (session.running.here and session.running.entries)  # which reads its slots after this
         or (generates and not callable(generate))

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
 from lorafx.capture.record import GraphRecord, Stage
 from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
+from lorafx.passes.provenance import Provenance
 from lorafx.runtime.entry import CompiledForwards, entered
 from lorafx.runtime.session import Session
 
@@ -96,3 +99,28 @@ def replayed(entries: CompiledForwards) -> Iterator[Replay]:
             yield replay
         finally:
             session.backend, entries.made, program.options = before
+
+
+def with_stages_of(entries: CompiledForwards, call: Callable[[], Any]) -> list[GraphRecord]:
+    """The records of the session's graphs, and of graphs that `call` is the first to need. Those
+    that serve `call` have their stages. Random states are put back after it."""
+    device = entries.session.program.runtime.device
+    devices = [device] if device.type == "cuda" else []
+    with replayed(entries) as replay, torch.random.fork_rng(devices):
+        if (
+            Provenance.name in replay.names
+        ):  # the last stage that is plain aten, and compiles nothing
+            replay.current = Provenance.name
+        records = list(replay.backend.records)
+        call()
+        captured = replay.backend.records[len(records) :]
+    serving = {(record.lora, *record.form.items()): n for n, record in enumerate(records)}
+    for record in captured:
+        n = serving.get((record.lora, *record.form.items()))
+        if n is None:
+            records.append(record)
+        else:
+            records[n] = replace(
+                records[n], stages=record.stages, sizes=record.sizes, outlined=record.outlined
+            )
+    return records

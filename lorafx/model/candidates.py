@@ -53,7 +53,7 @@ class Candidate:
 
     def parts(
         self, slices: Sequence[int] | None, in_features: int, out_features: int
-    ) -> tuple[Part, ...]:
+    ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
         return parts_of("it", self.packed_members, slices, in_features, out_features)
 
     def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
@@ -86,11 +86,11 @@ class ExpertsCandidate(Candidate):
 
     def parts(
         self, slices: Sequence[int] | None, in_features: int, out_features: int
-    ) -> tuple[Part, ...]:
+    ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
         """Gate and up are two parts if they are not interleaved: older adapters have an A each."""
         count = 2 if self.weight.halves == "stacked" else 1
         size = out_features // count
-        return tuple(Part("", (i,), in_features, size) for i in range(count))
+        return tuple(Part("", (i,), in_features, size) for i in range(count)), ()
 
     @property
     def all_paths(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 
@@ -154,16 +155,19 @@ def parts_of(
     sizes: Sequence[int] | None,
     in_features: int,
     total: int,
-) -> tuple[Part, ...]:
-    """The parts of a site: one for each member and each slice of no member, or a single one where
-    the class does not give the `sizes` of slices. ValueError if names and slices do not fit."""
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts of a site, and the names that only the rows of an adapter's B can place.
+
+    There is a part for each member and for each slice of no member. If there are fewer names than
+    slices, there is one for each slice, and the names are returned; if the class does not give the
+    `sizes` of slices, there is one. ValueError if names and slices do not fit."""
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
         raise ValueError(
             f"{where} has output slices of {list(sizes)}, which do not add up to {total}"
         )
     if not members or sizes is None:
-        return whole
+        return whole, ()
     named: dict[int, PackedMember] = {}
     if all(member.slices is not None for member in members):
         named = {i: member for member in members for i in member.slices or ()}
@@ -174,7 +178,7 @@ def parts_of(
             )
     elif len(members) == len(sizes):
         named = dict(enumerate(members))
-    else:
+    elif len(members) > len(sizes):
         raise ValueError(
             f"{where} has {len(sizes)} output slices for the {len(members)} names "
             f"{', '.join(member.name for member in members)}; declare with packed_modules which "
@@ -188,9 +192,31 @@ def parts_of(
         width = sum(sizes[i] for i in slices)
         parts.append(Part("" if member is None else member.name, slices, in_features, width))
         start = slices[-1] + 1
-    return tuple(parts)
+    return tuple(parts), () if named else tuple(member.name for member in members)
 
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
     """The paths that a member or packed `name` of the module at `paths` would have."""
     return tuple(dict.fromkeys(renamed(path, name) for path in paths))
+
+
+def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
+    """Which slices each of several names covers, by row counts alone: every (first slice, slice
+    behind the last) in some partition of `sizes` into `rows`, in order. `rows` are None where
+    unknown; without a partition all sets are empty."""
+    ends = (0, *accumulate(sizes))
+
+    def following(start: int, count: int | None) -> list[int]:
+        later = range(start + 1, len(ends))
+        return [end for end in later if count in (None, ends[end] - ends[start])]
+
+    reached = [{0}]
+    for count in rows:
+        reached.append({end for start in reached[-1] for end in following(start, count)})
+    last = {len(sizes)} & reached[-1]
+    found: list[set[tuple[int, int]]] = []
+    for starts, count in zip(reversed(reached[:-1]), reversed(rows), strict=True):
+        pairs = {(start, end) for start in starts for end in following(start, count) if end in last}
+        last = {start for start, _ in pairs}
+        found.append(pairs)
+    return found[::-1]

@@ -55,6 +55,8 @@ class Site:
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
         parts: the parts of its output columns, in order.
         member_of: the packed names that other models have for this module and its siblings.
+        undeclared: names of a packed module that it does not declare the slices of; the rows of an
+            adapter's B determine them.
         expert_weight: the parameter of routed experts that is the site, whose path it then has.
         own_rows: how many rows of the weight an adapter may replace.
     """
@@ -69,6 +71,7 @@ class Site:
     device: torch.device
     parts: tuple[Part, ...] = ()
     member_of: tuple[Membership, ...] = ()
+    undeclared: tuple[str, ...] = ()
     expert_weight: ExpertWeight | None = None
     own_rows: int = 0
 

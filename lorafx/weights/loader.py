@@ -28,7 +28,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
-from lorafx.runtime.sharing import refresh_elsewhere
+from lorafx.runtime.sharing import refresh_other_models
 from lorafx.weights.copies import outdated_copies
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.weight_places import (
@@ -451,7 +451,7 @@ def update_weights(session: Session, weights: Weights, *, strict: bool = True) -
                 "load_weights(), and merge() again after it"
             )
         report = session.update(partial(_update, session, source, strict=strict))
-    refresh_elsewhere(session)
+    refresh_other_models(session)
     return report
 
 

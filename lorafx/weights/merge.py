@@ -27,7 +27,7 @@ from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
-from lorafx.runtime.sharing import held_elsewhere
+from lorafx.runtime.sharing import places_in_other_models
 from lorafx.weights.changes import Change, add_to, changes_of, mark_of, not_mergeable, write
 from lorafx.weights.copies import outdated_copies
 
@@ -220,7 +220,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
     problems = [
         f"{place} is the same weight, and the base of that model would change; "
         "detach() that model, or use export_merged() on this one"
-        for place in held_elsewhere(session, tensors)
+        for place in places_in_other_models(session, tensors)
     ]
     if problems:
         raise not_mergeable(name, problems)

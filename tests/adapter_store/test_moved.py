@@ -89,6 +89,26 @@ def test_mappings_that_are_wrong(mapping, error, message, case: Case, folder: Pa
         load_state(lorafx.AdapterSource(folder, key_mapping=mapping), case.base)
 
 
+def test_patterns_name_parameters_by_their_saved_paths() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T
+
+    model, x = nn.Sequential(Router()), torch.randn(2, 6)
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+    want = x @ (model[0].weight + 16 * b @ a).T
+    pattern = {r"^old\.router\.weight": 32}
+    config = {"r": 2, "lora_alpha": 2, "target_parameters": ["weight"], "alpha_pattern": pattern}
+    tensors = {"old.router.lora_A.weight": a, "old.router.lora_B.weight": b}
+    source = lorafx.AdapterSource(tensors, config=config, key_mapping={r"^old\.router": "0"})
+    cm = lorafx.compile(model, {"a": source}, options=REFERENCE)
+    torch.testing.assert_close(cm(x, adapter_names=["a", "a"]), want)
+
+
 PREFIX = "base_model.model."
 #: What each wrapper makes of `base_model.model.<path>.lora_A.weight`.
 NAMINGS: dict[str, Callable[[str], str]] = {

@@ -100,13 +100,13 @@ def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:
 
 
 class Packed(nn.Linear):
-    """Four slices in one weight, two a name of the mapping."""
+    """Four slices in one weight, two names in the mapping."""
 
     sizes = (5, 6, 7, 8)
 
 
 class PackedModel(nn.Module):
-    packed_modules_mapping: ClassVar = {"fused": {"first": [0, 1], "second": [2, 3]}}
+    packed_modules_mapping: ClassVar = {"fused": ["first", "second"]}
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ class PackedModel(nn.Module):
         return self.fused(x)
 
 
-def test_dummies_have_factors_for_each_declared_member() -> None:
+def test_dummies_are_one_a_slice_whatever_the_mapping_counts() -> None:
     lorafx.register(Packed, output_sizes="sizes")
     try:
         (site,) = _sites(PackedModel())
         made = dummy("d", [site], 3, seed=0)
-        assert [tuple(w.B.shape) for w in made.weights.values()] == [(11, 3), (15, 3)]
+        assert [tuple(w.B.shape) for w in made.weights.values()] == [(5, 3), (6, 3), (7, 3), (8, 3)]
         assert {tuple(w.A.shape) for w in made.weights.values()} == {(3, 9)}
         cm = lorafx.compile(
             PackedModel().eval(), lorafx.LoraConfig(), options={"lowering": "reference"}

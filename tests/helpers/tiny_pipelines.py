@@ -83,24 +83,29 @@ def vae(channels: int) -> AutoencoderKL:
     )
 
 
-def sdxl() -> DiffusionPipeline:
-    unet = UNet2DConditionModel(
+def unet(**fields: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         block_out_channels=(8,),
         layers_per_block=1,
         sample_size=8,
         down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
         up_block_types=("UpBlock2D",),
         attention_head_dim=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 8,
-        cross_attention_dim=16,
         norm_num_groups=4,
+        **fields,
     )
+
+
+def sdxl() -> DiffusionPipeline:
     return StableDiffusionXLPipeline(
-        unet=unet,
+        unet=unet(
+            mid_block_type=None,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 8,
+            cross_attention_dim=16,
+        ),
         scheduler=EulerDiscreteScheduler(),
         vae=vae(4),
         text_encoder=clip(False),

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES
 from torch import nn
 from viewed_graphs import page_data
 
-from lorafx import ConfigError, LorafxWarning
+from lorafx import ConfigError, LorafxWarning, UnknownAdapterError
 
 FEED = FAMILIES["llama"].inputs
 
@@ -153,6 +153,40 @@ def test_graphs_that_were_not_kept_are_said(plain: Case, tmp_path: Path) -> None
         cm.dump(tmp_path)
     assert "sites: 5" in (tmp_path / "explain.txt").read_text()
     assert page_data(tmp_path / "index.html")[1][0]["stages"] == []
+
+
+def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: Path) -> None:
+    cm, inputs = plain.compile(dynamic=False), FAMILIES["plain"].inputs(2, 4)
+    rows = ["a0", None]
+    want = cm(**inputs, adapter_names=rows)["logits"]
+    cm(**inputs)
+    before = torch.get_rng_state()
+    with pytest.warns(LorafxWarning, match=r"has no stages of graph 1 base, which were not kept"):
+        cm.dump(tmp_path / "lora", inputs, rows)
+    assert torch.equal(torch.get_rng_state(), before)
+    # What serves stays as it is, and a dump as graphs are compiled has the same.
+    assert cm.recompiles == 2
+    assert torch.equal(cm(**inputs, adapter_names=rows)["logits"], want)
+    assert cm.recompiles == 2
+    direct = plain.compile({"dump": str(tmp_path / "direct")}, dynamic=False)
+    direct(**inputs, adapter_names=rows)
+    whole = tmp_path / "direct" / "graph-0-lora"
+    for stage in ("00-captured.py", "09-pack.py", "09-pack.diff"):
+        again = tmp_path / "lora" / "graph-0-lora" / stage
+        assert again.read_text().splitlines()[1:] == (whole / stage).read_text().splitlines()[1:]
+
+
+def test_a_dump_of_a_call_that_was_never_made(plain: Case, tmp_path: Path) -> None:
+    cm, inputs = plain.compile(dynamic=False), FAMILIES["plain"].inputs(2, 4)
+    cm.dump(tmp_path, inputs, ["a0", None])
+    assert cm.recompiles == 0
+    (graph,) = page_data(tmp_path / "index.html")[1]
+    assert graph["title"] == "graph 0 lora"
+    assert graph["stages"][0]["name"] == "captured"
+    cm(**inputs, adapter_names=["a0", None])
+    assert cm.recompiles == 1
+    with pytest.raises(UnknownAdapterError, match="nobody"):
+        cm.dump(tmp_path, inputs, ["nobody", None])
 
 
 def test_a_folder_that_cannot_be_written_to_changes_no_graph(

@@ -8,12 +8,11 @@ The factors of a MergedLinear, (G·r, K) and (N, r) of G slices, are refused.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 
 from lorafx.adapter_store.dialects.dialect import Translation, raw
-from lorafx.adapter_store.peft_config import PeftConfig, is_number, short
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -27,7 +26,7 @@ def claims(saved: Saved) -> bool:
 
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
-    alpha = _alpha(saved)
+    config = _config(saved)
     translation = Translation(saved, "loralib", model)
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
@@ -44,18 +43,13 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
                 "MergedLinear saves them; save a lora_B with the slices' own on its diagonal, "
                 f"(N, {rank}), and lora_alpha times {rank // columns}"
             )
-        if rank:
-            translation.scales[path] = alpha / rank
-    return translation.state()
+    return translation.state(config)
 
 
-def _alpha(saved: Saved) -> float:
-    configured = saved.fields.lora_alpha if isinstance(saved.fields, PeftConfig) else None
-    alpha: Any = raw(saved.fields).get("lora_alpha") if configured is None else configured
-    if is_number(alpha) and abs(alpha) < 1e30:
-        return alpha
-    raise CheckpointError(
-        f"{saved.where} is in loralib's dialect, whose files do not say α; give "
-        "AdapterSource(..., config={'lora_alpha': ...})"
-        + ("" if alpha is None else f", a finite number, not {short(alpha)}")
-    )
+def _config(saved: Saved) -> PeftConfig:
+    if not isinstance(saved.fields, PeftConfig) and raw(saved.fields).get("lora_alpha") is None:
+        raise CheckpointError(
+            f"{saved.where} is in loralib's dialect, whose files do not say α; give "
+            "AdapterSource(..., config={'lora_alpha': ...})"
+        )
+    return PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")

@@ -88,7 +88,7 @@ class EngineAttention:
             return
         with self._session.lock:
             if served == EAGER:
-                self._session.beside = self
+                self._session.outside_engine = self
             else:
                 _SWITCHED.add(model)
                 LOG.warning(
@@ -106,8 +106,8 @@ class EngineAttention:
             before, self._before = self._before, None
             if before is None:
                 return
-            if self._session.beside is self:
-                self._session.beside = None
+            if self._session.outside_engine is self:
+                self._session.outside_engine = None
             _SWITCHED.discard(self._model)
             self._model.set_attn_implementation(before)
 

@@ -55,9 +55,9 @@ from lorafx.ownership.memory import (
 )
 from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
-from lorafx.runtime.loading import in_turn, load_parts, unload_parts
+from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
-from lorafx.runtime.replaced_methods import Replaced
+from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.session import refuse_elsewhere
 from lorafx.torch_internals.graph_parts import OpOverload, tree_map_only
@@ -149,7 +149,7 @@ class CompiledPipeline:
         self.pipe = pipe
         self.models = dict(models)
         # Those of a session are put back in a child process too.
-        self._stand_ins = next(iter(self.models.values()))._session.stand_ins
+        self._replacements = next(iter(self.models.values()))._session.replacements
 
     def __call__(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
@@ -194,7 +194,7 @@ class CompiledPipeline:
             id(cm._session): None if names is None else Requests(tuple(by_model[name] or ()))
             for name, cm in self.models.items()
         }
-        for session in reversed(in_turn(cm._session for cm in self.models.values())):
+        for session in reversed(in_lock_order(cm._session for cm in self.models.values())):
             run = partial(session.call, run, by_session[id(session)])
         return run()
 
@@ -206,12 +206,12 @@ class CompiledPipeline:
     ) -> Any:
         mixed = [given for given in names.values() if given is not None and len(set(given)) > 1]
         rows = PromptRows(len(mixed[0])) if mixed else None
-        replaced: list[Replaced] = [
+        replaced: list[Replacement] = [
             (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
             for name, cm in self.models.items()
         ]
         if rows is None:
-            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
+            return self._replacements.replacing(replaced, self.pipe, *args, **kwargs)
         compiled = {id(cm.model) for cm in self.models.values()}
         replaced += [
             (module, "forward", partial(_observed, module.forward, rows))
@@ -222,7 +222,7 @@ class CompiledPipeline:
             args, kwargs = tree_map_only(Tensor, counted, (args, kwargs))
             for name, value in _bound(self.pipe, args, kwargs).items():
                 rows.given(name, value)
-            call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
+            call = partial(self._replacements.replacing, replaced, self.pipe, *args, **kwargs)
             return rows.run(call)
 
     @property
@@ -604,7 +604,7 @@ class _Following(Tracking):
         super().__init__(memory)
         self._rows = rows
 
-    def _made(self, func: OpOverload, results: object) -> None:
+    def _note_new(self, func: OpOverload, results: object) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
                 self._rows.of_noise(tensor)

@@ -38,7 +38,7 @@ from lorafx.integrations.server.generating import Generation, Metrics, ServedMod
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
 from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings
 from lorafx.progress import progress
-from lorafx.runtime.marking import covering
+from lorafx.runtime.marking import config_covering
 
 
 class Opened(NamedTuple):
@@ -83,7 +83,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     adapters = {} if lazily else dict(settings.found)
     config = settings.lora_config()
     if lazily and config.target_modules is None:
-        config = covering(config, settings.found.values(), model)
+        config = config_covering(config, settings.found.values(), model)
     with progress(f"adding {len(adapters)} adapters"):
         compiled = compile_model(model, config, adapters=adapters, options=settings.options())
     engine_config = ContinuousBatchingConfig(

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
-from lorafx.capture.driver import own_error
+from lorafx.capture.driver import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.capture.saved_graphs.folder import folder_of
@@ -50,9 +50,9 @@ from lorafx.model.marks import detach as remove_marks
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
-from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.replaced_methods import ReplacedMethod
 from lorafx.runtime.requests import IN_BLOCKS, Requests, checked_names
-from lorafx.runtime.session import wanted
+from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.frames import capture_again
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -63,10 +63,10 @@ _WAY = {"": "the names to a block around the call: with lorafx.adapters(model, [
 #: The threads of the blocks that are open, by model.
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 #: What runs a model as it is in this context: the backend asks which model that is.
-RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
+RUNNING: ContextVar[ReplacedMethod | None] = ContextVar("lorafx model as it is", default=None)
 
 
-class Method(InPlace):
+class Method(ReplacedMethod):
     """`forward` or `generate` of an attached model. Copies and pickles of the model have the method
     that it stands for."""
 
@@ -120,7 +120,7 @@ def _wants_gradient(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     return any(item.requires_grad for item in (*tensors, *model.parameters()))
 
 
-class FirstCall(InPlace):
+class FirstCall(ReplacedMethod):
     """`forward` of a model whose first call will attach LoRA, while a block is open around it.
 
     It calls the model as it is, whose first frame has the backend attach LoRA and raise; then it
@@ -298,7 +298,7 @@ def adapters(
     what `CompiledModel.forward` raises.
     """
     if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
-        requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
+        requests = Requests((one_name(adapter_names, "adapter_names"),), uniform=True)
     else:
         requests = Requests(checked_names(adapter_names) or ())
     model = without_wrappers(unwrapped(model))
@@ -316,7 +316,7 @@ def adapters(
         try:
             yield
         except Exception as error:
-            known = own_error(error)  # of the backend, at the first frame
+            known = lorafx_error_in(error)  # of the backend, at the first frame
             if known is None:
                 raise
             raise known from error
@@ -507,7 +507,8 @@ def _without_lora(base: Callable[..., Any], examples: Sequence[Any]) -> Callable
     def run(*arguments: Any) -> Any:
         for compiled in attached_models(IN_BLOCKS.get()):
             program, session = compiled._session.program, compiled._session
-            touched = {path for name in wanted(session) for path in session.store[name].sites}
+            names = adapters_in_use(session)
+            touched = {path for name in names for path in session.store[name].sites}
             found = (program.site_of_weight(arguments[position]) for position in weights)
             if any(site is not None and site.path in touched for site in found):
                 raise CaptureError(

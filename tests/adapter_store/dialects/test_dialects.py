@@ -168,6 +168,17 @@ def test_loralib_of_a_convolution_has_its_scale() -> None:
         assert read_adapter(source, "a", sites, model=model).weights["0"].scale == 3 / 2
 
 
+def test_loralib_takes_all_fields_of_its_configuration() -> None:
+    model, tensors = nn.Sequential(nn.Linear(5, 8)), {"0.lora_A": torch.randn(4, 5)}
+    tensors["0.lora_B"] = torch.randn(8, 4)
+    _, sites = build_sites(model, LoraConfig(target_modules=["0"]))
+    for more, scale in (({"use_rslora": True}, 3 / 2), ({"alpha_pattern": {"0": 12}}, 3)):
+        source = lorafx.AdapterSource(tensors, config={"lora_alpha": 3, **more})
+        assert read_adapter(source, "a", sites, model=model).weights["0"].scale == scale
+    with pytest.raises(UnsupportedAdapterError, match="foo = 1: unknown field"):
+        load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3, "foo": 1}))
+
+
 def test_a_dialect_that_gives_no_scale_is_refused() -> None:
     found = Translation(read_source(lorafx.AdapterSource({})), "new", None)
     found.add("up", "A", torch.randn(2, 5))

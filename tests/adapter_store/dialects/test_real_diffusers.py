@@ -11,7 +11,7 @@ import pytest
 import tiny_pipelines
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,21 +38,8 @@ SGM = {
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
     torch.manual_seed(0)
-    return (
-        UNet2DConditionModel(
-            block_out_channels=(8,),
-            layers_per_block=1,
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D",),
-            mid_block_type=None,
-            up_block_types=("UpBlock2D",),
-            cross_attention_dim=12,
-            attention_head_dim=4,
-            norm_num_groups=4,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
+    model = tiny_pipelines.unet(mid_block_type=None, cross_attention_dim=12)
+    return model.eval().requires_grad_(False)
 
 
 def inputs(rows: int) -> dict[str, Tensor]:
