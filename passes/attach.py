@@ -29,7 +29,7 @@ from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
 from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark
-from lorafx.model.module_graph import ModuleGraph, alike
+from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
@@ -60,7 +60,11 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
-                rows = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
+                rows = (
+                    f"; weights with rows of its own: {len(adapter.own_weights)}"
+                    if adapter.own_weights
+                    else ""
+                )
                 model.notes.append(
                     f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
                     f"factors: {len(adapter.weights)}{rows}"
@@ -81,7 +85,7 @@ class Attach:
         before = len(model.rollback)
         model.attachment = _attach(model.graph, model.sites, model.config, model.rollback)
         config = model.config
-        model.notes += alike(
+        model.notes += joined_lines(
             (
                 group.parent,
                 f"one bank for {' + '.join(group.members)}, {config.max_adapters} slots of rank "
@@ -136,7 +140,7 @@ def _attach(
     site_modules = {id(site.module) for site in sites}
     hooks += [
         (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
-        for module, entry in quantised.found
+        for module, entry in quantised.entries
         if id(module) not in site_modules
     ]
     for module, mark in hooks:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
-from lorafx.model.module_graph import alike
+from lorafx.model.module_graph import joined_lines
 from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import FUSED_OP, Context, SiteState
@@ -155,7 +155,7 @@ class PackWeights:
             return 0
         attachment = model.attachment
         assert attachment is not None
-        unshared = model.graph.alone()
+        unshared = model.graph.unshared()
         packed: list[PackedGroup] = []
         notes: list[tuple[str, str]] = []
         for group in attachment.groups:
@@ -171,5 +171,5 @@ class PackWeights:
                 mark = attachment.marks[site.path]
                 mark.weight, mark.bias = pack.weight, pack.bias
         model.packed = tuple(packed)
-        model.notes += alike(notes)
+        model.notes += joined_lines(notes)
         return len(packed)

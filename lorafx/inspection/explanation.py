@@ -24,7 +24,7 @@ from lorafx.errors import some
 from lorafx.inspection.report import Report, size
 from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.bank import Factors
-from lorafx.model.module_graph import alike
+from lorafx.model.module_graph import joined_lines
 from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.attach import allocate_groups
@@ -277,7 +277,7 @@ class Explanation(Report):
         sections: list[tuple[str, Iterable[str]]] = [
             *((line, ()) for line in self.facts()),
             (f"sites: {len(self.sites)}", noted),
-            (" and ".join([banks, *self.room]), alike(by_parent)),
+            (" and ".join([banks, *self.room]), joined_lines(by_parent)),
         ]
         if self.replaced:
             title = (

@@ -26,7 +26,7 @@ from lorafx import api
 from lorafx.adapter_store.checkpoint import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
-from lorafx.adapter_store.saved import AdapterSource, Source, opened
+from lorafx.adapter_store.saved import AdapterSource, Source, read_source
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
@@ -440,7 +440,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     Warns if it has a part for a model that the pipeline was loaded without. Raises CheckpointError
     if it has a part for a model that is not compiled, or that the pipeline does not have."""
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = opened(adapter)
+    saved = read_source(adapter)
     in_files = dialect_of(saved, adapter.dialect).components(saved)
     components = getattr(pipe, "components", {})
     parts: dict[str, AdapterSource] = {}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.checkpoint import config_of
-from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_name
+from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 
@@ -69,7 +69,7 @@ class ModelSettings(BaseModel):
             )
         self.options()
         folder = Path(self.model)
-        on_hub = "/" not in self.model or is_name(self.model)
+        on_hub = "/" not in self.model or is_hub_name(self.model)
         if (folder.exists() or not on_hub) and not (folder / "config.json").is_file():
             raise ConfigError(
                 f"{folder} is no model: it has no config.json; name a folder that save_pretrained "
