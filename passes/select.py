@@ -29,8 +29,8 @@ from lorafx.model.candidates import (
     weight_of,
 )
 from lorafx.model.experts import expert_weights, folded
-from lorafx.model.extras import own_refusal, rows_asked
-from lorafx.model.module_graph import ModuleGraph, alike, join
+from lorafx.model.extras import own_refusal, replaceable_rows
+from lorafx.model.module_graph import ModuleGraph, join, joined_lines
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
@@ -192,7 +192,7 @@ class _Selection:
             for item in self.modules
             if id(item.module) not in taken and (item.entry is not None or self._targeted(item))
         )
-        return [*alike(chosen), *alike(unselected)]
+        return [*joined_lines(chosen), *joined_lines(unselected)]
 
     def _targeted(self, item: Candidate) -> frozenset[str]:
         """The targeted members of the module; "" is a module that packs none."""
@@ -242,7 +242,7 @@ class _Selection:
 
     def _rows_asked(self, item: Candidate) -> int | None:
         """How many rows of its weight adapters may replace; None for all."""
-        rows = rows_asked(self.saved, self.tokens, item.paths)
+        rows = replaceable_rows(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
         return 0 if container else rows
 

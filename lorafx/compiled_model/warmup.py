@@ -144,7 +144,7 @@ def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
     runtime = session.program.runtime
     rows, active, warming = runtime.rows, runtime.active, session.running._replace(warming=True)
     try:
-        session.run(warming, lambda: session.store.set_aside(run))
+        session.run(warming, lambda: session.store.run_emptied(run))
     finally:
         session.forget_served()
         runtime.set_rows(rows)

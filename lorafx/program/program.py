@@ -168,7 +168,7 @@ class Program:
     def look_at_modules(self) -> None:
         """Find the model's current modules, parameters and buffers."""
         self._look_at_sites()
-        if not self.site_watch.missing and not self.graph.holds:
+        if not self.site_watch.missing and not self.graph.is_current:
             self.graph = ModuleGraph(self.model)
 
     def _look_at_sites(self) -> None:
@@ -177,7 +177,7 @@ class Program:
 
     def refuse_missing(self, paths: Collection[str] | None = None) -> None:
         """Raise ReplacedModuleError where sites at these paths (None: any) have been replaced."""
-        if self.site_watch.in_doubt:
+        if self.site_watch.needs_look:
             self.look_at_modules()
             self.site_watch.refuse(paths)
 

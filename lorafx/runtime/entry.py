@@ -151,7 +151,7 @@ class Entry:
                 raise
             raise failure from error
         finally:
-            hooks.take_over()
+            hooks.accept_new()
             if sites.state != state[0]:  # it changed while a graph was captured
                 for of_base in (False, True):
                     self.traced.pop((state, of_base), None)

@@ -141,7 +141,7 @@ def _prepared_load(
             if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
         ]
     )
-    keep = session.store.loading(adapter, origin)
+    keep = session.store.prepare_load(adapter, origin)
 
     def load() -> None:
         keep()

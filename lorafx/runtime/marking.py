@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.extras import rows_wanted
-from lorafx.adapter_store.peft_config import PeftConfig, picked
+from lorafx.adapter_store.peft_config import PeftConfig, targeted_paths
 from lorafx.adapter_store.peft_model import (
     TakenOver,
     is_peft_model,
@@ -284,7 +284,7 @@ def _config_from_peft(
     exclude: Any = peft.exclude_modules
     if peft.layers_to_transform or peft.target_parameters:
         # LoraConfig cannot express PEFT's layers and parameters, so the modules are listed.
-        targets, exclude = picked(peft, model), None
+        targets, exclude = targeted_paths(peft, model), None
     rank = peft.max_rank or LoraConfig.max_rank
     if adapters:
         rank = max(rank, _targets_of(adapters, model)[1])

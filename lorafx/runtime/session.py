@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, members
-from lorafx.adapter_store.peft_model import notes_of_peft
+from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
@@ -155,7 +155,7 @@ class Session:
             isinstance(module, nn.MultiheadAttention) for module in program.model.modules()
         )
         # PEFT's attributes that the model had before are no adapters put into it later.
-        self._had_peft_notes: Final = notes_of_peft(program.model)
+        self._had_peft_notes: Final = has_peft_attributes(program.model)
         #: What is running: assigned by `note` and `run`.
         self.running: Running = IDLE
         #: The adapter of calls that name none: assigned by `choose`.
@@ -312,7 +312,7 @@ class Session:
                 runtime.set_rows(rows)
                 runtime.active = active
             else:
-                self.store.copy_streams.used()
+                self.store.copy_streams.end_uses()
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row, or every token, of the call its slot.
@@ -410,7 +410,7 @@ class Session:
     def refuse_injected(self) -> None:
         """Raise CaptureError if PEFT has put adapters into the model after it was marked: every row
         would get them."""
-        if notes_of_peft(self.program.model) and not self._had_peft_notes:
+        if has_peft_attributes(self.program.model) and not self._had_peft_notes:
             raise CaptureError(
                 f"PEFT has put adapters into this {type(self.program.model).__name__} after "
                 "lorafx was given it (it has a peft_config now), and every row would get "

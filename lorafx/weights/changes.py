@@ -109,7 +109,7 @@ class Delta:
         self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
     ) -> None:
         rows = _on(made, own.rows)
-        at = torch.arange(len(rows)) if own.at is None else own.at.long()
+        at = torch.arange(len(rows)) if own.indices is None else own.indices.long()
         at = at.to(made.device)
         if self.site.eligible.transposed:
             made[:, at] += rows[:, start:stop].T - before[:, at]
@@ -184,9 +184,9 @@ def _same_rows(a: OwnWeight | None, b: OwnWeight | None) -> bool:
         return a is b
     if a.bias is not None or b.bias is not None or a.rows.shape != b.rows.shape:
         return False
-    whole = a.at is None and b.at is None
-    some = a.at is not None and b.at is not None and torch.equal(a.at, b.at)
-    return (whole or some) and torch.equal(a.rows, b.rows)
+    if a.indices is None or b.indices is None:
+        return a.indices is b.indices and torch.equal(a.rows, b.rows)
+    return torch.equal(a.indices, b.indices) and torch.equal(a.rows, b.rows)
 
 
 def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
@@ -201,7 +201,7 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in numbers.own.items():
+    for number, weight in numbers.own_weights.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

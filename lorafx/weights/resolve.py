@@ -214,15 +214,15 @@ class Resolver:
             return
         yield from self._experts.destinations(walked)
         if target is not None:
-            yield destination(target, walked.whole)
+            yield destination(target, walked.full_path)
         yield from self._packed.destinations(walked)
 
     def _own(self, reading: str) -> Target | None:
         return self._held(self.names.walk(reading))
 
     def _held(self, walked: Walked) -> Target | None:
-        one = len(walked.rest) == 1
-        return self.names.target(walked.module, walked.rest[0]) if one else None
+        one = len(walked.remaining) == 1
+        return self.names.target(walked.module, walked.remaining[0]) if one else None
 
     def _itself(self, name: str) -> Destination | None:
         for reading in self.names.readings(name):
@@ -249,14 +249,14 @@ class ExpertDestinations:
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
         """The place of a name that leads to a module of experts, if it names a projection."""
-        names, kind = _named(walked.rest)
+        names, kind = _named(walked.remaining)
         meant = meaning(self._of(walked.module), names) if self._of(walked.module) else None
         if meant is None or meant.weight is None:
             return
         target = self._target(walked.module, meant.weight, kind)
         if target is None:
             return
-        path = walked.whole
+        path = walked.full_path
         wrong, experts = meant.wrong, meant.weight.experts
         if meant.expert is not None and meant.expert >= experts:
             wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
@@ -351,9 +351,9 @@ class PackedDestinations:
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
         """Possible places of a name whose components, all but two, lead to a module."""
-        if len(walked.rest) != 2 or not self._packed.any:
+        if len(walked.remaining) != 2 or not self._packed.any:
             return
-        name, attribute = walked.rest
+        name, attribute = walked.remaining
         module, path = walked.module, walked.path
         canonical = self._names.graph.path(module)
         for child_name, child in module._modules.items():

@@ -186,7 +186,7 @@ def can_save(program: Program) -> bool:
         and options.lowering in ("inductor", "reference")
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
-        and not program.quantised.found
+        and not program.quantised.entries
         and not any(global_hooks)
     )
 
