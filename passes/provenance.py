@@ -339,7 +339,7 @@ def check(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: Batch
     """Have the graph check that masked positions take elements of their own request."""
     emitter = Emitter(graph, batch)
     for node in fits:
-        x, mask, source = indexing.parts(node)
+        x, mask, source = indexing.masked_operands(node)
         checked = emitter.call(node, OWN_MASK, x, mask, source, slots)
         node.replace_input_with(mask, checked)
 
