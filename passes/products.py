@@ -27,7 +27,7 @@ from lorafx.kernels.cpu.dense import (
     DENSE_ADDMM_DELTA,
     DENSE_MM,
     DENSE_MM_DELTA,
-    pays,
+    beats_aten,
     ready,
 )
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
@@ -91,7 +91,7 @@ def _pays(product: Product) -> bool:
     rows, dtype = values[0].shape[0], values[0].dtype
     if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
         return False
-    return ready(dtype) and (not isinstance(rows, int) or pays(rows, dtype))
+    return ready(dtype) and (not isinstance(rows, int) or beats_aten(rows, dtype))
 
 
 def _product(node: fx.Node) -> Product | None:
