@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-#: How messages name a field of LoraConfig or Options, alone or with a value that would do.
+#: How messages name a field of LoraConfig or Options, alone or with a sufficient value.
 _SETTING = re.compile(
     r"compile with LoraConfig\((?P<field>\w+)=(?P<value>.+?)\)"
     r"(?P<given>, or give the adapter when compiling)?"
@@ -19,14 +19,14 @@ _SETTING = re.compile(
 
 
 def way_out_by(field: str, value: object, *, given: bool = False) -> str:
-    """A sentence fragment: LoraConfig needs this value; `given`: the adapter itself would do."""
+    """A sentence fragment: LoraConfig needs this value; `given`: or the adapter when compiling."""
     text = f"compile with LoraConfig({field}={value!r})"
     return text + ", or give the adapter when compiling" * given
 
 
 def respelled(message: str, spell: Callable[[str, str | None, bool], str | None]) -> str:
-    """A message with fields of LoraConfig and Options as `spell(field, value, given)` spells them,
-    for programs that have options of their own; None keeps a field as it is."""
+    """A message in which `spell(field, value, given)` replaces fields of LoraConfig and Options,
+    for programs with other names for them; where it returns None, a field stays as it is."""
 
     def spelled(match: re.Match[str]) -> str:
         field = match["field"] or match["alone"] or match["targets"]
@@ -200,15 +200,15 @@ class LoweringError(LorafxError):
     """
 
 
-#: Least similarity of two names by difflib, from 0 to 1. At 0.4 "conv" was near to "fc_in".
-_ALIKE = 0.6
+#: Least similarity of two near names by difflib, from 0 to 1. At 0.4 "conv" was near "fc_in".
+_SIMILARITY = 0.6
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
     """A sentence fragment with the first names of a list, and how many more there are."""
-    given = list(names)
-    more = f" and {len(given) - most} more" if len(given) > most else ""
-    return ", ".join(given[:most]) + more
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def nearest(
@@ -216,17 +216,19 @@ def nearest(
     candidates: Iterable[str],
     count: int = 3,
     *,
-    cutoff: float = _ALIKE,
+    cutoff: float = _SIMILARITY,
     prefix: str = "",
 ) -> str:
-    """A sentence fragment naming the closest candidates to `name`, with `prefix` before each; empty
-    where none is `cutoff` alike, or differs in one character."""
+    """A sentence fragment naming the candidates closest to `name`, with `prefix` before each; empty
+    if none has a similarity of `cutoff` or differs in one character."""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
-    slips = {other for other in known if other not in close and _one_apart(name, other)}
-    close += sorted(slips, reverse=True)
+    typos = {
+        other for other in known if other not in close and _differ_in_one_character(name, other)
+    }
+    close += sorted(typos, reverse=True)
     return f"; nearest: {', '.join(prefix + other for other in close[:count])}" if close else ""
 
 
-def _one_apart(name: str, other: str) -> bool:
+def _differ_in_one_character(name: str, other: str) -> bool:
     return len(name) == len(other) > 1 and sum(map(str.__ne__, name, other)) == 1

@@ -130,7 +130,7 @@ def tell_instance(title: str, model: str, form: Mapping[str, str]) -> None:
 
 def _end_line(graph: str) -> None:
     if _running is not None:
-        _running.what = _running.what if _running.what.endswith(graph) else graph
+        _running.name = _running.name if _running.name.endswith(graph) else graph
         _running.end()
 
 

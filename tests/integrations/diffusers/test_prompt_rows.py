@@ -12,7 +12,7 @@ from lorafx.integrations.diffusers.compiled_pipeline import PromptRows
 
 def given(prompts: int) -> tuple[PromptRows, Tensor]:
     rows, embeddings = PromptRows(prompts), torch.ones(prompts, 3, 4)
-    rows.of_prompts(embeddings)
+    rows.label_prompts(embeddings)
     return rows, embeddings
 
 
