@@ -109,7 +109,7 @@ class Checks:
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 checks.requests.append((position, dim))
-                if frame.chosen(item):
+                if frame.has_choices(item):
                     checks.choices.append((position, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 checks.arguments[position] = item.role
