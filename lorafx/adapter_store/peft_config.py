@@ -481,8 +481,8 @@ def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
-        known = _UNMERGED.get(kind) if isinstance(kind, str) else None
-        yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
+        reason = _UNMERGED.get(kind) if isinstance(kind, str) else None
+        yield f"peft_type = {short(kind)}: {reason or f'only LORA adapters are read; {_MERGE}'}"
         return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""

@@ -335,15 +335,13 @@ class Reading:
             yield site.part_path(index), weights
 
     def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
-        """The parts that the factors are for: of a name without declared slices those that the rows
-        of B determine beside the rows of the other names, or all, which it cannot be for."""
+        """The parts that the factors are for. For a name without declared slices, the rows of B of
+        all such names determine them; if they do not, all parts, which no factors fit."""
         if not landing.undeclared:
             return landing.places
         names = landing.places[0][0].undeclared
         keys = [self.factors.get(replace(landing, undeclared=name).key, {}) for name in names]
-        shapes = (
-            self.state.tensors[found["B"].key].shape if "B" in found else None for found in keys
-        )
+        shapes = (self.state.tensors[k["B"].key].shape if "B" in k else None for k in keys)
         rows = [None if shape is None else next(iter(shape), 0) for shape in shapes]
         sizes = [saved_sizes(place)[1] for place in landing.places]
         possible = spans(sizes, rows)[names.index(landing.undeclared)]

@@ -721,14 +721,14 @@ def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
 def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
     needed, where = 0, ""
     for siblings, group in zip(terms, groups, strict=True):
-        room = group.bank.B.shape[1]
+        max_rank = group.bank.B.shape[1]
         for sibling, summed in siblings.items():
             ranks = [factors.rank for factors, _ in summed]
             site = group.site_of(sibling)
             rank = -(-sum(ranks) // site.terms)
-            if sum(ranks) > room and rank > needed:
+            if sum(ranks) > max_rank and rank > needed:
                 needed, added = rank, " + ".join(map(str, ranks))
-                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
+                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {max_rank}"
     if needed:
         raise CapacityError(
             f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "

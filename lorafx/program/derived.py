@@ -347,9 +347,9 @@ class DerivedTensors:
 
     def _compare(self, tensors: Sequence[Tensor], inputs: set[int]) -> dict[int, Derived]:
         """The weights in tensors of a graph whose inputs have the identities `inputs`."""
-        found: dict[int, Derived] = {}
+        weights: dict[int, Derived] = {}
         if not tensors:
-            return found
+            return weights
         with unset_fake_temporarily(), torch.no_grad():
             holders = self._holders({id(tensor) for tensor in tensors})
             storages = self._sites_by_storage()
@@ -362,8 +362,8 @@ class DerivedTensors:
                         derived = self._by_value(tensor, self._likely_sites(holder, inputs))
                 self._compared[tensor] = derived
                 if derived is not None:
-                    found[id(tensor)] = derived
-        return found
+                    weights[id(tensor)] = derived
+        return weights
 
     def _holders(self, tensor_ids: set[int]) -> dict[int, Holder]:
         holders: dict[int, Holder] = {}

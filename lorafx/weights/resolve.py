@@ -204,9 +204,9 @@ class Resolver:
     def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
         find = self._tensor_destination
         for candidate in self.names.readings(newer):
-            found = self._conversions.member(candidate, find, rearranging=rearranging)
-            if found is not None:
-                yield found
+            meaning = self._conversions.member(candidate, find, rearranging=rearranging)
+            if meaning is not None:
+                yield meaning
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
         walked = self.names.walk(reading)
@@ -324,9 +324,9 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]
     try:
         if expert is None and half == "all":
-            whole = Shard(target)
-            return Destination(path, whole.shape, (whole,))
-        rows, *others = Shard(target, (kinds[0], expert or 0)).shape
+            shard = Shard(target)
+            return Destination(path, shard.shape, (shard,))
+        rows, *trailing = Shard(target, (kinds[0], expert or 0)).shape
         cuts = tuple(
             Shard(target, (kind, e), (*lead, slice(i * rows, (i + 1) * rows)))
             for e, lead in (
@@ -336,7 +336,7 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
         )
     except CheckpointError as error:
         return no_place(path, str(error))
-    shape = (len(kinds) * rows, *others)
+    shape = (len(kinds) * rows, *trailing)
     return Destination(path, shape if expert is not None else (weight.experts, *shape), cuts)
 
 
@@ -363,9 +363,9 @@ class PackedDestinations:
                 continue
             members = self._packed.members(join(canonical, child_name))
             if any(member.name == name for member in members):
-                found = self._into_packed(child, join(path, child_name), members, name, attribute)
-                if found is not None:
-                    yield found
+                part = self._into_packed(child, join(path, child_name), members, name, attribute)
+                if part is not None:
+                    yield part
         yield from self._into_members(module, path, canonical, name, attribute)
 
     def _into_packed(
