@@ -93,9 +93,7 @@ class ColumnParallelLinear(LinearBase):
         if self.tp_size == 1:
             return y
         slices = y.split(list(self.output_partition_sizes), dim=-1)
-        return torch.cat(
-            [self._gather(index, part) for index, part in enumerate(slices)], dim=-1
-        )
+        return torch.cat([self._gather(index, part) for index, part in enumerate(slices)], dim=-1)
 
     def _gather(self, index: int, part: Tensor) -> Tensor:
         gathered = self.tp.all_gather(part)
