@@ -81,7 +81,7 @@ class Findings:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """A block that a `Problem` ends, which is recorded."""
+        """A block that records a `Problem`, which ends it."""
         try:
             yield
         except Unsupported as problem:

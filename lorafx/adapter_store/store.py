@@ -395,7 +395,8 @@ class AdapterStore:
     # --- slots ---
 
     def _pinned_beside(self, names: Iterable[str]) -> set[str]:
-        """Pinned adapters beside `names`; a held version shares the slot of its pinned name."""
+        """Pinned adapters, without those of which `names` has only a retired version, which uses
+        the pinned slot."""
         replaced = {name.replaced for name in names if isinstance(name, Retired)}
         return self._pinned - replaced.difference(names)
 

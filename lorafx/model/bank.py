@@ -118,7 +118,8 @@ class Bank:
         slot_rank: int | None = None,
     ) -> Bank:
         """A bank of zeros, with room for `own_rows` replaced rows of the weight for each of
-        `own_weights` adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the last."""
+        `own_weights` adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the
+        previous."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert extends into slots of no adapter

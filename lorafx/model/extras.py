@@ -23,7 +23,7 @@ from lorafx.registry import lookup
 
 #: Batches in which a graph refuses a site.
 When = Literal["always", "mixed", "dora", "own", "bias"]
-#: Kinds of modules that may have another weight for each row.
+#: Kinds of modules whose weight may differ between rows.
 OWN_KINDS = ("linear", "embedding")
 
 

@@ -81,7 +81,7 @@ class SavedNames:
         return name
 
     def walk(self, name: str) -> Walked:
-        """Follow the dots of `name` through modules as far as they lead."""
+        """Follow `name` through child modules as far as possible."""
         module, path = self._model, ""
         remaining = name.split(".") if name else []
         while remaining:
