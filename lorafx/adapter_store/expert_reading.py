@@ -178,10 +178,8 @@ class ExpertReading:
         count, k, n = _sizes_of(weight, "all")
         version, swapped = self.config.peft_version, None
         if version is not None:
-            reads_attribute = version >= _READS_TRANSPOSED
-            transposed = not reads_attribute or bool(
-                getattr(experts.module, "is_transposed", False)
-            )
+            old = version < _READS_TRANSPOSED
+            transposed = old or bool(getattr(experts.module, "is_transposed", False))
             swapped = transposed != weight.transposed
         straight, crossed = _fit_sizes(a, b, count, k, n), _fit_sizes(a, b, count, n, k)
         if crossed and (swapped or not straight):

@@ -39,8 +39,6 @@ class Findings:
     Attributes:
         problems, unsupported, no_room: messages.
         unavailable: saved paths of places that cannot have factors, with the reasons.
-        over_rank: labels of modules with ranks over `max_rank`, with these ranks.
-        largest: the largest rank.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:

@@ -210,12 +210,10 @@ def _tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     lists = value if isinstance(value, Mapping) else {"": value}
     if len(lists) > _MOST_NAMES:
         raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
-    ids_by_ending = {
-        _text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()
-    }
-    if any(len(set(ids)) < len(ids) for ids in ids_by_ending.values()):
+    tokens = {_text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()}
+    if any(len(set(ids)) < len(ids) for ids in tokens.values()):
         raise Malformed(f"{name} names a token twice: {short(value)}")
-    return ids_by_ending
+    return tokens
 
 
 def _by_name(check: Check) -> Check:

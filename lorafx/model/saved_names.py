@@ -69,10 +69,8 @@ class SavedNames:
         readings[plain] = None
         if self._inner:  # a model may be saved with its task head and loaded without, or vice versa
             for reading in list(readings):
-                without_inner = reading.removeprefix(f"{self._inner}.")
-                readings[
-                    join(self._inner, reading) if without_inner == reading else without_inner
-                ] = None
+                inner = reading.removeprefix(f"{self._inner}.")
+                readings[inner if inner != reading else join(self._inner, reading)] = None
         return iter(readings)
 
     def renamed(self, name: str) -> str:

@@ -202,11 +202,10 @@ class Resolver:
             yield from self._converted(newer)
 
     def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
-        find = self._tensor_destination
-        for candidate in self.names.readings(newer):
-            meaning = self._conversions.member(candidate, find, rearranging=rearranging)
-            if meaning is not None:
-                yield meaning
+        for name in self.names.readings(newer):
+            item = self._conversions.member(name, self._tensor_place, rearranging=rearranging)
+            if item is not None:
+                yield item
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
         walked = self.names.walk(reading)
@@ -225,7 +224,7 @@ class Resolver:
         complete = len(walked.remaining) == 1
         return self.names.target(walked.module, walked.remaining[0]) if complete else None
 
-    def _tensor_destination(self, name: str) -> Destination | None:
+    def _tensor_place(self, name: str) -> Destination | None:
         for reading in self.names.readings(name):
             target = self._tensor_at(reading)
             if target is not None:

@@ -385,7 +385,6 @@ def overlapping(a: Part, b: Part) -> bool:
 
 
 def _dtype_refusal(target: Tensor, source: Tensor) -> str:
-    """Why `target` cannot take numbers of the class and dtype of `source`, or ""."""
     dtype, new = target.dtype, source.dtype
     wrapped, source_wrapped = map(is_traceable_wrapper_subclass, (target, source))
     if wrapped or source_wrapped:
