@@ -281,18 +281,14 @@ class ParallelLayer(LoadableLayer):
         if shard_id is None:
             return tuple(range(count))
         ids = shard_id if isinstance(shard_id, tuple) else (shard_id,)
-        indices = [self.shard_names.get(i, -1) if isinstance(i, str) else int(i) for i in ids]
-        if (
-            not indices
-            or any(not 0 <= i < count for i in indices)
-            or len(set(indices)) != len(indices)
-        ):
+        slices = [self.shard_names.get(i, -1) if isinstance(i, str) else int(i) for i in ids]
+        if not slices or not set(slices) <= set(range(count)) or len(set(slices)) != len(slices):
             known = [*map(repr, self.shard_names), *map(str, range(count))]
             raise CheckpointError(
                 f"{self.label}: no shard id {shard_id!r}; its {count} slices of "
                 f"{self.output_sizes} rows are {', '.join(known)}, and tuples of them"
             )
-        return tuple(indices)
+        return tuple(slices)
 
     def pieces(self, name: str, shard_id: ShardId = None) -> frozenset[Any]:
         slices = self.slices(shard_id)

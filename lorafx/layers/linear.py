@@ -93,14 +93,14 @@ class ColumnParallelLinear(LinearBase):
         if self.tp_size == 1:
             return y
         slices = y.split(list(self.output_partition_sizes), dim=-1)
-        return torch.cat([self._whole(index, part) for index, part in enumerate(slices)], dim=-1)
+        return torch.cat([self._gather(index, part) for index, part in enumerate(slices)], dim=-1)
 
-    def _whole(self, index: int, part: Tensor) -> Tensor:
-        whole = self.tp.all_gather(part)
-        copies = whole.shape[-1] // self.output_sizes[index]
+    def _gather(self, index: int, part: Tensor) -> Tensor:
+        gathered = self.tp.all_gather(part)
+        copies = gathered.shape[-1] // self.output_sizes[index]
         if copies == 1:
-            return whole
-        pieces = whole.unflatten(-1, (self.tp_size, -1))[..., ::copies, :]
+            return gathered
+        pieces = gathered.unflatten(-1, (self.tp_size, -1))[..., ::copies, :]
         return pieces.flatten(-2)
 
 

@@ -227,9 +227,7 @@ class Context:
         """The site's bank fields and slots as inputs, which executables look up by the weight: a
         graph may serve several layers. Gains and shifts are None if the bank has no room."""
         bank = self.program.site_bank(site)
-        row_fields = [
-            name for name, tensor in bank.own_rows._asdict().items() if tensor is not None
-        ]
+        row_fields = bank.own_rows._fields
         fields: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
         for name in (*BANK_FIELDS, *row_fields, GAINS, SHIFTS):
             if getattr(bank, name) is not None:
@@ -289,8 +287,7 @@ class Context:
 
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
-    """The value of y, the first argument, after `op` wrote it, in functional form: Inductor decides
-    whether to copy."""
+    """y, the first argument, written by `op`, in functional form: Inductor decides on copies."""
     return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
 
 

@@ -131,8 +131,7 @@ class WeightForm(NamedTuple):
 
 
 def same_size(a: AnySize, b: AnySize) -> bool:
-    """Whether two sizes are equal as ints or as symbols. Hints, which would add guards, are not
-    read."""
+    """Whether two sizes are equal as ints or symbols; hints, which add guards, are not read."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a.node.expr == b.node.expr
@@ -143,18 +142,17 @@ def _divides(part: AnySize, size: AnySize) -> bool:
 
 
 def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
-    unperiodic = axis._replace(period=0)
+    unbounded = axis._replace(period=0)
     if axis.fixed:
         return FIXED, FIXED
     if not axis.period:
-        return unperiodic.stretched(inner), unperiodic
+        return unbounded.stretched(inner), unbounded
     if axis.period % inner == 0:
         outer = axis.period // inner
-        return (
-            FIXED if outer == 1 else unperiodic.stretched(inner)._replace(period=outer)
-        ), unperiodic
+        first = FIXED if outer == 1 else unbounded.stretched(inner)._replace(period=outer)
+        return first, unbounded
     if inner % axis.period == 0:
-        return FIXED, unperiodic if inner == axis.period else axis
+        return FIXED, unbounded if inner == axis.period else axis
     return None
 
 
@@ -239,9 +237,8 @@ def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
             if size > 1:
                 position = [0] * len(leading)
                 position[dim] = 1
-                next_rows = [
-                    row for row in _rows_equal_to(tensor[tuple(position)], weight) if row > start
-                ]
+                equal_rows = _rows_equal_to(tensor[tuple(position)], weight)
+                next_rows = [row for row in equal_rows if row > start]
                 if not next_rows:
                     break
                 step = next_rows[0] - start
@@ -331,9 +328,8 @@ class DerivedTensors:
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
     ) -> dict[int, Derived]:
-        """The inputs of a graph that contain weights of sites, by identity. Earlier graphs' results
-        are no candidates, like the call's `data`: uses of a weight there would have been
-        refused."""
+        """A graph's inputs that contain weights of sites, by identity. Earlier graphs' results
+        count as `data` of the call: other uses of a weight there would have been refused."""
         candidates = [
             example
             for example in examples
@@ -347,9 +343,9 @@ class DerivedTensors:
 
     def _compare(self, tensors: Sequence[Tensor], inputs: set[int]) -> dict[int, Derived]:
         """The weights in tensors of a graph whose inputs have the identities `inputs`."""
-        found: dict[int, Derived] = {}
+        weights: dict[int, Derived] = {}
         if not tensors:
-            return found
+            return weights
         with unset_fake_temporarily(), torch.no_grad():
             holders = self._holders({id(tensor) for tensor in tensors})
             storages = self._sites_by_storage()
@@ -362,8 +358,8 @@ class DerivedTensors:
                         derived = self._by_value(tensor, self._likely_sites(holder, inputs))
                 self._compared[tensor] = derived
                 if derived is not None:
-                    found[id(tensor)] = derived
-        return found
+                    weights[id(tensor)] = derived
+        return weights
 
     def _holders(self, tensor_ids: set[int]) -> dict[int, Holder]:
         holders: dict[int, Holder] = {}
@@ -374,8 +370,8 @@ class DerivedTensors:
         return holders
 
     def _likely_sites(self, holder: Holder | None, inputs: set[int]) -> Iterator[Site]:
-        """Sites of which a tensor may be a copy: those near its holder, or without one, those whose
-        weight is not among the graph's inputs."""
+        """Sites of which a tensor may be a copy: near its holder, or without a weight in
+        `inputs`."""
         program = self._program
         if holder is None:
             for site in program.sites:

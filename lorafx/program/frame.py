@@ -55,8 +55,8 @@ class FrameInput:
     part: str = ""
     counts: bool = False
 
-    def part_of_subclass(self, part: str, value: Any) -> FrameInput:
-        """The input of an attribute or size of a tensor subclass."""
+    def part_of(self, part: str, value: Any) -> FrameInput:
+        """The input that is an attribute, or a size, of this tensor subclass."""
         kind: InputKind = self.kind
         if not isinstance(value, Tensor):
             kind = "symbol"
@@ -142,9 +142,7 @@ class Frame:
         for position, node in enumerate(placeholders):
             index, part = input_place(node, position)
             item = self.inputs[index]
-            self.by_node[node] = (
-                item if part is None else item.part_of_subclass(part, fake_value(node))
-            )
+            self.by_node[node] = item if part is None else item.part_of(part, fake_value(node))
             self.positions[node] = position
 
     def batch_size(self) -> Any:

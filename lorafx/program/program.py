@@ -350,8 +350,7 @@ class Program:
         return roles
 
     def frame(self, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
-        """The frame of a Dynamo graph: the meanings of its inputs, by identity of example
-        values."""
+        """The frame of a Dynamo graph. Its inputs are identified by their example values."""
         known, arguments = self.known_tensors(), self.call_arguments()
         derived = self.derived.inputs(examples, known, arguments)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -402,27 +401,24 @@ class Program:
     def _with_results(
         self, nodes: Sequence[fx.Node], inputs: Sequence[FrameInput], examples: Sequence[Any]
     ) -> list[FrameInput]:
-        """The inputs, with the roles of earlier results that have several entries of each request,
-        or entries of one request."""
+        """The inputs, with roles of results that have one request, or several entries of each."""
         requests, updated = len(self.runtime.rows), list(inputs)
         have_all_rows = any(
             item.requests_dim is not None and example.shape[item.requests_dim] == requests
             for item, example in zip(inputs, examples, strict=True)
         )
-        only_request = {
+        only = {
             position: request
             for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
             if item.kind == "result" and (request := self._only_request(example)) is not None
         }
-        are_separate = len(set(only_request.values())) > 1
+        separate = len(set(only.values())) > 1
         for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
-            if item.role is not None and position in only_request and are_separate:
-                role = replace(
-                    item.role, dim=None, request=only_request[position], requests=requests
-                )
+            if item.role is not None and position in only and separate:
+                role = replace(item.role, dim=None, request=only[position], requests=requests)
                 updated[position] = replace(item, role=role)
             elif item.counts and (source := size_source(node)) is not None:
-                single = are_separate and self._only_request(source[0]) is not None
+                single = separate and self._only_request(source[0]) is not None
                 counts = not single and not (have_all_rows and self._holds_several(source[0]))
                 updated[position] = replace(item, counts=counts)
             elif item.kind == "result" and item.role is not None and have_all_rows:

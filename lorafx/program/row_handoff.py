@@ -138,8 +138,8 @@ class Handover:
         requests: int,
         of_call: Mapping[int, Role],
     ) -> Rows | None:
-        """The owners of the graph's rows in a call of `requests` requests, whose arguments have the
-        roles `of_call`; None if the proofs do not hold in it."""
+        """The owners of rows in a call with arguments of roles `of_call`; None if proofs fail
+        there."""
         rows = self._rows(memory, arguments, requests, of_call)
         if isinstance(rows, OfList) and any(
             arguments[position] != len(rows.owners) for position in self.counted

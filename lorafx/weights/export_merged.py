@@ -141,11 +141,9 @@ class _State:
     def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
         """Tensors by their names in `state_dict()`; with `apart`, tied names get one each."""
         state = self.program.model.state_dict(keep_vars=True)
-        no_tensor = next(
-            (key for key, value in state.items() if not isinstance(value, Tensor)), None
-        )
-        if no_tensor is not None:
-            raise not_mergeable(self.name, [f"state_dict()[{no_tensor!r}] holds no tensor"])
+        other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if other is not None:
+            raise not_mergeable(self.name, [f"state_dict()[{other!r}] holds no tensor"])
         changed = {memory_key(change.tensor): change for change in changes}
         merged, tensors = dict[int, Tensor](), dict[str, Tensor]()
         seen: set[tuple[object, ...]] = set()

@@ -156,7 +156,7 @@ class _Filled(NamedTuple):
 
 
 def _expert(part: Part) -> int | None:
-    """The expert that a box is part of; None for a part of several, or of another weight."""
+    """The expert to which a box belongs; None for a box of several, or of another weight."""
     if isinstance(part, frozenset) or len(part) < 2 or len(part[0]) != 1:
         return None
     return part[0].start
@@ -340,7 +340,7 @@ class Loading:
                     tied = earlier.part == part and earlier.path != item.path
                     if not tied or earlier.numbers is None or not single:
                         return f"a duplicate of {earlier.name}"
-                    if not _same(earlier.numbers, tensor[place.take], target.tensor.dtype):
+                    if not _equal(earlier.numbers, tensor[place.take], target.tensor.dtype):
                         return f"the model ties it to {earlier.name}, and their values differ"
                 numbers = None
                 if single and self._resolver.names.name_counts[key] > 1:
@@ -389,7 +389,7 @@ def _dtype_refusal(destinations: Iterable[Destination], tensor: Tensor) -> str:
     return next(filter(None, refusals), "")
 
 
-def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return a.shape == b.shape and torch.equal(a.to(dtype), b.to(device=a.device, dtype=dtype))
 
 

@@ -99,9 +99,8 @@ class Original:
     @property
     def touched(self) -> bool:
         """Whether anything else has written or replaced the tensor since the merge."""
-        if self.tensor is None:
-            return False
-        return not self.in_place or checksum(self.tensor) != self.checksum
+        tensor = self.tensor
+        return tensor is not None and not (self.in_place and checksum(tensor) == self.checksum)
 
     def with_checksum(self) -> Original:
         return self if self.tensor is None else replace(self, checksum=checksum(self.tensor))
@@ -267,11 +266,9 @@ def _requantize_merged(change: Change) -> float:
     module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()
-        is_transposed = change.delta.site.eligible.transposed and parameter is None
-        update = change.delta.update(
-            0, change.delta.shape[0], before.mT if is_transposed else before
-        )
-        if is_transposed:
+        swap = change.delta.site.eligible.transposed and parameter is None
+        update = change.delta.update(0, change.delta.shape[0], before.mT if swap else before)
+        if swap:
             update = update.mT
         if update.shape != before.shape:
             raise ConfigError(

@@ -202,11 +202,10 @@ class Resolver:
             yield from self._converted(newer)
 
     def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
-        find = self._tensor_destination
-        for candidate in self.names.readings(newer):
-            found = self._conversions.member(candidate, find, rearranging=rearranging)
-            if found is not None:
-                yield found
+        for name in self.names.readings(newer):
+            item = self._conversions.member(name, self._tensor_place, rearranging=rearranging)
+            if item is not None:
+                yield item
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
         walked = self.names.walk(reading)
@@ -225,7 +224,7 @@ class Resolver:
         complete = len(walked.remaining) == 1
         return self.names.target(walked.module, walked.remaining[0]) if complete else None
 
-    def _tensor_destination(self, name: str) -> Destination | None:
+    def _tensor_place(self, name: str) -> Destination | None:
         for reading in self.names.readings(name):
             target = self._tensor_at(reading)
             if target is not None:
@@ -324,9 +323,9 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]
     try:
         if expert is None and half == "all":
-            whole = Shard(target)
-            return Destination(path, whole.shape, (whole,))
-        rows, *others = Shard(target, (kinds[0], expert or 0)).shape
+            shard = Shard(target)
+            return Destination(path, shard.shape, (shard,))
+        rows, *trailing = Shard(target, (kinds[0], expert or 0)).shape
         cuts = tuple(
             Shard(target, (kind, e), (*lead, slice(i * rows, (i + 1) * rows)))
             for e, lead in (
@@ -336,7 +335,7 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
         )
     except CheckpointError as error:
         return no_place(path, str(error))
-    shape = (len(kinds) * rows, *others)
+    shape = (len(kinds) * rows, *trailing)
     return Destination(path, shape if expert is not None else (weight.experts, *shape), cuts)
 
 
@@ -363,9 +362,9 @@ class PackedDestinations:
                 continue
             members = self._packed.members(join(canonical, child_name))
             if any(member.name == name for member in members):
-                found = self._into_packed(child, join(path, child_name), members, name, attribute)
-                if found is not None:
-                    yield found
+                part = self._into_packed(child, join(path, child_name), members, name, attribute)
+                if part is not None:
+                    yield part
         yield from self._into_members(module, path, canonical, name, attribute)
 
     def _into_packed(

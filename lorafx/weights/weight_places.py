@@ -385,8 +385,7 @@ def overlapping(a: Part, b: Part) -> bool:
 
 
 def _dtype_refusal(target: Tensor, source: Tensor) -> str:
-    """Why `target` cannot take numbers of the class and dtype of `source`, or ""."""
-    dtype, given = target.dtype, source.dtype
+    dtype, new = target.dtype, source.dtype
     wrapped, source_wrapped = map(is_traceable_wrapper_subclass, (target, source))
     if wrapped or source_wrapped:
         if source_wrapped and type(source) in (type(target), type(target.data)):
@@ -394,10 +393,10 @@ def _dtype_refusal(target: Tensor, source: Tensor) -> str:
         if source_wrapped:
             return f"the checkpoint's is a {type(source).__name__}; give the plain whole tensor"
         return f"it is kept here as a {type(target.data).__name__}, not as plain numbers"
-    if dtype == given:
+    if dtype == new:
         return ""
     if dtype.itemsize == 1 or not dtype.is_floating_point:
-        return f"it is quantised here ({dtype}), and the checkpoint's numbers are {given}"
-    if given.itemsize == 1 or not given.is_floating_point:
-        return f"the checkpoint's numbers are {given}, which do not become {dtype} without a scale"
+        return f"it is quantised here ({dtype}), and the checkpoint's numbers are {new}"
+    if new.itemsize == 1 or not new.is_floating_point:
+        return f"the checkpoint's numbers are {new}, which do not become {dtype} without a scale"
     return ""
