@@ -60,11 +60,8 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
-                rows = (
-                    f"; weights with rows of its own: {len(adapter.own_weights)}"
-                    if adapter.own_weights
-                    else ""
-                )
+                count = len(adapter.own_weights)
+                rows = f"; weights with rows of its own: {count}" if count else ""
                 model.notes.append(
                     f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
                     f"factors: {len(adapter.weights)}{rows}"

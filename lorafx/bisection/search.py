@@ -344,8 +344,7 @@ def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
 def _nearest_sites(
     starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
 ) -> tuple[str, ...]:
-    """The sites of the nearest node backwards from `starts`, or of one part of a pack. The search
-    does not pass nodes for which `ends` is true."""
+    """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
     pending, seen = deque(starts), {node for node, _ in starts}
     while pending:
         node, index = pending.popleft()

@@ -93,7 +93,7 @@ def in_waves(
             results.append(call(wave_args, wave_kwargs, requests.part(wave)))
         with torch.no_grad():
             if generates:
-                return _join_sequences(waves, results, _padding(bound, settings))
+                return _join_sequences(waves, results, _padding_token(bound, settings))
             return _join(waves, "the result", results)
 
 
@@ -135,12 +135,10 @@ def _first_fit(store: AdapterStore, names: Sequence[str], limit: int) -> list[fr
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
-    """Whether an argument of `generate` applies to all requests."""
     return name in _SHARED or isinstance(value, _PLAIN) or hasattr(settings, name)
 
 
-def _padding(bound: Mapping[str, Any], settings: Any) -> int:
-    """The token with which sequences that have ended are padded."""
+def _padding_token(bound: Mapping[str, Any], settings: Any) -> int:
     for name in ("pad_token_id", "eos_token_id"):
         value = bound.get(name)
         value = getattr(settings, name, None) if value is None else value
@@ -294,7 +292,6 @@ def _items(value: Any) -> list[Any] | None:
 
 
 def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
-    """A container like `value` with these items."""
     if isinstance(value, Mapping):
         mapping: Any = copy.copy(value)
         for key, item in zip(value, items, strict=True):

@@ -230,8 +230,7 @@ def graph_data(record: GraphRecord, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Boxes:
-    """The boxes of a stage's picture: one for each layer, for the inputs, and for each run of nodes
-    that are in no layer."""
+    """The boxes of a stage's picture: layers, inputs, and runs of nodes that are in no layer."""
 
     def __init__(self) -> None:
         self.labels: list[str] = []

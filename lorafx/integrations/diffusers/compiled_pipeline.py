@@ -302,7 +302,6 @@ def _refuse_scales(arguments: Mapping[str, Any]) -> None:
 
 
 def _with_parts(names: Names, loaded: Sequence[str]) -> Names:
-    """`names` for a model that has parts of the adapters `loaded` only; the base for others."""
 
     def with_part(name: str | None) -> str | None:
         if not isinstance(name, Mixture):
@@ -343,7 +342,6 @@ def _forward_compiled(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a compiled model within a call of the pipeline."""
     refuse_elsewhere(cm._session)
     if names is None:
         return _call_without_views(cm, None, args, kwargs)
@@ -474,8 +472,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
 
 
 def _model_of_component(name: str, models: Mapping[str, nn.Module]) -> str | None:
-    """The model that a file means by `name`. Some call every denoiser `unet`, some do not name it,
-    which is ""."""
+    """The model that a file means by `name`; files may call any denoiser `unet`, or ""."""
     if name in models:
         return name
     denoisers = [key for key, module in models.items() if not encodes_prompts(module)]
@@ -514,8 +511,7 @@ class PromptRows:
         return _NoiseTracking(self, self._memory).run(action)
 
     def label_argument(self, name: str, value: Any) -> None:
-        """Label an argument of the pipeline: one whose name contains `prompt` has a row for each
-        prompt; any other, such as latents, is labelled as noise."""
+        """Label an argument: `*prompt*` has a row for each prompt, any other is noise."""
         if "prompt" in name:
             self.label_prompts(value)
         else:
