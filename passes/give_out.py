@@ -345,9 +345,8 @@ class Vectorizer:
         sizes: list[Any] = [-1] * (len(shape) + 2)
         sizes[dim], sizes[dim + 2] = times, rows
         copies = self.emit(aten.expand.default, copies, sizes)
-        others: Sequence[Any] = [
-            self.size_of(copies, d) for d in (*range(dim), *range(dim + 3, len(shape) + 2))
-        ]
+        dims = (*range(dim), *range(dim + 3, len(shape) + 2))
+        others: list[Any] = [self.size_of(copies, d) for d in dims]
         return self.emit(aten.reshape.default, copies, [*others[:dim], -1, *others[dim:]])
 
     def _copies_along(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:

@@ -145,7 +145,7 @@ def bisect(
     compiled = compiled_of(model)
     if compiled is None:
         raise ConfigError(
-            f"bisect() takes what lorafx.compile returned, and this is a {type(model).__name__}"
+            f"bisect() takes a model from lorafx.compile, and this is a {type(model).__name__}"
         )
     names = _checked_names(compiled, adapter_names)
     roles = compiled.entry(compiled.model).roles

@@ -181,7 +181,7 @@ def _part(
     items = _items(value)
     if items is None or any(isinstance(item, _PLAIN) and item is not None for item in items):
         _refuse(
-            f"argument {name!r} is a {type(value).__name__}, which cannot be cut into the rows of "
+            f"argument {name!r} is a {type(value).__name__}, which cannot be split into the rows of "
             "its requests"
         )
     labels = [name] * len(items)
@@ -206,7 +206,7 @@ def _join(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
         return first
     columns = [_items(part) or [] for part in parts]
     if _items(first) is None or len(set(map(len, columns))) > 1:
-        _refuse(f"{name} ({type(first).__name__}) cannot be put together from those of its rows")
+        _refuse(f"{name} ({type(first).__name__}) cannot be joined from those of its rows")
     labels = map(str, first) if isinstance(first, Mapping) else [name] * len(columns[0])
     items = zip(labels, zip(*columns, strict=True), strict=True)
     return _rebuilt(first, [_join(waves, label, column) for label, column in items])
@@ -224,7 +224,7 @@ def _join_rows(
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         _refuse(
             f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and dimension "
-            f"{dim} should hold them: what is of all rows together has no order to be put into"
+            f"{dim} should hold them: a result of all rows together cannot be joined"
         )
     positions = torch.tensor([row for wave in waves for row in wave]).argsort()
     order = (positions[:, None] * times + torch.arange(times)).flatten()
@@ -235,8 +235,8 @@ def _join_sequences(waves: Waves, parts: Sequence[Any], padding: int) -> Tensor:
     """The sequences that `generate` returns: (B · sequences, T), padded to the longest."""
     if not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
         _refuse(
-            f"generate() returns a {type(parts[0]).__name__}, and sequences alone are put together "
-            "from waves: leave out return_dict_in_generate"
+            f"generate() returns a {type(parts[0]).__name__}, and only sequences can be joined from "
+            "waves: leave out return_dict_in_generate"
         )
     longest = max(part.shape[1] for part in parts)
     padded = [nn.functional.pad(p, (0, longest - p.shape[1]), value=padding) for p in parts]
@@ -272,7 +272,7 @@ def _join_layers(waves: Waves, name: str, cache: Any, layers: Sequence[Any]) -> 
     if not known:
         _refuse(
             f"{name} is a {type(cache).__name__} with layers {type(layer).__name__}, which cannot "
-            "be put together from those of its rows; give use_cache=False"
+            "be joined from those of its rows; give use_cache=False"
         )
     return layer
 

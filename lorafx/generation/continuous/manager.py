@@ -90,8 +90,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if per_request and served.return_logprobs:
             raise ConfigError(
                 "ContinuousBatchingConfig(return_logprobs=True) is not served with "
-                "per_request_processors: of a token that is not drawn beside others that are, "
-                "transformers returns that it was certain. Leave one of the two out"
+                "per_request_processors: for a token that is not drawn, in a step where others "
+                "are, transformers returns probability 1. Leave one of the two out"
             )
         self._attention = EngineAttention(forwards.session)
         try:

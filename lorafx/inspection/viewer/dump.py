@@ -151,7 +151,7 @@ class Dumps:
             self._dump.write(explained(session))
         except OSError as error:
             warnings.warn(
-                f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+                f"the dump in {folder} is incomplete, which no model depends on: {error}. Change "
                 "Options(dump=...) or the variable LORAFX_DUMP",
                 LorafxWarning,
                 stacklevel=2,

@@ -455,7 +455,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
         elif name in components and components[name] is None:
             warnings.warn(
                 f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
-                "embeddings that are given have to come from it, with this adapter",
+                "precomputed embeddings have to come from it, with this adapter",
                 LorafxWarning,
                 stacklevel=3,
             )
@@ -556,7 +556,7 @@ class PromptRows:
         lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
         if lost:
             several = any(prompts[row] for row in lost)
-            why = "its arguments name several prompts for" if several else "nothing says whose are"
+            why = "its arguments name several prompts for" if several else "no prompt is known for"
             raise BatchError(
                 f"{title} is called with {count} rows for {self.prompts} prompts, and {why} row "
                 f"{', '.join(map(str, lost[:4]))}. Prompts with "
