@@ -181,8 +181,8 @@ def _part(
     items = _items(value)
     if items is None or any(isinstance(item, _PLAIN) and item is not None for item in items):
         _refuse(
-            f"argument {name!r} is a {type(value).__name__}, which cannot be split into the rows of "
-            "its requests"
+            f"argument {name!r} is a {type(value).__name__}, which cannot be split into the rows "
+            "of its requests"
         )
     labels = [name] * len(items)
     if table.spreads(name, value):  # each item is an argument
@@ -235,8 +235,8 @@ def _join_sequences(waves: Waves, parts: Sequence[Any], padding: int) -> Tensor:
     """The sequences that `generate` returns: (B · sequences, T), padded to the longest."""
     if not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
         _refuse(
-            f"generate() returns a {type(parts[0]).__name__}, and only sequences can be joined from "
-            "waves: leave out return_dict_in_generate"
+            f"generate() returns a {type(parts[0]).__name__}, and only sequences can be joined "
+            "from waves: leave out return_dict_in_generate"
         )
     longest = max(part.shape[1] for part in parts)
     padded = [nn.functional.pad(p, (0, longest - p.shape[1]), value=padding) for p in parts]
