@@ -193,7 +193,7 @@ def _with_generated_kernel(ctx: Context, y: fx.Node) -> fx.Node:
 
 def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
     """y (M, N) with the delta; `call` has the arguments of `expert_site`."""
-    alike = ctx.beside(call["A"], ALIKE)
+    alike = ctx.field_of_same_bank(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
         ends = _ends_of_experts(call["experts"], call["count"])
         experts = call["experts"] if ends is None else ends

@@ -39,7 +39,7 @@ from lorafx.program.frame import (
     batch_symbols,
     fake_value,
     numbers_of_choices,
-    several,
+    repeated_sizes,
     token_inputs,
 )
 from lorafx.program.row_handoff import Handover, results_of
@@ -332,7 +332,7 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
 
 def batch_of(frame: Frame) -> BatchSymbols:
     """The number of requests in this frame's graph. Raises what `batch_symbols` raises."""
-    return BatchSymbols.of(batch_symbols(frame), several(frame), numbers_of_choices(frame))
+    return BatchSymbols.of(batch_symbols(frame), repeated_sizes(frame), numbers_of_choices(frame))
 
 
 def check(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:

@@ -30,8 +30,7 @@ _UseEnd: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of the adapter `name`, with its `sources` until it is `done`; `awaited` by a stream of
-    calls."""
+    """A copy of the adapter `name`, with its `sources` until `done`; `awaited` by some call."""
 
     name: str
     event: torch.cuda.Event
@@ -112,8 +111,7 @@ class CopyStreams:
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:
-        """Raise BatchError if these adapters would be written into slots during a CUDA graph
-        capture."""
+        """Raise BatchError if adapters would be written into slots during a CUDA graph capture."""
         if names and self._capturing():
             raise BatchError(
                 f"{', '.join(map(repr, names))} would be written into the banks while a CUDA graph "

@@ -81,8 +81,8 @@ class ExpertReading:
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
         if factor.letter in "mb":
-            what = "DoRA" if factor.letter == "m" else "a bias of lora_B"
-            raise Unsupported(f"{factor.key}: {what} on routed experts")
+            feature = "DoRA" if factor.letter == "m" else "a bias of lora_B"
+            raise Unsupported(f"{factor.key}: {feature} on routed experts")
         if place.reason or factor.embedding:
             reason = place.reason or "experts have no embedding factors"
             raise Problem(f"{factor.key}: {reason}")
@@ -131,7 +131,7 @@ class ExpertReading:
                 with self.findings.noting():
                     named_terms = self._named_terms(weights[target.parameter], target, pair)
                     terms.setdefault(target.parameter, []).extend(named_terms)
-        return {name: found for name, found in terms.items() if found}
+        return {name: items for name, items in terms.items() if items}
 
     def _assign_wrappers(
         self, experts: Experts, wrappers: dict[bool, _Pair]
@@ -178,10 +178,8 @@ class ExpertReading:
         count, k, n = _sizes_of(weight, "all")
         version, swapped = self.config.peft_version, None
         if version is not None:
-            reads_attribute = version >= _READS_TRANSPOSED
-            transposed = not reads_attribute or bool(
-                getattr(experts.module, "is_transposed", False)
-            )
+            old = version < _READS_TRANSPOSED
+            transposed = old or bool(getattr(experts.module, "is_transposed", False))
             swapped = transposed != weight.transposed
         straight, crossed = _fit_sizes(a, b, count, k, n), _fit_sizes(a, b, count, n, k)
         if crossed and (swapped or not straight):
@@ -210,7 +208,7 @@ class ExpertReading:
         a, b = self._unwrapped(experts, weight, pair)
         name, rank = weight.path(unnested(saved)), a.shape[1]
         rows = rank * weight.experts
-        configured = self.config.rank(self.findings.before(name, saved))
+        configured = self.config.rank(self.findings.unmapped_name(name, saved))
         if configured not in (None, rank) and rows % configured == 0:
             raise Problem(
                 f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "

@@ -160,7 +160,7 @@ class ExtrasReading:
             self.keys.update(key for key, _ in saved.tensors.values())
             if (saved.eligible and saved.named) or saved.differs:
                 with self.findings.noting():
-                    self._read_module(saved)
+                    self._add_module(saved)
         tokens = [*_saved_tokens(self.state, self.places)]
         self._token_ids = {path: self.config.tokens_of(name) for path, _, _, name in tokens}
         graph = ModuleGraph(self.places.model) if tokens else None
@@ -169,12 +169,12 @@ class ExtrasReading:
             self.keys.add(key)
             self._with_tokens.add(name)
             with self.findings.noting():
-                self._read_tokens(graph, path, key, rows, name)
+                self._add_tokens(graph, path, key, rows, name)
         self._refuse_absent(modules)
         if self.config.bias != "none":
             for key, tensor in self.state.tensors.items():
                 with self.findings.noting():
-                    self._read_bias(key, tensor)
+                    self._add_bias(key, tensor)
 
     def _refuse_absent(self, saved: list[SavedModule]) -> None:
         """Note trained modules that the file lacks: the base's weight would be served for them."""
@@ -192,7 +192,7 @@ class ExtrasReading:
             if ids and not any(path.endswith(name) for path in self._with_tokens)
         )
 
-    def _read_module(self, saved: SavedModule) -> None:
+    def _add_module(self, saved: SavedModule) -> None:
         site, label = self.places.site(saved.module), _label(saved.path, saved.module)
         if not saved.eligible:
             few = 0 < len(self._replaceable) <= _NAMED
@@ -233,9 +233,7 @@ class ExtrasReading:
         if problem not in self.findings.problems:
             self.findings.problems.append(problem)
 
-    def _read_tokens(
-        self, graph: ModuleGraph, path: str, key: str, rows: Tensor, name: str
-    ) -> None:
+    def _add_tokens(self, graph: ModuleGraph, path: str, key: str, rows: Tensor, name: str) -> None:
         module, ids = graph.find(path), self.config.tokens_of(name)
         if module is None:
             raise Problem(f"{key}: no such module in this model{self.places.nearest(path)}")
@@ -304,7 +302,7 @@ class ExtrasReading:
             f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
         )
 
-    def _read_bias(self, key: str, bias: Tensor) -> None:
+    def _add_bias(self, key: str, bias: Tensor) -> None:
         owner, _, attribute = key.rpartition(".")
         if attribute != "bias" or parse(key) is not None:
             return

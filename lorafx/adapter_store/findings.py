@@ -39,8 +39,6 @@ class Findings:
     Attributes:
         problems, unsupported, no_room: messages.
         unavailable: saved paths of places that cannot have factors, with the reasons.
-        over_rank: labels of modules with ranks over `max_rank`, with these ranks.
-        largest: the largest rank.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -81,7 +79,7 @@ class Findings:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """A block that a `Problem` ends, which is recorded."""
+        """A block that records a `Problem`, which ends it."""
         try:
             yield
         except Unsupported as problem:
@@ -98,17 +96,16 @@ class Findings:
                 f"{factor.key} and {first} are both {factor.factor} of {label} and differ; keep one"
             )
 
-    def before(self, name: str, saved: str) -> str:
-        """What patterns match for `name` of the factors at `saved`: its spelling before a
-        `key_mapping`."""
-        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - any common beginning does
+    def unmapped_name(self, name: str, saved: str) -> str:
+        """`name` before a `key_mapping`, as patterns match it; its factors are at `saved`."""
+        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - names, not paths
         old, tail = self.state.paths.get(without_prefix(saved), saved), saved[len(stem) :]
         return old.removesuffix(tail) + name[len(stem) :] if old.endswith(tail) else name
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
         """s of the module that patterns call `name`, saved as `saved`; None for a rank over
         `max_rank`. Raises `Problem` if `rank` is not the configured rank."""
-        name, scale = self.before(name, saved), self.state.scales.get(saved)
+        name, scale = self.unmapped_name(name, saved), self.state.scales.get(saved)
         configured = self.config.rank(name)
         if configured not in (None, rank) and scale is None:
             raise Problem(

@@ -210,12 +210,10 @@ def _tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     lists = value if isinstance(value, Mapping) else {"": value}
     if len(lists) > _MOST_NAMES:
         raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
-    ids_by_ending = {
-        _text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()
-    }
-    if any(len(set(ids)) < len(ids) for ids in ids_by_ending.values()):
+    tokens = {_text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()}
+    if any(len(set(ids)) < len(ids) for ids in tokens.values()):
         raise Malformed(f"{name} names a token twice: {short(value)}")
-    return ids_by_ending
+    return tokens
 
 
 def _by_name(check: Check) -> Check:
@@ -481,8 +479,8 @@ def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
-        known = _UNMERGED.get(kind) if isinstance(kind, str) else None
-        yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
+        reason = _UNMERGED.get(kind) if isinstance(kind, str) else None
+        yield f"peft_type = {short(kind)}: {reason or f'only LORA adapters are read; {_MERGE}'}"
         return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""

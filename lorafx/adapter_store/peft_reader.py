@@ -133,9 +133,9 @@ def read_adapter(
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
-    missing: tuple[str, ...] = ()
-    if not reading.unknown:  # the factors of a renamed module are not missing as well
-        missing = tuple(dict.fromkeys(_MissingFactors(reading, lora_config).paths()))
+    # The factors of a renamed module are not missing as well.
+    search = () if reading.unknown else _MissingFactors(reading, lora_config).paths()
+    missing = tuple(dict.fromkeys(search))
     total = len(missing) + len(reading.landings) + len(reading.experts.paths)
     left_out = (
         f"its configuration targets {total} modules here, but its file has no factors for "
@@ -307,43 +307,35 @@ class Reading:
         scale = self.findings.scale(label, name, landing.saved, rank)
         if scale is None:
             return
-        magnitude = self._vector("dora", label, keys.get("m"), places, n)
+        m = self._vector("dora", label, keys.get("m"), places, n)
         bias = self._vector("bias", label, keys.get("b"), places, n)
         start = 0
         for (site, index), (_, size) in zip(places, sizes, strict=True):
             rows_of_part = slice(start, start + size)
             start += size
             part_a, part_b = a, b[rows_of_part]
-            part_magnitude, part_bias = (
-                None if v is None else v[rows_of_part] for v in (magnitude, bias)
-            )
+            part_m, part_bias = (None if v is None else v[rows_of_part] for v in (m, bias))
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             if sharding is not None:
                 part_a, part_b = sharding.cut(site.module, slices, a, part_b)
-                if part_magnitude is not None:
-                    part_magnitude = sharding.cut(site.module, slices, a, part_magnitude[:, None])[
-                        1
-                    ].squeeze(1)
+                if part_m is not None:
+                    part_m = sharding.cut(site.module, slices, a, part_m[:, None])[1].squeeze(1)
                     if part_a.shape[1] < a.shape[1]:
                         raise Unsupported(
                             f"{label}: DoRA's norm is over all inputs, which several ranks share "
                             "here"
                         )
-            weights = LoraWeights(
-                part_a, part_b, repeats * scale, magnitude=part_magnitude, bias=part_bias
-            )
+            weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
             yield site.part_path(index), weights
 
     def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
-        """The parts that the factors are for: of a name without declared slices those that the rows
-        of B determine beside the rows of the other names, or all, which it cannot be for."""
+        """The parts that the factors are for. For a name without declared slices, the rows of B of
+        all such names determine them; if they do not, all parts, which no factors fit."""
         if not landing.undeclared:
             return landing.places
         names = landing.places[0][0].undeclared
         keys = [self.factors.get(replace(landing, undeclared=name).key, {}) for name in names]
-        shapes = (
-            self.state.tensors[found["B"].key].shape if "B" in found else None for found in keys
-        )
+        shapes = (self.state.tensors[k["B"].key].shape if "B" in k else None for k in keys)
         rows = [None if shape is None else next(iter(shape), 0) for shape in shapes]
         sizes = [saved_sizes(place)[1] for place in landing.places]
         possible = spans(sizes, rows)[names.index(landing.undeclared)]

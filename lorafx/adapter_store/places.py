@@ -120,8 +120,8 @@ class Places:
     def meaning(self, path: str) -> SavedMeaning:
         """The meaning of `path`; a returned module is neither a site nor routed experts."""
         if path not in self._meanings:
-            readings = (self._meaning(*reading) for reading in self._readings(path))
-            self._meanings[path] = next((found for found in readings if found is not None), None)
+            meanings = (self._meaning(*reading) for reading in self._readings(path))
+            self._meanings[path] = next((m for m in meanings if m is not None), None)
         return self._meanings[path]
 
     def _meaning(self, reading: str, saved: str) -> SavedMeaning:

@@ -165,10 +165,8 @@ def origin_of(source: Any) -> Origin | None:
     """The origin of `source`; None if it is in memory or on the hub."""
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
     if isinstance(adapter.source, Saved):
-        origin = adapter.source.origin
-        if origin is None:
-            return None
-        return origin._replace(source=replace(origin.source, component=adapter.component))
+        old = adapter.source.origin
+        return old and old._replace(source=replace(old.source, component=adapter.component))
     if not isinstance(adapter.source, (str, os.PathLike)) or not os.path.exists(adapter.source):
         return None
     path = Path(os.path.abspath(adapter.source))

@@ -242,15 +242,13 @@ class AdapterStore:
                     undisturbed(self._restore_contents)
                     raise
 
-    def acquire(
-        self, names: Sequence[str | None], reserved: frozenset[int] = frozenset()
-    ) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__". The slots `reserved` by
+    def acquire(self, names: Sequence[str | None], busy: frozenset[int] = frozenset()) -> list[int]:
+        """The slot of each row's adapter, -1 for None and "__base__". Slots that are `busy` in
         enclosing calls keep their contents. Raises UnknownAdapterError, CapacityError for too few
         free slots or ranks, ConfigError for an impossible sum."""
         with self._lock:
             adapters = adapters_among(names)
-            self.hits += self._give_slots(adapters, reserved)
+            self.hits += self._give_slots(adapters, busy)
             slots = [-1 if name is None or name == BASE else self._slots[name] for name in names]
             self.copy_streams.use({s for n in adapters for s in self._window(n, self._slots[n])})
             return slots
@@ -301,8 +299,8 @@ class AdapterStore:
                     f"{name!r} is no name of an adapter; weights by name are for calls, blocks and "
                     "set_adapter()"
                 )
-        absent_members = dict.fromkeys(member for name in absent for member in members(name))
-        unknown = [name for name in absent_members if name not in self._adapters]
+        parts = dict.fromkeys(member for name in absent for member in members(name))
+        unknown = [name for name in parts if name not in self._adapters]
         if unknown:
             known = self.names
             near = "; ".join(f"{name!r}{nearest(str(name), known)}" for name in unknown)
@@ -395,12 +393,12 @@ class AdapterStore:
     # --- slots ---
 
     def _pinned_beside(self, names: Iterable[str]) -> set[str]:
-        """Pinned adapters beside `names`; a held version shares the slot of its pinned name."""
+        """Pinned adapters, but not those of whose versions `names` has only a retired one."""
         replaced = {name.replaced for name in names if isinstance(name, Retired)}
         return self._pinned - replaced.difference(names)
 
-    def _give_slots(self, adapters: Sequence[str], reserved: frozenset[int]) -> int:
-        """Give `adapters` slots, but none of the `reserved`. Returns how many already had one."""
+    def _give_slots(self, adapters: Sequence[str], busy: frozenset[int]) -> int:
+        """Give `adapters` slots, sparing `busy` ones. Returns how many already had one."""
         self._forget_released()
         self._check_known(adapters)
         if len(adapters) > self.max_adapters:
@@ -412,16 +410,16 @@ class AdapterStore:
         missing = [name for name in adapters if name not in self._slots]
         if missing:
             self.copy_streams.refuse_captured(missing)
-            self._make_resident(missing, adapters, reserved)
+            self._make_resident(missing, adapters, busy)
         for name in adapters:
             self._slots.move_to_end(name)
         return len(adapters) - len(missing)
 
     def _make_resident(
-        self, missing: Sequence[str], adapters: Sequence[str], reserved: frozenset[int]
+        self, missing: Sequence[str], adapters: Sequence[str], busy: frozenset[int]
     ) -> None:
         pinned = self._pinned_beside(adapters)
-        fixed = {name for name, slot in self._slots.items() if name in pinned or slot in reserved}
+        fixed = {name for name, slot in self._slots.items() if name in pinned or slot in busy}
         evictable = [name for name in self._slots if name not in fixed.union(adapters)]
         evicted = self._owners_to_evict(missing, evictable)
         slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
@@ -578,12 +576,10 @@ class AdapterInfo:
 
 def info(store: AdapterStore, name: str) -> AdapterInfo:
     """The `AdapterInfo` of a loaded adapter."""
-    stored = store[name]
+    item = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
-    nbytes = 0 if stored.host is None else stored.host.nbytes
-    return AdapterInfo(
-        name, stored.source, stored.rank, stored.sites, stored.version, slot, pinned, nbytes
-    )
+    nbytes = 0 if item.host is None else item.host.nbytes
+    return AdapterInfo(name, item.source, item.rank, item.sites, item.version, slot, pinned, nbytes)
 
 
 def window(first: int, width: int, count: int) -> range:
@@ -602,13 +598,12 @@ def arrange(
     """The first slot of each adapter that has to be written, or None if they do not fit.
 
     The last slot has room for the largest rank (lorafx.model.bank), so a window may extend past it.
-    Hence adapters fit if the widths of all but the widest add up to less than the number of slots,
-    provided that all windows may move.
+    Hence adapters fit if all windows may move, and the widths of all but the widest add up to less
+    than the number of slots.
 
-    `slots` are the current first slots. When no slots are free, the `evictable` adapters lose
-    theirs, least recently used first; the `fixed` ones stay. If that is not enough, all evictable
-    adapters are evicted and the others may move. The last slot is left free, if possible, for an
-    adapter of the `widest` possible width.
+    `slots` are the current first slots. If too few are free, the `evictable` lose theirs, least
+    recently used first; the `fixed` stay. If that is not enough, all evictable ones are evicted and
+    others may move. If possible, the last slot is left for an adapter of the `widest` width.
     """
     windows = {name: window(first, widths[name], count) for name, first in slots.items()}
     missing = {name: width for name, width in widths.items() if name not in slots}
@@ -686,9 +681,7 @@ def sum_of(
             for f in group_factors:
                 terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
-    factors = {
-        g: _summed_factors(name, terms[g], groups[g].bank) for g in range(len(groups)) if terms[g]
-    }
+    factors = {g: _sum_factors(name, ts, groups[g].bank) for g, ts in enumerate(terms) if ts}
     return StoredAdapter(
         name,
         max((f.rank for sums in factors.values() for f in sums), default=0),
@@ -721,14 +714,14 @@ def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
 def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
     needed, where = 0, ""
     for siblings, group in zip(terms, groups, strict=True):
-        room = group.bank.B.shape[1]
+        max_rank = group.bank.B.shape[1]
         for sibling, summed in siblings.items():
             ranks = [factors.rank for factors, _ in summed]
             site = group.site_of(sibling)
             rank = -(-sum(ranks) // site.terms)
-            if sum(ranks) > room and rank > needed:
+            if sum(ranks) > max_rank and rank > needed:
                 needed, added = rank, " + ".join(map(str, ranks))
-                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
+                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {max_rank}"
     if needed:
         raise CapacityError(
             f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
@@ -736,10 +729,10 @@ def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group])
         )
 
 
-def _summed_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
+def _sum_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
     """The sum's factors for each sibling. Siblings whose adapters share A share the sum's A."""
     joined: dict[tuple[int, ...], Tensor] = {}
-    summed_factors = []
+    sums = []
     for summed in terms.values():
         factors = [f for f, _ in summed]
         # s, and the v of the adapters, (adapters,); with experts (E,) and (adapters, E).
@@ -754,20 +747,17 @@ def _summed_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
             )
         s = scale.float() if experts else float(scale)
         if len(factors) == 1:
-            summed_factors.append(factors[0]._replace(scale=s))
+            sums.append(factors[0]._replace(scale=s))
             continue
         key = tuple(id(f.A) for f in factors)
         if key not in joined:
-            joined[key] = _concatenated(
-                [f.A for f in factors], -1 if bank.kind == "embedding" else -2, bank
-            )
+            dim = -1 if bank.kind == "embedding" else -2
+            joined[key] = _concat([f.A for f in factors], dim, bank)
         shares = torch.where(scale != 0, scales / scale, 0.0)
         scaled = [_scaled(f.B, share) for f, share in zip(factors, shares, strict=True)]
-        pair = joined[key], _concatenated(scaled, -2, bank)
-        summed_factors.append(
-            factors[0]._replace(A=pair[0], B=pair[1], scale=s, ranks=_summed_ranks(factors))
-        )
-    return summed_factors
+        a, b = joined[key], _concat(scaled, -2, bank)
+        sums.append(factors[0]._replace(A=a, B=b, scale=s, ranks=_summed_ranks(factors)))
+    return sums
 
 
 def _scaled(b: Tensor, share: Tensor) -> Tensor:
@@ -775,7 +765,7 @@ def _scaled(b: Tensor, share: Tensor) -> Tensor:
     return (b.to(wide) * share.to(wide)[..., None, None]).to(b.dtype)
 
 
-def _concatenated(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
+def _concat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
     tensor = torch.cat(list(tensors), dim)
     return host_copy(tensor, tensor.dtype, pin=True) if bank.A.is_cuda else tensor
 

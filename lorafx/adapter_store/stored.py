@@ -35,8 +35,8 @@ _CHUNK = 1 << 22
 
 
 class LoraWeights(NamedTuple):
-    """A part's A (r, K), B (N, r) and s; DoRA's `magnitude`, lora_B's `bias`, and `own_bias`, which
-    replaces the base's (N,).
+    """A part's A (r, K), B (N, r) and s; (N,) DoRA's `magnitude`, lora_B's `bias`, a new
+    `own_bias`.
 
     Routed experts: A (E, r, K), B (E, N, r), s and `ranks` (E,), 0 for untouched experts.
     """
@@ -206,8 +206,7 @@ class HostTier:
 
 
 class Retired(str):
-    """The private name of a replaced or unloaded version that requests hold, equal only to itself;
-    `replaced` is its public name."""
+    """The private name of a version that was `replaced` or unloaded; equal only to itself."""
 
     replaced: str
 
@@ -251,9 +250,8 @@ def fit_to_banks(
     groups: Sequence[Group],
     origin: Origin | None = None,
 ) -> StoredAdapter:
-    """`adapter`, which was read for the sites of `groups`, in the banks' dtype and layout. Raises
-    CapacityError if there is no room for DoRA or biases, CheckpointError for values beyond the
-    dtype."""
+    """`adapter`, read for the sites of `groups`, in the banks' dtype and layout. Raises
+    CapacityError without room for DoRA or biases, CheckpointError for values beyond the dtype."""
     _check_room(adapter, places, groups)
     factors: dict[int, list[Factors]] = {}
     problems: list[str] = []
@@ -299,9 +297,7 @@ def fit_to_banks(
 
 def slots_needed(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
     """How many consecutive slots an adapter takes, of its factors by group."""
-    widths = (
-        groups[g].bank.width(f.rank) for g, group_factors in factors.items() for f in group_factors
-    )
+    widths = (groups[g].bank.width(f.rank) for g, items in factors.items() for f in items)
     return max(widths, default=1)
 
 

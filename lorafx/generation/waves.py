@@ -67,7 +67,7 @@ def in_waves(
     ):
         return call(args, kwargs, requests)
     names, row_dims = requests.names, session.program.config.row_dims
-    kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
+    fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
     with session.lock:
         for name in adapters_among(names):
             session.store.check_known(name)

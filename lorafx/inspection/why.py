@@ -316,7 +316,7 @@ def _run_eagerly(
 
     def serve() -> None:
         session.set_batch(roles, named)
-        with torch.no_grad(), session.module_paths():
+        with torch.no_grad(), session.without_mha_fast_path():
             model.forward(*args, **kwargs)
 
     def run() -> None:

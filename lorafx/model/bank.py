@@ -117,8 +117,8 @@ class Bank:
         own_dtype: torch.dtype | None = None,
         slot_rank: int | None = None,
     ) -> Bank:
-        """A bank of zeros, with room for `own_rows` replaced rows of the weight for each of
-        `own_weights` adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the last."""
+        """A bank of zeros, with room for `own_rows` replaced rows for each of `own_weights`
+        adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the previous one."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert extends into slots of no adapter
@@ -173,10 +173,9 @@ class Bank:
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
-        optional = {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
-        optional |= self.own_rows._asdict()
-        named.update((name, tensor) for name, tensor in optional.items() if tensor is not None)
-        return named
+        named |= {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
+        named |= self.own_rows._asdict()
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def room(self) -> tuple[str, ...]:
@@ -264,7 +263,6 @@ class Bank:
         return [_copy_to(self.own_table[slot], torch.tensor([place, count], dtype=torch.int32))]
 
     def _expert_slots(self, slot: int) -> slice:
-        """The bank's slots of the model's slot `slot`, one for each expert."""
         step = len(self.ranks) // self.experts
         return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 

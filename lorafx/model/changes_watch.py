@@ -69,16 +69,12 @@ class SiteWatch:
     def look(self) -> bool:
         """Compare every edge. Returns whether anything changed since the last look."""
         broken = [edge for edge in self._edges if edge.current is not edge.child]
-        replacements = [(id(edge), edge.current) for edge in broken]
-        same = len(replacements) == len(self._replacements) and all(
-            key == old_key and module is old_module
-            for (key, module), (old_key, old_module) in zip(
-                replacements, self._replacements, strict=True
-            )
-        )
-        if same:
+        old, new = self._replacements, [(id(edge), edge.current) for edge in broken]
+        if len(old) == len(new) and all(
+            a is b and key == old_key for (old_key, a), (key, b) in zip(old, new, strict=True)
+        ):
             return False
-        self._broken, self._replacements = broken, replacements
+        self._broken, self._replacements = broken, new
         self.missing = frozenset(site.path for site in self._below(broken))
         self.state = next(self._states) if broken else 0
         return True

@@ -45,7 +45,7 @@ def window_of(module: nn.Module) -> Window:
 
 
 def impossible_convolution(module: nn.Module, entry: Eligible) -> str | None:
-    """Why LoRA cannot be added to what this convolution returns, or None where it can."""
+    """Why this convolution cannot carry LoRA, or None where it can."""
     conv = convolution_of(module)
     if has_own_forward(module, entry):
         return (

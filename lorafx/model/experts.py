@@ -137,8 +137,7 @@ def loops(module: nn.Module) -> bool:
 def _matching_pair(
     module: nn.Module, up: tuple[str, Tensor], down: tuple[str, Tensor], transposed: bool
 ) -> tuple[ExpertWeight, ExpertWeight] | None:
-    """Both weights if `down` maps the output of `up`, gated or not, back to the input size of `up`;
-    else None."""
+    """Both weights if `down` maps the output of `up`, gated or not, back to its input size."""
     (experts, *up_shape), (_, *down_shape) = up[1].shape, down[1].shape
     hidden, width = up_shape if transposed else up_shape[::-1]
     inner, out = down_shape if transposed else down_shape[::-1]

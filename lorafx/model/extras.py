@@ -23,7 +23,7 @@ from lorafx.registry import lookup
 
 #: Batches in which a graph refuses a site.
 When = Literal["always", "mixed", "dora", "own", "bias"]
-#: Kinds of modules that may have another weight for each row.
+#: Kinds of modules whose weight may differ between rows.
 OWN_KINDS = ("linear", "embedding")
 
 
@@ -70,8 +70,7 @@ def dora_refusal(site: Site) -> str | None:
 def replaceable_rows(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """How many rows an adapter may replace in the module at `paths`; None for all of them, where
-    `modules_to_save` names the module or one of its parents."""
+    """How many rows an adapter may replace in the module at `paths`; None for all of them."""
     with_parents = [parent for path in paths for parent in _with_parents(path)]
     if modules_to_save and targets.names(modules_to_save, with_parents):
         return None

@@ -56,19 +56,18 @@ def refuse_slips(
     model: nn.Module | None = None,
     ways: Mapping[str, str] = KEYWORDS,
 ) -> None:
-    """Raise ConfigError for `names` of keywords, of a call of `function`, that were meant to choose
-    an adapter but would not. `function` may pass them to parts of `model`. `ways` are the keywords
-    of lorafx that this call takes, with what to pass."""
+    """Raise ConfigError for keyword `names`, in a call of `function` or parts of `model`, that were
+    meant to choose an adapter but would not. `ways`: the keywords of lorafx that the call takes."""
     for name in names:
         keyword = intended_keyword(name)
         if keyword is None and name in KEYWORDS and name not in ways:
             keyword = name
         if keyword is not None and not _declared(name, function, model):
             what = getattr(function, "__qualname__", type(function).__name__)
-            advice = ways.get(keyword, next(iter(ways.values())))
             raise ConfigError(
                 f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads "
-                f"it: it would choose no adapter. Give {advice}"
+                f"it: it would choose no adapter. Give "
+                f"{ways.get(keyword, next(iter(ways.values())))}"
             )
 
 

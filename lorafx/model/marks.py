@@ -230,7 +230,6 @@ class SiteMark:
         return fits and 0 <= start <= self.out_features - columns
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
-        """`siblings`, `offsets` and `sizes` of the site's columns [start, start + count)."""
         siblings, offsets, sizes = list[int](), list[int](), list[int]()
         first = 0
         for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
@@ -243,8 +242,7 @@ class SiteMark:
         return siblings, offsets, sizes
 
     def _mark_experts(self, module: nn.Module, output: Any) -> Tensor | None:
-        """In a trace, add an op by which `match` knows that the experts ran. In eager mode, raise
-        MatchError if an adapter of the batch touches them."""
+        """In a trace, record that the experts ran, for `match`. In eager mode, refuse adapters."""
         traced = tracing() and self.runtime.graph_passes
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)

@@ -217,8 +217,7 @@ def _indices(names: tuple[str, ...]) -> str:
 
 
 def joined_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines `path: text` of (path, text) pairs, one line for all paths that have the same text and
-    the same `shape_of`."""
+    """Lines `path: text` of (path, text) pairs, joining paths with the same text and `shape_of`."""
     groups: dict[tuple[str, str], list[str]] = {}
     for path, text in notes:
         groups.setdefault((shape_of(path), text), []).append(path)

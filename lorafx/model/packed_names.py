@@ -201,22 +201,22 @@ def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
 
 
 def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
-    """Which slices each of several names covers, by row counts alone: every (first slice, slice
-    behind the last) in some partition of `sizes` into `rows`, in order. `rows` are None where
-    unknown; without a partition all sets are empty."""
-    ends = (0, *accumulate(sizes))
+    """The slices that each of several names may cover, by its number of rows, None if unknown:
+    every (start, end) in some partition of the slices `sizes`, in the order of names. All sets are
+    empty if there is no partition."""
+    offsets = (0, *accumulate(sizes))
 
-    def following(start: int, count: int | None) -> list[int]:
-        later = range(start + 1, len(ends))
-        return [end for end in later if count in (None, ends[end] - ends[start])]
+    def ends_from(start: int, count: int | None) -> list[int]:
+        ends = range(start + 1, len(offsets))
+        return [end for end in ends if count in (None, offsets[end] - offsets[start])]
 
     reached = [{0}]
     for count in rows:
-        reached.append({end for start in reached[-1] for end in following(start, count)})
-    last = {len(sizes)} & reached[-1]
-    found: list[set[tuple[int, int]]] = []
+        reached.append({end for start in reached[-1] for end in ends_from(start, count)})
+    ends = {len(sizes)} & reached[-1]
+    spans_by_name: list[set[tuple[int, int]]] = []
     for starts, count in zip(reversed(reached[:-1]), reversed(rows), strict=True):
-        pairs = {(start, end) for start in starts for end in following(start, count) if end in last}
-        last = {start for start, _ in pairs}
-        found.append(pairs)
-    return found[::-1]
+        pairs = {(start, end) for start in starts for end in ends_from(start, count) if end in ends}
+        ends = {start for start, _ in pairs}
+        spans_by_name.append(pairs)
+    return spans_by_name[::-1]

@@ -89,7 +89,6 @@ class PackedGroup:
             parameter.data = view
 
     def _is_used_elsewhere(self, buffer: Tensor) -> bool:
-        """Whether tensors other than the packed parameters use the memory of `buffer`."""
         references = _reference_count(buffer) - _reference_count(buffer.new_empty(0))
         for parameters, name, packed, rows in self._places:
             references -= packed is buffer and _layout(parameters[name]) == _layout(packed[rows])

@@ -69,10 +69,8 @@ class SavedNames:
         readings[plain] = None
         if self._inner:  # a model may be saved with its task head and loaded without, or vice versa
             for reading in list(readings):
-                without_inner = reading.removeprefix(f"{self._inner}.")
-                readings[
-                    join(self._inner, reading) if without_inner == reading else without_inner
-                ] = None
+                inner = reading.removeprefix(f"{self._inner}.")
+                readings[inner if inner != reading else join(self._inner, reading)] = None
         return iter(readings)
 
     def renamed(self, name: str) -> str:
@@ -81,7 +79,7 @@ class SavedNames:
         return name
 
     def walk(self, name: str) -> Walked:
-        """Follow the dots of `name` through modules as far as they lead."""
+        """Follow `name` through child modules as far as possible."""
         module, path = self._model, ""
         remaining = name.split(".") if name else []
         while remaining:

@@ -33,7 +33,7 @@ class Entries(tuple[str, ...]):
 
 
 class SavedTargets(Entries):
-    """Modules of a checkpoint; the path of a module names that module alone, no suffixes."""
+    """The modules of a checkpoint: a full path names that module only, whatever its suffixes."""
 
 
 class AdapterNames(SavedTargets):

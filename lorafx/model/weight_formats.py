@@ -42,8 +42,7 @@ class Format(ABC):
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]: ...
 
     def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
-        """Make the changes that the module's next call would make to its tensors, which no graph
-        can capture."""
+        """Make the next call's changes to the module's tensors now: no graph can capture them."""
 
     def can_be_unsettled(self, module: nn.Module, name: str) -> bool:
         """Whether something other than calls undoes `settle`."""

@@ -140,8 +140,9 @@ def _silence() -> Iterator[None]:
 
 
 def _equal(first: AdapterState, second: AdapterState) -> bool:
-    alike = first.tensors.keys() == second.tensors.keys() and first.scales == second.scales
-    return alike and all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
+    if first.tensors.keys() != second.tensors.keys() or first.scales != second.scales:
+        return False
+    return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
 
 
 def _fits(model: nn.Module, state: AdapterState) -> bool:
