@@ -121,10 +121,10 @@ class CapacityError(LorafxError, ValueError):
 
 
 class BatchError(LorafxError, ValueError):
-    """The rows of a batch and the adapters named for them do not fit together, an aLoRA adapter has
-    no token ids to be looked for in, a method is called at a moment when a call is running, or the
-    model itself on another thread than that of the call that is running, or a call is captured into
-    a CUDA graph while its adapters are on their way into slots.
+    """The rows of a batch and the adapters named for them do not fit together; an aLoRA adapter has
+    no token ids in which its invocation tokens could be found; a method is called while a call is
+    running, or the model itself on another thread than the running call; or a call is captured into
+    a CUDA graph while its adapters are being copied into slots.
 
     Way out: one name, or None, per row. Where another dimension holds the requests,
     LoraConfig(row_dims={argument: dim}). For an aLoRA adapter `input_ids`, `generate`, or
@@ -135,16 +135,16 @@ class BatchError(LorafxError, ValueError):
 
 
 class OutOfRangeError(BatchError, IndexError):
-    """An index of a call is outside of the table that it points into: a token id that the embedding
-    has no row for, a position behind the last one, a label that is no class, a place behind the end
-    of a static cache. The graph that would have read it has not run then; a few indices that the
-    model computes itself (relative positions, or under torch.vmap) are checked inside of it, when
-    caches may have been written.
+    """An index of a call is outside of the table that it points into: a token id without a row in
+    the embedding, a position behind the last one, a label that is no class, a position behind the
+    end of a static cache. The graph that would have read it has not run. Only a few indices that
+    the model computes itself (relative positions, or under torch.vmap) are checked inside of the
+    graph, when caches may have been written.
 
-    Way out: the message names the argument, the place in it, the index and the size. Ids over the
-    vocabulary come from another tokenizer, or from tokens that were added to it: resize the
-    embedding before compiling. On a GPU indices are not looked at, and torch's own assertion ends
-    the use of the device.
+    Way out: the message names the argument, the position in it, the index and the size. Ids beyond
+    the vocabulary come from another tokenizer, or from tokens that were added to it: resize the
+    embedding before compiling. On a GPU indices are not checked, and torch's own assertion makes
+    the device unusable for the process.
     """
 
 

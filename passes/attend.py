@@ -117,8 +117,8 @@ def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
     (_, kv_heads, _, size), (_, heads, _, width) = (fake_value(end).shape for end in (last, node))
     if not resized:
         return chain if _same((heads, width), (kv_heads, size)) else None
-    [(target, before, after), *others] = resized
-    if others or target is not aten.expand.default or not len(before) == len(after) == 5:
+    [(target, before, after), *further] = resized
+    if further or target is not aten.expand.default or not len(before) == len(after) == 5:
         return None
     group = after[2]
     single, repeated = ((*shape[:3], shape[4]) for shape in (before, after))

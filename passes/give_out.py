@@ -246,8 +246,7 @@ class Vectorizer:
     # --- copies meet owned values ---
 
     def repeated_by_size(self, node: fx.Node) -> fx.Node | None:
-        """A node that repeats a shared operand for each request, with copy i as repetition i; None
-        for any other node."""
+        """A node that repeats a shared operand for each request, with copy i as repetition i."""
         if not self.flow.batch.is_Symbol:
             return None  # an unrelated size may have the same value
         packet = called_by(node)
@@ -305,8 +304,8 @@ class Vectorizer:
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
     def operands_by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand, replacement) pairs for operands with copies, which a known owner dimension of
-        the result broadcasts. Raises NoCopy for any other."""
+        """(operand, replacement) pairs for copies that are broadcast along an owner dimension.
+        Raises NoCopy for others."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):
@@ -346,9 +345,8 @@ class Vectorizer:
         sizes: list[Any] = [-1] * (len(shape) + 2)
         sizes[dim], sizes[dim + 2] = times, rows
         copies = self.emit(aten.expand.default, copies, sizes)
-        others: Sequence[Any] = [
-            self.size_of(copies, d) for d in (*range(dim), *range(dim + 3, len(shape) + 2))
-        ]
+        dims = (*range(dim), *range(dim + 3, len(shape) + 2))
+        others: list[Any] = [self.size_of(copies, d) for d in dims]
         return self.emit(aten.reshape.default, copies, [*others[:dim], -1, *others[dim:]])
 
     def _copies_along(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:

@@ -140,7 +140,6 @@ def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
 
 
 def _extend(ctx: Context, tensor: fx.Node, dim: int, count: int) -> fx.Node:
-    """A matrix with `count` more entries along `dim`, which are zero."""
     value, length = fake_value(tensor), ctx.size(tensor, 1 - dim)
     settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     sizes = [count, length] if dim == 0 else [length, count]

@@ -397,8 +397,7 @@ def _addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
 def _use_behind(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The use that `y` is computed from by views, casts and additions of constants, if any, and the
-    (addition, constant) pairs."""
+    """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
     node: Any = y
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:

@@ -139,7 +139,6 @@ def _product_in_parts(node: fx.Node) -> Product | None:
 
 
 def _sliced_tensor(parts: Sequence[fx.Node]) -> fx.Node | None:
-    """The tensor whose rows `parts` are, all of them and in order."""
     source, end = None, 0
     for part in parts:
         call = bound(part) if part.target is aten.slice.Tensor else {}

@@ -6,8 +6,8 @@
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s ≥ 0 the slot of each row, for every lowering, and only if banks have room for these changes.
-Inductor fuses the arithmetic into its readers.
+with s ≥ 0 the slot of each row, for every lowering, only if banks have room. Inductor fuses the
+arithmetic into its readers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Scales:
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def move_behind(self, node: fx.Node) -> None:
-        """Remove the scale and biases from a site's arguments, and compute them after it."""
+        """Compute the scale and biases of a site after it, not as its arguments."""
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)

@@ -145,7 +145,7 @@ def bisect(
     compiled = compiled_of(model)
     if compiled is None:
         raise ConfigError(
-            f"bisect() takes what lorafx.compile returned, and this is a {type(model).__name__}"
+            f"bisect() takes a model from lorafx.compile, and this is a {type(model).__name__}"
         )
     names = _checked_names(compiled, adapter_names)
     roles = compiled.entry(compiled.model).roles
@@ -344,8 +344,7 @@ def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
 def _nearest_sites(
     starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
 ) -> tuple[str, ...]:
-    """The sites of the nearest node backwards from `starts`, or of one part of a pack. The search
-    does not pass nodes for which `ends` is true."""
+    """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
     pending, seen = deque(starts), {node for node, _ in starts}
     while pending:
         node, index = pending.popleft()

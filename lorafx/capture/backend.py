@@ -99,7 +99,7 @@ class Backend:
         keeps no graph, if an adapter of the batch touches a replaced module."""
         program, self._value_at = self.program, None
         traced = tracing_seconds()
-        frame = self._frame(gm, examples, per_token=per_token)
+        frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
         form = None
@@ -112,9 +112,9 @@ class Backend:
             tell_instance(title, type(program.model).__name__, call)
         else:
             guard_count = self.instances.guard_count()
-            record = self._record(frame, examples, call)
+            record = self._new_record(frame, examples, call)
             record.seconds["Dynamo"] = traced
-            executable = self._compiled(gm, examples, frame, record)
+            executable = self._compile(gm, examples, frame, record)
             if form is not None:
                 self.instances.keep(record.title, form, executable, guard_count)
             self._guard_kind(frame, active=active)
@@ -122,7 +122,7 @@ class Backend:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
         return executable
 
-    def _record(
+    def _new_record(
         self,
         frame: Frame,
         examples: Sequence[Any],
@@ -139,7 +139,7 @@ class Backend:
         keeps = self.replay is not None or numeric or dumps is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why)
 
-    def _compiled(
+    def _compile(
         self,
         gm: fx.GraphModule,
         examples: Sequence[Any],
@@ -170,7 +170,7 @@ class Backend:
             record.stages = []
         return executable
 
-    def _frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
+    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
@@ -235,7 +235,7 @@ class Backend:
             def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
                 if folded is not None:
                     unfold(traced.graph, folded)
-                return self._lowered(traced, inputs, graph)
+                return self._run_passes_and_lower(traced, inputs, graph)
 
             return aot_autograd(
                 fw_compiler=compiler,
@@ -253,7 +253,7 @@ class Backend:
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
         return checked(record.checks, self.owner, compiled)
 
-    def _lowered(
+    def _run_passes_and_lower(
         self, gm: fx.GraphModule, inputs: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
         program, record, frame, parts = self.program, graph.record, graph.frame, graph.parts
@@ -321,7 +321,7 @@ def keep_guards(entries: Sequence[Any], value_at: Callable[[str], Any]) -> list[
     """
     guards = [entry.orig_guard for entry in entries]
     places = list(map(source_text, guards))
-    hooks = list(map(_hook_above, guards, places))
+    hooks = list(map(_enclosing_hook, guards, places))
     marks = {name for name in set(hooks) if name and isinstance(value_at(name), MARKS)}
     of_registry = _registry_test(value_at)
     return [
@@ -349,7 +349,7 @@ def _registry_test(value_at: Callable[[str], Any]) -> Callable[[Any], bool]:
     return of_registry
 
 
-def _hook_above(guard: Any, place: str) -> str | None:
+def _enclosing_hook(guard: Any, place: str) -> str | None:
     """The place of the hook of a module under `self` that the guard's source belongs to."""
     source: Any = guard.originating_source if _HOOKS in place else None
     while (base := getattr(source, "base", None)) is not None:

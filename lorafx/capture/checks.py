@@ -208,12 +208,12 @@ class Checks:
         when: When = "always",
     ) -> list[str]:
         """Those of the sites at `paths` that the batch touches in the way that `when` names."""
-        sites = [self._site(program, path, arguments) for path in paths]
+        sites = [self._site_at(program, path, arguments) for path in paths]
         batch = program.batch
         concerned = batch.extras.get(when, frozenset()) if when in EXTRAS else batch.touched
         return [site.path or "(root)" for site in sites if site and site.path in concerned]
 
-    def _site(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
+    def _site_at(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
         if path in self.weights:
             position, index = self.weights[path]
             return program.site_of_weight(arguments[position], index)
@@ -227,9 +227,9 @@ class Checks:
         """Paths of touched sites whose derived inputs no longer contain their weight."""
         changed: set[str] = set()
         for path, position, form in self.derived:
-            now = program.derived.look(arguments[position])
-            if now is not None and now.form == form:
+            view = program.derived.look(arguments[position])
+            if view is not None and view.form == form:
                 continue
-            sites = now.sites if now is not None else [s for s in program.sites if s.path == path]
+            sites = [s for s in program.sites if s.path == path] if view is None else view.sites
             changed.update(site.path for site in sites if program.is_touched(site))
         return sorted(changed)

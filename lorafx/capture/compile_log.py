@@ -116,24 +116,24 @@ def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, i
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a compiled graph."""
     graph = f"{record.title} of {model}"
-    _end_line(f"{graph}, {record.reason}")
-    LOG.info("%s: %s; %s", graph, record.reason, _times(record.seconds))
+    _end_progress(f"{graph}, {record.reason}")
+    LOG.info("%s: %s; %s", graph, record.reason, _times_text(record.seconds))
 
 
 def tell_instance(title: str, model: str, form: Mapping[str, str]) -> None:
     """Log that an existing graph serves a newly captured call."""
     kinds = ("requests", "tokens", "inference mode")
     text = f"{title} of {model} serves {', '.join(form[key] for key in kinds if key in form)}"
-    _end_line(f"{text}, too")
-    LOG.info("%s, too; %s", text, _times({"Dynamo": tracing_seconds()}))
+    _end_progress(f"{text}, too")
+    LOG.info("%s, too; %s", text, _times_text({"Dynamo": tracing_seconds()}))
 
 
-def _end_line(graph: str) -> None:
+def _end_progress(graph: str) -> None:
     if _running is not None:
         _running.name = _running.name if _running.name.endswith(graph) else graph
         _running.end()
 
 
-def _times(seconds: Mapping[str, float]) -> str:
+def _times_text(seconds: Mapping[str, float]) -> str:
     parts = ", ".join(f"{part} {duration:.1f}" for part, duration in seconds.items())
     return f"{sum(seconds.values()):.1f} s ({parts})"

@@ -150,8 +150,8 @@ def _origin_comment(stage: Stage, place: Place, node: fx.Node) -> str:
     path = path_of(stage, place, node)
     if not isinstance(source, str):
         return "" if module_path(node) else path
-    where, code = users_line(source)
-    return ": ".join(filter(None, (" ".join(filter(None, (path, where and f"({where})"))), code)))
+    line, code = users_line(source)
+    return ": ".join(filter(None, (" ".join(filter(None, (path, line and f"({line})"))), code)))
 
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)

@@ -64,12 +64,12 @@ class Form:
         numbers: dict[fx.Node, int] = {}
         nodes: list[Hashable] = []
         try:
-            inputs = tuple(map(_input, graph.find_nodes(op="placeholder"), examples))
+            inputs = tuple(map(_input_form, graph.find_nodes(op="placeholder"), examples))
             for node in graph.nodes:
                 if _computes_sizes(node):
                     continue
                 if node.op != "placeholder":
-                    nodes.append(_node(node, numbers))
+                    nodes.append(_node_form(node, numbers))
                 numbers[node] = len(numbers)
         except _NoForm:
             return None
@@ -80,7 +80,7 @@ class Form:
         return cls(inputs, tuple(nodes), captured_code(), (context, shared, modes))
 
 
-def _input(node: fx.Node, example: Any) -> _Input:
+def _input_form(node: fx.Node, example: Any) -> _Input:
     value = node.meta.get("example_value")
     source = source_name(node)
     if isinstance(value, _SIZES):
@@ -103,7 +103,7 @@ def _computes_sizes(node: fx.Node) -> bool:
     return bool(leaves) and all(isinstance(leaf, _SIZES) for leaf in leaves)
 
 
-def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
+def _node_form(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
     if node.op not in ("call_function", "call_method", "output"):
         raise _NoForm
 
@@ -200,14 +200,14 @@ class _Compiled:
         values = _Values.between(earlier.inputs, form.inputs)
         if values is None or not values.equal(earlier.nodes, form.nodes):
             return None
-        places = self._places(form.inputs, values)
+        places = self._input_places(form.inputs, values)
         if (
             len(places) < 2
             or not self.state.check()
             or not all(map(values.known, self.assumptions))
         ):
             return None
-        if not _hold([*map(values.of, self.assumptions)], environment):
+        if not _guard_assumptions([*map(values.of, self.assumptions)], environment):
             return None
         fixed_sizes = [place for place in places if isinstance(place, sympy.Integer)]
         behind = itertools.count(len(form.inputs))
@@ -219,7 +219,7 @@ class _Compiled:
 
         return run
 
-    def _places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
+    def _input_places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
         """For each input of the executable its position in `inputs`, or a constant size; empty if
         one is missing."""
         index = {item.source if item.facts else item.sizes[0]: n for n, item in enumerate(inputs)}
@@ -233,7 +233,7 @@ class _Compiled:
         return places
 
 
-def _hold(assumptions: Sequence[Any], environment: ShapeEnv) -> bool:
+def _guard_assumptions(assumptions: Sequence[Any], environment: ShapeEnv) -> bool:
     """Whether all assumptions hold for the frame's sizes; if so, they become its guards."""
     hints = environment.backed_var_to_val
     if any(expr.xreplace(hints) != sympy.true for expr in assumptions):

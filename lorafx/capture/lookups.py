@@ -151,12 +151,12 @@ def _insert_check(
     size: Any = _size(_fake(table), dim)
     symbolic = isinstance(size, torch.SymInt)
     needed = [index, *list(sources.inputs)[-1:], *[table] * symbolic]
-    origin, kept = reader or index, ("nn_module_stack", "stack_trace")
-    meta = {key: origin.meta[key] for key in kept if key in origin.meta}
+    origin, keys = reader or index, ("nn_module_stack", "stack_trace")
+    meta = {key: origin.meta[key] for key in keys if key in origin.meta}
     with graph.inserting_before(reader or max(needed).next):
         if symbolic:
-            method, where = ("numel", ()) if dim is None else ("size", (dim,))
-            entries = graph.call_method(method, (table, *where))
+            method, dims = ("numel", ()) if dim is None else ("size", (dim,))
+            entries = graph.call_method(method, (table, *dims))
             entries.meta.update(meta, example_value=size)
             size = entries
         names = sources.table_name(use), sources.name(_before_layout(use.indices))
@@ -178,7 +178,7 @@ def _insert_check(
 
 def _lookups(node: fx.Node) -> Iterator[_Lookup]:
     target, args, kwargs = node.target, node.args, node.kwargs
-    name = _name_called(node)
+    name = _function_name(node)
 
     def argument(place: int, name: str) -> Any:
         return args[place] if len(args) > place else kwargs.get(name)
@@ -217,17 +217,19 @@ def _lookup(
 
 def _returns_index(node: fx.Node) -> bool:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return bool(node.args[1] == 1) and _name_called(node.args[0]) in _RETURN_VALUES_AND_INDICES
-    return _name_called(node) in _RETURN_INDICES
+        return (
+            bool(node.args[1] == 1) and _function_name(node.args[0]) in _RETURN_VALUES_AND_INDICES
+        )
+    return _function_name(node) in _RETURN_INDICES
 
 
-def _name_called(node: fx.Node) -> str:
+def _function_name(node: fx.Node) -> str:
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def _subscript_lookups(table: Any, subscript: Any) -> Iterator[_Lookup]:
     items = subscript if isinstance(subscript, tuple) else (subscript,)
-    sizes = [_dims_indexed(item) for item in items]
+    sizes = [_indexed_dims(item) for item in items]
     dim = 0
     for place, item in enumerate(items):
         value = _fake(item)
@@ -241,7 +243,7 @@ def _subscript_lookups(table: Any, subscript: Any) -> Iterator[_Lookup]:
         dim += sizes[place]
 
 
-def _dims_indexed(item: Any) -> int:
+def _indexed_dims(item: Any) -> int:
     if item is None or item is Ellipsis:
         return 0
     value = _fake(item)
@@ -291,7 +293,7 @@ def _written_operands(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if schema.is_mutable else []
     outs = node.kwargs.get("out")
     written = list(outs) if isinstance(outs, (list, tuple)) else [outs]
-    name = _name_called(node)
+    name = _function_name(node)
     in_place = name.endswith("_") and not name.endswith("__")
     in_place &= getattr(node.target, "__module__", "") != "_operator"  # and_, or_, not_
     if node.args and (in_place or node.target in _IN_PLACE or node.kwargs.get("inplace")):

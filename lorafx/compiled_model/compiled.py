@@ -399,7 +399,7 @@ class CompiledModel(AsModule):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
-        kept = session.fetched(Requests((name,)))  # noqa: F841 - before the lock is taken
+        fetched = session.fetch_adapters(Requests((name,)))  # noqa: F841 - before the lock is taken
         with session.lock:
             if name is not None:
                 session.store[name]
@@ -491,7 +491,7 @@ class CompiledModel(AsModule):
         refuse_transformed()
         session = self._session
         session.store.check_known(name)
-        kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
+        fetched = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a running call may read the slot that it takes
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(

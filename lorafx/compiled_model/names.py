@@ -161,7 +161,7 @@ def _served_method(
         requests = None
         if not takes_names:
             requests = requests_of(kwargs.pop("adapter_names", None))
-        kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
+        fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
         with session.lock:
             session.refuse_injected()
             if requests is None and (session.default is None or session.running.updating):

@@ -68,8 +68,7 @@ def generating_forward_of(
 
 
 def invocation_columns(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
-    """The column where the last occurrence of `invocation` in each row of ids (B, T) begins; None
-    for a row without one."""
+    """The column where the last occurrence of `invocation` in each row of ids (B, T) begins."""
     count = len(invocation)
     if ids.shape[1] < count:
         return [None] * ids.shape[0]
@@ -195,7 +194,6 @@ def _first_columns(
 
 
 def _token_requests(names: Names, begins: Sequence[int | None], columns: range) -> Requests:
-    """The requests of a call with these columns, one for each token."""
     indices = {name: index for index, name in enumerate(adapters_among(names))}
     of_rows = torch.tensor([-1 if name is None else indices.get(name, -1) for name in names])
     starts = torch.tensor([columns.stop if begin is None else begin for begin in begins])
@@ -205,7 +203,6 @@ def _token_requests(names: Names, begins: Sequence[int | None], columns: range) 
 
 
 def _tokens_in(cache: Any) -> int | None:
-    """How many tokens a cache holds; None if it cannot tell."""
     try:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # transformers' caches without attention
@@ -213,8 +210,7 @@ def _tokens_in(cache: Any) -> int | None:
 
 
 def _check_ids(session: Session, module: nn.Module, ids: Any, call: str) -> None:
-    """Raise BatchError unless `ids` are token ids (B, T) of the sequences that the model returns
-    something for. `call` names the call in the message."""
+    """Raise BatchError unless `ids` are token ids (B, T) of sequences that the model returns."""
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         why = f"{type(module).__name__} has an encoder and a decoder, with tokens of their own"

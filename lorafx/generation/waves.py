@@ -67,7 +67,7 @@ def in_waves(
     ):
         return call(args, kwargs, requests)
     names, row_dims = requests.names, session.program.config.row_dims
-    kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
+    fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
     with session.lock:
         for name in adapters_among(names):
             session.store.check_known(name)
@@ -93,7 +93,7 @@ def in_waves(
             results.append(call(wave_args, wave_kwargs, requests.part(wave)))
         with torch.no_grad():
             if generates:
-                return _join_sequences(waves, results, _padding(bound, settings))
+                return _join_sequences(waves, results, _padding_token(bound, settings))
             return _join(waves, "the result", results)
 
 
@@ -135,12 +135,10 @@ def _first_fit(store: AdapterStore, names: Sequence[str], limit: int) -> list[fr
 
 
 def _is_shared(name: str, value: Any, settings: Any) -> bool:
-    """Whether an argument of `generate` applies to all requests."""
     return name in _SHARED or isinstance(value, _PLAIN) or hasattr(settings, name)
 
 
-def _padding(bound: Mapping[str, Any], settings: Any) -> int:
-    """The token with which sequences that have ended are padded."""
+def _padding_token(bound: Mapping[str, Any], settings: Any) -> int:
     for name in ("pad_token_id", "eos_token_id"):
         value = bound.get(name)
         value = getattr(settings, name, None) if value is None else value
@@ -183,8 +181,8 @@ def _part(
     items = _items(value)
     if items is None or any(isinstance(item, _PLAIN) and item is not None for item in items):
         _refuse(
-            f"argument {name!r} is a {type(value).__name__}, which cannot be cut into the rows of "
-            "its requests"
+            f"argument {name!r} is a {type(value).__name__}, which cannot be split into the rows "
+            "of its requests"
         )
     labels = [name] * len(items)
     if table.spreads(name, value):  # each item is an argument
@@ -208,7 +206,7 @@ def _join(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
         return first
     columns = [_items(part) or [] for part in parts]
     if _items(first) is None or len(set(map(len, columns))) > 1:
-        _refuse(f"{name} ({type(first).__name__}) cannot be put together from those of its rows")
+        _refuse(f"{name} ({type(first).__name__}) cannot be joined from those of its rows")
     labels = map(str, first) if isinstance(first, Mapping) else [name] * len(columns[0])
     items = zip(labels, zip(*columns, strict=True), strict=True)
     return _rebuilt(first, [_join(waves, label, column) for label, column in items])
@@ -226,7 +224,7 @@ def _join_rows(
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         _refuse(
             f"{name} has shapes {shapes} for {', '.join(map(str, sizes))} requests, and dimension "
-            f"{dim} should hold them: what is of all rows together has no order to be put into"
+            f"{dim} should hold them: a result of all rows together cannot be joined"
         )
     positions = torch.tensor([row for wave in waves for row in wave]).argsort()
     order = (positions[:, None] * times + torch.arange(times)).flatten()
@@ -237,7 +235,7 @@ def _join_sequences(waves: Waves, parts: Sequence[Any], padding: int) -> Tensor:
     """The sequences that `generate` returns: (B · sequences, T), padded to the longest."""
     if not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
         _refuse(
-            f"generate() returns a {type(parts[0]).__name__}, and sequences alone are put together "
+            f"generate() returns a {type(parts[0]).__name__}, and only sequences can be joined "
             "from waves: leave out return_dict_in_generate"
         )
     longest = max(part.shape[1] for part in parts)
@@ -274,7 +272,7 @@ def _join_layers(waves: Waves, name: str, cache: Any, layers: Sequence[Any]) -> 
     if not known:
         _refuse(
             f"{name} is a {type(cache).__name__} with layers {type(layer).__name__}, which cannot "
-            "be put together from those of its rows; give use_cache=False"
+            "be joined from those of its rows; give use_cache=False"
         )
     return layer
 
@@ -294,7 +292,6 @@ def _items(value: Any) -> list[Any] | None:
 
 
 def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
-    """A container like `value` with these items."""
     if isinstance(value, Mapping):
         mapping: Any = copy.copy(value)
         for key, item in zip(value, items, strict=True):

@@ -490,7 +490,6 @@ def graph_report(record: GraphRecord) -> GraphReport:
 
 
 def _with_sizes(text: str, sizes: Mapping[str, object]) -> str:
-    """The text with symbols such as s27 replaced by the sizes that they stand for."""
     return re.sub(r"\b[su][0-9]+\b", lambda match: str(sizes.get(match[0], match[0])), text)
 
 

@@ -110,8 +110,8 @@ def _why_targeted(config: LoraConfig, site: Site) -> str:
             return f"target_modules={target!r:.80} matches its path"
     else:
         entries = [entry for entry in target if targets.names(targets.Entries([entry]), names)]
-        saved = isinstance(target, targets.SavedTargets)
         if entries:
+            saved = isinstance(target, targets.SavedTargets)
             source = "the adapters' own names have" if saved else "target_modules has"
             return f"{source} {', '.join(map(repr, entries[:3]))}"
     if site.own_rows:
@@ -210,9 +210,8 @@ def why(
     adapter: str | None,
     call: Call | None,
 ) -> Why:
-    """The fate of the module at `path` in a marked model, and the effect of `adapter`, which is
-    measured if there is a `call`. Raises ConfigError if there is no such module,
-    UnknownAdapterError, and the errors of `call`."""
+    """The fate of the module at `path`, and the effect of `adapter`, measured by `call`. Raises
+    ConfigError if there is no such module, UnknownAdapterError, and the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
     selection = selection_of(program, path)
@@ -317,7 +316,7 @@ def _run_eagerly(
 
     def serve() -> None:
         session.set_batch(roles, named)
-        with torch.no_grad(), session.module_paths():
+        with torch.no_grad(), session.without_mha_fast_path():
             model.forward(*args, **kwargs)
 
     def run() -> None:

@@ -99,8 +99,7 @@ def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
 def filled(
     node: fx.Node, flow: Flow, x: fx.Node, mask: fx.Node, first: int, source: fx.Node
 ) -> Single:
-    """x with the positions of a mask set to, or increased by, the elements of the source. The mask
-    begins at dimension `first` of x."""
+    """x with the positions of a mask, from dimension `first`, set to or increased by the source."""
     of_mask = flow.label(mask)
     if isinstance(of_mask, Own):
         of_mask = of_mask.at(of_mask.dim + first)

@@ -118,8 +118,7 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
 
 
 def _least_and_most(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The least and greatest request over `dims`. NOBODY is the greatest if there is no other, and
-    never the least."""
+    """The least and greatest request over `dims`; NOBODY is never the least."""
     if not dims:
         return cells, cells
     least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(tuple(dims))
@@ -304,17 +303,14 @@ class Memory:
         block = None if key is None else self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
-    def _label_by_others(
-        self, block: _Block, tensor: Tensor, geometry: Geometry
-    ) -> RealLabel | None:
-        """The label of a view without one, from the labels of other views."""
+    def _label_by_others(self, block: _Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
         elements = _elements(tensor)
         for (size, stride, offset), label in block.views.items():
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
             if covers and isinstance(label, (Shared, Alone)):
                 return label
         cells = self._cells(block, tensor)
-        return label_of_cells(cells.as_strided(*geometry))
+        return label_of_cells(cells.as_strided(*view))
 
     def _cells(self, block: _Block, tensor: Tensor) -> Tensor:
         if block.cells is None:

@@ -127,7 +127,7 @@ def attended(node: fx.Node, flow: Flow) -> Label:
     label = flow.label(bound(node)["query"])
     if isinstance(label, Mixed) or (isinstance(label, Own) and label.dim == 2):
         return label
-    return flow.lost(node, f"its queries are of {label}, where each is of a token")
+    return flow.lost(node, f"its queries are {label}, and each should belong to a token")
 
 
 def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
@@ -149,7 +149,7 @@ def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule
         first = label[0] if isinstance(label, tuple) else label
         if isinstance(first, (Own, Mixed)):
             return label
-    return each_output(node, flow.lost(node, "it takes what a paged cache holds of all requests"))
+    return each_output(node, flow.lost(node, "it reads a paged cache's entries of all requests"))
 
 
 _CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}

@@ -110,11 +110,11 @@ class Entry:
         session = self.session
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
-        traced = self._traced(state, base=base)
+        traced = self._traced_for(state, base=base)
         try:
             run = functools.partial(traced.call, *args, **kwargs)
             no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-            with no_grad, session.module_paths():
+            with no_grad, session.without_mha_fast_path():
                 result = self._run_tracked(run)
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
                 if isinstance(result, CoroutineType):
@@ -235,7 +235,7 @@ class Entry:
 
         return SavedGraphs(self.session.backend, option, entry)
 
-    def _traced(self, state: tuple[int, int], *, base: bool) -> Traced:
+    def _traced_for(self, state: tuple[int, int], *, base: bool) -> Traced:
         if (state, base) not in self.traced:
             kept = (_INITIAL_STATE, state)
             self.traced = {key: traced for key, traced in self.traced.items() if key[0] in kept}

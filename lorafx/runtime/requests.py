@@ -292,12 +292,12 @@ def plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(named)
     for name, value in named.items():
         if name in _TOKENS and isinstance(value, Tensor):
-            plain[name] = _plain(value, shared=id(value) in seen)
+            plain[name] = _plain_copy(value, shared=id(value) in seen)
             seen.add(id(value))
     return plain
 
 
-def _plain(value: Tensor, *, shared: bool) -> Tensor:
+def _plain_copy(value: Tensor, *, shared: bool) -> Tensor:
     if value.dtype == torch.int32:
         return value.to(torch.int64, memory_format=torch.contiguous_format)
     if (value._is_view() or shared) and value.dim() == 2 and not value.is_floating_point():

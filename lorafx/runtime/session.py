@@ -238,7 +238,7 @@ class Session:
         """
         try:  # not a context manager, which would take a microsecond
             refuse_transformed()
-            kept = self.fetched(requests)  # noqa: F841 - before the lock is taken
+            fetched = self.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -265,7 +265,7 @@ class Session:
         caller holds the lock."""
         return function() if self.outside_engine is None else self.outside_engine(function)
 
-    def fetched(self, requests: Requests | None) -> Kept | None:
+    def fetch_adapters(self, requests: Requests | None) -> Kept | None:
         """Fetch the adapters of these requests into host memory, where they stay as long as the
         result is referenced (`AdapterStore.fetch`)."""
         if self.store.host.budget is None:
@@ -364,7 +364,7 @@ class Session:
         """Drop the references to the adapters of the last batch."""
         self._last_served = Served()
 
-    def module_paths(self) -> AbstractContextManager[None]:
+    def without_mha_fast_path(self) -> AbstractContextManager[None]:
         """A context for a call in which nn.MultiheadAttention calls the modules that are marked."""
         if self.has_mha and self.program.runtime.active:
             return no_mha_fast_path()

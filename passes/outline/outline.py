@@ -351,7 +351,6 @@ def _outline(
 
 
 def _size_inputs(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
-    """The graph's inputs that are sizes in the stretch, except its operands."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
         for value in tree_leaves(fake_value(node)):

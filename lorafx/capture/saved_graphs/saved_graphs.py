@@ -84,17 +84,17 @@ class SavedGraphs:
         return kept
 
     def converted(
-        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **kwargs: Any
+        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
         place = self._folder_and_key(frame)
         if place is None:
-            return convert(frame, *rest, **kwargs)
-        loaded = self._load(*place, frame, rest)
+            return convert(frame, *arguments, **kwargs)
+        loaded = self._load(*place, frame, arguments)
         if loaded is not None:
             return loaded
         with self._noting_conversion() as conversion:
-            result = convert(frame, *rest, **kwargs)
+            result = convert(frame, *arguments, **kwargs)
         if result.guarded_code is not None:
             self._save(*place, result.guarded_code, conversion)
         return result
@@ -136,7 +136,7 @@ class SavedGraphs:
             conversion.tell(f"not saved: {error}")
 
     def _load(
-        self, folder: Path, key: str, frame: Any, rest: Sequence[Any]
+        self, folder: Path, key: str, frame: Any, arguments: Sequence[Any]
     ) -> ConvertFrameReturn | None:
         if not _debug_get_cache_entry_list(frame.f_code):
             self._loaded.clear()  # Dynamo was reset
@@ -145,7 +145,7 @@ class SavedGraphs:
                 continue
             start = time.perf_counter()
             try:
-                code = _loaded(self._backend, frame, rest, folders.read(path, key))
+                code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
             except Exception as error:
                 _warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
@@ -206,7 +206,7 @@ class _Conversion:
             raise Undescribed(f"operators of other packages: {', '.join(parts.foreign)}")
         if not graph.frame.begins_call or graph.frame.follows_another:
             raise Undescribed("it does not begin with the arguments of a call")
-        names = self._names(guarded_code.code)
+        names = self._portable_names(guarded_code.code)
         compared = {
             "guards": guards,
             "imports": dict(output.import_sources),
@@ -224,7 +224,7 @@ class _Conversion:
         halves = [dump(half, self._program, names) for half in (compared, loaded)]
         return pickle.dumps((json.dumps(modules), *halves)), graph.record
 
-    def _names(self, code: CodeType) -> PortableNames:
+    def _portable_names(self, code: CodeType) -> PortableNames:
         assert self._guards is not None
         names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
         for name in sorted(set(self._output.installed_globals) - set(names.values())):
@@ -240,8 +240,8 @@ class _Conversion:
         return names
 
 
-def _loaded(
-    backend: Backend, frame: Any, rest: Sequence[Any], body: bytes
+def _load_conversion(
+    backend: Backend, frame: Any, arguments: Sequence[Any], body: bytes
 ) -> ConvertFrameReturn | None:
     """The result of a conversion from a file's contents; None if its graph is not for this call."""
     program = backend.program
@@ -287,6 +287,6 @@ def _loaded(
     program.reached.update(reached)
     program.replaced.update(replaced)
     backend.records.append(record)
-    compile_id = get_compile_id(rest[2])
+    compile_id = get_compile_id(arguments[2])
     guarded_code = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
     return wrap_guarded_code(guarded_code)

@@ -50,8 +50,7 @@ class AdapterRequest(RequestState):
         return min(max(self.begins - (self.position_offset - count), 0), count)
 
     def fork(self, new_request_id: str) -> RequestState:
-        """Another sequence of the request. It shares the hold; transformers copies everything else
-        deeply."""
+        """Another sequence of the request, which shares the hold and copies everything else."""
         hold, self.hold = self.hold, None
         try:
             forked: Any = super().fork(new_request_id)

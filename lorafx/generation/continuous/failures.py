@@ -76,9 +76,8 @@ def in_parts(
 
 
 class StepHealth:
-    """Counts the failed steps of an engine: all (`failed`) and those since the last success
-    (`in_a_row`), with the `last` error. A step counts as failed if none of its requests is served,
-    and the model is the reason rather than what they ask for."""
+    """The steps of an engine that `failed`, those of them since the last success (`in_a_row`), and
+    the `last` error. A step fails if the model is the reason why none of its requests is served."""
 
     def __init__(self) -> None:
         self.failed = 0

@@ -90,8 +90,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if per_request and served.return_logprobs:
             raise ConfigError(
                 "ContinuousBatchingConfig(return_logprobs=True) is not served with "
-                "per_request_processors: of a token that is not drawn beside others that are, "
-                "transformers returns that it was certain. Leave one of the two out"
+                "per_request_processors: for a token that is not drawn, in a step where others "
+                "are, transformers returns probability 1. Leave one of the two out"
             )
         self._attention = EngineAttention(forwards.session)
         try:
@@ -112,7 +112,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._process: int | None = None
         #: The thread's `batch_processor`, which transformers may remove while the thread runs.
         self._processor: Any = None
-        self._packed = PackedForward(forwards, self._batch)
+        self._packed = PackedForward(forwards, self._requests_of_step)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
@@ -258,7 +258,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.warmed_up = True
 
     def _why_no_requests(self) -> str | None:
-        """Why the engine takes no requests; None if it does."""
         if self._process not in (None, os.getpid()):
             return (
                 "The engine's thread runs in the process that this one was forked from; start an "
@@ -313,8 +312,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         scheduler.finish_request(name)
         scheduler.block_new_requests = False
 
-    def _batch(self) -> list[FutureRequestState]:
-        """The requests of the running step."""
+    def _requests_of_step(self) -> list[FutureRequestState]:
         return list(self._processor.inputs_and_outputs.requests_in_batch)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:

@@ -209,7 +209,6 @@ class PackedForward:
         return session.call(run, Requests(tuple(names), tokens, packed=True))
 
     def _count_tokens(self, batch: Sequence[FutureRequestState]) -> None:
-        """Add the tokens of the step to the counts of their adapters."""
         tokens = self._entries.session.counts.tokens
         for future in batch:
             if isinstance(future.state, AdapterRequest):

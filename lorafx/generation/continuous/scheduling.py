@@ -96,8 +96,7 @@ class SlotsPerStep:
         return servable
 
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        """The candidates whose adapters have a slot in this step. The others are counted as waiting
-        (`_waited`, `counts.waits`)."""
+        """The candidates whose adapters have a slot in this step; counts the others as waiting."""
         names = self._names(candidates)
         if self._session.store.fits(frozenset(names.values())):
             self._waited.clear()

@@ -151,7 +151,7 @@ class Dumps:
             self._dump.write(explained(session))
         except OSError as error:
             warnings.warn(
-                f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+                f"the dump in {folder} is incomplete, which no model depends on: {error}. Change "
                 "Options(dump=...) or the variable LORAFX_DUMP",
                 LorafxWarning,
                 stacklevel=2,
@@ -230,8 +230,7 @@ def graph_data(record: GraphRecord, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Boxes:
-    """The boxes of a stage's picture: one for each layer, for the inputs, and for each run of nodes
-    that are in no layer."""
+    """The boxes of a stage's picture: layers, inputs, and runs of nodes that are in no layer."""
 
     def __init__(self) -> None:
         self.labels: list[str] = []

@@ -1,5 +1,4 @@
-"""Compares the times of several ways ("arms") to compute the same, for `lorafx bench` and
-benchmarks/.
+"""Compares the times of several ways, "arms", to compute the same: `lorafx bench`, benchmarks/.
 
 Arms run in one process, interleaved as base, arm, arm, base in blocks of random order. The result
 is the median over blocks of the paired ratios, with a bootstrap 95 % interval. The base is also

@@ -302,7 +302,6 @@ def _refuse_scales(arguments: Mapping[str, Any]) -> None:
 
 
 def _with_parts(names: Names, loaded: Sequence[str]) -> Names:
-    """`names` for a model that has parts of the adapters `loaded` only; the base for others."""
 
     def with_part(name: str | None) -> str | None:
         if not isinstance(name, Mixture):
@@ -343,7 +342,6 @@ def _forward_compiled(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a compiled model within a call of the pipeline."""
     refuse_elsewhere(cm._session)
     if names is None:
         return _call_without_views(cm, None, args, kwargs)
@@ -457,7 +455,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
         elif name in components and components[name] is None:
             warnings.warn(
                 f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
-                "embeddings that are given have to come from it, with this adapter",
+                "precomputed embeddings have to come from it, with this adapter",
                 LorafxWarning,
                 stacklevel=3,
             )
@@ -474,8 +472,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
 
 
 def _model_of_component(name: str, models: Mapping[str, nn.Module]) -> str | None:
-    """The model that a file means by `name`. Some call every denoiser `unet`, some do not name it,
-    which is ""."""
+    """The model that a file means by `name`; files may call any denoiser `unet`, or ""."""
     if name in models:
         return name
     denoisers = [key for key, module in models.items() if not encodes_prompts(module)]
@@ -514,8 +511,7 @@ class PromptRows:
         return _NoiseTracking(self, self._memory).run(action)
 
     def label_argument(self, name: str, value: Any) -> None:
-        """Label an argument of the pipeline: one whose name contains `prompt` has a row for each
-        prompt; any other, such as latents, is labelled as noise."""
+        """Label an argument: `*prompt*` has a row for each prompt, any other is noise."""
         if "prompt" in name:
             self.label_prompts(value)
         else:
@@ -560,7 +556,7 @@ class PromptRows:
         lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
         if lost:
             several = any(prompts[row] for row in lost)
-            why = "its arguments name several prompts for" if several else "nothing says whose are"
+            why = "its arguments name several prompts for" if several else "no prompt is known for"
             raise BatchError(
                 f"{title} is called with {count} rows for {self.prompts} prompts, and {why} row "
                 f"{', '.join(map(str, lost[:4]))}. Prompts with "

@@ -160,7 +160,7 @@ class ServedModel(ModelManager):
         RequestError if it names neither."""
         if not isinstance(model, str) or not model:
             raise RequestError(
-                f"the field `model` says what is to answer: {self.name!r} for the base model, "
+                f"the field `model` chooses the adapter: {self.name!r} for the base model, "
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )

@@ -1,5 +1,4 @@
-"""transformers' handlers of requests, extended: they choose an adapter and refuse fields that are
-not served."""
+"""transformers' handlers of requests, which choose an adapter and refuse what is not served."""
 
 from __future__ import annotations
 
@@ -125,7 +124,6 @@ class AdapterHandler(BaseHandler):
         return response
 
     async def _counting(self, chunks: Any, label: str) -> AsyncIterator[Any]:
-        """The chunks of a stream and its closing; counts the request when it ends."""
         status = 499
         try:
             async with aclosing(chunks):  # closing it early cancels the request

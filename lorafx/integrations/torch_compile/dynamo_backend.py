@@ -159,10 +159,7 @@ _FIRST_CALLS = threading.Lock()
 @contextmanager
 def _attaching_at_first_call(model: nn.Module) -> Iterator[None]:
     """A block of a model that is not attached, but compiled with `lora_config` in its options.
-
-    Raises:
-        ConfigError: at the end, if no call has attached LoRA.
-    """
+    Raises ConfigError at the end if no call has attached LoRA."""
     with _FIRST_CALLS:
         first = vars(model).get("forward")
         if not isinstance(first, FirstCall):
@@ -232,11 +229,8 @@ def attach(
 
 
 def _attached(model: nn.Module) -> CompiledModel | None:
-    """The compiled model that serves an attached model; None for a model without marks.
-
-    Raises:
-        ConfigError: lorafx.compile serves the model, or it carries marks of another one.
-    """
+    """The compiled model that serves an attached model; None for a model without marks. Raises
+    ConfigError if lorafx.compile serves the model, or it carries marks of another one."""
     compiled, name = compiled_of(model), type(model).__name__
     if compiled is not None and compiled.attached:
         return compiled
@@ -433,11 +427,8 @@ def compile_frame(
 
 
 def _settings_of(options: Mapping[str, Any] | None) -> Options:
-    """The fields of `Options` among the `options` of torch.compile.
-
-    Raises:
-        ConfigError: an option is unknown, or has a value that it cannot have.
-    """
+    """The fields of `Options` among the `options` of torch.compile. Raises ConfigError if an option
+    is unknown, or has a value that it cannot have."""
     known = [*_ATTACH_OPTIONS, *(item.name for item in fields(Options))]
     for key in options or {}:
         if key not in known:
@@ -453,11 +444,8 @@ def _settings_of(options: Mapping[str, Any] | None) -> Options:
 def _attach_at_first_frame(
     model: nn.Module | None, options: Mapping[str, Any], settings: Options
 ) -> None:
-    """Attach LoRA to the model whose first frame is being captured.
-
-    Raises CaptureError if the model is not known, ConfigError if it has PEFT's adapters, and what
-    `lorafx.attach` raises. The model is then as it was.
-    """
+    """Attach LoRA to the model whose first frame is being captured. Raises CaptureError if the
+    model is not known, and what `lorafx.attach` raises."""
     if model is None:
         raise CaptureError(
             "options={'lora_config': ...} do not say which model they are for: a function was "

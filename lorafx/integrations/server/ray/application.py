@@ -55,8 +55,7 @@ class RaySettings(ModelSettings):
         num_replicas: the number of engines, or "auto".
         num_gpus, num_cpus: those of each engine.
         num_ingresses: the number of processes that send requests to replicas.
-        max_ongoing_requests: how many requests a replica answers at once; others wait at the
-            ingress.
+        max_ongoing_requests: how many a replica answers at once; others wait at the ingress.
         drain: seconds for which a stopped replica waits until its running requests are answered.
         deployment: options of `serve.deployment` for the replicas, which override the settings
             above; JSON on a command line.
@@ -156,15 +155,13 @@ class Ingress:
         answer = Answer(send)
         refusal: RequestError | None = RequestError(NO_METRICS, status=404)
         if get_route_path(scope) != "/metrics":
-            refusal = await self._relay_to_replica(scope, receive, answer)
+            refusal = await self._try_replicas(scope, receive, answer)
         if answer.begun and refusal is not None:
             await answer.break_off()
         elif refusal is not None:
             await error_response(refusal)(scope, receive, send)
 
-    async def _relay_to_replica(
-        self, scope: Any, receive: Any, answer: Answer
-    ) -> RequestError | None:
+    async def _try_replicas(self, scope: Any, receive: Any, answer: Answer) -> RequestError | None:
         """Have a replica answer. Returns the error if none has, or not to the end."""
         body = await Request(scope, receive).body()
         # A request for an unknown adapter goes to any replica, which refuses it.
