@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Modules of the names below.
-_HOMES = {
+#: The names below by the modules that define them.
+_NAMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("bisect", "compile", "explain", "profile", "why"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
@@ -62,17 +62,17 @@ _HOMES = {
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("errors", "layers")
 
-__all__ = sorted([*_HOME_OF, *_MODULES, "__version__"])
+__all__ = sorted([*_MODULE_OF, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lorafx' has no attribute {name!r}")
-    home = _HOME_OF.get(name, f"lorafx.{name}")
-    if home != "lorafx.errors":  # all else needs what is installed
+    home = _MODULE_OF.get(name, f"lorafx.{name}")
+    if home != "lorafx.errors":  # all others need torch
         from lorafx.torch_internals.versions import check
 
         check()
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(module: str) -> Any:
-    """Raises UnsupportedVersionError where lorafx does not support the installed torch."""
+    """Import a module. Raises UnsupportedVersionError if the installed torch is not supported."""
     from lorafx.torch_internals.versions import entrance
 
     with entrance():

@@ -77,13 +77,13 @@ def compile(
     if mode is not None:
         options = replace(options, mode=mode)
     if options.cache:
-        folder_of(options.cache)  # it can be used
+        folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:
-        if marked.taken is not None:
-            _set_default(compiled, marked.taken.active)
+        if marked.taken_over is not None:
+            _set_default(compiled, marked.taken_over.active)
         if example_inputs is not None:
             compiled.capture(*as_call(example_inputs))
     except BaseException:
@@ -110,7 +110,7 @@ def explain(
         options: an `Options` or its dict.
 
     Raises:
-        ConfigError: a configuration that cannot be honoured, or what is no model.
+        ConfigError: a configuration that cannot be honoured, or `model` is not an nn.Module.
         TargetError, CheckpointError: as for `compile`.
     """
     refuse_other(model)
@@ -127,8 +127,8 @@ def why(
     *,
     inputs: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Why:
-    """As `CompiledModel.why`, for what `compile` or `attach` returned, or torch.compile for that.
-    Raises ConfigError also if the model carries no LoRA."""
+    """As `CompiledModel.why`, for a model that `compile` or `attach` returned, or torch.compile for
+    such a model. Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).why(path, adapter, inputs=inputs)
 
 
@@ -139,8 +139,8 @@ def profile(
     *,
     calls: int = 10,
 ) -> Profile:
-    """As `CompiledModel.profile`, for what `compile` or `attach` returned, or torch.compile for
-    that. Raises ConfigError also if the model carries no LoRA."""
+    """As `CompiledModel.profile`, for a model that `compile` or `attach` returned, or torch.compile
+    for such a model. Raises ConfigError also if the model carries no LoRA."""
     return _marked(model).profile(inputs, adapter_names, calls=calls)
 
 
@@ -156,11 +156,11 @@ def _marked(model: nn.Module) -> CompiledModel:
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
-    """Make the adapters that PEFT applied the default, or warn where several have no sum."""
+    """Make the adapters that PEFT applied the default, or warn if several of them have no sum."""
     if not active:
         return
     try:
-        compiled.set_adapter(dict.fromkeys(active, 1.0))  # of one, itself
+        compiled.set_adapter(dict.fromkeys(active, 1.0))  # a single one is no sum
     except (ConfigError, CapacityError) as error:
         warnings.warn(
             f"the {type(compiled.model).__name__} applied the adapters {', '.join(active)} at "

@@ -1,4 +1,4 @@
-"""What users configure: modules that carry LoRA, room for adapters, how to compile."""
+"""The configuration: which modules carry LoRA, the room for adapters, and how to compile."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ class LoraConfig:
         max_rank: largest rank of an adapter that can be loaded.
         slot_rank: the rank that a slot has room for; None for `max_rank`. An adapter of a larger
             rank takes several adjacent slots, and the last slot has room for `max_rank`, so memory
-            is paid by rank (docs/adapter_store.md).
-        max_host_bytes: bytes that adapters may take in host memory. Over it the least recently used
-            are dropped, and read again from the files that they were loaded from when a call uses
-            them (docs/adapter_store.md). None keeps all of them.
+            grows with the rank (docs/adapter_store.md).
+        max_host_bytes: bytes that adapters may take in host memory. Beyond them the least recently
+            used adapters are dropped, and read again from their files when a call uses them
+            (docs/adapter_store.md). None keeps all of them.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
-            overrides the table of roles. In models that declare no roles of their own (no
-            `main_input_name`), dimension 0 holds the requests for names that are in neither.
-        packed_modules: the names that packed modules stand for, as in `{"qkv_proj": ["q_proj",
+            overrides the table of roles. In models that declare no roles (no `main_input_name`),
+            dimension 0 holds the requests of arguments that neither names.
+        packed_modules: the modules that a packed one replaces, as in `{"qkv_proj": ["q_proj",
             "k_proj", "v_proj"]}`, one name per output slice, or with slices, `{"in_proj_qkvz":
             {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. It takes precedence over the model's
             `packed_modules_mapping`.
         use_dora: whether banks have room for DoRA adapters: one scale per output beside the
-            factors, applied in every graph with adapters. It turns itself on where an adapter that
-            is loaded while compiling is DoRA.
+            factors, applied in every graph with adapters. A DoRA adapter that is given when
+            compiling turns it on.
         lora_bias: whether banks have room for biases of linears and convolutions that adapters add
-            (PEFT's `lora_bias`) or replace (`bias="lora_only"`, "all"). It turns itself on like
+            (PEFT's `lora_bias`) or replace (`bias="lora_only"`, "all"). It is turned on like
             `use_dora`.
-        modules_to_save: modules whose whole weight adapters may replace (PEFT's field of that
-            name): paths, or dotted suffixes, of linears, embeddings, or modules that hold some.
+        modules_to_save: modules whose whole weight adapters may replace (PEFT's field of the same
+            name): paths, or dotted suffixes, of linears, embeddings, or modules that contain some.
             Those of adapters that are given when compiling are added.
         trainable_tokens: how many rows of an embedding an adapter may replace (PEFT's
             trainable_token_indices): a number for the model's input embedding, or numbers by name
@@ -153,23 +153,23 @@ class Options:
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
-        shortcuts: names of savings by private parts of torch that change no answer; [] for none;
-            None for all that are proved on the installed torch (docs/torch_internals.md).
+        shortcuts: names of optimisations by private parts of torch that change no result; [] for
+            none; None for all that were tested on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md); None for none. Loading a graph runs code from the folder, so
             nobody else may have write access to it.
-        overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
-            raises CapacityError; with "waves" calls and `generate` run its rows in several batches
-            and put the results back in their order (docs/adapter_store.md).
+        overflow: how a batch with more distinct adapters than slots is treated: "refuse" raises
+            CapacityError; with "waves" calls and `generate` run its rows in several batches and
+            return the results in the order of the rows (docs/adapter_store.md).
         base_graphs: whether calls without an adapter have separate graphs, which are those of
             `torch.compile(model)`, bit for bit. False: they run the graphs with adapters, so that
             half as many graphs are compiled; results are the base's up to rounding. "warmup": False
             until `warmup` has compiled such graphs, then True. "auto" is False on a CPU, where
-            graphs with adapters are as fast without one; "warmup" on a GPU, where each linear's
-            kernel would look at its rows' slots; True with `lowering="reference"`, and for models
-            with `nn.MultiheadAttention`, whose fast path leaves no room for adapters.
-        mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
+            graphs with adapters are as fast if no row has one; "warmup" on a GPU, where the kernel
+            of each linear would read the slots of its rows; True with `lowering="reference"`, and
+            for models with `nn.MultiheadAttention`, whose fast path cannot apply adapters.
+        mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
 
@@ -230,7 +230,7 @@ class Options:
         if self.cache:
             _check_graphs_can_be_saved()
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
-        if self.lowering != "auto":  # what that stands for depends on the device
+        if self.lowering != "auto":  # which depends on the device
             allowed = STRATEGIES[self.lowering]
         for path, strategy in self.plan.items():
             if strategy not in allowed:
@@ -241,7 +241,7 @@ class Options:
 
 
 def _check_graphs_can_be_saved() -> None:
-    # Needs Dynamo, for which a configuration is too soon.
+    # Imported here, since it imports Dynamo, which a configuration must not.
     from lorafx.torch_internals.saved_graphs import can_be_noted
 
     if not can_be_noted():

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-#: How messages name a field of LoraConfig or Options, alone or with a value that would do.
+#: How messages name a field of LoraConfig or Options, alone or with a sufficient value.
 _SETTING = re.compile(
     r"compile with LoraConfig\((?P<field>\w+)=(?P<value>.+?)\)"
     r"(?P<given>, or give the adapter when compiling)?"
@@ -19,14 +19,14 @@ _SETTING = re.compile(
 
 
 def way_out_by(field: str, value: object, *, given: bool = False) -> str:
-    """A sentence fragment: LoraConfig needs this value; `given`: the adapter itself would do."""
+    """A sentence fragment: LoraConfig needs this value; `given`: or the adapter when compiling."""
     text = f"compile with LoraConfig({field}={value!r})"
     return text + ", or give the adapter when compiling" * given
 
 
 def respelled(message: str, spell: Callable[[str, str | None, bool], str | None]) -> str:
-    """A message with fields of LoraConfig and Options as `spell(field, value, given)` spells them,
-    for programs that have options of their own; None keeps a field as it is."""
+    """A message in which `spell(field, value, given)` replaces fields of LoraConfig and Options,
+    for programs with other names for them; where it returns None, a field stays as it is."""
 
     def spelled(match: re.Match[str]) -> str:
         field = match["field"] or match["alone"] or match["targets"]
@@ -121,10 +121,10 @@ class CapacityError(LorafxError, ValueError):
 
 
 class BatchError(LorafxError, ValueError):
-    """The rows of a batch and the adapters named for them do not fit together, an aLoRA adapter has
-    no token ids to be looked for in, a method is called at a moment when a call is running, or the
-    model itself on another thread than that of the call that is running, or a call is captured into
-    a CUDA graph while its adapters are on their way into slots.
+    """The rows of a batch and the adapters named for them do not fit together; an aLoRA adapter has
+    no token ids in which its invocation tokens could be found; a method is called while a call is
+    running, or the model itself on another thread than the running call; or a call is captured into
+    a CUDA graph while its adapters are being copied into slots.
 
     Way out: one name, or None, per row. Where another dimension holds the requests,
     LoraConfig(row_dims={argument: dim}). For an aLoRA adapter `input_ids`, `generate`, or
@@ -135,16 +135,16 @@ class BatchError(LorafxError, ValueError):
 
 
 class OutOfRangeError(BatchError, IndexError):
-    """An index of a call is outside of the table that it points into: a token id that the embedding
-    has no row for, a position behind the last one, a label that is no class, a place behind the end
-    of a static cache. The graph that would have read it has not run then; a few indices that the
-    model computes itself (relative positions, or under torch.vmap) are checked inside of it, when
-    caches may have been written.
+    """An index of a call is outside of the table that it points into: a token id without a row in
+    the embedding, a position behind the last one, a label that is no class, a position behind the
+    end of a static cache. The graph that would have read it has not run. Only a few indices that
+    the model computes itself (relative positions, or under torch.vmap) are checked inside of the
+    graph, when caches may have been written.
 
-    Way out: the message names the argument, the place in it, the index and the size. Ids over the
-    vocabulary come from another tokenizer, or from tokens that were added to it: resize the
-    embedding before compiling. On a GPU indices are not looked at, and torch's own assertion ends
-    the use of the device.
+    Way out: the message names the argument, the position in it, the index and the size. Ids beyond
+    the vocabulary come from another tokenizer, or from tokens that were added to it: resize the
+    embedding before compiling. On a GPU indices are not checked, and torch's own assertion makes
+    the device unusable for the process.
     """
 
 
@@ -200,15 +200,15 @@ class LoweringError(LorafxError):
     """
 
 
-#: Least similarity of two names by difflib, from 0 to 1. At 0.4 "conv" was near to "fc_in".
-_ALIKE = 0.6
+#: Least similarity of two near names by difflib, from 0 to 1. At 0.4 "conv" was near "fc_in".
+_SIMILARITY = 0.6
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
     """A sentence fragment with the first names of a list, and how many more there are."""
-    given = list(names)
-    more = f" and {len(given) - most} more" if len(given) > most else ""
-    return ", ".join(given[:most]) + more
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def nearest(
@@ -216,17 +216,19 @@ def nearest(
     candidates: Iterable[str],
     count: int = 3,
     *,
-    cutoff: float = _ALIKE,
+    cutoff: float = _SIMILARITY,
     prefix: str = "",
 ) -> str:
-    """A sentence fragment naming the closest candidates to `name`, with `prefix` before each; empty
-    where none is `cutoff` alike, or differs in one character."""
+    """A sentence fragment naming the candidates closest to `name`, with `prefix` before each; empty
+    if none has a similarity of `cutoff` or differs in one character."""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
-    slips = {other for other in known if other not in close and _one_apart(name, other)}
-    close += sorted(slips, reverse=True)
+    typos = {
+        other for other in known if other not in close and _differ_in_one_character(name, other)
+    }
+    close += sorted(typos, reverse=True)
     return f"; nearest: {', '.join(prefix + other for other in close[:count])}" if close else ""
 
 
-def _one_apart(name: str, other: str) -> bool:
+def _differ_in_one_character(name: str, other: str) -> bool:
     return len(name) == len(other) > 1 and sum(map(str.__ne__, name, other)) == 1

@@ -1,8 +1,8 @@
 """Code that a signal must not interrupt, and locks that a fork must not inherit.
 
-Python runs signal handlers between any two steps of the main thread, and that of SIGINT raises
-KeyboardInterrupt there. Most of lorafx records work in progress before it begins, so that anything
-left half done is recognised. Code that restores state runs whole.
+Python runs signal handlers between any two steps of the main thread, where that of SIGINT raises
+KeyboardInterrupt. Most of lorafx records work in progress before it begins, so that unfinished work
+is recognised. Code that restores state must run without interruption.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ T = TypeVar("T")
 
 
 def undisturbed(action: Callable[[], T]) -> T:
-    """What a short `action` returns; handlers of signals that come meanwhile run after it."""
+    """Return the result of a short `action`; handlers of signals run after it."""
     if threading.current_thread() is not threading.main_thread():
         return action()
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    came: list[tuple[int, FrameType | None]] = []
+    arrived: list[tuple[int, FrameType | None]] = []
     done = False
 
-    def wait(number: int, frame: FrameType | None) -> None:
+    def defer(number: int, frame: FrameType | None) -> None:
         if done:
             handlers[number](number, frame)
         else:
-            came.append((number, frame))
+            arrived.append((number, frame))
 
     try:
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler):
                 handlers[number] = handler
-                signal.signal(number, wait)
+                signal.signal(number, defer)
         return action()
     finally:
         done = True
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-        for kind, frame in came:
-            handlers[kind](kind, frame)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum, frame in arrived:
+            handlers[signum](signum, frame)
 
 
 def free_after_fork(lock: threading.RLock) -> threading.RLock:
-    """`lock` for a child process: a new lock where a thread that the child lacks held it."""
+    """The lock for a child process: a new one if another thread of the parent held `lock`."""
     if not lock.acquire(blocking=False):
         return threading.RLock()
     lock.release()
@@ -54,7 +54,7 @@ def free_after_fork(lock: threading.RLock) -> threading.RLock:
 
 
 class Rollback:
-    """How to undo the changes so far, a step for each. `bool` and `len` count them."""
+    """The steps that undo the changes made so far; `len` counts them."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
@@ -63,11 +63,11 @@ class Rollback:
         return len(self._steps)
 
     def add(self, step: Callable[[], object]) -> None:
-        """`step` undoes one change. It may run twice."""
+        """Add a step that undoes one change. An interrupt may make it run twice."""
         self._steps.append(step)
 
     def run(self) -> None:
-        """Undo everything, the last change first, whatever signals come; once."""
+        """Undo all changes, the last one first, without interruption, and forget them."""
         undisturbed(self._run)
 
     def _run(self) -> None:

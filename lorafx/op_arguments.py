@@ -2,7 +2,7 @@
 
     site(x, y, A, B, …, rows)    bound(node)["rows"]    rebind(node, rows=4)
 
-Ops use one name for one argument, so a call becomes that of another op by what differs:
+All ops use the same name for an argument, so a call of another op needs only what differs:
 `in_order(FUSED, bound(site), weight=w, bias=b, transposed=False)`.
 """
 
@@ -17,15 +17,15 @@ from torch import fx
 
 from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket
 
-#: Calls the op that is its first argument, which writes into others of them.
+#: Calls the op that is its first argument, and that writes into some of the others.
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
-#: AOTAutograd's form for an operator that writes: its bases are apart.
+#: AOTAutograd's form of an operator that writes, with the bases of its operands as arguments.
 TRACED_WRITE = torch.ops.higher_order.auto_functionalized_v2
 
 
 def op_of(node: fx.Node) -> Any:
-    """The op that `node` calls: an op that writes in place is inside of `auto_functionalized`."""
+    """The op that `node` calls, directly or by `auto_functionalized`, if it writes in place."""
     return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
 
 
@@ -45,13 +45,13 @@ def _arguments(op: OpOverload | OpOverloadPacket) -> tuple[_Argument, ...]:
 
 
 def bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator call by their names in its schema, defaults filled in."""
+    """The arguments of an operator call by their names in its schema, with defaults."""
     op, kwargs = op_of(node), node.kwargs
-    given = node.args if op is node.target else node.args[1:]
+    positional = node.args if op is node.target else node.args[1:]
     values: dict[str, Any] = {}
     for i, (name, optional, default) in enumerate(_arguments(op)):
-        if i < len(given):
-            values[name] = given[i]
+        if i < len(positional):
+            values[name] = positional[i]
         elif name in kwargs:
             values[name] = kwargs[name]
         elif optional:
@@ -60,31 +60,32 @@ def bound(node: fx.Node) -> dict[str, Any]:
 
 
 def operand(node: fx.Node) -> Any:
+    """The first argument of a call."""
     if node.args and node.target is not AUTO_FUNCTIONALIZED:
         return node.args[0]
     return next(iter(bound(node).values()))
 
 
 def index_of(node: fx.Node) -> Any:
-    """The item that a call of `operator.getitem` gets; it has no schema."""
+    """The index in a call of `operator.getitem`, which has no schema."""
     return node.args[1]
 
 
 def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[Any, ...]:
-    """The positional arguments of a call of `op`: `others`, the rest from `values`, which may be
-    another op's, without defaults at the end. KeyError for missing or unknown arguments."""
+    """The positional arguments of a call of `op`, without defaults at the end: `others`, and those
+    in `values`, which may be another op's. KeyError for missing or unknown ones."""
     arguments = _arguments(op)
     if unknown := others.keys() - {argument.name for argument in arguments}:
         raise KeyError(f"{op} takes no {', '.join(sorted(unknown))}")
     values = {**values, **others}
-    found: list[Any] = []
+    positional: list[Any] = []
     needed = 0
     for name, optional, default in arguments:
         value = values.get(name, default) if optional else values[name]
-        found.append(value)
-        same = value is default or (not isinstance(value, fx.Node) and value == default)
-        needed = needed if optional and same else len(found)
-    return tuple(found[:needed])
+        positional.append(value)
+        is_default = value is default or (not isinstance(value, fx.Node) and value == default)
+        needed = needed if optional and is_default else len(positional)
+    return tuple(positional[:needed])
 
 
 def rebind(node: fx.Node, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""The passes, in their order: once over the model, then over each graph that is captured of it.
+"""The order of the passes: first those over the model, then those over each captured graph.
 
 MODEL_PASSES   model → sites, banks, marks            before any graph, each pass once
 GRAPH_PASSES   functional ATen graph → the same graph with LoRA, lowered      for each graph
@@ -44,8 +44,8 @@ class ModelPass(Protocol):
 
 
 class GraphPass(Protocol):
-    """One rewrite of the functional ATen graph; `run` returns its number of edits, and the driver
-    lints and recompiles. Without a `required` pass a delta could be dropped silently."""
+    """One rewrite of the functional ATen graph. `run` returns the number of its edits; the driver
+    lints and recompiles. Without a `required` pass a delta could be lost silently."""
 
     @property
     def name(self) -> str: ...
@@ -65,8 +65,8 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
     PackWeights(),
 )
 
-#: `outline` is last: it compares the lowered layers, so that differences there (a pinned strategy,
-#: say) keep layers apart.
+#: `outline` is last, since it compares layers as they were lowered: those that differ then, by a
+#: pinned strategy for example, are not merged.
 GRAPH_PASSES: tuple[GraphPass, ...] = (
     WriteInPlace(),
     Match(),
@@ -84,18 +84,20 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Outline(),
 )
 
-#: What stands before the first pass over a graph.
+#: The place before the first pass over a graph.
 CAPTURED = "captured"
 
 
 @dataclass(frozen=True)
 class UserPass:
+    """A pass of the user's, as `Options.passes` has it."""
+
     name: str
-    given: After
+    setting: After
     required: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        edits = self.given.run(gm, ctx)
+        edits = self.setting.run(gm, ctx)
         if not isinstance(edits, int):
             raise ConfigError(
                 f"the pass {self.name!r} returned {edits!r}; it has to return how many edits it "
@@ -105,7 +107,7 @@ class UserPass:
 
 
 def way_around(item: GraphPass) -> str:
-    """What a user can do about a pass that fails, as the end of a sentence."""
+    """The end of a sentence: what a user can do about a pass that fails."""
     if isinstance(item, UserPass):
         return f"mend it, or leave {item.name!r} out of Options.passes"
     if item.required:
@@ -118,8 +120,8 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes over the `model`, those over each `graph`, the user's among them, and those that
-    are `off`. `str()` gives one line for each."""
+    """The passes over the model, those over each graph with the user's, and the names of those that
+    are off. `str()` has one line for each."""
 
     model: tuple[ModelPass, ...]
     graph: tuple[GraphPass, ...]
@@ -129,9 +131,9 @@ class Pipeline:
         return "\n".join(
             [
                 "over the model, once:",
-                *(_line(item.name, _about(item)) for item in self.model),
+                *(_line(item.name, _description(item)) for item in self.model),
                 "over each captured graph:",
-                *(_line(item.name, _about(item)) for item in self.graph),
+                *(_line(item.name, _description(item)) for item in self.graph),
                 *(_line(name, "(off)") for name in self.off),
             ]
         )
@@ -139,13 +141,13 @@ class Pipeline:
 
 def pipeline(options: Options | None = None) -> Pipeline:
     """The passes that `lorafx.compile` runs with these options, or with the defaults. Raises
-    ConfigError where `options.passes` names an unknown pass, or one that cannot be off."""
+    ConfigError if `options.passes` names an unknown pass, or one that cannot be off."""
     options = Options() if options is None else options
     known = {item.name: item for item in GRAPH_PASSES}
-    own = {name: value for name, value in options.passes.items() if isinstance(value, After)}
+    users = {name: value for name, value in options.passes.items() if isinstance(value, After)}
     for name, value in options.passes.items():
         if isinstance(value, After):
-            _check_own(name, value, [*known, *own])
+            _check_user_pass(name, value, [*known, *users])
         elif name not in known:
             raise ConfigError(
                 f"unknown pass {name!r}{nearest(name, known)}; passes are {', '.join(known)}. A "
@@ -153,57 +155,57 @@ def pipeline(options: Options | None = None) -> Pipeline:
             )
         elif known[name].required and not value:
             raise ConfigError(f"pass {name!r} cannot be switched off: adapters would be dropped")
-    placed: list[GraphPass] = list(_behind(CAPTURED, own))
+    placed: list[GraphPass] = list(_passes_behind(CAPTURED, users))
     for item in GRAPH_PASSES:
         if options.runs(item.name):
             placed.append(item)
-        placed.extend(_behind(item.name, own))
-    missing = [name for name in own if name not in {item.name for item in placed}]
+        placed.extend(_passes_behind(item.name, users))
+    missing = [name for name in users if name not in {item.name for item in placed}]
     if missing:
         raise ConfigError(f"passes {', '.join(missing)} are placed after one another")
     off = tuple(name for name in known if not options.runs(name))
     return Pipeline(MODEL_PASSES, tuple(placed), off)
 
 
-def _check_own(name: str, given: After, known: Sequence[str]) -> None:
+def _check_user_pass(name: str, setting: After, known: Sequence[str]) -> None:
     taken = {CAPTURED, *(item.name for item in MODEL_PASSES), *(item.name for item in GRAPH_PASSES)}
     if name in taken:
         raise ConfigError(f"{name!r} is the name of a pass of lorafx; give yours another name")
-    if given.after != CAPTURED and given.after not in known:
+    if setting.after != CAPTURED and setting.after not in known:
         raise ConfigError(
-            f"the pass {name!r} is placed after {given.after!r}, which is not a pass over "
-            f"graphs{nearest(given.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
+            f"the pass {name!r} is placed after {setting.after!r}, which is not a pass over "
+            f"graphs{nearest(setting.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
         )
 
 
-def _behind(place: str, own: dict[str, After]) -> Iterator[UserPass]:
-    for name, given in own.items():
-        if given.after == place:
-            yield UserPass(name, given)
-            yield from _behind(name, own)
+def _passes_behind(place: str, users: dict[str, After]) -> Iterator[UserPass]:
+    for name, setting in users.items():
+        if setting.after == place:
+            yield UserPass(name, setting)
+            yield from _passes_behind(name, users)
 
 
 def _line(name: str, about: str) -> str:
     return f"  {name:<12}  {about}".rstrip()
 
 
-def _about(item: ModelPass | GraphPass) -> str:
-    text = inspect.getdoc(item.given.run if isinstance(item, UserPass) else type(item)) or ""
+def _description(item: ModelPass | GraphPass) -> str:
+    text = inspect.getdoc(item.setting.run if isinstance(item, UserPass) else type(item)) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
 
 
 def run_model_passes(
     model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
 ) -> list[PassReport]:
-    """Run passes over a model, which is as it was before where a pass raises."""
+    """Run passes over a model. If one raises, the model is restored."""
     reports: list[PassReport] = []
     try:
-        for item in passes:
+        for model_pass in passes:
             start = time.perf_counter()
-            found = item.run(model)
+            count = model_pass.run(model)
             seconds = time.perf_counter() - start
             notes, model.notes = tuple(model.notes), []
-            reports.append(PassReport(item.name, found, seconds, notes=notes))
+            reports.append(PassReport(model_pass.name, count, seconds, notes=notes))
     except BaseException:
         model.rollback.run()
         raise

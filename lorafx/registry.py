@@ -26,10 +26,10 @@ SizesOf = str | Callable[[nn.Module], Sequence[int]]
 
 
 class Sharding(Protocol):
-    """The checkpoint of a tensor-parallel module, and this rank's share of it."""
+    """How the checkpoint of a tensor-parallel module maps to this rank's share of it."""
 
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        """K and the size of each output slice, as a checkpoint has them."""
+        """K and the size of each output slice in a checkpoint."""
         ...
 
     def cut(
@@ -41,12 +41,12 @@ class Sharding(Protocol):
 
     def product(self, module: nn.Module) -> nn.Module:
         """The module whose call maps this rank's inputs to this rank's outputs, before they are
-        summed or gathered over the ranks; `module` itself where its own call does."""
+        summed or gathered over the ranks; `module` itself if its call does."""
         ...
 
 
 class Add(Protocol):
-    """Adds a site's delta to the columns [start, start + n) of what its weight computes.
+    """Adds a site's delta to the columns [start, start + n) of the product with its weight.
 
     x (…, K) and y (…, n) → y + Δ(x)[…, start : start + n]; for an embedding x is ids (…) and y has
     all N columns.
@@ -55,7 +55,7 @@ class Add(Protocol):
     def __call__(self, x: Tensor, y: Tensor, start: int = 0) -> Tensor: ...
 
 
-#: (module, args, kwargs, output, add) → the output of the call with the delta in it.
+#: (module, args, kwargs, output, add) → the output of the call with the delta added.
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, Add], Any]
 
 
@@ -69,12 +69,12 @@ class Eligible:
             "experts" (routed experts, lorafx.model.experts).
         sizes: instance -> (in_features, out_features); of a convolution the entries of one kernel
             over all channels, and the output channels.
-        sharding, weight_shardings: of the weight, or of experts' parameters by name; None or empty
-            where modules hold what checkpoints hold.
-        inner: the forward multiplies by the weight and returns something else, so that the product
-            is found in the graph alone. "all-linear" and the default leave such classes out.
-        carries: children that PEFT gives factors together with the module, by attribute, and how
-            often it adds their delta.
+        sharding, weight_shardings: those of the weight, or of the parameters of experts by name;
+            None or empty if modules have the same tensors as checkpoints.
+        inner: whether the product with the weight is not the result of the forward, so that it is
+            only found in the graph. "all-linear" and the default leave such classes out.
+        carries: the attributes of children to which PEFT gives factors together with the module,
+            and how many times it adds their delta.
     """
 
     cls: type[nn.Module]
@@ -125,7 +125,7 @@ class SliceSizes:
 
 @dataclass(frozen=True)
 class _FirstOf:
-    """Reads the first of several attributes that an instance has; a function is always there."""
+    """Reads the first of several attributes that an instance has; a function always counts."""
 
     sources: tuple[SizeOf | SizesOf, ...]
 
@@ -140,9 +140,9 @@ class _FirstOf:
 
 
 def shardings(
-    given: Sharding | Mapping[str, Sharding] | None,
+    sharding: Sharding | Mapping[str, Sharding] | None,
 ) -> tuple[Sharding | None, Mapping[str, Sharding]]:
-    return (None, dict(given)) if isinstance(given, Mapping) else (given, {})
+    return (None, dict(sharding)) if isinstance(sharding, Mapping) else (sharding, {})
 
 
 def _read(module: nn.Module, size: SizeOf | SizesOf) -> Any:
@@ -172,7 +172,7 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
         for cls in _CONVOLUTIONS
     },
     # PEFT (tuners.lora.layer.MultiheadAttention, 0.14 to 0.21) merges the delta of out_proj into
-    # its weight for each call, and has the wrapper of out_proj merge it once more.
+    # its weight for each call, and the wrapper of out_proj merges it once more.
     nn.MultiheadAttention: Eligible(
         nn.MultiheadAttention,
         "linear",
@@ -207,27 +207,27 @@ def register(
             y = W[ids] for kind "embedding", unless a handler places the delta.
         in_features, out_features: attribute name, or a function of the instance, giving K and
             N; for embeddings the vocabulary and the dimension.
-        weight: attribute that holds W, which may be absent or packed in quantised classes.
-        transposed: True where W is stored (in, out).
+        weight: attribute of W, which may be absent or packed in quantised classes.
+        transposed: whether W is stored as (in, out).
         output_sizes: for a class that computes several projections at once, attribute name or
             function giving the columns of each; their sum is N. Names come from
             `packed_modules_mapping` or LoraConfig(packed_modules=...).
         sharding: for a tensor-parallel class, how factors of a checkpoint become this rank's; for
             kind "experts" a mapping from parameter names to that.
         handler: `handler(module, args, kwargs, output, add)` returns the output of a call with the
-            delta in it, by calls of `add(x, y, start=0)`, which gives
-            y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
-            or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
-            is traced in graphs; at module level it survives pickling.
+            delta added, by calls of `add(x, y, start=0)`, which returns
+            y + Δ(x)[..., start : start + y.shape[-1]]. It is for forwards that work on groups of
+            columns or return more than y. It is trusted, applies to subclasses too, runs in eager
+            mode and is traced in graphs; defined at module level it can be pickled.
         rank_shards: for a class that shards the rank of its factors over processes, a function of
-            the instance giving their number; `warmup` makes its adapters' rank a multiple of it.
+            the instance giving their number; the rank of `warmup`'s adapters is a multiple of it.
         dequantize: for a class that stores its weight in a format of its own (packed integers,
             scales), a function of the instance giving W (N, K) of y = x Wᵀ, or (V, D) for an
             embedding. `lorafx.dequantize` calls it; serving adapters does not need it.
         requantize: `requantize(module, W)` stores such a W in the instance, in place, keeping its
             tensors' sizes and dtypes. Without it adapters cannot be merged into the class.
 
-    Raises ConfigError where `cls` is not a module class, `kind` is none of the three, or a function
+    Raises ConfigError if `cls` is not a module class, `kind` is none of the three, or a function
     cannot be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -273,23 +273,23 @@ def register_oot(
     sharding: Sharding | Mapping[str, Sharding] | None = None,
 ) -> Eligible:
     """Match `by`, which does not inherit from it, and its subclasses wherever `replaced` would
-    match. Returns the entry that instances of `by` have; `unregister(by)` takes it away.
+    match. Returns the entry for instances of `by`; `unregister(by)` removes it.
 
     Args:
         replaced: a class that is registered, or inherits from a registered class.
         by: the class that takes its place. Its forward computes the same product.
-        input_size: attribute or function giving K; by default what `replaced` calls it, or
+        input_size: attribute or function giving K; by default the attribute of `replaced`, or
             `input_size`. For embeddings the vocabulary.
-        output_sizes: attribute or function giving the columns of each output slice; by default what
-            `replaced` calls them, or `output_sizes`, or `output_size` for one slice. For embeddings
-            the dimension.
+        output_sizes: attribute or function giving the columns of each output slice; by default the
+            attribute of `replaced`, or `output_sizes`, or `output_size` for one slice. For
+            embeddings the dimension.
         weight: attribute that holds W; by default that of `replaced`.
         sharding: for tensor-parallel classes, as in `register`; sizes are then those of this rank.
 
     Raises:
         ConfigError: one of the two is not a module class, `replaced` is not registered, or `by` is
-            a class that is matched without this. An instance without its sizes or weight is a
-            TargetError where it is selected.
+            a class that is matched without this. Selecting an instance that lacks the sizes or the
+            weight raises TargetError.
     """
     for cls in (replaced, by):
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -307,7 +307,7 @@ def register_oot(
         )
     known, sliced = entry.sizes, entry.output_sizes
     assert isinstance(known, FeatureSizes), entry.cls
-    # Outputs of several slices are read as these: their sum is N.
+    # N is the sum of the output slices.
     outputs = sliced.sizes if isinstance(sliced, SliceSizes) else known.out_features
     inputs = input_size or _FirstOf((known.in_features, "input_size"))
     slices = SliceSizes(output_sizes or _FirstOf((outputs, "output_sizes", "output_size")))
@@ -325,8 +325,8 @@ def register_oot(
 
 
 def unregister(cls: type[nn.Module]) -> None:
-    """Undo `register(cls)` or `register_oot(..., cls)`; a built-in entry applies again. ConfigError
-    if not registered."""
+    """Undo `register(cls)` or `register_oot(..., cls)`; a built-in entry applies again. Raises
+    ConfigError if `cls` is not registered."""
     if cls not in _REGISTERED:
         known = [c.__qualname__ for c in _REGISTERED]
         name = getattr(cls, "__qualname__", repr(cls))
@@ -362,7 +362,7 @@ def lookup_class(cls: type) -> Eligible | None:
 
 
 def own_entry(cls: type) -> Eligible | None:
-    """The entry of this very class, without base classes."""
+    """The entry of this class itself, not of its base classes."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
     if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
@@ -370,10 +370,10 @@ def own_entry(cls: type) -> Eligible | None:
 
 
 def registrations() -> tuple[object, ...]:
-    """What was given to `register` and `register_oot`."""
+    """The entries of `register` and `register_oot`."""
     return tuple(_REGISTERED.values())
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:
-    """transformers' Conv1D, if imported: an import costs seconds, and models imply it."""
+    """transformers' Conv1D if imported, as it is with any model: importing it takes seconds."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)

@@ -1,13 +1,13 @@
 """read: the meaning of adapters' saved tensors on the sites; attach: a bank for each group of
 siblings, a mark on each site; load: the store over the banks.
 
-    name → AdapterState   →   Adapter each: part path → A, B, scale   →   AdapterStore
-    (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
+    name → saved tensors   →   Adapter: part path → A, B, scale       →   AdapterStore
+    (Site, ...)   →   groups by (parent, kind, K, dtype, device), a Bank each   →   SiteMarks
 
-All errors in files are found by `read`, before the model changes. Siblings are sites that may share
-an input (q/k/v, gate/up), and then share a shrink through their bank. Embeddings, convolutions, and
-sites with replaceable rows are groups of one. Only the model's forward hooks change, and
-`Attachment.detach` removes exactly those.
+`read` finds all errors in files, before the model changes. Siblings are sites that may share an
+input (q/k/v, gate/up); if they do, they share a shrink through their bank. Embeddings,
+convolutions, and sites with replaceable rows are groups of one. Only the model's forward hooks
+change, and `Attachment.detach` removes exactly those.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
 from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark
-from lorafx.model.module_graph import ModuleGraph, alike
+from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
@@ -40,7 +40,7 @@ from lorafx.torch_internals.compat import mark_fixed_shape
 
 @dataclass(frozen=True)
 class Read:
-    """The meaning of each adapter's saved tensors on the sites.
+    """Finds the meaning of each adapter's saved tensors on the sites.
 
     Raises CheckpointError, UnsupportedAdapterError or CapacityError, which name the tensor.
     """
@@ -51,7 +51,7 @@ class Read:
         for name in list(model.saved):
             with progress(f"reading adapter {name}"):
                 adapter = read_adapter(
-                    model.saved.pop(name),  # saved tensors are freed once read
+                    model.saved.pop(name),  # frees the saved tensors once they are read
                     name,
                     model.sites,
                     model=model.model,
@@ -60,7 +60,8 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
-                rows = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
+                count = len(adapter.own_weights)
+                rows = f"; weights with rows of its own: {count}" if count else ""
                 model.notes.append(
                     f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
                     f"factors: {len(adapter.weights)}{rows}"
@@ -70,7 +71,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Attach:
-    """A bank for each group of siblings, and a mark on each site.
+    """Allocates a bank for each group of siblings, and marks each site.
 
     Raises CaptureError, before any change, for a marked or compiled model.
     """
@@ -81,7 +82,7 @@ class Attach:
         before = len(model.rollback)
         model.attachment = _attach(model.graph, model.sites, model.config, model.rollback)
         config = model.config
-        model.notes += alike(
+        model.notes += joined_lines(
             (
                 group.parent,
                 f"one bank for {' + '.join(group.members)}, {config.max_adapters} slots of rank "
@@ -94,7 +95,7 @@ class Attach:
 
 @dataclass(frozen=True)
 class LoadAdapters:
-    """The store over the banks, with the adapters that were read."""
+    """Makes the store over the banks, with the adapters that were read."""
 
     name: ClassVar[str] = "load"
 
@@ -125,18 +126,18 @@ def _attach(
         for group in groups
         for index, site in enumerate(group.sites)
     }
-    # One mark is the first of each large part of the model, since a call may skip parts.
+    # A call may skip parts of the model, so in each large part one mark is its first.
     parts = {tuple(site.path.split(".")[:2]): site.path for site in reversed(sites)}
     for path in parts.values():
         marks[path].first = True
-    # Prepended, so that hooks of users see the output with its delta.
+    # Hooks are prepended, so that hooks of users see the output with its delta.
     hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
         (site.marked, marks[site.path]) for site in sites
     ]
     site_modules = {id(site.module) for site in sites}
     hooks += [
         (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
-        for module, entry in quantised.found
+        for module, entry in quantised.entries
         if id(module) not in site_modules
     ]
     for module, mark in hooks:
@@ -147,15 +148,15 @@ def _attach(
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
     """Groups of siblings with zero banks on the sites' device, which may be meta."""
-    found: dict[object, list[Site]] = {}
+    groups: dict[object, list[Site]] = {}
     for site in sites:
         key: object = (
             site.path
             if not site.eligible.is_linear or site.own_rows
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
-        found.setdefault(key, []).append(site)
-    return tuple(_group(siblings, config) for siblings in found.values())
+        groups.setdefault(key, []).append(site)
+    return tuple(_group(siblings, config) for siblings in groups.values())
 
 
 def _group(siblings: list[Site], config: LoraConfig) -> Group:
@@ -247,7 +248,7 @@ def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
                 f"{label} was compiled by module.compile(); its graphs would not see LoRA. "
                 "Give lorafx the model before compiling it"
             )
-        disabled = getattr(module.forward, "_torchdynamo_disable", False)  # kept out of graphs
+        disabled = getattr(module.forward, "_torchdynamo_disable", False)  # Dynamo skips it
         if hasattr(module.forward, "_torchdynamo_orig_callable") and not disabled:
             raise CaptureError(
                 f"the forward of {label} was compiled by torch.compile; its graphs would not see "

@@ -34,7 +34,7 @@ _ATTENTION: dict[Any, str] = {
     aten._scaled_dot_product_efficient_attention.default: "attn_bias",
     aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
 }
-#: Operators that keep elements in order: always, or if they keep the sizes.
+#: Operators that keep the order of elements; those below do so if they keep the sizes.
 _IN_ORDER = (
     aten.clone.default,
     aten.view.default,
@@ -42,7 +42,7 @@ _IN_ORDER = (
     aten.reshape.default,
     aten.unsqueeze.default,
 )
-_OF_SIZES = (aten.expand.default, aten.slice.Tensor)
+_IN_ORDER_IF_EQUAL = (aten.expand.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)
@@ -56,73 +56,74 @@ class Attend:
         edits = 0
         for target in _ATTENTION:
             for attention in gm.graph.find_nodes(op="call_function", target=target):
-                read, result = _read(attention), _only_result(attention)
-                if read is None or result is None or not _fits(read[-1], attention):
+                replaced, result = _nodes_from_cache(attention), _only_result(attention)
+                if replaced is None or result is None or not _fits(replaced[-1], attention):
                     continue
-                call, laid = _call(bound(read[-1]), bound(attention)), fake_value(result)
-                if not (_transposed(laid) or laid.is_contiguous()):
+                value = fake_value(result)
+                arguments = _arguments(bound(replaced[-1]), bound(attention))
+                if not (_transposed(value) or value.is_contiguous()):
                     continue
-                if not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
+                if not is_generated(PagedStep(*fx.map_arg(arguments, fake_value))):
                     continue
                 with gm.graph.inserting_before(attention):
-                    node = ctx.emit(PAGED_ATTENTION, *call)
-                    if not _transposed(laid):  # torch's result for contiguous queries
+                    node = ctx.emit(PAGED_ATTENTION, *arguments)
+                    if not _transposed(value):  # torch's result for contiguous queries
                         contiguous = {"memory_format": torch.contiguous_format}
                         node = ctx.emit(aten.clone.default, node, **contiguous)
                 node.meta = {**attention.meta, **node.meta}
                 result.replace_all_uses_with(node)
-                for old in (result, attention, *read):
+                for old in (result, attention, *replaced):
                     gm.graph.erase_node(old)
                 edits += 1
         return edits
 
 
-def _call(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
+def _arguments(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
     scale = call["scale"]
     if scale is None:
         scale = fake_value(call["query"]).shape[-1] ** -0.5
     return in_order(PAGED_ATTENTION, step, query=call["query"], scale=scale, cap=0.0, sinks=None)
 
 
-def _read(attention: fx.Node) -> list[fx.Node] | None:
-    """The nodes from `attention` back to the cache's call; None with other readers."""
+def _nodes_from_cache(attention: fx.Node) -> list[fx.Node] | None:
+    """The nodes from `attention` back to the cache's call; None if they have other readers."""
     call = bound(attention)
-    keys, values = _heads(call["key"]), _heads(call["value"])
+    keys, values = _chain_to_cache(call["key"]), _chain_to_cache(call["value"])
     if keys is None or values is None:
         return None
     between, cached = [*keys, *values], operand(keys[-1])
-    places = [(operand(chain[-1]), index_of(chain[-1])) for chain in (keys, values)]
-    if places != [(cached, 0), (cached, 1)] or call["query"] in between:
+    sources = [(operand(chain[-1]), index_of(chain[-1])) for chain in (keys, values)]
+    if sources != [(cached, 0), (cached, 1)] or call["query"] in between:
         return None
     if len(cached.users) != 2 or any(len(node.users) != 1 for node in between):
         return None
     return [*between, cached]
 
 
-def _heads(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from `node` (1, H, N, D) back to a paged cache's result (1, G, N, D), of which an
-    `expand` may repeat the heads for the queries of a group; else None."""
-    chain, spread = [node], []
+def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes from `node` (1, H, N, D) back to a paged cache's result (1, G, N, D), among which
+    one `expand` may repeat the heads for the queries of a group; None if there are others."""
+    chain, resized = [node], []
     while (last := chain[-1]).target is not operator.getitem:
-        if last.target not in (*_IN_ORDER, *_OF_SIZES):
+        if last.target not in (*_IN_ORDER, *_IN_ORDER_IF_EQUAL):
             return None
         source = operand(last)
         before, after = fake_value(source).shape, fake_value(last).shape
-        if last.target in _OF_SIZES and not _equal(before, after):
-            spread.append((last.target, before, after))
+        if last.target in _IN_ORDER_IF_EQUAL and not _equal(before, after):
+            resized.append((last.target, before, after))
         chain.append(source)
     if operand(last).target is not PAGED_CACHE:
         return None
-    (_, heads, _, size), (_, every, _, width) = (fake_value(end).shape for end in (last, node))
-    if not spread:
-        return chain if _same((every, width), (heads, size)) else None
-    [(target, before, after), *more] = spread
-    if more or target is not aten.expand.default or not len(before) == len(after) == 5:
+    (_, kv_heads, _, size), (_, heads, _, width) = (fake_value(end).shape for end in (last, node))
+    if not resized:
+        return chain if _same((heads, width), (kv_heads, size)) else None
+    [(target, before, after), *further] = resized
+    if further or target is not aten.expand.default or not len(before) == len(after) == 5:
         return None
     group = after[2]
-    single, many = ((*shape[:3], shape[4]) for shape in (before, after))
-    repeated = _same(single, (1, heads, 1, size)) and _same(many, (1, heads, group, size))
-    return chain if repeated and _same((every, width), (heads * group, size)) else None
+    single, repeated = ((*shape[:3], shape[4]) for shape in (before, after))
+    grouped = _same(single, (1, kv_heads, 1, size)) and _same(repeated, (1, kv_heads, group, size))
+    return chain if grouped and _same((heads, width), (kv_heads * group, size)) else None
 
 
 def _only_result(attention: fx.Node) -> fx.Node | None:
@@ -145,7 +146,7 @@ def _fits(cached: fx.Node, attention: fx.Node) -> bool:
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
-    """The mask before torch aligned its memory by a pad and a slice at the end, or expanded it."""
+    """The mask before torch padded and sliced its last dimension for alignment, or expanded it."""
     while mask is not None and mask.op == "call_function":
         last = fake_value(mask).dim() - 1
         args = bound(mask) if isinstance(mask.target, OpOverload) else {}
@@ -162,11 +163,11 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
 
 
 def _transposed(result: torch.Tensor) -> bool:
-    """Whether a result (1, H, T, D) lies as (1, T, H, D), like its replacement."""
+    """Whether a result (1, H, T, D) has the memory order (1, T, H, D), like its replacement."""
     _, heads, tokens, size = result.shape
-    _, of_heads, of_tokens, of_size = result.stride()
-    return _same((of_heads, of_size), (size, 1)) and (
-        (isinstance(tokens, int) and tokens == 1) or _same((of_tokens,), (heads * size,))
+    _, head_stride, token_stride, last_stride = result.stride()
+    return _same((head_stride, last_stride), (size, 1)) and (
+        (isinstance(tokens, int) and tokens == 1) or _same((token_stride,), (heads * size,))
     )
 
 

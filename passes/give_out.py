@@ -44,8 +44,8 @@ BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
 OTHER_TYPE = "the copies have another dtype than the original"
 
 
-class Ended(Exception):
-    """Copies cannot be made of a node's result."""
+class NoCopy(Exception):
+    """A node's result cannot be copied for each request."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         name = "the graph's result" if node.op == "output" else operator_name(node)
@@ -62,20 +62,20 @@ class Vectorizer:
         self.copies: dict[fx.Node, fx.Node] = {}
 
     def vectorized(self, node: fx.Node) -> fx.Node:
-        """The copies of `node` from its operands' copies; raises Ended for unknown operators."""
+        """The copies of `node` from its operands' copies. Raises NoCopy if no rule makes them."""
         rule = _rule(node)
         if rule is None:
-            raise Ended(node, "no rule copies what this operator computes")
-        new = self._tried(node, rule)
+            raise NoCopy(node, "no rule copies what this operator computes")
+        new = self._apply_rule(node, rule)
         for before, after in zip(outputs(node), outputs(new), strict=True):
             if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-                raise Ended(node, "its results are not tensors")
+                raise NoCopy(node, "its results are not tensors")
             if before.dtype != after.dtype:
-                raise Ended(node, OTHER_TYPE)
-            wanted = (self.flow.batch, *self.flow.sizes.shape(before))
-            found = self.flow.sizes.shape(after)
-            if len(found) != len(wanted) or not all(map(equal, found, wanted)):
-                raise Ended(node, f"copies of sizes {wanted} came out as {found}")
+                raise NoCopy(node, OTHER_TYPE)
+            expected = (self.flow.batch, *self.flow.sizes.shape(before))
+            shape = self.flow.sizes.shape(after)
+            if len(shape) != len(expected) or not all(map(equal, shape, expected)):
+                raise NoCopy(node, f"copies of sizes {expected} came out as {shape}")
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
@@ -84,25 +84,25 @@ class Vectorizer:
         call, name = bound(node), input_name(node)
         x, y = call[name], call["y"]
         if any(arg in self.copies for arg in node.all_input_nodes if arg not in (x, y)):
-            raise Ended(node, "its factors depend on requests")
+            raise NoCopy(node, "its factors depend on requests")
         rows = self.flow.shape(y)[:-1]
         if self.flow.shape(x)[: len(rows)] != rows:
-            raise Ended(node, "x and y have rows of other sizes")
+            raise NoCopy(node, "x and y have rows of other sizes")
 
         def copied(vectorizer: Vectorizer, node: fx.Node) -> fx.Node:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
             return self.emit(op, *in_order(op, call, **copies))
 
-        new = self._tried(node, copied)
+        new = self._apply_rule(node, copied)
         new.meta[COPIES_DIM] = 0
         return new
 
-    def _tried(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
+    def _apply_rule(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
         try:
             return rule(self, node)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             text = " ".join(str(error).split())[:200]
-            raise Ended(node, f"it cannot run on copies: {text}") from error
+            raise NoCopy(node, f"it cannot run on copies: {text}") from error
 
     # --- helpers of rules ---
 
@@ -120,42 +120,42 @@ class Vectorizer:
         return self.emitter.size_of(node, dim, self.before)
 
     def copies_of(self, node: fx.Node) -> fx.Node:
-        """Copies (n, …) of any node; of one without, by expansion."""
+        """Copies (n, …) of any node; one without copies is expanded."""
         if node in self.copies:
             return self.copies[node]
         sizes = [self.count] + [-1] * len(self.flow.shape(node))
         return self.emit(aten.expand.default, self.emit(aten.unsqueeze.default, node, 0), sizes)
 
-    def wide(self, node: fx.Node, ndim: int) -> fx.Node:
-        """Copies of a node broadcast to `ndim` dimensions, (n, 1, …, 1, …)."""
+    def unsqueezed(self, node: fx.Node, ndim: int) -> fx.Node:
+        """Copies of a node with `ndim` dimensions besides the first, (n, 1, …, 1, …)."""
         copies = self.copies[node]
         for _ in range(ndim - len(self.flow.shape(node))):
             copies = self.emit(aten.unsqueeze.default, copies, 1)
         return copies
 
-    def only(self, node: fx.Node, allowed: object) -> None:
-        """Raise Ended if other operands have copies."""
+    def refuse_other_copies(self, node: fx.Node, allowed: object) -> None:
+        """Raise NoCopy if an operand other than `allowed` has copies."""
         if any(arg in self.copies and arg is not allowed for arg in node.all_input_nodes):
-            raise Ended(node, "an operand that should be the same for all requests is not")
+            raise NoCopy(node, "an operand that should be the same for all requests is not")
 
     # --- rules ---
 
     def _pointwise(self, node: fx.Node) -> fx.Node:
         ndim = len(self.flow.shape(node))
 
-        def wide(arg: fx.Node) -> fx.Node:
-            return self.wide(arg, ndim) if arg in self.copies else arg
+        def copies(arg: fx.Node) -> fx.Node:
+            return self.unsqueezed(arg, ndim) if arg in self.copies else arg
 
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies)
         if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
             kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         return self.emit(node.target, *args, **kwargs)
 
-    def _along(self, node: fx.Node) -> fx.Node:
-        """Dimensions in the arguments move by one; a reduction without any is over all."""
+    def _with_dims(self, node: fx.Node) -> fx.Node:
+        """Dimensions among the arguments increase by one. A reduction without any is over all."""
         args, packet = bound(node), called_by(node)
         first = operand(node)
-        self.only(node, first)
+        self.refuse_other_copies(node, first)
         n = len(self.flow.shape(first)) + (packet is aten.unsqueeze)
         for name in ("dim", "dims", "dim0", "dim1"):
             if name not in args:
@@ -163,7 +163,7 @@ class Vectorizer:
             value = args[name]
             if value is None or (isinstance(value, Sequence) and not value):
                 if reductions.RULES.get(packet) is not reductions.reduced:
-                    raise Ended(node, "it works along no dimension, or along all of them flattened")
+                    raise NoCopy(node, "it works along no dimension, or along all, flattened")
                 args[name] = list(range(1, n + 1))
             elif isinstance(value, int):
                 args[name] = wrap(value, n) + 1
@@ -177,7 +177,7 @@ class Vectorizer:
     def _squeezed(self, node: fx.Node) -> fx.Node:
         first = operand(node)
         if "dim" in bound(node):
-            return self._along(node)
+            return self._with_dims(node)
         dims = [d + 1 for d, size in enumerate(self.flow.shape(first)) if size == ONE]
         return self.emit(aten.squeeze.dims, self.copies[first], dims)
 
@@ -191,34 +191,35 @@ class Vectorizer:
         args = bound(node)
         size = args.get("size", args.get("shape"))
         if not isinstance(size, (list, tuple)):
-            raise Ended(node, "a view of the bits as another type")
+            raise NoCopy(node, "a view of the bits as another type")
         copies = self.copies[operand(node)]
         return self.emit(aten.reshape.default, copies, [self.count, *size])
 
     def _expanded(self, node: fx.Node) -> fx.Node:
         size = bound(node)["size"]
-        wide = self.wide(operand(node), len(size))
-        return self.emit(aten.expand.default, wide, [self.count, *size])
+        copies = self.unsqueezed(operand(node), len(size))
+        return self.emit(aten.expand.default, copies, [self.count, *size])
 
     def _repeated(self, node: fx.Node) -> fx.Node:
         repeats = bound(node)["repeats"]
-        wide = self.wide(operand(node), len(repeats))
-        return self.emit(aten.repeat.default, wide, [1, *repeats])
+        copies = self.unsqueezed(operand(node), len(repeats))
+        return self.emit(aten.repeat.default, copies, [1, *repeats])
 
     def _joined(self, node: fx.Node) -> fx.Node:
         args = bound(node)
         tensors, n = args["tensors"], len(self.flow.shape(node))
         if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
-            raise Ended(node, "it joins tensors of unequal numbers of dimensions")
+            raise NoCopy(node, "it joins tensors of unequal numbers of dimensions")
         copies = [self.copies_of(t) for t in tensors]
         return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
     def _indexed(self, node: fx.Node) -> fx.Node:
         x, indices = operand(node), list(bound(node)["indices"])
-        self.only(node, x)
-        at = [d for d, index in enumerate(indices) if index is not None]
-        if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
-            raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
+        self.refuse_other_copies(node, x)
+        dims = [d for d, index in enumerate(indices) if index is not None]
+        adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
+        if any(is_boolean(indices[d]) for d in dims) or not adjacent:
+            raise NoCopy(node, "indexed by a mask, or at dimensions that are not neighbours")
         return self.emit(node.target, self.copies[x], [None, *indices])
 
     def _product(self, node: fx.Node) -> fx.Node:
@@ -229,70 +230,71 @@ class Vectorizer:
             a, bias = args["mat1"], args["self"]
             plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
             if bias in self.copies or len(self.flow.shape(bias)) != 1 or not plain:
-                raise Ended(node, "the addend of the product is not a bias")
+                raise NoCopy(node, "the addend of the product is not a bias")
         if b in self.copies:
-            found = self.emit(aten.bmm.default, self.copies_of(a), self.copies[b])
-            return found if bias is None else self.emit(aten.add.Tensor, found, bias)
+            products = self.emit(aten.bmm.default, self.copies_of(a), self.copies[b])
+            return products if bias is None else self.emit(aten.add.Tensor, products, bias)
         copies = self.copies[a]
         sizes = [self.size_of(copies, dim) for dim in range(3)]
         flat = self.emit(aten.reshape.default, copies, [-1, sizes[2]])
-        found = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
-        return self.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
+        product = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
+        return self.emit(aten.reshape.default, product, [sizes[0], sizes[1], -1])
 
     def _item(self, node: fx.Node) -> fx.Node:
         return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
 
     # --- copies meet owned values ---
 
-    def by_size(self, node: fx.Node) -> fx.Node | None:
-        """`node`, which repeats a shared operand for each request, with copy i as repetition i."""
+    def repeated_by_size(self, node: fx.Node) -> fx.Node | None:
+        """A node that repeats a shared operand for each request, with copy i as repetition i."""
         if not self.flow.batch.is_Symbol:
-            return None  # another size may happen to be the same number
+            return None  # an unrelated size may have the same value
         packet = called_by(node)
         if packet is aten.expand:
-            return self._over_expand(node)
+            return self._expanded_by_size(node)
         if packet is aten.repeat:
-            return self._over_repeat(node)
-        return self._broadcast(node) if rule_for(node.target)[0] is pointwise.pointwise else None
+            return self._tiled_by_size(node)
+        is_pointwise = rule_for(node.target)[0] is pointwise.pointwise
+        return self._broadcast_by_size(node) if is_pointwise else None
 
-    def _broadcast(self, node: fx.Node) -> fx.Node | None:
-        """A pointwise node, another operand of which has an entry for each request (a mask)."""
+    def _broadcast_by_size(self, node: fx.Node) -> fx.Node | None:
+        """A pointwise node with another operand that has an entry for each request (a mask)."""
         flow, new = self.flow, self.flow.shape(node)
         dims = [d for d, size in enumerate(new) if size == flow.batch]
         operands = {arg for arg in node.all_input_nodes if arg in self.copies}
         if len(dims) != 1 or any(self._size_at(arg, dims[0], len(new)) != ONE for arg in operands):
             return None
-        placed = {arg: self._placed(arg, len(new), dims[0]) for arg in operands}
+        moved = {arg: self._copies_along(arg, len(new), dims[0]) for arg in operands}
         args, kwargs = fx.node.map_arg(
-            (node.args, dict(node.kwargs)), lambda arg: placed.get(arg, arg)
+            (node.args, dict(node.kwargs)), lambda arg: moved.get(arg, arg)
         )
         return self.emit(node.target, *args, **kwargs)
 
     def _size_at(self, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
         shape = self.flow.shape(arg)
-        at = dim - ndim + len(shape)
-        return shape[at] if at >= 0 else ONE
+        index = dim - ndim + len(shape)
+        return shape[index] if index >= 0 else ONE
 
-    def _over_expand(self, node: fx.Node) -> fx.Node | None:
+    def _expanded_by_size(self, node: fx.Node) -> fx.Node | None:
         flow, first = self.flow, operand(node)
         new = flow.shape(node)
         dims = [d for d, size in enumerate(new) if size == flow.batch]
         dims = [d for d in dims if self._size_at(first, d, len(new)) == ONE]
         if len(dims) != 1:
             return None
-        line = self._placed(first, len(new), dims[0])
+        copies = self._copies_along(first, len(new), dims[0])
         sizes = list(bound(node)["size"])
         sizes[dims[0]] = -1
-        return self.emit(aten.expand.default, line, sizes)
+        return self.emit(aten.expand.default, copies, sizes)
 
-    def _over_repeat(self, node: fx.Node) -> fx.Node | None:
+    def _tiled_by_size(self, node: fx.Node) -> fx.Node | None:
         """Tiling along dimension d: index i of n·size belongs to repetition i // size."""
         flow, first, repeats = self.flow, operand(node), list(bound(node)["repeats"])
         dims = [d for d, times in enumerate(repeats) if flow.size(times) == flow.batch]
         if len(dims) != 1:
             return None
         d, n = dims[0], len(repeats)
-        copies = self.wide(first, n)
+        copies = self.unsqueezed(first, n)
         repeats[d] = 1
         if any(flow.size(times) != ONE for times in repeats):
             copies = self.emit(aten.repeat.default, copies, [1, *repeats])
@@ -301,13 +303,13 @@ class Vectorizer:
         sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
-    def by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """(operand, replacement) pairs for copies that are broadcast along a known owner dimension;
-        raises Ended for others."""
+    def operands_by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """(operand, replacement) pairs for copies that are broadcast along an owner dimension.
+        Raises NoCopy for others."""
         flow, label = self.flow, self.flow.labels[node]
         single = label[0] if isinstance(label, tuple) else label
         if isinstance(single, Mixed):
-            raise Ended(node, f"it meets a tensor without proved ownership: {single.reason}")
+            raise NoCopy(node, f"it meets a tensor without proved ownership: {single.reason}")
         operands = [arg for arg in node.all_input_nodes if arg in self.copies]
         rule = rule_for(node.target)[0]
         shape = flow.shape(node)
@@ -317,41 +319,39 @@ class Vectorizer:
             query, key = flow.shape(args["query"]), flow.shape(args["key"])
             shape = (*query[:3], key[2])
             if any(arg not in masks for arg in operands):
-                raise Ended(node, "it attends to something that all requests share")
+                raise NoCopy(node, "it attends to something that all requests share")
         elif rule is not pointwise.pointwise or isinstance(label, tuple):
-            raise Ended(node, "no rule gives each request its copy here")
+            raise NoCopy(node, "no rule gives each request its copy here")
         if not isinstance(single, Own) or single.perm is not None:
-            raise Ended(node, f"no rule gives each request its copy along {single}")
+            raise NoCopy(node, f"no rule gives each request its copy along {single}")
         return [(arg, self._copy_by_owner(node, arg, shape, single)) for arg in operands]
 
     def _copy_by_owner(self, node: fx.Node, arg: fx.Node, shape: Shape, label: Own) -> fx.Node:
         flow, dim = self.flow, label.dim
         if self._size_at(arg, dim, len(shape)) != ONE:
-            raise Ended(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
+            raise NoCopy(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
         periods = divide(shape[dim], label.rows * flow.batch)
         if periods is None:
-            raise Ended(node, f"{shape[dim]} is not proved to hold whole periods of {label}")
-        line = self._placed(arg, len(shape), dim)
+            raise NoCopy(node, f"{shape[dim]} is not proved to hold whole periods of {label}")
+        copies = self._copies_along(arg, len(shape), dim)
         if label.rows == ONE and periods == ONE:
-            return line
+            return copies
         # (…, periods, n, rows, …) in row-major order is the owner's dimension.
         times, rows = (self.emitter.size(size, self.before) for size in (periods, label.rows))
         if times is None or rows is None:
-            raise Ended(node, f"the graph cannot compute the sizes of {label}")
-        line = self.emit(
-            aten.unsqueeze.default, self.emit(aten.unsqueeze.default, line, dim), dim + 2
-        )
+            raise NoCopy(node, f"the graph cannot compute the sizes of {label}")
+        copies = self.emit(aten.unsqueeze.default, copies, dim)
+        copies = self.emit(aten.unsqueeze.default, copies, dim + 2)
         sizes: list[Any] = [-1] * (len(shape) + 2)
         sizes[dim], sizes[dim + 2] = times, rows
-        wide = self.emit(aten.expand.default, line, sizes)
-        kept: Sequence[Any] = [
-            self.size_of(wide, d) for d in (*range(dim), *range(dim + 3, len(shape) + 2))
-        ]
-        return self.emit(aten.reshape.default, wide, [*kept[:dim], -1, *kept[dim:]])
+        copies = self.emit(aten.expand.default, copies, sizes)
+        dims = (*range(dim), *range(dim + 3, len(shape) + 2))
+        others: list[Any] = [self.size_of(copies, d) for d in dims]
+        return self.emit(aten.reshape.default, copies, [*others[:dim], -1, *others[dim:]])
 
-    def _placed(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
-        """Copies of `node`, broadcast to `ndim` dimensions, along dimension `dim` of size one."""
-        copies = self.emit(aten.squeeze.dim, self.wide(node, ndim), dim + 1)
+    def _copies_along(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
+        """Copies of `node` in `ndim` dimensions, along `dim`, where `node` has size one."""
+        copies = self.emit(aten.squeeze.dim, self.unsqueezed(node, ndim), dim + 1)
         if dim == 0:
             return copies
         order = [*range(1, dim + 1), 0, *range(dim + 1, ndim)]
@@ -379,7 +379,7 @@ RULES: dict[object, BatchingRule] = {
             aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean, aten.amax, aten.amin,
             aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
         ),
-        Vectorizer._along,
+        Vectorizer._with_dims,
     ),
 }  # fmt: skip
 
@@ -403,7 +403,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """Shared values get a copy per request where deltas make them differ."""
+    """Shared values get a copy per request if deltas make them differ."""
 
     name: str = "give_out"
     required: bool = False
@@ -489,9 +489,10 @@ class Attempt:
         self.before = set(graph.nodes)
         self.vectorizer = Vectorizer(flow, Emitter(graph, batch))
         self.sites: dict[fx.Node, fx.Node] = {}
-        self._of: dict[fx.Node, set[fx.Node]] = {}
+        self._roots_of: dict[fx.Node, set[fx.Node]] = {}
+        # For `undo`: (user, old operand, new operand), former fake values, former targets of views.
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []
-        self._values: dict[fx.Node, object] = {}  # earlier fake values
+        self._values: dict[fx.Node, object] = {}
         self._views: list[tuple[fx.Node, object]] = []
 
     def run(self) -> dict[fx.Node, str]:
@@ -501,72 +502,73 @@ class Attempt:
             shared = [arg for arg in node.all_input_nodes if arg in self.vectorizer.copies]
             if not shared and node not in self.roots:
                 continue
-            self._of[node] = {node} & self.roots
-            self._of[node] = self._of[node].union(*(self._of[arg] for arg in shared))
+            own_root = {node} & self.roots
+            self._roots_of[node] = own_root.union(*(self._roots_of[arg] for arg in shared))
             try:
                 self._visit(node, shared)
-            except Ended as ended:
-                failed.update(dict.fromkeys(self._of[node], str(ended)))
+            except NoCopy as error:
+                failed.update(dict.fromkeys(self._roots_of[node], str(error)))
         if not failed:
             try:
-                self._settle()
-            except Ended as ended:
-                failed = dict.fromkeys(self.roots, str(ended))
+                self._update_values()
+            except NoCopy as error:
+                failed = dict.fromkeys(self.roots, str(error))
         return failed
 
     def _visit(self, node: fx.Node, shared: list[fx.Node]) -> None:
         vectorizer = self.vectorizer
         vectorizer.before = node
         if node.op != "call_function":
-            raise Ended(node, "it is returned once for all requests")
+            raise NoCopy(node, "it is returned once for all requests")
         label = vectorizer.flow.labels[node]
         if is_site(node):
             if node.target not in (SITE_OP, EMBEDDING_OP) or label is not None:
-                raise Ended(node, "no rule copies what this operator computes")
+                raise NoCopy(node, "no rule copies what this operator computes")
             vectorizer.copies[node] = self.sites[node] = vectorizer.site(node)
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
-            for arg in shared:  # for their sizes
-                self._put(node, arg, vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0))
+            for arg in shared:  # only its sizes are read
+                copy = vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0)
+                self._replace_operand(node, arg, copy)
         elif node.target is ROWS_OF:
             y = bound(node)["y"]
             if y in vectorizer.copies:
                 vectorizer.copies[node] = vectorizer.copies[y]
         elif label is not None and not _is_shared(label):
-            for arg, new in vectorizer.by_owner(node):
-                self._put(node, arg, new)
+            for arg, new in vectorizer.operands_by_owner(node):
+                self._replace_operand(node, arg, new)
         else:
-            joined = vectorizer.by_size(node)
-            if joined is None:
+            repeated = vectorizer.repeated_by_size(node)
+            if repeated is None:
                 vectorizer.copies[node] = vectorizer.vectorized(node)
-            elif _types(fake_value(joined)) != _types(fake_value(node)):
-                raise Ended(node, OTHER_TYPE)
+            elif _types(fake_value(repeated)) != _types(fake_value(node)):
+                raise NoCopy(node, OTHER_TYPE)
             else:
                 for user in list(node.users):
-                    self._put(user, node, joined)
+                    self._replace_operand(user, node, repeated)
 
-    def _put(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    def _replace_operand(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         user.replace_input_with(old, new)
         self._inputs.append((user, old, new))
 
-    def _settle(self) -> None:
-        """Update later fake values; views that need the old strides become reshapes."""
+    def _update_values(self) -> None:
+        """Update later nodes' fake values; views that need the old strides become reshapes."""
         changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
                 continue
             if node.op == "output" or called_by(node) in OF_LAYOUT:
-                raise Ended(node, "its layout would change")
+                raise NoCopy(node, "its layout would change")
             old = fake_value(node)
             try:
                 value = self._computed(node)
             except RuntimeError as error:
                 if node.target not in VIEWS:
-                    raise Ended(node, f"its layout would change: {error}") from error
+                    raise NoCopy(node, f"its layout would change: {error}") from error
                 self._views.append((node, node.target))
                 node.target = aten.reshape.default
                 value = self._computed(node)
             if _types(value) != _types(old):
-                raise Ended(node, OTHER_TYPE)
+                raise NoCopy(node, OTHER_TYPE)
             self._values.setdefault(node, old)
             node.meta["val"] = value
             if _layouts(value) != _layouts(old):
@@ -585,7 +587,7 @@ class Attempt:
             if isinstance(proof, Unproved):
                 failed.update(
                     dict.fromkeys(
-                        self._of[old],
+                        self._roots_of[old],
                         "with one copy per request its row ownership is still not proved",
                     )
                 )

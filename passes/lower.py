@@ -5,20 +5,18 @@
                slots are the keys of the rows. If y is a grouped product with a kernel, it becomes
                lorafx::grouped_mm.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or triton_concat_ and
-               mm / addmm, as planned; site → triton_delta_ into y. On a GPU the graph has their
-               launches.
-    reference  the graph stays as it is: the ops' aten implementations run.
+               mm / addmm, as planned; site → triton_delta_ into y.
+    reference  the graph is unchanged: the ops' aten implementations run.
 
 grouped_site and conv_site are unchanged. Ops that write are wrapped in `auto_functionalized`. On a
-GPU the Triton ops become calls of their kernels:
+GPU the Triton ops become launches of their kernels:
 
     y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
  →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
 
 Each op's body is traced on the node's fake tensors and functionalised, since AOTAutograd has run
 before `lower`. Inductor can then plan the kernels' memory, capture them in CUDA graphs and package
-them ahead of time. Bodies share computations from the same inputs: the requests sorted by slot,
-sizes.
+them ahead of time. Bodies share computations, such as the order of the requests by slot.
 """
 
 from __future__ import annotations
@@ -107,12 +105,12 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
     x, weight, bias = call["x"], call["weight"], call["bias"]
     x_flat = _flat(ctx, x)
     if strategy.name in FUSED:
-        rows = _adjacent(ctx, x_flat)
+        rows = _contiguous_rows(ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=rows, kernel=strategy.kernel)
-        return _shaped(ctx, ctx.emit(TRITON_LINEAR, *arguments), x, node)
+        return _unflattened(ctx, ctx.emit(TRITON_LINEAR, *arguments), x, node)
     if strategy.name == CONCAT:
-        y = _concat(ctx, strategy.kernel, {**call, "x": _adjacent(ctx, x_flat)})
-        return _shaped(ctx, y, x, node)
+        y = _concat(ctx, strategy.kernel, {**call, "x": _contiguous_rows(ctx, x_flat)})
+        return _unflattened(ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
         for size in call["sizes"]:
@@ -124,7 +122,7 @@ def _linear(ctx: Context, node: fx.Node) -> fx.Node:
     else:
         y = _product(ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(ctx, node, {**call, "y": y, "x": x_flat})
-    return _shaped(ctx, written, x, node)
+    return _unflattened(ctx, written, x, node)
 
 
 def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
@@ -132,19 +130,19 @@ def _concat(ctx: Context, kernel: int, call: dict[str, Any]) -> fx.Node:
     longer x (M, K) and W. Both come from aten.cat, so Inductor computes x directly into x'."""
     spec = plan_of(kernel).spec
     blocks = fake_value(call["slots" if spec.by_request else "B"]).shape[0]
-    more = triton_ops.columns_of(spec, blocks)
-    longer = {
-        "x": _with_columns(ctx, call["x"], 1, more),
-        "w": _with_columns(ctx, call["weight"], 0 if call["transposed"] else 1, more),
+    columns = triton_ops.columns_of(spec, blocks)
+    extended = {
+        "x": _extend(ctx, call["x"], 1, columns),
+        "w": _extend(ctx, call["weight"], 0 if call["transposed"] else 1, columns),
     }
-    x, weight = written_by(TRITON_CONCAT, {**call, **longer, "kernel": kernel}, "x", "w")
+    x, weight = written_by(TRITON_CONCAT, {**call, **extended, "kernel": kernel}, "x", "w")
     return _product(ctx, x, weight, call["bias"], swap=call["transposed"])
 
 
-def _with_columns(ctx: Context, tensor: fx.Node, dim: int, more: int) -> fx.Node:
-    value, other = fake_value(tensor), ctx.size(tensor, 1 - dim)
+def _extend(ctx: Context, tensor: fx.Node, dim: int, count: int) -> fx.Node:
+    value, length = fake_value(tensor), ctx.size(tensor, 1 - dim)
     settings = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-    sizes = [more, other] if dim == 0 else [other, more]
+    sizes = [count, length] if dim == 0 else [length, count]
     return ctx.emit(
         aten.cat.default, [tensor, ctx.emit(aten.full.default, sizes, 0.0, **settings)], dim
     )
@@ -161,23 +159,24 @@ def _product(
 
 def _site(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
-    y = _spread(ctx, call["y"])
+    y = _writable(ctx, call["y"])
     if not strategy_of(node).kernel and _same_strides(y, node):
         # These kernels take any row layout; flattening might copy x and y.
         return _add_delta(ctx, node, {**call, "y": y})
     flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
     written = _add_delta(ctx, node, {**call, **flat})
-    return _shaped(ctx, written, y, node)
+    return _unflattened(ctx, written, y, node)
 
 
 def _experts(ctx: Context, node: fx.Node) -> fx.Node:
     call = bound(node)
-    y = _generated_product(ctx, call["y"])
+    y = _with_generated_kernel(ctx, call["y"])
     flat = {"y": _flat(ctx, y), "x": _flat(ctx, call["x"])}
-    return _shaped(ctx, _expert_delta(ctx, node, {**call, **flat}), y, node)
+    return _unflattened(ctx, _expert_delta(ctx, node, {**call, **flat}), y, node)
 
 
-def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
+def _with_generated_kernel(ctx: Context, y: fx.Node) -> fx.Node:
+    """y, which becomes lorafx::grouped_mm if it is a grouped product with a kernel."""
     if not is_grouped(y) or ctx.program.options.lowering != "inductor":
         return y
     x, weight, offs, plain = grouped(y)
@@ -193,10 +192,10 @@ def _generated_product(ctx: Context, y: fx.Node) -> fx.Node:
 
 
 def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
-    """y (M, N) after the delta of rows with known experts, from `expert_site`'s arguments."""
-    alike = ctx.beside(call["A"], ALIKE)
+    """y (M, N) with the delta; `call` has the arguments of `expert_site`."""
+    alike = ctx.field_of_same_bank(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
-        ends = _ends(call["experts"], call["count"])
+        ends = _ends_of_experts(call["experts"], call["count"])
         experts = call["experts"] if ends is None else ends
         tensors, sorted_rows = (*_operands(call), alike, experts), ends is not None
         settings = {"rows": call["rows"], "ends": sorted_rows}
@@ -208,7 +207,7 @@ def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
     return _add_delta(ctx, node, {**call, "slots": keys, "rows": 1})
 
 
-def _ends(experts: fx.Node, count: int) -> fx.Node | None:
+def _ends_of_experts(experts: fx.Node, count: int) -> fx.Node | None:
     """The ends of each expert's rows, if `match` read `experts` from them."""
     if experts.target is not aten.searchsorted.Tensor or not bound(experts)["right"]:
         return None
@@ -222,13 +221,13 @@ def _ends(experts: fx.Node, count: int) -> fx.Node | None:
 
 def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
-    y = call["y"] = _spread(ctx, call["y"])
+    y = call["y"] = _writable(ctx, call["y"])
     if strategy.kernel:
         flat = ctx.emit(aten.reshape.default, call["ids"], [-1])
-        call["y"] = _adjacent(ctx, _flat(ctx, y))
-        call["ids"] = _adjacent(ctx, flat)
+        call["y"] = _contiguous_rows(ctx, _flat(ctx, y))
+        call["ids"] = _contiguous_rows(ctx, flat)
         arguments = in_order(TRITON_EMBEDDING_DELTA, call, kernel=strategy.kernel)
-        return _shaped(ctx, call_in_place(TRITON_EMBEDDING_DELTA, arguments), y, node)
+        return _unflattened(ctx, call_in_place(TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
         tensors = _operands(call, "ids")
         return call_in_place(*delta_call(delta_spec(node), *tensors, rows=call["rows"]))
@@ -238,8 +237,8 @@ def _embedding(ctx: Context, node: fx.Node) -> fx.Node:
 def _add_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
     strategy = strategy_of(node)
     if strategy.kernel:
-        laid = {name: _adjacent(ctx, call[name]) for name in ("y", "x")}
-        arguments = in_order(TRITON_DELTA, call, **laid, kernel=strategy.kernel)
+        contiguous = {name: _contiguous_rows(ctx, call[name]) for name in ("y", "x")}
+        arguments = in_order(TRITON_DELTA, call, **contiguous, kernel=strategy.kernel)
         return call_in_place(TRITON_DELTA, arguments)
     if strategy.name == GENERATED:
         return call_in_place(*delta_call(delta_spec(node), *_operands(call), rows=call["rows"]))
@@ -257,8 +256,8 @@ def _flat(ctx: Context, node: Any) -> fx.Node:
     return ctx.emit(aten.reshape.default, node, [-1, value.shape[-1]])
 
 
-def _spread(ctx: Context, y: fx.Node) -> fx.Node:
-    """y, or a copy if it is broadcast, since each row is written."""
+def _writable(ctx: Context, y: fx.Node) -> fx.Node:
+    """y, or a copy if it is broadcast: each row is written."""
     value = fake_value(y)
     if all(guard_or_true(stride != 0) for stride in value.stride()):
         return y
@@ -270,14 +269,15 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
     return all(guard_or_false(x == y) for x, y in strides)
 
 
-def _adjacent(ctx: Context, node: fx.Node) -> fx.Node:
-    """`node` with contiguous rows, which Triton kernels need, or a copy."""
+def _contiguous_rows(ctx: Context, node: fx.Node) -> fx.Node:
+    """`node`, or a copy if its rows are not contiguous, which Triton kernels need."""
     if adjacent(fake_value(node)):
         return node
     return ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
-def _shaped(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
+def _unflattened(ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
+    """y (M, N) in the shape of `like`, with the leading sizes of `source`."""
     value = fake_value(like)
     if value.dim() == 2:
         return y
@@ -303,7 +303,7 @@ def inline_triton_ops(
 
     `gm` is functional, with fake tensors, and changed in place. With `early`, kernels may launch
     before their predecessor ends. Returns former nodes of results and writes -> replacements.
-    Raises LoweringError where a body does not trace.
+    Raises LoweringError if a body cannot be traced.
     """
     if early:
         from lorafx.torch_internals.inductor import launch_dependents_early
@@ -315,14 +315,14 @@ def inline_triton_ops(
     for node in list(gm.graph.nodes):
         op = op_of(node)
         if op in ops:
-            replaced.update(_replace(node, op, bodies, shared))
+            replaced.update(_inline(node, op, bodies, shared))
     for node in reversed(gm.graph.nodes):
-        if node.target is EMPTY and not node.users:  # of a shared call
+        if node.target is EMPTY and not node.users:  # its call was shared
             gm.graph.erase_node(node)
     return replaced
 
 
-def _replace(
+def _inline(
     node: fx.Node,
     op: OpOverload,
     bodies: dict[object, fx.GraphModule],
@@ -333,14 +333,14 @@ def _replace(
     key = (op, *(_description(item, inputs) for item in _leaves(arguments)))
     body = bodies.get(key)
     if body is None:
-        body = bodies[key] = _traced(op, arguments, inputs)
+        body = bodies[key] = _trace_body(op, arguments, inputs)
     graph = node.graph
     with graph.inserting_before(node):
-        results = _copied(graph, body, inputs, node, shared)
+        results = _copy_body(graph, body, inputs, node, shared)
     replaced = {}
     returned = len(op._schema.returns)
     if node.target is AUTO_FUNCTIONALIZED or returned > 1:
-        # An op without results returns None before its written arguments.
+        # For an op without results, item 0 is None and the written arguments follow.
         shift = 1 if returned == 0 else 0
         for user in list(node.users):  # getitem: results of op, then its written arguments
             index = index_of(user)
@@ -376,7 +376,7 @@ def _description(item: Any, inputs: list[fx.Node]) -> object:
     return (index, str(value))
 
 
-def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
+def _trace_body(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
     position = {node: index for index, node in enumerate(inputs)}
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
@@ -402,7 +402,7 @@ def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.G
         raise LoweringError(f"{op} could not be traced into the graph: {error}") from error
 
 
-def _copied(
+def _copy_body(
     graph: fx.Graph,
     body: fx.GraphModule,
     inputs: list[fx.Node],
@@ -418,7 +418,7 @@ def _copied(
         elif node.op == "output":
             results = [copies[item] for item in node.args[0]]
         else:
-            key = _key(node, copies)
+            key = _value_key(node, copies)
             if node.target is not EMPTY and key in shared:
                 copies[node] = shared[key]
                 continue
@@ -430,15 +430,15 @@ def _copied(
     return results
 
 
-def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
-    """A key that is equal for equal computations: sizes by expression, new buffers by size."""
+def _value_key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
+    """Equal for equal computations; sizes are compared by expression, new buffers by size."""
     if isinstance(node.meta.get("val"), torch.SymInt):
         return str(node.meta["val"])
 
     def described(item: Any) -> object:
         if isinstance(item, fx.Node):
             is_size = isinstance(item.meta.get("val"), torch.SymInt)
-            return _key(item, copies) if is_size or item.target is EMPTY else copies[item]
+            return _value_key(item, copies) if is_size or item.target is EMPTY else copies[item]
         if isinstance(item, dict):
             return tuple((name, described(value)) for name, value in item.items())
         if isinstance(item, (list, tuple)):

@@ -1,10 +1,10 @@
 """Map every use of a selected module's weight to its site, and make every use carry its delta.
 
-A use has a mark already (the hook's `site` op on y or on y + bias), or is a linear, embedding or
+A use already has a mark (the hook's `site` op on y or on y + bias), or is a linear, embedding or
 convolution that bypasses its module's call and gets the op here, or is refused by name. A mark
-behind other arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of
-the weight: the result is that of W + ΔW. Modules without a plain weight tensor or with a registered
-handler keep their marks. Every product with the weights of routed experts gets its op:
+after other arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of
+the weight, so that the result is that of W + ΔW. Modules without a plain weight tensor or with a
+registered handler keep their marks. Every product with weights of routed experts gets its op:
 
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
@@ -89,7 +89,7 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     ]
     if not matrices:
         return
-    identities, paths = _running(ctx.graph)
+    identities, paths = _running_modules(ctx.graph)
     for site in program.sites:
         if site.eligible.kind != "linear":
             continue
@@ -99,7 +99,7 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
         parent = program.graph.at(near)
         if parent is program.model:
             runs = frame.begins_call
-        else:  # all of its forward: a part of one may leave the weight to a later graph
+        else:  # the whole forward: a later graph may use the weight if only a part runs here
             runs = str(id(parent)) in identities or near in paths
             runs = runs and id(parent) not in frame.callers
         if not runs:
@@ -107,8 +107,8 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
         readable = has_numbers(site)
         for node, holder in matrices:
             value = fake_value(node)
-            alike = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
-            if is_near(str(holder), near) and (alike or not readable):
+            fits = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
+            if is_near(str(holder), near) and (fits or not readable):
                 program.reached.add(site.path)
                 program.replaced.add(site.path)
                 parts = site in in_parts
@@ -127,14 +127,14 @@ def _is_matrix(node: fx.Node) -> bool:
     return bool(node.users) and value.dim() > 1 and value.is_floating_point()
 
 
-def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
+def _running_modules(graph: fx.Graph) -> tuple[set[str], set[str]]:
     """Ids, as text, and paths of the modules whose forwards made the graph's nodes."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
     entries = {(str(key).partition("@")[0], path) for s in stacks for key, (path, _) in s.items()}
     return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
 
 
-def _other_arithmetic(site: Site, use: Use) -> Refusal | None:
+def _convolution_refusal(site: Site, use: Use) -> Refusal | None:
     """The refusal of a convolution that A, with the module's stride and padding, does not fit."""
     module, call = convolution_of(site.module), bound(use.node)
     if call["transposed"] or call["groups"] != module.groups:
@@ -168,19 +168,19 @@ class Match:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
         uses = _uses(ctx)
-        # A module whose y is x Wᵀ returns that; with blocks of W its result is unknown.
+        # A module that multiplies by blocks of W may return anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: _followed(bound(mark)["y"], products)[0] for mark in marks}
+        origins = {mark: _use_behind(bound(mark)["y"], products)[0] for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
                 addends = _addends_of(bound(mark)["y"], products)
-                _leave_alone(ctx, site, mark, addends)
+                _set_addend(ctx, site, mark, addends)
             if origins[mark] is not None and site.own_rows and _forward_unknown(site):
                 _check_addends(ctx, site, _addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
-        _refuse_other_uses(ctx, marks, uses)
+        _refuse_used_bias(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
         inputs = [ctx.frame.by_node[use.weight] for use in uses.values()]
@@ -194,19 +194,19 @@ class Match:
         for use in uses.values():
             if use.node in claimed:
                 continue
-            kept = _left_to_mark(ctx, use)
-            if kept is not None:
-                if kept not in marks.values() and id(kept.module) not in ctx.frame.callers:
-                    ctx.refuse(Refusal((kept,), "always", "its own call added no delta"))
+            marked = _site_with_mark(ctx, use)
+            if marked is not None:
+                if marked not in marks.values() and id(marked.module) not in ctx.frame.callers:
+                    ctx.refuse(Refusal((marked,), "always", "its own call added no delta"))
                 continue
-            site_or_none = _owner(ctx, use)
-            if isinstance(site_or_none, Refusal):
-                ctx.refuse(site_or_none)
-            elif site_or_none is not None:
-                if _mark_follows(ctx, site_or_none, use):
+            owner = _owner(ctx, use)
+            if isinstance(owner, Refusal):
+                ctx.refuse(owner)
+            elif owner is not None:
+                if _mark_follows(ctx, owner, use):
                     continue
-                _insert(ctx, site_or_none, use)
-                added.setdefault(id(site_or_none), set()).add(use.node)
+                _insert(ctx, owner, use)
+                added.setdefault(id(owner), set()).add(use.node)
                 edits += 1
         edits += insert_expert_sites(ctx)
         for mark, site in marks.items():
@@ -240,9 +240,9 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
         for use in _input_uses(node, item, inputs):
             other = uses.get(use.node)
             if other is not None and not _same_stored(ctx, use, other):
-                joined = _joined(ctx, other, use)
-                ctx.refuse(ctx.unknown_use(joined.weight, joined.node, joined.reason))
-                use = _joined(ctx, use, other)
+                unknown = _use_with_two_weights(ctx, other, use)
+                ctx.refuse(ctx.unknown_use(unknown.weight, unknown.node, unknown.reason))
+                use = _use_with_two_weights(ctx, use, other)
             uses[use.node] = use
     return uses
 
@@ -253,7 +253,7 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
 
 
 def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Node]]) -> list[Use]:
-    """The uses of a weight or derived input; `inputs`: a frame's, by their modules' ids."""
+    """The uses of a weight or derived input. `inputs` are a frame's by the ids of their modules."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -267,7 +267,7 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
         modules = {id(site.module) for site in item.sites}
-        scales = {other for module in modules for other in inputs.get(module, ())}
+        scales = {item for module in modules for item in inputs.get(module, ())}
         return uses_of(node, transposed=transposed, scales=scales)
     if derived.form is not None:
         return uses_of(node, transposed=False, part=(derived.form, derived.shape))
@@ -278,8 +278,8 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
     return [Use("unknown", node, user, reason=reason) for user in node.users]
 
 
-def _joined(ctx: Context, use: Use, other: Use) -> Use:
-    """An unknown use, whose node has another weight too: (W + ΔW)(V + ΔV) is not two deltas."""
+def _use_with_two_weights(ctx: Context, use: Use, other: Use) -> Use:
+    """`use` as an unknown one: (W + ΔW)(V + ΔV) of two weights is no sum of deltas."""
     if use.kind == "unknown":
         return use
     label = ctx.frame.by_node[other.weight].label
@@ -287,8 +287,8 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
-    """Whether a running call of the module makes the use, so that its mark follows in a later
-    graph; refuses a module that may return something else than x Wᵀ."""
+    """Whether the use is made by a call of the module that continues after this graph, so that its
+    mark is in a later one. Refuses a module that may return something else than x Wᵀ."""
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
@@ -302,16 +302,16 @@ def _forward_unknown(site: Site) -> bool:
     return site.has_own_forward and site.eligible.handler is None
 
 
-def _left_to_mark(ctx: Context, use: Use) -> Site | None:
-    """The site whose mark adds this use's delta: its module's call makes the use, and computes x Wᵀ
-    by a handler or from a stored format."""
+def _site_with_mark(ctx: Context, use: Use) -> Site | None:
+    """The site whose mark adds the delta of this use: the use is made by its module's call, which
+    computes x Wᵀ by a handler or from a stored format."""
     item = ctx.frame.by_node[use.weight]
     for site in item.sites:
         stored = bool(item.part) or not is_dense(fake_value(use.weight))
         stored = stored or is_stored(site.module, site.eligible)
         if not stored and site.eligible.handler is None:
             continue
-        # Where a break cuts its call in two, its mark stands in a later graph.
+        # After a graph break in the module's call, its mark is in a later graph.
         running = stored and id(site.module) in ctx.frame.callers
         if running or ctx.inside(use.node, site.module):
             return site
@@ -319,6 +319,7 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
+    """The site that a use belongs to; a refusal; or None if it belongs to a module without LoRA."""
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
@@ -329,8 +330,8 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
     kind = _USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
-    if use.kind == "conv" and (other := _other_arithmetic(fitting[0], use)) is not None:
-        return other
+    if use.kind == "conv" and (refusal := _convolution_refusal(fitting[0], use)) is not None:
+        return refusal
     unselected = ctx.unselected_owners(use.weight, kind)
     if len(fitting) == 1 and not unselected:
         return fitting[0]
@@ -377,7 +378,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
             node = ctx.emit(GROUPED_OP, *arguments)
         last = _swapped(ctx, node) if use.swapped else node
     if _rescales(node) and use.bias is not None:
-        _leave_alone(ctx, site, node, [use.bias])
+        _set_addend(ctx, site, node, [use.bias])
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
@@ -387,13 +388,13 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
 
 
 def _addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
-    """The terms of `y`, which has a use behind it, beside the product with the weight."""
-    use, added = _followed(y, uses)
+    """The terms of `y`, a sum, except the product with the weight."""
+    use, added = _use_behind(y, uses)
     constants = [constant for _, constant in added]
     return constants if use is None or use.bias is None else [*constants, use.bias]
 
 
-def _followed(
+def _use_behind(
     y: fx.Node, uses: dict[fx.Node, Use]
 ) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
     """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
@@ -420,7 +421,7 @@ def _followed(
 
 
 def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
-    """Refuse replaced rows where y is not x Wᵀ plus the module's own bias."""
+    """Refuse replaced rows unless y is x Wᵀ plus the module's own bias."""
     bias = getattr(site.module, "bias", None)
     tensors = [_holder_tensor(ctx, addend) for addend in addends]
     if len(tensors) != (bias is not None) or any(tensor is not bias for tensor in tensors):
@@ -429,8 +430,8 @@ def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
         )
 
 
-def _refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
-    """Refuse replaced rows where another node reads the bias of their module."""
+def _refuse_used_bias(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
+    """Refuse replaced rows if something else reads the bias of their module."""
     sites = [site for site in ctx.program.sites if site.own_rows]
     if not sites:
         return
@@ -439,27 +440,27 @@ def _refuse_other_uses(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.N
         for site in sites:
             if tensor is None or tensor is not getattr(site.module, "bias", None):
                 continue
-            known = _additions(ctx, site, node, marks, uses)
-            if other := next((user for user in node.users if user not in known), None):
+            additions = _additions_of_bias(ctx, site, node, marks, uses)
+            if other := next((user for user in node.users if user not in additions), None):
                 ctx.refuse(Refusal((site,), "own", f"its bias is used by {other.name} too"))
 
 
-def _additions(
+def _additions_of_bias(
     ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
 ) -> set[fx.Node]:
     """Nodes that add the bias to a product with the weight of `site`, and its marks."""
-    found = {
+    additions = {
         use.node
         for use in uses.values()
         if use.bias is bias and site in ctx.frame.by_node[use.weight].sites
     }
-    for mark, of in marks.items():
-        if of is site:
-            found.add(mark)
-            use, added = _followed(bound(mark)["y"], uses)
+    for mark, marked in marks.items():
+        if marked is site:
+            additions.add(mark)
+            use, added = _use_behind(bound(mark)["y"], uses)
             if use is not None:
-                found |= {node for node, constant in added if constant is bias}
-    return found
+                additions |= {node for node, constant in added if constant is bias}
+    return additions
 
 
 def _holder_tensor(ctx: Context, node: fx.Node) -> Tensor | None:
@@ -471,7 +472,7 @@ def _rescales(node: fx.Node) -> bool:
     return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
 
 
-def _leave_alone(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
+def _set_addend(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
     """Set the op's `addend` to the sum of y's addends, which DoRA does not scale."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
         ctx.refuse(
@@ -516,7 +517,7 @@ _QUANTISED = (
 
 
 def insert_expert_sites(ctx: Context) -> int:
-    """Add an op behind each product with a selected expert weight; returns their number."""
+    """Add an op after each product with a selected expert weight. Returns their number."""
     edits = 0
     served: set[int] = set()
     for node, item in list(ctx.frame.by_node.items()):
@@ -524,7 +525,7 @@ def insert_expert_sites(ctx: Context) -> int:
         if item.kind != "weight" or not sites:
             continue
         if item.part or not is_dense(fake_value(node)):
-            if id(sites[0]) not in served:  # one input for each part of a tensor subclass
+            if id(sites[0]) not in served:  # each part of a tensor subclass is an input
                 ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
             served.update(map(id, sites))
             continue
@@ -567,7 +568,7 @@ def _insert_expert_site(ctx: Context, site: Site, use: Use) -> None:
     y = use.node
     users = list(y.users)
     with ctx.graph.inserting_before(y.next):
-        x_rows, y_rows = _without_ones(ctx, use.x, use), _without_ones(ctx, y, use)
+        x_rows, y_rows = _as_matrix(ctx, use.x, use), _as_matrix(ctx, y, use)
         experts = _experts_of(ctx, site, use)
         call = {**bank, **own_ranges(site)._asdict(), "rows": UNPROVED, "count": site.experts}
         arguments = in_order(EXPERT_OP, call, x=x_rows, y=y_rows, experts=experts)
@@ -581,8 +582,8 @@ def _insert_expert_site(ctx: Context, site: Site, use: Use) -> None:
     ctx.record(site, node, None, form="rewritten")
 
 
-def _without_ones(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
-    """(rows, F) of a product's operand or result, without the dimension of size one of "chosen"."""
+def _as_matrix(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
+    """A product's operand or result as (rows, F); a "chosen" one has a dimension of size one."""
     if use.kind != "chosen":
         return node
     return ctx.emit(aten.squeeze.dim, node, 2 if use.swapped else 1)
@@ -593,32 +594,32 @@ def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
     device = fake_value(use.x).device
     if use.kind == "chosen":
         assert use.choice is not None
-        return _from_0(ctx, use.choice, site.experts)
+        return _nonnegative(ctx, use.choice, site.experts)
     if use.kind == "sorted":
         count = ctx.size(use.x, 0)
         numbers = ctx.numbers(count, torch.int32, device)
         return ctx.emit(aten.searchsorted.Tensor, use.choice, numbers, out_int32=True, right=True)
     tokens = ctx.size(use.x, 1)
-    every = ctx.numbers(site.experts, torch.int32, device)
-    column = ctx.emit(aten.unsqueeze.default, every, 1)
+    numbers = ctx.numbers(site.experts, torch.int32, device)
+    column = ctx.emit(aten.unsqueeze.default, numbers, 1)
     wide = ctx.emit(aten.expand.default, column, [site.experts, tokens])
     return ctx.emit(aten.reshape.default, wide, [-1])
 
 
-def _from_0(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
-    """Indices in 0 … E - 1, where W[-1] is the last expert; those of topk and sort already are."""
+def _nonnegative(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
+    """The indices in 0 … count - 1, where -1 is the last; those of topk and sort are so already."""
     source = ids
-    while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
+    while source.target in SAME_INDICES or source.target in RANKINGS or _ranked(source) == 0:
         source = operand(source)
-    if _position(source) == 1:
+    if _ranked(source) == 1:
         return ids
     wrapped = ctx.emit(aten.add.Tensor, ids, count)
     negative = ctx.emit(aten.lt.Scalar, ids, 0)
     return ctx.emit(aten.where.self, negative, wrapped, ids)
 
 
-def _position(node: fx.Node) -> int | None:
-    """0 for the values of topk and sort, 1 for their indices, else None."""
+def _ranked(node: fx.Node) -> int | None:
+    """0 for the values of topk and sort, 1 for their indices, None for any other node."""
     if node.target is not operator.getitem or operand(node).target not in RANKINGS:
         return None
     return int(index_of(node))

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.ops.op_library import BankArgs, Ranges
-from lorafx.model.module_graph import alike
+from lorafx.model.module_graph import joined_lines
 from lorafx.model.packing import PackedGroup, pack_weights
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import FUSED_OP, Context, SiteState
@@ -51,15 +51,15 @@ class Pack:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         edits = 0
-        for nodes in _candidates(ctx):
-            for run in _adjacent(ctx, nodes):
+        for nodes in _nodes_by_input(ctx):
+            for run in _adjacent_runs(ctx, nodes):
                 if len(run) > 1 and ctx.take_edit():
                     _merge(ctx, run, first=min(run, key=order.__getitem__))
                     edits += 1
         return edits
 
 
-def _candidates(ctx: Context) -> list[list[fx.Node]]:
+def _nodes_by_input(ctx: Context) -> list[list[fx.Node]]:
     """Fused nodes grouped by x, bank, slots, rows and packed weight."""
     buckets: dict[tuple[object, ...], list[fx.Node]] = {}
     for node, (state, *_) in ctx.states.items():
@@ -71,7 +71,8 @@ def _candidates(ctx: Context) -> list[list[fx.Node]]:
     return list(buckets.values())
 
 
-def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
+def _adjacent_runs(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Runs of nodes whose outputs are adjacent in the packed weight, in its order."""
     runs: list[list[fx.Node]] = []
     end = None
     for node in sorted(nodes, key=lambda item: bound(item)["offsets"][0]):
@@ -94,9 +95,9 @@ def _merge(ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
     start, widths = ranges["offsets"][0], [sum(call["sizes"]) for call in calls]
     base: dict[str, fx.Node | None] = {"bias": None}
     with ctx.graph.inserting_before(first):
-        base["weight"] = _rows(ctx, state.packed_weight, start, sum(widths))
+        base["weight"] = _slice_rows(ctx, state.packed_weight, start, sum(widths))
         if any(call["bias"] is not None for call in calls):
-            base["bias"] = _rows(ctx, state.packed_bias, start, sum(widths))
+            base["bias"] = _slice_rows(ctx, state.packed_bias, start, sum(widths))
         packed = ctx.emit(FUSED_OP, *in_order(FUSED_OP, calls[0], **base, **ranges))
         split = ctx.emit(aten.split_with_sizes.default, packed, widths, -1)
         parts = [ctx.emit(operator.getitem, split, index) for index in range(len(run))]
@@ -129,13 +130,13 @@ def _allow_strides(ctx: Context, part: fx.Node) -> None:
                 pending.append(user)
 
 
-def _rows(ctx: Context, packed: fx.Node | None, start: int, count: int) -> fx.Node | None:
+def _slice_rows(ctx: Context, packed: fx.Node | None, start: int, count: int) -> fx.Node | None:
     if packed is None or (start == 0 and count == fake_value(packed).shape[0]):
         return packed
     return ctx.emit(aten.slice.Tensor, packed, 0, start, start + count)
 
 
-_APART = (
+_NOT_PACKED = (
     "keep weights of their own: not all are plain dense parameters that nothing else shares, "
     "of one dtype and device"
 )
@@ -154,15 +155,15 @@ class PackWeights:
             return 0
         attachment = model.attachment
         assert attachment is not None
-        alone = model.graph.alone()
+        unshared = model.graph.unshared()
         packed: list[PackedGroup] = []
         notes: list[tuple[str, str]] = []
         for group in attachment.groups:
-            pack = pack_weights(model.graph, group, alone)
+            pack = pack_weights(model.graph, group, unshared)
             members = " + ".join(group.members)
             if pack is None:
                 if len(group.sites) > 1:
-                    notes.append((group.parent, f"{members} {_APART}"))
+                    notes.append((group.parent, f"{members} {_NOT_PACKED}"))
                 continue
             notes.append((group.parent, f"the weights of {members} are views of one buffer"))
             packed.append(pack)
@@ -170,5 +171,5 @@ class PackWeights:
                 mark = attachment.marks[site.path]
                 mark.weight, mark.bias = pack.weight, pack.bias
         model.packed = tuple(packed)
-        model.notes += alike(notes)
+        model.notes += joined_lines(notes)
         return len(packed)

@@ -1,13 +1,13 @@
 """Choose how each LoRA node is computed.
 
-    inductor   on a CPU generated C++, else plain aten; a pack's base product is one GEMM, or one a
-               sibling where that is faster
+    inductor   on a CPU generated C++, else plain aten; a pack's base product is one GEMM, or one
+               per sibling if that is faster
     triton     the strategy with the least modelled time (lorafx.kernels.cost.roofline) for the rows
                that the graph was captured with, by generated Triton kernels
     reference  plain aten
 
-The choice is data on the node: users pin it by site path (`Options.plan`), `lower` carries it out,
-`explain` prints it with the node's byte floor.
+The choice is data on the node. Users pin it by site path (`Options.plan`), `lower` carries it out,
+and `explain` prints it with the node's byte floor.
 """
 
 from __future__ import annotations
@@ -81,22 +81,23 @@ class Plan:
     required: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        planner = {"triton": _triton, "inductor": _cpu}.get(ctx.program.options.lowering, _aten)
+        planners = {"triton": _plan_triton, "inductor": _plan_cpu}
+        planner = planners.get(ctx.program.options.lowering, _plan_aten)
         plain = [node for node in ctx.states if node.target in PLAIN_SITE_OPS]
         planner(ctx, [node for node in ctx.states if node.target not in PLAIN_SITE_OPS])
-        _aten(ctx, plain)
+        _plan_aten(ctx, plain)
         return len(ctx.states)
 
 
-def _aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+def _plan_aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
     for node in nodes:
         choose(ctx, node, Strategy(ATEN, reason=_floor(ctx, node)))
 
 
-def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
-    usual = [GENERATED if fake_value(node).device.type == "cpu" else ATEN for node in nodes]
-    wanted = {node: _pinned(ctx, node) or name for node, name in zip(nodes, usual, strict=True)}
-    specs = {node: cpu_spec(node) for node, name in wanted.items() if name == GENERATED}
+def _plan_cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+    defaults = {n: GENERATED if fake_value(n).device.type == "cpu" else ATEN for n in nodes}
+    names = {node: _pinned(ctx, node) or name for node, name in defaults.items()}
+    specs = {node: cpu_spec(node) for node, name in names.items() if name == GENERATED}
     kernels = build_all(specs.values())
     for node in nodes:
         built = node in specs and kernels[specs[node]] is not None
@@ -104,30 +105,30 @@ def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         if node in specs and not built:
             reason += "; no kernel could be generated"
         name = GENERATED if built else ATEN
-        choose(ctx, node, Strategy(name, split=_split(node), reason=reason))
+        choose(ctx, node, Strategy(name, split=_splits_product(node), reason=reason))
 
 
-def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+def _plan_triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
     for node in nodes:
         name, reason = _triton_choice(ctx, node)
         kernel = None
         if name != ATEN:
-            where = {"rows_hint": _rows(node) or UNKNOWN_ROWS, "device": fake_value(node).device}
-            kernel = build_triton(triton_spec(node), name, **where)
+            hints = {"rows_hint": _rows(node) or UNKNOWN_ROWS, "device": fake_value(node).device}
+            kernel = build_triton(triton_spec(node), name, **hints)
         if kernel is None:
             name = ATEN
             reason = f"{reason}; no kernel could be generated" if reason else ""
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-#: The assumed number of rows where it depends on data.
+#: The assumed number of rows if it depends on data.
 UNKNOWN_ROWS = 4096
 #: The only strategy of an embedding's delta.
 EMBEDDING = "embedding"
 
 
 def _triton_choice(ctx: Context, node: fx.Node) -> tuple[str, str]:
-    """(strategy, why) under the Triton lowering; ConfigError for an unfit pinned strategy."""
+    """The strategy and its reason. Raises ConfigError if the pinned one cannot compute the node."""
     pinned, proved = _pinned(ctx, node), bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
@@ -168,7 +169,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     if rows is None or node.target is EMBEDDING_OP:
         return None
     bank = _bank(ctx, node)
-    slots, rank = len(bank.ranks), bank.slot_rank  # what most adapters have
+    slots, rank = len(bank.ranks), bank.slot_rank  # the rank of most adapters
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
@@ -181,7 +182,7 @@ def _fusable(node: fx.Node) -> bool:
 
 
 def _not_concat(node: fx.Node) -> str:
-    """Why the vendor's GEMM cannot have a longer x and weight, or ""."""
+    """Why x and the weight of the vendor's GEMM cannot be extended, or ""."""
     if node.target is not FUSED_OP:
         return "whose base product is not part of the node"
     weight = fake_value(bound(node)["weight"])
@@ -227,7 +228,7 @@ def _paths(ctx: Context, node: fx.Node) -> list[str]:
     return [site.path for site in _sites(ctx, node)]
 
 
-def _split(node: fx.Node) -> bool:
+def _splits_product(node: fx.Node) -> bool:
     if node.target is not FUSED_OP:
         return False
     call = bound(node)
@@ -273,6 +274,6 @@ def triton_spec(node: fx.Node) -> TritonSpec:
     call = bound(node)
     weight, bias = fake_value(call["weight"]), call["bias"] is not None
     n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
-    # as few blocks as the sizes of the graph allow
+    # There is a block for each request, or for each slot if these are fewer.
     by_request = isinstance(n, int) and n < slots
     return TritonSpec(delta_spec(node), weight.dtype, bias, call["transposed"], by_request)

@@ -4,7 +4,7 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
-W is an input of the graph or a part of one; products that always have many rows are left alone. If
+W is an input of the graph or a part of one; products that always have many rows are unchanged. If
 a delta is the only reader of such a product, `join` puts both into one parallel region
 (lorafx.kernels.cpu.dense):
 
@@ -27,7 +27,7 @@ from lorafx.kernels.cpu.dense import (
     DENSE_ADDMM_DELTA,
     DENSE_MM,
     DENSE_MM_DELTA,
-    pays,
+    beats_aten,
     ready,
 )
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
@@ -50,7 +50,7 @@ class Products:
         if ctx.program.options.lowering != "inductor":
             return 0
         edits = 0
-        for find in (_side_by_side, _product):  # parts first: each is a product too
+        for find in (_product_in_parts, _product):  # the parts are products themselves
             edits += sum(
                 _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
             )
@@ -58,7 +58,7 @@ class Products:
 
 
 class Product(NamedTuple):
-    """x Wᵀ + bias, with the numbers of rows of W's parts, if several."""
+    """x Wᵀ + bias. `sizes` has the numbers of rows of W's parts, if there are several."""
 
     x: fx.Node
     weight: fx.Node
@@ -72,26 +72,26 @@ def _replace(
     find: Callable[[fx.Node], Product | None],
     allowed: Callable[[], bool],
 ) -> bool:
-    found = find(node) if node.users else None
-    if found is None or not _pays(found) or not allowed():
+    product = find(node) if node.users else None
+    if product is None or not _pays(product) or not allowed():
         return False
-    bias = () if found.bias is None else (found.bias,)
+    bias = () if product.bias is None else (product.bias,)
     op = DENSE_ADDMM if bias else DENSE_MM
     with graph.inserting_before(node):
-        new = graph.call_function(op, (*bias, found.x, found.weight, list(found.sizes)))
-    new.meta["val"] = fake_value(node)  # of equal size, contiguous too
+        new = graph.call_function(op, (*bias, product.x, product.weight, list(product.sizes)))
+    new.meta["val"] = fake_value(node)  # the same sizes, also contiguous
     node.replace_all_uses_with(new)
-    graph.erase_node(node)  # its parts are then unread
+    graph.erase_node(node)  # its parts then have no readers
     return True
 
 
-def _pays(found: Product) -> bool:
-    """Whether the op may be faster than aten, with a kernel for the dtype."""
-    values = [fake_value(item) for item in found[:3] if item is not None]
+def _pays(product: Product) -> bool:
+    """Whether there is a kernel for the dtype, and it may be faster than aten."""
+    values = [fake_value(item) for item in product[:3] if item is not None]
     rows, dtype = values[0].shape[0], values[0].dtype
     if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
         return False
-    return ready(dtype) and (not isinstance(rows, int) or pays(rows, dtype))
+    return ready(dtype) and (not isinstance(rows, int) or beats_aten(rows, dtype))
 
 
 def _product(node: fx.Node) -> Product | None:
@@ -110,10 +110,10 @@ def _product(node: fx.Node) -> Product | None:
     if right.target is not aten.permute.default or [*bound(right)["dims"]] != [1, 0]:
         return None
     weight = bound(right)["self"]
-    return Product(x, weight, bias) if _is_input(weight) else None
+    return Product(x, weight, bias) if _is_part_of_input(weight) else None
 
 
-def _is_input(weight: fx.Node) -> bool:
+def _is_part_of_input(weight: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in fake_value(weight).shape):
         return False
     while weight.target is aten.slice.Tensor:
@@ -121,24 +121,24 @@ def _is_input(weight: fx.Node) -> bool:
     return weight.op == "placeholder"
 
 
-def _side_by_side(node: fx.Node) -> Product | None:
+def _product_in_parts(node: fx.Node) -> Product | None:
     """Products of one x with all rows of a weight, in order."""
     if node.target is not aten.cat.default or bound(node)["dim"] not in (1, -1):
         return None
     parts = [_product(item) for item in bound(node)["tensors"]]
-    found = [part for part in parts if part and parts[0] and part.x is parts[0].x]
-    if len(found) < max(len(parts), 2):
+    products = [part for part in parts if part and parts[0] and part.x is parts[0].x]
+    if len(products) < max(len(parts), 2):
         return None
-    weight = _whole([part.weight for part in found])
-    biases = [part.bias for part in found if part.bias is not None]
-    bias = _whole(biases) if len(biases) == len(found) else None
+    weight = _sliced_tensor([part.weight for part in products])
+    biases = [part.bias for part in products if part.bias is not None]
+    bias = _sliced_tensor(biases) if len(biases) == len(products) else None
     if weight is None or (biases and bias is None):
         return None
-    sizes = tuple(fake_value(part.weight).shape[0] for part in found)
-    return Product(found[0].x, weight, bias, sizes)
+    sizes = tuple(fake_value(part.weight).shape[0] for part in products)
+    return Product(products[0].x, weight, bias, sizes)
 
 
-def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
+def _sliced_tensor(parts: Sequence[fx.Node]) -> fx.Node | None:
     source, end = None, 0
     for part in parts:
         call = bound(part) if part.target is aten.slice.Tensor else {}
@@ -160,13 +160,13 @@ class Join:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
         for node in [*gm.graph.nodes]:
-            if node.target is AUTO_FUNCTIONALIZED and _joins(node) and ctx.take_edit():
+            if node.target is AUTO_FUNCTIONALIZED and _can_join(node) and ctx.take_edit():
                 _join(gm.graph, ctx, node)
                 edits += 1
         return edits
 
 
-def _joins(delta: fx.Node) -> bool:
+def _can_join(delta: fx.Node) -> bool:
     if op_of(delta) is not RUN_DELTA:
         return False
     call, readers = bound(delta), [*delta.users]

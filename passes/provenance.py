@@ -7,7 +7,7 @@ becomes rows = R. Rows owned through a permutation p get a slot each, and rows =
 
     slots'[m] = slots[(p[i_m] // ρ) mod n]        (i_m row m's index along the owner dimension)
 
-Sites without a proof serve batches of one adapter only; a refusal has the reason.
+Sites without a proof serve batches of one adapter only; a refusal gives the reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorafx.program.frame import (
     batch_symbols,
     fake_value,
     numbers_of_choices,
-    several,
+    repeated_sizes,
     token_inputs,
 )
 from lorafx.program.row_handoff import Handover, results_of
@@ -77,14 +77,14 @@ class Emitter:
         self.fake_mode = detect_fake_mode(
             [n.meta["val"] for n in self._inputs if isinstance(n.meta.get("val"), torch.Tensor)]
         )
-        # Data-dependent sizes, available behind the node that computes them.
+        # Data-dependent sizes, which exist after the node that computes them.
         self._computed: dict[sympy.Expr, fx.Node] = {}
         for node in graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-                known = self._sizes if node.op == "placeholder" else self._computed
-                known.setdefault(self.sizes.unify(value.node.expr), node)
-                known.setdefault(value.node.expr, node)  # also inside unified expressions
+                nodes = self._sizes if node.op == "placeholder" else self._computed
+                nodes.setdefault(self.sizes.unify(value.node.expr), node)
+                nodes.setdefault(value.node.expr, node)  # unified expressions may contain it
 
     def call(
         self, before: fx.Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -101,7 +101,7 @@ class Emitter:
         return node
 
     def size(self, expr: sympy.Expr, before: fx.Node) -> Any:
-        """An int, or a node that computes `expr`; None where a symbol has no source here."""
+        """An int, or a node that computes `expr`; None if the graph cannot compute a symbol."""
         if expr.is_Integer:
             return int(expr)
         if expr in self._sizes:
@@ -125,10 +125,10 @@ class Emitter:
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
             target, parts = operator.mul, [expr.base] * int(expr.exp)
         else:
-            found = next((fn for kind, fn in _FUNCTIONS if isinstance(expr, kind)), None)
-            if found is None:
+            function = next((fn for kind, fn in _FUNCTIONS if isinstance(expr, kind)), None)
+            if function is None:
                 return None
-            target, parts = found, list(expr.args)
+            target, parts = function, list(expr.args)
         total = None
         for part in parts:
             value = self.size(part, before)
@@ -162,35 +162,35 @@ class Emitter:
             count = self.size_of(slots, 0, before)
             owner = self.call(before, aten.div.Scalar_mode, label.perm, step, rounding_mode="floor")
             owner = self.call(before, aten.remainder.Scalar, owner, count)
-            picked = self.call(before, aten.index.Tensor, slots, [owner])
-            self._slots[key] = self._spread(picked, x, label.dim, ndim, before)
+            entries = self.call(before, aten.index.Tensor, slots, [owner])
+            self._slots[key] = self._by_row(entries, x, label.dim, ndim, before)
         return self._slots[key]
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else self.call(before, aten.sym_size.int, node, dim)
 
-    def _spread(self, picked: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
-        """`picked` (N,), along dimension `dim` of x, as an entry for each row."""
+    def _by_row(self, items: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
+        """An entry for each row of x, from `items` (N,) along dimension `dim` of x."""
         if ndim == 1:
-            return picked
+            return items
         shape = [self.size_of(x, d, before) for d in range(ndim)]
-        line = [1] * dim + [shape[dim]] + [1] * (ndim - 1 - dim)
-        wide = self.call(before, aten.view.default, picked, line)
-        wide = self.call(before, aten.expand.default, wide, shape)
-        wide = self.call(before, aten.clone.default, wide, memory_format=torch.contiguous_format)
-        return self.call(before, aten.view.default, wide, [-1])
+        sizes = [1] * dim + [shape[dim]] + [1] * (ndim - 1 - dim)
+        rows = self.call(before, aten.view.default, items, sizes)
+        rows = self.call(before, aten.expand.default, rows, shape)
+        rows = self.call(before, aten.clone.default, rows, memory_format=torch.contiguous_format)
+        return self.call(before, aten.view.default, rows, [-1])
 
 
-#: `rows` of a site without a row map: every row counts as the first request's. That is right if all
+#: `rows` of a site without a row map: all rows belong to the first request, which is right if all
 #: requests use one adapter, or none of theirs touches the site; a refusal stops other batches.
 ALL_ALIKE = 1 << 62
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Row m belongs to request (m // period) mod n; with `perm`, index i along dimension `dim` of
-    the rows belongs to request (perm[i] // period) mod n; with `request`, all belong to that."""
+    """Row m belongs to request (m // period) mod n. With `perm`, index i along dimension `dim` of
+    the rows belongs to request (perm[i] // period) mod n. With `request`, all rows belong to it."""
 
     period: sympy.Expr
     perm: fx.Node | None = None
@@ -198,7 +198,7 @@ class RowMap:
     request: int | None = None
 
     def words(self, unit: str) -> str:
-        """The map in words; `unit` is what slots are given for, "request" or "token"."""
+        """The map in words; `unit` is "request" or "token", each of which has a slot."""
         if self.request is not None:
             return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
@@ -223,9 +223,9 @@ def prove_results(
     assume: bool = False,
     picks: Iterable[fx.Node] = (),
 ) -> tuple[dict[fx.Node, Proof], Handover, list[fx.Node]]:
-    """The row map of each site node, or why there is none; the owners of the graph's results; and
-    the nodes whose masks the graph must check when it runs, if it may (`assume`), since proofs rest
-    on them. `picks`: inputs whose values are indices of requests."""
+    """The row map of each site node, or why there is none; the owners of the graph's results; and,
+    with `assume`, the nodes whose masks the graph must check at run time, since proofs depend on
+    them. `picks`: inputs whose values are indices of requests."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
         return {node: RowMap(ONE) for node in sites}, Handover(), []
@@ -240,7 +240,7 @@ def prove_tokens(
     batch: BatchSymbols,
     token_inputs: Mapping[fx.Node, int],
 ) -> dict[fx.Node, Proof]:
-    """The row map of every site node to slots (B·T,), one per token, or why there is none.
+    """The row map of each site node to slots (B·T,), one per token, or why there is none.
     `token_inputs`: inputs with one entry per token -> the dimension of the tokens."""
     lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
     sites = [node for node in graph.nodes if is_site(node)]
@@ -282,8 +282,8 @@ def apply(
     graph: fx.Graph, proofs: Mapping[fx.Node, Proof], batch: BatchSymbols
 ) -> dict[fx.Node, Proof]:
     """Write proved maps into the `slots` and `rows` arguments of their site nodes. Returns the
-    proofs, where a map whose sizes the graph cannot compute is unproved."""
-    emitter, done = Emitter(graph, batch), dict(proofs)
+    proofs; a map whose sizes the graph cannot compute is then unproved."""
+    emitter, applied = Emitter(graph, batch), dict(proofs)
     for node in [node for node in graph.nodes if node in proofs]:
         proof = proofs[node]
         if isinstance(proof, Unproved):
@@ -298,17 +298,17 @@ def apply(
             label = Own(proof.dim, proof.period, proof.perm)
             slots = emitter.row_slots(slots, label, x, row_dims(node), node)
         if slots is None or rows is None:
-            done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
+            applied[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue
         rebind(node, slots=slots, rows=rows)
-    return done
+    return applied
 
 
 _OF_THE_CALL = ("argument", "result", "unknown")
 
 
 def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[fx.Node, Label]:
-    """Labels of the graph's inputs by their meaning in the frame."""
+    """The labels of the graph's inputs, by their meaning in the frame."""
     sizes = Sizes(batch)
     seeds: dict[fx.Node, Label] = {}
     for node, item in inputs.items():
@@ -331,15 +331,15 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
 
 
 def batch_of(frame: Frame) -> BatchSymbols:
-    """The number of requests in this frame's graph. Raises as `batch_symbols`."""
-    return BatchSymbols.of(batch_symbols(frame), several(frame), numbers_of_choices(frame))
+    """The number of requests in this frame's graph. Raises what `batch_symbols` raises."""
+    return BatchSymbols.of(batch_symbols(frame), repeated_sizes(frame), numbers_of_choices(frame))
 
 
-def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:
+def check(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:
     """Have the graph check that masked positions take elements of their own request."""
     emitter = Emitter(graph, batch)
     for node in fits:
-        x, mask, source = indexing.parts(node)
+        x, mask, source = indexing.masked_operands(node)
         checked = emitter.call(node, OWN_MASK, x, mask, source, slots)
         node.replace_input_with(mask, checked)
 
@@ -357,30 +357,30 @@ def picks_of(frame: Frame) -> list[fx.Node]:
 
 
 def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
-    """Positions of results that depend only on sizes and on tensors of the model that are no
+    """Position of a result that depends only on sizes, and on tensors of the model that are no
     site's -> the positions of those tensors."""
-    places = {id(item): position for position, item in enumerate(frame.inputs)}
-    free: dict[fx.Node, frozenset[int]] = {}
+    positions = {id(item): position for position, item in enumerate(frame.inputs)}
+    sources: dict[fx.Node, frozenset[int]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             item = frame.by_node.get(node)
             if item is None:
                 continue
-            if item.kind == "state" and item.holder is not None and id(item) in places:
-                free[node] = frozenset([places[id(item)]])
+            if item.kind == "state" and item.holder is not None and id(item) in positions:
+                sources[node] = frozenset([positions[id(item)]])
             elif item.kind == "symbol":
-                free[node] = frozenset()
-        elif node.op == "call_function" and all(i in free for i in node.all_input_nodes):
+                sources[node] = frozenset()
+        elif node.op == "call_function" and all(i in sources for i in node.all_input_nodes):
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded not in tags:
-                free[node] = frozenset().union(*(free[i] for i in node.all_input_nodes))
+                sources[node] = frozenset().union(*(sources[i] for i in node.all_input_nodes))
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     results = zip(output.args[0], output.meta.get("desc") or (), strict=False)
     return {
-        place.idx: tuple(free[node])
-        for node, place in results
-        if isinstance(place, PlainAOTOutput)
-        and node in free
+        desc.idx: tuple(sources[node])
+        for node, desc in results
+        if isinstance(desc, PlainAOTOutput)
+        and node in sources
         and node.op != "placeholder"
         and isinstance(node.meta["val"], torch.Tensor)
     }
@@ -400,13 +400,13 @@ class Provenance:
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
             if not ctx.frame.per_token:  # some results may depend on no request
-                stranger = BatchSymbols.of([sympy.Symbol("no_requests")])
-                seeds = seeds_of(ctx.frame.by_node, stranger)
-                ctx.handover = prove_results(gm.graph, seeds, stranger)[1]
+                unrelated = BatchSymbols.of([sympy.Symbol("no_requests")])
+                seeds = seeds_of(ctx.frame.by_node, unrelated)
+                ctx.handover = prove_results(gm.graph, seeds, unrelated)[1]
         else:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
-                # Labels of earlier results give requests, not tokens.
+                # Labels of results of earlier graphs name requests, not tokens.
                 earlier = Mixed("it comes from an earlier graph")
                 items = ctx.frame.by_node.items()
                 seeds.update({node: earlier for node, item in items if item.kind == "result"})
@@ -414,10 +414,10 @@ class Provenance:
             else:
                 slots = slots_of(ctx.frame)
                 assume, picks = slots is not None, picks_of(ctx.frame)
-                found = prove_results(gm.graph, seeds, batch, assume=assume, picks=picks)
-                proofs, ctx.handover, fits = found
+                proved = prove_results(gm.graph, seeds, batch, assume=assume, picks=picks)
+                proofs, ctx.handover, fits = proved
                 if slots is not None:
-                    ask(gm.graph, fits, slots, batch)
+                    check(gm.graph, fits, slots, batch)
             for node, proof in proofs.items():
                 if isinstance(proof, RowMap) and not ctx.take_edit():
                     proofs[node] = Unproved("Options.max_edits allows no more edits")

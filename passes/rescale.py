@@ -6,8 +6,8 @@
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s ≥ 0 the slot of each row, for every lowering, and only where banks have room. Inductor fuses
-the arithmetic into its readers.
+with s ≥ 0 the slot of each row, for every lowering, only if banks have room. Inductor fuses the
+arithmetic into its readers.
 """
 
 from __future__ import annotations
@@ -51,19 +51,20 @@ class Rescale:
         edits = 0
         for node in gm.graph.nodes:
             if is_site(node) and any(bound(node).get(name) is not None for name in SCALE):
-                scales.take_out(node)
+                scales.move_behind(node)
                 edits += 1
         return edits
 
 
 @dataclass
 class _Scales:
-    """Emits a graph's scales, computing owners of rows once for equal sites."""
+    """Emits the arithmetic of a graph's scales. Equal sites share the owners of their rows."""
 
     ctx: Context
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
-    def take_out(self, node: fx.Node) -> None:
+    def move_behind(self, node: fx.Node) -> None:
+        """Compute the scale and biases of a site after it, not as its arguments."""
         scale = {name: value for name, value in bound(node).items() if name in SCALE}
         rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)
@@ -82,17 +83,17 @@ class _Scales:
         acc = accumulation_dtype(fake_value(node))
         last = node
         if gains is not None:
-            gain, live = self._by_row(node, gains)
-            wide = self._cast(last, acc)
-            product = wide
+            gain, applies = self._by_row(node, gains)
+            y = self._cast(last, acc)
+            product = y
             if addend is not None:
-                product = self.ctx.emit(aten.sub.Tensor, wide, self._along_channels(node, addend))
+                product = self.ctx.emit(aten.sub.Tensor, y, self._along_channels(node, addend))
             scaled = self.ctx.emit(aten.mul.Tensor, gain, product)
-            last = self._where(live, self.ctx.emit(aten.add.Tensor, wide, scaled), last)
+            last = self._where(applies, self.ctx.emit(aten.add.Tensor, y, scaled), last)
         if shifts is not None:
-            shift, live = self._by_row(node, shifts)
+            shift, applies = self._by_row(node, shifts)
             total = self.ctx.emit(aten.add.Tensor, self._cast(last, acc), shift)
-            last = self._where(live, total, last)
+            last = self._where(applies, total, last)
         return last
 
     def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -100,17 +101,17 @@ class _Scales:
         of those that apply: the row has a slot, and the entry is not 0."""
         y, owner = fake_value(node), self._owner(node)
         value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
-        used = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
-        live = self.ctx.emit(aten.ne.Scalar, value, 0)
-        live = self.ctx.emit(aten.logical_and.default, live, used)
+        slotted = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
+        applies = self.ctx.emit(aten.ne.Scalar, value, 0)
+        applies = self.ctx.emit(aten.logical_and.default, applies, slotted)
         if y.dim() == 2:
-            return value, live
+            return value, applies
         if node.target is CONV_OP:
             sizes = [self.ctx.size(node, 0), y.shape[1], *[1] * (y.dim() - 2)]
         else:
             sizes = [self.ctx.size(node, dim) for dim in range(y.dim())]
         reshape = aten.reshape.default
-        return self.ctx.emit(reshape, value, sizes), self.ctx.emit(reshape, live, sizes)
+        return self.ctx.emit(reshape, value, sizes), self.ctx.emit(reshape, applies, sizes)
 
     def _along_channels(self, node: fx.Node, addend: fx.Node) -> fx.Node:
         """A bias (N,) shaped for y: a convolution has its channels second."""
@@ -119,9 +120,9 @@ class _Scales:
         y = fake_value(node)
         return self.ctx.emit(aten.reshape.default, addend, [y.shape[1], *[1] * (y.dim() - 2)])
 
-    def _where(self, live: fx.Node, total: fx.Node, otherwise: fx.Node) -> fx.Node:
+    def _where(self, mask: fx.Node, total: fx.Node, otherwise: fx.Node) -> fx.Node:
         total = self._cast(total, fake_value(otherwise).dtype)
-        return self.ctx.emit(aten.where.self, live, total, otherwise)
+        return self.ctx.emit(aten.where.self, mask, total, otherwise)
 
     def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
         if node.target is not SITE_OP:
@@ -134,7 +135,7 @@ class _Scales:
         return parts[0] if len(parts) == 1 else self.ctx.emit(aten.cat.default, parts, 1)
 
     def _owner(self, node: fx.Node) -> fx.Node:
-        """The slot of each row of y, int32 (M,); as `lorafx.kernels.ops.delta.row_slots`."""
+        """The slot of each row of y, int32 (M,), like `lorafx.kernels.ops.delta.row_slots`."""
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[: row_dims(node)])

@@ -3,8 +3,8 @@ configuration.
 
     model → ModuleGraph;   ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
-Two parameters over one storage (a tied head and embedding) are two sites. Named modules that cannot
-carry LoRA are reported in one error; those from "all-linear" are left out with a warning.
+Two parameters over one storage (a tied head and embedding) are two sites. One error reports all
+named modules that cannot carry LoRA; modules of "all-linear" are left out with a warning.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lorafx.model.candidates import (
     weight_of,
 )
 from lorafx.model.experts import expert_weights, folded
-from lorafx.model.extras import own_refusal, rows_asked
-from lorafx.model.module_graph import ModuleGraph, alike, join
+from lorafx.model.extras import own_refusal, replaceable_rows
+from lorafx.model.module_graph import ModuleGraph, join, joined_lines
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
@@ -46,7 +46,7 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 
 @dataclass(frozen=True)
 class Alias:
-    """Each module once, under its canonical path, with its other paths.
+    """Lists each module once, under its canonical path, with its other paths.
 
     Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks.
     """
@@ -73,7 +73,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Select:
-    """The configured modules that can carry LoRA.
+    """Selects the configured modules that can carry LoRA.
 
     Raises TargetError for targets that name nothing, or modules that cannot carry LoRA.
     """
@@ -95,9 +95,9 @@ class Select:
 
 def left_out(graph: ModuleGraph, config: LoraConfig, module: nn.Module) -> str:
     """Why a module that is no site was not selected."""
-    found = _Selection(graph, config)
-    items = [item for item in found.modules if item.module is module]
-    return "; ".join(dict.fromkeys(map(found.why_not, items)))
+    selection = _Selection(graph, config)
+    items = [item for item in selection.modules if item.module is module]
+    return "; ".join(dict.fromkeys(map(selection.why_not, items)))
 
 
 @dataclass
@@ -119,12 +119,12 @@ class _Selection:
             for path, module in self.graph.modules()
             for item in self._candidates_of(path, module)
         ]
-        # Exact entries also reach a module by unlisted aliases.
-        exact = () if self.target is None or isinstance(self.target, str) else self.target
-        found = {entry: self.graph.find(entry) for entry in exact}
-        self.walked = {id(module) for module in found.values()} - {id(None)}
+        # An entry that is a path may be an unlisted alias of its module.
+        paths = () if self.target is None or isinstance(self.target, str) else self.target
+        modules = {path: self.graph.find(path) for path in paths}
+        self.walked = {id(module) for module in modules.values()} - {id(None)}
         if isinstance(self.target, targets.SavedTargets):
-            self.target = targets.Entries(e for e, module in found.items() if module is None)
+            self.target = targets.Entries(e for e, module in modules.items() if module is None)
         self.head = targets.output_embedding(self.graph.root)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
@@ -137,7 +137,7 @@ class _Selection:
             yield ExpertsCandidate(path, module, paths, weight, self.packed)
 
     def sites(self) -> tuple[Site, ...]:
-        found: list[Site] = []
+        sites: list[Site] = []
         left_out: list[str] = []
         named = excluded = 0
         for item in self.modules:
@@ -165,34 +165,34 @@ class _Selection:
                 )
             elif isinstance(site, Site):
                 every = site.weight_rows if rows != 0 else 0
-                found.append(replace(site, own_rows=every if rows is None else min(rows, every)))
+                sites.append(replace(site, own_rows=every if rows is None else min(rows, every)))
             elif self.by_default:
                 left_out.append(f"{item.label}: {site}")
                 _warn(f"{item.label} carries no LoRA: {site}")
             else:
                 inferred = isinstance(self.config.target_modules, targets.AdapterNames)
                 origin = " (an adapter has factors for it)" if inferred else ""
-                self.problems.append(f"{item.label}: {site}{self._candidates(item)}{origin}")
-        self.problems.extend(self._unnamed())
-        self._unnamed_exclusions()
-        if not self.problems and not found:
-            self.problems.append(self._nothing(named, excluded, left_out))
+                self.problems.append(f"{item.label}: {site}{self._eligible_below(item)}{origin}")
+        self.problems.extend(self._unmatched_entries())
+        self._warn_of_unmatched_exclusions()
+        if not self.problems and not sites:
+            self.problems.append(self._why_no_site(named, excluded, left_out))
         if self.problems:
-            raise TargetError(_listed(self.problems))
-        return tuple(found)
+            raise TargetError(_list_of_problems(self.problems))
+        return tuple(sites)
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
         taken = {id(site.module) for site in sites}
         for site in sites:  # carried modules are selected with their site
             carried = (getattr(site.module, name, None) for name in site.eligible.carries)
             taken.update(map(id, carried))
-        chosen = ((site.path, _described(site)) for site in sites)
+        selected = ((site.path, _described(site)) for site in sites)
         unselected = (
             (item.path, f"not selected: {self.why_not(item)}")
             for item in self.modules
             if id(item.module) not in taken and (item.entry is not None or self._targeted(item))
         )
-        return [*alike(chosen), *alike(unselected)]
+        return [*joined_lines(selected), *joined_lines(unselected)]
 
     def _targeted(self, item: Candidate) -> frozenset[str]:
         """The targeted members of the module; "" is a module that packs none."""
@@ -242,11 +242,11 @@ class _Selection:
 
     def _rows_asked(self, item: Candidate) -> int | None:
         """How many rows of its weight adapters may replace; None for all."""
-        rows = rows_asked(self.saved, self.tokens, item.paths)
+        rows = replaceable_rows(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
         return 0 if container else rows
 
-    def _unnamed(self) -> Iterator[str]:
+    def _unmatched_entries(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
         inferred = isinstance(self.config.target_modules, targets.AdapterNames)
         moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if inferred else ""
@@ -254,18 +254,18 @@ class _Selection:
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
         }
-        for what, entries in lists.items():
+        for title, entries in lists.items():
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{what} {entry!r} names no module of {root}{near}{moved}"
+                    yield f"{title} {entry!r} names no module of {root}{near}{moved}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
                 f"as a member{self._nearest(name)}"
             )
 
-    def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
+    def _why_no_site(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
         """Why none of the `named` modules, of which `excluded` are excluded, is a site."""
         spec, root = self.config.target_modules, type(self.graph.root).__qualname__
         if named == 0:
@@ -280,7 +280,7 @@ class _Selection:
             f"{'; '.join(left_out[:3])}"
         )
 
-    def _unnamed_exclusions(self) -> None:
+    def _warn_of_unmatched_exclusions(self) -> None:
         if self.exclude is None or isinstance(self.exclude, str):
             return
         for entry in self.exclude:
@@ -304,11 +304,11 @@ class _Selection:
         near = targets.nearest_targets(entry, self.eligible_paths)
         if near or not self.eligible_paths:
             return near
-        last = dict.fromkeys(path.rpartition(".")[2] for path in self.eligible_paths)
-        return f"; modules that can carry LoRA: {', '.join(list(last)[:5])}"
+        names = dict.fromkeys(path.rpartition(".")[2] for path in self.eligible_paths)
+        return f"; modules that can carry LoRA: {', '.join(list(names)[:5])}"
 
-    def _candidates(self, item: Candidate) -> str:
-        """Suggestions for a module that cannot carry LoRA."""
+    def _eligible_below(self, item: Candidate) -> str:
+        """A fragment with modules inside of one that cannot carry LoRA itself."""
         if item.entry is not None or len(self.problems) >= _SHOWN:
             return ""
         below = [p for p in self.eligible_paths if not item.path or p.startswith(f"{item.path}.")]
@@ -360,7 +360,7 @@ class _Selection:
     def _compute_dtype(
         self, module: nn.Module, entry: Eligible, weight: Tensor | None
     ) -> torch.dtype:
-        """The weight's dtype; if packed or 8-bit, the dtype of its computation."""
+        """The weight's dtype; if it is packed or has 8 bits, the dtype of its computation."""
         if weight is not None and (is_wrapped(weight) or not is_stored(module, entry)):
             return weight.dtype
         declared = getattr(module, "compute_dtype", None)  # bitsandbytes, HQQ
@@ -399,7 +399,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, LorafxWarning, stacklevel=2)
 
 
-def _listed(problems: list[str]) -> str:
+def _list_of_problems(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     shown = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])

@@ -22,7 +22,7 @@ from lorafx.program.context import Context
 _COPY = torch.ops.aten.copy_.default
 
 
-#: Operators that write into their argument `cache` -> numbers of results.
+#: Operators that write into their argument `cache` -> their numbers of results.
 _RESULTS = {PAGED_CACHE: 2, PAGED_ATTENTION: 1}
 
 
@@ -40,26 +40,26 @@ class WriteInPlace:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
-        for place in gm.graph.find_nodes(op="placeholder"):
-            chain, copies = _written(place)
+        for cache in gm.graph.find_nodes(op="placeholder"):
+            chain, copies = _writes_into(cache)
             if not chain:
                 continue
             for node in chain:
-                _in_place(node, place)
+                _write_in_place(node, cache)
             for node in copies:
                 gm.graph.erase_node(node)
             edits += len(chain)
         return edits
 
 
-def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Successive calls that write into `place`, and copies back; empty with other readers."""
+def _writes_into(cache: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Successive calls that write into `cache`, and copies back; empty if it has other readers."""
     chain: list[fx.Node] = []
     copies: list[fx.Node] = []
-    base = place
+    base = cache
     while True:
-        users = [user for user in base.users if not _copies_into(user, place)]
-        copies += [user for user in base.users if _copies_into(user, place)]
+        users = [user for user in base.users if not _copies_into(user, cache)]
+        copies += [user for user in base.users if _copies_into(user, cache)]
         if not users:
             return (chain, list(dict.fromkeys(copies))) if chain and copies else ([], [])
         following = users[0]
@@ -77,8 +77,8 @@ def _called(node: fx.Node) -> Any:
     return node.args[0]
 
 
-def _copies_into(node: fx.Node, place: fx.Node) -> bool:
-    return node.target is _COPY and bound(node)["self"] is place and not node.users
+def _copies_into(node: fx.Node, cache: fx.Node) -> bool:
+    return node.target is _COPY and bound(node)["self"] is cache and not node.users
 
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
@@ -91,19 +91,19 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
     return view == {"_cache_base_index": 0} and len(bases) == 1 and bases[0] is base
 
 
-def _in_place(node: fx.Node, place: fx.Node) -> None:
+def _write_in_place(node: fx.Node, cache: fx.Node) -> None:
     op = _called(node)
     results = _RESULTS[op]
     arguments = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
     graph = node.graph
     with graph.inserting_before(node):
-        call = graph.call_function(op, in_order(op, arguments, cache=place))
-    found = node.meta["val"][:results]
-    call.meta = {**node.meta, "val": found[0] if results == 1 else tuple(found)}
-    call.meta.pop("eager_input_vals", None)  # those of the functional call
+        call = graph.call_function(op, in_order(op, arguments, cache=cache))
+    values = node.meta["val"][:results]
+    call.meta = {**node.meta, "val": values[0] if results == 1 else tuple(values)}
+    call.meta.pop("eager_input_vals", None)  # the inputs of the functional call
     for user in list(node.users):
         if user.target is operator.getitem and (results == 1 or index_of(user) == results):
-            user.replace_all_uses_with(call if index_of(user) == 0 else place)
+            user.replace_all_uses_with(call if index_of(user) == 0 else cache)
             graph.erase_node(user)
     node.replace_all_uses_with(call)
     graph.erase_node(node)

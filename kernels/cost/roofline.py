@@ -2,23 +2,23 @@
 
     floor(D) = 1 + D · r · Σ_i (K_i + N_i) / Σ_i (K_i · N_i)
 
-A decode step reads W once and the A and B of every distinct adapter in the batch once; siblings
-that share x still have an A each. On a GPU a kernel takes
+A decode step reads W once, and A and B of each distinct adapter in the batch once; siblings that
+share x still have an A each. On a GPU a kernel takes
 
     t = max(device-memory bytes / bandwidth, L2 bytes / L2 bandwidth, FLOPs / rate)
 
 and each kernel after the first one more dependent launch. What the strategies launch:
 
-    epilogue    the shrink to v, then one kernel for base product and expand: y is written once
-    split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
-    gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
-    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
+    epilogue    the shrink to v, then one kernel for base product and expand, which writes y once
+    split       a kernel for shrink and base product in parts of K; one that adds them and expands
+    gemv        the vendor's GEMM, then shrink and expand row by row, without padding
+    segments    the vendor's GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
-    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: its
-                FLOPs grow by (K + C) / K for C columns. W is copied for its columns at every call
+    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: C
+                more columns take (K + C) / K of the FLOPs. W is copied at every call
 
-Constants of chips are from data sheets or benchmarks/calibrate.py. "concat" was not timed on a chip
-as a whole; its parts were, on an H200.
+Constants of chips are from data sheets or benchmarks/calibrate.py. The parts of "concat" were timed
+on an H200, the whole was not.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def assumed_chip(device: torch.device) -> Chip:
 
 
 def chip_file(name: str) -> Path:
-    """Where the measured figures of the device `name` are kept, for this version of torch."""
+    """The file of measured figures for the device `name` and this version of torch."""
     plain = re.sub(r"\W+", "-", name)
     return cache_folder() / "chips" / f"{plain}-torch{torch.__version__}.json"
 
@@ -120,7 +120,7 @@ class Sized(Protocol):
 
 
 def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
-    """Least traffic of these sites with `distinct` adapters of `rank` over the base's alone."""
+    """Least traffic of these sites with `distinct` adapters of `rank`, relative to the base's."""
     parts = list(sites)
     weights = sum(part.in_features * part.out_features for part in parts)
     return 1 + distinct * factor_elements(parts, rank) / weights if weights else 1.0
@@ -150,14 +150,14 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
 
-#: Least seconds of a kernel that reads results of the kernel before it, since its loads
-#: depend on each other; and of a further adapter in a tile that takes its adapters in turn.
-#: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
+#: Least seconds of a kernel that reads results of the kernel before it, whose loads depend on each
+#: other; and of each further adapter in a tile that processes them one by one. Measured on an H200
+#: with the layers of Llama-3-8B, 1 and 64 rows.
 READER, ADAPTER = 2.5e-6, 1.2e-6
 #: Seconds of a product before its first bytes arrive and after the last.
 START = 4e-6
-#: Speed of the loop over W in "epilogue" beside the vendor's where bytes decide
-#: (H200): too few programs for narrow layers, too many registers.
+#: Speed of the loop over W in "epilogue" relative to the vendor's if bytes decide (H200): it has
+#: too few programs for narrow layers and takes too many registers.
 LOOP_OVER_VENDOR = 0.62
 #: The same for "split", whose K is in parts.
 SPLIT_OVER_VENDOR = 0.97
@@ -165,7 +165,7 @@ SPLIT_OVER_VENDOR = 0.97
 
 @dataclass(frozen=True)
 class Estimate:
-    """Modelled time of a strategy; one with a `refusal` is not chosen."""
+    """The modelled time of a strategy, which is not chosen if it has a `refusal`."""
 
     seconds: float
     over_base: float
@@ -207,7 +207,7 @@ class Work:
 
     @property
     def adapters_in_tile(self) -> int:
-        """Adapters that a tile of TILE_M rows, grouped by adapter, has to look at."""
+        """The number of adapters in a tile of TILE_M rows, which are grouped by adapter."""
         return math.ceil(self.distinct / self.m_tiles)
 
     @property
@@ -244,7 +244,7 @@ class Work:
 
     @property
     def cached(self) -> float:
-        """Elements from the cache; 0 where FLOPs decide, whose measured rate includes the cache."""
+        """Elements from the cache; 0 if FLOPs decide, whose measured rate includes the cache."""
         M, K, N = self.rows, self.in_features, self.columns
         return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
 
@@ -255,7 +255,7 @@ class Work:
     def fused_base(
         self, memory: float, l2: float, flops: float, streaming: float = LOOP_OVER_VENDOR
     ) -> float:
-        """Seconds of the base product by a generated kernel, at its measured speed."""
+        """Seconds of the base product in a generated kernel, at its measured speed."""
         speed = (self.chip.triton_over_vendor or 1.0) if self.compute_bound else streaming
         return self.base(memory, l2, flops) / speed + START
 
@@ -263,7 +263,7 @@ class Work:
         return self.base() + START
 
     def floor(self) -> float:
-        """Lower bound of any implementation: W and each active factor read once and used."""
+        """Seconds of an ideal implementation, which reads W and each active factor once."""
         flops = 2.0 * self.rows * self.rank * (len(self.sizes) * self.in_features + self.columns)
         return self.base(self.a + self.b, 0, flops) + START
 
@@ -271,13 +271,13 @@ class Work:
 def work_of(
     sites: Sequence[Sized], rows: int, slots: int, rank: int, dtype: torch.dtype, chip: Chip
 ) -> Work:
-    """Sites that share one x as a node; a batch is taken to have min(slots, rows) adapters."""
+    """The work of a node for sites that share x, in a batch of min(slots, rows) adapters."""
     sizes = tuple(site.out_features for site in sites)
     distinct = max(1, min(slots, rows))
     return Work(sites[0].in_features, sizes, max(rows, 1), distinct, rank, dtype, chip)
 
 
-# --- strategies with a base product of their own ---
+# --- strategies that compute the base product themselves ---
 
 
 def _epilogue(work: Work) -> float:
@@ -290,26 +290,26 @@ def _epilogue(work: Work) -> float:
     return shrink + work.chip.launch + work.fused_base(work.b + v, l2, 2.0 * M * padded * N)
 
 
-#: Of the reader of "split": rows of a tile; rows sorted by slot before they are dealt to tiles;
-#: loads that depend on each other; factors multiplied side by side, half as many in tiles of layers
-#: of WIDE columns or more.
+#: Of the second kernel of "split": rows of a tile; rows that are sorted by slot before they are
+#: distributed to tiles; loads that depend on each other; factors that are multiplied side by side,
+#: half as many for layers of WIDE columns or more.
 TILE, WINDOW, LOADS, LANES, WIDE = 16, 64, 2, 64, 16384
-#: Seconds of one dependent load: an H200 timed a reader of four.
-IN_TURN = READER / 4
+#: Seconds of one dependent load; the READER timed on an H200 had four.
+DEPENDENT_LOAD = READER / 4
 
 
 def _split(work: Work) -> float:
-    """The reader takes further rounds for adapters beyond those that a tile multiplies at once."""
+    """The second kernel takes further rounds for adapters that a tile cannot multiply at once."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     sums, flops = _plane_elements(work), 2.0 * M * work.padded_rank * work.adapters_in_tile
     first = work.fused_base(work.a, sums, flops * G * K, SPLIT_OVER_VENDOR)
     second = work.kernel(work.b + sums + M * N, 0, flops * N)
-    wait = LOADS * IN_TURN + (split_rounds(work) - 1) * ADAPTER
+    wait = LOADS * DEPENDENT_LOAD + (split_rounds(work) - 1) * ADAPTER
     return first + max(second, wait) + work.chip.launch
 
 
 def _plane_elements(work: Work) -> float:
-    """Elements of the float32 planes of the parts of K (kernels/triton/tiles.py); one part is y."""
+    """Elements of the float32 planes of the parts of K (kernels/triton/tiles.py), or of y for 1."""
     wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
     tiles = work.m_tiles * math.ceil(work.columns / wide)
     most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)
@@ -319,7 +319,7 @@ def _plane_elements(work: Work) -> float:
 
 
 def split_rounds(work: Work) -> int:
-    """Times that a tile of the reader goes for further adapters, the first included."""
+    """The number of rounds in which a tile of the second kernel takes its adapters."""
     tiles = math.ceil(min(work.rows, WINDOW) / TILE)
     adapters = math.ceil(work.adapters_in_tile / tiles)
     lanes = LANES // 2 if work.columns >= WIDE and work.rows > TILE else LANES
@@ -328,11 +328,11 @@ def split_rounds(work: Work) -> int:
 
 # --- strategies around the vendor's GEMM ---
 
-#: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 times (q/k/v) their roofline (H200, 8192
-#: rows).
+#: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 (q/k/v) times their roofline on an H200
+#: with 8192 rows.
 OVER_ROOFLINE = 3.0
-#: Most columns that lengthen x and W, their unit, and the unit that a vendor's GEMM takes of K.
-MOST_COLUMNS, UNIT, K_TILE = 256, 16, 64
+#: The most columns that "concat" appends, their unit, and the unit of K in the vendor's GEMM.
+MAX_COLUMNS, UNIT, K_TILE = 256, 16, 64
 
 
 def _gemv(work: Work) -> float:
@@ -364,16 +364,16 @@ def _by_runs(work: Work, memory: float, terms: int) -> float:
 
 def _concat(work: Work) -> float:
     M, K, N = work.rows, work.in_features, work.columns
-    more = _more_columns(work)
-    flops = 2.0 * M * N * math.ceil((K + more) / K_TILE) * K_TILE
+    extra = _extra_columns(work)
+    flops = 2.0 * M * N * math.ceil((K + extra) / K_TILE) * K_TILE
     product = work.kernel(K * N + M * (K + N), work.cached, flops) + START
-    beside_w = work.reader(work.b + more * N, 0, 0)
-    copy = work.kernel(2 * K * N + more * N, 0, 0) + work.chip.launch
-    zeros = work.kernel(M * more, 0, 0) + work.chip.launch
+    beside_w = work.reader(work.b + extra * N, 0, 0)
+    copy = work.kernel(2 * K * N + extra * N, 0, 0) + work.chip.launch
+    zeros = work.kernel(M * extra, 0, 0) + work.chip.launch
     return _shrink(work) + beside_w + copy + zeros + product
 
 
-def _more_columns(work: Work) -> int:
+def _extra_columns(work: Work) -> int:
     return len(work.sizes) * work.distinct * math.ceil(work.rank / UNIT) * UNIT
 
 
@@ -393,13 +393,13 @@ UNTIMED: Mapping[str, str] = {
     "concat": "never measured on a chip",
     "split": "its reader measured in an earlier form only",
 }
-#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against 0.6
-#: to 5 % of the floor): below this ratio a fused kernel is not used where FLOPs decide.
+#: The least speed of plain Triton relative to the vendor's GEMM for which a fused kernel is used if
+#: FLOPs decide: a slower product costs more than all of LoRA (5 % against 0.6 to 5 % of the floor).
 LEAST_TRITON_OVER_VENDOR = 0.97
 
 
 def estimate(work: Work) -> dict[str, Estimate]:
-    """Modelled time of every strategy for `work`, fastest first, refused ones last."""
+    """The modelled times of all strategies for `work`, fastest first, refused ones last."""
     seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
     refusals = {name: _refusal(name, work) for name in seconds}
     base, floor = work.vendor(), work.floor()
@@ -416,14 +416,14 @@ def _refusal(name: str, work: Work) -> str:
     if name == "concat":
         if not work.compute_bound:
             return "bytes decide, and fused kernels read W once as well"
-        if (more := _more_columns(work)) > MOST_COLUMNS:
-            return f"{more} more columns of x and W are more than {MOST_COLUMNS}"
+        if (extra := _extra_columns(work)) > MAX_COLUMNS:
+            return f"{extra} more columns of x and W are more than {MAX_COLUMNS}"
         return "x A may overflow float16" if work.dtype == torch.float16 else ""
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 
 def slower_than_vendor(chip: Chip) -> str:
-    """Why a generated base product does not pay where FLOPs decide, "" where it does."""
+    """Why a generated base product is too slow if FLOPs decide; "" if it is not."""
     speed = chip.triton_over_vendor
     if speed is None:
         return "plain Triton was not measured against the vendor GEMM for this many rows"

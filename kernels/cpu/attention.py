@@ -21,12 +21,12 @@ from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
-# Most rows of the cache that are read together where they are adjacent: a page or two.
+# The most adjacent rows of the cache that are read together: a page or two.
 RUN = 32
-# Rows of queries times heads in a unit of work: their sums stay in the first-level cache.
-MOST = 64
-# For as many rows or fewer, keys stream from memory and are prefetched.
-STREAMED = 4
+# Query rows times heads in a unit of work, whose sums stay in the first-level cache.
+UNIT_ROWS = 64
+# The most query rows for which keys stream from memory and are prefetched.
+PREFETCH_ROWS = 4
 
 
 class AttentionArgs(ctypes.Structure):
@@ -58,8 +58,8 @@ def source(spec: AttentionSpec, isa: Isa) -> str:
         "B_STRIDE": row,
         "R": RUN,
         "RUN": RUN,
-        "MOST": max(MOST, spec.group),
-        "PREFETCH_ROWS": STREAMED,
+        "MOST": max(UNIT_ROWS, spec.group),
+        "PREFETCH_ROWS": PREFETCH_ROWS,
     }
     hidden = torch.finfo(spec.dtype).min / 2
     defines = {"CAPPED": int(spec.capped), "HIDDEN": f"({hidden!r}f)"}
@@ -72,7 +72,7 @@ AttentionKernel = Callable[[PagedStep], Tensor]
 
 
 def cpu_attention(step: PagedStep) -> Tensor:
-    """`paged_attention` on a CPU, with the errors of its reference."""
+    """`paged_attention` on a CPU; it raises what its reference raises."""
     check_step(step)
     return (kernel_of(step) or by_request)(step)
 
@@ -84,15 +84,15 @@ def kernel_of(step: PagedStep) -> AttentionKernel | None:
     heads, size = key.shape[1], key.shape[3]
     if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
         return None
-    return _built(AttentionSpec.of_sizes(step))
+    return _kernel_for(AttentionSpec.of_sizes(step))
 
 
 @functools.cache
-def _built(spec: AttentionSpec) -> AttentionKernel | None:
+def _kernel_for(spec: AttentionSpec) -> AttentionKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
-        return None  # where deltas are built, a warning says why
+        return None  # `delta_kernels.build` has warned of the reason
 
 
 def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
@@ -123,8 +123,8 @@ def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
             raise LoweringError("lorafx::paged_attention: out of memory")
         if status:
             raise LoweringError(
-                "lorafx::paged_attention: a row to read or write, or what a token sees, is outside "
-                f"of a cache of {rows} rows or of the {len(read)} that are read"
+                "lorafx::paged_attention: a row to read or write, or a token's range of keys, is "
+                f"outside of a cache of {rows} rows or of the {len(read)} that are read"
             )
         return out.transpose(1, 2)
 

@@ -1,9 +1,9 @@
-"""C++ text to a loaded library: the compiler that Inductor uses, flags by ISA, a cache on disk.
+"""From C++ text to a loaded library, by the compiler that Inductor uses, with a cache on disk.
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is renamed into place when it is complete, so processes may share the cache: those that
-need one at the same time each compile it.
+A library is renamed into place when it is complete, so processes may share the cache; those that
+need the same one at the same time each compile it.
 
 Sources include no torch header and link nothing, so a library is valid for every torch version and
 takes about a second. Every failure is a LoweringError.
@@ -28,7 +28,7 @@ from lorafx.errors import LoweringError
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
-    # One rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it.
+    # One rounding per multiply-add in each tile shape, on which the bit-equality of rows depends.
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
 
@@ -39,8 +39,8 @@ class Isa:
 
     Attributes:
         lanes: float32 lanes of a vector.
-        tile, planes, pairs: rows of a full tile, and planes of A or pairs of column vectors of B
-            beside them; tile · planes and tile · 2 · pairs accumulators fit the register file.
+        tile, planes, pairs: rows of a full tile, and the planes of A or pairs of column vectors of
+            B with it; tile · planes, and tile · 2 · pairs, accumulators fit into the registers.
         f16c, dpbf16: whether conversions from float16 and bfloat16 dot products are instructions.
     """
 
@@ -65,7 +65,7 @@ ISAS = (
 
 
 def runnable_isas() -> tuple[Isa, ...]:
-    """The ISAs that this CPU runs, best first; torch's limit (ATEN_CPU_CAPABILITY) holds."""
+    """The ISAs that this CPU runs, best first, within torch's limit (ATEN_CPU_CAPABILITY)."""
     level = torch.backends.cpu.get_cpu_capability()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -101,8 +101,8 @@ def find_compiler() -> str:
 @functools.cache
 def version_of(compiler: str) -> str:
     """The text that a compiler prints for --version."""
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout
 
 
 def cache_folder() -> Path:
@@ -138,7 +138,7 @@ PROBE = 'extern "C" void lorafx_probe() { %s }\n'
 
 @functools.cache
 def best_isa() -> Isa:
-    """The best ISA that this CPU runs and the compiler and its assembler know."""
+    """The best ISA that this CPU runs, and that the compiler and its assembler support."""
     problem = LoweringError("no instruction set")
     for isa in runnable_isas():
         body = '__asm__("vdpbf16ps %zmm0, %zmm0, %zmm0");' if isa.dpbf16 else ""
@@ -152,7 +152,7 @@ def best_isa() -> Isa:
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    """`path` mapped into this process, for good: its code is called by address."""
+    """Map a library into this process for good, since its code is called by address."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -177,13 +177,13 @@ def torch_function(name: str) -> int:
 def _compile(command: Sequence[str], source: str, library: Path) -> None:
     """Compile `source` to `library`, which is renamed into place when it is complete."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        text, built = Path(scratch, "kernel.cpp"), Path(scratch, library.name)
-        text.write_text(source)
-        command = [*command, str(text), "-o", str(built)]
+        source_file, unfinished = Path(scratch, "kernel.cpp"), Path(scratch, library.name)
+        source_file.write_text(source)
+        command = [*command, str(source_file), "-o", str(unfinished)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise LoweringError(f"{command[0]} could not be started: {error}") from error
-        if done.returncode:
-            raise LoweringError(f"{command[0]} refused a generated kernel:\n{done.stderr[-2000:]}")
-        built.replace(library)
+        if run.returncode:
+            raise LoweringError(f"{command[0]} refused a generated kernel:\n{run.stderr[-2000:]}")
+        unfinished.replace(library)

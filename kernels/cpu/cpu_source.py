@@ -1,10 +1,10 @@
-"""Pieces of C++ source that CPU kernels share, and the registration of ops in C++.
+"""C++ source that CPU kernels share, and the registration of ops in C++.
 
-    register(op, files) = handles.h + files, compiled and loaded, given torch's functions
+    register(op, files) compiles and loads handles.h + files, and passes them torch's functions
 
-Functions are passed as pointers through torch's stable C interface: no torch header is read and
-nothing is linked, so a library compiles in 0.1 s instead of tens of seconds. A call from Python
-costs 2 µs, against 20 µs and more through a Python kernel.
+The functions are pointers of torch's stable C interface. No torch header is read and nothing is
+linked, so a library compiles in 0.1 s instead of tens of seconds. A call from Python takes 2 µs,
+against 20 µs and more for a kernel in Python.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torc
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-# Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
+# The number of multiply-adds below which one thread is faster: waking others takes about 3 µs.
 SERIAL_WORK = 1 << 15
-# Bytes by which B is prefetched; 512 was best of 0, 128 ... 1024 for decode in float32 and bfloat16
-# (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
+# The distance in bytes at which B is prefetched; 512 was the best of 0, 128 ... 1024 for decode in
+# float32 and bfloat16 (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
 AHEAD = 512
 
 
@@ -44,7 +44,7 @@ def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:
-    """Constants of tiles.h that depend on the instruction set alone."""
+    """The constants of tiles.h that depend only on the instruction set."""
     return {
         "TILE": isa.tile,
         "PLANES": isa.planes,
@@ -62,16 +62,16 @@ def kernel_source(
     files: Sequence[str],
     defines: Mapping[str, object] | None = None,
 ) -> str:
-    """The text of a kernel: a heading; lanes, instructions and `elements`, the types of x, factors
-    and y, which vectors.h needs; constants; and files of this folder."""
+    """The text of a kernel: a heading; the defines for vectors.h, with `elements`, the dtypes of x,
+    factors and y; the constants `sizes`; and files of this folder."""
     x, factors, y = (ELEMENTS[dtype] for dtype in elements)
-    known: dict[str, object] = {
+    macros: dict[str, object] = {
         **{"LANES": isa.lanes, "HAS_F16C": int(isa.f16c), "HAS_DPBF16": int(isa.dpbf16)},
         **{"X": x, "W": factors, "Y": y},
         **(defines or {}),
     }
     lines = [f"// {isa.name}: {spec}"]
-    lines += [f"#define {name} {value}" for name, value in known.items()]
+    lines += [f"#define {name} {value}" for name, value in macros.items()]
     lines += [f"static const long {name} = {value};" for name, value in sizes.items()]
     return "\n".join([*lines, *templates(*files)])
 
@@ -107,13 +107,13 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 def op_source(files: Sequence[str]) -> str:
-    """The text of a library of ops, which is compiled without flags."""
+    """The text of a library of ops, which is compiled without flags for instructions."""
     return "\n".join(templates("handles.h", *files))
 
 
 def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
-    """Load the library of these files, whose `lorafx_install` takes torch's functions in handles.h
-    and `more_shims` and registers the CPU kernels of `op`."""
+    """Load the library of these files. Its `lorafx_install` receives torch's functions for
+    handles.h and `more_shims`, and registers the CPU kernels of `op`."""
     library = load_library(compile_library(op_source(files)))
     names = (*_SHIMS, *more_shims)
     shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))

@@ -1,14 +1,14 @@
-"""Generated CPU kernels of deltas: from a spec to an id that a `run` op takes.
+"""Generated CPU kernels of deltas: from a spec to an id, which the `run` ops take.
 
-    build(spec) = id, a hash of the source, so a graph cached on disk by another process stays valid
+    build(spec) = id, a hash of the source, so that graphs in a cache on disk stay valid
 
     source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
                         + vectors.h + tiles.h + rows.h + delta_args.h + delta.cpp
                         + epilogue.h + delta_beside.cpp, where y is a product with a dense weight
 
-Kernels are loaded into each process before its graphs run, and entered by id into the table of one
-dispatcher (dispatcher.cpp). Where no compiler works, `build` returns None after one warning, and
-`delta_call` names the aten op.
+Kernels are loaded into each process before its graphs run, and registered by id in the table of the
+dispatcher (dispatcher.cpp). If no compiler works, `build` returns None after one warning, and
+`delta_call` returns the aten op.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from lorafx.kernels.ops import linear_ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
 
-# With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
+# With fewer rows per thread than this, threads share planes and columns of a row instead of rows.
 SPLIT_ROWS = 2
-# Loading an adapter's factors from memory takes about as long as the work of this many rows that
-# find them in a cache (Zen 4, rank 16); 8 and 32 are as good.
+# Loading an adapter's factors from memory takes about as long as computing this many rows with
+# factors in a cache (Zen 4, rank 16); 8 and 32 are as good.
 LOAD_ROWS = 16
-# Up to this many rows threads share out ranges (q, k, v) one by one: with few adapters, shares of
-# whole rows are uneven.
+# Up to this many rows threads share the ranges (q, k, v) one by one, since with few adapters shares
+# of whole rows are uneven.
 FEW_ROWS = 64
-# Columns of one unit of work up to FEW_ROWS.
+# Columns of a unit of work, up to FEW_ROWS rows.
 COLUMN_BLOCK = 512
-#: Loops are vectors already: -O3 takes 1.3 times as long to compile for equal speed (GCC 12,
-#: float32 and bfloat16, ranks 6 and 16, decode and prefill on a Zen 4). Without -fpeel-loops small
-#: tiles are 2 % slower.
-_VECTORS_ALREADY = ("-O2", "-fpeel-loops")
+#: Flags for code whose loops are vectors already: -O3 takes 1.3 times as long to compile for equal
+#: speed (GCC 12, float32 and bfloat16, ranks 6 and 16, decode and prefill on a Zen 4). Without
+#: -fpeel-loops small tiles are 2 % slower.
+_VECTOR_FLAGS = ("-O2", "-fpeel-loops")
 
 
 def source(spec: DeltaSpec, isa: Isa) -> str:
@@ -108,14 +108,14 @@ class KernelEntry(ctypes.Structure):
     )
 
 
-#: Fields of `struct Kernel` that are fields of a spec.
+#: Fields of `struct Kernel` that are attributes of a spec.
 _OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
 _LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
-_NOTES: list[dict[DeltaSpec, int]] = []
-_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
+_RECORDINGS: list[dict[DeltaSpec, int]] = []
+_LIBRARIES: list[ctypes.CDLL] = []  # kept, since the table points into them
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
-    flags = (*isa.flags, *_VECTORS_ALREADY) if isa.f16c else isa.flags
+    flags = (*isa.flags, *_VECTOR_FLAGS) if isa.f16c else isa.flags
     text = source(spec, isa)
     digest = hashlib.sha256("\0".join((text, *flags)).encode()).digest()
     return int.from_bytes(digest[:7], "big") + 1, compile_library(text, flags)
@@ -160,17 +160,17 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
 @contextlib.contextmanager
 def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
     """Records the kernels that `build` returns in the block, on any thread, with their ids."""
-    found: dict[DeltaSpec, int] = {}
-    _NOTES.append(found)
+    kernels: dict[DeltaSpec, int] = {}
+    _RECORDINGS.append(kernels)
     try:
-        yield found
+        yield kernels
     finally:
-        _NOTES.remove(found)
+        _RECORDINGS.remove(kernels)
 
 
 def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
-    """The id of the kernel of `spec`, loaded into this process; None where kernels are not
-    generated for it (float64, empty ranges) or no compiler works (one warning)."""
+    """The id of the kernel of `spec`, which is loaded into this process; None if kernels are not
+    generated for it (float64, empty ranges), or no compiler works (one warning)."""
     if not spec.supported():
         return None
     with _LOCK:
@@ -181,8 +181,8 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
                 kernel, path = _compile(spec, isa)
                 _load(spec, kernel, path)
                 _BUILT[spec, isa.name] = kernel
-            for noted in _NOTES:
-                noted[spec] = _BUILT[spec, isa.name]
+            for recording in _RECORDINGS:
+                recording[spec] = _BUILT[spec, isa.name]
             return _BUILT[spec, isa.name]
         except LoweringError as error:
             _warn_once(str(error))
@@ -194,23 +194,23 @@ def built_source(spec: DeltaSpec) -> str:
 
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
-    wanted = list(dict.fromkeys(specs))
-    with contextlib.suppress(LoweringError):  # build meets failures again, and warns of them
+    unique = list(dict.fromkeys(specs))
+    with contextlib.suppress(LoweringError):  # `build` fails again, and warns
         isa = best_isa()
-        todo = [spec for spec in wanted if spec.supported() and (spec, isa.name) not in _BUILT]
+        todo = [spec for spec in unique if spec.supported() and (spec, isa.name) not in _BUILT]
         with ThreadPoolExecutor(max_workers=4) as pool:
             jobs: list[Future[Any]] = [pool.submit(_compile, spec, isa) for spec in todo]
             if todo:
                 jobs.append(pool.submit(compile_library, op_source(DISPATCHER)))
             for job in jobs:
                 job.exception()
-    return {spec: build(spec) for spec in wanted}
+    return {spec: build(spec) for spec in unique}
 
 
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool = False) -> Any:
-    """The op and arguments of `spec`'s delta, from the run op's first arguments, or graph nodes.
-    Without a kernel, or for a literal `rows` of 0, which only aten checks, the op is aten's, and
-    None for routed rows."""
+    """The op for the delta of `spec`, and its arguments: `tensors` (or graph nodes) and those
+    behind. Without a kernel, or for a literal `rows` of 0, which only aten checks, the op is
+    aten's; for routed rows the result is None then."""
     kernel = None if isinstance(rows, int) and rows == 0 else build(spec)
     op = torch.ops.lorafx
     if spec.experts:

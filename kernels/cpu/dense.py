@@ -1,15 +1,15 @@
-"""Products of any number of rows with a dense weight, and products with their LoRA deltas.
+"""Products of any number of rows with a dense weight, alone and with a LoRA delta.
 
     dense_mm            y = x Wᵀ              x (M, K), W (N, K), y (M, N)
     dense_addmm         y = x Wᵀ + b          b (N,)
     dense_mm_delta      y = x Wᵀ + Δ(x)       Δ is what `run_delta_` adds by the same kernel
     dense_addmm_delta   y = x Wᵀ + b + Δ(x)
 
-On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
-aten.mm and addmm, or by oneDNN where that is faster. The choice is made at each call in C++
-(dense_op.cpp), so no graph depends on M. Without a compiler and on other devices aten computes all.
-A row computed by generated code is bit-equal in every such batch. For few rows a product and its
-delta take one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
+On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more by aten.mm
+and addmm, or by oneDNN if that is faster. The choice is made at each call in C++ (dense_op.cpp), so
+no graph depends on M. Without a compiler and on other devices aten computes all. A row that
+generated code computes is bit-equal in all such batches. For few rows a product and its delta are
+one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
 
     source(dtype, isa) = #defines and constants of (dtype, tiles)
                          + vectors.h + epilogue.h + dense_args.h + dense.cpp
@@ -47,16 +47,16 @@ from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, BankArgs, check_bank, check_rows, define, require
 
-#: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
+#: Bytes of W in a unit of work, which stay in a cache of the core for later tiles of rows.
 UNIT_BYTES = 1 << 18
-#: Columns of y that an epilogue takes at once; 64 to 1024 are as good (Zen 4, 16 rows, float32).
+#: Columns of y per step of an epilogue; 64 to 1024 are as good (Zen 4, 16 rows, float32).
 EPILOGUE_COLUMNS = 256
-#: How often a thread looks whether the others are done before it yields.
+#: How often a thread checks whether the others are done before it yields.
 SPINS = 1 << 10
 
 
 def source(dtype: torch.dtype, isa: Isa) -> str:
-    # A conversion of x for each column costs more than one pass over x.
+    # Converting x once takes less time than converting it for each column.
     widened = dtype == torch.float16
     sizes = {
         "TILE": 6 if isa.lanes == 16 else 4,
@@ -86,34 +86,34 @@ _MORE_SHIMS = (
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to
 #: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
 #: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
-MOST_ROWS = 64
-#: In float16 where aten.mm has no instructions for it: the generated kernel is 3 to 5 times as fast
-#: from 4 rows to 512, and was not measured beyond.
-MOST_ROWS_FLOAT16 = 512
-#: In bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, measured on none.
-MOST_ROWS_WITH_TILES = 8
+MAX_ROWS = 64
+#: The same for float16 if aten.mm has no instructions for it: the generated kernel is 3 to 5 times
+#: as fast for 4 to 512 rows; more were not measured.
+MAX_ROWS_FLOAT16 = 512
+#: The same for bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, not measured.
+MAX_ROWS_WITH_TILES = 8
 
 _LOCK = threading.Lock()
 _LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
 
-def pays(rows: int, dtype: torch.dtype) -> bool:
-    """Whether this many rows are multiplied by anything but aten, where `ready`."""
-    return rows <= most_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
+def beats_aten(rows: int, dtype: torch.dtype) -> bool:
+    """Whether something else than aten multiplies this many rows, if `ready`."""
+    return rows <= max_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the generated kernel is used, 0 where there is none."""
+def max_rows(dtype: torch.dtype) -> int:
+    """The number of rows up to which the generated kernel is used; 0 if there is none."""
     if dtype not in ELEMENTS:
         return 0
     if dtype == torch.bfloat16 and has_matrix_tiles():
-        return MOST_ROWS_WITH_TILES
-    return MOST_ROWS_FLOAT16 if dtype == torch.float16 and _half_is_slow() else MOST_ROWS
+        return MAX_ROWS_WITH_TILES
+    return MAX_ROWS_FLOAT16 if dtype == torch.float16 and _aten_converts_float16() else MAX_ROWS
 
 
 @functools.cache
-def _half_is_slow() -> bool:
-    """Whether aten.mm converts float16 by itself, instead of leaving it to oneDNN."""
+def _aten_converts_float16() -> bool:
+    """Whether aten.mm converts float16 itself, and does not use oneDNN."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
     return supported is not None and not supported()
 
@@ -131,24 +131,24 @@ def op_library() -> ctypes.CDLL:
     return library
 
 
-def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
-    """Multiply many float32 rows by oneDNN, or by MKL; None for the faster. Where MKL has general
-    code alone, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights)."""
-    if wanted is None:
-        wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
-    linear = torch_function("aoti_torch_cpu__linear_pointwise") if wanted else None
+def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
+    """Multiply many float32 rows by oneDNN, or by MKL; None chooses the faster one. If MKL has only
+    general code, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights)."""
+    if enabled is None:
+        enabled = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
+    linear = torch_function("aoti_torch_cpu__linear_pointwise") if enabled else None
     library.lorafx_add_many(dtype_code(torch.float32), linear)
 
 
 @functools.cache
 def ready(dtype: torch.dtype) -> bool:
-    """Whether a generated kernel for `dtype` is loaded, compiled if need be; warns once a dtype."""
+    """Compile and load the kernel for `dtype`; False, with one warning, if there is none."""
     with _LOCK:
         try:
             isa = best_isa()
             if dtype not in ELEMENTS or not generates(isa):
                 return False
-            use(dtype, isa, most_rows(dtype))
+            load_kernel(dtype, isa, max_rows(dtype))
         except LoweringError as error:
             warnings.warn(f"products of few rows stay with aten: {error}", stacklevel=2)
             return False
@@ -160,8 +160,8 @@ def generates(isa: Isa) -> bool:
     return isa.lanes >= 8
 
 
-def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
-    """Let the ops use the kernel of `dtype` for `isa` up to `rows` rows, in this process."""
+def load_kernel(dtype: torch.dtype, isa: Isa, rows: int) -> None:
+    """Load the kernel of `dtype` for `isa`, which the ops use for up to `rows` rows from now on."""
     library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
@@ -169,10 +169,10 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
 
 
 def product(*operands: Any) -> Tensor:
-    """y of (bias (N,),) x (M, K), weight (N, K), contiguous, and `sizes`, which cut N into parts
-    that are multiplied one by one where rows are many (`split_is_faster` of the cost model)."""
+    """y for the operands (bias (N,),) x (M, K), weight (N, K), contiguous, and `sizes`: parts of N
+    that are multiplied one by one if rows are many (`split_is_faster` of the cost model)."""
     *bias, x, weight, _ = operands
-    # A graph from a cache may be the first to ask for the kernel, which then replaces this one.
+    # A graph from a cache may be the first to need the kernel, which then replaces this function.
     if x.device.type == "cpu" and ready(x.dtype):
         y: Tensor = (DENSE_ADDMM if bias else DENSE_MM)(*operands)
         return y
@@ -192,16 +192,16 @@ def product_fake(*operands: Any) -> Tensor:
     return y
 
 
-def _parted(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs, int, int]:
-    """The operands of `product`, and bank, rows and kernel as `run_delta_` takes them."""
+def _split_arguments(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs, int, int]:
+    """The operands of `product`, and the bank, rows and kernel of `run_delta_`."""
     *first, rows, kernel = arguments
     count = len(first) - len(BankArgs._fields)
     return first[:count], BankArgs(*first[count:]), rows, kernel
 
 
 def product_and_delta(*arguments: Any) -> Tensor:
-    """`product` and its delta."""
-    operands, bank, rows, kernel = _parted(arguments)
+    """`product` plus its delta."""
+    operands, bank, rows, kernel = _split_arguments(arguments)
     *bias, x, _, _ = operands
     if x.device.type == "cpu" and kernel in KERNELS and ready(x.dtype):
         joined: Tensor = (DENSE_ADDMM_DELTA if bias else DENSE_MM_DELTA)(*arguments)
@@ -212,7 +212,7 @@ def product_and_delta(*arguments: Any) -> Tensor:
 
 
 def product_and_delta_fake(*arguments: Any) -> Tensor:
-    (*bias, x, weight, sizes), bank, rows, _ = _parted(arguments)
+    (*bias, x, weight, sizes), bank, rows, _ = _split_arguments(arguments)
     y = product_fake(*bias, x, weight, sizes)
     op = "dense_addmm_delta" if bias else "dense_mm_delta"
     check_bank(op, bank)

@@ -1,12 +1,12 @@
-"""`lorafx::grouped_mm`, the product of sorted rows with the weights of experts.
+"""`lorafx::grouped_mm`, the product of rows, sorted by expert, with the weights of the experts.
 
     y[m] = x[m] W_e    for offs[e - 1] ≤ m < offs[e],    0 behind the last
 
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
                         + vectors.h + tiles.h + product.cpp
 
-On a CPU a generated kernel reads each weight once; elsewhere, for dtypes that `aten._grouped_mm`
-does not take, it is a loop over the experts that have rows, for which the host waits for offs.
+On a CPU a generated kernel reads each weight once. Elsewhere, for dtypes that `aten._grouped_mm`
+does not take, it is a loop over the experts that have rows, and the host waits for offs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
 from lorafx.kernels.ops.op_library import define, require
 
-# Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
+# Columns of a unit of work, whose weights stay in a cache while the expert's rows are multiplied.
 UNIT = 64
-#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is 2
-#: to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16, 32
-#: and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
-#: torch.mm from there on.
+#: Rows per expert from which on torch.mm is as fast as the generated kernel, which is 2 to 5 times
+#: as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16, 32 and 64
+#: experts of 384 × 1024 to 1024 × 768). Below it the order of a row's sums is fixed, from there on
+#: it is that of torch.mm.
 MANY_ROWS = 256
-#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
+#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, not measured.
 MANY_ROWS_WITH_TILES = 16
 
 
@@ -47,11 +47,11 @@ class ProductSpec:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
-        """None where no kernel is generated: other dtypes, strided rows, another layout of W."""
+        """None if no kernel is generated: for other dtypes, strided rows, another layout of W."""
         _, K, N = weight.shape
-        laid = weight.stride() == (K * N, 1, K) or weight.numel() == 0
-        rows = x.stride(1) == 1 and x.stride(0) >= 0
-        if x.dtype not in ELEMENTS or not laid or not rows or not K or not N:
+        has_layout = weight.stride() == (K * N, 1, K) or weight.numel() == 0
+        has_rows = x.stride(1) == 1 and x.stride(0) >= 0
+        if x.dtype not in ELEMENTS or not has_layout or not has_rows or not K or not N:
             return None
         return cls(x.dtype, K, N)
 
@@ -86,15 +86,15 @@ GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
-    return None if spec is None else _built(spec)
+    return None if spec is None else _kernel_for(spec)
 
 
 @functools.cache
-def _built(spec: ProductSpec) -> GroupedKernel | None:
+def _kernel_for(spec: ProductSpec) -> GroupedKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
-        return None  # where deltas are built, a warning says why
+        return None  # `delta_kernels.build` has warned of the reason
 
 
 def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
@@ -111,8 +111,8 @@ def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """y (M, N) of x (M, K), sorted by expert, weight (E, K, N) and offs int32 (E,), where each
-    expert's rows end. Raises LoweringError for an end behind the last row."""
+    """y (M, N) for x (M, K), sorted by expert, weight (E, K, N) and offs, int32 (E,), the ends of
+    the experts' rows. Raises LoweringError for an end behind the last row."""
     _check(x, weight, offs)
     groups = _groups(offs)
     for start, end in groups:
@@ -120,8 +120,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
             raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
     y = x.new_empty(x.shape[0], weight.shape[2])
     y[groups[-1][1] if groups else 0 :].zero_()
-    tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
-    many = (MANY_ROWS_WITH_TILES if tiles else MANY_ROWS) * len(groups)
+    matrix_tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
+    many = (MANY_ROWS_WITH_TILES if matrix_tiles else MANY_ROWS) * len(groups)
     kernel = kernel_of(x, weight) if len(x) < many else None
     if kernel is not None:
         kernel(y, x, weight, offs)
@@ -151,12 +151,12 @@ def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """Of x: the product with the transposed weights. Of the weights: a product for each expert."""
+    """Of x: the product with the transposed weights. Of the weights: a product per expert."""
     x, weight, offs = ctx.saved_tensors
     of_x = of_weight = None
     if ctx.needs_input_grad[0]:
@@ -167,5 +167,5 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
 
 
 _SCHEMA = "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"
-define(_SCHEMA, grouped_mm, grouped_mm_fake, _gradients, _keep)
+define(_SCHEMA, grouped_mm, grouped_mm_fake, _gradients, _save_for_backward)
 GROUPED_MM = torch.ops.lorafx.grouped_mm.default

@@ -9,8 +9,8 @@ base's stride and padding, behind which B (S, R, N) is a 1x1 convolution, as PEF
 dilated. `pads` are the zeros before and after each spatial dimension, first dimension first.
 
 Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only rows of
-slots that are present are computed. On an accelerator, where asking for the slots would make the
-host wait, each row gathers its A, and one convolution with a group a row computes all.
+slots that are present are computed. On an accelerator, where reading the slots would make the host
+wait, each row gathers its A, and a single convolution with a group for each row computes all.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def conv_site(
     addend: Tensor | None,
     shifts: Tensor | None,
 ) -> Tensor:
-    """y (M, N, D'...) + delta, a new contiguous tensor. With `gains` all of y but `addend` (N,) is
-    rescaled then, and `shifts` are added at the end."""
+    """y (M, N, D'...) + delta, a new contiguous tensor. With `gains`, all of y but `addend` (N,) is
+    rescaled afterwards; `shifts` are added last."""
     conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
@@ -70,12 +70,12 @@ def conv_site(
     if gains is None and shifts is None:
         return out
     owner = row_slots(bank.slots, rows, len(y)).view(-1, *[1] * len(window.kernel))
-    last = out.movedim(1, -1)
+    channels_last = out.movedim(1, -1)
     if gains is not None:
-        last = rescaled_rows(last, gains, addend, owner)
+        channels_last = rescaled_rows(channels_last, gains, addend, owner)
     if shifts is not None:
-        last = shifted_rows(last, shifts, owner)
-    return last.movedim(-1, 1).contiguous()
+        channels_last = shifted_rows(channels_last, shifts, owner)
+    return channels_last.movedim(-1, 1).contiguous()
 
 
 def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, shifts):
@@ -102,7 +102,7 @@ def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, sh
 def add_conv_delta(
     y: Tensor, x: Tensor, bank: BankArgs, rows: int, window: Window, *, by_slot: bool | None = None
 ) -> None:
-    """Adds the delta into contiguous y; `by_slot` overrides the choice by device."""
+    """Add the delta to contiguous y in place; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     count, channels = x.shape[:2]
     owner = row_slots(slots, rows, count)
@@ -125,13 +125,13 @@ def add_conv_delta(
             delta = B[slot, :r].to(acc).T @ v
             y[index] = (y[index].to(acc) + delta.view(len(index), *y.shape[1:])).to(y.dtype)
         return
-    mine, R = owner.clamp(min=0).long(), B.shape[1]
-    live = torch.arange(R, device=x.device) < ranks[mine]
+    row_slot, R = owner.clamp(min=0).long(), B.shape[1]
+    live = torch.arange(R, device=x.device) < ranks[row_slot]
     live = (live & (owner >= 0).unsqueeze(-1)).unsqueeze(-1)
-    a = torch.where(live, A[mine], 0).to(acc).view(count * R, channels, *window.kernel)
-    b = torch.where(live, B[mine], 0).to(acc) * scales[mine].to(acc).unsqueeze(-1)
-    together = x.to(acc).reshape(1, count * channels, *x.shape[2:])
-    v = convolution(together, a, stride=window.stride, padding=padding, groups=count)
+    a = torch.where(live, A[row_slot], 0).to(acc).view(count * R, channels, *window.kernel)
+    b = torch.where(live, B[row_slot], 0).to(acc) * scales[row_slot].to(acc).unsqueeze(-1)
+    grouped_x = x.to(acc).reshape(1, count * channels, *x.shape[2:])
+    v = convolution(grouped_x, a, stride=window.stride, padding=padding, groups=count)
     delta = b.mT @ v.view(count, R, -1)
     y.copy_(torch.where((owner >= 0).view(-1, *[1] * (y.dim() - 1)), y + delta.view_as(y), y))
 

@@ -61,29 +61,29 @@ def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
             yield slot, (owner == slot).nonzero().squeeze(-1)
 
 
-def _places(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
-    """Indices of rows by number in a tensor (*leading, F) of any strides, without a copy."""
+def _row_index(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
+    """Indices into a tensor (*leading, F), of any strides, of the rows with these numbers."""
     return (index,) if len(leading) == 1 else tuple(torch.unravel_index(index, tuple(leading)))
 
 
 def _masked_b(B: Tensor, rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """B (S·R, N) with factors beyond each slot's rank zeroed, and the mask (S, R)."""
+    """B (S·R, N) with zeros beyond each slot's rank, and the mask (S, R) of the factors in use."""
     live = torch.arange(B.shape[1], device=B.device) < rank.unsqueeze(-1)
     return torch.where(live.unsqueeze(-1), B, 0).to(dtype).flatten(0, 1), live
 
 
 def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
-    """scale · v (M, S, R) where the row has the slot and the factor is live, as (M, S·R)."""
-    mine = owner.unsqueeze(-1) == torch.arange(v.shape[1], device=v.device)
-    keep = mine.unsqueeze(-1) & live
+    """scale · v (M, S, R) where the row has the slot and uses the factor, else 0; (M, S·R)."""
+    has_slot = owner.unsqueeze(-1) == torch.arange(v.shape[1], device=v.device)
+    keep = has_slot.unsqueeze(-1) & live
     return torch.where(keep, v * scale.to(v.dtype).unsqueeze(-1), 0).flatten(1)
 
 
 def add_linear_delta(
     y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of each range into y (..., Σsizes), of any strides; x is (..., K). `grouped`
-    overrides the device's choice: group rows, or mask."""
+    """Add the delta of each range to y (..., Σsizes) in place; x is (..., K). Strides are
+    arbitrary. `grouped` overrides the choice by device: to group rows by slot, or to mask."""
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
@@ -106,17 +106,17 @@ def add_linear_delta(
         return
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
-        xs, at = x[_places(index, x.shape[:-1])].to(acc), _places(index, y.shape[:-1])
+        xs, y_index = x[_row_index(index, x.shape[:-1])].to(acc), _row_index(index, y.shape[:-1])
         for i, features, columns, part in parts:
             r = rank_table[slot][i]
             v = xs @ A[slot, :r, features].to(acc).T * scale_table[slot][i]
-            part[at] = (part[at].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
+            part[y_index] = (part[y_index].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
 
 
 def add_embedding_delta(
     y: Tensor, ids: Tensor, bank: BankArgs, rows: int, *, grouped: bool | None = None
 ) -> None:
-    """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
+    """Add the delta of an embedding to y (..., N) in place; ids is (...). Strides are arbitrary."""
     ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
     A, B, ranks, scales, slots = bank
     count = ids.numel()
@@ -132,9 +132,9 @@ def add_embedding_delta(
         return
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
-        r, at = rank_table[slot][0], _places(index, y.shape[:-1])
-        v = A[slot, ids[_places(index, ids.shape)], :r].to(acc) * scale_table[slot][0]
-        y[at] = (y[at].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)
+        r, y_index = rank_table[slot][0], _row_index(index, y.shape[:-1])
+        v = A[slot, ids[_row_index(index, ids.shape)], :r].to(acc) * scale_table[slot][0]
+        y[y_index] = (y[y_index].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)
 
 
 def rescaled(
@@ -147,8 +147,8 @@ def rescaled(
     sizes: Sequence[int],
     shifts: Tensor | None = None,
 ) -> Tensor:
-    """y rescaled by columns [offset, offset + size) of gains (S, ΣN), then with those of shifts (S,
-    ΣN) added; None leaves either out."""
+    """y, rescaled by the columns [offset, offset + size) of gains (S, ΣN), plus those of shifts (S,
+    ΣN); either may be None."""
     owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
 
     def columns(table: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ class DeltaSpec:
 
     Attributes:
         in_features: K; 0 for an embedding.
-        group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
+        group: siblings of the bank, G; 0 if the tensors do not have the layout of a bank.
         columns: ΣN of the bank.
         siblings, offsets, sizes: the column ranges of y, as the ops take them, counted from the
-            first sibling that A, B, ranks and scales show.
-        embedding: A is (S, V, R) and x holds ids, of either int dtype.
-        experts: E of a bank of E·S slots whose rows are routed; 0 for others.
-        spacing: rows of A and B from one slot to the next, 0 for `max_rank`.
+            first sibling in A, B, ranks and scales, which may be slices of the bank.
+        embedding: whether A is (S, V, R) and x holds ids, int32 or int64.
+        experts: E of a bank of E·S slots whose rows are routed; 0 for other banks.
+        spacing: rows of A and B from one slot to the next; 0 for `max_rank`.
     """
 
     x_dtype: torch.dtype
@@ -56,20 +56,20 @@ class DeltaSpec:
         R, K = int(B.shape[1]), int(A.shape[2]) // max(int(ranks.shape[1]), 1)
         group, columns, spacing = _bank_strides(A, B, ranks, K)
         siblings, offsets, sizes = map(tuple, ranges)
-        laid = (group, columns, siblings, offsets, sizes)
-        return cls(x.dtype, A.dtype, y.dtype, K, R, *laid, experts=experts, spacing=spacing)
+        layout = (group, columns, siblings, offsets, sizes)
+        return cls(x.dtype, A.dtype, y.dtype, K, R, *layout, experts=experts, spacing=spacing)
 
     @classmethod
     def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
         """The spec of an `add_embedding_delta_` call."""
         slots, R, columns = map(int, B.shape)
         spacing = int(B.stride(0)) // columns if slots > 1 and columns else R
-        laid = have_strides(B, (spacing * columns, columns, 1)) and have_strides(
+        has_layout = have_strides(B, (spacing * columns, columns, 1)) and have_strides(
             A, (*A.stride()[:2], 1)
         )
-        laid_out = (int(laid), columns, (0,), (0,), (columns,))
+        layout = (int(has_layout), columns, (0,), (0,), (columns,))
         spacing = 0 if spacing == R else spacing
-        return cls(A.dtype, A.dtype, y.dtype, 0, R, *laid_out, embedding=True, spacing=spacing)
+        return cls(A.dtype, A.dtype, y.dtype, 0, R, *layout, embedding=True, spacing=spacing)
 
     @property
     def slot_rows(self) -> int:
@@ -77,7 +77,7 @@ class DeltaSpec:
 
     @property
     def last_column(self) -> int:
-        """Where the last column ends in the bank, or in the part of it that is shown."""
+        """The end of the last column in the bank, or in the slice of it that the op takes."""
         return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
 
     def supported(self) -> bool:
@@ -93,20 +93,20 @@ class DeltaSpec:
 
 
 def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor, K: int) -> tuple[int, int, int]:
-    """(G, ΣN, spacing) of the bank of these tensors; (0, ·, ·) if their strides are no bank's."""
-    slots, R, shown = map(int, B.shape)
+    """(G, ΣN, spacing) of the bank of these tensors; G is 0 if their strides are not a bank's."""
+    slots, R, width = map(int, B.shape)
     group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
-    columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
+    columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else width)
     spacing = int(B.stride(0)) // max(columns, 1) if slots > 1 else R
-    laid = (
+    has_layout = (
         have_strides(A, (spacing * group * K, group * K, 1))
         and have_strides(B, (spacing * columns, columns, 1))
         and have_strides(ranks, (group, 1))
     )
-    return (group if laid else 0), columns, (0 if spacing == R else spacing)
+    return (group if has_layout else 0), columns, (0 if spacing == R else spacing)
 
 
 def have_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
-    """Whether `tensor` has these strides; dimensions of one entry may have any."""
+    """Whether `tensor` has these strides, except in dimensions of size one."""
     triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(size == 1 or have == want for size, have, want in triples)

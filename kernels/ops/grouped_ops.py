@@ -15,8 +15,8 @@ their dimension `group_dim` is in group p mod G, so that a batch of matrices (BÂ
 as well as (G, BÂ·M, F). `rows` counts all leading dimensions, as for the other ops.
 
 Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only rows
-and ranks of slots that are present are computed; on an accelerator, where asking for the slots
-would make the host wait, all slots are multiplied and masked.
+and ranks of slots that are present are computed; on an accelerator, where reading the slots would
+make the host wait, all slots are multiplied and masked.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def add_grouped_delta(
     *,
     by_slot: bool | None = None,
 ) -> None:
-    """Adds the delta into y in place; `by_slot` overrides the choice by device."""
+    """Add the delta to y in place; `by_slot` overrides the choice by device."""
     A, B, ranks, scales, slots = bank
     siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])
@@ -114,10 +114,10 @@ def add_grouped_delta(
         for i, offset, size in zip(siblings, offsets, sizes, strict=True):
             a = A[slot, : rank_of[i], i * K : (i + 1) * K]
             b = B[slot, : rank_of[i], offset : offset + size]
-            if len(siblings) > 1:  # blocks may lie across parts of the site
+            if len(siblings) > 1:  # a block may cross parts of the site
                 b = torch.nn.functional.pad(b, (start, sum(sizes) - start - size))
-            a = _blocks(a, blocks.in_steps, ins, blocks)
-            yield i, a, _blocks(b, blocks.out_steps, outs, blocks)
+            a = _block_columns(a, blocks.in_steps, ins, blocks)
+            yield i, a, _block_columns(b, blocks.out_steps, outs, blocks)
             start += size
 
     def delta(rows_of_x: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
@@ -127,21 +127,21 @@ def add_grouped_delta(
     if x.device.type == "cpu" if by_slot is None else by_slot:
         rank_table, scale_table = ranks.tolist(), scales.tolist()
         for slot, _ in groups(owner.flatten(), A.shape[0]):
-            mine = owner == slot
-            index = mine.any(0).nonzero().squeeze(-1)
-            xs, keep = x[:, index].to(acc), mine[:, index, None]
+            in_slot = owner == slot
+            index = in_slot.any(0).nonzero().squeeze(-1)
+            xs, keep = x[:, index].to(acc), in_slot[:, index, None]
             for i, a, b in factors(slot, rank_table[slot]):
                 part = delta(xs, a, b, scale_table[slot][i])
                 total[:, index] += torch.where(keep, part, 0)
     else:
-        room = [B.shape[1]] * ranks.shape[1]
+        full_ranks = [B.shape[1]] * ranks.shape[1]
         for slot in range(A.shape[0]):
             keep = (owner == slot)[..., None]
-            for i, a, b in factors(slot, room):
+            for i, a, b in factors(slot, full_ranks):
                 live = (torch.arange(B.shape[1], device=B.device) < ranks[slot, i])[:, None]
                 a, b = torch.where(live, a, 0), torch.where(live, b, 0)
                 total += torch.where(keep, delta(x.to(acc), a, b, scales[slot, i].to(acc)), 0)
-    if total.data_ptr() != target.data_ptr():  # no view of y, or another dtype
+    if total.data_ptr() != target.data_ptr():  # a copy of y, or of another dtype
         target.copy_(total.view(target.shape))
 
 
@@ -152,8 +152,8 @@ def _groups_first(tensor: Tensor, group_dim: int, blocks: Blocks) -> Tensor:
     return split.movedim(group_dim + 1, 0)
 
 
-def _blocks(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) -> Tensor:
-    """The columns of (r, F) that each group's block has, a view (G, r, count)."""
+def _block_columns(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) -> Tensor:
+    """The columns of factor (r, F) in the block of each group, a view (G, r, count)."""
     start, group, step = steps
     along, across = factor.stride()
     sizes = (blocks.groups if group else 1, factor.shape[0], count)

@@ -8,11 +8,11 @@ Importing this module registers them. Arguments:
     A, B    the bank of one group (lorafx.model.bank): A (S, R, G·K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
     gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.delta)
-    shifts  what slots add to each output (S, ΣN) float32, for banks with room for biases
-    own...  rows of the weight that slots have of their own, for banks with room for them; they are
-            put into y before the delta is added (lorafx.kernels.ops.own_rows)
+    shifts  the biases of slots (S, ΣN) float32, for banks with room for them
+    own...  rows of the weight that slots replace, for banks with room for them; they are written
+            into y before the delta is added (lorafx.kernels.ops.own_rows)
 
-    site                  y + the deltas of one module, the op of the mark that `attach` puts on it
+    site                  y + the deltas of one module, which its mark calls
     embedding_site        the same for an embedding
     fused_linear          base linear and the deltas of a pack, which `fuse` makes
     add_delta_            the delta alone, into y in place, which `lower` calls after the base GEMM
@@ -25,13 +25,13 @@ expert e, is a row of slot
 
     key[m] = e·S + s    where 0 ≤ s < S and 0 ≤ e < E,    else -1
 
-    expert_mark         a hook's op in a trace, by which `match` knows that the experts ran
-    expert_site         y + delta, which `match` puts behind the base's product
+    expert_mark         the op of a mark, by which `match` sees that the experts ran
+    expert_site         y + delta, which `match` inserts behind the base's product
     expert_slots        the keys, which `lower` computes for `add_delta_`
     run_expert_delta_   the delta by a generated CPU kernel that finds the keys itself
 
-The add ops are plain aten. CPU kernels of the run ops are in dispatcher.cpp: short schemas, because
-lists cost half the time of a call (4.6 µs against 2.0). No gradient is registered.
+The add ops are plain aten. CPU kernels of the run ops are in dispatcher.cpp; their schemas have no
+lists, which would double the time of a call (4.6 µs against 2.0). No gradient is registered.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def site(
     shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor. `weight` and `bias` are for the
-    `pack` pass; with `gains` all of y but `addend` (N,) is rescaled; `shifts` are added at the end.
-    """
+    `pack` pass. With `gains`, all of y but `addend` (N,) is rescaled; `shifts` are added last."""
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
     if replaced.own is not None:
@@ -153,7 +152,7 @@ def _check_fused(x, weight, bank, ranges, rows, transposed):
 
 
 def add_delta_(y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int) -> None:
-    """Adds the delta of `fused_linear` into y (..., Σsizes) in place."""
+    """Add the delta of `fused_linear` to y (..., Σsizes) in place."""
     add_delta_fake(y, x, bank, ranges, rows)
     add_linear_delta(y, x, bank, ranges, rows)
 
@@ -164,7 +163,7 @@ def add_delta_fake(y, x, bank: BankArgs, ranges: Ranges, rows) -> None:
 
 
 def add_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int) -> None:
-    """Adds the delta of `embedding_site` into y in place."""
+    """Add the delta of `embedding_site` to y in place."""
     add_embedding_delta_fake(y, ids, bank, rows)
     add_embedding_delta(y, ids, bank, rows)
 
@@ -198,8 +197,8 @@ def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kern
 
 
 def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
-    """The key of each row, int32 (M,), for E `count` and S `capacity`. `experts`, integers (M,),
-    outside 0 … count − 1 stand for no expert. BatchError where a slot is not below S."""
+    """The key of each row, int32 (M,), for E = `count` and S = `capacity`. `experts`, integers
+    (M,), outside of 0 … count − 1 are no expert. Raises BatchError for a slot of S or more."""
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
         raise BatchError(f"slot {int(owner.max())} in a batch, but the bank has {capacity} slots")
@@ -262,10 +261,10 @@ def run_expert_delta_(
     ends: bool,
     kernel: int,
 ) -> None:
-    """Adds the delta of `expert_site` for the column ranges of `kernel` into y (M, N) in place.
+    """Add the delta of `expert_site` for the column ranges of `kernel` to y (M, N) in place.
 
-    `alike`, int32 (E·S, G), is the bank's. `experts` are integers: the expert of each row (M,), or
-    with `ends` where the rows of each expert end (E,), rows being sorted; rows behind have none.
+    `alike`, int32 (E·S, G), is the bank's. `experts` are integers: the expert of each row (M,), or,
+    with `ends`, the end of each expert's rows (E,), which are sorted; rows behind have no expert.
     """
     ranges = ranges_of("run_expert_delta_", kernel)
     if ends:

@@ -1,12 +1,12 @@
-"""How ops of namespace `lorafx` are defined: a schema, an eager function and a fake function; and
-checks of their arguments.
+"""Definition of the ops in namespace `lorafx`, each with a schema, an eager function and a fake
+function, and checks of their arguments.
 
     BankArgs    A, B, ranks, scales, slots       in a schema "Tensor A, Tensor B, …"
     Ranges      siblings, offsets, sizes         in a schema "int[] siblings, …"
 
-Python functions take arguments that belong together as a NamedTuple, schemas have them flat; `flat`
-translates where Python runs an op. Generated kernels are entered past it. Each check takes real or
-fake tensors, and raises LoweringError with the op's name and the size or dtype that does not fit.
+Python functions take arguments that belong together as a NamedTuple, and schemas list them; `flat`
+converts a call in Python, which calls of generated kernels bypass. Each check takes real or fake
+tensors, and raises LoweringError with the op's name and the size or dtype that does not fit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BankArgs(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Range j of y has sizes[j] columns: siblings[j]'s delta, by B's columns from offsets[j] on."""
+    """Range j of y has sizes[j] columns: siblings[j]'s delta, from column offsets[j] of B on."""
 
     siblings: Sequence[int]
     offsets: Sequence[int]
@@ -55,7 +55,7 @@ def define(
     backward: Callable[..., object] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Define `lorafx::<name>`; `eager` runs on every device, with gradients only by `backward`."""
+    """Define `lorafx::<name>`; `eager` runs on all devices, with gradients only by `backward`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -67,7 +67,7 @@ def define(
 
 
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
-    """Define `lorafx::<name>` for torch's dispatch key `key`; that of ROCm is "CUDA"."""
+    """Define `lorafx::<name>` for a dispatch key of torch's; that of ROCm is "CUDA"."""
     _LIBRARY.impl(name, flat(eager), key)
 
 
@@ -76,53 +76,53 @@ def define_vmap(name: str, mapped: Callable[..., object]) -> None:
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the fields of each NamedTuple as positional arguments, in its signature too:
-    torch reads the schema of a `custom_op` from it. Defaults at the end may be left out."""
+    """`function` with the fields of each NamedTuple as positional arguments, also in the signature,
+    from which torch reads the schema of a `custom_op`. Defaults at the end may be left out."""
     hints = get_type_hints(function)
     parameters: list[inspect.Parameter] = []
     groups: list[tuple[int, int, Callable[..., Any]]] = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints.get(parameter.name, parameter.annotation)
-        of_type = isinstance(hint, type) and issubclass(hint, tuple)
-        if not (of_type and hasattr(hint, "_fields")):
+        is_class = isinstance(hint, type) and issubclass(hint, tuple)
+        if not (is_class and hasattr(hint, "_fields")):
             parameters.append(parameter.replace(annotation=hint))
             continue
         start = len(parameters)
-        for name, of_field in get_type_hints(hint).items():
+        for name, field_hint in get_type_hints(hint).items():
             default = hint._field_defaults.get(name, inspect.Parameter.empty)
-            parameters.append(parameter.replace(name=name, annotation=of_field, default=default))
+            parameters.append(parameter.replace(name=name, annotation=field_hint, default=default))
         groups.append((start, len(parameters), hint))
     if not groups:
         return function
 
     @functools.wraps(function)
-    def taken_apart(*arguments: Any, **named: Any) -> Any:
-        together: list[Any] = []
-        done = 0
+    def call_grouped(*arguments: Any, **kwargs: Any) -> Any:
+        grouped: list[Any] = []
+        position = 0
         for start, end, group in groups:
             if start >= len(arguments):
                 break
-            together += arguments[done:start]
-            together.append(group(*arguments[start:end]))
-            done = end
-        return function(*together, *arguments[done:], **named)
+            grouped += arguments[position:start]
+            grouped.append(group(*arguments[start:end]))
+            position = end
+        return function(*grouped, *arguments[position:], **kwargs)
 
-    returned = hints.get("return", inspect.Signature.empty)
+    return_hint = hints.get("return", inspect.Signature.empty)
     signature = inspect.Signature(
-        parameters, return_annotation=None if returned is type(None) else returned
+        parameters, return_annotation=None if return_hint is type(None) else return_hint
     )
-    taken_apart.__signature__ = signature  # type: ignore[attr-defined]
-    return taken_apart
+    call_grouped.__signature__ = signature  # type: ignore[attr-defined]
+    return call_grouped
 
 
 def require(op: str, condition: bool | torch.SymBool, message: str) -> None:
-    """A condition on sizes that only data determine counts as met."""
+    """Raise LoweringError unless `condition` holds; one on data-dependent sizes counts as true."""
     if not guard_or_true(condition):
         raise LoweringError(f"lorafx::{op}: {message}")
 
 
 def check_bank(op: str, bank: BankArgs) -> None:
-    """Dtypes and numbers of dimensions fit, and all tensors have as many slots and siblings."""
+    """Check dtypes, numbers of dimensions, and that all tensors have as many slots and siblings."""
     A, B, ranks, scales, slots = bank
     require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
     require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
@@ -144,12 +144,12 @@ def check_bank(op: str, bank: BankArgs) -> None:
 
 
 def check_by_column(op: str, B: Tensor, **tables: Tensor | None) -> None:
-    """DoRA's gains, and shifts, are those of the bank's columns."""
+    """Check that DoRA's gains, and shifts, have the slots and columns of the bank."""
     for name, table in tables.items():
         if table is None:
             continue
-        want, have = (B.shape[0], B.shape[2]), tuple(table.shape)
-        require(op, have == want, f"{name} is (slots, columns) {want}, not {have}")
+        expected, shape = (B.shape[0], B.shape[2]), tuple(table.shape)
+        require(op, shape == expected, f"{name} is (slots, columns) {expected}, not {shape}")
         require(op, table.dtype == torch.float32, f"{name} is float32, not {table.dtype}")
 
 
@@ -161,7 +161,8 @@ def check_linear(
     ranges: Ranges,
     features: int | torch.SymInt | None = None,
 ) -> None:
-    """The bank is for x's features, or `features`, and the ranges are its columns and fill y."""
+    """Check that the bank has the features of x, or `features`, and that the ranges are columns of
+    the bank and fill y."""
     check_bank(op, bank)
     A, (siblings, offsets, sizes) = bank.A, ranges
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
@@ -190,7 +191,7 @@ def check_linear(
 def check_rows(
     op: str, x_shape: Sequence[int], y_shape: Sequence[int], rows: int | torch.SymInt
 ) -> None:
-    """x and y have as many rows, given their sizes without the features'."""
+    """Check that x and y, whose sizes without features these are, have as many rows."""
     require(
         op,
         rows >= 0,
@@ -204,7 +205,7 @@ def check_rows(
 def check_embedding(
     op: str, ids: Tensor, y: Tensor, bank: BankArgs, rows: int | torch.SymInt
 ) -> None:
-    """The bank is that of an embedding whose columns are y's."""
+    """Check that the bank is one of an embedding with the columns of y."""
     check_bank(op, bank)
     A, B, N = bank.A, bank.B, y.shape[-1]
     check_rows(op, ids.shape, y.shape[:-1], rows)

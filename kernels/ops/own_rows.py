@@ -3,12 +3,12 @@
     linear      y[m, n] ← x[m] · own[i, t] + own_bias[i, t]     n = own_at[i, t], t < count
     embedding   y[m]    ← own[i, t]                             t = own_at[i, id of m], t ≥ 0
 
-with i, count = own_table[s], s the slot of row m. A slot has all rows of the weight (a module that
-was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots and
-base rows keep y, bit for bit. The delta of the same site is added to the result.
+with i, count = own_table[s], s the slot of row m. A slot replaces all rows of the weight (a module
+that was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots
+and base rows keep y, bit for bit. The delta of the same site is added to the result.
 
-A linear visits the slots that are present, for which the host waits where slots lie on an
-accelerator: a product with the weight of every slot would cost more than the wait.
+A linear visits the slots that are present, for which the host waits if slots are on an accelerator:
+a product with the weight of every slot would cost more than the wait.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lorafx.kernels.ops.op_library import check_rows, define, require
 
 
 class OwnRows(NamedTuple):
-    """Replacement rows of a bank, for M adapters at a time, of those in S slots.
+    """The rows that M of the adapters in S slots have in place of the weight's.
 
-    own (M, T, K) in the dtype of the weight. own_at int32: of a linear (M, T), the output that each
-    row computes; of an embedding (M, V), which row each id has, −1 for the base's. own_table int32
-    (S, 2), which of the M a slot has, −1 for none, and how many rows. own_bias (M, T), what a
-    linear adds.
+    own (M, T, K), in the dtype of the weight: the rows. own_at, int32: for a linear (M, T), the
+    output that each row computes; for an embedding (M, V), the row of each id, −1 for the base's.
+    own_table, int32 (S, 2): the index of a slot among the M, −1 for none, and its number of rows.
+    own_bias (M, T): the bias of a linear for each row.
     """
 
     own: Tensor | None = None
@@ -37,7 +37,7 @@ class OwnRows(NamedTuple):
     own_bias: Tensor | None = None
 
 
-#: Schema of these arguments, absent where the bank has no room for such rows.
+#: The schema of these arguments, which are absent if the bank has no room for such rows.
 OWN_ROWS = ", ".join(f"Tensor? {name}=None" for name in OwnRows._fields)
 
 
@@ -63,11 +63,11 @@ def own_linear(
         if i < 0:
             continue
         weight, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
-        made = torch.nn.functional.linear(x[index].to(dtype), weight, bias).to(y.dtype)
+        outputs = torch.nn.functional.linear(x[index].to(dtype), weight, bias).to(y.dtype)
         if size == columns:
-            flat[index] = made
+            flat[index] = outputs
         else:
-            flat[index[:, None], own_at[i, :size].long()] = made
+            flat[index[:, None], own_at[i, :size].long()] = outputs
     return out
 
 
@@ -88,11 +88,11 @@ def own_embedding(
     """A contiguous copy of y (*ids.shape, N) with the rows that adapters replace."""
     own_embedding_fake(ids, y, own, own_at, own_table, slots, rows)
     owner = row_slots(slots, rows, ids.numel()).view(ids.shape).long()
-    which = torch.where(owner >= 0, own_table[owner.clamp(min=0), 0], -1).long()
-    i = which.clamp(min=0)
-    at = torch.where(which >= 0, own_at[i, ids], -1).long()
-    made = own[i, at.clamp(min=0)].to(y.dtype)
-    return torch.where((at >= 0).unsqueeze(-1), made, y).contiguous()
+    entry = torch.where(owner >= 0, own_table[owner.clamp(min=0), 0], -1).long()
+    i = entry.clamp(min=0)
+    at = torch.where(entry >= 0, own_at[i, ids], -1).long()
+    replacements = own[i, at.clamp(min=0)].to(y.dtype)
+    return torch.where((at >= 0).unsqueeze(-1), replacements, y).contiguous()
 
 
 def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):

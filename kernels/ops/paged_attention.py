@@ -7,17 +7,17 @@
 `paged_cache` writes keys and values of new tokens into the cache and reads those that the queries
 see, as transformers' `PagedAttentionCache.update` does (generation/continuous_batching). The
 layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a new
-token takes the row of the token that leaves it, so old rows are read first, and an entry of `read`
-that is `sentinel` stands for the next new token. Other caches are written first.
+token takes the row of the token that leaves the window, so old rows are read first, and each
+`sentinel` in `read` stands for the next new token. Other caches are written before they are read.
 
-`paged_attention` does that, and returns the attention of the new tokens to these K and V:
+`paged_attention` does the same, and returns the attention of the new tokens to these K and V:
 
     out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
                                   for seen[t, 0] ≤ j < seen[t, 1]
 
 Keys of other requests are not read, and sums are float32. Generated kernels (lorafx.kernels.cpu,
-lorafx.kernels.triton) read keys and values where they lie in the cache. Elsewhere the host waits
-for `seen`, and each request is an attention call.
+lorafx.kernels.triton) read keys and values from the cache directly. Without them the host waits for
+`seen`, and each request is an attention of its own.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def paged_cache(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values that the queries see, (1, H, N, D), in the order of `read`. `seen` and `mask`
-    are for `attend`, which makes `paged_attention` of it."""
+    are for the pass `attend`, which replaces the op by `paged_attention`."""
     new = (read == sentinel)[:, None, None] if ring else None
-    keys = _updated(cache, key, first_key, read, write, new)
-    return keys, _updated(cache, value, first_value, read, write, new)
+    keys = _write_and_read(cache, key, first_key, read, write, new)
+    return keys, _write_and_read(cache, value, first_value, read, write, new)
 
 
-def _updated(
+def _write_and_read(
     cache: Tensor, states: Tensor, first: int, read: Tensor, write: Tensor, new: Tensor | None
 ) -> Tensor:
     states = states.squeeze(0).transpose(0, 1)
@@ -81,10 +81,10 @@ class PagedStep(NamedTuple):
     Attributes:
         query: (1, H, T, D), of all requests' new tokens; keys have G heads, a divisor of H.
         seen: int64 (T, 2), where in `read` the keys of each token's request begin and end, 0 for
-            none. Adjacent tokens with equal entries are of one request.
+            none. Adjacent tokens with equal entries belong to the same request.
         mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
         cap: c of c · tanh(score / c), before the mask is added; 0 for none.
-        sinks: (H,), a further score of each head's, whose value is 0.
+        sinks: (H,), a further score for each head, with value 0.
     """
 
     query: Tensor
@@ -104,7 +104,7 @@ class PagedStep(NamedTuple):
     sinks: Tensor | None = None
 
     def empty_result(self) -> Tensor:
-        """(1, T, H, D), which the result is, transposed."""
+        """A tensor (1, T, H, D) for the result, which is returned transposed."""
         _, heads, tokens, size = self.query.shape
         return self.query.new_empty((1, tokens, heads, size))
 
@@ -136,8 +136,8 @@ def paged_attention(step: PagedStep) -> Tensor:
 def by_request(step: PagedStep) -> Tensor:
     """The reference: `paged_attention` without a generated kernel, on any device."""
     out = step.empty_result()
-    where = step.first_key, step.first_value, step.sentinel, step.ring
-    keys, values = paged_cache(step.key, step.value, step.cache, step.read, step.write, *where)
+    settings = step.first_key, step.first_value, step.sentinel, step.ring
+    keys, values = paged_cache(step.key, step.value, step.cache, step.read, step.write, *settings)
     group = step.query.shape[1] // keys.shape[1]
     ranges, counts = step.seen.unique_consecutive(dim=0, return_counts=True)
     token = 0

@@ -1,7 +1,7 @@
-"""Ops that declare or check what a trace cannot show: `rows_of`, `own_mask` and `checked_index`.
+"""Ops that declare or check facts that a trace cannot show: `rows_of`, `own_mask`, `checked_index`.
 
-Generated code checks an index on all threads of a CPU at once, where an error ends the process.
-`checked_index` runs before that code, on the calling thread, and raises.
+Generated code checks indices on several threads of a CPU, where an error ends the process.
+`checked_index` runs before that code on the calling thread, and raises.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lorafx.kernels.ops.op_library import check_rows, define, define_vmap
 
 
 def rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…), as the
-    registry declares of a module around an unknown operator. `provenance` removes the op."""
+    """A copy of y (…, N), whose row m was computed from row m of x, (…, K) or ids (…), which the
+    registry declares for a module that calls an unknown operator. `provenance` removes the op."""
     rows_of_fake(x, y)
     return y.clone()
 
@@ -31,19 +31,19 @@ def rows_of_fake(x: Tensor, y: Tensor) -> Tensor:
 def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     """A copy of the mask of x.masked_scatter(mask, source), or x[mask] = source.
 
-    The k-th position takes the k-th element of the source, which is of the same request if each has
-    as many positions as elements. Raises BatchError if not, and requests use different adapters.
-    Mask and source have equally many entries of each request.
+    The k-th position takes the k-th element of the source. It belongs to the same request if each
+    request has as many positions as elements. Raises BatchError if that does not hold and requests
+    use different adapters. Mask and source have equally many entries of each request.
     """
     requests = slots.shape[0]
     if requests > 1 and mask.numel() and bool((slots != slots[0]).any()):
         width = x.numel() // mask.numel()
         counts = (mask.reshape(requests, -1).sum(1) * width).tolist()
         share = source.numel() // requests
-        odd = next((b for b, count in enumerate(counts) if count != share), None)
-        if odd is not None:
+        unequal = next((b for b, count in enumerate(counts) if count != share), None)
+        if unequal is not None:
             raise BatchError(
-                f"this batch mixes adapters, and request {odd} has {counts[odd] // width} "
+                f"this batch mixes adapters, and request {unequal} has {counts[unequal] // width} "
                 "positions (image tokens, for example) where an equal share of the "
                 f"features for each of the {requests} requests is {share // width}, so it is "
                 "not known which request each feature belongs to. Give every request the "
@@ -70,8 +70,8 @@ def checked_index(
     index: Tensor, size: int, negative: bool, ignored: int | None, table: str, name: str
 ) -> Tensor:
     """A copy of `index`. Raises OutOfRangeError for an entry outside of a table of `size` entries,
-    counted from −size on if `negative`; `ignored` is allowed. `{}` in `name` becomes the entry's
-    place."""
+    which begin at −size if `negative`; the entry `ignored` is allowed. `{}` in `name` is replaced
+    by the position of the entry."""
     if not index.numel():
         return index.clone()
     first = -size if negative else 0
@@ -84,10 +84,10 @@ def checked_index(
     places = wrong.nonzero().tolist()
     if not places:
         return index.clone()
-    at = f"[{', '.join(map(str, places[0]))}]" if places[0] else ""
+    position = f"[{', '.join(map(str, places[0]))}]" if places[0] else ""
     count = f" {len(places)} of {index.numel()} are outside." if len(places) > 1 else ""
     raise OutOfRangeError(
-        f"{name.replace('{}', at)} is {int(index[tuple(places[0])])}, but {table} has {size} "
+        f"{name.replace('{}', position)} is {int(index[tuple(places[0])])}, but {table} has {size} "
         f"entries: {first} to {size - 1}.{count}"
     )
 

@@ -1,5 +1,5 @@
-"""Adapters as the readers take them, in a known dialect, under PEFT's names; and as
-`lorafx inspect` reports them, without a model.
+"""Converts adapters of any dialect to PEFT's names, for the readers; and reports their contents for
+`lorafx inspect`, without a model.
 
     source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
 
@@ -7,8 +7,8 @@ An adapter of a text model may be meant for a model that contains the text model
 
     model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
 
-Without a `key_mapping`, lost paths are looked up below one other beginning, the same for all, with
-weights of their sizes; several candidates are an error.
+Without a `key_mapping`, paths that the model lacks are looked up below another prefix, one for all,
+where the weights have their sizes; several such prefixes are an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
 from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, opened
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, read_source
 from lorafx.errors import (
     CheckpointError,
     ConfigError,
@@ -42,12 +42,12 @@ class Dialect(NamedTuple):
     """A way to save adapters.
 
     Attributes:
-        name: in `AdapterSource.dialect`.
-        keys: an example in messages.
+        name: its name in `AdapterSource.dialect`.
+        keys: an example of its keys, for messages.
         claims: whether the keys of a file are of this dialect.
-        state: a file in PEFT's names, with views of its tensors; unknown keys are left for the
-            reader to refuse. Raises CheckpointError and UnsupportedAdapterError.
-        components: the models of a pipeline with factors in a file; "" where the keys name none.
+        state: converts a file to PEFT's names, with views of its tensors; unknown keys are left for
+            the reader to refuse. Raises CheckpointError and UnsupportedAdapterError.
+        components: the models of a pipeline with factors in a file; "" if the keys name none.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _peft(saved: Saved, _: nn.Module | None) -> AdapterState:
     return AdapterState(config, saved.tensors, saved.where)
 
 
-#: The first claimant reads a file.
+#: The first that claims a file reads it.
 DIALECTS = (
     Dialect("mlx", mlx.KEYS, mlx.claims, mlx.state),
     Dialect("kohya", kohya.KEYS, kohya.claims, kohya.state, kohya.components),
@@ -81,7 +81,7 @@ DIALECTS = (
     Dialect("peft", "<module>.lora_A.weight", _is_peft, _peft),
 )
 
-#: Last parts of keys -> the other method that has them.
+#: The last parts of keys -> the other method that uses them.
 _METHODS: Mapping[str, str] = {
     r"hada_[wt][12](_[ab])?": "LoHa: a product of two low-rank matrices, element by element",
     r"lokr_[wt][12](_[ab])?": "LoKr: a Kronecker product",
@@ -126,15 +126,15 @@ def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
 
 
 def _refuse_other_methods(saved: Saved) -> None:
-    found: dict[str, list[str]] = {}
+    keys_by_method: dict[str, list[str]] = {}
     for key in saved.tensors:
         method = next((method for p, method in _PATTERNS if p.fullmatch(key)), None)
         if method is not None:
-            found.setdefault(method, []).append(key)
-    if found:
+            keys_by_method.setdefault(method, []).append(key)
+    if keys_by_method:
         lines = "\n".join(
             f"  - {method}: {len(keys)} keys, such as {keys[0][:200]!r}"
-            for method, keys in found.items()
+            for method, keys in keys_by_method.items()
         )
         raise UnsupportedAdapterError(
             f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A alone; "
@@ -151,13 +151,13 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     """
     if isinstance(source, AdapterState):
         return source
-    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = opened(given)
-    state = dialect_of(saved, given.dialect).state(saved, model)
-    mapping = given.key_mapping or ({} if model is None else _moved(state, model))
+    adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    saved = read_source(adapter)
+    state = dialect_of(saved, adapter.dialect).state(saved, model)
+    mapping = adapter.key_mapping or ({} if model is None else _mapping_of_moved(state, model))
     if mapping:
-        state = _mapped(state, mapping)
-    if warn and state.left_out and given.component is None:
+        state = _with_mapped_keys(state, mapping)
+    if warn and state.left_out and adapter.component is None:
         warnings.warn(
             f"{state.where} has factors for other models of a pipeline too "
             f"({', '.join(state.left_out)}), which are not used here: load it into those as well, "
@@ -168,9 +168,9 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     return state
 
 
-def _moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
-    """The `key_mapping` from the common beginning of paths that lead nowhere to the only place that
-    has modules of their sizes; {} where there is none. Raises CheckpointError for several."""
+def _mapping_of_moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
+    """The `key_mapping` of the common prefix of paths that the model lacks to the only prefix below
+    which it has modules of their sizes; {} if there is none. CheckpointError for several."""
     places = Places((), model)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.tensors.items():
@@ -178,27 +178,27 @@ def _moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
             factors.setdefault(without_prefix(factor.module), {})[factor.letter] = tensor
     lost = {path: pair for path, pair in factors.items() if places.meaning(path) is None}
     known = {without_compiled(path): module for path, module in model.named_modules()}
-    first = next(iter(lost), "").split(".")
-    for cut in range(len(first) - 1):
-        old, end = (".".join(part) for part in (first[:cut], first[cut:]))
-        begin = old and f"{old}."
-        if {path for path in factors if path.startswith(begin)} != lost.keys():
+    first_path = next(iter(lost), "").split(".")
+    for cut in range(len(first_path) - 1):
+        old, end = (".".join(part) for part in (first_path[:cut], first_path[cut:]))
+        old_prefix = old and f"{old}."
+        if {path for path in factors if path.startswith(old_prefix)} != lost.keys():
             continue
-        fitting = [
+        new_prefixes = [
             new
             for new in (path.removesuffix(end) for path in known if path.endswith(f".{end}"))
-            if all(_fits(known.get(new + p.removeprefix(begin)), lost[p]) for p in lost)
+            if all(_fits(known.get(new + p.removeprefix(old_prefix)), lost[p]) for p in lost)
         ]
-        found = [new.removesuffix(".") for new in fitting]
-        if len(fitting) > 1:
+        labels = [new.removesuffix(".") for new in new_prefixes]
+        if len(new_prefixes) > 1:
             raise CheckpointError(
                 f"{state.where}: {old or 'the root'} of the model that it was made for may be "
-                f"{' or '.join(found)} here; say which by AdapterSource(..., key_mapping="
-                f"{{'^{old}': '{found[0]}'}})"
+                f"{' or '.join(labels)} here; say which by AdapterSource(..., key_mapping="
+                f"{{'^{old}': '{labels[0]}'}})"
             )
-        if fitting:
-            LOG.info("adapter in %s: %s is %s here", state.where, old or "its root", found[0])
-            return {f"^{re.escape(begin)}": fitting[0]}
+        if new_prefixes:
+            LOG.info("adapter in %s: %s is %s here", state.where, old or "its root", labels[0])
+            return {f"^{re.escape(old_prefix)}": new_prefixes[0]}
     return {}
 
 
@@ -210,10 +210,10 @@ def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
     return weight.dim() == 2 and all(size in weight.shape for size in sizes)
 
 
-def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
+def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
     rename = _renaming(mapping)
     tensors: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
+    old_keys: dict[str, str] = {}
     paths: dict[str, str] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
@@ -221,7 +221,7 @@ def _mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
         path = without_prefix(owner)
         target = rename(path)
         new = f"{target}{key[len(owner) :]}"
-        first = origin.setdefault(new, key)
+        first = old_keys.setdefault(new, key)
         if first != key and (target != path or first not in tensors):
             raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
         tensors[key if target == path else new] = tensor
@@ -258,7 +258,7 @@ def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Row:
-    """A module's factors: their sizes, and s if known."""
+    """The sizes of a module's factors, and s if known."""
 
     path: str
     sizes: FactorSizes
@@ -267,7 +267,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspected:
-    """Modules with factors, features beyond plain factors, and other keys of an adapter."""
+    """The contents of an adapter; `others` are keys that are not of factors."""
 
     where: str
     dialect: str
@@ -323,7 +323,7 @@ def config_of(folder: Path) -> PeftConfig:
     return replace(state.config, r=max(ranks, default=None))
 
 
-#: What fields of a configuration mean where they are set.
+#: The meaning of each field of a configuration, if it is set.
 _FEATURES = {
     "invocation": "aLoRA: active from the tokens [{}] on",
     "use_dora": "DoRA: outputs are rescaled (use_dora)",

@@ -4,8 +4,8 @@
     a use of slots       waits for the last copy into each of them
 
 Only device streams wait, by events. Uses on several streams are ordered (`lorafx.runtime.running`),
-so the last use of a slot stands for the earlier ones. Once a call has been captured into a CUDA
-graph, whose replays are invisible to lorafx, copies are made on the current stream.
+so it suffices to wait for the last use of a slot. Once a call has been captured into a CUDA graph,
+whose replays lorafx cannot see, copies are made on the current stream.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 from lorafx.errors import BatchError
 from lorafx.interrupts import undisturbed
 
-#: A slot is free again after this work of a stream, or this event.
-_Mark: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
+#: The end of a use of a slot: an event, or the present work of a stream.
+_UseEnd: TypeAlias = "torch.cuda.Stream | torch.cuda.Event"
 
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy of `name`, with its source `host` until `done`; `awaited` by a stream of calls."""
+    """A copy of the adapter `name`, with its `sources` until `done`; `awaited` by some call."""
 
     name: str
     event: torch.cuda.Event
-    host: Sequence[object]
+    sources: Sequence[object]
     done: bool = False
     awaited: bool = False
 
@@ -48,9 +48,9 @@ class _Lane:
         # Banks were made on the current stream, just before.
         self.stream.wait_stream(torch.cuda.current_stream(device))
         self.copies: dict[int, _Copy] = {}
-        self.users: dict[int, _Mark] = {}
+        self.last_uses: dict[int, _UseEnd] = {}
         self._using: dict[int, torch.cuda.Stream] = {}  # streams of uses in progress
-        self._flying: deque[_Copy] = deque()  # in the order in which they end
+        self._in_flight: deque[_Copy] = deque()  # in the order in which they end
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -58,41 +58,41 @@ class _Lane:
                 tensor.record_stream(self.stream)
 
     def use(self, slots: Collection[int]) -> None:
-        self._land()
+        self._release_done()
         stream = torch.cuda.current_stream(self.device)
         for copy in self.pending(slots):
             stream.wait_event(copy.event)
             copy.awaited = True
-        began = dict.fromkeys(slots, stream)
-        self.users.update(began)
-        self._using.update(began)
+        uses = dict.fromkeys(slots, stream)
+        self.last_uses.update(uses)
+        self._using.update(uses)
 
-    def used(self) -> None:
+    def end_uses(self) -> None:
         events = {stream: stream.record_event() for stream in set(self._using.values())}
-        self.users.update({slot: events[stream] for slot, stream in self._using.items()})
+        self.last_uses.update({slot: events[stream] for slot, stream in self._using.items()})
         self._using.clear()
 
     def wait(self, slots: Iterable[int]) -> None:
-        for user in dict.fromkeys(self.users[slot] for slot in slots if slot in self.users):
-            if isinstance(user, torch.cuda.Stream):
-                self.stream.wait_stream(user)
+        for end in dict.fromkeys(self.last_uses[slot] for slot in slots if slot in self.last_uses):
+            if isinstance(end, torch.cuda.Stream):
+                self.stream.wait_stream(end)
             else:
-                self.stream.wait_event(user)
+                self.stream.wait_event(end)
 
-    def copied(self, name: str, slots: Iterable[int], host: Sequence[object]) -> None:
-        self._land()
-        copy = _Copy(name, self.stream.record_event(), host)
+    def record_copy(self, name: str, slots: Iterable[int], sources: Sequence[object]) -> None:
+        self._release_done()
+        copy = _Copy(name, self.stream.record_event(), sources)
         self.copies.update(dict.fromkeys(slots, copy))
-        self._flying.append(copy)
+        self._in_flight.append(copy)
 
     def pending(self, slots: Iterable[int]) -> list[_Copy]:
-        found = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
-        return [copy for copy in found if not copy.done]
+        copies = dict.fromkeys(self.copies[slot] for slot in slots if slot in self.copies)
+        return [copy for copy in copies if not copy.done]
 
-    def _land(self) -> None:
-        while self._flying and self._flying[0].event.query():
-            copy = self._flying.popleft()
-            copy.done, copy.host = True, ()
+    def _release_done(self) -> None:
+        while self._in_flight and self._in_flight[0].event.query():
+            copy = self._in_flight.popleft()
+            copy.done, copy.sources = True, ()
 
 
 class CopyStreams:
@@ -107,11 +107,11 @@ class CopyStreams:
         self.captured = False
 
     @property
-    def beside(self) -> bool:
+    def _has_copy_streams(self) -> bool:
         return bool(self._lanes) and not self.captured
 
     def refuse_captured(self, names: Sequence[str]) -> None:
-        """Raise BatchError where adapters would be written into slots during CUDA graph capture."""
+        """Raise BatchError if adapters would be written into slots during a CUDA graph capture."""
         if names and self._capturing():
             raise BatchError(
                 f"{', '.join(map(repr, names))} would be written into the banks while a CUDA graph "
@@ -120,16 +120,16 @@ class CopyStreams:
             )
 
     def use(self, slots: Collection[int]) -> None:
-        """Later launches wait for the last copies into these slots, and later copies for the
-        launches. Raises BatchError during a capture if no call has waited for a copy yet."""
+        """Make later launches wait for the last copies into these slots, and later copies for these
+        launches. Raises BatchError during a capture if no call has waited for such a copy yet."""
         if not self._lanes:
             return
         if self._capturing():
             copies = [copy for lane in self._lanes for copy in lane.pending(slots)]
-            flying = dict.fromkeys(repr(copy.name) for copy in copies if not copy.awaited)
-            if flying:
+            names = dict.fromkeys(repr(copy.name) for copy in copies if not copy.awaited)
+            if names:
                 raise BatchError(
-                    f"{', '.join(flying)} may still be on the way into slots, for which a CUDA "
+                    f"{', '.join(names)} may still be on the way into slots, for which a CUDA "
                     "graph that is being captured cannot wait; call the model with these adapters "
                     "once before the capture"
                 )
@@ -138,28 +138,28 @@ class CopyStreams:
             for lane in self._lanes:
                 lane.use(slots)
 
-    def used(self) -> None:
-        """Ends the begun uses at what has been launched so far."""
+    def end_uses(self) -> None:
+        """The uses that have begun end with the work that has been launched so far."""
         if self._lanes and not self._capturing():
             with self._lock:
                 for lane in self._lanes:
-                    lane.used()
+                    lane.end_uses()
 
     def copy(
         self,
         name: str,
         slots: Collection[int],
         write: Callable[[], Sequence[object]],
-        behind: Collection[int],
+        touched: Collection[int],
     ) -> None:
-        """`write` launches copies into `slots`, after earlier uses of the slots `behind`, and
-        returns their sources. Raises as `refuse_captured`."""
+        """Call `write`, which launches copies into `slots` and returns their sources. They wait for
+        earlier uses of the slots `touched`. Raises as `refuse_captured`."""
         self.refuse_captured([name])
-        if self.beside:
-            # An interrupt would leave the caller on the copy stream.
-            undisturbed(partial(self._copy, name, slots, write, behind))
+        if self._has_copy_streams:
+            # An interrupt in between would leave the caller on the copy stream.
+            undisturbed(partial(self._copy, name, slots, write, touched))
         else:
-            self.use(behind)
+            self.use(touched)
             write()
 
     def _copy(
@@ -167,18 +167,18 @@ class CopyStreams:
         name: str,
         slots: Collection[int],
         write: Callable[[], Sequence[object]],
-        behind: Collection[int],
+        touched: Collection[int],
     ) -> None:
-        host: Sequence[object] = ()
+        sources: Sequence[object] = ()
         with self._lock, ExitStack() as streams:
             for lane in self._lanes:
-                lane.wait(behind)
+                lane.wait(touched)
                 streams.enter_context(torch.cuda.stream(lane.stream))
             try:
-                host = write()
+                sources = write()
             finally:  # a failed write may have launched copies
                 for lane in self._lanes:
-                    lane.copied(name, slots, host)
+                    lane.record_copy(name, slots, sources)
 
     def _capturing(self) -> bool:
         capturing = bool(self._lanes) and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Factors of routed experts: from saved tensors to terms, and to a pair for each part.
+"""Reads factors of routed experts: saved tensors become terms, and terms a pair for each part.
 
     experts.3.gate_proj.lora_A (r, K), lora_B (N, r)    a term of expert 3
     experts.gate_up_proj.lora_A, lora_B                 a term of every expert
@@ -10,11 +10,11 @@
     exchanged there           A (r·E, N), B (K, r·E):    ΔW[e] = s · (B[e] A[e])ᵀ
     under a parameter's name  A (E, r, K), B (E, N, r); one of them may be shared, (r, K) or (N, r)
 
-The inner wrapper is of the first registered parameter; a single wrapper has the outer name. PEFT
-exchanges A and B where the module's `is_transposed`, or before 0.19 the order of dimensions,
-disagrees with its computation. The shapes tell unless K = N; then PEFT's version does. Terms are of
-the whole parameter, its gate, or its up projection; interleaved gate and up terms become a pair of
-rank r_gate + r_up, with zeros in B at the other's columns.
+The inner wrapper belongs to the first registered parameter; a single wrapper has the outer name.
+PEFT exchanges A and B if the module's `is_transposed`, or before 0.19 the order of dimensions,
+disagrees with its computation. The shapes tell, or if K = N, PEFT's version. A term is of the whole
+parameter, its gate, or its up projection; interleaved gate and up terms become a pair of rank
+r_gate + r_up, with zeros in B at the columns of the other.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _READS_TRANSPOSED = (0, 19)
 _Stacked = tuple[Tensor, Tensor]
 
 
-class _Found(NamedTuple):
+class _SavedTensor(NamedTuple):
     key: str
     tensor: Tensor
     saved: str
 
 
-#: By letter.
-_Pair = dict[str, _Found]
+#: A and B, by letter.
+_Pair = dict[str, _SavedTensor]
 
 
 class _Target(NamedTuple):
-    """What a pair is for. PEFT's wrappers leave the parameter open: ""."""
+    """What a pair of factors belongs to; `parameter` is "" in PEFT's wrappers, which omit it."""
 
     parameter: str
     half: Half
@@ -66,8 +66,8 @@ class _Target(NamedTuple):
 
 
 class ExpertReading:
-    """Routed experts' factors of a checkpoint at `paths`, some of a single expert if `singly`.
-    `touched`: columns with factors, by module and parameter; complete after `decode`."""
+    """The factors of routed experts in a checkpoint, at `paths`; `singly`: some are of one expert.
+    `touched`: columns with factors, by module and parameter, complete after `decode`."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.config = findings, findings.config
@@ -81,8 +81,8 @@ class ExpertReading:
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
         if factor.letter in "mb":
-            what = "DoRA" if factor.letter == "m" else "a bias of lora_B"
-            raise Unsupported(f"{factor.key}: {what} on routed experts")
+            feature = "DoRA" if factor.letter == "m" else "a bias of lora_B"
+            raise Unsupported(f"{factor.key}: {feature} on routed experts")
         if place.reason or factor.embedding:
             reason = place.reason or "experts have no embedding factors"
             raise Problem(f"{factor.key}: {reason}")
@@ -92,25 +92,25 @@ class ExpertReading:
                 f"{experts.count - 1}), so the adapter was made for a model with more"
             )
         if weight is not None and weight.name not in experts.sites:
-            self.findings.closed[place.saved] = not_selected([weight.path(experts.path)])
+            self.findings.unavailable[place.saved] = not_selected([weight.path(experts.path)])
         elif not experts.sites:
-            self.findings.closed[place.saved] = not_selected([experts.path])
+            self.findings.unavailable[place.saved] = not_selected([experts.path])
         else:
             _, pairs = self._modules.setdefault(id(experts.module), (experts, {}))
             name = "" if weight is None else weight.name
             pair = pairs.setdefault(_Target(name, place.half, place.expert, place.nested), {})
             tensor = self.findings.state.tensors[factor.key]
-            first = pair.setdefault(factor.letter, _Found(factor.key, tensor, place.saved))
+            first = pair.setdefault(factor.letter, _SavedTensor(factor.key, tensor, place.saved))
             self.findings.check_same(factor, first.key, place.saved)
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
-        """(part path, factors) of each part whose factors have no problem."""
+        """Yields (part path, factors) of each part whose factors have no problem."""
         for experts, pairs in self._modules.values():
             for name, terms in self._terms(experts, pairs).items():
                 touched = self.touched.setdefault((id(experts.module), name), set())
                 touched.update((term.half, expert) for term in terms for expert in term.experts)
                 with self.findings.noting():
-                    yield from _assembled(experts.sites[name], terms)
+                    yield from _assemble(experts.sites[name], terms)
 
     @property
     def modules(self) -> set[int]:
@@ -122,21 +122,21 @@ class ExpertReading:
         wrappers = {target.nested: pair for target, pair in pairs.items() if not target.parameter}
         assigned: list[tuple[ExpertWeight, _Pair]] = []
         with self.findings.noting():
-            assigned = self._assigned(experts, wrappers)
+            assigned = self._assign_wrappers(experts, wrappers)
         for weight, pair in assigned:
             with self.findings.noting():
-                terms.setdefault(weight.name, []).extend(self._of_wrapper(experts, weight, pair))
+                terms.setdefault(weight.name, []).extend(self._wrapper_terms(experts, weight, pair))
         for target, pair in pairs.items():
             if target.parameter:
                 with self.findings.noting():
-                    found = self._of_name(weights[target.parameter], target, pair)
-                    terms.setdefault(target.parameter, []).extend(found)
-        return {name: found for name, found in terms.items() if found}
+                    named_terms = self._named_terms(weights[target.parameter], target, pair)
+                    terms.setdefault(target.parameter, []).extend(named_terms)
+        return {name: items for name, items in terms.items() if items}
 
-    def _assigned(
+    def _assign_wrappers(
         self, experts: Experts, wrappers: dict[bool, _Pair]
     ) -> list[tuple[ExpertWeight, _Pair]]:
-        """The parameter of each wrapper: by order, by the configuration, by the shapes."""
+        """Match wrappers with parameters: by order, by the configuration, by the shapes."""
         for pair in wrappers.values():
             _check_pair(pair)
         pairs = [wrappers[nested] for nested in (True, False) if nested in wrappers]
@@ -173,42 +173,42 @@ class ExpertReading:
         return True
 
     def _unwrapped(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> _Stacked:
-        """Factors of a wrapper. Releases know differently which of A and B takes the input."""
+        """The factors of a wrapper. Which of A and B takes the input depends on PEFT's release."""
         a, b = pair["A"].tensor, pair["B"].tensor
         count, k, n = _sizes_of(weight, "all")
         version, swapped = self.config.peft_version, None
         if version is not None:
-            reads = version >= _READS_TRANSPOSED
-            transposed = not reads or bool(getattr(experts.module, "is_transposed", False))
+            old = version < _READS_TRANSPOSED
+            transposed = old or bool(getattr(experts.module, "is_transposed", False))
             swapped = transposed != weight.transposed
-        straight, crossed = _stacks(a, b, count, k, n), _stacks(a, b, count, n, k)
+        straight, crossed = _fit_sizes(a, b, count, k, n), _fit_sizes(a, b, count, n, k)
         if crossed and (swapped or not straight):
-            return _stacked_columns(b, count).mT, _rows(a, count).mT
+            return _split_columns(b, count).mT, _split_rows(a, count).mT
         if straight and (not crossed or swapped is not None):
-            return _rows(a, count), _stacked_columns(b, count)
-        what = f"{pair['A'].key}, {pair['B'].key} (of {weight.name})"
+            return _split_rows(a, count), _split_columns(b, count)
+        label = f"{pair['A'].key}, {pair['B'].key} (of {weight.name})"
         if straight:
             raise Problem(
-                f"{what}: {k} = {n}, so the shapes do not show which of the two factors takes the "
+                f"{label}: {k} = {n}, so the shapes do not show which of the two factors takes the "
                 "input; adapter_config.json lacks peft_version, which would"
             )
-        other = ""
-        if _stacks(a, b, 1, k, n) or _stacks(a, b, 1, n, k):
-            other = f"; {a.shape[0]} is not a multiple of that, so it is for another number"
+        hint = ""
+        if _fit_sizes(a, b, 1, k, n) or _fit_sizes(a, b, 1, n, k):
+            hint = f"; {a.shape[0]} is not a multiple of that, so it is for another number"
         raise Problem(
-            f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)} are not (r·{count}, {k}) and "
-            f"({n}, r·{count}) for the {count} experts of this model{other}"
+            f"{label}: shapes {tuple(a.shape)} and {tuple(b.shape)} are not (r·{count}, {k}) and "
+            f"({n}, r·{count}) for the {count} experts of this model{hint}"
         )
 
-    def _of_wrapper(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> list[_Term]:
+    def _wrapper_terms(self, experts: Experts, weight: ExpertWeight, pair: _Pair) -> list[_Term]:
         key, saved = pair["A"].key, pair["A"].saved
         if weight.name not in experts.sites:
-            self.findings.closed[saved] = not_selected([weight.path(experts.path)])
+            self.findings.unavailable[saved] = not_selected([weight.path(experts.path)])
             return []
         a, b = self._unwrapped(experts, weight, pair)
         name, rank = weight.path(unnested(saved)), a.shape[1]
         rows = rank * weight.experts
-        configured = self.config.rank(self.findings.before(name, saved))
+        configured = self.config.rank(self.findings.unmapped_name(name, saved))
         if configured not in (None, rank) and rows % configured == 0:
             raise Problem(
                 f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "
@@ -216,7 +216,7 @@ class ExpertReading:
             )
         return self._term("all", range(weight.experts), a, b, name, saved)
 
-    def _of_name(self, weight: ExpertWeight, target: _Target, pair: _Pair) -> list[_Term]:
+    def _named_terms(self, weight: ExpertWeight, target: _Target, pair: _Pair) -> list[_Term]:
         _check_pair(pair)
         (key_a, a, saved), (key_b, b, _) = pair["A"], pair["B"]
         count, k, n = _sizes_of(weight, target.half)
@@ -246,35 +246,35 @@ class ExpertReading:
 def _check_pair(pair: _Pair) -> None:
     for letter in "AB":
         if letter not in pair:
-            (have,) = pair.values()
-            raise Problem(f"{have.key}: {have.saved} has no factor {letter}")
-    for found in pair.values():
-        check_sound(found.key, found.tensor)
+            (other,) = pair.values()
+            raise Problem(f"{other.key}: {other.saved} has no factor {letter}")
+    for factor in pair.values():
+        check_sound(factor.key, factor.tensor)
 
 
 def _sizes_of(weight: ExpertWeight, half: Half) -> tuple[int, int, int]:
-    """E, K, and the N of a half of a parameter's columns."""
+    """E, K, and N of a half of a parameter's columns."""
     divided = half != "all" and bool(weight.halves)
     n = weight.out_features // 2 if divided else weight.out_features
     return weight.experts, weight.in_features, n
 
 
-def _stacks(a: Tensor, b: Tensor, experts: int, k: int, n: int) -> bool:
+def _fit_sizes(a: Tensor, b: Tensor, experts: int, k: int, n: int) -> bool:
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         return False
     return a.shape[1] == k and b.shape[0] == n and a.shape[0] % experts == 0
 
 
-def _rows(a: Tensor, experts: int) -> Tensor:
+def _split_rows(a: Tensor, experts: int) -> Tensor:
     return a.reshape(experts, -1, a.shape[1])
 
 
-def _stacked_columns(b: Tensor, experts: int) -> Tensor:
+def _split_columns(b: Tensor, experts: int) -> Tensor:
     return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
 class _Term(NamedTuple):
-    """Factors of n experts, A (n, r, K) and B (n, N, r), N the columns of a half, and s."""
+    """Factors A (n, r, K) and B (n, N, r) of n experts, N the columns of a half, and s."""
 
     half: Half
     experts: range
@@ -297,23 +297,23 @@ def _check_overlap(terms: Sequence[_Term], name: str) -> None:
                 )
 
 
-def _assembled(site: Site, terms: Sequence[_Term]) -> Iterator[tuple[str, LoraWeights]]:
-    """(part path, factors) in the terms' widest dtype. Raises `Problem` where terms overlap."""
+def _assemble(site: Site, terms: Sequence[_Term]) -> Iterator[tuple[str, LoraWeights]]:
+    """Yields (part path, factors) in the terms' widest dtype. Raises `Problem` if terms overlap."""
     assert site.expert_weight is not None
     _check_overlap(terms, site.expert_weight.name)
     for index in range(len(site.parts)):
-        touching = [
+        part_terms = [
             (term, b)
             for term in terms
             if (b := _columns(site, index, term.half, term.B)) is not None
         ]
-        if not touching:
+        if not part_terms:
             continue
-        whole, sharding = _joined(site.experts, touching), site.eligible.sharding
+        joined, sharding = _join_terms(site.experts, part_terms), site.eligible.sharding
         if sharding is not None:  # this rank's share
-            a, b = sharding.cut(site.module, site.parts[index].slices, whole.A, whole.B)
-            whole = whole._replace(A=a, B=b)
-        yield site.part_path(index), whole
+            a, b = sharding.cut(site.module, site.parts[index].slices, joined.A, joined.B)
+            joined = joined._replace(A=a, B=b)
+        yield site.part_path(index), joined
 
 
 def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
@@ -330,24 +330,24 @@ def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
     return b
 
 
-def _joined(experts: int, terms: Sequence[tuple[_Term, Tensor]]) -> LoraWeights:
+def _join_terms(experts: int, terms: Sequence[tuple[_Term, Tensor]]) -> LoraWeights:
     ranks = torch.zeros(experts, dtype=torch.int32)
     for term, _ in terms:
         ranks[term.experts.start : term.experts.stop] += term.A.shape[1]
     first, b = terms[0]
     dtypes = (tensor.dtype for term, columns in terms for tensor in (term.A, columns))
     dtype = reduce(torch.promote_types, dtypes)
-    most = int(ranks.max())
-    joined_a = torch.zeros(experts, most, first.A.shape[2], dtype=dtype)
-    joined_b = torch.zeros(experts, b.shape[1], most, dtype=dtype)
+    max_rank = int(ranks.max())
+    joined_a = torch.zeros(experts, max_rank, first.A.shape[2], dtype=dtype)
+    joined_b = torch.zeros(experts, b.shape[1], max_rank, dtype=dtype)
     scales = torch.zeros(experts)
-    used = [0] * experts
+    ends = [0] * experts
     for term, columns in terms:
-        for at, expert in enumerate(term.experts):
-            start, end = used[expert], used[expert] + term.A.shape[1]
-            joined_a[expert, start:end] = term.A[at]
-            joined_b[expert, :, start:end] = columns[at]
-            used[expert] = end
+        for i, expert in enumerate(term.experts):
+            start, end = ends[expert], ends[expert] + term.A.shape[1]
+            joined_a[expert, start:end] = term.A[i]
+            joined_b[expert, :, start:end] = columns[i]
+            ends[expert] = end
             if start and float(scales[expert]) != term.scale:
                 # An expert has a single scale, so B absorbs unequal scales of terms.
                 joined_b[expert, :, :start] *= scales[expert].to(dtype)

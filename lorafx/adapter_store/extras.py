@@ -1,4 +1,4 @@
-"""Weights and biases that an adapter replaces, on their way to sites.
+"""Reads the weights and biases that an adapter replaces.
 
     base_model.model.<module>.weight, .bias                               modules_to_save
     base_model.model.<module>.token_adapter.trainable_tokens_delta        trainable_token_indices
@@ -6,9 +6,9 @@
     base_model.model.<module>.bias               bias="all": of a module without factors
 
 A whole weight is (N, K), of an embedding (V, N). Modules tied to the input embedding get its
-trained tokens, unless others are saved for them. Saved copies of heads and embeddings are whole
-weights if they differ from the model's and there is room. Other modules (norms) are refused unless
-their saved values are the model's.
+trained tokens, unless others are saved for them. Saved copies of heads and embeddings that differ
+from the model's are whole weights if there is room. Other modules (norms) are refused unless their
+saved values are the model's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lorafx.adapter_store.findings import (
     Problem,
     Unsupported,
     check_sound,
+    equal,
     path_label,
-    same,
 )
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
@@ -56,7 +56,7 @@ _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:
 def check_vector(
     extra: Extra, key: str, vector: Tensor, label: str, sites: Iterable[Site], count: int
 ) -> None:
-    """Raise `Problem` unless these sites may have `vector` (count,)."""
+    """Raise `Problem` unless `vector` is (count,) and these sites can have it."""
     for site in sites:
         reason = extra.refusal(site)
         if reason is not None:
@@ -68,7 +68,7 @@ def check_vector(
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module whose weights a file holds, with their keys; `named` if trained as a whole."""
+    """A module whose weights a file has, with their keys; `named` if it was trained as a whole."""
 
     path: str
     module: nn.Module
@@ -78,36 +78,36 @@ class SavedModule:
     @property
     def differs(self) -> bool:
         pairs = ((getattr(self.module, name, None), t) for name, (_, t) in self.tensors.items())
-        return not all(isinstance(base, Tensor) and same(saved, base) for base, saved in pairs)
+        return not all(isinstance(base, Tensor) and equal(saved, base) for base, saved in pairs)
 
     @property
     def eligible(self) -> bool:
-        """Whether rows may have different weights here, by the module's class."""
+        """Whether adapters may replace rows of the weight, by the module's class."""
         entry = lookup(self.module) or by_raw_weight(self.module)
         return entry is not None and entry.kind in OWN_KINDS
 
 
 def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> list[SavedModule]:
-    """Leaves of `modules_to_save` in the file; `with_copies` also whole weights that fit."""
-    found: dict[str, SavedModule] = {}
+    """The modules of `modules_to_save` in the file; `with_copies` also others that have room."""
+    modules: dict[str, SavedModule] = {}
     if not (state.config.modules_to_save or with_copies):
         return []
     for key, tensor in state.tensors.items():
         owner, _, attribute = key.rpartition(".")
         owner = owner.removesuffix(".base_layer")
         named = state.config.saves(without_prefix(owner))
-        known = parse(key) is not None or key.endswith(TRAINING_KEYS)
+        is_factor = parse(key) is not None or key.endswith(TRAINING_KEYS)
         bias = attribute == "bias" and state.config.bias != "none"  # trained without its weight
-        if known or not (named or (with_copies and not bias)):
+        if is_factor or not (named or (with_copies and not bias)):
             continue
         module = places.module(owner)
         site = None if module is None else places.site(module)
         if module is None or not (named or (site is not None and _has_room(site))):
             continue
         path = places.current(owner)
-        saved = found.setdefault(path, SavedModule(path, module, {}, named))
+        saved = modules.setdefault(path, SavedModule(path, module, {}, named))
         saved.tensors[attribute] = key, tensor
-    return list(found.values())
+    return list(modules.values())
 
 
 def _has_room(site: Site) -> bool:
@@ -115,17 +115,17 @@ def _has_room(site: Site) -> bool:
 
 
 def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, str, Tensor, str]]:
-    """(path of the module, key, its trained rows, path as it was saved)."""
+    """Yields (path of the module, key, its trained rows, path as it was saved)."""
     for key, tensor in state.tensors.items():
-        found = _TOKENS.match(key)
-        if found is not None:
-            saved = without_prefix(found["module"])
-            yield places.current(found["module"]), key, tensor, saved
+        match = _TOKENS.match(key)
+        if match is not None:
+            saved = without_prefix(match["module"])
+            yield places.current(match["module"]), key, tensor, saved
 
 
 def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
-    """The modules of `model` trained as a whole, and the number of trained rows of others, by path.
-    Undecidable cases are left to `ExtrasReading`."""
+    """The paths of `model`'s modules that were trained as a whole, and the numbers of trained rows
+    of others. Problems are left to `ExtrasReading`."""
     if not state.config.modules_to_save and not state.config.trainable_token_indices:
         return [], {}
     places, graph = Places((), model), ModuleGraph(model)
@@ -134,82 +134,82 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
     for path, _, tensor, _ in _saved_tokens(state, places):
         module = graph.find(path)
         if module is not None and tensor.dim() == 2 and len(tensor):
-            for same_weight in (path, *tied_paths(graph, module)):
-                tokens[same_weight] = max(tokens.get(same_weight, 0), len(tensor))
+            for tied in (path, *tied_paths(graph, module)):
+                tokens[tied] = max(tokens.get(tied, 0), len(tensor))
     return whole, tokens
 
 
 class ExtrasReading:
-    """Replaced rows and biases of a file, by site path; `keys` are processed keys."""
+    """The replaced rows and biases of a file, by site path; `keys` are the keys that were read."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings, self.places = findings, findings.places
         self.state, self.config = findings.state, findings.config
         self.keys: set[str] = set()
-        self.own: dict[str, OwnWeight] = {}
+        self.own_weights: dict[str, OwnWeight] = {}
         self.biases: dict[str, tuple[Site, Tensor]] = {}
-        self._apart: dict[str, tuple[int, ...] | None] = {}  # tokens by path, as they were saved
-        self._reached: set[str] = set()  # paths of modules that have trained tokens
-        self._served: list[str] = []  # paths of modules that may have a weight of the adapter's own
-        self._biased: set[int] = set()  # modules whose biases the file has
+        self._token_ids: dict[str, tuple[int, ...] | None] = {}  # by path
+        self._with_tokens: set[str] = set()  # paths of modules with trained tokens
+        self._replaceable: list[str] = []  # paths of modules trained as a whole
+        self._with_bias: set[int] = set()  # modules whose biases are in the file
 
     def decode(self) -> None:
         modules = _saved_modules(self.state, self.places, with_copies=True)
-        self._served = [saved.path for saved in modules if saved.eligible and saved.named]
+        self._replaceable = [saved.path for saved in modules if saved.eligible and saved.named]
         for saved in modules:
             self.keys.update(key for key, _ in saved.tensors.values())
             if (saved.eligible and saved.named) or saved.differs:
                 with self.findings.noting():
-                    self._whole(saved)
+                    self._add_module(saved)
         tokens = [*_saved_tokens(self.state, self.places)]
-        self._apart = {path: self.config.tokens_of(name) for path, _, _, name in tokens}
+        self._token_ids = {path: self.config.tokens_of(name) for path, _, _, name in tokens}
         graph = ModuleGraph(self.places.model) if tokens else None
         for path, key, rows, name in tokens:
             assert graph is not None
             self.keys.add(key)
-            self._reached.add(name)
+            self._with_tokens.add(name)
             with self.findings.noting():
-                self._tokens(graph, path, key, rows, name)
+                self._add_tokens(graph, path, key, rows, name)
         self._refuse_absent(modules)
         if self.config.bias != "none":
             for key, tensor in self.state.tensors.items():
                 with self.findings.noting():
-                    self._bias(key, tensor)
+                    self._add_bias(key, tensor)
 
     def _refuse_absent(self, saved: list[SavedModule]) -> None:
-        """Note trained modules that the file lacks, whose rows would get the base's weight."""
-        held = {id(found.module): found.tensors for found in saved}
+        """Note trained modules that the file lacks: the base's weight would be served for them."""
+        tensors = {id(item.module): item.tensors for item in saved}
         named = self.places.named_modules() if self.config.modules_to_save else ()
         for path, module in named:
             if self.config.trains(path):
                 for name, _ in module.named_parameters(recurse=False):
-                    if name not in held.get(id(module), {}):
-                        self._lacks(path, module, name)
+                    if name not in tensors.get(id(module), {}):
+                        self._note_absent(path, module, name)
         self.findings.problems.extend(
             f"trainable_token_indices names tokens{name and f' of {name!r}'}, but the file has no "
             "rows for them"
             for name, ids in self.config.trainable_token_indices.items()
-            if ids and not any(path.endswith(name) for path in self._reached)
+            if ids and not any(path.endswith(name) for path in self._with_tokens)
         )
 
-    def _whole(self, saved: SavedModule) -> None:
+    def _add_module(self, saved: SavedModule) -> None:
         site, label = self.places.site(saved.module), _label(saved.path, saved.module)
         if not saved.eligible:
-            few = 0 < len(self._served) <= _NAMED
-            without = f"with modules_to_save={self._served}" if few else "without this module"
+            few = 0 < len(self._replaceable) <= _NAMED
+            advice = f"with modules_to_save={self._replaceable}" if few else "without this module"
             raise Unsupported(
                 f"{label} was trained as a whole (modules_to_save), and only linears and "
-                f"embeddings have another weight for each row; train the adapter {without}, or "
+                f"embeddings have another weight for each row; train the adapter {advice}, or "
                 "merge it into a copy of the base model"
             )
         if site is None or not _has_room(site):
-            self._no_room(label, "modules_to_save", [saved.path])
+            self._note_no_room(label, "modules_to_save", [saved.path])
             return
         weight_name = site.eligible.weight
         dims = {weight_name: 2, "bias": 1}
-        held = [name for name in dims if isinstance(getattr(saved.module, name, None), Tensor)]
+        present = [name for name in dims if isinstance(getattr(saved.module, name, None), Tensor)]
         for attribute, (key, tensor) in saved.tensors.items():
-            if attribute not in held:
+            if attribute not in present:
                 raise Unsupported(
                     f"{key}: {label} was trained as a whole (modules_to_save), and only a weight "
                     "and a bias that the base has too can be exchanged for each row"
@@ -217,15 +217,15 @@ class ExtrasReading:
             check_sound(key, tensor)
             if tensor.dim() != dims[attribute]:
                 raise Problem(f"{key} has shape {tuple(tensor.shape)}")
-        if lacks := [name for name in held if name not in saved.tensors]:
-            self._lacks(saved.path, saved.module, lacks[0])
+        if absent := [name for name in present if name not in saved.tensors]:
+            self._note_absent(saved.path, saved.module, absent[0])
             return
         key, rows = saved.tensors[weight_name]
         rows = rows.mT if site.eligible.transposed else rows
         bias = saved.tensors["bias"][1] if "bias" in saved.tensors else None
-        self._keep(saved.path, site, label, key, OwnWeight(rows, bias))
+        self._add_weight(saved.path, site, label, key, OwnWeight(rows, bias))
 
-    def _lacks(self, path: str, module: nn.Module, name: str) -> None:
+    def _note_absent(self, path: str, module: nn.Module, name: str) -> None:
         problem = (
             f"{_label(path, module)} has a weight of the adapter's own (modules_to_save), but "
             f"the file has no {path}.{name}"
@@ -233,49 +233,49 @@ class ExtrasReading:
         if problem not in self.findings.problems:
             self.findings.problems.append(problem)
 
-    def _tokens(self, graph: ModuleGraph, path: str, key: str, rows: Tensor, saved: str) -> None:
-        module, at = graph.find(path), self.config.tokens_of(saved)
+    def _add_tokens(self, graph: ModuleGraph, path: str, key: str, rows: Tensor, name: str) -> None:
+        module, ids = graph.find(path), self.config.tokens_of(name)
         if module is None:
             raise Problem(f"{key}: no such module in this model{self.places.nearest(path)}")
-        if at is None:
+        if ids is None:
             raise Problem(
                 f"{key} holds trained tokens, but trainable_token_indices does not say of "
-                f"{saved} which"
+                f"{name} which"
             )
         check_sound(key, rows)
-        if rows.dim() != 2 or len(rows) != len(at):
+        if rows.dim() != 2 or len(rows) != len(ids):
             raise Problem(
-                f"{key} has shape {tuple(rows.shape)}, trainable_token_indices names {len(at)} "
+                f"{key} has shape {tuple(rows.shape)}, trainable_token_indices names {len(ids)} "
                 "tokens"
             )
         followers: list[str] = []
         if is_input_embedding(graph, path, module):
-            tied, apart = tied_paths(graph, module), self._apart
-            followers = [other for other in tied if apart.get(other, apart[path]) == apart[path]]
-        # Sorted, so a whole weight has its rows in order.
-        indices, order = torch.tensor(at, dtype=torch.int32).sort()
+            tied, known = tied_paths(graph, module), self._token_ids
+            followers = [other for other in tied if known.get(other, known[path]) == known[path]]
+        # Sorted, so that a whole weight has its rows in order.
+        indices, order = torch.tensor(ids, dtype=torch.int32).sort()
         for place in (path, *followers):
-            self._reached.add(place)
+            self._with_tokens.add(place)
             owner = graph.find(place)
             assert owner is not None
             site, label = self.places.site(owner), _label(place, owner)
             if site is None or site.own_rows < len(rows):
-                self._no_room(label, "trainable_tokens", len(rows))
+                self._note_no_room(label, "trainable_tokens", len(rows))
                 return
-            beyond = [index for index in at if index >= site.weight_rows]
-            if beyond:
+            excess = [index for index in ids if index >= site.weight_rows]
+            if excess:
                 raise Problem(
-                    f"{key}: token {beyond[0]} is not one of the {site.weight_rows} of {label}; "
-                    f"call model.resize_token_embeddings({max(beyond) + 1}) before compiling"
+                    f"{key}: token {excess[0]} is not one of the {site.weight_rows} of {label}; "
+                    f"call model.resize_token_embeddings({max(excess) + 1}) before compiling"
                 )
             if isinstance(getattr(owner, "bias", None), Tensor):
                 raise Unsupported(
                     f"{key}: {label} adds a bias, and what PEFT computes of trained tokens "
                     "leaves it out"
                 )
-            self._keep(place, site, label, key, OwnWeight(rows[order], None, indices))
+            self._add_weight(place, site, label, key, OwnWeight(rows[order], None, indices))
 
-    def _keep(self, path: str, site: Site, label: str, key: str, weight: OwnWeight) -> None:
+    def _add_weight(self, path: str, site: Site, label: str, key: str, weight: OwnWeight) -> None:
         rows, bias, _ = weight
         embedding = site.eligible.kind == "embedding"
         features = site.out_features if embedding else site.in_features
@@ -292,17 +292,17 @@ class ExtrasReading:
             raise Unsupported(
                 f"{path_label(path)} cannot have a weight of its own for each row: {reason}"
             )
-        if site.path in self.own:
+        if site.path in self.own_weights:
             raise Problem(f"{path_label(path)} is saved twice; keep one")
-        self.own[site.path] = weight
+        self.own_weights[site.path] = weight
 
-    def _no_room(self, label: str, setting: str, value: object) -> None:
+    def _note_no_room(self, label: str, setting: str, value: object) -> None:
         needed = way_out_by(setting, value, given=True)
         self.findings.no_room.append(
             f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
         )
 
-    def _bias(self, key: str, bias: Tensor) -> None:
+    def _add_bias(self, key: str, bias: Tensor) -> None:
         owner, _, attribute = key.rpartition(".")
         if attribute != "bias" or parse(key) is not None:
             return
@@ -310,16 +310,16 @@ class ExtrasReading:
         module = self.places.module(path)
         base = getattr(module, "bias", None)
         if module is None or not isinstance(base, Tensor):
-            return  # noted as an unknown name
-        self._biased.add(id(module))
+            return  # reported as an unknown name
+        self._with_bias.add(id(module))
         site, label = self.places.site(module), _label(self.places.current(path), module)
-        if site is not None and site.path in self.own:
+        if site is not None and site.path in self.own_weights:
             return
         self.keys.add(key)
-        if site is not None and (bias_refusal(site) is None or not same(bias, base)):
+        if site is not None and (bias_refusal(site) is None or not equal(bias, base)):
             check_vector(EXTRAS["bias"], key, bias, label, [site], site.out_features)
             self.biases[site.path] = site, bias
-        elif not same(bias, base):
+        elif not equal(bias, base):
             raise Unsupported(
                 f"{key}: the bias of {label} was trained (bias = {self.config.bias!r}), and it "
                 "carries no LoRA here; only linears and convolutions that are named by "
@@ -327,28 +327,28 @@ class ExtrasReading:
             )
 
     def with_biases(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
-        """The factors by part path with their biases, zero factors at sites without. Biases equal
-        to the base's are kept at sites with factors, since the base's may change."""
-        found = dict(weights)
+        """The factors by part path with biases, and zero factors where only biases were trained.
+        Biases equal to the base's are kept where there are factors, since the base's may change."""
+        combined = dict(weights)
         for site, bias in self.biases.values():
             base = bias_of(site)
             sizes = [part.out_features for part in site.parts]
             for index, piece in enumerate(bias.split(sizes)):
                 path, part = site.part_path(index), site.parts[index]
-                if path not in found:
-                    if base is not None and same(piece, base):
+                if path not in combined:
+                    if base is not None and equal(piece, base):
                         continue
                     a, b = torch.zeros(1, part.in_features), torch.zeros(len(piece), 1)
-                    found[path] = LoraWeights(a, b, 0.0)
-                found[path] = found[path]._replace(own_bias=piece)
-        return found
+                    combined[path] = LoraWeights(a, b, 0.0)
+                combined[path] = combined[path]._replace(own_bias=piece)
+        return combined
 
     def refuse_absent_biases(self, sites: Sequence[Site]) -> None:
         if self.config.bias == "none":
             return
         for site in dict.fromkeys(sites):
-            held = isinstance(getattr(site.module, "bias", None), Tensor)
-            if held and id(site.module) not in self._biased:
+            has_bias = isinstance(getattr(site.module, "bias", None), Tensor)
+            if has_bias and id(site.module) not in self._with_bias:
                 self.findings.problems.append(
                     f"bias = {self.config.bias!r} says that the bias of {path_label(site.path)} "
                     "was trained, but the file does not have it (some versions of PEFT do not "

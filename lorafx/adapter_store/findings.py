@@ -1,6 +1,6 @@
-"""The problems found in an adapter checkpoint, and the checks that record them.
+"""The problems found in an adapter checkpoint, and the checks that find them.
 
-All readers of a file share a `Findings`, so that all problems are reported at once.
+All readers of a file share one `Findings`, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Problem(Exception):
-    """Why a part of a file cannot be placed; `Findings.noting` records it."""
+    """Why a part of a file cannot be used; `Findings.noting` records it."""
 
 
 class Unsupported(Problem):
-    """A problem of arithmetic beyond LoRA."""
+    """A problem because of arithmetic beyond LoRA."""
 
 
-# A million names may all be absent from the model.
+# A file may name a million modules that the model lacks.
 _MOST_PROBLEMS = 100
 
 
@@ -38,7 +38,7 @@ class Findings:
 
     Attributes:
         problems, unsupported, no_room: messages.
-        closed: saved paths at unselected places, with messages.
+        unavailable: saved paths of places that cannot have factors, with the reasons.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -47,7 +47,7 @@ class Findings:
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
         self.no_room: list[str] = []
-        self.closed: dict[str, str] = {}
+        self.unavailable: dict[str, str] = {}
         self.largest = 0
 
     @property
@@ -55,7 +55,7 @@ class Findings:
         return self.state.config
 
     def raise_problems(self, name: str) -> None:
-        """Raise all problems as one error, a CapacityError if only ranks or room are lacking."""
+        """Raise all problems as one error, a CapacityError if all are of ranks or room."""
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
@@ -79,7 +79,7 @@ class Findings:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """A block whose `Problem` is recorded and ends it."""
+        """A block that records a `Problem`, which ends it."""
         try:
             yield
         except Unsupported as problem:
@@ -88,27 +88,26 @@ class Findings:
             self.problems.append(str(problem))
 
     def check_same(self, factor: FactorKey, first: str, label: str) -> None:
-        """Raise `Problem` unless the tensor of a key is that of the `first` for its place."""
+        """Raise `Problem` unless the tensor equals that of `first`, the first key for its place."""
         a, b = self.state.tensors[factor.key], self.state.tensors[first]
-        alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
-        if factor.key != first and not (alike and torch.equal(a, b)):
+        comparable = a.shape == b.shape and a.dtype == b.dtype and a.dtype in DTYPES
+        if factor.key != first and not (comparable and torch.equal(a, b)):
             raise Problem(
                 f"{factor.key} and {first} are both {factor.factor} of {label} and differ; keep one"
             )
 
-    def before(self, name: str, saved: str) -> str:
-        """What patterns match for `name` of the factors at `saved`: its spelling before a
-        `key_mapping`."""
-        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - any common beginning does
+    def unmapped_name(self, name: str, saved: str) -> str:
+        """`name` before a `key_mapping`, as patterns match it; its factors are at `saved`."""
+        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - names, not paths
         old, tail = self.state.paths.get(without_prefix(saved), saved), saved[len(stem) :]
         return old.removesuffix(tail) + name[len(stem) :] if old.endswith(tail) else name
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
-        """s of the module called `name` by patterns and saved as `saved`; None for a rank over
-        `max_rank`. Raises `Problem` for another rank than configured."""
-        name, given = self.before(name, saved), self.state.scales.get(saved)
+        """s of the module that patterns call `name`, saved as `saved`; None for a rank over
+        `max_rank`. Raises `Problem` if `rank` is not the configured rank."""
+        name, scale = self.unmapped_name(name, saved), self.state.scales.get(saved)
         configured = self.config.rank(name)
-        if configured not in (None, rank) and given is None:
+        if configured not in (None, rank) and scale is None:
             raise Problem(
                 f"{label} has rank {rank}, adapter_config.json says {configured} there (r, "
                 "rank_pattern), and the scale α/r depends on the rank; correct the configuration"
@@ -117,7 +116,7 @@ class Findings:
         if self.max_rank is not None and rank > self.max_rank:
             self.over_rank[label] = rank
             return None
-        return self.config.scale(name, rank) if given is None else given
+        return self.config.scale(name, rank) if scale is None else scale
 
 
 def check_sound(key: str, tensor: Tensor) -> None:
@@ -129,10 +128,10 @@ def check_sound(key: str, tensor: Tensor) -> None:
         raise Problem(f"{key} holds {unsound} NaN or infinite values")
 
 
-def check_shape(key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> None:
-    """Raise `Problem` with the text `needs` unless a factor has the non-empty shape `want`."""
+def check_shape(key: str, tensor: Tensor, expected: tuple[int, int], needs: str) -> None:
+    """Raise `Problem` with the text `needs` unless a factor has the non-empty shape `expected`."""
     shape = tuple(tensor.shape)
-    if shape == want and all(shape):
+    if shape == expected and all(shape):
         return
     if len(shape) != 2 or not all(shape):
         needs += "; a sharded model saved without gathering its shards leaves such factors"
@@ -140,20 +139,20 @@ def check_shape(key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> 
 
 
 def path_label(path: str) -> str:
-    """What messages call a module's path."""
+    """A module's path in messages."""
     return path or "the root module"
 
 
 def listed(paths: list[str]) -> str:
-    """The first of some paths, and the count of the others."""
+    """The first of these paths, and the number of the others."""
     return some(map(path_label, paths), 8)
 
 
-def same(saved: Tensor, base: Tensor) -> bool:
+def equal(saved: Tensor, base: Tensor) -> bool:
     """Whether a saved copy equals the model's tensor, up to rounding of the narrower dtype."""
     if saved.shape != base.shape or not {saved.dtype, base.dtype} <= {*DTYPES}:
         return False
     if base.is_meta:
-        return True  # no values to differ from; they are compared when the real model is loaded
+        return True  # there are no numbers to compare with
     base = base.detach().cpu()
     return torch.equal(saved.to(base.dtype), base) or torch.equal(saved, base.to(saved.dtype))

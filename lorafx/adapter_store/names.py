@@ -1,4 +1,4 @@
-"""Names of adapters in calls: a name, the base's, or weights by name for a sum.
+"""Names of adapters in calls: a name, the base's name, or weights by name for a sum.
 
 "sql"                            the adapter
 {"sql": 0.5}                     the adapter at half its scale
@@ -47,8 +47,8 @@ def members(name: str) -> tuple[str, ...]:
 
 
 def one_name(value: Any, where: str) -> str | None:
-    """The name that `value` stands for: a name, None for the base, or weights by name. A single
-    adapter at weight 1 keeps its name. ConfigError messages begin with `where`."""
+    """The name that `value` (a name, None for the base, or weights by name) stands for; that of the
+    adapter for a single one at weight 1. ConfigError messages begin with `where`."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, Mapping):

@@ -2,10 +2,10 @@ r"""PEFT's `adapter_config.json`: the meaning of a LoRA configuration for infere
 
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
-For r and α the first key k of `rank_pattern` / `alpha_pattern`, in the file's order, with
-`re.match(rf"(.*\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Untrusted patterns are
-matched with a time limit (lorafx.model.targets). Fields that change this arithmetic, unknown fields
-that are set, and other methods of PEFT are refused by name.
+r and α are those of the first key k of `rank_pattern` / `alpha_pattern`, in the file's order, that
+`re.match(rf"(.*\.)?({k})$", path)` matches, else `r` and `lora_alpha`. Patterns are not trusted and
+are matched with a time limit (lorafx.model.targets). Fields that change this arithmetic, unknown
+fields that are set, and other methods of PEFT are refused by name.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from lorafx.model.targets import (
 from lorafx.registry import lookup
 
 CONFIG_FILE = "adapter_config.json"
-#: PEFT writes some kilobytes; a path for each module of the largest models takes megabytes.
+#: PEFT writes some kilobytes; paths of all modules of the largest models take megabytes.
 _LARGEST = 1 << 26
-# Names of lists of layers: "layers", "h", "model.layers". PEFT would take a regular expression.
+# Names of lists of layers: "layers", "h", "model.layers". PEFT would accept regular expressions.
 _LAYER_NAME = re.compile(r"(\\?[.]|[\w-]){1,256}")
 _MOST_LAYER_NAMES = 64
-# s = α/r is kept in float32.
+# s = α/r is stored in float32.
 _LARGEST_RANK = 1 << 40
 _LARGEST_ALPHA = 3e38
 _LARGEST_TOKEN = (1 << 31) - 1
-#: Patterns of one field, and patterns tried on every module, which take milliseconds.
+#: Patterns of a field, and those that are matched with every module, which takes milliseconds.
 _MOST_PATTERNS, _MOST_TRIED = 1 << 14, 512
 _MOST_NAMES = 1 << 12
 
 
 def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
-    """The raw fields of a folder, a mapping or a `peft.LoraConfig`, and their name in messages."""
+    """The raw fields in a folder, a mapping or a `peft.LoraConfig`, and their name in messages."""
     if isinstance(source, Mapping):
         values, where = dict(source), "adapter configuration"
     elif dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
-        # Not source.to_dict(), which follows the installed PEFT; private fields are not read.
+        # Not source.to_dict(), which depends on the installed PEFT; private fields are not read.
         names = [f.name for f in dataclasses.fields(source)]
         return {name: getattr(source, name) for name in names}, "peft configuration"
     elif isinstance(source, str | os.PathLike):
@@ -120,7 +120,7 @@ def is_off(value: Any) -> bool:
     return isinstance(value, str | Sequence | Mapping | Set) and len(value) == 0
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether `value` is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -144,7 +144,7 @@ def _check(
     return check
 
 
-def _listed(value: Any, valid: Callable[[Any], bool]) -> bool:
+def _is_list_of(value: Any, valid: Callable[[Any], bool]) -> bool:
     return isinstance(value, list | tuple | set) and all(map(valid, value))
 
 
@@ -153,67 +153,67 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and number(value) and 0 <= value <= _LARGEST_TOKEN
+    return isinstance(value, int) and is_number(value) and 0 <= value <= _LARGEST_TOKEN
 
 
 def _names_layers(value: Any) -> bool:
-    given = [value] if isinstance(value, str) else value
-    known = _listed(given, lambda name: _is_text(name) and bool(_LAYER_NAME.fullmatch(name)))
-    return known and len(given) <= _MOST_LAYER_NAMES
+    names = [value] if isinstance(value, str) else value
+    valid = _is_list_of(names, lambda name: _is_text(name) and bool(_LAYER_NAME.fullmatch(name)))
+    return valid and len(names) <= _MOST_LAYER_NAMES
 
 
-def _in_order(value: Any) -> tuple[Any, ...]:
+def _sorted_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(sorted(value))
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, int | str) else tuple(value)
 
 
 _rank = _check(
-    "a positive integer", lambda v: isinstance(v, int) and number(v) and 0 < v <= _LARGEST_RANK
+    "a positive integer", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= _LARGEST_RANK
 )
-_alpha = _check("a finite number", lambda v: number(v) and abs(v) <= _LARGEST_ALPHA)
+_alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
 _flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
 _text = _check("a string", _is_text)
 _bias = _check("none, lora_only or all", lambda v: v in ("none", "lora_only", "all"))
-_strings = _check("a list of strings", lambda v: _listed(v, _is_text), _in_order)
+_strings = _check("a list of strings", lambda v: _is_list_of(v, _is_text), _sorted_tuple)
 _names = _check(
     f"a list of names, {_MOST_NAMES} at most",
-    lambda v: _listed(v, lambda n: _is_text(n) and n) and len(v) <= _MOST_NAMES,
-    _in_order,
+    lambda v: _is_list_of(v, lambda n: _is_text(n) and n) and len(v) <= _MOST_NAMES,
+    _sorted_tuple,
 )
 _tokens = _check(
-    "a list of token ids", lambda v: not isinstance(v, set) and _listed(v, _is_token), tuple
+    "a list of token ids", lambda v: not isinstance(v, set) and _is_list_of(v, _is_token), tuple
 )
 _layers = _check(
     "integers",
-    lambda v: _listed(v, lambda i: isinstance(i, int)) or isinstance(v, int),
-    lambda v: frozenset(_several(v)),
+    lambda v: _is_list_of(v, lambda i: isinstance(i, int)) or isinstance(v, int),
+    lambda v: frozenset(_as_tuple(v)),
 )
-_layer_names = _check("the name, or a few names, of lists of layers", _names_layers, _several)
+_layer_names = _check("the name, or a few names, of lists of layers", _names_layers, _as_tuple)
 
 
 def _targets(name: str, value: Any) -> str | Entries | None:
-    """A regular expression, "all-linear", names in order, or None."""
+    """A regular expression, "all-linear", sorted names, or None."""
     if isinstance(value, str):
         if not is_all_linear(value):
-            _regex(name, value, pattern)
+            _build_pattern(name, value, pattern)
         return value
-    if value is not None and not _listed(value, _is_text):
+    if value is not None and not _is_list_of(value, _is_text):
         raise Malformed(f"{name} must be a string or a list of strings, it is {short(value)}")
     return None if value is None else Entries(sorted(value))
 
 
 def _tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
-    """Lists of token ids by the ending of a module's name; "" for a bare list."""
+    """Lists of token ids by the ending of a module's name, "" for a bare list."""
     lists = value if isinstance(value, Mapping) else {"": value}
     if len(lists) > _MOST_NAMES:
         raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
-    found = {_text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()}
-    if any(len(set(ids)) < len(ids) for ids in found.values()):
+    tokens = {_text(f"{name} key", ending): _tokens(name, ids) for ending, ids in lists.items()}
+    if any(len(set(ids)) < len(ids) for ids in tokens.values()):
         raise Malformed(f"{name} names a token twice: {short(value)}")
-    return found
+    return tokens
 
 
 def _by_name(check: Check) -> Check:
@@ -222,10 +222,10 @@ def _by_name(check: Check) -> Check:
     def checked(name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise Malformed(f"{name} must map module names to numbers, it is {short(value)}")
-        tried = 0
+        open_ended = 0
         for key in value:
-            tried += not _regex(f"{name} key", key, _keyed).tail
-            if len(value) > _MOST_PATTERNS or tried > _MOST_TRIED:
+            open_ended += not _build_pattern(f"{name} key", key, _key_pattern).tail
+            if len(value) > _MOST_PATTERNS or open_ended > _MOST_TRIED:
                 raise Malformed(
                     f"{name} has {len(value)} patterns; there may be {_MOST_PATTERNS}, and "
                     f"{_MOST_TRIED} that do not end in a name"
@@ -235,8 +235,8 @@ def _by_name(check: Check) -> Check:
     return checked
 
 
-def _keyed(key: str) -> Pattern:
-    """Compiles a key of `rank_pattern` or `alpha_pattern` for whole matches."""
+def _key_pattern(key: str) -> Pattern:
+    """The pattern of a key of `rank_pattern` or `alpha_pattern`, for full matches."""
     name = re.search(r"(\\?)(\w*)\$?$", key)
     assert name is not None
     open_ended = set(key) & set("|()[]{}")  # it may end in several ways
@@ -244,7 +244,7 @@ def _keyed(key: str) -> Pattern:
     return Pattern(rf"(.*\.)?({key})", tail)
 
 
-def _regex(name: str, value: Any, build: Callable[[str], Pattern]) -> Pattern:
+def _build_pattern(name: str, value: Any, build: Callable[[str], Pattern]) -> Pattern:
     if not isinstance(value, str):
         raise Malformed(f"{name} {short(value)} is not a regular expression")
     try:
@@ -266,10 +266,10 @@ _PROMPTS = (
     "PROMPT_TUNING",
     "P_TUNING",
 )
-#: PEFT methods that cannot be merged, and the way out.
+#: PEFT methods that cannot be merged, and what to do instead.
 _UNMERGED = {**dict.fromkeys(("POLY", "XLORA"), _MIXED), **dict.fromkeys(_PROMPTS, _PROMPT)}
 
-#: Initialisations that keep the base weight, so that s·B A is the whole difference.
+#: Initialisations that keep the base weight, so that s·B A is the whole update.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _EXPORT = (
     "export with `save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
@@ -285,7 +285,7 @@ _NO_ARITHMETIC = frozenset(
     }
 )
 
-# Fields that change the arithmetic whenever set, with the way out.
+# Fields that change the arithmetic if they are set, and what to do instead.
 _REFUSED: Mapping[str, str] = {
     "use_bdlora": f"BD-LoRA saves the blocks of a diagonal instead of its factors; {_MERGE}",
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
@@ -298,7 +298,7 @@ _REFUSED: Mapping[str, str] = {
     "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
     "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
 }
-# Empty configuration objects count as set: PEFT would fill in defaults.
+# Their empty objects count as set: PEFT would fill in defaults.
 _OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
 
 # Features that PEFT lacks with aLoRA, or applies to all tokens.
@@ -307,23 +307,23 @@ _NOT_WITH_ALORA = ("use_dora", "target_parameters", "modules_to_save", "trainabl
 
 def _version(name: str, value: Any) -> tuple[int, ...] | None:
     """(0, 19) of "0.19.1.dev0"."""
-    found = re.match(
+    match = re.match(
         r"([0-9]{1,6})\.([0-9]{1,6})(?![0-9])", value if isinstance(value, str) else ""
     )
-    return None if found is None else (int(found[1]), int(found[2]))
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _read_by(check: Check, default: Any = None, name: str = "") -> Any:
-    """A dataclass field with its check, and its name in the file where that is another."""
+def _checked_field(check: Check, default: Any = None, name: str = "") -> Any:
+    """A dataclass field with its check, and its name in the file if that differs."""
     return field(default_factory=lambda: default, metadata={"check": check, "name": name})
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of a PEFT LoRA configuration that lorafx uses; all others were refused.
+    """The fields of a PEFT LoRA configuration that lorafx uses; it refuses others that are set.
 
     Attributes:
-        r: rank where `rank_pattern` has no match; None where absent.
+        r: rank of modules that `rank_pattern` does not match; None if absent.
         lora_bias: lora_B has a bias, added with the scale s.
         bias: "none", "lora_only" (biases of modules with factors are trained) or "all".
         target_modules, exclude_modules: exact or dotted-suffix names, one regular expression (a
@@ -331,36 +331,36 @@ class PeftConfig:
         target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj"),
             which rank_pattern and alpha_pattern use too.
         layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
-        modules_to_save: endings of names of modules trained as a whole; with ensure_weight_tying
-            also modules tied to them.
-        trainable_token_indices: trained tokens by the ending of an embedding's name; "" is the
+        modules_to_save: endings of names of modules that were trained as a whole; with
+            ensure_weight_tying, modules tied to them were too.
+        trainable_token_indices: trained tokens by the ending of an embedding's name; "" is for the
             file's only embedding.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
-        invocation: `alora_invocation_tokens`, from whose last occurrence in a sequence an aLoRA
-            adapter is active; else empty.
-        peft_version: the writing release, (0, 19) say.
+        invocation: `alora_invocation_tokens` of an aLoRA adapter, which is active from their last
+            occurrence in a sequence on; else empty.
+        peft_version: PEFT's release that wrote the file, such as (0, 19).
     """
 
-    r: int | None = _read_by(_rank)
-    lora_alpha: float = _read_by(_alpha, 8)
-    use_rslora: bool = _read_by(_flag, False)
-    use_dora: bool = _read_by(_flag, False)
-    lora_bias: bool = _read_by(_flag, False)
-    bias: str = _read_by(_bias, "none")
-    rank_pattern: Mapping[str, int] = _read_by(_by_name(_rank), {})
-    alpha_pattern: Mapping[str, float] = _read_by(_by_name(_alpha), {})
-    target_modules: str | tuple[str, ...] | None = _read_by(_targets)
-    target_parameters: tuple[str, ...] = _read_by(_strings, ())
-    exclude_modules: str | tuple[str, ...] | None = _read_by(_targets)
-    layers_to_transform: frozenset[int] | None = _read_by(_layers)
-    layers_pattern: tuple[str, ...] = _read_by(_layer_names, ())
-    modules_to_save: tuple[str, ...] = _read_by(_names, ())
-    ensure_weight_tying: bool = _read_by(_flag, False)
-    trainable_token_indices: Mapping[str, tuple[int, ...]] = _read_by(_tokens_by_ending, {})
-    fan_in_fan_out: bool = _read_by(_flag, False)
-    invocation: tuple[int, ...] = _read_by(_tokens, (), "alora_invocation_tokens")
-    base_model: str | None = _read_by(_text, None, "base_model_name_or_path")
-    peft_version: tuple[int, ...] | None = _read_by(_version)
+    r: int | None = _checked_field(_rank)
+    lora_alpha: float = _checked_field(_alpha, 8)
+    use_rslora: bool = _checked_field(_flag, False)
+    use_dora: bool = _checked_field(_flag, False)
+    lora_bias: bool = _checked_field(_flag, False)
+    bias: str = _checked_field(_bias, "none")
+    rank_pattern: Mapping[str, int] = _checked_field(_by_name(_rank), {})
+    alpha_pattern: Mapping[str, float] = _checked_field(_by_name(_alpha), {})
+    target_modules: str | tuple[str, ...] | None = _checked_field(_targets)
+    target_parameters: tuple[str, ...] = _checked_field(_strings, ())
+    exclude_modules: str | tuple[str, ...] | None = _checked_field(_targets)
+    layers_to_transform: frozenset[int] | None = _checked_field(_layers)
+    layers_pattern: tuple[str, ...] = _checked_field(_layer_names, ())
+    modules_to_save: tuple[str, ...] = _checked_field(_names, ())
+    ensure_weight_tying: bool = _checked_field(_flag, False)
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = _checked_field(_tokens_by_ending, {})
+    fan_in_fan_out: bool = _checked_field(_flag, False)
+    invocation: tuple[int, ...] = _checked_field(_tokens, (), "alora_invocation_tokens")
+    base_model: str | None = _checked_field(_text, None, "base_model_name_or_path")
+    peft_version: tuple[int, ...] | None = _checked_field(_version)
 
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
@@ -368,8 +368,8 @@ class PeftConfig:
         or UnsupportedAdapterError with all refused fields."""
         if isinstance(source, PeftConfig):
             return source
-        values, found = raw_fields(source)
-        return _read(values, where or found)
+        values, label = raw_fields(source)
+        return _read(values, where or label)
 
     @property
     def max_rank(self) -> int | None:
@@ -380,12 +380,12 @@ class PeftConfig:
         return names(self.target_parameters, [path])
 
     def name_of(self, path: str, parameter: str = "weight") -> str:
-        """The name of the module at `path` in patterns: its parameter where that is the target."""
+        """The name of the module at `path` in patterns: its parameter's if that is the target."""
         name = f"{path}.{parameter}" if path else parameter
         return name if self.targets_parameter(name) and not self.matches(path) else path
 
     def rank(self, path: str) -> int | None:
-        """Rank of the module at `path`, a dotted path without PEFT's prefixes."""
+        """The rank of the module at `path`, a dotted path without PEFT's prefixes."""
         return _by_pattern(self._ranks, path, self.r)
 
     def scale(self, path: str, rank: int) -> float:
@@ -402,13 +402,13 @@ class PeftConfig:
         if excluded is not None and names(excluded, [path]):
             return False
         by_suffix = isinstance(targets, Entries) and path not in targets.as_set
-        return names(targets, [path]) and (not by_suffix or self._layer_wanted(path))
+        return names(targets, [path]) and (not by_suffix or self._selects_layer_of(path))
 
     def trains(self, path: str) -> bool:
-        """Whether the module or a parent was trained as a whole; any ending of a name counts."""
+        """Whether the module or a parent was trained as a whole; names may match by any ending."""
         parts = path.split(".") if self.modules_to_save else ()
-        around = accumulate(parts, "{}.{}".format)
-        return any(name.endswith(self.modules_to_save) for name in around)
+        with_parents = accumulate(parts, "{}.{}".format)
+        return any(name.endswith(self.modules_to_save) for name in with_parents)
 
     def saves(self, path: str) -> bool:
         """Whether the module at `path`, or a module tied to it, was trained as a whole."""
@@ -416,29 +416,29 @@ class PeftConfig:
         return tied or self.trains(path)
 
     def tokens_of(self, path: str) -> tuple[int, ...] | None:
-        """The trained tokens of the embedding at `path`, where the configuration names them."""
+        """The trained tokens of the embedding at `path`, if the configuration names them."""
         endings = filter(path.endswith, self.trainable_token_indices)
         longest = max(endings, key=len, default=None)
         return None if longest is None else self.trainable_token_indices[longest]
 
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:
-        return [(_keyed(key), rank) for key, rank in self.rank_pattern.items()]
+        return [(_key_pattern(key), rank) for key, rank in self.rank_pattern.items()]
 
     @cached_property
     def _alphas(self) -> list[tuple[Pattern, float]]:
-        return [(_keyed(key), alpha) for key, alpha in self.alpha_pattern.items()]
+        return [(_key_pattern(key), alpha) for key, alpha in self.alpha_pattern.items()]
 
-    def _layer_wanted(self, path: str) -> bool:
+    def _selects_layer_of(self, path: str) -> bool:
         if self.layers_to_transform is None:
             return True
-        # PEFT: the first numbered segment is the layer; later numbers may be experts.
+        # In PEFT the first number in the path is the layer's; later ones may be experts'.
         patterns = self.layers_pattern or (r"[^.]*",)
         lead = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
         for name in patterns:
-            found = re.match(rf"{lead}{name}\.(?P<idx>\d+)\.", path)
-            if found:
-                return int(found["idx"]) in self.layers_to_transform
+            match = re.match(rf"{lead}{name}\.(?P<idx>\d+)\.", path)
+            if match:
+                return int(match["idx"]) in self.layers_to_transform
         return False
 
 
@@ -447,14 +447,14 @@ def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any
     return next(matching, default)
 
 
-#: Fields by their names in the file.
+#: The fields by their names in the file.
 _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)}
 #: Fields without a neutral value.
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
 def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
-    if refused := list(_refused(values)):
+    if refused := list(_refusals(values)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"
             + "\n".join(f"  - {line}" for line in refused)
@@ -475,12 +475,12 @@ def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
     return PeftConfig(**read)
 
 
-def _refused(values: Mapping[str, Any]) -> Iterable[str]:
+def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
-        known = _UNMERGED.get(kind) if isinstance(kind, str) else None
-        yield f"peft_type = {short(kind)}: {known or f'only LORA adapters are read; {_MERGE}'}"
+        reason = _UNMERGED.get(kind) if isinstance(kind, str) else None
+        yield f"peft_type = {short(kind)}: {reason or f'only LORA adapters are read; {_MERGE}'}"
         return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""
@@ -495,10 +495,10 @@ def _refused(values: Mapping[str, Any]) -> Iterable[str]:
         if not off:
             yield f"{name} = {short(value)}: {way_out}"
     if not is_off(values.get("alora_invocation_tokens")):
-        others = [name for name in _NOT_WITH_ALORA if not is_off(values.get(name))]
+        conflicts = [name for name in _NOT_WITH_ALORA if not is_off(values.get(name))]
         if values.get("bias", "none") not in ("none", None):
-            others.append("bias")
-        for name in others:
+            conflicts.append("bias")
+        for name in conflicts:
             yield (
                 f"{name} = {short(values[name])} with alora_invocation_tokens: PEFT trains no such "
                 "aLoRA adapter, or applies this to all tokens; train it without"
@@ -511,20 +511,20 @@ def _refused(values: Mapping[str, Any]) -> Iterable[str]:
             )
 
 
-def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
-    """Paths of the modules and 3-D parameters of `model` that PEFT would put LoRA on; a matrix is
-    named by its module. Modules may be given by packed names."""
-    every = is_all_linear(config.target_modules)
-    head = output_embedding(model) if every else None
-    found: dict[str, None] = {}
+def targeted_paths(config: PeftConfig, model: nn.Module) -> SavedTargets:
+    """The paths of modules and 3-D parameters of `model` on which PEFT would put LoRA; for a matrix
+    the path of its module. Modules may have packed names."""
+    all_linear = is_all_linear(config.target_modules)
+    head = output_embedding(model) if all_linear else None
+    paths: dict[str, None] = {}
     for path, module in model.named_modules():
-        entry = lookup(module) if every else None
+        entry = lookup(module) if all_linear else None
         linear = entry is not None and entry.is_linear and module is not head
         if linear or config.matches(path):
-            found[path] = None
+            paths[path] = None
         for name, parameter in module.named_parameters(recurse=False):
             if config.targets_parameter(join(path, name)):
-                found[path if parameter.dim() < 3 else join(path, name)] = None
+                paths[path if parameter.dim() < 3 else join(path, name)] = None
     packed = PackedNames(ModuleGraph(model)).named()
-    found.update((path, None) for path, _ in packed if config.matches(path))
-    return SavedTargets(found)
+    paths.update((path, None) for path, _ in packed if config.matches(path))
+    return SavedTargets(paths)

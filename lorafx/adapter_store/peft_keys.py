@@ -35,8 +35,8 @@ TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class FactorKey(NamedTuple):
-    """A key of a factor ("A", "B"), DoRA's "m", or lora_B's bias "b". `module` is the path,
-    prefixes included; `factor` is its name in messages."""
+    """The key of a factor ("A", "B"), of DoRA's "m", or of lora_B's bias "b". `module` is its path
+    with prefixes; `factor` is its name in messages."""
 
     key: str
     module: str
@@ -52,12 +52,12 @@ class FactorKey(NamedTuple):
 
 
 def parse(key: str) -> FactorKey | None:
-    """The parts of `key`, or None for other keys."""
+    """The parts of `key`; None if it is of no factor."""
     bias = _BIAS.match(key)
     if bias is not None:
         return FactorKey(key, bias["module"] or "", "lora_bias")
-    found = _FACTOR.match(key)
-    return None if found is None else FactorKey(key, found["module"] or "", found["factor"])
+    factor = _FACTOR.match(key)
+    return None if factor is None else FactorKey(key, factor["module"] or "", factor["factor"])
 
 
 def without_prefix(path: str) -> str:
@@ -66,7 +66,7 @@ def without_prefix(path: str) -> str:
 
 
 def candidates(path: str) -> tuple[str, ...]:
-    """Module paths of a saved path, likeliest first: attributes may be named like PEFT's prefix."""
+    """Module paths for a saved path, likeliest first: an attribute may be named like the prefix."""
     plain = without_compiled(path)
     stripped = (plain + ".").removeprefix(PREFIX).rstrip(".")
     return (stripped,) if stripped == plain else (stripped, plain)
@@ -92,13 +92,13 @@ def factor_sizes(tensors: Mapping[str, Tensor]) -> dict[str, FactorSizes]:
         factor = parse(key)
         if factor is not None:
             shapes.setdefault(factor.module, {})[factor.letter] = tuple(tensor.shape)
-    return {path: _sizes(found.get("A", ()), found.get("B", ())) for path, found in shapes.items()}
+    return {path: _sizes(pair.get("A", ()), pair.get("B", ())) for path, pair in shapes.items()}
 
 
 def _sizes(a: tuple[int, ...], b: tuple[int, ...]) -> FactorSizes:
     conv1d = len(a) == len(b) == 3 and b[2] == 1 and b[1] > 0 and a[0] % b[1] == 0
     if conv1d or len(a) > 3:
         return FactorSizes(a[1], b[0] if b else 0, a[0])
-    # of experts, or matrices
+    # The factors are experts' or matrices.
     rank, k = a[-2:] if len(a) > 1 else (*a, 0) if a else (0, 0)
     return FactorSizes(k, b[-2] if len(b) > 1 else sum(b), rank)

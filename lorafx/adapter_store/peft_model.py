@@ -1,10 +1,10 @@
 """Takes over the adapters of PEFT in memory: of a `peft.PeftModel`, or injected.
 
 PEFT replaces target modules by wrappers that hold them as `base_layer`, below a `peft.PeftModel` or
-in the model itself; modules trained as a whole, and embeddings with trained tokens, are
+in the model itself; modules trained as a whole, and embeddings with trained tokens, are the
 `original_module` of their wrappers. The adapters' weights are read, then each wrapper is replaced
-by its module; `restore()` puts everything back. Methods of PEFT's classes are shadowed and raise
-meanwhile: without wrappers they would silently compute or save the base. PEFT is optional.
+by its module, until `restore()`. Meanwhile the methods of PEFT's classes raise: without wrappers
+they would silently compute or save the base. PEFT is optional.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
 #: Attributes that PEFT and transformers leave on a model with adapters.
-_NOTES = ("peft_config", "_hf_peft_config_loaded")
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 #: Methods of `nn.Module` that would answer without the adapters.
 _OF_MODULES = ("forward", "state_dict", "load_state_dict")
 #: Methods of PEFT's classes that stay right, or that end a `disable_adapter` block in which the
@@ -38,45 +38,44 @@ def is_peft_model(model: object) -> bool:
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """(module path, wrapper) of PEFT's replacements."""
+    """PEFT's wrappers of modules with LoRA, each with the path of its module."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    inside = {id(m) for wrapper in _own_weights(model) for m in wrapper.modules()}
-    return [(path, m) for path, m in found if id(m) not in inside]
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    auxiliary = {id(m) for wrapper in _auxiliary_wrappers(model) for m in wrapper.modules()}
+    return [(path, m) for path, m in layers if id(m) not in auxiliary]
 
 
-def _own_weights(model: nn.Module) -> list[Any]:
+def _auxiliary_wrappers(model: nn.Module) -> list[Any]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
-def notes_of_peft(model: nn.Module) -> bool:
-    """Whether the model is marked as having PEFT adapters; checked in every call."""
-    return _NOTES[0] in vars(model)
+def has_peft_attributes(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters on the model; checked in every call."""
+    return _ATTRIBUTES[0] in vars(model)
 
 
 @dataclass
 class TakenOver:
-    """A model without wrappers, its `adapters` (tensors not copied), and those active by
-    default."""
+    """A model without wrappers, its `adapters` (tensors are not copied), and its `active` ones."""
 
     base: nn.Module
     adapters: dict[str, AdapterState]
     active: tuple[str, ...]
     _wrappers: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-    _notes: dict[str, Any] = field(default_factory=dict)
+    _attributes: dict[str, Any] = field(default_factory=dict)
     _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def restore(self) -> None:
         for parent, name, wrapper in reversed(self._wrappers):
             parent._modules[name] = wrapper
         self._wrappers.clear()
-        vars(self.base).update(self._notes)
-        self._notes.clear()
+        vars(self.base).update(self._attributes)
+        self._attributes.clear()
         for part, name in self._hidden:
             del vars(part)[name]
         self._hidden.clear()
@@ -89,14 +88,14 @@ def take_over(model: nn.Module) -> TakenOver:
     adapters of a part of the model, or none.
     """
     whole = is_peft_model(model)
-    what = "the PeftModel" if whole else f"the {type(model).__name__}"
+    label = "the PeftModel" if whole else f"the {type(model).__name__}"
     base = cast(Any, model).get_base_model() if whole else model
     layers = peft_layers(base)
     if not whole and not layers:
         raise CheckpointError(f"{type(model).__name__} is not a peft.PeftModel and holds no LoRA")
-    configs = _configs(model, layers, what)
+    configs = _configs(model, layers, label)
     _refuse_other_layers(layers)
-    tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _own_weights(base)]
+    tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _auxiliary_wrappers(base)]
     holders = [*(layer for _, layer in layers), *(layer for layer in tokens if layer is not None)]
     merged = sorted({name for layer in holders for name in layer.merged_adapters})
     if merged:
@@ -108,43 +107,43 @@ def take_over(model: nn.Module) -> TakenOver:
         name: AdapterState(
             config,
             _tensors_of(model, name),
-            f"{what}'s adapter {name!r}",
+            f"{label}'s adapter {name!r}",
             {path: layer.scaling[name] for path, layer in layers if name in layer.scaling},
         )
         for name, config in configs.items()
     }
     # Each layer applies those active adapters that it has.
-    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
+    active = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
     disabled = any(layer.disable_adapters for _, layer in layers)
-    taken = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(applied)))
-    _unwrap(taken)
+    taken_over = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(active)))
+    _unwrap(taken_over)
     if whole:
-        taken._hidden = _hide_methods(model)
-    return taken
+        taken_over._hidden = _hide_methods(model)
+    return taken_over
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors. PEFT expects trained tokens of every adapter: placeholders stand in."""
+    """An adapter's tensors. PEFT expects trained tokens of each one: placeholders stand in."""
     from peft.utils.other import TrainableTokensWrapper
 
-    absent = torch.empty(0)
+    placeholder = torch.empty(0)
     tensors: dict[str, Tensor] = {
-        f"{path}.token_adapter.trainable_tokens_delta.{name}": absent
+        f"{path}.token_adapter.trainable_tokens_delta.{name}": placeholder
         for path, module in model.named_modules()
         if isinstance(module, TrainableTokensWrapper)
     }
     # Not state_dict(): bitsandbytes modules change their weights in it.
     tensors.update(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    found = sys.modules["peft"].get_peft_model_state_dict(
+    saved = sys.modules["peft"].get_peft_model_state_dict(
         model, tensors, adapter_name=name, save_embedding_layers=False
     )
-    return {key: tensor.detach() for key, tensor in found.items() if tensor is not absent}
+    return {key: tensor.detach() for key, tensor in saved.items() if tensor is not placeholder}
 
 
-def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, PeftConfig]:
-    given = getattr(model, "peft_config", None)
-    if not isinstance(given, dict):
+def _configs(model: Any, layers: list[tuple[str, Any]], label: str) -> dict[str, PeftConfig]:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
         raise CheckpointError(
             f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
             f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
@@ -152,8 +151,8 @@ def _configs(model: Any, layers: list[tuple[str, Any]], what: str) -> dict[str, 
             "model"
         )
     return {
-        name: PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
-        for name, config in given.items()
+        name: PeftConfig.read(config, where=f"{label}'s adapter {name!r}")
+        for name, config in configs.items()
     }
 
 
@@ -178,11 +177,11 @@ def _unwrap(taken: TakenOver) -> None:
     from peft.tuners.lora import LoraLayer
 
     attributes = vars(taken.base)
-    taken._notes = {name: attributes.pop(name) for name in _NOTES if name in attributes}
-    wrappers = {id(wrapper) for wrapper in _own_weights(taken.base)}
-    inside = {id(m) for wrapper in _own_weights(taken.base) for m in wrapper.modules()}
+    taken._attributes = {name: attributes.pop(name) for name in _ATTRIBUTES if name in attributes}
+    wrappers = {id(wrapper) for wrapper in _auxiliary_wrappers(taken.base)}
+    auxiliary = {id(m) for wrapper in _auxiliary_wrappers(taken.base) for m in wrapper.modules()}
     parents = [
-        m for m in taken.base.modules() if not isinstance(m, LoraLayer) and id(m) not in inside
+        m for m in taken.base.modules() if not isinstance(m, LoraLayer) and id(m) not in auxiliary
     ]
     for parent in parents:
         for name, child in list(parent._modules.items()):
@@ -195,9 +194,9 @@ def _unwrap(taken: TakenOver) -> None:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The base model of a taken-over PeftModel; other models are returned."""
+    """The base model of a PeftModel that was taken over; any other model itself."""
     forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
-    if not isinstance(forward, partial) or forward.func is not _refuse:
+    if not isinstance(forward, partial) or forward.func is not _raise_taken_over:
         return model
     return cast(nn.Module, cast(Any, model).get_base_model())
 
@@ -207,20 +206,20 @@ def _hide_methods(peft_model: nn.Module) -> list[tuple[nn.Module, str]]:
     owner = type(peft_model).__name__
     for part in (peft_model, cast(nn.Module, peft_model.base_model)):
         bases = [base for base in type(part).__mro__ if base not in nn.Module.__mro__]
-        named = {name: value for base in bases for name, value in vars(base).items()}
+        attributes = {name: value for base in bases for name, value in vars(base).items()}
         methods = [
             name
-            for name, value in named.items()
+            for name, value in attributes.items()
             if isinstance(value, FunctionType) and not (name[0] == "_" or hasattr(nn.Module, name))
         ]
         for name in dict.fromkeys([*_OF_MODULES, *methods]):
             if name not in vars(part) and name not in _HARMLESS:
-                vars(part)[name] = partial(_refuse, owner, name)
+                vars(part)[name] = partial(_raise_taken_over, owner, name)
                 hidden.append((part, name))
     return hidden
 
 
-def _refuse(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
+def _raise_taken_over(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
     raise CaptureError(
         f"{owner}.{name}: lorafx took over the adapters of this {owner}, so it has none "
         "now. Use the model that lorafx.compile (or attach) returned, or detach() that "

@@ -6,9 +6,9 @@ If a name packs several sites, B is split by their output sizes and A is shared.
 the configured rank, which s = α/r comes from. All problems of a file are found before anything is
 raised, and reading changes nothing.
 
-Targeted modules without factors keep W: correct for a language adapter whose `q_proj` also matches
-the vision tower, but indistinguishable from lost tensors. So there is a warning, or an error if
-`strict`. It covers the selected sites and parts, or, if adapters were the selection, every module.
+Targeted modules without factors keep W. That is right for a language adapter whose `q_proj` also
+matches the vision tower, but cannot be told from lost tensors. So there is a warning, or an error
+if `strict`, about the selected sites and parts, or about all modules if adapters select them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lorafx.adapter_store.findings import (
     Unsupported,
     check_shape,
     check_sound,
+    equal,
     listed,
     path_label,
-    same,
 )
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import (
@@ -65,10 +65,10 @@ from lorafx.model.packed_names import spans
 from lorafx.model.sites import Site
 from lorafx.registry import is_empty, lookup
 
-#: With `save_embedding_layers`, which a grown vocabulary enables, `save_pretrained` writes
-#: embeddings and heads with everything in their wrappers.
+#: With `save_embedding_layers`, which a larger vocabulary enables, `save_pretrained` writes
+#: embeddings and heads with the contents of their wrappers.
 _WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
-#: Vectors over outputs: the field that enables them, and their keys' end.
+#: Vectors over outputs: the field that enables them, and the end of their keys.
 _VECTORS: Mapping[When, tuple[str, str]] = {
     "dora": ("use_dora", "lora_magnitude_vector"),
     "bias": ("lora_bias", "lora_B.bias"),
@@ -84,8 +84,8 @@ class AdapterTargets(NamedTuple):
 
 
 def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
-    """The modules of `model` that an adapter's keys name, under current names, and its largest
-    rank. Raises as `read_adapter`, except for shapes and placement."""
+    """The modules of `model` that an adapter's keys name, by their current names, and its largest
+    rank. Raises as `read_adapter`, but does not check shapes and places."""
     modules: dict[str, None] = {}
     rank = 0
     state, places = load_state(source, model), Places((), model)
@@ -120,20 +120,22 @@ def read_adapter(
             and packed names of separate sites (`LoraConfig.packed_modules`).
         model: root module of `sites`, with whose weights saved copies are compared.
         max_rank: largest rank of the banks.
-        lora_config: the selection of `sites`. If adapters' targets were the selection, modules that
-            are no sites count as left out too.
+        lora_config: selected the `sites`. If it used adapters' targets, modules that are no sites
+            can lack factors too.
         strict: a targeted module without factors is a problem, not a warning.
 
     Raises:
         UnsupportedAdapterError: arithmetic beyond LoRA.
-        CapacityError: only ranks over `max_rank`, or no room for replaced weights.
-        CheckpointError: anything else, all problems of the file at once.
+        CapacityError: all problems are of ranks over `max_rank` or room for replaced weights.
+        CheckpointError: otherwise. The error has all problems of the file.
     """
     state = load_state(source, model, warn=warn)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
-    missing = () if reading.unknown else tuple(dict.fromkeys(_Search(reading, lora_config).run()))
+    # The factors of a renamed module are not missing as well.
+    search = () if reading.unknown else _MissingFactors(reading, lora_config).paths()
+    missing = tuple(dict.fromkeys(search))
     total = len(missing) + len(reading.landings) + len(reading.experts.paths)
     left_out = (
         f"its configuration targets {total} modules here, but its file has no factors for "
@@ -155,7 +157,7 @@ def read_adapter(
         weights,
         findings.largest,
         state.where,
-        own=reading.extras.own,
+        own_weights=reading.extras.own_weights,
         replaces_biases=state.config.bias != "none",
         compared=reading.compared,
         invocation=state.config.invocation,
@@ -178,11 +180,11 @@ def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int) -> int:
 
 
 class Reading:
-    """A checkpoint on its way into factors by site.
+    """Reads the tensors of a checkpoint into factors by site.
 
     Attributes:
-        landings, factors: targets of factors, and their keys by letter.
-        unselected, unknown: saved paths without a site, and without any meaning.
+        landings, factors: the places of factors, and the keys of each place by letter.
+        unselected, unknown: saved paths of modules that are no sites, and of no module.
         decoded: part paths with factors, except experts'.
         compared: as in `Adapter`.
     """
@@ -190,7 +192,7 @@ class Reading:
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
         self.state, self.config, self.places = findings.state, findings.config, findings.places
-        self.problems, self.closed = findings.problems, findings.closed
+        self.problems, self.unavailable = findings.problems, findings.unavailable
         self.landings: dict[object, SiteLanding] = {}
         self.factors: dict[object, dict[str, FactorKey]] = {}
         self.unselected: dict[str, nn.Module] = {}
@@ -209,20 +211,20 @@ class Reading:
                 continue
             with self.findings.noting():
                 if factor is None:
-                    self._other_key(key)
+                    self._check_other_key(key)
                 else:
                     self._place(factor)
         decoded: dict[str, LoraWeights] = {}
         saved_as: dict[str, str] = {}
-        for meant, landing in self.landings.items():
+        for place, landing in self.landings.items():
             with self.findings.noting():
-                for path, weights in self._decode(landing, self.factors[meant]):
+                for path, weights in self._decode(landing, self.factors[place]):
                     if path in decoded:
                         raise Problem(
                             f"{landing.saved} and {saved_as[path]} both have factors for "
                             f"{path_label(path)}; keep one"
                         )
-                    if weights.magnitude is not None and path in self.extras.own:
+                    if weights.magnitude is not None and path in self.extras.own_weights:
                         raise Unsupported(
                             f"{path}: the norms of DoRA are those of the base weight, and the "
                             "adapter has a weight of its own there"
@@ -236,41 +238,41 @@ class Reading:
                 "have its own norms, which lorafx does not support"
             )
         self._report_placement()
-        found = self.extras.with_biases(decoded)
+        with_biases = self.extras.with_biases(decoded)
         sites = [site for item in self.landings.values() for site, _ in item.places]
         self.extras.refuse_absent_biases(sites)
-        self.decoded.update(found)
-        some = self.factors or self.experts.paths or self.extras.keys or found
-        if not (some or self.unknown or self.unselected or self.closed):
+        self.decoded.update(with_biases)
+        placed = self.factors or self.experts.paths or self.extras.keys or with_biases
+        if not (placed or self.unknown or self.unselected or self.unavailable):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
-        return found | experts
+        return with_biases | experts
 
     def _place(self, factor: FactorKey) -> None:
-        found = self.places.meaning(factor.module)
-        if found is None:
+        place = self.places.meaning(factor.module)
+        if place is None:
             self.unknown[factor.module] = None
             return
-        if isinstance(found, ExpertPlace):
-            self.experts.take(factor, found)
+        if isinstance(place, ExpertPlace):
+            self.experts.take(factor, place)
             return
-        if isinstance(found, nn.Module):
-            if not is_empty(found):  # else B A has no numbers either
-                self.unselected[without_prefix(factor.module)] = found
+        if isinstance(place, nn.Module):
+            if not is_empty(place):  # else B A has no numbers either
+                self.unselected[without_prefix(factor.module)] = place
             return
-        if found.missing:
-            self.closed[found.saved] = found.missing
+        if place.reason:
+            self.unavailable[place.saved] = place.reason
             return
-        self.landings.setdefault(found.key, found)
-        factors = self.factors.setdefault(found.key, {})
-        site = found.places[0][0]
+        self.landings.setdefault(place.key, place)
+        factors = self.factors.setdefault(place.key, {})
+        site = place.places[0][0]
         kind = site.eligible.kind
         if factor.letter in "AB" and factor.embedding != (kind == "embedding"):
             raise Problem(
-                f"{factor.key}: {factor.factor} on {_label(found)}, which is "
+                f"{factor.key}: {factor.factor} on {_label(place)}, which is "
                 f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
             )
         first = factors.setdefault(factor.letter, factor)
-        self.findings.check_same(factor, first.key, _label(found))
+        self.findings.check_same(factor, first.key, _label(place))
 
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
@@ -278,9 +280,9 @@ class Reading:
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
         label = _label(landing)
-        lacks = [letter for letter in "AB" if letter not in keys]
-        if lacks:
-            raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {lacks[0]}")
+        absent = [letter for letter in "AB" if letter not in keys]
+        if absent:
+            raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {absent[0]}")
         a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
         rank = a.shape[0] if a.dim() == 2 else 0
         places = self._covered(landing)
@@ -300,10 +302,10 @@ class Reading:
                 f"over the slices of {label}: it covers {covered}, {n} rows in all (and r = "
                 f"{rank}); declare with packed_modules which slices each name covers"
             )
-        owner, times = self.places.carried(landing.saved)
-        name = self.config.name_of(owner, places[0][0].eligible.weight)
-        s = self.findings.scale(label, name, landing.saved, rank)
-        if s is None:
+        configured, repeats = self.places.configured_module(landing.saved)
+        name = self.config.name_of(configured, places[0][0].eligible.weight)
+        scale = self.findings.scale(label, name, landing.saved, rank)
+        if scale is None:
             return
         m = self._vector("dora", label, keys.get("m"), places, n)
         bias = self._vector("bias", label, keys.get("b"), places, n)
@@ -323,19 +325,17 @@ class Reading:
                             f"{label}: DoRA's norm is over all inputs, which several ranks share "
                             "here"
                         )
-            weights = LoraWeights(part_a, part_b, times * s, magnitude=part_m, bias=part_bias)
+            weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
             yield site.part_path(index), weights
 
     def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
-        """The parts that the factors are for: of a name without declared slices those that the rows
-        of B determine beside the rows of the other names, or all, which it cannot be for."""
+        """The parts that the factors are for. For a name without declared slices, the rows of B of
+        all such names determine them; if they do not, all parts, which no factors fit."""
         if not landing.undeclared:
             return landing.places
         names = landing.places[0][0].undeclared
         keys = [self.factors.get(replace(landing, undeclared=name).key, {}) for name in names]
-        shapes = (
-            self.state.tensors[found["B"].key].shape if "B" in found else None for found in keys
-        )
+        shapes = (self.state.tensors[k["B"].key].shape if "B" in k else None for k in keys)
         rows = [None if shape is None else next(iter(shape), 0) for shape in shapes]
         sizes = [saved_sizes(place)[1] for place in landing.places]
         possible = spans(sizes, rows)[names.index(landing.undeclared)]
@@ -348,8 +348,8 @@ class Reading:
         check_sound(key_a, a)
         check_sound(key_b, b)
         site = landing.places[0][0]
-        made = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
-        if made is None:
+        pair = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
+        if pair is None:
             conv = convolution_of(site.module)
             kernel = ", ".join(map(str, conv.kernel_size))
             groups = "" if conv.groups == 1 else f" / {conv.groups}"
@@ -358,7 +358,7 @@ class Reading:
                 f"{key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} needs "
                 f"(r, {conv.in_channels}, {kernel}) and ({conv.out_channels}, r{groups}{ones})"
             )
-        return made
+        return pair
 
     def _vector(
         self,
@@ -368,24 +368,24 @@ class Reading:
         places: tuple[SitePart, ...],
         count: int,
     ) -> Tensor | None:
-        """DoRA's m, or lora_B's bias, of a landing (count,)."""
+        """DoRA's m, or lora_B's bias, of a landing, (count,)."""
         flag, ending = _VECTORS[name]
-        wanted, layer = getattr(self.config, flag), places[0][0].eligible.kind
+        is_set, kind = getattr(self.config, flag), places[0][0].eligible.kind
         if factor is None:
-            if wanted and not (name == "bias" and layer == "embedding"):
+            if is_set and not (name == "bias" and kind == "embedding"):
                 raise Problem(f"{flag} is set, but {label} has no {ending}")
             return None
-        if not wanted:
+        if not is_set:
             raise Unsupported(f"{factor.key} is there, but {flag} is not set")
         vector = self.state.tensors[factor.key]
-        if layer == "conv" and vector.dim() > 1:
+        if kind == "conv" and vector.dim() > 1:
             vector = vector.flatten()  # (1, N, 1, ...)
         sites = [site for site, _ in places]
         check_vector(EXTRAS[name], factor.key, vector, label, sites, count)
         return vector
 
-    def _other_key(self, key: str) -> None:
-        if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
+    def _check_other_key(self, key: str) -> None:
+        if key.endswith(TRAINING_KEYS) or self._is_wrappers_copy(key):
             return
         owner, _, attribute = key.rpartition(".")
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
@@ -393,7 +393,7 @@ class Reading:
             raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
         self.compared = True
         tensor = self.state.tensors[key]
-        if not same(tensor, base):
+        if not equal(tensor, base):
             raise Problem(
                 f"{key} {tuple(tensor.shape)} is a base weight that differs from "
                 f"the model's {tuple(base.shape)}; load it into the base model (after "
@@ -401,13 +401,13 @@ class Reading:
                 "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
             )
 
-    def _is_beside_own(self, key: str) -> bool:
-        """Whether `key` is a wrapper's copy of a replaced weight, or of the base weight."""
+    def _is_wrappers_copy(self, key: str) -> bool:
+        """Whether `key` is a wrapper's copy of a replaced weight, or of the base's."""
         copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
         if copy is None or trained not in self.extras.keys:
             return False
         tensors = self.state.tensors
-        return copy[1] == "original_module" or same(tensors[key], tensors[trained])
+        return copy[1] == "original_module" or equal(tensors[key], tensors[trained])
 
     def _report_placement(self) -> None:
         for path, module in self.unselected.items():
@@ -418,9 +418,9 @@ class Reading:
                 else f"{path_label(path)} exists but was not selected to carry LoRA; add it to "
                 f"{TARGETS}"
             )
-        self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
+        self.problems.extend(f"{path}: {reason}" for path, reason in self.unavailable.items())
         known = len(self.unselected) + len(self.factors)
-        known += len(self.closed.keys() | self.experts.paths)
+        known += len(self.unavailable.keys() | self.experts.paths)
         total = len(self.unknown) + known
         names = list(self.unknown)
         if len(names) > total / 2:
@@ -434,8 +434,8 @@ class Reading:
                 f"AdapterSource(..., key_mapping=...) would say: {examples}",
             )
             return
-        for at, path in enumerate(names):
-            hint = self.places.nearest(path) if at < 10 else ""
+        for i, path in enumerate(names):
+            hint = self.places.nearest(path) if i < 10 else ""
             self.problems.append(f"{path}: no such module in this model{hint}")
 
 
@@ -448,25 +448,25 @@ def _label(landing: SiteLanding) -> str:
     return path_label(landing.saved)
 
 
-class _Search:
-    """Targeted paths without factors. The factors of a renamed module are not missing as well."""
+class _MissingFactors:
+    """Finds targeted paths without factors."""
 
     def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
         self.reading, self.places, self.config = reading, reading.places, reading.config
         selection = selection or LoraConfig()
-        #: Whether the adapters were the selection, so that no module was left out of it.
-        self.whole = isinstance(selection.target_modules, targets.AdapterNames)
+        #: Whether the adapters' targets select the sites, so that all modules may lack factors.
+        self.by_adapters = isinstance(selection.target_modules, targets.AdapterNames)
         self.exclude = targets.checked(selection.exclude_modules, "exclude_modules")
 
-    def run(self) -> Iterator[str]:
+    def paths(self) -> Iterator[str]:
         modules = dict(self._modules())
         yield from modules
         yield from self._packed({id(module) for module in modules.values()})
         yield from self._experts()
 
-    def _counts(self, path: str, module: nn.Module | None) -> bool:
-        """Whether a module that is no site, or a module of a packed name, counts."""
-        if not self.whole:
+    def _is_expected(self, path: str, module: nn.Module | None) -> bool:
+        """Whether a module that is no site, None for a packed name, should have factors."""
+        if not self.by_adapters:
             return False
         entry = None if module is None else lookup(module)
         if module is not None and entry is None and not module._parameters:
@@ -477,12 +477,12 @@ class _Search:
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         reading, config = self.reading, self.config
-        got = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
-        got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
+        named = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
+        named |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
         sites = self.places.selected_modules()
         for path, module in self.places.named_modules():
-            counts = id(module) in sites or self._counts(path, module)
-            if id(module) in got or not counts or is_empty(module):
+            expected = id(module) in sites or self._is_expected(path, module)
+            if id(module) in named or not expected or is_empty(module):
                 continue
             parameters = module._parameters.items() if config.target_parameters else ()
             matrices = (
@@ -495,42 +495,42 @@ class _Search:
         """Packed names that PEFT would have given factors, beyond the `missing` modules."""
         reading = self.reading
         for path, landing in self.places.packed_names().items():
-            found = landing.places
-            got = any(site.part_path(i) in reading.decoded for site, i in found)
+            places = landing.places
+            decoded = any(site.part_path(i) in reading.decoded for site, i in places)
             if landing.undeclared:
                 whole = replace(landing, undeclared="").key
-                got = landing.key in reading.landings or whole in reading.landings
-            said = all(id(site.module) in missing for site, _ in found)
-            if got or said or path in reading.closed:
+                decoded = landing.key in reading.landings or whole in reading.landings
+            reported = all(id(site.module) in missing for site, _ in places)
+            if decoded or reported or path in reading.unavailable:
                 continue
-            selected = any(site.parts[i].selected for site, i in found)
-            if (selected or self._counts(path, None)) and self.config.matches(path):
+            selected = any(site.parts[i].selected for site, i in places)
+            if (selected or self._is_expected(path, None)) and self.config.matches(path):
                 yield path
 
     def _experts(self) -> Iterator[str]:
-        found = self.reading.experts
-        if not self.config.target_parameters and not found.singly:
+        reading = self.reading.experts
+        if not self.config.target_parameters and not reading.singly:
             return
         for path, module in self.places.named_modules():
             experts = self.places.experts_of(module, path)
-            if experts is None or any(closed.startswith(path) for closed in self.reading.closed):
+            if experts is None or any(p.startswith(path) for p in self.reading.unavailable):
                 continue
             for weight in experts.weights:
-                whole = weight.path(path)
-                touched = found.touched.get((id(module), weight.name), set())
-                if not (weight.name in experts.sites or self._counts(whole, module)):
+                weight_path = weight.path(path)
+                touched = reading.touched.get((id(module), weight.name), set())
+                if not (weight.name in experts.sites or self._is_expected(weight_path, module)):
                     continue
-                if not self.config.targets_parameter(whole):
-                    yield from self._single(weight, path, touched)
+                if not self.config.targets_parameter(weight_path):
+                    yield from self._projections(weight, path, touched)
                 elif not touched:
-                    yield whole
+                    yield weight_path
 
-    def _single(self, weight: ExpertWeight, path: str, touched: set[Columns]) -> Iterator[str]:
-        """Single experts' projections that PEFT gave factors before experts were fused."""
+    def _projections(self, weight: ExpertWeight, path: str, touched: set[Columns]) -> Iterator[str]:
+        """Projections of single experts, which PEFT gave factors before experts were fused."""
         known = set(touched)
         halves = [(name, half) for name in PROJECTIONS if (half := covers(weight, name))]
         for (name, half), expert in product(halves, range(weight.experts)):
-            alike = {(h, expert) for h in overlapping(half)}
-            if known.isdisjoint(alike) and self.config.matches(f"{path}.{expert}.{name}"):
+            columns = {(h, expert) for h in overlapping(half)}
+            if known.isdisjoint(columns) and self.config.matches(f"{path}.{expert}.{name}"):
                 known.add((half, expert))
                 yield f"{path}.{expert}.{name}"

@@ -6,10 +6,10 @@
     model.layers.0.block_sparse_moe.gate   an older name of model.layers.0.mlp.gate
     mlp.experts.3.gate_proj            the gate of expert 3
     mlp.experts.gate_up_proj           the parameter, of all experts
-    mlp.experts, mlp.experts.base_layer    a parameter in PEFT's wrapper, told by configuration and
-                                       shapes
+    mlp.experts, mlp.experts.base_layer    a parameter in PEFT's wrapper, which the configuration
+                                       and the shapes tell
 
-A *landing* is parts of sites in the order of the saved B's rows.
+A *landing* consists of parts of sites, in the order of the saved B's rows.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SitePart = tuple["Site", int]
 @dataclass(frozen=True)
 class SiteLanding:
     """Parts of sites, in the order of B's rows, that the path `saved` means. `undeclared`: a name
-    whose slices, among `places`, only B's rows tell. `missing`: why factors may not be here."""
+    whose slices, among `places`, only B's rows tell. `reason`: why factors may not be here."""
 
     places: tuple[SitePart, ...]
     saved: str
     undeclared: str = ""
-    missing: str = ""
+    reason: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -51,7 +51,7 @@ class SiteLanding:
 
 
 def saved_sizes(place: SitePart) -> tuple[int, int]:
-    """(K, N) of a part in a checkpoint: of the unsharded module."""
+    """(K, N) of a part in a checkpoint, where it is not sharded."""
     site, index = place
     part = site.parts[index]
     if site.eligible.sharding is None:
@@ -62,7 +62,7 @@ def saved_sizes(place: SitePart) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class Experts:
-    """Routed experts: both `weights` in registration order, and selected `sites` by parameter."""
+    """Routed experts: both `weights` in registration order, selected `sites` by parameter."""
 
     path: str
     module: nn.Module
@@ -76,8 +76,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """The meaning of the path `saved` among routed experts; `reason`: why factors have no place, or
-    "".
+    """The meaning of the path `saved` among routed experts; `reason`: why it cannot have factors,
+    or "".
 
     Attributes:
         weight: the parameter; None where PEFT's wrapper leaves it open.
@@ -94,7 +94,7 @@ class ExpertPlace:
     reason: str = ""
 
 
-#: Of a saved path.
+#: What a saved path may mean.
 SavedMeaning = SiteLanding | ExpertPlace | nn.Module | None
 
 
@@ -120,26 +120,26 @@ class Places:
     def meaning(self, path: str) -> SavedMeaning:
         """The meaning of `path`; a returned module is neither a site nor routed experts."""
         if path not in self._meanings:
-            readings = (self._meaning(*reading) for reading in self._readings(path))
-            self._meanings[path] = next((found for found in readings if found is not None), None)
+            meanings = (self._meaning(*reading) for reading in self._readings(path))
+            self._meanings[path] = next((m for m in meanings if m is not None), None)
         return self._meanings[path]
 
     def _meaning(self, reading: str, saved: str) -> SavedMeaning:
         walked = self._names.walk(reading)
-        site = None if walked.rest else self._by_module.get(id(walked.module))
+        site = None if walked.remaining else self._by_module.get(id(walked.module))
         if site is not None:
-            return _checked(tuple((site, i) for i in range(len(site.parts))), saved)
-        packed = self._packed.get(without_compiled(walked.whole))
+            return _landing(tuple((site, i) for i in range(len(site.parts))), saved)
+        packed = self._packed.get(without_compiled(walked.full_path))
         if packed is not None:
             return replace(packed, saved=saved)
         experts = self.experts_of(walked.module, walked.path)
-        if experts is not None and walked.rest in ((), (NESTED,)):
-            return ExpertPlace(experts, saved, nested=bool(walked.rest))
-        meant = None if experts is None else meaning(experts.weights, walked.rest)
-        if experts is None or meant is None:
-            return None if walked.rest else walked.module
-        place = meant.weight, meant.half, meant.expert
-        return ExpertPlace(experts, saved, *place, reason=meant.wrong)
+        if experts is not None and walked.remaining in ((), (NESTED,)):
+            return ExpertPlace(experts, saved, nested=bool(walked.remaining))
+        expert_meaning = None if experts is None else meaning(experts.weights, walked.remaining)
+        if experts is None or expert_meaning is None:
+            return None if walked.remaining else walked.module
+        place = expert_meaning.weight, expert_meaning.half, expert_meaning.expert
+        return ExpertPlace(experts, saved, *place, reason=expert_meaning.wrong)
 
     def experts_of(self, module: nn.Module, path: str) -> Experts | None:
         """`module` at `path` as routed experts, selected or not."""
@@ -152,11 +152,11 @@ class Places:
 
     def module(self, path: str) -> nn.Module | None:
         walked = self._names.walk(self.current(path))
-        return None if walked.rest else walked.module
+        return None if walked.remaining else walked.module
 
-    def carried(self, saved: str) -> tuple[str, int]:
-        """The configured module of the factors at `saved` (`mha` for `mha.base_layer.out_proj`, a
-        child that it carries), and how often PEFT adds their delta."""
+    def configured_module(self, saved: str) -> tuple[str, int]:
+        """The path in PEFT's configuration of the factors at `saved`, and how often PEFT adds their
+        delta: `mha` for `mha.base_layer.out_proj`, a child whose factors `mha` carries."""
         wrapper, _, name = saved.rpartition(".")
         if wrapper.rpartition(".")[2] != NESTED:
             return saved, 1
@@ -170,13 +170,13 @@ class Places:
         return self._by_module.get(id(module))
 
     def current(self, path: str) -> str:
-        """The model's name of saved `path`; an unknown path only loses prefixes."""
-        best, left = without_prefix(path), 2
+        """The model's name for the saved `path`; of an unknown path only prefixes are removed."""
+        best, remaining = without_prefix(path), 2
         for reading, _ in self._readings(path):
             walked = self._names.walk(reading)
-            if len(walked.rest) < left:
-                best, left = walked.whole, len(walked.rest)
-            if not left:
+            if len(walked.remaining) < remaining:
+                best, remaining = walked.full_path, len(walked.remaining)
+            if not remaining:
                 break
         return best
 
@@ -185,11 +185,11 @@ class Places:
 
     def selected_modules(self) -> set[int]:
         sites = self._by_module.values()
-        found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
-        return found | {key for key, experts in self._experts.items() if experts.sites}
+        modules = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
+        return modules | {key for key, experts in self._experts.items() if experts.sites}
 
     def packed_names(self) -> Mapping[str, SiteLanding]:
-        """The meanings of unpacked and packed names beside the sites', by path."""
+        """The meanings of names of parts and of packed names, by path."""
         return self._packed
 
     def nearest(self, path: str) -> str:
@@ -201,10 +201,10 @@ class Places:
         return nearest_names(without_prefix(path), self._known)
 
     def _readings(self, path: str) -> Iterator[tuple[str, str]]:
-        """(path in the model, path as saved): unchanged, then renamed."""
+        """Yields (path in the model, path as saved), first unchanged, then renamed."""
         known: dict[str, str] = {}
         if path.count(PREFIX) > 1:
-            # PEFT around PEFT: outer factors are for weights changed by inner ones.
+            # PEFT inside PEFT: the outer factors are for weights that the inner ones change.
             yield from ((saved, saved) for saved in candidates(path))
             return
         for saved in candidates(path):
@@ -235,13 +235,13 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
         for membership in site.member_of:
             for path in virtual_paths(paths, membership.name):
                 members.setdefault(path, []).append((membership, site))
-    joined = {path: _joined(found) for path, found in members.items()}
-    return joined | undeclared | {path: _only(found) for path, found in named.items()}
+    packed = {path: _packed_landing(items) for path, items in members.items()}
+    return packed | undeclared | {path: _part_landing(parts) for path, parts in named.items()}
 
 
-def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
-    closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
-    return SiteLanding(places, saved, missing=not_selected(closed) if closed else "")
+def _landing(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
+    unselected = [site.part_path(i) for site, i in places if not site.parts[i].selected]
+    return SiteLanding(places, saved, reason=not_selected(unselected) if unselected else "")
 
 
 def not_selected(names: Sequence[str]) -> str:
@@ -249,22 +249,20 @@ def not_selected(names: Sequence[str]) -> str:
     return f"{', '.join(names)} exists but was not selected; add it to {TARGETS}"
 
 
-def _only(places: Sequence[SitePart]) -> SiteLanding:
+def _part_landing(places: Sequence[SitePart]) -> SiteLanding:
     if len(places) == 1:
-        return _checked(tuple(places), "")
+        return _landing(tuple(places), "")
     owners = ", ".join(site.path for site, _ in places)
-    missing = f"it is packed in each of {owners}; assign it to one of them with packed_modules"
-    return SiteLanding(tuple(places), "", missing=missing)
+    reason = f"it is packed in each of {owners}; assign it to one of them with packed_modules"
+    return SiteLanding(tuple(places), "", reason=reason)
 
 
-def _joined(found: Sequence[tuple[Membership, Site]]) -> SiteLanding:
-    found = sorted(found, key=lambda item: item[0].index)
-    places = tuple((site, i) for _, site in found for i in range(len(site.parts)))
-    count = found[0][0].count
-    if [membership.index for membership, _ in found] == list(range(count)):
+def _packed_landing(members: Sequence[tuple[Membership, Site]]) -> SiteLanding:
+    members = sorted(members, key=lambda item: item[0].index)
+    places = tuple((site, i) for _, site in members for i in range(len(site.parts)))
+    count = members[0][0].count
+    if [membership.index for membership, _ in members] == list(range(count)):
         return SiteLanding(places, "")
-    names = ", ".join(site.path for _, site in found)
-    missing = (
-        f"it packs {count} modules, but only {names} was selected; add the others to {TARGETS}"
-    )
-    return SiteLanding(places, "", missing=missing)
+    names = ", ".join(site.path for _, site in members)
+    reason = f"it packs {count} modules, but only {names} was selected; add the others to {TARGETS}"
+    return SiteLanding(places, "", reason=reason)

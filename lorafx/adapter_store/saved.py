@@ -1,4 +1,4 @@
-"""From a source of an adapter to its tensors and its configuration, and the form of all readers.
+"""Reads the tensors and the configuration of an adapter from its source, without interpreting them.
 
     source ─▶ Saved, in a dialect ─▶ AdapterState, in PEFT's names
 
@@ -7,12 +7,12 @@
     owner/name                      on the Hugging Face hub, by huggingface_hub
     bytes, or tensors by name       in memory
 
-Untrusted files yield tensors or a CheckpointError, in memory proportional to their size. Names
+Untrusted files yield tensors or a CheckpointError, with memory proportional to their size. Names
 inside a file are never used as paths.
 
 `torch.load(weights_only=True)` runs no code, but inflates compressed entries of any size, lets a
 tensor claim more numbers than were saved, and fails in many ways on damaged pickles. So the sizes
-of entries and tensors are compared with that of the file.
+of entries and tensors are compared with the size of the file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 #: Only these files of a repository are downloaded.
 _DOWNLOADED = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
 #: Tensors by name, and metadata.
-_Read = tuple[dict[str, Tensor], dict[str, str]]
+_Contents = tuple[dict[str, Tensor], dict[str, str]]
 #: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
 Stamp: TypeAlias = tuple[int, int, int]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -64,8 +64,8 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, eq=False)
 class AdapterSource:
-    """Where an adapter comes from, with settings that its files lack; accepted wherever an
-    adapter's folder is.
+    """Where an adapter comes from, with settings that its files lack; accepted wherever the folder
+    of an adapter is.
 
     Attributes:
         source: a folder; a file (safetensors, or a pickle of tensors); a name on the Hugging Face
@@ -103,7 +103,7 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Ada
 
 @dataclass(frozen=True)
 class Saved:
-    """A source's tensors by key, configuration, and safetensors metadata; `where` in messages."""
+    """A source's tensors by key, its configuration and metadata; `where` names it in messages."""
 
     tensors: Mapping[str, Tensor]
     fields: Mapping[str, Any] | PeftConfig | None
@@ -134,47 +134,47 @@ class AdapterState:
 
 
 class Origin(NamedTuple):
-    """Where an adapter can be read again: its absolute path with the settings given, and a stamp of
-    each file."""
+    """Where an adapter can be read again: its absolute path, the settings for reading it, and a
+    stamp of each of its files."""
 
     source: AdapterSource
     path: Path
     files: Mapping[str, Stamp]
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError where a file is not what it was."""
-        now = _stamps(self.path)
-        for file in sorted({*self.files, *now}):
-            old, new = self.files.get(file), now.get(file)
+        """Raise CheckpointError if a file has changed."""
+        stamps = _stamps(self.path)
+        for file in sorted({*self.files, *stamps}):
+            old, new = self.files.get(file), stamps.get(file)
             if old is None or new is None:
-                what = f"{file} is {'new' if old is None else 'gone'}"
+                change = f"{file} is {'new' if old is None else 'gone'}"
             elif old[1] != new[1]:
-                what = f"{file} had {old[1]} bytes and has {new[1]}"
+                change = f"{file} had {old[1]} bytes and has {new[1]}"
             else:
-                what = f"{file} was written again"
+                change = f"{file} was written again"
             if old != new:
                 raise CheckpointError(
                     f"adapter {name!r} has to be read again, because "
                     "LoraConfig(max_host_bytes=...) left no room for it in host memory, and "
-                    f"{self.path} is not what it was: {what}. load_adapter() loads what is there "
+                    f"{self.path} is not what it was: {change}. load_adapter() loads what is there "
                     "now"
                 )
 
 
 def origin_of(source: Any) -> Origin | None:
-    """The origin of `source`; None in memory or on the hub."""
-    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    if isinstance(given.source, Saved):
-        known = given.source.origin
-        return known and known._replace(source=replace(known.source, component=given.component))
-    if not isinstance(given.source, (str, os.PathLike)) or not os.path.exists(given.source):
+    """The origin of `source`; None if it is in memory or on the hub."""
+    adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    if isinstance(adapter.source, Saved):
+        old = adapter.source.origin
+        return old and old._replace(source=replace(old.source, component=adapter.component))
+    if not isinstance(adapter.source, (str, os.PathLike)) or not os.path.exists(adapter.source):
         return None
-    path = Path(os.path.abspath(given.source))
-    return Origin(replace(given, source=path), path, _stamps(path))
+    path = Path(os.path.abspath(adapter.source))
+    return Origin(replace(adapter, source=path), path, _stamps(path))
 
 
 def _stamps(path: Path) -> dict[str, Stamp]:
-    """What changes when one of an adapter's files is written, by name."""
+    """The stamps of an adapter's files, by name."""
     try:
         if path.is_dir():
             kinds = (".json", *SUFFIXES)
@@ -182,41 +182,41 @@ def _stamps(path: Path) -> dict[str, Stamp]:
         else:
             beside = path.parent / CONFIG_FILE
             files = [path, beside] if beside.is_file() else [path]
-        found = {file.name: file.stat() for file in files}
-    except (OSError, ValueError):  # ValueError: no path at all, with a null byte
+        stats = {file.name: file.stat() for file in files}
+    except (OSError, ValueError):  # ValueError: a null byte, which no path has
         return {}
-    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
 
-def opened(given: AdapterSource) -> Saved:
-    """Tensors and configuration of `given`; raises CheckpointError or UnsupportedAdapterError."""
-    source = given.source
+def read_source(adapter: AdapterSource) -> Saved:
+    """Tensors and configuration of `adapter`; raises CheckpointError or UnsupportedAdapterError."""
+    source = adapter.source
     if isinstance(source, Saved):
-        return replace(source, component=given.component)
+        return replace(source, component=adapter.component)
     if isinstance(source, Mapping):
         where = "the given mapping"
-        return _saved(given, (_plain(source, where), {}), where, None)
+        return _saved(adapter, (_dense_tensors(source, where), {}), where, None)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
-        return _saved(given, _from_bytes(content), f"{len(content)} bytes", None)
+        return _saved(adapter, _read_bytes(content), f"{len(content)} bytes", None)
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
             "an adapter is read from a folder, a file, a name on the hub, bytes or a mapping of "
             f"tensors, not from a {type(source).__name__}"
         )
     path = Path(source)
-    if isinstance(source, str) and is_name(source) and not os.path.lexists(source):
-        path = _downloaded(source, given.revision)
-    return _at(given, path)
+    if isinstance(source, str) and is_hub_name(source) and not os.path.lexists(source):
+        path = _download(source, adapter.revision)
+    return _read_path(adapter, path)
 
 
-def is_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
     """Whether `source` reads "owner/name"."""
     return _HUB_NAME.fullmatch(source) is not None
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
-    """The repository's snapshot folder. Raises CheckpointError if huggingface_hub cannot get it."""
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of the repository's snapshot; CheckpointError if huggingface_hub cannot get it."""
     absent = f"adapter folder {name} does not exist here"
     try:
         from huggingface_hub import snapshot_download
@@ -237,65 +237,65 @@ def _downloaded(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _at(given: AdapterSource, path: Path) -> Saved:
+def _read_path(adapter: AdapterSource, path: Path) -> Saved:
     before = _stamps(path)
     try:
         single, exists = path.is_file(), path.exists()
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     if not exists:
-        where = (
+        advice = (
             "give the name as a string to have it looked for on the hub"
-            if is_name(str(path))
+            if is_hub_name(str(path))
             else 'name a folder or a file, or an adapter on the hub ("owner/name")'
         )
-        raise CheckpointError(f"adapter folder {path} does not exist; {where}")
+        raise CheckpointError(f"adapter folder {path} does not exist; {advice}")
     folder = path.parent if single else path
     configured = (folder / CONFIG_FILE).exists() and (not single or path.name in WEIGHTS)
     fields = None
-    if given.config is None and (configured or not folder.is_dir()):
-        fields = _checked(*raw_fields(folder))
-    file = path if single else _weights(folder)
-    read = _from_file(file)
-    now = _stamps(path)
-    for name in (file.name, CONFIG_FILE):  # α and factors of the same version
-        if before.get(name) != now.get(name):
+    if adapter.config is None and (configured or not folder.is_dir()):
+        fields = _parse_if_peft(*raw_fields(folder))
+    file = path if single else _weights_file(folder)
+    contents = _read_file(file)
+    after = _stamps(path)
+    for name in (file.name, CONFIG_FILE):  # α and factors have to be of the same version
+        if before.get(name) != after.get(name):
             raise CheckpointError(
                 f"{folder / name} was written while the adapter was read, which may be half of one "
                 "version and half of another; load it again when it is complete"
             )
-    origin = origin_of(given)
+    origin = origin_of(adapter)
     origin = origin and origin._replace(files=before)
-    return replace(_saved(given, read, str(file), fields), origin=origin)
+    return replace(_saved(adapter, contents, str(file), fields), origin=origin)
 
 
-def _checked(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
-    """The fields; PEFT's are parsed, so unsupported ones are refused before weights are read."""
+def _parse_if_peft(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
+    """`fields`, parsed if they are PEFT's: unsupported ones are refused before weights are read."""
     return PeftConfig.read(fields, where=where) if "peft_type" in fields else fields
 
 
-def _saved(given: AdapterSource, read: _Read, where: str, fields: Any) -> Saved:
-    tensors, metadata = read
-    # Long names are slow to compare with the model's.
+def _saved(adapter: AdapterSource, contents: _Contents, where: str, fields: Any) -> Saved:
+    tensors, metadata = contents
+    # Long names take long to compare with the model's.
     longest = max(tensors, key=len, default="")
     if len(longest) > _LONGEST_NAME:
         raise CheckpointError(
             f"{where} names a tensor by {len(longest)} characters: {longest[:80]}…; names may have "
             f"{_LONGEST_NAME}"
         )
-    if given.config is not None:
-        fields = given.config
+    if adapter.config is not None:
+        fields = adapter.config
         if not isinstance(fields, PeftConfig):
-            fields = _checked(*raw_fields(fields))
+            fields = _parse_if_peft(*raw_fields(fields))
     elif fields is None:
         key = next((key for key in _METADATA if key in metadata), None)
         if key is not None:
             what = f"{key} in the metadata of {where}"
-            fields = _checked(json_object(metadata[key], what), what)
-    return Saved(tensors, fields, metadata, where, given.component)
+            fields = _parse_if_peft(json_object(metadata[key], what), what)
+    return Saved(tensors, fields, metadata, where, adapter.component)
 
 
-def _plain(tensors: Any, where: str) -> dict[str, Tensor]:
+def _dense_tensors(tensors: Any, where: str) -> dict[str, Tensor]:
     """Dense tensors by name; CheckpointError for anything else."""
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{where} does not hold a mapping from names to tensors")
@@ -305,37 +305,37 @@ def _plain(tensors: Any, where: str) -> dict[str, Tensor]:
                 f"{where} does not hold a mapping from names to tensors; it has {key!r:.80}: of "
                 f"class {type(tensor).__name__}"
             )
-        unlike = _unlike_plain(tensor)
-        if unlike is not None:
-            raise CheckpointError(f"{where}: {key[:200]!r} {unlike}; save it as a dense tensor")
+        fault = _why_not_dense(tensor)
+        if fault is not None:
+            raise CheckpointError(f"{where}: {key[:200]!r} {fault}; save it as a dense tensor")
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _weights(folder: Path) -> Path:
+def _weights_file(folder: Path) -> Path:
     try:
         for name in WEIGHTS:
-            if (folder / name).is_file():  # not a pipe or a device, which have no end
+            if (folder / name).is_file():  # pipes and devices may have no end
                 return folder / name
         names = sorted(p.name for p in folder.iterdir())
-        others = [n for n in names if n.endswith(SUFFIXES) and (folder / n).is_file()]
+        candidates = [n for n in names if n.endswith(SUFFIXES) and (folder / n).is_file()]
     except OSError as exc:
         raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
-    if len(others) == 1:
-        return folder / others[0]
-    if others:
+    if len(candidates) == 1:
+        return folder / candidates[0]
+    if candidates:
         raise CheckpointError(
-            f"{folder} holds several files that may be the adapter ({', '.join(others[:20])}); "
+            f"{folder} holds several files that may be the adapter ({', '.join(candidates[:20])}); "
             "give the path of one"
         )
-    below = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")))
+    subfolders = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")))
     raise CheckpointError(
         f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds "
         f"{', '.join(names[:20]) or 'nothing'})"
-        + (f"; its subfolders with adapters are {below}" if below else "")
+        + (f"; its subfolders with adapters are {subfolders}" if subfolders else "")
     )
 
 
-def _from_file(file: Path) -> _Read:
+def _read_file(file: Path) -> _Contents:
     try:
         with file.open("rb") as content:
             size = os.fstat(content.fileno()).st_size
@@ -344,7 +344,7 @@ def _from_file(file: Path) -> _Read:
     except OSError as exc:
         raise CheckpointError(f"{file} cannot be read: {exc}") from exc
 
-    def read() -> _Read:
+    def read() -> _Contents:
         with safe_open(file, framework="pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
             return tensors, content.metadata() or {}
@@ -352,12 +352,12 @@ def _from_file(file: Path) -> _Read:
     return _safetensors(read, f"{file} ({size} bytes)")
 
 
-def _from_bytes(content: bytes) -> _Read:
+def _read_bytes(content: bytes) -> _Contents:
     where = f"{len(content)} bytes"
     if not _is_safetensors(content[:9]):
         return _load_pickled(io.BytesIO(content), where), {}
 
-    def read() -> _Read:
+    def read() -> _Contents:
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
         return load(content), json.loads(header).get("__metadata__", {})
 
@@ -369,9 +369,9 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:] == b"{"
 
 
-def _safetensors(read: Callable[[], _Read], where: str) -> _Read:
+def _safetensors(read: Callable[[], _Contents], where: str) -> _Contents:
     try:
-        # An interrupt inside torch makes it take a value for one without shape.
+        # Interrupted in here, torch would take a value for one without a shape.
         return undisturbed(read)
     except Exception as exc:  # headers may claim anything, such as a size of 2**63
         raise CheckpointError(
@@ -383,11 +383,11 @@ def _safetensors(read: Callable[[], _Read], where: str) -> _Read:
 def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
     """The plain tensors in `content` by name, within its size; CheckpointError names `file`."""
     try:
-        held = _held(content, file)
+        stored_bytes = _stored_bytes(content, file)
         tensors = torch.load(content, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    # Damaged pickles raise anything: KeyError, IndexError, MemoryError.
+    # Damaged pickles raise any exception: KeyError, IndexError, MemoryError.
     except Exception as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise CheckpointError(
@@ -395,13 +395,13 @@ def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
             "truncated, or holds objects other than tensors: save the adapter again as "
             "adapter_model.safetensors"
         ) from exc
-    plain = _plain(tensors, file)
-    _check_claims(file, plain, held)
-    return plain
+    dense = _dense_tensors(tensors, file)
+    _check_claims(file, dense, stored_bytes)
+    return dense
 
 
-def _held(content: BinaryIO, file: str) -> int:
-    """Bytes of numbers that the file can contain."""
+def _stored_bytes(content: BinaryIO, file: str) -> int:
+    """The most bytes of numbers that the file can contain."""
     size = content.seek(0, io.SEEK_END)
     content.seek(0)
     archive = content.read(2) == b"PK"
@@ -415,16 +415,16 @@ def _held(content: BinaryIO, file: str) -> int:
         raise CheckpointError(
             f"{file} is a compressed archive, which torch.save never writes; save the adapter again"
         )
-    held = sum(info.file_size for info in infos)
-    if held > size:
+    stored = sum(info.file_size for info in infos)
+    if stored > size:
         raise CheckpointError(
-            f"{file} has {size} bytes and lists entries of {held} bytes; save the adapter again"
+            f"{file} has {size} bytes and lists entries of {stored} bytes; save the adapter again"
         )
-    return held
+    return stored
 
 
-def _unlike_plain(tensor: Tensor) -> str | None:
-    """Why `tensor` is not dense with values, if it is not."""
+def _why_not_dense(tensor: Tensor) -> str | None:
+    """Why `tensor` is not a dense tensor with values, or None if it is."""
     if is_traceable_wrapper_subclass(tensor):
         return f"is a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -438,12 +438,12 @@ def _unlike_plain(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_claims(file: str, tensors: dict[str, Tensor], held: int) -> None:
-    """Refuse more numbers than were saved, by zero strides or grown storages."""
+def _check_claims(file: str, tensors: dict[str, Tensor], limit: int) -> None:
+    """Raise CheckpointError for more numbers than were saved, by zero strides or large storages."""
     storages = [tensor.untyped_storage() for tensor in tensors.values()]
     claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if claimed > held:
-        raise CheckpointError(f"{file}: its tensors claim {claimed} bytes, but it holds {held}")
+    if claimed > limit:
+        raise CheckpointError(f"{file}: its tensors claim {claimed} bytes, but it holds {limit}")
     for key, tensor in tensors.items():
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise CheckpointError(

@@ -1,17 +1,17 @@
 """The store: adapters in host memory by name, and the slots of the banks.
 
-    load      factors of a file -> the banks' dtype and layout, on the host
-    fetch     host copies dropped for the budget -> read again
-    acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
+    load      converts an adapter's factors to the banks' dtype and layout, on the host
+    fetch     reads adapters again whose host copies were dropped for the budget
+    acquire   gives the adapters of a batch their slots; missing ones are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
-    hold      a replaced or unloaded version lives on under a private name
-    sums      adapters made of loaded ones on demand, and forgotten with any of these
+    hold      keeps a version that is replaced or unloaded, under a private name
+    sums      adapters made on demand from loaded ones, and removed with any of these
 
-An adapter of a rank over a slot's takes several slots in a row, a window named by its first;
-weights of its own lie in a place of their own, of which there may be fewer than slots.
+An adapter whose rank is larger than a slot's takes consecutive slots, a window, known by its first
+slot; its replaced weights take a separate place, of which there may be fewer than slots.
 
 Banks are written in place, so captured addresses stay valid. Everything is checked before the first
-write; a call that raises has changed nothing. A slot belongs to no adapter while it is written.
+write: a call that raises changes nothing. A slot belongs to no adapter while it is written.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from lorafx.adapter_store.stored import (
     Kept,
     Retired,
     StoredAdapter,
-    fitted,
+    fit_to_banks,
     host_copy,
     measure,
     next_version,
     places_of,
-    width_of,
+    slots_needed,
 )
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
@@ -58,13 +58,13 @@ T = TypeVar("T")
 
 
 class AdapterStore:
-    """Adapters by name over the banks of `groups`, of `max_adapters` slots, with `max_host_bytes`
-    of host memory. Safe to use from several threads.
+    """Adapters by name, for banks of `groups` with `max_adapters` slots, within `max_host_bytes` of
+    host memory. Safe to use from several threads.
 
     Attributes:
-        hits: adapters of batches that had a slot.
-        loads: adapters that were written into a slot.
-        evictions: adapters that lost their slot to another.
+        hits: how often an adapter of a batch had a slot.
+        loads: how often an adapter was written into a slot.
+        evictions: how often an adapter lost its slot to another.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class AdapterStore:
         self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
         self.hits = self.loads = self.evictions = 0
         self._groups = tuple(groups)
-        self._fitted = partial(fitted, places=places_of(groups), groups=self._groups)
-        self.host = HostTier(self._fitted, max_host_bytes)
+        self._fit = partial(fit_to_banks, places=places_of(groups), groups=self._groups)
+        self.host = HostTier(self._fit, max_host_bytes)
         self._next_use = itertools.count(1).__next__
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
@@ -83,12 +83,12 @@ class AdapterStore:
         self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         rooms = [len(g.bank.own) for g in groups if g.bank.own is not None]
         self._own_room = min(rooms, default=max_adapters)
-        self._own_places: dict[int, int] = {}  # slot -> place of its last own weights
+        self._own_places: dict[int, int] = {}  # slot -> place of its last replaced weights
         self._pinned: set[str] = set()
         self._holds: WeakSet[Hold] = WeakSet()
         self._kept: WeakSet[Kept] = WeakSet()
-        #: Inside `set_aside`: what the store had, and the slots written since.
-        self._aside: Any = None
+        #: Within `run_emptied`: the store's contents before, and the slots written since.
+        self._backup: Any = None
         self._written: set[int] = set()
 
     @property
@@ -114,18 +114,18 @@ class AdapterStore:
             return frozenset(self._pinned)
 
     def fits(self, names: frozenset[str]) -> bool:
-        """Whether these adapters find slots together, and room for weights of their own."""
+        """Whether there are slots for all these adapters at once, and room for replaced weights."""
         with self._lock:
             pinned = self._pinned_beside(names)
             if self._count_owning(names | pinned) > self._own_room:
                 return False
             widths = {name: self._width(name) for name in names | pinned}
-            kept = {name: slot for name, slot in self._slots.items() if name in pinned}
+            fixed = {name: slot for name, slot in self._slots.items() if name in pinned}
             widest = max(widths.values(), default=0)
-            if not kept or widest < 2:
+            if not fixed or widest < 2:
                 return sum(widths.values()) - widest < self.max_adapters
-            places = arranged(widths, kept, (), kept, self.max_adapters, self._widest)
-            return places is not None
+            placed = arrange(widths, fixed, (), fixed, self.max_adapters, self._widest)
+            return placed is not None
 
     def check_known(self, name: str) -> None:
         with self._lock:
@@ -136,22 +136,22 @@ class AdapterStore:
             return isinstance(name, str) and all(n in self._adapters for n in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The adapter or sum; raises UnknownAdapterError, or as `mixed`."""
+        """The adapter or sum. Raises UnknownAdapterError, or as `sum_of`."""
         with self._lock:
             self._check_known([name])
-            self._mix([name])
+            self._make_sums([name])
             return self._adapters[name]
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
-        """Keep `adapter` in host memory, replacing its namesake in place; it can be read again from
-        `origin`. Raises CapacityError, CheckpointError for values beyond the banks' dtype,
-        ConfigError for an invalid name."""
-        self.loading(adapter, origin)()
+        """Add `adapter`, in place of one of the same name; `origin` is where it can be read again.
+        Raises CapacityError, CheckpointError for values beyond the banks' dtype, ConfigError for an
+        invalid name."""
+        self.prepare_load(adapter, origin)()
 
-    def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
-        """Checks a `load`, and returns its unfailing second half. Raises as `load`."""
+    def prepare_load(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
+        """Check a `load`. Returns a function that does it and does not fail. Raises as `load`."""
         check_name(adapter.name)
-        stored = self._fitted(adapter, origin=origin)
+        stored = self._fit(adapter, origin=origin)
         with self._lock:
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
             if slot is not None and not self._has_room(slot, stored):
@@ -162,25 +162,25 @@ class AdapterStore:
                 )
         stored.tier = self.host
 
-        def keep() -> None:
+        def add() -> None:
             with self._lock:
-                undisturbed(lambda: self._keep(stored))
-                self._trim()
+                undisturbed(lambda: self._add(stored))
+                self._drop_over_budget()
 
-        return keep
+        return add
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> Kept:
-        """Read the dropped ones of these adapters again, without the lock; those with a slot only
-        if `resident`. All stay in host memory while the result lives. Raises UnknownAdapterError,
-        or CheckpointError for a changed file."""
+        """Read those of these adapters that were dropped, without the lock; adapters with a slot
+        only if `resident`. All stay in host memory while the result lives. Raises
+        UnknownAdapterError, or CheckpointError for a changed file."""
         given = [name for name in names if name is not None and name != BASE]
         with self._lock:
             self._check_known(given)
-            wanted = adapters_among(given)
+            adapters = adapters_among(given)
             kept = Kept(
                 [
                     self._adapters[member]
-                    for name in wanted
+                    for name in adapters
                     if resident or name not in self._slots
                     for member in ([name] if name in self._adapters else members(name))
                 ]
@@ -191,14 +191,14 @@ class AdapterStore:
             if stored.host is None:
                 stored.host = self.host.read(stored)
         with self._lock:
-            self._trim()
+            self._drop_over_budget()
         return kept
 
     def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
-        """Set what reads dropped adapters, by source and name; without it none is dropped."""
+        """Set the function that reads dropped adapters; none are dropped without it."""
         with self._lock:
             self.host.reader = reader
-            self._trim()
+            self._drop_over_budget()
 
     def unload(self, name: str) -> None:
         with self._lock:
@@ -206,7 +206,7 @@ class AdapterStore:
             undisturbed(lambda: self._unload(name))
 
     def pin(self, name: str) -> int:
-        """Give an adapter a slot until it is unpinned; returns the slot."""
+        """Keep an adapter in a slot until it is unpinned. Returns the slot."""
         with self._lock:
             self._check_known([name])
             (slot,) = self.acquire([name])
@@ -220,60 +220,60 @@ class AdapterStore:
 
     def hold(self, name: str) -> Hold:
         """Keep this version of an adapter while the result lives. Raises as `fetch`."""
-        kept = self.fetch([name], resident=True)  # noqa: F841 - without the lock
+        kept = self.fetch([name], resident=True)  # noqa: F841 - reads files without the lock
         with self._lock:
             hold = Hold(name, self[name])
             self._holds.add(hold)
             return hold
 
-    def set_aside(self, action: Callable[[], T]) -> T:
-        """Run `action` with an empty store, then restore it, slots included. Other threads wait."""
+    def run_emptied(self, action: Callable[[], T]) -> T:
+        """Run `action` with an empty store, then restore adapters and slots. Other threads wait."""
         with self._lock:
             before = self._adapters, self._slots, self._pinned
             empty: OrderedDict[str, int] = OrderedDict()
             pinned: set[str] = set()
             try:
-                self._aside = before
+                self._backup = before
                 self._adapters, self._slots, self._pinned = {}, empty, pinned
                 return action()
             finally:
                 try:
-                    undisturbed(self._put_back)
+                    undisturbed(self._restore_contents)
                 except BaseException:  # a signal before it began
-                    undisturbed(self._put_back)
+                    undisturbed(self._restore_contents)
                     raise
 
-    def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
-        """The slot of each row's adapter, -1 for None and "__base__"; slots `held` by enclosing
-        calls keep their contents. Raises UnknownAdapterError, CapacityError for too few free slots
-        or ranks, ConfigError for an impossible sum."""
+    def acquire(self, names: Sequence[str | None], busy: frozenset[int] = frozenset()) -> list[int]:
+        """The slot of each row's adapter, -1 for None and "__base__". Slots that are `busy` in
+        enclosing calls keep their contents. Raises UnknownAdapterError, CapacityError for too few
+        free slots or ranks, ConfigError for an impossible sum."""
         with self._lock:
-            wanted = adapters_among(names)
-            self.hits += self._give_slots(wanted, held)
+            adapters = adapters_among(names)
+            self.hits += self._give_slots(adapters, busy)
             slots = [-1 if name is None or name == BASE else self._slots[name] for name in names]
-            self.copy_streams.use({s for n in wanted for s in self._window(n, self._slots[n])})
+            self.copy_streams.use({s for n in adapters for s in self._window(n, self._slots[n])})
             return slots
 
     def refresh_magnitudes(self) -> None:
         """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
-            following = {
+            base_dependent = {
                 name: stored.numbers.factors
                 for name, stored in self._adapters.items()
-                if stored.follows_base
+                if stored.depends_on_base
             }
             for g, group in enumerate(self._groups):
-                measure(group, [f for factors in following.values() for f in factors.get(g, ())])
-            for name in following.keys() & self._slots.keys():
-                for g, factors in following[name].items():
+                measure(group, [f for fs in base_dependent.values() for f in fs.get(g, ())])
+            for name in base_dependent.keys() & self._slots.keys():
+                for g, factors in base_dependent[name].items():
                     self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks, of adapters on the host ("host"), and of their files ("disk")."""
         with self._lock:
-            every = self._adapters.values()
-            files = (s.origin.files.values() for s in every if s.origin is not None)
+            origins = (stored.origin for stored in self._adapters.values())
+            files = (origin.files.values() for origin in origins if origin is not None)
             return {
                 "banks": sum(group.bank.nbytes for group in self._groups),
                 "host": self._host_bytes(),
@@ -288,59 +288,59 @@ class AdapterStore:
         lock = free_after_fork(self._lock)
         if lock is not self._lock:
             self._lock = lock
-            self._put_back()
+            self._restore_contents()
 
     # --- adapters ---
 
     def _check_known(self, names: Sequence[str]) -> None:
-        lacking = [n for n in names if not isinstance(n, str) or n not in self._adapters]
-        for name in lacking:
+        absent = [n for n in names if not isinstance(n, str) or n not in self._adapters]
+        for name in absent:
             if not isinstance(name, str):
                 raise ConfigError(
                     f"{name!r:.80} is no name of an adapter; weights by name are for calls, blocks "
                     "and set_adapter()"
                 )
-        wanted = dict.fromkeys(member for name in lacking for member in members(name))
-        unknown = [name for name in wanted if name not in self._adapters]
+        parts = dict.fromkeys(member for name in absent for member in members(name))
+        unknown = [name for name in parts if name not in self._adapters]
         if unknown:
             known = self.names
             near = "; ".join(f"{name!r}{nearest(str(name), known)}" for name in unknown)
             loaded = ", ".join(known) or "none"
             raise UnknownAdapterError(f"no adapter named {near}; loaded: {loaded}")
 
-    def _keep(self, stored: StoredAdapter) -> None:
-        self._unmix(stored.name)
+    def _add(self, stored: StoredAdapter) -> None:
+        self._remove_sums_of(stored.name)
         self._retire(stored.name)
         slot = self._slots.pop(stored.name, None)
-        if slot is not None and self._has_room(slot, stored):  # else a call gives it another
+        if slot is not None and self._has_room(slot, stored):  # else the next call gives it another
             self._write(slot, stored, stored.numbers)
             self._slots[stored.name] = slot
         self._adapters[stored.name] = stored
         stored.used, self.host.grown = self._next_use(), True
 
-    def _trim(self) -> None:
-        """Drop adapters that were not looked for lately, down to the budget."""
+    def _drop_over_budget(self) -> None:
+        """Drop the host copies of the least recently fetched adapters, down to the budget."""
         host = self.host
-        if host.budget is None or host.reader is None or not host.grown or self._aside is not None:
+        if host.budget is None or host.reader is None or not host.grown or self._backup is not None:
             return
-        held = {hold.stored for hold in list(self._holds)}
-        held = held.union(*(kept.adapters for kept in list(self._kept)))
-        for made in self._sums():
-            if made not in self._slots and self._adapters[made] not in held:
-                undisturbed(partial(self._unload, made))
-        over = self._host_bytes() - host.budget
+        in_use = {hold.stored for hold in list(self._holds)}
+        in_use = in_use.union(*(kept.adapters for kept in list(self._kept)))
+        for idle in self._sum_names():
+            if idle not in self._slots and self._adapters[idle] not in in_use:
+                undisturbed(partial(self._unload, idle))
+        excess = self._host_bytes() - host.budget
         for name, stored in sorted(self._adapters.items(), key=lambda item: item[1].used):
-            if over <= 0:
+            if excess <= 0:
                 break
-            stays = stored in held or name in self._pinned or isinstance(name, Mixture)
+            stays = stored in in_use or name in self._pinned or isinstance(name, Mixture)
             if stored.host is not None and stored.can_be_dropped and not stays:
-                over -= stored.host.nbytes
+                excess -= stored.host.nbytes
                 stored.host = None
                 host.evictions += 1
-        host.grown = over > 0
+        host.grown = excess > 0
 
     def _unload(self, name: str) -> None:
-        self._unmix(name)
+        self._remove_sums_of(name)
         self._retire(name)
         self._pinned.discard(name)
         self._forget(name)
@@ -350,95 +350,95 @@ class AdapterStore:
         self._slots.pop(name, None)
 
     def _retire(self, name: str) -> None:
-        """Rename a version that requests hold, with its slot."""
+        """Give a version that requests hold a private name, under which it keeps its slot."""
         stored = self._adapters.get(name)
         holds = [hold for hold in list(self._holds) if hold.stored is stored]
         if stored is None or not holds:
             return
-        kept = Retired(stored)
-        self._adapters[kept] = self._adapters.pop(name)
+        private = Retired(stored)
+        self._adapters[private] = self._adapters.pop(name)
         if name in self._slots:
-            self._slots[kept] = self._slots.pop(name)
+            self._slots[private] = self._slots.pop(name)
         for hold in holds:
-            hold.name = kept
+            hold.name = private
 
-    def _let_go(self) -> None:
+    def _forget_released(self) -> None:
         """Forget retired versions that no request holds any more."""
         retired = [name for name in self._adapters if isinstance(name, Retired)]
         if retired:
-            held = {hold.name for hold in list(self._holds)}
+            in_use = {hold.name for hold in list(self._holds)}
             for name in retired:
-                if name not in held:
+                if name not in in_use:
                     self._forget(name)
 
-    def _sums(self) -> list[Mixture]:
+    def _sum_names(self) -> list[Mixture]:
         return [name for name in self._adapters if isinstance(name, Mixture)]
 
-    def _mix(self, names: Sequence[str]) -> None:
-        """Make the sums among `names`; of earlier ones without a slot, keep the last few."""
+    def _make_sums(self, names: Sequence[str]) -> None:
+        """Make the sums among `names`, and remove the oldest sums that have no slot."""
         missing = [n for n in names if isinstance(n, Mixture) and n not in self._adapters]
         if not missing:
             return
-        idle = [name for name in self._sums() if name not in self._slots and name not in names]
+        idle = [name for name in self._sum_names() if name not in self._slots and name not in names]
         for name in idle[: max(0, len(idle) - self.max_adapters)]:
             undisturbed(partial(self._unload, name))
         for name in missing:
-            self._adapters[name] = mixed(name, self._adapters, self._groups)
+            self._adapters[name] = sum_of(name, self._adapters, self._groups)
             self.host.grown = True
 
-    def _unmix(self, name: str) -> None:
-        for made in self._sums():
-            if name in members(made):
-                self._unload(made)
+    def _remove_sums_of(self, name: str) -> None:
+        for sum_name in self._sum_names():
+            if name in members(sum_name):
+                self._unload(sum_name)
 
     # --- slots ---
 
     def _pinned_beside(self, names: Iterable[str]) -> set[str]:
-        """Pinned adapters beside `names`; a held version shares the slot of its pinned name."""
+        """Pinned adapters, but not those of whose versions `names` has only a retired one."""
         replaced = {name.replaced for name in names if isinstance(name, Retired)}
         return self._pinned - replaced.difference(names)
 
-    def _give_slots(self, wanted: Sequence[str], held: frozenset[int]) -> int:
-        """Give slots to `wanted`, sparing `held` ones; returns how many had one."""
-        self._let_go()
-        self._check_known(wanted)
-        if len(wanted) > self.max_adapters:
-            raise _too_many(dict.fromkeys(wanted, 1), self.max_adapters)
-        self._mix(wanted)
-        widths = {name: self._adapters[name].width for name in wanted}
+    def _give_slots(self, adapters: Sequence[str], busy: frozenset[int]) -> int:
+        """Give `adapters` slots, sparing `busy` ones. Returns how many already had one."""
+        self._forget_released()
+        self._check_known(adapters)
+        if len(adapters) > self.max_adapters:
+            raise _too_many(dict.fromkeys(adapters, 1), self.max_adapters)
+        self._make_sums(adapters)
+        widths = {name: self._adapters[name].width for name in adapters}
         if sum(widths.values()) - max(widths.values(), default=0) >= self.max_adapters:
             raise _too_many(widths, self.max_adapters)
-        missing = [name for name in wanted if name not in self._slots]
+        missing = [name for name in adapters if name not in self._slots]
         if missing:
             self.copy_streams.refuse_captured(missing)
-            self._make_resident(missing, wanted, held)
-        for name in wanted:
+            self._make_resident(missing, adapters, busy)
+        for name in adapters:
             self._slots.move_to_end(name)
-        return len(wanted) - len(missing)
+        return len(adapters) - len(missing)
 
     def _make_resident(
-        self, missing: Sequence[str], wanted: Sequence[str], held: frozenset[int]
+        self, missing: Sequence[str], adapters: Sequence[str], busy: frozenset[int]
     ) -> None:
-        pinned = self._pinned_beside(wanted)
-        kept = {name for name, slot in self._slots.items() if name in pinned or slot in held}
-        evictable = [name for name in self._slots if name not in kept.union(wanted)]
+        pinned = self._pinned_beside(adapters)
+        fixed = {name for name, slot in self._slots.items() if name in pinned or slot in busy}
+        evictable = [name for name in self._slots if name not in fixed.union(adapters)]
         evicted = self._owners_to_evict(missing, evictable)
         slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
         widths = {name: self._adapters[name].width for name in [*slots, *missing]}
         evictable = [name for name in evictable if name not in evicted]
-        places = arranged(widths, slots, evictable, kept, self.max_adapters, self._widest)
-        if places is None:
-            lacking = {name: widths[name] for name in missing}
-            raise _no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
-        copies = {name: self._adapters[name].numbers for name in places}  # a file may be gone
-        taken = {slot for name, first in places.items() for slot in self._window(name, first)}
-        evicted += [n for n in evictable if not taken.isdisjoint(self._window(n, slots[n]))]
-        for name in [*evicted, *(name for name in places if name in slots)]:
+        placed = arrange(widths, slots, evictable, fixed, self.max_adapters, self._widest)
+        if placed is None:
+            missing_widths = {name: widths[name] for name in missing}
+            raise _no_slots(missing_widths, fixed.difference(adapters) or fixed, self.max_adapters)
+        copies = {name: self._adapters[name].numbers for name in placed}  # a file may be gone
+        written = {slot for name, first in placed.items() for slot in self._window(name, first)}
+        evicted += [n for n in evictable if not written.isdisjoint(self._window(n, slots[n]))]
+        for name in [*evicted, *(name for name in placed if name in slots)]:
             del self._slots[name]
         self.evictions += len(evicted)
-        for name, slot in places.items():
+        for name, slot in placed.items():
             self.loads += 1
-            # Assigned afterwards: after a failure of the device the slot belongs to no adapter.
+            # Assigned after the write: if the device fails, the slot belongs to no adapter.
             stored = self._adapters[name]
             self._write(slot, stored, copies[name])
             self._slots[name] = slot
@@ -446,31 +446,31 @@ class AdapterStore:
             stored.reread = False
 
     def _owners_to_evict(self, missing: Sequence[str], evictable: Sequence[str]) -> list[str]:
-        """The first of `evictable` that make room for the own weights of `missing`."""
-        lacking = self._count_owning([*missing, *self._slots]) - self._own_room
+        """The first of `evictable` that make room for the replaced weights of `missing`."""
+        excess = self._count_owning([*missing, *self._slots]) - self._own_room
         owners = [name for name in evictable if self._adapters[name].owned]
-        if lacking > len(owners):
-            owning = [name for name in missing if self._adapters[name].owned]
+        if excess > len(owners):
+            names = [name for name in missing if self._adapters[name].owned]
             raise CapacityError(
-                f"no room for the own weights of {', '.join(owning)}: the banks hold those of at "
+                f"no room for the own weights of {', '.join(names)}: the banks hold those of at "
                 f"most {self._own_room} adapters at a time; compile with LoraConfig("
-                f"max_own_weights={self._own_room + lacking - len(owners)}), unpin adapters, or "
+                f"max_own_weights={self._own_room + excess - len(owners)}), unpin adapters, or "
                 "split the batch"
             )
-        return owners[: max(0, lacking)]
+        return owners[: max(0, excess)]
 
     def _count_owning(self, names: Iterable[str]) -> int:
         """How many of these replace weights; a sum does only as a single adapter at weight 1."""
-        parts = (
+        adapters = (
             [member for member, weight in name.weights if weight]
             if isinstance(name, Mixture)
             else [name]
             for name in names
         )
-        return sum(any(self._adapters[name].owned for name in part) for part in parts)
+        return sum(any(self._adapters[name].owned for name in names) for names in adapters)
 
     def _width(self, name: str) -> int:
-        """The number of slots of an adapter; a sum not yet made takes at most its members'."""
+        """How many slots an adapter takes: for a sum that is not made yet, at most this many."""
         if name in self._adapters:
             return self._adapters[name].width
         return sum(self._adapters[member].width for member in members(name))
@@ -479,38 +479,38 @@ class AdapterStore:
         return window(slot, self._adapters[name].width, self.max_adapters)
 
     def _has_room(self, slot: int, stored: StoredAdapter) -> bool:
-        """Whether `slot` takes this version of an adapter beside all others."""
-        others = {name: first for name, first in self._slots.items() if name != stored.name}
-        taken = {s for name, first in others.items() for s in self._window(name, first)}
-        owning = self._count_owning(others) + bool(stored.owned)
+        """Whether this version of an adapter fits into `slot` without touching other adapters."""
+        other_slots = {name: first for name, first in self._slots.items() if name != stored.name}
+        taken = {s for name, first in other_slots.items() for s in self._window(name, first)}
+        owners = self._count_owning(other_slots) + bool(stored.owned)
         free = taken.isdisjoint(window(slot, stored.width, self.max_adapters))
-        return free and owning <= self._own_room
+        return free and owners <= self._own_room
 
     def _write(self, slot: int, stored: StoredAdapter, copy: HostCopy) -> None:
-        """Write an adapter that `_slots` does not have at this time."""
-        slots = behind = window(slot, stored.width, self.max_adapters)
+        """Write an adapter that `_slots` does not list meanwhile."""
+        slots = touched = window(slot, stored.width, self.max_adapters)
         place = 0
         if stored.owned:
             owners = [first for name, first in self._slots.items() if self._adapters[name].owned]
             taken = {self._own_places[first] for first in owners}
             place = self._own_places[slot] = min(set(range(self._own_room)) - taken)
-            behind = range(self.max_adapters)  # the place may have been any slot's
-        if self._aside is not None:
-            self._written.update(behind)
+            touched = range(self.max_adapters)  # the place may have belonged to any slot
+        if self._backup is not None:
+            self._written.update(touched)
 
         def write() -> list[object]:
             sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                factors, own = copy.factors.get(g, ()), copy.own.get(g)
-                sources += group.bank.write(slot, factors, own, place)
+                factors, weight = copy.factors.get(g, ()), copy.own_weights.get(g)
+                sources += group.bank.write(slot, factors, weight, place)
             return sources
 
-        self.copy_streams.copy(stored.name, slots, write, behind)
+        self.copy_streams.copy(stored.name, slots, write, touched)
 
-    def _put_back(self) -> None:
-        if self._aside is None:
+    def _restore_contents(self) -> None:
+        if self._backup is None:
             return
-        self._adapters, slots, self._pinned = self._aside
+        self._adapters, slots, self._pinned = self._backup
         touched = {
             name
             for name, slot in slots.items()
@@ -520,34 +520,34 @@ class AdapterStore:
         for name in touched:
             stored = self._adapters[name]
             if stored.host is None:
-                del slots[name]  # a file is not read here: other threads wait
+                del slots[name]  # reading its file would keep other threads waiting
             else:
                 self._write(slots[name], stored, stored.host)
                 self._slots[name] = slots[name]
-        self._slots, self._aside = slots, None
+        self._slots, self._backup = slots, None
         self._written.clear()
 
 
-def _too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
-    """The adapters of a batch, with the slots that each takes, are more than the slots."""
-    if len(wanted) > slots:
+def _too_many(widths: Mapping[str, int], slots: int) -> CapacityError:
+    """The error for a batch whose adapters, of these widths, take more slots than there are."""
+    if len(widths) > slots:
         return CapacityError(
-            f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+            f"the batch has {len(widths)} distinct adapters ({', '.join(widths)}), but "
             f"there are only {slots} slots; split the batch, or compile "
-            f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
+            f'with LoraConfig(max_adapters={len(widths)}) or Options(overflow="waves"), which '
             "serves requests in turn where each finds slots beside pinned adapters"
         )
-    needed = sum(wanted.values()) - max(wanted.values()) + 1
-    widths = ", ".join(f"{name} {width}" for name, width in wanted.items())
+    needed = sum(widths.values()) - max(widths.values()) + 1
+    shown = ", ".join(f"{name} {width}" for name, width in widths.items())
     return CapacityError(
-        f"the adapters of the batch take {needed} slots by their ranks ({widths}; one of them may "
+        f"the adapters of the batch take {needed} slots by their ranks ({shown}; one of them may "
         f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
         f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
     )
 
 
 def _no_slots(missing: Mapping[str, int], kept: Iterable[str], slots: int) -> CapacityError:
-    """The other slots are `kept`; `missing` has the slots of each."""
+    """The error for `missing` adapters, of these widths, while the other slots are `kept`."""
     lacking = ", ".join(
         name if width == 1 else f"{name} ({width} slots in a row)"
         for name, width in missing.items()
@@ -563,7 +563,7 @@ def _no_slots(missing: Mapping[str, int], kept: Iterable[str], slots: int) -> Ca
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
-    where it has none), whether it is pinned, and its current host bytes."""
+    without one), whether it is pinned, and its current bytes in host memory."""
 
     name: str
     source: str
@@ -577,85 +577,85 @@ class AdapterInfo:
 
 def info(store: AdapterStore, name: str) -> AdapterInfo:
     """The `AdapterInfo` of a loaded adapter."""
-    s = store[name]
+    item = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
-    nbytes = 0 if s.host is None else s.host.nbytes
-    return AdapterInfo(name, s.source, s.rank, s.sites, s.version, slot, pinned, nbytes)
+    nbytes = 0 if item.host is None else item.host.nbytes
+    return AdapterInfo(name, item.source, item.rank, item.sites, item.version, slot, pinned, nbytes)
 
 
 def window(first: int, width: int, count: int) -> range:
-    """The slots, of `count`, of an adapter in slot `first`."""
+    """The slots, of `count` in all, of an adapter whose first slot is `first`."""
     return range(first, min(first + width, count))
 
 
-def arranged(
+def arrange(
     widths: Mapping[str, int],
     slots: Mapping[str, int],
     evictable: Sequence[str],
-    kept: Collection[str],
+    fixed: Collection[str],
     count: int,
     widest: int,
 ) -> dict[str, int] | None:
-    """The first slot of each adapter that is to be written, or None where they do not fit.
+    """The first slot of each adapter that has to be written, or None if they do not fit.
 
-    The last slot has room for the largest rank (lorafx.model.bank), so a window may reach past it.
-    Hence adapters fit wherever the widths of all but the widest add up to less than the number of
-    slots and all windows may move.
+    The last slot has room for the largest rank (lorafx.model.bank), so a window may extend past it.
+    Hence adapters fit if all windows may move, and the widths of all but the widest add up to less
+    than the number of slots.
 
-    `slots` are the current first slots. The `evictable` may lose theirs, least recently used first,
-    after free slots are used up; the `kept` stay. If that fails, all evictable ones go and others
-    may move. The last slot is left for the `widest` possible adapter, if possible.
+    `slots` are the current first slots. If too few are free, the `evictable` lose theirs, least
+    recently used first; the `fixed` stay. If that is not enough, all evictable ones are evicted and
+    others may move. If possible, the last slot is left for an adapter of the `widest` width.
     """
     windows = {name: window(first, widths[name], count) for name, first in slots.items()}
     missing = {name: width for name, width in widths.items() if name not in slots}
-    placed = _placed(missing, windows, evictable, count, widest)
+    placed = _place_windows(missing, windows, evictable, count, widest)
     if placed is not None:
         return placed
-    moving = {n: width for n, width in widths.items() if n not in evictable and n not in kept}
-    staying = {name: windows[name] for name in kept}
-    return _placed(moving, staying, (), count, max(moving.values()))
+    moving = {n: width for n, width in widths.items() if n not in evictable and n not in fixed}
+    staying = {name: windows[name] for name in fixed}
+    return _place_windows(moving, staying, (), count, max(moving.values()))
 
 
-def _placed(
+def _place_windows(
     widths: Mapping[str, int],
     windows: Mapping[str, range],
     evictable: Sequence[str],
     count: int,
     widest: int,
 ) -> dict[str, int] | None:
-    """First slots, widest adapters first, evicting only `evictable`. Adapters of width `widest` go
-    to the highest slots and others to the lowest, which keeps the gap in one piece."""
+    """First slots, assigned to the widest adapters first, evicting only `evictable`. Adapters of
+    width `widest` get the highest slots, others the lowest, so that free slots stay contiguous."""
     age = {name: number for number, name in enumerate(evictable)}
     owners: list[str | None] = [None] * count
     for name, slots in windows.items():
         for slot in slots:
             owners[slot] = name
-    found: dict[str, int] = {}
+    placed: dict[str, int] = {}
     for name in sorted(widths, key=lambda name: -widths[name]):
         width = widths[name]
         costs: list[tuple[int, int, int, int]] = []
         for first in range(count):
-            others = {owners[slot] for slot in window(first, width, count)}
-            ages = [age.get(other, -1) for other in others if other is not None]
+            occupants = {owners[slot] for slot in window(first, width, count)}
+            ages = [age.get(name, -1) for name in occupants if name is not None]
             if -1 not in ages:
-                at = -first if width == widest > 1 else first
-                costs.append((max(ages, default=-1), len(ages), at, first))
+                preference = -first if width == widest > 1 else first
+                costs.append((max(ages, default=-1), len(ages), preference, first))
         if not costs:
             return None
-        *_, found[name] = min(costs)
-        slots = window(found[name], width, count)
-        gone = {owners[slot] for slot in slots}
-        owners = [None if other in gone else other for other in owners]
+        *_, placed[name] = min(costs)
+        slots = window(placed[name], width, count)
+        evicted = {owners[slot] for slot in slots}
+        owners = [None if owner in evicted else owner for owner in owners]
         for slot in slots:
             owners[slot] = name
-    return found
+    return placed
 
 
-#: By sibling of a bank: factors, and their adapter's weight.
+#: For each sibling of a bank, the factors to add, each with its adapter's weight.
 _Terms = dict[int, list[tuple[Factors, float]]]
 
 
-def mixed(
+def sum_of(
     name: Mixture,
     adapters: Mapping[str, StoredAdapter],
     groups: Sequence[Group],
@@ -665,36 +665,35 @@ def mixed(
         Σ_i w_i · s_i · B_i A_i = s · [B_1, v_2 · B_2, …] [A_1; A_2; …]      v_i = w_i · s_i / s
 
     s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
-    bits. A site with a single adapter keeps its factors; only the scale changes. Weights change
-    bank contents alone, so no graph depends on them.
+    bits. Where a single adapter has factors, only their scale changes. No graph depends on weights.
 
-    Raises ConfigError for an adapter that is not linear in its weight or a scale beyond float32,
-    CapacityError for a sum of ranks beyond a bank's.
+    Raises ConfigError for an adapter that is not linear in its weight and for a scale beyond
+    float32, CapacityError for a sum of ranks beyond a bank's.
     """
-    summed = [(adapters[member], weight) for member, weight in name.weights if weight]
-    if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
-        alone = summed[0][0]
-        return replace(alone, name=name, host=alone.numbers, version=next_version())
-    for adapter, _ in summed:
-        _refuse(name, adapter)
+    summands = [(adapters[member], weight) for member, weight in name.weights if weight]
+    if len(summands) == 1 and summands[0][1] == 1:  # all others have weight 0
+        single = summands[0][0]
+        return replace(single, name=name, host=single.numbers, version=next_version())
+    for adapter, _ in summands:
+        _refuse_nonlinear(name, adapter)
     terms: list[_Terms] = [{} for _ in groups]
-    for adapter, weight in summed:
-        for g, of_group in adapter.numbers.factors.items():
-            for f in of_group:
+    for adapter, weight in summands:
+        for g, group_factors in adapter.numbers.factors.items():
+            for f in group_factors:
                 terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
-    factors = {g: _sums(name, terms[g], groups[g].bank) for g in range(len(groups)) if terms[g]}
+    factors = {g: _sum_factors(name, ts, groups[g].bank) for g, ts in enumerate(terms) if ts}
     return StoredAdapter(
         name,
         max((f.rank for sums in factors.values() for f in sums), default=0),
-        ", ".join(adapter.source for adapter, _ in summed),
-        tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
+        ", ".join(adapter.source for adapter, _ in summands),
+        tuple(dict.fromkeys(site for adapter, _ in summands for site in adapter.sites)),
         HostCopy(factors),
-        width=width_of(groups, factors),
+        width=slots_needed(groups, factors),
     )
 
 
-def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
+def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
     dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
     reasons = {
         "is an aLoRA adapter, which serves only the tokens from its invocation on": (
@@ -716,14 +715,14 @@ def _refuse(name: Mixture, adapter: StoredAdapter) -> None:
 def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
     needed, where = 0, ""
     for siblings, group in zip(terms, groups, strict=True):
-        room = group.bank.B.shape[1]
+        max_rank = group.bank.B.shape[1]
         for sibling, summed in siblings.items():
             ranks = [factors.rank for factors, _ in summed]
             site = group.site_of(sibling)
             rank = -(-sum(ranks) // site.terms)
-            if sum(ranks) > room and rank > needed:
+            if sum(ranks) > max_rank and rank > needed:
                 needed, added = rank, " + ".join(map(str, ranks))
-                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {room}"
+                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {max_rank}"
     if needed:
         raise CapacityError(
             f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
@@ -731,10 +730,10 @@ def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group])
         )
 
 
-def _sums(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
-    """A pair of factors for each sibling. Siblings whose adapters share A share the sum's A."""
+def _sum_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
+    """The sum's factors for each sibling. Siblings whose adapters share A share the sum's A."""
     joined: dict[tuple[int, ...], Tensor] = {}
-    found = []
+    sums = []
     for summed in terms.values():
         factors = [f for f, _ in summed]
         # s, and the v of the adapters, (adapters,); with experts (E,) and (adapters, E).
@@ -749,16 +748,17 @@ def _sums(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
             )
         s = scale.float() if experts else float(scale)
         if len(factors) == 1:
-            found.append(factors[0]._replace(scale=s))
+            sums.append(factors[0]._replace(scale=s))
             continue
         key = tuple(id(f.A) for f in factors)
         if key not in joined:
-            joined[key] = _cat([f.A for f in factors], -1 if bank.kind == "embedding" else -2, bank)
+            dim = -1 if bank.kind == "embedding" else -2
+            joined[key] = _concat([f.A for f in factors], dim, bank)
         shares = torch.where(scale != 0, scales / scale, 0.0)
         scaled = [_scaled(f.B, share) for f, share in zip(factors, shares, strict=True)]
-        sums = joined[key], _cat(scaled, -2, bank)
-        found.append(factors[0]._replace(A=sums[0], B=sums[1], scale=s, ranks=_ranks(factors)))
-    return found
+        a, b = joined[key], _concat(scaled, -2, bank)
+        sums.append(factors[0]._replace(A=a, B=b, scale=s, ranks=_summed_ranks(factors)))
+    return sums
 
 
 def _scaled(b: Tensor, share: Tensor) -> Tensor:
@@ -766,17 +766,17 @@ def _scaled(b: Tensor, share: Tensor) -> Tensor:
     return (b.to(wide) * share.to(wide)[..., None, None]).to(b.dtype)
 
 
-def _cat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
-    whole = torch.cat(list(tensors), dim)
-    return host_copy(whole, whole.dtype, pin=True) if bank.A.is_cuda else whole
+def _concat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
+    tensor = torch.cat(list(tensors), dim)
+    return host_copy(tensor, tensor.dtype, pin=True) if bank.A.is_cuda else tensor
 
 
-def _ranks(factors: Sequence[Factors]) -> Tensor | None:
+def _summed_ranks(factors: Sequence[Factors]) -> Tensor | None:
     if all(f.ranks is None for f in factors):
         return None
     start, ranks = 0, torch.zeros(factors[0].B.shape[0], dtype=torch.int32)
     for f in factors:
-        these = torch.full_like(ranks, f.rank) if f.ranks is None else f.ranks
-        ranks = torch.where(these > 0, start + these, ranks)
+        term_ranks = torch.full_like(ranks, f.rank) if f.ranks is None else f.ranks
+        ranks = torch.where(term_ranks > 0, start + term_ranks, ranks)
         start += f.rank
     return ranks

@@ -1,5 +1,5 @@
 """Decoded adapters, and adapters in host memory, in the dtype and layout of the banks, within a
-budget of bytes: those that it has no room for are read again from their files.
+budget of bytes: those for which it has no room are read again from their files.
 
 DoRA's scale of each output is computed once per adapter, in float32, from the bank's factors and
 the dequantised base weight:
@@ -7,7 +7,7 @@ the dequantised base weight:
     y' = c + m / ‖W + s·B A‖ · (W x + s·B A x)        gains = m / ‖W + s·B A‖ − 1    (N,)
 
 The norm is over the inputs of each output: rows of W (N, K); columns of an embedding's (V, N). An
-output whose W + s·B A is zero gets no scale.
+output whose W + s·B A is zero is not scaled.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _CHUNK = 1 << 22
 
 
 class LoraWeights(NamedTuple):
-    """A part's A (r, K), B (N, r) and s; DoRA's `magnitude`, lora_B's `bias` and a replacing
-    `own_bias` (N,).
+    """A part's A (r, K), B (N, r) and s; (N,) DoRA's `magnitude`, lora_B's `bias`, a new
+    `own_bias`.
 
     Routed experts: A (E, r, K), B (E, N, r), s and `ranks` (E,), 0 for untouched experts.
     """
@@ -60,17 +60,17 @@ class Adapter:
 
     Attributes:
         weights: `Site.part_path` -> factors; untouched parts are absent.
-        own: site path -> rows of its weight that the adapter replaces.
+        own_weights: site path -> rows of its weight that the adapter replaces.
         replaces_biases: the adapter was trained with biases that replace the base's.
-        compared: the file's copies of base weights were compared with the model's.
-        invocation: the tokens from which on it is active (aLoRA); empty if always.
+        compared: the file has copies of base weights, which were compared with the model's.
+        invocation: the tokens that activate it (aLoRA); empty if it is always active.
     """
 
     name: str
     weights: dict[str, LoraWeights]
     rank: int
     source: str
-    own: Mapping[str, OwnWeight] = field(default_factory=dict)
+    own_weights: Mapping[str, OwnWeight] = field(default_factory=dict)
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class Adapter:
         parts = self.weights.items()
         return {
             "dora": tuple(path for path, w in parts if w.magnitude is not None),
-            "own": tuple(self.own),
+            "own": tuple(self.own_weights),
             "bias": tuple(p for p, w in parts if w.bias is not None or w.own_bias is not None),
         }
 
@@ -91,27 +91,27 @@ class HostCopy:
     """An adapter's factors and replaced rows by group index."""
 
     factors: Mapping[int, Sequence[Factors]]
-    own: Mapping[int, OwnWeight] = field(default_factory=dict)
+    own_weights: Mapping[int, OwnWeight] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
-        every = [*itertools.chain(*self.factors.values()), *self.own.values()]
-        tensors = (t for values in every for t in values if isinstance(t, Tensor))
+        parts = [*itertools.chain(*self.factors.values()), *self.own_weights.values()]
+        tensors = (value for part in parts for value in part if isinstance(value, Tensor))
         return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 @dataclass(eq=False)
 class StoredAdapter:
-    """A loaded adapter, or a sum. Only its host copy comes and goes.
+    """A loaded adapter, or a sum. Only its host copy may be dropped and read again.
 
     Attributes:
-        host: its numbers; None where the budget had no room for them.
+        host: its numbers; None if they were dropped for the budget.
         extras: sites with `EXTRAS`, by their names.
-        origin: the files that it was read from, with the settings given; None in memory and hubs.
+        origin: its files, with the settings for reading them; None from memory and from the hub.
         compared: as in `Adapter`.
-        width: how many slots it takes in a row.
-        tier: what reads its files again.
-        used: greater where it was looked for later.
+        width: how many consecutive slots it takes.
+        tier: reads its files again.
+        used: a number that grows with each fetch of any adapter.
         reread: it was read again, and has not been written into a slot since.
         version: unique in this process, from 1 on.
     """
@@ -134,24 +134,24 @@ class StoredAdapter:
     @property
     def numbers(self) -> HostCopy:
         """The host copy, read again if it was dropped. Raises as `HostTier.read`."""
-        found = self.host
-        if found is None:
+        copy = self.host
+        if copy is None:
             assert self.tier is not None
-            found = self.host = self.tier.read(self)
-        return found
+            copy = self.host = self.tier.read(self)
+        return copy
 
     @property
-    def follows_base(self) -> bool:
-        """Whether some numbers are computed anew when base weights change."""
+    def depends_on_base(self) -> bool:
+        """Whether some of its numbers have to be recomputed when base weights change."""
         return bool(self.extras.get("dora") or self.extras.get("bias"))
 
     @property
     def can_be_dropped(self) -> bool:
-        return self.origin is not None and not self.compared and not self.follows_base
+        return self.origin is not None and not self.compared and not self.depends_on_base
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """The sites with rows of the adapter's own."""
+        """The sites whose weight it replaces, at least in part."""
         return self.extras.get("own", ())
 
 
@@ -170,34 +170,33 @@ class Kept:
 
 
 class HostTier:
-    """Reads dropped adapters again, and counts that.
+    """Reads dropped adapters again, and counts such events.
 
     Attributes:
-        budget: bytes of host memory for adapters; None for all of them.
-        hits, misses: adapters that got a slot and were in host memory; that were read again.
-        changed: failed reads.
-        evictions: adapters that were dropped.
-        reader: reads an adapter by source and name; without it none is dropped.
+        budget: bytes of host memory for adapters; None for no limit.
+        hits: how often an adapter that got a slot was in host memory.
+        misses, changed, evictions: how often one was read again, was not readable, was dropped.
+        reader: reads an adapter from a source, by its name; no adapter is dropped without it.
         grown: host memory may be over the budget.
     """
 
-    def __init__(self, fitted: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
+    def __init__(self, fit: Callable[[Adapter], StoredAdapter], budget: int | None) -> None:
         self.budget = budget
         self.hits = self.misses = self.changed = self.evictions = 0
         self.reader: Callable[[AdapterSource, str], Adapter] | None = None
         self.grown = True
-        self._fitted = fitted
+        self._fit = fit
 
     def read(self, stored: StoredAdapter) -> HostCopy:
-        """Raises CheckpointError where a file has changed since it was loaded, or is unreadable."""
+        """Raises CheckpointError if a file has changed since it was loaded, or is unreadable."""
         origin, reader = stored.origin, self.reader
         assert origin is not None
         assert reader is not None
         self.misses += 1
         try:
             origin.check(stored.name)
-            copy = self._fitted(reader(origin.source, stored.name)).host
-            origin.check(stored.name)  # not changed while it was read
+            copy = self._fit(reader(origin.source, stored.name)).host
+            origin.check(stored.name)  # it may have changed during the read
         except LorafxError:
             self.changed += 1
             raise
@@ -207,7 +206,7 @@ class HostTier:
 
 
 class Retired(str):
-    """The name of a `replaced` or unloaded version that requests hold; equal only to itself."""
+    """The private name of a version that was `replaced` or unloaded; equal only to itself."""
 
     replaced: str
 
@@ -227,7 +226,7 @@ class Retired(str):
 
 
 class BankPlace(NamedTuple):
-    """The sibling and first bank column of a site's part."""
+    """A part's group and site, its number in the bank, and its first column there."""
 
     group: int
     site: Site
@@ -245,7 +244,7 @@ def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
     }
 
 
-def fitted(
+def fit_to_banks(
     adapter: Adapter,
     places: Mapping[str, BankPlace],
     groups: Sequence[Group],
@@ -255,29 +254,29 @@ def fitted(
     CapacityError without room for DoRA or biases, CheckpointError for values beyond the dtype."""
     _check_room(adapter, places, groups)
     factors: dict[int, list[Factors]] = {}
-    beyond: list[str] = []
+    problems: list[str] = []
     for path, weights in adapter.weights.items():
         place = places[path]
-        known = factors.setdefault(place.group, [])
-        made = _factors(place, weights, groups[place.group].bank)
-        alike = next((f.A for f in known if torch.equal(f.A, made.A)), made.A)
-        known.append(made._replace(A=alike))
-        if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
-            beyond.append(f"{path}: values beyond the range of {made.A.dtype}")
-    owned: dict[int, OwnWeight] = {}
-    for path, weight in adapter.own.items():
+        group_factors = factors.setdefault(place.group, [])
+        new = _factors(place, weights, groups[place.group].bank)
+        shared_a = next((f.A for f in group_factors if torch.equal(f.A, new.A)), new.A)
+        group_factors.append(new._replace(A=shared_a))
+        if not all(bool(torch.isfinite(t).all()) for t in (new.A, new.B)):
+            problems.append(f"{path}: values beyond the range of {new.A.dtype}")
+    own_weights: dict[int, OwnWeight] = {}
+    for path, weight in adapter.own_weights.items():
         place = places[path]
-        rows = owned[place.group] = _own_weight(place.site, weight, groups[place.group].bank)
+        rows = own_weights[place.group] = _own_weight(place.site, weight, groups[place.group].bank)
         bias = None if rows.bias is None else rows.bias[: len(weight.rows)]
         if not all(bool(torch.isfinite(t).all()) for t in (rows.rows, bias) if t is not None):
-            beyond.append(f"{path}: values beyond the range of {rows.rows.dtype}")
-    if beyond:
+            problems.append(f"{path}: values beyond the range of {rows.rows.dtype}")
+    if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
-            + "\n".join(f"  - {problem}" for problem in beyond)
+            + "\n".join(f"  - {problem}" for problem in problems)
         )
-    for g, of_group in factors.items():
-        measure(groups[g], of_group)
+    for g, group_factors in factors.items():
+        measure(groups[g], group_factors)
 
     def sites(paths: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(places[path].site.path for path in paths))
@@ -286,19 +285,19 @@ def fitted(
         adapter.name,
         adapter.rank,
         adapter.source,
-        sites([*adapter.weights, *adapter.own]),
-        HostCopy(factors, owned),
+        sites([*adapter.weights, *adapter.own_weights]),
+        HostCopy(factors, own_weights),
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
         invocation=adapter.invocation,
         origin=origin,
         compared=adapter.compared,
-        width=width_of(groups, factors),
+        width=slots_needed(groups, factors),
     )
 
 
-def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
-    """How many slots an adapter with these factors by group takes in a row."""
-    widths = (groups[g].bank.width(f.rank) for g, of_group in factors.items() for f in of_group)
+def slots_needed(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
+    """How many consecutive slots an adapter takes, of its factors by group."""
+    widths = (groups[g].bank.width(f.rank) for g, items in factors.items() for f in items)
     return max(widths, default=1)
 
 
@@ -318,16 +317,16 @@ def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
     """Replaced rows in the bank's dtype, on the host; a whole linear's missing outputs are −inf."""
     assert bank.own is not None
     rows, bias = weight.rows, weight.bias
-    lacks = site.weight_rows - len(rows)
-    if weight.at is None and lacks and site.eligible.kind == "linear":
+    missing = site.weight_rows - len(rows)
+    if weight.indices is None and missing and site.eligible.kind == "linear":
         bias = rows.new_zeros(len(rows)) if bias is None else bias
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, lacks))
-        bias = torch.nn.functional.pad(bias, (0, lacks), value=-torch.inf)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        bias = torch.nn.functional.pad(bias, (0, missing), value=-torch.inf)
     pin = bank.own.is_cuda
     return OwnWeight(
         host_copy(rows, bank.own.dtype, pin),
         None if bias is None else host_copy(bias, bank.own.dtype, pin),
-        None if weight.at is None else host_copy(weight.at, torch.int32, pin),
+        None if weight.indices is None else host_copy(weight.indices, torch.int32, pin),
     )
 
 
@@ -356,18 +355,18 @@ def _factors(place: BankPlace, weights: LoraWeights, bank: Bank) -> Factors:
 
 def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
     """A contiguous copy on the host, page-locked if `pin`."""
-    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
-    return made.copy_(tensor.detach())
+    copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
+    return copy.copy_(tensor.detach())
 
 
 @torch.no_grad()
 def measure(group: Group, factors: Iterable[Factors]) -> None:
-    """Fill gains, and shifts s·b + b' − b, in place. Raises ConfigError for an unknown format."""
+    """Write gains, and shifts s·b + b' − b, in place. Raises ConfigError for an unknown format."""
     factors = list(factors)
     for site, offset in zip(group.sites, group.offsets, strict=True):
-        here = [f for f in factors if offset <= f.offset < offset + site.out_features]
-        base = bias_of(site) if any(f.own_bias is not None for f in here) else None
-        for f in here:
+        site_factors = [f for f in factors if offset <= f.offset < offset + site.out_features]
+        base = bias_of(site) if any(f.own_bias is not None for f in site_factors) else None
+        for f in site_factors:
             if f.shift is None:
                 continue
             shift = torch.zeros(f.B.shape[-1])
@@ -378,9 +377,9 @@ def measure(group: Group, factors: Iterable[Factors]) -> None:
                 start = f.offset - offset
                 shift += f.own_bias - base[start : start + len(shift)].cpu().float()
             f.shift.copy_(shift)
-        if any(f.gains is not None for f in here):
+        if any(f.gains is not None for f in site_factors):
             weight = base_weight(site)
-            for f in here:
+            for f in site_factors:
                 if f.gains is not None:
                     f.gains.copy_(_gains(site, weight, f.offset - offset, f))
 
@@ -394,22 +393,22 @@ def base_weight(site: Site) -> Tensor:
 def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
     """G (N,) float32 on the host, of outputs [first, first + N)."""
     assert f.magnitude is not None
-    rows_of_part = weight[first : first + f.B.shape[-1]]
+    part = weight[first : first + f.B.shape[-1]]
     A = f.A.mT if site.eligible.kind == "embedding" else f.A
-    A, B = (tensor.to(rows_of_part.device, torch.float32) for tensor in (A, f.B.mT))
+    A, B = (tensor.to(part.device, torch.float32) for tensor in (A, f.B.mT))
     if site.eligible.kind == "conv":
         A, B = norm_factors(site.module, A, B)
-    squares = torch.zeros(len(rows_of_part), dtype=torch.float32, device=rows_of_part.device)
-    for rows, columns in _chunks(rows_of_part):
-        merged = rows_of_part[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])
+    squares = torch.zeros(len(part), dtype=torch.float32, device=part.device)
+    for rows, columns in _chunks(part):
+        merged = part[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])
         squares[rows] += merged.square().sum(1)
     norm = squares.sqrt().cpu()
     return torch.where(norm > 0, f.magnitude / norm - 1, 0.0)
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    along = 0 if weight.stride(0) >= weight.stride(1) else 1
-    step = max(1, _CHUNK // max(1, weight.shape[1 - along]))
-    for start in range(0, weight.shape[along], step):
+    dim = 0 if weight.stride(0) >= weight.stride(1) else 1
+    step = max(1, _CHUNK // max(1, weight.shape[1 - dim]))
+    for start in range(0, weight.shape[dim], step):
         piece = slice(start, start + step)
-        yield (piece, slice(None)) if along == 0 else (slice(None), piece)
+        yield (piece, slice(None)) if dim == 0 else (slice(None), piece)

@@ -1,10 +1,10 @@
-"""`lorafx.bisect`: from wrong answers to the responsible pass and site.
+"""`lorafx.bisect`: from wrong outputs to the responsible pass and site.
 
-    y[b] = f(x; W + s·B A of names[b])[b]    beside    outputs with the graphs after each pass
+    y[b] = f(x; W + s·B A of names[b])[b]    compared with    the graphs after each pass
 
-The first pass whose graphs give other outputs is wrong. Between two stages, common nodes have equal
-values as long as the pass is right; the first that differs leads back to the site through the nodes
-that the pass made.
+The first pass whose graphs give other outputs is wrong. If a pass is right, nodes that exist before
+and after it have equal values; from the first that differs the search goes back, through the nodes
+that the pass made, to the site.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class FirstSite:
     """Where values first differ.
 
     Attributes:
-        paths: the sites; several where a node computes them together.
+        paths: the sites; several if one node computes them together.
         node, where: the node with the difference, its module and source line.
         error: max |got − want| / max(1, max |want|) of that node's value.
-        behind: whether the node only computes with the site's result.
+        behind: whether the node only uses the site's result.
     """
 
     paths: tuple[str, ...]
@@ -76,7 +76,7 @@ class Bisection(Report):
         served: the error of the model as served.
         stages: errors by pass from `provenance` on, in order.
         first: the first pass with errors over the tolerance, if any.
-        notes: what could not be checked, and why.
+        notes: what was not checked, and why.
     """
 
     tolerance: float
@@ -117,13 +117,13 @@ def bisect(
     *,
     tolerance: float | None = None,
 ) -> Bisection:
-    """Find the first pass, then the first site, at which a compiled model's answers are wrong.
+    """Find the first pass, then the first site, at which a compiled model's outputs are wrong.
 
     The reference is W + ΔW of each row's adapter, merged into the modules and run in eager mode;
     weights are restored bit for bit. The graphs are captured again and run operator by operator
     after each pass from `provenance` on, the first that knows rows; if these are right and the
-    answers are not, the lowering is wrong. Serving graphs are unaffected; other calls wait. Needs
-    twice the memory of the graph's values.
+    outputs are not, the lowering is wrong. Graphs in service are unaffected, and other calls wait.
+    The search needs twice the memory of the graph's values.
 
     Args:
         model: a model from `lorafx.compile`.
@@ -133,7 +133,7 @@ def bisect(
             2e-2 for float16, 6e-2 for bfloat16.
 
     Returns:
-        A `Bisection`; `first` is None where nothing is wrong.
+        A `Bisection`; `first` is None if nothing is wrong.
 
     Raises:
         ConfigError: not a compiled model, a merged adapter, or a sum of adapters.
@@ -145,9 +145,9 @@ def bisect(
     compiled = compiled_of(model)
     if compiled is None:
         raise ConfigError(
-            f"bisect() takes what lorafx.compile returned, and this is a {type(model).__name__}"
+            f"bisect() takes a model from lorafx.compile, and this is a {type(model).__name__}"
         )
-    names = _names(compiled, adapter_names)
+    names = _checked_names(compiled, adapter_names)
     roles = compiled.entry(compiled.model).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
@@ -166,7 +166,7 @@ def bisect(
     return _Search(compiled, named, names, want, tolerance).run()
 
 
-def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
+def _checked_names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise ConfigError(f"adapter_names must be a list of names, got {names!r}")
     if compiled.merged is not None:
@@ -185,29 +185,29 @@ def _names(compiled: CompiledModel, names: Sequence[Any]) -> list[str | None]:
 def _reference(
     compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None]
 ) -> list[Tensor]:
-    """The outputs, each row of the model with its adapter merged. Raises MatchError where one
+    """The outputs, each row computed with its adapter merged. Raises MatchError if an adapter
     cannot be merged."""
-    found: dict[str | None, list[Tensor]] = {}
+    outputs: dict[str | None, list[Tensor]] = {}
     with compiled._session.lock, compiled.disable_adapter():
         for name in dict.fromkeys(names):
             if name is not None:
                 compiled.merge(name)
             try:
-                found[name] = _outputs(compiled.model, inputs, len(names))
+                outputs[name] = _outputs(compiled.model, inputs, len(names))
             finally:
                 if name is not None:
                     compiled.unmerge()
-    by_leaf = zip(*(found[name] for name in names), strict=True)
+    by_leaf = zip(*(outputs[name] for name in names), strict=True)
     return [torch.stack([leaf[row] for row, leaf in enumerate(leaves)]) for leaves in by_leaf]
 
 
 def _outputs(
-    call: Callable[..., Any], inputs: Mapping[str, Any], rows: int, **more: Any
+    call: Callable[..., Any], inputs: Mapping[str, Any], rows: int, **kwargs: Any
 ) -> list[Tensor]:
     """The tensors of a call's result with requests in dimension 0. Inputs are copied, since calls
     write into caches."""
     with torch.no_grad():
-        result = call(**copy.deepcopy(dict(inputs)), **more)
+        result = call(**copy.deepcopy(dict(inputs)), **kwargs)
     return [
         leaf.detach().clone()
         for leaf in tree_leaves(result)
@@ -255,7 +255,7 @@ class _Search:
         return _outputs(self.compiled, self.inputs, len(self.names), adapter_names=self.names)
 
     def _error(self) -> float:
-        """The largest error of an output, without padding where there is a mask (B, T)."""
+        """The largest error of an output; padded tokens are left out if there is a mask (B, T)."""
         mask = self.inputs.get("attention_mask")
         worst = 0.0
         for got, want in zip(self._call(), self.want, strict=True):
@@ -266,7 +266,7 @@ class _Search:
 
     def _runs(self, replay: Replay, name: str) -> list[Run]:
         runs: list[Run] = []
-        with replay.running(name, lambda stage, given: recorded(stage, given, runs)):
+        with replay.running(name, lambda stage, values: recorded(stage, values, runs)):
             self._call()
         return runs
 
@@ -291,57 +291,57 @@ class Run:
 
 
 class _Values(fx.Interpreter):
-    """Copies each tensor when it is made: later operators may overwrite it."""
+    """Copies the value of each node when it is computed: later operators may overwrite it."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
-        self.seen: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and n.op != "placeholder":
-            self.seen[n.name] = value.clone()
+            self.copies[n.name] = value.clone()
         return value
 
 
-def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
+def recorded(stage: Stage, inputs: Sequence[Any], runs: list[Run]) -> Any:
     """The results of a stage; appends the values of its nodes to `runs`."""
-    values = _Values(stage.graph)
-    results = values.run(*given)
-    runs.append(Run(stage, values.seen))
+    interpreter = _Values(stage.graph)
+    results = interpreter.run(*inputs)
+    runs.append(Run(stage, interpreter.copies))
     return results
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
-    """The first difference between runs of the same calls: of common, else of returned nodes."""
+    """The first difference between runs of the same calls, in common nodes or else in results."""
     for good, bad in zip(before, after, strict=False):
         pairs = [(node.name, node) for node in bad.graph.nodes]
-        pairs += [(was.name, now) for was, now in zip(good.returned, bad.returned, strict=False)]
+        pairs += [(was.name, node) for was, node in zip(good.returned, bad.returned, strict=False)]
         for name, node in pairs:
             if name in good.values and node.name in bad.values:
                 error = difference(bad.values[node.name], good.values[name])
                 if error > tolerance:
-                    return _led_to(node, good, bad, error)
+                    return _first_site(node, good, bad, error)
     return None
 
 
-def _led_to(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
+def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
     """The site of a wrong value: among the pass's new nodes, else the node's, else an operand's."""
-    names = {other.name for other in good.graph.nodes}
+    names = {former.name for former in good.graph.nodes}
 
-    def known(other: fx.Node) -> bool:
-        return other.name in names
+    def existed(source: fx.Node) -> bool:
+        return source.name in names
 
     sources = list(_sources(node, None))
-    made = [source for source in sources if not (known(node) and known(source[0]))]
-    paths = _nearest(made, bad.stage, known) or bad.stage.paths(node)
+    new = [source for source in sources if not (existed(node) and existed(source[0]))]
+    paths = _nearest_sites(new, bad.stage, existed) or bad.stage.paths(node)
     behind = not paths
     if behind:
-        paths = _nearest(made or sources, bad.stage, lambda _: False)
+        paths = _nearest_sites(new or sources, bad.stage, lambda _: False)
     return FirstSite(paths, node.name, _where(node), error, behind and bool(paths))
 
 
-def _nearest(
+def _nearest_sites(
     starts: Sequence[Source], stage: Stage, ends: Callable[[fx.Node], bool]
 ) -> tuple[str, ...]:
     """Sites of the nearest node backwards, up to nodes where `ends`; of a pack the part's site."""
@@ -361,6 +361,7 @@ def _nearest(
 
 
 def _sources(node: fx.Node, index: int | None) -> Iterator[Source]:
+    """The operands of result `index` of a node."""
     if node.target is getitem:
         source: Any = node.args[0]
         yield source, int(node.args[1])  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """The Dynamo backend of a program: compiles captured frames to executables.
 
-Frames of calls without adapters are compiled like the base model's; all others, even parts without
-sites, which later proofs may need, go through AOTAutograd, the passes and the lowering. A graph
-serves calls of the kind it was captured for.
+Frames of calls without adapters are compiled like the base model's. All others go through
+AOTAutograd, the passes and the lowering, even if they have no site, since proofs of later graphs
+may need their results' owners. A graph serves calls of the kind for which it was captured.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lorafx.capture.driver import KEEP_OUT, NumericCheck, failing_in, run_pipeli
 from lorafx.capture.executable import (
     Captured,
     Parts,
+    by_operator_if_tracked,
     checked,
+    collecting_parts,
     for_base,
     foreign_operators,
-    looked_at,
-    noted,
     with_lookups,
 )
 from lorafx.capture.instances import Form, Instances
@@ -69,7 +69,7 @@ class Backend:
     """Compiles the frames of a program.
 
     Args:
-        entered: true for a Python frame that calls the program with a call's arguments.
+        entered: says whether a Python frame is one that calls the program with a call's arguments.
     """
 
     def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
@@ -77,16 +77,16 @@ class Backend:
         self.owner = weakref.ref(program)
         self.entered = entered
         self.records: list[GraphRecord] = []
-        #: Receives each compiled graph to save.
+        #: Receives each compiled graph, to save it.
         self.noted: Callable[[Captured], None] | None = None
         #: Receives the record of each graph, even of a failed compilation.
         self.recorded: Callable[[GraphRecord], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
         self.shortcuts = chosen(program.options.shortcuts)
-        #: Replaces a lowered graph, whose stages are kept; None to lower graphs.
+        #: Replaces the lowering: makes the executable from a record, whose stages are kept.
         self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
-        #: Looks up a place of the captured frame, if the frame is always the program's.
-        self._at: Callable[[str], Any] | None = None
+        #: Looks up a place of the captured frame, if only this program runs the frame's code.
+        self._value_at: Callable[[str], Any] | None = None
         self.instances = Instances()
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -95,34 +95,34 @@ class Backend:
     def __call__(
         self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
     ) -> Callable[..., Any]:
-        """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError,
-        keeping no graph, for a replaced module with an active adapter."""
-        program, self._at = self.program, None
+        """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError, and
+        keeps no graph, if an adapter of the batch touches a replaced module."""
+        program, self._value_at = self.program, None
         traced = tracing_seconds()
-        frame = self._frame(gm, examples, per_token=per_token)
+        frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
-        own = frame.begins_call and not program.site_watch.missing
+        is_entry = frame.begins_call and not program.site_watch.missing
         form = None
-        if own and self._finds_instances(active):
+        if is_entry and self._may_reuse(active):
             form = Form.of(gm.graph, examples, (active, per_token))
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        found = None if form is None else self.instances.find(form)
-        if found is not None:
-            title, executable = found
+        instance = None if form is None else self.instances.find(form)
+        if instance is not None:
+            title, executable = instance
             tell_instance(title, type(program.model).__name__, call)
         else:
-            begun = self.instances.begin()
-            record = self._record(frame, examples, call)
+            guard_count = self.instances.guard_count()
+            record = self._new_record(frame, examples, call)
             record.seconds["Dynamo"] = traced
-            executable = self._compiled(gm, examples, frame, record)
+            executable = self._compile(gm, examples, frame, record)
             if form is not None:
-                self.instances.keep(record.title, form, executable, begun)
+                self.instances.keep(record.title, form, executable, guard_count)
             self._guard_kind(frame, active=active)
-        if own and "needless_guards" in self.shortcuts:
-            self._at = names_of_frame()  # Dynamo has not made its guards yet
+        if is_entry and "needless_guards" in self.shortcuts:
+            self._value_at = names_of_frame()  # for guards, which Dynamo makes later
         return executable
 
-    def _record(
+    def _new_record(
         self,
         frame: Frame,
         examples: Sequence[Any],
@@ -139,7 +139,7 @@ class Backend:
         keeps = self.replay is not None or numeric or dumps is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why)
 
-    def _compiled(
+    def _compile(
         self,
         gm: fx.GraphModule,
         examples: Sequence[Any],
@@ -153,7 +153,7 @@ class Backend:
         parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
         graph = Captured(record, frame, sources, parts)
         model = type(program.model).__name__
-        noting = nullcontext() if self.noted is None else noted(parts, gm)
+        noting = nullcontext() if self.noted is None else collecting_parts(parts, gm)
         compile_graph = self._compile_lora if active else self._compile_base
         try:
             show(f"{record.title} of {model}, {record.reason}")
@@ -170,7 +170,7 @@ class Backend:
             record.stages = []
         return executable
 
-    def _frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
+    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
@@ -179,9 +179,9 @@ class Backend:
         frame.begins_call = called_directly(self.entered)
         return frame
 
-    def _finds_instances(self, active: bool) -> bool:
+    def _may_reuse(self, active: bool) -> bool:
         """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
-        base's, whose bits may depend on sizes; nor recorded and saved ones."""
+        base's, whose bits may depend on sizes; nor graphs that are recorded or saved."""
         options, device = self.program.options, self.program.runtime.device
         if self.noted or self.replay or options.verify == "numeric":
             return False
@@ -190,20 +190,20 @@ class Backend:
         return active or options.lowering == "reference"
 
     def _guard_kind(self, frame: Frame, *, active: bool) -> None:
-        """Guard the kind of call, unless code or a mark separates it, and missing modules."""
+        """Guard the kind of call, unless the entry or a mark's guard does, and missing modules."""
         program = self.program
-        named, state = names_of_frame(), program.site_watch.state
-        by_kind = frame.begins_call or any(
-            named(name.removesuffix(".active")) is program.runtime
+        value_at, state = names_of_frame(), program.site_watch.state
+        kind_is_guarded = frame.begins_call or any(
+            value_at(name.removesuffix(".active")) is program.runtime
             for name in guarded_attributes(".runtime.active")
         )
-        if by_kind and not state:
+        if kind_is_guarded and not state:
             return
-        held = weakref.ref(program)  # Dynamo keeps some guards for ever
+        program_of = weakref.ref(program)  # Dynamo never frees some guards
 
         def holds() -> bool:
-            program = held()
-            if program is None or not (by_kind or bool(program.runtime.active) is active):
+            program = program_of()
+            if program is None or not (kind_is_guarded or bool(program.runtime.active) is active):
                 return False
             if not (state and program.runtime.active):
                 return True
@@ -214,8 +214,8 @@ class Backend:
         guard_frame(holds)
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        at, self._at = self._at, None
-        return [True] * len(guards) if at is None else keep_guards(guards, at)
+        value_at, self._value_at = self._value_at, None
+        return [True] * len(guards) if value_at is None else keep_guards(guards, value_at)
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
@@ -235,13 +235,13 @@ class Backend:
             def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
                 if folded is not None:
                     unfold(traced.graph, folded)
-                return self._lowered(traced, inputs, graph)
+                return self._run_passes_and_lower(traced, inputs, graph)
 
             return aot_autograd(
                 fw_compiler=compiler,
                 inference_compiler=compiler,
                 decompositions=self.lowering.decompositions(),
-                # Otherwise a written input is a result, copied back whole.
+                # Otherwise AOTAutograd returns a written input, and copies all of it back.
                 keep_inference_input_mutations=writes_in_place(gm),
             )(module, examples)
 
@@ -253,7 +253,7 @@ class Backend:
             compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
         return checked(record.checks, self.owner, compiled)
 
-    def _lowered(
+    def _run_passes_and_lower(
         self, gm: fx.GraphModule, inputs: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
         program, record, frame, parts = self.program, graph.record, graph.frame, graph.parts
@@ -261,8 +261,8 @@ class Backend:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
-        # Rows of other graphs may be some of the batch's, in another order. That is told per
-        # request, so slots per token stay as they are: rows are proved from the call's arguments.
+        # The rows of a graph inside a call may be some of the batch's, in another order: it looks
+        # their slots up. Slots per token are in the order of the call's arguments.
         if not (frame.begins_call or frame.per_token):
             ctx.look_up_slots()
         with timed(record.seconds, "passes"), builds_noted() as built:
@@ -284,7 +284,7 @@ class Backend:
         parts.lowered, parts.extra = executable, extra
         parts.whole &= operators is None
         if operators is not None:
-            executable = looked_at(executable, operators)
+            executable = by_operator_if_tracked(executable, operators)
         parts.banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
@@ -312,32 +312,31 @@ class Backend:
 _HOOKS = "._forward_hooks"
 
 
-def keep_guards(entries: Sequence[Any], at: Callable[[str], Any]) -> list[bool]:
-    """Which of Dynamo's `GuardFilterEntry`s of an entry's frame to keep; `at` gives the object at
-    one of Dynamo's places.
+def keep_guards(entries: Sequence[Any], value_at: Callable[[str], Any]) -> list[bool]:
+    """Which of Dynamo's `GuardFilterEntry`s of a frame to keep; `value_at` looks places up.
 
-    Only for frames that always belong to the same model: dropped are guards of marks, which never
-    change (some thirty of each, a tenth of a small model's step), and those on transformers' notes
-    of model classes, which would capture graphs again whenever a model of another class is made.
+    The frame must always belong to the same model. Guards on marks, which never change, are dropped
+    (some thirty per mark, a tenth of a small model's step), and so are those on transformers'
+    registry of model classes, which fail whenever a model of another class is made.
     """
     guards = [entry.orig_guard for entry in entries]
     places = list(map(source_text, guards))
-    hooks = list(map(_hook_above, guards, places))
-    marks = {name for name in set(hooks) if name and isinstance(at(name), MARKS)}
-    of_registry = _registry_places(at)
+    hooks = list(map(_enclosing_hook, guards, places))
+    marks = {name for name in set(hooks) if name and isinstance(value_at(name), MARKS)}
+    of_registry = _registry_test(value_at)
     return [
         not (hook in marks or ("G[" in place and of_registry(guard.originating_source)))
         for guard, place, hook in zip(guards, places, hooks, strict=True)
     ]
 
 
-def _registry_places(at: Callable[[str], Any]) -> Callable[[Any], bool]:
-    """What says whether a source is part of transformers' notes of model classes."""
+def _registry_test(value_at: Callable[[str], Any]) -> Callable[[Any], bool]:
+    """A test of whether a source lies in transformers' registry of model classes."""
     registry = recorded_outputs()
 
     @cache
     def is_registry(name: str) -> bool:
-        return registry is not None and at(name) is registry
+        return registry is not None and value_at(name) is registry
 
     def of_registry(source: Any) -> bool:
         while source is not None:
@@ -350,8 +349,8 @@ def _registry_places(at: Callable[[str], Any]) -> Callable[[Any], bool]:
     return of_registry
 
 
-def _hook_above(guard: Any, place: str) -> str | None:
-    """The place of the hook below `self` that contains the guard's subject."""
+def _enclosing_hook(guard: Any, place: str) -> str | None:
+    """The place of the hook of a module under `self` that the guard's source belongs to."""
     source: Any = guard.originating_source if _HOOKS in place else None
     while (base := getattr(source, "base", None)) is not None:
         if source_text(base).endswith(_HOOKS):

@@ -1,7 +1,7 @@
 """The checks of a compiled graph before it serves a call.
 
-Dynamo calls a graph for other layers and models of the same class too. So no module or weight is
-kept here: sites are paths, and the running call's tensors identify them.
+Dynamo calls a graph for other layers and models of the same class too, so no module or weight is
+kept here: sites are known by their paths, and the tensors of the running call identify them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ _UNSEEN = (
 
 @dataclass(frozen=True)
 class RefusedSites:
-    """Site paths that a graph cannot serve, in which batches, and why (`Refusal`)."""
+    """Paths of sites that a graph cannot serve, in which batches, and the reason (`Refusal`)."""
 
     sites: tuple[str, ...]
     when: When
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error of a call with adapters here, whose memory was handed out if `unseen`."""
+        """The error of a batch with adapters at `names`. `unseen`: some memory of the call left
+        torch's sight."""
         if self.when in EXTRAS:
             extra = EXTRAS[self.when]
             return MatchError(
@@ -66,12 +67,12 @@ class Checks:
         begins_call, inside: as in `Frame`.
         weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension) of inputs that carry requests.
-        arguments: position -> role of call arguments that may be something else in another call.
-        plain: positions of matrices (and stacks) that may be a site's weight in another call.
+        arguments: position -> role of the inputs that are arguments of the call at capture.
+        plain: positions of matrices and stacks that may be a site's weight in another call.
         derived: path, position and form of each tensor that contains part of a site's weight.
-        choices: positions and names of arguments of the call with several sequences a request in
-            dimension 1, equally many.
-        number: how many requests the graph is for, if its inputs are of one request each.
+        choices: positions and names of the call's arguments that hold several sequences for each
+            request in dimension 1; all must hold the same number.
+        number: the number of requests of the graph, if each input belongs to a single request.
         sites: the paths of the sites that the graph computes.
     """
 
@@ -108,7 +109,7 @@ class Checks:
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 checks.requests.append((position, dim))
-                if frame.chosen(item):
+                if frame.has_choices(item):
                     checks.choices.append((position, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 checks.arguments[position] = item.role
@@ -121,32 +122,32 @@ class Checks:
         return bool(self.refusals or self.plain or self.derived or self.choices)
 
     def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:
-        """Refuse the running batch where this graph cannot serve it. `alone`: all rows belong to a
-        single request.
+        """Refuse the running batch if this graph cannot serve it. `alone`: all rows belong to one
+        request.
 
         Raises:
             CaptureError: an adapter touches a layer for which the graph has no LoRA.
             MatchError: LoRA, DoRA or a replaced weight cannot be applied to a use of a touched
                 weight.
             ProvenanceError: mixed adapters at a site whose rows have no proved owner.
-            BatchError: arguments with several sequences a request differ in how many.
+            BatchError: arguments hold different numbers of sequences for each request.
         """
         mixed = not program.runtime.uniform
         if mixed and len({arguments[position].shape[1] for position, _ in self.choices}) > 1:
-            given = ", ".join(f"{name} {tuple(arguments[p].shape)}" for p, name in self.choices)
+            shapes = ", ".join(f"{name} {tuple(arguments[p].shape)}" for p, name in self.choices)
             raise BatchError(
-                f"the arguments hold different numbers of sequences for each request: {given}; "
+                f"the arguments hold different numbers of sequences for each request: {shapes}; "
                 "give (B, C, T) of all of them, with the same number C"
             )
-        found = [program.site_of_part(arguments[position]) for position in self.plain]
-        strangers = [site.path for site in found if site and program.is_touched(site)]
-        if strangers:
+        sites = [program.site_of_part(arguments[position]) for position in self.plain]
+        unserved = [site.path for site in sites if site and program.is_touched(site)]
+        if unserved:
             raise CaptureError(
-                f"{', '.join(strangers)} shares a graph with a layer of the same class that "
+                f"{', '.join(unserved)} shares a graph with a layer of the same class that "
                 "carries no LoRA; name the module by target_modules in all layers of that "
                 "class, or in none"
             )
-        changed = self._changed(program, arguments)
+        changed = self._changed_sites(program, arguments)
         if changed:
             raise MatchError(
                 f"a tensor that was made from the weight of {', '.join(changed)} has "
@@ -157,15 +158,15 @@ class Checks:
         for refusal in self.refusals:
             if refusal.when == "mixed" and (alone or not mixed):
                 continue
-            touched = self._touched(program, refusal.sites, arguments, when=refusal.when)
+            touched = self._touched_sites(program, refusal.sites, arguments, when=refusal.when)
             if touched:
                 call = program.call
                 unseen = call is not None and call.memory.unseen
                 raise refusal.error(", ".join(touched), unseen=unseen)
 
     def refuse_changed(self, program: Program, arguments: Sequence[Any]) -> None:
-        """Raise ProvenanceError where an input of a touched site has changed since capture."""
-        touched = self._touched(program, self.sites, arguments)
+        """Raise ProvenanceError if the batch touches a site, whose rows are not known any more."""
+        touched = self._touched_sites(program, self.sites, arguments)
         if touched:
             unseen = program.call is not None and program.call.memory.unseen
             raise ProvenanceError(
@@ -175,7 +176,7 @@ class Checks:
             )
 
     def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:
-        """The owners of the graph's rows in the running call, if known."""
+        """The owners of the graph's rows in the running call, or None if they are not known."""
         assert program.call is not None
         rows = self.handover.rows(
             program.call.memory, arguments, len(program.runtime.rows), self.arguments
@@ -183,7 +184,7 @@ class Checks:
         if isinstance(rows, Alone) or program.runtime.uniform:
             return rows
         if not self.begins_call and self.row_count(arguments) == 1:
-            return None  # captured for one request
+            return None  # the graph was captured for one request
         if not self.arguments:
             return rows
         known = program.call_arguments()
@@ -194,11 +195,11 @@ class Checks:
         return rows if same else None
 
     def row_count(self, arguments: Sequence[Any]) -> int | None:
-        """The number of requests by the inputs."""
+        """The number of requests, by the sizes of the inputs."""
         sizes = [arguments[position].shape[dim] for position, dim in self.requests]
         return max(sizes) if sizes else self.number
 
-    def _touched(
+    def _touched_sites(
         self,
         program: Program,
         paths: Sequence[str],
@@ -206,13 +207,13 @@ class Checks:
         *,
         when: When = "always",
     ) -> list[str]:
-        """Paths of the running call's sites that a refusal for batches `when` concerns."""
-        now = [self._site(program, path, arguments) for path in paths]
+        """Those of the sites at `paths` that the batch touches in the way that `when` names."""
+        sites = [self._site_at(program, path, arguments) for path in paths]
         batch = program.batch
         concerned = batch.extras.get(when, frozenset()) if when in EXTRAS else batch.touched
-        return [site.path or "(root)" for site in now if site and site.path in concerned]
+        return [site.path or "(root)" for site in sites if site and site.path in concerned]
 
-    def _site(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
+    def _site_at(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
         if path in self.weights:
             position, index = self.weights[path]
             return program.site_of_weight(arguments[position], index)
@@ -222,13 +223,13 @@ class Checks:
             return None if group is None else group.sites[index]
         return next((site for site in program.sites if site.path == path), None)
 
-    def _changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
-        """Paths of touched sites whose derived inputs no longer hold their weight."""
-        found: set[str] = set()
+    def _changed_sites(self, program: Program, arguments: Sequence[Any]) -> list[str]:
+        """Paths of touched sites whose derived inputs no longer contain their weight."""
+        changed: set[str] = set()
         for path, position, form in self.derived:
-            now = program.derived.look(arguments[position])
-            if now is not None and now.form == form:
+            view = program.derived.look(arguments[position])
+            if view is not None and view.form == form:
                 continue
-            sites = now.sites if now is not None else [s for s in program.sites if s.path == path]
-            found.update(site.path for site in sites if program.is_touched(site))
-        return sorted(found)
+            sites = [s for s in program.sites if s.path == path] if view is None else view.sites
+            changed.update(site.path for site in sites if program.is_touched(site))
+        return sorted(changed)

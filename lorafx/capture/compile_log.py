@@ -3,8 +3,8 @@
     graph 2 lora of LlamaForCausalLM: new: a batch of one, labels given; 12.3 s (Dynamo 4.1,
     AOTAutograd 5.0, passes 0.8, inductor 2.4)
 
-The reason is the difference from the nearest earlier graph's call, as far as known here, or the
-failed guard; TORCH_LOGS="recompiles" prints all failed guards.
+The reason is the difference from the most similar earlier graph's call, as far as it is known here,
+or else the guard that failed; TORCH_LOGS="recompiles" prints all failed guards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorafx.program.program import Program
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
 
-#: The running conversion. Dynamo converts one frame at a time.
+#: The running conversion; Dynamo converts one frame at a time.
 _running: LongWork | None = None
 
 #: Classes of arguments whose values Dynamo guards on.
@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, str)
 
 @contextmanager
 def conversion(name: str) -> Iterator[None]:
-    """Around Dynamo's conversion of a frame of the function `name`."""
+    """Reports Dynamo's conversion of a frame of the function `name` while the block runs."""
     global _running
     before = _running
     with compiling(f"compiling {name}") as _running:
@@ -43,29 +43,29 @@ def conversion(name: str) -> Iterator[None]:
 
 
 def show(graph: str) -> None:
-    """Say on a terminal that `graph` is being compiled."""
+    """Show on a terminal that `graph` is being compiled."""
     if _running is not None:
         _running.show(f"compiling {graph}")
 
 
 def tracing_seconds() -> float:
-    """How long Dynamo has traced so far."""
+    """How long Dynamo has traced so far, in seconds."""
     return 0.0 if _running is None else _running.seconds
 
 
 @contextmanager
-def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Adds the time of the block to its part, without that of parts that are timed inside of it."""
-    seconds.setdefault(what, 0.0)
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds the block's time to `part`, without the time of parts that are timed inside of it."""
+    seconds.setdefault(part, 0.0)
     start, before = time.perf_counter(), sum(seconds.values())
     try:
         yield
     finally:
-        seconds[what] += time.perf_counter() - start - (sum(seconds.values()) - before)
+        seconds[part] += time.perf_counter() - start - (sum(seconds.values()) - before)
 
 
 def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
-    """The running call's kind, by the properties that graphs differ in."""
+    """The form of the running call: a text for each property in which graphs differ."""
     call, runtime = program.call, program.runtime
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
@@ -93,47 +93,47 @@ def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str
 
 
 def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str:
-    """Why the graphs of earlier forms do not serve this form."""
+    """Why the graphs of earlier calls do not serve a call of this form."""
     if not earlier:
         return "first call"
     nearest = min(earlier, key=partial(_distance, form))
-    fewest = [
-        f"{what} given" if what not in nearest and text.endswith(f" {what}") else text
-        for what, text in form.items()
-        if nearest.get(what) != text
+    differences = [
+        f"{key} given" if key not in nearest and text.endswith(f" {key}") else text
+        for key, text in form.items()
+        if nearest.get(key) != text
     ]
-    fewest += [f"no {what}" for what in nearest if what not in form]
-    if not fewest:
+    differences += [f"no {key}" for key in nearest if key not in form]
+    if not differences:
         return f"new: {failed_guard()}"
-    return f"new: {', '.join(fewest)}"
+    return f"new: {', '.join(differences)}"
 
 
 def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, int]:
-    differing = sum(other.get(what) != text for what, text in form.items())
+    differing = sum(other.get(key) != text for key, text in form.items())
     return differing + len(other.keys() - form.keys()), len(form.keys() ^ other.keys())
 
 
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a compiled graph."""
     graph = f"{record.title} of {model}"
-    _end_line(f"{graph}, {record.reason}")
-    LOG.info("%s: %s; %s", graph, record.reason, _times(record.seconds))
+    _end_progress(f"{graph}, {record.reason}")
+    LOG.info("%s: %s; %s", graph, record.reason, _times_text(record.seconds))
 
 
 def tell_instance(title: str, model: str, form: Mapping[str, str]) -> None:
-    """Log that an existing graph serves a captured call."""
+    """Log that an existing graph serves a newly captured call."""
     kinds = ("requests", "tokens", "inference mode")
-    text = f"{title} of {model} serves {', '.join(form[what] for what in kinds if what in form)}"
-    _end_line(f"{text}, too")
-    LOG.info("%s, too; %s", text, _times({"Dynamo": tracing_seconds()}))
+    text = f"{title} of {model} serves {', '.join(form[key] for key in kinds if key in form)}"
+    _end_progress(f"{text}, too")
+    LOG.info("%s, too; %s", text, _times_text({"Dynamo": tracing_seconds()}))
 
 
-def _end_line(graph: str) -> None:
+def _end_progress(graph: str) -> None:
     if _running is not None:
-        _running.what = _running.what if _running.what.endswith(graph) else graph
+        _running.name = _running.name if _running.name.endswith(graph) else graph
         _running.end()
 
 
-def _times(seconds: Mapping[str, float]) -> str:
-    parts = ", ".join(f"{what} {time:.1f}" for what, time in seconds.items())
+def _times_text(seconds: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{part} {duration:.1f}" for part, duration in seconds.items())
     return f"{sum(seconds.values()):.1f} s ({parts})"

@@ -1,11 +1,11 @@
-"""Runs the passes over a graph. Only this module cleans, checks and times.
+"""Runs the passes over a graph. Removing dead nodes, checks and timing happen only in this module.
 
-The numeric check compares the graph after each pass with the graph after `provenance`, node by node
-on copies of the first real inputs; the first stage that differs names the wrong pass.
+The numeric check runs the graph after each pass node by node on copies of the first real inputs,
+and compares it with the graph after `provenance`; the first stage that differs names the pass.
 
-Compiler failures become errors of lorafx, with the failing part, the graph and the way out.
-AOTAutograd and Dynamo wrap errors or check their class. So an error passes unchanged, with a note
-of its origin, and is converted outside Dynamo.
+Failures of compilers become errors of lorafx, which name the failing part, the graph and the way
+out. AOTAutograd and Dynamo wrap errors or check their class, so an error passes through them
+unchanged, with a note of the part that failed, and is converted outside of Dynamo.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> Non
     outputs = output_values(gm)
     after_pass(gm, ctx, None)
 
-    for item in pipeline(options).graph:
+    for graph_pass in pipeline(options).graph:
         start = time.perf_counter()
-        with failing_in(f"the pass {item.name!r}", CaptureError, way_around(item)):
-            edits = item.run(gm, ctx)
+        with failing_in(f"the pass {graph_pass.name!r}", CaptureError, way_around(graph_pass)):
+            edits = graph_pass.run(gm, ctx)
         for node in reversed(gm.graph.nodes):
             if not stays(node):
                 gm.graph.erase_node(node)
         gm.recompile()
-        check_graph(item.name, gm, ctx, outputs)
+        check_graph(graph_pass.name, gm, ctx, outputs)
         seconds = time.perf_counter() - start
-        after_pass(gm, ctx, PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
+        after_pass(gm, ctx, PassReport(graph_pass.name, edits, seconds, len(gm.graph.nodes)))
 
 
 def stays(node: fx.Node) -> bool:
-    """Whether a node without users must stay: placeholders (the calling convention) and effects."""
+    """Whether a node has users or must stay without any: as an input, or for its effect."""
     return node.op == "placeholder" or bool(node.users) or node.is_impure()
 
 
@@ -69,13 +69,12 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
     graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
     nodes = {node for graph in graphs for node in graph.nodes}
     for node in nodes:
-        if node.op == "call_function" and "val" not in node.meta and _returns(node):
+        if node.op == "call_function" and "val" not in node.meta and _returns_values(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     values = output_values(gm)
-    # Most passes keep the values. Texts of symbolic sizes are compared late, since a pass may unify
-    # sizes.
+    # Most passes keep the values themselves. Texts are made only now, since a pass may unify sizes.
     same = len(values) == len(outputs) and all(map(operator.is_, values, outputs))
-    if not same and (before := _described(outputs)) != (after := _described(values)):
+    if not same and (before := _texts_of(outputs)) != (after := _texts_of(values)):
         raise VerifyError(
             f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
         )
@@ -85,12 +84,12 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
             raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
 
 
-def _returns(node: fx.Node) -> bool:
+def _returns_values(node: fx.Node) -> bool:
     return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
 def output_values(gm: fx.GraphModule) -> list[Any]:
-    """The outputs' fake values."""
+    """The fake values of the graph's outputs."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
     return [
         fake_value(item) if isinstance(item, fx.Node) else item
@@ -98,14 +97,14 @@ def output_values(gm: fx.GraphModule) -> list[Any]:
     ]
 
 
-def _described(values: Sequence[Any]) -> list[str]:
+def _texts_of(values: Sequence[Any]) -> list[str]:
     return [
         f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
         for value in values
     ]
 
 
-#: Of `difference`, by dtype: orders of accumulation differ, and errors grow over layers.
+#: The largest `difference` by dtype: orders of accumulation differ, and errors grow over layers.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -127,18 +126,18 @@ def cloned(values: Sequence[Any]) -> list[Any]:
 
 @dataclass
 class NumericCheck:
-    """The stages of a graph, compared on the first real inputs and then dropped."""
+    """Compares the stages of a graph on its first real inputs, and drops them then."""
 
     title: str
     passes: Sequence[GraphPass]
     stages: list[Stage]
 
     def run(self, arguments: Sequence[Any], *, mixed: bool) -> None:
-        """Compare all stages on `arguments`; mixed batches start at `provenance`, since earlier
-        stages know no rows. Raises VerifyError for a stage that differs."""
+        """Compare all stages on `arguments`; for mixed batches those from `provenance` on, since
+        earlier ones know no owners. Raises VerifyError for the first stage that differs."""
         names = [stage.name for stage in self.stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
-        # Fewer inputs: stages before `match` added those of unmarked uses.
+        # Stages before `match` lack the inputs that it adds for unmarked uses.
         stages = [stage for stage in self.stages[start:] if stage.input_count == len(arguments)]
         reference = _results(stages[0], arguments)
         for stage in stages[1:]:
@@ -148,11 +147,11 @@ class NumericCheck:
                     continue
                 error = difference(got, want)
                 if error > (TOLERANCE.get(want.dtype, 1e-4) if want.is_floating_point() else 0):
-                    item = next(item for item in self.passes if item.name == stage.name)
+                    wrong = next(item for item in self.passes if item.name == stage.name)
                     raise VerifyError(
                         f"{self.title}: after pass {stage.name!r} output {index} differs by "
                         f"{error:.3g} of its largest magnitude, or of 1 where that is less. To "
-                        f"serve the model nevertheless, {way_around(item)}"
+                        f"serve the model nevertheless, {way_around(wrong)}"
                     )
         self.stages = []
 
@@ -164,65 +163,65 @@ def _results(stage: Stage, arguments: Sequence[Any]) -> list[Any]:
 
 _NOTE = "_lorafx_failed_in"
 KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
-_SHOWN = 400  # characters of the compiler's own message; the whole of it is the cause
+#: How many characters of the compiler's message an error has; the error's cause has all of it.
+_SHOWN = 400
 
 
 @dataclass(frozen=True)
-class _Place:
-    what: str
+class _FailedPart:
+    name: str
     error: type[LorafxError]
     way_out: str
 
 
 @contextmanager
-def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
-    """Notes on exceptions where they arose; for the caller they become an `error` with a
-    `way_out`."""
+def failing_in(part: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
+    """Notes on exceptions that `part` failed; `explained` makes an `error` of them."""
     try:
         yield
     except Exception as raised:
         if not hasattr(raised, _NOTE):
-            setattr(raised, _NOTE, _Place(what, error, way_out))
+            setattr(raised, _NOTE, _FailedPart(part, error, way_out))
         raise
 
 
-def own_error(raised: BaseException) -> LorafxError | None:
-    """lorafx's error inside an error of Dynamo or Inductor."""
+def lorafx_error_in(raised: BaseException) -> LorafxError | None:
+    """The error of lorafx that an error of Dynamo or Inductor wraps, if any."""
     return next((item for item in chain(raised)[1:] if isinstance(item, LorafxError)), None)
 
 
 def explained(raised: BaseException, model: str, base: str = "") -> LorafxError | None:
-    """The lorafx error for a compiler failure on a graph of `model`; None for errors of the model
-    or its arguments. `base` tells what happens to calls without an adapter."""
+    """lorafx's error for the failure of a compiler on a graph of `model`; None for an error of the
+    model or its arguments. `base` is a sentence about calls without an adapter."""
     errors = chain(raised)
-    place = next((getattr(item, _NOTE) for item in errors if hasattr(item, _NOTE)), None)
-    if place is None and not _is_of_dynamo(raised):
+    part = next((getattr(item, _NOTE) for item in errors if hasattr(item, _NOTE)), None)
+    if part is None and not _is_dynamo_failure(raised):
         return None
     version = unsupported(errors[-1], directly=True)
     if version is not None:
         return UnsupportedVersionError(f"{version}. {base}".rstrip())
-    place = place or _Place("Dynamo", CaptureError, KEEP_OUT)
+    part = part or _FailedPart("Dynamo", CaptureError, KEEP_OUT)
     text = " ".join(str(errors[-1]).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if isinstance(errors[-1], OSError) and ".so" in text:
         shown += "; delete that library, which a killed process may have left half written"
-    return place.error(
-        f"{place.what} failed on a graph of {model}: {type(errors[-1]).__name__}: {shown} (torch "
-        f"{installed('torch')}). To serve it nevertheless, {place.way_out}. {base}".rstrip()
+    return part.error(
+        f"{part.name} failed on a graph of {model}: {type(errors[-1]).__name__}: {shown} (torch "
+        f"{installed('torch')}). To serve it nevertheless, {part.way_out}. {base}".rstrip()
     )
 
 
 def chain(raised: BaseException) -> list[BaseException]:
-    """The error, and the errors that Dynamo and Inductor have wrapped."""
-    found = [raised]
-    while isinstance(inner := getattr(found[-1], "inner_exception", None), BaseException):
-        if inner in found:
+    """The error, and the errors that it wraps, from the outermost to the innermost."""
+    errors = [raised]
+    while isinstance(inner := getattr(errors[-1], "inner_exception", None), BaseException):
+        if inner in errors:
             break
-        found.append(inner)
-    return found
+        errors.append(inner)
+    return errors
 
 
-def _is_of_dynamo(raised: BaseException) -> bool:
-    # An operator refusing its arguments is the model's error.
-    models = (TorchRuntimeError, ObservedException)
-    return isinstance(raised, TorchDynamoException) and not isinstance(raised, models)
+def _is_dynamo_failure(raised: BaseException) -> bool:
+    # An operator that refuses its arguments is an error of the model.
+    of_model = (TorchRuntimeError, ObservedException)
+    return isinstance(raised, TorchDynamoException) and not isinstance(raised, of_model)

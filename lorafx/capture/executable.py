@@ -1,16 +1,16 @@
 """The executable of a frame: the compiled graph behind the checks of each call.
 
-    arguments → checks of this batch → lookup of `match`'s inputs → graph → results noted
+    arguments → checks of the batch → lookup of the inputs that passes added → graph → owners noted
 
-An executable keeps nothing of a layer or model: it asks for the program (`ProgramLookup`), and
-finds banks by the weight at their position.
+An executable holds no reference to a layer or model: it looks up the program (`ProgramLookup`),
+and finds each bank by the weight that it is called with.
 
 Another process can rebuild it from its parts:
 
-    bound( looked up( checked( AOTAutograd's wrappers( with_lookups( the lowered graph ) ) ) ) )
+    checked( AOTAutograd's wrappers( with_lookups( the lowered graph ) ) )
 
-AOTAutograd returns a single function; its wrappers (views, aliases, input mutations) are noted
-while it works.
+AOTAutograd returns a single function, so its wrappers (of views, aliases, input mutations) are
+recorded while it works.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.tracking import Tracking, looks, untracked
+from lorafx.capture.tracking import Tracking, owners_are_noted, untracked
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -44,7 +44,7 @@ from lorafx.torch_internals.compat import traced_anew
 from lorafx.torch_internals.frames import outside_of_frames
 from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-#: The program that a graph serves. Dynamo keeps executables among a module's globals.
+#: The program that a graph serves, weakly: Dynamo keeps executables among a module's globals.
 ProgramLookup = weakref.ref[Program]
 
 #: Sizes, strides and dtype of a bank's tensor.
@@ -54,7 +54,7 @@ BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 def checked(
     checks: Checks, owner: ProgramLookup, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The graph with checks of the batch and of its inputs, and with its results noted."""
+    """The graph behind the checks of its batch and inputs; owners of its results are noted."""
 
     def run(*arguments: Any) -> Any:
         program = owner()
@@ -64,17 +64,17 @@ def checked(
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
         call, handover = program.call, checks.handover
-        handed = call is not None and (program.in_pieces or handover.fresh)
-        rows = checks.rows(program, arguments) if handed else None
+        follows_rows = call is not None and (program.in_pieces or handover.fresh)
+        rows = checks.rows(program, arguments) if follows_rows else None
         if checks.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))
-        if call is None or not handed:
+        if call is None or not follows_rows:
             return compiled(*arguments)
         if rows is None and not program.runtime.uniform:
             checks.refuse_changed(program, arguments)
-        noting = tracking is not None and tracking.memory is not None
-        looked_at = handover.seen and noting
-        slots = _slots(program, checks, arguments, rows)
+        notes_owners = tracking is not None and tracking.memory is not None
+        looked_at = handover.seen and notes_owners
+        slots = _slots_of_rows(program, checks, arguments, rows)
         if tracking is not None and looked_at:
             results = tracking.in_graph(partial(compiled, *arguments))
         else:
@@ -97,28 +97,28 @@ def checked(
     return run
 
 
-def _slots(
+def _slots_of_rows(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
-    """The slots of a graph's rows, where they are not those of the batch."""
+    """The slots of a graph's rows, or None where they are those of the batch."""
     slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
     request = rows.request if isinstance(rows, Alone) else 0
     if isinstance(rows, Alone) and not program.runtime.uniform:
         return slots[request].expand(count or slots.shape[0]).clone()
-    if count is not None and count != slots.shape[0]:  # as many as generated code expects
+    if count is not None and count != slots.shape[0]:  # generated code expects `count`
         return slots[request].expand(count).clone()
     return None
 
 
-def looked_at(
+def by_operator_if_tracked(
     compiled: Callable[[list[Any]], Any], operators: fx.GraphModule
 ) -> Callable[[list[Any]], Any]:
     """The graph, run operator by operator while Python's computations are tracked."""
 
     def run(arguments: list[Any]) -> Any:
-        return operators.forward(*arguments) if looks() else compiled(arguments)
+        return operators.forward(*arguments) if owners_are_noted() else compiled(arguments)
 
     return run
 
@@ -131,16 +131,16 @@ def with_lookups(
     banks: Sequence[BankLayout | None],
     numeric: NumericCheck | None = None,
 ) -> Callable[..., Any]:
-    """The graph with the inputs added by passes, in AOTAutograd's boxed convention."""
-    nulls: dict[int, Tensor] = {}
-    rooms = frozenset(extra)
+    """The graph, called with the inputs that passes added, in AOTAutograd's boxed convention."""
+    zeros: dict[int, Tensor] = {}
+    names = frozenset(extra)
 
     def run(arguments: list[Any]) -> Any:
         program = owner()
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks)
-            arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
+            arguments.extend(_added_inputs(program, arguments, extra, banks, names, zeros))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
@@ -150,7 +150,7 @@ def with_lookups(
 
 
 def refusing(error: LorafxError) -> Callable[..., Any]:
-    """An executable that raises `error` at run time, which Dynamo would wrap in compilation."""
+    """An executable that raises `error` when called; Dynamo would wrap one raised earlier."""
     kind, text = type(error), str(error)
 
     def run(*arguments: Any) -> Any:
@@ -161,7 +161,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
 
 def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
     if not checks.plain:
-        return base  # only calls of this kind reach it
+        return base  # only calls without adapters reach it
 
     def run(*arguments: Any) -> Any:
         program = owner()
@@ -187,60 +187,60 @@ def _check_callers(program: Program, arguments: Sequence[Any], checks: Checks) -
             )
 
 
-def _looked_up(
+def _added_inputs(
     program: Program,
     arguments: Sequence[Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[BankLayout | None],
-    rooms: frozenset[tuple[int, int, str]],
-    nulls: dict[int, Tensor],
+    names: frozenset[tuple[int, int, str]],
+    zeros: dict[int, Tensor],
 ) -> list[Any]:
-    """The inputs added by passes; banks are found by weight, `nulls` of rank zero for a weight
-    without site.
+    """The inputs that passes added: a bank is that of its weight, or zeros, kept in `zeros`, for a
+    weight that is no site's.
 
     Raises:
-        CaptureError: a bank's layout differs from the captured layer's, or lacks room.
-        ReplacedModuleError: the layer's module replaces one with LoRA.
+        CaptureError: a bank's layout or room for extras differs from the captured layer's.
+        ReplacedModuleError: a touched site's module was replaced by this layer's.
     """
-    fixed = program.options.lowering != "reference"
-    found: list[Any] = []
+    strides_are_fixed = program.options.lowering != "reference"
+    inputs: list[Any] = []
     for number, ((position, index, name), layout) in enumerate(zip(extra, banks, strict=True)):
         if layout is None:
             slots = program.runtime.graph_slots
-            found.append(slots if name == SLOTS else slots[:1])
+            inputs.append(slots if name == SLOTS else slots[:1])
             continue
         site = program.site_of_weight(arguments[position], index)
         bank = program.bank_of_weight(arguments[position], index)
         if site is None or bank is None:
             program.refuse_missing(program.batch.touched)
-            if number not in nulls:
-                nulls[number] = _zeros(layout, program.runtime.device)
-            found.append(nulls[number])
+            if number not in zeros:
+                zeros[number] = _zeros(layout, program.runtime.device)
+            inputs.append(zeros[number])
             continue
         for kind in EXTRAS.values():
             room = kind.room
-            if (getattr(bank, room) is not None) != ((position, index, room) in rooms):
+            if (getattr(bank, room) is not None) != ((position, index, room) in names):
                 raise CaptureError(
                     f"{site.path} shares a graph with another layer of its class, and only one of "
                     f"the two has room for {kind.what}; give both models, or all such layers, "
                     f"LoraConfig({kind.setting}), or neither"
                 )
         value = getattr(bank, name)
-        if fixed and value.stride() != layout[1]:
+        if strides_are_fixed and value.stride() != layout[1]:
             raise CaptureError(
                 f"{site.path} shares a graph with a layer of the same class in which other "
                 "modules carry LoRA; name the same modules by target_modules in all layers "
                 "of that class"
             )
-        found.append(value)
-    return found
+        inputs.append(value)
+    return inputs
 
 
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:
     shape, strides, dtype = layout
-    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    # Gaps between the numbers are zeros, too.
-    return torch.zeros(reach + 1, dtype=dtype, device=device).as_strided(shape, strides)
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    # The gaps that the strides leave are zeros, too.
+    return torch.zeros(last + 1, dtype=dtype, device=device).as_strided(shape, strides)
 
 
 _KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
@@ -249,7 +249,7 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """AOTAutograd's wrappers of a graph without gradients, with their metadata and settings."""
+    """The wrappers that AOTAutograd puts around a graph without gradients, and their settings."""
 
     metadata: Any
     wrappers: list[Any]
@@ -259,7 +259,7 @@ class Wrappers:
         """AOTAutograd's function around `compiled`, a graph in the boxed convention."""
         from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
 
-        # Other fields are only read when torch itself loads the graph.
+        # The other fields are only read when torch itself loads the graph.
         values = dict.fromkeys(item.name for item in fields(BundledAOTAutogradResult))
         values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
         values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
@@ -275,21 +275,21 @@ class Wrappers:
 
 
 @contextmanager
-def noted(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
-    """Note in `parts` what AOTAutograd and the lowering make of Dynamo's graph in the block."""
+def collecting_parts(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
+    """Collect in `parts` what AOTAutograd and the lowering make of Dynamo's graph in the block."""
     from lorafx.torch_internals.saved_graphs import inference_info_noted
 
     parts.foreign = foreign_operators(gm)
-    # torch's cache would return an opaque function.
-    with builds_noted() as kernels, inference_info_noted() as told, traced_anew():
+    # Without traced_anew, torch's cache may return a function that has no visible parts.
+    with builds_noted() as kernels, inference_info_noted() as infos, traced_anew():
         yield
     parts.kernels = kernels
-    if told:
-        config, metadata, subclasses, *rest = told[-1]
-        parts.lowered = parts.lowered or rest[0]
+    if infos:
+        config, metadata, subclasses, compiled, *_, wrappers = infos[-1]
+        parts.lowered = parts.lowered or compiled
         if subclasses is None:
-            with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
-                parts.wrappers = Wrappers(metadata, rest[-1], config.to_cacheable())
+            with suppress(AttributeError, TypeError, ValueError):  # the graph is not saved then
+                parts.wrappers = Wrappers(metadata, wrappers, config.to_cacheable())
 
 
 @dataclass
@@ -298,10 +298,11 @@ class Parts:
 
     Attributes:
         lowered: the graph from the lowering, in the boxed convention.
-        kernels: its generated C++ kernels, with their ids.
-        extra, banks: as in `with_lookups`.
+        kernels: the generated C++ kernels that it calls, with their ids.
+        extra: (position of the weight, index among its sites, name) of each input added by passes.
+        banks: the layout of each of these; None for slots.
         foreign: operators of the graph that are neither torch's nor lorafx's.
-        whole: whether these parts are complete.
+        whole: whether the executable can be rebuilt from these parts alone.
     """
 
     checks: Checks
@@ -321,13 +322,13 @@ class Parts:
         owner = weakref.ref(program)
         if self.base:
             return for_base(self.checks, owner, self.wrappers.around(lowered))
-        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
-        return checked(self.checks, owner, self.wrappers.around(found))
+        boxed = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
+        return checked(self.checks, owner, self.wrappers.around(boxed))
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """Operators unknown to torch and lorafx, whose code is not compared. Dynamo's graph contains
-    functions left untraced, and operators that are decomposed later."""
+    """Names of operators and functions in a graph that are neither torch's nor lorafx's; a saved
+    graph's key would not cover their code."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -340,7 +341,7 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
             elif isinstance(target, (OpOverload, OpOverloadPacket)):
                 known = str(target).partition(".")[0] in _KNOWN_NAMESPACES
             elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
-                known = True  # of C, in installed packages
+                known = True  # written in C, by an installed package
             else:
                 home = str(getattr(target, "__module__", "")).partition(".")[0]
                 known = home in ("_operator", "math", "builtins", "torch")
@@ -351,7 +352,7 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 
 @dataclass
 class Captured:
-    """A graph of the backend, with the `sources` of its inputs in Dynamo."""
+    """A graph that the backend compiles; `sources` are Dynamo's sources of its inputs."""
 
     record: GraphRecord
     frame: Frame

@@ -3,8 +3,8 @@
     # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
     layers_0_up_proj_mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
 
-Nodes are named by their site or module and what they do, inputs by what they hold. The graph keeps
-its own names.
+A node is named after its site or module and its operator, an input after what it contains. Only
+this text uses the names; those of the graph's nodes stay.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-#: Sites spelt out in a name.
-_SPELT = 4
+#: Sites that a name spells out; where a node has more, the others are counted.
+_MOST_SITES = 4
 
 
 class Printer:
-    """Prints the nodes of a stage's graph at `path` ("": the main graph) under given `names`."""
+    """Prints the nodes of a stage's graph at `path` ("": the main graph) with these `names`."""
 
     def __init__(self, path: str, names: Mapping[Place, str]) -> None:
         self._path = path
@@ -66,10 +66,10 @@ class Printer:
         if infix and getattr(target, "__module__", "") == "_operator":
             return infix.format(*positional)
         if node.op == "call_method":
-            called = f"{positional.pop(0)}.{target}"
+            function = f"{positional.pop(0)}.{target}"
         else:
-            called = f"self.{target}" if node.op == "call_module" else self.text(target)
-        return f"{called}({', '.join([*positional, *keywords])})"
+            function = f"self.{target}" if node.op == "call_module" else self.text(target)
+        return f"{function}({', '.join([*positional, *keywords])})"
 
     def text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -105,7 +105,7 @@ def _function_name(function: Any) -> str:
 
 
 def value_text(node: fx.Node) -> str:
-    """dtype and shape, or the value of a size; else ""."""
+    """A tensor's dtype and shape, a symbolic number's expression, or "" for other values."""
     value = value_of(node)
     if isinstance(value, Tensor):
         sizes = ", ".join(map(str, value.shape))
@@ -114,18 +114,18 @@ def value_text(node: fx.Node) -> str:
 
 
 def path_of(stage: Stage, place: Place, node: fx.Node) -> str:
-    """The module that made a node, or the site that a pass made it for."""
+    """The path of the module whose forward made a node, or of the site that a pass made it for."""
     sites = stage.sites.get(place)
     return module_path(node) or (sites[0].site.path if sites else "")
 
 
 def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
-    """The stage as a program, followed by the bodies that it calls."""
-    found: list[str] = []
+    """The lines of the stage as a program, followed by those of the bodies that it calls."""
+    lines: list[str] = []
     for path, graph in stage.graphs.items():
         printer = Printer(path, names)
         arguments = ["self", *map(printer.line, graph.find_nodes(op="placeholder"))]
-        own = [
+        program = [
             f"class {path.rpartition('.')[2] or 'GraphModule'}(torch.nn.Module):",
             f"{_INDENT}def forward(",
             *(f"{_INDENT * 2}{argument}," for argument in arguments),
@@ -135,39 +135,39 @@ def stage_lines(stage: Stage, names: Mapping[Place, str]) -> list[str]:
         for node in graph.nodes:
             if node.op == "placeholder":
                 continue
-            comment = _comment(stage, (path, node.name), node)
+            comment = _origin_comment(stage, (path, node.name), node)
             if comment and comment != last:
-                own.append(f"{_INDENT * 2}# {comment}")
+                program.append(f"{_INDENT * 2}# {comment}")
             last = comment
-            own.append(_INDENT * 2 + printer.line(node))
+            program.append(_INDENT * 2 + printer.line(node))
         indent = _INDENT * (path.count(".") + 1) if path else ""
-        found += ["", *(indent + line for line in own)] if path else own
-    return found
+        lines += ["", *(indent + line for line in program)] if path else program
+    return lines
 
 
-def _comment(stage: Stage, place: Place, node: fx.Node) -> str:
+def _origin_comment(stage: Stage, place: Place, node: fx.Node) -> str:
     source = node.meta.get("stack_trace")
     path = path_of(stage, place, node)
     if not isinstance(source, str):
         return "" if module_path(node) else path
-    where, code = users_line(source)
-    return ": ".join(filter(None, (" ".join(filter(None, (path, where and f"({where})"))), code)))
+    line, code = users_line(source)
+    return ": ".join(filter(None, (" ".join(filter(None, (path, line and f"({line})"))), code)))
 
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
-#: Code inside torch and lorafx is skipped.
-_INSIDE = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
+#: The folders of torch and lorafx, whose frames are skipped.
+_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
 @functools.lru_cache(maxsize=1000)
 def users_line(trace: str) -> tuple[str, str]:
-    """Place and code of the innermost frame outside torch and lorafx, or else of torch's."""
-    frames = [found.groups() for found in _FRAME.finditer(trace)]
+    """Place and code of the innermost frame outside torch and lorafx, or else outside lorafx."""
+    frames = [match.groups() for match in _FRAME.finditer(trace)]
     if not frames:
         return "", ""
-    users = [frame for frame in frames if not frame[0].startswith(_INSIDE)]
-    torchs = [frame for frame in frames if not frame[0].startswith(_INSIDE[1])]
-    file, line, code = (users or torchs or frames)[-1]
+    users = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
+    others = [frame for frame in frames if not frame[0].startswith(_LIBRARIES[1])]
+    file, line, code = (users or others or frames)[-1]
     return f"{_short_file(file)}:{line}", code.strip()
 
 
@@ -180,8 +180,8 @@ def _short_file(file: str) -> str:
 
 
 def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, str]:
-    """The names of all nodes of all stages of a graph. A node has the same name in all of them;
-    names of removed nodes are reused."""
+    """The names of all nodes in all stages of a graph. A node has the same name in all stages; the
+    name of a removed node may be given to a later one."""
     names: dict[Place, str] = {}
     bases: dict[Place, str] = {}
     for stage in stages:
@@ -201,10 +201,10 @@ def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, 
                     bases[place] = bases["", operand.name]
                 else:
                     bases[place] = _base_name(stage, place, node, names, sizes)
-                name, others = bases[place], 0
+                name, number = bases[place], 0
                 while (path, name) in used:
-                    others += 1
-                    name = f"{bases[place]}_{others}"
+                    number += 1
+                    name = f"{bases[place]}_{number}"
                 used.add((path, name))
                 names[place] = name
     return names
@@ -213,27 +213,27 @@ def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, 
 def _base_name(
     stage: Stage, place: Place, node: fx.Node, names: Mapping[Place, str], sizes: Mapping[str, Size]
 ) -> str:
-    item = stage.inputs.get(node.name) if not place[0] and node.op == "placeholder" else None
-    if item is not None:
-        return _joined(*_input_words(node, item, sizes))
+    graph_input = stage.inputs.get(node.name) if not place[0] and node.op == "placeholder" else None
+    if graph_input is not None:
+        return _joined(*_input_words(node, graph_input, sizes))
     states = stage.sites.get(place)
     if states and node.target is not INVOKE:
-        # Forms less specific than "lora".
-        plain = states[0].form in ("mark", "rewritten")
-        return _joined("lora" if plain else states[0].form, [s.site.path for s in states])
-    what = _operator(node)
-    if what == "getitem" and isinstance(node.args[0], fx.Node):
-        part = _part_of_pack(stage, place[0], node)
+        # These forms say less than "lora".
+        unspecific = states[0].form in ("mark", "rewritten")
+        return _joined("lora" if unspecific else states[0].form, [s.site.path for s in states])
+    operation = _operator_name(node)
+    if operation == "getitem" and isinstance(node.args[0], fx.Node):
+        part = _packed_site(stage, place[0], node)
         if part is not None:
             return _joined("out", [part])
         return f"{names[place[0], node.args[0].name]}_{node.args[1]}"
-    return _joined("lora" if node.target in SITE_OPS else what, [module_path(node)])
+    return _joined("lora" if node.target in SITE_OPS else operation, [module_path(node)])
 
 
 def _input_words(
     node: fx.Node, item: FrameInput, sizes: Mapping[str, Size]
 ) -> tuple[str, Sequence[str]]:
-    """What an input is, and the modules that it belongs to."""
+    """A word for the contents of an input, and the paths of the modules that it belongs to."""
     value, part = value_of(node), f"_{item.part}" if item.part else ""
     sites = item.group.sites if item.group is not None else item.sites
     paths = [site.path for site in sites]
@@ -255,9 +255,10 @@ def _input_words(
     return ("from_an_earlier_graph" + part if item.kind == "result" else identifier(item)), ()
 
 
-def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
-    split, index = item.args
-    if not isinstance(split, fx.Node) or _operator(split) != "split_with_sizes":
+def _packed_site(stage: Stage, path: str, getitem: fx.Node) -> str | None:
+    """The path of the site whose output is this part of a packed one, if it is."""
+    split, index = getitem.args
+    if not isinstance(split, fx.Node) or _operator_name(split) != "split_with_sizes":
         return None
     packed = split.args[0]
     states = stage.sites.get((path, packed.name), ()) if isinstance(packed, fx.Node) else ()
@@ -266,8 +267,9 @@ def _part_of_pack(stage: Stage, path: str, item: fx.Node) -> str | None:
     return None
 
 
-def _joined(what: str, paths: Sequence[str]) -> str:
-    """The first path without unnumbered containers, the last parts of the others, and `what`."""
+def _joined(word: str, paths: Sequence[str]) -> str:
+    """A name of the first path without containers that have no number, the last parts of the other
+    paths, and `word`."""
     parts = paths[0].split(".") if paths else []
     numbered = [
         part
@@ -275,13 +277,13 @@ def _joined(what: str, paths: Sequence[str]) -> str:
         if part.isdecimal() or following.isdecimal() or not following
     ]
     others = [path.rpartition(".")[2] for path in paths[1:]]
-    if len(paths) > _SPELT:
+    if len(paths) > _MOST_SITES:
         others = [f"and_{len(others)}_more"]
-    name = re.sub(r"\W+", "_", "_".join(filter(None, (*numbered, *others, what)))).strip("_")
+    name = re.sub(r"\W+", "_", "_".join(filter(None, (*numbered, *others, word)))).strip("_")
     return f"module_{name}" if name[:1].isdecimal() else name or "value"
 
 
-def _operator(node: fx.Node) -> str:
+def _operator_name(node: fx.Node) -> str:
     target: Any = node.target
     if target is AUTO_FUNCTIONALIZED:
         target = node.args[0]

@@ -1,11 +1,11 @@
-"""Reuse of executables: a new graph equals a compiled one after some symbols are set.
+"""Reuse of executables: a new graph may equal a compiled one for certain values of its symbols.
 
     compiled    f(ids [s0, s1], mask [s0, s1])     of several requests
-    captured    g(ids [1, s2], mask [1, s2])       of one: Dynamo takes a size of one for a constant
+    captured    g(ids [1, s2], mask [1, s2])       of one: a size of one is a constant to Dynamo
     instance    g = f with s0 = 1, s1 = s2:        f's executable serves g
 
-Targets, literals, operands and result sizes must be equal after substitution; the compiler's
-assumptions about symbols must hold for these sizes too, and are guarded.
+Targets, literals, operands and result sizes must be equal after substitution. The assumptions that
+the compiler made about symbols must hold for the new sizes too, and become guards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafx.torch_internals.graph_parts import OperatorBase, ShapeEnv, _dispatch
 
 _SIZES = (int, torch.SymInt)
 _LITERALS = (bool, float, complex, str, bytes)
-#: Compiled graphs treat parameters as tensors; `torch.func.functional_call` may give either.
+#: Compiled graphs treat parameters as tensors, and `torch.func.functional_call` passes either.
 _AS_INPUTS: Mapping[type, type] = {torch.nn.Parameter: Tensor}
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, OperatorBase)
 
@@ -39,8 +39,8 @@ class _NoForm(Exception):
 
 
 class _Input(NamedTuple):
-    """An input: its source, facts that hold for all sizes (None: it is a size), its sizes (or
-    itself) and strides."""
+    """An input: its source, facts that hold for all sizes (None for an input that is a size), its
+    sizes (or the size) and strides."""
 
     source: str
     facts: Hashable
@@ -50,8 +50,8 @@ class _Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """The computation of a Dynamo graph, with sizes as expressions; `code` of the captured
-    function, and the executable's other dependencies, `context`."""
+    """The computation of a Dynamo graph with sizes as expressions, the `code` of the captured
+    function, and what else the executable depends on (`context`)."""
 
     inputs: tuple[_Input, ...]
     nodes: tuple[Hashable, ...]
@@ -60,27 +60,27 @@ class Form:
 
     @classmethod
     def of(cls, graph: fx.Graph, examples: Sequence[Any], context: Hashable) -> Form | None:
-        """The form of the graph being captured, if comparable; `context` must be equal too."""
+        """The form of the graph that is being captured; None if it cannot be compared."""
         numbers: dict[fx.Node, int] = {}
         nodes: list[Hashable] = []
         try:
-            inputs = tuple(map(_input, graph.find_nodes(op="placeholder"), examples))
+            inputs = tuple(map(_input_form, graph.find_nodes(op="placeholder"), examples))
             for node in graph.nodes:
-                if _of_sizes(node):
+                if _computes_sizes(node):
                     continue
                 if node.op != "placeholder":
-                    nodes.append(_node(node, numbers))
+                    nodes.append(_node_form(node, numbers))
                 numbers[node] = len(numbers)
         except _NoForm:
             return None
-        strided = [item for item in examples if isinstance(item, Tensor)]
+        tensors = [item for item in examples if isinstance(item, Tensor)]
         first: dict[int, int] = {}
-        shared = tuple(first.setdefault(storage_key(item), len(first)) for item in strided)
+        shared = tuple(first.setdefault(storage_key(item), len(first)) for item in tensors)
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         return cls(inputs, tuple(nodes), captured_code(), (context, shared, modes))
 
 
-def _input(node: fx.Node, example: Any) -> _Input:
+def _input_form(node: fx.Node, example: Any) -> _Input:
     value = node.meta.get("example_value")
     source = source_name(node)
     if isinstance(value, _SIZES):
@@ -98,12 +98,12 @@ def _input(node: fx.Node, example: Any) -> _Input:
     return _Input(source, (kind, flags), sizes, strides)
 
 
-def _of_sizes(node: fx.Node) -> bool:
+def _computes_sizes(node: fx.Node) -> bool:
     leaves = [] if node.op == "output" else tree_leaves(node.meta.get("example_value"))
     return bool(leaves) and all(isinstance(leaf, _SIZES) for leaf in leaves)
 
 
-def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
+def _node_form(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
     if node.op not in ("call_function", "call_method", "output"):
         raise _NoForm
 
@@ -126,8 +126,8 @@ def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
             return ("plain", value)
         raise _NoForm
 
-    made = None if node.op == "output" else node.meta.get("example_value")
-    tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    result = None if node.op == "output" else node.meta.get("example_value")
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     sizes = tuple(tuple(map(_expression, item.shape)) for item in tensors)
     return (node.op, node.target, argument(node.args), argument(node.kwargs), sizes)
 
@@ -137,7 +137,7 @@ def _expression(value: int | torch.SymInt) -> sympy.Expr:
 
 
 class _Values:
-    """The values of an earlier graph's symbols for which its inputs have the form of others."""
+    """The values of an earlier graph's symbols for which its inputs have the form of new ones."""
 
     def __init__(self) -> None:
         self._known: dict[sympy.Expr, sympy.Expr] = {}
@@ -145,11 +145,11 @@ class _Values:
 
     @classmethod
     def between(cls, earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
-        values, given = cls(), {item.source: item for item in now}
+        values, by_source = cls(), {item.source: item for item in now}
         tensors = [[item.source for item in inputs if item.facts] for inputs in (earlier, now)]
         if tensors[0] != tensors[1]:
             return None
-        pairs = [(item, given[item.source]) for item in earlier if item.source in given]
+        pairs = [(item, by_source[item.source]) for item in earlier if item.source in by_source]
         for before, item in pairs:
             if before.facts != item.facts or not values._bind(before.sizes, item.sizes):
                 return None
@@ -164,7 +164,7 @@ class _Values:
         return values
 
     def _bind(self, symbols: Sequence[sympy.Expr], values: Sequence[sympy.Expr]) -> bool:
-        """Bind unbound symbols; expressions are compared later."""
+        """Bind unbound symbols to values; other expressions are compared later."""
         return len(symbols) == len(values) and all(
             not symbol.is_Symbol or self._known.setdefault(symbol, value) == value
             for symbol, value in zip(symbols, values, strict=True)
@@ -177,68 +177,72 @@ class _Values:
         if isinstance(earlier, sympy.Expr):
             return isinstance(now, sympy.Expr) and bool(self.of(earlier) == now)
         if isinstance(earlier, tuple):
-            alike = isinstance(now, tuple) and len(earlier) == len(now)
-            return alike and all(map(self.equal, earlier, now))
+            same_length = isinstance(now, tuple) and len(earlier) == len(now)
+            return same_length and all(map(self.equal, earlier, now))
         return bool(earlier == now)
 
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A compiled graph, the assumptions `found` about symbols, and torch's global state then."""
+    """A compiled graph, its `assumptions` about symbols, and torch's global state at capture."""
 
     title: str
     form: Form
     executable: Callable[..., Any]
-    found: tuple[Any, ...]
+    assumptions: tuple[Any, ...]
     state: Any
 
     def instance(self, form: Form, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form, if more general."""
+        """The executable for a graph of this form; None if it cannot serve it."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
         values = _Values.between(earlier.inputs, form.inputs)
         if values is None or not values.equal(earlier.nodes, form.nodes):
             return None
-        places = self._places(form.inputs, values)
-        if len(places) < 2 or not self.state.check() or not all(map(values.known, self.found)):
+        places = self._input_places(form.inputs, values)
+        if (
+            len(places) < 2
+            or not self.state.check()
+            or not all(map(values.known, self.assumptions))
+        ):
             return None
-        if not _hold([*map(values.of, self.found)], environment):
+        if not _guard_assumptions([*map(values.of, self.assumptions)], environment):
             return None
-        numbers = [place for place in places if isinstance(place, sympy.Integer)]
+        fixed_sizes = [place for place in places if isinstance(place, sympy.Integer)]
         behind = itertools.count(len(form.inputs))
         pick = operator.itemgetter(*(p if isinstance(p, int) else next(behind) for p in places))
-        compiled, constants = self.executable, tuple(map(int, numbers))
+        compiled, constants = self.executable, tuple(map(int, fixed_sizes))
 
         def run(*arguments: Any) -> Any:
             return compiled(*pick((*arguments, *constants)))
 
         return run
 
-    def _places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
-        """For each input of the executable its position among the given ones, or a constant size;
-        nothing if one is missing."""
-        at = {item.source if item.facts else item.sizes[0]: n for n, item in enumerate(inputs)}
+    def _input_places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
+        """For each input of the executable its position in `inputs`, or a constant size; empty if
+        one is missing."""
+        index = {item.source if item.facts else item.sizes[0]: n for n, item in enumerate(inputs)}
         places: list[Any] = []
         for item in self.form.inputs:
             key = item.source if item.facts else values.of(item.sizes[0])
             constant = isinstance(key, sympy.Integer)
-            if not constant and key not in at:
+            if not constant and key not in index:
                 return []
-            places.append(key if constant else at[key])
+            places.append(key if constant else index[key])
         return places
 
 
-def _hold(found: Sequence[Any], environment: ShapeEnv) -> bool:
-    """Whether all assumptions hold now; they are then guarded."""
+def _guard_assumptions(assumptions: Sequence[Any], environment: ShapeEnv) -> bool:
+    """Whether all assumptions hold for the frame's sizes; if so, they become its guards."""
     hints = environment.backed_var_to_val
-    if any(expr.xreplace(hints) != sympy.true for expr in found):
+    if any(expr.xreplace(hints) != sympy.true for expr in assumptions):
         return False
-    return all(expr == sympy.true or environment.create_symboolnode(expr) for expr in found)
+    return all(expr == sympy.true or environment.create_symboolnode(expr) for expr in assumptions)
 
 
 class Instances:
-    """A program's graphs that may serve others."""
+    """The compiled graphs of a program that may serve new ones."""
 
     def __init__(self) -> None:
         self._compiled: list[_Compiled] = []
@@ -254,14 +258,16 @@ class Instances:
                 return compiled.title, executable
         return None
 
-    def begin(self) -> int:
+    def guard_count(self) -> int:
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
-    def keep(self, title: str, form: Form, executable: Callable[..., Any], begun: int) -> None:
+    def keep(
+        self, title: str, form: Form, executable: Callable[..., Any], first_guard: int
+    ) -> None:
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
-        found = tuple(guard.expr for guard in environment.guards[begun:])
-        self._compiled.append(_Compiled(title, form, executable, found, GlobalStateGuard()))
+        assumptions = tuple(guard.expr for guard in environment.guards[first_guard:])
+        self._compiled.append(_Compiled(title, form, executable, assumptions, GlobalStateGuard()))

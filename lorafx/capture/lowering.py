@@ -1,9 +1,8 @@
 """Lowerings: from graphs after the passes, and graphs without LoRA, to executables.
 
-inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
-triton      the same, with Triton kernels: `plan` and `lower` make the graph, Inductor compiles
-    it
-reference   aten, run node by node; the base as eager has it
+inductor    Inductor, with generated C++ kernels for the LoRA part; the base is torch.compile's
+triton      the same with Triton kernels, for which `plan` and `lower` prepare the graph
+reference   aten operators, run node by node; the base is eager
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Compiles graphs with LoRA; executables are in AOTAutograd's boxed form."""
+    """Compiles graphs with LoRA to executables in AOTAutograd's boxed convention."""
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -47,15 +46,15 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
         for overload in op.overloads():
             table.pop(getattr(op, overload), None)
-    table[aten.cat.default] = partial(_joined, table[aten.cat.default])
+    table[aten.cat.default] = partial(_cat_as_eager, table[aten.cat.default])
     return table
 
 
-def _joined(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0) -> Any:
+def _cat_as_eager(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """`torch.cat` without empty operands, laid out as in eager mode.
 
     Inductor keeps the layout of a single remaining tensor: a prompt's keys after an empty cache
-    would differ from later steps' keys, and each layout would be compiled separately.
+    would be laid out unlike those of later steps, and each layout would need a graph of its own.
     """
     result = decomposed(tensors, dim)
     if result is NotImplemented or all(tensor is tensors[0] for tensor in tensors):
@@ -73,9 +72,9 @@ _NO_HARNESS = {"benchmark_harness": False}
 
 @dataclass(frozen=True)
 class InductorLowering:
-    """Inductor. Its caches hash the rewritten graph, so a changed pass invalidates them.
+    """Inductor, whose caches hash the rewritten graph, so a changed pass invalidates them.
 
-    `patches` are settings for a `mode` of torch.compile.
+    `patches` are settings for a `mode` of torch.compile; `writes_back`: `write_back` is run.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
@@ -98,11 +97,11 @@ class InductorLowering:
         if self.writes_back:
             write_back(gm)
         with inductor_config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS}):
-            # As compile_fx before its inner compile for inference.
+            # What compile_fx does before its inner compile for inference.
             results: Any = gm.graph.output_node().args[0]
-            memory = [_viewed(item) for item in results]
+            memory = [_base_of(item) for item in results]
             gm = _recursive_joint_graph_passes(gm)
-            _keep_apart(gm, memory)
+            _copy_returned_inputs(gm, memory)
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = module.graph.output_node()
                 items: Any = output.args[0]
@@ -115,33 +114,33 @@ class InductorLowering:
             return compile_fx_inner(gm, list(inputs), is_inference=True, static_input_idxs=fixed)
 
 
-def _viewed(item: Any) -> Any:
+def _base_of(item: Any) -> Any:
     while isinstance(item, fx.Node) and is_view(item) and isinstance(item.args[0], fx.Node):
         item = item.args[0]
     return item
 
 
-def _keep_apart(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
-    """Copy results that have become inputs or views of inputs, as in `n + 0`: AOTAutograd
-    overwrites inputs after the graph. `memory`: what the results were views of for AOTAutograd."""
+def _copy_returned_inputs(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
+    """Copy results that have become inputs or views of inputs, as of `n + 0`, since AOTAutograd
+    overwrites inputs after the graph. `memory`: the bases of the results that AOTAutograd knew."""
     output = gm.graph.output_node()
     items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     changed = False
     for place, (item, before) in enumerate(zip(items, memory, strict=True)):
-        found = _viewed(item)
-        became_input = isinstance(found, fx.Node) and found.op == "placeholder"
-        if not became_input or found is before or not isinstance(fake_value(found), Tensor):
+        base = _base_of(item)
+        became_input = isinstance(base, fx.Node) and base.op == "placeholder"
+        if not became_input or base is before or not isinstance(fake_value(base), Tensor):
             continue
-        user = item if item is not found else output
-        while user is not output and user.args[0] is not found:
+        user = item if item is not base else output
+        while user is not output and user.args[0] is not base:
             user = user.args[0]
         with gm.graph.inserting_before(user):
-            copy = gm.graph.call_function(torch.ops.aten.clone.default, (found,))
-        copy.meta.update(val=fake_value(found).clone())
+            copy = gm.graph.call_function(torch.ops.aten.clone.default, (base,))
+        copy.meta.update(val=fake_value(base).clone())
         if user is output:
             items[place] = copy
         else:
-            user.replace_input_with(found, copy)
+            user.replace_input_with(base, copy)
         changed = True
     if changed:
         output.args = (tuple(items),)
@@ -178,8 +177,8 @@ def compile_base(
     from lorafx.torch_internals.inductor import compile_fx
 
     # A backward compiled later needs the settings too.
-    found = compile_fx(gm, list(examples), config_patches=dict(lowering.patches))
-    return cast("Callable[..., Any]", found)
+    compiled = compile_fx(gm, list(examples), config_patches=dict(lowering.patches))
+    return cast("Callable[..., Any]", compiled)
 
 
 def resolved(options: Options, device: torch.device) -> Options:
@@ -206,38 +205,38 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     )
 
 
-#: Arguments of a call before the operands: the body and its name.
+#: The position of the first operand in a call's arguments, behind the body and its name.
 _OPERANDS = 2
 
 
 def write_back(gm: fx.GraphModule) -> int:
-    """Rewrite the outlined bodies of `gm`, in place, so that they write into caches that are
-    otherwise unread inputs; returns the number of inputs they write.
+    """Rewrite the outlined bodies of `gm` in place, so that they write into inputs such as caches,
+    which nothing else reads; return how many inputs their calls write.
 
         before      k1, h1 = body(h0; K1, W1)     AOTAutograd overwrites K1 with k1 after the graph
         after       h1 = body(h0; K1, W1)         the body ends in K1.copy_(k1), which Inductor
                                                   does in place
 
     AOTAutograd makes graphs functional, so writing a token's keys into a fixed-size cache would
-    copy the cache twice at each step. Only on a CPU: elsewhere CUDA graphs and copies of unaligned
-    inputs need the written inputs.
+    copy the cache twice at each step. This is done only on a CPU: elsewhere CUDA graphs and copies
+    of unaligned inputs rely on inputs being written after the graph.
     """
     calls: dict[str, list[fx.Node]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
         calls.setdefault(str(call.args[1]), []).append(call)
-    written = _written(gm)
+    written = _written_inputs(gm)
     edits = 0
     for group in calls.values():
-        found = [dict(_pairs(call, written)) for call in group]
+        writable = [dict(_writable_results(call, written)) for call in group]
         common = {
             result: operand
-            for result, operand in found[0].items()
-            if all(pairs.get(result) == operand for pairs in found)
+            for result, operand in writable[0].items()
+            if all(pairs.get(result) == operand for pairs in writable)
         }
         body = getattr(gm, str(group[0].args[0].target))  # type: ignore[union-attr]
-        common = _allowed(body, common)
+        common = _writable_by_body(body, common)
         if common:
-            _change(gm, body, group, common, written)
+            _write_in_body(gm, body, group, common, written)
             edits += len(common) * len(group)
     if edits:
         gm.graph.lint()
@@ -245,23 +244,24 @@ def write_back(gm: fx.GraphModule) -> int:
     return edits
 
 
-def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+def _written_inputs(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """The inputs that AOTAutograd overwrites after the graph, by the results that it copies."""
     output = gm.graph.output_node()
     items: Any = output.args[0]
     descriptions = output.meta.get("desc") or ()
     if len(descriptions) != len(items):
         return {}
     inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
-    found: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, fx.Node] = {}
     for item, desc in zip(items, descriptions, strict=True):
         place = inputs.get(desc.mutated_input) if isinstance(desc, InputMutationAOTOutput) else None
         if place is not None and isinstance(item, fx.Node) and items.count(item) == 1:
-            found[item] = place
-    return found
+            written[item] = place
+    return written
 
 
-def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """(result, operand) indices of results only copied into inputs that only `call` takes."""
+def _writable_results(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
+    """(result, operand) indices of results only copied into inputs that only `call` reads."""
     operands: Sequence[Any] = call.args[_OPERANDS:]
     for item in call.users:
         place = written.get(item)
@@ -269,33 +269,34 @@ def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int
             continue
         if len(item.users) > 1 or set(place.users) != {call} or operands.count(place) != 1:
             continue
-        if fake_value(place).device.type == "cpu" and _alike(fake_value(item), fake_value(place)):
+        result, operand = fake_value(item), fake_value(place)
+        if operand.device.type == "cpu" and _same_layout(result, operand):
             yield item.args[1], operands.index(place)  # type: ignore[misc]
 
 
-def _alike(value: Any, place: Any) -> bool:
+def _same_layout(result: Any, operand: Any) -> bool:
     def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
         numbers = (*tensor.shape, *tensor.stride())
         return (tensor.dtype, tensor.device, *map(size_expression, numbers))
 
-    return layout(value) == layout(place)
+    return layout(result) == layout(operand)
 
 
-def _allowed(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
+def _writable_by_body(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
     """The pairs that the body may write: new values, returned once, beside another result."""
     results: Any = body.graph.output_node().args[0]
-    found = {
+    writable = {
         result: operand
         for result, operand in pairs.items()
         if isinstance(results[result], fx.Node)
         and results[result].op == "call_function"
         and list(results).count(results[result]) == 1
     }
-    several = len({*found.values()}) == len(found)
-    return found if several and len(found) < len(results) else {}
+    different = len({*writable.values()}) == len(writable)
+    return writable if different and len(writable) < len(results) else {}
 
 
-def _change(
+def _write_in_body(
     gm: fx.GraphModule,
     body: fx.GraphModule,
     calls: Sequence[fx.Node],

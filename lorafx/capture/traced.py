@@ -1,6 +1,6 @@
-"""Functions under Dynamo, which outlive errors that stop Dynamo's tracing for good.
+"""Functions under Dynamo that are traced again after an error during tracing.
 
-Models share code objects. Only this module makes, reads and resets Dynamo's marks on them.
+Only this module makes, reads and resets Dynamo's marks on code objects, which models share.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from lorafx.torch_internals.dynamo import (
 )
 from lorafx.torch_internals.frames import guard_filter
 
-#: Run an uncompiled function in Python once; its callees and its next call are traced as usual.
+#: Run a function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 #: Leave a function and its callees to Python.
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
 class Traced:
-    """`function` compiled by `backend`, frame by frame where it breaks, with separate graphs.
+    """`function` compiled by `backend`, with its own graphs, and in several frames where it breaks.
 
-    Dynamo never again traces a function that raised during tracing. Here it runs in Python until
-    the error has reached the caller; a function that catches the error stays untraced.
+    Dynamo itself never traces a function again that raised during tracing. Here such a function
+    runs in Python until the error has reached the caller; one that catches it stays untraced.
 
     Args:
-        sizes_by_data: evaluated at each capture: whether to capture data-dependent sizes.
-        keep_guards: selects guards of a new graph; Dynamo then makes them twice.
-        converted: wraps Dynamo's `convert` for the function's frame, to load saved graphs.
+        sizes_by_data: says at each capture whether to capture data-dependent sizes.
+        keep_guards: selects the guards of a new graph; Dynamo then makes them twice.
+        converted: called instead of Dynamo's `convert`, with it as the first argument, for the
+            frame of `function`; it loads saved graphs.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Traced:
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
         converted: Callable[..., ConvertFrameReturn] | None = None,
     ) -> None:
-        #: Errors of functions that were given up.
+        #: What functions raised that are not traced, until their error has reached the caller.
         self.given_up: dict[CodeType, str] = {}
         context: Any = optimize(
             backend,
@@ -67,21 +68,22 @@ class Traced:
         callback = getattr(context, "callback", None)  # none where Dynamo is switched off
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
-            converter._inner_convert = self._noting(converter._inner_convert)
+            converter._inner_convert = self._conversion_of(converter._inner_convert)
         self._name = name
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self._converted = converted
-        function = _with_own_code(function)
+        function = _with_unshared_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
 
-    def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion, except for given-up frames. Dynamo's lock keeps settings local."""
+    def _conversion_of(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
+        """Dynamo's conversion with lorafx's settings, which Dynamo's lock keeps from other threads,
+        except for frames of functions that were given up."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo reads
-        def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+        def converting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
@@ -96,15 +98,15 @@ class Traced:
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
-                    self.given_up[frame.f_code] = _what_was_raised(error)
+                    self.given_up[frame.f_code] = _raised_text(error)
                     error.frame_exec_strategy = _THIS_TIME
                 raise
 
-        return noting
+        return converting
 
 
-def _what_was_raised(error: Unsupported) -> str:
-    """`ValueError('too many')`, as Dynamo writes it without making the error."""
+def _raised_text(error: Unsupported) -> str:
+    """The exception that the model raised, such as `ValueError('too many')`, from Dynamo's text."""
     begin = "raised exception "
     for line in f"{error}\n{error.__cause__}".splitlines():
         if begin in line:
@@ -112,33 +114,33 @@ def _what_was_raised(error: Unsupported) -> str:
     return str(error.__cause__)
 
 
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with an unshared code object: Dynamo marks untraceable frames on their code, which
-    modules share through torch.nn's forwards and transformers' decorators."""
+def _with_unshared_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with a code object of its own. Dynamo marks code whose frames it cannot trace, and
+    modules share code: torch.nn's forwards, transformers' decorators."""
     if not isinstance(function, MethodType):
         function = innermost_fn(function)  # through wrappers of torch.compile and disable
     plain = function.__func__ if isinstance(function, MethodType) else function
-    # Partials and objects have no frame, and torch's functions are not traced: like torch.compile,
-    # put a call around them.
+    # Partials and callable objects have no frame, and torch's functions are not traced. As
+    # torch.compile does, a function that calls them is traced.
     if not isinstance(plain, FunctionType) or check(plain):
-        inner = function
+        wrapped = function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs)
+            return wrapped(*args, **kwargs)
 
         function = plain = call
-    own = FunctionType(
+    copy = FunctionType(
         plain.__code__.replace(co_varnames=plain.__code__.co_varnames),
         plain.__globals__,
         plain.__name__,
         plain.__defaults__,
         plain.__closure__,
     )
-    own.__kwdefaults__ = plain.__kwdefaults__
-    own.__dict__.update(plain.__dict__)
-    return MethodType(own, function.__self__) if isinstance(function, MethodType) else own
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    copy.__dict__.update(plain.__dict__)
+    return MethodType(copy, function.__self__) if isinstance(function, MethodType) else copy
 
 
 def never_traced(code: CodeType) -> None:
-    """Exclude this function and its callees from tracing."""
+    """Exclude functions with this code, and their callees, from tracing."""
     set_code_exec_strategy(code, _NEVER)

@@ -1,9 +1,9 @@
 """Tracks Python's computations between the graphs of a call.
 
-While a call with adapters runs, every operator outside of graphs is seen. An operator that uses a
-site's weight without calling its module is refused, since the delta would be lost; uses are found
-by the memory that it reads. For rows of different adapters, owners of results are kept in the
-call's memory. Results of graphs are known from proofs.
+While a call with adapters runs, a dispatch mode sees every operator outside of graphs. An operator
+that uses a site's weight without calling its module is refused, since the delta would be lost; uses
+are found by the memory that an operator reads. In mixed batches the owners of its results are kept
+in the call's memory. For the results of graphs they follow from the graphs' proofs.
 """
 
 from __future__ import annotations
@@ -39,70 +39,72 @@ T = TypeVar("T")
 
 
 class _Range(NamedTuple):
+    """Bytes `first` to `last` (exclusive) of a storage, which hold the weight of `site`."""
+
     first: int
     last: int
     site: Site
 
 
 class WeightUses:
-    """What looks at the operators of one call that run in Python."""
+    """The checks of the operators that a call runs in Python, for uses of sites' weights."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._ranges: dict[int, list[_Range]] | None = None
-        self._found: MatchError | None = None
+        self._error: MatchError | None = None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
-        sites = list(dict.fromkeys(site for item in operands for site in self._shown(item)))
+        sites = list(dict.fromkeys(site for item in operands for site in self._sites_read(item)))
         if not sites:
             return
         memory = {storage_of(item) for item in operands}
         if results and all(storage_of(item) in memory for item in results):
-            return  # one more view
+            return  # the results are views
         running = list(running_modules())
         line = python_line()
         if line is None:  # inside another compiler's graph
             return
-        past = [site.path for site in sites if not self._held(site, running)]
-        if past:
-            self._found = MatchError(
-                f"LoRA cannot be applied at {', '.join(past)}: {func.overloadpacket} at "
+        bypassed = [site.path for site in sites if not self._is_called(site, running)]
+        if bypassed:
+            self._error = MatchError(
+                f"LoRA cannot be applied at {', '.join(bypassed)}: {func.overloadpacket} at "
                 f"{line} uses the weight without calling its module, in a function that "
                 "Dynamo does not trace, so the delta would be lost. Call the module there, "
                 "let Dynamo trace the function, or leave the module out by exclude_modules"
             )
-            raise self._found
+            raise self._error
 
     def refuse(self) -> None:
-        """Raise an error again that the model's code has caught."""
-        if self._found is not None:
-            raise self._found
+        """Raise the error of `look` again, which the model's code may have caught."""
+        if self._error is not None:
+            raise self._error
 
-    def _shown(self, tensor: Tensor) -> Iterator[Site]:
+    def _sites_read(self, tensor: Tensor) -> Iterator[Site]:
         if self._ranges is None:
-            self._ranges = self._touched()
-        for part in _parts(tensor):
-            for found in self._ranges.get(storage_of(part) or 0, ()):
-                first, last = _extent(part)
-                if first < found.last and found.first < last:
-                    yield found.site
+            self._ranges = self._touched_ranges()
+        for plain in _plain_tensors(tensor):
+            for known in self._ranges.get(storage_of(plain) or 0, ()):
+                first, last = _byte_range(plain)
+                if first < known.last and known.first < last:
+                    yield known.site
 
-    def _touched(self) -> dict[int, list[_Range]]:
+    def _touched_ranges(self) -> dict[int, list[_Range]]:
         ranges: dict[int, list[_Range]] = {}
         for site in self._program.sites:
             weight = self._program.weight_of(site)
             if weight is None or not self._program.is_touched(site):
                 continue
-            for part in _parts(weight):
+            for part in _plain_tensors(weight):
                 if (key := storage_of(part)) is not None:
-                    ranges.setdefault(key, []).append(_Range(*_extent(part), site))
+                    ranges.setdefault(key, []).append(_Range(*_byte_range(part), site))
         return ranges
 
-    def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether the site, whose mark comes later, or another holder of the weight is running."""
+    def _is_called(self, site: Site, running: Sequence[nn.Module]) -> bool:
+        """Whether the site's module, whose mark adds the delta, or another with its weight runs."""
         weight = self._program.weight_of(site)
         return any(
             module is site.module
@@ -112,7 +114,7 @@ class WeightUses:
         )
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
@@ -120,25 +122,24 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     for name in names:
         inner = getattr(tensor, name)
         if isinstance(inner, Tensor):
-            yield from _parts(inner)
+            yield from _plain_tensors(inner)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel() or tensor.layout is not torch.strided:
         return 0, 0
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     first, size = int(tensor.storage_offset()), tensor.element_size()
-    return first * size, (first + int(reach) + 1) * size
+    return first * size, (first + int(last) + 1) * size
 
 
 class Tracking(TorchDispatchMode):
     """Notes owners of operators' results and writes in `memory`, and checks operators with `uses`.
 
-    It is put on torch's stack by `run` and never by `with`: an interrupt between the
-    steps of a context manager would leave it there. What two interrupts leave all the same sees
-    nothing, and the next one takes it off: inference mode's guard, entered meanwhile, would bring
-    torch's dispatcher back to a stack that has a mode, and every operator without a tensor would
-    fail.
+    `run` puts it on torch's stack, never a `with`: an interrupt between the steps of a context
+    manager would leave it there. If two interrupts leave it there all the same, it tracks nothing
+    any more, and the next call of `run` removes it: the guard of inference mode would restore a
+    stack that still has a mode, and then every operator without a tensor argument would fail.
     """
 
     supports_higher_order_operators = True
@@ -150,15 +151,15 @@ class Tracking(TorchDispatchMode):
         self.over = False
 
     def run(self, action: Callable[[], T]) -> T:
-        _forget_ended()
-        above = _pops(_len_torch_dispatch_stack())
+        _pop_ended()
+        above = _popping(_len_torch_dispatch_stack())
         try:
             _push_on_torch_dispatch_stack(self)
             return action()
         finally:
-            # A single C call: Python handles signals at Python function entries and after returns.
+            # One call of C: Python handles signals only where a Python function begins or returns.
             self.over = True
-            _run(above, 0)
+            _exhaust(above, 0)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -166,7 +167,7 @@ class Tracking(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps it; Dynamo is handled below
+        return False  # otherwise torch wraps this mode; `never_traced` keeps Dynamo away
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -174,8 +175,8 @@ class Tracking(TorchDispatchMode):
         named: Mapping[str, Any] = kwargs or {}
         memory = self.memory
         operands = [*tensors_in(args), *tensors_in(dict(named))]
-        of_graph = memory is None and not operands
-        if self.over or of_graph or not isinstance(func, OpOverload):
+        irrelevant = memory is None and not operands
+        if self.over or irrelevant or not isinstance(func, OpOverload):
             return func(*args, **named)
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
@@ -184,19 +185,19 @@ class Tracking(TorchDispatchMode):
         if memory is not None:
             self._note(memory, func, args, named, results, operands, before)
             if not operands:
-                self._made(func, results)
+                self._note_new(func, results)
         return results
 
     def in_graph(self, action: Callable[[], T]) -> T:
         """Run `action`, a graph's operators, whose uses of weights `match` knows."""
-        above, uses = _pops(_len_torch_dispatch_stack()), self.uses
+        above, uses = _popping(_len_torch_dispatch_stack()), self.uses
         try:
             self.uses = None
             _push_on_torch_dispatch_stack(self)
             return action()
         finally:
             self.uses = uses
-            _run(above, 0)
+            _exhaust(above, 0)
 
     def _note(
         self,
@@ -209,37 +210,37 @@ class Tracking(TorchDispatchMode):
         before: Mapping[int, RealLabel | None],
     ) -> None:
         outputs, changed = list(tensors_in(results)), written(func, args, named)
-        shown = {storage_of(operand) for operand in operands}
-        if not changed and all(storage_of(output) in shown for output in outputs):
+        operand_memory = {storage_of(operand) for operand in operands}
+        if not changed and all(storage_of(output) in operand_memory for output in outputs):
             return  # views
         try:
-            helds = result_labels(func, args, named, results, before)
+            labels = result_labels(func, args, named, results, before)
         except (RuntimeError, TypeError, ValueError, IndexError):
-            helds = [None] * len(outputs)  # unknown without a rule
+            labels = [None] * len(outputs)  # no rule knows their owners
         if len(changed) != len(outputs):
-            now: list[RealLabel | None] = [alone(list(before.values()))] * len(changed)
+            written_labels: list[RealLabel | None] = [alone(list(before.values()))] * len(changed)
         else:
-            now = helds
-        for tensor, held in zip(changed, now, strict=True):
-            memory.write(tensor, held, uncounted=1)  # versions are counted above this mode
-        for output, held in zip(outputs, helds, strict=True):
-            if storage_of(output) not in shown:
-                memory.note(output, held)
+            written_labels = labels
+        for tensor, label in zip(changed, written_labels, strict=True):
+            memory.write(tensor, label, uncounted=1)  # torch counts this version after the mode
+        for output, label in zip(outputs, labels, strict=True):
+            if storage_of(output) not in operand_memory:
+                memory.note(output, label)
 
-    def _made(self, func: OpOverload, results: object) -> None: ...
+    def _note_new(self, func: OpOverload, results: object) -> None: ...
 
 
 never_traced(Tracking.__torch_dispatch__.__code__)
 
 
 def running() -> Tracking | None:
-    """The tracking at work, unless another mode precedes it."""
+    """The tracking on top of torch's stack of modes; None if another mode is there."""
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Tracking) else None
 
 
-def looks() -> bool:
-    """Whether owners are noted, perhaps behind other modes."""
+def owners_are_noted() -> bool:
+    """Whether some tracking on torch's stack of modes notes owners."""
     stack = _get_current_dispatch_mode_stack()
     return any(
         isinstance(mode, Tracking) and not mode.over and mode.memory is not None for mode in stack
@@ -247,30 +248,32 @@ def looks() -> bool:
 
 
 def untracked(action: Callable[[Tracking | None], T]) -> T:
-    """Run `action` without tracking; it receives the innermost tracking."""
-    taken: list[Tracking] = []
+    """Run `action` without tracking, with the innermost tracking, or None, as its argument."""
+    removed: list[Tracking] = []
     try:
         while (mode := running()) is not None:
-            taken.append(mode)
+            removed.append(mode)
             _pop_torch_dispatch_stack(None)
-        looking = [mode for mode in taken if not mode.over]  # an interrupt in a generator is lost
-        return action(looking[0] if looking else None)
+        active = [
+            mode for mode in removed if not mode.over
+        ]  # a list: interrupts in generators are lost
+        return action(active[0] if active else None)
     finally:
-        for mode in reversed(taken):
+        for mode in reversed(removed):
             if not mode.over:
                 _push_on_torch_dispatch_stack(mode)
 
 
 #: Exhausts an iterator, in C.
-_run: Callable[[Iterator[Any], int], object] = deque
+_exhaust: Callable[[Iterator[Any], int], object] = deque
 
 
-def _pops(depth: int) -> Iterator[object]:
-    """Pops torch's modes down to `depth`, in C, so that no interrupt comes between."""
+def _popping(depth: int) -> Iterator[object]:
+    """An iterator that pops torch's modes down to `depth`, in C, so no interrupt comes between."""
     lengths = takewhile(depth.__lt__, iter(_len_torch_dispatch_stack, -1))
     return map(_pop_torch_dispatch_stack, compress(repeat(None), lengths))
 
 
-def _forget_ended() -> None:
-    while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
+def _pop_ended() -> None:
+    while isinstance(mode := _get_current_dispatch_mode(), Tracking) and mode.over:
         _pop_torch_dispatch_stack(None)

@@ -43,7 +43,7 @@ from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.progress import progress
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
-from lorafx.runtime.loading import asked_name, load_adapter, unloading
+from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
 from lorafx.runtime.marking import warn_training
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
@@ -65,19 +65,19 @@ if TYPE_CHECKING:
 
 
 class AsModule(nn.Module):
-    """The part of `CompiledModel` that is an `nn.Module` in the place of its model."""
+    """The part of `CompiledModel` that behaves as the `nn.Module` whose place it takes."""
 
     model: nn.Module
     _session: Session
 
-    def _stand_for(self, model: nn.Module) -> None:
-        """Have the parameters, buffers and children of `model`: the very dictionaries."""
+    def _share_state_of(self, model: nn.Module) -> None:
+        """Use the dictionaries of `model` for parameters, buffers and children."""
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Past __setattr__, which would make the model a child.
+        # Not by __setattr__, which would make the model a child.
         vars(self).update({name: vars(model)[name] for name in shared}, model=model)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. Training mode is warned of: it makes the model's dropout active."""
+        """As for any module. Warns about training mode, which makes dropout active."""
         if mode:
             warn_training(self.model, stacklevel=2)
         self.model.train(mode)
@@ -85,29 +85,29 @@ class AsModule(nn.Module):
         return self
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As of the model."""
+        """As for the model."""
         self.model.apply(fn)
         return self
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path of the model's; this one at the empty path."""
+        """The module at a path in the model; this object for the empty path."""
         return self.model.get_submodule(target) if target else self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the model, with its names."""
+        """The `state_dict` of the model, with its names."""
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """That of the model, with its names. `load_weights` also takes other names, checks all
-        before it writes, and updates a merged adapter.
+        """The `load_state_dict` of the model, with its names. `load_weights` also takes other names
+        and checks everything before it writes.
 
         Raises:
             ConfigError: `assign`, which would replace the parameters that graphs take.
             BatchError: a call is running on this thread.
 
-        It also raises what the model's own raises.
+        It also raises what the model's own method raises.
         """
         if assign:
             raise ConfigError(
@@ -119,19 +119,19 @@ class AsModule(nn.Module):
             return self.model.load_state_dict(state_dict, strict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `half`, `cuda` and the like: nothing, where the model is so already.
+        """`to`, `half`, `cuda` and the like, which change nothing: the model must fit already.
 
         Raises:
             CaptureError: the graphs and banks are for another dtype or device. Nothing has changed.
         """
         tensors = [*self.parameters(), *self.buffers()]
         for dtype, device in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-            made = fn(torch.empty(0, dtype=dtype, device=device))
-            if (made.dtype, made.device) != (dtype, device):
+            converted = fn(torch.empty(0, dtype=dtype, device=device))
+            if (converted.dtype, converted.device) != (dtype, device):
                 raise CaptureError(
                     f"the graphs and adapters of this compiled model are for {dtype} on {device}, "
-                    f"not for {made.dtype} on {made.device}: detach() the model, convert it, and "
-                    "call lorafx.compile again"
+                    f"not for {converted.dtype} on {converted.device}: detach() the model, convert "
+                    "it, and call lorafx.compile again"
                 )
         self.model._apply(fn, recurse)
         return self
@@ -157,8 +157,8 @@ class AsModule(nn.Module):
 
 
 def refusing_backward(output: Any) -> Any:
-    """`output` of a model, with a loss that requires gradients where they are switched on, as the
-    model's own would. Its backward raises CaptureError."""
+    """`output` of a model, whose loss requires gradients if they are enabled, as the model's own
+    would; its backward raises CaptureError."""
     if torch.is_grad_enabled() and isinstance(output, dict):
         loss = output.get("loss")
         if isinstance(loss, Tensor) and loss.is_floating_point():
@@ -179,21 +179,23 @@ def _refuse_gradient(_: Tensor) -> NoReturn:
 def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect.Signature:
     """The signature of the model's own forward, with the keywords that `forward` adds."""
     signature = inspect.signature(model.forward)
-    found = dict(signature.parameters)
-    last = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
-    rest = [found.pop(name) for name in last]
+    parameters = dict(signature.parameters)
+    var_keywords = [
+        name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD
+    ]
+    removed = [parameters.pop(name) for name in var_keywords]
     for name, parameter in inspect.signature(forward).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            found.setdefault(name, parameter)
-    return signature.replace(parameters=[*found.values(), *rest])
+            parameters.setdefault(name, parameter)
+    return signature.replace(parameters=[*parameters.values(), *removed])
 
 
-#: How slips say where the adapters of an engine are named.
+#: How errors about misspelt keywords say where an engine takes the names of adapters.
 _BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
 
 class ActiveAdapters(tuple[str, ...]):
-    """Names of adapters. PEFT reads `active_adapters`, transformers calls it; both get them."""
+    """Names of adapters: PEFT reads the attribute `active_adapters`, transformers calls it."""
 
     def __call__(self) -> ActiveAdapters:
         return self
@@ -207,8 +209,8 @@ class CompiledModel(AsModule):
     without it. Parts of the model (`cm.lm_head`) and `model` itself run as the base when they are
     called directly, and raise where the default adapter changes them. It is for inference only:
     gradients are off, and `backward` of a loss raises. Calls from several threads wait for one
-    another. Its class is a subclass with the name of the model's class, by which transformers'
-    pipelines choose, and with the signature of its forward.
+    another. Its class is a subclass with the name of the model's class, which transformers'
+    pipelines look at, and with the signature of its forward.
     """
 
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
@@ -218,12 +220,12 @@ class CompiledModel(AsModule):
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self._stand_for(program.model)
+        self._share_state_of(program.model)
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._session.backend.recorded = Dumps(self._session)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
-        #: The default before each open block of `disable_adapter`; under the lock.
+        #: The default before each open block of `disable_adapter`; read and written under the lock.
         self._disabling: list[list[str | None]] = []
         #: Whether users call the model that was given (`lorafx.attach`), and not this object.
         self.attached = False
@@ -233,7 +235,7 @@ class CompiledModel(AsModule):
             attachment.detach()
             raise
         program.runtime.resting = Resting(self._session)
-        # Not train(), which has no end where a child holds its parent.
+        # Not by train(), which never ends if a child refers to its parent.
         self.training = program.model.training
         _COMPILED.add(self)
 
@@ -309,33 +311,34 @@ class CompiledModel(AsModule):
         return in_waves(self._entries, call, args, kwargs, requests, generates=True)
 
     def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The model's forward for the requests of the running call; the model's call, where hooks
-        of the model itself run around its graphs. An attached model was called itself."""
+        """Run the model's forward for the requests of the running call; or the model itself, if it
+        has hooks, which run around its graphs. An attached model was called itself."""
         self._entries.check_attached()  # it may have been detached while the call waited
         forward, session, model = forward_of(self._entries), self._session, self.model
         around = session.program.hook_watch.around and not self.attached
         if not around or not any(hooks_of(model)):
             return forward(*args, **kwargs)
-        return session.stand_ins.replacing([(model, "forward", forward)], model, *args, **kwargs)
+        return session.replacements.replacing([(model, "forward", forward)], model, *args, **kwargs)
 
     def entry(self, module: nn.Module, *, method: MethodType | None = None) -> Entry:
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, method=method)
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Capture the graphs for this call, without adapters and with them, by running it both
-        ways."""
+        """Capture the graphs of this call by running it without adapters and with them."""
         self._entries.check_attached()
         session = self._session
 
-        def both() -> None:
+        def run_both_ways() -> None:
             entry = self.entry(self.model)
             entry(*args, **kwargs)
             session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
 
         with session.lock:
             warming = session.running._replace(warming=True)
-            session.note(warming, lambda: session.call(both, Requests((None,), alike=True)))
+            session.note(
+                warming, lambda: session.call(run_both_ways, Requests((None,), uniform=True))
+            )
 
     def warmup(
         self,
@@ -360,9 +363,9 @@ class CompiledModel(AsModule):
             batch_sizes: numbers of requests. A batch of one request is captured by itself. All
                 others share one graph, whose Triton kernels are planned for the first of them: give
                 the sizes that you will serve.
-            lengths: numbers of tokens of a prompt, likewise. Prompts of one token have graphs of
-                their own: give (16, 1) to include them. If the attention has a window, also give
-                one length beyond it.
+            lengths: numbers of tokens of a prompt. Prompts of one token have graphs of their own:
+                give (16, 1) to include them; the other lengths share theirs. If the attention has a
+                window, also give one length beyond it.
             generate: None runs forward, and `generate` where the model has it; False runs only
                 forward; True, or keyword arguments for it (`{"num_beams": 4}`), runs only
                 `generate`.
@@ -385,8 +388,8 @@ class CompiledModel(AsModule):
         `forward`, a list the sum of these adapters, as in PEFT.
 
         Raises:
-            UnknownAdapterError: it is not loaded.
-            ConfigError: another one is merged; or as `forward` for a sum.
+            UnknownAdapterError: the adapter is not loaded.
+            ConfigError: another adapter is merged; or as `forward` for a sum.
             CapacityError: as `forward` for a sum.
             BatchError: called from the source that `load_weights` reads, or inside a call.
         """
@@ -396,7 +399,7 @@ class CompiledModel(AsModule):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
-        kept = session.fetched(Requests((name,)))  # noqa: F841 - before the lock is taken
+        fetched = session.fetch_adapters(Requests((name,)))  # noqa: F841 - before the lock is taken
         with session.lock:
             if name is not None:
                 session.store[name]
@@ -410,11 +413,11 @@ class CompiledModel(AsModule):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, calls that name no adapter are the base's; then the default is put back.
+        """Inside the block, calls that name no adapter use the base; then the default is restored.
 
         It is `set_adapter(None)` for the length of a block, in all threads, and raises what that
-        raises. Calls that name adapters get them. Where blocks overlap, the last one that ends puts
-        the default back, unless it was unloaded inside.
+        raises. Calls that name adapters get them. If blocks overlap, the last one that ends
+        restores the default, unless that was unloaded inside.
         """
         session, blocks = self._session, self._disabling
         with session.lock:
@@ -425,10 +428,10 @@ class CompiledModel(AsModule):
             yield
         finally:
             with session.lock:
-                at = next(place for place, other in enumerate(blocks) if other is block)
-                del blocks[at]
-                if at < len(blocks):  # another thread's, or task's, which began in this one
-                    blocks[at][0] = blocks[at][0] or block[0]
+                index = next(i for i, other in enumerate(blocks) if other is block)
+                del blocks[index]
+                if index < len(blocks):  # of another thread or task, which began inside this one
+                    blocks[index][0] = blocks[index][0] or block[0]
                 elif block[0] is not None and block[0] in session.store:
                     self.set_adapter(block[0])
 
@@ -450,13 +453,13 @@ class CompiledModel(AsModule):
             source: a folder, a file, a name on the Hugging Face hub, the bytes of a file, tensors
                 by name, or an `AdapterSource`, which also says what the files do not: a
                 configuration, the dialect, modules that moved (docs/adapters.md).
-            name: what calls name it by; so does `adapter_name`, PEFT's keyword. Without either it
-                is "default", which replaces no adapter.
+            name: the name of the adapter in calls; `adapter_name`, PEFT's keyword, is the same.
+                Without either it is "default", which replaces no adapter.
             strict: whether the file must have factors for every selected module that the adapter's
                 own configuration targets. Otherwise such a module keeps W, with one warning. None
                 means `Options.strict`.
-            **elsewhere: what PEFT and transformers take (`is_trainable`, ...): refused with the way
-                out, unless it is False or None.
+            **elsewhere: arguments of PEFT and transformers (`is_trainable`, ...): refused with the
+                way out, unless they are False or None.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
@@ -465,17 +468,17 @@ class CompiledModel(AsModule):
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
         refuse_arguments("load_adapter", (), elsewhere)
-        named = asked_name(self._session, name, adapter_name)
-        load_adapter(self._session, source, named, strict)
+        name = name_to_load(self._session, name, adapter_name)
+        load_adapter(self._session, source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
+        """Unload an adapter and free its slot. If it was the default, or part of a sum that was,
         the base model becomes the default. Raises UnknownAdapterError if it is not loaded,
         ConfigError if it is merged, BatchError if the running call of this thread serves it."""
         session = self._session
         with session.lock:
             session.locks.streams.follow(session.accelerators)
-            undisturbed(unloading(session, name))
+            undisturbed(prepared_unload(session, name))
 
     def delete_adapter(self, name: str) -> None:
         """As `unload_adapter`, under PEFT's name."""
@@ -488,8 +491,8 @@ class CompiledModel(AsModule):
         refuse_transformed()
         session = self._session
         session.store.check_known(name)
-        kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
-        with session.lock:  # a slot that it takes may be one that a running call reads
+        fetched = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
+        with session.lock:  # a running call may read the slot that it takes
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(
                     f"a forward is running on this thread; pin {name!r} when it has returned"
@@ -502,10 +505,10 @@ class CompiledModel(AsModule):
         self._session.store.unpin(name)
 
     def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
-        """Read those of these adapters, or sums, that the budget of host memory
-        (`LoraConfig.max_host_bytes`) left no room for, before a call asks for them; calls of other
-        threads go on. They stay until others are used more recently. Raises UnknownAdapterError,
-        or CheckpointError where a file has changed since it was loaded."""
+        """Read those of these adapters, or sums, for which host memory had no room
+        (`LoraConfig.max_host_bytes`), before a call uses them; calls of other threads go on. They
+        stay until others are used more recently. Raises UnknownAdapterError, or CheckpointError if
+        a file has changed since it was loaded."""
         refuse_transformed()
         self._session.store.fetch([one_name(name, "prefetch_adapters()") for name in names])
 
@@ -515,7 +518,7 @@ class CompiledModel(AsModule):
         return self._session.store.names
 
     def list_adapters(self) -> list[str]:
-        """As `adapters`."""
+        """As `adapters`, in a list."""
         return list(self._session.store.names)
 
     @property
@@ -525,19 +528,19 @@ class CompiledModel(AsModule):
 
     @property
     def active_adapters(self) -> ActiveAdapters:
-        """The adapters of `active_adapter`: none, one, or those of a sum. It may be called too."""
+        """The adapters of `active_adapter`: none, one, or those of a sum. It can also be called."""
         default = self._session.default
         return ActiveAdapters(() if default is None else members(default))
 
     def get_adapter(self, name: str) -> AdapterInfo:
-        """What is known of a loaded adapter: source, rank, sites, version, slot, memory. Raises
+        """Facts about a loaded adapter: source, rank, sites, version, slot, memory. Raises
         UnknownAdapterError if it is not loaded."""
         return info(self._session.store, name)
 
     @property
     def adapter_versions(self) -> dict[str, int]:
-        """The version of each loaded adapter, a number that no other of this process has. It grows
-        when an adapter is replaced. A call serves one version of each."""
+        """The version of each loaded adapter, a number that no other version in this process has.
+        It grows when an adapter is replaced. A call serves one version of each."""
         return self._session.store.versions
 
     # --- base weights ---
@@ -554,17 +557,17 @@ class CompiledModel(AsModule):
                 without arguments that yields pairs, called twice. Each of these is checked as a
                 whole before the first write. A generator can be read only once, so its tensors are
                 copied to host memory first.
-            strict: unknown names, and parameters that get nothing, are errors too. Without it
+            strict: whether unknown names and parameters that get nothing are errors. Otherwise
                 they are reported.
 
         Returns:
             The names that were loaded, missing and ignored.
 
         Raises:
-            BaseWeightsError: unknown, duplicate, missing and misshapen names, numbers of another
-                kind (floats for a quantised weight), different values for tied weights: all
-                problems at once; or a module keeps a copy of a weight. The old weights stay in
-                service.
+            BaseWeightsError: unknown, duplicate or missing names, wrong shapes, another kind of
+                numbers (floats for a quantised weight), different values for tied weights, or a
+                module that keeps a copy of a weight. It lists all problems, and the old weights
+                stay in service.
             ConfigError: `weights` is none of the above, or an adapter is merged.
             BatchError: a call, or another update, is running on this thread.
 
@@ -583,21 +586,21 @@ class CompiledModel(AsModule):
         stay; `model`, called directly, is the merged model.
 
         Args:
-            requantize: store W + ΔW in the format of W where W is quantised. That loses a part of
-                ΔW, perhaps most of it; see `MergeReport`. Otherwise quantised weights are refused.
+            requantize: whether to store W + ΔW in the format of W if W is quantised, which loses a
+                part of ΔW, perhaps most of it (`MergeReport`). Otherwise such weights are refused.
 
         Returns:
-            The weights that hold W + ΔW now, what rounding to their dtype has cost, and the bytes
-            of host memory that the originals take.
+            The weights that hold W + ΔW now, the error of rounding to their dtype, and the bytes of
+            host memory that the originals take.
 
         Raises:
-            UnknownAdapterError: it is not loaded.
+            UnknownAdapterError: the adapter is not loaded.
             ConfigError: an adapter is already merged, or another one is the default of
                 `set_adapter`.
             BatchError: a call is running on this thread.
-            MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
-                held by another model in service, copied by a module, or beyond the range
-                of its dtype.
+            MatchError: a weight cannot take ΔW: it is quantised, tied to one that gets another ΔW,
+                shared with another model in service, copied by a module, or the sum is beyond the
+                range of its dtype.
 
         Nothing has changed then.
         """
@@ -635,7 +638,7 @@ class CompiledModel(AsModule):
         changed weight, so that no second copy of the model is in memory.
 
         Raises:
-            UnknownAdapterError: it is not loaded.
+            UnknownAdapterError: the adapter is not loaded.
             MatchError: a weight cannot take ΔW (as for `merge`), or the module has no configuration
                 that could declare tied weights untied.
             CheckpointError: the folder cannot be written.
@@ -669,9 +672,9 @@ class CompiledModel(AsModule):
             generation_config: how tokens are chosen, for all requests; None for the model's.
             continuous_batching_config: sizes of pages and batches, for example.
             warmup: compile the two graphs of the engine's steps first.
-            timeout: seconds to wait for the requests that are under way when the block ends, after
+            timeout: seconds to wait at the end of the block for requests that are running, after
                 which they fail; None waits for all of them.
-            **engine: of transformers' manager.
+            **engine: arguments of transformers' manager.
 
         Raises:
             ConfigError: transformers is too old, or the model or the configuration asks for
@@ -716,7 +719,7 @@ class CompiledModel(AsModule):
         Args:
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
-            **request: of `add_request`, for all of them.
+            **request: arguments of `add_request`, for all prompts.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further
@@ -745,8 +748,8 @@ class CompiledModel(AsModule):
             ids = []
             for row, prompt in enumerate(inputs):
                 adapter = {} if names is None else {"adapter": names[row]}
-                given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **request, **adapter}
-                ids.append(engine.add_request(list(prompt), **given))
+                settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **request, **adapter}
+                ids.append(engine.add_request(list(prompt), **settings))
             outputs = engine.collected(ids)
         failed = [f"{key}: {output.error}" for key, output in outputs.items() if output.error]
         if failed:
@@ -757,11 +760,11 @@ class CompiledModel(AsModule):
             )
         return outputs
 
-    # --- what lorafx made of the model ---
+    # --- reports ---
 
     def explain(self) -> Explanation:
-        """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
-        are now: `json()` has its values, and `str()` is text. It waits for running calls."""
+        """A report of the present sites, banks, adapters, graphs, packs, row maps, plan and
+        refusals: `json()` has its values, and `str()` is text. It waits for running calls."""
         with self._session.lock:
             return explained(self._session)
 
@@ -772,12 +775,12 @@ class CompiledModel(AsModule):
         *,
         inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     ) -> Why:
-        """What became of the module at `path` (also one that only adapters use, such as q_proj of a
-        packed qkv_proj): whether it carries LoRA and by which rule, what an adapter has for it, in
-        which graphs it is and how, and what refuses it.
+        """Explain what became of the module at `path` (also of one that only adapters name, such as
+        q_proj of a packed qkv_proj): whether it carries LoRA and by which rule, what an adapter has
+        for it, in which graphs it is and how, and what refuses it.
 
-        With `adapter` it also says the norm of ΔW, and with `inputs`, the arguments of a call, by
-        how much the adapter changes what the module returns: ‖delta‖ / ‖y‖ in one eager run of the
+        With `adapter` it has the norm of ΔW too, and with `inputs`, the arguments of a call, how
+        much the adapter changes the result of the module: ‖delta‖ / ‖y‖ in one eager run of the
         model with this adapter for all requests. `str()` is text, `json()` has the values.
 
         Raises:
@@ -801,9 +804,9 @@ class CompiledModel(AsModule):
     ) -> Profile:
         """Measure where the time of a call goes, site by site, beside the byte floor.
 
-        The graphs are captured once more, and their operators run one by one under torch.profiler:
-        those of the base's product and of LoRA are the kernels that serve. `calls` calls are
-        measured, after one that compiles. The call as it is served is timed too. Other calls wait.
+        The graphs are captured once more, and their operators run one by one under torch.profiler;
+        the base's products and LoRA use the kernels that serve calls. `calls` calls are measured,
+        after one that compiles. The call as it is served is timed too. Other calls wait.
 
         Raises BatchError if no request has an adapter, ConfigError if `calls` is not positive, and
         what a call raises.
@@ -857,7 +860,7 @@ class CompiledModel(AsModule):
         inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
         return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])
 
-    # --- what it is and does ---
+    # --- state ---
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -870,22 +873,22 @@ class CompiledModel(AsModule):
         return len(self._session.backend.records)
 
     def stats(self) -> Statistics:
-        """What adapters have done since the model was compiled."""
-        return self._session.counts.with_those_of(self._session.store)
+        """Counts of adapters since the model was compiled."""
+        return self._session.counts.statistics(self._session.store)
 
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
         "disk", "base" parameters, "originals" of merged weights in host memory."""
-        base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        parameter_bytes = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {
             **self._session.store.nbytes(),
-            "base": sum(base.values()),
+            "base": sum(parameter_bytes.values()),
             "originals": 0 if merged is None else merged.report.original_bytes,
         }
 
     def detach(self) -> nn.Module:
-        """Take the marks off the model and return it; this object serves no more calls.
+        """Remove the marks from the model and return it; this object serves no more calls.
 
         A `peft.PeftModel` that was compiled gets its wrappers back. A merged adapter is removed
         first (`unmerge`). This waits for running calls.
@@ -903,7 +906,7 @@ class CompiledModel(AsModule):
 
     @property
     def detached(self) -> bool:
-        """Whether its marks were taken off the model."""
+        """Whether the marks were removed from the model."""
         return self._entries.detached
 
     def __getattr__(self, name: str) -> Any:
@@ -915,10 +918,10 @@ class CompiledModel(AsModule):
         return delegated(self, name)
 
 
-#: Those that are in use, and some that were detached.
+#: All live compiled models, also those that are detached.
 _COMPILED: weakref.WeakSet[CompiledModel] = weakref.WeakSet()
 
-#: Classes of models -> those of their compiled models.
+#: Classes of models -> classes of their compiled models.
 _CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -926,34 +929,35 @@ def _class_of(model: type[nn.Module]) -> type[CompiledModel]:
     if model not in _CLASSES:
         forward = untraced(inspect.unwrap(CompiledModel.forward))
         forward.__signature__ = signature_of(model, forward)
-        own = {"__doc__": CompiledModel.__doc__, "forward": forward}
-        _CLASSES[model] = type(model.__name__, (CompiledModel,), own)
+        attributes = {"__doc__": CompiledModel.__doc__, "forward": forward}
+        _CLASSES[model] = type(model.__name__, (CompiledModel,), attributes)
     return _CLASSES[model]
 
 
 def compiled_of(model: object) -> CompiledModel | None:
-    """What serves `model`, the one that was given to `lorafx.compile` (a PeftModel too) or what
-    that returned."""
+    """The compiled model in service for `model`: one that was given to `lorafx.compile`, also as a
+    PeftModel, or that it returned."""
     if isinstance(model, CompiledModel):
         return model
     if isinstance(model, nn.Module):
         model = without_wrappers(unwrapped(model))
-    serving = (found for found in list(_COMPILED) if not found.detached)
-    return next((found for found in serving if found.model is model), None)
+    serving = (compiled for compiled in list(_COMPILED) if not compiled.detached)
+    return next((compiled for compiled in serving if compiled.model is model), None)
 
 
 def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]:
-    """What serves the models that `lorafx.attach` marked, among those of these identities."""
-    found = [compiled for compiled in list(_COMPILED) if compiled.attached]
+    """The compiled models of those that `lorafx.attach` marked; of those with ids in `among`, if it
+    is given."""
+    attached = [compiled for compiled in list(_COMPILED) if compiled.attached]
     return [
         compiled
-        for compiled in found
+        for compiled in attached
         if not compiled.detached and (among is None or id(compiled.model) in among)
     ]
 
 
 def refuse_other(model: object) -> None:
-    """Raise ConfigError where `model` is no model."""
+    """Raise ConfigError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{type(model).__name__} is no nn.Module; of a pipeline of diffusers, "
@@ -962,8 +966,8 @@ def refuse_other(model: object) -> None:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is or holds
-    that, and ConfigError where it is no model."""
+    """Raise CaptureError if `model` is compiled already, or is or contains a compiled model, and
+    ConfigError unless it is an nn.Module."""
     refuse_other(model)
     compiled = compiled_of(model)
     if compiled is not None and compiled.attached:

@@ -1,13 +1,13 @@
-"""Names that a compiled model does not define itself, and those of other libraries.
+"""Attributes that a compiled model does not define itself, and names of other libraries.
 
 | name | what happens |
 |---|---|
 | of PEFT, diffusers, vLLM (`ELSEWHERE`), unless the model has it | AttributeError: the way out |
-| a method of the model's own class | served as a call is: compiled where an adapter is wanted |
-| of `nn.Module` and transformers' base classes | passed through: they run no layer |
-| those of `REFUSED` | raise: they run the model where no adapter can be served, or change it |
-| those of `GENERATING` | run in Python, and what they call is the compiled model's `generate` |
-| an argument of another library (`ARGUMENTS`) that asks for something | ConfigError: the way out |
+| a method of the model's own class | is served as a call is: compiled if an adapter is in use |
+| of `nn.Module` and transformers' base classes | is passed through: it runs no layer |
+| in `REFUSED` | raises: it runs the model without its adapters, or changes it |
+| in `GENERATING` | runs in Python; the `generate` that it calls is the compiled model's |
+| an argument of another library (`ARGUMENTS`), neither False nor None | ConfigError: the way out |
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.requests import requests_of
-from lorafx.runtime.session import wanted
+from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import untraced
 
 if TYPE_CHECKING:
     from lorafx.compiled_model.compiled import CompiledModel
 
-#: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use.
+#: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use instead.
 ELSEWHERE: Mapping[str, str] = {
     "add_lora": "load_adapter(folder, name)",
     "add_weighted_adapter": 'weights by name in calls: adapter_names=[{"sql": 0.7, "chat": 0.3}]',
@@ -62,7 +62,7 @@ _BATCHING = (
 )
 _INJECTED = "is about adapters that PEFT puts into the model; use"
 
-#: Methods of transformers' base classes that are not handed out -> why, and what to use.
+#: Methods of transformers' base classes that are refused -> why, and what to use instead.
 REFUSED: Mapping[str, str] = {
     "init_continuous_batching": _BATCHING,
     "continuous_batching_context_manager": _BATCHING,
@@ -77,7 +77,7 @@ REFUSED: Mapping[str, str] = {
 #: Methods of transformers' base classes that call `generate` and run no layer themselves.
 GENERATING = ("heal_tokens",)
 
-#: (module, class) of base classes whose methods do not run the model but for those above and
+#: (module, class) of base classes whose methods do not run the model, except for those above and
 #: `generate`.
 _BASES = (
     ("transformers.modeling_utils", "PreTrainedModel"),
@@ -86,8 +86,8 @@ _BASES = (
 )
 
 _HUB = "an AdapterSource says what the files do not (revision=, key_mapping=)"
-#: Arguments of PEFT, transformers and torch.compile -> why they are not taken, or what to use.
-#: False and None ask for nothing.
+#: Arguments of PEFT, transformers and torch.compile -> why they are refused, or what to use. False
+#: and None are accepted.
 ARGUMENTS: Mapping[str, str] = {
     "autocast_adapter_dtype": "banks have the dtype that LoraConfig(dtype=...) says",
     "backend": 'for torch.compile(model, backend="lorafx"), lorafx.attach(model, adapters) first',
@@ -103,8 +103,8 @@ ARGUMENTS: Mapping[str, str] = {
 
 
 def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Raise ConfigError for arguments that `function` does not have; what is in `ARGUMENTS` and
-    asks for nothing passes."""
+    """Raise ConfigError for arguments that `function` does not have, unless they are in `ARGUMENTS`
+    and False or None."""
     if misplaced:
         raise ConfigError(
             f"{function} takes one configuration, or the adapters, after the model; to give both: "
@@ -119,10 +119,10 @@ def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str
 
 
 def delegated(compiled: CompiledModel, name: str) -> Any:
-    """What `compiled` gives for a name that it does not have.
+    """The attribute of `compiled` for a name that it does not define itself.
 
     Raises:
-        AttributeError: the model has none either.
+        AttributeError: the model does not have it either.
     """
     if name in ELSEWHERE and not hasattr(compiled.model, name):
         raise AttributeError(f"a compiled model has no {name!r}; use {ELSEWHERE[name]}")
@@ -134,40 +134,42 @@ def delegated(compiled: CompiledModel, name: str) -> Any:
         if isinstance(owner, base) and hasattr(base, name):
             if base is not nn.Module and name in REFUSED:
                 return functools.partial(refuse, name, REFUSED[name])
-            return _served(compiled, owner, value) if name in GENERATING else value
+            return _served_method(compiled, owner, value) if name in GENERATING else value
     inside = any(owner is part for part in compiled.model.modules())
-    return _served(compiled, owner, value) if inside else value
+    return _served_method(compiled, owner, value) if inside else value
 
 
 def _base_classes() -> list[type]:
-    found: list[type] = [nn.Module]
+    classes: list[type] = [nn.Module]
     for module, name in _BASES:
-        known = getattr(sys.modules.get(module), name, None)
-        if isinstance(known, type):
-            found.append(known)
-    return found
+        base = getattr(sys.modules.get(module), name, None)
+        if isinstance(base, type):
+            classes.append(base)
+    return classes
 
 
-def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
+def _served_method(
+    compiled: CompiledModel, owner: nn.Module, method: MethodType
+) -> Callable[..., Any]:
     session = compiled._session
-    own_argument = "adapter_names" in inspect.signature(method).parameters
+    takes_names = "adapter_names" in inspect.signature(method).parameters
 
     @untraced
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         refuse_slips(kwargs, method, owner, BY_ROW)
         requests = None
-        if not own_argument:
+        if not takes_names:
             requests = requests_of(kwargs.pop("adapter_names", None))
-        kept = session.fetched(requests)  # noqa: F841 - before the lock is taken
+        fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
         with session.lock:
             session.refuse_injected()
             if requests is None and (session.default is None or session.running.updating):
-                return session.beside_engine(functools.partial(method, *args, **kwargs))
+                return session.run_outside_engine(functools.partial(method, *args, **kwargs))
             compiled._entries.check_attached()
 
             def run() -> Any:
-                if session.base.merged is not None or not wanted(session):
+                if session.base.merged is not None or not adapters_in_use(session):
                     return method(*args, **kwargs)
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:

@@ -1,9 +1,9 @@
-"""Warm-up: the graphs that serving needs, captured before the first request.
+"""Warm-up: captures the graphs that serving needs before the first request.
 
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
 
-A graph does not depend on which adapters a batch has, so dummies stand in for all of them. Where an
-aLoRA adapter is loaded there is one more call of each, for the graphs that have one slot per token.
+A graph does not depend on which adapters a batch has, so dummies represent all of them. If an aLoRA
+adapter is loaded, each call is made once more with one, for the graphs with a slot for each token.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceErro
 from lorafx.generation.alora import any_begins
 from lorafx.model.sites import Site
 from lorafx.progress import progress
-from lorafx.runtime.example_inputs import Example, decode_step, derived_example, given_example
+from lorafx.runtime.example_inputs import Example, decode_step, derived_example, example_of
 from lorafx.runtime.session import Session
 
 if TYPE_CHECKING:
     from lorafx.compiled_model.compiled import CompiledModel
 
-#: Rank of the dummies, where that many fit and no sharding asks for more. Graphs do not depend on
-#: it.
+#: The rank of the dummies if banks have room for it and shards need no other; graphs do not depend
+#: on it.
 DEFAULT_RANK = 8
-#: New tokens of a `generate` call: one of the prefill, and two decode steps.
+#: New tokens of a `generate` call: one from the prefill, two from decode steps.
 NEW_TOKENS = 3
-#: The dummy that begins at a token.
-_BEGINS = "warm-up aLoRA"
+#: The name of the dummy that is activated at a token.
+_ALORA = "warm-up aLoRA"
 
 NameList = list["str | None"]
 
@@ -60,52 +60,52 @@ def warm_up(
             device = session.program.runtime.device
             example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
         else:
-            example = given_example(compiled.entry(compiled.model).roles, example_inputs)
-        settings = _generation(compiled.model, generate)
+            example = example_of(compiled.entry(compiled.model).roles, example_inputs)
+        settings = _generate_settings(compiled.model, generate)
         runs: dict[str, Callable[[Example, NameList], None]] = {}
         if generate is None or generate is False:
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
             runs["generate"] = partial(_generate, compiled, settings)
         width = -(-rank // (config.slot_rank or config.max_rank))
-        count = 2 if config.max_adapters > width else 1  # as many as find slots together
+        count = 2 if config.max_adapters > width else 1  # that many have slots together
         dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
         if any_begins(session, session.store.names):
-            dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
-        # Those of one request last: a graph of several may serve one, not the other way round.
+            dummies.append(replace(dummies[0], name=_ALORA, invocation=(0,)))
+        # Those of one request come last: a graph of several may serve one, but not the reverse.
         variants = sorted(example.variants(*sizes), key=lambda variant: variant.rows == 1)
         calls = list(_calls(runs, variants, [adapter.name for adapter in dummies]))
 
         def run() -> None:
             for adapter in dummies:
                 session.store.load(adapter)
-            for number, (what, call) in enumerate(calls, start=1):
-                with progress(f"warm-up {number} of {len(calls)}: {what}"):
+            for number, (label, call) in enumerate(calls, start=1):
+                with progress(f"warm-up {number} of {len(calls)}: {label}"):
                     call()
 
-        with _undisturbed(compiled):
-            _serving_dummies(session, run)
+        with _state_restored(compiled):
+            _serve_only_dummies(session, run)
 
 
 # --- dummies ---
 
 
 def dummy_rank(sites: Sequence[Site], max_rank: int) -> int:
-    """The rank of dummies: DEFAULT_RANK where the banks have room for that, rounded up to the least
-    common multiple of the shard counts of the sites.
+    """The rank of dummies: DEFAULT_RANK, or `max_rank` if that is less, rounded up to a multiple of
+    the numbers of shards of all sites.
 
     Raises:
-        ConfigError: a class counts shards by something else than a positive integer.
-        CapacityError: the banks hold no such rank.
+        ConfigError: a class has a number of shards that is not a positive integer.
+        CapacityError: the rank is over `max_rank`.
     """
-    wanted = min(DEFAULT_RANK, max_rank)
+    rank = min(DEFAULT_RANK, max_rank)
     shards = {site.path: _shards(site) for site in sites}
     multiple = math.lcm(*shards.values())
-    rounded = -(-wanted // multiple) * multiple
+    rounded = -(-rank // multiple) * multiple
     if rounded > max_rank:
         sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
         raise CapacityError(
-            f"warm-up adapters of default rank {wanted}, rounded up to a multiple of {multiple} "
+            f"warm-up adapters of default rank {rank}, rounded up to a multiple of {multiple} "
             f"because LoRA ranks are sharded ({some(sharded)}), need rank {rounded}, over "
             f"max_rank = {max_rank}; compile with LoraConfig(max_rank={rounded})"
         )
@@ -126,7 +126,7 @@ def _shards(site: Site) -> int:
 
 
 def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
-    """An adapter of small random factors for every part of every site, the same every time."""
+    """An adapter with small random factors, by `seed`, for every part of every site."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:
@@ -139,12 +139,12 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
     return Adapter(name, weights, rank, "warm-up")
 
 
-def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
-    """Run with no adapters but those that `run` loads; all is as before afterwards."""
+def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
+    """Call `run` while no adapters are loaded but those that it loads; then restore everything."""
     runtime = session.program.runtime
     rows, active, warming = runtime.rows, runtime.active, session.running._replace(warming=True)
     try:
-        session.run(warming, lambda: session.store.set_aside(run))
+        session.run(warming, lambda: session.store.run_emptied(run))
     finally:
         session.forget_served()
         runtime.set_rows(rows)
@@ -152,26 +152,26 @@ def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _undisturbed(compiled: CompiledModel) -> Iterator[None]:
-    """Random states and the buffers that the model's forward writes are put back afterwards."""
+def _state_restored(compiled: CompiledModel) -> Iterator[None]:
+    """Restores random states and the buffers that the model's forward writes, after the block."""
     device = compiled._session.program.runtime.device
     buffers = [(buffer, buffer.clone()) for buffer in compiled.model.buffers() if _is_state(buffer)]
-    python = random.getstate()
-    indices = [] if device.type == "cpu" else [device]
+    python_state = random.getstate()
+    devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.random.fork_rng(indices, device_type=device.type if indices else "cuda"):
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
-        random.setstate(python)
+        random.setstate(python_state)
         with torch.no_grad(), torch.inference_mode(False):
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for buffer, copy in buffers:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
 
 
 def _is_state(buffer: Tensor) -> bool:
-    """Whether a forward may keep something in it, such as running statistics. Large buffers are
-    packed weights and tables, which nobody writes and a copy of which may not fit."""
+    """Whether a forward may write into a buffer, as into running statistics. Large buffers are
+    packed weights and tables, which no forward writes and whose copies may not fit into memory."""
     return buffer.numel() <= 1 << 20 and buffer.device.type != "meta" and not buffer.is_inference()
 
 
@@ -183,9 +183,9 @@ def _calls(
     variants: Sequence[Example],
     dummies: Sequence[str],
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(what it is, the call) in the order in which they run."""
-    whole = [name for name in dummies if name != _BEGINS]
-    first, last = whole[0], whole[-1]
+    """(label, call) in the order in which the calls run."""
+    plain = [name for name in dummies if name != _ALORA]
+    first, last = plain[0], plain[-1]
     for variant in variants:
         rows = variant.rows
         batches: dict[str, NameList] = {
@@ -194,30 +194,29 @@ def _calls(
         }
         if rows > 1:
             batches["a mix"] = [(first, None, last)[row % 3] for row in range(rows)]
-        if _BEGINS in dummies:
-            batches["an aLoRA adapter"] = [_BEGINS] * rows
+        if _ALORA in dummies:
+            batches["an aLoRA adapter"] = [_ALORA] * rows
         for label, names in batches.items():
-            for what, run in runs.items():
-                padded = variant.padded() if what == "generate" else None
-                if what == "generate" and not variant.can_generate:
+            for kind, run in runs.items():
+                padded = variant.padded() if kind == "generate" else None
+                if kind == "generate" and not variant.can_generate:
                     continue
-                said = f"{what}, {variant}, {label}"
-                yield said, partial(_tried, run, variant, names)
+                text = f"{kind}, {variant}, {label}"
+                yield text, partial(_run_call, run, variant, names)
                 if padded is not None:
-                    yield f"{said}, padded", partial(_tried, run, padded, names)
+                    yield f"{text}, padded", partial(_run_call, run, padded, names)
 
 
-def _tried(run: Callable[[Example, NameList], None], example: Example, names: NameList) -> None:
-    """A mix may be refused, where whose row is whose is not proved; its graph is captured then, and
-    batches of one adapter are served by it. So may an aLoRA adapter, where there are no token ids.
-    """
-    refused = len(set(names)) > 1 or _BEGINS in names
-    with contextlib.suppress(*((ProvenanceError, BatchError) if refused else ())):
+def _run_call(run: Callable[[Example, NameList], None], example: Example, names: NameList) -> None:
+    """Run a call. A mix may be refused if row owners are not proved; its graph is captured then,
+    and serves batches of one adapter. An aLoRA adapter may be refused if there are no token ids."""
+    may_be_refused = len(set(names)) > 1 or _ALORA in names
+    with contextlib.suppress(*((ProvenanceError, BatchError) if may_be_refused else ())):
         run(example, names)
 
 
 def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None:
-    """The call, and one more token with the cache that it returned."""
+    """Run the call, and one for another token with the cache that it returned."""
     inputs = dict(example.named)
     output = compiled(**inputs, adapter_names=names)
     following = decode_step(compiled.model, inputs, output)
@@ -231,24 +230,25 @@ def _generate(
     compiled.generate(**example.prompt(), **settings, adapter_names=names)
 
 
-def _generation(
+def _generate_settings(
     model: nn.Module, generate: bool | Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
-    """Keyword arguments of `generate`, None to leave it out.
+    """The keyword arguments of `generate`; None if it is not to be run.
 
     Raises:
-        ConfigError: it is asked for and the model has none.
+        ConfigError: it is requested, and the model has none.
     """
-    can = getattr(model, "can_generate", None)
-    able = callable(getattr(model, "generate", None)) and (can is None or bool(can()))
-    if generate is False or (generate is None and not able):
+    can_generate = getattr(model, "can_generate", None)
+    generates = callable(getattr(model, "generate", None))
+    generates = generates and (can_generate is None or bool(can_generate()))
+    if generate is False or (generate is None and not generates):
         return None
-    if not able:
+    if not generates:
         raise ConfigError(f"{type(model).__name__} cannot generate; leave out warmup(generate=...)")
     settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     defaults = getattr(model, "generation_config", None)
     if getattr(defaults, "pad_token_id", None) is None:
-        settings["pad_token_id"] = 0  # said by the caller, or transformers warns at every call
+        settings["pad_token_id"] = 0  # without it transformers warns at every call
     if isinstance(generate, Mapping):
         if "max_new_tokens" in generate:
             settings["min_new_tokens"] = generate["max_new_tokens"]
@@ -262,7 +262,7 @@ def _generation(
 
 
 def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    listed = [values] if isinstance(values, int) else list(values)
-    if not listed or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in listed):
+    numbers = [values] if isinstance(values, int) else list(values)
+    if not numbers or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in numbers):
         raise ConfigError(f"warmup({name}=...) must hold positive integers, got {values!r}")
-    return tuple(dict.fromkeys(listed))
+    return tuple(dict.fromkeys(numbers))

@@ -1,9 +1,9 @@
 """transformers' `generate` over compiled forwards.
 
-While it runs, the parts of the model that it calls directly are replaced by their compiled
-versions: encoders, also of images and videos (`get_image_features`), models inside the model with a
-`generate` of their own, and where the model has its own `generate` (BLIP-2) any part. The marks of
-other parts raise where adapters change them (lorafx.runtime.session).
+While it runs, the forwards of the parts that it calls directly are replaced by compiled ones:
+encoders, also of images and videos (`get_image_features`), models inside the model with a
+`generate` of their own, and any part if the model's class has its own `generate` (BLIP-2). If it
+calls another part that adapters change, the marks there raise (lorafx.runtime.session).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
 from lorafx.runtime.entry import CompiledForwards, Entry
-from lorafx.runtime.replaced_methods import Replaced
-from lorafx.runtime.session import refuse_elsewhere, wanted
+from lorafx.runtime.replaced_methods import Replacement
+from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.compat import tracing
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ _PAGED = (
 )
 #: The step of `generate` that runs encoders.
 _ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
-#: By this transformers asks whether the model takes images that are encoded already.
+#: transformers calls this to ask whether the model takes encoded images.
 _ENCODES = "_supports_mm_encoder_outputs"
 
 
@@ -52,46 +52,46 @@ class CompiledGenerate:
     def __init__(self, entries: CompiledForwards) -> None:
         self._entries = entries
         self._session = entries.session
-        self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
+        self._direct_forwards: dict[int, tuple[Entry, Callable[..., Any]]] = {}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate` with its forwards compiled; LorafxError where it has none."""
+        """The model's `generate` with compiled forwards. Raises LorafxError if it has none."""
         model = self._entries.model
         run = getattr(model, "generate", None)
         if not callable(run):
             raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
         attributes = [item for item in self._nested if item[:2] != (model, "generate")]
-        replacing = self._session.stand_ins.replacing
+        replacing = self._session.replacements.replacing
         return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
     def within(self, method: Callable[..., T]) -> Callable[..., T]:
-        """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
-        Python."""
-        return functools.partial(self._session.stand_ins.replacing, self._nested, method)
+        """`method` of the model, whose calls of `generate` are served by this class. Dynamo does
+        not trace them."""
+        return functools.partial(self._session.replacements.replacing, self._nested, method)
 
     @functools.cached_property
-    def _nested(self) -> list[Replaced]:
-        """The `generate` of the model, and of models inside of it, for calls of them within a call,
-        and `generate_batch`, to which paged caches are handed over: it is refused. Made once:
-        Dynamo guards on the very function."""
+    def _nested(self) -> list[Replacement]:
+        """`generate` of the model and of models inside it, for calls of them within a call; and
+        `generate_batch`, which serves paged caches and is refused. Dynamo guards on the identity of
+        these functions, so they are made once."""
         mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
-        refused: Replaced = (model, batching, functools.partial(refuse, batching, _PAGED))
-        found: list[Replaced] = [refused] if hasattr(model, batching) else []
-        return found + [
-            (part, "generate", torch.compiler.disable(self._nested_in(part)))
+        refused: Replacement = (model, batching, functools.partial(refuse, batching, _PAGED))
+        replaced: list[Replacement] = [refused] if hasattr(model, batching) else []
+        return replaced + [
+            (part, "generate", torch.compiler.disable(self._nested_generate(part)))
             for part in model.modules()
             if (part is model or isinstance(part, mixin))
             and callable(getattr(part, "generate", None))
         ]
 
-    def _nested_in(self, module: nn.Module) -> Callable[..., Any]:
+    def _nested_generate(self, module: nn.Module) -> Callable[..., Any]:
         run, session = module.generate, self._session
         assert callable(run)
 
         @functools.wraps(run)
         def nested(*args: Any, **kwargs: Any) -> Any:
             refuse_elsewhere(session)
-            repeating = session.running._replace(requests=session.asked._replace(repeats=True))
+            repeating = session.running._replace(requests=session.requests._replace(repeats=True))
             action = functools.partial(self._generate, module, run, *args, **kwargs)
             return session.note(repeating, action)
 
@@ -102,24 +102,24 @@ class CompiledGenerate:
     ) -> Any:
         entries, session = self._entries, self._session
         kwargs.setdefault("disable_compile", True)
-        # CompiledForwards first: each reads the module's own forward when it is made.
+        # Before `replacing`: a compiled forward is made from the module's own one.
         forward = generating_forward_of(entries, model, run, args, kwargs)
-        attributes: list[Replaced] = [(model, "forward", forward)]
+        attributes: list[Replacement] = [(model, "forward", forward)]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
             if encoder is not model:
                 attributes.append((encoder, "forward", entries.of(encoder)))
         attributes += self._parts(model) + _modalities(entries, model, kwargs)
-        return session.stand_ins.replacing(attributes, run, *args, **kwargs)
+        return session.replacements.replacing(attributes, run, *args, **kwargs)
 
-    def _parts(self, model: nn.Module) -> list[Replaced]:
-        """The parts of the model that a `generate` of its own class may call by themselves, as far
-        as the adapters of the call change them: children, and the embedding of the text. Models
-        inside of it have their own `generate`."""
+    def _parts(self, model: nn.Module) -> list[Replacement]:
+        """The parts of the model that a `generate` of its own class may call directly: children,
+        and the embedding of the text, if an adapter of the call changes them. Models inside it with
+        a `generate` are in `_nested`."""
         if not _overrides(model, "generate"):
-            return []  # it calls what `_generate` knows
+            return []  # transformers' only calls what `_generate` replaces
         session = self._session
-        paths = {path for name in wanted(session) for path in session.store[name].sites}
+        paths = {path for name in adapters_in_use(session) for path in session.store[name].sites}
         changed = {id(site.module) for site in session.program.sites if site.path in paths}
         generating = {id(part) for part, _, _ in self._nested}
         base = getattr(model, "base_model", model)
@@ -128,18 +128,18 @@ class CompiledGenerate:
         if isinstance(embedding, nn.Module):
             children.append(embedding)
         return [
-            (part, "forward", self._by_itself(part))
+            (part, "forward", self._direct_forward(part))
             for part in dict.fromkeys(children)
             if id(part) not in generating and any(id(inner) in changed for inner in part.modules())
         ]
 
-    def _by_itself(self, part: nn.Module) -> Callable[..., Any]:
-        """The forward of a part of the model: compiled, but inside of other calls what it was.
-        Dynamo guards on the very function."""
+    def _direct_forward(self, part: nn.Module) -> Callable[..., Any]:
+        """The forward of a part of the model: compiled if `generate` calls it directly, unchanged
+        inside of other calls. Dynamo guards on the function's identity, so it is cached."""
         entry, session = self._entries.of(part), self._session
-        known = self._by_themselves.get(id(part))
-        if known is not None and known[0] is entry:
-            return known[1]
+        cached = self._direct_forwards.get(id(part))
+        if cached is not None and cached[0] is entry:
+            return cached[1]
         function = entry.function
         site = next((site for site in session.program.sites if site.module is part), None)
 
@@ -152,12 +152,12 @@ class CompiledGenerate:
                 session.returned_from = site.path
             return output
 
-        self._by_themselves[id(part)] = entry, forward
+        self._direct_forwards[id(part)] = entry, forward
         return forward
 
 
 def _mixin() -> Any:
-    """transformers' GenerationMixin; an empty tuple where it is not imported."""
+    """transformers' GenerationMixin; an empty tuple if it is not imported."""
     return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
 
 
@@ -167,24 +167,24 @@ def _overrides(model: nn.Module, method: str) -> bool:
 
 
 def _modalities(
-    entries: CompiledForwards, model: nn.Module, given: Mapping[str, Any]
-) -> list[Replaced]:
-    """The methods that `generate` has images and videos encoded by, before the first forward. In a
-    batch of several adapters whose images come one entry a prompt, the forward encodes them
-    instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
-    in any case (Florence-2's encoder takes them among the text)."""
+    entries: CompiledForwards, model: nn.Module, kwargs: Mapping[str, Any]
+) -> list[Replacement]:
+    """The methods by which `generate` encodes images and videos before the first forward. In a
+    batch of several adapters with one image per prompt, the forward encodes them instead, since
+    their owners are proved there; unless the model's class overrides `_ENCODING` (Florence-2, whose
+    encoder takes images among the text)."""
     overridden = _overrides(model, _ENCODING)
     if not overridden and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return []  # the forward encodes them
     base = getattr(model, "base_model", None)
     names = [f"get_{modality}_features" for modality in ("image", "video")]
-    found = [(name, getattr(base, name, None)) for name in names]
-    methods = {name: method for name, method in found if isinstance(method, MethodType)}
+    named = [(name, getattr(base, name, None)) for name in names]
+    methods = {name: method for name, method in named if isinstance(method, MethodType)}
     if not isinstance(base, nn.Module) or not methods:
         return []
-    adapters = entries.session.asked.names
+    adapters = entries.session.requests.names
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
-    images = [value for name in taken if isinstance(value := given.get(name), Tensor)]
+    images = [value for name in taken if isinstance(value := kwargs.get(name), Tensor)]
     by_prompt = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
     if len(set(adapters)) > 1 and by_prompt and hasattr(model, _ENCODES) and not overridden:
         return [(model, _ENCODES, bool)]

@@ -1,7 +1,7 @@
 """`explain`: what lorafx made of a model, or would make of it.
 
-Without a compiled model sites come from the first passes over the model, and banks are computed on
-the meta device, so no weight is read.
+For a model that is not compiled, the first passes over the model select the sites, and banks are
+allocated on the meta device, so no weight is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafx.errors import some
 from lorafx.inspection.report import Report, size
 from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.bank import Factors
-from lorafx.model.module_graph import alike
+from lorafx.model.module_graph import joined_lines
 from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.attach import allocate_groups
@@ -35,9 +35,10 @@ from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, un
 from lorafx.torch_internals.shortcuts import states
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
-_BY = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
+_PHASES = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
+#: How many names a line lists.
 _MOST = 5
-#: Passes over the model whose notes say what was selected, and what was not and why.
+#: Passes over the model whose notes say what was selected, and why other modules were not.
 _SELECTING = (Alias.name, Select.name)
 
 
@@ -102,16 +103,16 @@ class AdapterReport:
         return None if self.norms is None else sum(v * v for v in self.norms.values()) ** 0.5
 
     def __str__(self) -> str:
-        found = [f"{self.name}: rank {self.rank}", f"{len(self.sites)} sites"]
-        found.append("in host memory" if self.slot is None else f"slot {self.slot}")
-        found += ["pinned"] * self.pinned + ["merged"] * self.merged
+        parts = [f"{self.name}: rank {self.rank}", f"{len(self.sites)} sites"]
+        parts.append("in host memory" if self.slot is None else f"slot {self.slot}")
+        parts += ["pinned"] * self.pinned + ["merged"] * self.merged
         if self.why_idle:
-            found.append(self.why_idle)
+            parts.append(self.why_idle)
         elif self.norm is not None:
-            found.append(f"norm of ΔW {self.norm:.3g}")
+            parts.append(f"norm of ΔW {self.norm:.3g}")
         if self.idle and not self.why_idle:
-            found.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
-        return ", ".join(found)
+            parts.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -170,18 +171,18 @@ class GraphReport:
         lines += [self.saved] if self.saved else []
         forms: Counter[str] = Counter()
         plans: Counter[tuple[str, str]] = Counter()
-        parents: dict[str, list[str]] = {}  # packs of repeated layers are one line
+        packs: dict[str, list[str]] = {}  # the parents of packs of equal names
         for node in self.nodes:
             forms[node.form] += len(node.sites)
             plans[node.strategy, node.rows] += len(node.sites)
             if len(node.sites) > 1:
                 names = ", ".join(path.rpartition(".")[2] for path in node.sites)
-                parents.setdefault(names, []).append(node.sites[0].rpartition(".")[0] or "(root)")
+                packs.setdefault(names, []).append(node.sites[0].rpartition(".")[0] or "(root)")
         if forms:
             lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
-        for names, found in parents.items():
-            others = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
-            lines.append(f"pack {found[0]}: [{names}]{others}")
+        for names, parents in packs.items():
+            like_it = f" and {len(parents) - 1} more like it" if len(parents) > 1 else ""
+            lines.append(f"pack {parents[0]}: [{names}]{like_it}")
         for (strategy, rows), count in plans.items():
             lines.append(f"plan: {strategy} at {_count(count, 'site')}, {rows}")
         lines += [f"outline: {item}" for item in self.outlined]
@@ -194,7 +195,7 @@ class GraphReport:
 @dataclass(frozen=True)
 class Explanation(Report):
     """What lorafx made of a model, or would make of it. `str()` is the whole report, `json()` its
-    values. Only a captured graph shows whether uses of weights are understood and rows are proved.
+    values. Only captured graphs show whether uses of weights are understood and rows are proved.
 
     Attributes:
         weight_bytes: of the model's parameters.
@@ -234,10 +235,10 @@ class Explanation(Report):
     @property
     def seconds(self) -> dict[str, float]:
         """Compile times of all graphs by phase."""
-        found: Counter[str] = Counter()
+        total: Counter[str] = Counter()
         for graph in self.graphs:
-            found.update(graph.seconds)
-        return dict(found)
+            total.update(graph.seconds)
+        return dict(total)
 
     @property
     def summary(self) -> tuple[str, ...]:
@@ -246,10 +247,10 @@ class Explanation(Report):
             f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
             f"{self.slots} slots for adapters of rank up to {self.max_rank}, "
             f"{_count(len(self.banks), 'bank')} of {self._bank_bytes:,} bytes in all",
-            self._of_adapters(),
-            self._of_graphs(),
-            self._of_nodes(),
-            self._unserved(),
+            self._adapters_line(),
+            self._graphs_line(),
+            self._deltas_line(),
+            self._refusals_line(),
         )
 
     @property
@@ -273,23 +274,23 @@ class Explanation(Report):
         by_parent = (
             (bank.parent, f"[{', '.join(bank.names)}], {size(bank.nbytes)}") for bank in self.banks
         )
-        found: list[tuple[str, Iterable[str]]] = [
+        sections: list[tuple[str, Iterable[str]]] = [
             *((line, ()) for line in self.facts()),
             (f"sites: {len(self.sites)}", noted),
-            (" and ".join([banks, *self.room]), alike(by_parent)),
+            (" and ".join([banks, *self.room]), joined_lines(by_parent)),
         ]
         if self.replaced:
             title = (
                 "replaced after lorafx was given the model; adapters that touch them are refused"
             )
-            found.append((title, self.replaced))
-        found.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
-        found.append(("passes", self.passes))
-        found.append((f"graphs: {len(self.graphs)}", ()))
-        found += [(graph.title, graph.lines()) for graph in self.graphs]
+            sections.append((title, self.replaced))
+        sections.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
+        sections.append(("passes", self.passes))
+        sections.append((f"graphs: {len(self.graphs)}", ()))
+        sections += [(graph.title, graph.lines()) for graph in self.graphs]
         if self.unreached:
-            found.append(("sites that no graph has reached yet", self.unreached))
-        return found
+            sections.append(("sites that no graph has reached yet", self.unreached))
+        return sections
 
     def facts(self) -> list[str]:
         off = [f"{name} ({reason})" for name, reason in self.shortcuts_off.items()]
@@ -301,7 +302,7 @@ class Explanation(Report):
 
     # --- the lines of the summary ---
 
-    def _of_adapters(self) -> str:
+    def _adapters_line(self) -> str:
         if not self.adapters:
             return "adapters: none is loaded"
         on_device = sum(adapter.slot is not None for adapter in self.adapters)
@@ -309,7 +310,7 @@ class Explanation(Report):
         idle = [f"{item.name} ({item.why_idle})" for item in self.adapters if item.why_idle]
         return line + (f"; without effect: {some(idle, _MOST)}" if idle else "")
 
-    def _of_graphs(self) -> str:
+    def _graphs_line(self) -> str:
         if not self.graphs:
             return "no graph is compiled yet: the first calls do that, or warmup()"
         lora = sum(graph.lora for graph in self.graphs)
@@ -318,58 +319,58 @@ class Explanation(Report):
             f"{seconds_line(self.seconds)}"
         )
 
-    def _of_nodes(self) -> str:
+    def _deltas_line(self) -> str:
         nodes = [node for graph in self.graphs for node in graph.nodes]
         if not nodes:
             return f"lowering: {self.lowering}"
-        ways = Counter(node.strategy.partition(" ")[0].rstrip(",") for node in nodes)
+        counts = Counter(node.strategy.partition(" ")[0].rstrip(",") for node in nodes)
         packed = sum(node.form == "packed" for node in nodes)
-        listed = ", ".join(f"{count} {way}" for way, count in ways.items())
+        strategies = ", ".join(f"{count} {strategy}" for strategy, count in counts.items())
         return (
-            f"lowering: {self.lowering}; {_count(len(nodes), 'node')} with deltas ({listed}), "
+            f"lowering: {self.lowering}; {_count(len(nodes), 'node')} with deltas ({strategies}), "
             f"{packed} of them packs of siblings"
         )
 
-    def _unserved(self) -> str:
+    def _refusals_line(self) -> str:
         refused = dict.fromkeys(
             f"{path or '(root)'} ({refusal.when})"
             for refusal in self.refusals
             for path in refusal.sites
         )
         served = "every site that a graph has reached is served"
-        found = [f"refused: {some(refused, _MOST)}" if refused else served if self.graphs else ""]
+        parts = [f"refused: {some(refused, _MOST)}" if refused else served if self.graphs else ""]
         if self.unreached:
-            found.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
+            parts.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
-            found.append(f"{_count(len(self.replaced), 'site')} replaced since")
-        return "; ".join(filter(None, found)) or "no call has been made"
+            parts.append(f"{_count(len(self.replaced), 'site')} replaced since")
+        return "; ".join(filter(None, parts)) or "no call has been made"
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
     """Compile times in words."""
-    parts = ", ".join(f"{_BY.get(what, what)} {value:.1f}" for what, value in seconds.items())
+    parts = ", ".join(f"{_PHASES.get(name, name)} {value:.1f}" for name, value in seconds.items())
     return f"{sum(seconds.values()):.1f} s" + (f": {parts}" if parts else "")
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def predicted(model: nn.Module, config: LoraConfig, options: Options) -> Explanation:
-    """The report on a model that is not compiled. Raises TargetError as `lorafx.compile`."""
-    found = Preparation(model, config, options)
-    prepared = run_model_passes(found, (Alias(), Select()))
-    meta = [replace(site, device=torch.device("meta")) for site in found.sites]
+    """The report on a model that is not compiled. Raises TargetError as `lorafx.compile` does."""
+    preparation = Preparation(model, config, options)
+    prepared = run_model_passes(preparation, (Alias(), Select()))
+    meta = [replace(site, device=torch.device("meta")) for site in preparation.sites]
     groups = allocate_groups(meta, config)
-    return _of_model(model, config, options, found.sites, groups, prepared)
+    return _model_report(model, config, options, preparation.sites, groups, prepared)
 
 
 def explained(session: Session, *, quick: bool = False) -> Explanation:
-    """The report on a marked model. `quick`: only of what is known already."""
+    """The report on a marked model; `quick`: without fetching adapters or computing norms."""
     program, options = session.program, session.program.options
     if not quick:
         program.look_at_modules()
-    found = _of_model(
+    report = _model_report(
         program.model, program.config, options, program.sites, program.groups, program.prepared
     )
     records = list(session.backend.records)
@@ -377,8 +378,8 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
     unseen = [site.path for site in program.sites if site.path not in seen_sites(lora)]
     shortcuts = states(options.shortcuts).items()
     return replace(
-        found,
-        adapters=tuple(_adapter(session, name, quick=quick) for name in session.store.names),
+        report,
+        adapters=tuple(_adapter_report(session, name, quick) for name in session.store.names),
         shortcuts_off={name: state for name, state in shortcuts if state != "on"},
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
@@ -386,7 +387,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
     )
 
 
-def _of_model(
+def _model_report(
     model: nn.Module,
     config: LoraConfig,
     options: Options,
@@ -402,7 +403,7 @@ def _of_model(
     return Explanation(
         model=type(model).__name__,
         lowering=options.lowering,
-        sites=tuple(map(_site, sites)),
+        sites=tuple(map(_site_report, sites)),
         banks=tuple(BankReport(g.parent, g.members, g.bank.nbytes) for g in groups),
         slots=config.max_adapters,
         max_rank=config.max_rank,
@@ -416,7 +417,7 @@ def _of_model(
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Stored bytes of a tensor; of the parts of a wrapper (a quantised weight)."""
+    """The bytes of a tensor; for a wrapper (a quantised weight) the sum of its parts' bytes."""
     if not is_traceable_wrapper_subclass(tensor):
         return int(tensor.nbytes)
     wrapper: Any = tensor
@@ -424,7 +425,7 @@ def stored_bytes(tensor: Tensor) -> int:
     return sum(stored_bytes(getattr(tensor, name)) for name in names)
 
 
-def _site(site: Site) -> SiteReport:
+def _site_report(site: Site) -> SiteReport:
     parts = [
         ((part.name if part.selected else "") or "-", part.out_features) for part in site.parts
     ]
@@ -441,7 +442,7 @@ def _site(site: Site) -> SiteReport:
     )
 
 
-def _adapter(session: Session, name: str, *, quick: bool) -> AdapterReport:
+def _adapter_report(session: Session, name: str, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
     kept = None if quick else store.fetch([name], resident=True)  # noqa: F841
     stored = store[name]
@@ -465,7 +466,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
     for state in record.states:
         nodes.setdefault(state.node_key, []).append(state.site.path)
     first = {state.node_key: state for state in reversed(record.states)}
-    served = [text for what, text in record.form.items() if what != "adapters"]
+    served = [text for aspect, text in record.form.items() if aspect != "adapters"]
     return GraphReport(
         title=record.title,
         lora=record.lora,
@@ -478,7 +479,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
                 tuple(paths),
                 first[key].form,
                 first[key].strategy or "aten",
-                _in_words(first[key].rows, record.sizes),
+                _with_sizes(first[key].rows, record.sizes),
             )
             for key, paths in nodes.items()
         ),
@@ -488,13 +489,13 @@ def graph_report(record: GraphRecord) -> GraphReport:
     )
 
 
-def _in_words(text: str, symbols: Mapping[str, object]) -> str:
-    return re.sub(r"\b[su][0-9]+\b", lambda found: str(symbols.get(found[0], found[0])), text)
+def _with_sizes(text: str, sizes: Mapping[str, object]) -> str:
+    return re.sub(r"\b[su][0-9]+\b", lambda match: str(sizes.get(match[0], match[0])), text)
 
 
 @dataclass(frozen=True)
 class Deltas:
-    """An adapter's norms of ΔW by site, and reasons why it changes nothing there."""
+    """An adapter's norms of ΔW by site, and by site the reason why it changes nothing there."""
 
     norms: dict[str, float]
     idle: dict[str, str]
@@ -507,16 +508,16 @@ class Deltas:
         return "no effect, because " + " or ".join(sorted(set(self.idle.values())))
 
 
-#: A new version of an adapter is another object.
+#: By version of an adapter: another version is another object.
 _DELTAS: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictionary()
 
 
 def deltas_of(
     stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
 ) -> Deltas | None:
-    """The deltas of an adapter; None if `quick` and they are not known yet.
+    """The deltas of an adapter; None if `quick` and they have not been computed.
 
-    ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ)), whose products are (r, r): ΔW itself is never made.
+    ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ)), whose products are (r, r), so ΔW is not computed.
     """
     if stored not in _DELTAS and not quick:
         squares: dict[str, float] = {}
@@ -525,39 +526,38 @@ def deltas_of(
             for index, parts in stored.numbers.factors.items():
                 for factors in parts:
                     site = groups[index].site_of(factors.sibling)
-                    square = _square(site, factors)
+                    square = _squared_norm(site, factors)
                     squares[site.path] = squares.get(site.path, 0.0) + square
-                    reasons.setdefault(site.path, []).append(_why_nothing(factors))
+                    reasons.setdefault(site.path, []).append(_why_idle(factors))
         idle = {
-            path: found[0]
-            for path, found in reasons.items()
-            if all(found) and path not in stored.owned
+            path: of_parts[0]
+            for path, of_parts in reasons.items()
+            if all(of_parts) and path not in stored.owned
         }
         norms = {path: squares.get(path, 0.0) ** 0.5 for path in stored.sites}
         _DELTAS[stored] = Deltas(norms, idle)
     return _DELTAS.get(stored)
 
 
-def _square(site: Site, factors: Factors) -> float:
-    a, b = _wide(factors.A), _wide(factors.B)
+def _squared_norm(site: Site, factors: Factors) -> float:
+    a, b = _at_least_float32(factors.A), _at_least_float32(factors.B)
     if site.eligible.kind == "embedding":
         a = a.mT  # (V, r)
     if factors.ranks is not None:  # columns beyond an expert's rank are unused
         within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
         b = b * within[..., None]
-    # Both factors are squares: their product may exceed float32 where ΔW does not.
+    # The product of these squares may exceed float32, even if ΔW does not.
     square = ((a @ a.mT).double() * (b @ b.mT).double()).sum((-2, -1))
     scale = torch.as_tensor(factors.scale, dtype=square.dtype)
     return max(float((square * scale**2).sum()), 0.0)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _why_nothing(factors: Factors) -> str:
-    others = (factors.gains, factors.shift)
-    if any(tensor is not None and bool(tensor.any()) for tensor in others):
+def _why_idle(factors: Factors) -> str:
+    if any(extra is not None and bool(extra.any()) for extra in (factors.gains, factors.shift)):
         return ""
     named = (("B", factors.B), ("A", factors.A), ("its scale", torch.as_tensor(factors.scale)))
     return next((f"{name} is zero" for name, tensor in named if not bool(tensor.any())), "")

@@ -1,11 +1,11 @@
-"""Where the time of a call goes: the graphs' operators under torch.profiler, each by its site.
+"""Measures where the time of a call goes: the graphs' operators under torch.profiler, by site.
 
-    served       the compiled model by the clock
+    served       the compiled model, wall time
     operators    the lowered graph, operator by operator: the same products and delta kernels
 
-Inductor fuses what stands between, and on a CPU a product and its delta are one operator as served
-(`join`), so times of single operators are of the second. A site's node is the delta's operator; the
-product is what its y is made of.
+In served graphs Inductor fuses the operators between these, and on a CPU a product and its delta
+are one operator (`join`), so the times of sites are measured in the second way. A site's node is
+the operator of the delta; its product is found backwards from the operand y.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PRODUCTS = frozenset(
     | {aten.convolution.default, aten.embedding.default, aten.linear.default}
     | {DENSE_MM, DENSE_ADDMM}
 )
-#: What a product's result goes through before the delta is added, and behind it.
+#: Operators that may be between a product and its delta, or after the delta.
 _BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}
 _LABEL = "lorafx node "
 
@@ -58,11 +58,11 @@ class ProfiledNode:
     Attributes:
         paths: its sites; the time of a pack is not divided among them.
         calls: how often it runs in a call of the model.
-        base, delta: seconds per call of the model of the base's product and of LoRA; None where a
-            single operator does both.
+        base, delta: seconds of the base's product and of LoRA per call of the model; None if a
+            single operator computes both.
         whole: their sum.
-        floor: least traffic with this batch's adapters relative to the base's; None where the base
-            reads no weight as a whole.
+        floor: least traffic with this batch's adapters relative to the base's; None if the base
+            does not read the whole weight.
         nodes: the number of summed nodes.
     """
 
@@ -117,12 +117,12 @@ class Profile(Report):
     @property
     def alike(self) -> tuple[ProfiledNode, ...]:
         """Sums of nodes whose sites differ only in the indices of their paths."""
-        found: dict[object, list[ProfiledNode]] = {}
+        nodes: dict[object, list[ProfiledNode]] = {}
         for node in self.nodes:
             shapes = tuple(map(shape_of, node.paths))
             key = (shapes, node.form, node.strategy, node.base is None)
-            found.setdefault(key, []).append(node)
-        return tuple(map(_together, found.values()))
+            nodes.setdefault(key, []).append(node)
+        return tuple(map(_sum_of_nodes, nodes.values()))
 
     def derived(self) -> dict[str, Any]:
         nodes = [{**asdict(node), "measured": node.measured} for node in self.nodes]
@@ -139,7 +139,7 @@ class Profile(Report):
     def tables(self) -> list[Table]:
         rows = [
             (
-                " + ".join(_names(node.paths)),
+                " + ".join(_short_names(node.paths)),
                 node.nodes,
                 _ms(node.base),
                 _ms(node.delta),
@@ -162,26 +162,26 @@ class Profile(Report):
         return [*unreached, *(f"note: {note}" for note in self.notes)]
 
 
-def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
+def _sum_of_nodes(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
     first = nodes[0]
-    apart = first.base is not None
+    separate = first.base is not None
     floors = [node.floor for node in nodes]
     same = all(floor == floors[0] for floor in floors)
     mean = sum(floor or 1.0 for floor in floors) / len(floors)
     return ProfiledNode(
-        tuple(joined([node.paths[at] for node in nodes]) for at in range(len(first.paths))),
+        tuple(joined([node.paths[i] for node in nodes]) for i in range(len(first.paths))),
         first.form,
         first.strategy,
         sum(node.calls for node in nodes),
-        sum(node.base or 0.0 for node in nodes) if apart else None,
-        sum(node.delta or 0.0 for node in nodes) if apart else None,
+        sum(node.base or 0.0 for node in nodes) if separate else None,
+        sum(node.delta or 0.0 for node in nodes) if separate else None,
         sum(node.whole for node in nodes),
         floors[0] if same else mean,
         len(nodes),
     )
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def _short_names(paths: Sequence[str]) -> list[str]:
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
 
 
@@ -189,11 +189,11 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.3f}"
 
 
-class _Measured(fx.Interpreter):
-    """Runs a stage with a label of the profiler's around each operator.
+class _LabelledRun(fx.Interpreter):
+    """Runs a stage with a label for the profiler around each operator.
 
     Attributes:
-        seconds: of the operators, by the name of their node, in all calls.
+        seconds: name of a node -> the seconds of its operator in all calls.
     """
 
     def __init__(self, stage: Stage, number: int) -> None:
@@ -203,9 +203,9 @@ class _Measured(fx.Interpreter):
         self.runs = 0
         self._label = f"{_LABEL}{number} "
 
-    def run(self, *args: Any, **more: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
-        return super().run(*args, **more)
+        return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -214,25 +214,25 @@ class _Measured(fx.Interpreter):
             return super().run_node(n)
 
     def nodes(self, calls: int, floor_of: Callable[[Sequence[str]], float | None]) -> Nodes:
-        """Of each site's node the times of one of the calls."""
-        for node, base, delta in _site_nodes(self.stage):
+        """The node of each site, with the mean times of one call."""
+        for node, base_names, delta_names in _site_nodes(self.stage):
             state, paths = self.stage.sites["", node.name][0], self.stage.paths(node)
-            product = sum(self.seconds.get(name, 0.0) for name in base) / calls
-            more = sum(self.seconds.get(name, 0.0) for name in delta) / calls
+            base = sum(self.seconds.get(name, 0.0) for name in base_names) / calls
+            delta = sum(self.seconds.get(name, 0.0) for name in delta_names) / calls
             yield ProfiledNode(
                 paths,
                 state.form,
                 state.strategy.partition(" (")[0],  # without its floor
                 max(self.runs // calls, 1),
-                product if base else None,
-                more if base else None,
-                product + more,
+                base if base_names else None,
+                delta if base_names else None,
+                base + delta,
                 floor_of(paths),
             )
 
 
 Nodes = Iterator[ProfiledNode]
-#: Serves a call with these arguments.
+#: Makes a served call with these named arguments.
 _Call = Callable[[Mapping[str, Any]], None]
 
 
@@ -243,7 +243,7 @@ def profiled(
     names: Sequence[str | None],
     calls: int,
 ) -> Profile:
-    """See `CompiledModel.profile`, whose calls `serve` makes."""
+    """The result of `CompiledModel.profile`. `serve` makes the calls."""
     if not isinstance(calls, int) or calls < 1:
         raise ConfigError(f"calls = {calls!r}: at least one call is measured")
     named = named_inputs(entries.of(entries.model).roles, inputs)
@@ -253,12 +253,12 @@ def profiled(
     program = entries.session.program
     device = program.runtime.device
 
-    def call(given: Mapping[str, Any]) -> None:
-        serve(**given, adapter_names=list(names))
+    def call(kwargs: Mapping[str, Any]) -> None:
+        serve(**kwargs, adapter_names=list(names))
 
-    served = _served(call, named, device, calls)
+    served = _time_served(call, named, device, calls)
     with replayed(entries) as replay:
-        graphs = _measured(call, named, replay, device, calls)
+        graphs = _time_operators(call, named, replay, device, calls)
         floors = _Floors(entries.session, adapters)
         nodes = [node for graph in graphs for node in graph.nodes(calls, floors.of)]
     operators = sum(sum(graph.seconds.values()) for graph in graphs) / calls
@@ -287,33 +287,33 @@ def _notes(nodes: Sequence[ProfiledNode]) -> Iterator[str]:
     yield "sites' times are of operators run one by one; as served, Inductor fuses those between"
 
 
-def _served(call: _Call, inputs: Mapping[str, Any], device: torch.device, calls: int) -> float:
+def _time_served(call: _Call, inputs: Mapping[str, Any], device: torch.device, calls: int) -> float:
     """Median seconds of a call, after one that compiles."""
     times = []
     for _ in range(calls + 1):
-        given = copy.deepcopy(inputs)
-        _wait(device)
+        kwargs = copy.deepcopy(inputs)
+        _synchronize(device)
         start = time.perf_counter()
-        call(given)
-        _wait(device)
+        call(kwargs)
+        _synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _measured(
+def _time_operators(
     call: _Call, inputs: Mapping[str, Any], replay: Replay, device: torch.device, calls: int
-) -> list[_Measured]:
+) -> list[_LabelledRun]:
     """The graphs of a call, run operator by operator under torch.profiler."""
-    graphs: dict[Stage, _Measured] = {}
+    graphs: dict[Stage, _LabelledRun] = {}
     on_gpu = device.type == "cuda"
 
-    def run(stage: Stage, given: Sequence[Any]) -> Any:
-        return graphs.setdefault(stage, _Measured(stage, len(graphs))).run(*given)
+    def run(stage: Stage, values: Sequence[Any]) -> Any:
+        return graphs.setdefault(stage, _LabelledRun(stage, len(graphs))).run(*values)
 
     call(copy.deepcopy(inputs))  # captures
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -323,29 +323,29 @@ def _measured(
     ):
         for _ in range(calls):
             call(copy.deepcopy(inputs))
-        _wait(device)
-    found = list(graphs.values())
+        _synchronize(device)
+    runs = list(graphs.values())
     for event in profiler.events() or ():
         if event.name.startswith(_LABEL):
             number, name = event.name.removeprefix(_LABEL).split(" ", 1)
-            seconds = found[int(number)].seconds
+            seconds = runs[int(number)].seconds
             seconds[name] = seconds.get(name, 0.0) + _seconds(event, on_gpu)
-    return found
+    return runs
 
 
 def _seconds(event: Any, on_gpu: bool) -> float:
-    """Of the operator under a label. An operator that writes is run on a copy here, which a
-    compiled graph does not make, so only what it does itself counts."""
+    """The seconds of the operator under a label. Here an operator that writes gets a copy of its
+    operand, which a compiled graph does not make: only the events of lorafx's operator count."""
     children = list(event.cpu_children)
-    own = [child for child in children if child.name.startswith("lorafx::")] or children
+    counted = [child for child in children if child.name.startswith("lorafx::")] or children
     if on_gpu:
-        return sum(child.device_time_total for child in own or [event]) * 1e-6
-    return sum(child.cpu_time_total for child in own) * 1e-6
+        return sum(child.device_time_total for child in counted or [event]) * 1e-6
+    return sum(child.cpu_time_total for child in counted) * 1e-6
 
 
 def _site_nodes(stage: Stage) -> Iterator[tuple[fx.Node, list[str], list[str]]]:
-    """Each site's node with the nodes of the base's product and those of the delta. No product
-    where one node does both."""
+    """Each site's node, with the names of the nodes that compute the base's product (none if one
+    node computes both) and of those that compute the delta."""
     claimed: set[fx.Node] = set()
     for site in stage.graph.graph.nodes:
         if not stage.paths(site):
@@ -365,7 +365,7 @@ def _site_nodes(stage: Stage) -> Iterator[tuple[fx.Node, list[str], list[str]]]:
             elif _is_lora(node):
                 delta.append(node.name)
                 claimed.add(node)
-                sources = _before(node)
+                sources = _operands_with_y(node)
             pending += [source for source in sources if source not in seen]
             seen.update(sources)
         yield site, base, delta
@@ -378,9 +378,9 @@ def _is_lora(node: fx.Node) -> bool:
     return isinstance(op, HigherOrderOperator) and op is not AUTO_FUNCTIONALIZED
 
 
-def _before(node: fx.Node) -> Sequence[fx.Node]:
-    """What a delta is added to: y, which its operator takes first, or by that name. An operator
-    that takes the weight makes y itself; launches of kernels do not say which argument is what."""
+def _operands_with_y(node: fx.Node) -> Sequence[fx.Node]:
+    """The operand to which a delta is added: `y`, or the operator's first; nothing if the operator
+    takes the weight and computes y itself; all operands of a launch, whose roles are unknown."""
     if not isinstance(op_of(node), OpOverload):
         return node.all_input_nodes
     call = bound(node)
@@ -399,15 +399,15 @@ class _Floors:
         for name in adapters:
             for index, factors in session.store[name].numbers.factors.items():
                 group = session.program.groups[index]
-                for own in factors:
-                    path = group.site_of(own.sibling).path
-                    size = own.A.nbytes + own.B.nbytes
+                for part in factors:
+                    path = group.site_of(part.sibling).path
+                    size = part.A.nbytes + part.B.nbytes
                     self.factors[path] = self.factors.get(path, 0) + size
 
     def of(self, paths: Sequence[str]) -> float | None:
         sites = [self.sites[path] for path in paths]
         if any(site.eligible.kind == "embedding" for site in sites):
             return None
-        held = [getattr(site.module, site.eligible.weight, None) for site in sites]
-        weights = sum(stored_bytes(own) for own in held if isinstance(own, torch.Tensor))
-        return 1 + sum(self.factors.get(path, 0) for path in paths) / weights if weights else None
+        weights = [getattr(site.module, site.eligible.weight, None) for site in sites]
+        size = sum(stored_bytes(weight) for weight in weights if isinstance(weight, torch.Tensor))
+        return 1 + sum(self.factors.get(path, 0) for path in paths) / size if size else None

@@ -14,7 +14,7 @@ from lorafx.errors import ConfigError
 
 
 class Table(NamedTuple):
-    """A table, or without columns a list."""
+    """A table, or a list if no column has a name."""
 
     title: str
     columns: Sequence[str]
@@ -26,10 +26,8 @@ class Table(NamedTuple):
 
 
 class Report:
-    """The base of reports, which are frozen dataclasses: a heading, facts, tables and notes.
-
-    `str()` is text, which notebooks show too, and `json()` has the fields.
-    """
+    """The base class of reports, which are frozen dataclasses with a heading, facts, tables and
+    notes. `str()` is their text, which notebooks show too; `json()` has the fields."""
 
     @property
     def heading(self) -> str:
@@ -52,8 +50,8 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """The fields as JSON types; null for non-finite numbers."""
-        found: dict[str, Any] = json_values({**asdict(self), **self.derived()})  # type: ignore[call-overload]
-        return found
+        values: dict[str, Any] = json_values({**asdict(self), **self.derived()})  # type: ignore[call-overload]
+        return values
 
     def __str__(self) -> str:
         lines = [self.heading, *(f"  {line}" for line in self.facts())]
@@ -114,7 +112,7 @@ def over(ratio: float | None) -> str:
 
 @contextmanager
 def written_into(folder: Path) -> Iterator[None]:
-    """Creates the folder; inside, failures to write into it are ConfigErrors."""
+    """Create the folder. Inside the block an OSError is raised as a ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -26,8 +26,8 @@ from lorafx.runtime.session import Session
 
 @dataclass(frozen=True)
 class Selection:
-    """The meaning of a path: a module, or for routed experts' parameters their module; the site
-    (and its `part`, None for all) that it is, if any; and the rule for it."""
+    """The meaning of a path: the module, which for a parameter of routed experts is their module;
+    the site, if it is one, and its `part`, None for all of it; and the rule that decided."""
 
     module: nn.Module
     path: str
@@ -38,8 +38,8 @@ class Selection:
 
 
 def selection_of(program: Program, path: str) -> Selection:
-    """The meaning of `path`: of a module, of a part of a packed module ("...self_attn.q_proj"), or
-    of a parameter of routed experts. Raises ConfigError with the nearest paths."""
+    """The meaning of the path of a module, of a part of a packed module ("...self_attn.q_proj"), or
+    of a parameter of routed experts. Raises ConfigError, with the nearest paths, for any other."""
     graph, config, sites = program.graph, program.config, program.sites
     for site in sites:
         if path in site.paths:
@@ -52,21 +52,21 @@ def selection_of(program: Program, path: str) -> Selection:
             return Selection(site.module, site.path, site.aliases, site, part, rule)
     module = graph.find(path)
     if module is None:
-        known = [own for own, _ in graph.modules() if own]
-        known += [site.part_path(part) for site, part in _parts(sites)]
+        paths = [known for known, _ in graph.modules() if known]
+        paths += [site.part_path(part) for site, part in _parts(sites)]
         raise ConfigError(
-            f"{type(graph.root).__qualname__} has no module {path!r}{nearest(path, known)}"
+            f"{type(graph.root).__qualname__} has no module {path!r}{nearest(path, paths)}"
         )
-    own, *aliases = graph.paths(module)
-    same = next((site for site in sites if site.module is module), None)
-    if same is not None:  # an unlisted alias, or the module of routed experts
-        rule = why_selected(config, same)
+    first, *aliases = graph.paths(module)
+    module_site = next((site for site in sites if site.module is module), None)
+    if module_site is not None:  # `path` is an unlisted alias, or the module of routed experts
+        rule = why_selected(config, module_site)
     else:
         rule = left_out(graph, config, module)
-        below = [site.path for site in sites if not own or site.path.startswith(f"{own}.")]
+        below = [site.path for site in sites if not first or site.path.startswith(f"{first}.")]
         if below:
             rule += f". Sites below it: {some(below)}"
-    return Selection(module, own, tuple(aliases), same, None, rule)
+    return Selection(module, first, tuple(aliases), module_site, None, rule)
 
 
 def _parts(sites: Sequence[Site]) -> Iterator[tuple[Site, int]]:
@@ -77,28 +77,28 @@ def _parts(sites: Sequence[Site]) -> Iterator[tuple[Site, int]]:
 
 def why_selected(config: LoraConfig, site: Site) -> str:
     """The rules of configuration and registry that select a site."""
-    return f"{_named_by(config, site)}; {registered(type(site.module))}"
+    return f"{_why_targeted(config, site)}; {registered(type(site.module))}"
 
 
 def registered(cls: type) -> str:
-    """The registered class for a class, and the way there along its MRO."""
+    """A sentence with the registered base class of a class, and the MRO up to it."""
     entry = lookup_class(cls)
     if entry is None:
         return f"no class of the MRO of {cls.__qualname__} is registered"
-    way = [base.__name__ for base in cls.__mro__]
+    mro = [base.__name__ for base in cls.__mro__]
     steps = next(i for i, base in enumerate(cls.__mro__) if own_entry(base) is not None)
     if not steps:
         return f"{cls.__name__} is registered itself"
-    return f"{way[steps]} is registered, in the MRO {' > '.join(way[: steps + 1])}"
+    return f"{mro[steps]} is registered, in the MRO {' > '.join(mro[: steps + 1])}"
 
 
-def _named_by(config: LoraConfig, site: Site) -> str:
+def _why_targeted(config: LoraConfig, site: Site) -> str:
     target = targets.checked(config.target_modules, "target_modules")
     if target is None:
         return "no target_modules are given, which means all linear layers"
     if targets.is_all_linear(target):
         return "target_modules='all-linear' means all linear layers"
-    names = [path for own in site.paths for path in (own, own.rpartition(".")[0])]
+    names = [name for path in site.paths for name in (path, path.rpartition(".")[0])]
     names += [site.part_path(part) for part in range(len(site.parts))]
     names += [
         f"{path.rpartition('.')[0]}.{packed.name}"
@@ -109,16 +109,17 @@ def _named_by(config: LoraConfig, site: Site) -> str:
         if targets.names(target, names):
             return f"target_modules={target!r:.80} matches its path"
     else:
-        found = [entry for entry in target if targets.names(targets.Entries([entry]), names)]
-        whose = "the adapters' own names have" if isinstance(target, targets.SavedTargets) else ""
-        if found:
-            return f"{whose or 'target_modules has'} {', '.join(map(repr, found[:3]))}"
+        entries = [entry for entry in target if targets.names(targets.Entries([entry]), names)]
+        if entries:
+            saved = isinstance(target, targets.SavedTargets)
+            source = "the adapters' own names have" if saved else "target_modules has"
+            return f"{source} {', '.join(map(repr, entries[:3]))}"
     if site.own_rows:
         return "modules_to_save or trainable_tokens name it"
     return "a module that carries it is among target_modules"
 
 
-#: Arguments of a call.
+#: The positional and keyword arguments of a call.
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -129,7 +130,7 @@ class WhyAdapter:
     Attributes:
         norm: the Frobenius norm of ΔW = s·B A, if known; `relative_norm` is relative to W's.
         change: the relative norm of the change of the module's output for the given inputs.
-        notes: why it has no effect, what could not be measured.
+        notes: why it has no effect, or was not measured.
     """
 
     name: str
@@ -155,13 +156,13 @@ class Why(Report):
     """The fate of a module.
 
     Attributes:
-        asked: the given path.
-        selected: whether it carries LoRA.
+        asked: the path that was passed to `why`.
+        selected: whether the module carries LoRA.
         rule: why, or why not: class hierarchy, target_modules, registry.
         sizes: "24 -> 40, float32" of a site.
-        beside: the sites that share its bank.
-        adapters: the loaded adapters that reach it.
-        graphs: with those of their nodes and refusals that are the module's.
+        beside: the other sites in its bank.
+        adapters: the loaded adapters that have factors for it.
+        graphs: the graphs, with only those nodes and refusals that concern the module.
     """
 
     asked: str
@@ -188,16 +189,16 @@ class Why(Report):
         lines += [f"shares its bank with {', '.join(self.beside)}"] if self.beside else []
         lines += [f"adapters that reach it: {', '.join(self.adapters)}"] if self.adapters else []
         lines += [] if self.adapter is None else self.adapter.lines()
-        return lines + [line for graph in self.graphs for line in _in_graph(graph, self.path)]
+        return lines + [line for graph in self.graphs for line in _graph_lines(graph, self.path)]
 
 
-def _in_graph(graph: GraphReport, path: str) -> list[str]:
+def _graph_lines(graph: GraphReport, path: str) -> list[str]:
     if not graph.lora:
         return [f"{graph.title}: for calls without adapters"]
     lines = []
     for node in graph.nodes:
-        others = [other for other in node.sites if other != path]
-        form = f"{node.form} with {', '.join(others)}" if others else node.form
+        siblings = [site for site in node.sites if site != path]
+        form = f"{node.form} with {', '.join(siblings)}" if siblings else node.form
         lines.append(f"{graph.title}: {form}; {node.strategy}; {node.rows}")
     lines += [f"{graph.title}: refused ({item.when}): {item.reason}" for item in graph.refusals]
     return lines or [f"{graph.title}: does not reach it"]
@@ -209,30 +210,30 @@ def why(
     adapter: str | None,
     call: Call | None,
 ) -> Why:
-    """The fate of the module at `path` in a marked model, measured with `call`. Raises ConfigError
-    without such a module, UnknownAdapterError, and the errors of `call`."""
+    """The fate of the module at `path`, and the effect of `adapter`, measured by `call`. Raises
+    ConfigError if there is no such module, UnknownAdapterError, and the errors of `call`."""
     program, store = session.program, session.store
     program.look_at_modules()
-    found = selection_of(program, path)
-    measured = None
+    selection = selection_of(program, path)
+    effect = None
     if adapter is not None:
         if adapter == BASE:
             raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
         store.check_known(adapter)
-        measured = _adapter(session, found, adapter, call)
-    site, cls = found.site, type(found.module)
-    made = Why(
+        effect = _effect(session, selection, adapter, call)
+    site, cls = selection.site, type(selection.module)
+    report = Why(
         asked=path,
-        path=found.path,
-        aliases=found.aliases,
+        path=selection.path,
+        aliases=selection.aliases,
         cls=cls.__name__,
         selected=site is not None,
-        rule=found.rule if site is not None else f"{found.rule}; {registered(cls)}",
-        adapter=measured,
+        rule=selection.rule if site is not None else f"{selection.rule}; {registered(cls)}",
+        adapter=effect,
     )
     if site is None:
-        return made
-    part = site if found.part is None else site.parts[found.part]
+        return report
+    part = site if selection.part is None else site.parts[selection.part]
     group, _ = program.home(site)
     graphs = (
         replace(
@@ -243,7 +244,7 @@ def why(
         for graph in map(graph_report, session.backend.records)
     )
     return replace(
-        made,
+        report,
         sizes=f"{part.in_features} -> {part.out_features}, {site.dtype_name}",
         beside=tuple(other.path for other in group.sites if other is not site),
         adapters=tuple(name for name in store.names if site.path in store[name].sites),
@@ -251,10 +252,10 @@ def why(
     )
 
 
-def _adapter(session: Session, found: Selection, name: str, call: Call | None) -> WhyAdapter:
-    program, stored, site = session.program, session.store[name], found.site
+def _effect(session: Session, selection: Selection, name: str, call: Call | None) -> WhyAdapter:
+    program, stored, site = session.program, session.store[name], selection.site
     if site is None or site.path not in stored.sites:
-        near = nearest(found.path, stored.sites)
+        near = nearest(selection.path, stored.sites)
         return WhyAdapter(name, stored.source, notes=(f"it has nothing for this module{near}",))
     norm, notes = None, list[str]()
     deltas = deltas_of(stored, program.groups)
@@ -267,43 +268,43 @@ def _adapter(session: Session, found: Selection, name: str, call: Call | None) -
         notes.append("why(..., inputs={...}) also measures its change of the output")
     elif change is None:
         notes.append("its change was not measured: the model does not call this module")
-    relative = _relative(norm, program.weight_of(site))
+    relative = _relative_norm(norm, program.weight_of(site))
     return WhyAdapter(name, stored.source, norm, relative, change, tuple(notes))
 
 
-def _relative(norm: float | None, weight: Tensor | None) -> float | None:
+def _relative_norm(norm: float | None, weight: Tensor | None) -> float | None:
     if norm is None or weight is None or not weight.is_floating_point() or weight.is_meta:
         return None
-    whole = float(weight.detach().float().norm())
-    return norm / whole if whole else None
+    weight_norm = float(weight.detach().float().norm())
+    return norm / weight_norm if weight_norm else None
 
 
 def _change_of(session: Session, site: Site, name: str, call: Call) -> float | None:
-    """‖(y + delta) − y‖ / ‖y‖ of the site's module, y and y + delta on the two sides of its mark,
-    in an eager run with adapter `name` for all requests; None if the model does not call the
-    module. Raises LorafxError, or the model's errors."""
-    added = whole = 0.0
-    before: list[Tensor] = []
+    """‖(y + delta) − y‖ / ‖y‖ of the site's module, with its outputs before and after its mark, in
+    an eager run with adapter `name` for all requests; None if the model does not call the module.
+    Raises LorafxError, or the model's errors."""
+    delta_square = y_square = 0.0
+    outputs: list[Tensor] = []
 
-    def first(module: nn.Module, taken: Any, output: Any) -> None:
-        before.append(_tensor(output).detach().clone())
+    def before_mark(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(_tensor(output).detach().clone())
 
-    def last(module: nn.Module, taken: Any, output: Any) -> None:
-        nonlocal added, whole
-        y = before.pop().double()
-        added += float((_tensor(output).double() - y).square().sum())
-        whole += float(y.square().sum())
+    def after_mark(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal delta_square, y_square
+        y = outputs.pop().double()
+        delta_square += float((_tensor(output).double() - y).square().sum())
+        y_square += float(y.square().sum())
 
     hooks = [
-        site.marked.register_forward_hook(first, prepend=True),
-        site.marked.register_forward_hook(last),
+        site.marked.register_forward_hook(before_mark, prepend=True),
+        site.marked.register_forward_hook(after_mark),
     ]
     try:
         _run_eagerly(session, name, *call)
     finally:
         for hook in hooks:
             hook.remove()
-    return (added / whole) ** 0.5 if whole else None
+    return (delta_square / y_square) ** 0.5 if y_square else None
 
 
 def _run_eagerly(
@@ -315,13 +316,13 @@ def _run_eagerly(
 
     def serve() -> None:
         session.set_batch(roles, named)
-        with torch.no_grad(), session.module_paths():
+        with torch.no_grad(), session.without_mha_fast_path():
             model.forward(*args, **kwargs)
 
     def run() -> None:
         session.run(session.running.in_forward(session.program.runtime.rows), serve)
 
-    session.call(run, Requests((name,), alike=True))
+    session.call(run, Requests((name,), uniform=True))
 
 
 def _tensor(output: Any) -> Tensor:

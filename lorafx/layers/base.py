@@ -4,8 +4,8 @@
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
 
 A column-parallel slice has P = F / tp_size (one copy), an unsharded one P = F (tp_size copies), and
-KV heads fewer than ranks lie in between. Inputs are cut in the same way. Collectives are torch's
-functional ones, so Dynamo captures them as ops of the graph.
+KV heads that are fewer than ranks lie in between. Inputs are cut in the same way. Collectives are
+torch's functional ones, so Dynamo captures them as ops of the graph.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
     def create_weights(self, layer: Any, device: torch.device | str | None = None) -> None:
         shape = layer.output_size_per_partition, layer.input_size_per_partition
         weight = torch.empty(shape, dtype=layer.params_dtype, device=device)
-        # Uninitialised memory may hold NaN, which a model that is not loaded yet would spread.
+        # Uninitialised memory may hold NaN, which would spread before the model is loaded.
         bound = layer.input_size**-0.5
         nn.init.uniform_(weight, -bound, bound)
         layer.add_weight("weight", weight, output_dim=0, input_dim=1)
@@ -126,8 +126,8 @@ class TensorParallel:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
-        """The given group, or all ranks, or one rank without torch.distributed; ConfigError where
-        this process is not in `group`."""
+        """The given group, or all ranks, or one rank without torch.distributed. ConfigError if this
+        process is not in `group`."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         rank = dist.get_rank(group)
@@ -158,7 +158,7 @@ class TensorParallel:
         return gathered.movedim(0, -2).flatten(-2)
 
     def part(self, total: int, what: str, layer: str) -> int:
-        """`total` divided among the ranks; ConfigError where it does not divide."""
+        """`total` divided by the number of ranks. ConfigError if it is not divisible."""
         if total % self.size:
             raise ConfigError(
                 f"{layer}: {what} = {total} cannot be divided among tp_size = {self.size} ranks"
@@ -221,7 +221,7 @@ class ParallelLayer(LoadableLayer):
 
     weight: Tensor
     bias: Tensor | None
-    #: Made where there are several ranks.
+    #: Present if there are several ranks.
     local_product: LocalProduct
 
     #: Slice indices by the names that loaders may give them.
@@ -281,14 +281,14 @@ class ParallelLayer(LoadableLayer):
         if shard_id is None:
             return tuple(range(count))
         ids = shard_id if isinstance(shard_id, tuple) else (shard_id,)
-        found = [self.shard_names.get(i, -1) if isinstance(i, str) else int(i) for i in ids]
-        if not found or any(not 0 <= i < count for i in found) or len(set(found)) != len(found):
+        slices = [self.shard_names.get(i, -1) if isinstance(i, str) else int(i) for i in ids]
+        if not slices or not set(slices) <= set(range(count)) or len(set(slices)) != len(slices):
             known = [*map(repr, self.shard_names), *map(str, range(count))]
             raise CheckpointError(
                 f"{self.label}: no shard id {shard_id!r}; its {count} slices of "
                 f"{self.output_sizes} rows are {', '.join(known)}, and tuples of them"
             )
-        return tuple(found)
+        return tuple(slices)
 
     def pieces(self, name: str, shard_id: ShardId = None) -> frozenset[Any]:
         slices = self.slices(shard_id)
@@ -324,7 +324,7 @@ class ParallelLayer(LoadableLayer):
             return value
         copies = max(1, self.tp_size * part // whole)
         start = min(self.tp_rank // copies * part, whole)
-        length = min(part, whole - start)  # less than a part at the padded end of a vocabulary
+        length = min(part, whole - start)  # the padded end of a vocabulary has less
         return value.narrow(dim, start, length)
 
     def _write(self, name: str, value: Tensor, slices: tuple[int, ...]) -> None:
@@ -360,17 +360,17 @@ class ParallelLayer(LoadableLayer):
 
 
 class LocalProduct(nn.Module):
-    """A layer's own product as a module call, whose output hooks see before it is combined over
-    ranks. The delta is sharded as the weight is, so it is added here."""
+    """This rank's product of a layer as a module call, so that hooks see it before ranks are
+    combined. The delta is sharded like the weight, so it is added here."""
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
         return layer.compute(x)
 
 
 def _padded(target: Tensor, dim: int, length: int) -> Tensor:
-    """The first `length` entries of `target`; those after them, which pad it, become zero."""
-    room = target.shape[dim]
-    if length == room:
+    """The first `length` entries of `target`; the others, which are padding, become zero."""
+    size = target.shape[dim]
+    if length == size:
         return target
-    target.narrow(dim, length, room - length).zero_()
+    target.narrow(dim, length, size - length).zero_()
     return target.narrow(dim, 0, length)

@@ -1,13 +1,13 @@
-"""Linear layers, embedding and head of models that are served, their weights cut among ranks.
+"""Linear layers, embedding and head for models to serve, with weights sharded over ranks.
 
     replicated   every rank computes y = x Wᵀ + b (…, N)
-    column       rank computes its part of the outputs (…, N / tp_size); gathered when asked
-    row          rank multiplies its part of the inputs; y = Σ_rank x_rank W_rankᵀ + b
+    column       a rank computes its part of the outputs (…, N / tp_size), gathered on request
+    row          a rank multiplies its part of the inputs; y = Σ_rank x_rank W_rankᵀ + b
     embedding    y = Σ_rank [ids of this rank] · W_rank[ids − first_rank]
     head         logits = [x W_0ᵀ; x W_1ᵀ; ...]
 
-W (V, D) of the last two, of which rank i holds the rows [i · P, (i + 1) · P), P = ⌈V / tp_size⌉, is
-padded with rows of zeros where V does not divide; their logits are cut off.
+Of W (V, D) of the last two, rank i holds the rows [i · P, (i + 1) · P), P = ⌈V / tp_size⌉. Rows of
+zeros pad W if V is not divisible; their logits are cut off.
 
 Constructors take, beside the sizes: `params_dtype`, `device`, `quant_method`, `prefix` (the layer's
 name, for messages), `tp_group` (a process group instead of all ranks) and `disable_tp` (one rank).
@@ -93,14 +93,14 @@ class ColumnParallelLinear(LinearBase):
         if self.tp_size == 1:
             return y
         slices = y.split(list(self.output_partition_sizes), dim=-1)
-        return torch.cat([self._whole(index, part) for index, part in enumerate(slices)], dim=-1)
+        return torch.cat([self._gather(index, part) for index, part in enumerate(slices)], dim=-1)
 
-    def _whole(self, index: int, part: Tensor) -> Tensor:
-        whole = self.tp.all_gather(part)
-        copies = whole.shape[-1] // self.output_sizes[index]
+    def _gather(self, index: int, part: Tensor) -> Tensor:
+        gathered = self.tp.all_gather(part)
+        copies = gathered.shape[-1] // self.output_sizes[index]
         if copies == 1:
-            return whole
-        pieces = whole.unflatten(-1, (self.tp_size, -1))[..., ::copies, :]
+            return gathered
+        pieces = gathered.unflatten(-1, (self.tp_size, -1))[..., ::copies, :]
         return pieces.flatten(-2)
 
 
@@ -137,7 +137,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         head_size: size of a query, key and value head.
         total_num_heads, total_num_kv_heads: heads of the whole layer; as many KV heads as query
             heads unless given.
-        v_head_size: size of a value head where it is another one.
+        v_head_size: size of a value head; `head_size` unless given.
 
     Attributes:
         num_heads, num_kv_heads: heads on this rank.
@@ -255,7 +255,7 @@ class VocabParallelEmbedding(ParallelLayer):
                 f"{label}: num_embeddings = {num_embeddings} is less than tp_size = {tp.size}"
             )
         rows = -(-num_embeddings // tp.size)
-        # The weight is (V, D): its outputs, as those of the head, are the vocabulary.
+        # The weight is (V, D): as in the head, its outputs are the vocabulary.
         cut = ShardSizes(embedding_dim, [num_embeddings], embedding_dim, [rows])
         ParallelLayer.__init__(self, cut, bias, tp, options)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -272,7 +272,7 @@ class VocabParallelEmbedding(ParallelLayer):
         return F.embedding(x, self.weight)
 
     def own_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of this rank's W, 0 where another rank has the id; which ids this rank has)."""
+        """The rows of this rank's W, 0 for ids of other ranks; and which ids are of other ranks."""
         local = ids - self.first_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         return local.masked_fill(elsewhere, 0), elsewhere

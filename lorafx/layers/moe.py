@@ -3,8 +3,8 @@
     p = softmax(router_logits)  (T, E);   c = p of the top k experts, renormalised
     y = Σ_e c_e · (silu(x G_eᵀ) ⊙ (x U_eᵀ)) D_eᵀ,    w13_e = [G_e; U_e] (2I, H),  w2_e = D_e (H, I)
 
-The T·k pairs of a token and an expert are sorted by expert and multiplied group by group, so that
-no size depends on values. I is cut among the ranks.
+The T·k pairs of a token and an expert are sorted by expert and multiplied in groups, so that no
+size depends on values. I is sharded over the ranks.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class FusedMoE(LoadableLayer):
     def checkpoint_shape(self, name: str, shard_id: ExpertShard = None) -> tuple[int, ...]:
         experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
         if shard_id is None:
-            whole = {"w13_weight": (2 * inner, hidden), "w2_weight": (hidden, inner)}
-            return (experts, *whole[name])
+            shapes = {"w13_weight": (2 * inner, hidden), "w2_weight": (hidden, inner)}
+            return (experts, *shapes[name])
         self._check_shard(name, shard_id)
         return (hidden, inner) if name == "w2_weight" else (inner, hidden)
 
@@ -166,7 +166,7 @@ class FusedMoE(LoadableLayer):
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # as it is for matmul
+    if torch.is_autocast_enabled(x.device.type):  # as autocast does for matmul
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     # The kernel for accelerators is for bfloat16, and for rows of 16 bytes.

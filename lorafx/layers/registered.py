@@ -9,7 +9,7 @@
     experts: down of all              B_rank = B,              A_rank = columns of A (E, r, I)
 
 Rows that pad a vocabulary get zeros. Each class has an entry, so that an out-of-tree class can
-stand in for any of them.
+replace any of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorafx.registry import register
 class LayerSharding:
     def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
         layer = _layer(module)
-        if _looks_up(layer):
+        if _is_embedding(layer):
             return layer.output_size, (layer.input_size,)
         return layer.input_size, layer.output_sizes
 
@@ -45,7 +45,7 @@ class LayerSharding:
     ) -> tuple[Tensor, Tensor]:
         """A (r, K), of an embedding (r, V), and B (N, r), N the rows of `slices` in checkpoints."""
         layer = _layer(module)
-        if _looks_up(layer):
+        if _is_embedding(layer):
             columns = layer.piece_of_output(A, 0, dim=1)
             return F.pad(columns, (0, layer.output_size_per_partition - columns.shape[1])), B
         rows = B.split([layer.output_sizes[i] for i in slices], dim=0)
@@ -102,7 +102,7 @@ def _layer(module: nn.Module) -> ParallelLayer:
     return module
 
 
-def _looks_up(layer: ParallelLayer) -> bool:
+def _is_embedding(layer: ParallelLayer) -> bool:
     return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
 
 

@@ -3,18 +3,18 @@
     delta_i(x) = scales[s, i] · (x A[s, :r, i·K : (i + 1)·K]ᵀ) B[s, :r, offset_i : offset_i + N_i]
     y ← c + (1 + gains[s, n]) · (y − c)     with room for DoRA, c the module's bias
     y ← y + shifts[s]                        with room for biases
-    y from own[s] in the place of W         with room for weights of adapters' own
+    W ← own[s]                               with room for replaced weights
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a slot's
 rank are never read.
 
-Slots may share memory: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches
-over the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉
-slots in a row, and memory is that of (S − 1)·p + R rows.
+Slots may share memory: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and an adapter
+of rank r > p extends into the following slots. It takes ⌈r / p⌉ consecutive slots, and the bank has
+memory for (S − 1)·p + R rows.
 
 A bank for E experts has E·S slots: slot s of expert e is its slot e·S + s, and a row that was
-routed to an expert is a row of that slot. Where slots share memory, S counts ⌈R / p⌉ − 1 slots more
-than the model has, for the last slot of an expert to reach over.
+routed to an expert is a row of that slot. Where slots share memory, S includes ⌈R / p⌉ − 1 slots
+that no adapter gets, into which the last slot of an expert extends.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from torch import Tensor
 from lorafx.kernels.ops.own_rows import OwnRows
 
 
-def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 class OwnWeight(NamedTuple):
     """Rows (T, K) of a site's weight that an adapter replaces, of an embedding (T, N), with bias
-    (T,) of a linear. `at`: int32 (T,), their ascending indices in the weight; None for all."""
+    (T,) of a linear. `indices`: int32 (T,), ascending, of the replaced rows; None for all rows."""
 
     rows: Tensor
     bias: Tensor | None = None
-    at: Tensor | None = None
+    indices: Tensor | None = None
 
 
 class Factors(NamedTuple):
@@ -117,11 +117,11 @@ class Bank:
         own_dtype: torch.dtype | None = None,
         slot_rank: int | None = None,
     ) -> Bank:
-        """A bank of zeros, with room for `own_rows` rows of the weight for each of `own_weights`
-        adapters. A slot begins `slot_rank` (None: `rank`) rows behind the slot before it."""
+        """A bank of zeros, with room for `own_rows` replaced rows for each of `own_weights`
+        adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the previous one."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
-        if experts > 1:  # the last slot of an expert reaches over slots that nobody has
+        if experts > 1:  # the last slot of an expert extends into slots of no adapter
             slots = experts * (slots - 1 + -(-rank // step))
 
         def strided(*shape: int, strides: tuple[int, int, int]) -> Tensor:
@@ -173,24 +173,24 @@ class Bank:
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
-        more = {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
-        more |= self.own_rows._asdict()
-        return {**named, **{name: tensor for name, tensor in more.items() if tensor is not None}}
+        named |= {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
+        named |= self.own_rows._asdict()
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def room(self) -> tuple[str, ...]:
-        """Names of optional parts that the bank has room for, for reports."""
-        held = {
+        """The optional parts that the bank has room for, as reports name them."""
+        optional = {
             "DoRA's scales": self.gains,
             "biases": self.shifts,
             "weights of adapters' own": self.own,
         }
-        return tuple(name for name, tensor in held.items() if tensor is not None)
+        return tuple(name for name, tensor in optional.items() if tensor is not None)
 
     @property
     def nbytes(self) -> int:
-        held = [tensor for tensor in self.tensors.values() if tensor.numel()]
-        return sum(_reach(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in held)
+        tensors = [tensor for tensor in self.tensors.values() if tensor.numel()]
+        return sum(_span(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in tensors)
 
     @torch.no_grad()
     def write(
@@ -200,29 +200,29 @@ class Bank:
         weight: OwnWeight | None = None,
         place: int = 0,
     ) -> list[Tensor]:
-        """Replace the contents of `slot`, and of `place` of the own rows by `weight`. CUDA copies
-        are only launched: arguments and results must not change before they are done."""
-        slots = self._of_experts(slot)
+        """Write `factors` into `slot`, and `weight` into `place` of the replaced rows. CUDA copies
+        are only launched: neither arguments nor results, their sources, may change meanwhile."""
+        slots = self._expert_slots(slot)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
         scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
         for f in factors:
             columns = slice(f.offset, f.offset + f.B.shape[-1])
-            self._a(slots, f.sibling, f.rank).copy_(f.A, non_blocking=True)
+            self._sibling_a(slots, f.sibling, f.rank).copy_(f.A, non_blocking=True)
             self.B[slots, : f.rank, columns].copy_(f.B, non_blocking=True)
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
-        made = [_sent(scales, self.scales[slots])]
+        sources = [_copy_to(self.scales[slots], scales)]
         if self.alike is not None:
-            made.append(_sent(_alike(factors, ranks, scales), self.alike[slots]))
-        made.append(_sent(ranks, self.ranks[slots]))
-        made += self.write_by_column(slot, factors)
-        return made + self._write_rows(slot, weight, place)
+            sources.append(_copy_to(self.alike[slots], _first_equal(factors, ranks, scales)))
+        sources.append(_copy_to(self.ranks[slots], ranks))
+        sources += self.write_by_column(slot, factors)
+        return sources + self._write_rows(slot, weight, place)
 
     @torch.no_grad()
     def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
-        """Write the gains and shifts of `factors` into `slot`. Returns as `write`."""
-        made = []
+        """Write the gains and shifts of `factors` into `slot`. Returns the sources, as `write`."""
+        sources = []
         for table, values in (
             (self.gains, [f.gains for f in factors]),
             (self.shifts, [f.shift for f in factors]),
@@ -233,8 +233,8 @@ class Bank:
             for f, value in zip(factors, values, strict=True):
                 if value is not None:
                     row[f.offset : f.offset + f.B.shape[-1]] = value
-            made.append(_sent(row, table[slot]))
-        return made
+            sources.append(_copy_to(table[slot], row))
+        return sources
 
     def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
         if self.own is None:
@@ -244,29 +244,29 @@ class Bank:
         self.own_table[slot].fill_(-1)
         if weight is None:
             return []
-        count, later = len(weight.rows), self.own.is_cuda
+        count, on_cuda = len(weight.rows), self.own.is_cuda
         rows = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
-        at = rows if weight.at is None else weight.at.to(rows.device, non_blocking=later)
+        indices = weight.indices
+        indices = rows if indices is None else indices.to(rows.device, non_blocking=on_cuda)
         self.own[place, :count].copy_(weight.rows, non_blocking=True)
         if self.own_bias is not None:
             own_bias = self.own_bias[place, :count]
             if weight.bias is None:
                 own_bias.zero_()
             else:
-                own_bias.copy_(weight.bias, non_blocking=later)
+                own_bias.copy_(weight.bias, non_blocking=on_cuda)
         if self.kind == "embedding":
             self.own_at[place].fill_(-1)
-            self.own_at[place, at.long()] = rows
+            self.own_at[place, indices.long()] = rows
         else:
-            self.own_at[place, :count] = at
-        return [_sent(torch.tensor([place, count], dtype=torch.int32), self.own_table[slot])]
+            self.own_at[place, :count] = indices
+        return [_copy_to(self.own_table[slot], torch.tensor([place, count], dtype=torch.int32))]
 
-    def _of_experts(self, slot: int) -> slice:
-        """The slots of the bank that are the model's slot `slot`, one per expert."""
+    def _expert_slots(self, slot: int) -> slice:
         step = len(self.ranks) // self.experts
         return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 
-    def _a(self, slots: slice, sibling: int, rank: int) -> Tensor:
+    def _sibling_a(self, slots: slice, sibling: int, rank: int) -> Tensor:
         if self.kind == "embedding":
             return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
@@ -281,7 +281,7 @@ def _room_for_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> OwnRows:
-    """Free room for (adapters, rows, features) of own rows; none for 0."""
+    """Room for replaced rows of this `shape` (adapters, rows, features); none for zero rows."""
     adapters, rows, _ = shape
     if not rows:
         return OwnRows()
@@ -295,20 +295,22 @@ def _room_for_rows(
     )
 
 
-def _sent(source: Tensor, target: Tensor) -> Tensor:
-    """The page-locked copy of `source` that is sent: the host would wait for other memory."""
+def _copy_to(target: Tensor, source: Tensor) -> Tensor:
+    """Copy `source` into `target`. Returns what is copied: `source`, page-locked if `target` is on
+    CUDA, since the host would wait for other memory."""
     source = source.pin_memory() if target.is_cuda else source
     target.copy_(source, non_blocking=target.is_cuda)
     return source
 
 
-def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
-    found = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
+def _first_equal(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
+    """For each expert and sibling, the first sibling with the same A, rank and scale (`alike`)."""
+    first_equal = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
     ordered = sorted(factors, key=lambda f: f.sibling)
     for n, f in enumerate(ordered):
         first = next((g for g in ordered[:n] if g.A is f.A), None)
         if first is not None:
             i, j = first.sibling, f.sibling
             same = (ranks[:, i] == ranks[:, j]) & (scales[:, i] == scales[:, j])
-            found[:, j] = torch.where(same, i, j)
-    return found
+            first_equal[:, j] = torch.where(same, i, j)
+    return first_equal

@@ -1,5 +1,5 @@
 """What `select` may choose: a model's modules with all names that a target may use for them, and
-why a module cannot carry LoRA, worded for the user who named it in `target_modules`."""
+why a module cannot carry LoRA, for the user who named it in `target_modules`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.model import targets
 from lorafx.model.convolutions import impossible_convolution, weight_shape
-from lorafx.model.experts import ExpertWeight, folded, own_names, unlike_experts
+from lorafx.model.experts import ExpertWeight, checkpoint_names, folded, unlike_experts
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Part, has_own_forward
@@ -22,7 +22,7 @@ from lorafx.torch_internals.dynamo import _ConvTransposeNd, _NormBase
 
 
 class Candidate:
-    """A module with its names. `members` are those that it stands for if packed, else "" alone."""
+    """A module with its names. `members` are the names that it packs, or only "" if none."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Candidate:
     @property
     def all_paths(self) -> Iterator[str]:
         yield from self.paths
-        others = [member.name for member in self.packed_members]
-        for name in (*others, *(packed.name for packed in self.member_of)):
+        names = [member.name for member in self.packed_members]
+        for name in (*names, *(packed.name for packed in self.member_of)):
             yield from virtual_paths(self.paths, name)
 
     def parts(
@@ -58,10 +58,10 @@ class Candidate:
 
     def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
         """The members that `spec` names, all of them where it names the module itself."""
-        whole = self.paths
+        paths = self.paths
         for packed in self.member_of:
-            whole += virtual_paths(self.paths, packed.name)
-        if targets.names(spec, whole):
+            paths += virtual_paths(self.paths, packed.name)
+        if targets.names(spec, paths):
             return self.members
         return frozenset(
             member.name
@@ -87,8 +87,7 @@ class ExpertsCandidate(Candidate):
     def parts(
         self, slices: Sequence[int] | None, in_features: int, out_features: int
     ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-        """Gate and up as two parts if their columns are apart: older adapters have an A for
-        each."""
+        """Gate and up are two parts if they are not interleaved: older adapters have an A each."""
         count = 2 if self.weight.halves == "stacked" else 1
         size = out_features // count
         return tuple(Part("", (i,), in_features, size) for i in range(count)), ()
@@ -97,20 +96,20 @@ class ExpertsCandidate(Candidate):
     def all_paths(self) -> Iterator[str]:
         yield from (*self.paths, *self.module_paths)
         for path in self.module_paths:
-            yield from own_names(self.weight, path)
+            yield from checkpoint_names(self.weight, path)
 
     def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
         if not isinstance(spec, str):
             named = targets.names(_folded(targets.Entries(spec)), self.all_paths)
             return self.members if named else frozenset()
         for expert in range(self.weight.experts):
-            names = (n for p in self.module_paths for n in own_names(self.weight, p, expert))
+            names = (n for p in self.module_paths for n in checkpoint_names(self.weight, p, expert))
             if targets.names(spec, names):
                 return self.members
         return self.members if targets.names(spec, self.all_paths) else frozenset()
 
 
-@functools.lru_cache(maxsize=4)  # a list of targets is asked about by every module
+@functools.lru_cache(maxsize=4)  # every module is compared with the same list of targets
 def _folded(entries: targets.Entries) -> targets.Entries:
     return targets.Entries(folded(entry) for entry in entries)
 
@@ -118,16 +117,16 @@ def _folded(entries: targets.Entries) -> targets.Entries:
 def by_raw_weight(module: nn.Module) -> Eligible | None:
     """An entry for a module of no registered class that holds one matrix, or a `weight`: a router,
     or a name in PEFT's `target_parameters`. `match` finds where it multiplies."""
-    held = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
-    name = "weight" if "weight" in held or len(held) != 1 else next(iter(held))
-    weight = held.get(name)
+    matrices = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
+    name = "weight" if "weight" in matrices or len(matrices) != 1 else next(iter(matrices))
+    weight = matrices.get(name)
     if weight is None or not is_dense(weight) or unsupported(module):
         return None
     out_features, in_features = weight.shape
     return Eligible(nn.Module, "linear", lambda _: (in_features, out_features), weight=name)
 
 
-#: The way out for a module.
+#: What a user can do about a module that cannot carry LoRA.
 LEAVE = "leave it out of target_modules, or name it in exclude_modules"
 
 # Torch's own classes; the first that the module is an instance of counts.
@@ -149,7 +148,7 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
-    """Why this module, with its registry `entry`, cannot carry LoRA and the way out, or None."""
+    """Why this module, with its registry `entry`, cannot carry LoRA, and what to do; else None."""
     if entry is None:
         return _unregistered(module)
     ranks = getattr(module, "tp_size", 1)
@@ -179,7 +178,7 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     weight = weight_of(module, entry)
     if weight is None:
         return None
-    return _wrong_weight(module, weight, sizes, entry) or _out_of_reach(module, weight, entry)
+    return _weight_misfit(module, weight, sizes, entry) or _unreachable(module, weight, entry)
 
 
 def weight_of(module: nn.Module, entry: Eligible) -> Tensor | None:
@@ -201,8 +200,8 @@ def _unregistered(module: nn.Module) -> str:
     return f"it has no weight; {LEAVE}"
 
 
-def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
-    """Why the delta has no place between this rank's product and the ranks' reduction."""
+def _unreachable(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
+    """Why the delta cannot be added between this rank's product and the reduction over ranks."""
     if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
         return None
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):
@@ -213,7 +212,7 @@ def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | N
     )
 
 
-def _wrong_weight(
+def _weight_misfit(
     module: nn.Module, weight: Tensor, sizes: tuple[int, int], entry: Eligible
 ) -> str | None:
     if weight.layout is not torch.strided:

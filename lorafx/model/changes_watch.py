@@ -1,12 +1,12 @@
-"""What changed on a model after it was marked: replaced modules, and hooks of others.
+"""What changed in a model after it was marked: replaced modules, and hooks that are not lorafx's.
 
-    model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
+    model ──name──▶ layer ──name──▶ site      each edge has to lead to the same module as before
 
-A mark hangs on a module, and an adapter's factors belong to a path: were another module to take
-that path, the delta would be lost. Each call compares the edges, without a walk over the tree.
+A mark is a hook of a module, but an adapter's factors belong to a path: if another module takes
+that path, the delta is lost. Each call compares the edges, without a walk over the tree.
 
-Dynamo guards on nothing of a module without forward hooks, so graphs do not notice later hooks.
-torch numbers the hooks of a process, so a call compares one number.
+Dynamo does not guard on the hooks of a module that has none, so graphs do not notice later ones.
+torch numbers all hooks of a process, so a call only compares one number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHILDREN = operator.attrgetter("_modules")
 
 
 class Edge(NamedTuple):
-    """A module that an attribute of another held when the model was marked."""
+    """`parent`'s attribute `name`, which held `child` when the model was marked."""
 
     path: str
     parent: nn.Module
@@ -37,28 +37,28 @@ class Edge(NamedTuple):
     child: nn.Module
 
     @property
-    def now(self) -> nn.Module | None:
+    def current(self) -> nn.Module | None:
         return self.parent._modules.get(self.name)
 
 
 class SiteWatch:
-    """The edges that lead to the sites of one model. `missing` are paths that some edge no longer
-    led to at the last look; `state` is 0 without any, else a number for what stands there."""
+    """The edges that lead to the sites of one model. `missing` are the paths of sites that were
+    replaced at the last look. `state` is 0 without any, else a number for what replaced them."""
 
     def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
         self._root = graph.root
-        above = graph.ancestors(site.marked for site in sites)
+        ancestors = graph.ancestors(site.marked for site in sites)
         self._edges = [
             Edge(join(path, name), module, name, child)
             for path, module in graph.modules()
-            if id(module) in above
+            if id(module) in ancestors
             for name, child in module._modules.items()
-            if child is not None and id(child) in above
+            if child is not None and id(child) in ancestors
         ]
         self._sites = tuple(sites)
         self._broken: list[Edge] = []
-        #: Each lost edge by identity, with the module that stands there.
-        self._found: list[tuple[int, nn.Module | None]] = []
+        #: The `id` of each broken edge, with the module that is there instead.
+        self._replacements: list[tuple[int, nn.Module | None]] = []
         self._states = itertools.count(1)
         self.missing: frozenset[str] = frozenset()
         self.state = 0
@@ -67,32 +67,30 @@ class SiteWatch:
         self._children = [edge.child for edge in self._edges]
 
     def look(self) -> bool:
-        """Look at every edge; whether anything changed since the last look."""
-        broken = [edge for edge in self._edges if edge.now is not edge.child]
-        found = [(id(edge), edge.now) for edge in broken]
-        same = len(found) == len(self._found) and all(
-            key == other and module is known
-            for (key, module), (other, known) in zip(found, self._found, strict=True)
-        )
-        if same:
+        """Compare every edge. Returns whether anything changed since the last look."""
+        broken = [edge for edge in self._edges if edge.current is not edge.child]
+        old, new = self._replacements, [(id(edge), edge.current) for edge in broken]
+        if len(old) == len(new) and all(
+            a is b and key == old_key for (old_key, a), (key, b) in zip(old, new, strict=True)
+        ):
             return False
-        self._broken, self._found = broken, found
+        self._broken, self._replacements = broken, new
         self.missing = frozenset(site.path for site in self._below(broken))
         self.state = next(self._states) if broken else 0
         return True
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether only a look can tell what is missing. Compared in C: every call asks."""
-        now = map(dict.get, map(_CHILDREN, self._parents), self._names)
-        return bool(self.missing) or not all(map(operator.is_, now, self._children))
+    def needs_look(self) -> bool:
+        """Whether modules were replaced at or since the last look. Compared in C: calls read it."""
+        current = map(dict.get, map(_CHILDREN, self._parents), self._names)
+        return bool(self.missing) or not all(map(operator.is_, current, self._children))
 
     def refuse(self, paths: Collection[str] | None = None) -> None:
-        """Raise ReplacedModuleError where sites at these paths (None: any) are missing."""
-        concerned = [path for path in self.missing if paths is None or path in paths]
-        if concerned:
+        """Raise ReplacedModuleError if sites at these paths (None: any) are missing."""
+        missing = [path for path in self.missing if paths is None or path in paths]
+        if missing:
             raise ReplacedModuleError(
-                f"{'; '.join(self._changes(concerned))}. These modules of the "
+                f"{'; '.join(self._changes(missing))}. These modules of the "
                 f"{type(self._root).__qualname__} carried LoRA, and the delta would be "
                 "lost. Put the old modules back, or detach the model and give it to lorafx "
                 "again as it is now"
@@ -102,26 +100,30 @@ class SiteWatch:
         return tuple(self._changes(self.missing))
 
     def _below(self, edges: Iterable[Edge]) -> list[Site]:
-        held = {id(module) for edge in edges for module in edge.child.modules()}
-        return [site for site in self._sites if id(site.module) in held]
+        below = {id(module) for edge in edges for module in edge.child.modules()}
+        return [site for site in self._sites if id(site.module) in below]
 
     def _changes(self, paths: Collection[str]) -> list[str]:
-        places = {id(module): path for path, module in self._root.named_modules()}
-        found = []
+        current_paths = {id(module): path for path, module in self._root.named_modules()}
+        changes = []
         for edge in self._broken:
-            lost = [site.path for site in self._below([edge]) if site.path in paths]
-            # Below a module that is out of the model it does not matter what holds what.
-            if not lost or (edge.parent is not self._root and id(edge.parent) not in places):
+            sites = [site.path for site in self._below([edge]) if site.path in paths]
+            # What a module that left the model holds does not matter.
+            if not sites or (
+                edge.parent is not self._root and id(edge.parent) not in current_paths
+            ):
                 continue
-            fate = "taken out" if edge.now is None else f"replaced by {_described(edge.now)}"
-            elsewhere = places.get(id(edge.child))
-            found.append(
-                f"{edge.path or '(root)'}, {_described(edge.child)}, was {fate} after lorafx was "
-                "given the model"
-                + (f" (now at {elsewhere})" if elsewhere is not None else "")
-                + (f"; it holds {some(lost)}" if lost != [edge.path] else "")
+            change = (
+                "taken out" if edge.current is None else f"replaced by {_described(edge.current)}"
             )
-        return found[:3] + ([f"and {len(found) - 3} more places"] if len(found) > 3 else [])
+            new_path = current_paths.get(id(edge.child))
+            changes.append(
+                f"{edge.path or '(root)'}, {_described(edge.child)}, was {change} after lorafx was "
+                "given the model"
+                + (f" (now at {new_path})" if new_path is not None else "")
+                + (f"; it holds {some(sites)}" if sites != [edge.path] else "")
+            )
+        return changes[:3] + ([f"and {len(changes) - 3} more places"] if len(changes) > 3 else [])
 
 
 def _described(module: nn.Module) -> str:
@@ -135,7 +137,7 @@ def _described(module: nn.Module) -> str:
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
-    """The number of each hook around the module's forward that is no mark, and its dictionary."""
+    """Yields each hook around the module's forward that is no mark: its number, its dictionary."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in hooks.items():
             if not isinstance(hook, MARKS):
@@ -143,34 +145,34 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
 
 
 class HookWatch:
-    """The hooks of others on the modules of one model. `around`: those of `root` itself run around
-    its graphs. `state` is 0 with the first hooks; another number whenever there are others."""
+    """The hooks on the modules of one model that are no marks. `around`: hooks of `root` itself run
+    around its graphs. `state` is 0 for the hooks at first, and a new number after each change."""
 
     def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
         self._root = root
         self.around = all(site.module is not root for site in sites)
         self._states = itertools.count(1)
-        self._own = frozenset[int]()
-        self._first = self._current = self._look()
+        self._accepted = frozenset[int]()
+        self._initial = self._current = self._hook_numbers()
         self.state = 0
 
     def look(self) -> int:
-        if self._seen != RemovableHandle.next_id or any(
-            number not in hooks for number, hooks in self._kept
+        if self._next_id != RemovableHandle.next_id or any(
+            number not in hooks for number, hooks in self._hooks
         ):
-            found = self._look() - self._own
-            if found != self._current:
-                self._current = found
-                self.state = 0 if found == self._first else next(self._states)
+            numbers = self._hook_numbers() - self._accepted
+            if numbers != self._current:
+                self._current = numbers
+                self.state = 0 if numbers == self._initial else next(self._states)
         return self.state
 
-    def take_over(self) -> None:
-        """Accept hooks that a call has registered, as transformers does for hidden states."""
-        if self._seen != RemovableHandle.next_id:
-            self._own |= self._look() - self._current
+    def accept_new(self) -> None:
+        """Ignore hooks that the call has registered, as transformers does for hidden states."""
+        if self._next_id != RemovableHandle.next_id:
+            self._accepted |= self._hook_numbers() - self._current
 
-    def _look(self) -> frozenset[int]:
-        self._seen = RemovableHandle.next_id
+    def _hook_numbers(self) -> frozenset[int]:
+        self._next_id = RemovableHandle.next_id
         modules = (m for m in self._root.modules() if m is not self._root or not self.around)
-        self._kept = [found for module in modules for found in hooks_of(module)]
-        return frozenset(number for number, _ in self._kept)
+        self._hooks = [item for module in modules for item in hooks_of(module)]
+        return frozenset(number for number, _ in self._hooks)

@@ -1,4 +1,4 @@
-"""Convolutions as sites: what LoRA on them computes, and where it cannot be the base's.
+"""Convolutions as sites: what LoRA computes on them, and where they cannot carry it.
 
     y += s · B conv(x, A)      A (r, C, kernel...), B (N, r / groups, 1...)
 
@@ -45,7 +45,7 @@ def window_of(module: nn.Module) -> Window:
 
 
 def impossible_convolution(module: nn.Module, entry: Eligible) -> str | None:
-    """Why LoRA cannot be added to what this convolution returns, or None where it can."""
+    """Why this convolution cannot carry LoRA, or None where it can."""
     conv = convolution_of(module)
     if has_own_forward(module, entry):
         return (
@@ -89,7 +89,7 @@ def spread_groups(b: Tensor, groups: int) -> Tensor:
 
 
 def gathered_groups(b: Tensor, groups: int) -> Tensor:
-    """B (N, r / groups), of which `spread_groups` made b (N, r)."""
+    """B (N, r / groups) from b (N, r); the inverse of `spread_groups`."""
     if groups == 1:
         return b
     blocks = b.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
@@ -101,20 +101,20 @@ def matrices(module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
     conv = convolution_of(module)
     dims = len(conv.kernel_size)
     rank = a.shape[0] if a.dim() else 0
-    wanted_a = (rank, conv.in_channels, *conv.kernel_size)
-    wanted_b = (conv.out_channels, rank // conv.groups, *[1] * dims)
-    if tuple(a.shape) != wanted_a or tuple(b.shape) != wanted_b or rank % conv.groups:
+    shape_a = (rank, conv.in_channels, *conv.kernel_size)
+    shape_b = (conv.out_channels, rank // conv.groups, *[1] * dims)
+    if tuple(a.shape) != shape_a or tuple(b.shape) != shape_b or rank % conv.groups:
         return None
-    columns = math.prod(wanted_a[1:])
+    columns = math.prod(shape_a[1:])
     return a.reshape(rank, columns), spread_groups(b.flatten(1), conv.groups)
 
 
 def norm_factors(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms: with
+    """Factors whose product PEFT's DoRA adds to W (N, C / groups · ∏kernel) for its norms: with
     groups, `_DoraConvNdLayer.get_lora_weight` reads B (N, r / groups) as (N / groups, r)."""
     groups = convolution_of(module).groups
     if groups == 1:
         return A, B
     product = gathered_groups(B, groups).reshape(-1, len(A)) @ A
-    factor = product.reshape(len(B), -1)
-    return factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    delta = product.reshape(len(B), -1)
+    return delta, torch.eye(len(delta), dtype=delta.dtype, device=delta.device)

@@ -10,7 +10,7 @@ declare their layout by attributes; that of others follows from the shapes.
     experts.gate_up_proj          the parameter of all experts; w13, w13_weight, w2 the same
     experts.gate_proj             the gates of all experts
     experts.3.gate_proj           expert 3's gate, from before the experts were fused
-    experts.3.w1, w3, w2          the same in Mixtral's words: gate, up, down
+    experts.3.w1, w3, w2          the same in Mixtral's names: gate, up, down
     experts.base_layer            PEFT's wrapper of one parameter inside that of another
 
 A *half* is the part of a parameter's columns that a name covers: all, its gate or its up
@@ -33,7 +33,7 @@ from lorafx.registry import Eligible, lookup
 Halves = Literal["", "stacked", "interleaved"]
 
 
-#: Why a loop over experts carries no LoRA, and the ways out.
+#: Why a loop over experts carries no LoRA, and what to do.
 LOOP = (
     "a Python loop over experts is not captured. Call "
     "model.set_experts_implementation('grouped_mm') where the model has that method; "
@@ -77,27 +77,27 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
     entry = lookup(module)
     if entry is not None and entry.kind != "experts":
         return None
-    found = _stacks(module)
-    if len(found) != 2 or found[0][1].shape[0] != found[1][1].shape[0]:
+    stacks = _stacked_parameters(module)
+    if len(stacks) != 2 or stacks[0][1].shape[0] != stacks[1][1].shape[0]:
         return None
     declared = getattr(module, "is_transposed", None)
     forms = (declared,) if isinstance(declared, bool) else (False, True)
     fitting = [
         pair
         for transposed in forms
-        for first, second in (found, found[::-1])
-        if (pair := _pair(module, first, second, transposed)) is not None
+        for first, second in (stacks, stacks[::-1])
+        if (pair := _matching_pair(module, first, second, transposed)) is not None
     ]
     return fitting[0] if fitting else None
 
 
 def saved_weights(module: nn.Module) -> tuple[ExpertWeight, ...] | None:
     """`expert_weights` with the sizes of checkpoints, of which this rank may hold a part."""
-    entry, found = lookup(module), expert_weights(module)
-    if entry is None or found is None:
-        return found
+    entry, local_weights = lookup(module), expert_weights(module)
+    if entry is None or local_weights is None:
+        return local_weights
     weights = []
-    for weight in found:
+    for weight in local_weights:
         sharding = entry.weight_shardings.get(weight.name)
         if sharding is not None:
             k, sizes = sharding.saved_sizes(module)
@@ -107,19 +107,19 @@ def saved_weights(module: nn.Module) -> tuple[ExpertWeight, ...] | None:
 
 
 def unlike_experts(module: nn.Module) -> str | None:
-    """Why a module that holds 3-D parameters is not one of routed experts; None without any."""
-    found = _stacks(module)
-    if not found:
+    """Why a module with 3-D parameters is not one of routed experts; None if it has none."""
+    stacks = _stacked_parameters(module)
+    if not stacks:
         return None
-    held = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in found)
+    shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in stacks)
     return (
-        f"it holds 3-D parameters ({held}), and 3-D parameters carry LoRA only as the "
+        f"it holds 3-D parameters ({shapes}), and 3-D parameters carry LoRA only as the "
         "weights of routed experts: two of them, for the same number of experts, where the "
         "second maps back to the input size of the first"
     )
 
 
-def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _stacked_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, parameter)
         for name, parameter in module._parameters.items()
@@ -134,10 +134,10 @@ def loops(module: nn.Module) -> bool:
     return switched and getattr(config, "_experts_implementation", None) == "eager"
 
 
-def _pair(
+def _matching_pair(
     module: nn.Module, up: tuple[str, Tensor], down: tuple[str, Tensor], transposed: bool
 ) -> tuple[ExpertWeight, ExpertWeight] | None:
-    """Both weights if `down` maps what `up` gives, gated or not, back to what `up` takes."""
+    """Both weights if `down` maps the output of `up`, gated or not, back to its input size."""
     (experts, *up_shape), (_, *down_shape) = up[1].shape, down[1].shape
     hidden, width = up_shape if transposed else up_shape[::-1]
     inner, out = down_shape if transposed else down_shape[::-1]
@@ -175,7 +175,7 @@ NESTED = "base_layer"
 
 class ExpertMeaning(NamedTuple):
     """A name below a module of experts: its `weight`, or None; its `expert`, None for all; whether
-    it is the parameter's `own` name; why it has no place (`wrong`), "" where it has."""
+    it is the parameter's `own` name; `wrong`, the reason why it has no place, or ""."""
 
     weight: ExpertWeight | None
     half: Half
@@ -185,7 +185,7 @@ class ExpertMeaning(NamedTuple):
 
 
 def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMeaning | None:
-    """Meaning of "3.gate_proj" or "gate_up_proj", split at its dots; None for no projection."""
+    """The meaning of "3.gate_proj" or "gate_up_proj", split at dots; None if no projection."""
     expert = int(names[0]) if len(names) == 2 and _INDEX.fullmatch(names[0]) else None
     if len(names) != (1 if expert is None else 2):
         return None
@@ -215,7 +215,7 @@ def unnested(path: str) -> str:
 
 
 def covers(weight: ExpertWeight, name: str) -> Half | None:
-    """The half of `weight` that a projection's name covers; None for another parameter's."""
+    """The half of `weight` that a projection's name covers; None if it names another parameter."""
     down, half = PROJECTIONS[name]
     if down != weight.down:
         return None
@@ -233,8 +233,8 @@ def folded(entry: str) -> str:
     return _INDEXED.sub(r"\g<1>0.\2", unnested(entry))
 
 
-def own_names(weight: ExpertWeight, module_path: str, expert: int = 0) -> Iterator[str]:
-    """Paths that one expert's part of `weight`, or that of all, may have in a checkpoint."""
+def checkpoint_names(weight: ExpertWeight, module_path: str, expert: int = 0) -> Iterator[str]:
+    """Paths that `weight`, or one expert's part of it, may have in a checkpoint."""
     for name in PROJECTIONS:
         if covers(weight, name) is not None:
             yield f"{module_path}.{expert}.{name}".lstrip(".")

@@ -23,7 +23,7 @@ from lorafx.registry import lookup
 
 #: Batches in which a graph refuses a site.
 When = Literal["always", "mixed", "dora", "own", "bias"]
-#: Kinds of modules that may have another weight for each row.
+#: Kinds of modules whose weight may differ between rows.
 OWN_KINDS = ("linear", "embedding")
 
 
@@ -48,7 +48,7 @@ def own_refusal(site: Site) -> str | None:
 
 
 def dora_refusal(site: Site) -> str | None:
-    """Why DoRA adapters cannot have factors at `site`, if they cannot."""
+    """Why DoRA adapters cannot have factors at `site`, or None where they can."""
     entry = site.eligible
     if site.expert_weight is not None:
         return "the weight of each routed expert would have its own norms, which is not supported"
@@ -67,15 +67,15 @@ def dora_refusal(site: Site) -> str | None:
     return None
 
 
-def rows_asked(
+def replaceable_rows(
     modules_to_save: targets.Entries, trainable_tokens: Mapping[str, int], paths: Sequence[str]
 ) -> int | None:
-    """Rows that an adapter may replace at the module at `paths`, or around; None: all."""
-    around = [above for path in paths for above in _with_parents(path)]
-    if modules_to_save and targets.names(modules_to_save, around):
+    """How many rows an adapter may replace in the module at `paths`; None for all of them."""
+    with_parents = [parent for path in paths for parent in _with_parents(path)]
+    if modules_to_save and targets.names(modules_to_save, with_parents):
         return None
-    rooms = (n for name, n in trainable_tokens.items() if targets.names((name,), paths))
-    return max(rooms, default=0)
+    counts = (count for name, count in trainable_tokens.items() if targets.names((name,), paths))
+    return max(counts, default=0)
 
 
 def _with_parents(path: str) -> Iterator[str]:
@@ -85,8 +85,8 @@ def _with_parents(path: str) -> Iterator[str]:
 
 
 def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, int]:
-    """Room for trained tokens by module path: a number is for the input embedding; tied modules
-    follow. ConfigError for no count, or where the model does not tell its input embedding."""
+    """Room for trained tokens by module path, tied modules included. A number is for the input
+    embedding. ConfigError for an invalid number, or a model without `get_input_embeddings`."""
     if not room:
         return {}
     graph = ModuleGraph(model)
@@ -98,7 +98,7 @@ def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, in
                 "input embedding; give {name of the module: number}"
             )
         room = {graph.paths(embedding)[0]: room}
-    found: dict[str, int] = {}
+    rooms: dict[str, int] = {}
     for name, count in room.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(
@@ -106,27 +106,27 @@ def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, in
                 "positive integer"
             )
         module = graph.find(name)
-        same = [name] if module is None else [name, *tied_paths(graph, module)]
-        for path in same:
-            found[path] = max(count, found.get(path, 0))
-    return found
+        tied = [] if module is None else tied_paths(graph, module)
+        for path in (name, *tied):
+            rooms[path] = max(count, rooms.get(path, 0))
+    return rooms
 
 
 def _input_embedding(module: nn.Module) -> nn.Module | None:
-    ask = getattr(module, "get_input_embeddings", None)
+    getter = getattr(module, "get_input_embeddings", None)
     try:
-        found = ask() if callable(ask) else None
+        embedding = getter() if callable(getter) else None
     except (NotImplementedError, AttributeError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool:
     """Whether `module` is the input embedding of the outermost module that has one."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
-    around = [graph.root, *map(graph.find, parents)]
-    embeddings = (_input_embedding(parent) for parent in around if parent is not None)
-    return next((found for found in embeddings if found is not None), None) is module
+    candidates = (graph.root, *map(graph.find, parents))
+    embeddings = (_input_embedding(parent) for parent in candidates if parent is not None)
+    return next((item for item in embeddings if item is not None), None) is module
 
 
 def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
@@ -160,10 +160,10 @@ class Extra(NamedTuple):
     """What an adapter may have beside its factors.
 
     Attributes:
-        room: the bank's table for it, which is there with the `setting` of LoraConfig.
-        what: what messages call it.
-        unapplied: what a graph that refuses it says, of the sites {}.
-        training: PEFT's setting that gives an adapter some.
+        room: the bank's table for it, allocated by the `setting` of LoraConfig.
+        what: its name in messages.
+        unapplied: the reason of a graph's refusal; {} stands for the sites.
+        training: PEFT's setting that trains it.
         refusal: why a site cannot have it, or None.
     """
 
@@ -200,6 +200,6 @@ EXTRAS: Mapping[When, Extra] = {
 
 
 def bias_of(site: Site) -> Tensor | None:
-    """The base's present bias, a parameter or a buffer; None where there is none."""
+    """The base's current bias, a parameter or a buffer; None if there is none."""
     bias = getattr(site.module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None

@@ -1,7 +1,7 @@
-"""Keywords of a call that choose an adapter in another library, or are a slip for ours.
+"""Keywords of a call that choose an adapter in another library, or are misspelt keywords of lorafx.
 
-A model's `**kwargs` swallows any name, and all rows would be the base's. So such a name is refused
-where no forward of the model declares it.
+A model's `**kwargs` accepts any name, and all rows would be the base's. So such a name is refused
+unless some forward of the model declares it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 
 from lorafx.errors import ConfigError, nearest
 
-#: Keywords by which lorafx chooses adapters -> how they are given.
-OURS: Mapping[str, str] = {
+#: Keywords by which lorafx chooses adapters -> what to pass.
+KEYWORDS: Mapping[str, str] = {
     "adapter_names": 'adapter_names=["sql", None, ...], one name or None per row',
     "adapter_slots": "adapter_slots=, a tensor of integers that point into adapter_names",
 }
-#: Where there is one adapter for each row.
-BY_ROW: Mapping[str, str] = {"adapter_names": OURS["adapter_names"]}
-#: Names of PEFT, vLLM, SGLang, LoRAX, text-generation-inference, adapters and diffusers, and those
-#: that lorafx has in other places -> the name of ours.
+#: Those of calls that take one adapter for each row.
+BY_ROW: Mapping[str, str] = {"adapter_names": KEYWORDS["adapter_names"]}
+#: Names of PEFT, vLLM, SGLang, LoRAX, text-generation-inference, adapters and diffusers, and names
+#: that lorafx uses elsewhere -> the keyword of lorafx.
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -37,45 +37,46 @@ ELSEWHERE: Mapping[str, str] = {
     ),
     **dict.fromkeys(("adapter_slot", "adapter_index", "adapter_indices"), "adapter_slots"),
 }
-#: Similarity from which a name is a slip.
+#: Similarity from which a name counts as misspelt.
 _MISSPELT = 0.85
 
 
 @functools.lru_cache(maxsize=1024)
-def meant(name: str) -> str | None:
-    """The keyword of ours that `name` stands for in another library, or is a slip of; else None."""
-    if name in OURS or name in ELSEWHERE:
+def intended_keyword(name: str) -> str | None:
+    """The keyword of lorafx that `name` stands for in another library, or misspells; else None."""
+    if name in KEYWORDS or name in ELSEWHERE:
         return ELSEWHERE.get(name)
-    near = nearest(name, OURS, 1, cutoff=_MISSPELT)
+    near = nearest(name, KEYWORDS, 1, cutoff=_MISSPELT)
     return near.rpartition(" ")[2] or None
 
 
 def refuse_slips(
-    given: Iterable[str],
+    names: Iterable[str],
     function: Callable[..., Any],
     model: nn.Module | None = None,
-    ways: Mapping[str, str] = OURS,
+    ways: Mapping[str, str] = KEYWORDS,
 ) -> None:
-    """Raise ConfigError, before anything has run, for a slip among the keywords of a call of
-    `function`, which may pass them to parts of `model`. `ways`: ours that this call takes."""
-    for name in given:
-        ours = meant(name)
-        if ours is None and name in OURS and name not in ways:
-            ours = name
-        if ours is not None and not _declared(name, function, model):
+    """Raise ConfigError for keyword `names`, in a call of `function` or parts of `model`, that were
+    meant to choose an adapter but would not. `ways`: the keywords of lorafx that the call takes."""
+    for name in names:
+        keyword = intended_keyword(name)
+        if keyword is None and name in KEYWORDS and name not in ways:
+            keyword = name
+        if keyword is not None and not _declared(name, function, model):
             what = getattr(function, "__qualname__", type(function).__name__)
             raise ConfigError(
                 f"{what} has no argument {name!r}, and where its **kwargs takes it, nothing reads "
-                f"it: it would choose no adapter. Give {ways.get(ours, next(iter(ways.values())))}"
+                f"it: it would choose no adapter. Give "
+                f"{ways.get(keyword, next(iter(ways.values())))}"
             )
 
 
 def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:
     parts = () if model is None else model.modules()
     forwards = {getattr(part.forward, "__func__", part.forward): None for part in parts}
-    for taker in (function, *forwards):
+    for callee in (function, *forwards):
         try:
-            parameter = inspect.signature(taker).parameters.get(name)
+            parameter = inspect.signature(callee).parameters.get(name)
         except (TypeError, ValueError):  # written in C
             continue
         if parameter is not None and parameter.kind not in (

@@ -5,8 +5,8 @@
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank, e
-the factor of embeddings that scale their output. The module's own forward runs untouched. Where its
-input and output do not have these shapes, a registered handler takes the call apart.
+the factor of embeddings that scale their output. The module's own forward runs unchanged. Where its
+input and output do not have these shapes, a registered handler says what x and y are.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
 inlines `__call__`: banks and slots become graph inputs, and nothing depends on their values.
@@ -41,7 +41,7 @@ from lorafx.torch_internals.dynamo import assume_constant_result
 
 @assume_constant_result
 def refuse_at_rest(runtime: Runtime, path: str) -> bool:
-    """Refuse a trace outside of calls while an adapter is the default: it would be the base."""
+    """Raise MatchError for a trace outside of calls that would lose the default adapter's delta."""
     try:
         if runtime.resting is not None:
             runtime.resting.refuse(path, path or "the model")
@@ -56,7 +56,7 @@ _WAY_OUT = (
 )
 
 
-UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
+UNPROVED = 0  # the op's `rows` before `provenance`: the rows' requests are not known yet
 
 
 @dataclass(eq=False)
@@ -64,15 +64,15 @@ class SiteMark:
     """Hook of one site, for `register_forward_hook(mark, with_kwargs=True)`.
 
     Attributes:
-        first: it is among those that a call of the model comes to first.
-        siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
-            of B, its columns.
+        first: a call of the model may reach this mark before all others.
+        siblings, offsets, sizes: for each part of the site, its number in the bank, its first
+            column of B, and its number of columns.
         window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
-        derived: the module's forward is not that of the registered class, so what it computes
-            is compared with the product on the first eager call.
-        handler: takes calls apart whose input and output do not have the site's sizes; trusted.
-        stored: the weight is in a format, so that only the call as a whole is known to be x Wᵀ.
+        derived: the module's forward is not that of the registered class, so the first eager call
+            compares its output with the product.
+        handler: says what x and y are where input and output do not have the site's sizes; trusted.
+        stored: the weight is in a format, so that only the whole call is known to compute x Wᵀ.
         weight, bias: packed base weight and bias of the group, set by the pack step.
     """
 
@@ -102,13 +102,13 @@ class SiteMark:
         """The output with the delta, or None (output unchanged) when no adapter is active.
 
         Raises:
-            MatchError: other sizes than the site's, another computation, or a handler that adds no
-                delta (in a trace `match` looks for the weight's use instead); or a layer that runs
-                by itself while an adapter is wanted.
+            MatchError: other sizes than the site's or another computation (in a trace `match` looks
+                for the weight's use instead), a handler that adds no delta, or a layer that runs by
+                itself while an adapter is the default.
             ProvenanceError: an eager forward of a batch that mixes adapters.
             BatchError: an eager forward on another thread than that of the running call.
         """
-        # Dynamo makes a frame of each function that is called here, a millisecond a site.
+        # Few functions are called here: Dynamo traces each, which takes a millisecond a site.
         runtime, traced = self.runtime, tracing()
         resting = None if traced else runtime.resting
         if self.first and resting is not None:
@@ -122,23 +122,23 @@ class SiteMark:
         if resting is not None:
             resting.refuse_elsewhere()
         if self.kind == "experts":
-            return self._of_experts(module, output)
+            return self._mark_experts(module, output)
         if self.handler is not None:
-            return self._handled(self.handler, module, args, kwargs, output)
+            return self._call_handler(self.handler, module, args, kwargs, output)
         x: Any = args[0] if args else _first_tensor(kwargs)
-        several = not traced and isinstance(output, tuple)
-        y = output[0] if several and output else output
+        is_tuple = not traced and isinstance(output, tuple)
+        y = output[0] if is_tuple and output else output
         scaled = self.kind == "embedding" and self.derived
         scale = self._output_scale(module) if scaled else None
         # A forward of another class may shift its ids or take something else first (OPT's positions
         # take the mask): only a pure scale is known to be safe.
         unknown = traced and scaled and scale is None
-        if unknown or not self._takes(x, y, None):
+        if unknown or not self._accepts(x, y, None):
             # Without a weight in the graph, match would have nothing to add the delta to.
-            held = isinstance(getattr(module, self.weight_name, None), Tensor)
-            if traced and runtime.graph_passes and held:
+            has_weight = isinstance(getattr(module, self.weight_name, None), Tensor)
+            if traced and runtime.graph_passes and has_weight:
                 return None
-            raise MatchError(self._misfit(module, x, output))
+            raise MatchError(self._misfit_message(module, x, output))
         if not traced:
             self._refuse_mixed()
             self._check_once(module, x, output, scale)
@@ -146,7 +146,7 @@ class SiteMark:
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
-        if several:  # named tuples keep their names
+        if is_tuple:  # named tuples keep their names
             return getattr(output, "_make", tuple)((y, *output[1:]))
         return y
 
@@ -158,9 +158,9 @@ class SiteMark:
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
     ) -> Tensor:
-        """y and the delta of the bank's columns `ranges`; DoRA does not rescale `addend`."""
+        """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`."""
         bank, slots = self.bank, self.runtime.slots
-        # DoRA is refused where a handler says what y is.
+        # DoRA is refused for sites with a handler.
         gains = bank.gains if self.handler is None else None
         # A plain tuple: a NamedTuple made while Dynamo traces would have the graph depend on an
         # object of this process, and such graphs cannot be saved.
@@ -177,16 +177,16 @@ class SiteMark:
         factors = bank.A, bank.B, bank.ranks, bank.scales, slots
         addend = None if gains is None else addend
         if self.window is not None:
-            rest = (*self.window, gains, addend, bank.shifts)
-            return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *rest)
-        whole = sum(ranges[2]) == self.out_features
-        packed = (self.weight, self.bias) if whole else (None, None)
+            tail = (*self.window, gains, addend, bank.shifts)
+            return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *tail)
+        all_columns = sum(ranges[2]) == self.out_features
+        packed = (self.weight, self.bias) if all_columns else (None, None)
         shifts = None if self.handler is not None else bank.shifts
         return torch.ops.lorafx.site(
             x, y, *factors, *ranges, UNPROVED, *packed, gains, addend, *own_rows, shifts
         )
 
-    def _handled(
+    def _call_handler(
         self,
         handler: Handler,
         module: nn.Module,
@@ -199,31 +199,31 @@ class SiteMark:
         def add(x: Tensor, y: Tensor, start: int = 0) -> Tensor:
             nonlocal calls
             calls += 1
-            if not self._takes(x, y, start):
-                raise MatchError(self._misplaced(module, x, y, start))
+            if not self._accepts(x, y, start):
+                raise MatchError(self._misplaced_message(module, x, y, start))
             if not tracing():
                 self._refuse_mixed()
             return self._with_delta(x, y, None, self._columns(start, y.shape[-1]))
 
         result = handler(module, args, kwargs, output, add)
         if not calls or result is None:
-            raise MatchError(self._lost(module, calls))
+            raise MatchError(self._lost_message(module, calls))
         return result
 
-    def _takes(self, x: Any, y: Any, start: int | None) -> bool:
-        """Whether y (…, n) has room for columns [start, start + n) for x; None: for all of them."""
+    def _accepts(self, x: Any, y: Any, start: int | None) -> bool:
+        """Whether the delta of x fits y (…, n): its columns [start, start + n), all for None."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
             return False
         if self.kind == "embedding":
-            whole = not start and y.shape[-1] == self.out_features
-            return whole and not x.is_floating_point() and x.shape == y.shape[:-1]
+            all_columns = not start and y.shape[-1] == self.out_features
+            return all_columns and not x.is_floating_point() and x.shape == y.shape[:-1]
         if self.window is not None:
             dims = len(self.window.kernel) + 2
             channels = self.in_features // math.prod(self.window.kernel)
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
         columns = y.shape[-1]
-        # Compared for equality: asked whether they differ, Dynamo binds the graph to these sizes.
+        # Compared with ==: for !=, Dynamo would specialise the graph on these sizes.
         fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == y.shape[:-1]
         if start is None:
             return fits and columns == self.out_features
@@ -241,8 +241,8 @@ class SiteMark:
             first += size
         return siblings, offsets, sizes
 
-    def _of_experts(self, module: nn.Module, output: Any) -> Tensor | None:
-        """In a trace, a note that the experts ran; `match` finds the weights' uses."""
+    def _mark_experts(self, module: nn.Module, output: Any) -> Tensor | None:
+        """In a trace, record that the experts ran, for `match`. In eager mode, refuse adapters."""
         traced = tracing() and self.runtime.graph_passes
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)
@@ -307,10 +307,10 @@ class SiteMark:
                 "adapter per batch"
             )
 
-    def _misfit(self, module: nn.Module, x: Any, output: Any) -> str:
+    def _misfit_message(self, module: nn.Module, x: Any, output: Any) -> str:
         return (
             f"{self._name(module)}: a call with input {_describe(x)} and output "
-            f"{_describe(output)}, but the site maps {self._given()} to (…, "
+            f"{_describe(output)}, but the site maps {self._input_pattern()} to (…, "
             f"{self.out_features}), so the delta does not fit this call; use "
             "lorafx.compile, which finds the weight's use in the graph, "
             "lorafx.register(handler=...), or exclude_modules"
@@ -318,21 +318,21 @@ class SiteMark:
 
     # Not traced: Dynamo cannot resume in the middle of an f-string.
     @torch.compiler.disable
-    def _misplaced(self, module: nn.Module, x: Any, y: Any, start: int) -> str:
+    def _misplaced_message(self, module: nn.Module, x: Any, y: Any, start: int) -> str:
         return (
             f"{self._name(module)}: its handler calls add({_describe(x)}, {_describe(y)}, {start}),"
-            f" but the delta maps {self._given()} to columns of (…, {self.out_features})"
+            f" but the delta maps {self._input_pattern()} to columns of (…, {self.out_features})"
         )
 
     @torch.compiler.disable
-    def _lost(self, module: nn.Module, calls: int) -> str:
-        how = "returned None instead of the output" if calls else "did not call add(x, y)"
+    def _lost_message(self, module: nn.Module, calls: int) -> str:
+        fault = "returned None instead of the output" if calls else "did not call add(x, y)"
         return (
-            f"{self._name(module)}: its handler {how}, so the delta would be lost; see "
+            f"{self._name(module)}: its handler {fault}, so the delta would be lost; see "
             "lorafx.register(handler=...)"
         )
 
-    def _given(self) -> str:
+    def _input_pattern(self) -> str:
         if self.window is not None:
             channels = self.in_features // math.prod(self.window.kernel)
             return f"(rows, {channels}, {'…, ' * len(self.window.kernel)})"
@@ -357,8 +357,8 @@ def _describe(value: Any) -> str:
 
 @dataclass(eq=False)
 class RowMark:
-    """Hook of a quantised module without LoRA, which no ownership rule covers: row m of its y = x
-    Wᵀ has the owner of row m of x. y ← rows_of(x, y) in traces of calls with adapters."""
+    """Hook of a quantised module without LoRA, whose kernels no ownership rule covers. In traces
+    with adapters, y ← rows_of(x, y) says that row m of y = x Wᵀ has the owner of row m of x."""
 
     runtime: Runtime
     out_features: int
@@ -384,7 +384,7 @@ MARKS = (SiteMark, RowMark)
 
 @dataclass(eq=False)
 class Attachment:
-    """What `attach` put on a model; `rollback` takes it away, and undoes what came before."""
+    """What `attach` added to a model; `rollback` removes it, and undoes the changes before it."""
 
     groups: tuple[Group, ...]
     runtime: Runtime
@@ -392,23 +392,23 @@ class Attachment:
     rollback: Rollback
 
     def detach(self) -> None:
-        """Take the marks away; safe to call twice."""
+        """Remove the marks; safe to call twice."""
         self.rollback.run()
 
 
 def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
-    found = {
+    sessions = {
         id(hook.runtime.session): hook.runtime.session
         for _, module in graph.modules()
         for hook in module._forward_hooks.values()
         if isinstance(hook, MARKS) and hook.runtime.session is not None
     }
-    return list(found.values())
+    return list(sessions.values())
 
 
 def detach(model: nn.Module) -> int:
-    """Take every mark off `model`, also those of a deep copy or pickle, but none of another served
-    model that shares modules with it. Returns how many were removed."""
+    """Remove every mark from `model`, also from a deep copy or unpickled model, except those of
+    another served model that shares modules with it. Returns how many were removed."""
     removed = 0
     for _, module in ModuleGraph(model).modules():
         for key, hook in list(module._forward_hooks.items()):

@@ -6,7 +6,7 @@
 An instance that several attributes reach has several paths; a storage may lie behind several
 parameters (tied weights, packed weights). The canonical path of an instance is the name that
 `named_modules()` gives it: the first in registration order, depth first. Other paths are aliases,
-of which `paths` lists at most `MAX_PATHS`, while `at` knows all.
+of which `paths` lists at most `MAX_PATHS`, while `find` and `at` accept all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Owner(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that live tensors share exactly when they share a storage, on meta too."""
+    """A number that two live tensors share exactly if they share a storage, also on meta."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
@@ -43,7 +43,7 @@ def storage_key(tensor: Tensor) -> int:
 
 @contextmanager
 def writing(tensor: Tensor) -> Iterator[None]:
-    """Permits in-place writes of `tensor` without gradients, in inference mode if it needs that."""
+    """Permits in-place writes to `tensor` without gradients, in inference mode if made there."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
@@ -53,13 +53,13 @@ def join(path: str, name: str) -> str:
 
 
 class ModuleGraph:
-    """Instances, parameters and buffers of a model when this was made; storages are read anew."""
+    """A model's instances, parameters and buffers at construction; storages are never cached."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._modules: dict[str, nn.Module] = {}
         self._canonical: dict[int, str] = {}
-        #: The holders of modules and tensors by `id`: the module, and the name in it.
+        #: By `id` of a module or tensor: the modules that hold it, each with its name there.
         self._holders: dict[int, list[tuple[nn.Module, str]]] = {id(root): []}
         self._contents: dict[int, dict[str, nn.Module | Tensor]] = {}
         self._tensors: dict[int, Tensor] = {}
@@ -82,11 +82,11 @@ class ModuleGraph:
         self._shared = {id(below) for module in shared for below in module.modules()}
 
     @property
-    def holds(self) -> bool:
-        """Whether the model still has the modules, parameters and buffers that it had then."""
+    def is_current(self) -> bool:
+        """Whether the model still has the same modules, parameters and buffers."""
         for module in self._modules.values():
-            then, now = self._contents[id(module)], _contents(module)
-            if then.keys() != now.keys() or any(then[name] is not now[name] for name in now):
+            old, new = self._contents[id(module)], _contents(module)
+            if old.keys() != new.keys() or any(old[name] is not new[name] for name in new):
                 return False
         return True
 
@@ -106,38 +106,38 @@ class ModuleGraph:
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:
-        """Canonical path first, then aliases, at most `limit`, without cycles."""
-        found = dict.fromkeys([self.path(module)])
+        """The canonical path first, then aliases, at most `limit` in all, without cycles."""
+        paths = dict.fromkeys([self.path(module)])
         if id(module) not in self._shared:
-            return tuple(found)
-        # Every parent chain of a graph without cycles ends at the root; the step bound is for
-        # cyclic ones, whose chains can run into themselves.
+            return tuple(paths)
+        # Without cycles every chain of parents ends at the root; the step bound is for cyclic
+        # graphs, whose chains may not end.
         steps = 64 * limit
         chains: list[tuple[nn.Module, str, frozenset[int]]] = [
             (module, "", frozenset([id(module)]))
         ]
-        while chains and len(found) < limit and steps:
+        while chains and len(paths) < limit and steps:
             steps -= 1
             child, suffix, seen = chains.pop()
             if child is self.root:
-                found[suffix] = None
+                paths[suffix] = None
                 continue
             chains += [
                 (parent, f"{name}.{suffix}" if suffix else name, seen | {id(parent)})
                 for parent, name in reversed(self._holders[id(child)])
                 if id(parent) not in seen
             ]
-        return tuple(found)
+        return tuple(paths)
 
     def find(self, path: str) -> nn.Module | None:
-        """The instance that `path` reaches, canonical or alias, "" for the root; None if none."""
+        """The instance at `path`, canonical or an alias, "" for the root; None if there is none."""
         module: nn.Module | None = self.root
         for name in path.split(".") if path else ():
             module = module._modules.get(name) if module is not None else None
         return module
 
     def at(self, path: str) -> nn.Module:
-        """As `find`; LorafxError naming the nearest paths when there is none."""
+        """As `find`, but raises LorafxError, which names the nearest paths, if there is none."""
         module = self.find(path)
         if module is None:
             raise LorafxError(
@@ -147,7 +147,7 @@ class ModuleGraph:
         return module
 
     def ancestors(self, modules: Iterable[nn.Module]) -> set[int]:
-        """`id` of each module instance that reaches one of `modules`, themselves included."""
+        """The `id` of each module that contains one of `modules`, and of these themselves."""
         seen: set[int] = set()
         pending = list(modules)
         while pending:
@@ -164,8 +164,8 @@ class ModuleGraph:
             for module, name in self._holders.get(id(tensor), ())
         ]
 
-    def alone(self) -> frozenset[int]:
-        """`id` of parameters and buffers that one attribute holds and whose storage is unshared."""
+    def unshared(self) -> frozenset[int]:
+        """The `id` of each tensor with a single owner and a storage that no other tensor uses."""
         used = Counter(storage_key(tensor) for tensor in self._tensors.values())
         for module in self._modules.values():
             used.update(storage_key(t) for t in vars(module).values() if isinstance(t, Tensor))
@@ -176,19 +176,19 @@ class ModuleGraph:
         )
 
     def tied(self) -> list[tuple[Owner, ...]]:
-        """Owners of each storage that more than one attribute holds, now."""
-        held: dict[int, list[Owner]] = {}
+        """The owners of each storage that several attributes hold now."""
+        by_storage: dict[int, list[Owner]] = {}
         for tensor in self._tensors.values():
-            held.setdefault(storage_key(tensor), []).extend(self.owners(tensor))
-        return [tuple(owners) for owners in held.values() if len(owners) > 1]
+            by_storage.setdefault(storage_key(tensor), []).extend(self.owners(tensor))
+        return [tuple(owners) for owners in by_storage.values() if len(owners) > 1]
 
 
 def _contents(module: nn.Module) -> dict[str, nn.Module | Tensor]:
-    held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
-    return {name: value for name, value in held if value is not None}
+    items = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
+    return {name: value for name, value in items if value is not None}
 
 
-#: Stands for an index in `shape_of` a path.
+#: Stands for an index in the `shape_of` a path.
 INDEX = "*"
 
 
@@ -216,9 +216,9 @@ def _indices(names: tuple[str, ...]) -> str:
     return "{" + ",".join(texts) + "}"
 
 
-def alike(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines `path: text`, one for all paths of one `shape_of` that have the same text."""
-    found: dict[tuple[str, str], list[str]] = {}
+def joined_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines `path: text` of (path, text) pairs, joining paths with the same text and `shape_of`."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for path, text in notes:
-        found.setdefault((shape_of(path), text), []).append(path)
-    return [f"{joined(paths)}: {text}" for (_, text), paths in found.items()]
+        groups.setdefault((shape_of(path), text), []).append(path)
+    return [f"{joined(paths)}: {text}" for (_, text), paths in groups.items()]

@@ -1,13 +1,13 @@
-"""Packed projections by name: which names a packed module stands for, and the other way round.
+"""Packed projections by name: which names a packed module packs, and which pack a module.
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"],
                               "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}
 
 Model authors declare it on the model or on any module above the layer, users by
-`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping gives the
-slices of each name. An adapter may name `q_proj` on a model that has `qkv_proj`, and `qkv_proj` on
-one that has its members. The declaration nearest above a module wins, and the configuration's wins
-over all.
+`LoraConfig(packed_modules=...)`. A list has a name for each output slice, in order; a mapping has
+the slices of each name. An adapter may name `q_proj` on a model that has `qkv_proj`, and `qkv_proj`
+on one that has its members. The configuration's declaration has precedence, then the declaration
+nearest above a module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafx.model.sites import Membership, Part
 
 ATTRIBUTE = "packed_modules_mapping"
 
-#: What users write: a name a slice, or the slices of each name.
+#: What users write: a name for each slice, or the slices of each name.
 PackedModules = Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]]
 
 
@@ -50,29 +50,29 @@ def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[Pack
 
 def _members(name: str, value: object, where: str) -> tuple[PackedMember, ...]:
     if isinstance(value, Mapping):
-        found = [PackedMember(member, _slices(slices)) for member, slices in value.items()]
-        found.sort(key=lambda member: member.slices or (-1,))
-        covered = [i for member in found for i in member.slices or ()]
+        members = [PackedMember(member, _slices(slices)) for member, slices in value.items()]
+        members.sort(key=lambda member: member.slices or (-1,))
+        covered = [i for member in members for i in member.slices or ()]
         if len(set(covered)) != len(covered) or any(
             not member.slices
             or member.slices != tuple(range(member.slices[0], member.slices[-1] + 1))
-            for member in found
+            for member in members
         ):
             raise ConfigError(
                 f"{where}[{name!r}]: every member needs consecutive slices of its own, got "
                 f"{value!r}"
             )
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        found = [PackedMember(member) for member in value]
+        members = [PackedMember(member) for member in value]
     else:
         raise ConfigError(
             f"{where}[{name!r}] must be a list of names, or a mapping from names to slices, "
             f"got {value!r}"
         )
-    known = [member.name for member in found]
-    if not known or len(set(known)) != len(known) or not all(isinstance(n, str) for n in known):
+    names = [member.name for member in members]
+    if not names or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{where}[{name!r}] needs distinct names, got {value!r}")
-    return tuple(found)
+    return tuple(members)
 
 
 def _slices(value: object) -> tuple[int, ...] | None:
@@ -96,7 +96,7 @@ class PackedNames:
             if declared:
                 where = f"{type(module).__qualname__}.{ATTRIBUTE}"
                 self._declared[path] = members_of(declared, where)
-        self._above: dict[str, Members] = {}
+        self._by_parent: dict[str, Members] = {}
         self._graph = graph
 
     @property
@@ -107,45 +107,46 @@ class PackedNames:
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
-        found = self._for(parent).get(name, ())
-        # A member that is a module of this model is not packed in it, whatever a mapping made for
-        # all models of a family says.
-        is_here = any(self._graph.find(join(parent, member.name)) is not None for member in found)
-        return () if is_here else found
+        members = self._below(parent).get(name, ())
+        # A member that is a module of this model is not packed in it, even if a mapping for all
+        # models of a family says so.
+        exists = any(self._graph.find(join(parent, m.name)) is not None for m in members)
+        return () if exists else members
 
     def memberships(self, path: str) -> tuple[Membership, ...]:
-        """Packed names without a module that the module at `path` is a member of."""
+        """The packed names, without a module of their own here, that pack the module at `path`."""
         if not self.any:
             return ()
         parent, _, name = path.rpartition(".")
         return tuple(
             Membership(packed, index, len(members))
-            for packed, members in self._for(parent).items()
+            for packed, members in self._below(parent).items()
             for index, member in enumerate(members)
             if member.name == name and self._graph.find(join(parent, packed)) is None
         )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self._graph.modules():
-            others = [member.name for member in self.members(path)]
-            others += [packed.name for packed in self.memberships(path)]
-            yield from ((renamed(path, name), module) for name in others)
+            names = [member.name for member in self.members(path)]
+            names += [packed.name for packed in self.memberships(path)]
+            yield from ((renamed(path, name), module) for name in names)
 
     def unused(self) -> list[str]:
         """Names of the configuration's declaration that name no module, packed or not."""
-        last = {path.rpartition(".")[2] for path, _ in self._graph.modules()}
+        last_names = {path.rpartition(".")[2] for path, _ in self._graph.modules()}
         return [
             packed
             for packed, members in self._configured.items()
-            if packed not in last and not last.intersection(member.name for member in members)
+            if last_names.isdisjoint([packed, *(member.name for member in members)])
         ]
 
-    def _for(self, parent: str) -> Members:
-        if parent not in self._above:
+    def _below(self, parent: str) -> Members:
+        """The declarations that hold for the children of `parent`."""
+        if parent not in self._by_parent:
             declared = self._declared.get(parent, {})
-            inherited = self._for(parent.rpartition(".")[0]) if parent else {}
-            self._above[parent] = {**inherited, **declared, **self._configured}
-        return self._above[parent]
+            inherited = self._below(parent.rpartition(".")[0]) if parent else {}
+            self._by_parent[parent] = {**inherited, **declared, **self._configured}
+        return self._by_parent[parent]
 
 
 def parts_of(
@@ -157,9 +158,9 @@ def parts_of(
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """The parts of a site, and the names that only the rows of an adapter's B can place.
 
-    There is a part for each member and for each slice of no member. Where there are fewer names
-    than slices, there is one for each slice, and the names are returned; where the class does not
-    say the `sizes` of output slices, there is one. ValueError where names and slices do not fit."""
+    There is a part for each member and for each slice of no member. If there are fewer names than
+    slices, there is one for each slice, and the names are returned; if the class does not give the
+    `sizes` of slices, there is one. ValueError if names and slices do not fit."""
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
         raise ValueError(
@@ -184,38 +185,38 @@ def parts_of(
             "slices each name covers"
         )
     parts: list[Part] = []
-    at = 0
-    while at < len(sizes):
-        member = named.get(at)
-        slices = (at,) if member is None or member.slices is None else member.slices
+    start = 0
+    while start < len(sizes):
+        member = named.get(start)
+        slices = (start,) if member is None or member.slices is None else member.slices
         width = sum(sizes[i] for i in slices)
         parts.append(Part("" if member is None else member.name, slices, in_features, width))
-        at = slices[-1] + 1
+        start = slices[-1] + 1
     return tuple(parts), () if named else tuple(member.name for member in members)
 
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
-    """The paths that a member or packed `name` has beside a module's own `paths`."""
+    """The paths that a member or packed `name` of the module at `paths` would have."""
     return tuple(dict.fromkeys(renamed(path, name) for path in paths))
 
 
 def spans(sizes: Sequence[int], rows: Sequence[int | None]) -> list[set[tuple[int, int]]]:
-    """Which slices each of several names covers, by row counts alone: every (first slice, slice
-    behind the last) in some partition of `sizes` into `rows`, in order. `rows` are None where
-    unknown; without a partition all sets are empty."""
-    ends = (0, *accumulate(sizes))
+    """The slices that each of several names may cover, by its number of rows, None if unknown:
+    every (start, end) in some partition of the slices `sizes`, in the order of names. All sets are
+    empty if there is no partition."""
+    offsets = (0, *accumulate(sizes))
 
-    def following(start: int, count: int | None) -> list[int]:
-        later = range(start + 1, len(ends))
-        return [end for end in later if count in (None, ends[end] - ends[start])]
+    def ends_from(start: int, count: int | None) -> list[int]:
+        ends = range(start + 1, len(offsets))
+        return [end for end in ends if count in (None, offsets[end] - offsets[start])]
 
     reached = [{0}]
     for count in rows:
-        reached.append({end for start in reached[-1] for end in following(start, count)})
-    last = {len(sizes)} & reached[-1]
-    found: list[set[tuple[int, int]]] = []
+        reached.append({end for start in reached[-1] for end in ends_from(start, count)})
+    ends = {len(sizes)} & reached[-1]
+    spans_by_name: list[set[tuple[int, int]]] = []
     for starts, count in zip(reversed(reached[:-1]), reversed(rows), strict=True):
-        pairs = {(start, end) for start in starts for end in following(start, count) if end in last}
-        last = {start for start, _ in pairs}
-        found.append(pairs)
-    return found[::-1]
+        pairs = {(start, end) for start in starts for end in ends_from(start, count) if end in ends}
+        ends = {start for start, _ in pairs}
+        spans_by_name.append(pairs)
+    return spans_by_name[::-1]

@@ -3,8 +3,8 @@
     W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
 
 The parameters stay the same objects, with their names, shapes and values, and memory does not grow.
-Where the views are split again (`model.to(...)`, `load_state_dict(assign=True)`), the next call
-packs the parameters anew in the same memory, unless another tensor keeps that:
+Where parameters get other memory (`model.to(...)`, `load_state_dict(assign=True)`), the next call
+packs them again, into the same buffer unless another tensor uses its memory, as after
 `p.data, ema[name] = ema[name], p.data`.
 """
 
@@ -28,7 +28,7 @@ from lorafx.torch_internals.graph_parts import _storage_Use_Count, is_traceable_
 
 @dataclass(eq=False)
 class PackedGroup:
-    """A group whose weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,), or 0."""
+    """A group whose weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,), 0 if absent."""
 
     group: Group
     weight: Tensor
@@ -45,63 +45,62 @@ class PackedGroup:
         self._holders = [parameters for parameters, *_ in self._places]
         self._names = [name for _, name, *_ in self._places]
 
-    def _parts(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        return ((held, name, buffer[rows]) for held, name, buffer, rows in self._places)
+    def _views(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        return ((holder, name, buffer[rows]) for holder, name, buffer, rows in self._places)
 
     @property
     def addresses(self) -> list[int]:
-        return [part.data_ptr() for _, _, part in self._parts()]
+        return [view.data_ptr() for _, _, view in self._views()]
 
     @property
     def intact(self) -> bool:
         """Whether every sibling's parameter still is its view of the packed buffer."""
-        return _at(self._holders, self._names, self.addresses)
+        return _lie_at(self._holders, self._names, self.addresses)
 
     @property
     def fits(self) -> bool:
-        for parameters, name, part in self._parts():
-            held = parameters.get(name)
-            if held is None or is_traceable_wrapper_subclass(held):
+        for parameters, name, view in self._views():
+            value = parameters.get(name)
+            if value is None or is_traceable_wrapper_subclass(value):
                 return False
-            if (held.shape, held.dtype, held.device) != (part.shape, part.dtype, part.device):
+            if (value.shape, value.dtype, value.device) != (view.shape, view.dtype, view.device):
                 return False
         return True
 
     def holds(self, site: Site) -> bool:
-        """Whether `site`'s weight, maybe transposed since, and bias are in the buffers."""
-        held = site.module._parameters
-        packed = {name: part for parameters, name, part in self._parts() if parameters is held}
-        return (held.get("bias") is None or "bias" in packed) and all(
-            _laid_out(held.get(name)) == _laid_out(part) for name, part in packed.items()
+        """Whether the weight and bias of `site` still are their views of the buffers."""
+        parameters = site.module._parameters
+        views = {name: view for holder, name, view in self._views() if holder is parameters}
+        return (parameters.get("bias") is None or "bias" in views) and all(
+            _layout(parameters.get(name)) == _layout(view) for name, view in views.items()
         )
 
     def fill(self) -> None:
-        """Copy the parameters into the buffers and point them there: into other memory where
-        another tensor uses the buffer's, since it may be put back later."""
+        """Copy the parameters into the buffers and make them views of these. A buffer whose memory
+        another tensor uses gets new memory, since that tensor may be assigned back later."""
         buffers = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
-        for tensor in [tensor for tensor in buffers if self._taken_out(tensor)]:
+        for tensor in [tensor for tensor in buffers if self._is_used_elsewhere(tensor)]:
             with torch.inference_mode(tensor.is_inference()):
                 tensor.data = torch.zeros_like(tensor)
-        for parameters, name, part in self._parts():
-            held = parameters[name]
-            with writing(part):
-                part.copy_(held)
-            held.data = part
+        for parameters, name, view in self._views():
+            parameter = parameters[name]
+            with writing(view):
+                view.copy_(parameter)
+            parameter.data = view
 
-    def _taken_out(self, buffer: Tensor) -> bool:
-        """Whether other tensors than parameters in their places lie in the memory of a buffer."""
-        uses = _uses(buffer) - _uses(buffer.new_empty(0))
+    def _is_used_elsewhere(self, buffer: Tensor) -> bool:
+        references = _reference_count(buffer) - _reference_count(buffer.new_empty(0))
         for parameters, name, packed, rows in self._places:
-            uses -= packed is buffer and _laid_out(parameters[name]) == _laid_out(packed[rows])
-        return uses > 0
+            references -= packed is buffer and _layout(parameters[name]) == _layout(packed[rows])
+        return references > 0
 
 
-def _uses(tensor: Tensor) -> int:
-    """Reference count of its memory, the reference of this query included."""
+def _reference_count(tensor: Tensor) -> int:
+    """References to the tensor's memory, that of this query included."""
     return _storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
+def _layout(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
     # A dimension of one entry may have any stride.
@@ -109,32 +108,32 @@ def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return (tensor.shape, strides, tensor.data_ptr())
 
 
-def _at(
+def _lie_at(
     holders: Sequence[Mapping[str, Any]], names: Sequence[str], addresses: Sequence[int]
 ) -> bool:
-    found = map(operator.getitem, holders, names)
+    parameters = map(operator.getitem, holders, names)
     try:
-        return list(map(Tensor.data_ptr, found)) == addresses
-    except (KeyError, TypeError, RuntimeError):  # gone, None, or of a class without an address
+        return list(map(Tensor.data_ptr, parameters)) == addresses
+    except (KeyError, TypeError, RuntimeError):  # removed, None, or of a class without an address
         return False
 
 
 def pack_weights(
-    graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
+    graph: ModuleGraph, group: Group, unshared: frozenset[int] | None = None
 ) -> PackedGroup | None:
-    """Make the group's base weights views of one buffer, or return None: fewer than two siblings,
-    or not `packable`. `alone` is `graph.alone()` where that is known."""
+    """Make the group's base weights views of one buffer. Returns None for fewer than two siblings,
+    and where they are not `packable`. `unshared` is `graph.unshared()`, computed here if absent."""
     sites = group.sites
     if len(sites) < 2:
         return None
-    if not packable(sites, graph.alone() if alone is None else alone):
+    if not packable(sites, graph.unshared() if unshared is None else unshared):
         return None
     weights: list[Any] = [site.module._parameters[site.eligible.weight] for site in sites]
     if any(weight.is_meta for weight in weights):  # there are no numbers to put side by side
         return None
     has_bias = any(site.module._parameters.get("bias") is not None for site in sites)
     rows = sum(site.out_features for site in sites)
-    # Parameters from inference mode need a buffer from there: a mixture could not be viewed.
+    # Parameters made in inference mode need a buffer made in it: one cannot be a view of the other.
     with torch.inference_mode(weights[0].is_inference()):
         buffer = weights[0].new_zeros((rows, sites[0].in_features))
         packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
@@ -146,29 +145,29 @@ def pack_weights(
 
 
 class PackWatch:
-    """Notices before a call that parameters left their packs: 13 µs for 64 packs, by address."""
+    """Detects by addresses that parameters left their packs: 13 µs a call for 64 packs."""
 
     def __init__(self, packs: Sequence[PackedGroup]) -> None:
         self._packs = packs
         self._holders = [holder for packed in packs for holder in packed._holders]
         self._names = [name for packed in packs for name in packed._names]
-        self._look()
+        self._record_addresses()
 
-    def _look(self) -> None:
+    def _record_addresses(self) -> None:
         self._addresses = [address for packed in self._packs for address in packed.addresses]
 
     @property
     def intact(self) -> bool:
-        return _at(self._holders, self._names, self._addresses)
+        return _lie_at(self._holders, self._names, self._addresses)
 
     def check(self) -> None:
         if not self.intact:
             check_packed(self._packs)
-            self._look()
+            self._record_addresses()
 
 
 def check_packed(packs: Iterable[PackedGroup]) -> None:
-    """Make parameters views of the packs again; CaptureError where the model was moved or cast."""
+    """Make parameters views of the packs again; CaptureError if the model was moved or cast."""
     split = [packed for packed in packs if not packed.intact]
     misfit = repack(split) if split else None
     if misfit is not None:
@@ -189,33 +188,33 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     return misfit
 
 
-def packable(sites: Sequence[Site], alone: frozenset[int]) -> bool:
+def packable(sites: Sequence[Site], unshared: frozenset[int]) -> bool:
     """Whether the weights of sibling sites may lie in one buffer: plain contiguous 2-D (out, in)
-    parameters, each with its own storage, alike in dtype, device, `requires_grad`; also biases."""
+    `unshared` parameters of equal dtype, device and `requires_grad`; and their biases."""
     weights = []
     for site in sites:
         if site.eligible.kind != "linear" or site.eligible.transposed:
             return False
         weight = site.module._parameters.get(site.eligible.weight)
-        if weight is None or not _plain(alone, weight, (site.out_features, site.in_features)):
+        if weight is None or not _is_plain(unshared, weight, (site.out_features, site.in_features)):
             return False
         weights.append(weight)
         bias = site.module._parameters.get("bias")
         if getattr(site.module, "bias", None) is not bias:  # a bias that is no parameter
             return False
         if bias is not None:
-            like_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
-            if not like_weight or not _plain(alone, bias, (site.out_features,)):
+            matches_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
+            if not matches_weight or not _is_plain(unshared, bias, (site.out_features,)):
                 return False
     return len({(w.dtype, w.device, w.requires_grad, w.is_inference()) for w in weights}) == 1
 
 
-def _plain(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
+def _is_plain(unshared: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
     return (
         not is_traceable_wrapper_subclass(parameter)
         and tuple(parameter.shape) == shape
         and parameter.is_contiguous()
         and is_dense(parameter)
         and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
-        and id(parameter) in alone
+        and id(parameter) in unshared
     )

@@ -1,4 +1,4 @@
-"""Base weights as numbers, whatever holds them, and numbers put back into what holds them.
+"""Base weights of any format as dense numbers, and dense numbers stored in a weight's format.
 
     dequantize(module) → W        y = x Wᵀ, W (N, K);  y = W[ids], W (V, D);
                                   y = conv(x, W), W (N, C / groups · ∏kernel), kernels as rows
@@ -48,7 +48,7 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
         gives; may be the module's own memory where that holds plain numbers: do not write to it.
 
     Raises:
-        ConfigError: what holds the weight is in no known format, or does not give W's sizes.
+        ConfigError: the format is unknown, or what it gives does not have W's sizes.
     """
     return _Weight.of(module, parameter).read()
 
@@ -57,8 +57,8 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
 def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) -> float:
     """Store `weight` in the module's format, in place; the inverse of `dequantize`.
 
-    Objects, addresses, sizes and dtypes stay, so compiled graphs see the new weight. Make a
-    copy by `stored` first to be able to restore exactly what was there.
+    Objects, addresses, sizes and dtypes stay, so compiled graphs see the new weight. `stored`
+    makes a copy from which the old weight can be restored exactly.
 
     Args:
         weight: W, as `dequantize(module, parameter)` gives it, in any floating dtype.
@@ -70,36 +70,36 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
     Raises:
         ConfigError: the format cannot be written, with the reason; nothing is changed then.
     """
-    place = _Weight.of(module, parameter)
-    before = place.read()
+    target = _Weight.of(module, parameter)
+    before = target.read()
     if before.shape != weight.shape:
-        raise ConfigError(f"{place.label} is {tuple(before.shape)}, got {tuple(weight.shape)}")
-    put_back = place.format.keep(module, place.name)
+        raise ConfigError(f"{target.label} is {tuple(before.shape)}, got {tuple(weight.shape)}")
+    restore = target.format.keep(module, target.name)
     try:
-        place.write(weight)
-        difference = (place.read().float() - weight.float()).abs().max()
+        target.write(weight)
+        difference = (target.read().float() - weight.float()).abs().max()
         return float(difference / weight.float().abs().max().clamp_min(1e-30))
     except Exception as error:
-        put_back()
+        restore()
         if not isinstance(error, CannotStore):
             raise
         raise ConfigError(
-            f"{place.label} cannot hold another weight: {error}; see "
+            f"{target.label} cannot hold another weight: {error}; see "
             "lorafx.register(requantize=...)"
         ) from error
 
 
 def stored(module: nn.Module, parameter: str | None = None) -> tuple[int, Callable[[], None]]:
-    """Copies of all tensors of a module's weight: their bytes, and a function that puts the same
-    numbers back, bit by bit, in place. ConfigError where its format is unknown."""
-    place = _Weight.of(module, parameter)
-    nbytes = sum(tensor.nbytes for tensor in place.format.tensors(module, place.name))
-    return nbytes, place.format.keep(module, place.name)
+    """Copy all tensors of a module's weight. Returns the bytes of the copies, and a function that
+    restores them in place, bit by bit. ConfigError for an unknown format."""
+    weight = _Weight.of(module, parameter)
+    nbytes = sum(tensor.nbytes for tensor in weight.format.tensors(module, weight.name))
+    return nbytes, weight.format.keep(module, weight.name)
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight, its format, and its class's entry; None where the parameter was named."""
+    """A weight, its format, and the entry of its class, None if the parameter was given by name."""
 
     module: nn.Module
     name: str
@@ -111,22 +111,22 @@ class _Weight:
         entry = lookup(module) if parameter is None else None
         name = parameter or ("weight" if entry is None else entry.weight)
         declared = entry is not None and entry.dequantize is not None
-        found = Declared(entry) if declared and entry else format_of(module, name)
-        if found is None:
-            held = getattr(module, name, None)
-            kind = f"holds {_described(held)}" if held is not None else "does not exist"
+        storage = Declared(entry) if declared and entry else format_of(module, name)
+        if storage is None:
+            value = getattr(module, name, None)
+            kind = f"holds {_described(value)}" if value is not None else "does not exist"
             raise ConfigError(
                 f"lorafx cannot read {_label(module, name)}, which {kind}; register its class with "
                 "lorafx.register(cls, dequantize=function of the module that gives W (N, K))"
             )
-        return cls(module, name, entry, found)
+        return cls(module, name, entry, storage)
 
     @property
     def label(self) -> str:
         return _label(self.module, self.name)
 
     @property
-    def _turned(self) -> bool:
+    def _is_transposed(self) -> bool:
         entry = self.entry
         return entry is not None and entry.transposed and not isinstance(self.format, Declared)
 
@@ -134,7 +134,7 @@ class _Weight:
         dense: Any = self.format.dequantize(self.module, self.name)
         if not isinstance(dense, Tensor) or not dense.is_floating_point():
             raise ConfigError(f"{self.label} is dequantised to {_described(dense)}, not to W")
-        dense = dense.T if self._turned else dense
+        dense = dense.T if self._is_transposed else dense
         if self.entry is not None and self.entry.kind == "conv":
             dense = dense.flatten(1)
         expected = self._shape()
@@ -151,7 +151,7 @@ class _Weight:
             return
         if self.entry is not None and self.entry.kind == "conv":
             weight = weight.view(weight_shape(self.module))
-        self.format.store(self.module, self.name, weight.T if self._turned else weight)
+        self.format.store(self.module, self.name, weight.T if self._is_transposed else weight)
 
     def _shape(self) -> tuple[int, int] | None:
         if self.entry is None or self.entry.kind == "experts":
@@ -165,7 +165,7 @@ class _Weight:
 
 
 def is_stored(module: nn.Module, entry: Eligible) -> bool:
-    """Whether the module holds its weight in a format, or under other names than the weight's."""
+    """Whether the module stores its weight in a format, or not under the registered name."""
     if entry.dequantize is not None or not Plain().holds(module, entry.weight):
         return True
     return any(item.holds(module, entry.weight) for item in LIBRARIES)
@@ -177,9 +177,9 @@ def readable(module: nn.Module, entry: Eligible) -> bool:
 
 @dataclass(frozen=True)
 class QuantisedModules:
-    """Modules of registered classes, with entries, that compute y = x Wᵀ with a stored W."""
+    """Modules of registered classes, with their entries, that compute y = x Wᵀ with a stored W."""
 
-    found: tuple[tuple[nn.Module, Eligible], ...]
+    entries: tuple[tuple[nn.Module, Eligible], ...]
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> QuantisedModules:
@@ -195,13 +195,13 @@ class QuantisedModules:
         )
 
     def settle(self) -> None:
-        """Let libraries do now what they would otherwise do in a module's first call."""
+        """Make the changes that libraries would make to the weights in a module's first call."""
         for item, module, name in self._of_libraries:
             item.settle(module, name)
 
     def settle_again(self) -> None:
-        """`settle` again where something may have undone it; called before each call."""
-        for item, module, name in self._restless:
+        """`settle` where something may have undone it; called before each call."""
+        for item, module, name in self._to_settle_again:
             item.settle(module, name)
 
     @cached_property
@@ -213,14 +213,14 @@ class QuantisedModules:
     def _of_libraries(self) -> list[tuple[Format, nn.Module, str]]:
         return [
             (item, module, entry.weight)
-            for module, entry in self.found
+            for module, entry in self.entries
             for item in LIBRARIES
             if item.holds(module, entry.weight)
         ]
 
     @cached_property
-    def _restless(self) -> list[tuple[Format, nn.Module, str]]:
-        return [found for found in self._of_libraries if found[0].is_restless(*found[1:])]
+    def _to_settle_again(self) -> list[tuple[Format, nn.Module, str]]:
+        return [item for item in self._of_libraries if item[0].can_be_unsettled(*item[1:])]
 
 
 def _label(module: nn.Module, name: str) -> str:

@@ -2,8 +2,8 @@
 
     slots: (n,) int32 on the model's device, −1 for a base row
 
-One Runtime serves all marks of one model. It is set on the host before the forward; marks and
-graphs only read it. The slots are written in place, at the start of one buffer.
+One Runtime serves all marks of one model. The host sets it before a forward; marks and graphs only
+read it. The slots are written in place, at the beginning of a buffer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lorafx.errors import BatchError
 
-# The slots of every live Runtime. Dynamo gives fixed shapes to what it reaches through a module,
-# hooks included; shapes may vary behind a global. Keys are strings, which are never symbolic.
+# The slots of every live Runtime. Dynamo makes the shapes of tensors that it reaches through a
+# module or its hooks static, but not of those in a global. Keys are strings: never symbolic.
 _SLOTS: dict[str, Tensor] = {}
-# Keys of dead runtimes, taken out when the next runtime is made: garbage may be collected while
+# Keys of dead runtimes, removed when the next runtime is made: garbage may be collected while
 # Dynamo iterates over `_SLOTS`, which must not change then.
 _GONE: deque[str] = deque()
 _KEYS = itertools.count()
@@ -37,32 +37,32 @@ def holds_slots(value: object) -> bool:
 
 class RefusesAtRest(Protocol):
     def refuse(self, path: str, layer: str) -> None:
-        """Raise MatchError where an adapter that is wanted changes the layer."""
+        """Raise MatchError if the default adapter changes the layer."""
 
     def refuse_slips(self) -> None:
-        """Raise ConfigError where the call of the model itself has a keyword that is a slip."""
+        """Raise ConfigError if the model's own call has a keyword that was meant for lorafx."""
 
     def refuse_elsewhere(self) -> None:
-        """Raise BatchError where another thread is in a call."""
+        """Raise BatchError if another thread is in a call."""
 
 
 class Runtime:
     """The batch that the next forward serves.
 
     Attributes:
-        capacity: slots there are; requests name 0 to capacity − 1, or −1.
+        capacity: number of slots; requests use 0 to capacity − 1, or −1.
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
-            captured then is the base model's. None does so outside of calls while an adapter is the
-            default: a foreign trace is refused then where the adapter changes the layer.
-        uniform: all requests use the same slot, the only kind of batch that is right before the
-            rows' owners are proved.
+            captured then is the base model's. So does None, outside of calls while an adapter is
+            the default; other libraries' traces of layers that the adapter changes are refused.
+        uniform: all requests use the same slot, which every batch has to before the rows' owners
+            are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
             its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
-        session: what serves the model, None before and after; whoever finds a mark finds it here.
-        resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
+        session: the session that serves the model, or None; it is found through the marks.
+        resting: refuses layers that run by themselves in eager mode; None without a session.
 
-    Copies and pickles have no session. They keep the batch; of a served model they are the base.
+    Copies and pickles have no session. They keep the batch, but of a served model they have none.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Runtime:
 
     @contextmanager
     def rows_of(self, slots: Tensor | None) -> Iterator[None]:
-        """Inside, graphs serve rows with these slots; None for those of the batch."""
+        """Within the block, graphs serve rows with these slots; None for those of the batch."""
         before, self._graph_slots = self._graph_slots, slots
         try:
             yield
@@ -97,8 +97,8 @@ class Runtime:
             self._graph_slots = before
 
     def set_rows(self, slots: Sequence[int] | Tensor) -> None:
-        """Serve requests with these slots, in [−1, capacity), from the next forward on. BatchError
-        for no request, a slot out of range, or other slots while a CUDA graph is captured."""
+        """Serve requests with these slots, in [−1, capacity), from the next forward on. Raises
+        BatchError for no request, a slot out of range, or new slots during CUDA graph capture."""
         rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
             raise BatchError("a batch needs at least one request, got an empty list of slots")
@@ -109,7 +109,7 @@ class Runtime:
                 f"request {rows.index(wrong)} asks for slot {wrong}; slots are 0 to "
                 f"{self.capacity - 1}, and -1 is the base model"
             )
-        self._graph_slots = None  # what an interrupt may have left
+        self._graph_slots = None  # an interrupt may have left them
         if rows != self.rows:  # a decode step repeats the last one's
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise BatchError(
@@ -117,7 +117,7 @@ class Runtime:
                     "graph is captured, and again by each replay, which would then serve no other "
                     "mix; make the same call right before the capture"
                 )
-            self.rows = ()  # what is cut short in the middle is not taken for written
+            self.rows = ()  # so that an interrupted write does not count
             self._write(rows, slots if isinstance(slots, Tensor) else None)
             self.rows = rows
         self.active, self.uniform = high >= 0, low == high
@@ -133,26 +133,26 @@ class Runtime:
         _SLOTS[self._key] = torch.empty(0, dtype=torch.int32)
         weakref.finalize(self, _GONE.append, self._key)
 
-    def _write(self, rows: Sequence[int], given: Tensor | None = None) -> None:
+    def _write(self, rows: Sequence[int], source: Tensor | None = None) -> None:
         n = len(rows)
-        # Inference tensors may not be written outside inference mode, and Dynamo tells them apart:
-        # the buffer is made the same way whatever mode the caller is in.
+        # Inference tensors may not be written outside inference mode, and Dynamo guards on the
+        # difference: the buffer is made in the same way in every mode of the caller.
         with torch.inference_mode(False):
             if n > self._buffer.numel():
                 size = max(_SMALLEST_BUFFER, 2 * n)
                 self._buffer = torch.empty(size, dtype=torch.int32, device=self.device)
             slots = self.slots
             if slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
-                # Not a slice: of a view, Dynamo would also trace and guard the base.
+                # Not a slice: Dynamo would also trace and guard the base of a view.
                 slots = torch.empty(0, dtype=torch.int32, device=self.device).set_(
                     self._buffer.untyped_storage(), 0, (n,), (1,)
                 )
-            _copy(torch.tensor(rows, dtype=torch.int32) if given is None else given, slots)
+            _copy(torch.tensor(rows, dtype=torch.int32) if source is None else source, slots)
             _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_key", "_buffer", "_graph_slots", "session", "resting")
-        state = {k: v for k, v in vars(self).items() if k not in left_out}
+        excluded = ("_key", "_buffer", "_graph_slots", "session", "resting")
+        state = {k: v for k, v in vars(self).items() if k not in excluded}
         return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ _AT_REST = {"rows": (-1,), "active": False, "uniform": True}
 
 def _copy(host: Tensor, slots: Tensor) -> None:
     if slots.device.type == "cuda":
-        # From unpinned memory the host would wait. torch keeps pinned memory until it is copied.
+        # The host would wait for unpinned memory. torch keeps pinned memory until it is copied.
         slots.copy_(host.pin_memory(), non_blocking=True)
     else:
         slots.copy_(host)

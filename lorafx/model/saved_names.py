@@ -1,13 +1,13 @@
-"""What a saved name leads to in a model: for the factors of adapters and for base weights alike.
+"""Finds saved names in a model, those of adapters' factors and those of base weights.
 
     model.layers.0.self_attn.q_proj                      the name in the model, or any alias
     base_model.model.model.layers.0.self_attn.q_proj     PEFT's prefix
     _orig_mod.model.…, module.model.…                    wrappers of torch.compile, DDP, FSDP, PEFT
-    layers.0.self_attn.q_proj                            of the model that one with a head holds
+    layers.0.self_attn.q_proj                            in the model inside one with a head
     model.layers.0.block_sparse_moe.gate                 renamed to …mlp.gate since
 
-Wrappers' names are left out wherever a module has no child of that name, but for those at the end:
-factors of `q_proj.base_layer` are not those of `q_proj`.
+Wrappers' names are skipped wherever a module has no child of that name, except at the end: factors
+of `q_proj.base_layer` are not those of `q_proj`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ WRAPPERS = frozenset(
 
 
 class Walked(NamedTuple):
-    """How far a name leads: a module, its path as it was walked, and the names left over."""
+    """The last module that a name leads to, its path as it was walked, and the remaining names."""
 
     module: nn.Module
     path: str
-    rest: tuple[str, ...]
+    remaining: tuple[str, ...]
 
     @property
-    def whole(self) -> str:
-        return join(self.path, ".".join(self.rest)) if self.rest else self.path
+    def full_path(self) -> str:
+        return join(self.path, ".".join(self.remaining)) if self.remaining else self.path
 
 
 class SavedNames:
@@ -57,21 +57,21 @@ class SavedNames:
         self._inner = prefix if isinstance(prefix, str) else ""
 
     def readings(self, name: str) -> Iterator[str]:
-        """What `name` may be without prefixes, likeliest first."""
-        # Only PEFT's names begin so, unless the model has such a child itself.
+        """Names in the model that `name` may stand for, likeliest first."""
+        # Only PEFT's names begin like this, unless the model has such a child itself.
         prefixed = name.startswith(PREFIX) and not self._has_prefix
-        found = dict.fromkeys([] if prefixed else [name])
+        readings = dict.fromkeys([] if prefixed else [name])
         plain = _without_wrappers(name)
         for reading in (name, plain):
             while reading.startswith(PREFIX):
                 reading = reading.removeprefix(PREFIX)
-                found[reading] = None
-        found[plain] = None
-        if self._inner:  # the model of a task head is saved without it, and the other way round
-            for reading in list(found):
+                readings[reading] = None
+        readings[plain] = None
+        if self._inner:  # a model may be saved with its task head and loaded without, or vice versa
+            for reading in list(readings):
                 inner = reading.removeprefix(f"{self._inner}.")
-                found[join(self._inner, reading) if inner == reading else inner] = None
-        return iter(found)
+                readings[inner if inner != reading else join(self._inner, reading)] = None
+        return iter(readings)
 
     def renamed(self, name: str) -> str:
         for renaming in self._renamings:
@@ -79,22 +79,22 @@ class SavedNames:
         return name
 
     def walk(self, name: str) -> Walked:
-        """Follow the dots of `name` through modules as far as they lead."""
+        """Follow `name` through child modules as far as possible."""
         module, path = self._model, ""
-        rest = name.split(".") if name else []
-        while rest:
-            child = module._modules.get(rest[0])
+        remaining = name.split(".") if name else []
+        while remaining:
+            child = module._modules.get(remaining[0])
             if child is not None:
-                module, path = child, join(path, rest.pop(0))
+                module, path = child, join(path, remaining.pop(0))
                 continue
             wrapped = module._modules.get(COMPILED)
             if wrapped is not None:
                 module, path = wrapped, join(path, COMPILED)
-            elif rest[0] in WRAPPERS and not WRAPPERS.issuperset(rest):
-                rest.pop(0)
+            elif remaining[0] in WRAPPERS and not WRAPPERS.issuperset(remaining):
+                remaining.pop(0)
             else:
                 break
-        return Walked(module, path, tuple(rest))
+        return Walked(module, path, tuple(remaining))
 
     @cached_property
     def transforms(self) -> list[Any]:
@@ -122,7 +122,7 @@ class SavedNames:
 
 
 def without_compiled(path: str) -> str:
-    """`path` without the names that wrappers of torch.compile put into it."""
+    """`path` without the names of torch.compile's wrappers."""
     return ".".join(part for part in path.split(".") if part != COMPILED)
 
 
@@ -135,9 +135,9 @@ def _without_wrappers(name: str) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """A message fragment with the names closest to `name`, those of its last component first."""
+    """A message fragment with the names closest to `name`, first among those with its last part."""
     known = list(known)
     last = name.rpartition(".")[2]
-    # difflib takes milliseconds a hundred names.
-    alike = [path for path in known if path.rpartition(".")[2] == last]
-    return nearest(name, alike[:2000]) or nearest(name, known[:1000])
+    # difflib takes milliseconds for a hundred names.
+    same_last = [path for path in known if path.rpartition(".")[2] == last]
+    return nearest(name, same_last[:2000]) or nearest(name, known[:1000])

@@ -1,9 +1,9 @@
 """Sites and groups: the modules that carry LoRA, and what they share.
 
-A *site* is one LoRA-eligible module instance. It has one *part*, or several where the module comes
-packed (`qkv_proj`), each of which may have factors of its own. A *group* is a set of sibling sites
-(same parent, kind, input size, dtype and device) whose factors live in one bank, where each part is
-a sibling of its own.
+A *site* is one LoRA-eligible module instance. It has one *part*, or several if the module is packed
+(`qkv_proj`), each of which may have its own factors. A *group* is a set of sibling sites (same
+parent, kind, input size, dtype and device) whose factors lie in one bank, where each part is a
+sibling.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lorafx.registry import Eligible
 
 @dataclass(frozen=True)
 class Part:
-    """Output slices of a site with separate factors; an adapter may give `name` as the last name
-    ("" for the module's own), and factors if it is `selected`."""
+    """Output slices of a site with separate factors. `name` is the last name of its path in an
+    adapter ("" for the module's own), which may have factors of it if it is `selected`."""
 
     name: str
     slices: tuple[int, ...]
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Membership:
-    """A site that others pack under `name`: `v_proj` is number 2 of the 3 of `qkv_proj`."""
+    """A site's index in modules of other models that pack it: `v_proj` is 2 of 3 in `qkv_proj`."""
 
     name: str
     index: int
@@ -53,11 +53,11 @@ class Site:
         eligible: the registry entry that matched, nearest along the MRO.
         in_features, out_features: K and N of the delta; for embeddings K is the vocabulary.
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
-        parts: what its output columns consist of, in order.
-        member_of: the packed names that this module is a part of elsewhere.
+        parts: the parts of its output columns, in order.
+        member_of: the packed names that other models have for this module and its siblings.
         undeclared: names of a packed module that it does not declare the slices of; the rows of an
             adapter's B determine them.
-        expert_weight: for a parameter of routed experts, whose path is the parameter's then.
+        expert_weight: the parameter of routed experts that is the site, whose path it then has.
         own_rows: how many rows of the weight an adapter may replace.
     """
 
@@ -86,7 +86,7 @@ class Site:
 
     @property
     def terms(self) -> int:
-        """Low-rank terms that a part may hold: two for interleaved gate and up."""
+        """Low-rank terms in a part: up to two for interleaved gate and up."""
         weight = self.expert_weight
         return 2 if weight is not None and weight.halves == "interleaved" else 1
 
@@ -104,7 +104,7 @@ class Site:
         return (self.path, *self.aliases)
 
     def part_path(self, index: int) -> str:
-        """The path of part `index` in messages and adapters: that of the unpacked module."""
+        """The path of part `index` in messages and adapters: that of the module if unpacked."""
         if len(self.parts) == 1:
             return self.path
         name = self.parts[index].name
@@ -126,7 +126,7 @@ class Site:
 
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
-    """As `Site.has_own_forward`; true too where the registered forward returns something else."""
+    """As `Site.has_own_forward`; also true if the registered forward does more than the product."""
     return entry.inner or "forward" in vars(module) or type(module).forward is not entry.cls.forward
 
 
@@ -140,7 +140,7 @@ def parent_of(siblings: Sequence[Site]) -> str:
 
 
 def members_of(siblings: Sequence[Site]) -> tuple[str, ...]:
-    """Names of sibling sites in the module that holds them; the model itself is "(root)"."""
+    """The last names of sibling sites; "(root)" for the model itself."""
     return tuple(site.path.rpartition(".")[2] or "(root)" for site in siblings)
 
 
@@ -162,7 +162,7 @@ class Group:
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:
-        """The sibling of the bank that each site's first part is."""
+        """The number in the bank of each site's first part."""
         return (0, *accumulate(len(site.parts) for site in self.sites[:-1]))
 
     def site_of(self, sibling: int) -> Site:

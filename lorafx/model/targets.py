@@ -1,12 +1,12 @@
 """Which paths a target specification names, by PEFT's rules.
 
-    str           re.fullmatch(spec, path), against a clock
+    str           re.fullmatch(spec, path), with a time limit
     "all-linear"  every eligible linear module but the output embedding (any letter case)
     list          path == entry, or path ends with "." + entry
 
-A module with several paths is named when one of them is. Patterns in adapters are not trusted, and
+A module with several paths is named if one of them is. Patterns in adapters are not trusted, and
 `re` backtracks for minutes over `(a|a)*b` on thirty letters; the `regex` package gives a pattern
-the same meaning, and stops when its time is up.
+the same meaning, and has a time limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALL_LINEAR = "all-linear"
 
 
 class Entries(tuple[str, ...]):
-    """Module names and dotted suffixes of paths, looked up by what a path ends with."""
+    """Module names and dotted suffixes of paths, looked up by the suffixes of a path."""
 
     @cached_property
     def as_set(self) -> frozenset[str]:
@@ -33,11 +33,11 @@ class Entries(tuple[str, ...]):
 
 
 class SavedTargets(Entries):
-    """Modules of a checkpoint; the path of a module names that module alone, no suffixes."""
+    """The modules of a checkpoint: a full path names that module only, whatever its suffixes."""
 
 
 class AdapterNames(SavedTargets):
-    """The modules of the given adapters, where the user names none."""
+    """The modules of the given adapters, if the user names none."""
 
 
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:
@@ -81,11 +81,11 @@ def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The module that maps to the vocabulary, for models that declare it."""
-    ask = getattr(model, "get_output_embeddings", None)
-    if not callable(ask):
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
         return None
     try:
-        return ask()
+        return getter()
     except NotImplementedError:
         return None
 
@@ -96,20 +96,20 @@ def nearest_targets(entry: str, paths: Iterable[str]) -> str:
     return nearest(entry, dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
-#: Longest pattern: parsing takes time quadratic in the length of a prefix that alternatives share.
+#: Longest pattern: parsing time is quadratic in the length of a prefix shared by alternatives.
 LONGEST = 1 << 15
-#: Seconds of one match. Patterns that people write take microseconds.
+#: Seconds for one match. Patterns written by people take microseconds.
 SECONDS = 0.1
 #: Largest product of a pattern's repeat counts: `regex` writes counted repeats out.
 MOST_REPEATS = 1 << 16
 
 
 class PatternError(ConfigError):
-    """A str that is no regular expression (the message begins with the verb), or takes too long."""
+    """A str that is no regular expression, or takes too long; the message begins with a verb."""
 
 
 class Pattern:
-    """A regular expression over paths, or a PatternError; `tail` ends all paths that match."""
+    """A regular expression over paths; matching paths end with `tail`. Raises PatternError."""
 
     def __init__(self, text: str, tail: str = "") -> None:
         if len(text) > LONGEST:
@@ -119,7 +119,7 @@ class Pattern:
             )
         fault = ""
         try:
-            re.compile(text)  # `regex` takes more, which PEFT would refuse
+            re.compile(text)  # `regex` accepts more, which PEFT would refuse
             if math.prod(map(int, re.findall(r"(\d+)\}", text))) > MOST_REPEATS:
                 fault = (
                     f"repeats over {MOST_REPEATS} times what it holds; give module names instead"

@@ -1,7 +1,7 @@
 """How base weights are stored: formats that libraries keep W in, and how to read and write them.
 
     plain              W itself, numbers of 16 bits or more
-    quant_method       lorafx.layers and classes like them: the method knows
+    quant_method       lorafx.layers and classes like them: the method reads and writes it
     tensor subclass    torchao's and others: `weight.dequantize()`
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
@@ -42,10 +42,10 @@ class Format(ABC):
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]: ...
 
     def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
-        """Do now what the module's next call would do to its tensors: no graph can hold it."""
+        """Make the next call's changes to the module's tensors now: no graph can capture them."""
 
-    def is_restless(self, module: nn.Module, name: str) -> bool:
-        """Whether something else than calls undoes `settle`."""
+    def can_be_unsettled(self, module: nn.Module, name: str) -> bool:
+        """Whether something other than calls undoes `settle`."""
         return False
 
     def sizes_by_data(self, module: nn.Module) -> bool:
@@ -53,13 +53,13 @@ class Format(ABC):
         return False
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Store `weight` in place. Raises CannotStore, and may have changed some tensors then."""
+        """Store `weight` in place. Raises CannotStore, possibly after changing some tensors."""
         raise CannotStore(f"lorafx can read {type(self).__name__}, but not write it")
 
     def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
-        """A function that restores what is stored now, bit by bit."""
-        kept = [tensor.detach().clone() for tensor in self.tensors(module, name)]
-        return lambda: _write(self.tensors(module, name), kept)
+        """Returns a function that restores the current numbers, bit by bit."""
+        copies = [tensor.detach().clone() for tensor in self.tensors(module, name)]
+        return lambda: _write(self.tensors(module, name), copies)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Bitsandbytes8(Format):
 
     def scale(self, module: nn.Module, name: str) -> Tensor:
         # The first forward moves it from the parameter to the module's state.
-        kept = getattr(module, name).SCB
-        return kept if kept is not None else module.state.SCB  # type: ignore[union-attr, return-value]
+        scale = getattr(module, name).SCB
+        return scale if scale is not None else module.state.SCB  # type: ignore[union-attr, return-value]
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         scale = self.scale(module, name)
@@ -164,15 +164,15 @@ class Bitsandbytes4(Format):
         with torch.no_grad():
             module.forward(torch.zeros(1, state.shape[-1], dtype=dtype))
 
-    def is_restless(self, module: nn.Module, name: str) -> bool:
-        # state_dict() takes the packing back.
+    def can_be_unsettled(self, module: nn.Module, name: str) -> bool:
+        # state_dict() undoes the packing.
         return isinstance(module, nn.Linear) and getattr(module, name).device.type == "cpu"
 
     def _state(self, module: nn.Module, name: str) -> Any:
         return getattr(module, name).quant_state or module.quant_state
 
     def _unpacked(self, data: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Data and state in the general layout, which the first forward repacks on some CPUs."""
+        """Data and state in the common layout, which the first forward repacks on some CPUs."""
         if not getattr(state, "packing_format_for_cpu", False):
             return data, state
         functional: Any = sys.modules["bitsandbytes.functional"]
@@ -191,7 +191,7 @@ class Bitsandbytes4(Format):
         return [getattr(module, name).data, *scales]
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        held, state = getattr(module, name), self._state(module, name)
+        parameter, state = getattr(module, name), self._state(module, name)
         functional: Any = sys.modules["bitsandbytes.functional"]
         packed = getattr(state, "packing_format_for_cpu", False)
         data, new = functional.quantize_4bit(
@@ -199,31 +199,31 @@ class Bitsandbytes4(Format):
             blocksize=state.blocksize,
             compress_statistics=state.nested and not packed,
             quant_type=state.quant_type,
-            quant_storage=held.quant_storage,
+            quant_storage=parameter.quant_storage,
         )
         if packed:
             data, new = functional._convert_weight_packed_for_cpu(data, new)
-        values = [data.view(held.dtype).view_as(held.data), new.absmax]
+        values = [data.view(parameter.dtype).view_as(parameter.data), new.absmax]
         if new.nested:
             values += [new.offset, new.state2.absmax]
         _write(self.tensors(module, name), values)
 
     def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
-        in_place = super().keep(module, name)
+        restore_in_place = super().keep(module, name)
         data = getattr(module, name).data.clone()
         state = copy.deepcopy(vars(self._state(module, name)))
         packed = state.get("packing_format_for_cpu", False)
 
-        def put_back() -> None:
-            now = self._state(module, name)
-            if getattr(now, "packing_format_for_cpu", False) == packed:
-                in_place()
+        def restore() -> None:
+            current = self._state(module, name)
+            if getattr(current, "packing_format_for_cpu", False) == packed:
+                restore_in_place()
             else:  # a forward has repacked it since
                 getattr(module, name).data = data.clone()
-                vars(now).clear()
-                vars(now).update(copy.deepcopy(state))
+                vars(current).clear()
+                vars(current).update(copy.deepcopy(state))
 
-        return put_back
+        return restore
 
 
 class WrapperSubclass(Format):
@@ -237,7 +237,7 @@ class WrapperSubclass(Format):
         return getattr(module, name).detach().dequantize()
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return list(_inner(getattr(module, name)))
+        return list(_wrapped_tensors(getattr(module, name)))
 
 
 class FineGrained8(Format):
@@ -252,7 +252,7 @@ class FineGrained8(Format):
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         weight, scale = (tensor.detach().float() for tensor in self.tensors(module, name))
         block: Any = module.block_size
-        if block is None or scale.dim() < 2:  # one for all, or one per expert
+        if block is None or scale.dim() < 2:  # a single scale, or one per expert
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
         rows, columns = weight.shape[-2:]
         scale = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
@@ -279,14 +279,14 @@ class Plain(Format):
         getattr(module, name).data.copy_(weight)
 
 
-#: Formats whose tensors are no numbers of W, whatever their dtype.
+#: Formats whose tensors do not hold W's numbers, even if they are floating-point.
 LIBRARIES: tuple[Format, ...] = (
     Bitsandbytes4(),
     Bitsandbytes8(),
     WrapperSubclass(),
     FineGrained8(),
 )
-#: The first that holds the weight reads it.
+#: The first that holds a weight is its format.
 FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
 
 
@@ -300,12 +300,12 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def is_wrapped(weight: Any) -> bool:
-    """Whether a tensor is a subclass that has only the numbers of other tensors."""
+    """Whether a tensor is a subclass that wraps other tensors and has no numbers itself."""
     return isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
 
 
 def format_of(module: nn.Module, name: str) -> Format | None:
-    """The format of that weight, None where it is unknown."""
+    """The format of the weight `name`; None if it is unknown."""
     return next((item for item in FORMATS if item.holds(module, name)), None)
 
 
@@ -320,22 +320,22 @@ def _is(value: Any, module: str, name: str) -> bool:
     return isinstance(cls, type) and isinstance(value, cls)
 
 
-def _inner(tensor: Tensor) -> Iterator[Tensor]:
+def _wrapped_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not is_wrapped(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-        yield from _inner(getattr(tensor, name))
+        yield from _wrapped_tensors(getattr(tensor, name))
 
 
-def _write(places: list[Tensor], values: list[Tensor]) -> None:
-    """Copy in place. Raises CannotStore where a tensor would have to change its size or type."""
-    for place, value in zip(places, values, strict=True):
-        if place.shape != value.shape or place.dtype != value.dtype:
+def _write(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy in place. Raises CannotStore if a tensor would have to change its size or dtype."""
+    for target, value in zip(targets, values, strict=True):
+        if target.shape != value.shape or target.dtype != value.dtype:
             raise CannotStore(
                 f"it is quantised to {tuple(value.shape)} {value.dtype}, but stored as "
-                f"{tuple(place.shape)} {place.dtype}"
+                f"{tuple(target.shape)} {target.dtype}"
             )
     with torch.no_grad():
-        for place, value in zip(places, values, strict=True):
-            place.copy_(value)
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)

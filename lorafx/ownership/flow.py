@@ -73,8 +73,8 @@ class Flow:
 
     def numbers(self, args: Iterable[object]) -> Shape:
         """Integer arguments as expressions; () unless all are integers."""
-        found = [self.size(arg) for arg in args]
-        return tuple(size for size in found if size is not None) if None not in found else ()
+        sizes = [self.size(arg) for arg in args]
+        return tuple(size for size in sizes if size is not None) if None not in sizes else ()
 
     def whole(self, size: sympy.Expr, label: Own) -> bool:
         """Whether `size` is a whole number of the label's periods rows·B."""

@@ -1,4 +1,4 @@
-"""Rules for operators that choose positions by index tensors, for masks and permutations of rows,
+"""Rules for operators that take positions from index tensors, for masks and permutations of rows,
 and for collectives over ranks.
 
 x owned at d, indexed there by t whose values are the digit v(i) = (p[i] // k) mod m, is owned
@@ -11,9 +11,9 @@ argsort, or an iota written (index_put, scatter) at p. `Flow.inverses` records s
 
     x.masked_scatter(mask, source)      x[mask] = source
 
-The k-th position takes the k-th element. Where the requests of x and source are in turn, a request
-gets its own elements if it has as many positions as elements. The rule assumes that and notes the
-node in `Flow.fits`; `lorafx::own_mask` checks it at run time.
+The k-th position takes the k-th element. If the requests of x and source are in turn, a request
+gets its own elements if it has as many positions as elements. The rule assumes this and adds the
+node to `Flow.fits`; `lorafx::own_mask` checks it at run time.
 
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
     all_gather          out = [a_0; a_1; ...] along the first dimension
@@ -61,11 +61,11 @@ def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
     shape = flow.shape(keys)
     if len(shape) != 1:
         return None
-    known = flow.digit(keys)
-    if known is not None and known.perm is not None and not bound(sort).get("descending"):
-        whole = known.rows == ONE and equal(known.modulus, shape[0])
-        if whole and known.perm not in flow.inverses:
-            flow.inverses[known.perm], flow.inverses[node] = node, known.perm
+    digit = flow.digit(keys)
+    if digit is not None and digit.perm is not None and not bound(sort).get("descending"):
+        whole = digit.rows == ONE and equal(digit.modulus, shape[0])
+        if whole and digit.perm not in flow.inverses:
+            flow.inverses[digit.perm], flow.inverses[node] = node, digit.perm
     return Digit(0, ONE, shape[0], node)
 
 
@@ -96,12 +96,14 @@ def in_turn(flow: Flow, tensor: fx.Node, label: Own) -> bool:
     return label.perm is None and equal(upto, label.rows * flow.batch)
 
 
-def chosen(
+def filled(
     node: fx.Node, flow: Flow, x: fx.Node, mask: fx.Node, first: int, source: fx.Node
 ) -> Single:
-    """x with masked positions, from dimension `first`, set to or increased by the source."""
-    at = flow.label(mask)
-    label = flow.agree(node, [flow.label(x), at.at(at.dim + first) if isinstance(at, Own) else at])
+    """x with the positions of a mask, from dimension `first`, set to or increased by the source."""
+    of_mask = flow.label(mask)
+    if isinstance(of_mask, Own):
+        of_mask = of_mask.at(of_mask.dim + first)
+    label = flow.agree(node, [flow.label(x), of_mask])
     values = flow.label(source)
     if isinstance(label, Mixed) or values is None:
         return label
@@ -125,10 +127,10 @@ def masked_scatter(node: fx.Node, flow: Flow) -> Label:
     x, mask = args["self"], args["mask"]
     if flow.shape(node) != flow.shape(x):
         return flow.lost(node, "it is broadcast to its mask")
-    return chosen(node, flow, x, mask, len(flow.shape(x)) - len(flow.shape(mask)), args["source"])
+    return filled(node, flow, x, mask, len(flow.shape(x)) - len(flow.shape(mask)), args["source"])
 
 
-def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+def masked_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     """x, the mask and the source of a node in `Flow.fits`."""
     args = bound(node)
     if "mask" in args:
@@ -136,8 +138,8 @@ def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     return args["self"], next(t for t in args["indices"] if t is not None), args["values"]
 
 
-def kept(node: fx.Node, flow: Flow) -> Label:
-    """Every entry stays in place."""
+def fixed(node: fx.Node, flow: Flow) -> Label:
+    """Every entry keeps its position."""
     return flow.label(operand(node))
 
 
@@ -150,17 +152,17 @@ def gathered(node: fx.Node, flow: Flow) -> Label:
 
 
 class IndexedDims:
-    """The dimensions of x[indices]. `at`: dimension of x -> its index; the `count` dimensions of
-    the broadcast indices begin at `first` of the result."""
+    """The dimensions of x[indices]. `at` maps a dimension of x to its index. The `count` dimensions
+    of the broadcast indices begin at dimension `first` of the result."""
 
     def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
         self.at = {d: t for d, t in enumerate(indices) if t is not None}
         self.count = max((len(flow.shape(t)) for t in self.at.values()), default=0)
-        places = list(self.at)
-        together = places == list(range(places[0], places[0] + len(places))) if places else True
-        self.first = places[0] if places and together else 0
+        dims = list(self.at)
+        adjacent = dims == list(range(dims[0], dims[0] + len(dims))) if dims else True
+        self.first = dims[0] if dims and adjacent else 0
         self.free = [d for d in range(ndim) if d not in self.at]
-        self.result = [("x", d) for d in self.free if d < self.first and together]
+        self.result = [("x", d) for d in self.free if d < self.first and adjacent]
         self.result += [("i", j) for j in range(self.count)]
         self.result += [("x", d) for d in self.free if ("x", d) not in self.result]
 
@@ -175,7 +177,7 @@ def is_boolean(arg: fx.Node) -> bool:
     return arg.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-def layout(flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
+def indexed_dims(flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
     """The dimensions of x[indices]; None for boolean masks, whose result size depends on data."""
     if any(t is not None and is_boolean(t) for t in indices):
         return None
@@ -185,27 +187,27 @@ def layout(flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
 def indexed(node: fx.Node, flow: Flow) -> Label:
     """x[indices]."""
     x = bound(node)["self"]
-    owner, where = flow.label(x), layout(flow, x, indices_of(node, flow))
-    if where is None:
+    owner, dims = flow.label(x), indexed_dims(flow, x, indices_of(node, flow))
+    if dims is None:
         return flow.lost(node, "rows chosen by a mask")
     if isinstance(owner, Mixed):
         return owner
     labels: list[Single] = []
-    through = where.at.get(owner.dim) if isinstance(owner, Own) else None
+    through = dims.at.get(owner.dim) if isinstance(owner, Own) else None
     if isinstance(owner, Own) and through is None:
-        labels.append(owner.at(where.of_x(owner.dim)))
+        labels.append(owner.at(dims.of_x(owner.dim)))
     elif isinstance(owner, Own):
         digit = flow.digit(through)
-        there = compose(flow, owner, digit, flow.batch) if digit is not None else None
-        if digit is None or there is None:
+        composed = compose(flow, owner, digit, flow.batch) if digit is not None else None
+        if digit is None or composed is None:
             return flow.lost(node, f"{owner} is indexed by values that are not known")
-        j = digit.dim + where.count - len(flow.shape(through))
-        labels.append(Own(where.of_index(j), *there))
-    for t in where.at.values():
+        j = digit.dim + dims.count - len(flow.shape(through))
+        labels.append(Own(dims.of_index(j), *composed))
+    for t in dims.at.values():
         if t is through:
             continue
-        label = flow.aligned(t, where.count)
-        labels.append(label.at(where.of_index(label.dim)) if isinstance(label, Own) else label)
+        label = flow.aligned(t, dims.count)
+        labels.append(label.at(dims.of_index(label.dim)) if isinstance(label, Own) else label)
     return flow.agree(node, labels)
 
 
@@ -224,8 +226,8 @@ def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
     index = flow.digit(indices[0])
     if table is None or index is None or len(indices) != 1 or len(flow.shape(args["self"])) != 1:
         return None
-    there = compose(flow, table, index, table.modulus)
-    return Digit(index.dim, there[0], table.modulus, there[1]) if there is not None else None
+    composed = compose(flow, table, index, table.modulus)
+    return Digit(index.dim, composed[0], table.modulus, composed[1]) if composed else None
 
 
 def embedded(node: fx.Node, flow: Flow) -> Label:
@@ -238,51 +240,51 @@ def embedded(node: fx.Node, flow: Flow) -> Label:
 
 def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object) -> Single:
     """x with x[indices] replaced by (or increased by) values."""
-    owner, where = flow.label(x), layout(flow, x, indices)
-    if where is None:
+    owner, dims = flow.label(x), indexed_dims(flow, x, indices)
+    if dims is None:
         return masked_write(node, flow, x, indices, values)
     labels: list[Single] = [owner]
-    passed = flow.aligned(values, len(where.result))
-    if isinstance(passed, Own):
-        passed = landed(node, flow, x, where, passed, "values")
-    labels.append(passed)
-    for t in where.at.values():
-        label, digit = flow.aligned(t, where.count), flow.digit(t)
-        if isinstance(label, Mixed) and isinstance(passed, Own) and digit is not None:
-            continue  # the permutation through which `passed` was followed
+    of_values = flow.aligned(values, len(dims.result))
+    if isinstance(of_values, Own):
+        of_values = in_dims_of_x(node, flow, x, dims, of_values, "values")
+    labels.append(of_values)
+    for t in dims.at.values():
+        label, digit = flow.aligned(t, dims.count), flow.digit(t)
+        if isinstance(label, Mixed) and isinstance(of_values, Own) and digit is not None:
+            continue  # the permutation that `in_dims_of_x` followed
         if isinstance(label, Own):
-            label = landed(node, flow, x, where, label, "index")
+            label = in_dims_of_x(node, flow, x, dims, label, "index")
         labels.append(label)
     return flow.agree(node, labels)
 
 
-def landed(
-    node: fx.Node, flow: Flow, x: fx.Node, where: IndexedDims, label: Own, role: str
+def in_dims_of_x(
+    node: fx.Node, flow: Flow, x: fx.Node, dims: IndexedDims, label: Own, role: str
 ) -> Single:
-    """A label of the result x[indices] in x's dimensions.
+    """A label of the result of x[indices], or of the indices (`role`), in x's dimensions.
 
     Row i, of owner (p[i] // rows) mod B, is written to v(i) = (p[i] // k) mod m of dimension d:
     index v belongs to (v // (rows / k)) mod B.
     """
-    kind, at = where.result[label.dim] if role == "values" else ("i", label.dim)
+    kind, dim = dims.result[label.dim] if role == "values" else ("i", label.dim)
     if kind == "x":
-        return label.at(at)
-    for d, t in where.at.items():
+        return label.at(dim)
+    for d, t in dims.at.items():
         digit = flow.digit(t)
-        if digit is None or digit.dim + where.count - len(flow.shape(t)) != at:
+        if digit is None or digit.dim + dims.count - len(flow.shape(t)) != dim:
             continue
         rows = divide(label.rows, digit.rows)
-        undone = (
+        invertible = (
             digit.perm is not None
             and label.perm is None
             and digit.rows == ONE
             and flow.inverses.get(digit.perm) is not None
         )
         if rows is not None and digit.perm is label.perm:
-            back = Own(d, rows)
-            if equal(digit.modulus, flow.shape(x)[d]) and flow.whole(digit.modulus, back):
-                return back
-        elif undone and equal(digit.modulus, flow.shape(x)[d]):
+            owner = Own(d, rows)
+            if equal(digit.modulus, flow.shape(x)[d]) and flow.whole(digit.modulus, owner):
+                return owner
+        elif invertible and equal(digit.modulus, flow.shape(x)[d]):
             # x[p] = y puts row i at p[i]: row j of x is y[inverse(p)[j]].
             return Own(d, label.rows, flow.inverses[digit.perm])  # type: ignore[index]
     return flow.lost(node, f"{label} is written to positions that are not known")
@@ -291,7 +293,7 @@ def landed(
 def masked_write(
     node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object
 ) -> Single:
-    """x[mask] = one value for all chosen positions, or one for each."""
+    """x[mask] = one value for all positions of the mask, or one for each."""
     n = len(flow.shape(x))
     masks = [(d, t) for d, t in enumerate(indices) if t is not None]
     if len(masks) != 1:
@@ -299,7 +301,7 @@ def masked_write(
     (d, mask), m = masks[0], len(flow.shape(masks[0][1]))
     source, tail = flow.shape(values), flow.shape(x)[m:]
     if d == 0 and len(source) == len(tail) + 1 and all(map(equal, source[1:], tail)):
-        return chosen(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
+        return filled(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
     if len(flow.shape(values)) > n - d - m or flow.label(values) is not None:
         return flow.lost(node, "different values are written to the positions of a mask")
     label = flow.label(mask)
@@ -315,8 +317,8 @@ def index_written(node: fx.Node, flow: Flow) -> Label:
         return written(node, flow, args["self"], indices, args["values"])
     source = args.get("source", args.get("value"))
     if not flow.shape(source):
-        laid = written(node, flow, args["self"], indices, None)
-        return flow.agree(node, [flow.label(source), laid])
+        label = written(node, flow, args["self"], indices, None)
+        return flow.agree(node, [flow.label(source), label])
     return written(node, flow, args["self"], indices, source)
 
 
@@ -360,7 +362,7 @@ RULES: dict[object, Rule] = {
 }  # fmt: skip
 if dist.is_available():
     RULES.update(
-        {c10d.all_reduce: kept, c10d.wait_tensor: kept, c10d.all_gather_into_tensor: gathered}
+        {c10d.all_reduce: fixed, c10d.wait_tensor: fixed, c10d.all_gather_into_tensor: gathered}
     )
 
 
@@ -369,9 +371,9 @@ def compose(
 ) -> tuple[sympy.Expr, fx.Node | None] | None:
     """(rows, perm) of outer∘index: the digit `outer` at the positions in `index`."""
     if outer.perm is not None:
-        undone = index.perm is not None and flow.inverses.get(index.perm) is outer.perm
-        same = index.rows == ONE and undone and is_multiple(index.modulus, outer.rows * modulus)
-        return (outer.rows, None) if same else None
+        inverse = index.perm is not None and flow.inverses.get(index.perm) is outer.perm
+        exact = index.rows == ONE and inverse and is_multiple(index.modulus, outer.rows * modulus)
+        return (outer.rows, None) if exact else None
     if not is_multiple(index.modulus, outer.rows * modulus):
         return None
     return outer.rows * index.rows, index.perm

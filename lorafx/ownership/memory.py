@@ -2,16 +2,16 @@
 
     SHARED             no element depends on a request
     Alone(b)           every element belongs to request b, or to none
-    Listed(dim, L)     index i along `dim` belongs to request L[i], to none where L[i] is NOBODY
-    Patchy(cells)      cells[...] is the request of each element, irregularly
+    Listed(dim, L)     index i along `dim` belongs to request L[i], to none if that is NOBODY
+    Patchy(cells)      cells[...] is the request of each element
 
 None stands for unknown owners. `cells` are int16 tensors that broadcast to the tensor's shape.
-A label belongs to a view of a storage. For a view without one, the labels of other views are spread
-over cells, one for each element of the storage. A storage that was written unseen loses its labels;
-its state reveals such writes:
+A label belongs to a view of a storage. For a view without one, the labels of other views are
+written into cells, one for each element of the storage. A storage that was written by untracked
+code loses its labels; its state reveals such writes:
 
     version     counts the writes that torch sees
-    open        torch has given the memory out as a numpy array, which may be written into
+    open        torch has exported the memory as a numpy array, which may be written into
     digest      of all its bytes, for writers that have its address (DLPack, an extension)
 
     digest = Σ mix(w_i · (2 i + 1) · P)  mod 2⁶⁴        mix(x) = (x ^ (x >> 29)) · Q
@@ -79,31 +79,31 @@ def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
 
 
 def repeated_owners(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
-    """The owners of `entries` if each owner has equally many, adjacent; else None."""
+    """The owner of each of `entries` if every owner has equally many, adjacent; else None."""
     times, remainder = divmod(len(entries), len(owners))
     return None if remainder else tuple(owner for owner in owners for _ in range(times))
 
 
 def cells_of(label: RealLabel | None, ndim: int, device: torch.device) -> Tensor:
-    """Broadcastable cells of a tensor of `ndim` dimensions with label `held`."""
+    """Broadcastable cells of a tensor of `ndim` dimensions with this label."""
     if isinstance(label, Patchy):
         return label.cells
     if isinstance(label, Listed):
-        line = [1] * ndim
-        line[label.dim] = len(label.owners)
-        return torch.tensor(label.owners, dtype=torch.int16, device=device).view(line)
+        sizes = [1] * ndim
+        sizes[label.dim] = len(label.owners)
+        return torch.tensor(label.owners, dtype=torch.int16, device=device).view(sizes)
     value = UNKNOWN if label is None else label.request if isinstance(label, Alone) else NOBODY
     return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
 
 
 def label_of_cells(cells: Tensor) -> RealLabel | None:
-    """The simplest label of these cells; None where some owner is unknown."""
+    """The simplest label of these cells; None if an owner is unknown."""
     for dim, stride in enumerate(cells.stride()):
         if stride == 0:  # constant
             cells = cells.narrow(dim, 0, 1)
     if not cells.numel():
         return SHARED
-    least, most = _ends(cells, range(cells.dim()))
+    least, most = _least_and_most(cells, range(cells.dim()))
     if int(cells.amin()) == UNKNOWN:
         return None
     if int(most) == NOBODY:
@@ -111,18 +111,17 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
     if int(least) == int(most):
         return Alone(int(most))
     for dim in range(cells.dim()):
-        least, most = _ends(cells, [d for d in range(cells.dim()) if d != dim])
+        least, most = _least_and_most(cells, [d for d in range(cells.dim()) if d != dim])
         if bool(((least == most) | (most == NOBODY)).all()):
             return Listed(dim, tuple(most.tolist()))
     return Patchy(cells)
 
 
-def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The least and greatest request over `dims`; NOBODY counts only where it is alone."""
+def _least_and_most(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The least and greatest request over `dims`; NOBODY is never the least."""
     if not dims:
         return cells, cells
-    nowhere = cells == NOBODY
-    least = cells.masked_fill(nowhere, MOST_REQUESTS).amin(tuple(dims))
+    least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(tuple(dims))
     return least, cells.amax(tuple(dims))
 
 
@@ -134,7 +133,7 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
 
 
 def renamed(label: RealLabel | None, requests: Mapping[int, int]) -> RealLabel | None:
-    """The label with requests[b] for b."""
+    """The label with request b replaced by requests[b]."""
     if isinstance(label, Alone):
         return listed(0, (requests.get(label.request, label.request),))
     if isinstance(label, Listed):
@@ -143,28 +142,28 @@ def renamed(label: RealLabel | None, requests: Mapping[int, int]) -> RealLabel |
 
 
 def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
-    """As `renamed`, for cells; UNKNOWN and NOBODY stay."""
+    """Cells with request b replaced by requests[b]; UNKNOWN and NOBODY are unchanged."""
     if not cells.numel():
         return cells
     table = torch.arange(UNKNOWN, max(int(cells.max()), *requests) + 1, dtype=torch.int16)
-    for before, now in requests.items():
-        table[before - UNKNOWN] = now
+    for old, new in requests.items():
+        table[old - UNKNOWN] = new
     return table.to(cells.device)[cells.long() - UNKNOWN]
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The common list, where NOBODY matches any request; None where they differ."""
+    """The common list, if NOBODY matches any request; None if the lists differ."""
     if len({len(owners) for owners in lists}) != 1:
         return None
     if all(owners == lists[0] for owners in lists):
         return lists[0]
-    found: list[int] = []
+    common: list[int] = []
     for column in zip(*lists, strict=True):
-        known = {owner for owner in column if owner != NOBODY}
-        if len(known) > 1:
+        requests = {owner for owner in column if owner != NOBODY}
+        if len(requests) > 1:
             return None
-        found.append(known.pop() if known else NOBODY)
-    return tuple(found)
+        common.append(requests.pop() if requests else NOBODY)
+    return tuple(common)
 
 
 #: sizes, strides, offset
@@ -173,14 +172,14 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(eq=False)
 class _Block:
-    """The labels of a storage, which gets none after it was `handed` to numpy."""
+    """The labels of a storage, which gets none after it was `exported` to numpy."""
 
     ref: StorageWeakRef
     state: MemoryState
     itemsize: int
-    handed: bool = False
+    exported: bool = False
     views: dict[Geometry, RealLabel | None] = field(default_factory=dict)
-    #: (elements of the storage,) int16, made for views without a label.
+    #: (elements of the storage,) int16, once a view without a label was looked up.
     cells: Tensor | None = None
 
 
@@ -189,10 +188,10 @@ class Memory:
 
     Args:
         shared: whether a tensor is the model's, which depends on no request.
-        guarded: whether requests differ, so that unseen writes must be found.
+        guarded: whether requests differ, so that untracked writes must be found.
 
     Attributes:
-        unseen: a tensor was handed to numpy, or written by untracked code.
+        unseen: a tensor was exported to numpy, or written by untracked code.
     """
 
     def __init__(
@@ -213,13 +212,13 @@ class Memory:
             return SHARED if self._shared is not None and self._shared(tensor) else None
         if not self._intact(block, tensor):
             return None
-        place = _place(tensor)
-        if place not in block.views:
-            block.views[place] = self._seen(block, tensor, place)
-        return block.views[place]
+        geometry = _geometry(tensor)
+        if geometry not in block.views:
+            block.views[geometry] = self._label_by_others(block, tensor, geometry)
+        return block.views[geometry]
 
     def computed(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has labels in this call and was not written unseen."""
+        """Whether `tensor` has labels in this call, and no untracked write has changed it."""
         block = self._block(tensor)
         return block is not None and self._intact(block, tensor)
 
@@ -232,7 +231,7 @@ class Memory:
     def set_label(self, tensor: Tensor, label: RealLabel | None) -> None:
         block = self._block(tensor) or self._new(tensor)
         if block is not None:
-            block.views[_place(tensor)] = label
+            block.views[_geometry(tensor)] = label
 
     def note(self, tensor: Tensor, label: RealLabel | None, inputs: Iterable[Tensor] = ()) -> None:
         """Label a result of `inputs`, or a view of one."""
@@ -242,27 +241,27 @@ class Memory:
         elif label is None or block is None or not self._intact(block, tensor):
             return
         if block is not None:
-            block.views[_place(tensor)] = label
+            block.views[_geometry(tensor)] = label
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
-        block, place = self._block(tensor), _place(tensor)
-        if block is not None and block.handed:
+        block, geometry = self._block(tensor), _geometry(tensor)
+        if block is not None and block.exported:
             return
         counts = not tensor.is_inference()
         if not counts or block is None or block.itemsize != tensor.element_size():
-            known = block is None and self._shared is not None and self._shared(tensor)
+            shared = block is None and self._shared is not None and self._shared(tensor)
             block = self._new(tensor)
             if block is None:
                 return
-            if known:
+            if shared:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
-        if block.cells is not None or (block.views and set(block.views) != {place}):
+        if block.cells is not None or (block.views and set(block.views) != {geometry}):
             cells = self._cells(block, tensor)
-            if not _spread(cells, label, place):
+            if not _fill_cells(cells, label, geometry):
                 cells.fill_(UNKNOWN)
             block.views.clear()
-        block.views[place] = label
+        block.views[geometry] = label
         state = self._state(tensor)
         block.state = state._replace(version=state.version + uncounted)
 
@@ -270,7 +269,7 @@ class Memory:
         if not requests:
             return
         for block in self._blocks.values():
-            block.views = {place: renamed(label, requests) for place, label in block.views.items()}
+            block.views = {view: renamed(label, requests) for view, label in block.views.items()}
             if block.cells is not None:
                 block.cells = renamed_cells(block.cells, requests)
 
@@ -289,13 +288,13 @@ class Memory:
         return state_of(tensor, digested=self._guarded())
 
     def _intact(self, block: _Block, tensor: Tensor) -> bool:
-        """Whether the memory is as labelled; otherwise its labels are dropped."""
-        if tensor.is_inference() or block.handed:
+        """Whether the memory is unchanged since it was labelled. If not, its labels are dropped."""
+        if tensor.is_inference() or block.exported:
             return False
-        now = state_of(tensor, digested=block.state.digest is not None)
-        if now == block.state:
+        state = state_of(tensor, digested=block.state.digest is not None)
+        if state == block.state:
             return block.itemsize == tensor.element_size()
-        self.unseen, block.handed = True, now.open != block.state.open
+        self.unseen, block.exported = True, state.open != block.state.open
         block.views, block.cells = {}, None
         return False
 
@@ -304,22 +303,22 @@ class Memory:
         block = None if key is None else self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
-    def _seen(self, block: _Block, tensor: Tensor, place: Geometry) -> RealLabel | None:
+    def _label_by_others(self, block: _Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
         elements = _elements(tensor)
         for (size, stride, offset), label in block.views.items():
-            everything = not offset and math.prod(size) == elements and _apart(size, stride)
-            if everything and isinstance(label, (Shared, Alone)):
+            covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
+            if covers and isinstance(label, (Shared, Alone)):
                 return label
         cells = self._cells(block, tensor)
-        return label_of_cells(cells.as_strided(*place))
+        return label_of_cells(cells.as_strided(*view))
 
     def _cells(self, block: _Block, tensor: Tensor) -> Tensor:
         if block.cells is None:
             elements = _elements(tensor)
             cells = torch.full((elements,), UNKNOWN, dtype=torch.int16, device=tensor.device)
-            for place, label in block.views.items():
+            for geometry, label in block.views.items():
                 if label is not None:
-                    _spread(cells, label, place)
+                    _fill_cells(cells, label, geometry)
             block.cells = cells
         return block.cells
 
@@ -331,7 +330,7 @@ def storage_of(tensor: Tensor) -> int | None:
     return tensor.untyped_storage()._cdata
 
 
-def _place(tensor: Tensor) -> Geometry:
+def _geometry(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
@@ -339,7 +338,7 @@ def _elements(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def _no_overlap(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     reach = 0
     for step, count in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
         if step <= reach:
@@ -348,16 +347,16 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _spread(cells: Tensor, label: RealLabel | None, place: Geometry) -> bool:
-    """Write a view's label into cells; false where overlapping elements may differ."""
-    size, stride, offset = place
-    if isinstance(label, (Listed, Patchy)) and not _apart(size, stride):
+def _fill_cells(cells: Tensor, label: RealLabel | None, geometry: Geometry) -> bool:
+    """Write a view's label into cells. Returns False if overlapping elements may differ."""
+    size, stride, offset = geometry
+    if isinstance(label, (Listed, Patchy)) and not _no_overlap(size, stride):
         return False
     region = cells.as_strided(size, stride, offset)
     for dim, step in enumerate(stride):
         if step == 0 and size[dim]:
             region = region.narrow(dim, 0, 1)
-    if not _apart(tuple(region.shape), tuple(region.stride())):
+    if not _no_overlap(tuple(region.shape), tuple(region.stride())):
         return False
     region.copy_(cells_of(label, len(size), cells.device).expand(region.shape))
     return True
@@ -369,7 +368,7 @@ _CHUNK = 1 << 17
 
 
 class MemoryState(NamedTuple):
-    """The state of a whole storage; `digest` only on request."""
+    """The state of a whole storage; `digest` is None unless it was requested."""
 
     version: int
     open: bool
@@ -408,11 +407,11 @@ def _weights(device: torch.device) -> Tensor:
 
 
 class Remembered:
-    """Storages of a model's tensors outside its parameters and buffers that depend on no request,
+    """Storages of a model's tensors that depend on no request but are no parameters or buffers,
     such as a table of biases in a dict, with their states.
 
-    Such a tensor existed before compilation, or a graph computed it from sizes and tensors without
-    LoRA alone. It counts until it is written into.
+    Such a tensor existed before compilation, or a graph computed it only from sizes and tensors
+    without LoRA. It is forgotten once it is written into.
     """
 
     def __init__(self) -> None:
@@ -427,10 +426,10 @@ class Remembered:
                 self._known[key] = reference, state_of(tensor, digested=True)
 
     def holds(self, tensor: Tensor) -> bool:
-        found = self._known.get(key) if (key := storage_of(tensor)) is not None else None
-        if found is None or found[0].expired() or tensor.is_inference():
+        item = self._known.get(key) if (key := storage_of(tensor)) is not None else None
+        if item is None or item[0].expired() or tensor.is_inference():
             return False
-        return found[1] == state_of(tensor, digested=True)
+        return item[1] == state_of(tensor, digested=True)
 
 
 def in_containers(model: nn.Module) -> Iterator[Tensor]:
@@ -455,7 +454,7 @@ class TensorVersions:
         }
 
     def unwritten(self, tensor: object) -> bool:
-        """Whether `tensor` is a parameter, or one of these and unwritten since."""
+        """Whether `tensor` is a parameter, or one of these that was not written into since."""
         if isinstance(tensor, nn.Parameter):
             return True
         reference, state = self._known.get(id(tensor), (None, None))
@@ -472,7 +471,7 @@ class ModelMemory:
         self._known: dict[int, Any] = {}
 
     def in_one_call(self) -> Callable[[Tensor], bool]:
-        """A predicate, valid for one call: whether a tensor lies in the model's memory."""
+        """A predicate that is valid for one call: whether a tensor is in the model's memory."""
         looked = False
 
         def holds(tensor: Tensor) -> bool:
@@ -486,10 +485,10 @@ class ModelMemory:
 
     def _holds(self, tensor: Tensor) -> bool:
         key = storage_of(tensor)
-        found = self._known.get(id(tensor) if key is None else key)
-        if isinstance(found, StorageWeakRef):
-            return not found.expired()
-        return found is not None and found() is tensor
+        reference = self._known.get(id(tensor) if key is None else key)
+        if isinstance(reference, StorageWeakRef):
+            return not reference.expired()
+        return reference is not None and reference() is tensor
 
 
 def _reference(tensor: Tensor) -> tuple[int, Any]:

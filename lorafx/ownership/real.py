@@ -2,7 +2,7 @@
 
 The graph's rules apply with numbers for symbols: each index along an operand's dimension counts as
 a request, which the list of owners maps to one of the batch. Operators that move whole elements
-(indexing by known values, joining, padding) move their cells.
+(indexing by known values, concatenation, padding) are applied to the cells.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Labels = Mapping[int, "RealLabel | None"]  # by identity of the tensor
 
 
 def cells_in(value: Tensor, labels: Labels) -> Tensor:
-    """A cell for each element."""
+    """The cells of a tensor, one for each element."""
     return cells_of(labels[id(value)], value.dim(), value.device).expand(value.shape)
 
 
-def moved(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+def moved_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
     """Apply an operator with numeric positions to the cells."""
 
     def cells(value: Any) -> Any:
@@ -53,24 +53,24 @@ def moved(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -
     return func(**{name: cells(value) for name, value in named.items()})
 
 
-def padded(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+def padded_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
     return aten.constant_pad_nd(cells_in(named["self"], labels), named["pad"], NOBODY)
 
 
-def positions(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+def position_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
     """nonzero: each position belongs to the owner of its element."""
     cells = cells_in(named["self"], labels)[tuple(result.unbind(1))]
     return cells.unsqueeze(1).expand(result.shape)
 
 
-def indexed(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+def indexed_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
     """x[indices], x.index_select(dim, index)."""
     index = Indices.of(named, labels)
     return index.owned(cells_in(named["self"], labels)[index.key])
 
 
-def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x[indices] = y, or += y: y's owners at their targets, None if ambiguous."""
+def put_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
+    """x[indices] = y, or += y: y's owners at the indices; None if two differ at one of them."""
     table, index = cells_in(named["self"], labels).clone(), Indices.of(named, labels)
     before = table[index.key]
     owners = cells_in(named.get("source", named.get("values")), labels).expand(before.shape)
@@ -81,13 +81,13 @@ def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) ->
     return None if bool((table[index.key] != owners).any()) else table
 
 
-def masked(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
-    """x.masked_scatter(mask, source): source's owners at their targets."""
+def scattered_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+    """x.masked_scatter(mask, source): source's owners at the mask's positions."""
     mask = named["mask"]
-    whose = cells_in(mask, labels).expand(result.shape)
+    mask_cells = cells_in(mask, labels).expand(result.shape)
     mask, x = mask.expand(result.shape), cells_in(named["self"], labels).expand(result.shape)
-    taken = cells_in(named["source"], labels).reshape(-1)[: int(mask.sum())]
-    return joined(x.masked_scatter(mask, taken), whose)
+    source = cells_in(named["source"], labels).reshape(-1)[: int(mask.sum())]
+    return joined(x.masked_scatter(mask, source), mask_cells)
 
 
 class Indices:
@@ -105,10 +105,10 @@ class Indices:
                 continue
             cells = cells_in(index, labels)
             if index.dtype in (torch.bool, torch.uint8):
-                chosen = index.nonzero().unbind(1)
-                self.at.extend(chosen)
-                self.cells.extend([cells[tuple(chosen)]] * len(chosen))
-                self.masked.extend([True] * len(chosen))
+                positions = index.nonzero().unbind(1)
+                self.at.extend(positions)
+                self.cells.extend([cells[tuple(positions)]] * len(positions))
+                self.masked.extend([True] * len(positions))
             else:
                 self.at.append(index)
                 self.masked.append(False)
@@ -125,35 +125,35 @@ class Indices:
     def key(self) -> tuple[Any, ...]:
         return tuple(slice(None) if index is None else index.long() for index in self.at)
 
-    def owned(self, picked: Tensor) -> Tensor:
-        """`picked`, cells of table[indices], joined with the owners of the indices.
+    def owned(self, entries: Tensor) -> Tensor:
+        """`entries`, the cells of table[indices], joined with the owners of the indices.
 
-        A mask of unknown owners is neutral: the selection of rows, in order, is not their content.
+        A mask of unknown owners is neutral: it selects rows, in order, and does not change them.
         """
-        places = [dim for dim, index in enumerate(self.at) if index is not None]
-        together = places == list(range(places[0], places[0] + len(places)))
+        dims = [dim for dim, index in enumerate(self.at) if index is not None]
+        adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
         count = max(index.dim() for index in self.at if index is not None)
-        behind = picked.dim() - (places[0] if together else 0) - count
-        for dim in places:
+        trailing = entries.dim() - (dims[0] if adjacent else 0) - count
+        for dim in dims:
             cells = self.cells[dim]
-            cells = cells.reshape(*cells.shape, *[1] * behind)
+            cells = cells.reshape(*cells.shape, *[1] * trailing)
             if self.masked[dim]:
-                cells = torch.where((cells == UNKNOWN) & (picked >= 0), NOBODY, cells)
-            picked = joined(picked, cells)
-        return picked
+                cells = torch.where((cells == UNKNOWN) & (entries >= 0), NOBODY, cells)
+            entries = joined(entries, cells)
+        return entries
 
 
-#: By operator, or its functional form.
+#: The cells of a result, by operator in its functional form.
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     **dict.fromkeys(
-        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved
+        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
     ),
-    aten.constant_pad_nd: padded,
-    aten.nonzero: positions,
-    **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed),
-    aten.masked_scatter: masked,
+    aten.constant_pad_nd: padded_cells,
+    aten.nonzero: position_cells,
+    **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed_cells),
+    aten.masked_scatter: scattered_cells,
     **dict.fromkeys(
-        (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), laid
+        (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), put_cells
     ),
 }
 
@@ -171,15 +171,15 @@ def tensors_in(values: object) -> Iterator[Tensor]:
 
 def written(func: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that the operator writes into."""
-    found: list[Tensor] = []
-    for position, name in _written_places(func):
+    tensors: list[Tensor] = []
+    for position, name in _written_arguments(func):
         value = kwargs.get(name, args[position] if position < len(args) else None)
-        found.extend(tensors_in(value))
-    return found
+        tensors.extend(tensors_in(value))
+    return tensors
 
 
 @cache
-def _written_places(func: Any) -> tuple[tuple[int, str], ...]:
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
@@ -214,33 +214,33 @@ def result_labels(
     rule = rule_for(twin)[0]
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
-    alike = alone(inputs)
-    if alike is not None:
-        return [alike] * len(outputs)
+    single = alone(inputs)
+    if single is not None:
+        return [single] * len(outputs)
     if "out" in kwargs or not outputs:
         return [None] * len(outputs)
     if twin.overloadpacket in (aten.sort, aten.argsort) and operands[0].dim() == 1:
         order = cells_of(inputs[0], 1, outputs[-1].device).expand(operands[0].shape)[outputs[-1]]
         return [label_of_cells(order)] * len(outputs)
     if twin.overloadpacket in MOVES:
-        named = _named(twin, args, kwargs)
+        named = _arguments_by_name(twin, args, kwargs)
         cells = MOVES[twin.overloadpacket](twin, named, outputs[0], labels)
         return [None if cells is None else label_of_cells(cells.expand(outputs[0].shape))]
     if any(label is None for label in inputs):
         return [None] * len(outputs)
-    found = _by_rule(twin, args, kwargs, results, {id(o): labels[id(o)] for o in operands})
-    if found is None and rule in (pointwise.pointwise, pointwise.copied):
-        cells = _joined(operands, inputs)
+    by_rule = _by_rule(twin, args, kwargs, results, {id(o): labels[id(o)] for o in operands})
+    if by_rule is None and rule in (pointwise.pointwise, pointwise.copied):
+        cells = _joined_cells(operands, inputs)
         return [label_of_cells(cells.expand(output.shape)) for output in outputs]
-    return found or [None] * len(outputs)
+    return by_rule or [None] * len(outputs)
 
 
-def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _joined(operands: Sequence[Tensor], labels: Sequence[RealLabel | None]) -> Tensor:
+def _joined_cells(operands: Sequence[Tensor], labels: Sequence[RealLabel | None]) -> Tensor:
     cells = cells_of(SHARED, 0, operands[0].device)
     for operand, label in zip(operands, labels, strict=True):
         cells = joined(cells, cells_of(label, operand.dim(), operand.device))
@@ -262,9 +262,9 @@ def _by_rule(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[RealLabel | None] | None:
     """The graph's rule, if all owned operands list the same owners."""
-    listed = [label for label in labels.values() if not isinstance(label, Shared)]
-    owners = same_owners([label.owners for label in listed if isinstance(label, Listed)])
-    if owners is None or not all(isinstance(label, Listed) for label in listed):
+    owned = [label for label in labels.values() if not isinstance(label, Shared)]
+    owners = same_owners([label.owners for label in owned if isinstance(label, Listed)])
+    if owners is None or not all(isinstance(label, Listed) for label in owned):
         return None
     graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
     flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
@@ -295,16 +295,16 @@ def _real_labels(
     several = isinstance(results, (tuple, list))
     values: Sequence[Any] = results if several else [results]  # type: ignore[assignment]
     singles = label if isinstance(label, tuple) else (label,) * len(values)
-    found: list[RealLabel | None] = []
+    labels: list[RealLabel | None] = []
     for value, single in zip(values, singles, strict=True):
         if not isinstance(value, Tensor):
             continue
         if single is None:
-            found.append(SHARED)
+            labels.append(SHARED)
         elif isinstance(single, Own) and single.perm is None:
             rows, size = int(single.rows), value.shape[single.dim]
-            spread = tuple(owners[i // rows % len(owners)] for i in range(size))
-            found.append(Listed(single.dim, spread))
+            by_index = tuple(owners[i // rows % len(owners)] for i in range(size))
+            labels.append(Listed(single.dim, by_index))
         else:
-            found.append(Alone(owners[single.request]) if isinstance(single, One) else None)
-    return found if any(found_label is not None for found_label in found) else None
+            labels.append(Alone(owners[single.request]) if isinstance(single, One) else None)
+    return labels if any(item is not None for item in labels) else None

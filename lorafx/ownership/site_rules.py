@@ -88,7 +88,7 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
 
 def copied_per_request(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
     """The label of a site whose shared x holds a copy for each request: `give_out` made the copies,
-    or exactly one row dimension of x has B entries. `flow_through` withdraws it where later nodes
+    or exactly one row dimension of x has B entries. `flow_through` withdraws it if later nodes
     disagree."""
     if not flow.copies or node in flow.withheld:
         return None
@@ -106,7 +106,7 @@ def copied_per_request(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own
 
 
 def rows_of(node: fx.Node, flow: Flow) -> Label:
-    """rows_of(x, y): the label of y or, where that is Mixed, of x: row m of y comes from x's."""
+    """rows_of(x, y): the label of y or, if that is Mixed, of x: row m of y comes from x's."""
     args = bound(node)
     x, y = args["x"], args["y"]
     label, of_x = flow.label(y), flow.label(x)
@@ -127,7 +127,7 @@ def attended(node: fx.Node, flow: Flow) -> Label:
     label = flow.label(bound(node)["query"])
     if isinstance(label, Mixed) or (isinstance(label, Own) and label.dim == 2):
         return label
-    return flow.lost(node, f"its queries are of {label}, where each is of a token")
+    return flow.lost(node, f"its queries are {label}, and each should belong to a token")
 
 
 def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
@@ -140,16 +140,16 @@ def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule
         return each_output(node, Pooled())
     if owned and rule in _CONTRACTING:
         pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
-        kept = {pool: flow.labels[pool] for pool in pools}
+        pool_labels = {pool: flow.labels[pool] for pool in pools}
         flow.labels.update(dict.fromkeys(pools))
         try:
             label = rule(node, flow)
         finally:
-            flow.labels.update(kept)
+            flow.labels.update(pool_labels)
         first = label[0] if isinstance(label, tuple) else label
         if isinstance(first, (Own, Mixed)):
             return label
-    return each_output(node, flow.lost(node, "it takes what a paged cache holds of all requests"))
+    return each_output(node, flow.lost(node, "it reads a paged cache's entries of all requests"))
 
 
 _CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}

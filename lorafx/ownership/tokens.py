@@ -1,4 +1,4 @@
-"""The token position of each row of a site, where slots are given per token (B, T).
+"""The token position of each row of a site, for slots per token (B, T).
 
 Ownership gives the request of a row. Here each dimension of a tensor has a state:
 
@@ -6,7 +6,7 @@ Ownership gives the request of a row. Here each dimension of a tensor has a stat
     None                   neutral: the dimension says nothing about positions
     LOST                   positions were moved, contracted into it, or never known
 
-Row t of attention's output stands for position t: states are about places, not information.
+Row t of attention's output stands for position t: states follow positions, not information.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Alignment:
         return tuple(size.xreplace(self._same) for size in self.flow.shape(node))
 
     def of(self, arg: object) -> States:
-        """A tensor's states; neutral where it depends on no request."""
+        """A tensor's states; all neutral if it depends on no request."""
         if isinstance(arg, fx.Node) and self.flow.label(arg) is not None and arg in self.states:
             return self.states[arg]
         return (None,) * len(self.shape(arg))
@@ -101,47 +101,47 @@ class Alignment:
     def _state(self, node: fx.Node) -> States:
         n = outputs(node)[0].dim()  # type: ignore[union-attr]
         if node.target is operator.getitem:
-            found = self.states[operand(node)]
-            return found if len(found) == n else (LOST,) * n
+            states = self.states[operand(node)]
+            return states if len(states) == n else (LOST,) * n
         if not isinstance(node.target, OpOverload):
             return (LOST,) * n
         packet = node.target.overloadpacket
         if packet in views.MOVES:
-            found = self._moved(node, views.MOVES[packet][0])
+            states = self._moved(node, views.MOVES[packet][0])
         elif packet in views.VIEWS:
-            found = self._viewed(node)
+            states = self._viewed(node)
         elif packet in contractions.PRODUCTS:
-            found = self._contracted(node, packet)
+            states = self._contracted(node, packet)
         elif packet == aten.slice:
-            found = self._cut(node)
+            states = self._sliced(node)
         elif views.RULES.get(packet) is views.split:
-            found = self._split(node)
+            states = self._split(node)
         elif packet == aten.cat:
-            found = self._joined(node)
+            states = self._joined(node)
         elif contractions.RULES.get(packet) is contractions.attention:
-            found = (*self.of(bound(node)["query"])[:-1], None)
+            states = (*self.of(bound(node)["query"])[:-1], None)
         elif reductions.RULES.get(packet) is reductions.reduced:
-            found = self._reduced(node)
+            states = self._reduced(node)
         elif packet in (aten._softmax, aten.softmax, aten._safe_softmax, aten.cumsum):
-            found = self.of(operand(node))
+            states = self.of(operand(node))
         elif packet == aten.embedding:
-            found = (*self.of(bound(node)["indices"]), None)
+            states = (*self.of(bound(node)["indices"]), None)
         elif sites.RULES.get(packet) is sites.rows_of:
-            found = self.of(bound(node)["y"])
-            if LOST in found[:-1]:
-                found = (*self.of(sites.input_of(node))[: n - 1], None)
+            states = self.of(bound(node)["y"])
+            if LOST in states[:-1]:
+                states = (*self.of(sites.input_of(node))[: n - 1], None)
         elif packet in sites.RULES:
-            found = self.of(bound(node)["y"])
+            states = self.of(bound(node)["y"])
         elif (
             pointwise.RULES.get(packet) is pointwise.pointwise
             or torch.Tag.pointwise in node.target.tags
         ):
-            found = self._broadcast(node.all_input_nodes, n)
+            states = self._broadcast(node.all_input_nodes, n)
         elif packet in reductions.SPATIAL:
-            found = self.of(operand(node))[:1] + (LOST,) * (n - 1)
+            states = self.of(operand(node))[:1] + (LOST,) * (n - 1)
         else:
-            found = (LOST,) * n
-        return tuple(found) if len(found) == n else (LOST,) * n
+            states = (LOST,) * n
+        return tuple(states) if len(states) == n else (LOST,) * n
 
     def _broadcast(self, args: Sequence[object], n: int) -> States:
         """Operands that are not broadcast along a dimension must agree there."""
@@ -150,11 +150,11 @@ class Alignment:
             shape, operand_states = self.shape(arg), self.of(arg)
             for d, state in enumerate(operand_states, n - len(operand_states)):
                 if shape[d - n] != ONE:
-                    states[d] = self._met(states[d], state)
+                    states[d] = self._common(states[d], state)
         return tuple(states)
 
     @staticmethod
-    def _met(a: State, b: State) -> State:
+    def _common(a: State, b: State) -> State:
         if a is None or b is None:
             return b if a is None else a
         return a if a == b else LOST
@@ -184,7 +184,7 @@ class Alignment:
             to = reshaped(d, rows, self.tokens, old, new, fixed=lost)
             if to is None:
                 return (LOST,) * len(new)
-            states[to[0]] = LOST if lost else self._met(states[to[0]], to[1])
+            states[to[0]] = LOST if lost else self._common(states[to[0]], to[1])
         return tuple(states)
 
     def _contracted(self, node: fx.Node, packet: object) -> States:
@@ -193,13 +193,13 @@ class Alignment:
         a, b = (self.of(args[name]) for name in operands)
         if b[-1] is None and is_multiple(self.shape(args[operands[1]])[-1], self.tokens):
             b = (*b[:-1], LOST)  # a new dimension of T entries is no list of positions
-        out = (*(self._met(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-1])
+        out = (*(self._common(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-1])
         if not addend:
             return out
         bias = self._broadcast([args[addend]], len(out))
-        return tuple(self._met(x, y) for x, y in zip(out, bias, strict=True))
+        return tuple(self._common(x, y) for x, y in zip(out, bias, strict=True))
 
-    def _cut(self, node: fx.Node) -> States:
+    def _sliced(self, node: fx.Node) -> States:
         args, states = bound(node), list(self.of(operand(node)))
         dim = wrap(args["dim"], len(states))
         if states[dim] is not None and not views.is_full(node, self.flow, dim, args["step"]):

@@ -32,17 +32,17 @@ def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
     """Row-major reshape of the first argument into the node's shape."""
     modulus = carried.modulus if isinstance(carried, Digit) else flow.batch
     old, new = flow.shape(operand(node)), flow.shape(node)
-    found = reshaped(carried.dim, carried.rows, modulus, old, new, carried.perm is not None)
-    return replace(carried, dim=found[0], rows=found[1]) if found is not None else None
+    moved = reshaped(carried.dim, carried.rows, modulus, old, new, carried.perm is not None)
+    return replace(carried, dim=moved[0], rows=moved[1]) if moved is not None else None
 
 
 @of_owned
 def view(node: fx.Node, flow: Flow, label: Own) -> Label:
-    there = view_of(node, flow, label)
-    if there is None:
+    moved = view_of(node, flow, label)
+    if moved is None:
         old, new = flow.shape(operand(node)), flow.shape(node)
         return flow.lost(node, f"{label} cannot be followed from sizes {old} to {new}")
-    return there
+    return moved
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
@@ -73,8 +73,8 @@ def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
     return view_of(node, flow, digit) if digit is not None else None
 
 
-def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
-    """A rule (and its twin for digits) that renumbers the first argument's dimensions."""
+def renumbering(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
+    """The rules, for labels and for digits, of an operator that renumbers dimensions."""
 
     @of_owned
     def rule(node: fx.Node, flow: Flow, label: Own) -> Label:
@@ -106,7 +106,7 @@ def transposed(node: fx.Node, flow: Flow, dim: int) -> int | None:
     return {a: b, b: a}.get(dim, dim)
 
 
-def turned(node: fx.Node, flow: Flow, dim: int) -> int | None:
+def matrix_transposed(node: fx.Node, flow: Flow, dim: int) -> int | None:
     """t(): transposes a matrix, keeps a vector."""
     return 1 - dim if ndim(node, flow) == 2 else dim
 
@@ -121,10 +121,10 @@ def squeezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
     args, shape = bound(node), flow.shape(operand(node))
     dims = args.get("dim", args.get("dimensions"))
     named = wrap_all(dims, len(shape))
-    gone = [d for d in sorted(named) if shape[d] == ONE]
-    if len(shape) - len(gone) != len(flow.shape(node)):
-        return None  # a size of one that only the example call knew about
-    return None if dim in gone else dim - sum(d < dim for d in gone)
+    dropped = [d for d in sorted(named) if shape[d] == ONE]
+    if len(shape) - len(dropped) != len(flow.shape(node)):
+        return None  # a size is one in the traced call only
+    return None if dim in dropped else dim - sum(d < dim for d in dropped)
 
 
 def expanded(node: fx.Node, flow: Flow, dim: int) -> int | None:
@@ -147,7 +147,7 @@ def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 
 def untouched(name: str) -> Renumber:
-    """All dimensions stay; the argument `name` must not name the owner's."""
+    """Dimensions keep their numbers; the argument `name` must not name the owner's."""
 
     def renumber(node: fx.Node, flow: Flow, dim: int) -> int | None:
         return None if dim in wrap_all(bound(node)[name], ndim(node, flow)) else dim
@@ -221,7 +221,7 @@ def as_strided(node: fx.Node, flow: Flow, label: Own) -> Label:
 MOVES: dict[object, tuple[Renumber, str]] = {
     **dict.fromkeys((aten.permute, prims.transpose), (permuted, "")),
     **dict.fromkeys((aten.transpose, aten.swapaxes, aten.swapdims), (transposed, "")),
-    aten.t: (turned, ""),
+    aten.t: (matrix_transposed, ""),
     aten.unsqueeze: (unsqueezed, ""),
     **dict.fromkeys((aten.squeeze, prims.squeeze), (squeezed, "the owner dimension is dropped")),
     **dict.fromkeys((aten.expand, aten.broadcast_to, aten.expand_as), (expanded, "")),
@@ -241,7 +241,7 @@ MOVES: dict[object, tuple[Renumber, str]] = {
         (last_dims_padded, "the owner dimension is padded"),
     ),
 }  # fmt: skip
-_PAIRS = {op: moved(*move) for op, move in MOVES.items()}
+_PAIRS = {op: renumbering(*move) for op, move in MOVES.items()}
 VIEWS: Sequence[object] = (
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten._reshape_alias,
     aten.flatten, aten.unflatten, prims.reshape, prims.collapse_view, prims.split_dim,
@@ -257,7 +257,7 @@ def piece(node: fx.Node, flow: Flow, label: Own, start: sympy.Expr, size: sympy.
 
 
 def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:
-    """The slice keeps the whole dimension."""
+    """Whether the slice keeps the whole dimension."""
     return step == 1 and equal(flow.shape(node)[dim], flow.shape(operand(node))[dim])
 
 
@@ -292,7 +292,7 @@ def sliced_digit(node: fx.Node, flow: Flow) -> Digit | None:
 
 @of_owned
 def split(node: fx.Node, flow: Flow, label: Own) -> Label:
-    """split, split_with_sizes, chunk and their kin: one label a piece."""
+    """split, split_with_sizes, chunk and similar operators: a label for each piece."""
     dim = wrap(bound(node).get("dim", 0), len(flow.shape(operand(node))))
     if label.dim != dim:
         return each_output(node, label)

@@ -1,9 +1,9 @@
 """Which forward arguments carry requests, and in which dimension.
 
 Index b along that dimension belongs to request b. The dimension comes from `LoraConfig.row_dims`,
-from the tables below of names in transformers' forwards, or, where a model declares no roles, from
+from the tables below of names in transformers' forwards, or, for models that declare no roles, from
 the convention that dimension 0 is the batch; it is never guessed from sizes. An item `x` of a dict
-`batch` is "batch.x", with the role of "x" unless declared.
+`batch` is "batch.x", and has the role of "x" unless another is declared.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ ROW_DIMS: Mapping[str, int | None] = {
     **dict.fromkeys(_SHARED),
 }
 
-#: Only in models that declare roles: elsewhere such names are ambiguous, and the sequence may come
-#: first.
+#: For models that declare roles only: in others such names are ambiguous, and the sequence may be
+#: the first dimension.
 DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
     (
         # images beside a text
@@ -67,8 +67,8 @@ DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
     BATCH_FIRST,
 )
 
-#: For a packed call over a paged cache: (1, T) tokens of all sequences in turn. Each token counts
-#: as a request here, with the slot of its request.
+#: For a packed call over a paged cache, (1, T) tokens of all sequences in turn. Each token is a
+#: request here, with the slot of its own request.
 PACKED_DIMS: Mapping[str, int | None] = {
     "input_ids": 1,
     "inputs_embeds": 1,
@@ -82,11 +82,11 @@ PACKED_DIMS: Mapping[str, int | None] = {
 #: Arguments of a packed call whose values are indices of tokens.
 PICKS = ("logits_to_keep",)
 
-#: Arguments whose channels and image size are graph constants: as symbols, tracing does not finish
-#: with the expressions of window partitions and rolls (Swin).
+#: Arguments whose channels and image sizes are constants of the graph: with symbols, tracing window
+#: partitions and rolls (Swin) does not end.
 IMAGES = ("pixel_values",)
 
-#: Arguments with an entry for each token -> that dimension; in a call all have length T.
+#: Arguments with an entry for each token -> the dimension of tokens, of length T in all of them.
 TOKEN_DIMS: Mapping[str, int] = dict.fromkeys(
     ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"), 1
 )
@@ -100,7 +100,7 @@ def caches(named: Mapping[str, Any]) -> list[Any]:
 
 
 def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
-    """A call's arguments with an entry for each of its T tokens -> that dimension."""
+    """A call's arguments with an entry for each of its T tokens -> the dimension of tokens."""
     cached = bool(caches(named))
     return {
         name: dim
@@ -119,21 +119,21 @@ def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
     """The names of arguments (B, C, T) whose dimension 1 holds a request's sequences (multiple
     choice)."""
     values = {name: named.get(prefix + name) for name in _RANKS}
-    several = {
+    candidates = {
         name: value
         for name, value in values.items()
         if isinstance(value, Tensor) and value.dim() == _RANKS[name] + 1
     }
-    main = next((several[name] for name in PRIMARY if name in several), None)
+    main = next((candidates[name] for name in PRIMARY if name in candidates), None)
     if main is None:
         return ()
     return tuple(
-        prefix + name for name, value in several.items() if value.shape[:3] == main.shape[:3]
+        prefix + name for name, value in candidates.items() if value.shape[:3] == main.shape[:3]
     )
 
 
 def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
-    """(T,) is shared; requests come first in (B, T), (B, C, T), second in (axes, B, T)."""
+    """The dimension of requests: none in (T,), 0 in (B, T) and (B, C, T), 1 in (axes, B, T)."""
     return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
 
 
@@ -149,9 +149,9 @@ RANKED: Mapping[str, Callable[[Tensor, bool], int | None]] = {
 class Role:
     """A tensor argument's name, and the dimension of the requests, None if they share it.
 
-    `known`: the dimension is known; `assumed`: by convention alone. `several`: the dimension has
-    equally many entries of each request, in turn. `request`: the tensor belongs to this request
-    alone, of `requests`. `picks`: its values are indices of requests.
+    `known`: the dimension is known; `assumed`: only by convention. `several`: the dimension has
+    equally many entries of each request, in turn. `request`: the tensor belongs only to this one of
+    `requests`. `picks`: its values are indices of requests.
     """
 
     argument: str
@@ -165,7 +165,7 @@ class Role:
 
 
 class RoleTable:
-    """Roles of the arguments of a module's forward, or of its method `function`."""
+    """The roles of the arguments of a module's forward, or of its method `function`."""
 
     def __init__(
         self,
@@ -184,14 +184,14 @@ class RoleTable:
         self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """`named` with the items ("batch.x") of dicts that have no role themselves."""
-        found: dict[str, Any] = {}
+        """`named`, with the items ("batch.x") of dicts that have no role themselves."""
+        items: dict[str, Any] = {}
         for name, value in named.items():
             if self.spreads(name, value):
-                found.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
+                items.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
             else:
-                found[name] = value
-        return found
+                items[name] = value
+        return items
 
     def spreads(self, name: str, value: Any) -> bool:
         return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
@@ -224,12 +224,12 @@ class RoleTable:
         for name, value in bound.arguments.items():
             kind = self._signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
-                made: Any = {key: change(key, item) for key, item in value.items()}
+                new: Any = {key: change(key, item) for key, item in value.items()}
             elif kind is inspect.Parameter.VAR_POSITIONAL:
-                made = tuple(change(f"{name}.{index}", item) for index, item in enumerate(value))
+                new = tuple(change(f"{name}.{index}", item) for index, item in enumerate(value))
             else:
-                made = change(name, value)
-            bound.arguments[name] = made
+                new = change(name, value)
+            bound.arguments[name] = new
         return bound.args, bound.kwargs
 
     def role(self, argument: str, tensor: Tensor, call: Mapping[str, Any]) -> Role:
@@ -252,7 +252,8 @@ class RoleTable:
         return Role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
-        """Raise BatchError for an argument with neither `rows` requests nor one; warn of doubt."""
+        """Raise BatchError for an argument with neither `rows` requests nor one, and warn if the
+        dimension of requests is ambiguous."""
         named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
@@ -265,10 +266,10 @@ class RoleTable:
                 self._warned.add(name)
 
     def rows(self, named: Mapping[str, Any]) -> int | None:
-        """Number of requests in the call, or None where no argument carries any."""
+        """The number of requests in the call; None if no argument carries any."""
         named = self.spread(named)
-        first = (key for main in PRIMARY for key in named if key.rpartition(".")[2] == main)
-        for name in itertools.chain(first, named):
+        primary = (key for main in PRIMARY for key in named if key.rpartition(".")[2] == main)
+        for name in itertools.chain(primary, named):
             value = named[name]
             if isinstance(value, Tensor):
                 role = self.role(name, value, named)
@@ -277,18 +278,18 @@ class RoleTable:
         return None
 
 
-_DEPTH = 8  # of nested containers; cache objects refer to much besides tensors
+_DEPTH = 8  # of nested containers; cache objects refer to much else besides tensors
 
 
 def tensor_leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors inside a call argument: containers, dataclasses, cache objects; not modules."""
+    """The tensors in an argument, in containers, dataclasses and cache objects, but not modules."""
     seen: set[int] = set()
 
-    def walk(item: Any, left: int) -> Iterator[Tensor]:
+    def walk(item: Any, depth: int) -> Iterator[Tensor]:
         if isinstance(item, Tensor):
             yield item
             return
-        if left == 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, nn.Module)):
+        if depth == 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, nn.Module)):
             return
         seen.add(id(item))
         if isinstance(item, Mapping):
@@ -300,21 +301,21 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
         else:
             children = list(getattr(item, "__dict__", {}).values())
         for child in children:
-            yield from walk(child, left - 1)
+            yield from walk(child, depth - 1)
 
     yield from walk(value, _DEPTH)
 
 
 def sizes_of(named: Mapping[str, Any]) -> str:
     """The sizes of a call's tensors, as the end of a message."""
-    said = [
+    sizes = [
         f"{name} {tuple(value.shape)}"
         if isinstance(value, Tensor)
         else f"{name}, a {type(value).__name__} and no tensor"
         for name, value in named.items()
         if isinstance(value, (Tensor, list)) or hasattr(value, "__array__")
     ]
-    return f"; the call has {some(said, _SHOWN)}" if said else ""
+    return f"; the call has {some(sizes, _SHOWN)}" if sizes else ""
 
 
 _SHOWN = 8
@@ -335,7 +336,7 @@ def check_requests(
 
 
 def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
-    """Warn, and return True, if besides the assumed first dimension another has as many entries."""
+    """Warn, and return True, if another dimension has as many entries as the assumed first."""
     sizes = tensor.shape[1:-1] if tensor.is_floating_point() else tensor.shape[1:]
     if rows not in sizes:
         return False
@@ -354,7 +355,7 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
 
 def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
     """Raise ConfigError for a name in `LoraConfig.row_dims` that no method of the model and no
-    forward in it takes, or that looks misspelt. A dot precedes a dict's key."""
+    forward in it takes, or that looks misspelt. A dot precedes the key of a dict."""
     known = {*ROW_DIMS, *RANKED}
     functions = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
     methods = (getattr(type(model), name) for name in dir(type(model)) if not name.startswith("_"))
@@ -368,11 +369,11 @@ def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
     any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken)
     for name in row_dims:
         first = name.partition(".")[0]
-        likely = nearest(first, known, cutoff=_MISSPELT)
-        if first not in known and (likely or not any_name):
+        suggestion = nearest(first, known, cutoff=_MISSPELT)
+        if first not in known and (suggestion or not any_name):
             raise ConfigError(
                 f"LoraConfig.row_dims names {name!r}, which no method of "
-                f"{type(model).__name__} takes{likely}; its forward takes "
+                f"{type(model).__name__} takes{suggestion}; its forward takes "
                 f"{', '.join(parameter.name for parameter in taken)}. For an item of a dict, give "
                 "'argument.key'"
             )

@@ -1,4 +1,4 @@
-"""What a graph pass may read and change: the frame, the site nodes, refusals, and new nodes."""
+"""What graph passes read and change: the frame, the site nodes, refusals, and new nodes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
 
 
 def is_site(node: fx.Node) -> bool:
-    """Whether a node's op adds a site's delta to y."""
+    """Whether the op of a node adds a site's delta to y."""
     return node.op == "call_function" and node.target in SITE_OPS
 
 
@@ -63,7 +63,7 @@ class Refusal:
 
 @dataclass
 class SiteState:
-    """A site's treatment in a graph, for `explain` and dumps."""
+    """How a graph serves a site, for `explain` and dumps."""
 
     site: Site
     use: Use | None
@@ -90,14 +90,14 @@ class Outlined:
 
 @dataclass(eq=False)
 class Context:
-    """State of a graph on its way through the passes."""
+    """The state of a graph between passes."""
 
     program: Program
     frame: Frame
     graph_module: fx.GraphModule
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
-    #: What is left of `Options.max_edits`; None for no limit.
+    #: The remaining edits of `Options.max_edits`; None for no limit.
     edits_left: int | None = None
     #: Ids of the generated Triton kernels that the graph calls.
     kernels: set[int] = field(default_factory=set)
@@ -120,7 +120,7 @@ class Context:
     # --- site nodes ---
 
     def site_of_mark(self, node: fx.Node) -> Site:
-        """The site of a hook's op: its bank names the group, its first sibling the site."""
+        """The site of a mark's op, found by its bank and its first sibling."""
         call = bound(node)
         item = self.frame.by_node.get(call["A"])
         if item is None or item.group is None:
@@ -175,14 +175,14 @@ class Context:
         return [module for _, module, _ in owners if id(module) not in selected]
 
     def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
-        """Whether the forward of a module that has this weight, is no site and contains none, made
-        `node`."""
+        """Whether the forward of a module that has this weight, but is no site and contains none,
+        made `node`."""
         item = self.frame.by_node[weight]
         if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
             return False
-        above = self.program.graph.ancestors(site.module for site in item.sites)
+        ancestors = self.program.graph.ancestors(site.module for site in item.sites)
         return any(
-            id(module) not in above and self.inside(node, module)
+            id(module) not in ancestors and self.inside(node, module)
             for module in self.other_owners(weight)
         )
 
@@ -196,14 +196,14 @@ class Context:
     # --- new nodes ---
 
     def take_edit(self) -> bool:
-        """Use up an edit of `Options.max_edits`; False if none is left."""
+        """Use one of the `edits_left`. Returns False if there was none."""
         if self.edits_left is None:
             return True
         self.edits_left -= 1
         return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with a fake value, at the insertion point; no `kwargs` are nodes."""
+        """A call_function node with a fake value at the insertion point; `kwargs` have no nodes."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
         assert self.fake_mode is not None
@@ -225,35 +225,35 @@ class Context:
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
         """The site's bank fields and slots as inputs, which executables look up by the weight: a
-        graph may serve other layers. Gains and shifts are None where the bank has no room."""
+        graph may serve several layers. Gains and shifts are None if the bank has no room."""
         bank = self.program.site_bank(site)
-        replaced = [name for name, tensor in bank.own_rows._asdict().items() if tensor is not None]
-        found: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
-        for name in (*BANK_FIELDS, *replaced, GAINS, SHIFTS):
+        row_fields = bank.own_rows._fields
+        fields: dict[str, fx.Node | None] = dict.fromkeys((GAINS, SHIFTS))
+        for name in (*BANK_FIELDS, *row_fields, GAINS, SHIFTS):
             if getattr(bank, name) is not None:
-                found[name] = self.bank_input(site, weight, name)
+                fields[name] = self.bank_input(site, weight, name)
         items = self.frame.by_node.items()
         slots = next((node for node, item in items if item.kind == "slots"), None)
-        return {**found, "slots": slots or self._slots_input(self._place(site, weight))}
+        return {**fields, "slots": slots or self._slots_input(self._weight_key(site, weight))}
 
     def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
         assert self.fake_mode is not None
         value = getattr(self.program.site_bank(site), name)
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
-        return self._extra_input(self._place(site, weight), name, fake)
+        return self._extra_input(self._weight_key(site, weight), name, fake)
 
-    def beside(self, field: fx.Node, name: str) -> fx.Node | None:
-        """The input of another field of `field`'s bank, if any."""
+    def field_of_same_bank(self, field: fx.Node, name: str) -> fx.Node | None:
+        """The input of the field `name` of the bank that has `field`, if any."""
         inputs = self.frame.extra_nodes
-        found = next((key for key, node in inputs.items() if node is field), None)
-        return None if found is None else inputs.get((*found[:2], name))
+        key = next((key for key, node in inputs.items() if node is field), None)
+        return None if key is None else inputs.get((*key[:2], name))
 
-    def _place(self, site: Site, weight: fx.Node) -> tuple[int, int]:
+    def _weight_key(self, site: Site, weight: fx.Node) -> tuple[int, int]:
         # Tied weights have several sites: a head and an embedding.
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
     def look_up_slots(self) -> None:
-        """Replace the handle that marks read by the slots of the rows, an input."""
+        """Replace the slots that marks read by an input, the slots of this graph's rows."""
         items = self.frame.by_node.items()
         handle = next((node for node, item in items if item.kind == "slots"), None)
         if handle is not None:
@@ -261,7 +261,7 @@ class Context:
             slots = self._slots_input((self.frame.positions[handle], 0))
             handle.replace_all_uses_with(slots)
 
-    def _slots_input(self, place: tuple[int, int]) -> fx.Node:
+    def _slots_input(self, weight_key: tuple[int, int]) -> fx.Node:
         assert self.fake_mode is not None
         size = self.frame.batch_size()
         with self.fake_mode:
@@ -270,10 +270,10 @@ class Context:
                 dtype=torch.int32,
                 device=self.program.groups[0].bank.A.device,
             )
-        return self._extra_input(place, ONE_SLOT if size is None else SLOTS, value)
+        return self._extra_input(weight_key, ONE_SLOT if size is None else SLOTS, value)
 
-    def _extra_input(self, place: tuple[int, int], name: str, value: Tensor) -> fx.Node:
-        key = (*place, name)
+    def _extra_input(self, weight_key: tuple[int, int], name: str, value: Tensor) -> fx.Node:
+        key = (*weight_key, name)
         if key in self.frame.extra_nodes:
             return self.frame.extra_nodes[key]
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
@@ -287,22 +287,22 @@ class Context:
 
 
 def call_in_place(op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
-    """The first argument, y, written by `op`, in functional form; Inductor decides on copies."""
+    """y, the first argument, written by `op`, in functional form: Inductor decides on copies."""
     return written_by(op, dict(zip(_names(op), arguments, strict=True)), _names(op)[0])[0]
 
 
 def written_by(op: OpOverload, values: Mapping[str, Any], *written: str) -> list[fx.Node]:
-    """The values of `written`, all arguments that `op` writes into, after its call."""
+    """The values, after a call of `op`, of `written`, all arguments that it writes."""
     arguments = {name: values[name] for name in _names(op)}
     graph = arguments[written[0]].graph
     call = graph.call_function(AUTO_FUNCTIONALIZED, (op,), arguments)
     call.meta["val"] = (None, *(fake_value(arguments[name]) for name in written))
-    found: list[fx.Node] = []
+    results: list[fx.Node] = []
     with graph.inserting_after(call):
         for index in range(len(written), 0, -1):
-            found.insert(0, graph.call_function(operator.getitem, (call, index)))
-            found[0].meta["val"] = call.meta["val"][index]
-    return found
+            results.insert(0, graph.call_function(operator.getitem, (call, index)))
+            results[0].meta["val"] = call.meta["val"][index]
+    return results
 
 
 def _names(op: OpOverload) -> list[str]:

@@ -1,18 +1,18 @@
-"""Tensors that contain a site's weight, or part of it, under another name.
+"""Tensors that contain a site's weight, or a part of it, under another name.
 
-Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading, as views or as copies after
-dequantisation or `contiguous`. A graph that multiplies by them bypasses the weight's module.
+Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading, as views or, after
+dequantisation or `contiguous`, as copies. Graphs that multiply by them bypass the weight's module.
 
-    views     by storage: sizes, strides and offset in the weight's storage
-    copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
+    views     are found by storage: sizes, strides and offset in the weight's storage
+    copies    are found by value: all rows of the tensor are rows of W at regular distances
 
 `match` refuses the site of a view without a regular form. Other copies (scaled, rounded, reordered)
-are not recognised; `match` refuses an unused site where such a tensor may replace its weight. The
-form gives the entry of W that each entry of a tensor is:
+are not recognised; `match` refuses an unused site if such a tensor may replace its weight. The form
+says which entry of W each entry of a tensor is:
 
     t[k_0, ..., k_d] = W[o₀ + Σ k_d · out_d,  i₀ + Σ k_d · into_d]
 
-An *axis* is a dimension's (out_d, into_d), one of them zero, or both (size one, broadcast); a
+An *axis* is the (out_d, into_d) of a dimension, one of them zero, or both (size one, broadcast); a
 *form* is all axes and (o₀, i₀). `W.view(H, n + v, K).split([n, v], 1)` gives W_UK (n + v, 0), (1,
 0), (0, 1) at (0, 0), and W_UV the same at (n, 0). A *period* p says that index k stands for k mod
 p, as for a broadcast batch dimension and a group dimension viewed as one.
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from lorafx.program.program import Program
 
 AnySize = Any  # int or SymInt
-#: Distinct values that a tensor needs to be compared with weights.
+#: How many distinct values a tensor needs to be compared with weights.
 DISTINCT = 16
 
 
 class Axis(NamedTuple):
-    """Steps along W's out and in dimensions for a step along a dimension; period or 0."""
+    """Steps in W's out and in dimensions for one step along a dimension, and its period or 0."""
 
     out: int = 0
     into: int = 0
@@ -66,7 +66,7 @@ OUT, IN = Axis(out=1), Axis(into=1)
 
 
 class WeightForm(NamedTuple):
-    """Axes by dimension, and their start in W (out, in)."""
+    """The axis of each dimension, and the place in W (out, in) of the first entry."""
 
     axes: tuple[Axis, ...]
     out: int = 0
@@ -89,8 +89,8 @@ class WeightForm(NamedTuple):
         axis = self.axes[dim]
         if axis.period and (start or step != 1):
             return None
-        kept = axis if step == 1 else axis.stretched(step)
-        axes = (*self.axes[:dim], kept, *self.axes[dim + 1 :])
+        sliced_axis = axis if step == 1 else axis.stretched(step)
+        axes = (*self.axes[:dim], sliced_axis, *self.axes[dim + 1 :])
         return self._replace(axes=axes).moved(axis, start)
 
     def selected(self, dim: int, index: int) -> WeightForm | None:
@@ -101,33 +101,33 @@ class WeightForm(NamedTuple):
 
     def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
         """The form of a row-major view from sizes `before` to `after`; None if irregular."""
-        left = [
+        remaining = [
             (size, axis)
             for size, axis in zip(before, self.axes, strict=True)
             if not same_size(size, 1)
         ]
         axes: list[Axis] = []
-        for wanted in reversed(after):
-            if same_size(wanted, 1):
+        for new_size in reversed(after):
+            if same_size(new_size, 1):
                 axes.append(FIXED)
                 continue
-            if not left:
+            if not remaining:
                 return None
-            size, axis = left.pop()
-            while not same_size(size, wanted):
-                if _divides(wanted, size):
-                    parts = _split(axis, wanted)
+            size, axis = remaining.pop()
+            while not same_size(size, new_size):
+                if _divides(new_size, size):
+                    parts = _split(axis, new_size)
                     if parts is None:
                         return None
-                    left.append((size // wanted, parts[0]))
-                    size, axis = wanted, parts[1]
+                    remaining.append((size // new_size, parts[0]))
+                    size, axis = new_size, parts[1]
                 else:
-                    merged = _merged(*left.pop(), size, axis) if left else None
+                    merged = _merged(*remaining.pop(), size, axis) if remaining else None
                     if merged is None:
                         return None
                     size, axis = merged
             axes.append(axis)
-        return None if left else self._replace(axes=tuple(reversed(axes)))
+        return None if remaining else self._replace(axes=tuple(reversed(axes)))
 
 
 def same_size(a: AnySize, b: AnySize) -> bool:
@@ -142,16 +142,17 @@ def _divides(part: AnySize, size: AnySize) -> bool:
 
 
 def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
-    endless = axis._replace(period=0)
+    unbounded = axis._replace(period=0)
     if axis.fixed:
         return FIXED, FIXED
     if not axis.period:
-        return endless.stretched(inner), endless
+        return unbounded.stretched(inner), unbounded
     if axis.period % inner == 0:
         outer = axis.period // inner
-        return (FIXED if outer == 1 else endless.stretched(inner)._replace(period=outer)), endless
+        first = FIXED if outer == 1 else unbounded.stretched(inner)._replace(period=outer)
+        return first, unbounded
     if inner % axis.period == 0:
-        return FIXED, endless if inner == axis.period else axis
+        return FIXED, unbounded if inner == axis.period else axis
     return None
 
 
@@ -179,7 +180,7 @@ def strided_form(
     transposed: bool,
 ) -> WeightForm | None:
     """The form of a tensor of these sizes, strides and offset in the storage of the 2-D `weight`.
-    None where it is irregular: outside of W, or with a stride along both dimensions."""
+    None if it is irregular: partly outside of W, or with a stride along both dimensions."""
     if weight.dim() != 2 or not weight.numel():
         return None
     rows, columns = weight.shape
@@ -202,8 +203,8 @@ def strided_form(
         return None
     known = [step for step in steps if step is not None]
     for side, limit in ((0, rows), (1, columns)):
-        reach = sum((size - 1) * step[side] for size, step in zip(sizes, known, strict=True))
-        if start[side] + reach >= limit:
+        extent = sum((size - 1) * step[side] for size, step in zip(sizes, known, strict=True))
+        if start[side] + extent >= limit:
             return None
     # `first` counts along the dimension of the larger stride.
     out_first = swapped == transposed
@@ -212,8 +213,8 @@ def strided_form(
 
 
 def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
-    """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, rounded to its
-    dtype, at regular distances along its other dimensions; else None."""
+    """The form of a copy: `tensor` is whole rows W[o] of the (out, in) `weight`, rounded to its
+    dtype, at regular distances along its other dimensions. None if it is no copy."""
     if tensor.numel() > weight.numel():
         return None
     weight, columns = weight.to(tensor.dtype), weight.shape[1]
@@ -227,19 +228,20 @@ def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
 
 
 def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
-    """`copied_form` of a tensor whose last dimension is W's in dimension."""
+    """`copied_form` of a tensor whose last dimension is the in dimension of W."""
     leading = tensor.shape[:-1]
-    for start in _row_like(tensor[(0,) * len(leading)], weight):
+    for start in _rows_equal_to(tensor[(0,) * len(leading)], weight):
         axes, index = [], torch.tensor(start, device=weight.device)
         for dim, size in enumerate(leading):
             step = 0
             if size > 1:
-                at = [0] * len(leading)
-                at[dim] = 1
-                later = [row for row in _row_like(tensor[tuple(at)], weight) if row > start]
-                if not later:
+                position = [0] * len(leading)
+                position[dim] = 1
+                equal_rows = _rows_equal_to(tensor[tuple(position)], weight)
+                next_rows = [row for row in equal_rows if row > start]
+                if not next_rows:
                     break
-                step = later[0] - start
+                step = next_rows[0] - start
             axes.append(Axis(out=step))
             grid = torch.arange(size, device=weight.device) * step
             index = index[..., None] + grid
@@ -249,7 +251,7 @@ def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
     return None
 
 
-def _row_like(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[int]:
+def _rows_equal_to(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[int]:
     candidates = (weight[:, 0] == row[0]).nonzero().squeeze(-1)
     same = (weight[candidates] == row).all(1)
     return candidates[same][:limit].tolist()
@@ -257,7 +259,7 @@ def _row_like(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[i
 
 @dataclass(frozen=True)
 class Derived:
-    """The weight (N, K) of tied `sites` in a tensor; its form, if regular; `copied`: no view."""
+    """The weight (N, K) of tied `sites` in a tensor; its form if regular; `copied` if no view."""
 
     sites: tuple[Site, ...]
     form: WeightForm | None
@@ -267,7 +269,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Holder:
-    """The attribute of a module that holds a tensor."""
+    """An attribute of a module that holds a tensor."""
 
     path: str
     module: nn.Module
@@ -282,17 +284,17 @@ class Holder:
 
     @property
     def is_own_weight(self) -> bool:
-        """Whether it is the weight of a possible site, such as a tied head."""
+        """Whether it is the weight or bias of a module that may be a site, such as a tied head."""
         entry = lookup(self.module)
         return entry is not None and self.attribute in (entry.weight, "bias")
 
 
 class DerivedTensors:
-    """Finds sites' weights in the tensors of a program."""
+    """Finds the weights of sites in other tensors of a program."""
 
     def __init__(self, program: Program) -> None:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
-        self._looked_at = WeakTensorKeyDictionary()
+        self._compared = WeakTensorKeyDictionary()
         self._views = WeakTensorKeyDictionary()
 
     @property
@@ -302,9 +304,9 @@ class DerivedTensors:
         return program
 
     def of(self, tensor: Tensor) -> Derived | None:
-        """The weight in `tensor`, if it is a view, or was compared before."""
-        if tensor in self._looked_at:
-            return self._looked_at[tensor]
+        """The weight in `tensor`, if it is a view or has been compared before."""
+        if tensor in self._compared:
+            return self._compared[tensor]
         if isinstance(tensor, nn.Parameter):
             return None
         if tensor not in self._views:
@@ -312,22 +314,22 @@ class DerivedTensors:
         return self._views[tensor]
 
     def look(self, tensor: Tensor) -> Derived | None:
-        """The weight in `tensor`, copies included; a tensor is compared once."""
-        if tensor not in self._looked_at:
-            self._look([tensor], set())
-        return self._looked_at[tensor]
+        """The weight in `tensor`, copies included. Each tensor is compared once."""
+        if tensor not in self._compared:
+            self._compare([tensor], set())
+        return self._compared[tensor]
 
     def of_attribute(self, tensor: Tensor) -> Derived | None:
         """`look`, if a module of the model holds `tensor`."""
-        if tensor not in self._looked_at and not self._holders({id(tensor)}):
-            self._looked_at[tensor] = None
+        if tensor not in self._compared and not self._holders({id(tensor)}):
+            self._compared[tensor] = None
         return self.look(tensor)
 
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
     ) -> dict[int, Derived]:
-        """A graph's inputs that contain sites' weights, by identity. Results of earlier graphs are
-        `data`, like the call's: other uses of a weight there would have been refused."""
+        """A graph's inputs that contain weights of sites, by identity. Earlier graphs' results
+        count as `data` of the call: other uses of a weight there would have been refused."""
         candidates = [
             example
             for example in examples
@@ -337,13 +339,13 @@ class DerivedTensors:
             and not self._program.is_result(example)
             and (id(example) not in known or known[id(example)].kind == "state")
         ]
-        return self._look(candidates, {id(example) for example in examples})
+        return self._compare(candidates, {id(example) for example in examples})
 
-    def _look(self, tensors: Sequence[Tensor], taken: set[int]) -> dict[int, Derived]:
-        """The weights in tensors of a graph that also takes the inputs `taken`."""
-        found: dict[int, Derived] = {}
+    def _compare(self, tensors: Sequence[Tensor], inputs: set[int]) -> dict[int, Derived]:
+        """The weights in tensors of a graph whose inputs have the identities `inputs`."""
+        weights: dict[int, Derived] = {}
         if not tensors:
-            return found
+            return weights
         with unset_fake_temporarily(), torch.no_grad():
             holders = self._holders({id(tensor) for tensor in tensors})
             storages = self._sites_by_storage()
@@ -353,29 +355,30 @@ class DerivedTensors:
                 if holder is None or not holder.is_own_weight:
                     derived = self._by_storage(tensor, storages)
                     if derived is None and is_numbers(tensor) and tensor.dim() > 1:
-                        derived = self._by_value(tensor, self._likely(holder, taken))
-                self._looked_at[tensor] = derived
+                        derived = self._by_value(tensor, self._likely_sites(holder, inputs))
+                self._compared[tensor] = derived
                 if derived is not None:
-                    found[id(tensor)] = derived
-        return found
+                    weights[id(tensor)] = derived
+        return weights
 
-    def _holders(self, wanted: set[int]) -> dict[int, Holder]:
-        found: dict[int, Holder] = {}
+    def _holders(self, tensor_ids: set[int]) -> dict[int, Holder]:
+        holders: dict[int, Holder] = {}
         for path, module in self._program.model.named_modules():
             for name, value in named_tensors(module):
-                if id(value) in wanted:
-                    found.setdefault(id(value), Holder(path, module, name))
-        return found
+                if id(value) in tensor_ids:
+                    holders.setdefault(id(value), Holder(path, module, name))
+        return holders
 
-    def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
-        """Sites that a copy may come from: near its holder, or without a weight in the graph."""
+    def _likely_sites(self, holder: Holder | None, inputs: set[int]) -> Iterator[Site]:
+        """Sites of which a tensor may be a copy: near its holder, or without a weight in
+        `inputs`."""
         program = self._program
         if holder is None:
             for site in program.sites:
-                if id(program.weight_of(site)) not in taken:
+                if id(program.weight_of(site)) not in inputs:
                     yield site
             return
-        if lookup(holder.module) is not None:  # scales and the like of its weight
+        if lookup(holder.module) is not None:  # its tensors are scales of its own weight
             yield from (site for site in program.sites if site.module is holder.module)
             return
         # The linear is a child of the holder, a sibling, or a sibling of its parent.
@@ -385,12 +388,12 @@ class DerivedTensors:
                 yield site
 
     def _sites_by_storage(self) -> dict[int, list[Site]]:
-        found: dict[int, list[Site]] = {}
+        sites: dict[int, list[Site]] = {}
         for site in self._program.sites:
             weight = self._program.weight_of(site)
             if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv"):
-                found.setdefault(storage_key(weight), []).append(site)
-        return found
+                sites.setdefault(storage_key(weight), []).append(site)
+        return sites
 
     def _by_storage(self, tensor: Tensor, sites: Mapping[int, list[Site]]) -> Derived | None:
         for site in sites.get(storage_key(tensor), ()):
@@ -447,24 +450,24 @@ def is_near(path: str, module: str) -> bool:
 
 
 def is_numbers(tensor: Tensor) -> bool:
-    """Whether a tensor is plain, dense, floating-point and readable."""
+    """Whether a tensor holds plain, dense floating-point numbers."""
     return is_dense(tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
 def has_numbers(site: Site) -> bool:
-    """Whether `dense_weight` is available, without computing it."""
+    """Whether `dense_weight` can read the weight, without reading it."""
     return readable(site.module, site.eligible)
 
 
 def dense_weight(site: Site) -> Tensor | None:
-    """W (N, K) as numbers from any format, if readable."""
+    """W (N, K) as dense numbers, from any readable format; else None."""
     dense = numbers_of(site.module)
     sizes = (site.out_features, site.in_features)
     return dense if dense is not None and tuple(dense.shape) == sizes else None
 
 
 def numbers_of(module: nn.Module, attribute: str | None = None) -> Tensor | None:
-    """The module's effective weight, or another parameter, from any format, if readable."""
+    """The module's weight, or another parameter, as dense numbers; None if it is not readable."""
     try:
         dense = dequantize(module, attribute)
     except ConfigError:
@@ -473,7 +476,7 @@ def numbers_of(module: nn.Module, attribute: str | None = None) -> Tensor | None
 
 
 def is_varied(tensor: Tensor) -> bool:
-    """Whether some of the tensor's entries have `DISTINCT` values."""
+    """Whether there are at least `DISTINCT` values among some of the tensor's entries."""
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // (8 * DISTINCT))
     return len(flat[::step].unique()) >= DISTINCT
@@ -481,12 +484,12 @@ def is_varied(tensor: Tensor) -> bool:
 
 def overlap(tensor: Tensor, weight: Tensor) -> bool:
     """Whether the byte ranges of two tensors of a storage overlap."""
-    (a, b), (c, d) = _bytes(tensor), _bytes(weight)
-    return a < d and c < b
+    (start, stop), (other_start, other_stop) = _byte_range(tensor), _byte_range(weight)
+    return start < other_stop and other_start < stop
 
 
-def _bytes(tensor: Tensor) -> tuple[int, int]:
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = sum((size - 1) * stride for size, stride in pairs if size)
+    extent = sum((size - 1) * stride for size, stride in pairs if size)
     start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + (reach + 1) * tensor.element_size()
+    return start, start + (extent + 1) * tensor.element_size()

@@ -25,8 +25,8 @@ InputKind = Literal[
 ]
 
 
-#: Slots that the executable looks up: for each request, or the first slot alone if no input tells
-#: the number of requests.
+#: Slots that the executable looks up: one for each request, or only the first if no input tells the
+#: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
 
 
@@ -41,8 +41,8 @@ class FrameInput:
             owners), "unknown" (made between graphs, a global).
         label: its name in messages.
         sites: the sites with this base weight or bias.
-        part: the attribute of a tensor subclass; "" for a whole input.
-        counts: whether this symbol was the number of requests at capture.
+        part: the attribute of a tensor subclass that this is; "" for a whole input.
+        counts: this symbol was the number of requests at capture.
     """
 
     kind: InputKind
@@ -55,8 +55,8 @@ class FrameInput:
     part: str = ""
     counts: bool = False
 
-    def taken_apart(self, part: str, value: Any) -> FrameInput:
-        """The input of an attribute or size of a tensor subclass."""
+    def part_of(self, part: str, value: Any) -> FrameInput:
+        """The input that is an attribute, or a size, of this tensor subclass."""
         kind: InputKind = self.kind
         if not isinstance(value, Tensor):
             kind = "symbol"
@@ -83,14 +83,14 @@ class Frame:
         self.inputs = tuple(inputs)
         #: Positions of the model's tensors that its forward may write into.
         self.writable: tuple[int, ...] = ()
-        #: Whether it begins with the call's arguments, whose meaning is the same in every call.
+        #: Whether it begins with the call's arguments, which mean the same in every call.
         self.begins_call = False
         #: Whether slots are given per token, in row-major order of (B, T), not per request.
         self.per_token = False
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that
-        #: they are equally many.
+        #: all of them have equally many.
         self.choices: tuple[str, ...] = ()
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Placeholder -> position among the executable's arguments.
@@ -98,20 +98,20 @@ class Frame:
         #: Inputs added by `match` after the others, by (position of a weight, index among the sites
         #: that share it, field of that site's bank), in order.
         self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
-        #: Identities of modules whose calls this frame is part of: their hooks run after it.
+        #: Identities of the modules in whose calls this frame runs: their hooks run after it.
         self.callers = calling_modules()
-        #: Unmarked uses met by `match`, by the weight's position and site index -> whether that
-        #: site's module was among the callers.
+        #: Uses without a mark that `match` found, by the weight's position and the site's index ->
+        #: whether the site's module was among the callers.
         self.inside: dict[tuple[int, int], bool] = {}
 
     @property
     def counted(self) -> tuple[int, ...]:
-        """Positions of sizes taken for the number of requests."""
+        """Positions of sizes that count as the number of requests."""
         return tuple(p for p, item in enumerate(self.inputs) if item.counts)
 
-    def chosen(self, item: FrameInput) -> bool:
-        of = item.role.argument if item.kind == "argument" and item.role is not None else None
-        return of in self.choices
+    def has_choices(self, item: FrameInput) -> bool:
+        name = item.role.argument if item.kind == "argument" and item.role is not None else None
+        return name in self.choices
 
     @property
     def follows_another(self) -> bool:
@@ -119,7 +119,7 @@ class Frame:
 
     @property
     def taken(self) -> dict[int, Role]:
-        """Position -> role of results of earlier graphs."""
+        """The roles of inputs that are results of earlier graphs, by position."""
         return {
             position: item.role
             for position, item in enumerate(self.inputs)
@@ -128,7 +128,7 @@ class Frame:
 
     @property
     def handed(self) -> tuple[int, ...]:
-        """Positions of inputs that may hold request data without being arguments."""
+        """Positions of inputs, other than arguments, that may hold data of requests."""
         kinds = ("result", "unknown") if self.begins_call else ("result", "unknown", "argument")
         return tuple(p for p, item in enumerate(self.inputs) if item.kind in kinds)
 
@@ -142,11 +142,11 @@ class Frame:
         for position, node in enumerate(placeholders):
             index, part = input_place(node, position)
             item = self.inputs[index]
-            self.by_node[node] = item if part is None else item.taken_apart(part, fake_value(node))
+            self.by_node[node] = item if part is None else item.part_of(part, fake_value(node))
             self.positions[node] = position
 
     def batch_size(self) -> Any:
-        """The number of requests in tracing (int or SymInt), if some input carries requests."""
+        """The number of requests at tracing (int or SymInt); None if no input carries requests."""
         sizes: list[Any] = []
         for node, item in self.by_node.items():
             dim = item.requests_dim
@@ -154,7 +154,7 @@ class Frame:
                 sizes.append(item.role.requests)
             if dim is not None and dim < fake_value(node).dim():
                 sizes.append(fake_value(node).shape[dim])
-        # A size of one beside a larger batch is an argument shared by all requests.
+        # An argument of size one beside larger ones is shared by all requests.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
 
@@ -164,9 +164,9 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def batch_symbols(frame: Frame) -> set[Any]:
-    """The symbols (or ints) that are the number of requests. Raises ProvenanceError where no input
-    holds requests."""
-    found: set[Any] = set()
+    """The symbols (or ints) that are the number of requests. Raises ProvenanceError if no input is
+    known to hold requests."""
+    symbols: set[Any] = set()
     counted: set[Any] = set()
     for node, item in frame.by_node.items():
         value = fake_value(node)
@@ -178,22 +178,22 @@ def batch_symbols(frame: Frame) -> set[Any]:
         dim = item.requests_dim
         if item.kind == "slots":
             if not frame.per_token and item.label != ONE_SLOT:
-                found.update(sizes)
+                symbols.update(sizes)
         elif dim is not None and dim < len(sizes):
-            found.add(sizes[dim])
+            symbols.add(sizes[dim])
         elif item.role is not None and item.role.request is not None:
-            found.add(item.role.requests)
-    if len(found) > 1:
-        found.discard(1)
-    if not found:
+            symbols.add(item.role.requests)
+    if len(symbols) > 1:
+        symbols.discard(1)
+    if not symbols:
         raise ProvenanceError(
             "no input of this graph is known to hold the requests, which happens where the "
             "graph is not captured from a call of the model itself"
         )
-    return found | counted
+    return symbols | counted
 
 
-def several(frame: Frame) -> list[Any]:
+def repeated_sizes(frame: Frame) -> list[Any]:
     """The sizes (SymInts or ints) that are a multiple of the number of requests."""
     return [
         fake_value(node).shape[item.several_dim]
@@ -204,18 +204,18 @@ def several(frame: Frame) -> list[Any]:
 
 def numbers_of_choices(frame: Frame) -> list[Any]:
     """The sizes (SymInts or ints) that are the number of sequences of each request."""
-    chosen = [node for node, item in frame.by_node.items() if frame.chosen(item)]
-    return [fake_value(node).shape[1] for node in chosen]
+    nodes = [node for node, item in frame.by_node.items() if frame.has_choices(item)]
+    return [fake_value(node).shape[1] for node in nodes]
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:
-    """Arguments with an entry for each token -> that dimension (checked at entry)."""
-    found: dict[fx.Node, int] = {}
+    """Arguments with an entry for each token -> the dimension of tokens, checked at entry."""
+    dims: dict[fx.Node, int] = {}
     for node, item in frame.by_node.items():
         dim = frame.token_dims.get(item.role.argument) if item.role is not None else None
         value = fake_value(node)
         if item.role is None or item.role.dim != 0 or dim is None:
             continue
         if item.kind == "argument" and value.dim() > dim:
-            found[node] = dim
-    return found
+            dims[node] = dim
+    return dims

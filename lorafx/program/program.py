@@ -1,5 +1,5 @@
-"""A program: a marked model with everything needed to compile its frames; what the passes that
-prepare it have found."""
+"""A program: a marked model with everything that is needed to compile its frames; and the results
+of the passes that prepare it."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Preparation:
 
 @dataclass(frozen=True)
 class PassReport:
-    """A pass's result: `edits` of a graph, or items of a model; `nodes` after it, 0 for a model.
-    `notes` are of passes over the model."""
+    """The result of a pass: its `edits` of a graph, or items of a model, and the `nodes` after it,
+    0 for a model. Passes over the model leave `notes`."""
 
     name: str
     edits: int
@@ -87,8 +87,8 @@ GAINS, SHIFTS = "gains", "shifts"
 
 @dataclass(eq=False)
 class Call:
-    """The running call: roles and arguments by name, and labels of its memory. `tracked`: Python
-    between graphs is followed, as in calls that mix adapters."""
+    """The running call: roles and arguments by name, and labels of its memory. `tracked`: tensors
+    are followed through Python between graphs, as in calls that mix adapters."""
 
     roles: RoleTable | None
     named: Mapping[str, Any]
@@ -97,8 +97,8 @@ class Call:
 
 
 class Batch(NamedTuple):
-    """The running call, if any; canonical paths of the sites that its adapters touch; and, by name,
-    of those where they have `EXTRAS`. Replaced as a whole."""
+    """The running call, if any; the canonical paths of the sites that its adapters touch; and, by
+    name, of those where they have `EXTRAS`. It is replaced as a whole."""
 
     call: Call | None = None
     touched: frozenset[str] = frozenset()
@@ -111,7 +111,7 @@ AT_REST = Batch()
 
 @dataclass(eq=False)
 class Program:
-    """A marked model as passes see it. Lives as long as the CompiledModel."""
+    """A marked model, as passes see it. It lives as long as the CompiledModel."""
 
     model: nn.Module
     graph: ModuleGraph
@@ -122,15 +122,15 @@ class Program:
     config: LoraConfig
     options: Options
     prepared: tuple[PassReport, ...] = ()
-    #: Written by sessions alone.
+    #: Assigned by sessions only.
     batch: Batch = AT_REST
-    #: Tensor attributes of modules from before the first call: constants. Later ones may hold an
-    #: earlier call's request data. By identity with weak references, since ids are reused.
+    #: Tensor attributes of modules from before the first call are constants; later ones may hold
+    #: data of an earlier call. By identity, with weak references, since ids are reused.
     constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.note_constants()
-        #: Whether some graph takes another's results, so that results get labels.
+        #: Whether some graph takes results of another, so that results get labels.
         self.in_pieces = False
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
@@ -143,7 +143,7 @@ class Program:
         self.model_memory = ModelMemory(self._model_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
-        #: Tensors known to be no site's weight.
+        #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
         self._site_banks: dict[int, Bank] = {}
         self._home = {
@@ -158,7 +158,7 @@ class Program:
         return self.batch.call
 
     def note_constants(self) -> None:
-        """Note the modules' tensor attributes as constants; called before the first call."""
+        """Record the modules' tensor attributes as constants, before the first call."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
@@ -166,18 +166,18 @@ class Program:
         self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
-        """Find the model's current modules, parameters and buffers."""
+        """Compare the sites' modules, and renew `graph` if the model has changed."""
         self._look_at_sites()
-        if not self.site_watch.missing and not self.graph.holds:
+        if not self.site_watch.missing and not self.graph.is_current:
             self.graph = ModuleGraph(self.model)
 
     def _look_at_sites(self) -> None:
         if self.site_watch.look():
-            self._no_sites.clear()  # these are then checked again
+            self._no_sites.clear()  # so that they are compared again
 
     def refuse_missing(self, paths: Collection[str] | None = None) -> None:
-        """Raise ReplacedModuleError where sites at these paths (None: any) have been replaced."""
-        if self.site_watch.in_doubt:
+        """Raise ReplacedModuleError if sites at these paths (None: any) have been replaced."""
+        if self.site_watch.needs_look:
             self.look_at_modules()
             self.site_watch.refuse(paths)
 
@@ -192,15 +192,15 @@ class Program:
         return site.path in self.batch.touched
 
     def _sites_by_weight(self) -> dict[int, list[Site]]:
-        found: dict[int, list[Site]] = {}
+        sites: dict[int, list[Site]] = {}
         for site in self.sites:
             weight = self.weight_of(site)
             if weight is not None:
-                found.setdefault(id(weight), []).append(site)
-        return found
+                sites.setdefault(id(weight), []).append(site)
+        return sites
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
-        """The site of this base weight or derived tensor; of tied sites that at `index`."""
+        """The site with this base weight or derived tensor; among tied sites, that at `index`."""
         if not self._knows(weight):
             self._look_at_sites()
             self._by_weight = self._sites_by_weight()
@@ -214,7 +214,7 @@ class Program:
         return tied[index]
 
     def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
-        """As `site_of_weight`, comparing a module's tensor with the weights once."""
+        """As `site_of_weight`, but a tensor of a module is first compared with the weights."""
         site = self.site_of_weight(tensor, index)
         if site is not None:
             return site
@@ -224,8 +224,8 @@ class Program:
     def _knows(self, weight: Tensor) -> bool:
         if tied := self._by_weight.get(id(weight)):
             return self.weight_of(tied[0]) is weight
-        seen = self._no_sites.get(id(weight))
-        return seen is not None and seen() is weight
+        reference = self._no_sites.get(id(weight))
+        return reference is not None and reference() is weight
 
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
         site = self.site_of_weight(weight, index)
@@ -251,10 +251,10 @@ class Program:
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],
-                alike=bank.alike,  # of experts, whose banks have one site
+                alike=bank.alike,  # experts' banks have one site
                 gains=_columns(bank.gains, offset, site),
                 shifts=_columns(bank.shifts, offset, site),
-                **bank.own_rows._asdict(),  # such sites are alone in their groups
+                **bank.own_rows._asdict(),  # groups with such rows have one site
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:
@@ -262,7 +262,7 @@ class Program:
         return group if group is not None and group.bank.A is A else None
 
     def known_tensors(self) -> dict[int, FrameInput]:
-        """All tensors without request data, by identity."""
+        """The meanings of all tensors without data of requests, by identity."""
         known: dict[int, FrameInput] = {}
         for path, module in self._modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -313,7 +313,7 @@ class Program:
         return Call(roles, named, memory)
 
     def _earlier_result(self, tensor: Tensor) -> Role | None:
-        """The role, in a graph that is captured now, of a tensor that the running call computed."""
+        """The role, in a new graph, of a tensor that the running call has computed."""
         if self.call is None:
             return None
         role = role_of(self.call.memory.look(tensor))
@@ -324,8 +324,8 @@ class Program:
         return role
 
     def _holds_several(self, tensor: Tensor) -> bool:
-        """Whether a tensor that the running call computed has equally many entries of each request,
-        in turn."""
+        """Whether a tensor that the running call has computed has equally many entries of each
+        request, in turn."""
         label = None if self.call is None else self.call.memory.look(tensor)
         requests = tuple(range(len(self.runtime.rows)))
         if not isinstance(label, Listed) or label.owners == requests:
@@ -333,7 +333,7 @@ class Program:
         return label.owners == repeated_owners(requests, label.owners)
 
     def _only_request(self, tensor: Tensor) -> int | None:
-        """The only request of a tensor that the running call computed, if it has only one."""
+        """The request of a tensor that the running call has computed, if it has only one."""
         label = None if self.call is None else self.call.memory.look(tensor)
         return label.request if isinstance(label, Alone) else None
 
@@ -341,16 +341,16 @@ class Program:
         return self.call is not None and self.call.memory.computed(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
-        found: dict[int, Role] = {}
+        roles: dict[int, Role] = {}
         if self.call is None or self.call.roles is None:
-            return found
+            return roles
         for name, value in self.call.named.items():
             for tensor in tensor_leaves(value):
-                found[id(tensor)] = self.call.roles.role(name, tensor, self.call.named)
-        return found
+                roles[id(tensor)] = self.call.roles.role(name, tensor, self.call.named)
+        return roles
 
     def frame(self, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
-        """The meanings of a Dynamo graph's inputs, by identity of example values."""
+        """The frame of a Dynamo graph. Its inputs are identified by their example values."""
         known, arguments = self.known_tensors(), self.call_arguments()
         derived = self.derived.inputs(examples, known, arguments)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -388,7 +388,7 @@ class Program:
     def _counts_requests(
         self, node: fx.Node, arguments: Mapping[int, Role], known: Mapping[int, FrameInput]
     ) -> bool:
-        """Whether a size is that of a dimension of requests, not of a `known` tensor."""
+        """Whether a size is that of a dimension of requests, in a tensor that is not `known`."""
         source = size_source(node)
         if source is None:
             return False
@@ -401,30 +401,30 @@ class Program:
     def _with_results(
         self, nodes: Sequence[fx.Node], inputs: Sequence[FrameInput], examples: Sequence[Any]
     ) -> list[FrameInput]:
-        """The inputs, marking earlier results of several entries a request or of one request."""
-        requests, found = len(self.runtime.rows), list(inputs)
-        by_rows = any(
+        """The inputs, with roles of results that have one request, or several entries of each."""
+        requests, updated = len(self.runtime.rows), list(inputs)
+        have_all_rows = any(
             item.requests_dim is not None and example.shape[item.requests_dim] == requests
             for item, example in zip(inputs, examples, strict=True)
         )
-        alone = {
+        only = {
             position: request
             for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
             if item.kind == "result" and (request := self._only_request(example)) is not None
         }
-        apart = len(set(alone.values())) > 1
+        separate = len(set(only.values())) > 1
         for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
-            if item.role is not None and position in alone and apart:
-                role = replace(item.role, dim=None, request=alone[position], requests=requests)
-                found[position] = replace(item, role=role)
+            if item.role is not None and position in only and separate:
+                role = replace(item.role, dim=None, request=only[position], requests=requests)
+                updated[position] = replace(item, role=role)
             elif item.counts and (source := size_source(node)) is not None:
-                single = apart and self._only_request(source[0]) is not None
-                counts = not single and not (by_rows and self._holds_several(source[0]))
-                found[position] = replace(item, counts=counts)
-            elif item.kind == "result" and item.role is not None and by_rows:
+                single = separate and self._only_request(source[0]) is not None
+                counts = not single and not (have_all_rows and self._holds_several(source[0]))
+                updated[position] = replace(item, counts=counts)
+            elif item.kind == "result" and item.role is not None and have_all_rows:
                 several = item.role.dim is not None and self._holds_several(example)
-                found[position] = replace(item, role=replace(item.role, several=several))
-        return found
+                updated[position] = replace(item, role=replace(item.role, several=several))
+        return updated
 
 
 def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:

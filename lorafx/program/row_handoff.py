@@ -1,8 +1,8 @@
-"""Owners of tensors handed from a captured graph of a call to the next.
+"""Owners of tensors that one captured graph of a call passes to the next.
 
-The call's memory holds labels of results, from `provenance`'s proofs, and of tensors that Python
-made between graphs (`lorafx/capture/tracking.py`). A proof holds in a call where index i of every
-input belongs to the same request, or where all inputs belong to a single request.
+The call's memory holds the labels of results, from `provenance`'s proofs, and of tensors that
+Python made between graphs (`lorafx/capture/tracking.py`). A proof holds in a call in which index i
+of every input belongs to the same request, or all inputs belong to a single request.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | Non
 
 @dataclass(frozen=True)
 class ResultOwners:
-    """Index i of a result along `dim`, of `periods` · n · R entries, belongs to row (i // R) mod n
-    of the graph's n rows. Without `dim` the result depends on `row` alone, or on no request."""
+    """Index i of a result along `dim`, with `periods` · n · R entries, belongs to row (i // R) mod
+    n of the graph's n rows. Without `dim` the result depends only on `row`, or on no request."""
 
     dim: int | None = None
     periods: int = 1
@@ -100,25 +100,25 @@ class ResultOwners:
 
 
 def in_order_of(requests: int) -> OfList:
-    """Index i belongs to row i of the batch."""
+    """The rows of a graph in which index i belongs to row i of the batch."""
     return OfList(tuple(range(requests)), in_order=True)
 
 
 @dataclass
 class Handover:
-    """What a graph's proofs assume of earlier results in its call, and the owners of its results.
+    """What a graph's proofs assume about tensors of earlier graphs, and the owners of its results.
 
     Attributes:
-        inputs: positions of inputs that may hold request data.
-        taken: position -> role, which proofs rest on, of tensors from earlier graphs or Python.
-        counted: positions of their sizes taken for the number of rows.
+        inputs: positions of inputs that may hold data of requests.
+        taken: the roles that proofs assume for tensors from earlier graphs or Python, by position.
+        counted: positions of their sizes that count as the number of rows.
         writable: positions of the model's tensors that may have been written before.
         results: owners of results, by position.
         written: owners of inputs after the graph's writes, by position.
-        seen: the graph has no sites and unproved values; tracked calls run it operator by operator.
+        seen: the graph has unproved values and no sites; tracked calls run it operator by operator.
         fresh: the graph has not run yet; the next captured graph may need its results.
-        constant: positions of results independent of requests and adapters -> positions of the
-            model's tensors that they come from.
+        constant: positions of results that depend on no request and no adapter -> positions of the
+            model's tensors from which they are computed.
     """
 
     inputs: tuple[int, ...] = ()
@@ -138,7 +138,8 @@ class Handover:
         requests: int,
         of_call: Mapping[int, Role],
     ) -> Rows | None:
-        """The owners of rows in a call of `requests` requests with arguments of roles `of_call`."""
+        """The owners of rows in a call with arguments of roles `of_call`; None if proofs fail
+        there."""
         rows = self._rows(memory, arguments, requests, of_call)
         if isinstance(rows, OfList) and any(
             arguments[position] != len(rows.owners) for position in self.counted
@@ -167,7 +168,7 @@ class Handover:
         if isinstance(request, Alone):
             return request
         lists: list[tuple[int, ...]] = []
-        several: list[tuple[int, ...]] = []
+        repeated: list[tuple[int, ...]] = []
         single: list[tuple[Role, Alone]] = []
         for position, role in self.taken.items():
             label, tensor = labels[position], arguments[position]
@@ -179,7 +180,7 @@ class Handover:
             if role.dim is None and isinstance(label, Shared):
                 continue
             if isinstance(label, Listed) and label.dim == role.dim:
-                (several if role.several else lists).append(label.owners)
+                (repeated if role.several else lists).append(label.owners)
             elif role.several:
                 return None
             elif isinstance(label, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
@@ -187,11 +188,11 @@ class Handover:
             else:
                 return None
         owners = same_owners(lists) if lists else tuple(range(requests))
-        if owners is None or any(item != repeated_owners(owners, item) for item in several):
+        if owners is None or any(item != repeated_owners(owners, item) for item in repeated):
             return None
-        for role, whose in single:
+        for role, only in single:
             assert role.request is not None
-            if role.requests != len(owners) or owners[role.request] != whose.request:
+            if role.requests != len(owners) or owners[role.request] != only.request:
                 return None
         if len(owners) == requests and all(o in (i, NOBODY) for i, o in enumerate(owners)):
             return in_order_of(requests)
@@ -207,7 +208,8 @@ class Handover:
         *,
         looked_at: bool,
     ) -> None:
-        """Keep labels of this call's results and written inputs, unless tracked (`looked_at`)."""
+        """Record the labels of this call's results and written inputs. If it was tracked
+        (`looked_at`), those of unproved tensors are already known."""
         for position, proof in self.written.items():
             tensor = arguments[position]
             if isinstance(tensor, Tensor) and not looked_at:
@@ -234,23 +236,23 @@ def _label(proof: ResultOwners | None, tensor: Tensor, rows: Rows | None) -> Rea
 
 def results_of(graph: fx.Graph, flow: Flow) -> Handover:
     """The owners of a graph's results, from provenance's labels."""
-    found = Handover()
+    handover = Handover()
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     results = output.args[0]
     if not isinstance(results, (list, tuple)):  # AOTAutograd always returns a tuple
         results = (results,)
-    for node, place in zip(results, output.meta.get("desc") or (), strict=False):
+    for node, description in zip(results, output.meta.get("desc") or (), strict=False):
         if not isinstance(node, fx.Node):
             continue
         proof = _result_owners(node, flow)
-        found.seen |= proof is None
-        if isinstance(place, PlainAOTOutput) and proof is not None:
-            found.results[place.idx] = proof
-        elif isinstance(place, InputMutationAOTOutput):
-            target = place.mutated_input
+        handover.seen |= proof is None
+        if isinstance(description, PlainAOTOutput) and proof is not None:
+            handover.results[description.idx] = proof
+        elif isinstance(description, InputMutationAOTOutput):
+            target = description.mutated_input
             if isinstance(target, PlainAOTInput):
-                found.written[target.idx] = proof
-    return found
+                handover.written[target.idx] = proof
+    return handover
 
 
 def _result_owners(node: fx.Node, flow: Flow) -> ResultOwners | None:

@@ -32,8 +32,8 @@ def _frames() -> Iterator[FrameType]:
 
 
 def calling_modules() -> frozenset[int]:
-    """Identities of the modules whose `__call__` is running. Where Dynamo cannot break a frame,
-    their hooks run after it in separate graphs."""
+    """The identities of the modules whose `__call__` is running. Where Dynamo cannot break a frame,
+    their hooks run after it, in separate graphs."""
     return frozenset(map(id, running_modules()))
 
 
@@ -43,7 +43,7 @@ def running_modules() -> Iterator[nn.Module]:
 
 
 def python_line() -> str | None:
-    """`file:line` of the innermost frame outside torch and lorafx; None while a graph runs."""
+    """The `file:line` of the innermost frame outside torch and lorafx; None while a graph runs."""
     for frame in _frames():
         name = str(frame.f_globals.get("__name__"))
         if _GRAPHS.match(name) or frame.f_code.co_filename.startswith("<eval_with_key>"):
@@ -53,10 +53,10 @@ def python_line() -> str | None:
     return None
 
 
-def called_directly(by: Callable[[FrameType], bool]) -> bool:
-    """Whether `by` holds for the caller of the compiled code, which begins with its arguments."""
+def called_directly(is_caller: Callable[[FrameType], bool]) -> bool:
+    """Whether `is_caller` holds for the frame that called the compiled code with its arguments."""
     for frame in _frames():
-        if by(frame):
+        if is_caller(frame):
             return True
         if not _COMPILERS.fullmatch(str(frame.f_globals.get("__name__"))):
             return False
@@ -64,14 +64,14 @@ def called_directly(by: Callable[[FrameType], bool]) -> bool:
 
 
 def compiled_module() -> nn.Module | None:
-    """The module of the running call to a torch.compile wrapper."""
-    found: nn.Module | None = None
+    """The module of the running call of a torch.compile wrapper."""
+    module: nn.Module | None = None
     wrapped = False
     for frame in _frames():
         if wrapped and frame.f_code in CALLS:
-            found = unwrapped(frame.f_locals["self"])
+            module = unwrapped(frame.f_locals["self"])
         wrapped = in_wrapper_of_dynamo(frame)
-    return found
+    return module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -84,19 +84,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def refuse_called_slips(belongs: Callable[[nn.Module], bool], way: str) -> None:
-    """Raise ConfigError, as `refuse_slips`, for keywords that would choose an adapter elsewhere in
-    the outermost running call; `way` is how adapters are chosen."""
-    found: Mapping[str, Any] = {}
+    """As `refuse_slips`, for the keywords of the outermost running call of a module for which
+    `belongs` holds; `way` is how adapters are chosen."""
+    call: Mapping[str, Any] = {}
     for frame in _frames():
         if frame.f_code is CALL and belongs(unwrapped(frame.f_locals["self"])):
-            found = frame.f_locals
-    if found and found["kwargs"]:
-        module = unwrapped(found["self"])
-        refuse_slips(found["kwargs"], module.forward, module, {"": way})
+            call = frame.f_locals
+    if call and call["kwargs"]:
+        module = unwrapped(call["self"])
+        refuse_slips(call["kwargs"], module.forward, module, {"": way})
 
 
 def refuse_pipeline_slips(model: nn.Module) -> None:
-    """`refuse_slips` for a transformers pipeline, which hands even valid keywords to a
+    """As `refuse_slips`, for the running transformers pipeline: it passes even valid keywords to a
     tokenizer."""
     base: Any = sys.modules.get("transformers.pipelines.base")
     if base is None:

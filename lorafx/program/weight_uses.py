@@ -2,14 +2,15 @@
 
     linear     y = x Wᵀ          mm, addmm, bmm, baddbmm, linear with W as the right operand
     swapped    y = W xᵀ          mm, bmm with W as the left operand (mamba's dt_proj)
-    blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
-               y_g = x_g W_g     blocks of them by groups, or summed over `out`
+    blocks     y_g = x_g W_gᵀ    the same products with parts of W: a slice of its rows, blocks of
+               y_g = x_g W_g     rows by groups, or summed over `out`
     embedding  y = W[ids]
     conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-The part of W in a node is its `WeightForm` (lorafx.program.derived). With the weights of routed
-experts W (E, N, K), or (E, K, N) if stored transposed, seen through casts and transposes:
+A `WeightForm` (lorafx.program.derived) says which part of W a node is. Uses of the weights of
+routed experts, W (E, N, K), or (E, K, N) if stored transposed, followed through casts and
+transposes:
 
     sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) their ends
     chosen     y = bmm(x, W[ids])            a weight gathered for each row
@@ -59,14 +60,14 @@ class Use:
     """A use of a weight; `kind` as in the module's equations, or "unknown" for a `reason`.
 
     Attributes:
-        node: the node that computes y ("unknown": the node without a rule).
+        node: the node that computes y; of an unknown use, the node without a rule.
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
-        plain: W enters uncast and not broadcast, so that the GEMM may be fused.
+        plain: W is neither cast nor broadcast, so that the GEMM may be fused.
         swapped: W is the left operand; the last dimensions of x and y are swapped.
-        choice: for routed experts, offs or ids.
-        blocks: for "blocks"; the groups are the first dimension of x.
-        stored: W enters in its stored format (int8), without its scale.
+        choice: offs or ids of routed experts.
+        blocks: of "blocks"; the groups are the first dimension of x.
+        stored: the operand is W in its stored format (int8), without the scale.
     """
 
     kind: UseKind
@@ -84,7 +85,7 @@ class Use:
 
 @dataclass(frozen=True)
 class _Carrier:
-    """A node that is W or part of it; `stored` numbers become W by a product with `scales`."""
+    """A node that is W or a part of it; `stored` numbers become W by a product with `scales`."""
 
     weight: fx.Node
     shape: tuple[Any, Any]
@@ -143,22 +144,22 @@ def uses_of(
             int(size)  # a guard: an attribute's sizes may be symbols, the weight's are not
     stored = not is_dense(fake_value(weight))
     plain = part is None and not stored
-    return _followed(_Carrier(weight, shape, weight, form, plain, stored, scales), _interpret)
+    return _follow(_Carrier(weight, shape, weight, form, plain, stored, scales), _interpret)
 
 
-def _followed(start: T, interpret: Callable[[T, fx.Node], list[T | Use]]) -> list[Use]:
+def _follow(start: T, interpret: Callable[[T, fx.Node], list[T | Use]]) -> list[Use]:
     """All uses of the weight in `start`; `interpret` maps a user to further carriers and uses."""
-    found: list[Use] = []
+    uses: list[Use] = []
     pending = [start]
     while pending:
         carrier = pending.pop()
         for user in list(carrier.node.users):  # type: ignore[attr-defined]
             for outcome in interpret(carrier, user):
                 if isinstance(outcome, Use):
-                    found.append(outcome)
+                    uses.append(outcome)
                 else:
                     pending.append(outcome)
-    return found
+    return uses
 
 
 def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
@@ -180,17 +181,17 @@ def _interpret(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
     if handler is None:
         return [carrier.unknown(user, f"no rule for {user.target}")]
     outcome = handler(carrier, user)
-    found, stored = outcome if isinstance(outcome, list) else [outcome], carrier.stored
-    return [replace(item, stored=stored) if isinstance(item, Use) else item for item in found]
+    outcomes, stored = outcome if isinstance(outcome, list) else [outcome], carrier.stored
+    return [replace(item, stored=stored) if isinstance(item, Use) else item for item in outcomes]
 
 
-def _same(carrier: _Carrier, user: fx.Node) -> _Carrier:
+def _same_value(carrier: _Carrier, user: fx.Node) -> _Carrier:
     before, after = fake_value(carrier.node).dtype, fake_value(user).dtype
     return carrier.as_node(user, carrier.form, plain=before == after)
 
 
 def order_of(user: fx.Node, dims: int) -> list[int]:
-    """The operand's dimensions in a transpose's or permutation's order."""
+    """The operand's dimensions in the order of a transpose or permutation."""
     call = bound(user)
     if user.target is aten.permute.default:
         return [int(dim) % dims for dim in call["dims"]]
@@ -202,7 +203,7 @@ def order_of(user: fx.Node, dims: int) -> list[int]:
     return order
 
 
-def _swap(carrier: _Carrier, user: fx.Node) -> _Carrier:
+def _permute(carrier: _Carrier, user: fx.Node) -> _Carrier:
     order = order_of(user, len(carrier.form.axes))
     return carrier.as_node(user, carrier.form.permuted(order), plain=True)
 
@@ -248,24 +249,24 @@ def _part(carrier: _Carrier, user: fx.Node, form: WeightForm | None) -> _Carrier
     return carrier.as_node(user, form)
 
 
-def _taken_apart(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
+def _split(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
     dim, parts = bound(user)["dim"] % len(carrier.form.axes), fake_value(user)
     single = user.target is aten.unbind.int
     sizes = [1 if single else _sizes(part)[dim] for part in parts]
     if not all(isinstance(size, int) for size in sizes):
         return [carrier.unknown(user, "it is split by a size that is not constant")]
-    found: list[_Carrier | Use] = []
+    outcomes: list[_Carrier | Use] = []
     for item in user.users:
         if item.target is not operator.getitem:
-            found.append(carrier.unknown(item, "several of its parts are used together"))
+            outcomes.append(carrier.unknown(item, "several of its parts are used together"))
             continue
         start, whole = sum(sizes[: index_of(item)]), carrier.form
         form = whole.selected(dim, start) if single else whole.sliced(dim, start, 1)
-        found.append(_part(carrier, item, form))
-    return found
+        outcomes.append(_part(carrier, item, form))
+    return outcomes
 
 
-def _scaled(carrier: _Carrier, user: fx.Node) -> _Carrier | Use:
+def _scale(carrier: _Carrier, user: fx.Node) -> _Carrier | Use:
     call = bound(user)
     first, second = call["self"], call["other"]
     other = second if first is carrier.node else first
@@ -342,19 +343,17 @@ def _embedding(carrier: _Carrier, user: fx.Node) -> Use:
 
 _Handler = Callable[[_Carrier, fx.Node], "_Carrier | Use | list[_Carrier | Use]"]
 _HANDLERS: dict[Any, _Handler] = {
-    **dict.fromkeys(SAME_VALUE, _same),
-    **dict.fromkeys((aten.t.default, aten.permute.default, aten.transpose.int), _swap),
+    **dict.fromkeys(SAME_VALUE, _same_value),
+    **dict.fromkeys((aten.t.default, aten.permute.default, aten.transpose.int), _permute),
     aten.expand.default: _expand,
     **dict.fromkeys(RESHAPES, _reshape),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    **dict.fromkeys(
-        (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int), _taken_apart
-    ),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int), _split),
     **{op.default: _product for op in contractions.PRODUCTS},
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
-    aten.mul.Tensor: _scaled,
+    aten.mul.Tensor: _scale,
 }
 
 
@@ -377,7 +376,7 @@ CONVOLUTION = torch.ops.aten.convolution.default
 
 @dataclass(frozen=True)
 class _Whole:
-    """A node that is W, or W[ids], with (in, out) as its last dimensions if `in_first`."""
+    """A node that is W or W[ids]; its last dimensions are (in, out) if `in_first`."""
 
     weight: fx.Node
     node: fx.Node
@@ -390,12 +389,12 @@ class _Whole:
 
 def convolution_uses(weight: fx.Node) -> list[Use]:
     """All convolutions with `weight`."""
-    return _followed(_Whole(weight, weight), _convolved)
+    return _follow(_Whole(weight, weight), _interpret_convolution)
 
 
-def _convolved(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
+def _interpret_convolution(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
     if isinstance(fake_value(user), (int, torch.SymInt)):
-        return []  # of its sizes
+        return []  # only its sizes are read
     if user.target in SAME_VALUE:
         return [replace(carrier, node=user)]
     call = bound(user) if user.target is CONVOLUTION else {}
@@ -406,10 +405,10 @@ def _convolved(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
 
 def expert_uses(weight: fx.Node, *, transposed: bool) -> list[Use]:
     """All uses of the 3-D `weight` of routed experts; `transposed` if stored (E, K, N)."""
-    return _followed(_Whole(weight, weight, transposed), _by_experts)
+    return _follow(_Whole(weight, weight, transposed), _interpret_experts)
 
 
-def _by_experts(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
+def _interpret_experts(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
     if user.op == "output":
         return [carrier.unknown(user, "the weight itself is returned")]
     value = fake_value(user)
@@ -462,7 +461,7 @@ def is_grouped(node: fx.Node) -> bool:
 
 
 class Grouped(NamedTuple):
-    """The operands of a product of sorted rows; `plain` if there are no others."""
+    """The operands of a product of sorted rows; `plain` if the node has no others."""
 
     x: Any
     weight: Any

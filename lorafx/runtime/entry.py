@@ -1,8 +1,8 @@
 """Entries: a module's forward, or another method, compiled for one program.
 
-Once per call the host finds the number of requests and each request's slot; then the compiled
-forward runs and reads only tensors. The batch and `Options.base_graphs` decide whether that is the
-one with adapters or the base's, each with graphs of its own.
+Once per call the host finds the number of requests and the slot of each. Then the compiled forward
+runs, which reads only tensors: the one with adapters or the base's, depending on the batch and on
+`Options.base_graphs`. Each has graphs of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.driver import explained, own_error
+from lorafx.capture.driver import explained, lorafx_error_in
 from lorafx.capture.traced import Traced
 from lorafx.capture.tracking import Tracking, WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
@@ -27,18 +27,18 @@ from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import argument_label
-from lorafx.runtime.replaced_methods import InPlace, forward_of
+from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 
-if TYPE_CHECKING:  # what it needs of torch may be missing where nothing is saved
+if TYPE_CHECKING:  # imported where used: torch may lack what it needs
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
 
 
 class Entry:
-    """One module's forward, compiled, or another method of it (`function`). Called in place of it,
-    by users and by `generate`."""
+    """The compiled forward of a module, or another method of it (`function`). Users and `generate`
+    call it in place of the method."""
 
     def __init__(
         self,
@@ -58,15 +58,16 @@ class Entry:
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         self.per_token = per_token
-        self.target = _target(session.program, module, function) if name == "forward" else function
-        #: Whether calls without an adapter run graphs of the base's own; with "warmup", from when
-        #: `warmup` has compiled some.
+        self.target = _to_trace(session.program, module, function) if self.is_forward else function
+        #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
+        #: has compiled some.
         self.base_graphs = _base_graphs(session)
-        #: By the state of sites (`SiteWatch`) and of users' hooks (`HookWatch`), which guards would
-        #: not tell apart, and by whether it is the base's: the last state and the model as given.
-        self.traced = {(_AS_GIVEN, False): self._new(base=False)}
+        #: The traced functions by the state of the sites (`SiteWatch`) and of users' hooks
+        #: (`HookWatch`), which guards do not see, and by whether they are the base's. Only those of
+        #: the initial state and of the last one are kept.
+        self.traced = {(_INITIAL_STATE, False): self._new_traced(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
-        #: The last call with adapters had graphs captured, or there was none.
+        #: Whether the last call with adapters captured graphs; True before the first.
         self.capturing = True
         functools.update_wrapper(self, function)
 
@@ -79,7 +80,7 @@ class Entry:
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
-        if args and self.roles.by_name(args):  # one graph for both ways to write a call
+        if args and self.roles.by_name(args):  # so that both ways to write a call share a graph
             args, kwargs = (), named
         if not args:
             named = kwargs = plain_tokens(kwargs)
@@ -105,16 +106,16 @@ class Entry:
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
-        """What the model returns, by the graphs with adapters or those of the `base`."""
+        """Run the graphs with adapters, or those of the base, and return the model's result."""
         session = self.session
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
-        traced = self._traced(state, base=base)
+        traced = self._traced_for(state, base=base)
         try:
             run = functools.partial(traced.call, *args, **kwargs)
-            ungraded = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-            with ungraded, session.module_paths():
-                result = self._tracked(run)
+            no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+            with no_grad, session.without_mha_fast_path():
+                result = self._run_tracked(run)
             if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
                 if isinstance(result, CoroutineType):
                     result.close()
@@ -124,9 +125,9 @@ class Entry:
                 )
             return result
         except BaseException as error:
-            known = own_error(error)
-            if isinstance(known, ReplacedModuleError):
-                raise known from None
+            inner = lorafx_error_in(error)
+            if isinstance(inner, ReplacedModuleError):
+                raise inner from None
             raised = "; ".join(dict.fromkeys(traced.given_up.values()))
             traced.given_up.clear()
             if is_recompile_limit(error):
@@ -136,35 +137,35 @@ class Entry:
                     f"Options.recompile_limit allows, and this call needs one more: {error}"
                 ) from error
             if raised and isinstance(error, LorafxError):
-                # The consequence; the model's own error is what the caller can do something about.
+                # The model's own error is the cause, and the one that the caller can act on.
                 raise type(error)(
                     f"{error}. {type(self.module).__name__} runs in pieces, because it "
                     f"raised an error when this call was traced: {raised}"
                 ) from error
             if isinstance(error, LorafxError):
                 raise
-            if known is not None:
-                raise known from error
-            failure = explained(error, type(self.module).__name__, self._base_served(base=base))
+            if inner is not None:
+                raise inner from error
+            failure = explained(error, type(self.module).__name__, self._base_sentence(base=base))
             if failure is None:
                 raise
             raise failure from error
         finally:
-            hooks.take_over()
-            if sites.state != state[0]:  # noticed when a graph was captured
-                for kind in (False, True):
-                    self.traced.pop((state, kind), None)
+            hooks.accept_new()
+            if sites.state != state[0]:  # it changed while a graph was captured
+                for of_base in (False, True):
+                    self.traced.pop((state, of_base), None)
 
-    def _tracked(self, run: Callable[[], Any]) -> Any:
-        """What `run` returns. Where adapters are active, what Python computes between graphs is
-        followed for weights and owners. Raises MatchError where the weight of a site was used past
-        its module."""
+    def _run_tracked(self, run: Callable[[], Any]) -> Any:
+        """Return the result of `run`. If adapters are active, uses of weights and the owners of
+        tensors are tracked between graphs. Raises MatchError if the weight of a touched site was
+        used without its module."""
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
         captured = len(records)
         uses = WeightUses(program) if program.batch.touched else None
-        memory = self._memory()
+        memory = self._owner_memory()
         try:
             if uses is None and memory is None:
                 return run()
@@ -175,14 +176,14 @@ class Entry:
         finally:
             self.capturing = len(records) != captured
 
-    def _memory(self) -> Memory | None:
-        """Where the owners of what the running call computes are noted; None where no graph needs
-        them: the batch is of one adapter, or the model in one graph that is captured already."""
+    def _owner_memory(self) -> Memory | None:
+        """The memory for owners of what the running call computes; None if no graph needs them,
+        since the batch has one adapter, or the model is one graph that is captured already."""
         session, program = self.session, self.session.program
         call, rows = program.call, len(program.runtime.rows)
         mixed = not program.runtime.uniform and program.in_pieces
-        wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
-        if call is None or call.roles is None or not wanted or not (mixed or self.capturing):
+        trackable = session.requests.tokens is None and 1 < rows <= MOST_REQUESTS
+        if call is None or call.roles is None or not trackable or not (mixed or self.capturing):
             return None
         call.tracked = True
         for name, value in call.named.items():
@@ -193,20 +194,20 @@ class Entry:
             call.memory.add_shared(program.buffers())
         return call.memory
 
-    def _base_served(self, *, base: bool) -> str:
-        """What becomes of calls without an adapter where a graph cannot be compiled."""
+    def _base_sentence(self, *, base: bool) -> str:
+        """A sentence for errors: how calls without an adapter are served if compiling failed."""
         if base:
             return ""
         if self.base_graphs is True:
             return "Calls without an adapter are served as before"
         return "Options(base_graphs=True) serves calls without an adapter by graphs of their own"
 
-    def _new(self, *, base: bool) -> Traced:
+    def _new_traced(self, *, base: bool) -> Traced:
         session = self.session
-        saved = self._saved(base=base)
+        saved = self._saved_graphs(base=base)
         return Traced(
             self.target,
-            _weakly(session.backend.per_token if self.per_token else session.backend.__call__),
+            _weak_method(session.backend.per_token if self.per_token else session.backend.__call__),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -215,8 +216,8 @@ class Entry:
             converted=None if saved is None else saved.converted,
         )
 
-    def _saved(self, *, base: bool) -> SavedGraphs | None:
-        """The graphs that other processes saved of this entry, where `Options.cache` asks."""
+    def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
+        """This entry's graphs that other processes saved; None unless `Options.cache` is set."""
         option = self.session.program.options.cache
         if not option:
             return None
@@ -234,16 +235,16 @@ class Entry:
 
         return SavedGraphs(self.session.backend, option, entry)
 
-    def _traced(self, state: tuple[int, int], *, base: bool) -> Traced:
+    def _traced_for(self, state: tuple[int, int], *, base: bool) -> Traced:
         if (state, base) not in self.traced:
-            kept = (_AS_GIVEN, state)
+            kept = (_INITIAL_STATE, state)
             self.traced = {key: traced for key, traced in self.traced.items() if key[0] in kept}
-            self.traced[state, base] = self._new(base=base)
+            self.traced[state, base] = self._new_traced(base=base)
         return self.traced[state, base]
 
     def _refuse_loops(self) -> None:
-        """Raise MatchError where the batch has adapters of experts that the base runs one after
-        another, which Dynamo gives up in pieces."""
+        """Raise MatchError if the batch touches experts that the base runs in a loop, which Dynamo
+        breaks into pieces."""
         program = self.session.program
         looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
         if looping:
@@ -251,16 +252,16 @@ class Entry:
             raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
 
 
-#: The state of a model whose modules and hooks are those that it had at first.
-_AS_GIVEN = (0, 0)
+#: The state of a model whose modules and hooks have not changed.
+_INITIAL_STATE = (0, 0)
 
 
 def _base_graphs(session: Session) -> bool | str:
-    """`Options.base_graphs`, with "auto" made into what is best for the model.
+    """`Options.base_graphs`, with "auto" resolved for the model.
 
-    On a CPU a graph with adapters takes as long as the base's where no row has one. On a GPU each
-    kernel looks at the slots of its rows. The fast path of nn.MultiheadAttention, which adapters
-    switch off, writes zeros where a batch is padded.
+    On a CPU a graph with adapters takes as long as the base's if no row has one. On a GPU each
+    kernel reads the slots of its rows. The fast path of nn.MultiheadAttention, which adapters
+    switch off, writes zeros where a batch is padded, so such a model has graphs of the base.
     """
     options, device = session.program.options, session.program.runtime.device
     if options.base_graphs != "auto":
@@ -270,32 +271,35 @@ def _base_graphs(session: Session) -> bool | str:
     return False if device.type == "cpu" else "warmup"
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method`, which keeps its object alive no longer: Dynamo never forgets a backend."""
+def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `method` without keeping its object alive: Dynamo never frees a
+    backend."""
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> Any:
-        found = reference()
-        assert found is not None
-        return found(*arguments)
+        strong = reference()
+        assert strong is not None
+        return strong(*arguments)
 
     return call
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:
-    """Only the number of requests may vary in a graph that takes images."""
+    """Make all sizes of image tensors but the number of requests constants of the graphs."""
     for name in IMAGES:
         value = named.get(name)
         if isinstance(value, Tensor) and value.dim() == 4:
             mark_fixed_shape(value, (1, 2, 3))
 
 
-def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What Dynamo traces, where `forward` is the module's own. A module that is a site itself is
+def _to_trace(
+    program: Program, module: nn.Module, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function that Dynamo traces for the module's `forward`. A module that is a site itself is
     traced with its marks."""
     if all(site.module is not module for site in program.sites):
         return forward
-    if module is program.model and not isinstance(vars(module).get("forward"), InPlace):
+    if module is program.model and not isinstance(vars(module).get("forward"), ReplacedMethod):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return module(*args, **kwargs)
@@ -314,13 +318,13 @@ def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) ->
 
 
 def entered(frame: FrameType) -> bool:
-    """True for the frame of a running entry, which calls the program with a call's arguments."""
+    """Whether a frame is that of an entry that serves a call, with the call's arguments."""
     return frame.f_code is Entry._serve.__code__
 
 
 class CompiledForwards:
-    """The entries of one session. `made` are those that there are; `attachment` put the marks on
-    the model of a `CompiledModel`."""
+    """The entries of a session, made when they are first needed. `attachment` is that of the marks
+    on the model."""
 
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self.session = session
@@ -339,8 +343,8 @@ class CompiledForwards:
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
-        """The compiled forward of `module`, which is the model or a part that is called directly,
-        or another method of it. A forward that replaced another has an entry of its own."""
+        """The compiled forward, or another method, of `module`: the model or a part of it that is
+        called directly. A new entry is made if the forward has been replaced."""
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
         key = id(module), per_token, packed, name
@@ -353,10 +357,10 @@ class CompiledForwards:
 
     @property
     def detached(self) -> bool:
-        """Whether the marks were taken off the model."""
+        """Whether the marks were removed from the model."""
         return not self.attachment.rollback
 
     def check_attached(self) -> None:
-        """Raise CaptureError where the model was detached."""
+        """Raise CaptureError if the model was detached."""
         if self.detached:
             raise CaptureError("this model was detached; call lorafx.compile again")

@@ -1,5 +1,5 @@
-"""Inputs to run a model with: those that the user gives, or token ids made from its configuration,
-and the same with other numbers of requests and tokens."""
+"""Example inputs of a model: the user's, or token ids made from its configuration, and variants of
+them with other numbers of requests and tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lorafx.errors import ConfigError
 from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
 
-#: Arguments that `generate` makes by itself.
-_OF_GENERATION = ("labels", "position_ids", "cache_position", "past_key_values", "cache_params")
-#: What a model calls the cache in its output and takes it back as.
+#: Arguments that `generate` makes itself.
+_MADE_BY_GENERATE = ("labels", "position_ids", "cache_position", "past_key_values", "cache_params")
+#: The names of the cache, both in a model's output and among its arguments.
 _CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A call's arguments by name. `length` is its number of tokens, None where it has none."""
+    """A call's arguments by name. `length` is the number of tokens, None if it takes none."""
 
     roles: RoleTable
     named: Mapping[str, Any]
@@ -50,19 +50,19 @@ class Example:
         return any(name in self.named for name in PRIMARY)
 
     def prompt(self) -> dict[str, Any]:
-        """What `generate` takes of it."""
+        """The arguments that `generate` takes."""
         return {
             name: value
             for name, value in self.named.items()
             if isinstance(value, Tensor)
-            and name not in _OF_GENERATION
+            and name not in _MADE_BY_GENERATE
             and not name.startswith("decoder_")
         }
 
     def padded(self) -> Example | None:
-        """The same with prompts of unequal lengths; None where there is one, or no mask.
+        """The example with prompts of unequal lengths; None if it has one prompt, or no mask.
 
-        Of a mask without padding `generate` makes none, which is another graph.
+        `generate` drops a mask without padding, which takes another graph.
         """
         mask = self.named.get("attention_mask")
         if self.rows < 2 or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
@@ -72,10 +72,10 @@ class Example:
         return replace(self, named={**self.named, "attention_mask": mask})
 
     def variants(self, batch_sizes: Sequence[int], lengths: Sequence[int]) -> Iterator[Example]:
-        """It, then the same for each number of requests and of tokens."""
+        """The example, then one for each other number of requests and of tokens."""
         yield self
         if any(list(tensor_leaves(v)) for v in self.named.values() if not isinstance(v, Tensor)):
-            return  # the requests of what containers hold are not known
+            return  # which dimension of tensors in containers holds requests is not known
         seen = {(self.rows, self.length)}
         for rows in batch_sizes if self.roles.rows(self.named) else (self.rows,):
             for length in lengths if self.length is not None else (None,):
@@ -84,26 +84,28 @@ class Example:
                     yield self._resized(rows, length)
 
     def _resized(self, rows: int, length: int | None) -> Example:
-        named = {name: self._fitted(name, v, rows, length) for name, v in self.named.items()}
+        named = {
+            name: self._resized_argument(name, v, rows, length) for name, v in self.named.items()
+        }
         return replace(self, named=named, rows=rows, length=length)
 
-    def _fitted(self, name: str, value: Any, rows: int, length: int | None) -> Any:
+    def _resized_argument(self, name: str, value: Any, rows: int, length: int | None) -> Any:
         if not isinstance(value, Tensor):
             return value
         role = self.roles.role(name, value, self.named)
-        fitted = value
-        if role.known and _holds(value, role.dim, self.rows):
-            fitted = _repeated(fitted, role.dim, rows)
-        if length is not None and _holds(value, TOKEN_DIMS.get(name), self.length):
-            fitted = _repeated(fitted, TOKEN_DIMS[name], length)
-        return fitted
+        resized = value
+        if role.known and _has_size(value, role.dim, self.rows):
+            resized = _repeated(resized, role.dim, rows)
+        if length is not None and _has_size(value, TOKEN_DIMS.get(name), self.length):
+            resized = _repeated(resized, TOKEN_DIMS[name], length)
+        return resized
 
 
 def _has_dim(value: Any, dim: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > dim
 
 
-def _holds(tensor: Tensor, dim: int | None, size: int | None) -> bool:
+def _has_size(tensor: Tensor, dim: int | None, size: int | None) -> bool:
     return dim is not None and tensor.dim() > dim and tensor.shape[dim] == size
 
 
@@ -113,9 +115,9 @@ def _repeated(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.index_select(dim, index)
 
 
-def given_example(roles: RoleTable, inputs: Any) -> Example:
-    """The example of a call's arguments, by name or in their order. Raises ConfigError where they
-    are neither, or do not fit the forward."""
+def example_of(roles: RoleTable, inputs: Any) -> Example:
+    """The example of a call's arguments, given by name or by position. Raises ConfigError if they
+    are given in another form, or do not fit the forward."""
     args, kwargs = as_call(inputs)
     try:
         return Example.of(roles, roles.bind(args, kwargs))
@@ -126,8 +128,8 @@ def given_example(roles: RoleTable, inputs: Any) -> Example:
 def as_call(
     inputs: Mapping[str, Any] | Sequence[Any],
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments of one call, those in their order and those by name, from one of the two.
-    Raises ConfigError where it is neither."""
+    """The positional and the keyword arguments of a call, from a sequence or a mapping. Raises
+    ConfigError if `inputs` is neither."""
     if isinstance(inputs, Mapping):
         return (), inputs
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
@@ -139,15 +141,15 @@ def as_call(
 
 
 def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """The arguments of one call by name, from those by name or in their order. Raises ConfigError
-    where they are neither, TypeError where there are more than the forward takes."""
+    """The arguments of a call by name, from a sequence or a mapping. Raises ConfigError if `inputs`
+    is neither, TypeError if there are more than the forward takes."""
     args, kwargs = as_call(inputs)
     return dict(roles.bind(args, {}) if args else kwargs)
 
 
 def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:
-    """Requests of so many tokens each, for a model that takes token ids. Raises ConfigError where
-    it takes something else, or its vocabulary is not known."""
+    """An example of `rows` requests with `length` tokens each. Raises ConfigError if the model
+    takes something else than token ids, or its vocabulary is not known."""
     parameters = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in parameters:
         raise ConfigError(
@@ -173,7 +175,7 @@ def derived_example(model: nn.Module, device: torch.device, rows: int, length: i
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """How many token ids the model's input embedding knows."""
+    """The number of token ids that the model's input embedding has rows for."""
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -188,11 +190,11 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def decode_step(model: nn.Module, inputs: Mapping[str, Any], output: Any) -> dict[str, Any] | None:
-    """The arguments of a call for one token more, with the cache that `output` brought; None where
-    it brought none, or the call was one for an encoder-decoder."""
+    """The arguments of a call for one more token, with the cache in `output`; None if there is no
+    cache, or the model is an encoder-decoder."""
     ids, parameters = inputs.get("input_ids"), inspect.signature(model.forward).parameters
     if not isinstance(ids, Tensor) or ids.shape[-1] < 2 or "decoder_input_ids" in inputs:
-        return None  # a cache of one token would be a graph of its own
+        return None  # a cache of one token would need a graph of its own
     for name in _CACHES:
         cache = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if cache is None or name in inputs or name not in parameters:

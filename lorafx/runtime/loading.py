@@ -1,11 +1,10 @@
-"""Adapters that come and go while sessions serve: loaded into one model, or by parts into several,
-unloaded."""
+"""Loading and unloading of adapters while sessions serve: in one model, or by parts in several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.saved import AdapterSource, Origin, origin_of
@@ -16,94 +15,95 @@ from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session, read_for
 from lorafx.torch_internals.versions import entrance
 
-#: The name of an adapter that is given without one, as in PEFT.
-_UNNAMED = "default"
+#: The name of an adapter that is loaded without one, as in PEFT.
+_DEFAULT_NAME = "default"
 
 
-def asked_name(session: Session, name: str | None, adapter_name: str | None) -> str:
-    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it. Raises
-    ConfigError where they differ, or neither is given and there is a "default" already."""
+def name_to_load(session: Session, name: str | None, adapter_name: str | None) -> str:
+    """The name under which to load an adapter; `adapter_name` is PEFT's keyword for it. Raises
+    ConfigError if both are given and differ, or if neither is and a "default" is loaded already."""
     if name is not None and adapter_name is not None and name != adapter_name:
         raise ConfigError(f"name={name!r} and adapter_name={adapter_name!r} differ; give one")
-    given = adapter_name if name is None else name
-    if given is None and _UNNAMED in session.store:
+    chosen = adapter_name if name is None else name
+    if chosen is None and _DEFAULT_NAME in session.store:
         raise ConfigError(
-            f"an adapter named {_UNNAMED!r} is loaded already, which this one would replace; "
+            f"an adapter named {_DEFAULT_NAME!r} is loaded already, which this one would replace; "
             "give a name: load_adapter(source, name)"
         )
-    return _UNNAMED if given is None else given
+    return _DEFAULT_NAME if chosen is None else chosen
 
 
 def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
-    """Read an adapter and keep it in host memory, in place of one of the same name. Calls go on
-    while the files are read. `strict` as in `Options`, whose value None stands for.
+    """Read an adapter and keep it in host memory; it replaces one of the same name. Calls go on
+    while the files are read. `strict` is as in `Options`; None stands for the value there.
 
     Raises:
-        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        CheckpointError, UnsupportedAdapterError, CapacityError: it cannot be loaded, and nothing
+            has changed.
         ConfigError: the adapter of this name is merged.
-        ReplacedModuleError: a module that it is for was replaced or taken out.
-        BatchError: the call that is running on this thread serves it.
+        ReplacedModuleError: a module that it changes was replaced or removed.
+        BatchError: the call that is running on this thread serves the adapter of this name.
     """
-    # `load_parts` takes None for a session without a part of the adapter, which forgets it.
-    given: Any = source
+    if source is None:  # which would mean "no part of the adapter" to `load_parts`
+        source = AdapterSource(cast(Any, source))
     with entrance():
-        load_parts([(session, AdapterSource(given) if source is None else source)], name, strict)
+        load_parts([(session, source)], name, strict)
 
 
 def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:
-    """As `load_adapter`, into several models: each has the part of the adapter that stands beside
-    it, or none of this name where that is None. Where one part cannot be loaded, none is."""
+    """As `load_adapter`, for an adapter of several models: each loads the part that is paired with
+    it, or, for None, unloads the adapter. If one part cannot be loaded, nothing changes."""
     refuse_transformed()
-    read = [
+    read_parts = [
         None if source is None else (origin_of(source), _read(session, source, name, strict))
         for session, source in parts
     ]
 
     def keep() -> None:
         steps = [
-            unloading(session, name) if part is None else _keeping(session, name, *part)
-            for (session, _), part in zip(parts, read, strict=True)
+            prepared_unload(session, name) if part is None else _prepared_load(session, name, *part)
+            for (session, _), part in zip(parts, read_parts, strict=True)
             if part is not None or name in session.store.names
         ]
         undisturbed(lambda: [step() for step in steps])
 
-    _locked([session for session, _ in parts], keep)
+    _run_locked([session for session, _ in parts], keep)
 
 
-def in_turn(sessions: Iterable[Session]) -> list[Session]:
-    """In the order in which their locks are taken where several are."""
+def in_lock_order(sessions: Iterable[Session]) -> list[Session]:
+    """The sessions in the order in which several of their locks must be taken."""
     return sorted(sessions, key=lambda session: session.locks.number)
 
 
-def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
-    """Run `action` while no other thread calls any of these. An interrupt inside of an ExitStack
-    would leave a lock taken."""
-    for session in reversed(in_turn(sessions)):
-        action = partial(_holding, session, action)
+def _run_locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
+    """Run `action` with the locks of all these sessions. An ExitStack would leave a lock taken
+    after an interrupt."""
+    for session in reversed(in_lock_order(sessions)):
+        action = partial(_with_lock_of, session, action)
     action()
 
 
-def _holding(session: Session, action: Callable[[], None]) -> None:
+def _with_lock_of(session: Session, action: Callable[[], None]) -> None:
     with session.lock:
         session.locks.streams.follow(session.accelerators)
         action()
 
 
 def unload_parts(sessions: Sequence[Session], name: str) -> None:
-    """Forget the adapter of this name in all of these models that have it. Raises ConfigError where
-    it is merged, BatchError where the running call of this thread serves it, before any change."""
+    """Unload the adapter of this name from those models that have it. Raises ConfigError if it is
+    merged, and BatchError if the running call of this thread serves it, before anything changes."""
     load_parts([(session, None) for session in sessions], name)
 
 
 def _read(session: Session, source: Any, name: str, strict: bool | None) -> Adapter:
     program = session.program
     with session.lock:
-        _refuse(session, name)
+        _refuse_in_use(session, name)
         program.look_at_modules()
     try:
         strict = program.options.strict if strict is None else strict
         return read_for(program, source, name, strict=strict)
-    except CheckpointError as error:  # of which a module that is missing may be the reason
+    except CheckpointError as error:  # the reason may be a missing module
         try:
             program.refuse_missing()
         except ReplacedModuleError as reason:
@@ -111,17 +111,18 @@ def _read(session: Session, source: Any, name: str, strict: bool | None) -> Adap
         raise
 
 
-def _refuse(session: Session, name: str) -> None:
+def _refuse_in_use(session: Session, name: str) -> None:
     session.refuse_merged(name, "is replaced")
     session.refuse_served(name, "replace")
 
 
-def _keeping(
+def _prepared_load(
     session: Session, name: str, origin: Origin | None, adapter: Adapter
 ) -> Callable[[], None]:
-    """What keeps the adapter. What was true when the files were read is looked at again."""
+    """A function that puts the adapter into the store. Everything is checked again here, since it
+    may have changed while the files were read. The caller holds the lock."""
     program, merged = session.program, session.base.merged
-    _refuse(session, name)
+    _refuse_in_use(session, name)
     program.look_at_modules()
     if adapter.extras["dora"] and merged is not None:
         raise ConfigError(
@@ -140,7 +141,7 @@ def _keeping(
             if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
         ]
     )
-    keep = session.store.loading(adapter, origin)
+    keep = session.store.prepare_load(adapter, origin)
 
     def load() -> None:
         keep()
@@ -149,9 +150,9 @@ def _keeping(
     return load
 
 
-def unloading(session: Session, name: str) -> Callable[[], None]:
-    """What forgets an adapter, and raises UnknownAdapterError where it is not loaded. Raises
-    ConfigError where it is merged, BatchError where the running call serves it. The lock is held.
+def prepared_unload(session: Session, name: str) -> Callable[[], None]:
+    """A function that unloads an adapter, and raises UnknownAdapterError if it is not loaded.
+    Raises ConfigError if it is merged, BatchError if the running call serves it. The lock is held.
     """
     session.refuse_merged(name, "is unloaded")
     session.refuse_served(name, "unload")

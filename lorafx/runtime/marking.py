@@ -1,7 +1,7 @@
 """Marking a model: the user's request in one form, then sites, adapters, banks, marks and packed
-weights. On failure the model is restored.
+weights. If it fails, the model is restored.
 
-LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, name → AdapterState
+    LoraConfig | PEFT's configuration | adapters, and adapters → LoraConfig, name → AdapterState
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.extras import rows_wanted
-from lorafx.adapter_store.peft_config import PeftConfig, picked
+from lorafx.adapter_store.peft_config import PeftConfig, targeted_paths
 from lorafx.adapter_store.peft_model import (
     TakenOver,
     is_peft_model,
@@ -47,12 +47,12 @@ from lorafx.program.program import Preparation, Program
 
 @dataclass(frozen=True)
 class Marked:
-    """A marked model, and what PEFT had put into it (`taken`)."""
+    """A marked model, and the adapters of PEFT that were taken over from it, if any."""
 
     program: Program
     attachment: Attachment
     store: AdapterStore
-    taken: TakenOver | None
+    taken_over: TakenOver | None
 
 
 def mark(
@@ -61,28 +61,28 @@ def mark(
     adapters: Mapping[str, Any] | Sequence[Any] | None,
     options: Any,
 ) -> Marked:
-    """Mark `model`; the arguments are those of `lorafx.compile`, and so are the errors, after which
-    the model is as it was."""
+    """Mark `model`. The arguments and errors are those of `lorafx.compile`; after an error the
+    model is as it was."""
     settings = Options.of(options)
-    pipeline(settings)  # its names are right
+    pipeline(settings)  # raises for names of passes that there are not
     sources = by_name(adapters)
     model = without_wrappers(model)
-    taken, rollback = None, Rollback()
+    taken_over, rollback = None, Rollback()
     try:
         if is_peft_model(model) or peft_layers(model):
-            taken = take_over(model)
-            rollback.add(taken.restore)
-            model = taken.base
-            sources = {**taken.adapters, **sources}
+            taken_over = take_over(model)
+            rollback.add(taken_over.restore)
+            model = taken_over.base
+            sources = {**taken_over.adapters, **sources}
         with _collection_paused():
             request = request_of(lora_config, sources, model)
-            if taken is not None and len(taken.active) > 1 and lora_config is None:
-                # Banks have room for the sum of the adapters that were active at once.
-                active = [request.adapters[name] for name in taken.active]
+            if taken_over is not None and len(taken_over.active) > 1 and lora_config is None:
+                # Banks need room for the sum of the adapters that were active together.
+                active = [request.adapters[name] for name in taken_over.active]
                 rank = sum(adapter_target_modules(state, model).rank for state in active)
                 rank = max(request.config.max_rank, rank)
                 request = replace(request, config=replace(request.config, max_rank=rank))
-            return _mark(model, request, settings, taken, rollback)
+            return _mark(model, request, settings, taken_over, rollback)
     except BaseException:
         rollback.run()
         raise
@@ -90,8 +90,8 @@ def mark(
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Inside, Python does not look for garbage: walking over the million objects of a model of
-    10,000 modules, all of which last, took 1.2 s of 2.0."""
+    """Pauses Python's garbage collection: for a model of 10,000 modules, walking over a million
+    objects that stay alive took 1.2 s of 2.0."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,21 +102,21 @@ def _collection_paused() -> Iterator[None]:
 
 
 def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:
-    """The module graph of `model` and the sites that `config` asks for; nothing is changed.
+    """The module graph of `model` and the sites that `config` selects; nothing is changed.
 
     Raises:
         CaptureError: the model is, or holds, a wrapper made by torch.compile.
-        TargetError: targets that name nothing or cannot carry LoRA, all in one error.
-        ConfigError: a target specification of another form.
+        TargetError: some targets name nothing or cannot carry LoRA; one error lists all of them.
+        ConfigError: the targets are specified in an unknown form.
     """
     with _collection_paused():
-        found = Preparation(model, config)
-        run_model_passes(found, (Alias(), Select()))
-    return found.graph, found.sites
+        preparation = Preparation(model, config)
+        run_model_passes(preparation, (Alias(), Select()))
+    return preparation.graph, preparation.sites
 
 
 def warn_training(model: nn.Module, stacklevel: int) -> None:
-    """Warn that dropout, which training mode makes active, changes every answer."""
+    """Warn that dropout is active in training mode and changes every result."""
     warnings.warn(
         f"{type(model).__name__} is in training mode, so its dropout is active; call eval() for "
         "inference",
@@ -129,7 +129,7 @@ def _mark(
     model: nn.Module,
     request: Request,
     options: Options,
-    taken: TakenOver | None,
+    taken_over: TakenOver | None,
     rollback: Rollback,
 ) -> Marked:
     check_names(request.config.row_dims, model)
@@ -153,20 +153,20 @@ def _mark(
         resolved(options, prepared.sites[0].device),
         tuple(reports),
     )
-    return Marked(program, attachment, store, taken)
+    return Marked(program, attachment, store, taken_over)
 
 
-# --- what the user asks for ---
+# --- the user's request ---
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for.
+    """The user's request.
 
     Attributes:
-        config: sites, ranks and slots.
-        adapters: to be loaded, by name, as they were saved.
-        origins: the paths of those that were read from files.
+        config: the sites, ranks and slots.
+        adapters: the adapters to load, by name, as they were saved.
+        origins: the origins of those that were read from files.
     """
 
     config: LoraConfig
@@ -177,11 +177,11 @@ class Request:
 def request_of(
     lora_config: Any, adapters: Mapping[str, Any] | Sequence[Any] | None, model: nn.Module
 ) -> Request:
-    """The request that `lora_config` and `adapters` of `lorafx.compile` make: each adapter with its
-    files read once.
+    """The request for `lora_config` and `adapters` of `lorafx.compile`. The files of each adapter
+    are read once.
 
     Raises:
-        ConfigError: `lora_config` or `adapters` have no form that is known.
+        ConfigError: `lora_config` or `adapters` have an unknown form.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
     adapters = by_name(adapters)
@@ -195,32 +195,32 @@ def request_of(
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     dora, biases = config.use_dora, config.lora_bias
-    saved = dict.fromkeys(config.modules_to_save)
+    whole_modules = dict.fromkeys(config.modules_to_save)
     tokens = token_rooms(config.trainable_tokens, model)
     for state in states.values():
         peft = state.config
         dora |= peft.use_dora
         biases |= peft.lora_bias or peft.bias != "none"
-        whole, rows = rows_wanted(state, model)
-        saved.update(dict.fromkeys(whole))
+        modules, rows = rows_wanted(state, model)
+        whole_modules.update(dict.fromkeys(modules))
         tokens.update({path: max(count, tokens.get(path, 0)) for path, count in rows.items()})
     config = replace(
         config,
         use_dora=dora,
         lora_bias=biases,
-        modules_to_save=tuple(saved),
+        modules_to_save=tuple(whole_modules),
         trainable_tokens=tokens,
     )
-    known = {name: origin for name, origin in origins.items() if origin is not None}
-    return Request(config, states, known)
+    from_files = {name: origin for name, origin in origins.items() if origin is not None}
+    return Request(config, states, from_files)
 
 
 def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
-    """`adapters` of `lorafx.compile` by name: those of a list are named by the last part of each
-    path, or of a name on the hub.
+    """`adapters` of `lorafx.compile` by name. Those of a list are named after the last part of
+    their path, or of their name on the hub.
 
     Raises:
-        ConfigError: two are called the same, or one has no path.
+        ConfigError: two have the same name, or one has no path.
     """
     if adapters is None or isinstance(adapters, Mapping):
         return dict(adapters or {})
@@ -229,7 +229,7 @@ def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any
             "adapters are given as name -> adapter, or as a list of folders; got a "
             f"{type(adapters).__name__}"
         )
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for adapter in adapters:
         path = adapter.source if isinstance(adapter, AdapterSource) else adapter
         if not isinstance(path, (str, os.PathLike)):
@@ -238,28 +238,28 @@ def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any
                 f"{type(path).__name__}; give name -> adapter"
             )
         name = Path(path).stem if Path(path).is_file() else Path(path).name
-        if name in found:
+        if name in named:
             raise ConfigError(f"two adapters of the list are called {name!r}; give name -> adapter")
-        found[name] = adapter
-    return found
+        named[name] = adapter
+    return named
 
 
-def covering(
+def config_covering(
     config: LoraConfig, sources: Iterable[str | os.PathLike[str]], model: nn.Module
 ) -> LoraConfig:
-    """`config` as it would be if these adapter folders were given when compiling. There is one of
-    them in memory at a time.
+    """`config` as it would be if the adapters in these folders were given when compiling. One of
+    them is in memory at a time.
 
     Raises:
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    given = config.target_modules
+    targets = config.target_modules
     names: dict[str, None] = {}
     for source in sources:
-        found = request_of(config, {"": source}, model).config
-        names.update(dict.fromkeys(found.target_modules or ()))
-        config = replace(found, target_modules=given)
-    return config if given is not None else replace(config, target_modules=AdapterNames(names))
+        widened = request_of(config, {"": source}, model).config
+        names.update(dict.fromkeys(widened.target_modules or ()))
+        config = replace(widened, target_modules=targets)
+    return config if targets is not None else replace(config, target_modules=AdapterNames(names))
 
 
 def _config_of(
@@ -270,21 +270,21 @@ def _config_of(
             return replace(lora_config, target_modules=_targets_of(adapters, model)[0])
         return lora_config
     if lora_config is not None:
-        return _from_peft(PeftConfig.read(lora_config), adapters, model)
+        return _config_from_peft(PeftConfig.read(lora_config), adapters, model)
     if not adapters:
         return LoraConfig()
     targets, rank = _targets_of(adapters, model)
-    return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(adapters))
+    return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_slot_count(adapters))
 
 
-def _from_peft(
+def _config_from_peft(
     peft: PeftConfig, adapters: Mapping[str, AdapterState], model: nn.Module
 ) -> LoraConfig:
     targets: Any = peft.target_modules
     exclude: Any = peft.exclude_modules
     if peft.layers_to_transform or peft.target_parameters:
-        # Which layers is a condition of PEFT's own, and so are parameters; write out what it picks.
-        targets, exclude = picked(peft, model), None
+        # LoraConfig cannot express PEFT's layers and parameters, so the modules are listed.
+        targets, exclude = targeted_paths(peft, model), None
     rank = peft.max_rank or LoraConfig.max_rank
     if adapters:
         rank = max(rank, _targets_of(adapters, model)[1])
@@ -292,7 +292,7 @@ def _from_peft(
         target_modules=targets,
         exclude_modules=exclude,
         max_rank=rank,
-        max_adapters=_room(adapters),
+        max_adapters=_slot_count(adapters),
         use_dora=peft.use_dora,
         lora_bias=peft.lora_bias or peft.bias != "none",
         modules_to_save=[
@@ -306,18 +306,18 @@ def _from_peft(
 
 def _token_rooms(peft: PeftConfig, model: nn.Module) -> int | dict[str, int]:
     lists = peft.trainable_token_indices
-    if "" in lists:  # of the input embedding
+    if "" in lists:  # the input embedding
         return len(lists[""])
-    found = {path: peft.tokens_of(path) for path, _ in model.named_modules()} if lists else {}
-    return {path: len(ids) for path, ids in found.items() if ids}
+    ids_by_path = {path: peft.tokens_of(path) for path, _ in model.named_modules()} if lists else {}
+    return {path: len(ids) for path, ids in ids_by_path.items() if ids}
 
 
-def _room(adapters: Mapping[str, AdapterState]) -> int:
+def _slot_count(adapters: Mapping[str, AdapterState]) -> int:
     return max(LoraConfig.max_adapters, len(adapters))
 
 
 def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
-    """Whether this is a mapping name -> adapter, and not the dict of a PEFT configuration."""
+    """Whether this is a mapping name -> adapter, and not a PEFT configuration as a dict."""
     if not value:
         raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
     return "peft_type" not in value and all(map(_is_adapter, value.values()))
@@ -330,7 +330,7 @@ def _is_adapter(item: Any) -> bool:
 
 
 def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:
-    """Modules that the adapters name, and their largest rank."""
+    """The modules that the adapters target, and their largest rank."""
     targets = [adapter_target_modules(state, model) for state in adapters.values()]
     modules = dict.fromkeys(name for target in targets for name in target.modules)
     return AdapterNames(modules), max((target.rank for target in targets), default=1)

@@ -1,5 +1,5 @@
-"""What a call asks for: the adapters that it names, which of them each row of its batch has, and
-its arguments."""
+"""The requests of a call: the adapters that it names, the one of each row of its batch, and checks
+of its arguments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lorafx.program.program import Call
 
 Names = Sequence["str | None"]
 
-#: Arguments that an embedding looks up.
+#: Arguments that index an embedding.
 _IDS = ("input_ids", "decoder_input_ids", "token_type_ids")
 _TENSORS = frozenset((*PRIMARY, *TOKEN_DIMS, *_IDS, "decoder_attention_mask"))
-#: Arguments with a number for each token.
+#: Arguments with one number for each token.
 _TOKENS = (*TOKEN_DIMS, "labels")
 
 
-def _misfit(names: int, rows: int, arguments: str) -> BatchError:
+def _misfit_error(names: int, rows: int, arguments: str) -> BatchError:
     return BatchError(
         f"adapter_names has {names} entries, but the batch has {rows} rows; give one "
         "name, or None for the base model, per row, or declare which dimension holds the "
@@ -34,115 +34,118 @@ def _misfit(names: int, rows: int, arguments: str) -> BatchError:
 
 
 class Requests(NamedTuple):
-    """Whom a call serves.
+    """The requests of a call, and their adapters.
 
     Attributes:
-        names: the adapter of each request.
-        tokens: (B, T) which of `names` each token uses, -1 for the base; None otherwise.
-        repeats: rows of one request may follow one another (beams, returned sequences), as
-            `generate` expands them.
-        alike: nobody was named, or one adapter for all: `names` has one entry, of every row.
-        packed: the tokens are (1, T) of several sequences, one after another, each of which is
-            served as a request.
-        activated: adapters that begin at a token (aLoRA) are named where they serve all tokens of
-            the call.
+        names: the adapter of each request; None is the base.
+        tokens: (B, T), the index into `names` of each token's adapter, -1 for the base; None where
+            all tokens of a request use the same adapter.
+        repeats: each request may have several consecutive rows (beams, returned sequences), as
+            `generate` makes them.
+        uniform: `names` has a single entry, which is the adapter of every row.
+        packed: the tokens, (1, T), are those of several sequences, each of them a request.
+        all_tokens: an aLoRA adapter is active for all tokens of its request.
     """
 
     names: tuple[str | None, ...]
     tokens: Tensor | None = None
     repeats: bool = False
-    alike: bool = False
+    uniform: bool = False
     packed: bool = False
-    activated: bool = False
+    all_tokens: bool = False
 
     @property
-    def placed(self) -> bool:
-        """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
-        return self.activated or self.tokens is not None
+    def tokens_known(self) -> bool:
+        """Whether it is known for which tokens an aLoRA adapter is active."""
+        return self.all_tokens or self.tokens is not None
 
     def part(self, rows: Sequence[int]) -> Requests:
-        """The requests of these rows of the batch."""
+        """The requests of some rows of the batch."""
         if self.tokens is not None:
             return self._replace(tokens=self.tokens[list(rows)])
         return self._replace(names=tuple(self.names[row] for row in rows))
 
     def check_prompts(self, prompts: Any) -> None:
-        """Raise BatchError unless there is a name for each row of `prompts`. Rows that `generate`
-        makes of one prompt (beams, sequences) come later."""
-        known = isinstance(prompts, Tensor) and prompts.dim() and not self.alike
+        """Raise BatchError unless there is a name for each row of `prompts`, from which `generate`
+        makes more rows later (beams, sequences)."""
+        known = isinstance(prompts, Tensor) and prompts.dim() and not self.uniform
         if known and len(self.names) != len(prompts):
-            raise _misfit(len(self.names), len(prompts), "")
+            raise _misfit_error(len(self.names), len(prompts), "")
 
     def of_rows(
         self, rows: int | None, *, repeats: bool = False, call: Call | None = None
     ) -> Names:
-        """The adapter of each of so many rows, None where no argument carries any. `repeats` as the
-        field. Messages say what arguments `call` has.
+        """The adapter of each row.
+
+        Args:
+            rows: the number of rows; None if no argument of the call carries requests.
+            repeats: as the attribute.
+            call: its arguments are named in errors.
 
         Raises:
             BatchError: names and rows do not fit together.
         """
         names = self.names
-        if self.alike:
+        if self.uniform:
             return names * (rows or 1)
         if rows is None:
             if len(set(names)) > 1:
                 raise BatchError(
                     "no argument of this call carries requests, so its rows cannot use "
                     "different adapters; declare which one does with "
-                    f"LoraConfig(row_dims={{argument: dim}}){_arguments(call)}"
+                    f"LoraConfig(row_dims={{argument: dim}}){_sizes_text(call)}"
                 )
             return names[:1]
-        given = len(names)
-        if rows == given:
+        count = len(names)
+        if rows == count:
             return names
-        if given and rows % given == 0 and (self.repeats or repeats):
-            return [name for name in names for _ in range(rows // given)]
-        raise _misfit(given, rows, _arguments(call))
+        if count and rows % count == 0 and (self.repeats or repeats):
+            return [name for name in names for _ in range(rows // count)]
+        raise _misfit_error(count, rows, _sizes_text(call))
 
     def used(self) -> dict[int, str | None]:
-        """The adapters that tokens use, by their places in `names`; -1 is the base."""
+        """The adapters that tokens use, by their indices into `names`; -1 is the base."""
         assert self.tokens is not None
         places = self.tokens.unique().tolist()
         return {place: self.names[place] if place >= 0 else None for place in places}
 
     def of_tokens(self, slots: Mapping[int, int]) -> Tensor:
-        """The slot of each token, int32 (B · T,), one request after another, by the slots of
-        `used`. Looked up in a table: a list of 8,192 tokens takes a millisecond to walk over."""
+        """The slot of each token, int32 (B · T,), one request after another, by those of `used`."""
         assert self.tokens is not None
         by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
+        # A table on tensors: a loop over 8,192 tokens takes a millisecond.
         table = torch.tensor(by_place, dtype=torch.int32)
         return table.index_select(0, self.tokens.flatten().int() + 1)
 
 
-def _arguments(call: Call | None) -> str:
+def _sizes_text(call: Call | None) -> str:
     return "" if call is None else sizes_of(call.named)
 
 
 def served_by(merged: str, requests: Requests) -> Requests:
-    """The requests of a call of a model into which `merged` is merged, which serves all of them.
+    """The requests of a call as the model serves them with the adapter `merged` in its weights.
 
     Raises:
-        BatchError: a request, or a token, uses something else.
+        BatchError: a request, or a token, uses something else than `merged`.
     """
-    if requests.alike:
+    if requests.uniform:
         return requests
     tokens = requests.tokens
     used = requests.names if tokens is None else requests.used().values()
     others = dict.fromkeys(name for name in used if name != merged)
     if others:
-        said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
+        listed = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
         raise BatchError(
-            f"{merged!r} is merged into the base weights, but this call asks for {said}; "
+            f"{merged!r} is merged into the base weights, but this call asks for {listed}; "
             f"call unmerge() to serve adapters side by side, or name {merged!r} or nothing"
         )
     if requests.packed:
-        return Requests((merged,), alike=True)
+        return Requests((merged,), uniform=True)
     return requests if tokens is None else Requests((merged,) * tokens.shape[0])
 
 
 def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
-    """Raise BatchError where the arguments do not have as many tokens as there are slots."""
+    """Raise BatchError unless the arguments have as many tokens as `tokens`, (B, T)."""
     rows, length = tokens.shape
     roles.check_rows(named, rows)
     for name, dim in new_tokens(named).items():
@@ -155,8 +158,8 @@ def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> 
             )
 
 
-def not_looked_for(name: str, invocation: Sequence[int]) -> BatchError:
-    """The refusal of an adapter that begins at a token, where tokens are not looked at."""
+def alora_refusal(name: str, invocation: Sequence[int]) -> BatchError:
+    """The error for an aLoRA adapter in a call whose token ids are not searched."""
     return BatchError(
         f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
         f"{list(invocation)} on. They are looked for in the input_ids of calls of a compiled model "
@@ -170,12 +173,12 @@ def requests_of(
     slots: Tensor | None = None,
     loaded: Sequence[str] = (),
 ) -> Requests | None:
-    """The requests of a call with these `adapter_names` and `adapter_slots`; None where it has
-    neither. Without names, slots are indices into the `loaded` adapters.
+    """The requests of a call with these `adapter_names` and `adapter_slots`; None if both are None.
+    Without names, slots are indices into the `loaded` adapters.
 
     Raises:
         ConfigError, BatchError: as `checked_names`.
-        BatchError: `slots` does not point at the names.
+        BatchError: `slots` has another shape or dtype, or indices out of range.
     """
     if isinstance(names, Requests):  # of a block of `lorafx.adapters`
         return names
@@ -200,14 +203,14 @@ def requests_of(
     if by_token and bool((slots != by_request[:, None]).any()):
         return Requests(tuple(names), slots)
     served = tuple(names[i] if i >= 0 else None for i in by_request.tolist())
-    return Requests(served, activated=by_token)
+    return Requests(served, all_tokens=by_token)
 
 
 def checked_names(names: Sequence[AdapterName] | None) -> tuple[str | None, ...] | None:
-    """`names`, with a name for each sum.
+    """`names`, in which each weighted sum of adapters is replaced by its name.
 
     Raises:
-        ConfigError: they are not a list of names, or a mapping does not give weights by name.
+        ConfigError: they are not a list of names, or a mapping in it is not one of weights by name.
         BatchError: the list is empty.
     """
     if names is None:
@@ -231,10 +234,10 @@ IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
 
 
 def check_inputs(roles: RoleTable, named: Mapping[str, Any]) -> None:
-    """Look at the arguments of a call of the whole model, by name.
+    """Check the arguments, by name, of a call of the whole model.
 
     Raises:
-        ConfigError: one is no tensor, or holds no integers where it should.
+        ConfigError: one is not a tensor, or not of integers, where it must be.
         BatchError: there are no rows, or no tokens.
     """
     if roles.declares_roles:
@@ -253,8 +256,7 @@ def check_inputs(roles: RoleTable, named: Mapping[str, Any]) -> None:
 
 
 def check_tensors(named: Mapping[str, Any]) -> None:
-    """Raise ConfigError where an argument of a known name is no tensor, or token ids no
-    integers."""
+    """Raise ConfigError if an argument of a known name is not a tensor, or ids are not integers."""
     for name, value in named.items():
         if isinstance(value, Tensor):
             if name in _IDS and value.is_floating_point():
@@ -270,8 +272,8 @@ def check_tensors(named: Mapping[str, Any]) -> None:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Whether it is an array, or a list with nothing but numbers at its end. A list of tensors may
-    be what the model asks for."""
+    """Whether a value is an array or a nested list of numbers, but not a list of tensors, which the
+    model may take."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     return isinstance(value, (int, float, list, tuple)) or hasattr(value, "__array__")
@@ -283,20 +285,19 @@ def _shapes(named: Mapping[str, Any]) -> str:
 
 
 def plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with token ids, masks and labels that are views copied, 8 bytes per token, and
-    those of 32 bits as 64. Dynamo guards on dtypes, on strides and on what a tensor is a view of,
-    so `ids[:, -1:]` would cause a graph. So would a tensor that is given twice, as in
-    `labels=ids`: Dynamo guards on that, too."""
-    given: set[int] = set()
+    """The arguments, in which token ids, masks and labels are int64, are not views, and share no
+    memory; copies take 8 bytes per token. Dynamo guards on dtypes, strides, views and on a tensor
+    that is passed twice, so `ids[:, -1:]` or `labels=ids` would need another graph."""
+    seen: set[int] = set()
     plain = dict(named)
     for name, value in named.items():
         if name in _TOKENS and isinstance(value, Tensor):
-            plain[name] = _plain(value, shared=id(value) in given)
-            given.add(id(value))
+            plain[name] = _plain_copy(value, shared=id(value) in seen)
+            seen.add(id(value))
     return plain
 
 
-def _plain(value: Tensor, *, shared: bool) -> Tensor:
+def _plain_copy(value: Tensor, *, shared: bool) -> Tensor:
     if value.dtype == torch.int32:
         return value.to(torch.int64, memory_format=torch.contiguous_format)
     if (value._is_view() or shared) and value.dim() == 2 and not value.is_floating_point():

@@ -1,8 +1,8 @@
-"""A session: a program that serves calls, each request with its own adapter.
+"""A session serves the calls of a program, each request with its own adapter.
 
-call    names of the requests, noted as what is under way (`Running`)
-run     a compiled forward within it, with its batch: names of the rows → slots in the store →
-        the runtime; then what was there before, on interrupts too
+call    runs the model while the requests are noted as what is running (`Running`)
+run     runs a compiled forward inside a call, which sets its batch: names of the rows → slots in
+        the store → the runtime. Then the state before is restored, also after an interrupt
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, members
-from lorafx.adapter_store.peft_model import notes_of_peft
+from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
@@ -32,12 +32,12 @@ from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.program.stack import refuse_called_slips
-from lorafx.runtime.replaced_methods import StandIns
+from lorafx.runtime.replaced_methods import Replacements
 from lorafx.runtime.requests import (
     IN_BLOCKS,
     Requests,
+    alora_refusal,
     check_tokens,
-    not_looked_for,
     served_by,
 )
 from lorafx.runtime.running import (
@@ -59,8 +59,8 @@ _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 @dataclass(frozen=True)
 class Tier:
-    """Counts of one place where adapters lie: how often one that was asked for was found there
-    (`hits`) or not (`misses`), and how many had to go (`evictions`)."""
+    """Counts of one store of adapters: how often an adapter was looked up there and found (`hits`)
+    or not (`misses`), and how many were removed for others (`evictions`)."""
 
     hits: int
     misses: int
@@ -74,14 +74,14 @@ class Statistics:
     Attributes:
         hits: adapters of a batch that were in a slot already.
         loads: adapters that were written into a slot.
-        evictions: adapters that lost their slot to another.
-        waits: requests of continuous batching that were ready for a step and had no slot in it.
+        evictions: adapters that lost their slot to another one.
+        waits: requests of continuous batching that were ready for a step and got no slot in it.
         tokens: tokens that continuous batching has run, prompts included, by adapter;
             "__base__" is the base model.
-        nbytes: bytes of the banks ("banks"), of adapters in host memory ("host"), and of the files
-            that they were read from ("disk"), now.
-        tiers: "host", where adapters without a slot are looked for; "disk", from which those are
-            read that host memory had no room for: its misses are files that had changed.
+        nbytes: present bytes of the banks ("banks"), of adapters in host memory ("host"), and of
+            the files that they were read from ("disk").
+        tiers: "host", where adapters without a slot are looked up; "disk", from which adapters
+            are read that host memory had no room for: its misses are files that have changed.
     """
 
     hits: int
@@ -95,16 +95,15 @@ class Statistics:
 
 @dataclass
 class SessionCounts:
-    """What a session counts by itself, in place: `waits` and `tokens` as in `Statistics`, and how
-    often new base weights were written, or begun to be (`writes`), by updates of the session and of
-    others that share them."""
+    """The session's own counters, updated in place: `waits` and `tokens` as in `Statistics`, and
+    the updates of its base weights that have begun, here or in a session that shares them."""
 
     waits: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     writes: int = 0
 
-    def with_those_of(self, store: AdapterStore) -> Statistics:
-        """What adapters have done in a session with this store."""
+    def statistics(self, store: AdapterStore) -> Statistics:
+        """These counts and those of the session's store."""
         slots = store.hits, store.loads, store.evictions
         host = store.host
         tiers = {
@@ -115,17 +114,16 @@ class SessionCounts:
 
 
 class Served(NamedTuple):
-    """Adapters, the sites that they touch, and have `EXTRAS` at, by their names; and one of them
-    that begins at a token (aLoRA)."""
+    """The adapters of a batch, the paths of the sites that they touch, those where they have
+    `EXTRAS` (by name), and one of them that is activated at a token (aLoRA)."""
 
     adapters: tuple[StoredAdapter, ...] = ()
     touched: frozenset[str] = frozenset()
     extras: Mapping[When, frozenset[str]] = MappingProxyType({})
-    begins: StoredAdapter | None = None
+    alora: StoredAdapter | None = None
 
     @classmethod
     def of(cls, adapters: Sequence[StoredAdapter]) -> Served:
-        """What these adapters change."""
         return cls(
             tuple(adapters),
             frozenset().union(*(adapter.sites for adapter in adapters)),
@@ -138,10 +136,10 @@ class Served(NamedTuple):
 
 
 class Session:
-    """What all calls of one model share.
+    """The state that all calls of one model share.
 
-    What is not final is a value that is replaced whole, by whom the comment says. `locks.calls` is
-    held by whoever replaces `running`, `default` or `base`.
+    An attribute that is not final is only ever assigned as a whole, by what its comment names.
+    Assigning `running`, `default` or `base` requires `locks.calls`.
     """
 
     def __init__(
@@ -149,37 +147,37 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: What compiles its graphs: another one by lorafx.inspection.replay.
+        #: Compiles the graphs; lorafx.inspection.replay assigns another one.
         self.backend = backend
         self.dynamic: Final = dynamic
-        self.stand_ins: Final = StandIns()
+        self.replacements: Final = Replacements()
         self.has_mha: Final = any(
             isinstance(module, nn.MultiheadAttention) for module in program.model.modules()
         )
-        # Notes of PEFT's that were there before mean nothing.
-        self._noted_before: Final = notes_of_peft(program.model)
-        #: What is under way: by `note` and `run`.
+        # PEFT's attributes that the model had before are no adapters put into it later.
+        self._had_peft_notes: Final = has_peft_attributes(program.model)
+        #: What is running: assigned by `note` and `run`.
         self.running: Running = IDLE
-        #: The adapter of calls that name none: by `choose`.
+        #: The adapter of calls that name none: assigned by `choose`.
         self.default: str | None = None
-        #: `Runtime.active` between calls: by `choose`.
-        self.at_rest: bool | None = False
-        #: What the base weights are: by lorafx.weights.
+        #: The value of `Runtime.active` between calls: assigned by `choose`.
+        self.active_at_rest: bool | None = False
+        #: What the base weights hold: assigned by lorafx.weights.
         self.base: BaseState = BaseState()
-        #: Of models that share modules with this one, and with their locks: by
+        #: The sessions of models that share modules, and so `locks`, with this one: assigned by
         #: lorafx.runtime.sharing.
         self.neighbours: tuple[Session, ...] = ()
         self.locks: Locks = Locks()
         self.accelerators: Final = accelerators(program.groups)
-        #: The path of a site whose compiled forward has just returned to the module's own call,
-        #: its delta included: by lorafx.generation.generate.
+        #: The path of a site whose compiled forward has just returned to the module's own call with
+        #: the delta included: assigned by lorafx.generation.generate.
         self.returned_from: str | None = None
-        #: Around calls while an engine runs the model with an attention that only its steps can
-        #: use: by lorafx.generation.continuous.
-        self.beside: Callable[[Callable[[], Any]], Any] | None = None
+        #: Runs other calls while an engine has the model use an attention that only its own steps
+        #: can use: assigned by lorafx.generation.continuous.
+        self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
-        self._last_served = Served()  # by `serve`
-        # What was worth a warning was said when it was loaded.
+        self._last_served = Served()  # assigned by `set_batch`
+        # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
 
@@ -195,29 +193,29 @@ class Session:
 
     @property
     def serves(self) -> bool:
-        """Whether its marks are on the model."""
+        """Whether the marks on the model are those of this session."""
         return self.program.runtime.session is self
 
     @property
-    def asked(self) -> Requests:
-        """The requests of the running call; without one those of the block around, or of the
-        default."""
+    def requests(self) -> Requests:
+        """The requests of the running call; without a call, those of the enclosing block of
+        `lorafx.adapters`, or of the default adapter."""
         return (
             self.running.requests
             or IN_BLOCKS.get().get(id(self.program.model))
-            or Requests((self.default,), alike=True)
+            or Requests((self.default,), uniform=True)
         )
 
     @property
     def running_here(self) -> bool:
-        """Whether a call runs on this very thread."""
+        """Whether a call is running on this thread."""
         return self.running.depth > 0 and self.running.here
 
     def choose(self, default: str | None) -> None:
-        """Have calls that name no adapter use this one. The lock is held."""
-        self.default, self.at_rest = default, False if default is None else None
+        """Make this the adapter of calls that name none. The caller holds the lock."""
+        self.default, self.active_at_rest = default, False if default is None else None
         if not self.running.depth:
-            self.program.runtime.active = self.at_rest
+            self.program.runtime.active = self.active_at_rest
 
     # --- the protocol of a call ---
 
@@ -226,21 +224,21 @@ class Session:
         function: Callable[[], T],
         requests: Requests | None,
     ) -> T:
-        """What `function` returns, which runs the model for these requests; None stands for the
-        default adapter.
+        """Return the result of `function`, which runs the model for these requests; None stands for
+        the default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
-                or this very thread is updating the base weights.
+                or this thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
-            CheckpointError: an adapter has to be read again, and its files have changed.
+            CheckpointError: an adapter must be read again, and its files have changed.
 
         Also CaptureError as `refuse_transformed`, and UnsupportedVersionError as `unsupported`.
         """
-        try:  # no context manager: it takes a microsecond
+        try:  # not a context manager, which would take a microsecond
             refuse_transformed()
-            kept = self.fetched(requests)  # noqa: F841 - before the lock is taken
+            fetched = self.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -249,12 +247,12 @@ class Session:
                     )
                 self.refuse_broken()
                 if requests is None:
-                    requests = Requests((self.default,), alike=True)
+                    requests = Requests((self.default,), uniform=True)
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
                 if not requests.packed:
-                    function = partial(self.beside_engine, function)
+                    function = partial(self.run_outside_engine, function)
                 return self.note(running.serving(requests), function)
         except Exception as error:
             failure = unsupported(error)
@@ -262,13 +260,14 @@ class Session:
                 raise
             raise failure from error
 
-    def beside_engine(self, function: Callable[[], T]) -> T:
-        """What `function` returns, which runs the model outside of an engine's steps. The lock is
-        held."""
-        return function() if self.beside is None else self.beside(function)
+    def run_outside_engine(self, function: Callable[[], T]) -> T:
+        """Return the result of `function`, which runs the model outside of an engine's steps. The
+        caller holds the lock."""
+        return function() if self.outside_engine is None else self.outside_engine(function)
 
-    def fetched(self, requests: Requests | None) -> Kept | None:
-        """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
+    def fetch_adapters(self, requests: Requests | None) -> Kept | None:
+        """Fetch the adapters of these requests into host memory, where they stay as long as the
+        result is referenced (`AdapterStore.fetch`)."""
         if self.store.host.budget is None:
             return None
         if requests is None:
@@ -278,10 +277,10 @@ class Session:
         )
 
     def note(self, running: Running, action: Callable[[], T]) -> T:
-        """What `action` returns, while `running` is under way: a call, whose forwards `run` with
-        their batches. The lock is held."""
+        """Return the result of `action`, a call that is noted as `running` meanwhile; its forwards
+        use `run`. The caller holds the lock."""
         before, runtime = self.running, self.program.runtime
-        # No context manager: an interrupt where one begins would leave this as it is in a call.
+        # An interrupt at the beginning of a context manager would leave the call's state behind.
         # None can come between plain assignments.
         try:
             self.running = running
@@ -289,51 +288,51 @@ class Session:
         finally:
             self.running = before
             if not before.entries:
-                runtime.active = self.at_rest
+                runtime.active = self.active_at_rest
 
     def run(self, running: Running, action: Callable[[], T]) -> T:
-        """As `note`, of what reads or writes slots or base weights: a forward, an update. The batch
-        that `action` sets is taken back with it: called by itself the model is the base."""
+        """As `note`, for a forward or an update: what reads or writes slots or base weights. The
+        batch that it sets is removed, so that the model called by itself is the base."""
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running = running
-            if running.entries > before.entries:  # marks of models that share modules do nothing
+            if running.entries > before.entries:  # the marks of other models must add nothing
                 resting = [(o.program.runtime, o.program.runtime.active) for o in self.neighbours]
                 for other, _ in resting:
                     other.active = False
             return action()
         finally:
-            self.running, program.batch, runtime.active = before, batch, self.at_rest
+            self.running, program.batch, runtime.active = before, batch, self.active_at_rest
             for other, was_active in resting:
                 other.active = was_active
-            if before.entries:  # what called this one from within goes on with its own batch
+            if before.entries:  # the forward around this one goes on with its own batch
                 runtime.set_rows(rows)
                 runtime.active = active
             else:
-                self.store.copy_streams.used()
+                self.store.copy_streams.end_uses()
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
-        """Give every row of the call its slot, or every token.
+        """Give every row, or every token, of the call its slot.
 
         Raises:
             BatchError: names and rows do not fit together, arguments with one entry per token do
-                not have the shape of `adapter_slots`, or nobody has looked for the invocation
-                tokens of an aLoRA adapter.
+                not have the shape of `adapter_slots`, or the tokens at which an aLoRA adapter is
+                activated are not known.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
-            ReplacedModuleError: a module that carries an adapter was replaced or taken out.
+            ReplacedModuleError: a module that carries an adapter was replaced or removed.
         """
-        program, running, requests = self.program, self.running, self.asked
+        program, running, requests = self.program, self.running, self.requests
         call, tokens = program.new_call(roles, named), requests.tokens
         if tokens is None:
             rows = roles.rows(named)
             names = requests.of_rows(rows, call=call)
             if self.base.merged is not None and not running.warming:
-                names = [None] * len(names)  # the base's graph, over the merged weights
-            slots = self.store.acquire(names, running.held)
-            by_row: Sequence[int] | Tensor = slots
+                names = [None] * len(names)  # the merged weights serve all rows
+            slots = self.store.acquire(names, running.slots_in_use)
+            row_slots: Sequence[int] | Tensor = slots
         else:
             if requests.packed:
                 roles.check_rows(named, tokens.numel())
@@ -341,11 +340,11 @@ class Session:
                 check_tokens(tokens, roles, named)
             rows, used = None, requests.used()
             names = tuple(used.values())
-            slots = self.store.acquire(names, running.held)
-            by_row = requests.of_tokens(dict(zip(used, slots, strict=True)))
-        if not self.backend.records:  # nothing has run yet
+            slots = self.store.acquire(names, running.slots_in_use)
+            row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
+        if not self.backend.records:  # the first call
             program.note_constants()
-        program.runtime.set_rows(by_row)
+        program.runtime.set_rows(row_slots)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
@@ -353,8 +352,8 @@ class Session:
         served = self._last_served
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
             served = self._last_served = Served.of(stored)
-        if served.begins and not requests.placed:
-            raise not_looked_for(served.begins.name, served.begins.invocation)
+        if served.alora and not requests.tokens_known:
+            raise alora_refusal(served.alora.name, served.alora.invocation)
         sites = () if running.warming else (served.touched, served.extras)
         program.batch = Batch(call, *sites)
         program.refuse_missing(program.batch.touched)
@@ -362,56 +361,56 @@ class Session:
             roles.check_rows(named, rows)
 
     def forget_served(self) -> None:
-        """Keep no adapter that was served alive."""
+        """Drop the references to the adapters of the last batch."""
         self._last_served = Served()
 
-    def module_paths(self) -> AbstractContextManager[None]:
-        """Around a call: weights are used by their modules, where marks are seen."""
+    def without_mha_fast_path(self) -> AbstractContextManager[None]:
+        """A context for a call in which nn.MultiheadAttention calls the modules that are marked."""
         if self.has_mha and self.program.runtime.active:
             return no_mha_fast_path()
         return _NOTHING
 
     def update(self, function: Callable[[], T]) -> T:
-        """What `function` returns, which writes the base weights. The locks are held."""
+        """Return the result of `function`, which writes the base weights; the locks are held."""
         running = self.running._replace(updating=True, thread=threading.get_ident())
         self.counts.writes += 1
         return self.run(running, function)
 
-    # --- what may not be done now ---
+    # --- refusals ---
 
-    def refuse_running(self, what: str) -> None:
-        """Raise BatchError where a call or an update of the weights runs on this very thread, and
-        `what` is to be done after it; CaptureError as `refuse_transformed`. Asked before any lock
-        is waited for."""
+    def refuse_running(self, action: str) -> None:
+        """Raise BatchError if a call or an update of the weights is running on this thread, and
+        CaptureError as `refuse_transformed`. `action` is what to do then. No lock is needed."""
         refuse_transformed()
         running = self.running
         if running.updating and running.here:
             raise BatchError(
-                f"an update of the base weights is running on this thread; {what} when it has ended"
+                "an update of the base weights is running on this thread; "
+                f"{action} when it has ended"
             )
         if running.depth and running.here:
-            raise BatchError(f"a call is running on this thread; {what} when it has returned")
+            raise BatchError(f"a call is running on this thread; {action} when it has returned")
 
-    def refuse_served(self, name: str, what: str) -> None:
-        """Raise BatchError where the call that is running on this thread, which holds the lock,
-        serves this adapter, by itself or in a sum."""
-        served = (given for given in self.asked.names if given is not None)
-        if self.running.depth and any(name in members(given) for given in served):
+    def refuse_served(self, name: str, action: str) -> None:
+        """Raise BatchError if the running call serves this adapter, by itself or in a sum. This
+        thread holds the lock, so the call is its own."""
+        served = (adapter for adapter in self.requests.names if adapter is not None)
+        if self.running.depth and any(name in members(adapter) for adapter in served):
             raise BatchError(
-                f"the call that is running serves {name!r}; {what} it when the call has returned"
+                f"the call that is running serves {name!r}; {action} it when the call has returned"
             )
 
     def refuse_broken(self) -> None:
-        """Raise CaptureError where an update left the base weights partly written, or the base is
-        no base any more."""
+        """Raise CaptureError if an update left the base weights partly written, or as
+        `refuse_injected`."""
         if self.base.broken:
             raise CaptureError(self.base.broken)
         self.refuse_injected()
 
     def refuse_injected(self) -> None:
-        """Raise CaptureError where PEFT has put adapters into the model since it was marked: every
-        row would have them."""
-        if notes_of_peft(self.program.model) and not self._noted_before:
+        """Raise CaptureError if PEFT has put adapters into the model after it was marked: every row
+        would get them."""
+        if has_peft_attributes(self.program.model) and not self._had_peft_notes:
             raise CaptureError(
                 f"PEFT has put adapters into this {type(self.program.model).__name__} after "
                 "lorafx was given it (it has a peft_config now), and every row would get "
@@ -420,28 +419,28 @@ class Session:
                 "takes over these adapters"
             )
 
-    def refuse_merged(self, name: str | None, what: str) -> None:
-        """Raise ConfigError where the base weights hold this adapter."""
+    def refuse_merged(self, name: str | None, action: str) -> None:
+        """Raise ConfigError if this adapter is merged into the base weights."""
         merged = self.base.merged
         if merged is not None and merged.name == name:
             raise ConfigError(
-                f"{name!r} is merged into the base weights; call unmerge() before it {what}"
+                f"{name!r} is merged into the base weights; call unmerge() before it {action}"
             )
 
     def after_fork(self, *, lost: bool) -> None:
-        """In a child process: free of the calls that other threads of the parent were in, where
-        they are `lost`."""
+        """Reset the state in a child process. `lost`: the parent was running a call on another
+        thread, which does not exist here."""
         if lost:
             program = self.program
-            self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.at_rest
-            self.stand_ins.put_back()
+            self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.active_at_rest
+            self.replacements.put_back()
         self.store.after_fork()
 
 
 def read_for(
     program: Program, source: Any, name: str, *, strict: bool = False, warn: bool = True
 ) -> Adapter:
-    """As `read_adapter`, for the program's sites."""
+    """The adapter as `read_adapter` reads it for the program's sites."""
     return read_adapter(
         source,
         name,
@@ -455,18 +454,18 @@ def read_for(
 
 
 class Resting:
-    """What the marks of a compiled model ask in eager mode (`Runtime.resting`): layers that run
-    outside of the calls of its entries get no adapter."""
+    """Checks that marks make in eager mode (`Runtime.resting`), where a layer runs outside of the
+    session's compiled forwards and nothing adds its delta."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     def refuse(self, path: str, layer: str) -> None:
-        """Refuse that the layer at `path` runs, where an adapter that is wanted changes it.
+        """Refuse to run the layer at `path` if an adapter in use changes it.
 
         Raises:
-            MatchError: it does.
-            BatchError: it is wanted by a call of another thread, between two of its forwards.
+            MatchError: an adapter of this thread's call, or the default, changes it.
+            BatchError: an adapter of another thread's call changes it.
         """
         session = self._session
         running = session.running
@@ -477,13 +476,13 @@ class Resting:
         if (running.here or not running.depth) and session.returned_from == path:
             session.returned_from = None
             return
-        for name in wanted(session):
+        for name in adapters_in_use(session):
             if path not in session.store[name].sites:
                 continue
-            refuse_elsewhere(session)  # it is the call of another thread that wants it
+            refuse_elsewhere(session)  # where the adapter is of another thread's call
             reason = (
                 f"{name!r} is the default that set_adapter chose"
-                if session.asked.names == (session.default,)
+                if session.requests.names == (session.default,)
                 else f"adapter {name!r} was requested by this call"
             )
             raise MatchError(
@@ -494,19 +493,19 @@ class Resting:
             )
 
     def refuse_slips(self) -> None:
-        """As `refuse_called_slips`, of a call that is none of the compiled model's."""
+        """As `refuse_called_slips`, unless a compiled forward is running."""
         if not self._session.running.entries:
             model = self._session.program.model
             refuse_called_slips(lambda module: module is model, _WAY)
 
     def refuse_elsewhere(self) -> None:
-        """As the function of this name: with an adapter active, the model itself, called on another
-        thread, would get those of the call that is running."""
+        """As the function of this name."""
         refuse_elsewhere(self._session)
 
 
 def refuse_elsewhere(session: Session) -> None:
-    """Raise BatchError where a part of the model runs while another thread is in a call."""
+    """Raise BatchError if another thread is in a call, whose adapters a part of the model would get
+    that this thread calls."""
     running = session.running
     if running.depth and not running.here:
         raise BatchError(
@@ -516,32 +515,32 @@ def refuse_elsewhere(session: Session) -> None:
         )
 
 
-def wanted(session: Session) -> list[str]:
-    """The adapters that the running call names, or the default where it names none."""
-    return [name for name in dict.fromkeys(session.asked.names) if name not in (None, BASE)]
+def adapters_in_use(session: Session) -> list[str]:
+    """The names of the adapters that the running call, or else the default, uses."""
+    return [name for name in dict.fromkeys(session.requests.names) if name not in (None, BASE)]
 
 
-#: All of this process, as long as somebody keeps them. Also those that serve no more: a child
-#: process frees their locks.
+#: All live sessions of this process, also those that serve no longer: a child process resets their
+#: locks too.
 _SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
 
 def sessions() -> list[Session]:
-    """Those that serve a model: compiled ones, and marked ones that their users compile."""
-    return [session for session in _all() if session.serves]
+    """The sessions that serve a model, whether lorafx or its user compiled it."""
+    return [session for session in _live_sessions() if session.serves]
 
 
-def _all() -> list[Session]:
-    # A list at once: while somebody walked over it, another thread might change the dictionary.
-    found = (reference() for reference in _SESSIONS.valuerefs())
-    return [session for session in found if session is not None]
+def _live_sessions() -> list[Session]:
+    # `valuerefs` copies, so that another thread may change the dictionary meanwhile.
+    living = (reference() for reference in _SESSIONS.valuerefs())
+    return [session for session in living if session is not None]
 
 
 def _after_fork() -> None:
-    every = _all()
-    shared = {id(session.locks): session.locks for session in every}
+    all_sessions = _live_sessions()
+    shared = {id(session.locks): session.locks for session in all_sessions}
     lost = {key: locks.after_fork() for key, locks in shared.items()}
-    for session in every:
+    for session in all_sessions:
         session.after_fork(lost=lost[id(session.locks)])
 
 

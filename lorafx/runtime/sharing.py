@@ -1,8 +1,8 @@
 """Models that share modules or parameters: a draft beside its target, each with its own adapters.
 
-A module that two compiled models hold carries one mark for each, and only the mark of the running
-model may add its delta. So the sessions of such models take turns, by one lock. New base weights
-apply to every model that holds them; a merge into a shared weight is refused.
+A module of two compiled models carries one mark for each, and only the mark of the running model
+may add its delta, so the sessions of such models share one lock. New base weights apply to each
+model that has them; a merge into a shared weight is refused.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from lorafx.runtime.session import Session, sessions
 
 
 def join(session: Session) -> None:
-    """Begin to serve the model of `session` beside those that it shares modules with.
+    """Begin to serve the model of `session` beside the models with which it shares modules.
 
     Raises:
-        CaptureError: they cannot take turns; or a weight that it shares holds a merged adapter.
-            Nothing has changed then.
+        CaptureError: their sessions have different locks, or an adapter is merged into a shared
+            weight. Nothing has changed then.
     """
-    found = sessions_of_marks(session.program.graph)
-    others = [item for item in found if item is not session]
+    marked = sessions_of_marks(session.program.graph)
+    others = [other for other in marked if other is not session]
     if len({id(other.locks) for other in others}) > 1:
         names = ", ".join(type(other.program.model).__name__ for other in others)
         raise CaptureError(
-            f"{_name(session)} shares modules with several models ({names}) that share none "
-            f"with one another; give the {_name(session)} to lorafx before those models"
+            f"{_model_name(session)} shares modules with several models ({names}) that share none "
+            f"with one another; give the {_model_name(session)} to lorafx before those models"
         )
-    _refuse_merged(session)
+    _refuse_merged_weights(session)
     if others:
         session.locks = others[0].locks
     for other in others:
@@ -43,62 +43,62 @@ def join(session: Session) -> None:
 
 
 def leave(session: Session) -> None:
-    """Serve its model no more."""
+    """Stop serving the model of `session`."""
     for other in session.neighbours:
         other.neighbours = tuple(item for item in other.neighbours if item is not session)
     session.neighbours = ()
     session.program.runtime.session = None
 
 
-def held_elsewhere(session: Session, tensors: Sequence[Tensor]) -> list[str]:
-    """Where other served models hold one of the tensors, or memory of it."""
-    wanted: dict[int, list[Tensor]] = {}
+def places_in_other_models(session: Session, tensors: Sequence[Tensor]) -> list[str]:
+    """The places of these tensors, or of tensors that overlap them, in other served models."""
+    by_memory: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        wanted.setdefault(storage_key(tensor), []).append(tensor)
+        by_memory.setdefault(storage_key(tensor), []).append(tensor)
     return [
-        f"{path} of another {_name(other)}"
-        for other in _others(session)
-        for path, tensor in _tensors(other.program.model)
-        for candidate in wanted.get(storage_key(tensor), ())
+        f"{path} of another {_model_name(other)}"
+        for other in _other_sessions(session)
+        for path, tensor in _named_tensors(other.program.model)
+        for candidate in by_memory.get(storage_key(tensor), ())
         if tensor is candidate or overlap(tensor, candidate)
     ]
 
 
-def refresh_elsewhere(session: Session) -> None:
-    """Have the other models that hold weights of this one take up what was written into them."""
-    memory = {storage_key(tensor) for _, tensor in _tensors(session.program.model)}
-    for other in _others(session):
-        if any(storage_key(tensor) in memory for _, tensor in _tensors(other.program.model)):
+def refresh_other_models(session: Session) -> None:
+    """Update what other models derive from weights of this one that were written."""
+    memory = {storage_key(tensor) for _, tensor in _named_tensors(session.program.model)}
+    for other in _other_sessions(session):
+        if any(storage_key(tensor) in memory for _, tensor in _named_tensors(other.program.model)):
             with other.lock:
                 other.locks.streams.follow(other.accelerators)
                 other.counts.writes += 1
                 other.store.refresh_magnitudes()
 
 
-def _refuse_merged(session: Session) -> None:
-    paths = {storage_key(tensor): path for path, tensor in _tensors(session.program.model)}
-    for other in _others(session):
+def _refuse_merged_weights(session: Session) -> None:
+    paths = {storage_key(tensor): path for path, tensor in _named_tensors(session.program.model)}
+    for other in _other_sessions(session):
         merged = other.base.merged
         if merged is None:
             continue
-        for _, tensor in _tensors(other.program.model):
+        for _, tensor in _named_tensors(other.program.model):
             path = paths.get(storage_key(tensor))
             if path is not None:
                 raise CaptureError(
-                    f"{path} is shared with a {_name(other)} into which {merged.name!r} is "
-                    f"merged; call unmerge() there before giving this {_name(session)} to "
+                    f"{path} is shared with a {_model_name(other)} into which {merged.name!r} is "
+                    f"merged; call unmerge() there before giving this {_model_name(session)} to "
                     "lorafx"
                 )
 
 
-def _others(session: Session) -> list[Session]:
+def _other_sessions(session: Session) -> list[Session]:
     return [other for other in sessions() if other is not session]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _name(session: Session) -> str:
+def _model_name(session: Session) -> str:
     return type(session.program.model).__name__

@@ -31,30 +31,30 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def untraced(function: _F) -> _F:
-    """`function` behind a break of Dynamo's graph; what it compiles is compiled. 0.4 µs a call."""
+    """`function` behind a graph break; what it calls may be compiled. 0.4 µs per call."""
     reason = "lorafx compiled this model by itself"
-    made: _F = disable(function, reason=reason)
-    return made
+    disabled: _F = disable(function, reason=reason)
+    return disabled
 
 
 def entry_arguments(recompile_limit: int) -> dict[str, Any]:
-    """Arguments of `torch._dynamo.optimize` for a cache and a limit of the function's own."""
-    found: dict[str, Any] = {}
+    """Arguments of `torch._dynamo.optimize` that give a function its own cache and limit."""
+    arguments: dict[str, Any] = {}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
-        found["isolate_recompiles"] = True
+        arguments["isolate_recompiles"] = True
     if "recompile_limit" in _COMPILE_ARGUMENTS:
-        found["recompile_limit"] = recompile_limit
-    return found
+        arguments["recompile_limit"] = recompile_limit
+    return arguments
 
 
 #: Settings that must hold while a graph is captured.
-#: - No duck shaping: a batch of 5 with 5 tokens must not make batch and length one symbol.
-#: - Past the recompile limit Dynamo would silently run eager: make it raise instead.
-#: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
-#:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
-#: - No freezing of weights: they are graph inputs, which adapters and new weights are found by.
-#: - Weights are looked at although nobody has written to the dictionary that holds them: torch 2.11
-#:   takes `weight.data = weight.data.t()` for the weight from before. Later ones do not.
+#: - No duck shaping: in a batch of 5 with 5 tokens each, batch and length must be two symbols.
+#: - Dynamo must raise at the recompile limit, where it would silently run eager.
+#: - Floats that modules hold are constants. With dynamic=True each would be a graph input that is
+#:   made into a tensor at every call (26 of them for a Llama of 6 layers).
+#: - No freezing of weights: as graph inputs they identify banks, and may be updated.
+#: - Guards on weights are checked even if the dictionary that holds them has not changed: torch
+#:   2.11 does not notice `weight.data = weight.data.t()`; later versions do.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (dynamo_config, "fail_on_recompile_limit_hit", True),
@@ -72,21 +72,21 @@ def capture_settings(
     sizes_by_data: bool = False,
     symbolic: bool = False,
 ) -> Iterator[None]:
-    """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
+    """The settings of `_CAPTURE`, and the recompile limit if `torch.compile` takes none.
 
-    `sizes_by_data`: capture operators whose results' sizes depend on data; Python often cannot
-    follow. `symbolic`: sizes of arguments are symbols, and fake results are not cached: 12 to 20 %
-    less CPU time for 2 or 8 layers of Llama.
+    `sizes_by_data`: operators are captured whose result sizes depend on data; the code after them
+    often cannot be. `symbolic`: sizes of arguments are symbols, and fake results are not cached,
+    which takes 12 to 20 % less CPU time for 2 or 8 layers of Llama.
     """
-    wanted = _CAPTURE
+    settings = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
-        wanted = (*wanted, (dynamo_config, "recompile_limit", recompile_limit))
+        settings = (*settings, (dynamo_config, "recompile_limit", recompile_limit))
     if sizes_by_data:
-        wanted = (*wanted, (dynamo_config, "capture_dynamic_output_shape_ops", True))
+        settings = (*settings, (dynamo_config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
-        wanted = (*wanted, (dynamo_config, "fake_tensor_cache_enabled", False))
-    # Right settings are not written: every call does this.
-    changed = [item for item in wanted if getattr(item[0], item[1]) != item[2]]
+        settings = (*settings, (dynamo_config, "fake_tensor_cache_enabled", False))
+    # Settings that hold already are not written, which would take time at every call.
+    changed = [item for item in settings if getattr(item[0], item[1]) != item[2]]
     before = [(config, name, getattr(config, name)) for config, name, _ in changed]
     try:
         for item in changed:
@@ -114,34 +114,34 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
 
 
 def recorded_outputs() -> object | None:
-    """transformers' table of outputs that classes of models record; None if not imported."""
+    """transformers' registry of the outputs that model classes record; None if not imported."""
     module = sys.modules.get("transformers.utils.output_capturing")
     return getattr(module, "_CAN_RECORD_REGISTRY", None)
 
 
 def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
-    """Add `function`, which is given the guarded object, to a manager of Dynamo's guards."""
-    said = [f"{function.__module__}.{function.__qualname__}"]
+    """Add a guard to a manager of Dynamo's; `function` receives the guarded object."""
+    texts = [f"{function.__module__}.{function.__qualname__}"]
     try:
-        manager.add_lambda_guard(function, said, None)
-    except TypeError:  # before it took the lines of users
-        manager.add_lambda_guard(function, said)
+        manager.add_lambda_guard(function, texts, None)
+    except TypeError:  # older versions do not take the lines of users
+        manager.add_lambda_guard(function, texts)
 
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
-    """Make sizes of `tensor`, or `dims`, constants, as Dynamo does for torch.nn's modules alone."""
+    """Make all sizes of `tensor`, or those at `dims`, constants of the graph."""
     fixed = range(tensor.dim()) if dims is None else dims
     if is_traceable_wrapper_subclass(tensor):
         mark_static(tensor, list(fixed))
         return
-    # mark_static does so where nothing compiles, and another thing while any thread does.
-    found: Any = tensor
-    found._dynamo_static_indices = {*getattr(tensor, "_dynamo_static_indices", ()), *fixed}
-    found._has_dynamo_dim_marking = True
+    # mark_static does this too, but something else while any thread is compiling.
+    attributes: Any = tensor
+    attributes._dynamo_static_indices = {*getattr(tensor, "_dynamo_static_indices", ()), *fixed}
+    attributes._has_dynamo_dim_marking = True
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """A size when the graph was captured; None where it depends on data."""
+    """The value of a size at capture; None if it depends on data."""
     if isinstance(size, int):
         return size
     node: Any = size.node
@@ -149,14 +149,14 @@ def size_hint(size: int | torch.SymInt) -> int | None:
 
 
 _MHA_LOCK = threading.Lock()
-#: The running blocks of `no_mha_fast_path`, of any thread, and what was "before" them.
+#: The running blocks of `no_mha_fast_path` in all threads; "before": the setting before them.
 _MHA_BLOCKS: dict[object, bool] = {}
 
 
 @contextmanager
 def no_mha_fast_path() -> Iterator[None]:
-    """Keep MultiheadAttention off its fused inference path, which takes the weights past every
-    module and mark. It is one switch for all threads: the last block to end puts it back."""
+    """Disables the fused inference path of MultiheadAttention, which uses weights without calling
+    their modules. The setting is one for all threads; the last block that ends restores it."""
     block = object()
     with _MHA_LOCK:
         if not _MHA_BLOCKS:
@@ -173,7 +173,7 @@ def no_mha_fast_path() -> Iterator[None]:
 
 
 def transform() -> str | None:
-    """The transform that replaces tensors by others without readable numbers, or None. 0.2 µs."""
+    """The running transform in which tensors have no values, or None. Takes 0.2 µs."""
     if _C._functorch.peek_interpreter_stack() is not None:
         return "torch.func (vmap, grad, functionalize)"
     if _C._get_tracing_state() is not None:
@@ -188,7 +188,7 @@ def transform() -> str | None:
 
 
 def tracing() -> bool:
-    """Whether this thread traces; torch.compiler.is_compiling() also looks at other threads."""
+    """Whether this thread is tracing; torch.compiler.is_compiling() counts other threads, too."""
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and transform() is not None
     )

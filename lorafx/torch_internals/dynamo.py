@@ -1,10 +1,10 @@
-"""Dynamo: what it traces, its guards, its settings, and the functional graph behind it.
+"""Dynamo: what it traces, its guards, its settings, and the functional graph that follows.
 
-Behind a break in the middle of a layer it is not always known which requests a tensor belongs to,
-and a mixed batch is refused. So, while Dynamo converts a frame of ours, it does not break at two
-kinds of calls. A logger's method that remembers its calls (`functools.lru_cache`, as transformers'
-`warning_once`) is called when its call is traced. Hooks that record hidden states and attentions,
-which transformers registers under a lock, are registered before the module is traced.
+After a graph break in the middle of a layer the owners of rows may be unknown, and a mixed batch is
+refused. So Dynamo does not break at two kinds of calls while it converts a frame of lorafx. A
+logger's method with a cache (`functools.lru_cache`, as transformers' `warning_once`) is called
+during tracing. Hooks that record hidden states and attentions, which transformers registers under a
+lock, are registered before the module is traced.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ with private_names():
     from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvTransposeNd
 
-    #: The code of every module's call, and that of its caller.
+    #: The code of a module's call, and the code that calls it.
     CALL = nn.Module._call_impl.__code__
     CALLS = (CALL, nn.Module._wrapped_call_impl.__code__)
     _WRAPPERS = eval_frame.__name__
@@ -62,54 +62,54 @@ def in_wrapper_of_dynamo(frame: FrameType) -> bool:
 
 
 def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-    if _log(getattr(image.value, name, None), args, kwargs):
+    if _call_cached_method(getattr(image.value, name, None), args, kwargs):
         return ConstantVariable.create(None)
     return call(image, tx, name, args, kwargs)
 
 
-def _log(method: Any, args: Any, kwargs: Any) -> bool:
-    """Call `method`; False where it does not remember its calls, or an argument is in the graph."""
+def _call_cached_method(method: Any, args: Any, kwargs: Any) -> bool:
+    """Call a method with a cache; False if it has none, or an argument is a value of the graph."""
     if not isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper):
         return False
     if not all(value.is_python_constant() for value in (*args, *kwargs.values())):
         return False
-    given = {name: value.as_python_constant() for name, value in kwargs.items()}
-    return method(*(value.as_python_constant() for value in args), **given) is None
+    named = {name: value.as_python_constant() for name, value in kwargs.items()}
+    return method(*(value.as_python_constant() for value in args), **named) is None
 
 
 def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    if _records(image.value, kwargs):
+    if _is_to_record(image.value, kwargs):
         module: Any = sys.modules["transformers.utils.output_capturing"]
         module.maybe_install_capturing_hooks(image.value)
     return call(image, tx, args, kwargs)
 
 
-def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether `module` is to record outputs, by Dynamo's arguments, or by its configuration."""
-    known: Any = recorded_outputs()
-    kinds = None if known is None else known.get(module)
+def _is_to_record(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments, or the configuration, of `module` ask it to record outputs."""
+    registry: Any = recorded_outputs()
+    kinds = None if registry is None else registry.get(module)
     if not kinds:
         return False
     config = getattr(module, "config", None)
     for name in {"output_attentions", *(f"output_{kind}" for kind in kinds)}:
-        given = kwargs.get(name)
-        if given is None:
-            wanted = getattr(config, name, False)
+        argument = kwargs.get(name)
+        if argument is None:
+            requested = getattr(config, name, False)
         else:
-            wanted = given.is_python_constant() and given.as_python_constant()
-        if wanted:
+            requested = argument.is_python_constant() and argument.as_python_constant()
+        if requested:
             return True
     return False
 
 
-class _Local(threading.local):
+class _ThreadState(threading.local):
     converts = False
 
 
-_LOCAL = _Local()
+_STATE = _ThreadState()
 _LOCK = threading.Lock()
-#: Methods of Dynamo's classes, and what runs in their place while this thread converts.
-_INSTEAD = (
+#: Methods of Dynamo's classes, and the functions that replace them while this thread converts.
+_REPLACEMENTS = (
     (LoggingLoggerVariable, "call_method", _call_method),
     (UnspecializedNNModuleVariable, "call_function", _call_function),
 )
@@ -117,27 +117,27 @@ _INSTEAD = (
 
 @contextmanager
 def calls_traced() -> Iterator[None]:
-    """This thread converts a frame of ours; other threads and frames keep Dynamo's methods."""
+    """Replaces the methods for this thread, which converts a frame of lorafx in the block."""
     _install()
-    before, _LOCAL.converts = _LOCAL.converts, True
+    before, _STATE.converts = _STATE.converts, True
     try:
         yield
     finally:
-        _LOCAL.converts = before
+        _STATE.converts = before
 
 
 def _install() -> None:
     with _LOCK:
-        for image, name, instead in _INSTEAD:
-            method = getattr(image, name)
+        for cls, name, replacement in _REPLACEMENTS:
+            method = getattr(cls, name)
             if not hasattr(method, "_lorafx"):
-                setattr(image, name, _intercepted(method, instead))
+                setattr(cls, name, _intercepted(method, replacement))
 
 
-def _intercepted(method: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)  # what others have noted on it stays there
+def _intercepted(method: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)  # keeps attributes that others have set
     def intercepted(*args: Any, **kwargs: Any) -> Any:
-        return instead(method, *args, **kwargs) if _LOCAL.converts else method(*args, **kwargs)
+        return replacement(method, *args, **kwargs) if _STATE.converts else method(*args, **kwargs)
 
     setattr(intercepted, "_lorafx", True)  # noqa: B010  for mypy
     return intercepted

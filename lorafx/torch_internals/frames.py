@@ -1,6 +1,6 @@
 """The frame that Dynamo is capturing while it calls a backend.
 
-Dynamo names places (`L['input_ids']`) by expressions over the function's locals and globals.
+Dynamo names places by expressions over the function's locals and globals (`L['input_ids']`).
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ def captured_code() -> CodeType:
 
 
 def ends_in_break() -> bool:
-    """Whether the graph that is being compiled ends where the function breaks."""
+    """Whether the graph that is being compiled ends in a graph break."""
     reason = _translator().output.compile_subgraph_reason
     return reason is not None and bool(reason.graph_break)
 
 
 def failed_guard() -> str:
-    """Why the newest earlier graph does not serve the call, in Dynamo's words, or how to see it."""
-    known = getattr(get_metrics_context(), "_metrics", {})
-    text = str(known.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
-    guard = text.partition(": ")[2].strip()  # behind the number of the graph
+    """Why the newest graph does not serve the call, in Dynamo's words, or how to find out."""
+    metrics = getattr(get_metrics_context(), "_metrics", {})
+    text = str(metrics.get("recompile_reason") or "").partition("\n")[0].partition("  #")[0]
+    guard = text.partition(": ")[2].strip()  # after the number of the graph
     return f"the guard {guard} failed" if guard else 'TORCH_LOGS="recompiles" prints the guard'
 
 
 def guard_filter(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
-    """`keep` as a filter of guards for Dynamo, which makes the kept guards a second time. Guards
-    forget which object they saw, since some are new at each lookup, such as transformers'
+    """`keep` as a guard filter for Dynamo, which makes the kept guards a second time. References to
+    guarded objects are removed, since some objects are new at each lookup, such as transformers'
     `config.per_layer_config` on torch 2.11 and 2.12."""
 
-    def kept(entries: Sequence[Any]) -> Sequence[bool]:
+    def filter_guards(entries: Sequence[Any]) -> Sequence[bool]:
         for entry in entries:
             entry.orig_guard.obj_weakref = None
         return keep(entries)
 
-    return kept
+    return filter_guards
 
 
 def capture_again(reason: str) -> NoReturn:
-    """Let Dynamo drop the graph and trace the function anew: its only restart from a backend."""
+    """Make Dynamo drop the graph and trace the function again, by its only restart for backends."""
     _translator().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 def source_name(node: fx.Node) -> str:
-    """How Dynamo reached the graph input `node`: `L['input_ids']`."""
+    """The place where Dynamo found the graph input `node`, such as `L['input_ids']`."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     return node.name if source is None else source_text(source)
 
 
 def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
-    """The tensor and the dimension whose size a graph input is; None where that is not known."""
+    """The tensor and the dimension whose size a graph input is; None if they are not known."""
     name, dot, size = source_name(node).rpartition(".size()[")
     if not dot or not size[:-1].isdecimal():
         return None
@@ -84,7 +84,7 @@ def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
 
 
 def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
-    """Dynamo's input behind a placeholder of AOTAutograd's, and its part, such as a size."""
+    """The number of Dynamo's input for a placeholder of AOTAutograd's, and the part, as a size."""
     place, parts = node.meta.get("desc"), []
     while place is not None and hasattr(place, "base"):
         parts.append(getattr(place, "attr", "size"))
@@ -93,34 +93,35 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
 
 
 def symbols_of_frame() -> ShapeEnv | None:
-    """The symbols of the captured frame, and what is known of them."""
+    """The symbols of the captured frame, with the facts about them."""
     context = TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
 
 
 def size_expression(size: Any) -> Any:
-    """The expression of a symbolic size, any other as it is. Comparing two adds no guard."""
+    """The expression of a symbolic size, or the size itself; comparing two adds no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def guarded_attributes(suffix: str) -> list[str]:
-    """Guarded names with this suffix, but for guards that are only made on demand."""
+    """The guarded names with this suffix, except for guards that Dynamo makes on demand."""
     return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """From Dynamo's names to objects of the frame, after the capture too; None if unknown."""
+    """A function from Dynamo's names to objects of the frame, usable after the capture too; it
+    returns None for an unknown name."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 
-    def named(name: str) -> Any:
+    def value_of(name: str) -> Any:
         try:
             return eval(name, scope)
-        except Exception:  # an expression over something else, such as a closure
+        except Exception:  # the expression reads something else, such as a closure
             return None
 
-    return named
+    return value_of
 
 
 def source_text(place: Source | Guard) -> str:
@@ -134,7 +135,7 @@ def frame_guards() -> list[Guard]:
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:
-    """Let Dynamo call the graph that is being compiled only where `holds()` is true."""
+    """Make Dynamo call the graph that is being compiled only if `holds()` is true."""
 
     def make(builder: Any, guard: Guard) -> None:
         add_function_guard(builder.guard_manager.root, lambda _: holds())
@@ -144,6 +145,6 @@ def guard_frame(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def outside_of_frames() -> Iterator[None]:
-    """Hides the captured frame from AOTAutograd and Inductor, for code compiled before."""
+    """Hides the captured frame from AOTAutograd and Inductor in the block, for other code."""
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
         yield

@@ -1,5 +1,5 @@
-"""What graphs are made of: operators, fake tensors, symbolic sizes and nested containers; and what
-sees every operator that runs.
+"""The parts of graphs: operators, fake tensors, symbolic sizes and nested containers; and modes,
+which see every operator that runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ with private_names():
     )
 
     if dist.is_available():
-        # Gives the functional collectives their fake implementations.
+        # Registers the fake implementations of the functional collectives.
         import torch.distributed._functional_collectives
 
     c10d = torch.ops._c10d_functional

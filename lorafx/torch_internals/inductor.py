@@ -1,4 +1,4 @@
-"""Inductor's steps."""
+"""The steps of Inductor, and changes to the code that it generates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._inductor import inductor_prims  # defines prims.fma
-    from torch._inductor import lowering as _lowering  # max_pool2d's decomposition reaches for it
+    from torch._inductor import lowering as _lowering  # max_pool2d's decomposition uses it
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.compile_fx import (
         _recursive_joint_graph_passes,
@@ -24,34 +24,34 @@ with private_names():
 
 @contextmanager
 def code_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """Note the code that Inductor makes, or finds in its cache, under Dynamo's lock."""
+    """Calls `note` with the code that Inductor generates or finds in its cache in the block."""
 
-    lowered: Any = GraphLowering
-    before = lowered.save_output_code
+    lowering: Any = GraphLowering
+    original = lowering.save_output_code
 
     def keep(code: str) -> None:
         note(code)
-        if before is not None:
-            before(code)
+        if original is not None:
+            original(code)
 
-    lowered.save_output_code = keep
+    lowering.save_output_code = keep
     try:
         yield
     finally:
-        lowered.save_output_code = before
+        lowering.save_output_code = original
 
 
 def launch_dependents_early() -> None:
-    """Let Inductor launch kernels that wait by themselves while the kernel before them runs; its
-    own option does so only for kernels that it writes. Without it they start later."""
+    """Make Inductor launch kernels that contain their own wait while the kernel before them runs.
+    Inductor's option does so only for kernels that it writes; the others would start later."""
     original = PythonWrapperCodegen.define_kernel
     if getattr(original, "_lorafx", False):
         return
 
-    def define_kernel(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
+    def define_kernel(self: Any, name: str, body: str, *rest: Any, **kwargs: Any) -> Any:
         if "griddepcontrol.wait" in body:
             body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
-        return original(self, name, body, *rest, **named)
+        return original(self, name, body, *rest, **kwargs)
 
     define_kernel._lorafx = True  # type: ignore[attr-defined]
     setattr(PythonWrapperCodegen, "define_kernel", define_kernel)  # noqa: B010  a method for mypy

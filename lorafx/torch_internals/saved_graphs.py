@@ -1,5 +1,5 @@
-"""Saving and loading of graphs: the code and the guards that Dynamo made of a frame, and what the
-frame's graph was compiled to, with what AOTAutograd puts around it.
+"""Saving and loading of graphs: Dynamo's code and guards for a frame, the compiled graph, and the
+wrappers that AOTAutograd puts around it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ with private_names():
 
 
 def default_device() -> object:
-    """The device of `torch.set_default_device`; None where none is set."""
+    """The device of `torch.set_default_device`; None if none is set."""
     return _device.CURRENT_DEVICE
 
 
 def forward_level() -> int:
-    """The level of forward-mode gradients; -1 outside of all."""
+    """The level of forward-mode gradients; -1 outside of all levels."""
     return forward_ad._current_level
 
 
@@ -61,23 +61,23 @@ def can_be_noted() -> bool:
 
 @contextmanager
 def inference_info_noted() -> Iterator[list[tuple[Any, ...]]]:
-    """Note what AOTAutograd is about to cache of each graph that it compiles for this thread:
-    configuration, metadata, lowered graph, ..., wrappers. Dynamo's lock is held."""
-    found: list[tuple[Any, ...]] = []
+    """Collects what AOTAutograd would cache of each graph that this thread compiles in the block:
+    (configuration, metadata, subclasses, lowered graph, ..., wrappers)."""
+    infos: list[tuple[Any, ...]] = []
     thread = threading.get_ident()
     original: Any = getattr(graph_compile, "_cache_inference_info", None)
     if original is None:
-        yield found
+        yield infos
         return
 
     def noting(*arguments: Any) -> Any:
-        entry = original(*arguments)  # it makes the metadata ready to keep
+        entry = original(*arguments)  # which makes the metadata picklable
         if threading.get_ident() == thread:
-            found.append(arguments)
+            infos.append(arguments)
         return entry
 
     setattr(graph_compile, "_cache_inference_info", noting)  # noqa: B010  for mypy
     try:
-        yield found
+        yield infos
     finally:
         setattr(graph_compile, "_cache_inference_info", original)  # noqa: B010

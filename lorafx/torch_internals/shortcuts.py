@@ -1,6 +1,6 @@
-"""Shortcuts: savings by private parts of torch that change no answer and may be off.
+"""Shortcuts: optimisations by private parts of torch that change no result and can be off.
 
-They are on where torch is a release of a tested version. `Options.shortcuts` chooses others.
+They are on if torch is a release of a tested version. `Options.shortcuts` chooses others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorafx.torch_internals import versions
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What is done without it, and what it saves (docs/compile_time.md, docs/performance.md)."""
+    """What happens without it, and what it saves (docs/compile_time.md, docs/performance.md)."""
 
     replaces: str
     gains: str
@@ -42,37 +42,37 @@ SHORTCUTS = {
 }
 
 
-def fault() -> str | None:
-    """Why shortcuts are off by default on the installed torch; None where they are on."""
+def reason_off() -> str | None:
+    """Why shortcuts are off by default on the installed torch; None if they are on."""
     version = versions.installed("torch") or ""
-    # An alpha of a tested version is not what was tested.
+    # An alpha of a tested version was not tested.
     release = re.fullmatch(r"[\d.]+(\+.*)?", version) is not None
     tested = release and versions.torch_minor() in versions.TORCH
     return None if tested else f"torch {version} is untested"
 
 
 @cache
-def _tested() -> bool:
-    why = fault()
+def _on_by_default() -> bool:
+    why = reason_off()
     if why is not None:
         LOG.info("shortcuts are off: %s", why)
     return why is None
 
 
 def chosen(names: Sequence[str] | None = None) -> frozenset[str]:
-    """The shortcuts that are on: those of `Options.shortcuts`, or what the installed torch has."""
+    """The shortcuts that are on: those of `Options.shortcuts`, or the default of this torch."""
     if names is None:
-        names = tuple(SHORTCUTS) if _tested() else ()
+        names = tuple(SHORTCUTS) if _on_by_default() else ()
     return frozenset(names)
 
 
 def states(names: Sequence[str] | None = None) -> dict[str, str]:
     """For each shortcut "on", or why it is off."""
-    on, why = chosen(names), fault() if names is None else "switched off by Options.shortcuts"
+    on, why = chosen(names), reason_off() if names is None else "switched off by Options.shortcuts"
     return {name: "on" if name in on else str(why) for name in SHORTCUTS}
 
 
 @cache
 def gave_up(name: str, reason: str) -> None:
-    """Log, once for each reason, that a shortcut was not taken where it might have been."""
+    """Log, once for each reason, that a shortcut could not be used."""
     LOG.info("the shortcut %r gave up: %s; %s", name, reason, SHORTCUTS[name].replaces)

@@ -11,7 +11,7 @@ from lorafx.torch_internals.versions import private_names
 
 
 def stream_error(message: str) -> Any:
-    """What transformers' server puts into a stream whose generation failed."""
+    """The object that transformers' server puts into a stream if generation failed."""
     with private_names():
         from transformers.cli.serving.utils import _StreamError
 
@@ -19,10 +19,10 @@ def stream_error(message: str) -> Any:
 
 
 def causal_model_class(config: Any) -> type:
-    """AutoModelForCausalLM's class for this configuration, or a KeyError."""
+    """The class that AutoModelForCausalLM has for a configuration. Raises KeyError if none."""
     import transformers
 
     with private_names():
         mapping: Any = transformers.AutoModelForCausalLM._model_mapping
-    found: type = mapping[type(config)]
-    return found
+    model_class: type = mapping[type(config)]
+    return model_class

@@ -1,9 +1,9 @@
-"""Triton's interpreter on a CPU, and what differs between the versions of Triton.
+"""Triton's interpreter on a CPU, and differences between the versions of Triton.
 
-The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
-ahead of time in the process that also runs them. Its errors (triton 3.6 to 3.9) are corrected while
-a kernel runs, and only then. Arithmetic on bfloat16 values other than casts and `tl.dot` stays
-wrong, so generated kernels do none.
+The interpreter is used whether or not TRITON_INTERPRET is set, so that a process can compile
+kernels ahead of time and also run them. Its errors (triton 3.6 to 3.9) are corrected only while a
+kernel runs. Arithmetic on bfloat16 other than casts and `tl.dot` stays wrong, so generated kernels
+have none.
 """
 
 from __future__ import annotations
@@ -43,53 +43,53 @@ def _is_bf16(value: Any) -> bool:
     return value.dtype.scalar == tl.bfloat16
 
 
-def _widen(bits: np.ndarray) -> np.ndarray:
+def _floats_of_bits(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _narrow(values: np.ndarray) -> np.ndarray:
+def _bits_of_floats(values: np.ndarray) -> np.ndarray:
     """bfloat16 bits of float32 values, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF).astype(np.uint32)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-# The interpreter keeps bfloat16 as bits, in uint16; its casts cut off, and it multiplies the bits.
+# The interpreter stores bfloat16 as bits in uint16; its casts truncate, and it multiplies the bits.
 
 
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     def cast(src: Any, dst_type: Any) -> Any:
         target = dst_type.scalar
         if _is_bf16(src) and target == tl.float32:
-            return interpreter.TensorHandle(_widen(src.data), target)
+            return interpreter.TensorHandle(_floats_of_bits(src.data), target)
         if src.dtype.scalar == tl.float32 and target == tl.bfloat16:
-            return interpreter.TensorHandle(_narrow(src.data), target)
+            return interpreter.TensorHandle(_bits_of_floats(src.data), target)
         return original(src, dst_type)
 
     return cast
 
 
 def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    left = _widen(a.data) if _is_bf16(a) else a.data.astype(np.float32)
-    right = _widen(b.data) if _is_bf16(b) else b.data.astype(np.float32)
+    left = _floats_of_bits(a.data) if _is_bf16(a) else a.data.astype(np.float32)
+    right = _floats_of_bits(b.data) if _is_bf16(b) else b.data.astype(np.float32)
     return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 
-def _by_bools(original: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """A masked access, whose mask is the argument at `place`, with a mask that holds bools."""
+def _with_bool_mask(original: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """A masked access whose mask, the argument number `place`, is converted to bools."""
 
-    def access(*arguments: Any, **named: Any) -> Any:
-        given = list(arguments)
-        if isinstance(given[place], interpreter.TensorHandle):  # and no array, as of a descriptor
-            given[place] = interpreter.TensorHandle(given[place].data.astype(bool), tl.int1)
-        return original(*given, **named)
+    def access(*arguments: Any, **kwargs: Any) -> Any:
+        values = list(arguments)
+        if isinstance(values[place], interpreter.TensorHandle):  # a descriptor's mask is an array
+            values[place] = interpreter.TensorHandle(values[place].data.astype(bool), tl.int1)
+        return original(*values, **kwargs)
 
     return access
 
 
 def _reduction(combine: Any) -> Callable[..., Any]:
     def reduce(input: Any, axis: int) -> Any:
-        return tl.reduce(input, axis, combine)  # the interpreter's own while it runs
+        return tl.reduce(input, axis, combine)  # which the interpreter has replaced
 
     return reduce
 
@@ -98,51 +98,51 @@ def _running_sum(input: Any, axis: int = 0) -> Any:
     return tl.associative_scan(input, axis, tl.standard._sum_combine)
 
 
-def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+def _first_argument(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
     return args[0]
 
 
-def _kept(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
+def _cached_dtype(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
     def look(dtype: Any) -> np.dtype[Any]:
         name = dtype.scalar.name
-        found = _DTYPES.get(name)
-        if found is None:
-            found = _DTYPES[name] = original(dtype)
-        return found
+        numpy_dtype = _DTYPES.get(name)
+        if numpy_dtype is None:
+            numpy_dtype = _DTYPES[name] = original(dtype)
+        return numpy_dtype
 
     return look
 
 
 def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
     def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)  # whose scope also takes back what follows
+        original(tensor, scope)  # whose scope also undoes what follows
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     return patch
 
 
 @contextlib.contextmanager
-def _put_right() -> Iterator[None]:
+def _interpreter_corrected() -> Iterator[None]:
     builder, standard = interpreter.interpreter_builder, tl.standard
     changes: list[tuple[Any, str, Any]] = [
-        # Compiled functions, unless TRITON_INTERPRET was set before triton was imported; calling
-        # them then leaves triton.language patched.
+        # These are compiled functions unless TRITON_INTERPRET was set before triton was imported;
+        # calling those leaves triton.language patched.
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
         (tl, "max", _reduction(standard._elementwise_max)),
         (tl, "cumsum", _running_sum),
-        # Inline assembly of generated kernels orders launches and passes a number on.
-        (tl, "inline_asm_elementwise", _pass_on),
-        # These two take a third of the time: a table is made for each look at a dtype, and
-        # overflows are looked for by operators whose result is thrown away.
-        (interpreter, "_get_np_dtype", _kept(interpreter._get_np_dtype)),
+        # Inline assembly of generated kernels orders launches and returns its argument.
+        (tl, "inline_asm_elementwise", _first_argument),
+        # Two changes that save a third of the time: a table is made for each lookup of a dtype, and
+        # overflows are checked by operators whose result is not used.
+        (interpreter, "_get_np_dtype", _cached_dtype(interpreter._get_np_dtype)),
         (builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug)),
         (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     builder.cast_impl, builder.create_dot = _cast(builder.cast_impl), _dot
-    builder.create_masked_load = _by_bools(builder.create_masked_load, 1)
-    builder.create_masked_store = _by_bools(builder.create_masked_store, 2)
+    builder.create_masked_load = _with_bool_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = _with_bool_mask(builder.create_masked_store, 2)
     for change in changes:
         setattr(*change)
     try:
@@ -150,13 +150,13 @@ def _put_right() -> Iterator[None]:
     finally:
         for change in before:
             setattr(*change)
-        # Uncover the class's own methods.
+        # Deleting the attributes restores the methods of the class.
         del builder.cast_impl, builder.create_dot
         del builder.create_masked_load, builder.create_masked_store
 
 
 class _Executor(GridExecutor):
-    """Copies no whole storages (of banks) to the host and back on every launch."""
+    """Does not copy whole storages, such as banks, to the host and back at each launch."""
 
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
         return args_dev, kwargs
@@ -172,10 +172,10 @@ def _rewritten(kernel: Any) -> Callable[..., None]:
 
 
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter. Raises LoweringError where
-    the kernel fails, UnsupportedVersionError where this module does, with another Triton."""
-    function = kernel.fn  # what @triton.jit was put on
-    with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
+    """Run `kernel` over `grid` on CPU tensors, in Triton's interpreter. Raises LoweringError if the
+    kernel fails, UnsupportedVersionError if this module fails because of another Triton."""
+    function = kernel.fn  # the function that @triton.jit decorates
+    with _LOCK, _interpreter_corrected(), np.errstate(all="ignore"):  # x may hold NaN
         try:
             _Executor(_rewritten(kernel), kernel.arg_names, tuple(grid))(*arguments)
         except interpreter.InterpreterError as error:
@@ -195,7 +195,7 @@ def version() -> str:
 def generated_triton_op(
     name: str, *, mutates_args: Sequence[str]
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.triton_op` without a search of sources for kernels: 0.8 s of an import."""
+    """`torch.library.triton_op` without its search for kernels in sources, which takes 0.8 s."""
 
     def registered(function: Callable[..., Any]) -> Any:
         library: Any = triton_library
@@ -211,5 +211,5 @@ def generated_triton_op(
 
 
 def launches_directly() -> bool:
-    """Whether `wrap_triton` returns the kernel itself, because nothing is being traced."""
+    """Whether `wrap_triton` returns the kernel itself, since nothing is being traced."""
     return not is_wrap_triton_enabled()

@@ -1,8 +1,8 @@
 """Tested and refused versions of torch, triton, transformers and peft, without importing them.
 
-At lorafx's entrances, whatever fails because of another torch becomes one error. Imports of private
-names raise it by themselves (`private_names`). A name that is read later, or takes other arguments,
-raises an AttributeError or a TypeError somewhere below.
+At lorafx's entry points, a failure because of another version of torch becomes one error. Imports
+of private names raise it (`private_names`). A name that is read later, or takes other arguments,
+raises an AttributeError or a TypeError, which `entrance` converts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import metadata
 from lorafx.errors import UnsupportedVersionError
 from lorafx.progress import LOG
 
-#: The tested versions, the oldest first; of torch each with the triton of its builds.
+#: The tested versions, the oldest first; torch's with the version of triton in its builds.
 TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 TRANSFORMERS = ("5.0", "5.10", "5.23")
 PEFT = ("0.18", "0.21")
@@ -57,21 +57,21 @@ def way_out() -> str:
 
 
 def standing(package: str) -> str:
-    """The version of one of the packages, and what is known of it."""
+    """A package's version, and whether it was tested, for reports."""
     version = installed(package)
     if version is None:
         return "not installed"
     if package == "triton":
-        wanted = triton_of_torch() if installed("torch") else None
-        return f"{version} (torch was built with {wanted or 'one that it does not name'})"
-    known = TESTED[package]
-    new, old = numbers(version) > numbers(known[-1]), numbers(version) < numbers(known[0])
+        needed = triton_of_torch() if installed("torch") else None
+        return f"{version} (torch was built with {needed or 'one that it does not name'})"
+    tested = TESTED[package]
+    new, old = numbers(version) > numbers(tested[-1]), numbers(version) < numbers(tested[0])
     word = "untested; " * new + "too old; " * old
-    return f"{version} ({word}tested: {', '.join(known)})"
+    return f"{version} ({word}tested: {', '.join(tested)})"
 
 
 def triton_of_torch() -> str | None:
-    """The triton that the installed torch was built with; None where that is not known."""
+    """The version of triton that the installed torch was built with; None if it is not known."""
     for line in metadata.requires("torch") or ():
         if found := re.match(r"triton\s*==\s*([\d.]+)", line):
             return found[1]
@@ -80,32 +80,32 @@ def triton_of_torch() -> str | None:
 
 @cache
 def check() -> None:
-    """Log torch that is newer than tested. Raises UnsupportedVersionError where a package is too
+    """Warn of a torch that is newer than tested. Raises UnsupportedVersionError if a package is too
     old, triton is not that of torch, or torch is not installed."""
     if installed("torch") is None:
         raise UnsupportedVersionError(
             f'lorafx needs torch: pip install "torch=={TESTED["torch"][-2]}.*"'
         )
-    for package, known in TESTED.items():
+    for package, tested in TESTED.items():
         version = installed(package)
         if version is None:
             continue
-        if numbers(version) < numbers(known[0]):
+        if numbers(version) < numbers(tested[0]):
             raise UnsupportedVersionError(
-                f"lorafx needs {package} {known[0]} or later, and this is {package} {version}: "
-                f'pip install "{package}>={known[0]}"'
+                f"lorafx needs {package} {tested[0]} or later, and this is {package} {version}: "
+                f'pip install "{package}>={tested[0]}"'
             )
-        if package == "torch" and numbers(version) > numbers(known[-1]):
+        if package == "torch" and numbers(version) > numbers(tested[-1]):
             LOG.warning(
                 "torch %s is untested: lorafx was tested with %s to %s. What leans on its insides "
                 "is left out, so compiling may take longer; `lorafx doctor` shows what works",
-                *(version, known[0], known[-1]),
+                *(version, tested[0], tested[-1]),
             )
-    own, wanted = installed("triton"), triton_of_torch()
-    if own is not None and wanted is not None and numbers(own) != numbers(wanted):
+    own, needed = installed("triton"), triton_of_torch()
+    if own is not None and needed is not None and numbers(own) != numbers(needed):
         raise UnsupportedVersionError(
-            f"torch {installed('torch')} was built with triton {wanted}, and this is triton {own}: "
-            f'pip install "triton=={".".join(map(str, numbers(wanted)))}.*"'
+            f"torch {installed('torch')} was built with triton {needed}, and this is triton {own}: "
+            f'pip install "triton=={".".join(map(str, numbers(needed)))}.*"'
         )
 
 
@@ -119,22 +119,22 @@ def private_names() -> Iterator[None]:
         raise UnsupportedVersionError(f"{error}; {way_out()}") from error
 
 
-#: Folders whose code calls private names with arguments of its own, not with a user's.
-_GROUND = tuple(
+#: Folders whose code calls private names with its own arguments, not with a user's.
+_CALLERS = tuple(
     f"lorafx.{folder}."
     for folder in (
         *("torch_internals", "capture", "passes", "kernels", "program", "ownership", "model"),
         *("bisection", "weights"),
     )
 )
-#: Packages whose code is called with private names. Modules of torch.nn are the model's.
+#: Packages whose private names are called. Modules of torch.nn belong to the model.
 _CALLED = ("torch.", "triton.")
 _OF_MODELS = "torch.nn."
 
 
 @contextmanager
 def entrance() -> Iterator[None]:
-    """Turns errors of the block whose cause is another torch into UnsupportedVersionError."""
+    """Turns errors of the block that another torch has caused into UnsupportedVersionError."""
     try:
         yield
     except Exception as error:
@@ -145,22 +145,22 @@ def entrance() -> Iterator[None]:
 
 
 def unsupported(raised: BaseException, *, directly: bool = False) -> UnsupportedVersionError | None:
-    """The replacement of an error that another torch is the cause of, or None. `directly`: what was
-    called has raised it, not code deep inside of a compiler, which may fail on the graph."""
-    known = isinstance(raised, (AttributeError, TypeError, ImportError))
-    if not known or not _of_private(raised, directly):
+    """The error to raise instead of one that another torch has caused, or None. `directly`: only if
+    the called function raised it, not code deep inside of a compiler, which may fail on a graph."""
+    may_be = isinstance(raised, (AttributeError, TypeError, ImportError))
+    if not may_be or not _is_from_private_name(raised, directly):
         return None
     return UnsupportedVersionError(f"{type(raised).__name__}: {raised}; {way_out()}")
 
 
-def _of_private(raised: BaseException, directly: bool) -> bool:
+def _is_from_private_name(raised: BaseException, directly: bool) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(raised.__traceback__)]
     for depth, frame in enumerate(reversed(frames)):
         if directly and depth > 1:
             return False
-        # The innermost code that is not torch's decides.
+        # The innermost frame outside of torch and triton decides.
         module = f"{frame.f_globals.get('__name__', '')}."
-        if module.startswith(_GROUND):
+        if module.startswith(_CALLERS):
             return True
         if not module.startswith(_CALLED) or module.startswith(_OF_MODELS):
             return False

@@ -1,10 +1,10 @@
-"""Tensors beside a weight that would keep its old numbers when the weight is written.
+"""Finds tensors that would keep old numbers of a weight when the weight is written.
 
     t[k_0, …] = W[o₀ + Σ k_d · out_d, …]          an exact copy of rows
-    a matrix of another make, held beside a weight may be made from it, unless graphs use W itself
+    another matrix near a weight                  may be made from it, unless graphs use W itself
 
-Views of a weight see new numbers by themselves. W is (N, K) of a linear, (V, D) of an embedding,
-(E · A, B) of routed experts stored (E, A, B).
+Views of a weight change with it. W is (N, K) of a linear, (V, D) of an embedding, (E · A, B) of
+routed experts stored as (E, A, B).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Weight(NamedTuple):
     kind: str
 
     def dense(self) -> Tensor | None:
-        """W (rows, columns), dequantised where it is quantised; None where it cannot be read."""
+        """W (rows, columns), dequantised if it is quantised; None if it cannot be read."""
         name = self.holder.attribute if self.kind == "experts" else None
         dense = numbers_of(self.holder.module, name)
         if dense is None or not dense.numel() or dense.dim() < 2:
@@ -55,31 +55,30 @@ class _Weight(NamedTuple):
 def outdated_copies(
     program: Program, changed: Sequence[Holder], renewed: Collection[nn.Module] = ()
 ) -> list[str]:
-    """Why the tensors `changed` cannot be written: a message for each tensor, not among them, that
-    repeats numbers of a weight that changes, or may repeat them. Tensors of the modules `renewed`
-    are computed again by their method."""
+    """Why the tensors `changed` cannot be written: a message for each other tensor that has, or may
+    have, copies of their numbers, except in the modules `renewed`, which compute theirs again."""
     modules = {id(holder.module) for holder in changed}
     values = (getattr(holder.module, holder.attribute, None) for holder in changed)
     tensors = [value for value in values if isinstance(value, Tensor)]
     written = {id(tensor) for tensor in tensors}
 
-    def changes(weight: _Weight) -> bool:
+    def is_changed(weight: _Weight) -> bool:
         return id(weight.holder.module) in modules or id(weight.tensor) in written
 
-    def follows(tensor: Tensor) -> bool:
-        alike = [t for t in tensors if storage_key(t) == storage_key(tensor)]
-        return any(overlap(t, tensor) for t in alike)
+    def is_view(tensor: Tensor) -> bool:
+        same_storage = [t for t in tensors if storage_key(t) == storage_key(tensor)]
+        return any(overlap(t, tensor) for t in same_storage)
 
     weights = list(_weights(program.model))
     problems = []
     for copy, tensor in _tensors(program.model):
         parent = copy.path.rpartition(".")[0]
         near = [weight for weight in weights if is_near(weight.holder.path, parent)]
-        if not any(map(changes, near)) or id(tensor) in written or follows(tensor):
+        if not any(map(is_changed, near)) or id(tensor) in written or is_view(tensor):
             continue
         if copy.module in renewed:
             continue
-        sources = [weight for weight in _sources(program, copy, tensor, near) if changes(weight)]
+        sources = [weight for weight in _sources(program, copy, tensor, near) if is_changed(weight)]
         if sources:
             names = ", ".join(str(weight.holder) for weight in sources)
             problems.append(
@@ -92,11 +91,11 @@ def outdated_copies(
 def _sources(
     program: Program, copy: Holder, tensor: Tensor, near: Sequence[_Weight]
 ) -> list[_Weight]:
-    """The weight of which `tensor` is a copy, or those from which it may have been made."""
+    """The weight of which `tensor` is a copy, or all from which it may have been made."""
     parameter = isinstance(tensor, nn.Parameter)
     if not is_varied(tensor):
         return []
-    beside = []
+    candidates = []
     for weight in near:
         if parameter and weight.kind != "linear":
             continue
@@ -106,15 +105,15 @@ def _sources(
         if copied_form(tensor, dense) is not None:
             return [weight]
         if dense.shape[1] in tensor.shape:
-            beside.append(weight)
-    # A tensor of checkpoints gets its numbers from there.
+            candidates.append(weight)
+    # Tensors that checkpoints hold get their numbers from there.
     if parameter or _is_saved(copy):
         return []
-    return [weight for weight in beside if _is_bypassed(program, weight)]
+    return [weight for weight in candidates if _is_bypassed(program, weight)]
 
 
 def _is_bypassed(program: Program, weight: _Weight) -> bool:
-    """Whether a site has this weight, maybe tied, and no graph was seen to use it."""
+    """Whether no graph has been seen to use this weight at a site that has it, maybe tied."""
     tensor = weight.tensor
     for site in program.sites:
         used = site.path in program.reached and site.path not in program.replaced
@@ -127,7 +126,7 @@ def _is_bypassed(program: Program, weight: _Weight) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
-    """Tensors of two and more dimensions in modules that are not in the memory of weights."""
+    """Tensors of two or more dimensions that may hold copies: no weights, nor views of them."""
     storages = {storage_key(parameter) for parameter in model.parameters()}
     for path, module in model.named_modules():
         experts = expert_weights(module)
@@ -138,7 +137,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
                 continue
             holder = Holder(path, module, name)
             parameter = isinstance(value, nn.Parameter)
-            # Linears and the like have parameters and scales of their own.
+            # Linears and experts hold weights and scales, which are no copies.
             if computes and (
                 parameter or name in weights or holder.is_own_weight or _is_saved(holder)
             ):

@@ -1,11 +1,11 @@
-"""Writing a checkpoint of W + ΔW while the model stays as it is.
+"""Writes a checkpoint of W + ΔW without changing the model.
 
-    state_dict()  ─▶  changed weights: W + ΔW, each in a file of its own that is mapped into memory
+    state_dict()  ─▶  changed weights: W + ΔW, each in a separate file that is mapped into memory
                       all others: the model's own tensors
                   ─▶  the model's save_pretrained(state_dict=...), or one safetensors file
 
-About one merged tensor is in memory at a time. A tied weight that the adapter tells apart becomes
-two tensors, and the configuration that is written says so.
+About one merged tensor is in memory at a time. A tied weight whose ends the adapter changes
+differently becomes two tensors, and the configuration that is written says so.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ FILE = "model.safetensors"
 def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
     program = session.program
     session.refuse_running("export_merged()")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
-    with session.weights_lock:  # weights stay, calls go on
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - reads files without the locks
+    with session.weights_lock:  # weights do not change, calls continue
         with session.lock:
             session.refuse_broken()
             session.store[name]  # UnknownAdapterError
@@ -55,17 +55,17 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
                     f"{merged.name!r} is merged; call unmerge() before {name!r} is written"
                 )
             untie = any(change.tied_apart for change in changes)
-            _refuse(program, name, changes)
+            _refuse_unexportable(program, name, changes)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".merging-", dir=folder) as room:
-                state = _State(program, Path(room), name)
+            with tempfile.TemporaryDirectory(prefix=".merging-", dir=folder) as temporary:
+                state = _State(program, Path(temporary), name)
                 with progress(f"export of {name}: merging {len(changes)} weights"):
-                    tensors = state.merged(changes, apart=untie or not _saves(program.model))
+                    tensors = state.merged(changes, apart=untie or not _saves_state(program.model))
                 with progress(f"export of {name}: writing {len(tensors)} tensors to {folder}"):
-                    if _saves(program.model):
-                        twin = _twin(program.model, untie=untie)
-                        twin.save_pretrained(
+                    if _saves_state(program.model):
+                        copied = _shallow_copy(program.model, untie=untie)
+                        copied.save_pretrained(
                             str(folder), state_dict=tensors, max_shard_size=max_shard_size
                         )
                     else:
@@ -75,12 +75,12 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
     return folder
 
 
-def _saves(model: nn.Module) -> bool:
+def _saves_state(model: nn.Module) -> bool:
     save = getattr(model, "save_pretrained", None)
     return callable(save) and "state_dict" in inspect.signature(save).parameters
 
 
-def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
+def _refuse_unexportable(program: Program, name: str, changes: Sequence[Change]) -> None:
     model, problems = program.model, list[str]()
     if getattr(model, "hf_quantizer", None) is not None:
         problems.append(
@@ -95,7 +95,7 @@ def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
                     "rank"
                 )
     config, why = getattr(model, "config", None), ""
-    if not (_saves(model) and hasattr(config, "tie_word_embeddings")):
+    if not (_saves_state(model) and hasattr(config, "tie_word_embeddings")):
         why = "the model has no configuration that could declare them untied"
     elif getattr(config, "is_encoder_decoder", False):
         why = "in encoder-decoder models the flag that unties them also changes what is computed"
@@ -109,16 +109,16 @@ def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
         raise not_mergeable(name, problems)
 
 
-def _twin(model: Any, *, untie: bool) -> Any:
-    """The model with copies of its configurations, which saving writes to; all else is shared."""
-    twin = copy.copy(model)
-    twin.config = copy.deepcopy(model.config)
+def _shallow_copy(model: Any, *, untie: bool) -> Any:
+    """A shallow copy of the model, with its own configurations, which saving changes."""
+    copied = copy.copy(model)
+    copied.config = copy.deepcopy(model.config)
     if getattr(model, "generation_config", None) is not None:
-        twin.generation_config = copy.deepcopy(model.generation_config)
+        copied.generation_config = copy.deepcopy(model.generation_config)
     if untie:
-        for config in _configs(twin.config):
+        for config in _configs(copied.config):
             config.tie_word_embeddings = False
-    return twin
+    return copied
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -131,59 +131,60 @@ def _configs(config: Any) -> Iterator[Any]:
 
 @dataclass
 class _State:
-    """The state dict of the merged model; `room` is a folder for mapped files."""
+    """Makes the state dict of the merged model; `folder` is for mapped files."""
 
     program: Program
-    room: Path
+    folder: Path
     name: str
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
-        """Tensors as `state_dict()` names them; with `apart` tied names get separate tensors."""
+        """Tensors by their names in `state_dict()`; with `apart`, tied names get one each."""
         state = self.program.model.state_dict(keep_vars=True)
-        odd = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
-        if odd is not None:
-            raise not_mergeable(self.name, [f"state_dict()[{odd!r}] holds no tensor"])
+        other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if other is not None:
+            raise not_mergeable(self.name, [f"state_dict()[{other!r}] holds no tensor"])
         changed = {memory_key(change.tensor): change for change in changes}
-        new, tensors = dict[int, Tensor](), dict[str, Tensor]()
+        merged, tensors = dict[int, Tensor](), dict[str, Tensor]()
         seen: set[tuple[object, ...]] = set()
         for key, value in state.items():
-            where = memory_key(value)
-            change = changed.get(where)
+            memory = memory_key(value)
+            change = changed.get(memory)
             if change is not None:
-                if id(change) not in new or apart:
-                    new[id(change)] = self._end(key, change)
-                tensors[key] = new[id(change)]
+                if id(change) not in merged or apart:
+                    merged[id(change)] = self._merged_tensor(key, change)
+                tensors[key] = merged[id(change)]
                 continue
             self._refuse_derived(key, value, changes)
-            plain = value.detach()
-            alone = plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
-            tensors[key] = plain if alone and not (apart and where in seen) else self._mapped(plain)
-            seen.add(where)
-        missing = [str(change.holder) for change in changes if id(change) not in new]
+            tensor = value.detach()
+            is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+            copied = is_view or not tensor.is_contiguous() or (apart and memory in seen)
+            tensors[key] = self._mapped_copy(tensor) if copied else tensor
+            seen.add(memory)
+        missing = [str(change.holder) for change in changes if id(change) not in merged]
         if missing:
             raise not_mergeable(
                 self.name, [f"{holder}: state_dict() does not hold it" for holder in missing]
             )
         return tensors
 
-    def _end(self, key: str, change: Change) -> Tensor:
+    def _merged_tensor(self, key: str, change: Change) -> Tensor:
         delta: Delta | None = change.delta
         if change.tied_apart:
             path, _, attribute = key.rpartition(".")
             module = self.program.graph.find(path)
             if module is None:
                 raise not_mergeable(self.name, [f"state_dict()[{key!r}] is at no module"])
-            here = (id(module), attribute)
-            delta = next((d for end, d in change.ends if key_of(end) == here), None)
+            holder_key = (id(module), attribute)
+            delta = next((d for end, d in change.ends if key_of(end) == holder_key), None)
         if delta is None:
-            return self._mapped(change.tensor.detach())
-        made = self._room_for(change.tensor)
-        add_to(made, change.tensor, delta, str(change.holder))
-        return made
+            return self._mapped_copy(change.tensor.detach())
+        target = self._mapped_like(change.tensor)
+        add_to(target, change.tensor, delta, str(change.holder))
+        return target
 
     def _refuse_derived(self, key: str, value: Tensor, changes: Sequence[Change]) -> None:
-        """MatchError where `value` was made from a weight that changes."""
+        """Raise MatchError if `value` was made from a weight that changes."""
         derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
         sites = () if derived is None else derived.sites
         weights = [self.program.weight_of(site) for site in sites]
@@ -192,18 +193,18 @@ class _State:
             why = f"{key} was made from {change.holder}, and would keep the old numbers"
             raise not_mergeable(self.name, [why])
 
-    def _mapped(self, numbers: Tensor) -> Tensor:
-        made = self._room_for(numbers)
-        made.copy_(numbers)
-        return made
+    def _mapped_copy(self, numbers: Tensor) -> Tensor:
+        copy = self._mapped_like(numbers)
+        copy.copy_(numbers)
+        return copy
 
-    def _room_for(self, like: Tensor) -> Tensor:
-        """A contiguous tensor in a file, of the shape and dtype of `like`. Disk space is allocated
-        at once: a page without it would end the process (SIGBUS). Raises OSError without it."""
+    def _mapped_like(self, like: Tensor) -> Tensor:
+        """A contiguous tensor in a mapped file, of the shape and dtype of `like`. Disk space is
+        allocated at once, or OSError raised: a page without it would kill the process (SIGBUS)."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
-        file = self.room / str(next(self.numbers))
-        with file.open("wb") as made:
-            os.posix_fallocate(made.fileno(), 0, like.numel() * like.element_size())
+        file = self.folder / str(next(self.numbers))
+        with file.open("wb") as content:
+            os.posix_fallocate(content.fileno(), 0, like.numel() * like.element_size())
         mapped = torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype)
         return mapped.view(like.shape)

@@ -1,10 +1,10 @@
-"""Checkpoint tensors from their source into the weights of a model, also of one that is serving.
+"""Loads checkpoint tensors into the weights of a model, which may be in service.
 
-    source ─▶ names ─▶ meanings ─▶ plan (shapes, dtypes, duplicates, what is missing) ─▶ writes
-    for each target   boxes that tensors fill, no two of which meet, and which cover it
+    source ─▶ names ─▶ meanings ─▶ plan (shapes, dtypes, duplicates, missing tensors) ─▶ writes
+    for each target   boxes that tensors fill, which do not overlap, and together cover it
 
-All of it is planned before the first write. Numbers are compared only where two names mean tied
-tensors; they have to be equal. Numbers are written in place, so packed buffers, tied weights and
+Everything is planned before the first write. Numbers are compared only if two names mean tied
+tensors, which have to be equal. Numbers are written in place, so packed buffers, tied weights and
 captured graphs see them.
 """
 
@@ -28,7 +28,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
-from lorafx.runtime.sharing import refresh_elsewhere
+from lorafx.runtime.sharing import refresh_other_models
 from lorafx.weights.copies import outdated_copies
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.weight_places import (
@@ -41,9 +41,9 @@ from lorafx.weights.weight_places import (
     Target,
     WeightShape,
     destinations_of,
-    meet,
     memory_key,
     methods_of,
+    overlapping,
 )
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -63,13 +63,13 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class WeightSource:
-    """What `read` gives each time it is called; `stable`: the tensors stay valid."""
+    """Tensors that `read` yields at each call; `stable`: they stay valid afterwards."""
 
     read: Callable[[], Iterable[Any]]
     stable: bool = True
 
     def pairs(self) -> Iterator[tuple[str, Tensor]]:
-        """Its names and tensors, detached. ConfigError for what is no pair of these."""
+        """The names and detached tensors. ConfigError for anything but pairs of these."""
         pairs = self.read()
         if not isinstance(pairs, Iterable):
             raise ConfigError(f"weights are (name, tensor) pairs, got {type(pairs).__name__}")
@@ -87,8 +87,7 @@ class WeightSource:
 
 
 def source_of(weights: Weights) -> WeightSource:
-    """The source of `weights`, which can be read twice. CheckpointError for a path without
-    safetensors.
+    """A source that can be read twice. CheckpointError for a path without safetensors.
 
     mapping, list, tuple       read as it is
     safetensors file, folder   mapped into memory
@@ -97,7 +96,7 @@ def source_of(weights: Weights) -> WeightSource:
     """
     if isinstance(weights, (str, os.PathLike)):
         files = _files(Path(weights))
-        # torch takes an interrupt in the middle for a value that has no shape.
+        # Interrupted in here, torch would take a value for one without a shape.
         tensors = [pair for file in files for pair in undisturbed(partial(_mapped, file))]
         return WeightSource(lambda: tensors)
     if isinstance(weights, Mapping):
@@ -119,7 +118,7 @@ def source_of(weights: Weights) -> WeightSource:
 
 
 def _mapped(path: Path) -> list[tuple[str, Tensor]]:
-    """The tensors of a file, mapped into memory: nothing is read before it is used."""
+    """The tensors of a file, mapped into memory: numbers are read when they are used."""
     try:
         with safe_open(path, framework="pt") as file:
             return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
@@ -133,16 +132,16 @@ def _files(path: Path) -> list[Path]:
         if path.is_file():
             return [path]
         if index.is_file():
-            named = json.loads(index.read_text())["weight_map"].values()
-            return [path / name for name in dict.fromkeys(named)]
-        found = sorted(path.glob("*.safetensors"))
+            names = json.loads(index.read_text())["weight_map"].values()
+            return [path / name for name in dict.fromkeys(names)]
+        files = sorted(path.glob("*.safetensors"))
     except OSError as error:
         raise CheckpointError(f"{path!s:.300} cannot be read: {error!s:.300}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
-    if not found:
+    if not files:
         raise CheckpointError(f"{path} holds no safetensors file")
-    return found
+    return files
 
 
 class _Planned(NamedTuple):
@@ -152,8 +151,8 @@ class _Planned(NamedTuple):
 
 
 class _Filled(NamedTuple):
-    """A part of a target that the checkpoint's `name` fills; `path` is its name in the model,
-    `numbers` are the tensor's where the target is tied."""
+    """A part of a target that the checkpoint's tensor `name` fills, called `path` in the model; if
+    the target is tied, with its `numbers`."""
 
     part: Part
     name: str
@@ -162,18 +161,18 @@ class _Filled(NamedTuple):
 
 
 def _expert(part: Part) -> int | None:
-    """The expert that a box is part of; None for a part of several, or of another weight."""
+    """The expert to which a box belongs; None for a box of several, or of another weight."""
     if isinstance(part, frozenset) or len(part) < 2 or len(part[0]) != 1:
         return None
     return part[0].start
 
 
 class Loading:
-    """One source: what its tensors mean, which `check` finds out, and their writes.
+    """Plans the loading of one source in `check`, and does it in `write`.
 
     Attributes:
         ignored: names that have no place and are no error.
-        missing: names of what got no numbers, or only some.
+        missing: names of targets that got no numbers, or only some.
     """
 
     def __init__(
@@ -185,8 +184,8 @@ class Loading:
         live: bool = True,
         refusals: Callable[[list[Target]], list[str]] | None = None,
     ) -> None:
-        """`live`: the model has weights that serve; persistent buffers may be left out then.
-        `refusals`: why some targets may not be written."""
+        """`live`: the model is in service, so persistent buffers may be absent. `refusals` returns
+        reasons why some of the targets must not be written."""
         self._resolver, self._source, self._refusals = resolver, source, refusals
         self._strict, self._live = strict, live
         self.ignored: list[str] = []
@@ -194,26 +193,26 @@ class Loading:
         self._problems: list[str] = []
         self._targets = resolver.names.targets
         self._storages = {storage_key(target.tensor) for target in self._targets}
-        #: By the checkpoint's name; None where it has no place.
+        #: By the checkpoint's name; None for a tensor without a place.
         self._planned: dict[str, _Planned | None] = {}
-        #: By target and expert: an expert's box is not compared with those of all others.
+        #: By target and expert, so that a box is not compared with those of all other experts.
         self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
-        #: By group and its name for a tensor: the checkpoint's name, and the shape.
+        #: By group and its name for a tensor, the checkpoint's name and the shape.
         self._groups: dict[ConvertedGroup, dict[str, tuple[str, WeightShape]]] = {}
         self._keys: dict[int, _Key] = {}
         self._faulty: set[_Key] = set()
 
     def check(self) -> None:
-        """Plan all of it; BaseWeightsError for all that is wrong."""
+        """Plan everything. Raises BaseWeightsError with all problems."""
         for name, tensor in self._source.pairs():
-            self._take(name, tensor)
+            self._plan(name, tensor)
         if self._refusals is not None:
             self._problems.extend(self._refusals(self.filled))
         self._find_missing()
-        self._raise()
+        self._raise_problems()
 
     def write(self) -> None:
-        """Write all of it. CheckpointError where the second reading differs from the first."""
+        """Write everything. CheckpointError if the second reading differs from the first."""
         remaining = {name: planned for name, planned in self._planned.items() if planned}
         members: dict[ConvertedGroup, dict[str, Tensor]] = {}
         for name, tensor in self._source.pairs():
@@ -226,25 +225,25 @@ class Loading:
                 planned.meaning.write(tensor)
                 continue
             group, member = planned.meaning
-            held = members.setdefault(group, {})
-            held[member] = tensor if self._source.stable else tensor.clone()
-            if len(held) == len(group.names):
-                made = group.joined(members.pop(group))
-                for found, tensor in zip(group.destinations, made, strict=True):
-                    found.write(tensor)
+            tensors = members.setdefault(group, {})
+            tensors[member] = tensor if self._source.stable else tensor.clone()
+            if len(tensors) == len(group.names):
+                converted = group.converted(members.pop(group))
+                for target, tensor in zip(group.destinations, converted, strict=True):
+                    target.write(tensor)
         if remaining:
             raise CheckpointError(f"{next(iter(remaining))} did not come a second time")
 
     @property
     def filled(self) -> list[Target]:
-        """The targets that got numbers, wholly or partly; of tied ones all."""
+        """The targets that got numbers, in full or in part, with all that are tied to them."""
         return [target for target in self._targets if self._key(target) in self._filled]
 
-    def _take(self, name: str, tensor: Tensor) -> None:
+    def _plan(self, name: str, tensor: Tensor) -> None:
         if name in self._planned:
             planned = self._planned[name]
-            found = destinations_of(None if planned is None else planned.meaning)
-            self._fault(f"{name}: a duplicate", found)
+            destinations = destinations_of(None if planned is None else planned.meaning)
+            self._note_problem(f"{name}: a duplicate", destinations)
             return
         shape = tuple(tensor.shape)
         meaning = self._resolver.meaning(name, shape)
@@ -257,16 +256,16 @@ class Loading:
             return
         self._planned[name] = _Planned(meaning, shape, tensor.dtype)
         if isinstance(meaning, GroupMember):
-            wrong = self._take_member(meaning, name, tensor)
+            wrong = self._plan_member(meaning, name, tensor)
         else:
-            wrong = self._take_alone(meaning, name, tensor)
-        if not wrong and self._is_own(meaning, tensor):
+            wrong = self._plan_single(meaning, name, tensor)
+        if not wrong and self._shares_memory(meaning, tensor):
             wrong = f"{name}: it shares memory with the weights of this model; pass a copy"
         if wrong:
-            self._fault(wrong, destinations_of(meaning))
+            self._note_problem(wrong, destinations_of(meaning))
 
-    def _is_own(self, meaning: Meaning, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the model's own weights, elsewhere than where it goes."""
+    def _shares_memory(self, meaning: Meaning, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of weights, but not at its own destination."""
         if storage_key(tensor) not in self._storages:
             return False
         places = () if isinstance(meaning, GroupMember) else meaning.places
@@ -274,13 +273,13 @@ class Loading:
 
     def _find_missing(self) -> None:
         for group, items in self._groups.items():
-            lacking = [name for name in group.names if name not in items]
-            if lacking:
-                self.missing.extend(lacking)
+            absent = [name for name in group.names if name not in items]
+            if absent:
+                self.missing.extend(absent)
                 self._faulty.update(self._keys_of(group.destinations))
                 if self._strict:
-                    given = ", ".join(name for name, _ in items.values())
-                    self._problems.append(f"{given}: needs {some(sorted(lacking), _NAMED)} too")
+                    names = ", ".join(name for name, _ in items.values())
+                    self._problems.append(f"{names}: needs {some(sorted(absent), _NAMED)} too")
         seen = set(self._faulty)
         for target in self._targets:
             key = self._key(target)
@@ -294,12 +293,12 @@ class Loading:
                 if self._strict:
                     self._problems.append(f"{target}: {uncovered}")
 
-    def _raise(self) -> None:
+    def _raise_problems(self) -> None:
         if not self._problems:
             return
         shown = "".join(f"\n  - {problem}" for problem in self._problems[:_SHOWN])
-        rest = len(self._problems) - _SHOWN
-        more = f"\n  - and {rest} more, in this error's `problems`" if rest > 0 else ""
+        hidden = len(self._problems) - _SHOWN
+        more = f"\n  - and {hidden} more, in this error's `problems`" if hidden > 0 else ""
         serving = "; the old weights stay in service" if self._live else ""
         error = BaseWeightsError(
             f"{len(self._problems)} problems with the weights{serving}:{shown}{more}"
@@ -307,60 +306,60 @@ class Loading:
         error.problems = tuple(self._problems)
         raise error
 
-    def _take_alone(self, found: Destination, name: str, tensor: Tensor) -> str:
-        wrong = found.wrong
-        if not wrong and found.shape != tuple(tensor.shape):
+    def _plan_single(self, place: Destination, name: str, tensor: Tensor) -> str:
+        wrong = place.wrong
+        if not wrong and place.shape != tuple(tensor.shape):
             shape = tuple(tensor.shape)
-            wrong = f"the checkpoint's tensor has shape {shape}, expected {found.shape}"
-        wrong = wrong or _unlike((found,), tensor) or self._fill(found, name, tensor)
-        label = name if name == found.path else f"{name} → {found.path}"
+            wrong = f"the checkpoint's tensor has shape {shape}, expected {place.shape}"
+        wrong = wrong or _dtype_refusal((place,), tensor) or self._fill(place, name, tensor)
+        label = name if name == place.path else f"{name} → {place.path}"
         return f"{label}: {wrong}" if wrong else ""
 
-    def _take_member(self, member: GroupMember, name: str, tensor: Tensor) -> str:
+    def _plan_member(self, member: GroupMember, name: str, tensor: Tensor) -> str:
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
             return f"{name}: a duplicate of {items[member.name][0]}"
         items[member.name] = name, tuple(tensor.shape)
-        wrong = next((found.wrong for found in group.destinations if found.wrong), "")
-        wrong = wrong or _unlike(group.destinations, tensor)
+        wrong = next((item.wrong for item in group.destinations if item.wrong), "")
+        wrong = wrong or _dtype_refusal(group.destinations, tensor)
         if not wrong and len(items) == len(group.names):
             wrong = group.misfit({member: shape for member, (_, shape) in items.items()})
             if not wrong:
-                filled = [
-                    self._fill(found, name, tensor, alone=False) for found in group.destinations
+                faults = [
+                    self._fill(item, name, tensor, single=False) for item in group.destinations
                 ]
-                wrong = next(filter(None, filled), "")
+                wrong = next(filter(None, faults), "")
         return f"{name} → {group.path}: {wrong}" if wrong else ""
 
-    def _fill(self, found: Destination, name: str, tensor: Tensor, *, alone: bool = True) -> str:
-        """Note what a tensor fills; returns why not, where other numbers fill it already."""
-        for place in found.places:
+    def _fill(self, item: Destination, name: str, tensor: Tensor, *, single: bool = True) -> str:
+        """Record what a tensor fills. Returns why it cannot, if other tensors fill it already."""
+        for place in item.places:
             for target, part in place.fills(tensor.dtype):
                 key, expert = self._key(target), _expert(part)
                 filled = self._filled.setdefault(key, {})
-                near = filled if expert is None else (expert, None)
-                for earlier in [known for index in near for known in filled.get(index, ())]:
-                    if not meet(earlier.part, part):
+                comparable = filled if expert is None else (expert, None)
+                for earlier in [known for index in comparable for known in filled.get(index, ())]:
+                    if not overlapping(earlier.part, part):
                         continue
-                    tied = earlier.part == part and earlier.path != found.path
-                    if not tied or earlier.numbers is None or not alone:
+                    tied = earlier.part == part and earlier.path != item.path
+                    if not tied or earlier.numbers is None or not single:
                         return f"a duplicate of {earlier.name}"
-                    if not _same(earlier.numbers, tensor[place.take], target.tensor.dtype):
+                    if not _equal(earlier.numbers, tensor[place.take], target.tensor.dtype):
                         return f"the model ties it to {earlier.name}, and their values differ"
                 numbers = None
-                if alone and self._resolver.names.ways[key] > 1:
+                if single and self._resolver.names.name_counts[key] > 1:
                     numbers = (
                         tensor[place.take] if self._source.stable else tensor[place.take].clone()
                     )
-                filled.setdefault(expert, []).append(_Filled(part, name, found.path, numbers))
+                filled.setdefault(expert, []).append(_Filled(part, name, item.path, numbers))
         return ""
 
     def _uncovered(self, target: Target) -> str:
         by_expert = self._filled.get(self._key(target))
         if by_expert is None:
             return "nothing in the checkpoint"
-        parts = [filled.part for found in by_expert.values() for filled in found]
+        parts = [filled.part for items in by_expert.values() for filled in items]
         pieces = [part for part in parts if isinstance(part, frozenset)]
         if pieces:
             assert isinstance(target.module, LoadableLayer)
@@ -368,20 +367,20 @@ class Loading:
             absent = sorted(map(str, lacking))
             return f"nothing in the checkpoint for slices {some(absent, _NAMED)}" if absent else ""
         boxes = {part for part in parts if isinstance(part, tuple)}
-        got, whole = sum(prod(map(len, box)) for box in boxes), target.tensor.numel()
-        if got >= whole:
+        covered, size = sum(prod(map(len, box)) for box in boxes), target.tensor.numel()
+        if covered >= size:
             return ""
         experts = range(target.tensor.shape[0] if target.tensor.dim() == 3 else 0)
         absent = [str(e) for e in experts if not any(e in box[0] for box in boxes)]
         which = f", nothing for experts {some(absent, _NAMED)}" if absent else ""
-        return f"{got} of its {whole} numbers are in the checkpoint{which}"
+        return f"{covered} of its {size} numbers are in the checkpoint{which}"
 
-    def _fault(self, problem: str, found: Iterable[Destination]) -> None:
+    def _note_problem(self, problem: str, destinations: Iterable[Destination]) -> None:
         self._problems.append(problem)
-        self._faulty.update(self._keys_of(found))
+        self._faulty.update(self._keys_of(destinations))
 
-    def _keys_of(self, found: Iterable[Destination]) -> Iterator[_Key]:
-        return (self._key(place.target) for item in found for place in item.places)
+    def _keys_of(self, destinations: Iterable[Destination]) -> Iterator[_Key]:
+        return (self._key(place.target) for item in destinations for place in item.places)
 
     def _key(self, target: Target) -> _Key:
         tensor = target.tensor
@@ -390,12 +389,12 @@ class Loading:
         return self._keys[id(tensor)]
 
 
-def _unlike(found: Iterable[Destination], tensor: Tensor) -> str:
-    refusals = (place.refusal(tensor) for item in found for place in item.places)
+def _dtype_refusal(destinations: Iterable[Destination], tensor: Tensor) -> str:
+    refusals = (place.refusal(tensor) for item in destinations for place in item.places)
     return next(filter(None, refusals), "")
 
 
-def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return a.shape == b.shape and torch.equal(a.to(dtype), b.to(device=a.device, dtype=dtype))
 
 
@@ -405,11 +404,11 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set
     Args:
         weights: (name, tensor) pairs, a mapping, a safetensors file or folder, or a function that
             yields pairs, under any of the names that updates take (docs/base_weights.md). All of it
-            is checked before anything is written; what can be read only once is copied first.
-        strict: tensors that the model has no place for, and parts of it that got no tensor, are
-            errors too.
+            is checked before anything is written; an iterable that can be read only once is copied.
+        strict: tensors without a place in the model, and targets that got no tensor, are errors
+            too.
 
-    Returns names of the parameters and buffers that were loaded, wholly or in part; for tied ones
+    Returns the names of parameters and buffers that were loaded, in full or in part; for tied ones
     all names.
 
     Raises:
@@ -431,12 +430,12 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True) -> set
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What an update did, by name.
+    """The result of an update, by name.
 
     Attributes:
         loaded: parameters and buffers of the model that got numbers; for tied ones all names.
-        missing: parameters that got none or only some, and tensors that lack for a joint place.
-        ignored: tensors that the model has no place for.
+        missing: parameters that got none or only some, and absent tensors of joint conversions.
+        ignored: tensors without a place in the model.
     """
 
     loaded: tuple[str, ...]
@@ -456,7 +455,7 @@ def update_weights(session: Session, weights: Weights, *, strict: bool = True) -
                 "load_weights(), and merge() again after it"
             )
         report = session.update(partial(_update, session, source, strict=strict))
-    refresh_elsewhere(session)
+    refresh_other_models(session)
     return report
 
 
@@ -473,7 +472,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     loading = Loading(resolver, source, strict=strict, refusals=refusals)
     loading.check()
     filled, before = loading.filled, session.base
-    session.base = before._replace(broken=_BROKEN)  # said before it is so
+    session.base = before._replace(broken=_BROKEN)  # noted before it becomes true
     loading.write()
     for module, method in methods_of(filled):
         method.process_weights_after_loading(module)

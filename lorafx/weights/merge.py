@@ -1,10 +1,10 @@
-"""Merging one adapter into the base weights, and taking it out again.
+"""Merges one adapter into the base weights, and restores them.
 
     merge      W' = round(W + ΔW)      summed in float32, rounded once to the weight's dtype
-    unmerge    W                        the very bits, from copies that were kept in host memory
+    unmerge    W                        bit by bit, from copies in host memory
 
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
-captured again. Originals take as many bytes of host memory as the changed weights; those of
+captured again. The copies take as many bytes of host memory as the changed weights; those of
 quantised weights stay on their device.
 """
 
@@ -27,8 +27,8 @@ from lorafx.program.derived import Holder
 from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
-from lorafx.runtime.sharing import held_elsewhere
-from lorafx.weights.changes import Change, add_to, changes_of, mark_of, not_mergeable, write
+from lorafx.runtime.sharing import places_in_other_models
+from lorafx.weights.changes import Change, add_to, changes_of, checksum, not_mergeable, write
 from lorafx.weights.copies import outdated_copies
 
 
@@ -38,8 +38,8 @@ class MergedWeight:
 
     Attributes:
         name: path and attribute.
-        error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
-            rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
+        error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: the part of the update that rounding to
+            the weight's dtype or quantised format has lost. 0 if ΔW is zero.
     """
 
     name: str
@@ -74,14 +74,14 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """What a weight was before the merge: `tensor` and its mark when merge last wrote it, or None
-    for a format of its own, which does not tell whether something else wrote it."""
+    """A weight before the merge: `tensor`, and its `checksum` after the merge. Both are None for a
+    weight in a format, where later writes by others cannot be detected."""
 
     holder: Holder
     tensor: Tensor | None
     nbytes: int
     restore: Callable[[], None]
-    mark: int | None = None
+    checksum: int | None = None
 
     @classmethod
     def of(cls, holder: Holder, tensor: Tensor) -> Original:
@@ -98,11 +98,12 @@ class Original:
 
     @property
     def touched(self) -> bool:
-        """Whether anything but merge has written or replaced the tensor since."""
-        return self.tensor is not None and (not self.in_place or mark_of(self.tensor) != self.mark)
+        """Whether anything else has written or replaced the tensor since the merge."""
+        tensor = self.tensor
+        return tensor is not None and not (self.in_place and checksum(tensor) == self.checksum)
 
-    def written(self) -> Original:
-        return self if self.tensor is None else replace(self, mark=mark_of(self.tensor))
+    def with_checksum(self) -> Original:
+        return self if self.tensor is None else replace(self, checksum=checksum(self.tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class Merged:
         return self.report.adapter
 
 
-_HALF = (
+_INTERRUPTED = (
     "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
     "call unmerge(force=True), or load_weights with all of them"
 )
@@ -151,7 +152,7 @@ def unmerge(session: Session, *, force: bool = False) -> None:
         if not force:
             _refuse_touched(merged)
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
-            undisturbed(lambda: _take_out(session, merged))
+            undisturbed(lambda: _restore_originals(session, merged))
 
 
 def merged_of(session: Session) -> Merged | None:
@@ -160,13 +161,13 @@ def merged_of(session: Session) -> Merged | None:
     return merged
 
 
-def _take_out(session: Session, merged: Merged) -> None:
+def _restore_originals(session: Session, merged: Merged) -> None:
     before = session.base
-    session.base = before._replace(broken=_HALF)
+    session.base = before._replace(broken=_INTERRUPTED)
     for item in reversed(merged.originals):
         if item.in_place:
             item.restore()
-    broken = "" if before.broken == _HALF else before.broken
+    broken = "" if before.broken == _INTERRUPTED else before.broken
     session.base = before._replace(merged=None, broken=broken)
 
 
@@ -198,8 +199,8 @@ def _refuse_in_use(session: Session, name: str) -> None:
 
 
 def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> None:
-    written = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
-    problems = outdated_copies(session.program, written)
+    holders = [holder for c in changes for holder in (c.holder, *(end for end, _ in c.ends))]
+    problems = outdated_copies(session.program, holders)
     for change in changes:
         if change.tied_apart:
             ends = ", ".join(str(holder) for holder, _ in change.ends)
@@ -220,7 +221,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
     problems = [
         f"{place} is the same weight, and the base of that model would change; "
         "detach() that model, or use export_merged() on this one"
-        for place in held_elsewhere(session, tensors)
+        for place in places_in_other_models(session, tensors)
     ]
     if problems:
         raise not_mergeable(name, problems)
@@ -229,7 +230,7 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
 def _write_merged(
     session: Session, name: str, kept: Kept, changes: Sequence[Change]
 ) -> MergeReport:
-    """Write W + ΔW into every weight; all are as before when one fails."""
+    """Write W + ΔW into every weight. If one fails, all are restored."""
     originals: list[Original] = []
     weights: list[MergedWeight] = []
 
@@ -239,18 +240,18 @@ def _write_merged(
 
     before, rollback = session.base, Rollback()
     rollback.add(partial(setattr, session, "base", before))
-    session.base = before._replace(broken=_HALF)  # said before it is so
+    session.base = before._replace(broken=_INTERRUPTED)  # noted before it becomes true
     try:
         for change in changes:
             holder, weight = change.holder, change.weight
             if weight is None:
                 keep(Original.of_format(holder, change.parameter))
-                error = _requantized(change)
+                error = _requantize_merged(change)
             else:
                 keep(Original.of(holder, weight))
                 error = add_to(weight, weight, change.delta, str(holder))
             weights.append(MergedWeight(str(holder), originals[-1].nbytes, error))
-        written = tuple(item.written() for item in originals)
+        written = tuple(item.with_checksum() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in written))
         session.base = BaseState(Merged(report, written, kept), before.broken)
     except BaseException:
@@ -260,23 +261,23 @@ def _write_merged(
 
 
 @torch.no_grad()
-def _requantized(change: Change) -> float:
-    """Store W + ΔW in the weight's own format; returns the lost part of ΔW."""
+def _requantize_merged(change: Change) -> float:
+    """Store W + ΔW in the weight's format. Returns the lost part of ΔW, as `MergedWeight.error`."""
     module, parameter = change.holder.module, change.parameter
     try:
         before = dequantize(module, parameter).float()
-        turned = change.delta.site.eligible.transposed and parameter is None
-        update = change.delta.update(0, change.delta.shape[0], before.mT if turned else before)
-        if turned:
+        swap = change.delta.site.eligible.transposed and parameter is None
+        update = change.delta.update(0, change.delta.shape[0], before.mT if swap else before)
+        if swap:
             update = update.mT
         if update.shape != before.shape:
             raise ConfigError(
                 f"it is dequantised to {tuple(before.shape)}, but ΔW has {change.delta.shape}"
             )
-        wanted = before + update
-        requantize(module, wanted, parameter)
+        merged = before + update
+        requantize(module, merged, parameter)
         after = dequantize(module, parameter).float()
     except ConfigError as error:
         raise MatchError(f"{change.holder}: {error}; nothing is merged") from error
-    whole = float(torch.linalg.vector_norm(update))
-    return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0
+    update_norm = float(torch.linalg.vector_norm(update))
+    return float(torch.linalg.vector_norm(after - merged)) / update_norm if update_norm else 0.0

@@ -1,10 +1,10 @@
-"""What the name of a checkpoint tensor means in a model, every way of naming tried in turn.
+"""Finds the meaning of a checkpoint tensor's name in a model.
 
-    as it stands, or without prefixes and wrappers, or renamed:
-        the tensor itself ▸ routed experts ▸ packed projections ▸ a conversion of transformers
+    unchanged, or without prefixes and wrappers, or renamed, it is tried as
+        a tensor's name ▸ one of routed experts ▸ of packed projections ▸ of a conversion
 
-Several meanings of one name are told apart by the tensor's shape. A conversion is undone on tensors
-without numbers to learn which tensors, of which shapes, it takes:
+If a name has several meanings, the tensor's shape decides. A conversion of transformers is reversed
+on meta tensors to find out which tensors it takes, with their shapes:
 
     moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj
 """
@@ -52,7 +52,7 @@ from lorafx.weights.weight_places import (
 
 
 class Conversions:
-    """What transformers' loader would do to a checkpoint of `model`."""
+    """The conversions that transformers' loader would apply to a checkpoint of `model`."""
 
     def __init__(self, model: nn.Module, transforms: Sequence[Any]) -> None:
         self._model = model
@@ -71,7 +71,7 @@ class Conversions:
 
     @property
     def rearrange(self) -> bool:
-        """Whether it does more than concatenate, so that its sources' names are ambiguous."""
+        """Whether some do more than concatenate, so that the names of inputs are ambiguous."""
         return bool(self._rearranging)
 
     def member(
@@ -81,8 +81,8 @@ class Conversions:
         *,
         rearranging: bool = False,
     ) -> GroupMember | Destination | None:
-        """The group of a renamed `name`; None where no conversion takes it. `find` gives a tensor's
-        place by name; `rearranging`: only conversions of `rearrange`."""
+        """The group of a renamed `name`; None if no conversion takes it. `find` returns a tensor's
+        place by its name. `rearranging`: only conversions that do more than concatenate."""
         for converter in self._rearranging if rearranging else self._converters:
             index = id(converter)
             key, pattern = converter.rename_source_key(name)
@@ -99,10 +99,10 @@ class Conversions:
     def _group(
         self, converter: Any, key: str, find: Callable[[str], Destination | None]
     ) -> ConvertedGroup | str:
-        first, *others = converter.target_patterns
-        keys = [key, *(key.replace(first, other) for other in others)]
-        found = map(find, keys)
-        destinations = tuple(item for item in found if item is not None and item.places)
+        first, *more = converter.target_patterns
+        keys = [key, *(key.replace(first, pattern) for pattern in more)]
+        candidates = map(find, keys)
+        destinations = tuple(item for item in candidates if item is not None and item.places)
         if len(destinations) != len(keys):
             return ""
         boxes = [place for d in destinations if isinstance(place := d.places[0], Box)]
@@ -110,34 +110,34 @@ class Conversions:
             return "it is sharded over ranks, which transformers' conversion does not support"
         shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
         try:
-            sources = self._undone(converter, shapes)
+            sources = self._inputs_of(converter, shapes)
         except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"transformers' conversion to {key} could not be reversed for checking: {error}"
         return ConvertedGroup(self._model, converter, key, destinations, sources)
 
-    def _undone(
+    def _inputs_of(
         self, converter: Any, targets: dict[str, torch.Size]
     ) -> dict[str, tuple[str, WeightShape]]:
-        """(pattern, shape) by name of the tensors from which `converter` makes these shapes."""
-        undoing = deepcopy(converter).reverse_transform()
+        """(pattern, shape), by name, of the tensors from which `converter` makes these shapes."""
+        inverse = deepcopy(converter).reverse_transform()
         key = ""
         for target, shape in targets.items():
-            renamed, pattern = undoing.rename_source_key(target)
+            renamed, pattern = inverse.rename_source_key(target)
             key = key or renamed
-            undoing.add_tensor(key, target, pattern, torch.empty(shape, device="meta"))
-        made = undoing.convert(key, model=self._model, config=self._model.config)
-        natural = sys.modules["transformers.core_model_loading"].dot_natural_key
-        found = {}
-        for name in sorted(made, key=natural):
-            value = made[name][0] if isinstance(made[name], list) else made[name]
+            inverse.add_tensor(key, target, pattern, torch.empty(shape, device="meta"))
+        inputs = inverse.convert(key, model=self._model, config=self._model.config)
+        natural_key = sys.modules["transformers.core_model_loading"].dot_natural_key
+        sources = {}
+        for name in sorted(inputs, key=natural_key):
+            value = inputs[name][0] if isinstance(inputs[name], list) else inputs[name]
             pattern = converter.rename_source_key(name)[1]
             if pattern is None:
                 raise ValueError(f"reversed, it yields {name}, which the conversion does not take")
-            found[name] = (pattern, tuple(value.shape))
-        return found
+            sources[name] = (pattern, tuple(value.shape))
+        return sources
 
 
-#: How many unknown names get the names nearest to them, which takes a while.
+#: For how many unknown names a message has the nearest names, which take long to find.
 _NEAREST = 10
 
 
@@ -154,23 +154,23 @@ class Resolver:
         self._advised = 0
 
     def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
-        """The first meaning of this name whose shape fits, else the first of all, or None."""
+        """The first meaning of this name with a fitting shape, else the first, or None."""
         first: Meaning | None = None
-        for found in self._meanings(name):
-            if isinstance(found, GroupMember) or (
-                not found.wrong and found.shape in (None, tuple(shape))
-            ):
-                return found
-            first = first or found
+        for item in self._meanings(name):
+            if isinstance(item, GroupMember):
+                return item
+            if not item.wrong and item.shape in (None, tuple(shape)):
+                return item
+            first = first or item
         return first
 
     def is_unwanted(self, name: str) -> bool:
-        """Whether checkpoints of this model have `name` and the model itself does without."""
+        """Whether checkpoints of this model may have `name` although the model does not."""
         readings = list(self.names.readings(name))
         if any(pattern.search(reading) for pattern in self._unwanted for reading in readings):
             return True
         return any(
-            (target := self._own(reading)) is not None and not target.persistent
+            (target := self._tensor_at(reading)) is not None and not target.persistent
             for reading in readings
         )
 
@@ -186,10 +186,10 @@ class Resolver:
     def _meanings(self, name: str) -> Iterator[Meaning]:
         readings = list(self.names.readings(name))
         if self._conversions.rearrange:
-            # A family's own conversion comes before the usual meaning of a name: Inkling's
+            # A family's conversion has precedence over the usual meaning of a name: Inkling's
             # w13_weight has gate and up interleaved.
             for reading in readings:
-                if self._own(reading) is not None:
+                if self._tensor_at(reading) is not None:
                     yield from self._by_walking(reading)
             for reading in readings:
                 yield from self._converted(self.names.renamed(reading), rearranging=True)
@@ -202,33 +202,33 @@ class Resolver:
             yield from self._converted(newer)
 
     def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
-        for candidate in self.names.readings(newer):
-            found = self._conversions.member(candidate, self._itself, rearranging=rearranging)
-            if found is not None:
-                yield found
+        for name in self.names.readings(newer):
+            item = self._conversions.member(name, self._tensor_place, rearranging=rearranging)
+            if item is not None:
+                yield item
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
         walked = self.names.walk(reading)
-        target = self._held(walked)
+        target = self._walked_tensor(walked)
         if target is not None and target.is_buffer and not target.persistent:
             return
         yield from self._experts.destinations(walked)
         if target is not None:
-            yield destination(target, walked.whole)
+            yield destination(target, walked.full_path)
         yield from self._packed.destinations(walked)
 
-    def _own(self, reading: str) -> Target | None:
-        return self._held(self.names.walk(reading))
+    def _tensor_at(self, reading: str) -> Target | None:
+        return self._walked_tensor(self.names.walk(reading))
 
-    def _held(self, walked: Walked) -> Target | None:
-        one = len(walked.rest) == 1
-        return self.names.target(walked.module, walked.rest[0]) if one else None
+    def _walked_tensor(self, walked: Walked) -> Target | None:
+        complete = len(walked.remaining) == 1
+        return self.names.target(walked.module, walked.remaining[0]) if complete else None
 
-    def _itself(self, name: str) -> Destination | None:
+    def _tensor_place(self, name: str) -> Destination | None:
         for reading in self.names.readings(name):
-            found = self._own(reading)
-            if found is not None:
-                return destination(found, name)
+            target = self._tensor_at(reading)
+            if target is not None:
+                return destination(target, name)
         return None
 
 
@@ -238,7 +238,7 @@ _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 class ExpertDestinations:
     """Where checkpoint tensors of routed experts go; names and halves are those of adapters.
 
-    experts.3.gate_proj.weight    W_up[3, gate rows, :]      w1, w3, w2 the same in Mixtral's words
+    experts.3.gate_proj.weight    W_up[3, gate rows, :]      w1, w3, w2 the same in Mixtral's names
     experts.gate_proj             W_up[:, gate rows, :]      the gates of all experts
     experts.gate_up_proj          W_up                       w13, w13_weight
     """
@@ -248,15 +248,16 @@ class ExpertDestinations:
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
-        """The place of a name that leads to a module of experts, if it names a projection."""
-        names, kind = _named(walked.rest)
-        meant = meaning(self._of(walked.module), names) if self._of(walked.module) else None
+        """The place of a name below a module of experts, if it is that of a projection."""
+        names, kind = _split_kind(walked.remaining)
+        weights = self._weights_of(walked.module)
+        meant = meaning(weights, names) if weights else None
         if meant is None or meant.weight is None:
             return
         target = self._target(walked.module, meant.weight, kind)
         if target is None:
             return
-        path = walked.whole
+        path = walked.full_path
         wrong, experts = meant.wrong, meant.weight.experts
         if meant.expert is not None and meant.expert >= experts:
             wrong = f"there is no expert {meant.expert}: experts are 0 to {experts - 1}"
@@ -267,7 +268,7 @@ class ExpertDestinations:
         else:
             yield _box(target, path, kind, meant)
 
-    def _of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
+    def _weights_of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
         if id(module) not in self._weights:
             self._weights[id(module)] = expert_weights(module) or ()
         return self._weights[id(module)]
@@ -276,13 +277,13 @@ class ExpertDestinations:
         if kind == "weight":
             return self._names.target(module, weight.name)
         stem = weight.name.removesuffix("_weight")
-        found = (self._names.target(module, f"{stem}{end}") for end in ("_bias", ".bias"))
-        return next((target for target in found if target is not None), None)
+        candidates = (self._names.target(module, f"{stem}{end}") for end in ("_bias", ".bias"))
+        return next((target for target in candidates if target is not None), None)
 
 
-def _named(rest: Sequence[str]) -> tuple[list[str], str]:
-    """A split "3.gate_proj.weight" as names of a projection, and "weight" or "bias"."""
-    names = [name for name in rest if name != "base_layer"]
+def _split_kind(remaining: Sequence[str]) -> tuple[list[str], str]:
+    """The names of a projection in a split "3.gate_proj.weight", and "weight" or "bias"."""
+    names = [name for name in remaining if name != "base_layer"]
     if len(names) > 1 and names[-1] in ("weight", "bias"):
         return names[:-1], names[-1]
     stem = names[-1].removesuffix("_bias") if names else ""
@@ -292,7 +293,7 @@ def _named(rest: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _box(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Destination:
-    """By the parameter's own name as it is stored; by any other, and `NAME.weight`, (out, in)."""
+    """In the parameter's layout under its own name; (out, in) under others and as `NAME.weight`."""
     weight = meant.weight
     assert weight is not None
     box = Box.whole(target)
@@ -322,9 +323,9 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]
     try:
         if expert is None and half == "all":
-            whole = Shard(target)
-            return Destination(path, whole.shape, (whole,))
-        rows, *others = Shard(target, (kinds[0], expert or 0)).shape
+            shard = Shard(target)
+            return Destination(path, shard.shape, (shard,))
+        rows, *trailing = Shard(target, (kinds[0], expert or 0)).shape
         cuts = tuple(
             Shard(target, (kind, e), (*lead, slice(i * rows, (i + 1) * rows)))
             for e, lead in (
@@ -334,12 +335,12 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Destination:
         )
     except CheckpointError as error:
         return no_place(path, str(error))
-    shape = (len(kinds) * rows, *others)
+    shape = (len(kinds) * rows, *trailing)
     return Destination(path, shape if expert is not None else (weight.experts, *shape), cuts)
 
 
 class PackedDestinations:
-    """Where tensors of packed projections go, as model or user declare them (PackedNames).
+    """Where tensors of packed projections go, by the declarations of model and user (PackedNames).
 
     q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
     qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
@@ -350,10 +351,10 @@ class PackedDestinations:
         self._packed = packed
 
     def destinations(self, walked: Walked) -> Iterator[Destination]:
-        """Possible places of a name whose components, all but two, lead to a module."""
-        if len(walked.rest) != 2 or not self._packed.any:
+        """Possible places of a name of which all but the last two components lead to a module."""
+        if len(walked.remaining) != 2 or not self._packed.any:
             return
-        name, attribute = walked.rest
+        name, attribute = walked.remaining
         module, path = walked.module, walked.path
         canonical = self._names.graph.path(module)
         for child_name, child in module._modules.items():
@@ -361,12 +362,12 @@ class PackedDestinations:
                 continue
             members = self._packed.members(join(canonical, child_name))
             if any(member.name == name for member in members):
-                found = self._into(child, join(path, child_name), members, name, attribute)
-                if found is not None:
-                    yield found
-        yield from self._apart(module, path, canonical, name, attribute)
+                part = self._into_packed(child, join(path, child_name), members, name, attribute)
+                if part is not None:
+                    yield part
+        yield from self._into_members(module, path, canonical, name, attribute)
 
-    def _into(
+    def _into_packed(
         self,
         child: nn.Module,
         path: str,
@@ -383,20 +384,20 @@ class PackedDestinations:
         slices = members[index].slices
         sizes = _slice_sizes(child)
         if sizes is None or (slices is None and len(sizes) != len(members)):
-            many = "unknown" if sizes is None else str(len(sizes))
+            count = "unknown" if sizes is None else str(len(sizes))
             return no_place(
                 member_path,
-                f"{len(members)} names are declared for {path}, whose class gives {many} slices; "
+                f"{len(members)} names are declared for {path}, whose class gives {count} slices; "
                 "declare which slices each name covers by packed_modules, and their sizes by "
                 "lorafx.register(output_sizes=...), or give the packed tensor",
             )
-        whole = destination(target, join(path, attribute))
-        if not whole.places:
-            return replace(whole, path=member_path)
+        packed = destination(target, join(path, attribute))
+        if not packed.places:
+            return replace(packed, path=member_path)
         if isinstance(child, LoadableLayer):
             return destination(target, member_path, _shard_id(members, index))
-        dim = _out_dim(child, len(whole.shape or ()))
-        (box,) = whole.places
+        dim = _out_dim(child, len(packed.shape or ()))
+        (box,) = packed.places
         assert isinstance(box, Box)
         covered = (index,) if slices is None else slices
         starts = (0, *accumulate(sizes))
@@ -405,35 +406,35 @@ class PackedDestinations:
         part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
         return Destination(member_path, part.shape, (part,))
 
-    def _apart(
+    def _into_members(
         self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
     ) -> Iterator[Destination]:
-        found = [
+        members = [
             (membership.index, membership.count, child_name, child)
             for child_name, child in module._modules.items()
             if child is not None
             for membership in self._packed.memberships(join(canonical, child_name))
             if membership.name == name
         ]
-        if not found:
+        if not members:
             return
-        found.sort(key=lambda item: item[0])
-        packed = join(path, f"{name}.{attribute}")
+        members.sort(key=lambda item: item[0])
+        packed_path = join(path, f"{name}.{attribute}")
         parts = [
             destination(target, join(path, f"{child_name}.{attribute}"))
-            for _, _, child_name, child in found
+            for _, _, child_name, child in members
             if (target := self._names.target(child, attribute)) is not None
         ]
-        count = found[0][1]
+        count = members[0][1]
         if len(parts) != count:
-            yield no_place(packed, f"it packs {count} tensors, but only {len(parts)} are here")
+            yield no_place(packed_path, f"it packs {count} tensors, but only {len(parts)} are here")
             return
         wrong = "; ".join(part.wrong for part in parts if part.wrong)
         if wrong:
-            yield no_place(packed, wrong)
+            yield no_place(packed_path, wrong)
             return
         shapes = [part.shape or () for part in parts]
-        dim = _out_dim(found[0][3], len(shapes[0]))
+        dim = _out_dim(members[0][3], len(shapes[0]))
         ends = list(accumulate(shape[dim] for shape in shapes))
         lead = (slice(None),) * dim
         places = tuple(
@@ -441,7 +442,7 @@ class PackedDestinations:
             for part, shape, end in zip(parts, shapes, ends, strict=True)
             for place in part.places
         )
-        yield Destination(packed, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
+        yield Destination(packed_path, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
 
 
 def _shard_id(members: Sequence[PackedMember], index: int) -> Any:
@@ -450,7 +451,7 @@ def _shard_id(members: Sequence[PackedMember], index: int) -> Any:
 
 
 def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
-    """Rows of each output slice of a packed module, None where its class does not say."""
+    """The rows of each output slice of a packed module; None if its class does not give them."""
     if isinstance(module, LoadableLayer) and module.output_sizes:
         return module.output_sizes
     entry = lookup(module)

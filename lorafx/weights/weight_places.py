@@ -2,9 +2,9 @@
 
     W[box] permuted by `order` ← t[take],   box = a range of indices for each dimension of W
 
-A *target* is a parameter or buffer of the model, whatever names lead to it. A *place* is a part of
-one. A *destination* holds the places of one checkpoint tensor. A `LoadableLayer` writes tensors of
-the whole layer's sizes into this rank's part of its parameters itself.
+A *target* is a parameter or buffer of the model, by any of its names. A *place* is a part of one.
+A *destination* has the places of one checkpoint tensor. A `LoadableLayer` itself writes tensors of
+the whole layer's sizes into this rank's part of its parameters.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 
 class WeightMethod:
-    """What stores the weights of a layer: its `quant_method`."""
+    """Stores the weights of a layer, as its `quant_method`."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Called by `load_weights` after every load of the layer's weights; does nothing here."""
+        """`load_weights` calls it after every load of the layer's weights. Does nothing here."""
 
 
 def methods_of(filled: Iterable[Target]) -> list[tuple[nn.Module, WeightMethod]]:
-    """The modules that hold these targets and store their weights by a method, with it."""
+    """The modules of these targets whose weights a `WeightMethod` stores, each with its method."""
     modules = {id(target.module): target.module for target in filled}.values()
-    found = [(module, getattr(module, "quant_method", None)) for module in modules]
-    return [(module, method) for module, method in found if isinstance(method, WeightMethod)]
+    methods = [(module, getattr(module, "quant_method", None)) for module in modules]
+    return [(module, method) for module, method in methods if isinstance(method, WeightMethod)]
 
 
 class LoadableLayer(nn.Module):
-    """Base of layers whose subclasses define the shapes and shard ids of parameters;
+    """Base of layers whose subclasses define the shapes and shard ids of parameters.
     `output_sizes`: rows of output slices in checkpoints; `prefix`: the layer's name in messages."""
 
     prefix: str = ""
@@ -49,28 +49,28 @@ class LoadableLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        #: By a parameter's name: which of its dimensions are cut among ranks.
+        #: The dimensions of each parameter that are sharded over ranks.
         self.cut_dims: dict[str, dict[str, int]] = {}
 
     def add_weight(self, name: str, value: Tensor, **cut_dims: int) -> None:
-        """Register a parameter; `output_dim` and `input_dim` are its dimensions that hold outputs
-        and inputs, of which this rank may have a part."""
+        """Register a parameter. `output_dim` and `input_dim` are its dimensions of outputs and
+        inputs, of which this rank may have a part."""
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.cut_dims[name] = cut_dims
 
     @abstractmethod
     def checkpoint_shape(self, name: str, shard_id: Any = None) -> tuple[int, ...]:
-        """The shape of the checkpoint tensor for this shard; CheckpointError without one."""
+        """The shape of the checkpoint tensor for this shard; CheckpointError if it is unknown."""
 
     @abstractmethod
     def pieces(self, name: str, shard_id: Any = None) -> frozenset[Any]:
-        """What a shard id fills of a parameter, in units that cannot be loaded by halves."""
+        """The pieces of a parameter that a shard id fills, each of which is loaded as a whole."""
 
     @abstractmethod
     def _load(self, name: str, loaded: Tensor, shard_id: Any) -> None: ...
 
     def fills(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
-        """The parameters that a checkpoint tensor of this dtype for `name` gives values to."""
+        """The parameters that a checkpoint tensor of this dtype for `name` fills."""
         return (name,)
 
     def load_weight(self, name: str, loaded_weight: Tensor, shard_id: Any = None) -> None:
@@ -81,7 +81,7 @@ class LoadableLayer(nn.Module):
             self._load(name, loaded_weight, shard_id)
 
     def check_weight(self, name: str, shape: Sequence[int], shard_id: Any = None) -> None:
-        """Raise CheckpointError where a checkpoint tensor of this shape cannot be loaded."""
+        """Raise CheckpointError if a checkpoint tensor of this shape cannot be loaded."""
         param = self._parameters.get(name)
         if param is None:
             raise CheckpointError(f"{self.label} has no parameter {name!r}")
@@ -113,7 +113,7 @@ Part = tuple[range, ...] | frozenset[Any]
 
 @dataclass(frozen=True)
 class Target(Holder):
-    """A parameter or buffer. Packing gives parameters other storages, so `tensor` is looked up."""
+    """A parameter or buffer. `tensor` is looked up, since packing changes a parameter's storage."""
 
     @property
     def is_buffer(self) -> bool:
@@ -126,8 +126,8 @@ class Target(Holder):
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's. They
-    get the part `take` of the checkpoint's tensor."""
+    """A part of a target: a range of indices for each dimension. Permuted by `order`, it gets the
+    part `take` of the checkpoint's tensor."""
 
     target: Target
     box: tuple[range, ...]
@@ -140,12 +140,12 @@ class Box:
         return cls(target, tuple(map(range, shape)), tuple(range(len(shape))))
 
     def narrowed(self, dim: int, indices: range) -> Box:
-        """The part of dimension `dim` of the target that `indices` select of what is left of it."""
-        kept = self.box[dim][indices.start : indices.stop : indices.step]
-        return replace(self, box=(*self.box[:dim], kept, *self.box[dim + 1 :]))
+        """The box with the `indices` of its own range of dimension `dim`."""
+        selected = self.box[dim][indices.start : indices.stop : indices.step]
+        return replace(self, box=(*self.box[:dim], selected, *self.box[dim + 1 :]))
 
     def swapped(self) -> Box:
-        """The same for a checkpoint with the last two dimensions swapped."""
+        """The same box for a checkpoint with the last two dimensions swapped."""
         *leading, a, b = self.order
         return replace(self, order=(*leading, b, a))
 
@@ -160,25 +160,25 @@ class Box:
         return tensor[index].permute(self.order) if index else tensor
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Part]]:
-        """(target, part) for everything that a tensor of this dtype gives values to."""
+        """Yields (target, part) of all that a tensor of this dtype fills."""
         yield self.target, self.box
 
     def is_at(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is this place in memory, so that writing it changes nothing."""
+        """Whether `tensor` has the memory of this place, so that writing it changes nothing."""
         return same_memory(self.view, tensor)
 
-    def refusal(self, given: Tensor) -> str:
-        """Why numbers of this kind cannot be written, "" where they can."""
+    def refusal(self, tensor: Tensor) -> str:
+        """Why a tensor of this dtype and class cannot be written, or ""."""
         if is_expanded(self.target.tensor):
             return (
                 "several of its entries share memory (an expanded tensor), so it cannot be "
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
-        return _unlike(self.target.tensor, given)
+        return _dtype_refusal(self.target.tensor, tensor)
 
     def write(self, loaded: Tensor) -> None:
-        """Write a tensor of the right shape. Casts; never moves the target."""
+        """Write a tensor of the right shape, cast to the target's dtype, in place."""
         with writing(self.target.tensor):
             view = self.view
             if not same_memory(view, loaded):
@@ -200,7 +200,7 @@ class Shard:
 
     @property
     def shape(self) -> WeightShape:
-        """Shape of the whole layer's tensor; CheckpointError for no such shard, or on meta."""
+        """The shape of the whole layer's tensor; CheckpointError for no such shard, or on meta."""
         shape = self.layer.checkpoint_shape(self.target.attribute, self.shard_id)
         self.layer.check_weight(self.target.attribute, shape, self.shard_id)
         return shape
@@ -213,9 +213,9 @@ class Shard:
     def is_at(self, tensor: Tensor) -> bool:
         return self.shard_id is None and same_memory(self.target.tensor, tensor)
 
-    def refusal(self, given: Tensor) -> str:
-        converted = len(self.layer.fills(self.target.attribute, given.dtype)) > 1
-        return "" if converted else _unlike(self.target.tensor, given)
+    def refusal(self, tensor: Tensor) -> str:
+        converted = len(self.layer.fills(self.target.attribute, tensor.dtype)) > 1
+        return "" if converted else _dtype_refusal(self.target.tensor, tensor)
 
     def write(self, loaded: Tensor) -> None:
         with writing(self.target.tensor):
@@ -227,13 +227,13 @@ WeightPlace = Box | Shard
 
 @dataclass(frozen=True)
 class Destination:
-    """What one checkpoint tensor means.
+    """Where one checkpoint tensor goes.
 
     Attributes:
         path: its name in this model, without prefixes and wrappers.
-        shape: the shape it must have; None where it has no place.
+        shape: the shape that it must have; None if it has no place.
         places: where its parts go.
-        wrong: why it has no place after all, "" where it has.
+        wrong: why it has no place, or "".
     """
 
     path: str
@@ -247,7 +247,7 @@ class Destination:
 
 
 class ConvertedGroup:
-    """Checkpoint tensors `names` of which a conversion of transformers makes those that fill
+    """Checkpoint tensors `names`, from which a conversion of transformers makes the tensors for
     `destinations`. A group is checked when its last tensor is known, and written when that arrives;
     `path` is its name in messages."""
 
@@ -259,12 +259,12 @@ class ConvertedGroup:
         destinations: tuple[Destination, ...],
         sources: Mapping[str, tuple[str, WeightShape]],
     ) -> None:
-        """`sources`: the pattern of the converter and the shape, by the tensor's name."""
+        """`sources`: by each tensor's name, the converter's pattern for it, and its shape."""
         self.path, self.names, self.destinations = key, tuple(sources), destinations
         self._model, self._converter, self._sources = model, converter, sources
 
     def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
-        """Why tensors of these shapes do not go together, "" where they do."""
+        """Why the conversion does not take tensors of these shapes, or ""."""
         wrong = [
             f"{name} has shape {shapes[name]}, expected {shape}"
             for name, (_, shape) in self._sources.items()
@@ -272,13 +272,13 @@ class ConvertedGroup:
         ]
         return "; ".join(wrong)
 
-    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The tensors for `destinations`, of those of all `names`."""
+    def converted(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tensors for `destinations`, made from those of all `names`."""
         converter = deepcopy(self._converter)
         for name, (pattern, _) in self._sources.items():
             converter.add_tensor(self.path, name, pattern, tensors[name])
-        made = converter.convert(self.path, model=self._model, config=self._model.config)
-        values = (made[found.path] for found in self.destinations)
+        outputs = converter.convert(self.path, model=self._model, config=self._model.config)
+        values = (outputs[item.path] for item in self.destinations)
         return [value[0] if isinstance(value, list) else value for value in values]
 
 
@@ -301,7 +301,7 @@ def no_place(path: str, why: str) -> Destination:
 
 
 def destination(target: Target, path: str, shard_id: Any = None) -> Destination:
-    """The whole target, or the piece of a layer's parameter that a shard id means."""
+    """A destination: the whole target, or the piece of a layer's parameter for a shard id."""
     tensor = target.tensor
     if isinstance(target.module, LoadableLayer) and not target.is_buffer:
         shard = Shard(target, shard_id)
@@ -322,7 +322,7 @@ def destination(target: Target, path: str, shard_id: Any = None) -> Destination:
 
 
 class WeightNames(SavedNames):
-    """The tensors of one model, and what names of a checkpoint lead to."""
+    """Finds names of a checkpoint among the tensors of one model."""
 
     def __init__(self, graph: ModuleGraph, model: nn.Module) -> None:
         super().__init__(model)
@@ -332,11 +332,11 @@ class WeightNames(SavedNames):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._targets[id(module), name] = Target(path, module, name)
-        #: How many names lead to a tensor, by its memory.
-        self.ways = Counter(
+        #: How many names a tensor has, by its memory.
+        self.name_counts = Counter(
             memory_key(tensor)
-            for named in (model.named_parameters, model.named_buffers)
-            for _, tensor in named(remove_duplicate=False)
+            for iterate in (model.named_parameters, model.named_buffers)
+            for _, tensor in iterate(remove_duplicate=False)
         )
 
     @property
@@ -349,7 +349,7 @@ class WeightNames(SavedNames):
 
 
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the very same numbers in memory."""
+    """A key that is equal for tensors with the same numbers in memory."""
     if storage_key(tensor) < 0:  # a wrapper without a storage of its own
         return (id(tensor),)
     return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -360,7 +360,7 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Whether several entries are one place in memory, so that torch does not write to it."""
+    """Whether several entries share memory, so that torch refuses to write the tensor."""
     if tensor.layout is not torch.strided:
         return False
     return any(
@@ -368,11 +368,11 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def meet(a: Part, b: Part) -> bool:
-    """Whether two parts of a target share an entry; ranges of a dimension have one step, or one has
-    all."""
+def overlapping(a: Part, b: Part) -> bool:
+    """Whether two parts of a target share an entry; ranges of a dimension have one step, or one of
+    them is all of it."""
     if isinstance(a, frozenset) or isinstance(b, frozenset):
-        # Which indices are a piece, the layer alone knows.
+        # Only the layer knows the indices of its pieces.
         return not (isinstance(a, frozenset) and isinstance(b, frozenset)) or bool(a & b)
     return all(
         p
@@ -384,23 +384,22 @@ def meet(a: Part, b: Part) -> bool:
     )
 
 
-def _unlike(tensor: Tensor, given: Tensor) -> str:
-    held, dtype = tensor.dtype, given.dtype
-    if given.is_meta or given.layout is not torch.strided:
-        return (
-            f"the checkpoint's ({given.layout}, on {given.device}) is no dense tensor with values"
-        )
-    wrapped, wrapper = map(is_traceable_wrapper_subclass, (tensor, given))
-    if wrapped or wrapper:
-        if wrapper and type(given) in (type(tensor), type(tensor.data)):
+def _dtype_refusal(target: Tensor, source: Tensor) -> str:
+    dtype, new = target.dtype, source.dtype
+    if source.is_meta or source.layout is not torch.strided:
+        what = f"{source.layout}, on {source.device}"
+        return f"the checkpoint's ({what}) is no dense tensor with values"
+    wrapped, source_wrapped = map(is_traceable_wrapper_subclass, (target, source))
+    if wrapped or source_wrapped:
+        if source_wrapped and type(source) in (type(target), type(target.data)):
             return ""
-        if wrapper:
-            return f"the checkpoint's is a {type(given).__name__}; give the plain whole tensor"
-        return f"it is kept here as a {type(tensor.data).__name__}, not as plain numbers"
-    if held == dtype:
+        if source_wrapped:
+            return f"the checkpoint's is a {type(source).__name__}; give the plain whole tensor"
+        return f"it is kept here as a {type(target.data).__name__}, not as plain numbers"
+    if dtype == new:
         return ""
-    if held.itemsize == 1 or not held.is_floating_point:
-        return f"it is quantised here ({held}), and the checkpoint's numbers are {dtype}"
     if dtype.itemsize == 1 or not dtype.is_floating_point:
-        return f"the checkpoint's numbers are {dtype}, which do not become {held} without a scale"
+        return f"it is quantised here ({dtype}), and the checkpoint's numbers are {new}"
+    if new.itemsize == 1 or not new.is_floating_point:
+        return f"the checkpoint's numbers are {new}, which do not become {dtype} without a scale"
     return ""

@@ -6,7 +6,7 @@
 An argument is the stretch's j-th node, the i-th distinct node from outside by first use, or a
 literal with its type; symbols are numbered by first use, and must `agree` between stretches. Names
 are ignored. Equal forms mean equal targets, literals, constants, shapes, strides, dtypes, devices
-and aliasing. Mutation and randomness have no form: `regions` keeps them out.
+and aliasing. Mutation and randomness have no form: `regions_of` excludes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CanonicalForm:
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Adjacent nodes, their operands, sizes' `symbols` in the form's order, and form."""
+    """Adjacent nodes, their operands, the `symbols` of their sizes by number, and their form."""
 
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
@@ -50,18 +50,18 @@ class Stretch:
 
 def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
     """`nodes` of `gm`, in graph order, with their canonical form."""
-    former = _Former(gm, nodes)
-    forms = tuple(former.node(node) for node in nodes)
-    operands = tuple(former.operands)
+    builder = _FormBuilder(gm, nodes)
+    forms = tuple(builder.node(node) for node in nodes)
+    operands = tuple(builder.operands)
     form = CanonicalForm(
-        forms, tuple((former.result(node), former.aligned(node)) for node in operands)
+        forms, tuple((builder.result(node), builder.aligned(node)) for node in operands)
     )
-    return Stretch(tuple(nodes), operands, tuple(former.symbols), form)
+    return Stretch(tuple(nodes), operands, tuple(builder.symbols), form)
 
 
 def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
-    """Whether the symbols of stretches of equal form are the same, or equal at capture, for which
-    this adds guards; a symbol that is not in `sizes` equals only itself."""
+    """Whether the symbols of two stretches of equal form are the same, or have equal sizes at
+    capture, in which case guards are added. A symbol that is not in `sizes` equals only itself."""
     pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
     hints = {x: size_hint(sizes[x]) for pair in pairs for x in pair if x in sizes}
     known = all(hints.get(x) is not None and hints[x] == hints.get(y) for x, y in pairs)
@@ -69,18 +69,18 @@ def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) ->
 
 
 def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
-    """Symbols -> sizes, of the inputs and in their shapes."""
-    found: dict[sympy.Symbol, torch.SymInt] = {}
+    """Symbol -> size, for sizes among the graph's inputs and in their shapes."""
+    sizes: dict[sympy.Symbol, torch.SymInt] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             value = node.meta["val"]
             for size in (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    found.setdefault(size.node.expr, size)
-    return found
+                    sizes.setdefault(size.node.expr, size)
+    return sizes
 
 
-class _Former:
+class _FormBuilder:
     def __init__(self, gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
         self.gm = gm
         self.positions = {node: index for index, node in enumerate(nodes)}
@@ -125,23 +125,23 @@ class _Former:
         return ("object", _Identity(value))
 
     def expression(self, expr: sympy.Basic) -> sympy.Basic:
-        known = self.expressions.get(expr)
-        if known is None:
+        renamed = self.expressions.get(expr)
+        if renamed is None:
             for symbol in sorted(expr.free_symbols, key=str):
                 number = self.symbols.setdefault(symbol, len(self.symbols))
                 self.numbered[symbol] = sympy.Dummy(
                     f"size{number}", dummy_index=number, integer=True, nonnegative=True
                 )
-            known = self.expressions[expr] = expr.xreplace(self.numbered)
-        return known
+            renamed = self.expressions[expr] = expr.xreplace(self.numbered)
+        return renamed
 
     def result(self, node: fx.Node) -> Hashable:
-        """The metadata of a node's result. A node without a fake value equals no other."""
+        """The metadata of a node's result. A node without a fake value has a form of its own."""
         value = node.meta.get("val", self)
         return ("unknown", _Identity(node)) if value is self else self.value(value)
 
     def aligned(self, operand: fx.Node) -> Hashable:
-        """Whether its vectors are aligned, which Inductor checks in a body's first call only."""
+        """Whether vector loads of it are aligned, which Inductor checks in a body's first call."""
         value = operand.meta.get("val")
         if not isinstance(value, Tensor):
             return None
@@ -167,7 +167,7 @@ class _Former:
         return ("tensor", value.__class__, value.dtype, value.device, shape, strides, flags)
 
     def sizes(self, sizes: Sequence[Any]) -> Hashable:
-        """Numbers, and symbols as in `literal`."""
+        """Sizes or strides; symbols are described as in `literal`."""
         return tuple(
             [
                 size if isinstance(size, int) else ("symbol", self.expression(size.node.expr))

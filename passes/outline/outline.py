@@ -7,7 +7,7 @@ Candidates are stretches of adjacent nodes that name one module call (`nn_module
 passes belong to the stretch around them. A stretch is contiguous in an order of definition before
 use, hence convex: no path leaves it and comes back. Stretches of equal canonical form
 (isomorphism.py) are merged. A body returns fresh tensors only, since a result that shares an
-operand's memory would be overwritten with it; views are taken again behind the call.
+operand's memory would be overwritten with it; views are recomputed after the call.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Region:
 
 
 def regions_of(graph: fx.Graph) -> list[Region]:
-    """All regions of the graph, also nested ones, longest first, then in graph order."""
+    """All regions of the graph, including nested ones, longest first, then in graph order."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     barriers = _barriers(nodes)
     stacks = [() if node in barriers else _stack(node) for node in nodes]
-    found: dict[tuple[int, int], Region] = {}
+    regions: dict[tuple[int, int], Region] = {}
     for depth in range(1, max((len(stack) for stack in stacks), default=0) + 1):
         for first, last in _runs(nodes, stacks, barriers, depth):
             path = str(nodes[first].meta["nn_module_stack"][stacks[first][depth - 1]][0])
-            found.setdefault((first, last), Region(path, tuple(nodes[first : last + 1])))
-    ordered = sorted(found, key=lambda ends: (ends[0] - ends[1], ends[0]))
-    return [found[ends] for ends in ordered]
+            regions.setdefault((first, last), Region(path, tuple(nodes[first : last + 1])))
+    ordered = sorted(regions, key=lambda ends: (ends[0] - ends[1], ends[0]))
+    return [regions[ends] for ends in ordered]
 
 
 def _runs(
@@ -82,9 +82,9 @@ def _stack(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Immovable nodes: mutations, random numbers, assertions, and values written back into inputs.
-    Assignments to items, in Dynamo's graphs, belong to their layer."""
-    found: set[fx.Node] = set()
+    """Nodes that cannot move: mutations, random numbers, assertions, and values written back into
+    inputs. Assignments to items, in Dynamo's graphs, belong to their layer."""
+    barriers: set[fx.Node] = set()
     # torch's lookups of an operator are slow, and a graph has few operators.
     pure: set[Any] = set()
     for node in nodes:
@@ -94,27 +94,27 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             if isinstance(node.target, OpOverload):
                 pure.add(node.target)
         elif not is_pure(node):
-            found.add(node)
-            # Calls take and return tensors, so a barrier's results are unpacked there.
-            found.update(user for user in node.users if user.target is operator.getitem)
+            barriers.add(node)
+            # A body takes tensors, not tuples, so a barrier's results are unpacked outside of it.
+            barriers.update(user for user in node.users if user.target is operator.getitem)
             if node.target is aten.copy_.default:
                 source: Any = bound(node)["src"]
                 while isinstance(source, fx.Node) and is_view(source):
                     source = operand(source)
-                found.add(source)
-    return found
+                barriers.add(source)
+    return barriers
 
 
 def is_pure(node: fx.Node) -> bool:
     """Whether `node` neither mutates, nor draws random numbers, nor has another effect."""
-    return node.op == "get_attr" or not _has_effect(node) or _drops_nothing(node)
+    return node.op == "get_attr" or not _has_effect(node) or _is_without_dropout(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
     return node.is_impure() or _mutates(node)
 
 
-def _drops_nothing(node: fx.Node) -> bool:
+def _is_without_dropout(node: fx.Node) -> bool:
     """Whether `node` is attention, which torch tags as random, with a dropout probability of 0."""
     return hasattr(node.target, "_schema") and bound(node).get("dropout_p", 1) == 0
 
@@ -125,7 +125,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the result may share its operand's memory, by schema."""
+    """Whether by its schema the result may share its operand's memory."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
@@ -135,15 +135,15 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether recomputation costs nothing: views, sizes, constants."""
+    """Whether recomputing the node costs nothing: views, sizes, constants."""
     return node.op == "get_attr" or is_view(node) or isinstance(fake_value(node), _SYMBOLIC)
 
 
 def hoist_shared(graph: fx.Graph) -> int:
-    """Move activation-independent values of several regions to the front; returns their number."""
-    _settle_sizes(graph)
-    invariant = _invariant(graph)
-    wanted: set[fx.Node] = set()
+    """Move values without activations that leave their region to the front; return the number."""
+    _resolve_sizes(graph)
+    invariant = _without_activations(graph)
+    hoisted: set[fx.Node] = set()
     for region in regions_of(graph):
         inside = set(region.nodes)
         pending = [
@@ -153,20 +153,20 @@ def hoist_shared(graph: fx.Graph) -> int:
         ]
         while pending:
             node = pending.pop()
-            if node not in wanted and node.op != "placeholder":
-                wanted.add(node)
+            if node not in hoisted and node.op != "placeholder":
+                hoisted.add(node)
                 pending.extend(node.all_input_nodes)
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
-    for node in [node for node in graph.nodes if node in wanted]:
-        node.meta.pop("nn_module_stack", None)  # belongs to no region any more
+    for node in [node for node in graph.nodes if node in hoisted]:
+        node.meta.pop("nn_module_stack", None)  # it belongs to no region now
         if node is anchor:
             anchor = anchor.next
         else:
             anchor.prepend(node)
-    return len(wanted)
+    return len(hoisted)
 
 
-def _settle_sizes(graph: fx.Graph) -> None:
+def _resolve_sizes(graph: fx.Graph) -> None:
     """Replace sizes of activations by numbers, or by expressions of size inputs."""
     known: dict[Any, fx.Node] = {}
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
@@ -179,7 +179,7 @@ def _settle_sizes(graph: fx.Graph) -> None:
             known.setdefault(expr, node)
         elif node.target in _SIZES:
             with graph.inserting_before(anchor):
-                size = _computed(graph, expr, known)
+                size = _size(graph, expr, known)
             if size is None:
                 continue
             for user in list(node.users):
@@ -188,13 +188,13 @@ def _settle_sizes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
-    """`expr` as a number or a node: a polynomial in size inputs; else None."""
+def _size(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
+    """`expr` as a number or a node, if it is a polynomial in size inputs; None otherwise."""
     if expr.is_Integer:
         return int(expr)
     if expr not in known and isinstance(expr, (sympy.Add, sympy.Mul)):
         target = operator.add if isinstance(expr, sympy.Add) else operator.mul
-        parts = [_computed(graph, part, known) for part in expr.args]
+        parts = [_size(graph, part, known) for part in expr.args]
         if None in parts:
             return None
         total = parts[0]
@@ -213,7 +213,7 @@ def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs that `gm` reads as attributes, by name: outlined layers, branches."""
+    """The graphs that `gm` reads as attributes, with their names: outlined layers, branches."""
     names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     return [
         (name, module)
@@ -222,19 +222,19 @@ def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
     ]
 
 
-def _invariant(graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+def _without_activations(graph: fx.Graph) -> set[fx.Node]:
+    invariant: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             value = fake_value(node)
             if not (isinstance(value, Tensor) and value.is_floating_point()):
-                found.add(node)
+                invariant.add(node)
         elif not is_pure(node):
             if node.op == "call_function" and _mutates(node):
                 break  # later reads may see changes
-        elif all(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        elif all(source in invariant for source in node.all_input_nodes):
+            invariant.add(node)
+    return invariant
 
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
@@ -244,7 +244,7 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 class Outline:
     """Repeated layers become calls of one body.
 
-    Repeats below `min_nodes` stay: a call costs more, and prevents fusion across its ends.
+    Repeats below `min_nodes` are unchanged: a call costs more, and prevents fusion at its ends.
     """
 
     name: str = "outline"
@@ -272,7 +272,7 @@ def repeats(
     gm: fx.GraphModule, claimed: set[fx.Node], least: int
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
     """Isomorphic regions of `least` nodes or more, longest first, that are not `claimed`."""
-    # Over a paged cache, equal lengths of two kinds of layers may differ in the next step.
+    # The key counts of two kinds of layers over a paged cache may be equal in this step only.
     sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
     for region in regions_of(gm.graph):
@@ -296,34 +296,34 @@ def repeats(
 
 @dataclass(frozen=True)
 class _Member:
-    """A stretch, indices of nodes whose values leave it, and nodes recomputed behind the call."""
+    """A stretch, indices of nodes whose values leave it, and nodes recomputed after the call."""
 
     stretch: Stretch
     results: frozenset[int]
-    again: tuple[fx.Node, ...]
+    recomputed: tuple[fx.Node, ...]
 
     @classmethod
     def of(cls, stretch: Stretch) -> _Member:
-        place = {node: index for index, node in enumerate(stretch.nodes)}
+        position = {node: index for index, node in enumerate(stretch.nodes)}
         results: set[int] = set()
-        again: set[fx.Node] = set()
-        pending = [n for n in stretch.nodes if any(user not in place for user in n.users)]
+        free: set[fx.Node] = set()
+        pending = [n for n in stretch.nodes if any(user not in position for user in n.users)]
         while pending:
             node = pending.pop()
-            if node not in place or node in again:
+            if node not in position or node in free:
                 continue
             if is_free(node):
-                again.add(node)
+                free.add(node)
                 pending.extend(node.all_input_nodes)
             else:
-                results.add(place[node])
-        return cls(stretch, frozenset(results), tuple(n for n in stretch.nodes if n in again))
+                results.add(position[node])
+        return cls(stretch, frozenset(results), tuple(n for n in stretch.nodes if n in free))
 
     @property
     def possible(self) -> bool:
         nodes = self.stretch.nodes
         return bool(self.results) and all(
-            isinstance(fake_value(nodes[place]), torch.Tensor) for place in self.results
+            isinstance(fake_value(nodes[index]), torch.Tensor) for index in self.results
         )
 
 
@@ -336,21 +336,21 @@ def _outline(
 ) -> None:
     first = members[0].stretch
     results = sorted(frozenset().union(*(member.results for member in members)))
-    symbols = _symbols(gm.graph, first)
-    taken = [replaced.get(node, node) for node in first.operands]
-    body, inside = _body(gm, first.nodes, [*taken, *symbols], results)
+    sizes = _size_inputs(gm.graph, first)
+    inputs = [replaced.get(node, node) for node in first.operands]
+    body, inside = _make_body(gm, first.nodes, [*inputs, *sizes], results)
     setattr(gm, name, body)
     with gm.graph.inserting_before(first.nodes[0]):
         attribute = gm.graph.get_attr(name)
     for member in members:
         operands = [replaced.get(node, node) for node in member.stretch.operands]
-        call = _call(gm.graph, member, (attribute, name, *operands, *symbols), results, replaced)
+        call = _call_body(gm.graph, member, (attribute, name, *operands, *sizes), results, replaced)
         for node, twin in zip(member.stretch.nodes, first.nodes, strict=True):
             if node in ctx.states:
                 ctx.homes[node] = (call, inside[twin])
 
 
-def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
+def _size_inputs(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
         for value in tree_leaves(fake_value(node)):
@@ -364,15 +364,15 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
         if isinstance(value, torch.SymInt) and value.node.expr in needed:
             inputs.setdefault(value.node.expr, []).append(node)
     # The lengths of all layers' caches may share a symbol, but Inductor identifies inputs by their
-    # original symbols: only the input that was this symbol is taken.
-    found: list[fx.Node] = []
+    # original symbols: only the input that had this symbol originally is passed.
+    passed: list[fx.Node] = []
     for symbol, nodes in inputs.items():
         originals = [node for node in nodes if fake_value(node).node._expr == symbol]
-        found += originals[:1] or nodes
-    return [node for node in found if node not in stretch.operands]
+        passed += originals[:1] or nodes
+    return [node for node in passed if node not in stretch.operands]
 
 
-def _body(
+def _make_body(
     gm: fx.GraphModule,
     nodes: Sequence[fx.Node],
     operands: Sequence[fx.Node],
@@ -385,11 +385,11 @@ def _body(
         inside[node].meta["val"] = fake_value(node)
     for node in nodes:
         inside[node] = graph.node_copy(node, inside.__getitem__)
-    graph.output(tuple(inside[nodes[place]] for place in results))
+    graph.output(tuple(inside[nodes[index]] for index in results))
     return fx.GraphModule(gm, graph), inside
 
 
-def _call(
+def _call_body(
     graph: fx.Graph,
     member: _Member,
     arguments: tuple[Any, ...],
@@ -400,14 +400,14 @@ def _call(
     inside = set(nodes)
     with graph.inserting_before(nodes[0]):
         call = graph.call_function(INVOKE, arguments)
-        call.meta["val"] = tuple(fake_value(nodes[place]) for place in results)
+        call.meta["val"] = tuple(fake_value(nodes[index]) for index in results)
         new: dict[fx.Node, fx.Node] = {}
-        for index, place in enumerate(results):
-            if place in member.results:
-                item = graph.call_function(operator.getitem, (call, index))
-                item.meta["val"] = fake_value(nodes[place])
-                new[nodes[place]] = item
-        for node in member.again:
+        for number, index in enumerate(results):
+            if index in member.results:
+                item = graph.call_function(operator.getitem, (call, number))
+                item.meta["val"] = fake_value(nodes[index])
+                new[nodes[index]] = item
+        for node in member.recomputed:
             new[node] = graph.node_copy(node, lambda source: new.get(source, source))
     for node, item in new.items():
         node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)

@@ -105,7 +105,7 @@ def test_files_that_are_written_while_they_are_read(
     """α of the old version would scale the factors of the new one."""
     own = Path(shutil.copytree(folder, tmp_path / "own"))
     new = save_adapter(base, tmp_path / "new", rank=2, targets=["q_proj"], seed=5, lora_alpha=40)
-    read = saved._checked
+    read = saved._parse_if_peft
 
     def written_meanwhile(*found: Any) -> object:
         for name in (CONFIG, WEIGHTS):
@@ -114,7 +114,7 @@ def test_files_that_are_written_while_they_are_read(
 
     source = own / WEIGHTS if single else own
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "_checked", written_meanwhile)
+        patch.setattr(saved, "_parse_if_peft", written_meanwhile)
         with pytest.raises(CheckpointError, match="was written while the adapter was read"):
             load_state(source, base)
     assert load_state(source, base).config.lora_alpha == 40

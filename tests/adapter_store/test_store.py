@@ -231,7 +231,7 @@ def test_what_stood_in_a_window_is_back_afterwards():
         store.acquire(["x", "y", "z"])
         assert store.names == ("x", "y", "z")
 
-    store.set_aside(others)
+    store.run_emptied(others)
     assert store.resident == before
     assert store.pinned == {"b"}
     for name, slot in before.items():

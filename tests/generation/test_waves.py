@@ -111,7 +111,7 @@ def test_generated_rows_are_padded_to_the_longest(shallow, served, inputs):
         ({"past_key_values": DynamicCache()}, "'past_key_values' is a DynamicCache"),
         (
             {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)])},
-            "'logits_processor' .*cannot be cut",
+            "'logits_processor' .*cannot be split",
         ),
         ({"prefix_allowed_tokens_fn": lambda row, ids: [1]}, "'prefix_allowed_tokens_fn'"),
     ],

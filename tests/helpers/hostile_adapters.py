@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorafx.adapter_store.peft_config import PeftConfig, picked
+from lorafx.adapter_store.peft_config import PeftConfig, targeted_paths
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Site
@@ -98,5 +98,5 @@ def write(folder: Path, *, pickled: bool = False, **settings: Any) -> Path:
 def read(folder: Path, model: nn.Module, sites: tuple[Site, ...]) -> Adapter:
     """Everything that lorafx reads of the folder: its targets, what they pick, its factors."""
     adapter_target_modules(folder, model)
-    picked(PeftConfig.read(folder), model)
+    targeted_paths(PeftConfig.read(folder), model)
     return read_adapter(folder, "a", sites, model=model, max_rank=64)

@@ -48,7 +48,7 @@ class StepLogits:
         logits = output.logits[0]
         if "logits_to_keep" not in batch:
             logits = logits[batch["logits_indices"]]
-        new = [future for future in self.engine._batch() if future.has_new_token]
+        new = [future for future in self.engine._requests_of_step() if future.has_new_token]
         for future, row in zip(new, logits, strict=False):
             self.rows.setdefault(future.state.request_id, []).append(row.clone())
         return output

@@ -17,7 +17,7 @@ from lorafx import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.model.marks import Attachment, SiteMark, detach
 from lorafx.model.targets import AdapterNames
-from lorafx.runtime.marking import covering, request_of
+from lorafx.runtime.marking import config_covering, request_of
 from lorafx.torch_internals.compat import no_mha_fast_path
 
 pytestmark = pytest.mark.quick
@@ -136,7 +136,7 @@ def test_covering(tmp_path, targets):
     base = random_base("llama", num_hidden_layers=1)
     case = own_case(base, tmp_path, ADAPTERS)
     asked = LoraConfig(target_modules=targets, max_adapters=3, trainable_tokens=2)
-    later = covering(asked, case.folders.values(), base)
+    later = config_covering(asked, case.folders.values(), base)
     at_once = request_of(asked, case.folders, base).config
     assert later == at_once
     assert isinstance(later.target_modules, AdapterNames) == (targets is None)

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
 
-from lorafx.kernels.cpu.dense import most_rows
+from lorafx.kernels.cpu.dense import max_rows
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
@@ -110,8 +110,8 @@ def scaled(g: SiteGraph, x: fx.Node) -> fx.Node:
 @pytest.mark.parametrize(
     ("build", "rows", "dtype", "edits"),
     [
-        (many, most_rows(torch.float32), torch.float32, 1),
-        (many, most_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
+        (many, max_rows(torch.float32), torch.float32, 1),
+        (many, max_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
         (many, 3, torch.float64, 0),
         (scaled, 3, torch.float32, 0),
     ],

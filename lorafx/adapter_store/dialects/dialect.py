@@ -1,4 +1,4 @@
-"""What dialects share on the way to PEFT's names.
+"""What the translations of all dialects to PEFT's names share.
 
 <module>.lora_A.weight (r, K), <module>.lora_B.weight (N, r), and s by module
 """
@@ -24,7 +24,7 @@ _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 class Translation:
-    """Factors on their way into PEFT's names."""
+    """Collects factors under PEFT's names."""
 
     def __init__(self, saved: Saved, dialect: str, model: nn.Module | None) -> None:
         self.saved, self.dialect = saved, dialect
@@ -40,8 +40,7 @@ class Translation:
         return self.module(path) is not None
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
-        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,); duplicates are an
-        error."""
+        """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,). Raises as `put`."""
         if letter in _VECTORS:
             self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
@@ -59,7 +58,7 @@ class Translation:
         self.put(f"{path}.lora_{letter}.weight", tensor)
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Add a tensor under its PEFT key; duplicates raise CheckpointError."""
+        """Add a tensor under its PEFT key. Raises CheckpointError for a duplicate."""
         if key in self.tensors:
             raise CheckpointError(f"{self.saved.where} has two keys that mean {key}; keep one")
         self.tensors[key] = tensor
@@ -68,8 +67,8 @@ class Translation:
         self.put(key, self.saved.tensors[key])
 
     def state(self, config: PeftConfig | None = None, *, dora: bool = False) -> AdapterState:
-        """The adapter. Without a `config` from its files it is DoRA where its keys or `dora` say
-        so, and CheckpointError is raised for factors without a scale."""
+        """The adapter. Without a `config` of its files, `dora` or its keys say that it is DoRA, and
+        factors without a scale raise CheckpointError."""
         if config is None:
             config = PeftConfig(
                 use_dora=dora or any(key.endswith(_VECTORS["m"]) for key in self.tensors),
@@ -92,7 +91,7 @@ class Translation:
 
 
 def raw(fields: Mapping[str, Any] | PeftConfig | None) -> Mapping[str, Any]:
-    """The fields of a dialect's configuration; none of PEFT's."""
+    """The fields of a dialect's own configuration; {} for PEFT's."""
     return {} if fields is None or isinstance(fields, PeftConfig) else fields
 
 

@@ -5,8 +5,8 @@
     unet.<module>.alpha                              α, s = α/r
     unet.<…attn1>.processor.to_q_lora.down.weight    older keys, which diffusers itself converts
 
-Without α or a configuration in the metadata (`lora_adapter_metadata`), α = r. For names of a
-model's first implementation, the diffusers conversion counts whose factors all land on modules.
+Without α or a configuration in the metadata (`lora_adapter_metadata`), α = r. Names of a model's
+first implementation are read by the conversion of diffusers whose factors all belong to modules.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
 def translated(
     saved: Saved, dialect: str, values: Mapping[str, Tensor | float], model: nn.Module | None
 ) -> AdapterState:
-    """Factors and α under diffusers' names as `AdapterState`, or what diffusers converts `saved`
-    to where their modules are not the model's. Raises as `converted_by_diffusers`."""
-    found = _translated(saved, dialect, values, model)
-    if model is None or _lands(found, model):
-        return found
-    return converted_by_diffusers(saved, dialect, model) or found
+    """Factors and α under diffusers' names as `AdapterState`. If the model lacks their modules, and
+    diffusers can convert `saved`, its conversion. Raises as `converted_by_diffusers`."""
+    state = _translated(saved, dialect, values, model)
+    if model is None or _fits(model, state):
+        return state
+    return converted_by_diffusers(saved, dialect, model) or state
 
 
 def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> AdapterState | None:
@@ -84,32 +84,32 @@ def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> Adap
         saved = replace(saved, component=None)
     config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
-    found: dict[str, AdapterState] = {}
+    states: dict[str, AdapterState] = {}
     for name, loader in _loaders():
         try:
             with _silence():
-                made = loader.lora_state_dict(dict(saved.tensors), unet_config=blocks)
-            tensors, *rest = made if isinstance(made, tuple) else (made,)
-            alphas = {key: float(value) for key, value in (rest[0] if rest else {}).items()}
+                result = loader.lora_state_dict(dict(saved.tensors), unet_config=blocks)
+            tensors, *more = result if isinstance(result, tuple) else (result,)
+            alphas = {key: float(value) for key, value in (more[0] if more else {}).items()}
             if tensors.keys() == saved.tensors.keys():
                 continue
             state = _translated(saved, dialect, {**tensors, **alphas}, model)
-        except Exception:  # conversions of other models raise anything
+        except Exception:  # conversions for other models may raise any exception
             continue
-        if _lands(state, model) and not any(_equal(state, other) for other in found.values()):
-            found[name] = state
-    if len(found) > 1:
+        if _fits(model, state) and not any(_equal(state, other) for other in states.values()):
+            states[name] = state
+    if len(states) > 1:
         raise CheckpointError(
-            f"diffusers converts these names in different ways for this model ({', '.join(found)});"
-            " convert the adapter by the pipeline that it is for, and save it again"
+            f"diffusers converts these names in different ways for this model ({', '.join(states)}"
+            "); convert the adapter by the pipeline that it is for, and save it again"
         )
     dora = next((key for key in saved.tensors if "dora_scale" in key), None)
-    if found and dora is not None:
+    if states and dora is not None:
         raise UnsupportedAdapterError(
             f"{dora} belongs to DoRA, which diffusers' conversion of these names leaves out; save "
             "the adapter under the names that diffusers has for the model"
         )
-    for state in found.values():
+    for state in states.values():
         LOG.info("adapter in %s: its names were converted by diffusers", state.where)
         return state
     return None
@@ -140,11 +140,12 @@ def _silence() -> Iterator[None]:
 
 
 def _equal(first: AdapterState, second: AdapterState) -> bool:
-    pairs = first.tensors.keys() == second.tensors.keys() and first.scales == second.scales
-    return pairs and all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
+    if first.tensors.keys() != second.tensors.keys() or first.scales != second.scales:
+        return False
+    return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
 
 
-def _lands(state: AdapterState, model: nn.Module) -> bool:
+def _fits(model: nn.Module, state: AdapterState) -> bool:
     places = Places((), model)
     factors = [factor for key in state.tensors if (factor := parse(key)) is not None]
     return bool(factors) and all(places.module(factor.module) is not None for factor in factors)
@@ -153,51 +154,51 @@ def _lands(state: AdapterState, model: nn.Module) -> bool:
 def _translated(
     saved: Saved, dialect: str, values: Mapping[str, Tensor | float], model: nn.Module | None
 ) -> AdapterState:
-    found = Translation(saved, dialect, model)
+    translation = Translation(saved, dialect, model)
     groups, component = _groups(values), None
-    alphas = any(isinstance(value, float) for value in values.values())
-    if model is not None and not _as_they_stand(saved, found, groups, alphas):
-        paths = {g: list(factor_sizes(_tensors(_simple(held, g)))) for g, held in groups.items()}
-        component = _component(saved, paths, found)
+    has_alphas = any(isinstance(value, float) for value in values.values())
+    if model is not None and not _is_whole_pipeline(saved, translation, groups, has_alphas):
+        paths = {g: list(factor_sizes(_tensors(_renamed(ts, g)))) for g, ts in groups.items()}
+        component = _component(saved, paths, translation)
     if component is None:
-        chosen = {k: t for g in groups for k, t in _simple(groups[g], g, prefix=True).items()}
+        chosen = {k: t for g in groups for k, t in _renamed(groups[g], g, prefix=True).items()}
     else:
-        chosen = _simple(groups[component], component)
-        found.left_out = tuple(sorted(groups.keys() - {component}))
+        chosen = _renamed(groups[component], component)
+        translation.left_out = tuple(sorted(groups.keys() - {component}))
     tensors = _tensors(chosen)
     for key, tensor in tensors.items():
         factor = parse(key)
         if factor is None:
-            found.put(key, tensor)
+            translation.put(key, tensor)
         else:
             vector = factor.letter == "m"
-            found.add(factor.module, factor.letter, tensor.flatten() if vector else tensor)
+            translation.add(factor.module, factor.letter, tensor.flatten() if vector else tensor)
     config = _config(saved, component or "")
-    given = {_ALPHA.sub("", key): a for key, a in chosen.items() if isinstance(a, float)}
+    alphas_by_path = {_ALPHA.sub("", key): a for key, a in chosen.items() if isinstance(a, float)}
     for path, (_, _, rank) in factor_sizes(tensors).items():
-        if rank and path in given:
-            found.scales[path] = given.pop(path) / rank
+        if rank and path in alphas_by_path:
+            translation.scales[path] = alphas_by_path.pop(path) / rank
         elif rank and config is None:
-            found.scales[path] = 1.0
-    if given:
+            translation.scales[path] = 1.0
+    if alphas_by_path:
         raise CheckpointError(
-            f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
+            f"{saved.where} has α for {', '.join(list(alphas_by_path)[:3])}, and no factors there"
         )
-    return found.state(config)
+    return translation.state(config)
 
 
 def _tensors(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
 
-def _as_they_stand(
-    saved: Saved, found: Translation, groups: Mapping[str, Any], alphas: bool
+def _is_whole_pipeline(
+    saved: Saved, translation: Translation, groups: Mapping[str, Any], has_alphas: bool
 ) -> bool:
-    """Whether the model is a whole pipeline, or has such children; then α = r is not implied."""
-    if saved.component is not None or not all(map(found.exists, groups)):
+    """Whether the model has the file's components as children; α = r is not implied then."""
+    if saved.component is not None or not all(map(translation.exists, groups)):
         return COMPONENTS.isdisjoint(groups)
-    known = alphas or saved.fields is not None or _METADATA in saved.metadata
-    if len(groups) == 1 and not known:
+    scales_known = has_alphas or saved.fields is not None or _METADATA in saved.metadata
+    if len(groups) == 1 and not scales_known:
         name = next(iter(groups))
         raise CheckpointError(
             f"{saved.where} has no configuration, and {name!r} is a module of this model: it "
@@ -207,78 +208,79 @@ def _as_they_stand(
     return True
 
 
-def _component(saved: Saved, paths: Mapping[str, list[str]], found: Translation) -> str | None:
-    """The component whose paths are the model's: `saved.component`, the only one, or the one that
-    has such paths. Raises CheckpointError where several fit, or the given one is not in the file.
-    """
-    given = saved.component
-    if given is not None and given not in paths:
+def _component(saved: Saved, paths: Mapping[str, list[str]], factors: Translation) -> str | None:
+    """The component that the model is: `saved.component`, the only one, or the one whose paths the
+    model has. Raises CheckpointError if several fit, or if the file lacks `saved.component`."""
+    chosen = saved.component
+    if chosen is not None and chosen not in paths:
         raise CheckpointError(
-            f"{saved.where} has no factors for the component {given!r}; it has some for "
+            f"{saved.where} has no factors for the component {chosen!r}; it has some for "
             f"{', '.join(sorted(paths))}"
         )
-    if given is not None or len(paths) == 1:
-        return given or next(iter(paths))
-    known = {name: [found.exists(path) for path in own] for name, own in paths.items()}
-    fit = [name for name in known if any(known[name])]
-    whole = [name for name in fit if all(known[name])]
-    fit = whole if len(whole) == 1 else fit
-    if len(fit) > 1:
+    if chosen is not None or len(paths) == 1:
+        return chosen or next(iter(paths))
+    exists = {name: list(map(factors.exists, names)) for name, names in paths.items()}
+    fitting = [name for name in exists if any(exists[name])]
+    complete = [name for name in fitting if all(exists[name])]
+    fitting = complete if len(complete) == 1 else fitting
+    if len(fitting) > 1:
         raise CheckpointError(
-            f"{saved.where} has factors for {' and '.join(fit)}, which both fit this model; "
-            f"say which by AdapterSource(..., component={fit[0]!r})"
+            f"{saved.where} has factors for {' and '.join(fitting)}, which both fit this model; "
+            f"say which by AdapterSource(..., component={fitting[0]!r})"
         )
-    return fit[0] if fit else None
+    return fitting[0] if fitting else None
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by component ("" for none), and by the rest of the key."""
+    """Values by component ("" for none), and by the remaining key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        component, _, rest = key.partition(".")
-        known = component in COMPONENTS and bool(rest)
-        groups.setdefault(component if known else "", {})[rest if known else key] = value
+        component, _, name = key.partition(".")
+        if component not in COMPONENTS or not name:
+            component, name = "", key
+        groups.setdefault(component, {})[name] = value
     return groups
 
 
-def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
+def _renamed(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
+    """Values under PEFT's names, with the component's name if `prefix`."""
     if any(_OLDER.search(key) for key in values):
-        values = _of_older_keys(values, component)
-    named = {
+        values = _convert_older_keys(values, component)
+    renamed = {
         _PAIR.sub(lambda m: ".lora_A.weight" if m[1] == "down" else ".lora_B.weight", key): value
         for key, value in values.items()
     }
-    if len(named) < len(values):
-        twice = next(key for key in values if _PAIR.search(key))
-        raise CheckpointError(f"{twice!r:.200} is there by two names; keep one")
-    return {f"{component}.{k}": v for k, v in named.items()} if prefix and component else named
+    if len(renamed) < len(values):
+        duplicate = next(key for key in values if _PAIR.search(key))
+        raise CheckpointError(f"{duplicate!r:.200} is there by two names; keep one")
+    return {f"{component}.{k}": v for k, v in renamed.items()} if prefix and component else renamed
 
 
-def _of_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
-    first, target = f"{next(iter(tensors))!r:.200}", component or "this model"
+def _convert_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
+    example, target = f"{next(iter(tensors))!r:.200}", component or "this model"
     try:
         utils: Any = importlib.import_module("diffusers.utils")
     except ImportError:
         raise CheckpointError(
-            f"{first} is an older key of diffusers, which its own conversion reads: pip install "
+            f"{example} is an older key of diffusers, which its own conversion reads: pip install "
             "'lorafx[diffusers]'"
         ) from None
     try:
         if component.startswith("text_encoder"):
             old = utils.convert_state_dict_to_diffusers(dict(tensors))
-            found: dict[str, Any] = utils.convert_state_dict_to_peft(old)
+            converted: dict[str, Any] = utils.convert_state_dict_to_peft(old)
         else:
-            found = utils.convert_unet_state_dict_to_peft(dict(tensors))
+            converted = utils.convert_unet_state_dict_to_peft(dict(tensors))
     except Exception as error:
         raise CheckpointError(
-            f"diffusers cannot read the keys for {target} ({first}, ...): {error!s:.200}"
+            f"diffusers cannot read the keys for {target} ({example}, ...): {error!s:.200}"
         ) from error
-    if len(found) < len(tensors):
+    if len(converted) < len(tensors):
         raise CheckpointError(
-            f"{len(tensors)} keys for {target} have {len(found)} meanings ({first}, ...); keep one "
-            "of each"
+            f"{len(tensors)} keys for {target} have {len(converted)} meanings ({example}, ...); "
+            "keep one of each"
         )
-    return found
+    return converted
 
 
 def _config(saved: Saved, component: str) -> PeftConfig | None:
@@ -288,6 +290,6 @@ def _config(saved: Saved, component: str) -> PeftConfig | None:
         return None
     where = f"{_METADATA} in the metadata of {saved.where}"
     fields = json_object(saved.metadata[_METADATA], where)
-    begin = f"{component}." if component else ""
-    chosen = {key.removeprefix(begin): v for key, v in fields.items() if key.startswith(begin)}
+    prefix = f"{component}." if component else ""
+    chosen = {key.removeprefix(prefix): v for key, v in fields.items() if key.startswith(prefix)}
     return PeftConfig.read(chosen, where=where) if chosen else None

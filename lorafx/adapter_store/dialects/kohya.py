@@ -1,7 +1,7 @@
-"""Files of kohya's sd-scripts and of A1111: paths with underscores for dots.
+"""Files of kohya's sd-scripts and of A1111: paths with underscores in place of dots.
 
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight   A
-    ….lora_up.weight   B;   ….alpha   α, s = α/r, and 1 where it is absent;   ….dora_scale   m
+    ….lora_up.weight   B;   ….alpha   α, s = α/r, or 1 if it is absent;   ….dora_scale   m
 
 Names are resolved by flattening the model's; ambiguous names are refused. They become diffusers'
 names, `unet.<module>.lora_A.weight`. Unknown names go to diffusers' conversion: many files use the
@@ -81,8 +81,8 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
         if target in values:
             raise CheckpointError(f"{saved.where} has two keys that mean {target}; keep one")
         values[target] = tensor
-    found = diffusers.translated(saved, "kohya", values, model)
-    lost = [path for path in factor_sizes(found.tensors) if "." not in path and path not in flat]
+    adapter = diffusers.translated(saved, "kohya", values, model)
+    lost = [path for path in factor_sizes(adapter.tensors) if "." not in path and path not in flat]
     if model is not None and lost:
         lines = "; ".join(f"{path}{nearest(path, list(flat)[:1000], 1)}" for path in lost[:3])
         raise CheckpointError(
@@ -90,7 +90,7 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             "this model, and diffusers, where it is installed, has no conversion for it: "
             f"{lines}"
         )
-    return found
+    return adapter
 
 
 def _is_key(key: str) -> bool:
@@ -100,31 +100,31 @@ def _is_key(key: str) -> bool:
 
 def _flattened(model: nn.Module) -> dict[str, list[str]]:
     """Module paths by their flattened forms."""
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if name and module._parameters:
             path = without_compiled(name)
-            found.setdefault(path.replace(".", "_"), []).append(path)
-    return found
+            paths.setdefault(path.replace(".", "_"), []).append(path)
+    return paths
 
 
 def _path(saved: Saved, name: str, flat: Mapping[str, list[str]]) -> str:
-    """`unet.<module>` of a name; the model may be the whole pipeline, or lack a wrapper that the
-    name begins with (`text_model` of CLIP in transformers 5). Underscores stay in unknown names."""
+    """`unet.<module>` for a name. The model may be the whole pipeline, or lack a wrapper with which
+    the name begins (`text_model` of CLIP in transformers 5). Unknown names keep underscores."""
     match = _PREFIX.match(name)
     component = _COMPONENTS[match[1]] if match else ""
-    rest = name[match.end() :] if match else name
-    if f"{component}_{rest}" in flat:
-        return _only(saved, name, flat[f"{component}_{rest}"])
+    flat_name = name[match.end() :] if match else name
+    if f"{component}_{flat_name}" in flat:
+        return _single(saved, name, flat[f"{component}_{flat_name}"])
     for cut in range(3):
-        inner = rest.split("_", cut)[-1]
+        inner = flat_name.split("_", cut)[-1]
         if inner in flat:
-            wrapper = rest.removesuffix(inner).removesuffix("_")
-            return join(component, join(wrapper, _only(saved, name, flat[inner])))
-    return join(component, rest)
+            wrapper = flat_name.removesuffix(inner).removesuffix("_")
+            return join(component, join(wrapper, _single(saved, name, flat[inner])))
+    return join(component, flat_name)
 
 
-def _only(saved: Saved, name: str, paths: list[str]) -> str:
+def _single(saved: Saved, name: str, paths: list[str]) -> str:
     if len(paths) > 1:
         raise CheckpointError(
             f"{saved.where}: {name} may be {' or '.join(paths)}, which are spelt alike without "

@@ -27,14 +27,14 @@ def claims(saved: Saved) -> bool:
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
     config = _config(saved)
-    found = Translation(saved, "loralib", model)
+    translation = Translation(saved, "loralib", model)
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            found.keep(key)
+            translation.keep(key)
         else:
-            found.add(match["module"] or "", match["letter"], tensor)
-    for path, (_, _, rank) in factor_sizes(found.tensors).items():
+            translation.add(match["module"] or "", match["letter"], tensor)
+    for path, (_, _, rank) in factor_sizes(translation.tensors).items():
         b = saved.tensors.get(f"{path}.lora_B")
         columns = b.shape[1] if b is not None and b.dim() > 1 else 0
         if rank > columns > 0 and rank % columns == 0:
@@ -43,7 +43,7 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
                 "MergedLinear saves them; save a lora_B with the slices' own on its diagonal, "
                 f"(N, {rank}), and lora_alpha times {rank // columns}"
             )
-    return found.state(config)
+    return translation.state(config)
 
 
 def _config(saved: Saved) -> PeftConfig:

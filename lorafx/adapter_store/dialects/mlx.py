@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects.dialect import Translation, raw
-from lorafx.adapter_store.peft_config import number, short
+from lorafx.adapter_store.peft_config import is_number, short
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -42,16 +42,16 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
             "fuse it into the base model (mlx_lm.fuse) and load that"
         )
-    found = Translation(saved, "mlx", model)
+    translation = Translation(saved, "mlx", model)
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None or (match["factor"] == "m" and kind != "dora"):
-            found.keep(key)
+            translation.keep(key)
             continue
         path, letter = match["module"] or "", match["factor"][-1]
         before, of_experts, projection = path.partition(".switch_mlp.")
         if letter == "m" and not of_experts:
-            found.add(path, letter, tensor)
+            translation.add(path, letter, tensor)
             continue
         if letter == "m" or tensor.dim() != (3 if of_experts else 2):
             raise CheckpointError(
@@ -60,28 +60,28 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             )
         if of_experts:
             for expert, factor in enumerate(tensor):
-                found.put(
+                translation.put(
                     f"{before}.experts.{expert}.{projection}.lora_{letter.upper()}.weight", factor
                 )
         else:
-            found.add(path, letter.upper(), tensor.mT)
-    found.scales.update(dict.fromkeys(factor_sizes(found.tensors), scale))
-    return found.state(dora=kind == "dora")
+            translation.add(path, letter.upper(), tensor.mT)
+    translation.scales.update(dict.fromkeys(factor_sizes(translation.tensors), scale))
+    return translation.state(dora=kind == "dora")
 
 
 def _scale(fields: Any, where: str) -> float:
-    given = fields.get("lora_parameters")
-    if not isinstance(given, dict):
+    parameters = fields.get("lora_parameters")
+    if not isinstance(parameters, dict):
         raise CheckpointError(
             f"{where} is in mlx-lm's dialect and has no lora_parameters with its scale; give the "
             "folder with adapter_config.json, or config={'lora_parameters': {'rank': ..., "
             "'scale': ...}}"
         )
-    scale: Any = given.get("scale")
-    if "alpha" not in given and number(scale) and abs(scale) < 1e30:
+    scale: Any = parameters.get("scale")
+    if "alpha" not in parameters and is_number(scale) and abs(scale) < 1e30:
         return float(scale)
     raise CheckpointError(
-        f"{where}: lora_parameters has no finite scale: {short(given)}; give config="
+        f"{where}: lora_parameters has no finite scale: {short(parameters)}; give config="
         "{'lora_parameters': {'scale': ...}}, where older releases say alpha with scale · alpha / "
         "rank"
     )

@@ -1,7 +1,7 @@
-"""Fingerprints: values as text that other processes can compare.
+"""Fingerprints: texts that identify values, so that other processes can compare them.
 
-Code is identified by its bytecode, not its name, so replaced functions and edited files differ.
-Values without such a text raise `Undescribed`; their class does not identify them.
+Code is identified by its bytecode and not by its name, so a replaced function or an edited file
+gives another text. A value that no text identifies raises `Undescribed`.
 """
 
 from __future__ import annotations
@@ -34,62 +34,63 @@ _BUILT_IN = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
-#: Python's notes on a class that do not affect its behaviour.
-_NOTES = frozenset(
+#: Attributes that Python gives a class and that do not affect its behaviour.
+_IGNORED_ATTRIBUTES = frozenset(
     (
         *("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl"),
         *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "__slotnames__"),
         *("__dataclass_fields__", "__annotations_cache__", "__annotate_func__"),
     )
 )
-#: Users' marks for Dynamo on a tensor's sizes.
-_MARKS = (
+#: Attributes by which users tell Dynamo about a tensor's sizes.
+_SIZE_MARKS = (
     *("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices"),
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
-_DEEPEST = 6
+#: Values that are nested deeper are identified by their class.
+_MAX_DEPTH = 6
 
 
 class Undescribed(Exception):
-    """A value that cannot be compared with another process's."""
+    """A value cannot be compared with that of another process."""
 
 
 def digest(texts: Iterable[str]) -> str:
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for text in texts:
-        found.update(text.encode(errors="surrogatepass"))
-        found.update(b"\0")
-    return found.hexdigest()[:32]
+        hashed.update(text.encode(errors="surrogatepass"))
+        hashed.update(b"\0")
+    return hashed.hexdigest()[:32]
 
 
 class Fingerprints:
-    """Texts of current values; `names` maps process-specific strings to portable ones."""
+    """The texts of values as they are now; `names` replaces strings that differ by process."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self._names = names or {}
-        #: By identity; the value is kept, so that its id is not reused.
+        #: Texts by identity. The values are kept, so that no id is reused.
         self._texts: dict[int, tuple[object, str]] = {}
 
     def of(self, value: Any) -> str:
-        """The text that identifies a value, or Undescribed."""
+        """The text that identifies a value. Raises Undescribed if there is none."""
         return self._text(value, 0, loose=False)
 
     def loosely(self, value: Any, depth: int = 0) -> str:
-        """As `of`, but other objects by class, and dataclasses by their fields."""
+        """As `of`, but dataclasses by their fields, and objects without a text by their class."""
         return self._text(value, depth, loose=True)
 
     def of_class(self, cls: type) -> str:
-        return self._kept(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
+        return self._memoised(cls, lambda: f"{_name(cls)}#{digest(self._members(cls))}", _name(cls))
 
     def of_code(self, code: types.CodeType) -> str:
-        """A code object, by bytecode and constants."""
-        return self._kept(code, lambda: digest(self._code(code)), code.co_name)
+        """The text of a code object, from its bytecode, names and constants."""
+        return self._memoised(code, lambda: digest(self._code(code)), code.co_name)
 
     def tensor(self, value: Tensor) -> str:
-        """A tensor without numbers, sizes and strides."""
+        """The text of a tensor, without its numbers, sizes and strides."""
         marks = {
             name: sorted(getattr(value, name))
-            for name in _MARKS
+            for name in _SIZE_MARKS
             if isinstance(getattr(value, name, None), (set, frozenset))
         }
         return (
@@ -115,7 +116,7 @@ class Fingerprints:
             owner = getattr(value, "__self__", None)
             of = "" if owner is None or isinstance(owner, types.ModuleType) else _name(type(owner))
             home = getattr(value, "__module__", None)
-            if value is hash:  # hashes of text differ by process
+            if value is hash:  # which gives other values in another process
                 of = f"{hash(home)}"
             return f"built-in {home}.{getattr(value, '__qualname__', value)} {of}"
         if isinstance(value, types.ModuleType):
@@ -130,11 +131,11 @@ class Fingerprints:
             parts = (value.func, value.args, value.keywords)
             return f"partial {self._text(parts, depth + 1, loose=loose)}"
         name = _name(type(value))
-        if depth < _DEEPEST and loose and dataclasses.is_dataclass(value):
-            return self._kept(value, lambda: f"{name}({self._fields(value, depth)})", name)
-        if depth < _DEEPEST and isinstance(value, Mapping if loose else dict):
+        if depth < _MAX_DEPTH and loose and dataclasses.is_dataclass(value):
+            return self._memoised(value, lambda: f"{name}({self._fields(value, depth)})", name)
+        if depth < _MAX_DEPTH and isinstance(value, Mapping if loose else dict):
             value = list(value.items())
-        if depth < _DEEPEST and isinstance(value, (tuple, list, set, frozenset)):
+        if depth < _MAX_DEPTH and isinstance(value, (tuple, list, set, frozenset)):
             texts = [self._text(item, depth + 1, loose=loose) for item in value]
             return f"{name}{sorted(texts) if isinstance(value, (set, frozenset)) else texts}"
         if loose:
@@ -149,7 +150,7 @@ class Fingerprints:
 
     def _function(self, function: types.FunctionType, depth: int) -> str:
         name = f"{function.__module__}.{function.__qualname__}"
-        return self._kept(
+        return self._memoised(
             function, lambda: f"{name}#{digest(self._function_parts(function, depth))}", name
         )
 
@@ -162,18 +163,18 @@ class Fingerprints:
             yield self.loosely(value, depth + 1)
         for cell in function.__closure__ or ():
             try:
-                held = cell.cell_contents
+                content = cell.cell_contents
             except ValueError:  # not bound yet
                 yield "empty"
                 continue
-            yield self._member(held, depth + 1)
+            yield self._member(content, depth + 1)
 
     def _members(self, cls: type) -> Iterable[str]:
         for base in cls.__mro__:
             yield _name(base)
-            if base.__flags__ & 1 << 9:  # a mutable class, not one of C's
+            if base.__flags__ & 1 << 9:  # a class of Python
                 for name, value in sorted(vars(base).items()):
-                    if name not in _NOTES:
+                    if name not in _IGNORED_ATTRIBUTES:
                         yield f"{name} {self._member(value, 1)}"
 
     def _member(self, value: Any, depth: int) -> str:
@@ -186,7 +187,7 @@ class Fingerprints:
             return f"property {[self._member(part, depth) for part in parts]}"
         if isinstance(value, functools.cached_property):
             return f"cached {self._member(value.func, depth)}"
-        if depth >= _DEEPEST or not isinstance(value, (types.FunctionType, *PLAIN, *_BUILT_IN)):
+        if depth >= _MAX_DEPTH or not isinstance(value, (types.FunctionType, *PLAIN, *_BUILT_IN)):
             return f"a {_name(type(value))}"
         return self._text(value, depth, loose=True)
 
@@ -209,8 +210,8 @@ class Fingerprints:
             )
         return f"{type(value).__name__} {value!r}"
 
-    def _kept(self, value: object, text: Callable[[], str], meanwhile: str) -> str:
-        """The memoised `text()`; `meanwhile` in cycles."""
+    def _memoised(self, value: object, text: Callable[[], str], meanwhile: str) -> str:
+        """The text of `value`, made once by `text()`; `meanwhile` stands for it inside a cycle."""
         if id(value) not in self._texts:
             self._texts[id(value)] = value, meanwhile
             self._texts[id(value)] = value, text()

@@ -1,6 +1,6 @@
 """The folder of saved graphs, `folder / key / digest.graph`.
 
-A file is a checksum and a pickle. Pickles can run code, so folder and files belong to this user
+A file is a checksum and a pickle. Pickles can run code, so folder and files must belong to the user
 alone. Files are renamed into place, so processes may share the folder.
 """
 
@@ -20,7 +20,7 @@ _MAGIC = b"lorafx graph 2\n"
 
 
 class BrokenFile(Exception):
-    """A file with unexpected contents or owner."""
+    """A file has unexpected contents or another owner."""
 
 
 def default_folder() -> Path:
@@ -29,37 +29,37 @@ def default_folder() -> Path:
 
 
 def folder_of(option: str | bool) -> Path:
-    """The folder of `Options.cache`, created if absent; ConfigError unless private to the user."""
+    """The folder of `Options.cache`, made if absent; ConfigError unless private to the user."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat() if path == default_folder() else path.stat()
+        status = path.lstat() if path == default_folder() else path.stat()
     except OSError as error:
         raise ConfigError(f"Options.cache: {path} cannot be a folder: {error}") from error
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"Options.cache: {path} is not a folder")
-    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise ConfigError(
-            f"Options.cache: {path} belongs to user {found.st_uid}, not to you ({os.getuid()}). "
+            f"Options.cache: {path} belongs to user {status.st_uid}, not to you ({os.getuid()}). "
             "Loading a saved graph runs code, so the folder has to be your own"
         )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(
-            f"Options.cache: others may write to {path} (mode {found.st_mode & 0o777:o}). Loading "
+            f"Options.cache: others may write to {path} (mode {status.st_mode & 0o777:o}). Loading "
             f"a saved graph runs code; chmod 700 {path}, or name another folder"
         )
     return path
 
 
 def write(folder: Path, key: str, body: bytes) -> Path:
-    """Put a graph into the folder, atomically."""
-    home = folder / key
-    home.mkdir(mode=0o700, exist_ok=True)
+    """Write a graph into the folder, atomically, and return its path."""
+    subfolder = folder / key
+    subfolder.mkdir(mode=0o700, exist_ok=True)
     checksum = _checksum(key, body)
-    path = home / f"{checksum[:24]}.graph"
-    number, scratch = tempfile.mkstemp(".tmp", dir=home)
+    path = subfolder / f"{checksum[:24]}.graph"
+    descriptor, scratch = tempfile.mkstemp(".tmp", dir=subfolder)
     try:
-        with open(number, "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(_MAGIC + checksum.encode() + body)
         os.replace(scratch, path)
     except BaseException:  # a full disk, an interrupt
@@ -75,15 +75,15 @@ def _checksum(key: str, body: bytes) -> str:
 
 def files(folder: Path, key: str) -> list[Path]:
     """The saved graphs of a key, oldest first."""
-    found = []
+    dated = []
     for path in (folder / key).glob("*.graph"):
         with contextlib.suppress(OSError):  # removed meanwhile
-            found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found)]
+            dated.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated)]
 
 
 def read(path: Path, key: str) -> bytes:
-    """The body of a file saved for `key`; raises BrokenFile for other contents or owners."""
+    """The body of a file that was saved for `key`. Raises BrokenFile for any other file."""
     try:
         if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
             raise BrokenFile("it belongs to another user")

@@ -1,8 +1,8 @@
-"""Dynamo's guards across processes: each is verified against what it saw, then remade.
+"""Dynamo's guards across processes: what they compare is verified when a graph is loaded.
 
-Saved is the text of every guarded place (a `Source`). Loading looks places up in the frame to be
-compiled and compares the texts; places of the same object must hold one object again, and others
-different ones. Guards that lorafx drops are verified too.
+A file has a text of the value at each guarded place (a `Source`). Loading looks the places up in
+the frame to be compiled and compares the texts; places that held the same object must do so again,
+and others must not. Then the guards are made anew. Guards that lorafx drops are verified too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorafx.torch_internals.saved_graphs import (
     forward_level,
 )
 
-#: Kinds of guards by how the text of their place is made.
+#: Kinds of guards by what the text of their place is made from.
 _VALUE = frozenset(
     (
         *("ID_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "CONSTANT_SUBCLASS_MATCH", "BOOL_MATCH"),
@@ -52,15 +52,16 @@ _LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
 _KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"))
 _MEMBER = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"))
 _ATTRIBUTE = frozenset(("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"))
-#: Guards without place: `SavedGuards.state` and `shapes`.
+#: Guards that have no place: `SavedGuards.state` and `shapes` stand for them.
 _STATE = frozenset(
     (
         *("GRAD_MODE", "DETERMINISTIC_ALGORITHMS", "GLOBAL_STATE", "TORCH_FUNCTION_STATE"),
         *("DEFAULT_DEVICE", "AUTOGRAD_SAVED_TENSORS_HOOKS", "SHAPE_ENV"),
     )
 )
+#: The most entries of a container that are all part of its text.
 _SHORT = 64
-#: Outside all levels of forward-mode gradients.
+#: The level outside of all forward-mode gradients.
 _NO_LEVEL = -1
 
 
@@ -75,8 +76,8 @@ class GuardedPlace:
 
 @dataclass
 class SavedGuards:
-    """The guards checked before each call; places of all guards, and their texts; `same`: for each
-    place the first with the same object; and torch's global state."""
+    """The guards that are checked before each call; the places of all guards, their texts, and for
+    each the first place with the same object (`same`); and torch's global state."""
 
     guards: list[Guard]
     places: list[GuardedPlace]
@@ -94,7 +95,7 @@ class SavedGuards:
     def of(
         cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
     ) -> SavedGuards:
-        """Dynamo's new guards for the graph of `output`; Undescribed for a value without text."""
+        """Dynamo's new guards for the graph of `output`. Raises Undescribed if one has no text."""
         forward_mode = forward_level() != _NO_LEVEL
         if output.torch_function_mode_stack or output.functorch_layers or forward_mode:
             raise Undescribed("a mode of torch that is on")
@@ -103,10 +104,14 @@ class SavedGuards:
             kind = guard.create_fn_name()
             if kind not in _STATE:
                 places.setdefault(GuardedPlace(guard.originating_source, kind, _argument(guard)))
-        texts, same = _look(list(places), output.local_scope, output.global_scope, prints)
+        texts, same = _texts_at(list(places), output.local_scope, output.global_scope, prints)
         state = output.dump_guards_state()
         return cls(
-            guards=[_bare(guard) for guard, keep in zip(guards, kept, strict=True) if keep],
+            guards=[
+                _without_process_state(guard)
+                for guard, keep in zip(guards, kept, strict=True)
+                if keep
+            ],
             places=list(places),
             texts=texts,
             same=same,
@@ -114,7 +119,7 @@ class SavedGuards:
             sizes_strides=tree_map(
                 convert_int_to_concrete_values, dict(state.input_source_to_sizes_strides)
             ),
-            shapes=_shapes(output),
+            shapes=_shape_guards(output),
             of_aot=list(state._aotautograd_guards),
             state=state.global_state_guard.__getstate__(),
             device=state.current_device,
@@ -129,8 +134,8 @@ class SavedGuards:
         if state != self.state or default_device() != self.device or forward_mode:
             return False
         try:
-            texts, same = _look(self.places, f_locals, f_globals, prints)
-        except Exception:  # a missing name, or an error of the model's code
+            texts, same = _texts_at(self.places, f_locals, f_globals, prints)
+        except Exception:  # a name is missing, or the model's code raised
             return False
         return texts == self.texts and same == self.same
 
@@ -152,19 +157,19 @@ class SavedGuards:
             skip_guards_check=True,  # callers check
             name_of_builtins_dict_key_in_fglobals=self.builtins_name,
         )
-        made = CheckFunctionManager(code, OutputGraphCommon(state), shape_code_parts=self.shapes)
-        return made.guard_manager
+        common = OutputGraphCommon(state)
+        return CheckFunctionManager(code, common, shape_code_parts=self.shapes).guard_manager
 
 
 def value_at(
     source: Source, f_locals: dict[str, Any], f_globals: dict[str, Any], seen: dict[Source, Any]
 ) -> Any:
-    """The value of a place, as torch's guards look it up, memoised in `seen`."""
+    """The value at a place, as torch's guards look it up; `seen` keeps the values of places."""
     scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
     return source.get_value(scope, _get_closure_vars(), seen)
 
 
-def _look(
+def _texts_at(
     places: Sequence[GuardedPlace],
     f_locals: dict[str, Any],
     f_globals: dict[str, Any],
@@ -173,32 +178,32 @@ def _look(
     seen: dict[Source, Any] = {}
     texts: list[str] = []
     same: list[int] = []
-    first: dict[int, int] = {}
-    held: list[Any] = []  # keeps ids from being reused
+    first_places: dict[int, int] = {}
+    values: list[Any] = []  # so that no id is reused
     for number, place in enumerate(places):
         value = value_at(place.source, f_locals, f_globals, seen)
-        held.append(value)
+        values.append(value)
         texts.append(_text(place, value, prints))
-        # Python shares immutable objects freely, and makes methods on access.
-        apart = isinstance(value, (*PLAIN, tuple, frozenset, MethodType))
-        same.append(number if apart else first.setdefault(id(value), number))
+        # The identity of immutable objects, which Python shares, and of bound methods says nothing.
+        by_value = isinstance(value, (*PLAIN, tuple, frozenset, MethodType))
+        same.append(number if by_value else first_places.setdefault(id(value), number))
     return texts, same
 
 
 def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
-    """The text of what the guard compares, or Undescribed."""
+    """The text of what the guard compares. Raises Undescribed if there is none."""
     kind, argument = place.kind, place.argument
     if kind == "TENSOR_MATCH":
         return prints.tensor(value)
     if isinstance(value, ModuleType):
-        return f"{prints.of(value)} {_names(value)}"
+        return f"{prints.of(value)} {_names_text(value)}"
     if kind in _VALUE:
-        # Contents of torch.nn modules are guarded at other places.
+        # The attributes of a module have guards of their own.
         return prints.of_class(type(value)) if isinstance(value, nn.Module) else prints.of(value)
     if kind in _CLASS:
-        # No guard records the failed lookup of a key.
-        looked_up = isinstance(value, dict) and not holds_slots(value)
-        keys = sorted(map(prints.loosely, _not_of_torch(value))) if looked_up else ""
+        # No guard says that a key was looked up and not found.
+        may_lack_keys = isinstance(value, dict) and not holds_slots(value)
+        keys = sorted(map(prints.loosely, _without_inductors(value))) if may_lack_keys else ""
         return f"{prints.of_class(type(value))} {digest(keys)}"
     if kind in _LENGTH:
         return f"{prints.of_class(type(value))} {len(value)}"
@@ -207,8 +212,8 @@ def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
         texts = [prints.loosely(key) for key in value] if short else []
         if isinstance(value, (set, frozenset)):
             texts.sort()
-        found = f"{prints.of_class(type(value))} {len(value)} {texts}" if short else ""
-        return f"{found} {prints.loosely(argument)}: {kind in _KEYS or argument in value}"
+        contents = f"{prints.of_class(type(value))} {len(value)} {texts}" if short else ""
+        return f"{contents} {prints.loosely(argument)}: {kind in _KEYS or argument in value}"
     if kind == "HASATTR":
         return f"{prints.of_class(type(value))} {argument}: {hasattr(value, argument)}"
     if kind == "NOT_PRESENT_IN_GENERIC_DICT":
@@ -216,30 +221,29 @@ def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
     raise Undescribed(f"a guard of kind {kind}")
 
 
-def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
-    """The keys without environment variables that Inductor sets at its first compilation."""
+def _without_inductors(keys: dict[Any, Any]) -> Iterable[Any]:
+    """The keys without the environment variables that Inductor sets when it first compiles."""
     if keys is not vars(os.environ).get("_data"):
         return keys
     return [key for key in keys if not os.fsdecode(key).startswith("_TORCH")]
 
 
-def _names(module: ModuleType) -> str:
-    """A Python module's public names, since failed lookups have no guards; none of packages."""
+def _names_text(module: ModuleType) -> str:
+    """A Python module's names, since no guard says that one was not found; "" for packages."""
     plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 
 
 def _argument(guard: Guard) -> Any:
-    """The guard maker's extra argument, where the text depends on it."""
+    """The argument of the guard's maker, if the text depends on it."""
     if isinstance(guard.create_fn, partial) and guard.create_fn_name() in _MEMBER | _ATTRIBUTE:
-        named = guard.create_fn.keywords
-        return (
-            guard.create_fn.args[0] if guard.create_fn.args else named.get("key", named.get("attr"))
-        )
+        maker = guard.create_fn
+        named = maker.keywords.get("key", maker.keywords.get("attr"))
+        return maker.args[0] if maker.args else named
     return None
 
 
-def _bare(guard: Guard) -> Guard:
+def _without_process_state(guard: Guard) -> Guard:
     make = guard.create_fn
     if isinstance(make, partial) and make.func in (
         GuardBuilder.TENSOR_MATCH,
@@ -259,12 +263,12 @@ def _bare(guard: Guard) -> Guard:
     )
 
 
-def _shapes(output: Any) -> ShapeCodeParts:
+def _shape_guards(output: Any) -> ShapeCodeParts:
     """The graph's expressions over sizes, as in `GuardBuilder.SHAPE_ENV`."""
     fakes = output.shape_env.tracked_fakes or []
 
-    def parts(*languages: str) -> list[Any]:
-        found = output.shape_env.produce_guards_verbose(
+    def code_in(*languages: str) -> list[Any]:
+        code = output.shape_env.produce_guards_verbose(
             [item.fake for item in fakes],
             [item.source for item in fakes],
             input_contexts=[item.symbolic_context for item in fakes],
@@ -272,11 +276,11 @@ def _shapes(output: Any) -> ShapeCodeParts:
             ignore_static=True,
             langs=languages,
         )
-        return list(found)
+        return list(code)
 
     if dynamo_config.enable_cpp_symbolic_shape_guards:
         with suppress(OverflowError):  # sizes that C++ cannot hold
-            python, verbose, cpp = parts("python", "verbose_python", "cpp")
+            python, verbose, cpp = code_in("python", "verbose_python", "cpp")
             return ShapeCodeParts(python, verbose, cpp, False, list(cpp.source_to_symbol))
-    python, verbose = parts("python", "verbose_python")
+    python, verbose = code_in("python", "verbose_python")
     return ShapeCodeParts(python, verbose, None, True, [])

@@ -1,9 +1,9 @@
-"""The key of saved graphs, and the meaning of their inputs.
+"""The key of saved graphs, and what their inputs are.
 
-`entry_key` hashes versions and lorafx's sources; the machine; settings of torch, environment
-variables, Options and LoraConfig; the model's modules with code, hooks, attributes and tensors
-(sizes and sharing, not numbers); sites, banks and packs; the compiled function. `SavedInputs`
-records the meaning of inputs, which torch's guards do not.
+`entry_key` hashes all that a graph depends on: versions and lorafx's sources; the machine; settings
+of torch, environment variables, Options and LoraConfig; the model's modules with code, hooks,
+attributes and tensors (sizes and sharing, not numbers); sites, banks, packs; the compiled function.
+`SavedInputs` records what each input is to the model, which no guard of torch says.
 """
 
 from __future__ import annotations
@@ -38,27 +38,28 @@ from lorafx.torch_internals.dynamo import Source
 from lorafx.torch_internals.saved_graphs import TensorProperty, TensorPropertySource
 
 _SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
+#: Prefixes of environment variables that torch, its libraries and lorafx read.
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
 
 #: When this process imported lorafx.
 _IMPORTED = time.time()
 
-#: Results of other graphs and views of weights depend on more than their place.
-_OF_PLACES = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")
+#: Kinds of inputs that their place identifies, unlike results of other graphs and views of weights.
+_KNOWN_BY_PLACE = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")
 
 
 @cache
 def own_sources() -> str:
-    """A hash of lorafx's files. Raises Undescribed if a file changed since it was imported."""
-    found = hashlib.sha256()
+    """A hash of lorafx's files. Raises Undescribed if one has changed since lorafx was imported."""
+    hashed = hashlib.sha256()
     for package in _SOURCES:
         root = Path(str(resources.files(package)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 if path.stat().st_mtime > _IMPORTED:
                     raise Undescribed(f"{path} was written after this process had read it")
-                found.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return found.hexdigest()
+                hashed.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return hashed.hexdigest()
 
 
 @cache
@@ -67,8 +68,8 @@ def machine() -> str:
     features = ""
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text(errors="replace").splitlines()
-        kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-        features = "\n".join(sorted(kept))
+        relevant = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+        features = "\n".join(sorted(relevant))
     packages = sorted(
         path.name
         for folder in sys.path
@@ -85,49 +86,50 @@ def machine() -> str:
 
 
 def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
-    """The current key of an entry of a program."""
+    """The key of an entry of a program as everything is now. Raises Undescribed if it has none."""
     prints = Fingerprints({program.runtime._key: "<slots>"})
     options = {k: v for k, v in vars(program.options).items() if k not in ("cache", "dump")}
     texts = [
         *(own_sources(), machine(), str(torch.get_num_threads()), str(torch.get_default_dtype())),
-        *_settings(prints),
+        *_setting_texts(prints),
         prints.loosely(options),
         prints.loosely(program.config),
         prints.loosely(dict(entry)),
         prints.loosely(registrations()),
-        *_model(program, prints),
-        *_program(program, prints),
+        *_module_texts(program, prints),
+        *_program_texts(program, prints),
     ]
     return digest(texts)
 
 
-def _settings(prints: Fingerprints) -> Iterator[str]:
-    # torch's hash of them depends on the process's order of sets.
+def _setting_texts(prints: Fingerprints) -> Iterator[str]:
+    # torch's own hash of its settings depends on the order of sets, which differs by process.
     for config in (dynamo_config, functorch_config, inductor_config):
         values = config.save_config_portable(ignore_private_configs=False)
         for name in sorted(values.keys() - config._compile_ignored_keys):
-            yield f"{name}={prints.of(values[name])}"  # custom passes have no text
+            yield f"{name}={prints.of(values[name])}"  # Undescribed for custom passes
     yield f"{torch.backends.mkldnn.enabled} {torch.get_float32_matmul_precision()}"
     for name in sorted(os.environ):
         if name.startswith(_READ_BY_TORCH) and not name.endswith(("CACHE_DIR", "_DUMP")):
             yield f"{name}={os.environ[name]}"
 
 
-def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
-    seen: dict[int, int] = {}
-    objects: dict[int, int] = {}
-    memory: dict[Any, int] = {}
+def _module_texts(program: Program, prints: Fingerprints) -> Iterator[str]:
+    module_numbers: dict[int, int] = {}
+    tensor_numbers: dict[int, int] = {}
+    memory_numbers: dict[Any, int] = {}
 
     def tensor(value: Tensor) -> str:
-        same = objects.setdefault(id(value), len(objects))
-        place = memory.setdefault(storage_key(value), len(memory))
-        where = value.storage_offset() if value.layout is torch.strided else ""
+        number = tensor_numbers.setdefault(id(value), len(tensor_numbers))
+        storage = memory_numbers.setdefault(storage_key(value), len(memory_numbers))
+        offset = value.storage_offset() if value.layout is torch.strided else ""
         strides = value.stride() if value.layout is torch.strided else ""
-        shape = f"{tuple(value.shape)} {strides} at {where} of {place}"
-        return f"{prints.tensor(value)} {shape} object {same}"
+        shape = f"{tuple(value.shape)} {strides} at {offset} of {storage}"
+        return f"{prints.tensor(value)} {shape} object {number}"
 
     for path, module in program.model.named_modules(remove_duplicate=False):
-        yield f"{path} {seen.setdefault(id(module), len(seen))} {prints.of_class(type(module))}"
+        number = module_numbers.setdefault(id(module), len(module_numbers))
+        yield f"{path} {number} {prints.of_class(type(module))}"
         for name, value in vars(module).items():
             if name == "_modules":
                 children = {key: child is None for key, child in value.items()}
@@ -145,7 +147,7 @@ def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
                 yield f"{name} {prints.loosely(value)}"
 
 
-def _program(program: Program, prints: Fingerprints) -> Iterator[str]:
+def _program_texts(program: Program, prints: Fingerprints) -> Iterator[str]:
     runtime = program.runtime
     yield repr((runtime.capacity, runtime.device, runtime.graph_passes))
     for site in program.sites:
@@ -153,28 +155,28 @@ def _program(program: Program, prints: Fingerprints) -> Iterator[str]:
     places = {id(site): index for index, site in enumerate(program.sites)}
     for group in program.groups:
         yield repr(([places[id(site)] for site in group.sites], group.offsets, group.firsts))
-        yield _bank(group.bank, prints)
+        yield _bank_text(group.bank, prints)
     for packed in program.packed:
-        biases = None if packed.bias is None else _sizes(packed.bias)
+        biases = None if packed.bias is None else _layout_text(packed.bias)
         index = program.groups.index(packed.group)
-        yield repr((index, _sizes(packed.weight), biases))
+        yield repr((index, _layout_text(packed.weight), biases))
 
 
-def _bank(bank: Bank, prints: Fingerprints) -> str:
-    tensors = {name: f"{prints.tensor(t)} {_sizes(t)}" for name, t in bank.tensors.items()}
+def _bank_text(bank: Bank, prints: Fingerprints) -> str:
+    tensors = {name: f"{prints.tensor(t)} {_layout_text(t)}" for name, t in bank.tensors.items()}
     return f"{bank.kind} {bank.experts} {tensors}"
 
 
-def _sizes(tensor: Tensor) -> str:
+def _layout_text(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
 
 
 def can_save(program: Program) -> bool:
-    """Whether the key covers all dependencies of this program's graphs. Generated Triton, numeric
-    checks, custom passes, quantised bases and global module hooks depend on more."""
+    """Whether the key covers all that this program's graphs depend on. It does not for generated
+    Triton, numeric checks, custom passes, quantised bases and hooks on all modules."""
     options = program.options
-    # PyTorch's global module hooks, whose guards Dynamo omits.
-    of_all_modules = (
+    # PyTorch's hooks on all modules, which Dynamo does not guard.
+    global_hooks = (
         value
         for name, value in vars(torch.nn.modules.module).items()
         if name.startswith("_global_forward_") and isinstance(value, dict)
@@ -184,13 +186,13 @@ def can_save(program: Program) -> bool:
         and options.lowering in ("inductor", "reference")
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
-        and not program.quantised.found
-        and not any(of_all_modules)
+        and not program.quantised.entries
+        and not any(global_hooks)
     )
 
 
 def source_files(codes: Iterable[CodeType]) -> dict[str, str]:
-    """Hashes of the code's files; other code is identified by bytecode (`fingerprints.py`)."""
+    """Hashes of the files that these code objects come from."""
     names = sorted({code.co_filename for code in codes})
     return {name: hashed for name in names if (hashed := hash_of_file(name)) is not None}
 
@@ -202,23 +204,23 @@ def hash_of_file(name: str) -> str | None:
 
 @dataclass
 class SavedInputs:
-    """Dynamo's place of each input, and its meaning. A size's place is its tensor's."""
+    """Where Dynamo finds each input, and a text of what it is. A size is found by its tensor."""
 
     places: list[Source | None]
     texts: list[str]
 
     @classmethod
     def of(cls, graph: Captured, program: Program) -> SavedInputs:
-        """Raises Undescribed where an input depends on more than the model and the call."""
+        """Raises Undescribed if an input depends on more than the model and the call."""
         places: list[Source | None] = []
         for item, source in zip(graph.frame.inputs, graph.sources, strict=True):
-            if item.kind not in _OF_PLACES or item.derived is not None:
+            if item.kind not in _KNOWN_BY_PLACE or item.derived is not None:
                 raise Undescribed(f"{item.label} was made outside of the graph")
             sized = isinstance(source, TensorPropertySource)
             if source is None or (item.counts and not sized):
                 raise Undescribed(f"where {item.label} comes from is not known")
             places.append(source if item.kind != "symbol" or sized else None)
-        return cls(places, [_text(item, program) for item in graph.frame.inputs])
+        return cls(places, [_input_text(item, program) for item in graph.frame.inputs])
 
     def hold(self, program: Program, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> bool:
         known, arguments = program.known_tensors(), program.call_arguments()
@@ -229,20 +231,20 @@ class SavedInputs:
                 continue
             if isinstance(place, TensorPropertySource):
                 whole = value_at(place.base, f_locals, f_globals, seen)
-                item = FrameInput("symbol", "", counts=_counts(place, whole, arguments))
+                item = FrameInput("symbol", "", counts=_counts_rows(place, whole, arguments))
             else:
                 value = value_at(place, f_locals, f_globals, seen)
                 if not isinstance(value, Tensor):
                     return False
                 values.append(value)
                 item = _input(value, known, arguments)
-            if _text(item, program) != text:
+            if _input_text(item, program) != text:
                 return False
         return not program.derived.inputs(values, known, arguments)
 
 
 def _input(value: Tensor, known: dict[int, FrameInput], arguments: dict[int, Role]) -> FrameInput:
-    """As in `Frame.of`, except for results of earlier graphs."""
+    """The input, as in `Frame.of` except for results of earlier graphs."""
     if id(value) in known:
         return known[id(value)]
     if id(value) in arguments:
@@ -250,14 +252,14 @@ def _input(value: Tensor, known: dict[int, FrameInput], arguments: dict[int, Rol
     return FrameInput("state" if value.dim() == 0 else "unknown", "")
 
 
-def _counts(place: TensorPropertySource, whole: Any, arguments: dict[int, Role]) -> bool:
+def _counts_rows(place: TensorPropertySource, whole: Any, arguments: dict[int, Role]) -> bool:
     role = arguments.get(id(whole))
     if place.prop is not TensorProperty.SIZE or role is None or not role.known:
         return False
     return role.dim == place.idx and whole.shape[place.idx] > 1
 
 
-def _text(item: FrameInput, program: Program) -> str:
+def _input_text(item: FrameInput, program: Program) -> str:
     group = None if item.group is None else program.groups.index(item.group)
     holder = None if item.holder is None else str(item.holder)
     label = item.label if item.kind in ("bank", "packed") else ""

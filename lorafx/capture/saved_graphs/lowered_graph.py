@@ -1,8 +1,8 @@
-"""The lowered graph in a file, and its companions.
+"""Pickles of a lowered graph and of what belongs to it.
 
-lorafx's generated kernels are found by a hash of their source, and rebuilt. A pickle refers to
-existing objects: a site, a group, the program, a module by its place in the program, and stand-ins
-for names that each process chooses. Tensors are refused.
+lorafx's generated kernels are rebuilt, and compared by a hash of their source. The program, its
+sites, groups and modules are pickled as references by their place in the program, and names that
+each process chooses as stand-ins. Tensors are refused.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from lorafx.torch_internals.saved_graphs import (
     Options,
 )
 
-#: Numbers in a literal tensor of the model's code, such as `torch.tensor([])`.
-_CONSTANT = 1024
+#: The most elements of a tensor that the model's code makes of literals, as `torch.tensor([1, 2])`.
+_MAX_LITERALS = 1024
 
 Boxed = Callable[[list[Any]], Any]
 
-#: Process-specific names of Dynamo and lorafx -> stand-ins in files.
+#: Stand-ins in files -> names of Dynamo and lorafx in this process.
 PortableNames = Mapping[str, str]
 
-#: The slots of the program's marks, the global of the compiled graph, and the global of built-in
-#: functions. `<module x>` is the global of Python's module x.
+#: Stand-ins for the key of the slots of the program's marks, for the global of the compiled graph,
+#: and for that of built-in functions. `<module x>` stands for the global of Python's module x.
 SLOTS, GRAPH, BUILTINS = "<slots>", "<graph>", "<builtins>"
 
 
 @dataclass
 class SavedLowered:
-    """A graph: `operators` of plain aten, or `compiled` by Inductor."""
+    """A lowered graph and its kernels: `operators` of plain aten, or `compiled` by Inductor."""
 
     kernels: dict[DeltaSpec, int]
     operators: bytes | None = None
@@ -58,13 +58,13 @@ class SavedLowered:
     @classmethod
     def of(cls, lowered: Any, kernels: Mapping[DeltaSpec, int]) -> SavedLowered:
         if isinstance(lowered, NodeByNode):
-            return cls(dict(kernels), operators=_operators(lowered.graph_module))
+            return cls(dict(kernels), operators=_pickled_operators(lowered.graph_module))
         if isinstance(lowered, CompiledFxGraph):
-            return cls(dict(kernels), compiled=_compiled(lowered))
+            return cls(dict(kernels), compiled=_pickled_by_inductor(lowered))
         raise Undescribed(f"a graph lowered to {type(lowered).__name__}")
 
     def load(self) -> Boxed:
-        """The runnable graph. Raises Undescribed where a kernel has changed."""
+        """The graph as a function. Raises Undescribed if a kernel differs from the saved one."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
             dense.ready(dtype)
@@ -72,37 +72,37 @@ class SavedLowered:
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")
         if self.compiled is not None:
-            return _from_inductor(self.compiled)
+            return _loaded_by_inductor(self.compiled)
         assert self.operators is not None
         gm: Any = GraphPickler.loads(self.operators, FakeTensorMode(shape_env=ShapeEnv()))
         gm.recompile()
         return NodeByNode(gm)
 
 
-def _few_numbers(tensors: Mapping[str, torch.Tensor]) -> None:
+def _refuse_weights(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
-        if value.numel() > _CONSTANT or isinstance(value, torch.nn.Parameter):
+        if value.numel() > _MAX_LITERALS or isinstance(value, torch.nn.Parameter):
             raise Undescribed(f"a graph that holds a tensor of its own, {name}")
 
 
-def _operators(gm: fx.GraphModule) -> bytes:
-    _few_numbers(dict(gm.named_parameters()) | dict(gm.named_buffers()))
-    bare = copy(gm)
-    bare.meta = {}
+def _pickled_operators(gm: fx.GraphModule) -> bytes:
+    _refuse_weights(dict(gm.named_parameters()) | dict(gm.named_buffers()))
+    without_meta = copy(gm)
+    without_meta.meta = {}
     options = Options(ops_filter=None, node_metadata_key_filter=lambda key: False)
-    return GraphPickler.dumps(bare, options)
+    return GraphPickler.dumps(without_meta, options)
 
 
-def _compiled(graph: CompiledFxGraph) -> bytes:
-    _few_numbers(graph.constants or {})
+def _pickled_by_inductor(graph: CompiledFxGraph) -> bytes:
+    _refuse_weights(graph.constants or {})
     if graph.frozen_param_names:
         raise Undescribed("a graph with frozen weights")
-    kept = copy(graph)
-    kept.prepare_for_serialization()
-    return pickle.dumps(kept)
+    serialisable = copy(graph)
+    serialisable.prepare_for_serialization()
+    return pickle.dumps(serialisable)
 
 
-def _from_inductor(data: bytes) -> Boxed:
+def _loaded_by_inductor(data: bytes) -> Boxed:
     forward = BundledCompiledForward(pickle.loads(data))
     settings: Any = {
         "cudagraphs": BoxedBool(False),
@@ -110,12 +110,12 @@ def _from_inductor(data: bytes) -> Boxed:
         "is_backward": False,
     }
     with outside_of_frames():
-        found: Boxed = forward.post_compile(forward.load([]), settings)
-    return found
+        function: Boxed = forward.post_compile(forward.load([]), settings)
+    return function
 
 
 def renamed(text: str, names: PortableNames) -> str:
-    """`text` with these names replaced, alone or in an expression."""
+    """`text` with these names replaced: the whole text, or names in quotes in an expression."""
     if text in names:
         return names[text]
     for before, after in names.items():
@@ -125,14 +125,14 @@ def renamed(text: str, names: PortableNames) -> str:
 
 
 def dump(value: object, program: Program, names: PortableNames) -> bytes:
-    """The pickle of `value`. Raises Undescribed for tensors, and `pickle`'s errors."""
+    """The pickle of `value`. Raises Undescribed for a tensor or module, and `pickle`'s errors."""
     buffer = io.BytesIO()
     _Pickler(buffer, program, names).dump(value)
     return buffer.getvalue()
 
 
 def load(data: bytes, program: Program, names: PortableNames) -> Any:
-    """The unpickled value, with the program's objects."""
+    """The value of a pickle, with references resolved in this program."""
     return _Unpickler(io.BytesIO(data), program, names).load()
 
 
@@ -140,22 +140,22 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, program: Program, names: PortableNames) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._names = {name: stand_in for stand_in, name in names.items()}
-        self._places: dict[int, tuple[str, Any]] = {
+        self._references: dict[int, tuple[str, Any]] = {
             id(program): ("program", None),
             id(program.runtime): ("runtime", None),
             id(program.model): ("module", ""),
         }
         for path, module in program.model.named_modules():
-            self._places[id(module)] = "module", path
+            self._references[id(module)] = "module", path
         for kind, items in (("site", program.sites), ("group", program.groups)):
-            self._places.update((id(item), (kind, index)) for index, item in enumerate(items))
+            self._references.update((id(item), (kind, index)) for index, item in enumerate(items))
 
     def persistent_id(self, value: Any) -> tuple[str, Any] | None:
         if isinstance(value, str):
             text = renamed(value, self._names)
             return None if text == value else ("text", text)
-        if id(value) in self._places:
-            return self._places[id(value)]
+        if id(value) in self._references:
+            return self._references[id(value)]
         if isinstance(value, (Tensor, nn.Module)):
             raise Undescribed(f"a {type(value).__name__} in the graph's own data")
         return None
@@ -172,14 +172,14 @@ class _Unpickler(pickle.Unpickler):
         self._program, self._names = program, names
 
     def persistent_load(self, place: tuple[str, Any]) -> Any:
-        kind, where = place
+        kind, position = place
         program = self._program
         if kind == "text":
-            return renamed(where, self._names)
+            return renamed(position, self._names)
         if kind == "site":
-            return program.sites[where]
+            return program.sites[position]
         if kind == "group":
-            return program.groups[where]
+            return program.groups[position]
         if kind == "module":
-            return program.model.get_submodule(where)
+            return program.model.get_submodule(position)
         return program if kind == "program" else program.runtime

@@ -1,10 +1,10 @@
-"""Saved graphs of an entry, tried before Dynamo traces.
+"""Saved graphs of an entry, which are tried before Dynamo traces.
 
-    Dynamo asks for a frame → a saved graph whose guards hold here → its bytecode, guards, graph
-                            → none: Dynamo traces; the result is saved for the next process
+    Dynamo converts a frame → a saved graph's guards hold: its bytecode, guards and graph are used
+                            → none fits: Dynamo traces, and the result is saved
 
-Only graphs that are a whole call are saved: one frame, one graph, no break. Errors in here never
-fail a call.
+Only a graph that serves a whole call is saved: one frame without a graph break. An error in this
+module never fails a call.
 """
 
 from __future__ import annotations
@@ -63,42 +63,43 @@ from lorafx.torch_internals.saved_graphs import (
 )
 
 _MODULE = "<module "
-_MOST = 64  # files of a key that are tried
+#: The most files of a key that are tried, the newest.
+_MAX_FILES = 64
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an `entry` of the program; `option` is `Options.cache`."""
+    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`."""
 
     def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
         self._backend, self._option, self._entry = backend, option, entry
-        #: Files of graphs that Dynamo has.
+        #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Select and note the guards of a new graph."""
+        """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
         kept = self._backend.keep_guards(guards)
         if self._conversion is not None:
             self._conversion.note_guards(guards, kept)
         return kept
 
     def converted(
-        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
+        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
-        """Dynamo's `convert` for the entry's frame, with saved graphs. Dynamo holds its lock."""
-        home = self._home(frame)
-        if home is None:
-            return convert(frame, *rest, **named)
-        found = self._load(*home, frame, rest)
-        if found is not None:
-            return found
-        with self._noting() as conversion:
-            result = convert(frame, *rest, **named)
+        """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
+        place = self._folder_and_key(frame)
+        if place is None:
+            return convert(frame, *arguments, **kwargs)
+        loaded = self._load(*place, frame, arguments)
+        if loaded is not None:
+            return loaded
+        with self._noting_conversion() as conversion:
+            result = convert(frame, *arguments, **kwargs)
         if result.guarded_code is not None:
-            self._save(*home, result.guarded_code, conversion)
+            self._save(*place, result.guarded_code, conversion)
         return result
 
-    def _home(self, frame: Any) -> tuple[Path, str] | None:
+    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | None:
         program = self._backend.program
         try:
             program.look_at_modules()
@@ -111,12 +112,12 @@ class SavedGraphs:
                 return None
             key = entry_key(program, {**self._entry, "code": frame.f_code})
             return folders.folder_of(self._option), key
-        except Exception as error:  # of the model's attributes or the file system
+        except Exception as error:  # from the model's attributes or the file system
             _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
             return None
 
     @contextmanager
-    def _noting(self) -> Iterator[_Conversion]:
+    def _noting_conversion(self) -> Iterator[_Conversion]:
         self._conversion = conversion = _Conversion(self._backend.program)
         self._backend.noted = conversion.note_graph
         try:
@@ -124,9 +125,9 @@ class SavedGraphs:
         finally:
             self._conversion = self._backend.noted = None
 
-    def _save(self, folder: Path, key: str, made: GuardedCode, conversion: _Conversion) -> None:
+    def _save(self, folder: Path, key: str, code: GuardedCode, conversion: _Conversion) -> None:
         try:
-            body, record = conversion.body(made)
+            body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
         except OSError as error:
@@ -135,28 +136,28 @@ class SavedGraphs:
             conversion.tell(f"not saved: {error}")
 
     def _load(
-        self, folder: Path, key: str, frame: Any, rest: Sequence[Any]
+        self, folder: Path, key: str, frame: Any, arguments: Sequence[Any]
     ) -> ConvertFrameReturn | None:
         if not _debug_get_cache_entry_list(frame.f_code):
             self._loaded.clear()  # Dynamo was reset
-        for path in folders.files(folder, key)[-_MOST:]:
+        for path in folders.files(folder, key)[-_MAX_FILES:]:
             if path in self._loaded:
                 continue
             start = time.perf_counter()
             try:
-                found = _loaded(self._backend, frame, rest, folders.read(path, key))
+                code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
             except Exception as error:
-                _warn(f"{path} is of no use, so its graph is compiled anew: {error!r}")
+                _warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
                     path.unlink()
                 continue
-            if found is not None:
+            if code is not None:
                 self._loaded.add(path)
                 record = self._backend.records[-1]
                 record.seconds["loading"] = time.perf_counter() - start
                 record.reason = record.saved
                 tell(record, type(self._backend.program.model).__name__)
-                return found
+                return code
         return None
 
 
@@ -165,6 +166,8 @@ def _warn(text: str) -> None:
 
 
 class _Conversion:
+    """What is noted of one conversion by Dynamo, to save its graph."""
+
     def __init__(self, program: Program) -> None:
         self._program = program
         self._graphs: list[Captured] = []
@@ -191,37 +194,37 @@ class _Conversion:
         for graph in self._graphs:
             graph.record.saved = text
 
-    def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
-        """A file's contents, and the record; Undescribed for graphs that cannot be saved."""
+    def body(self, guarded_code: GuardedCode) -> tuple[bytes, GraphRecord]:
+        """A file's contents, and the graph's record. Raises Undescribed if it cannot be saved."""
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
         (graph,), parts = self._graphs, self._graphs[0].parts
         if parts.wrappers is None or not parts.whole:
-            raise Undescribed("it is not in one piece")
+            raise Undescribed("it cannot be rebuilt from its parts")
         if parts.foreign:
-            raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
+            raise Undescribed(f"operators of other packages: {', '.join(parts.foreign)}")
         if not graph.frame.begins_call or graph.frame.follows_another:
             raise Undescribed("it does not begin with the arguments of a call")
-        names = self._names(made.code)
-        first = {
+        names = self._portable_names(guarded_code.code)
+        compared = {
             "guards": guards,
             "imports": dict(output.import_sources),
             "files": source_files(output.tracing_context.traced_code),
             "inputs": SavedInputs.of(graph, self._program),
         }
-        second = {
-            "code": SerializedCode.from_code_object(made.code),
+        loaded = {
+            "code": SerializedCode.from_code_object(guarded_code.code),
             "lowered": SavedLowered.of(parts.lowered, parts.kernels),
             "parts": replace(parts, lowered=None, kernels={}),
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
         }
         modules = {name: name[len(_MODULE) : -1] for name in names if name.startswith(_MODULE)}
-        halves = [dump(half, self._program, names) for half in (first, second)]
+        halves = [dump(half, self._program, names) for half in (compared, loaded)]
         return pickle.dumps((json.dumps(modules), *halves)), graph.record
 
-    def _names(self, code: CodeType) -> PortableNames:
+    def _portable_names(self, code: CodeType) -> PortableNames:
         assert self._guards is not None
         names = {SLOTS: self._program.runtime._key, BUILTINS: self._guards.builtins_name}
         for name in sorted(set(self._output.installed_globals) - set(names.values())):
@@ -237,53 +240,53 @@ class _Conversion:
         return names
 
 
-def _loaded(
-    backend: Backend, frame: Any, rest: Sequence[Any], body: bytes
+def _load_conversion(
+    backend: Backend, frame: Any, arguments: Sequence[Any], body: bytes
 ) -> ConvertFrameReturn | None:
-    """Dynamo's conversion result from a file's contents; None for another call's graph."""
+    """The result of a conversion from a file's contents; None if its graph is not for this call."""
     program = backend.program
-    # In pieces, since most files are of other calls.
+    # In two halves, since most files are of other calls, as the first half shows.
     modules, first_half, second_half = pickle.loads(body)
     names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
     added: dict[str, Any] = {}
     for stand_in, module in json.loads(modules).items():
         names[stand_in] = unique_id("__module")
         added[names[stand_in]] = importlib.import_module(module)
-    first = load(first_half, program, names)
-    if any(hash_of_file(name) != was for name, was in first["files"].items()):
+    compared = load(first_half, program, names)
+    if any(hash_of_file(name) != saved_hash for name, saved_hash in compared["files"].items()):
         return None
     f_globals, f_locals = frame.f_globals, frame.f_locals
     built_in = f_globals["__builtins__"]
     added[names[BUILTINS]] = built_in if isinstance(built_in, dict) else vars(built_in)
-    for alias, module in first["imports"].items():
+    for alias, module in compared["imports"].items():
         added[alias] = importlib.import_module(module)
     if any(f_globals.get(name, value) is not value for name, value in added.items()):
         return None
     f_globals.update(added)
-    guards: SavedGuards = first["guards"]
+    guards: SavedGuards = compared["guards"]
     prints = Fingerprints({program.runtime._key: SLOTS})
     same = guards.hold(f_locals, f_globals, prints)
-    if not same or not first["inputs"].hold(program, f_locals, f_globals):
+    if not same or not compared["inputs"].hold(program, f_locals, f_globals):
         return None
     manager = guards.manager(frame.f_code, f_locals, f_globals)
     if not manager.check(f_locals):
         return None
     names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
-    second = load(second_half, program, names)
-    parts: Parts = second["parts"]
+    loaded = load(second_half, program, names)
+    parts: Parts = loaded["parts"]
     title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
-    record = GraphRecord(title, saved="loaded from the folder", **second["record"])
-    run = parts.executable(program, second["lowered"].load())
-    code = SerializedCode.to_code_object(second["code"])
+    record = GraphRecord(title, saved="loaded from the folder", **loaded["record"])
+    run = parts.executable(program, loaded["lowered"].load())
+    code = SerializedCode.to_code_object(loaded["code"])
     hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
     CleanupManager.instance[code] = [hook]
     input_codes.add(frame.f_code)
     output_codes.add(code)
     orig_code_map[code] = frame.f_code
-    reached, replaced = second["reached"]
+    reached, replaced = loaded["reached"]
     program.reached.update(reached)
     program.replaced.update(replaced)
     backend.records.append(record)
-    compile_id = get_compile_id(rest[2])
-    made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
-    return wrap_guarded_code(made)
+    compile_id = get_compile_id(arguments[2])
+    guarded_code = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
+    return wrap_guarded_code(guarded_code)

@@ -1,11 +1,11 @@
-"""Requests of the engine, each with its adapter, the blocks of the cache that they share, and what
-the engine hands back of them. Forks, and what becomes of a request that is put off, keep the
-adapter in its version.
+"""Requests of the engine, each with its adapter; the blocks of the cache that they share; and their
+outputs. Forks of a request, and the request that replaces an offloaded one, keep the version of
+its adapter.
 
-transformers finds blocks again by a hash of their tokens and of those before them. Here the first
-tokens of a sequence are hashed together with the versions of its adapter and of the base weights,
-on which keys and values depend. Of an aLoRA adapter these are the tokens that end with the first of
-its invocation: it shares the blocks before them with the base.
+transformers finds cached blocks by a hash of their tokens and of those before them. Keys and values
+also depend on the versions of the adapter and of the base weights, so the first tokens of a
+sequence are replaced by a digest of themselves and these versions. For an aLoRA adapter the digest
+ends at the first token of the invocation, so that blocks before it are shared with the base.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from lorafx.adapter_store.stored import Hold
 from lorafx.runtime.session import Session
 
-#: Tokens that carry the salt: as many 32-bit numbers as a digest has, at most.
+#: The largest number of tokens that are replaced by a digest, as its 32-bit integers.
 _SALTED = hashlib.blake2b.MAX_DIGEST_SIZE // 4
 
 
 @dataclass
 class AdapterRequest(RequestState):
-    """A request of the engine, with its adapter (`hold`, None for the base), which is active from
-    the token `begins` on (aLoRA), and a number for the base `weights` that it began with."""
+    """A request of the engine. `hold` is its adapter, None for the base; it is active from the
+    token `begins` on (aLoRA). `weights` is the version of the base weights that it began with."""
 
     hold: Hold | None = None
     weights: int = 0
@@ -41,16 +41,16 @@ class AdapterRequest(RequestState):
 
     @property
     def salt(self) -> int:
-        """What its keys and values depend on besides its tokens, from the token `begins` on, in
-        128 bits; 0 is the base, as it was first."""
+        """The versions of adapter and base weights in 128 bits, on which keys and values depend
+        from the token `begins` on; 0 for the base with its first weights."""
         return (0 if self.hold is None else self.hold.stored.version) << 64 | self.weights
 
     def inactive(self, count: int) -> int:
-        """How many of the last `count` tokens its adapter leaves to the base."""
+        """How many of the last `count` tokens are before the adapter begins."""
         return min(max(self.begins - (self.position_offset - count), 0), count)
 
     def fork(self, new_request_id: str) -> RequestState:
-        """A further sequence, which shares the hold: the rest is copied deeply."""
+        """Another sequence of the request, which shares the hold and copies everything else."""
         hold, self.hold = self.hold, None
         try:
             forked: Any = super().fork(new_request_id)
@@ -61,25 +61,25 @@ class AdapterRequest(RequestState):
 
     def create_equivalent_initial_request(self) -> RequestState:
         """The request from its start, with the tokens that it has generated in the prompt."""
-        again = super().create_equivalent_initial_request()
-        given = {f.name: getattr(again, f.name) for f in fields(RequestState) if f.init}
-        return AdapterRequest(**given, hold=self.hold, begins=self.begins)
+        state = super().create_equivalent_initial_request()
+        values = {f.name: getattr(state, f.name) for f in fields(RequestState) if f.init}
+        return AdapterRequest(**values, hold=self.hold, begins=self.begins)
 
 
 def hold_of(state: RequestState) -> Hold | None:
-    """The adapter of a request; None is the base model, also for requests that the engine makes to
-    warm up."""
+    """The adapter of a request; None for the base model, and for the engine's own requests while it
+    warms up."""
     return state.hold if isinstance(state, AdapterRequest) else None
 
 
-def further(name: str, count: int) -> list[str]:
-    """The names of `count` further sequences of a request."""
+def fork_names(name: str, count: int) -> list[str]:
+    """The names that transformers gives `count` forks of a request."""
     return [f"{name}__child#{i}" for i in range(count)]
 
 
 class EngineOutputs(OutputRouter):
-    """transformers' router, with the names of the requests under way. Where a request fails before
-    its further sequences have begun, they fail with it."""
+    """transformers' router, which also keeps the names of running requests. If a request fails
+    before it is forked, its forks fail with it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,69 +87,69 @@ class EngineOutputs(OutputRouter):
         self._names_lock = threading.Lock()
 
     def begin(self, name: str, count: int) -> bool:
-        """Note a request with `count` further sequences; False where one of the names is that of a
-        request under way."""
-        names = {name, *further(name, count)}
+        """Add a request that will have `count` forks. Returns False, and adds nothing, if one of
+        the names is that of a running request."""
+        names = {name, *fork_names(name, count)}
         with self._names_lock:
             if names & self._names:
                 return False
             self._names |= names
             return True
 
-    def _end(self, names: Iterable[str]) -> None:
+    def _remove(self, names: Iterable[str]) -> None:
         with self._names_lock:
             self._names.difference_update(names)
 
-    def gone(self, state: RequestState) -> None:
-        """A request was cancelled: nothing of it is handed back."""
-        self._end([state.request_id, *further(state.request_id, state.num_children)])
+    def cancelled(self, state: RequestState) -> None:
+        """Remove a request that was cancelled, which has no output."""
+        self._remove([state.request_id, *fork_names(state.request_id, state.num_children)])
 
     def deliver(self, output: GenerationOutput) -> None:
         if output.is_finished():
-            self._end([output.request_id])
+            self._remove([output.request_id])
         super().deliver(output)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        self._end(output.request_id for output in outputs if output.is_finished())
+        self._remove(output.request_id for output in outputs if output.is_finished())
         super().deliver_batch(outputs)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         super().fail_and_deliver(state, error)
-        names, state.num_children = further(state.request_id, state.num_children), 0
+        names, state.num_children = fork_names(state.request_id, state.num_children), 0
         for name in names:
             self.deliver(dataclasses.replace(state.to_generation_output(), request_id=name))
 
 
 class AdapterPages(PagedAttentionCache):
-    """A cache of the engine's whose blocks are shared among requests of one adapter version.
+    """A cache of the engine whose blocks are shared among requests of one adapter version.
 
     Attributes:
-        waiting: the request that waits under this name, or None.
-        session: of the model that is served.
+        waiting: returns the waiting request of a name, or None.
+        session: the session of the served model.
     """
 
     waiting: Callable[[str], RequestState | None]
     session: Session
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        """How many of the prompt's tokens are in the cache, written by the same adapter."""
+        """How many of the prompt's tokens are in the cache, computed by the same adapter."""
         state, base = self.waiting(request_id), self.session.base
         if isinstance(state, AdapterRequest):
-            # Blocks that it fills after new weights were loaded are not for those that come then.
+            # New weights change this number, so later requests do not find the blocks of this one.
             state.weights = 2 * self.session.counts.writes + (base.merged is not None)
         return int(super().search_prefix_match(request_id, self._salted(state, prompt_ids)))
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
-        """Let others find the blocks that the request's last step completed."""
-        if not complete_blocks:  # as after most steps: the tokens of all its steps are not needed
+        """Let other requests find the blocks that the last step of this one completed."""
+        if not complete_blocks:  # the usual case, in which no list of tokens is built
             return
-        seen: Any = SimpleNamespace(
+        salted: Any = SimpleNamespace(
             request_id=state.request_id,
             status=state.status,
             initial_tokens=self._salted(state, state.initial_tokens + state.generated_tokens),
             generated_tokens=[],
         )
-        super().mark_complete_blocks(seen, complete_blocks)
+        super().mark_complete_blocks(salted, complete_blocks)
 
     def _salted(self, state: RequestState | None, tokens: list[int]) -> list[int]:
         if not isinstance(state, AdapterRequest):
@@ -157,14 +157,14 @@ class AdapterPages(PagedAttentionCache):
         count = min(_SALTED, *(a.tokens_per_page for a in self.cache_allocators.values()))
         if not state.begins:
             return _with_salt(tokens, state.salt, count)
-        # No block with the token at which the adapter begins lacks these, or what goes before it.
+        # The hash of a block with the token `begins`, or a later one, contains all these tokens.
         first = max(state.begins - count + 1, 0)
         return _with_salt(_with_salt(tokens, state.weights, count), state.salt, count, first)
 
 
 def _with_salt(tokens: Sequence[int], salt: int, count: int, first: int = 0) -> list[int]:
-    """`tokens` with `count` of them, from `first` on, replaced by a digest of those and `salt`; as
-    they are where the salt is 0, and where there are fewer, which fill no block."""
+    """`tokens`, of which `count` from `first` on are replaced by a digest of them and of `salt`;
+    unchanged if the salt is 0, or if there are fewer tokens, which fill no block."""
     end = first + count
     if not salt or len(tokens) < end:
         return list(tokens)

@@ -1,8 +1,8 @@
 """The attention of a model while an engine runs it, and the pages that it reads.
 
-It is sdpa, or eager attention over pages, which here may be in graphs and knows `softcap`, other
-than transformers'. A compiled forward is given the tensor of all pages, which attention hands to
-one operator, `lorafx::paged_cache`: transformers' own `update` writes into views of it.
+It is sdpa, or eager attention over pages, which unlike that of transformers can be in graphs and
+supports `softcap`. A compiled forward takes the tensor of all pages, which attention passes to the
+operator `lorafx::paged_cache`; transformers' own `update` would write into views of it.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from lorafx.runtime.session import Session
 
 T = TypeVar("T")
 
-#: In which its sums in float32 are as exact as attention otherwise is.
+#: The dtypes for which `lorafx::paged_attention`, with its sums in float32, is exact enough.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Types of devices on which it does not make the host wait; "cuda" is ROCm's too.
+#: Types of devices on which it runs without synchronization; "cuda" includes ROCm.
 ATTENDING_DEVICES = ("cpu", "cuda")
 
 #: transformers' name of eager attention over pages.
 EAGER = "paged|eager"
-#: Models with flash attention that have "sdpa" while an engine runs them.
+#: Models with flash attention that use "sdpa" while an engine runs them.
 _SWITCHED: WeakSet[Any] = WeakSet()
 
 
 def served_attention(model: Any) -> str:
-    """The attention that an engine has the model use: "sdpa" or `EAGER`. Raises ConfigError."""
-    # transformers' own engine takes such a model, and then each of its steps fails.
+    """The attention that the model uses while an engine runs it: "sdpa" or `EAGER`. Raises
+    ConfigError if it can use neither, or if another engine has switched its attention."""
+    # transformers' own engine accepts such a model, but each of its steps fails.
     if not (model._supports_attention_backend or model._can_set_attn_implementation()):
         raise ConfigError(
             f"{type(model).__name__} computes attention by itself, not by transformers' attention "
@@ -72,8 +73,8 @@ def served_attention(model: Any) -> str:
 
 
 class EngineAttention:
-    """Switches the attention of a session's model for as long as an engine runs it. Calls beside
-    the engine have no pages: for their length the model has its former attention."""
+    """Switches the attention of a session's model while an engine runs it. Other calls have no
+    pages: during such a call the model has its former attention."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -81,14 +82,14 @@ class EngineAttention:
         self._before: str | None = None
 
     def take(self) -> None:
-        """Have the model use what is served; raises as `served_attention`."""
+        """Switch to the attention that is served. Raises what `served_attention` raises."""
         model = self._model
         served, before = served_attention(model), model.config._attn_implementation
         if served == before:
             return
         with self._session.lock:
             if served == EAGER:
-                self._session.beside = self
+                self._session.outside_engine = self
             else:
                 _SWITCHED.add(model)
                 LOG.warning(
@@ -101,21 +102,21 @@ class EngineAttention:
             self._before = before
 
     def give_back(self) -> None:
-        """Have the model use what it used before, behind a call that is under way."""
+        """Switch to the former attention, after the running call."""
         with self._session.lock:
             before, self._before = self._before, None
             if before is None:
                 return
-            if self._session.beside is self:
-                self._session.beside = None
+            if self._session.outside_engine is self:
+                self._session.outside_engine = None
             _SWITCHED.discard(self._model)
             self._model.set_attn_implementation(before)
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """What `function`, a call beside the engine, returns. The session's lock is held."""
+        """Run `function`, a call outside the engine. The caller holds the session's lock."""
         model = self._model
         if model.config._attn_implementation != EAGER:
-            return function()  # inside of such a call, or the engine has ended
+            return function()  # a nested call, or the engine has ended
         model.set_attn_implementation(self._before)
         try:
             return function()
@@ -134,8 +135,8 @@ def eager_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (1, H, T, D) queries to what the cache holds for them: (1, T, H, D), and the
-    weights, where there are any; transformers' own for a cache that is none of ours.
+    """Attention of queries (1, H, T, D) to the keys and values in the cache: (1, T, H, D), and the
+    weights, or None if they are not computed. For a cache that is no StepCache it is transformers'.
 
     Raises:
         ConfigError: the model adds a bias by position.
@@ -144,17 +145,17 @@ def eager_attention(
     layer: Any = module.layer_idx
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(cache, StepCache):
-        own: Any = eager_paged_attention_forward
-        return own(module, query, key, value, attention_mask, scaling, **kwargs)
+        forward: Any = eager_paged_attention_forward
+        return forward(module, query, key, value, attention_mask, scaling, **kwargs)
     if position_bias is not None:
         raise ConfigError(
             f"{type(module).__name__} cannot compute eager attention over pages: it adds a bias by "
             "position; call generate() for this model, outside continuous batching"
         )
     sinks = getattr(module, "sinks", None)
-    by_request = cache.attend(query, key, value, layer, attention_mask, scaling, softcap, sinks)
-    if by_request is not None:
-        return by_request.transpose(1, 2), None
+    output = cache.attend(query, key, value, layer, attention_mask, scaling, softcap, sinks)
+    if output is not None:
+        return output.transpose(1, 2), None
     key, value = cache.update(key, value, layer, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -179,19 +180,19 @@ ALL_ATTENTION_FUNCTIONS.register(EAGER, eager_attention)
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's part of the cache is; see lorafx.kernels.ops.paged_attention."""
+    """Where a layer's keys and values are, for lorafx.kernels.ops.paged_attention."""
 
     group: int
     first_key: int
     first_value: int
     sentinel: int
     ring: bool
-    row: tuple[int, int, torch.dtype]  # heads, numbers a head
+    row: tuple[int, int, torch.dtype]  # heads, size of a head
 
 
 class WindowGroup(NamedTuple):
-    """Layers that keep a window, in one group, with rows of one size in `table`, (rows, numbers a
-    row). `firsts`, (2 · layers,) int64, is where the keys and values of each layer begin there."""
+    """The layers of one group that keep a window. `table` (rows, size of a row) are the pages in
+    rows of their size; `firsts` (2 · layers,) int64 has the first rows of their keys and values."""
 
     group: int
     sentinel: int
@@ -200,17 +201,17 @@ class WindowGroup(NamedTuple):
 
 
 class StepCache(PagedAttentionCache):
-    """The pages of `cache`, and what one step reads and writes there.
+    """The pages of `cache`, and the rows that one step reads and writes.
 
     Attributes:
-        pages: (bytes,) uint8, all of the cache.
-        places: layer index -> where its keys and values are.
-        kinds: of attention, by transformers' names.
-        read: for each kind of attention, (N,) int64.
-        write: likewise, (T,) int64.
-        seen: likewise, (T, 2) int64, where in `read` the keys of each token's request begin and
-            end; None where attention to one request after the other gains nothing.
-        masks: likewise, the masks of the step, (1, 1, T, N), as the model is given them.
+        pages: (bytes,) uint8, the whole cache.
+        places: layer index -> the position of its keys and values.
+        kinds: the kinds of attention, by transformers' names.
+        read: for each kind, the rows to read, (N,) int64.
+        write: for each kind, the rows to write, (T,) int64.
+        seen: for each kind, the range of each token's request in `read`, (T, 2) int64; None on
+            devices without attention by requests.
+        masks: for each kind, the mask that the model is given, (1, 1, T, N); None like `seen`.
     """
 
     read: Sequence[Tensor] = ()
@@ -219,7 +220,7 @@ class StepCache(PagedAttentionCache):
     masks: Sequence[Tensor | None] = ()
 
     def __init__(self, cache: PagedAttentionCache) -> None:
-        # Not the base's, which would allocate a cache of its own.
+        # The constructor of the base class would allocate another cache.
         self.pages: Tensor = cache.cache_tensor
         self.places = {
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
@@ -239,11 +240,11 @@ class StepCache(PagedAttentionCache):
         seen: Sequence[Tensor | None] | None = None,
         masks: Sequence[Tensor | None] | None = None,
     ) -> StepCache:
-        """For a step that reads and writes these rows. Where nothing is read (transformers gives
-        no rows then), the queries see the new tokens: a graph need not tell the two apart."""
+        """This cache for a step that reads and writes these rows. transformers passes no rows to
+        read if only the new tokens are seen; here these are read, so that one graph serves both."""
         step = copy.copy(self)
         step.read = [
-            rows.clone() if rows.numel() else self._unread(group, new)
+            rows.clone() if rows.numel() else self._rows_of_new(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
         ]
         step.write = [rows.clone() for rows in write]
@@ -251,49 +252,48 @@ class StepCache(PagedAttentionCache):
         step.masks = [None] * len(write) if masks is None else [*masks]
         return step
 
-    def _unread(self, group: int, new: Tensor) -> Tensor:
-        """The rows to read for the new tokens alone, which are written to `new`."""
+    def _rows_of_new(self, group: int, new: Tensor) -> Tensor:
+        """The rows to read in order to see the new tokens only, which are written to `new`."""
         sentinel = self._sentinels.get(group)
         return new.clone() if sentinel is None else torch.full_like(new, sentinel)
 
     def without(self, absent: Tensor, absent_keys: Sequence[Tensor]) -> StepCache:
-        """For the same step without the tokens that are `absent`, (T,) bool, and for each kind of
-        attention the keys that only they see, (N,) bool: nothing is written for them, and instead
-        of their keys zeros are read."""
+        """This cache for the same step without the tokens `absent`, (T,) bool, for which nothing is
+        written, and with zeros for the keys `absent_keys`, (N,) bool for each kind, which only they
+        see."""
         read, write = [], []
         for group, (rows, new) in enumerate(zip(self.read, self.write, strict=True)):
-            unread, unwritten = self._trash[group]
-            unseen = absent_keys[group]
-            if group in self._sentinels:  # those stand for the tokens of the step
-                unseen = unseen & (rows != self._sentinels[group])
-            read.append(rows.masked_fill(unseen, unread))
-            write.append(new.masked_fill(absent, unwritten))
+            trash_read, trash_write = self._trash[group]
+            hidden = absent_keys[group]
+            if group in self._sentinels:  # a sentinel stands for a token of this step
+                hidden = hidden & (rows != self._sentinels[group])
+            read.append(rows.masked_fill(hidden, trash_read))
+            write.append(new.masked_fill(absent, trash_write))
         return self.step(read, write, self.seen, self.masks)
 
-    def kept(self) -> Callable[[Tensor | None], None]:
-        """What puts back the rows that this step overwrites and reads, as windows do, so that it
-        may run again; or those of some tokens, (T,) bool. A full cache gets rows that nobody has
-        read."""
-        found = []
+    def snapshot(self) -> Callable[[Tensor | None], None]:
+        """Save the rows that this step overwrites in layers with a window; elsewhere it writes rows
+        that are unused. The result restores them for all tokens (None), or some, (T,) bool."""
+        saved = []
         for window in self._windows:
             rows = window.firsts[:, None] + self.write[window.group]
-            found.append((window.table, rows, window.table.index_select(0, rows.flatten())))
+            saved.append((window.table, rows, window.table.index_select(0, rows.flatten())))
 
-        def put_back(tokens: Tensor | None) -> None:
-            for table, rows, values in found:
-                back = torch.ones_like(rows, dtype=torch.bool)
+        def restore(tokens: Tensor | None) -> None:
+            for table, rows, values in saved:
+                restored = torch.ones_like(rows, dtype=torch.bool)
                 if tokens is not None:
-                    back &= tokens
-                table.index_copy_(0, rows[back], values[back.flatten()])
+                    restored &= tokens
+                table.index_copy_(0, rows[restored], values[restored.flatten()])
 
-        return put_back
+        return restore
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Write the keys and values (1, H, T, D) of a layer's new tokens; those that its queries
-        see, (1, H, N, D)."""
-        place = self._place(layer_idx, key_states, value_states)
+        """Write the keys and values (1, H, T, D) of a layer's new tokens. Returns those that its
+        queries see, (1, H, N, D)."""
+        place = self._checked(layer_idx, key_states, value_states)
         return PAGED_CACHE(
             key_states,
             value_states,
@@ -319,9 +319,9 @@ class StepCache(PagedAttentionCache):
         cap: float | None,
         sinks: Tensor | None,
     ) -> Tensor | None:
-        """`update`, and the attention of the new tokens to it, (1, H, T, D); None, and nothing is
-        written, where it needs the keys of all requests: the mask is not the step's."""
-        place = self._place(layer_idx, key_states, value_states)
+        """Write the keys and values, and return the attention of the new tokens, (1, H, T, D). If
+        the mask is not the step's, or there is no kernel, return None and write nothing."""
+        place = self._checked(layer_idx, key_states, value_states)
         seen = self.seen[place.group]
         if seen is None or mask is None or mask is not self.masks[place.group]:
             return None
@@ -343,12 +343,12 @@ class StepCache(PagedAttentionCache):
             sinks,
         )
         if query.device.type == "cpu":
-            known = query.dtype in _DTYPES and query.dtype == key_states.dtype
+            has_kernel = query.dtype in _DTYPES and query.dtype == key_states.dtype
         else:
-            known = has_kernels(step)
-        return PAGED_ATTENTION(*step) if known else None
+            has_kernel = has_kernels(step)
+        return PAGED_ATTENTION(*step) if has_kernel else None
 
-    def _place(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
+    def _checked(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
         place = self.places[layer_idx]
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3], states.dtype) != place.row:
@@ -362,7 +362,7 @@ class StepCache(PagedAttentionCache):
 
 def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, ...]:
     rings = [place for place in places if place.ring]
-    found = []
+    groups = []
     for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
         firsts = [
             first
@@ -373,13 +373,14 @@ def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, 
         heads, numbers, dtype = row
         flat, width = pages.view(dtype), heads * numbers
         table = flat[: flat.numel() // width * width].view(-1, width)
-        found.append(WindowGroup(group, sentinel, table, torch.tensor(firsts, device=pages.device)))
-    return tuple(found)
+        rows = torch.tensor(firsts, device=pages.device)
+        groups.append(WindowGroup(group, sentinel, table, rows))
+    return tuple(groups)
 
 
 def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
-    """Where `allocator` keeps the keys and values of a layer; ConfigError where it is none of the
-    two classes that are known here."""
+    """The position of a layer's keys and values. Raises ConfigError if the allocator is of neither
+    class that is known here."""
     cls = type(allocator)
     ring = isinstance(allocator, SlidingAttentionCacheAllocator)
     known = SlidingAttentionCacheAllocator if ring else FullAttentionCacheAllocator

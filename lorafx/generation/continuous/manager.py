@@ -23,16 +23,16 @@ from transformers.generation.continuous_batching.requests import (
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
-from lorafx.generation.alora import column_of, warn_absent
+from lorafx.generation.alora import invocation_columns, warn_absent
 from lorafx.generation.continuous import sampling
 from lorafx.generation.continuous.adapter_requests import (
     AdapterPages,
     AdapterRequest,
     EngineOutputs,
-    further,
+    fork_names,
 )
 from lorafx.generation.continuous.attention import EngineAttention
-from lorafx.generation.continuous.failures import StepHealth, as_told
+from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _COMPILED = "lorafx compiles the model itself"
 _PADDED = "only CUDA graphs and compilation by the engine pad"
-#: What a configuration may ask for that is not served, and why.
+#: Fields of a configuration that are refused -> the reason.
 _REFUSED: Mapping[str, str] = {
     "use_cuda_graph": (
         "a replayed graph runs nothing on the host, where the slot of each token is written and "
@@ -58,7 +58,7 @@ _REFUSED: Mapping[str, str] = {
 }
 #: How a request names its adapter.
 _WAYS = {"adapter": 'adapter="sql", or None for the base'}
-#: The adapter of `set_adapter`.
+#: Stands for the default adapter, set by `set_adapter`.
 DEFAULT: Any = object()
 
 
@@ -66,8 +66,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     """transformers' manager for a compiled model; see its documentation for what is not said here.
 
     Raises:
-        ConfigError: the model cannot be served by the engine, or the configuration asks for what is
-            refused (docs/continuous_batching.md).
+        ConfigError: the engine cannot serve the model, or the configuration asks for something that
+            is refused (docs/continuous_batching.md).
     """
 
     def __init__(
@@ -79,40 +79,40 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     ) -> None:
         self.forwards = forwards
         model: Any = forwards.model
-        given = generation_config or getattr(model, "generation_config", None)
-        if given is None:
+        defaults = generation_config or getattr(model, "generation_config", None)
+        if defaults is None:
             raise ConfigError(
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
         served = served_config(config)
-        per_request = bool(given.do_sample and served.per_request_processors)
+        per_request = bool(defaults.do_sample and served.per_request_processors)
         if per_request and served.return_logprobs:
             raise ConfigError(
                 "ContinuousBatchingConfig(return_logprobs=True) is not served with "
-                "per_request_processors: of a token that is not drawn beside others that are, "
-                "transformers returns that it was certain. Leave one of the two out"
+                "per_request_processors: for a token that is not drawn, in a step where others "
+                "are, transformers returns probability 1. Leave one of the two out"
             )
         self._attention = EngineAttention(forwards.session)
         try:
-            with _possible(model):
+            with _errors_of_engine(model):
                 super().__init__(
                     model=model,
-                    generation_config=sampling.asking(given) if per_request else given,
+                    generation_config=sampling.enabling(defaults) if per_request else defaults,
                     continuous_batching_config=served,
                     **kwargs,
                 )
         except BaseException:
             self._attention.give_back()
             raise
-        self.generation_config = given
+        self.generation_config = defaults
         if per_request:
-            sampling.take_over(self.logit_processor, given)
-        #: In which the thread runs.
+            sampling.replace_in(self.logit_processor, defaults)
+        #: The process in which the engine's thread runs.
         self._process: int | None = None
-        #: Of the thread; `batch_processor` is taken away while that still runs.
+        #: The thread's `batch_processor`, which transformers may remove while the thread runs.
         self._processor: Any = None
-        self._packed = PackedForward(forwards, self._batch)
+        self._packed = PackedForward(forwards, self._requests_of_step)
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
@@ -135,29 +135,28 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Queue a request, and return its name.
 
         Args:
-            adapter: its adapter; None or "__base__" is the base model, and a mapping of names to
-                weights a sum, as in a call of the compiled model. The request keeps the
-                version that is loaded now: loading another under this name, or unloading it, has no
-                effect on requests that have been added. An aLoRA adapter begins at the last
-                occurrence of its invocation tokens in the prompt. Without it, the default of
-                `set_adapter`.
+            adapter: the request's adapter; None or "__base__" is the base model, and a mapping of
+                names to weights a sum, as in a call of the compiled model. The default is that of
+                `set_adapter`. The request keeps the version that is loaded now: replacing or
+                unloading the adapter later has no effect on it. An aLoRA adapter begins at the last
+                occurrence of its invocation tokens in the prompt.
             logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
-                `top_p`, where the engine samples and was given `per_request_processors=True`.
-                Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
-            Otherwise as transformers' own.
+                `top_p`, if the engine samples and was given `per_request_processors=True`.
+                Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 keep all.
+            The other arguments are transformers'.
 
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
-            CapacityError: every slot is pinned to another adapter; or as a call for a sum.
-            ConfigError: `adapter` is no name, or as a call for a sum; or another argument has a
-                value with which no token can be generated.
+            CapacityError: every slot is pinned to another adapter, or a call would refuse the sum.
+            ConfigError: `adapter` is no name, a call would refuse the sum, or no token can be
+                generated with the value of another argument.
             BatchError: the engine is stopping, has failed, or runs in the process that this one was
-                forked from; the model was detached; a request of this name is under way;
-                `input_ids` are not token ids of the model, or none.
+                forked from; the model was detached; a request of this name is running; or
+                `input_ids` are not token ids of the model, or empty.
         """
-        denied = self._denied()
-        if denied is not None:
-            raise BatchError(f"the request was not queued. {denied}") from (
+        reason = self._why_no_requests()
+        if reason is not None:
+            raise BatchError(f"the request was not queued. {reason}") from (
                 self.background_thread_status.fatal_error
             )
         refuse_slips(logit_processor_kwargs, self.add_request, ways=_WAYS)
@@ -165,10 +164,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
-        chosen = sampling.checked_sampling(self.logit_processor, logit_processor_kwargs)
+        values = sampling.checked_sampling(self.logit_processor, logit_processor_kwargs)
         prompt = checked_prompt(self.forwards.model, input_ids)
-        hold, begins = self._held(adapter, prompt)
-        request_id = self._named(request_id)
+        hold, begins = self._hold_adapter(adapter, prompt)
+        request_id = self._register_name(request_id)
         state = AdapterRequest(
             request_id=request_id,
             initial_tokens=prompt,
@@ -177,40 +176,40 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
             eos_token_id=config.eos_token_id if ends is None else ends,
             streaming=streaming,
-            logit_processor_kwargs=chosen,
+            logit_processor_kwargs=values,
             hold=hold,
             begins=begins,
         )
         try:
             self.input_queue.put(state, block=True, timeout=10)
         except BaseException:
-            self._outputs.gone(state)
+            self._outputs.cancelled(state)
             raise
         self._wake_up_loop.set()
         return request_id
 
     def collected(self, requests: Sequence[str]) -> dict[str, GenerationOutput]:
-        """The outputs of these requests and of their further sequences, which come before each, by
-        name. Raises BatchError where the engine stops before."""
+        """The outputs of these requests by name, and before each those of its forks. Waits for
+        them. Raises BatchError if the engine stops before they have ended."""
         count = self.num_return_sequences - 1
-        wanted = [name for request in requests for name in (*further(request, count), request)]
-        found: dict[str, GenerationOutput] = {}
-        while len(found) < len(wanted):
+        names = [name for request in requests for name in (*fork_names(request, count), request)]
+        outputs: dict[str, GenerationOutput] = {}
+        while len(outputs) < len(names):
             output = self.get_result(timeout=1)
             if output is not None and output.is_finished():
-                found[output.request_id] = output
+                outputs[output.request_id] = output
             elif output is None and not self.is_running():
                 cause = self.background_thread_status.fatal_error
                 raise BatchError(
-                    f"the engine stopped with {len(wanted) - len(found)} of {len(wanted)} requests "
+                    f"the engine stopped with {len(names) - len(outputs)} of {len(names)} requests "
                     f"unanswered: {cause}"
                 ) from cause
-        return {name: found[name] for name in wanted}
+        return {name: outputs[name] for name in names}
 
     def start(self) -> None:
-        """Start the engine's thread. Raises ConfigError where transformers has no paged cache for
-        the model."""
-        if self.batch_processor is None:  # in the thread nobody sees an error
+        """Start the engine's thread. Raises ConfigError if transformers has no paged cache for the
+        model."""
+        if self.batch_processor is None:  # here and not in the thread, where errors are lost
             self.batch_processor = self._create_batch_processor()
         self._process = os.getpid()
         super().start()
@@ -222,7 +221,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         keep_for_next_session: bool = False,
         hard_stop: bool = False,
     ) -> None:
-        """As transformers' own. After `timeout` seconds the requests that are left fail."""
+        """Stop the engine as transformers does. After `timeout` seconds running requests fail."""
         thread, status = self._generation_thread, self.background_thread_status
         waits = block and timeout is not None and not hard_stop
         if waits and thread is not None and not status.is_pause_requested(local=True):
@@ -236,19 +235,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._packed.pages = None
 
     def destroy(self) -> None:
-        """As transformers' own. An engine that never ran gives back the model's attention too."""
+        """End the engine as transformers does, and give back the model's attention."""
         super().destroy()
         self._attention.give_back()
 
     def unhealthy(self) -> str | None:
-        """Why the engine cannot be expected to serve requests: it takes none, or its last steps
-        have all failed; None where it can. An engine whose steps fail takes requests, and is
-        healthy again after one that succeeds."""
-        return self._denied() or self.health.reason()
+        """Why the engine is not expected to serve requests: it takes none, or its last steps have
+        all failed; None otherwise. An engine whose steps fail still takes requests, and is healthy
+        again after a step that succeeds."""
+        return self._why_no_requests() or self.health.reason()
 
     def warmup(self) -> None:
-        """Have the graphs of the engine's steps captured: of several tokens, and of one. Raises as
-        `start`."""
+        """Capture the graphs of the engine's steps, of several tokens and of one. Raises what
+        `start` raises."""
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         runner = self.batch_processor.model_runner
@@ -258,8 +257,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.batch_processor.cache.reset()
         self.warmed_up = True
 
-    def _denied(self) -> str | None:
-        """Why no request is taken."""
+    def _why_no_requests(self) -> str | None:
         if self._process not in (None, os.getpid()):
             return (
                 "The engine's thread runs in the process that this one was forked from; start an "
@@ -271,9 +269,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return str(error)
         return self.background_thread_status.can_accept_new_requests()
 
-    def _held(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
-        """The adapter, and the token of the prompt at which it begins; the base where an aLoRA
-        adapter never does."""
+    def _hold_adapter(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
+        """A hold of the adapter, and the token of the prompt at which it begins; the base, after a
+        warning, if an aLoRA adapter never does."""
         session = self.forwards.session
         name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
         if name is None or name == BASE:
@@ -283,14 +281,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise all_pinned(name, len(pinned))
         if not hold.stored.invocation:
             return hold, 0
-        (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
+        (column,) = invocation_columns(torch.tensor([prompt]), hold.stored.invocation)
         if column is None:
             warn_absent(str(hold.stored.name), hold.stored.invocation)
             return None, 0
         return hold, column
 
-    def _named(self, request_id: str | None) -> str:
-        """The name of a request, which no other one has that is under way."""
+    def _register_name(self, request_id: str | None) -> str:
+        """Register a request under this name, or a new one, which is returned. Raises BatchError if
+        a running request has the name."""
         while True:
             name = request_id
             if name is None:
@@ -303,7 +302,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 raise BatchError(f"a request named {request_id!r} is under way; give another name")
 
     def _fail(self, state: RequestState, error: LorafxError) -> None:
-        """Have a request that is not in the step fail."""
+        """End a request that is not in the step with an error."""
         processor, name = self._processor, state.request_id
         scheduler = processor.scheduler
         processor._handle_request_error(error, state)
@@ -313,19 +312,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         scheduler.finish_request(name)
         scheduler.block_new_requests = False
 
-    def _batch(self) -> list[FutureRequestState]:
-        """The requests of the step that is under way."""
+    def _requests_of_step(self) -> list[FutureRequestState]:
         return list(self._processor.inputs_and_outputs.requests_in_batch)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
-        known = self.batch_processor
-        with _possible(self.model):
+        former = self.batch_processor
+        with _errors_of_engine(self.model):
             processor = super()._create_batch_processor()
-        if processor is not known:
+        if processor is not former:
             self._processor = processor
             scheduler: Any = processor.scheduler
-            scheduler.begin(self.forwards.session, self._fail, self._outputs.gone)
-            # The engine makes these itself.
+            scheduler.begin(self.forwards.session, self._fail, self._outputs.cancelled)
+            # transformers offers no way to choose these classes.
             cache: Any = processor.cache
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
@@ -338,14 +336,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
         step = processor.inputs_and_outputs
-        draws = processor.do_sample and sampling.drawn(self.logit_processor)
+        draws = processor.do_sample and sampling.any_drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
-            raise  # the device computes nothing any more: the engine ends, and says why
+            raise  # the device is lost, so the engine ends with this error
         except Exception as error:
-            # The requests of this step fail; the others go on.
+            # Only the requests of this step fail.
             names = [future.state.request_id for future in step.requests_in_batch]
             failed = {name: packed.failed.get(name, error) for name in names}
         else:
@@ -356,21 +354,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         else:
             self.health.succeeded()
         if failed:
-            self._end(step, failed)
+            self._end_failed(step, failed)
 
-    def _end(self, step: ContinuousBatchingIOs, failed: Mapping[str, Exception]) -> None:
-        """Have these requests of the step fail; the others have their new tokens."""
+    def _end_failed(self, step: ContinuousBatchingIOs, failed: Mapping[str, Exception]) -> None:
+        """End the failed requests of the step. The others keep their new tokens."""
         processor = self._processor
         scheduler = processor.scheduler
-        errors = as_told(failed)
-        kept: list[FutureRequestState] = []
-        columns: list[int] = []  # of the new tokens, in their order
+        errors = client_errors(failed)
+        served: list[FutureRequestState] = []
+        columns: list[int] = []  # of their new tokens in `output_ids`
         column = 0
         for future in step.requests_in_batch:
             state = future.state
             error = errors.get(state.request_id)
             if error is None:
-                kept.append(future)
+                served.append(future)
                 columns += [column] * future.has_new_token
             else:
                 processor._handle_request_error(error, state)
@@ -379,13 +377,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 scheduler._requests_to_fork = forks
             column += future.has_new_token
         step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
-        step.requests_in_batch = kept
+        step.requests_in_batch = served
         scheduler.block_new_requests = False
 
 
 @contextmanager
-def _possible(model: Any) -> Iterator[None]:
-    """Around what transformers makes for its engine: ConfigError where it cannot."""
+def _errors_of_engine(model: Any) -> Iterator[None]:
+    """Raises ConfigError for a ValueError of transformers while it makes its engine."""
     try:
         yield
     except ValueError as error:
@@ -396,7 +394,8 @@ def _possible(model: Any) -> Iterator[None]:
 
 
 def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
-    """The configuration with what is not served switched off; ConfigError where it asks for it."""
+    """The configuration with everything switched off that is not served. Raises ConfigError if the
+    configuration asks for it."""
     config = ContinuousBatchingConfig() if config is None else config
     for name, why in _REFUSED.items():
         value = getattr(config, name)
@@ -415,7 +414,7 @@ def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatching
 
 
 def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
-    """The token ids of a prompt; BatchError where they are none of the model's."""
+    """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
     try:
         prompt = [operator.index(token) for token in input_ids]
     except TypeError as error:
@@ -424,11 +423,11 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
         ) from error
     if not prompt:
         raise BatchError("input_ids is empty; give at least one token")
-    known: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
+    size: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is not None and not 0 <= min(prompt) <= max(prompt) < size:
         raise BatchError(
             f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
-            f"for 0 to {known - 1}"
+            f"for 0 to {size - 1}"
         )
     return prompt
 
@@ -436,15 +435,16 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
 def checked_limits(
     max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
 ) -> tuple[int | None, list[int] | None]:
-    """After how many tokens an answer ends, and with which. Raises ConfigError."""
-    most = None if max_new_tokens is None else sampling.integer(max_new_tokens)
-    if max_new_tokens is not None and (most is None or most < 0):
+    """The two arguments as an integer and a list of integers. Raises ConfigError if one is
+    neither that nor None."""
+    limit = None if max_new_tokens is None else sampling.integer(max_new_tokens)
+    if max_new_tokens is not None and (limit is None or limit < 0):
         raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
     if eos_token_id is None:
-        return most, None
+        return limit, None
     single, several = sampling.integer(eos_token_id), cast("Iterable[int]", eos_token_id)
     try:
-        return most, [operator.index(token) for token in several] if single is None else [single]
+        return limit, [operator.index(token) for token in several] if single is None else [single]
     except TypeError as error:
         raise ConfigError(
             f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"

@@ -1,12 +1,12 @@
 """The engine's forward: one packed batch of tokens, each with the slot of its request's adapter.
 
-    batch of the engine   (1, T) ids, positions, mask, where to read and write, the last tokens
-    → slots               (1, T) which adapter each token uses
+    batch of the engine   (1, T) ids, positions, mask, rows to read and write, the last tokens
+    → slots               (1, T) the adapter of each token
     → compiled forward    as a call with T requests of one token each (`PACKED_DIMS`)
 
-All steps run the same graphs, those with adapters, on copies of the engine's buffers: graphs depend
-on how tensors lie. So do the parts of a step that fails (`failures.py`): tokens of other requests
-are copies of one of the part's, of the base, and write nothing into the cache.
+All steps run the same graphs, those with adapters, on contiguous copies of the engine's buffers,
+since graphs depend on strides. So do the parts of a failed step (`failures.py`), where tokens of
+other requests are copies of one of the part's, with the base, and write nothing into the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.adapter_store.names import BASE
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
 from lorafx.generation.continuous.attention import ATTENDING_DEVICES, StepCache
-from lorafx.generation.continuous.failures import OF_THE_DEVICE, in_parts
+from lorafx.generation.continuous.failures import DEVICE_ERRORS, in_parts
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Requests
 
@@ -32,14 +32,14 @@ class Step(NamedTuple):
 
     Attributes:
         batch: its requests, in the order of their tokens.
-        named: what the model is called with.
-        places: those of the requests in the batch, with a new token first.
-        last: the places of their last tokens among all tokens.
+        named: the arguments of the model.
+        order: indices of the requests in `batch`; those with a new token come first.
+        last: the index of the last token of each request of `order`, among all tokens.
     """
 
     batch: Sequence[FutureRequestState]
     named: Mapping[str, Any]
-    places: Sequence[int]
+    order: Sequence[int]
     last: Tensor
 
     @property
@@ -48,12 +48,12 @@ class Step(NamedTuple):
         return int(self.named["input_ids"].shape[1])
 
     def check(self, output: Any, part: Collection[int]) -> None:
-        """Raise FloatingPointError where the logits of a request of `part` are not finite. In the
-        keys of one request that reaches the output of all, masked or not."""
+        """Raise FloatingPointError if the logits of a request of `part` are not finite. Such values
+        in the keys of one request reach the outputs of all, since a mask does not hide them."""
         logits = output.logits[0]
         if "logits_to_keep" not in self.named:
             logits = logits[self.last]
-        rows = [row for row, place in enumerate(self.places) if place in part]
+        rows = [row for row, request in enumerate(self.order) if request in part]
         if not logits[rows].amax(-1).isfinite().all():
             raise FloatingPointError(
                 "the logits of its next token are not finite; look for infinite or very large "
@@ -62,12 +62,12 @@ class Step(NamedTuple):
 
 
 class PackedForward:
-    """Called by the engine in place of the model. `batch` gives the requests of the step, in the
+    """The engine calls this in place of the model. `batch` returns the requests of the step, in the
     order of their tokens.
 
     Attributes:
-        pages: the engine's cache, which may be let go of by None.
-        failed: the requests of the last step that failed, by their names, and why.
+        pages: the engine's cache; setting it to None frees it.
+        failed: the errors of the requests of the last step that failed, by name.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PackedForward:
         self.failed: dict[str, Exception] = {}
 
     def _supports_logits_to_keep(self) -> bool:
-        """Asked by the engine: whether the head is only computed for tokens that need it."""
+        """Whether the head can be computed for some tokens only; the engine calls this."""
         supports = getattr(self._entries.model, "_supports_logits_to_keep", None)
         return supports is not None and bool(supports())
 
@@ -95,16 +95,16 @@ class PackedForward:
         read_index: list[Tensor],
         write_index: list[Tensor],
         logits_to_keep: Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> Any:
-        """The model's output for one step. `others` say how flash attention reads its batch, and
-        what the engine itself does with the logits."""
+        """The model's output for one step. `kwargs` has arguments of flash attention, of which the
+        cumulative lengths are used here, and of the engine's handling of logits."""
         session = self._entries.session
         if self.pages is None or self.pages.pages is not cache.cache_tensor:
             self.pages = StepCache(cache)
-        masks = _laid_out(attention_mask)
-        seen, of_kinds = _by_kind(self.pages.kinds, input_ids.shape[1], masks, others)
-        pages = self.pages.step(read_index, write_index, seen, of_kinds)
+        masks = _contiguous_copies(attention_mask)
+        seen, kind_masks = _by_kind(self.pages.kinds, input_ids.shape[1], masks, kwargs)
+        pages = self.pages.step(read_index, write_index, seen, kind_masks)
         named: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -113,93 +113,92 @@ class PackedForward:
             "use_cache": False,
             "is_causal": False,
         }
-        # Sizes of one have graphs of their own: a single last token is asked for twice.
+        # A size of one would need its own graph, so a single last token is passed twice.
         single = logits_to_keep is not None and logits_to_keep.shape[0] == 1
         self.failed = {}
         batch = self._batch()
-        places = sorted(range(len(batch)), key=lambda place: not batch[place].has_new_token)
+        order = sorted(range(len(batch)), key=lambda index: not batch[index].has_new_token)
         ends = [*accumulate(future.query_length for future in batch)]
-        last = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
+        last = torch.tensor([ends[index] - 1 for index in order], dtype=torch.int32)
         last = last.to(input_ids.device)
         if logits_to_keep is not None:
             logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
             named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
-        step = Step(batch, named, places, last)
+        step = Step(batch, named, order, last)
         with session.lock:
-            self._count(batch)
-            put_back = pages.kept() if len(batch) > 1 else None
+            self._count_tokens(batch)
+            restore = pages.snapshot() if len(batch) > 1 else None
             try:
                 output = self._run(step)
                 step.check(output, range(len(batch)))
-            except OF_THE_DEVICE:
+            except DEVICE_ERRORS:
                 raise
             except Exception as error:
-                if put_back is None:
+                if restore is None:
                     raise
-                put_back(None)
-                output = self._in_parts(step, put_back, error, others["cu_seq_lens_k"])
+                restore(None)
+                output = self._run_in_parts(step, restore, error, kwargs["cu_seq_lens_k"])
         if single:
             output.logits = output.logits[:, :1]
         return output
 
-    def _in_parts(
+    def _run_in_parts(
         self,
         step: Step,
-        put_back: Callable[[Tensor | None], None],
+        restore: Callable[[Tensor | None], None],
         error: Exception,
         key_counts: Mapping[str, Tensor],
     ) -> Any:
-        """The model's output for a step that failed with `error` as a whole, which is raised where
-        all of its requests fail. Notes which do."""
+        """The model's output for a step that failed as a whole with `error`. Sets `failed`. Raises
+        `error` if all of its requests fail."""
         batch, named = step.batch, step.named
         ids: Tensor = named["input_ids"]
         cache: StepCache = named["cache"]
         owners = _owners([future.query_length for future in batch], step.length)
-        of_keys = [
+        key_owners = [
             _owners(key_counts[kind].diff().tolist(), rows.shape[0])
             for kind, rows in zip(cache.kinds, cache.read, strict=True)
         ]
 
         def run(part: Sequence[int]) -> Any:
-            missing, *keys = (
-                ~torch.isin(rows, torch.tensor(part)).to(ids.device) for rows in (owners, *of_keys)
-            )
+            kept = torch.tensor(part)
+            missing, *keys = (~torch.isin(o, kept).to(ids.device) for o in (owners, *key_owners))
             first = int(missing.long().argmin())
             changed: dict[str, Any] = {
                 name: torch.where(missing, named[name][..., first : first + 1], named[name])
                 for name in ("input_ids", "position_ids")
             }
             changed["cache"] = cache.without(missing, keys)
-            of_part = step._replace(named={**named, **changed})
+            part_step = step._replace(named={**named, **changed})
             try:
-                output = self._run(of_part, part)
-                of_part.check(output, part)
+                output = self._run(part_step, part)
+                part_step.check(output, part)
                 return output
             except Exception:
-                put_back(~missing)
+                restore(~missing)
                 raise
 
         holds = [hold_of(future.state) for future in batch]
         versions = [None if hold is None else hold.stored.version for hold in holds]
         served, failed = in_parts(versions, run, error)
-        self.failed = {batch[place].state.request_id: why for place, why in failed.items()}
+        self.failed = {batch[index].state.request_id: reason for index, reason in failed.items()}
         if not served:
             raise error
-        (_, output), *rest = served
+        (_, output), *further = served
         output.logits = output.logits.clone()
-        of_logits = owners
+        logit_owners = owners
         if "logits_to_keep" in named:
-            of_logits = torch.tensor([i for i, future in enumerate(batch) if future.has_new_token])
-        for part, other in rest:
-            rows = torch.isin(of_logits, torch.tensor(part)).nonzero()[:, 0].to(ids.device)
-            output.logits[:, rows] = other.logits[:, rows]
+            logit_owners = torch.tensor([i for i, f in enumerate(batch) if f.has_new_token])
+        for part, part_output in further:
+            rows = torch.isin(logit_owners, torch.tensor(part)).nonzero()[:, 0].to(ids.device)
+            output.logits[:, rows] = part_output.logits[:, rows]
         return output
 
     def _run(self, step: Step, part: Sequence[int] | None = None) -> Any:
         """The model's output for a step, with the adapters of its requests, or of a part of them.
-        The session's lock is held."""
+        The caller holds the session's lock."""
         entries, session = self._entries, self._entries.session
-        names, tokens = self._tokens(step, part)
+        names, tokens = self._token_adapters(step, part)
         entries.check_attached()
 
         def run() -> Any:
@@ -209,51 +208,50 @@ class PackedForward:
 
         return session.call(run, Requests(tuple(names), tokens, packed=True))
 
-    def _count(self, batch: Sequence[FutureRequestState]) -> None:
-        """Note how many tokens of each adapter are run."""
+    def _count_tokens(self, batch: Sequence[FutureRequestState]) -> None:
         tokens = self._entries.session.counts.tokens
         for future in batch:
             if isinstance(future.state, AdapterRequest):
                 hold = future.state.hold
                 tokens[BASE if hold is None else str(hold.stored.name)] += future.query_length
 
-    def _tokens(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
-        """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for
-        the base and for padding. A part leaves other tokens to the base, or to what is merged into
-        it, which then serves nothing else."""
+    def _token_adapters(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
+        """The adapters of the step, or of a part of it, and the index of each token's adapter among
+        them: (1, T), -1 for the base and for padding. Tokens outside the part use the base, or the
+        merged adapter, since a merged model serves no other."""
         merged = self._entries.session.base.merged
-        places: dict[str, int] = {}
-        numbers: list[int] = []
+        indices: dict[str, int] = {}
+        of_spans: list[int] = []
         counts: list[int] = []
-        for place, future in enumerate(step.batch):
+        for request, future in enumerate(step.batch):
             state, count = future.state, future.query_length
             name, before, hold = None, 0, hold_of(state)
-            if part is not None and place not in part:
+            if part is not None and request not in part:
                 name = None if merged is None else merged.name
             elif isinstance(state, AdapterRequest):
                 name = None if hold is None else hold.name
                 before = state.inactive(count)
-            numbers += [-1, -1 if name is None else places.setdefault(name, len(places))]
+            of_spans += [-1, -1 if name is None else indices.setdefault(name, len(indices))]
             counts += [before, count - before]
         counts.append(step.length - sum(counts))
-        numbers.append(-1)
-        tokens = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
-        return list(places), tokens[None]
+        of_spans.append(-1)
+        tokens = torch.tensor(of_spans).repeat_interleave(torch.tensor(counts))
+        return list(indices), tokens[None]
 
 
 def _owners(counts: Sequence[int], length: int) -> Tensor:
-    """Whose each of `length` tokens or keys is, of which each request has `counts`; -1 for
-    padding."""
+    """The request of each of `length` tokens or keys, (length,), where request i has counts[i] of
+    them; -1 for padding."""
     owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
 
 
 def _by_kind(
-    kinds: Sequence[str], length: int, masks: Any, others: Mapping[str, Any]
+    kinds: Sequence[str], length: int, masks: Any, cumulative: Mapping[str, Any]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """For each kind of attention what the tokens see, and the mask; see StepCache. The host waits
-    for no device."""
-    ends_of_tokens: Tensor = others["cu_seq_lens_q"][1:].contiguous()
+    """`seen` and `masks` of StepCache, computed without synchronizing with the device from the
+    `cumulative` lengths."""
+    ends_of_tokens: Tensor = cumulative["cu_seq_lens_q"][1:].contiguous()
     device = ends_of_tokens.device
     if device.type not in ATTENDING_DEVICES:
         return [None] * len(kinds), [None] * len(kinds)
@@ -261,13 +259,13 @@ def _by_kind(
     request = torch.searchsorted(ends_of_tokens, tokens, right=True)  # padding is behind the last
     seen: list[Tensor | None] = []
     for kind in kinds:
-        ends = others["cu_seq_lens_k"][kind].long()
+        ends = cumulative["cu_seq_lens_k"][kind].long()
         of_requests = torch.stack([ends[:-1], ends[1:]], 1)
         seen.append(nn.functional.pad(of_requests, (0, 0, 0, 1)).index_select(0, request))
     return seen, [masks if isinstance(masks, Tensor) else masks[kind] for kind in kinds]
 
 
-def _laid_out(mask: Tensor | Mapping[str, Tensor]) -> Any:
+def _contiguous_copies(mask: Tensor | Mapping[str, Tensor]) -> Any:
     if isinstance(mask, Tensor):
         return mask.clone(memory_format=torch.contiguous_format)
-    return {kind: _laid_out(of_kind) for kind, of_kind in mask.items()}
+    return {kind: _contiguous_copies(kind_mask) for kind, kind_mask in mask.items()}

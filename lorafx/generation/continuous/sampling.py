@@ -1,12 +1,11 @@
 """How each request's tokens are chosen: transformers' processors of logits, with values per request
-that ask for nothing.
+of which some switch a processor off.
 
-    temperature  0 (below `COLDEST`) takes the likeliest token, as if nothing were drawn
-    top_k        0 and -1 leave all tokens, and so do more than there are
-    top_p        1 leaves all tokens
+    temperature  0 (below `COLDEST`) takes the likeliest token, as without sampling
+    top_k        0, -1 and numbers above the vocabulary's size keep all tokens
+    top_p        1 keeps all tokens
 
-The processors are there whatever the engine's own values are. A step in which no request asks for
-one skips it.
+All processors exist, whatever the engine's own values are. A step skips those that no request uses.
 """
 
 from __future__ import annotations
@@ -31,40 +30,40 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.errors import ConfigError
 
-#: What a request may say of how its tokens are chosen. Temperatures become float32.
+#: The ranges of the arguments by which a request chooses. Temperatures become float32.
 RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, float(torch.finfo(torch.float32).max)),
     "top_k": (-1, sys.maxsize),
     "top_p": (0.0, 1.0),
 }
-#: What they are where nobody says.
-UNSAID: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-#: Lower temperatures take the likeliest token. It is vLLM's bound.
+#: Their values if neither the request nor the engine has one.
+DEFAULTS: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+#: Lower temperatures take the likeliest token. vLLM has the same bound.
 COLDEST = 1e-5
-#: top_k of a request that leaves all tokens.
+#: The top_k that keeps all tokens.
 ALL = torch.iinfo(torch.int32).max
 
 
 class Temperature(ContinuousBatchingTemperatureLogitsWarper):
-    """scores / temperature; at 0 nothing but the first of the highest scores is left.
+    """scores / temperature; at 0 only the first of the highest scores is kept.
 
     Attributes:
-        drawn: whether a token of the step is drawn; otherwise each is the likeliest.
-        likeliest: whether a token of the step is the likeliest.
+        drawn: whether any token of the step is drawn.
+        likeliest: whether any token of the step is the likeliest one, without drawing.
     """
 
     drawn = likeliest = True
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        given = super().prepare_tensor_args(requests_with_new_token).view(torch.float32)
-        cold = given < COLDEST
+        temperatures = super().prepare_tensor_args(requests_with_new_token).view(torch.float32)
+        cold = temperatures < COLDEST
         self.likeliest, self.drawn = bool(cold.any()), not bool(cold.all())
-        return given.masked_fill(cold, 0.0).view(torch.int32)
+        return temperatures.masked_fill(cold, 0.0).view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         if not self.drawn:
             return scores
-        # Rows behind those of the requests with a new token have the temperatures of earlier steps.
+        # Rows after those of the requests with a new token have temperatures of earlier steps.
         temperatures = tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
         cold = temperatures == 0
         divided = scores / temperatures.masked_fill(cold, 1.0)
@@ -76,7 +75,7 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
 
 
 class TopK(ContinuousBatchingTopKLogitsWarper):
-    """The k highest scores; `cuts` says whether a request of the step wants fewer than all."""
+    """Keeps the k highest scores. `cuts`: whether a request of the step keeps fewer than all."""
 
     cuts = True
 
@@ -96,7 +95,7 @@ class TopK(ContinuousBatchingTopKLogitsWarper):
 
 
 class TopP(ContinuousBatchingTopPLogitsWarper):
-    """The likeliest tokens that p holds; `cuts` as in `TopK`."""
+    """Keeps the likeliest tokens, of probability p together. `cuts` as in `TopK`."""
 
     cuts = True
 
@@ -113,80 +112,79 @@ def _count(top_k: int) -> int:
     return min(top_k, ALL) if top_k > 0 else ALL
 
 
-def asking(config: GenerationConfig) -> GenerationConfig:
+def enabling(config: GenerationConfig) -> GenerationConfig:
     """`config` with values for which transformers makes each of the processors above."""
     changed = copy.deepcopy(config)
     changed.temperature, changed.top_k, changed.top_p = 2.0, 1, 0.5
     return changed
 
 
-def take_over(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
-    """Have transformers' processors be those above. Requests that do not say get what `config`
-    says."""
+def replace_in(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
+    """Turn transformers' processors into those above. `config` has the defaults of requests."""
     for processor in processors.logits_processor:
-        found: Any = processor
+        replaced: Any = processor
         for cls in (Temperature, TopK, TopP):
-            if isinstance(found, cls.__bases__):
-                found.__class__ = cls
+            if isinstance(replaced, cls.__bases__):
+                replaced.__class__ = cls
                 (name,) = cls.supported_kwargs
                 value = getattr(config, name)
-                setattr(found, name, UNSAID[name] if value is None else value)
+                setattr(replaced, name, DEFAULTS[name] if value is None else value)
 
 
-def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
-    """Whether a token of the step that is being made is drawn, where the engine draws."""
-    found = (p.drawn for p in processors.logits_processor if isinstance(p, Temperature))
-    return next(found, True)
+def any_drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
+    """Whether any token of the coming step is drawn, for an engine that samples."""
+    drawn = (p.drawn for p in processors.logits_processor if isinstance(p, Temperature))
+    return next(drawn, True)
 
 
-# --- what a request may ask for ---
+# --- arguments of requests ---
 
 
 def sampling_number(name: str, value: Any) -> float | None:
-    """`value` where it is one that `name` of `RANGES` can have; else None."""
+    """`value` as a number in the range of `name`; None if it is none."""
     low, high = RANGES[name]
     number = integer(value) if isinstance(low, int) else _number(value)
     return number if number is not None and low <= number <= high else None
 
 
 def sampling_range(name: str) -> str:
-    """What `name` of `RANGES` can be, as messages say it."""
+    """The range of `name`, in words for error messages."""
     low, high = RANGES[name]
     return f"{'an integer' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
 
 
 def checked_sampling(
-    processors: ContinuousBatchingLogitsProcessorList, given: Mapping[str, Any]
+    processors: ContinuousBatchingLogitsProcessorList, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How a request wants its tokens chosen, without what is None. ConfigError where the engine was
-    not started for such an argument, or no token can be chosen with its value."""
-    wanted = {name: value for name, value in given.items() if value is not None}
-    for name in wanted.keys() & RANGES.keys():
-        number = sampling_number(name, wanted[name])
+    """The arguments by which a request chooses its tokens, without those that are None. Raises
+    ConfigError if the engine does not take one per request, or no token can be chosen with it."""
+    values = {name: value for name, value in kwargs.items() if value is not None}
+    for name in values.keys() & RANGES.keys():
+        number = sampling_number(name, values[name])
         if number is None:
-            raise ConfigError(f"{name} is {sampling_range(name)}; got {wanted[name]!r}")
-        wanted[name] = number
+            raise ConfigError(f"{name} is {sampling_range(name)}; got {values[name]!r}")
+        values[name] = number
     try:
-        processors.check_kwargs(wanted)
+        processors.check_kwargs(values)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"this engine does not choose a request's tokens by {', '.join(wanted)}: {error}. "
+            f"this engine does not choose a request's tokens by {', '.join(values)}: {error}. "
             "Start it with GenerationConfig(do_sample=True) and "
             "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k and top_p"
         ) from error
-    return wanted
+    return values
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         return None
-    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # several, or no data
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # of tensors and arrays
         return float(value)
     return None
 
 
 def integer(value: Any) -> int | None:
-    """`value` where it is an integer, of Python, of NumPy or a tensor; else None."""
+    """`value` as a Python integer, if it is one of Python, NumPy or torch; None otherwise."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

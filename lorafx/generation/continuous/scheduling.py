@@ -1,9 +1,9 @@
-"""Which requests may be in the next step: those whose adapters fit into the slots together. And
-which one fails where the cache is full.
+"""Selects the requests that may be in the next step: those whose adapters have slots together; and
+the request that fails when the cache is full.
 
-transformers' schedulers decide the order, and how many tokens there is room for. Adapters that are
-in a slot go first, since a change of slots costs a copy; one that was passed over for `PATIENCE`
-steps goes before them.
+transformers' schedulers decide the order and the number of tokens. Adapters that are in a slot come
+first, since a change of slots costs a copy, except that one that was passed over for `PATIENCE`
+steps comes before them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _SUFFIX = ", adapters within slots"
 #: Steps for which an adapter may be passed over in favour of those that have a slot.
 PATIENCE = 8
 
-#: What is in the step, whether the cache had no room for something, and three numbers.
+#: The requests of the step, whether the cache lacked room for one, and results not used here.
 _Scheduled: TypeAlias = tuple[list[FutureRequestState], bool, bool, int, int]
 
 
 class SlotsPerStep:
-    """Mixed into the class of a scheduler (`within_slots`). `stuck` are the candidates of the step
-    that is being made, where the cache had no room for any."""
+    """A mixin for a class of schedulers (`within_slots`). `stuck` has the candidates of a step if
+    the cache had no room for any of them; otherwise it is empty."""
 
     stuck: Sequence[RequestState] = ()
 
@@ -43,12 +43,12 @@ class SlotsPerStep:
         self,
         session: Session,
         fail: Callable[[RequestState, LorafxError], None],
-        gone: Callable[[RequestState], None],
+        cancelled: Callable[[RequestState], None],
     ) -> None:
-        """Keep to the slots of `session`. `fail` ends a request that cannot be served, `gone` is
-        called with one that was cancelled."""
-        self._session, self._fail, self._gone = session, fail, gone
-        #: By version of an adapter, the steps for which it was ready and had no slot.
+        """Respect the slots of `session`. `fail` is called with a request that cannot be served and
+        its error, `cancelled` with a request that was cancelled."""
+        self._session, self._fail, self._cancelled = session, fail, cancelled
+        #: Version of an adapter -> the number of steps for which it was ready and had no slot.
         self._waited: Counter[int] = Counter()
 
     def _process_candidates(
@@ -58,11 +58,11 @@ class SlotsPerStep:
         scheduler: Any = super()
         result: _Scheduled = scheduler._process_candidates(ready, *args, **kwargs)
         if not result[0] and result[1]:
-            # What holds the cache may be requests that have to wait for a slot: those first.
+            # Requests that wait for a slot may occupy the cache, so running ones are tried first.
             begun = [state for state in candidates if state.status != RequestStatus.PENDING]
-            again = self._ready(begun) if len(ready) < len(candidates) else []
-            if again:
-                ready = again
+            running = self._ready(begun) if len(ready) < len(candidates) else []
+            if running:
+                ready = running
                 result = scheduler._process_candidates(ready, *args, **kwargs)
         self.stuck = ready if not result[0] and result[1] else ()
         return result
@@ -72,31 +72,31 @@ class SlotsPerStep:
         scheduler: Any = super()
         cancelled: list[RequestState] = scheduler.clear_cancelled_requests()
         for state in cancelled:
-            self._gone(state)
+            self._cancelled(state)
         if cancelled:
             this: Any = self
-            this.block_new_requests = False  # as where a request has finished
+            this.block_new_requests = False  # as after a request has finished
         return cancelled
 
     def _servable(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        """The candidates without those that pinned adapters leave no slot for, which fail."""
+        """The candidates except those for which pinned adapters leave no slot: these fail."""
         store = self._session.store
         pinned = store.pinned
         if not pinned:
             return candidates
-        names, found = self._names(candidates), []
+        names, servable = self._names(candidates), []
         for state in candidates:
             hold = hold_of(state)
             name = None if hold is None else names[hold.stored.version]
-            wanted = frozenset[str]() if name is None else frozenset({name})
-            if wanted <= pinned or store.fits(wanted):
-                found.append(state)
+            adapters = frozenset[str]() if name is None else frozenset({name})
+            if adapters <= pinned or store.fits(adapters):
+                servable.append(state)
             else:
                 self._fail(state, all_pinned(str(name), len(pinned)))
-        return found
+        return servable
 
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        """The candidates whose adapters have a slot in this step; notes which wait."""
+        """The candidates whose adapters have a slot in this step; counts the others as waiting."""
         names = self._names(candidates)
         if self._session.store.fits(frozenset(names.values())):
             self._waited.clear()
@@ -114,13 +114,13 @@ class SlotsPerStep:
         return ready
 
     def _names(self, candidates: Iterable[RequestState]) -> dict[int, str]:
-        """The adapters of these requests by their versions, as the store knows them now."""
+        """The adapters of these requests: version -> its current name in the store."""
         holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
         return {hold.stored.version: hold.name for hold in holds}
 
     def _chosen(self, waited: dict[str, int]) -> frozenset[str]:
-        """Those that are served in this step of adapters that do not find slots together, by the
-        steps that each has waited."""
+        """The adapters that are served in this step, of adapters that do not have slots together.
+        `waited` is the number of steps that each has waited."""
         store = self._session.store
         resident = store.resident
 
@@ -138,7 +138,7 @@ class SlotsPerStep:
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:
-    """The adapters that are pinned leave no room."""
+    """The error for an adapter for which pinned ones leave no room."""
     return CapacityError(
         f"no slot for {name!r}, or no room for its own weights, beside {pinned} adapters that are "
         "pinned; unpin_adapter() one, or compile with a larger LoraConfig(max_adapters=...) or "
@@ -147,8 +147,8 @@ def all_pinned(name: str, pinned: int) -> CapacityError:
 
 
 def within_slots(scheduler_type: str) -> str:
-    """The name of a scheduler in transformers' registry that keeps to the slots, and otherwise does
-    what the one that is called `scheduler_type` does; ConfigError where there is none."""
+    """The name in transformers' registry of a scheduler that respects the slots, derived from the
+    scheduler `scheduler_type`. Raises ConfigError if there is no such scheduler."""
     cls = SCHEDULER_MAPPING.get(scheduler_type)
     if cls is None:
         known = [name for name in SCHEDULER_MAPPING if not name.endswith(_SUFFIX)]
@@ -163,14 +163,14 @@ def within_slots(scheduler_type: str) -> str:
 
 
 class FullCache(OffloadingManager):
-    """transformers' manager takes cached blocks and other requests out of the cache, which begin
-    again later, and ends where nothing is left to take out. Here the one request fails that the
-    cache cannot hold."""
+    """A manager that fails a request for which the cache is too small. transformers' manager makes
+    room by removing cached blocks and other requests, which are restarted later, and ends the
+    engine when nothing is left to remove. `fail` ends a request with an error."""
 
     fail: Callable[[RequestState, CapacityError], None]
 
     def offload_requests(self) -> bool:
-        """Make room for the next step; whether there is a reason to try again."""
+        """Make room for the next step. Returns whether it should be tried again."""
         if super().offload_requests():
             return True
         scheduler: Any = self.scheduler

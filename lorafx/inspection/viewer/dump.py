@@ -1,7 +1,7 @@
-"""Dumps: every stage of a graph as a readable program, and each pass's changes as a diff.
+"""Dumps: every stage of a graph as a readable program, and the changes of each pass as a diff.
 
 A legend above each graph explains its names and sizes. index.html is the viewer with the data of
-all graphs, in a file that needs no network.
+all graphs, in one file that needs no network.
 """
 
 from __future__ import annotations
@@ -50,49 +50,49 @@ def legend(
 ) -> list[str]:
     """The legend of a stage, as comments."""
     text = "\n".join(lines)
-    shown = (name for name in symbols if re.search(rf"\b{re.escape(name)}\b", text))
-    found = [*NAMES, *(f"{name}: {symbols[name]}" for name in shown)]
-    found += [f"one body for layers that are alike: {item}" for item in outlined]
-    return ["#", *(f"# {line}" for line in found), "#"]
+    used = (name for name in symbols if re.search(rf"\b{re.escape(name)}\b", text))
+    comments = [*NAMES, *(f"{name}: {symbols[name]}" for name in used)]
+    comments += [f"one body for layers that are alike: {item}" for item in outlined]
+    return ["#", *(f"# {line}" for line in comments), "#"]
 
 
-#: Folders -> the program that dumps into each.
-_HELD: weakref.WeakValueDictionary[Path, Program] = weakref.WeakValueDictionary()
+#: Folder -> the program that dumps into it.
+_PROGRAMS: weakref.WeakValueDictionary[Path, Program] = weakref.WeakValueDictionary()
 
 
 def folder_of(program: Program) -> Path | None:
-    """The folder for a program's graphs: `dump_folder`, or a subfolder of its class's name
+    """The folder for a program's graphs: `dump_folder`, or a subfolder named by the model's class
     (LlamaForCausalLM-2) while another model dumps there."""
-    folder = found = dump_folder(program.options)
+    root = folder = dump_folder(program.options)
     number = 1
-    while folder is not None and found is not None:
-        holder = _HELD.get(found.absolute())
-        if holder is None or holder is program or holder.runtime.session is None:
-            _HELD[found.absolute()] = program
+    while root is not None and folder is not None:
+        user = _PROGRAMS.get(folder.absolute())
+        if user is None or user is program or user.runtime.session is None:
+            _PROGRAMS[folder.absolute()] = program
             break
         number += 1
-        found = folder / f"{type(program.model).__name__}-{number}"
-    return found
+        folder = root / f"{type(program.model).__name__}-{number}"
+    return folder
 
 
 def graph_texts(record: GraphRecord) -> dict[str, str]:
-    """File name -> stages with headings and legends, diffs, and generated code."""
-    found: dict[str, str] = {}
+    """File name -> text: stages with headings and legends, diffs, and generated code."""
+    texts: dict[str, str] = {}
     names = names_of(record.stages, record.sizes)
     words = {symbol: size.words for symbol, size in record.sizes.items()}
     before: list[str] = []
     for index, stage in enumerate(record.stages):
         lines, heading = stage_lines(stage, names), _heading(record, stage)
         top = [heading, *legend(lines, words, record.outlined)]
-        found[f"{index:02d}-{stage.name}.py"] = "\n".join([*top, *lines, ""])
+        texts[f"{index:02d}-{stage.name}.py"] = "\n".join([*top, *lines, ""])
         if index:
             last = record.stages[index - 1].name
             changes = difflib.unified_diff(before, lines, last, stage.name, lineterm="", n=2)
-            found[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
+            texts[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
         before = lines
     for name, source in record.sources.items():
-        found[name] = source if isinstance(source, str) else source()
-    return found
+        texts[name] = source if isinstance(source, str) else source()
+    return texts
 
 
 def _heading(record: GraphRecord, stage: Stage) -> str:
@@ -103,8 +103,8 @@ def _heading(record: GraphRecord, stage: Stage) -> str:
 
 
 class Dump:
-    """The dump of a program in a folder: each graph in a folder of its own, model.txt, explain.txt,
-    and index.html, which shows all of it."""
+    """The dump of a program: a folder for each graph, model.txt, explain.txt, and index.html, which
+    shows all of them."""
 
     def __init__(self, folder: Path, program: Program) -> None:
         self.folder = folder
@@ -133,7 +133,7 @@ def _write(file: Path, text: str) -> None:
 
 
 class Dumps:
-    """Dumps each graph of a session that keeps its stages, as `Backend.recorded`."""
+    """Dumps each graph of a session that keeps its stages. It serves as `Backend.recorded`."""
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
@@ -146,28 +146,28 @@ class Dumps:
             return
         if self._dump is None or self._dump.folder != folder:
             self._dump = Dump(folder, session.program)
-        try:  # a failure to write costs the dump, not the graph
+        try:  # the graph is used even if its dump cannot be written
             self._dump.add(record)
             self._dump.write(explained(session))
         except OSError as error:
             warnings.warn(
-                f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+                f"the dump in {folder} is incomplete, which no model depends on: {error}. Change "
                 "Options(dump=...) or the variable LORAFX_DUMP",
                 LorafxWarning,
                 stacklevel=2,
             )
 
 
-#: In this order, each in a script element.
+#: The scripts of the page, in their order.
 _SCRIPTS = ("vendor/dagre.min.js", "vendor/cytoscape.min.js", "picture.js", "app.js")
 
 _NODE = ("name", "line", "inputs", "op", "operator", "value", "path", "kind", "facts", "sites")
 
-#: Inputs that are in no box: the nodes that read them name them.
+#: Kinds of inputs that the picture leaves out: their names are shown in the nodes that read them.
 _HIDDEN = ("", "weight", "bank", "state", "packed", "symbol")
 #: The layer that a module belongs to: its path up to the first number.
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
-#: Nodes of a box: the layout takes a tenth of a second for so many.
+#: The largest number of nodes in a box; the layout takes a tenth of a second for it.
 _MOST = 220
 
 
@@ -186,31 +186,31 @@ def html(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_part("index.html.jinja")).render(
+    return environment.from_string(_page_file("index.html.jinja")).render(
         model=model,
         passes=prepared,
-        style=_part("style.css"),
-        scripts=[_part(name) for name in _SCRIPTS],
+        style=_page_file("style.css"),
+        scripts=[_page_file(name) for name in _SCRIPTS],
         about=packed({"model": model, "graphs": list(graphs), "texts": dict(texts)}),
         graphs=list(graphs.values()),
     )
 
 
 def packed(value: Any) -> str:
-    """Deflated JSON in base64, which cannot end a script element."""
+    """`value` as deflated JSON in base64, which cannot end a script element."""
     text = json.dumps(value, separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
-def _part(name: str) -> str:
+def _page_file(name: str) -> str:
     return files("lorafx.inspection.viewer").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def graph_data(record: GraphRecord, texts: Mapping[str, str]) -> dict[str, Any]:
-    """The page's data of a graph, in JSON types, with its `texts` by file name.
+    """The page's data of a graph, in JSON types; `texts` are those of `graph_texts`.
 
-    A node that several stages share is written once; stages name it by its number. A node's
-    `inputs` are names of operands; its `facts` are words with their texts.
+    A node that several stages share is in `nodes` once, and stages refer to it by its number. A
+    node's `inputs` are names of operands; its `facts` are pairs of a title and a text.
     """
     encoder = _Encoder(record)
     stages = []
@@ -239,7 +239,7 @@ class _Boxes:
         self._last: tuple[object, ...] = ()
 
     def of(self, body: int, path: str, is_input: bool) -> int:
-        """The number of a node's box. A node without path is beside the one before it."""
+        """The number of a node's box. A node without a path is in the box of the one before it."""
         layer = _LAYER.match(path)
         label = "inputs" if is_input else layer[0] if layer else path or "forward"
         key: tuple[object, ...] = (body, label)
@@ -266,8 +266,8 @@ class _Encoder:
         self._before: set[int] = set()
 
     def stage(self, stage: Stage) -> dict[str, Any]:
-        """A stage. `nodes`: number, body, box (None: not in the picture), mark, and whether the
-        pass changed it."""
+        """The data of a stage. An item of `nodes` is the node's number, body, box (None if it is
+        not in the picture) and mark, and whether the pass changed it."""
         calls: dict[Any, Iterator[str]] = {item.name: iter(item.paths) for item in self._outlined}
         refused = {path for item in stage.refusals for path in item.paths}
         boxes = _Boxes()
@@ -294,7 +294,7 @@ class _Encoder:
                     module,
                     kind,
                     _facts(node, printer, module, kind),
-                    tuple(map(_site, states)),
+                    tuple(map(_site_facts, states)),
                 )
                 number = self.numbers.setdefault(row, len(self.numbers))
                 box = None if _hidden(node, kind) else boxes.of(body, module, bool(kind))
@@ -317,7 +317,7 @@ class _Encoder:
         }
 
 
-def _site(state: SiteState) -> tuple[tuple[str, str], ...]:
+def _site_facts(state: SiteState) -> tuple[tuple[str, str], ...]:
     site = state.site
     return (
         ("Site", site.path),
@@ -330,7 +330,7 @@ def _site(state: SiteState) -> tuple[tuple[str, str], ...]:
 
 
 def _mark(node: fx.Node, path: str, states: Sequence[SiteState], refused: set[str]) -> str:
-    """The colour of a node: "refused", "pack", "site" or ""."""
+    """What colours a node: "refused", "pack", "site" or ""."""
     if node.op != "placeholder" and refused.intersection([path, *(s.site.path for s in states)]):
         return "refused"
     if any(state.form == "packed" for state in states):
@@ -347,7 +347,7 @@ def _hidden(node: fx.Node, kind: str) -> bool:
 
 
 def _operator(node: fx.Node, printer: Printer, kind: str) -> str:
-    """The operator without its library: "mm" for torch.ops.aten.mm.default."""
+    """The short name of a node's operator: "mm" for torch.ops.aten.mm.default."""
     if node.op in ("placeholder", "output"):
         return kind or node.op
     target: Any = node.target

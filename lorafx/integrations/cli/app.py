@@ -1,4 +1,4 @@
-"""The commands. Nothing here imports torch: `lorafx --help` is there at once."""
+"""The commands. This module does not import torch, so that `lorafx --help` is quick."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def inspect(
     from lorafx.adapter_store.saved import AdapterSource
 
     source = AdapterSource(adapter, dialect=dialect)
-    found = inspected(source)
+    contents = inspected(source)
     if model is not None:
         read_for(on_meta(model), "adapter", source)
     if as_json:
-        show_json(asdict(found))
+        show_json(asdict(contents))
     else:
         rows = [
             (
@@ -56,11 +56,11 @@ def inspect(
                 *(size or "?" for size in row.sizes),
                 "?" if row.scale is None else f"{row.scale:g}",
             )
-            for row in found.modules
+            for row in contents.modules
         ]
         if rows:
             show_table(adapter, ("module", "in", "out", "rank", "scale"), rows)
-        print(*found.lines(), sep="\n")
+        print(*contents.lines(), sep="\n")
         if model is not None:
             print(f"nothing is refused on {model}")
 
@@ -91,7 +91,7 @@ def merge(
     )
     compiled.export_merged("adapter", folder, max_shard_size=max_shard_size)
     if not (folder / "config.json").exists() and hasattr(module, "save_pretrained"):
-        _save_anew(model, dtype, folder)
+        _save_by_class(model, dtype, folder)
     tokenizer = _save_tokenizer(model, folder)
     if as_json:
         show_json({"folder": str(folder), "tokenizer": tokenizer})
@@ -99,21 +99,21 @@ def merge(
         print(f"{adapter} merged into {model}: {folder}" + ("" if tokenizer else ", no tokenizer"))
 
 
-def _save_anew(model: str, dtype: str | None, folder: Path) -> None:
-    """Have the model's class save what was written into `folder`: diffusers' classes take no
-    weights to save but their own."""
+def _save_by_class(model: str, dtype: str | None, folder: Path) -> None:
+    """Replace the weights in `folder` by what the model's own class saves, with its configuration.
+    diffusers' classes can only save the weights of an instance."""
     from safetensors.torch import load_file
 
     from lorafx.weights.export_merged import FILE
 
-    made = loaded(model, dtype)
-    made.load_state_dict(load_file(folder / FILE))
+    merged = loaded(model, dtype)
+    merged.load_state_dict(load_file(folder / FILE))
     (folder / FILE).unlink()
-    made.save_pretrained(str(folder))
+    merged.save_pretrained(str(folder))
 
 
 def _save_tokenizer(model: str, folder: Path) -> bool:
-    """Save that of `model` beside the merged one; whether there is one."""
+    """Save the tokenizer of `model` in `folder`. Returns whether the model has one."""
     from transformers import AutoTokenizer
 
     try:
@@ -165,7 +165,7 @@ def serve(
 
     Example: lorafx serve meta-llama/Llama-3.2-1B --adapters ./adapters
     """
-    given = dict(locals())
+    values = dict(locals())
     from lorafx.progress import progress
 
     with progress("importing torch and the server"):
@@ -174,10 +174,10 @@ def serve(
         check_requirements()
         from lorafx.integrations.server.run import run
         from lorafx.integrations.server.settings import Settings
-    run(Settings(**{**given, "target": tuple(target or ())}))
+    run(Settings(**{**values, "target": tuple(target or ())}))
 
 
-#: Errors of lorafx are one line; others are faults, whose traceback is Python's own.
+#: `main` prints errors of lorafx in one line; others are faults and get Python's own traceback.
 _PLAIN: Any = {"pretty_exceptions_enable": False}
 
 app = typer.Typer(

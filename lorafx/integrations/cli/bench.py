@@ -69,31 +69,31 @@ def bench(
     names = list(sources)
     mixed = [names[row % len(names)] for row in range(batch)]
     several = f"{len(set(mixed))} adapters"
-    # What is called, and with which adapters.
-    ways: dict[str, tuple[Any, Sequence[str | None]]] = {
+    # Name of an arm -> the model that it calls, and the adapters of its rows.
+    arms: dict[str, tuple[Any, Sequence[str | None]]] = {
         "lorafx, no adapter": (compiled, [None] * batch),
         f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
     }
     if len(set(mixed)) > 1:
-        ways[f"lorafx, {several}"] = (compiled, mixed)
-    by_peft = _by_peft(module, sources, mixed) if peft else None
-    if by_peft is not None:
-        ways[f"PEFT, {several}"] = (by_peft, mixed)
-    alone = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
+        arms[f"lorafx, {several}"] = (compiled, mixed)
+    peft_model = _peft_model(module, sources, mixed) if peft else None
+    if peft_model is not None:
+        arms[f"PEFT, {several}"] = (peft_model, mixed)
+    base_model = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
-        what = f"{batch} requests of {tokens} tokens"
+        title = f"{batch} requests of {tokens} tokens"
         ids = torch.randint(0, int(vocabulary), (batch, tokens), device=module.device)
-        arms = {name: functools.partial(_call, *arm, ids) for name, arm in ways.items()}
-        base = functools.partial(_call, alone, None, ids)
-        ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base", what=what)
-        arms_found = [
+        calls = {name: functools.partial(_logits, *arm, ids) for name, arm in arms.items()}
+        base = functools.partial(_logits, base_model, None, ids)
+        ratios = compare(base, calls, blocks=blocks, seconds=seconds, itself="base", title=title)
+        rows = [
             {"ratio" if k == "median" else k: v for k, v in asdict(ratio).items()}
             for ratio in ratios
         ]
-        case: dict[str, Any] = {"batch": batch, "tokens": tokens, "arms": arms_found}
-        if by_peft is not None:
-            got, want = (_call(run, mixed, ids) for run in (compiled, by_peft))
+        case: dict[str, Any] = {"batch": batch, "tokens": tokens, "arms": rows}
+        if peft_model is not None:
+            got, want = (_logits(run, mixed, ids) for run in (compiled, peft_model))
             case["difference"] = float((got - want).abs().max() / want.abs().max())
         cases.append(case)
     machine = _machine(torch, module, sources)
@@ -101,7 +101,7 @@ def bench(
         show_json({"model": model, **machine, "cases": cases})
         return
     for case in cases:
-        rows = [
+        cells = [
             (
                 arm["arm"],
                 f"{arm['milliseconds']:.2f}",
@@ -111,41 +111,41 @@ def bench(
             for arm in case["arms"]
         ]
         title = f"{case['batch']} requests of {case['tokens']} tokens"
-        show_table(title, ("what", "ms", "over base", "95 %"), rows)
+        show_table(title, ("what", "ms", "over base", "95 %"), cells)
         if "difference" in case:
             print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")
 
 
-def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
-    """Logits of one forward, when they are there."""
+def _logits(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
+    """The logits of one forward, after the device has computed them."""
     import torch
 
-    given = {} if names is None else {"adapter_names": names}
+    kwargs = {} if names is None else {"adapter_names": names}
     with torch.no_grad():
-        logits = run(input_ids=ids, use_cache=False, **given).logits
+        logits = run(input_ids=ids, use_cache=False, **kwargs).logits
     if ids.is_cuda:
         torch.cuda.synchronize()
     return logits
 
 
-def _by_peft(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any | None:
-    """The model with PEFT's layers; None, and a warning, where PEFT cannot serve the batch."""
+def _peft_model(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any | None:
+    """The model with PEFT's layers; None, after a warning, if PEFT cannot serve the batch."""
     import torch
 
     try:
         from peft import PeftModel
 
-        first, *others = sources
+        first, *following = sources
         with progress(f"adding {len(sources)} adapters by PEFT"):
-            made = PeftModel.from_pretrained(copy.deepcopy(module), sources[first], first).eval()
-            for name in others:
-                made.load_adapter(sources[name], name)
-        _call(made, mixed, torch.zeros(len(mixed), 1, dtype=torch.long, device=module.device))
-    except Exception as error:  # of PEFT, about adapters that lorafx serves
+            model = PeftModel.from_pretrained(copy.deepcopy(module), sources[first], first).eval()
+            for name in following:
+                model.load_adapter(sources[name], name)
+        _logits(model, mixed, torch.zeros(len(mixed), 1, dtype=torch.long, device=module.device))
+    except Exception as error:  # of any class: PEFT cannot serve all adapters that lorafx serves
         warnings.warn(f"PEFT is not measured: {error!s:.300}", stacklevel=2)
         return None
-    return made
+    return model
 
 
 def _machine(torch: Any, module: Any, adapters: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""`lorafx doctor`: versions, private ground, shortcuts, and a small mixed batch.
+"""`lorafx doctor`: versions, the private parts of torch, shortcuts, and a small mixed batch.
 
-It runs where lorafx does not: only the batch and the compiler need a version that is supported.
+It also runs with versions that lorafx does not support, but without the batch, which is
 
     y[b] = f(x[b]; W + s·B A of names[b])    for two adapters and the base, each row alone
 """
@@ -44,20 +44,20 @@ def doctor(as_json: AsJson = False) -> None:
     Example: lorafx doctor
     """
     level = LOG.level
-    LOG.setLevel(logging.ERROR)  # what the log would say is in the report
+    LOG.setLevel(logging.ERROR)  # the report has what the log would say
     try:
-        found = diagnosed()
+        diagnosis = diagnosed()
     finally:
         LOG.setLevel(level)
-    show(found, as_json)
-    if found.faults:
+    show(diagnosis, as_json)
+    if diagnosis.faults:
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
 class SmallBatch:
     """The class of the model, the device, the largest relative difference from dense merge, and the
-    seconds with compiling."""
+    time with compiling in seconds."""
 
     model: str
     device: str
@@ -73,8 +73,8 @@ class SmallBatch:
 
 @dataclass
 class Diagnosis:
-    """All that was found: `required` parts of torch "holds", or what they lack. `faults` are
-    sentences; without any, everything holds."""
+    """The report. `required` has "holds" or the problem for each module of private parts. `faults`
+    has a sentence for each thing that is wrong."""
 
     installed: dict[str, str] = field(default_factory=dict)
     required: dict[str, str] = field(default_factory=dict)
@@ -83,8 +83,8 @@ class Diagnosis:
     faults: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json_values({"holds": not self.faults, **asdict(self)})
-        return found
+        values: dict[str, Any] = json_values({"holds": not self.faults, **asdict(self)})
+        return values
 
     def __str__(self) -> str:
         states = [
@@ -102,54 +102,54 @@ class Diagnosis:
 
 
 def diagnosed() -> Diagnosis:
-    """Look at this machine. Nothing is raised for what is wrong with it."""
-    found = Diagnosis()
-    with _noting(found):
+    """Diagnose this machine. No error is raised for what is wrong with it."""
+    diagnosis = Diagnosis()
+    with _errors_as_faults(diagnosis):
         versions.check()
-    supported = not found.faults
+    supported = not diagnosis.faults
     with progress("looking at torch"):
         for module in pkgutil.iter_modules(torch_internals.__path__) if supported else ():
-            _require(module.name, found)
-        found.installed = _installed(supported)
-    if found.installed["C++ compiler"] == found.installed["GPU"] == "none":
-        found.faults.append("no C++ compiler was found: install g++ or clang, or name it in CXX")
-    with _noting(found):
-        found.shortcuts = shortcuts.states()
+            _import_private_parts(module.name, diagnosis)
+        diagnosis.installed = _installed(supported)
+    if diagnosis.installed["C++ compiler"] == diagnosis.installed["GPU"] == "none":
+        fault = "no C++ compiler was found: install g++ or clang, or name it in CXX"
+        diagnosis.faults.append(fault)
+    with _errors_as_faults(diagnosis):
+        diagnosis.shortcuts = shortcuts.states()
         if supported:
             with progress("compiling a small mixed batch"):
-                found.batch = run_small_batch()
-    if found.batch is not None and not found.batch.difference <= TOLERANCE:  # or NaN
-        found.faults.append("the mixed batch is not what dense merge gives: please report it")
-    return found
+                diagnosis.batch = run_small_batch()
+    if diagnosis.batch is not None and not diagnosis.batch.difference <= TOLERANCE:  # or NaN
+        diagnosis.faults.append("the mixed batch is not what dense merge gives: please report it")
+    return diagnosis
 
 
 @contextmanager
-def _noting(found: Diagnosis) -> Iterator[None]:
-    """An error inside is a fault."""
+def _errors_as_faults(diagnosis: Diagnosis) -> Iterator[None]:
     try:
         yield
     except LorafxError as error:
-        found.faults.append(str(error))
+        diagnosis.faults.append(str(error))
     except Exception as error:  # of any library: the report has to be made
-        found.faults.append(f"{type(error).__name__}: {error}")
+        diagnosis.faults.append(f"{type(error).__name__}: {error}")
 
 
-def _require(module: str, found: Diagnosis) -> None:
+def _import_private_parts(module: str, diagnosis: Diagnosis) -> None:
     state = "holds"
     try:
         importlib.import_module(f"{torch_internals.__name__}.{module}")
     except UnsupportedVersionError as error:
         state = str(error)
-        found.faults.append(f"{module}: {error}")
+        diagnosis.faults.append(f"{module}: {error}")
     except ModuleNotFoundError as error:
         state = f"{error.name} is not installed"
-    found.required[module] = state
+    diagnosis.required[module] = state
 
 
 def _installed(supported: bool) -> dict[str, str]:
-    """Versions, the compiler, which is looked for where lorafx runs, and the GPU."""
+    """Versions, the GPU, and the compiler, which is only looked for if torch is `supported`."""
     packages = ("torch", "triton", "transformers", "peft")
-    found = {
+    rows = {
         "lorafx": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{package: versions.standing(package) for package in packages},
@@ -157,24 +157,24 @@ def _installed(supported: bool) -> dict[str, str]:
         "GPU": "none",
     }
     if versions.installed("torch") is None:
-        return found
+        return rows
     import torch
 
     if torch.cuda.is_available():
-        found["GPU"] = torch.cuda.get_device_name()
+        rows["GPU"] = torch.cuda.get_device_name()
     if supported:
         from lorafx.kernels.cpu.compiler import find_compiler, version_of
 
         try:
             compiler = find_compiler()
-            found["C++ compiler"] = (version_of(compiler).splitlines() or [compiler])[0]
+            rows["C++ compiler"] = (version_of(compiler).splitlines() or [compiler])[0]
         except LorafxError:
-            found["C++ compiler"] = "none"
-    return found
+            rows["C++ compiler"] = "none"
+    return rows
 
 
 def run_small_batch() -> SmallBatch:
-    """Compile the model and its adapters, and compare one batch."""
+    """Compile a small model with two adapters, and compare one batch with dense merge."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,11 +182,11 @@ def run_small_batch() -> SmallBatch:
         torch.manual_seed(0)
         model = _model().to(device).eval()
         ids = torch.randint(3, 61, (len(_NAMES), 5), device=device)
-        made = {name: _adapter(model, rank) for name, rank in _RANKS.items()}
-        alone = [made[name][1] if name else model for name in _NAMES]
-        rows = [_logits(merged(ids[row : row + 1])) for row, merged in enumerate(alone)]
+        pairs = {name: _adapter_and_merged(model, rank) for name, rank in _RANKS.items()}
+        models = [pairs[name][1] if name else model for name in _NAMES]
+        rows = [_logits(merged(ids[row : row + 1])) for row, merged in enumerate(models)]
         start = time.perf_counter()
-        adapters = {name: source for name, (source, _) in made.items()}
+        adapters = {name: source for name, (source, _) in pairs.items()}
         got = _logits(lorafx.compile(model, adapters)(ids, adapter_names=list(_NAMES)))
         seconds, want = time.perf_counter() - start, torch.cat(rows)
         difference = float((got - want).abs().max() / want.abs().max().clamp(min=1))
@@ -194,7 +194,7 @@ def run_small_batch() -> SmallBatch:
 
 
 def _model() -> Any:
-    """A Llama of one layer; without transformers a few layers of torch's."""
+    """A Llama of one layer; a few layers of torch's if transformers is not installed."""
     from torch import nn
 
     if versions.installed("transformers") is None:
@@ -214,8 +214,8 @@ def _model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def _adapter(model: Any, rank: int) -> tuple[Any, Any]:
-    """A random adapter for all linears, and a copy of the model with it in its weights."""
+def _adapter_and_merged(model: Any, rank: int) -> tuple[Any, Any]:
+    """A random adapter for all linears, and a copy of the model with the adapter merged."""
     import torch
 
     merged, tensors = copy.deepcopy(model), {}

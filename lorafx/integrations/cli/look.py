@@ -45,8 +45,8 @@ def explain(
 ) -> None:
     """Show the sites and banks that lorafx would give MODEL, their bytes, and whether adapters fit.
 
-    Nothing but the configuration of the model is read, and the adapters. Exits with 1 where one
-    does not fit.
+    Only the configuration of the model and the adapters are read. Exits with 1 if an adapter does
+    not fit.
 
     Example: lorafx explain meta-llama/Llama-3.2-1B --adapter ./adapters/sql
     """
@@ -72,19 +72,19 @@ def explain(
 
 def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None) -> dict[str, Any]:
     """Whether an adapter can be loaded, its largest rank, the number of modules that it changes,
-    and warnings; or the problem."""
+    and warnings; or the problem, if it cannot."""
     from lorafx.errors import LorafxError, LorafxWarning, respelled
 
     fit = {"adapter": name, "fits": False, "rank": 0, "modules": 0, "notes": [], "problem": ""}
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", LorafxWarning)
-            found = read_for(module, name, source, target, max_rank)
+            adapter = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
         return {**fit, "problem": respelled(str(error), as_option)}
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
-    modules = len(found.weights)
-    return {**fit, "fits": True, "rank": found.rank, "modules": modules, "notes": notes}
+    modules = len(adapter.weights)
+    return {**fit, "fits": True, "rank": adapter.rank, "modules": modules, "notes": notes}
 
 
 def _fit_in_words(fit: Mapping[str, Any]) -> str:
@@ -135,9 +135,9 @@ def bisect(
     import lorafx
 
     compiled, inputs, names = _compiled(model, adapters, None, length, dtype, lowering)
-    found = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance)
-    show(found, as_json, model=model, adapters=names)
-    if found.first is not None:
+    bisection = lorafx.bisect(compiled, inputs, [*names, None], tolerance=tolerance)
+    show(bisection, as_json, model=model, adapters=names)
+    if bisection.first is not None:
         raise typer.Exit(1)
 
 
@@ -149,8 +149,8 @@ def _compiled(
     dtype: str | None,
     lowering: str,
 ) -> tuple[Any, dict[str, Any], list[str]]:
-    """The model in service, inputs for it, and the names of its adapters. Without `batch` the
-    inputs are for all adapters and the base."""
+    """The compiled model, example inputs with `batch` rows, and the names of its adapters. If
+    `batch` is None, there is a row for each adapter and one for the base."""
     import lorafx
     from lorafx.errors import ConfigError
     from lorafx.runtime.example_inputs import derived_example

@@ -1,9 +1,9 @@
-"""The time of several ways to compute the same, side by side: `lorafx bench`, and benchmarks/.
+"""Compares the times of several ways, "arms", to compute the same: `lorafx bench`, benchmarks/.
 
-Arms run in one process, interleaved as base, arm, arm, base in blocks of random order. Reported is
-the median over blocks of the paired ratios, with a bootstrap 95 % interval. The base is also
-measured against itself: that interval is the noise floor. A claim needs the bound of its interval,
-not the median.
+Arms run in one process, interleaved as base, arm, arm, base in blocks of random order. The result
+is the median over blocks of the paired ratios, with a bootstrap 95 % interval. The base is also
+measured against itself: that interval is the noise floor. A claim should rest on the bound of its
+interval, not on the median.
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ def compare(
     seed: int = 0,
     timer: Callable[[Arm, float], float] = timed,
     itself: str = "A/A",
-    what: str = "arms",
+    title: str = "arms",
 ) -> list[Ratio]:
-    """Paired ratios over the base, of itself (named `itself`) and of every arm.
+    """Paired ratios over the base, of the base (named `itself`) and of every arm.
 
-    `timer` gives the seconds of one call of an arm, measured for about that long. `what` names the
-    comparison on a terminal.
+    `timer(arm, seconds)` returns the seconds of one call, measured for about `seconds`. `title`
+    names the comparison in progress messages.
     """
     rng = random.Random(seed)
-    everything = {itself: base, **arms}
-    for number, (name, arm) in enumerate(everything.items(), start=1):
-        with progress(f"{what}: first calls, which compile, {number} of {len(everything)}: {name}"):
+    arms = {itself: base, **arms}
+    for number, (name, arm) in enumerate(arms.items(), start=1):
+        with progress(f"{title}: first calls, which compile, {number} of {len(arms)}: {name}"):
             for _ in range(3):
                 arm()
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in everything}
-    least = 4 * blocks * len(everything) * seconds
-    with progress(f"{what}: measuring {blocks} blocks, for at least {least:.0f} s"):
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    least = 4 * blocks * len(arms) * seconds
+    with progress(f"{title}: measuring {blocks} blocks, for at least {least:.0f} s"):
         for _ in range(blocks):
-            order = list(everything)
+            order = list(arms)
             rng.shuffle(order)
             for name in order:
-                arm = everything[name]
+                arm = arms[name]
                 base_time, arm_time = timer(base, seconds), timer(arm, seconds)
                 arm_time += timer(arm, seconds)
                 pairs[name].append((arm_time / 2, (base_time + timer(base, seconds)) / 2))
-    return [_ratio(name, pairs[name], rng) for name in everything]
+    return [_ratio(name, pairs[name], rng) for name in arms]
 
 
 def _ratio(name: str, pairs: list[tuple[float, float]], rng: random.Random) -> Ratio:
@@ -88,7 +88,7 @@ def _ratio(name: str, pairs: list[tuple[float, float]], rng: random.Random) -> R
     medians = sorted(
         statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES)
     )
-    outside = _RESAMPLES // 40  # on each side
-    low, high = medians[outside], medians[-1 - outside]
+    tail = _RESAMPLES // 40  # 2.5 % on each side
+    low, high = medians[tail], medians[-1 - tail]
     milliseconds = statistics.median(arm for arm, _ in pairs) * 1e3
     return Ratio(name, statistics.median(ratios), low, high, milliseconds)

@@ -1,5 +1,5 @@
-"""Arguments and options that several commands have, the models and adapters that they name, and how
-commands print."""
+"""The arguments and options that several commands share, loading of the models and adapters that
+they name, and printing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Targets = Annotated[list[str] | None, typer.Option(help="Module names, suffixes 
 SlotRank = Annotated[int | None, typer.Option(help="Rank of a slot; larger ones take several.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
-#: Fields of LoraConfig and Options that are options of commands, as these spell them.
+#: Fields of LoraConfig and Options -> the options of commands that set them.
 _OPTIONS = {
     "cache": "--cache",
     "lowering": "--lowering",
@@ -41,18 +41,18 @@ _OPTIONS = {
 }
 
 
-def as_option(field: str, value: str | None, given: bool = False) -> str | None:
-    """What commands say where a message names a field of LoraConfig or Options."""
+def as_option(field: str, value: str | None, adapter_suffices: bool = False) -> str | None:
+    """The words of a command for a field of LoraConfig or Options, for `respelled`."""
     option = _OPTIONS.get(field)
     return option if option is None or value is None else f"give {option} {value}"
 
 
-def target_modules(given: Sequence[str] | None, adapters: Any) -> Any:
-    """`LoraConfig.target_modules` for `--target`: without it what the adapters say, and without
-    both every linear layer."""
-    if given and given != ["all-linear"]:
-        return given
-    return None if adapters and not given else "all-linear"
+def target_modules(target: Sequence[str] | None, adapters: Any) -> Any:
+    """`LoraConfig.target_modules` for `--target`. Without that option it is None, for the modules
+    that the adapters name, or every linear layer if there are no adapters."""
+    if target and target != ["all-linear"]:
+        return target
+    return None if adapters and not target else "all-linear"
 
 
 def show_json(value: Mapping[str, Any]) -> None:
@@ -60,10 +60,10 @@ def show_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def show(report: Any, as_json: bool, **more: Any) -> None:
-    """Print a report, as text or as one JSON object with `more`."""
+def show(report: Any, as_json: bool, **fields: Any) -> None:
+    """Print a report as text, or as one JSON object with `fields` before its own."""
     if as_json:
-        show_json({**more, **report.json()})
+        show_json({**fields, **report.json()})
     else:
         print(report)
 
@@ -74,72 +74,73 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def on_meta(model: str, dtype: str | None = None) -> Any:
-    """The model that a config.json describes, without numbers, in the dtype that it names. Raises
-    ConfigError where nothing installed can make it."""
+    """The model that a config.json describes, on the meta device, in `dtype` or the dtype that it
+    names. Raises ConfigError if no installed library can make it."""
     import torch
 
-    wanted = None if dtype is None else _dtype(dtype)
+    torch_dtype = None if dtype is None else _dtype(dtype)
     with _readable(model), torch.device("meta"):
         cls, config = _class_and_config(model)
-        made = cls.from_config(config) if isinstance(config, dict) else cls._from_config(config)
-        return (made if wanted is None else made.to(wanted)).eval()
+        module = cls.from_config(config) if isinstance(config, dict) else cls._from_config(config)
+        return (module if torch_dtype is None else module.to(torch_dtype)).eval()
 
 
 def loaded(model: str, dtype: str | None = None) -> Any:
-    """The model with its weights, on the CPU or the GPU that there is, for inference. Raises
-    ConfigError where it cannot be loaded."""
+    """The model with its weights for inference, on the GPU if there is one. Raises ConfigError if
+    it cannot be loaded."""
     with progress("importing torch"):
         import torch
 
-    wanted = None if dtype is None else _dtype(dtype)
+    torch_dtype = None if dtype is None else _dtype(dtype)
     with _readable(model), progress(f"loading {model}"):
         cls, config = _class_and_config(model)
         if isinstance(config, dict):
-            kind = {} if wanted is None else {"torch_dtype": wanted}
+            kwargs = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
         else:
-            kind = {"dtype": wanted or "auto"}
-        found = cls.from_pretrained(model, **kind)
-    return found.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+            kwargs = {"dtype": torch_dtype or "auto"}
+        module = cls.from_pretrained(model, **kwargs)
+    return module.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
 def _dtype(name: str) -> Any:
     import torch
 
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--dtype {name}: torch has no dtype of this name")
-    return found
+    return dtype
 
 
-def adapters_in(folders: Sequence[str]) -> dict[str, str]:
-    """Adapters by name: each of `folders` is one, a file of one, a name on the hub, or a folder of
-    adapter folders. Raises ConfigError where two are called the same, or a folder holds none."""
+def adapters_in(sources: Sequence[str]) -> dict[str, str]:
+    """Name -> folder, file or name on the hub. Each of `sources` is one adapter, or a folder of
+    adapter folders. Raises ConfigError if two have the same name, or if a folder has none."""
     from lorafx.adapter_store.peft_config import CONFIG_FILE
     from lorafx.adapter_store.saved import WEIGHTS
 
     def is_adapter(folder: Path) -> bool:
         return any((folder / name).is_file() for name in (CONFIG_FILE, *WEIGHTS))
 
-    found: dict[str, str] = {}
-    for given in folders:
-        path = Path(given)
+    adapters: dict[str, str] = {}
+    for source in sources:
+        path = Path(source)
         several = path.is_dir() and not is_adapter(path) and not any(path.glob("*.safetensors"))
         inside = sorted(filter(is_adapter, path.iterdir())) if several else [path]
         if not inside:
-            raise ConfigError(f"{given} holds no adapter, and no folder of one")
+            raise ConfigError(f"{source} holds no adapter, and no folder of one")
         for adapter in inside:
             name = adapter.stem if adapter.is_file() else adapter.name
-            if name in found:
-                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {adapter}")
-            found[name] = given if adapter is path else str(adapter)
-    return found
+            if name in adapters:
+                first = adapters[name]
+                raise ConfigError(f"two adapters are called {name!r}: {first} and {adapter}")
+            adapters[name] = source if adapter is path else str(adapter)
+    return adapters
 
 
 def read_for(
     module: Any, name: str, source: Any, target: Any = None, max_rank: int | None = None
 ) -> Any:
-    """An adapter as it is read for a model whose sites `target` chooses, or the adapter. Raises as
-    `read_adapter`."""
+    """An adapter as it is read for a model whose sites are chosen by `target`, or by the adapter if
+    that is None. Raises what `read_adapter` raises."""
     from lorafx.adapter_store.peft_reader import read_adapter
     from lorafx.config import LoraConfig
     from lorafx.runtime.marking import build_sites, request_of
@@ -169,8 +170,8 @@ def _readable(model: str) -> Iterator[None]:
 
 
 def _class_and_config(model: str) -> tuple[Any, Any]:
-    """The class that the configuration names, and transformers' configuration, or the dict of a
-    model of diffusers."""
+    """The class that the configuration names, and the configuration: transformers' object, or for a
+    model of diffusers a dict."""
     file = Path(model) / "config.json"
     fields = json.loads(file.read_text()) if file.is_file() else {}
     if "_class_name" in fields:
@@ -185,5 +186,5 @@ def _class_and_config(model: str) -> tuple[Any, Any]:
     from lorafx.torch_internals.transformers_parts import causal_model_class
 
     config = transformers.AutoConfig.from_pretrained(model)
-    known = (getattr(transformers, name, None) for name in config.architectures or ())
-    return next(filter(None, known), None) or causal_model_class(config), config
+    classes = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next(filter(None, classes), None) or causal_model_class(config), config

@@ -3,9 +3,9 @@
     cp = lorafx.compile_pipeline(pipe, {"ink": "loras/ink", "clay": "loras/clay.safetensors"})
     cp(prompt=[...], adapter_names=["ink", {"ink": 0.5, "clay": 1.0}, None])
 
-The pipeline's own `__call__` runs, with the compiled forwards of its models, which stay what and
-where they are. Which of them carry LoRA is what diffusers' own loader of the pipeline says
-(`_lora_loadable_modules`). Which prompt each of their rows belongs to `PromptRows` follows.
+The pipeline's own `__call__` runs, with the compiled forwards of its models; no model is replaced.
+By default LoRA goes into the models that the pipeline lists in `_lora_loadable_modules`.
+`PromptRows` tracks which prompt each row of a model's input belongs to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafx import api
 from lorafx.adapter_store.checkpoint import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
-from lorafx.adapter_store.saved import AdapterSource, Source, opened
+from lorafx.adapter_store.saved import AdapterSource, Source, read_source
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
@@ -55,9 +55,9 @@ from lorafx.ownership.memory import (
 )
 from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
-from lorafx.runtime.loading import in_turn, load_parts, unload_parts
+from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
-from lorafx.runtime.replaced_methods import Replaced
+from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.session import refuse_elsewhere
 from lorafx.torch_internals.graph_parts import OpOverload, tree_map_only
@@ -66,8 +66,8 @@ from lorafx.torch_internals.graph_parts import OpOverload, tree_map_only
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
 #: Arguments of pipelines by which diffusers scales all adapters at once.
 _SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-#: Why methods of diffusers' loaders are not handed out.
-_INSERTED = (
+#: Why `CompiledPipeline` refuses the methods of diffusers' loaders of adapters.
+_LOADERS_REFUSED = (
     "is about adapters that diffusers puts into the models, where every image would have them; use "
     "load_adapter(source, name), unload_adapter(name), and adapter_names=[...] in the call"
 )
@@ -85,7 +85,7 @@ def compile_pipeline(
     """Compile the models of a diffusers pipeline that carry LoRA, so that every image of a batch
     may use another adapter.
 
-    `pipe` and its models stay what they are: called itself, `pipe` gives the base's images.
+    `pipe` and its models are not replaced: a call of `pipe` itself makes the base's images.
 
     Args:
         pipe: a pipeline of diffusers (`DiffusionPipeline`), on one device. Adapters that
@@ -93,9 +93,10 @@ def compile_pipeline(
         adapters: name -> adapter, loaded before the first call. One file may have parts for the
             denoiser and for text encoders, in any dialect (docs/adapters.md). Or a list of folders,
             files or names on the hub, as for `lorafx.compile`.
-        lora_config: the sites, ranks and slots of all models. None for what the adapters need, with
-            room for sums of any two of them; or every linear without any. Models that need one each
-            are compiled by `lorafx.compile` and given to `CompiledPipeline`.
+        lora_config: the sites, ranks and slots of all models. None chooses what the adapters need,
+            with room for sums of any two of them, or every linear if there are no adapters. If each
+            model needs its own, compile them by `lorafx.compile` and pass them to
+            `CompiledPipeline`.
         components: names of the models that carry LoRA; None for those into which diffusers loads
             adapters.
         dynamic, options: as for `lorafx.compile`.
@@ -103,8 +104,7 @@ def compile_pipeline(
     Raises:
         ConfigError: `pipe` is no pipeline, or has no models of these names.
         CaptureError: a model is already compiled, or is moved between devices by hooks.
-        CheckpointError: an adapter that cannot be read, or with a part for a model that is not
-            compiled.
+        CheckpointError: an adapter cannot be read, or has a part for a model that is not compiled.
 
     It also raises what `lorafx.compile` raises. After an error the pipeline is as it was.
     """
@@ -119,12 +119,12 @@ def compile_pipeline(
     try:
         for name, model in models.items():
             config = lora_config
-            if config is None:  # what these adapters need, and sums of two of them
+            if config is None:
                 config = request_of(None, sources[name], model).config
                 sums = 2 if len(sources[name]) > 1 else 1
                 config = replace(config, max_rank=sums * config.max_rank)
-            taken = inspect.signature(model.forward).parameters
-            shared = dict.fromkeys(argument for argument in SHARED_ARGUMENTS if argument in taken)
+            parameters = inspect.signature(model.forward).parameters
+            shared = dict.fromkeys(name for name in SHARED_ARGUMENTS if name in parameters)
             config = replace(config, row_dims={**shared, **config.row_dims})
             compiled[name] = api.compile(
                 model, config, adapters=sources[name], dynamic=dynamic, options=options
@@ -141,60 +141,61 @@ _BY_PROMPT = {"adapter_names": 'adapter_names=["ink", None, ...], one name or No
 
 
 class CompiledPipeline:
-    """A pipeline that serves its base and many adapters in one batch. Attributes that it lacks are
-    those of `pipe`, the pipeline that was given; `models` are the compiled ones by their names
-    there. Adapters that are loaded into one of them alone count there alone."""
+    """A pipeline that serves its base and many adapters in one batch. Attributes that this class
+    lacks are those of `pipe`; `models` has the compiled models by their names in the pipeline. An
+    adapter that is loaded into only one of them acts only there."""
 
     def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
         self.pipe = pipe
         self.models = dict(models)
-        # Those of a session are put back in a child process too.
-        self._stand_ins = next(iter(self.models.values()))._session.stand_ins
+        # A session's replaced methods are put back in a forked child, too.
+        self._replacements = next(iter(self.models.values()))._session.replacements
 
     def __call__(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
         """The pipeline's own call with an adapter for each prompt.
 
-        The images of one prompt have its adapter, in the denoiser and in the text encoders alike,
-        for what is to be avoided (`negative_prompt`) as for the prompt, as in diffusers.
+        All images of a prompt use its adapter, in the denoiser and in the text encoders, for the
+        negative prompt as for the prompt. diffusers does the same.
 
         Args:
             adapter_names: one name per prompt; None or "__base__" is the base,
                 {"ink": 0.7, "clay": 0.3} a sum of adapters or one at another scale. Without it all
-                images have the adapter that was active when the pipeline was compiled, or none.
+                images use the adapter that was active when the pipeline was compiled, or none.
 
         Raises:
-            ConfigError: `adapter_names` is not a list of names, or diffusers is told to scale
-                adapters too.
-            BatchError: as many names as prompts are needed; or it is not known which prompt a row
-                belongs to.
-            ReplacedModuleError: a model of the pipeline is another one now.
-            UnknownAdapterError: a name that is not loaded.
+            ConfigError: `adapter_names` is not a list of names, or an argument asks diffusers to
+                scale adapters.
+            BatchError: there are not as many names as prompts, or it is not known which prompt a
+                row belongs to.
+            ReplacedModuleError: a model of the pipeline was replaced after it was compiled.
+            UnknownAdapterError: no adapter of this name is loaded.
 
         It also raises what a compiled model raises.
         """
         refuse_slips(kwargs, type(self.pipe).__call__, ways=_BY_PROMPT)
         names = checked_names(adapter_names)
         if names is not None and len(set(names)) > 1:
-            # Some pipelines encode one text once, for rows of all adapters.
+            # Some pipelines encode a single text once, and its row would serve all adapters.
             for name, value in kwargs.items():
                 if "negative_prompt" in name and isinstance(value, str):
                     kwargs[name] = [value] * len(names)
-        given = _bound(self.pipe, args, kwargs)
-        self._check(given)
+        arguments = _bind(self.pipe, args, kwargs)
+        self._refuse_replaced_models()
+        _refuse_scales(arguments)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
         if names is not None:
-            _check_prompts(given, len(names))
+            _check_count_of_prompts(arguments, len(names))
             self._check_known(names)
-            by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
+            by_model = {name: _with_parts(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
-        # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
+        # Every session is in a call until this one ends, so no other call changes its requests.
         by_session = {
             id(cm._session): None if names is None else Requests(tuple(by_model[name] or ()))
             for name, cm in self.models.items()
         }
-        for session in reversed(in_turn(cm._session for cm in self.models.values())):
+        for session in reversed(in_lock_order(cm._session for cm in self.models.values())):
             run = partial(session.call, run, by_session[id(session)])
         return run()
 
@@ -204,25 +205,25 @@ class CompiledPipeline:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        mixed = [given for given in names.values() if given is not None and len(set(given)) > 1]
+        mixed = [part for part in names.values() if part is not None and len(set(part)) > 1]
         rows = PromptRows(len(mixed[0])) if mixed else None
-        replaced: list[Replaced] = [
-            (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
+        replaced: list[Replacement] = [
+            (cm.model, "forward", partial(_forward_compiled, name, cm, names[name], rows))
             for name, cm in self.models.items()
         ]
         if rows is None:
-            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
+            return self._replacements.replacing(replaced, self.pipe, *args, **kwargs)
         compiled = {id(cm.model) for cm in self.models.values()}
         replaced += [
-            (module, "forward", partial(_observed, module.forward, rows))
+            (module, "forward", partial(_encode, module.forward, rows))
             for module in self.pipe.components.values()
             if encodes_prompts(module) and id(module) not in compiled
         ]
         with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = tree_map_only(Tensor, counted, (args, kwargs))
-            for name, value in _bound(self.pipe, args, kwargs).items():
-                rows.given(name, value)
-            call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
+            args, kwargs = tree_map_only(Tensor, without_inference_mode, (args, kwargs))
+            for name, value in _bind(self.pipe, args, kwargs).items():
+                rows.label_argument(name, value)
+            call = partial(self._replacements.replacing, replaced, self.pipe, *args, **kwargs)
             return rows.run(call)
 
     @property
@@ -231,10 +232,10 @@ class CompiledPipeline:
         return tuple(dict.fromkeys(name for cm in self.models.values() for name in cm.adapters))
 
     def load_adapter(self, source: Source, name: str, *, strict: bool | None = None) -> None:
-        """Load an adapter into all models that it has a part for, in place of one of the same name.
+        """Load an adapter into all models that it has a part for. It replaces one of the same name.
 
-        Raises as `CompiledModel.load_adapter`, and CheckpointError where it has a part for a model
-        that is not compiled. After an error no model has changed.
+        Raises what `CompiledModel.load_adapter` raises, and CheckpointError if the adapter has a
+        part for a model that is not compiled. After an error no model has changed.
         """
         models = {component: cm.model for component, cm in self.models.items()}
         parts = parts_of(source, self.pipe, models)
@@ -242,7 +243,7 @@ class CompiledPipeline:
         load_parts(by_session, name, strict)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter in all models; raises as `CompiledModel.unload_adapter`."""
+        """Forget an adapter in all models. Raises what `CompiledModel.unload_adapter` raises."""
         self._check_known([name])
         unload_parts([cm._session for cm in self.models.values()], name)
 
@@ -252,12 +253,12 @@ class CompiledPipeline:
         return sum(cm.recompiles for cm in self.models.values())
 
     def explain(self) -> dict[str, Explanation]:
-        """The report of each model."""
+        """The `Explanation` of each model, by its name in the pipeline."""
         return {name: cm.explain() for name, cm in self.models.items()}
 
     def detach(self) -> Any:
-        """Take the marks off all models and return the pipeline; this object serves no more
-        calls."""
+        """Remove the marks from all models and return the pipeline. This object serves no calls
+        afterwards."""
         for cm in self.models.values():
             cm.detach()
         return self.pipe
@@ -267,10 +268,10 @@ class CompiledPipeline:
             raise AttributeError(name)
         value = getattr(self.pipe, name)
         if isinstance(value, MethodType) and loads_adapters(type(self.pipe), name):
-            return partial(refuse, name, _INSERTED)
+            return partial(refuse, name, _LOADERS_REFUSED)
         return value
 
-    def _check(self, arguments: Mapping[str, Any]) -> None:
+    def _refuse_replaced_models(self) -> None:
         for name, cm in self.models.items():
             if getattr(self.pipe, name, None) is not cm.model:
                 raise ReplacedModuleError(
@@ -278,29 +279,31 @@ class CompiledPipeline:
                     f"{type(cm.model).__name__} that was compiled; put that back, or compile the "
                     "pipeline again"
                 )
-        for name in _SCALING:
-            value = arguments.get(name)
-            if isinstance(value, Mapping) and value.get("scale", 1.0) != 1.0:
-                raise ConfigError(
-                    f"{name}={{'scale': {value['scale']!r}}} scales adapters of diffusers, and "
-                    'there are none here; give weights, as in adapter_names=[{"ink": 0.5}]'
-                )
 
     def _check_known(self, names: Names) -> None:
-        known = self.adapters
-        given = (name for name in names if name is not None and name != BASE)
-        for name in (member for mixture in given for member in members(mixture)):
-            if name not in known:
+        loaded = self.adapters
+        adapter_names = (name for name in names if name is not None and name != BASE)
+        for name in (member for mixture in adapter_names for member in members(mixture)):
+            if name not in loaded:
                 raise UnknownAdapterError(
-                    f"there is no adapter {name!r}{nearest(name, known)}; loaded are "
-                    f"{', '.join(known) or 'none'}"
+                    f"there is no adapter {name!r}{nearest(name, loaded)}; loaded are "
+                    f"{', '.join(loaded) or 'none'}"
                 )
 
 
-def _known(names: Names, loaded: Sequence[str]) -> Names:
-    """`names` in a model that has a part of these adapters alone."""
+def _refuse_scales(arguments: Mapping[str, Any]) -> None:
+    for name in _SCALING:
+        value = arguments.get(name)
+        if isinstance(value, Mapping) and value.get("scale", 1.0) != 1.0:
+            raise ConfigError(
+                f"{name}={{'scale': {value['scale']!r}}} scales adapters of diffusers, and "
+                'there are none here; give weights, as in adapter_names=[{"ink": 0.5}]'
+            )
 
-    def known(name: str | None) -> str | None:
+
+def _with_parts(names: Names, loaded: Sequence[str]) -> Names:
+
+    def with_part(name: str | None) -> str | None:
         if not isinstance(name, Mixture):
             return name if name in loaded else None
         weights = {member: weight for member, weight in name.weights if member in loaded}
@@ -308,30 +311,30 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
             return next(iter(weights))
         return Mixture(weights) if weights else None
 
-    return [known(name) for name in names]
+    return [with_part(name) for name in names]
 
 
-def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _bind(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     signature = inspect.signature(type(pipe).__call__)
     return signature.bind_partial(None, *args, **kwargs).arguments
 
 
-def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
+def _check_count_of_prompts(arguments: Mapping[str, Any], count: int) -> None:
     for name, value in arguments.items():
         if name == "prompt" and isinstance(value, str):
-            given = 1
+            entries = 1
         elif "prompt" in name and isinstance(value, (list, tuple, Tensor)):
-            given = len(value)
+            entries = len(value)
         else:
-            continue  # a string may be for all of them
-        if given != count:
+            continue  # any other string is for all prompts
+        if entries != count:
             raise BatchError(
-                f"adapter_names has {count} entries, but {name} has {given}; give one name, or "
+                f"adapter_names has {count} entries, but {name} has {entries}; give one name, or "
                 "None for the base model, per prompt"
             )
 
 
-def _forward(
+def _forward_compiled(
     name: str,
     cm: CompiledModel,
     names: Names | None,
@@ -339,54 +342,53 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a compiled model within a call of the pipeline."""
     refuse_elsewhere(cm._session)
     if names is None:
-        return _call(cm, None, args, kwargs)
+        return _call_without_views(cm, None, args, kwargs)
     roles = cm.entry(cm.model).roles
     count = roles.rows(roles.bind(args, kwargs)) or 1
-    what = f"{name} ({type(cm.model).__name__})"
+    title = f"{name} ({type(cm.model).__name__})"
     encodes = encodes_prompts(cm.model)
     owners: Sequence[int] | None = None
     if encodes and count == len(names):
         owners = range(count)
     elif rows is not None and not encodes:
-        owners = rows.owners(what, (args, kwargs), count)
+        owners = rows.owners(title, (args, kwargs), count)
     elif len(set(names)) > 1:
         raise BatchError(
-            f"{what} encodes {count} rows of {len(names)} prompts, and nothing says which prompt "
+            f"{title} encodes {count} rows of {len(names)} prompts, and nothing says which prompt "
             "each belongs to; give lists of as many prompts and negative prompts, or call the "
             "pipeline once for each adapter"
         )
-    served = [names[0]] * count if owners is None else [names[owner] for owner in owners]
-    result = untracked(lambda _: _call(cm, served, args, kwargs))
+    by_row = [names[0]] * count if owners is None else [names[owner] for owner in owners]
+    result = untracked(lambda _: _call_without_views(cm, by_row, args, kwargs))
     if rows is not None and owners is not None:
-        rows.of_rows(result, tuple(owners))
+        rows.label_rows(result, tuple(owners))
     return result
 
 
-def _call(
+def _call_without_views(
     cm: CompiledModel, names: Names | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """`cm` with views as tensors of their own over the same memory. Dynamo guards on what a tensor
-    is a view of, and embeddings are views of what they were repeated into, or are not."""
+    """Call `cm` with each view replaced by a tensor over the same memory that is no view. Dynamo
+    guards on the base of a view, so embeddings with and without one would need a graph each."""
 
-    def apart(value: Any) -> Any:
+    def without_base(value: Any) -> Any:
         return value.data if isinstance(value, Tensor) and value._is_view() else value
 
-    named = {key: apart(value) for key, value in kwargs.items()}
-    return cm(*map(apart, args), adapter_names=names, **named)
+    named = {key: without_base(value) for key, value in kwargs.items()}
+    return cm(*map(without_base, args), adapter_names=names, **named)
 
 
-def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
+def _encode(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
     result = untracked(lambda _: forward(*args, **kwargs))
-    rows.of_prompts(result)
+    rows.label_prompts(result)
     return result
 
 
 def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The models of `pipe` that carry LoRA, by name: `components`, else those that diffusers itself
-    loads adapters into. Raises as `compile_pipeline`."""
+    """The models of `pipe` that carry LoRA, by name: `components`, or by default those into which
+    diffusers loads adapters. Raises ConfigError and CaptureError as `compile_pipeline` does."""
     if not isinstance(getattr(pipe, "components", None), Mapping) or isinstance(pipe, nn.Module):
         raise ConfigError(
             f"{type(pipe).__name__} is no pipeline of diffusers, which has `components`; compile "
@@ -416,12 +418,12 @@ def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module
 
 
 def encodes_prompts(module: object) -> bool:
-    """Whether this is a model that takes tokens, as transformers' text encoders say they do."""
+    """Whether `module` declares token ids as its main input, as transformers' text encoders do."""
     return isinstance(module, nn.Module) and getattr(module, "main_input_name", "") == "input_ids"
 
 
 def loads_adapters(pipeline: type, method: str) -> bool:
-    """Whether this is a method of diffusers' loaders of adapters, which change the models."""
+    """Whether `method` is defined by diffusers' loaders of adapters, which change the models."""
     loader = getattr(sys.modules.get("diffusers.loaders.lora_base"), "LoraBaseMixin", None)
     if loader is None:
         return False
@@ -432,45 +434,45 @@ def loads_adapters(pipeline: type, method: str) -> bool:
 
 
 def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
-    """The part of an adapter that is for each of `models`, of one reading of its files. Warns where
-    it has one for a model that the pipeline was loaded without; raises CheckpointError where it has
-    one for a model that is not compiled, or that the pipeline does not have."""
-    given = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = opened(given)
-    named = dialect_of(saved, given.dialect).components(saved)
-    found: dict[str, AdapterSource] = {}
-    for name in named if given.component is None else (given.component,):
-        model = _model_of(name, models)
-        known = getattr(pipe, "components", {})
-        if model is not None and model in found:
+    """The part of an adapter for each of `models`, by the model's name. Its files are read once.
+    Warns if it has a part for a model that the pipeline was loaded without. Raises CheckpointError
+    if it has a part for a model that is not compiled, or that the pipeline does not have."""
+    adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    saved = read_source(adapter)
+    in_files = dialect_of(saved, adapter.dialect).components(saved)
+    components = getattr(pipe, "components", {})
+    parts: dict[str, AdapterSource] = {}
+    for name in in_files if adapter.component is None else (adapter.component,):
+        model = _model_of_component(name, models)
+        if model is not None and model in parts:
             raise CheckpointError(
                 f"{saved.where} has factors for {name or 'no model by name'} and "
-                f"{found[model].component}, which are both {model} here; say which by "
+                f"{parts[model].component}, which are both {model} here; say which by "
                 "AdapterSource(..., component=...)"
             )
         if model is not None:
-            found[model] = replace(given, source=saved, component=name or None)
-        elif name in known and known[name] is None:
+            parts[model] = replace(adapter, source=saved, component=name or None)
+        elif name in components and components[name] is None:
             warnings.warn(
                 f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
-                "embeddings that are given have to come from it, with this adapter",
+                "precomputed embeddings have to come from it, with this adapter",
                 LorafxWarning,
                 stacklevel=3,
             )
         else:
             missing = f"{type(pipe).__name__} does not have"
-            why = "is not compiled; name it by components=" if name in known else missing
+            why = "is not compiled; name it by components=" if name in components else missing
             raise CheckpointError(
                 f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
                 f"{why} (compiled: {', '.join(models)})"
             )
-    if not found:
+    if not parts:
         raise CheckpointError(f"{saved.where} has factors for none of {', '.join(models)}")
-    return found
+    return parts
 
 
-def _model_of(name: str, models: Mapping[str, nn.Module]) -> str | None:
-    """The model that a file calls so. Files may call every denoiser `unet`, or by no name."""
+def _model_of_component(name: str, models: Mapping[str, nn.Module]) -> str | None:
+    """The model that a file means by `name`; files may call any denoiser `unet`, or ""."""
     if name in models:
         return name
     denoisers = [key for key, module in models.items() if not encodes_prompts(module)]
@@ -483,107 +485,107 @@ T = TypeVar("T")
 
 
 class PromptRows:
-    """The labels of one call of a pipeline. Those below `prompts`, their number, are prompts; those
-    above are rows of noise whose prompt is not known yet.
+    """Which prompt each row of a tensor belongs to, during one call of a pipeline.
 
-        embeddings[b]               prompt b: what an encoder returns for row b of the prompts
-        noise[i]                    a label of its own, until the denoiser is called with it
-        cat, repeat, view, chunk    whatever the pipeline does with them is followed by element
+    `prompts` is the number of prompts. A label below it is the index of a prompt; a higher label is
+    a row of noise whose prompt is not known yet.
 
-    A row of the denoiser is the prompt's whose embeddings it has. A row whose embeddings are
-    nobody's (zeros, for an empty prompt) is the prompt's with whose other row it shares the noise.
-    What neither says is refused.
+        embeddings[b]               prompt b: an encoder returns row b for prompt b
+        noise[i]                    a new label, until the denoiser is called with this noise
+        cat, repeat, view, chunk    labels are propagated element by element
+
+    A row of the denoiser belongs to the prompt of its embeddings. If these have no label (zeros,
+    for an empty prompt), it belongs to the prompt whose other row has the same noise. The call is
+    refused if neither identifies a prompt.
     """
 
     def __init__(self, prompts: int) -> None:
         self.prompts = prompts
-        # What no operator made, and nobody gave (a schedule from numpy), says nothing of prompts.
+        # A tensor of unknown origin, such as a schedule from numpy, depends on no prompt.
         self._memory = Memory(lambda _: True)
         self._next = prompts
-        #: The denoiser has been called: noise that is added later says nothing new.
-        self._begun = False
+        #: Noise drawn after the denoiser's first call identifies no rows and gets no labels.
+        self._denoiser_called = False
 
     def run(self, action: Callable[[], T]) -> T:
-        return _Following(self, self._memory).run(action)
+        return _NoiseTracking(self, self._memory).run(action)
 
-    def given(self, name: str, value: Any) -> None:
-        """Label an argument of the pipeline: what is given for prompts has a row for each, anything
-        else (noise to begin with) rows that nobody knows yet."""
+    def label_argument(self, name: str, value: Any) -> None:
+        """Label an argument: `*prompt*` has a row for each prompt, any other is noise."""
         if "prompt" in name:
-            self.of_prompts(value)
+            self.label_prompts(value)
         else:
             for tensor in tensor_leaves(value):
-                self.of_noise(tensor)
+                self.label_noise(tensor)
 
-    def of_prompts(self, value: Any) -> None:
-        """Row b of each tensor in `value` belongs to prompt b."""
-        self.of_rows(value, tuple(range(self.prompts)))
+    def label_prompts(self, value: Any) -> None:
+        """Record that row b of each tensor in `value` belongs to prompt b."""
+        self.label_rows(value, tuple(range(self.prompts)))
 
-    def of_rows(self, value: Any, owners: tuple[int, ...]) -> None:
-        """Row i of each tensor in `value` belongs to prompt owners[i]."""
+    def label_rows(self, value: Any, owners: tuple[int, ...]) -> None:
+        """Record that row i of each tensor in `value` belongs to prompt owners[i]."""
         for tensor in tensor_leaves(value):
             if tensor.dim() and tensor.shape[0] == len(owners):
                 self._memory.set_label(tensor, listed(0, owners))
 
-    def of_noise(self, tensor: Tensor) -> None:
-        """`tensor` has rows of which nobody knows yet whose they are."""
+    def label_noise(self, tensor: Tensor) -> None:
+        """Give each row of `tensor` a new label, whose prompt is not known yet."""
         count = tensor.shape[0] if tensor.dim() else 0
-        if not self._begun and 0 < count <= MOST_REQUESTS - self._next:
+        if not self._denoiser_called and 0 < count <= MOST_REQUESTS - self._next:
             first, self._next = self._next, self._next + count
             self._memory.set_label(tensor, listed(0, tuple(range(first, first + count))))
 
-    def owners(self, what: str, values: Any, count: int) -> tuple[int, ...]:
-        """The prompt of each of the `count` rows that `what` is called with; BatchError where what
-        a row is computed from says nothing of its prompt, or names several."""
-        labels = untracked(lambda _: self._labels(values, count))
-        # Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
-        # prompts', which may begin with the same noise.
-        users: dict[int, set[int]] = {}
-        for of_row in labels:
-            owned = {label for label in of_row if label < self.prompts}
-            for label in of_row - owned if owned else ():
-                users.setdefault(label, set()).update(owned)
-        known = {
+    def owners(self, title: str, values: Any, count: int) -> tuple[int, ...]:
+        """The prompt of each of the `count` rows of the denoiser's arguments, `values`; `title`
+        names the denoiser. Raises BatchError if the labels of a row name no prompt, or several."""
+        labels = untracked(lambda _: self._labels_by_row(values, count))
+        # Several prompts may start from the same noise, which then identifies none of them.
+        sharing: dict[int, set[int]] = {}
+        for row_labels in labels:
+            owned = {label for label in row_labels if label < self.prompts}
+            for label in row_labels - owned if owned else ():
+                sharing.setdefault(label, set()).update(owned)
+        prompt_of_noise = {
             label: next(iter(owned)) if len(owned) == 1 else NOBODY
-            for label, owned in users.items()
+            for label, owned in sharing.items()
         }
         prompts = [
-            {known.get(label, label) for label in of_row} & set(range(self.prompts))
-            for of_row in labels
+            {prompt_of_noise.get(label, label) for label in row_labels} & set(range(self.prompts))
+            for row_labels in labels
         ]
         lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
         if lost:
             several = any(prompts[row] for row in lost)
-            why = "its arguments name several prompts for" if several else "nothing says whose are"
+            why = "its arguments name several prompts for" if several else "no prompt is known for"
             raise BatchError(
-                f"{what} is called with {count} rows for {self.prompts} prompts, and {why} row "
+                f"{title} is called with {count} rows for {self.prompts} prompts, and {why} row "
                 f"{', '.join(map(str, lost[:4]))}. Prompts with "
                 "different adapters need embeddings that come from the pipeline's text encoders "
                 "or are given per prompt; call the pipeline once for each adapter otherwise"
             )
-        untracked(lambda _: self._memory.rename(known))
-        self._begun = True
+        untracked(lambda _: self._memory.rename(prompt_of_noise))
+        self._denoiser_called = True
         return tuple(of_row.pop() for of_row in prompts)
 
-    def _labels(self, values: Any, count: int) -> list[set[int]]:
-        """The labels of each row of the tensors in `values`."""
-        found: list[set[int]] = [set() for _ in range(count)]
+    def _labels_by_row(self, values: Any, count: int) -> list[set[int]]:
+        """The labels of each row, of all tensors in `values` that have `count` rows."""
+        labels: list[set[int]] = [set() for _ in range(count)]
         for tensor in tensor_leaves(values):
             if tensor.dim() and tensor.shape[0] == count:
-                for of_row, label in zip(found, self._by_row(tensor), strict=True):
-                    of_row |= {label} - {NOBODY}
-        return found
+                for row_labels, label in zip(labels, self._row_labels(tensor), strict=True):
+                    row_labels |= {label} - {NOBODY}
+        return labels
 
-    def _by_row(self, tensor: Tensor) -> Sequence[int]:
-        """The label of each row; NOBODY where it has none, or more than one."""
-        held: RealLabel | None = self._memory.look(tensor)
+    def _row_labels(self, tensor: Tensor) -> Sequence[int]:
+        """The label of each row; NOBODY for a row without one, or with more than one."""
+        label: RealLabel | None = self._memory.look(tensor)
         rows = tensor.shape[0]
-        if isinstance(held, Alone):
-            return [held.request] * rows
-        if isinstance(held, Listed) and held.dim == 0:
-            return held.owners
-        if isinstance(held, Patchy):
-            cells = held.cells.expand(tensor.shape).reshape(rows, -1)
+        if isinstance(label, Alone):
+            return [label.request] * rows
+        if isinstance(label, Listed) and label.dim == 0:
+            return label.owners
+        if isinstance(label, Patchy):
+            cells = label.cells.expand(tensor.shape).reshape(rows, -1)
             most = cells.amax(1)
             least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(1)
             labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
@@ -591,20 +593,20 @@ class PromptRows:
         return [NOBODY] * rows
 
 
-def counted(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where it was made in inference mode: torch counts no writes into such a
-    tensor, so nothing can be known of it for long."""
+def without_inference_mode(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy if it was made in inference mode: torch does not count the writes into
+    such a tensor, so its labels could be stale."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class _Following(Tracking):
-    """Tracking that tells the rows of noise apart."""
+class _NoiseTracking(Tracking):
+    """Tracking that labels the results of random operators as noise."""
 
     def __init__(self, rows: PromptRows, memory: Memory) -> None:
         super().__init__(memory)
         self._rows = rows
 
-    def _made(self, func: OpOverload, results: object) -> None:
+    def _note_new(self, func: OpOverload, results: object) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
-                self._rows.of_noise(tensor)
+                self._rows.label_noise(tensor)

@@ -1,5 +1,5 @@
-"""Errors, answered in OpenAI's form: {"error": {"message", "type", "param", "code"}}; and the key
-that requests have to come with, as OpenAI's clients send it."""
+"""Answers to errors in OpenAI's form, {"error": {"message", "type", "param", "code"}}; and the
+check of the key, which OpenAI's clients send as a bearer token."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from transformers.cli.serving.utils import CBWorkerDeadError
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelled
 from lorafx.integrations.server.settings import ModelSettings, option
 
-#: Routes that ask for no key: what watches a server has none.
-OPEN = ("/health", "/metrics")
+#: Routes that need no key, for probes and Prometheus.
+OPEN_ROUTES = ("/health", "/metrics")
 
 
 class RequestError(LorafxError):
-    """A request that is refused: the field that is wrong, the status of the answer, and one of
-    OpenAI's codes, where it has one."""
+    """A refused request. `param` is the field that is wrong, `status` the answer's HTTP status,
+    `code` OpenAI's code for the error, if it has one."""
 
     def __init__(
         self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None
@@ -36,7 +36,7 @@ class RequestError(LorafxError):
 
 
 def status_of(error: BaseException) -> int:
-    """The status that an error is answered with."""
+    """The HTTP status of the answer to an error."""
     if isinstance(error, RequestError):
         return error.status
     if isinstance(error, HTTPException):
@@ -45,63 +45,63 @@ def status_of(error: BaseException) -> int:
         return 400
     if isinstance(error, UnknownAdapterError):
         return 404
-    # A BatchError of the engine: it takes no requests.
+    # The engine raises BatchError when it takes no requests.
     return 503 if isinstance(error, (CBWorkerDeadError, BatchError)) else 500
 
 
 def message_of(error: Exception) -> str:
-    """What is wrong, and the way out by options of `lorafx serve`, not by fields of LoraConfig."""
+    """The message of an error, with options of `lorafx serve` in place of fields of LoraConfig."""
     if isinstance(error, HTTPException):
         return str(error.detail)
     if isinstance(error, RequestValidationError):
-        return f"the body is not a JSON object: {_malformed(error)}"
+        return f"the body is not a JSON object: {_problem_of_body(error)}"
     return respelled(str(error), _as_option)
 
 
 def error_response(error: Exception) -> JSONResponse:
     """The answer to a request that ends with this error."""
     status = status_of(error)
-    told = {
+    fields = {
         "message": message_of(error),
         "type": "invalid_request_error" if status < 500 else "server_error",
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }
-    return JSONResponse({"error": told}, status)
+    return JSONResponse({"error": fields}, status)
 
 
 def answer_errors(app: FastAPI) -> None:
     """Have `app` answer all errors in OpenAI's form."""
 
-    async def answered(_: Request, error: Exception) -> JSONResponse:
+    async def answer(_: Request, error: Exception) -> JSONResponse:
         return error_response(error)
 
     for kind in (LorafxError, CBWorkerDeadError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, answered)
+        app.add_exception_handler(kind, answer)
 
 
-def _as_option(field: str, value: str | None, given: bool) -> str | None:
+def _as_option(field: str, value: str | None, adapter_suffices: bool) -> str | None:
     if field == "target_modules":
         return "--target when lorafx serve starts"
     if field in ModelSettings.model_fields and value is not None:
         return f"start lorafx serve with {option(field)} {value}"
-    return "start lorafx serve with this adapter among --adapters" if given else None
+    return "start lorafx serve with this adapter among --adapters" if adapter_suffices else None
 
 
-def _malformed(error: RequestValidationError) -> str:
-    """What FastAPI found, without the place in its code that it adds."""
-    found = error.errors()[0]
-    if found["type"] == "json_invalid":
-        return f"{found['ctx']['error']}, at character {found['loc'][-1]}"
-    given = found.get("input")
-    if isinstance(given, bytes):
+def _problem_of_body(error: RequestValidationError) -> str:
+    """What FastAPI reports, without the place in its own code."""
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        return f"{problem['ctx']['error']}, at character {problem['loc'][-1]}"
+    body = problem.get("input")
+    if isinstance(body, bytes):
         return "its Content-Type has to be application/json"
-    return "it is empty" if given is None else f"it is {json.dumps(given):.80}"
+    return "it is empty" if body is None else f"it is {json.dumps(body):.80}"
 
 
 class Authentication:
-    """ASGI middleware that answers requests without the key with a 401, before anything is read of
-    them. Without a key all are answered."""
+    """ASGI middleware that answers requests without the key with status 401, before it reads their
+    bodies. If `key` is None, every request passes."""
 
     def __init__(self, app: Any, key: str | None) -> None:
         self._app = app
@@ -109,13 +109,13 @@ class Authentication:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         # There are no routes for websockets.
-        if self._key is None or scope["type"] != "http" or get_route_path(scope) in OPEN:
+        if self._key is None or scope["type"] != "http" or get_route_path(scope) in OPEN_ROUTES:
             await self._app(scope, receive, send)
             return
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             text = "this server asks for its key, as `Authorization: Bearer KEY`"
-        elif not hmac.compare_digest(given.strip().encode(), self._key):
+        elif not hmac.compare_digest(token.strip().encode(), self._key):
             text = "the key in `Authorization: Bearer KEY` is not this server's"
         else:
             await self._app(scope, receive, send)

@@ -1,5 +1,5 @@
-"""What transformers' handlers generate with: the engine, with the adapter of each request; and what
-a server counts, as Prometheus reads it.
+"""The objects through which transformers' handlers generate, which give each request its adapter;
+and the server's counts, in Prometheus's format.
 
 handler ── get_manager("base:adapter") ─▶ AdapterGeneration ─▶ AdapterBatchingManager
                                           one for each request   one for the server
@@ -39,18 +39,18 @@ from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.session import Statistics
 from lorafx.torch_internals.transformers_parts import stream_error
 
-#: The adapter of requests that ask for what there is not: their own words would be labels without
-#: end.
+#: The label of requests whose model is unknown. The names that clients send would be labels without
+#: number.
 UNKNOWN = "__unknown__"
-#: Fields of `Statistics` that are counted, and what is said of them.
-_COUNTED: Mapping[str, str] = {
+#: Fields of `Statistics` that are exported as counters, with their descriptions.
+_COUNTERS: Mapping[str, str] = {
     "hits": "Adapters of a batch that were in a slot already",
     "loads": "Adapters that were written into a slot",
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
-#: Likewise of `Tier`.
-_COUNTED_OF_TIERS: Mapping[str, str] = {
+#: Likewise fields of `Tier`.
+_TIER_COUNTERS: Mapping[str, str] = {
     "hits": "Adapters that were asked for and found in a tier",
     "misses": "Adapters that were asked for and not in a tier",
     "evictions": "Adapters that had to leave a tier",
@@ -58,14 +58,14 @@ _COUNTED_OF_TIERS: Mapping[str, str] = {
 
 
 def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
-    """All numbers of a model and its engine, at this moment."""
-    for name, text in _COUNTED.items():
+    """The current metrics of a model and its engine."""
+    for name, text in _COUNTERS.items():
         yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-    for name, text in _COUNTED_OF_TIERS.items():
-        counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
+    for name, text in _TIER_COUNTERS.items():
+        family = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
         for tier, counts in stats.tiers.items():
-            counted.add_metric([tier], getattr(counts, name))
-        yield counted
+            family.add_metric([tier], getattr(counts, name))
+        yield family
     text = "Bytes of the device's banks, of adapters in host memory, and of their files on disk"
     sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
     for place, nbytes in stats.nbytes.items():
@@ -81,12 +81,12 @@ def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
 
 
 class Metrics:
-    """The counts of one server; `stats` is `CompiledModel.stats`.
+    """The metrics of one server; `stats` is `CompiledModel.stats`.
 
     Attributes:
-        requests: those that have ended, by adapter and status.
-        failures: those whose generation failed, by adapter.
-        running: those that are being answered.
+        requests: the number of requests that have ended, by adapter and status.
+        failures: the number of requests whose generation failed, by adapter.
+        running: the number of requests that are being answered.
     """
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
@@ -112,23 +112,24 @@ class Metrics:
         self._registry.register(self)
 
     def ended(self, adapter: str, status: int) -> None:
-        """A request has been answered, or given up."""
+        """Count a request that has been answered or abandoned."""
         self.running.dec()
         self.requests.labels(adapter, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers of the model and its engine, as the registry asks for them."""
+        """The metrics of the model and its engine; called by the registry."""
         return families(self._stats(), self._health)
 
     def text(self) -> bytes:
-        """All counts in Prometheus's format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
 class ServedModel(ModelManager):
-    """What transformers' server asks for models: here one, that stays. Requests ask for the base by
-    `name`, for an adapter by `name:adapter`. With `folders` the adapters that have a folder may be
-    asked for, which are loaded then; without, those that are loaded."""
+    """The manager of models of transformers' server, which here has one model that is never
+    unloaded. A request names the base `name`, and an adapter `name:adapter`. It may ask for the
+    adapters that have a folder according to `folders`, which its replica loads then; if that is
+    None, for those that are loaded."""
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class ServedModel(ModelManager):
         self._created = int(time.time())
 
     def adapters(self) -> Sequence[str]:
-        """The adapters that may be asked for."""
+        """The adapters that requests may ask for."""
         return self.compiled.adapters if self._folders is None else self._folders.folders()
 
     def _has(self, adapter: str) -> bool:
@@ -155,10 +156,11 @@ class ServedModel(ModelManager):
         return self._folders.folder_of(adapter) is not None
 
     def adapter_of(self, model: object) -> str | None:
-        """The adapter that a request asks for by `model`; None is the base model."""
+        """The adapter that a request's field `model` names; None for the base model. Raises
+        RequestError if it names neither."""
         if not isinstance(model, str) or not model:
             raise RequestError(
-                f"the field `model` says what is to answer: {self.name!r} for the base model, "
+                f"the field `model` chooses the adapter: {self.name!r} for the base model, "
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )
@@ -176,8 +178,7 @@ class ServedModel(ModelManager):
         )
 
     def _nearest(self, model: str) -> str:
-        """What may have been meant: a name as it is, or an adapter's without the base model's, or
-        with another one."""
+        """A fragment with names like `model`, which may lack the base's name or have another."""
         adapter = model if self._has(model) else model.partition(":")[2] or model
         if self._has(adapter):
             return f"; nearest: {self.name}:{adapter}"
@@ -194,11 +195,11 @@ class ServedModel(ModelManager):
 
 
 class TextStreamer(CBStreamer):
-    """Decodes the tokens of one request for `queue`, which ends with None.
+    """Decodes the tokens of one request and puts pieces of text into `queue`, at the end None.
 
-    The pieces are together the decoded text of all tokens: what tokenizers' `DecodeStream` holds
-    back at the end is said then, and a stream goes on behind bytes that are no text. `parser` is
-    transformers' for the model's answers; None where they are plain text.
+    Together the pieces are the decoded text of all tokens: `end` sends what tokenizers'
+    `DecodeStream` still holds back, and bytes that are no text do not end a stream. `parser` is
+    transformers' parser of the model's answers; None if they are plain text.
     """
 
     def __init__(
@@ -207,36 +208,35 @@ class TextStreamer(CBStreamer):
         loop = asyncio.get_running_loop()
         super().__init__(engine, request_id, tokenizer, loop, queue, response_parser=parser)
         self._ids: list[int] = []
-        self._said = 0
+        self._sent = 0
 
     def put(self, output: Any) -> None:
-        """Say what the tokens that have come since are."""
+        """Send the text of the tokens that are new in `output`."""
         for token in output.generated_tokens[self.total_tokens :]:
             self.total_tokens += 1
             self._ids.append(token)
             try:
                 text = self._decode_stream.step(self._tokenizer, token) or ""
-            except Exception:  # a bare one of tokenizers: the text before is another one now
-                text = self._rest()
+            except Exception:  # tokenizers raises this class when earlier text has changed
+                text = self._unsent_text()
                 self._decode_stream = DecodeStream(
                     self._ids, skip_special_tokens=self._parser is None
                 )
-            self._say(text)
+            self._send(text)
 
     def end(self) -> None:
-        """Say what was held back, and that there is no more."""
-        self._say(self._rest())
+        """Send the text that was held back, and the end of the stream."""
+        self._send(self._unsent_text())
         super().end()
 
-    def _rest(self) -> str:
-        """What has not been said of the tokens that have come."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._parser is None)
-        return whole[self._said :]
+    def _unsent_text(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._parser is None)
+        return text[self._sent :]
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if not text:
             return
-        self._said += len(text)
+        self._sent += len(text)
         items = [text]
         if self._parser is not None:
             items = response_events_to_chunks(self._parser.feed(text))
@@ -245,8 +245,8 @@ class TextStreamer(CBStreamer):
 
 
 class AdapterGeneration(BaseGenerateManager):
-    """Generates for one request with an adapter, None for the base; prompt and answer have at most
-    `most_tokens` together. `failed` is called where the generation fails."""
+    """Generates for one request with `adapter`, or with the base if that is None. Prompt and answer
+    together have at most `most_tokens`. If the generation fails, `failed` is called."""
 
     def __init__(
         self,
@@ -267,9 +267,9 @@ class AdapterGeneration(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[Any, Any]:
-        """The queue of pieces of text, which are together what `generate_non_streaming` returns,
-        and what fills it. Clients name their requests; the engine gets names of its own, since two
-        that are alike would mix the answers."""
+        """The queue of pieces of text, and the streamer that fills it. Together the pieces are the
+        text that `generate_non_streaming` returns. `request_id` is the client's, so it may not be
+        unique; the engine gets another name, or two answers could be mixed."""
         name, queue = uuid4().hex, asyncio.Queue[Any]()
         streamer = TextStreamer(self, name, processor._tokenizer, queue, response_parser)
 
@@ -277,11 +277,11 @@ class AdapterGeneration(BaseGenerateManager):
             try:
                 streamer.put(output)
                 if output.error is not None:
-                    queue.put_nowait(stream_error(_quotable(output.error)))
+                    queue.put_nowait(stream_error(_json_escaped(output.error)))
                 if output.error is not None or output.is_finished():
                     streamer.end()
-            except Exception as error:  # of a parser, about this answer alone
-                queue.put_nowait(stream_error(_quotable(str(error))))
+            except Exception as error:  # of a parser: only this answer fails
+                queue.put_nowait(stream_error(_json_escaped(str(error))))
 
         self._request(name, inputs["input_ids"], gen_config, deliver, streaming=True)
         return queue, streamer
@@ -294,8 +294,8 @@ class AdapterGeneration(BaseGenerateManager):
         gen_config: GenerationConfig,
         request_id: str,
     ) -> tuple[str, int, list[int]]:
-        """The text, the length of the prompt, and the tokens. No spaces are cleaned up, which a
-        stream could not do."""
+        """The text, the length of the prompt, and the tokens. Spaces are not cleaned up, since a
+        stream cannot do so."""
         prompt, answer = inputs["input_ids"], asyncio.get_running_loop().create_future()
 
         def deliver(output: Any) -> None:
@@ -311,12 +311,12 @@ class AdapterGeneration(BaseGenerateManager):
         return processor._tokenizer.decode(tokens, skip_special_tokens=True), len(prompt), tokens
 
     def stop(self) -> None:
-        """Nothing: the engine is the server's."""
+        """Do nothing: the engine belongs to the server."""
 
     def cancel_request(self, name: str) -> None:
-        """Called by the streamer whose client has gone."""
+        """Cancel a request of the engine; the streamer calls this when its client disconnects."""
         self._engine.cancel_request(name)
-        self._forget(name)  # the engine says nothing more about it
+        self._remove_handler(name)  # no more outputs will come
 
     def _request(
         self,
@@ -327,8 +327,8 @@ class AdapterGeneration(BaseGenerateManager):
         *,
         streaming: bool,
     ) -> None:
-        """Have the engine generate, and `deliver` its outputs. Raises RequestError where the prompt
-        is too long or empty; the answer is made to fit."""
+        """Have the engine generate, and call `deliver` with its outputs. The length of the answer
+        is limited to what fits. Raises RequestError if the prompt is too long or empty."""
         self._refuse_dead()
         if not prompt:
             raise RequestError("the prompt has no tokens; write something", "prompt")
@@ -338,15 +338,15 @@ class AdapterGeneration(BaseGenerateManager):
                 f"{self._most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
-        # transformers' handlers compare it with the answer, for its `finish_reason`.
+        # transformers' handlers compare this with the length of the answer for `finish_reason`.
         config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - len(prompt))
 
-        def counted(output: Any) -> None:
+        def count_and_deliver(output: Any) -> None:
             if output.error is not None:
                 self._failed()
             deliver(output)
 
-        self._engine.register_result_handler(name, counted)
+        self._engine.register_result_handler(name, count_and_deliver)
         try:
             self._engine.add_request(
                 prompt,
@@ -358,7 +358,7 @@ class AdapterGeneration(BaseGenerateManager):
                 **{field: getattr(config, field) for field in RANGES},
             )
         except BaseException:
-            self._forget(name)
+            self._remove_handler(name)
             raise
 
     def _refuse_dead(self) -> None:
@@ -366,14 +366,14 @@ class AdapterGeneration(BaseGenerateManager):
         if error is not None:
             raise CBWorkerDeadError(f"the engine has failed: {error}")
 
-    def _forget(self, name: str) -> None:
+    def _remove_handler(self, name: str) -> None:
         router = self._engine.output_router
         with router._lock:
             router.result_handlers.pop(name, None)
 
 
 class Generation(GenerationState):
-    """Gives each request of the server its manager. `engine` is warmed up."""
+    """Gives each request of the server its `AdapterGeneration`. `engine` is warmed up."""
 
     def __init__(
         self, served: ServedModel, engine: AdapterBatchingManager, metrics: Metrics
@@ -390,20 +390,20 @@ class Generation(GenerationState):
 
     @property
     def config(self) -> GenerationConfig:
-        """How tokens are chosen where a request does not say."""
+        """The defaults of requests."""
         return self._engine.generation_config
 
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:
         return True
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
-        """For a request that asks for this model."""
+        """The manager of a request whose field `model` is `model_id`."""
         adapter = self._served.adapter_of(model_id)
         label = BASE if adapter is None else adapter
         failed = self._metrics.failures.labels(label).inc
         return AdapterGeneration(self._engine, adapter, self._most_tokens, failed)
 
 
-def _quotable(text: str) -> str:
-    """What transformers may put between the quotes of a JSON string."""
+def _json_escaped(text: str) -> str:
+    """The text as transformers may put it between the quotes of a JSON string."""
     return json.dumps(text)[1:-1]

@@ -27,9 +27,9 @@ from lorafx.generation.continuous.sampling import (
 from lorafx.integrations.server.errors import RequestError, status_of
 from lorafx.integrations.server.generating import UNKNOWN, Generation, Metrics, ServedModel
 
-#: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, by the values
-#: that ask for nothing. transformers' server ignores them, honours them only without continuous
-#: batching, or knows nothing of them.
+#: Neutral values, and the fields of OpenAI and vLLM that are accepted with these only. Other values
+#: would change the answer, but transformers' server ignores or does not know them, or honours them
+#: only without continuous batching.
 _FIELDS: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
@@ -70,7 +70,7 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-#: Fields that are served: what their values have to be, and how that is said.
+#: Fields that are served: a test of their values, and its description for error messages.
 FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("max_tokens", "max_completion_tokens", "max_output_tokens"),
@@ -84,12 +84,12 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class AdapterHandler(BaseHandler):
-    """Mixed into transformers' handlers."""
+    """A mixin for transformers' handlers."""
 
     #: The field that holds the prompt, and whether it goes through the chat template.
     prompt = "messages"
     chat = True
-    #: What OpenAI's streams on this route end with.
+    #: The end of OpenAI's streams on this route.
     closing = "data: [DONE]\n\n"
 
     def __init__(self, served: ServedModel, generation: Generation, metrics: Metrics) -> None:
@@ -99,14 +99,14 @@ class AdapterHandler(BaseHandler):
         self._metrics = metrics
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer a request, or raise why it is refused."""
+        """Answer a request. Raises RequestError if it is refused."""
         label = UNKNOWN
         self._metrics.running.inc()
         try:
-            _check_text(body)
+            _refuse_surrogates(body)
             adapter = self._served.adapter_of(body.get("model"))
             label = BASE if adapter is None else adapter
-            body = self._checked(body)
+            body = self._served_fields(body)
             try:
                 handler: Any = super()
                 response: StreamingResponse | JSONResponse
@@ -118,15 +118,15 @@ class AdapterHandler(BaseHandler):
             self._metrics.ended(label, status_of(error))
             raise
         if isinstance(response, StreamingResponse):
-            response.body_iterator = self._counted(response.body_iterator, label)
+            response.body_iterator = self._counting(response.body_iterator, label)
         else:
             self._metrics.ended(label, response.status_code)
         return response
 
-    async def _counted(self, chunks: Any, label: str) -> AsyncIterator[Any]:
+    async def _counting(self, chunks: Any, label: str) -> AsyncIterator[Any]:
         status = 499
         try:
-            async with aclosing(chunks):  # it cancels the request where it is left
+            async with aclosing(chunks):  # closing it early cancels the request
                 async for chunk in chunks:
                     yield chunk
                 if self.closing:
@@ -139,20 +139,20 @@ class AdapterHandler(BaseHandler):
         return body["model"], self._served.compiled.model, self._served.tokenizer
 
     def _validate_request(self, body: dict[str, Any]) -> None:
-        # transformers does not know all fields that are served.
+        # transformers does not know this field.
         super()._validate_request({name: body[name] for name in body if name != "top_k"})
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
-        """Of the request; where it does not say, the server's."""
+        """The settings of the request, with the server's as defaults."""
         config = super()._build_generation_config(body, self._generation.config, use_cb=use_cb)
         config.top_k = body.get("top_k", config.top_k)
         return config
 
-    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The fields that say something. Raises RequestError where one would not be honoured, or
-        would fail further on."""
+    def _served_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The fields of `body` without those that have neutral values. Raises RequestError if one
+        would not be honoured, or would fail later."""
         body = {f: value for f, value in body.items() if value is not None or f == self.prompt}
         for field, values in NEUTRAL.items():
             if field in body and body.pop(field) not in values:
@@ -162,10 +162,10 @@ class AdapterHandler(BaseHandler):
                     + (f", or send {neutral}" if neutral else ""),
                     field,
                 )
-        for field, (fits, what) in FORMS.items():
-            if field in body and not fits(body[field]):
-                raise RequestError(f"`{field}` is {what}; got {body[field]!r:.80}", field)
-        # With a seed transformers would set the process's.
+        for field, (is_valid, form) in FORMS.items():
+            if field in body and not is_valid(body[field]):
+                raise RequestError(f"`{field}` is {form}; got {body[field]!r:.80}", field)
+        # transformers would seed the process's generator.
         drawn = body.get("temperature", self._generation.config.temperature) >= COLDEST
         if body.pop("seed", None) is not None and drawn:
             raise RequestError(
@@ -180,19 +180,19 @@ class AdapterHandler(BaseHandler):
                 f"the tokenizer of {self._served.name!r} has no chat template; ask "
                 "/v1/completions with a `prompt`"
             )
-        given = body.get("chat_template_kwargs") or {}
+        variables = body.get("chat_template_kwargs") or {}
         taken = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
-        if not isinstance(given, dict) or not taken.keys().isdisjoint(given):
+        if not isinstance(variables, dict) or not taken.keys().isdisjoint(variables):
             raise RequestError(
                 "`chat_template_kwargs` is an object with the template's own variables; "
-                f"got {given!r:.80}",
+                f"got {variables!r:.80}",
                 "chat_template_kwargs",
             )
         return body
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> list[dict]:
-        """transformers' form of a request's messages, which have text only."""
+        """A request's messages in transformers' form. Raises RequestError unless they are text."""
         if not isinstance(messages, list) or not messages:
             raise RequestError("`messages` is a list of messages, at least one")
         for message in messages:
@@ -211,9 +211,9 @@ class AdapterHandler(BaseHandler):
         return BaseHandler.get_processor_inputs_from_messages(messages, modality)
 
 
-def _check_text(body: Mapping[str, Any]) -> None:
-    """Raise RequestError where the body holds what is no text, half of a surrogate pair, which
-    neither a tokenizer nor an answer can."""
+def _refuse_surrogates(body: Mapping[str, Any]) -> None:
+    """Raise RequestError if the body has half of a surrogate pair. JSON can escape one, but neither
+    a tokenizer nor an answer can encode it."""
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -238,9 +238,9 @@ class Responses(AdapterHandler, ResponseHandler):
     """/v1/responses."""
 
     prompt = "input"
-    closing = ""  # its last event says that it is
+    closing = ""  # the type of the last event ends the stream
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """As the others; OpenAI streams only where it is asked to, transformers always."""
+        """Answer a request. Without `stream` OpenAI does not stream, but transformers does."""
         body.setdefault("stream", False)
         return await super().handle_request(body, request_id)

@@ -38,7 +38,7 @@ from lorafx.integrations.server.generating import Generation, Metrics, ServedMod
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
 from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings
 from lorafx.progress import progress
-from lorafx.runtime.marking import covering
+from lorafx.runtime.marking import config_covering
 
 
 class Opened(NamedTuple):
@@ -50,12 +50,12 @@ class Opened(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; then answer what is under way, and return. Raises as `opened`,
-    and ConfigError where the address is taken."""
+    """Serve until SIGTERM or Ctrl-C, then answer the running requests and return. Raises what
+    `opened` raises, and ConfigError if the address is in use."""
     start = time.perf_counter()
-    bound = settings.bind()
-    with bound, opened(settings) as server:
-        host, port = bound.getsockname()[:2]
+    listener = settings.bind()
+    with listener, opened(settings) as server:
+        host, port = listener.getsockname()[:2]
         name, count = settings.served_name, len(server.compiled.adapters)
         print(
             f"lorafx: serving {name!r} and {count} adapters on http://{host}:{port}/v1, ready "
@@ -65,17 +65,17 @@ def run(settings: Settings) -> None:
         config = uvicorn.Config(
             server.app, log_level="warning", timeout_graceful_shutdown=settings.drain
         )
-        with _drained():
-            uvicorn.Server(config).run(sockets=[bound])
+        with _signals_ignored():
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextmanager
 def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
 
-    With `lazily` no adapter is loaded. The application answers for all that have a folder; who
-    calls it loads the adapter that a request asks for first. Raises ConfigError where the model or
-    its tokenizer cannot be loaded or served; otherwise as `lorafx.compile`.
+    With `lazily` no adapter is loaded. The application accepts every adapter that has a folder, and
+    its caller first loads the one that a request asks for. Raises ConfigError if the model or its
+    tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
     tokenizer = _tokenizer(settings)
     with progress(f"loading {settings.served_name}"):
@@ -83,7 +83,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     adapters = {} if lazily else dict(settings.found)
     config = settings.lora_config()
     if lazily and config.target_modules is None:
-        config = covering(config, settings.found.values(), model)
+        config = config_covering(config, settings.found.values(), model)
     with progress(f"adding {len(adapters)} adapters"):
         compiled = compile_model(model, config, adapters=adapters, options=settings.options())
     engine_config = ContinuousBatchingConfig(
@@ -91,12 +91,12 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     )
     folders = settings if lazily else None
     served = ServedModel(compiled, tokenizer, settings.served_name, folders)
-    with compiled.continuous_batching(_generation(settings, model), engine_config) as engine:
+    with compiled.continuous_batching(_defaults(settings, model), engine_config) as engine:
         try:
             app = build_app(served, engine, settings.root(), settings.api_key)
             yield Opened(app, compiled, engine)
         finally:
-            # Who waited for an answer has it, or has gone.
+            # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
 
 
@@ -133,25 +133,25 @@ def _readable(model: str) -> Iterator[None]:
         raise ConfigError(f"{model} cannot be loaded: {error}") from error
 
 
-def _generation(settings: ModelSettings, model: Any) -> GenerationConfig:
-    """How tokens are chosen where a request does not say."""
-    given = model.generation_config
+def _defaults(settings: ModelSettings, model: Any) -> GenerationConfig:
+    """How tokens are chosen unless a request says otherwise."""
+    saved = model.generation_config
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
-    served = GenerationConfig(**{name: getattr(given, name) for name in names})
-    served.do_sample = True  # requests choose; temperature 0 takes the likeliest token
-    served.temperature, served.top_k, served.top_p = 0.0, 0, 1.0
-    if given.do_sample:
-        served.temperature, served.top_k = given.temperature or 1.0, given.top_k or 0
-        served.top_p = 1.0 if given.top_p is None else given.top_p
+    config = GenerationConfig(**{name: getattr(saved, name) for name in names})
+    config.do_sample = True  # requests choose; temperature 0 takes the likeliest token
+    config.temperature, config.top_k, config.top_p = 0.0, 0, 1.0
+    if saved.do_sample:
+        config.temperature, config.top_k = saved.temperature or 1.0, saved.top_k or 0
+        config.top_p = 1.0 if saved.top_p is None else saved.top_p
     if settings.temperature is not None:
-        served.temperature = settings.temperature
-    return served
+        config.temperature = settings.temperature
+    return config
 
 
 @contextmanager
-def _drained() -> Iterator[None]:
-    """uvicorn answers what is under way when a signal comes, and then sends itself the signal
-    again. Here that has no effect, so that the engine is stopped too."""
+def _signals_ignored() -> Iterator[None]:
+    """Ignore SIGTERM and SIGINT. uvicorn's own handlers end `run` after the running requests, and
+    then it raises the signal again, which would keep the engine from being stopped."""
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: None) for number in signals}
     try:
@@ -161,7 +161,7 @@ def _drained() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-#: transformers' routes that are kept. Others load any model, or unload this one.
+#: transformers' routes that are kept. The others load any model, or unload this one.
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models")
 
 
@@ -171,12 +171,12 @@ def build_app(
     adapter_root: Path | None = None,
     api_key: str | None = None,
 ) -> FastAPI:
-    """The application that answers for a model, over its engine, which runs. Clients may load
-    adapters from `adapter_root`; with `api_key` they have to send it, but for /health and
+    """The application that serves a model by its engine, which has to be running. Clients may load
+    adapters from `adapter_root`, and have to send `api_key`, if there is one, except to /health and
     /metrics."""
     metrics = Metrics(served.compiled.stats, engine.health)
     generation = Generation(served, engine, metrics)
-    absent: Any = None  # the handlers of routes that are not kept
+    absent: Any = None  # in place of handlers of routes that are removed
     app = build_server(
         served,
         chat_handler=Chat(served, generation, metrics),
@@ -217,16 +217,17 @@ def build_app(
 
 
 class AdapterLoading:
-    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do. Adapters lie in `root`; without it
-    nothing is loaded or unloaded."""
+    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter. Adapters are in the folder `root`;
+    if that is None, all requests are refused."""
 
     def __init__(self, compiled: CompiledModel, root: Path | None) -> None:
         self._compiled = compiled
         self._root = None if root is None else root.resolve()
 
     def load(self, body: dict[str, Any]) -> str:
-        """Load the adapter in folder `lora_path` as `lora_name`, and say so."""
-        root = self._allowed()
+        """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
+        RequestError if that is refused."""
+        root = self._root_or_refuse()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
@@ -238,7 +239,7 @@ class AdapterLoading:
                 '"load_inplace": true to replace it',
                 "lora_name",
             )
-        folder = _inside(root, path)
+        folder = _folder_inside(root, path)
         try:
             self._compiled.load_adapter(folder, name)
         except LorafxError as error:
@@ -246,15 +247,16 @@ class AdapterLoading:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, body: dict[str, Any]) -> str:
-        """Unload `lora_name`, and say so. Requests that it is serving go on."""
-        self._allowed()
-        name, known = _text(body, "lora_name"), self._compiled.adapters
-        if name not in known:
-            raise RequestError(f"no adapter {name!r} is loaded{nearest(name, known)}", status=404)
+        """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
+        Raises RequestError if there is no such adapter."""
+        self._root_or_refuse()
+        name, loaded = _text(body, "lora_name"), self._compiled.adapters
+        if name not in loaded:
+            raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
         self._compiled.unload_adapter(name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
-    def _allowed(self) -> Path:
+    def _root_or_refuse(self) -> Path:
         if self._root is None:
             raise RequestError(
                 "this server loads and unloads no adapters on request; "
@@ -271,10 +273,9 @@ def _text(body: dict[str, Any], field: str) -> str:
     return value
 
 
-def _inside(root: Path, path: str) -> Path:
-    """The folder that `path` leads to, relative to `root`, which it and its files have to be in
-    after all links have been followed. Where something is elsewhere, the error does not say what
-    there is."""
+def _folder_inside(root: Path, path: str) -> Path:
+    """The folder `path`, relative to `root`. Raises RequestError unless it and its files are in
+    `root` after all links have been followed; the error does not tell what is elsewhere."""
     outside = RequestError(
         f"{path!r} is not inside the folder that adapters are loaded from", "lora_path", status=403
     )

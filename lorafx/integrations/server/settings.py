@@ -1,4 +1,4 @@
-"""What `lorafx serve` is told, checked as far as can be before anything is loaded."""
+"""The options of `lorafx serve`, checked as far as possible before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.checkpoint import config_of
-from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_name
+from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 
 CONFIG = "adapter_config.json"
-#: The one rule for names. Others would break lines of the log, or could not be asked for.
+#: The rule for names. Unprintable ones could break lines of the log, or not be requested.
 UNPRINTABLE = "may have any letters and signs, also / and :, but none that cannot be printed"
 _Count = Annotated[int | None, Field(ge=1)]
 
 
 class ModelSettings(BaseModel):
-    """How a model is served: options of `lorafx serve` (docs/serving.md), where None is what they
-    say without the option.
+    """How a model is served: the options of `lorafx serve` (docs/serving.md). None is the default
+    that is described there.
 
     Raises:
-        ConfigError: a value or a folder that cannot be used.
-        CheckpointError, CapacityError: an adapter that cannot be served.
+        ConfigError: a value or a folder cannot be used.
+        CheckpointError, CapacityError: an adapter cannot be served.
     """
 
-    # What is given may hold the key.
+    # Errors must not show the key.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str
@@ -52,12 +52,12 @@ class ModelSettings(BaseModel):
     cache: str | None = None
     api_key: str | None = Field(default=None, repr=False)
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**given)
+            super().__init__(**values)
         except ValidationError as error:
-            wrong = error.errors(include_input=False)[0]
-            raise ConfigError(f"{option(str(wrong['loc'][0]))}: {wrong['msg']}") from None
+            problem = error.errors(include_input=False)[0]
+            raise ConfigError(f"{option(str(problem['loc'][0]))}: {problem['msg']}") from None
         self._check()
 
     def _check(self) -> None:
@@ -69,7 +69,7 @@ class ModelSettings(BaseModel):
             )
         self.options()
         folder = Path(self.model)
-        on_hub = "/" not in self.model or is_name(self.model)
+        on_hub = "/" not in self.model or is_hub_name(self.model)
         if (folder.exists() or not on_hub) and not (folder / "config.json").is_file():
             raise ConfigError(
                 f"{folder} is no model: it has no config.json; name a folder that save_pretrained "
@@ -101,27 +101,27 @@ class ModelSettings(BaseModel):
 
     @cached_property
     def found(self) -> dict[str, Path]:
-        """The adapters that were in `adapters`, each with its folder."""
-        return {} if self.adapters is None else _found(self.adapters)
+        """The adapters in the folder `adapters` at the start: name -> folder."""
+        return {} if self.adapters is None else _adapter_folders(self.adapters)
 
     @property
     def served_name(self) -> str:
-        """What requests call the base model."""
+        """The name of the base model in requests."""
         folder = Path(self.model)
         return self.name or (folder.resolve().name if folder.is_dir() else self.model)
 
     def root(self) -> Path | None:
-        """The folder from which clients may load adapters; None where they may not."""
+        """The folder from which clients may load adapters; None if they may not."""
         return None
 
     def folder_of(self, adapter: str) -> Path | None:
-        """The folder of an adapter, also of one that has come into `adapters` since; None for a
-        name that there is not."""
+        """The folder of an adapter, also of one that was added to `adapters` later; None if there
+        is no such adapter."""
         folder = self.found.get(adapter)
         if folder is None:
             if self.adapters is None or not adapter or adapter.startswith("."):
                 return None
-            if Path(adapter).name != adapter:  # it leads elsewhere
+            if Path(adapter).name != adapter:  # a path to another folder
                 return None
             folder = self.adapters / adapter
         try:
@@ -130,26 +130,26 @@ class ModelSettings(BaseModel):
             return None
 
     def folders(self) -> list[str]:
-        """The names of adapters that have a folder now."""
+        """The names of the adapters that have a folder now."""
         assert self.adapters is not None
-        return list(_found(self.adapters))
+        return list(_adapter_folders(self.adapters))
 
     def options(self) -> Options:
         """How the model is compiled."""
         return Options.of({"lowering": self.lowering, "cache": self.cache})
 
     def lora_config(self) -> LoraConfig:
-        """Which modules carry LoRA, with room for how many adapters."""
+        """The configuration of the model: which modules carry LoRA, ranks and slots."""
         targets: Any = list(self.target) or None
         saved = [config_of(folder) for folder in self.found.values()]
-        most = self.max_rank
-        if most is None:  # others may come where clients load adapters
+        max_rank = self.max_rank
+        if max_rank is None:  # adapters that clients load may have larger ranks than these
             ranks = [config.max_rank for config in saved if config.max_rank is not None]
-            most = max([16 if self.root() else 1, *ranks])
+            max_rank = max([16 if self.root() else 1, *ranks])
         return LoraConfig(
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
-            max_rank=most,
+            max_rank=max_rank,
             slot_rank=self.slot_rank,
             max_host_bytes=self.max_host_bytes,
             use_dora=any(config.use_dora for config in saved),
@@ -157,16 +157,16 @@ class ModelSettings(BaseModel):
         )
 
     def engine(self, on_cpu: bool) -> dict[str, Any]:
-        """Of `ContinuousBatchingConfig`."""
+        """Arguments of `ContinuousBatchingConfig`."""
         names = ("page_size", "num_blocks", "max_batch_tokens", "max_memory_percent")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if on_cpu and not {"num_blocks", "max_memory_percent"} & given.keys():
-            given["max_memory_percent"] = 0.1
-        return given
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if on_cpu and not {"num_blocks", "max_memory_percent"} & chosen.keys():
+            chosen["max_memory_percent"] = 0.1
+        return chosen
 
 
 class Settings(ModelSettings):
-    """The options of `lorafx serve`; raises as `ModelSettings`."""
+    """The options of `lorafx serve`. Raises what `ModelSettings` raises."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -188,41 +188,41 @@ class Settings(ModelSettings):
         return root
 
     def bind(self) -> socket.socket:
-        """A socket on `host` and `port`, which does not listen yet. Raises ConfigError where they
-        cannot be had."""
+        """A socket that is bound to `host` and `port` and does not listen yet. Raises ConfigError
+        if it cannot be bound."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM
             )[0]
-            bound = socket.socket(family, kind, protocol)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
         except OSError as error:
             raise ConfigError(
                 f"no requests can be taken on {self.host}, port {self.port}: {error}; choose "
                 "others with --host and --port"
             ) from error
-        return bound
+        return listener
 
 
 def option(name: str) -> str:
-    """The option of `lorafx serve` for a field."""
+    """The option of `lorafx serve` that sets a field."""
     return f"--{name.replace('_', '-')}"
 
 
-def _found(folder: Path) -> dict[str, Path]:
-    """The adapters in `folder`, by the names of their folders."""
+def _adapter_folders(folder: Path) -> dict[str, Path]:
+    """The adapters in `folder`, by the names of their folders. Warns of folders without one."""
     if not folder.is_dir():
         raise ConfigError(f"--adapters: {folder} is not a folder")
     if (folder / CONFIG).is_file():
         return {folder.resolve().name: folder}
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {path.name: path for path in inside if (path / CONFIG).is_file()}
-    others = [path.name for path in inside if path.name not in found]
-    if others:
+    adapters = {path.name: path for path in inside if (path / CONFIG).is_file()}
+    ignored = [path.name for path in inside if path.name not in adapters]
+    if ignored:
         warnings.warn(
-            f"{', '.join(others[:10])} in {folder} have no {CONFIG} and are not served",
+            f"{', '.join(ignored[:10])} in {folder} have no {CONFIG} and are not served",
             LorafxWarning,
             stacklevel=2,
         )
-    return found
+    return adapters

@@ -1,18 +1,18 @@
-"""`lorafx.attach`: models that their users call, and compile, themselves; and the backend of
+"""`lorafx.attach`, for models that users call and compile themselves; and the backend of
 `torch.compile(model, backend="lorafx")`, found by its entry point.
 
     with lorafx.adapters(model, ["sql", None]):      requests of this thread or task
         model(input_ids)                             served as by lorafx.compile
 
-`attach` puts a `Method` in the place of `model.forward`, and of `model.generate`. Dynamo breaks its
-graph there. Inside a block it calls the compiled model that lorafx holds; elsewhere it calls what
-was there, so that the base model runs, and trains, as its user compiled it.
+`attach` replaces `model.forward` and `model.generate` by a `Method`, at which Dynamo breaks its
+graph. Inside a block a `Method` calls lorafx's compiled model. Elsewhere it calls the method that
+it replaced, so that the base model runs, and trains, as its user compiled it.
 
-To the backend come
+The backend compiles
 
-an attached model             outside of blocks, where it is the base model
-options with `lora_config`    LoRA is attached at the model's first frame
-all else, PEFT's layers too   Inductor
+an attached model             outside of blocks only, where it is the base model
+options with `lora_config`    the model's first frame attaches LoRA
+anything else                 by Inductor, PEFT's layers too
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
-from lorafx.capture.driver import own_error
+from lorafx.capture.driver import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.capture.saved_graphs.folder import folder_of
@@ -50,25 +50,25 @@ from lorafx.model.marks import detach as remove_marks
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
-from lorafx.runtime.replaced_methods import InPlace
+from lorafx.runtime.replaced_methods import ReplacedMethod
 from lorafx.runtime.requests import IN_BLOCKS, Requests, checked_names
-from lorafx.runtime.session import wanted
+from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.frames import capture_again
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 from lorafx.torch_internals.versions import entrance, unsupported
 
-#: How adapters are chosen for a model that its users call.
-_WAY = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
-#: The threads of the blocks that are open, by model.
-_OPEN: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
-#: What runs a model as it is in this context: the backend asks which model that is.
-RUNNING: ContextVar[InPlace | None] = ContextVar("lorafx model as it is", default=None)
+#: How a call chooses adapters, for the message about a misplaced argument.
+_BY_BLOCK = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
+#: The thread of each open block, by model.
+_BLOCK_THREADS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
+#: The method that runs its model without LoRA in this context; tells the backend the model.
+RUNNING: ContextVar[ReplacedMethod | None] = ContextVar("lorafx model as it is", default=None)
 
 
-class Method(InPlace):
+class Method(ReplacedMethod):
     """`forward` or `generate` of an attached model. Copies and pickles of the model have the method
-    that it stands for."""
+    that it replaces."""
 
     def __init__(self, model: nn.Module, compiled: CompiledModel, name: str) -> None:
         super().__init__(model, name)
@@ -76,40 +76,41 @@ class Method(InPlace):
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        serve = _serving(self, kwargs)
+        serve = _call_with_adapters(self, kwargs)
         if serve is not None:
             return serve(*args, **kwargs)
         token = RUNNING.set(self)
         try:
-            with self.compiled._session.lock:  # slots and marks are another thread's until then
+            with self.compiled._session.lock:  # another thread's call may be using slots and marks
                 return self.original(*args, **kwargs)
         finally:
             RUNNING.reset(token)
 
 
 @torch.compiler.disable
-def _serving(method: Method, given: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """What serves this call; None for the model as it is, also within a call that is served."""
+def _call_with_adapters(method: Method, kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The function that serves this call with the adapters of its block. None outside of blocks,
+    and inside a call that is being served."""
     model, compiled = method.model, method.compiled
     if compiled.detached or compiled._session.running_here:
         return None
-    refuse_slips(given, method.original, model, _WAY)
+    refuse_slips(kwargs, method.original, model, _BY_BLOCK)
     requests = IN_BLOCKS.get().get(id(model))
     return None if requests is None else functools.partial(_serve, method, requests)
 
 
 @torch.compiler.disable
 def _serve(method: Method, requests: Requests, *args: Any, **kwargs: Any) -> Any:
-    compiled, given = method.compiled, cast(Any, requests)
+    compiled, names = method.compiled, cast(Any, requests)
     if method.name == "generate":
-        return compiled.generate(*args, **kwargs, adapter_names=given)
+        return compiled.generate(*args, **kwargs, adapter_names=names)
     lora = any(name is not None for name in requests.names)
     if lora and torch.is_grad_enabled() and _wants_gradient(method.model, args, kwargs):
         raise CaptureError(
             "this call needs gradients through lorafx's LoRA, which is for inference only; call "
             "the model inside torch.no_grad() or torch.inference_mode()"
         )
-    output = compiled(*args, **kwargs, adapter_names=given)
+    output = compiled(*args, **kwargs, adapter_names=names)
     if any(site.module is method.model for site in compiled.sites):
         compiled._session.returned_from = ""
     return output
@@ -120,11 +121,11 @@ def _wants_gradient(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     return any(item.requires_grad for item in (*tensors, *model.parameters()))
 
 
-class FirstCall(InPlace):
+class FirstCall(ReplacedMethod):
     """`forward` of a model whose first call will attach LoRA, while a block is open around it.
 
-    It calls the model as it is, whose first frame has the backend attach LoRA and raise; then it
-    hands the call over.
+    It calls the original forward. At the first frame the backend attaches LoRA and raises; then
+    `forward` is a `Method`, which serves the call.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,12 +157,9 @@ _FIRST_CALLS = threading.Lock()
 
 
 @contextmanager
-def _until_attached(model: nn.Module) -> Iterator[None]:
-    """Around a block of a model that torch.compile was given `lora_config` for.
-
-    Raises:
-        ConfigError: at the end, where no call has attached LoRA.
-    """
+def _attaching_at_first_call(model: nn.Module) -> Iterator[None]:
+    """A block of a model that is not attached, but compiled with `lora_config` in its options.
+    Raises ConfigError at the end if no call has attached LoRA."""
     with _FIRST_CALLS:
         first = vars(model).get("forward")
         if not isinstance(first, FirstCall):
@@ -191,7 +189,7 @@ def attach(
     options: Options | Mapping[str, Any] | None = None,
     **elsewhere: Never,
 ) -> nn.Module:
-    """Mark `model` for LoRA and return it, for people who call the model, and torch.compile,
+    """Mark `model` for LoRA and return it, for users who call the model and torch.compile
     themselves.
 
         model = lorafx.attach(model, lora_config)
@@ -200,15 +198,14 @@ def attach(
             compiled(input_ids)
 
     Calls in a block of `lorafx.adapters` are served as by `lorafx.compile`, whether or not
-    torch.compile was called; its `mode`, `dynamic` and `options` count outside of blocks alone,
-    where it is the base model. A graph that is compiled around the model breaks there.
+    torch.compile was called. Its `mode`, `dynamic` and `options` only apply outside of blocks,
+    where the model is the base. A graph that is compiled around the model breaks at the model.
     `lorafx.detach(model)` removes the marks again.
 
     Args:
         model, lora_config, adapters: as for `compile`. For a `peft.PeftModel` its base model is
             marked and returned.
-        options: as for `compile`.
-        *misplaced, **elsewhere: as for `compile`.
+        options, *misplaced, **elsewhere: as for `compile`.
 
     It raises what `compile` raises. After an error the model's modules and hooks are as they were.
     """
@@ -216,7 +213,7 @@ def attach(
     refuse_compiled(model)
     options = Options.of(options)
     if options.cache:
-        folder_of(options.cache)  # it can be used
+        folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic=True)
@@ -232,11 +229,8 @@ def attach(
 
 
 def _attached(model: nn.Module) -> CompiledModel | None:
-    """What serves an attached model.
-
-    Raises:
-        ConfigError: the model is one that lorafx.compile serves, or carries marks of another.
-    """
+    """The compiled model that serves an attached model; None for a model without marks. Raises
+    ConfigError if lorafx.compile serves the model, or it carries marks of another one."""
     compiled, name = compiled_of(model), type(model).__name__
     if compiled is not None and compiled.attached:
         return compiled
@@ -261,7 +255,7 @@ def _attached(model: nn.Module) -> CompiledModel | None:
     return None
 
 
-def _marked(model: nn.Module) -> CompiledModel:
+def _attached_or_raise(model: nn.Module) -> CompiledModel:
     compiled = _attached(unwrapped(model))
     if compiled is None:
         raise ConfigError(
@@ -277,13 +271,13 @@ def adapters(
 ) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
 
-    Blocks may be nested; the innermost one counts. They hold for the thread, or the task of
-    asyncio, that opens them, and for tasks that it starts inside. Calls of several threads wait for
+    Blocks may be nested; the innermost one applies. A block applies to the thread, or the task of
+    asyncio, that opens it, and to tasks that are started inside. Calls of several threads wait for
     one another. Outside any block the model is the base model.
 
     Args:
-        model: what `attach` returned, or a model that is compiled with `lora_config` among the
-            options of torch.compile, or what torch.compile returned for either.
+        model: the model that `attach` returned, or one that is compiled with `lora_config` among
+            the options of torch.compile, or the result of torch.compile for either.
         adapter_names: one name per request, in the order of the batch, where None or "__base__" is
             the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
             scale; or a single name, or sum, for all requests. Inside the model's own `generate`
@@ -291,14 +285,14 @@ def adapters(
 
     Raises:
         ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
-        UnknownAdapterError: a name that is not loaded.
-        CaptureError: PEFT has put adapters into the model since.
+        UnknownAdapterError: no adapter of this name is loaded.
+        CaptureError: PEFT has put adapters into the model after it was attached.
 
-    For a model that its first call attaches, that call raises these. Calls inside the block raise
-    what `CompiledModel.forward` raises.
+    If the first call of the model attaches LoRA, that call raises these errors. Calls inside the
+    block raise what `CompiledModel.forward` raises.
     """
     if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
-        requests = Requests((one_name(adapter_names, "adapter_names"),), alike=True)
+        requests = Requests((one_name(adapter_names, "adapter_names"),), uniform=True)
     else:
         requests = Requests(checked_names(adapter_names) or ())
     model = without_wrappers(unwrapped(model))
@@ -308,21 +302,21 @@ def adapters(
         for name in requests.names:
             if name is not None:
                 compiled._session.store.check_known(name)
-    threads = _OPEN.setdefault(model, [])
+    threads = _BLOCK_THREADS.setdefault(model, [])
     thread = threading.get_ident()
-    with nullcontext() if compiled is not None else _until_attached(model):
+    with nullcontext() if compiled is not None else _attaching_at_first_call(model):
         threads.append(thread)
         token = IN_BLOCKS.set({**IN_BLOCKS.get(), id(model): requests})
         try:
             yield
         except Exception as error:
-            known = own_error(error)  # of the backend, at the first frame
-            if known is None:
+            cause = lorafx_error_in(error)  # of the backend, at the first frame
+            if cause is None:
                 raise
-            raise known from error
+            raise cause from error
         finally:
             threads.remove(thread)
-            with suppress(ValueError):  # a generator that another task has closed
+            with suppress(ValueError):  # another task closed the generator that opened the block
                 IN_BLOCKS.reset(token)
 
 
@@ -335,14 +329,15 @@ def load_adapter(
     strict: bool | None = None,
     **elsewhere: Never,
 ) -> None:
-    """As `CompiledModel.load_adapter`, for a marked model.
+    """Load an adapter into a marked model, as `CompiledModel.load_adapter` does.
 
     Raises:
         ConfigError: the model is not marked.
-        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        CheckpointError, UnsupportedAdapterError, CapacityError: the adapter cannot be loaded, and
+            nothing has changed.
     """
     refuse_arguments("lorafx.load_adapter", (), elsewhere)
-    _marked(model).load_adapter(source, name, adapter_name=adapter_name, strict=strict)
+    _attached_or_raise(model).load_adapter(source, name, adapter_name=adapter_name, strict=strict)
 
 
 def unload_adapter(model: nn.Module, name: str) -> None:
@@ -350,13 +345,13 @@ def unload_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         ConfigError: the model is not marked.
-        UnknownAdapterError: it is not loaded.
+        UnknownAdapterError: the adapter is not loaded.
         BatchError: the surrounding block serves it.
     """
-    compiled = _marked(model)
+    compiled = _attached_or_raise(model)
     requests = IN_BLOCKS.get().get(id(compiled.model))
     served = () if requests is None else requests.names
-    if any(given is not None and name in members(given) for given in served):
+    if any(request is not None and name in members(request) for request in served):
         raise BatchError(f"{name!r} is being served; unload it after the block")
     compiled.unload_adapter(name)
 
@@ -375,14 +370,15 @@ def detach(model: nn.Module) -> nn.Module:
     if compiled is None:
         remove_marks(model)
         return model
-    # Threads of this process: a fork leaves one.
+    # A forked child has one thread, and no blocks of the others.
     alive = {thread.ident for thread in threading.enumerate()}
-    if alive.intersection(_OPEN.get(compiled.model, ())):
+    if alive.intersection(_BLOCK_THREADS.get(compiled.model, ())):
         raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
     return compiled.detach()
 
 
-_LORA = ("lora_config", "adapters")
+#: Options of torch.compile that are arguments of `attach`, not fields of `Options`.
+_ATTACH_OPTIONS = ("lora_config", "adapters")
 
 
 def compile_frame(
@@ -402,14 +398,13 @@ def compile_frame(
             model that is not marked.
 
     Raises:
-        LorafxError: the model cannot be marked as the options ask. Every other failure to compile
-            is raised when the executable is called, so that the caller gets the error itself and
-            not one of Dynamo's around it.
+        LorafxError: the model cannot be marked as the options ask. The executable raises every
+            other failure to compile when it is called, so that Dynamo does not wrap the error.
     """
     running = RUNNING.get()
     model = compiled_module() if running is None else running.model
     try:
-        settings = _options_of(options)
+        settings = _settings_of(options)
         patches = mode_settings(mode)
         compiled = None if model is None else compiled_of(model)
         if compiled is not None and not options:
@@ -419,43 +414,38 @@ def compile_frame(
         if refusal is None:
             raise
         return refusing(refusal)
-    given = options or {}
-    if compiled is None and any(given.get(name) is not None for name in _LORA):
-        _attach(model, given, settings)
+    options = options or {}
+    if compiled is None and any(options.get(name) is not None for name in _ATTACH_OPTIONS):
+        _attach_at_first_frame(model, options, settings)
         if running is not None:
             raise CaptureError("LoRA was attached to the model, which serves this call")
         capture_again("LoRA was attached to the model")
-    # Inductor says itself where the machine lacks the compiler that it needs.
+    # Not `lowering_for` for "auto": Inductor itself reports that the machine lacks a compiler.
     auto = settings.lowering == "auto"
     lowering = InductorLowering(patches) if auto else lowering_for(settings, patches)
-    return _without_lora(compile_base(lowering, gm, examples), examples)
+    return _refusing_adapters(compile_base(lowering, gm, examples), examples)
 
 
-def _options_of(given: Mapping[str, Any] | None) -> Options:
-    """The fields of `Options` among the `options` of torch.compile.
-
-    Raises:
-        ConfigError: an unknown option, or a value that an option cannot have.
-    """
-    known = [*_LORA, *(item.name for item in fields(Options))]
-    for key in given or {}:
+def _settings_of(options: Mapping[str, Any] | None) -> Options:
+    """The fields of `Options` among the `options` of torch.compile. Raises ConfigError if an option
+    is unknown, or has a value that it cannot have."""
+    known = [*_ATTACH_OPTIONS, *(item.name for item in fields(Options))]
+    for key in options or {}:
         if key not in known:
             raise ConfigError(
                 f"unknown option {key!r}{nearest(key, known)}; options of "
                 f'torch.compile(backend="lorafx") are {", ".join(known)}'
             )
-    options = Options.of({key: value for key, value in (given or {}).items() if key not in _LORA})
-    pipeline(options)  # its names are right
-    return options
+    settings = Options.of({k: v for k, v in (options or {}).items() if k not in _ATTACH_OPTIONS})
+    pipeline(settings)  # raises for names of passes that there are not
+    return settings
 
 
-def _attach(model: nn.Module | None, given: Mapping[str, Any], options: Options) -> None:
-    """Attach LoRA to the model whose first frame is being captured.
-
-    Raises:
-        CaptureError: the model is not known.
-        As `lorafx.attach`; the model is as it was then.
-    """
+def _attach_at_first_frame(
+    model: nn.Module | None, options: Mapping[str, Any], settings: Options
+) -> None:
+    """Attach LoRA to the model whose first frame is being captured. Raises CaptureError if the
+    model is not known, and what `lorafx.attach` raises."""
     if model is None:
         raise CaptureError(
             "options={'lora_config': ...} do not say which model they are for: a function was "
@@ -468,20 +458,21 @@ def _attach(model: nn.Module | None, given: Mapping[str, Any], options: Options)
             "lorafx.attach(model) serves them. Otherwise leave out lora_config and "
             "adapters, or pass the base model without PEFT's adapters"
         )
-    # Banks outlive the call that happens to be the first one, whatever mode that runs in.
+    # Banks outlive this call, so they must not be made in its inference mode or with its fakes.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         unset_fake_temporarily(),
         _compiled_calls_hidden(model),
     ):
-        attach(model, given.get("lora_config"), adapters=given.get("adapters"), options=options)
+        config, adapters = (options.get(name) for name in _ATTACH_OPTIONS)
+        attach(model, config, adapters=adapters, options=settings)
 
 
 @contextmanager
 def _compiled_calls_hidden(model: nn.Module) -> Iterator[None]:
     """Hide what `model.compile(...)` or `model.forward = torch.compile(model.forward, ...)` left on
-    the model: `attach` refuses graphs that do not know of LoRA, and these are captured anew."""
+    the model: `attach` refuses a model with compiled graphs, but these are captured again."""
     call, model._compiled_call_impl = model._compiled_call_impl, None
     hidden = FirstCall(model)
     if not isinstance(vars(model).get("forward"), FirstCall):
@@ -493,9 +484,9 @@ def _compiled_calls_hidden(model: nn.Module) -> Iterator[None]:
         model._compiled_call_impl = call
 
 
-def _without_lora(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
-    """The graph, which refuses to run in a block whose adapters change a weight that it takes: it
-    is of a part of an attached model, or was captured before LoRA was attached."""
+def _refusing_adapters(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+    """The graph `base`, which has no LoRA. It raises CaptureError in a block whose adapters change
+    a weight among its inputs: it is of a part of an attached model, or older than its marks."""
     weights = [
         position
         for position, example in enumerate(examples)
@@ -507,9 +498,11 @@ def _without_lora(base: Callable[..., Any], examples: Sequence[Any]) -> Callable
     def run(*arguments: Any) -> Any:
         for compiled in attached_models(IN_BLOCKS.get()):
             program, session = compiled._session.program, compiled._session
-            touched = {path for name in wanted(session) for path in session.store[name].sites}
-            found = (program.site_of_weight(arguments[position]) for position in weights)
-            if any(site is not None and site.path in touched for site in found):
+            touched = {
+                path for name in adapters_in_use(session) for path in session.store[name].sites
+            }
+            sites = (program.site_of_weight(arguments[position]) for position in weights)
+            if any(site is not None and site.path in touched for site in sites):
                 raise CaptureError(
                     f"this graph has no LoRA: it is of a part of this "
                     f"{type(compiled.model).__name__}, or was captured before LoRA was attached. "

@@ -39,7 +39,7 @@ def test_broken_files_are_told_and_replaced(plain: Case, tmp_path: Path) -> None
         whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
     ):
         path.write_bytes(broken)
-        with pytest.warns(LorafxWarning, match="is of no use, so its graph is compiled anew"):
+        with pytest.warns(LorafxWarning, match="cannot be loaded, so its graph is compiled anew"):
             assert served(plain, home) == ["saved for other processes"]
         (path,) = home.glob("*/*.graph")
     assert served(plain, home) == ["loaded from the folder"]

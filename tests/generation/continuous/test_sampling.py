@@ -34,9 +34,9 @@ def processors(llama: Case) -> ContinuousBatchingLogitsProcessorList:
     config = GenerationConfig(do_sample=True, temperature=0.5, top_k=0, top_p=None)
     base: Any = llama.base
     made = ContinuousBatchingLogitsProcessorList(
-        base._get_logits_processor(sampling.asking(config)), per_request_processors=True
+        base._get_logits_processor(sampling.enabling(config)), per_request_processors=True
     )
-    sampling.take_over(made, config)
+    sampling.replace_in(made, config)
     return made
 
 
@@ -80,7 +80,7 @@ def test_each_request_has_its_own_choice(processors) -> None:
         alone = processed(processors, scores[row : row + 1], own)
         if row != 1:
             torch.testing.assert_close(alone, want[row : row + 1])
-        assert sampling.drawn(processors) == (row != 1)
+        assert sampling.any_drawn(processors) == (row != 1)
 
 
 @pytest.fixture(scope="module")

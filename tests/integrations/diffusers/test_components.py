@@ -95,7 +95,7 @@ def test_a_part_is_read_again_from_where_it_was(flux: Any, tmp_path: Path) -> No
     part = parts_of(file, flux, loadable(flux, None))["text_encoder"]
     origin = origin_of(part)
     assert origin is not None
-    again = saved.opened(origin.source)
+    again = saved.read_source(origin.source)
     assert again.component == "text_encoder"
     assert isinstance(origin.source.source, Path)  # which keeps no tensors
 

@@ -12,7 +12,7 @@ from lorafx.integrations.diffusers.compiled_pipeline import PromptRows
 
 def given(prompts: int) -> tuple[PromptRows, Tensor]:
     rows, embeddings = PromptRows(prompts), torch.ones(prompts, 3, 4)
-    rows.of_prompts(embeddings)
+    rows.label_prompts(embeddings)
     return rows, embeddings
 
 
@@ -36,7 +36,7 @@ def test_one_noise_for_all_prompts_says_nothing() -> None:
         assert rows.owners("a denoiser", (noise, embeddings), 2) == (0, 1)
         return rows.owners("a denoiser", noise, 2)
 
-    with pytest.raises(BatchError, match="2 rows for 2 prompts, and nothing says whose are row 0"):
+    with pytest.raises(BatchError, match="2 rows for 2 prompts, and no prompt is known for row 0"):
         rows.run(pipeline)
 
 

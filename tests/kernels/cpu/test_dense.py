@@ -67,7 +67,7 @@ def library(request) -> Iterator[None]:
 @pytest.mark.usefixtures("choice")
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
-    dense.use(dtype, isa, 10**6)
+    dense.load_kernel(dtype, isa, 10**6)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13, 70):
         for features, columns in ((1, 1), (40, 130), (129, 47)):
             bias, x, weight = operands(rows, features, columns, dtype)
@@ -81,7 +81,7 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("library")
 def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
     """At the edge where the library takes over, which multiplies part by part."""
-    most = dense.most_rows(dtype)
+    most = dense.max_rows(dtype)
     for rows in (0, most, most + 1):
         bias, x, weight = operands(rows, 33, 47, dtype)
         check(lora.dense_mm(x, weight, sizes), x, weight)
@@ -91,7 +91,7 @@ def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
-    _, x, weight = operands(dense.most_rows(dtype), 133, 75, dtype)
+    _, x, weight = operands(dense.max_rows(dtype), 133, 75, dtype)
     together = lora.dense_mm(x, weight, [])
     for rows in (1, 2, 3, 5, 6, 7, 11, 32):
         assert torch.equal(lora.dense_mm(x[:rows], weight, []), together[:rows])

@@ -1,7 +1,7 @@
 """What `serve run lorafx.integrations.server.ray:build key=value` starts.
 
-Before the replicas stands an ingress. It reads which adapter a request asks for, sends the request
-to a replica that holds it, and to another where that one dies.
+An ingress receives the requests. It reads which adapter a request asks for and sends it to a
+replica that has loaded this adapter, or to another one if that replica dies.
 """
 
 # No `from __future__ import annotations`: Ray reads from an annotation which class `build` takes.
@@ -24,12 +24,12 @@ from lorafx.integrations.server.errors import Authentication, RequestError, erro
 from lorafx.integrations.server.ray.replica import Replica
 from lorafx.integrations.server.settings import ModelSettings
 
-#: Of an ingress. It holds no model, so it is not what runs out.
+#: Requests that an ingress may relay at once. It has no model, so the replicas are the limit.
 RELAYED = 10_000
 
-#: How many replicas may die of, or under, one request.
+#: How many replicas may die while they answer one request.
 ATTEMPTS = 4
-#: What a replica needs of a request's scope.
+#: The fields of a request's ASGI scope that a replica needs.
 SCOPE = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "root_path"),
     *("query_string", "headers", "client", "server"),
@@ -46,18 +46,18 @@ def _split(value: Any) -> Any:
 
 
 class RaySettings(ModelSettings):
-    """How a model is served on Ray (docs/serving.md); paths are the same on all machines. Raises as
-    `ModelSettings`.
+    """How a model is served on Ray (docs/serving.md). Paths are the same on all machines. Raises
+    what `ModelSettings` raises.
 
     Attributes:
-        held: how many adapters a replica keeps in host memory, those that were asked for last.
-            `max_adapters` have a slot on the device.
-        num_replicas: how many engines, or "auto".
-        num_gpus, num_cpus: of each of them.
-        num_ingresses: how many processes read requests and send them to replicas.
-        max_ongoing_requests: that a replica is given; others wait for one at the ingress.
-        drain: seconds for which a replica that is stopped waits for the answers under way.
-        deployment: options of `serve.deployment` for the replicas, which go before the settings
+        held: how many adapters a replica keeps in host memory: those that were requested last.
+            `max_adapters` of them have a slot on the device.
+        num_replicas: the number of engines, or "auto".
+        num_gpus, num_cpus: those of each engine.
+        num_ingresses: the number of processes that send requests to replicas.
+        max_ongoing_requests: how many a replica answers at once; others wait at the ingress.
+        drain: seconds for which a stopped replica waits until its running requests are answered.
+        deployment: options of `serve.deployment` for the replicas, which override the settings
             above; JSON on a command line.
     """
 
@@ -76,14 +76,14 @@ class RaySettings(ModelSettings):
     deployment: dict[str, Any] | Json[dict[str, Any]] = Field(default_factory=dict)
 
     def absolute(self) -> "RaySettings":
-        """The same for replicas, which work in another folder than who starts them."""
+        """The same settings with absolute paths: replicas run in another working directory."""
         paths = {} if self.cache is None else {"cache": str(Path(self.cache).absolute())}
         if Path(self.model).is_dir():
             paths["model"] = str(Path(self.model).absolute())
         return self.model_copy(update=paths)
 
     def replicas(self) -> dict[str, Any]:
-        """Options of the replicas' deployment."""
+        """The options of the replicas' deployment."""
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "graceful_shutdown_timeout_s": self.drain,
@@ -96,8 +96,8 @@ class RaySettings(ModelSettings):
 
 
 class Answer:
-    """An answer on its way to the client. A stream is sent on as it comes; anything else when it is
-    complete, so that another replica can still give it. `begun`: the client has got some of it."""
+    """An answer that is relayed to the client. A stream is sent at once; any other answer when it
+    is complete, so that until then another replica can answer. `begun`: some of it was sent."""
 
     def __init__(self, send: Any) -> None:
         self._send = send
@@ -105,14 +105,14 @@ class Answer:
         self.restart()
 
     def restart(self) -> None:
-        """Another replica gives it, from the start."""
-        self._kept: list[dict[str, Any]] = []
+        """Drop what has not been sent: another replica answers from the start."""
+        self._unsent: list[dict[str, Any]] = []
         self._stream = False
 
     async def take(self, messages: list[dict[str, Any]]) -> None:
-        """More of it has come."""
+        """Add messages of the replica."""
         for message in messages:
-            self._kept.append(message)
+            self._unsent.append(message)
             if message["type"] == "http.response.start":
                 headers = dict(message["headers"])
                 self._stream = headers.get(b"content-type", b"").startswith(STREAM)
@@ -120,32 +120,31 @@ class Answer:
                 await self.end()
 
     async def end(self) -> None:
-        """Send what has come."""
-        while self._kept:
+        """Send the messages that have not been sent."""
+        while self._unsent:
             self.begun = True
-            await self._send(self._kept.pop(0))
+            await self._send(self._unsent.pop(0))
 
     async def break_off(self) -> None:
-        """End a stream with an error: no other replica can go on where this one stopped."""
+        """End a stream with an error: no other replica can continue it."""
         message = "the replica that was answering failed; what has come is not the whole answer"
         code = "replica_failed"
         error = {"message": message, "type": "server_error", "param": None, "code": code}
-        # /v1/responses tells its events by `type`.
+        # The events of /v1/responses are distinguished by `type`.
         event = {"type": "error", "code": code, "message": message, "error": error}
         data = f"data: {json.dumps(event)}\n\n".encode()
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
 
 class Ingress:
-    """Ray's deployment of the relay."""
+    """Ray's deployment that relays requests to replicas."""
 
     def __init__(self, replicas: DeploymentHandle, settings: ModelSettings) -> None:
         self._replicas = replicas.options(stream=True)
         self._settings = settings
 
     def __serve_build_asgi_app__(self) -> Router:
-        """The application; Ray asks for it. Keys are looked at before a replica loads the adapter
-        that is asked for."""
+        """The ASGI application, for Ray. It checks the key before a replica loads an adapter."""
         return Router(default=Authentication(self.relay, self._settings.api_key))
 
     async def relay(self, scope: Any, receive: Any, send: Any) -> None:
@@ -156,43 +155,43 @@ class Ingress:
         answer = Answer(send)
         refusal: RequestError | None = RequestError(NO_METRICS, status=404)
         if get_route_path(scope) != "/metrics":
-            refusal = await self._answered(scope, receive, answer)
+            refusal = await self._try_replicas(scope, receive, answer)
         if answer.begun and refusal is not None:
             await answer.break_off()
         elif refusal is not None:
             await error_response(refusal)(scope, receive, send)
 
-    async def _answered(self, scope: Any, receive: Any, answer: Answer) -> RequestError | None:
-        """Have a replica answer; why none has, or has not to the end."""
+    async def _try_replicas(self, scope: Any, receive: Any, answer: Answer) -> RequestError | None:
+        """Have a replica answer. Returns the error if none has, or not to the end."""
         body = await Request(scope, receive).body()
-        # A name that there is not goes to any replica, which refuses it.
+        # A request for an unknown adapter goes to any replica, which refuses it.
         replicas = self._replicas.options(multiplexed_model_id=self._adapter(body))
-        sent = {name: scope[name] for name in SCOPE if name in scope}
-        ended = RequestError(
+        fields = {name: scope[name] for name in SCOPE if name in scope}
+        replicas_ended = RequestError(
             f"{ATTEMPTS} replicas ended while they answered; ask again", status=503
         )
         for _ in range(ATTEMPTS):
             answer.restart()
-            messages: Any = replicas.answer.remote(sent, body)
+            messages: Any = replicas.answer.remote(fields, body)
             try:
                 async for ready in messages:
                     await answer.take(ready)
                 await answer.end()
                 return None
-            except (RayActorError, ObjectLostError):  # the replica is gone, or out of reach
+            except (RayActorError, ObjectLostError):  # the replica has died or is unreachable
                 if answer.begun:
-                    return ended
+                    return replicas_ended
             except (BackPressureError, DeploymentUnavailableError) as error:
                 return RequestError(str(error), status=503)
             except RayTaskError as error:
                 return RequestError(f"the replica failed: {error.cause}", status=500)
             finally:
-                messages.cancel()  # where the client has gone; nothing otherwise
-        return ended
+                messages.cancel()  # does nothing unless the client has disconnected
+        return replicas_ended
 
     def _adapter(self, body: bytes) -> str:
-        """The adapter that a request asks for; "" for the base, and for what the application is to
-        refuse."""
+        """The adapter that a request asks for; "" for the base, and for a request that the
+        application will refuse."""
         try:
             model = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):

@@ -1,7 +1,7 @@
-"""One engine in a process of its own. An adapter is loaded when it is first asked for, and unloaded
-when Ray drops it and no request needs it.
+"""One engine in a process of its own. An adapter is loaded when it is first requested, and unloaded
+when Ray has dropped it and no request uses it.
 
-What the engine counts is exported by Ray with the names of deployment and replica.
+Ray exports the engine's metrics with the names of deployment and replica.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lorafx.runtime.session import Statistics
 
 
 class Counts:
-    """The counts of one replica; made in its process. `stats` is `CompiledModel.stats`."""
+    """The metrics of one replica, in its process. `stats` is `CompiledModel.stats`."""
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
         self._stats, self._health = stats, health
         self._metrics: dict[str, metrics.Counter | metrics.Gauge] = {}
-        #: What Ray knows.
+        #: The values of counters that were exported last.
         self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def export(self) -> None:
-        """Add to Ray's counters what has been counted since, and set how large the tiers are."""
+        """Add to Ray's counters what was counted since the last export, and set its gauges."""
         for family in families(self._stats(), self._health):
             for sample in family.samples:
                 if family.name not in self._metrics:
@@ -47,14 +47,14 @@ class Counts:
                     metric.set(sample.value, sample.labels)
                     continue
                 key = family.name, tuple(sample.labels.values())
-                more = sample.value - self._exported.get(key, 0)
-                if more:
-                    metric.inc(more, sample.labels)
+                increase = sample.value - self._exported.get(key, 0)
+                if increase:
+                    metric.inc(increase, sample.labels)
                     self._exported[key] = sample.value
 
 
 class HeldAdapter:
-    """An adapter that Ray holds. Ray calls `__del__` when it drops it, Python once more."""
+    """An adapter that Ray keeps. Ray calls `__del__` when it drops the adapter, Python again."""
 
     def __init__(self, drop: Callable[[], None]) -> None:
         self._drop: Callable[[], None] | None = drop
@@ -66,8 +66,8 @@ class HeldAdapter:
 
 
 class Replica:
-    """Ray's deployment of the engine, which keeps the `held` adapters that were asked for last;
-    raises as `opened`."""
+    """Ray's deployment of the engine. It keeps the last `held` adapters that were requested. Raises
+    what `opened` raises."""
 
     def __init__(self, settings: ModelSettings, held: int) -> None:
         self._settings = settings
@@ -83,12 +83,12 @@ class Replica:
             await self._load(adapter)
             return HeldAdapter(partial(self._dropped.add, adapter))
 
-        # Ray tells its routers what this holds.
-        self._hold = serve.multiplexed(max_num_models_per_replica=held)(load)
+        # Ray tells its routers which adapters this function has loaded.
+        self._load_for_ray = serve.multiplexed(max_num_models_per_replica=held)(load)
 
     async def _load(self, adapter: str) -> None:
-        """Have an adapter loaded. Raises as `CompiledModel.load_adapter`, and UnknownAdapterError
-        where it has no folder."""
+        """Load an adapter unless it is loaded. Raises what `CompiledModel.load_adapter` raises, and
+        UnknownAdapterError if it has no folder."""
         async with self._changing:
             self._dropped.discard(adapter)
             if adapter in self._server.compiled.adapters:
@@ -105,12 +105,12 @@ class Replica:
                 await asyncio.to_thread(self._server.compiled.unload_adapter, adapter)
 
     def __del__(self) -> None:
-        """Stop the engine. Ray calls it when the answers under way have been given."""
+        """Stop the engine. Ray calls this when the running requests have been answered."""
         self._stack.close()
 
     def check_health(self) -> None:
-        """Raise BatchError where the engine takes no requests, or its last steps have all failed;
-        Ray then replaces the replica. Ray asks regularly, so counts are exported here too."""
+        """Raise BatchError if the engine takes no requests, or its last steps have all failed; Ray
+        then replaces the replica. Ray calls this regularly, so it exports the metrics, too."""
         self._counts.export()
         engine = self._server.engine
         reason = engine.unhealthy()
@@ -121,8 +121,8 @@ class Replica:
             ) from error
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict]]:
-        """The ASGI messages of an answer, those that are ready at a time. The request's adapter is
-        Ray's multiplexed model ID."""
+        """The ASGI messages of an answer, in lists of those that are ready. The request's adapter
+        is Ray's multiplexed model ID."""
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         gone = asyncio.Event()
         incoming = [{"type": "http.request", "body": body, "more_body": False}]
@@ -136,8 +136,8 @@ class Replica:
         async def send(message: Any) -> None:
             messages.put_nowait(dict(message))
 
-        # A task of its own: a client that goes away is told to the application, which then cancels
-        # its request with the engine.
+        # The application runs in another task. When the client disconnects, it receives
+        # `http.disconnect` and cancels the engine's request.
         answering = asyncio.create_task(self._run(scope, receive, send))
         answering.add_done_callback(lambda _: messages.put_nowait(None))
         try:
@@ -145,8 +145,8 @@ class Replica:
                 ready = [await messages.get()]
                 while not messages.empty():
                     ready.append(messages.get_nowait())
-                if found := [message for message in ready if message is not None]:
-                    yield found
+                if present := [message for message in ready if message is not None]:
+                    yield present
                 if ready[-1] is None:
                     break
             await answering
@@ -159,7 +159,7 @@ class Replica:
         try:
             try:
                 if adapter:
-                    await self._hold(adapter)
+                    await self._load_for_ray(adapter)
                 await self._unload_dropped()
             except LorafxError as error:
                 await error_response(error)(scope, receive, send)
