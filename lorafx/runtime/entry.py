@@ -62,8 +62,8 @@ class Entry:
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
         self.base_graphs = _base_graphs(session)
-        #: Traced functions by the state of sites (`SiteWatch`) and hooks (`HookWatch`), which guards
-        #: do not see, and by whether they are the base's; of the initial state and the last one.
+        #: Traced functions by the states of sites (`SiteWatch`) and hooks (`HookWatch`), unseen by
+        #: guards, and by whether they are the base's; of the initial state and the last one.
         self.traced = {(_INITIAL_STATE, False): self._new_traced(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         #: Whether the last call with adapters captured graphs; True before the first.
