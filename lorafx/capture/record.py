@@ -1,7 +1,7 @@
 """Facts about a compiled graph, for `explain`, `dump` and tests.
 
-On request a copy of the graph after each pass is kept, a stage: dumps, names, bisection and the
-viewer's page are functions of the stages.
+On request a copy of the graph after each pass, a stage, is kept. Dumps, names, bisection and the
+viewer's page are made from the stages.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A copy of a graph after a pass (`report` None: as captured), with its main graph's inputs and
-    nodes' sites by name."""
+    """A copy of a graph after a pass (as captured if `report` is None), with the inputs of the main
+    graph by name, and the sites of nodes by place."""
 
     graph: fx.GraphModule
     report: PassReport | None = None
@@ -61,7 +61,7 @@ class Stage:
 
     @cached_property
     def graphs(self) -> dict[str, fx.Graph]:
-        """The main graph (""), and the graphs of the modules that it calls, by path."""
+        """The main graph, at "", and the graphs of the modules that it calls, by path."""
         modules = self.graph.named_modules()
         return {path: item.graph for path, item in modules if isinstance(item, fx.GraphModule)}
 
@@ -74,26 +74,26 @@ class Stage:
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph and the graphs that it calls, sharing fake values."""
-    kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for name, child in kept.named_children():
+    """A copy of the graph and of the graphs that it calls, with the same fake values."""
+    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for name, child in result.named_children():
         if isinstance(child, fx.GraphModule):
-            setattr(kept, name, copied(child))
-    return kept
+            setattr(result, name, copied(child))
+    return result
 
 
 def _inputs_of(frame: Frame) -> dict[str, FrameInput]:
-    """The inputs by name. Banks looked up by a weight have its site."""
-    found = {node.name: item for node, item in frame.by_node.items()}
-    for (position, which, _), node in frame.extra_nodes.items():
+    """The inputs by name. A bank that is looked up by a weight has the site of the weight."""
+    inputs = {node.name: item for node, item in frame.by_node.items()}
+    for (position, index, _), node in frame.extra_nodes.items():
         sites = frame.inputs[position].sites
-        if found[node.name].kind == "bank" and which < len(sites):
-            found[node.name] = replace(found[node.name], sites=(sites[which],))
-    return found
+        if inputs[node.name].kind == "bank" and index < len(sites):
+            inputs[node.name] = replace(inputs[node.name], sites=(sites[index],))
+    return inputs
 
 
 class Size(NamedTuple):
-    """The meaning of a symbol: a dimension of an input, and what it counts if known."""
+    """The meaning of a symbol: a dimension of an input, and what it counts, if that is known."""
 
     of: str
     dim: int
@@ -113,8 +113,8 @@ class Size(NamedTuple):
 
 
 def _sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Size]:
-    """The meanings of the symbols in input sizes; arguments of the call take precedence."""
-    found: dict[str, Size] = {}
+    """The meanings of symbols in the sizes of inputs; arguments of the call come first."""
+    sizes: dict[str, Size] = {}
     try:
         requests = {str(symbol) for symbol in batch_symbols(frame)} if frame.by_node else set()
     except ProvenanceError:
@@ -126,39 +126,39 @@ def _sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, S
         label = item.role.argument if item.role is not None else identifier(item)
         for dim, size in enumerate(value.shape):
             symbol = str(size)
-            if isinstance(size, int) or not size.node.expr.is_Symbol or symbol in found:
+            if isinstance(size, int) or not size.node.expr.is_Symbol or symbol in sizes:
                 continue
             counts: Literal["requests", "tokens", ""] = ""
             if symbol in requests or item.requests_dim == dim:
                 counts = "requests"
             elif item.kind == "argument" and frame.token_dims.get(label) == dim:
                 counts = "tokens"
-            found[symbol] = Size(label, dim, counts)
-    return found
+            sizes[symbol] = Size(label, dim, counts)
+    return sizes
 
 
 def identifier(item: FrameInput) -> str:
-    """Dynamo's source of an input as an identifier."""
+    """An identifier made from Dynamo's source of an input."""
     return plain_path(item.label) or re.sub(r"\W+", "_", item.label.removeprefix("L")).strip("_")
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value, from AOTAutograd or Dynamo."""
+    """The fake value of a node, from AOTAutograd or Dynamo."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 @dataclass(eq=False)
 class GraphRecord:
-    """A graph's record.
+    """The record of a compiled graph.
 
     Attributes:
-        checks: the part kept by its executable.
+        checks: the checks of its executable.
         keeps_stages: whether `stages` gets a copy of the graph after each pass.
-        sources: generated sources by file name: a text, or a function that makes it.
-        saved: its fate in the folder of saved graphs.
-        form, reason: its kind of call, and why no earlier graph serves that.
-        seconds: of its compilation, by part.
-        sizes: the meanings of symbols.
+        sources: generated code by file name, as a text or a function that makes it.
+        saved: whether it was saved to or loaded from a folder, or why not.
+        form, reason: the form of its call, and why no earlier graph serves that.
+        seconds: the time of its compilation, by part.
+        sizes: the meanings of symbols, by name.
     """
 
     title: str
@@ -181,7 +181,7 @@ class GraphRecord:
         return {name: getattr(self, name) for name in saved}
 
     def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
-        """Note a pass's result, or the captured graph if `report` is None."""
+        """Note the graph after a pass, or the captured graph if `report` is None."""
         if report is not None:
             self.passes.append(report)
         if self.keeps_stages:
@@ -192,13 +192,13 @@ class GraphRecord:
     def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
         if self.keeps_stages:
             inputs = gm.graph.find_nodes(op="placeholder")
-            found = dict(zip(inputs, frame.inputs, strict=True))
-            self._note_sizes(frame, found)
-            named = {node.name: item for node, item in found.items()}
-            self.stages.append(Stage(copied(gm), inputs=named))
+            frame_inputs = dict(zip(inputs, frame.inputs, strict=True))
+            self._note_sizes(frame, frame_inputs)
+            by_name = {node.name: item for node, item in frame_inputs.items()}
+            self.stages.append(Stage(copied(gm), inputs=by_name))
 
     def _note_sizes(self, frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> None:
-        # A pass may have unified symbols that earlier stages show.
+        # Earlier meanings are kept: a pass may have unified symbols that earlier stages show.
         self.sizes = {**_sizes_of(frame, inputs), **self.sizes}
 
     def code(self, text: str) -> None:
@@ -209,7 +209,7 @@ class GraphRecord:
         for key, states in enumerate(ctx.states.values()):
             for state in states:
                 state.node_key = key
-                # Nodes would keep the whole graph alive.
+                # References to nodes would keep the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
         self._note_sizes(ctx.frame, ctx.frame.by_node)

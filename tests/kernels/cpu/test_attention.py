@@ -84,12 +84,12 @@ def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPat
 @needs_compiler
 @pytest.mark.parametrize("isa", runnable_isas(), ids=lambda isa: isa.name)
 def test_each_instruction_set(isa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module._built.cache_clear()
+    module._kernel_for.cache_clear()
     monkeypatch.setattr(module, "best_isa", lambda: isa)
     try:
         check(step(**CASES["of several heads"]))
     finally:
-        module._built.cache_clear()
+        module._kernel_for.cache_clear()
 
 
 @needs_compiler
