@@ -95,7 +95,6 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:
-    """The JSON object in `text`."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

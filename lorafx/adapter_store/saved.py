@@ -174,7 +174,6 @@ def origin_of(source: Any) -> Origin | None:
 
 
 def _stamps(path: Path) -> dict[str, Stamp]:
-    """The stamps of an adapter's files, by name."""
     try:
         if path.is_dir():
             kinds = (".json", *SUFFIXES)

@@ -363,7 +363,6 @@ class AdapterStore:
             hold.name = private
 
     def _forget_released(self) -> None:
-        """Forget retired versions that no request holds any more."""
         retired = [name for name in self._adapters if isinstance(name, Retired)]
         if retired:
             in_use = {hold.name for hold in list(self._holds)}
@@ -576,7 +575,6 @@ class AdapterInfo:
 
 
 def info(store: AdapterStore, name: str) -> AdapterInfo:
-    """The `AdapterInfo` of a loaded adapter."""
     item = store[name]
     slot, pinned = store.resident.get(name), name in store.pinned
     nbytes = 0 if item.host is None else item.host.nbytes

@@ -324,8 +324,8 @@ class Program:
         return role
 
     def _holds_several(self, tensor: Tensor) -> bool:
-        """Whether a tensor that the running call has computed has equally many entries of each
-        request, in turn."""
+        """Whether a result of the running call has equally many entries of each request, in
+        turn."""
         label = None if self.call is None else self.call.memory.look(tensor)
         requests = tuple(range(len(self.runtime.rows)))
         if not isinstance(label, Listed) or label.owners == requests:

@@ -208,8 +208,8 @@ class Handover:
         *,
         looked_at: bool,
     ) -> None:
-        """Record the labels of this call's results and written inputs. If it was tracked
-        (`looked_at`), those of unproved tensors are already known."""
+        """Record labels of results and written inputs, only proved ones if tracked
+        (`looked_at`)."""
         for position, proof in self.written.items():
             tensor = arguments[position]
             if isinstance(tensor, Tensor) and not looked_at:

@@ -184,7 +184,6 @@ class _State:
         return target
 
     def _refuse_derived(self, key: str, value: Tensor, changes: Sequence[Change]) -> None:
-        """Raise MatchError if `value` was made from a weight that changes."""
         derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
         sites = () if derived is None else derived.sites
         weights = [self.program.weight_of(site) for site in sites]
