@@ -186,7 +186,10 @@ def failing_in(part: str, error: type[LorafxError], way_out: str) -> Iterator[No
 
 def lorafx_error_in(raised: BaseException) -> LorafxError | None:
     """The error of lorafx that an error of Dynamo or Inductor wraps, if any."""
-    return next((item for item in chain(raised)[1:] if isinstance(item, LorafxError)), None)
+    wrapped: list[BaseException | None] = [*chain(raised)[1:]]
+    if isinstance(raised, TorchDynamoException):  # of what was raised inside of a trace
+        wrapped.append(raised.__context__)
+    return next((item for item in wrapped if isinstance(item, LorafxError)), None)
 
 
 def explained(raised: BaseException, model: str, base: str = "") -> LorafxError | None:

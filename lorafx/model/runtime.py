@@ -54,7 +54,8 @@ class Runtime:
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
             captured then is the base model's. So does None, outside of calls while an adapter is
-            the default; other libraries' traces of layers that the adapter changes are refused.
+            the default or a block of `lorafx.adapters` is open; other libraries' traces of layers
+            that the adapter changes are refused.
         uniform: all requests use the same slot, which every batch has to before the rows' owners
             are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add

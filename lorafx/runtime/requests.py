@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
@@ -224,6 +225,8 @@ def checked_names(names: Sequence[AdapterName] | None) -> tuple[str | None, ...]
 IN_BLOCKS: ContextVar[Mapping[int, Requests]] = ContextVar(
     "lorafx.adapters", default=MappingProxyType({})
 )
+#: The thread of each open block, by model.
+BLOCK_THREADS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 
 
 # --- arguments ---

@@ -34,6 +34,7 @@ from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.program.stack import refuse_called_slips
 from lorafx.runtime.replaced_methods import Replacements
 from lorafx.runtime.requests import (
+    BLOCK_THREADS,
     IN_BLOCKS,
     Requests,
     alora_refusal,
@@ -161,7 +162,6 @@ class Session:
         #: The adapter of calls that name none: assigned by `choose`.
         self.default: str | None = None
         #: The value of `Runtime.active` between calls: assigned by `choose`.
-        self.active_at_rest: bool | None = False
         #: What the base weights hold: assigned by lorafx.weights.
         self.base: BaseState = BaseState()
         #: The sessions of models that share modules, and so `locks`, with this one: assigned by
@@ -213,9 +213,24 @@ class Session:
 
     def choose(self, default: str | None) -> None:
         """Make this the adapter of calls that name none. The caller holds the lock."""
-        self.default, self.active_at_rest = default, False if default is None else None
-        if not self.running.depth:
-            self.program.runtime.active = self.active_at_rest
+        self.default = default
+        self.rest()
+
+    @property
+    def active_at_rest(self) -> bool | None:
+        """`Runtime.active` outside of calls."""
+        expected = self.default is not None or BLOCK_THREADS.get(self.program.model)
+        return None if expected else False
+
+    def rest(self) -> None:
+        """Update `Runtime.active` where a default or a block begins or ends; a running call does so
+        at its end."""
+        if self.lock.acquire(blocking=False):
+            try:
+                if not self.running.depth:
+                    self.program.runtime.active = self.active_at_rest
+            finally:
+                self.lock.release()
 
     # --- the protocol of a call ---
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -51,7 +50,7 @@ from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
 from lorafx.runtime.replaced_methods import ReplacedMethod
-from lorafx.runtime.requests import IN_BLOCKS, Requests, checked_names
+from lorafx.runtime.requests import BLOCK_THREADS, IN_BLOCKS, Requests, checked_names
 from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.frames import capture_again
@@ -60,8 +59,6 @@ from lorafx.torch_internals.versions import entrance, unsupported
 
 #: How a call chooses adapters, for the message about a misplaced argument.
 _BY_BLOCK = {"": "the names to a block around the call: with lorafx.adapters(model, [...])"}
-#: The thread of each open block, by model.
-_BLOCK_THREADS: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDictionary()
 #: The method that runs its model without LoRA in this context; tells the backend the model.
 RUNNING: ContextVar[ReplacedMethod | None] = ContextVar("lorafx model as it is", default=None)
 
@@ -302,12 +299,13 @@ def adapters(
         for name in requests.names:
             if name is not None:
                 compiled._session.store.check_known(name)
-    threads = _BLOCK_THREADS.setdefault(model, [])
+    threads = BLOCK_THREADS.setdefault(model, [])
     thread = threading.get_ident()
     with nullcontext() if compiled is not None else _attaching_at_first_call(model):
         threads.append(thread)
         token = IN_BLOCKS.set({**IN_BLOCKS.get(), id(model): requests})
         try:
+            _rest(model)
             yield
         except Exception as error:
             cause = lorafx_error_in(error)  # of the backend, at the first frame
@@ -318,6 +316,13 @@ def adapters(
             threads.remove(thread)
             with suppress(ValueError):  # another task closed the generator that opened the block
                 IN_BLOCKS.reset(token)
+            _rest(model)
+
+
+def _rest(model: nn.Module) -> None:
+    compiled = compiled_of(model)
+    if compiled is not None:
+        compiled._session.rest()
 
 
 def load_adapter(
@@ -372,7 +377,7 @@ def detach(model: nn.Module) -> nn.Module:
         return model
     # A forked child has one thread, and no blocks of the others.
     alive = {thread.ident for thread in threading.enumerate()}
-    if alive.intersection(_BLOCK_THREADS.get(compiled.model, ())):
+    if alive.intersection(BLOCK_THREADS.get(compiled.model, ())):
         raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
     return compiled.detach()
 
