@@ -27,6 +27,7 @@ from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
+from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
@@ -214,7 +215,7 @@ class Session:
     def choose(self, default: str | None) -> None:
         """Make this the adapter of calls that name none. The caller holds the lock."""
         self.default = default
-        self.rest()
+        self._rest()
 
     @property
     def active_at_rest(self) -> bool | None:
@@ -223,14 +224,21 @@ class Session:
         return None if expected else False
 
     def rest(self) -> None:
-        """Update `Runtime.active` where a default or a block begins or ends; a running call does so
-        at its end."""
-        if self.lock.acquire(blocking=False):
-            try:
-                if not self.running.depth:
-                    self.program.runtime.active = self.active_at_rest
-            finally:
-                self.lock.release()
+        """Update `Runtime.active` where a block begins or ends. A call of another thread does so at
+        its end."""
+
+        def update() -> None:
+            if self.lock.acquire(blocking=False):
+                try:
+                    self._rest()
+                finally:
+                    self.lock.release()
+
+        undisturbed(update)
+
+    def _rest(self) -> None:
+        if not self.running.depth:
+            self.program.runtime.active = self.active_at_rest
 
     # --- the protocol of a call ---
 
