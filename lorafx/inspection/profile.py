@@ -318,7 +318,7 @@ def _time_operators(
     call(copy.deepcopy(inputs))  # captures
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with (
-        replay.running(replay.apart, run),
+        replay.running(replay.unjoined, run),
         recorded_events(activities=activities, acc_events=True) as profiler,
     ):
         for _ in range(calls):

@@ -1,7 +1,7 @@
-"""A program's graphs captured once more, and run operator by operator as one of the passes left
-them.
+"""Captures a program's graphs once more, and runs them operator by operator as they were after one
+of the passes.
 
-Which stage runs is chosen call by call; weights, banks and slots are the program's own.
+Each call may choose another stage. Weights, banks and slots are those of the program.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ class Replay:
     """The stages of all graphs of a program.
 
     Attributes:
-        names: of the stages, in their order.
-        current: which stage runs.
+        names: the names of the stages, in their order.
+        current: the name of the stage that runs.
     """
 
     def __init__(self, session: Session) -> None:
         options = session.program.options
         self.names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         self.current = self.names[-1]
-        self._runner: Runner = lambda stage, given: stage.graph(*given)
+        self._runner: Runner = lambda stage, inputs: stage.graph(*inputs)
         self.backend = Backend(session.program, entered)
-        self.backend.lowering = _Replayed(lowering_for(options))
-        self.backend.replay = self._running
-        # It is not the first call of this program: what modules keep may be of a request.
+        self.backend.lowering = _StageLowering(lowering_for(options))
+        self.backend.replay = self._executable
+        # With records this is not the program's first call: modules may keep tensors of requests.
         self.backend.records.extend(session.backend.records)
 
     @contextmanager
     def running(self, name: str, runner: Runner) -> Iterator[None]:
-        """Inside, the stage of that name runs, by `runner`."""
-        before = self.current, self._runner
+        """Inside the block `runner` runs the stage `name`."""
+        former = self.current, self._runner
         self.current, self._runner = name, runner
         try:
             yield
         finally:
-            self.current, self._runner = before
+            self.current, self._runner = former
 
     @property
-    def apart(self) -> str:
-        """The last stage in which a layer's operators stand in the graph itself, and a product and
-        its delta are operators of their own."""
+    def unjoined(self) -> str:
+        """The last stage in which the operators of a layer are in the graph itself, and a product
+        and its delta are separate operators."""
         for name in (Join.name, Outline.name):
             if name in self.names:
                 return self.names[self.names.index(name) - 1]
         return self.names[-1]
 
-    def _running(self, record: GraphRecord) -> Callable[[list[Any]], Any]:
+    def _executable(self, record: GraphRecord) -> Callable[[list[Any]], Any]:
         stages = {stage.name: stage for stage in record.stages}
 
         def run(arguments: list[Any]) -> Any:
@@ -75,52 +75,51 @@ class Replay:
         return run
 
 
-class _Replayed(ReferenceLowering):
-    """Traces as the program's own lowering does; graphs of the base run node by node."""
+class _StageLowering(ReferenceLowering):
+    """Traces as the program's lowering does; graphs of the base run node by node."""
 
-    def __init__(self, own: Lowering) -> None:
-        self._own = own
+    def __init__(self, lowering: Lowering) -> None:
+        self._lowering = lowering
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
-        return self._own.decompositions()
+        return self._lowering.decompositions()
 
 
 @contextmanager
 def replayed(entries: CompiledForwards) -> Iterator[Replay]:
-    """Inside, calls of the model run the stage that is chosen. Its lock is held, and its graphs and
-    options are put back."""
+    """Inside the block, which holds the session's lock, calls of the model run the current stage.
+    Graphs and options are restored afterwards."""
     session, program = entries.session, entries.session.program
     with session.lock:
-        before = session.backend, entries.made, program.options
+        former = session.backend, entries.made, program.options
         replay = Replay(session)
         try:
             program.options = replace(program.options, verify="lint", cache=None, dump=None)
             session.backend, entries.made = replay.backend, {}
             yield replay
         finally:
-            session.backend, entries.made, program.options = before
+            session.backend, entries.made, program.options = former
 
 
 def with_stages_of(entries: CompiledForwards, call: Callable[[], Any]) -> list[GraphRecord]:
     """The records of the session's graphs, and of graphs that `call` is the first to need. Those
-    that serve `call` have their stages. Random states are put back after it."""
+    that serve `call` have their stages. Random states are restored after it."""
     device = entries.session.program.runtime.device
     devices = [device] if device.type == "cuda" else []
     with replayed(entries) as replay, torch.random.fork_rng(devices):
-        if (
-            Provenance.name in replay.names
-        ):  # the last stage that is plain aten, and compiles nothing
+        # This stage is plain aten, so no kernel is compiled.
+        if Provenance.name in replay.names:
             replay.current = Provenance.name
         records = list(replay.backend.records)
         call()
         captured = replay.backend.records[len(records) :]
-    serving = {(record.lora, *record.form.items()): n for n, record in enumerate(records)}
+    serving = {(record.lora, *record.form.items()): i for i, record in enumerate(records)}
     for record in captured:
-        n = serving.get((record.lora, *record.form.items()))
-        if n is None:
+        index = serving.get((record.lora, *record.form.items()))
+        if index is None:
             records.append(record)
         else:
-            records[n] = replace(
-                records[n], stages=record.stages, sizes=record.sizes, outlined=record.outlined
+            records[index] = replace(
+                records[index], stages=record.stages, sizes=record.sizes, outlined=record.outlined
             )
     return records
