@@ -223,12 +223,10 @@ def nearest(
     if none has a similarity of `cutoff` or differs in one character."""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
-    typos = {
-        other for other in known if other not in close and _differ_in_one_character(name, other)
-    }
+    typos = {other for other in known if other not in close and _one_typo_apart(name, other)}
     close += sorted(typos, reverse=True)
     return f"; nearest: {', '.join(prefix + other for other in close[:count])}" if close else ""
 
 
-def _differ_in_one_character(name: str, other: str) -> bool:
+def _one_typo_apart(name: str, other: str) -> bool:
     return len(name) == len(other) > 1 and sum(map(str.__ne__, name, other)) == 1

@@ -161,8 +161,7 @@ def check_linear(
     ranges: Ranges,
     features: int | torch.SymInt | None = None,
 ) -> None:
-    """Check that the bank has the features of x, or `features`, and that the ranges are columns of
-    the bank and fill y."""
+    """Check that the bank has the features of x, or `features`, and that its ranges fill y."""
     check_bank(op, bank)
     A, (siblings, offsets, sizes) = bank.A, ranges
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]

@@ -173,9 +173,10 @@ class AdapterStore:
         """Read those of these adapters that were dropped, without the lock; adapters with a slot
         only if `resident`. All stay in host memory while the result lives. Raises
         UnknownAdapterError, or CheckpointError for a changed file."""
-        adapters = adapters_among(names)
+        given = [name for name in names if name is not None and name != BASE]
         with self._lock:
-            self._check_known(adapters)
+            self._check_known(given)
+            adapters = adapters_among(given)
             kept = Kept(
                 [
                     self._adapters[member]
@@ -294,10 +295,10 @@ class AdapterStore:
     def _check_known(self, names: Sequence[str]) -> None:
         absent = [n for n in names if not isinstance(n, str) or n not in self._adapters]
         for name in absent:
-            if isinstance(name, Mapping):
+            if not isinstance(name, str):
                 raise ConfigError(
-                    f"{name!r} is no name of an adapter; weights by name are for calls, blocks and "
-                    "set_adapter()"
+                    f"{name!r:.80} is no name of an adapter; weights by name are for calls, blocks "
+                    "and set_adapter()"
                 )
         parts = dict.fromkeys(member for name in absent for member in members(name))
         unknown = [name for name in parts if name not in self._adapters]

@@ -38,8 +38,7 @@ class RefusedSites:
     reason: str
 
     def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error of a batch with adapters at `names`. `unseen`: some memory of the call left
-        torch's sight."""
+        """The error of a batch with adapters here; `unseen`: its memory left torch's sight."""
         if self.when in EXTRAS:
             extra = EXTRAS[self.when]
             return MatchError(

@@ -163,8 +163,7 @@ def _results(stage: Stage, arguments: Sequence[Any]) -> list[Any]:
 
 _NOTE = "_lorafx_failed_in"
 KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
-#: How many characters of the compiler's message an error has; the error's cause has all of it.
-_SHOWN = 400
+_SHOWN = 400  # characters of the compiler's message; the error's cause has all of it
 
 
 @dataclass(frozen=True)

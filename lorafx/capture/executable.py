@@ -299,8 +299,7 @@ class Parts:
     Attributes:
         lowered: the graph from the lowering, in the boxed convention.
         kernels: the generated C++ kernels that it calls, with their ids.
-        extra: (position of the weight, index among its sites, name) of each input added by passes.
-        banks: the layout of each of these; None for slots.
+        extra, banks: (weight's position, site's index, name) and layout of inputs added by passes.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         whole: whether the executable can be rebuilt from these parts alone.
     """

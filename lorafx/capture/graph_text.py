@@ -256,7 +256,6 @@ def _input_words(
 
 
 def _packed_site(stage: Stage, path: str, getitem: fx.Node) -> str | None:
-    """The path of the site whose output is this part of a packed one, if it is."""
     split, index = getitem.args
     if not isinstance(split, fx.Node) or _operator_name(split) != "split_with_sizes":
         return None
@@ -268,8 +267,7 @@ def _packed_site(stage: Stage, path: str, getitem: fx.Node) -> str | None:
 
 
 def _joined(word: str, paths: Sequence[str]) -> str:
-    """A name of the first path without containers that have no number, the last parts of the other
-    paths, and `word`."""
+    """The first path without unnumbered containers, the last parts of the others, and `word`."""
     parts = paths[0].split(".") if paths else []
     numbered = [
         part

@@ -201,11 +201,8 @@ class _Compiled:
         if values is None or not values.equal(earlier.nodes, form.nodes):
             return None
         places = self._input_places(form.inputs, values)
-        if (
-            len(places) < 2
-            or not self.state.check()
-            or not all(map(values.known, self.assumptions))
-        ):
+        known = all(map(values.known, self.assumptions))
+        if len(places) < 2 or not self.state.check() or not known:
             return None
         if not _guard_assumptions([*map(values.of, self.assumptions)], environment):
             return None
@@ -262,12 +259,10 @@ class Instances:
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
-    def keep(
-        self, title: str, form: Form, executable: Callable[..., Any], first_guard: int
-    ) -> None:
+    def keep(self, title: str, form: Form, executable: Callable[..., Any], begin: int) -> None:
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
-        assumptions = tuple(guard.expr for guard in environment.guards[first_guard:])
+        assumptions = tuple(guard.expr for guard in environment.guards[begin:])
         self._compiled.append(_Compiled(title, form, executable, assumptions, GlobalStateGuard()))

@@ -46,7 +46,7 @@ _LEVELS = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 _OF_CALL = ("symbol", "argument", "result", "unknown")
 #: Functions that return indices into their operand: alone, or after the values.
 _RETURN_INDICES = frozenset(("argmax", "argmin", "argsort", "multinomial", "nonzero"))
-_RETURN_VALUES_AND_INDICES = frozenset(("kthvalue", "max", "median", "min", "mode", "sort", "topk"))
+_RETURN_INDICES_SECOND = frozenset(("kthvalue", "max", "median", "min", "mode", "sort", "topk"))
 
 
 class _Lookup(NamedTuple):
@@ -145,8 +145,8 @@ def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
 def _insert_check(
     index: fx.Node, use: _Lookup, sources: _Sources, reader: fx.Node | None = None
 ) -> fx.Node:
-    """Insert a checked copy of `index` and return it: before `reader` and for it alone if given, or
-    else where the table's size is known, for all later readers, so that equal layers stay equal."""
+    """Insert a checked copy of `index`: for `reader` alone if given, before it; else for all later
+    readers, as soon as the table's size is known, so that equal layers stay equal."""
     graph, table, dim = index.graph, use.table, use.dim
     size: Any = _size(_fake(table), dim)
     symbolic = isinstance(size, torch.SymInt)
@@ -217,9 +217,7 @@ def _lookup(
 
 def _returns_index(node: fx.Node) -> bool:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return (
-            bool(node.args[1] == 1) and _function_name(node.args[0]) in _RETURN_VALUES_AND_INDICES
-        )
+        return bool(node.args[1] == 1) and _function_name(node.args[0]) in _RETURN_INDICES_SECOND
     return _function_name(node) in _RETURN_INDICES
 
 

@@ -41,8 +41,7 @@ class Traced:
     Args:
         sizes_by_data: says at each capture whether to capture data-dependent sizes.
         keep_guards: selects the guards of a new graph; Dynamo then makes them twice.
-        converted: called instead of Dynamo's `convert`, with it as the first argument, for the
-            frame of `function`; it loads saved graphs.
+        converted: wraps Dynamo's `convert` for the frame of `function`, to load saved graphs.
     """
 
     def __init__(
@@ -79,8 +78,7 @@ class Traced:
         self.call: Callable[..., Any] = context(function)
 
     def _conversion_of(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion with lorafx's settings, which Dynamo's lock keeps from other threads,
-        except for frames of functions that were given up."""
+        """Dynamo's conversion with lorafx's settings, except for functions that were given up."""
 
         @functools.wraps(convert)  # with its attributes, which Dynamo reads
         def converting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:

@@ -254,9 +254,8 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         while (mode := running()) is not None:
             removed.append(mode)
             _pop_torch_dispatch_stack(None)
-        active = [
-            mode for mode in removed if not mode.over
-        ]  # a list: interrupts in generators are lost
+        # A list: an interrupt inside of a generator would be lost.
+        active = [mode for mode in removed if not mode.over]
         return action(active[0] if active else None)
     finally:
         for mode in reversed(removed):

@@ -180,10 +180,8 @@ def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect
     """The signature of the model's own forward, with the keywords that `forward` adds."""
     signature = inspect.signature(model.forward)
     parameters = dict(signature.parameters)
-    var_keywords = [
-        name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD
-    ]
-    removed = [parameters.pop(name) for name in var_keywords]
+    open_ended = [name for name, item in parameters.items() if item.kind is item.VAR_KEYWORD]
+    removed = [parameters.pop(name) for name in open_ended]
     for name, parameter in inspect.signature(forward).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             parameters.setdefault(name, parameter)
@@ -336,9 +334,8 @@ class CompiledModel(AsModule):
 
         with session.lock:
             warming = session.running._replace(warming=True)
-            session.note(
-                warming, lambda: session.call(run_both_ways, Requests((None,), uniform=True))
-            )
+            requests = Requests((None,), uniform=True)
+            session.note(warming, lambda: session.call(run_both_ways, requests))
 
     def warmup(
         self,
@@ -946,8 +943,7 @@ def compiled_of(model: object) -> CompiledModel | None:
 
 
 def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]:
-    """The compiled models of those that `lorafx.attach` marked; of those with ids in `among`, if it
-    is given."""
+    """The compiled models of models that `lorafx.attach` marked, with ids in `among` if given."""
     attached = [compiled for compiled in list(_COMPILED) if compiled.attached]
     return [
         compiled

@@ -134,9 +134,9 @@ def delegated(compiled: CompiledModel, name: str) -> Any:
         if isinstance(owner, base) and hasattr(base, name):
             if base is not nn.Module and name in REFUSED:
                 return functools.partial(refuse, name, REFUSED[name])
-            return _served_method(compiled, owner, value) if name in GENERATING else value
+            return _served(compiled, owner, value) if name in GENERATING else value
     inside = any(owner is part for part in compiled.model.modules())
-    return _served_method(compiled, owner, value) if inside else value
+    return _served(compiled, owner, value) if inside else value
 
 
 def _base_classes() -> list[type]:
@@ -148,9 +148,7 @@ def _base_classes() -> list[type]:
     return classes
 
 
-def _served_method(
-    compiled: CompiledModel, owner: nn.Module, method: MethodType
-) -> Callable[..., Any]:
+def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
     session = compiled._session
     takes_names = "adapter_names" in inspect.signature(method).parameters
 

@@ -238,9 +238,8 @@ def _generate_settings(
     Raises:
         ConfigError: it is requested, and the model has none.
     """
-    can_generate = getattr(model, "can_generate", None)
-    generates = callable(getattr(model, "generate", None))
-    generates = generates and (can_generate is None or bool(can_generate()))
+    check = getattr(model, "can_generate", None)
+    generates = callable(getattr(model, "generate", None)) and (check is None or bool(check()))
     if generate is False or (generate is None and not generates):
         return None
     if not generates:

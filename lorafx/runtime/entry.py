@@ -62,9 +62,8 @@ class Entry:
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
         self.base_graphs = _base_graphs(session)
-        #: The traced functions by the state of the sites (`SiteWatch`) and of users' hooks
-        #: (`HookWatch`), which guards do not see, and by whether they are the base's. Only those of
-        #: the initial state and of the last one are kept.
+        #: Traced functions by the states of sites (`SiteWatch`) and hooks (`HookWatch`), unseen by
+        #: guards, and by whether they are the base's; of the initial state and the last one.
         self.traced = {(_INITIAL_STATE, False): self._new_traced(base=False)}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         #: Whether the last call with adapters captured graphs; True before the first.
@@ -272,8 +271,7 @@ def _base_graphs(session: Session) -> bool | str:
 
 
 def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `method` without keeping its object alive: Dynamo never frees a
-    backend."""
+    """`method` without a strong reference to its object: Dynamo never frees a backend."""
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> Any:

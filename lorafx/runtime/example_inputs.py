@@ -84,12 +84,10 @@ class Example:
                     yield self._resized(rows, length)
 
     def _resized(self, rows: int, length: int | None) -> Example:
-        named = {
-            name: self._resized_argument(name, v, rows, length) for name, v in self.named.items()
-        }
+        named = {k: self._resized_value(k, v, rows, length) for k, v in self.named.items()}
         return replace(self, named=named, rows=rows, length=length)
 
-    def _resized_argument(self, name: str, value: Any, rows: int, length: int | None) -> Any:
+    def _resized_value(self, name: str, value: Any, rows: int, length: int | None) -> Any:
         if not isinstance(value, Tensor):
             return value
         role = self.roles.role(name, value, self.named)

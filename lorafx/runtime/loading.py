@@ -38,8 +38,7 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
     while the files are read. `strict` is as in `Options`; None stands for the value there.
 
     Raises:
-        CheckpointError, UnsupportedAdapterError, CapacityError: it cannot be loaded, and nothing
-            has changed.
+        CheckpointError, UnsupportedAdapterError, CapacityError: it cannot be loaded.
         ConfigError: the adapter of this name is merged.
         ReplacedModuleError: a module that it changes was replaced or removed.
         BatchError: the call that is running on this thread serves the adapter of this name.
@@ -119,8 +118,7 @@ def _refuse_in_use(session: Session, name: str) -> None:
 def _prepared_load(
     session: Session, name: str, origin: Origin | None, adapter: Adapter
 ) -> Callable[[], None]:
-    """A function that puts the adapter into the store. Everything is checked again here, since it
-    may have changed while the files were read. The caller holds the lock."""
+    """A function that stores the adapter. What may have changed since it was read is checked."""
     program, merged = session.program, session.base.merged
     _refuse_in_use(session, name)
     program.look_at_modules()

@@ -75,12 +75,8 @@ class Requests(NamedTuple):
     def of_rows(
         self, rows: int | None, *, repeats: bool = False, call: Call | None = None
     ) -> Names:
-        """The adapter of each row.
-
-        Args:
-            rows: the number of rows; None if no argument of the call carries requests.
-            repeats: as the attribute.
-            call: its arguments are named in errors.
+        """The adapter of each of so many rows; None: no argument of the call carries requests.
+        `repeats` is as the attribute; errors name the arguments of `call`.
 
         Raises:
             BatchError: names and rows do not fit together.

@@ -266,8 +266,7 @@ class Session:
         return function() if self.outside_engine is None else self.outside_engine(function)
 
     def fetch_adapters(self, requests: Requests | None) -> Kept | None:
-        """Fetch the adapters of these requests into host memory, where they stay as long as the
-        result is referenced (`AdapterStore.fetch`)."""
+        """Fetch the adapters of these requests into host memory (`AdapterStore.fetch`)."""
         if self.store.host.budget is None:
             return None
         if requests is None:
@@ -504,8 +503,7 @@ class Resting:
 
 
 def refuse_elsewhere(session: Session) -> None:
-    """Raise BatchError if another thread is in a call, whose adapters a part of the model would get
-    that this thread calls."""
+    """Raise BatchError if another thread is in a call, whose adapters this thread would get."""
     running = session.running
     if running.depth and not running.here:
         raise BatchError(

@@ -110,8 +110,7 @@ def guarded_attributes(suffix: str) -> list[str]:
 
 
 def names_of_frame() -> Callable[[str], Any]:
-    """A function from Dynamo's names to objects of the frame, usable after the capture too; it
-    returns None for an unknown name."""
+    """A function from Dynamo's names to objects of the frame, or None; it works later, too."""
     root = _translator().output.root_tx
     scope = {"L": root.f_locals, "G": root.f_globals}
 

@@ -70,7 +70,10 @@ class WeightSource:
 
     def pairs(self) -> Iterator[tuple[str, Tensor]]:
         """The names and detached tensors. ConfigError for anything but pairs of these."""
-        for pair in self.read():
+        pairs = self.read()
+        if not isinstance(pairs, Iterable):
+            raise ConfigError(f"weights are (name, tensor) pairs, got {type(pairs).__name__}")
+        for pair in pairs:
             if (
                 not isinstance(pair, (tuple, list))
                 or len(pair) != 2
@@ -106,7 +109,7 @@ def source_of(weights: Weights) -> WeightSource:
             for name, tensor in WeightSource(lambda: weights).pairs()
         ]
         return WeightSource(lambda: copies)
-    if callable(weights):
+    if callable(weights) and not isinstance(weights, nn.Module):
         return WeightSource(weights, stable=False)
     raise ConfigError(
         "weights are (name, tensor) pairs, a mapping, a path of safetensors, or a function that "
@@ -124,16 +127,18 @@ def _mapped(path: Path) -> list[tuple[str, Tensor]]:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
     index = path / _INDEX
-    if index.is_file():
-        try:
+    try:
+        if path.is_file():
+            return [path]
+        if index.is_file():
             names = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
-        return [path / name for name in dict.fromkeys(names)]
-    files = sorted(path.glob("*.safetensors"))
+            return [path / name for name in dict.fromkeys(names)]
+        files = sorted(path.glob("*.safetensors"))
+    except OSError as error:
+        raise CheckpointError(f"{path!s:.300} cannot be read: {error!s:.300}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
     if not files:
         raise CheckpointError(f"{path} holds no safetensors file")
     return files

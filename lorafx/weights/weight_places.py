@@ -386,6 +386,9 @@ def overlapping(a: Part, b: Part) -> bool:
 
 def _dtype_refusal(target: Tensor, source: Tensor) -> str:
     dtype, new = target.dtype, source.dtype
+    if source.is_meta or source.layout is not torch.strided:
+        what = f"{source.layout}, on {source.device}"
+        return f"the checkpoint's ({what}) is no dense tensor with values"
     wrapped, source_wrapped = map(is_traceable_wrapper_subclass, (target, source))
     if wrapped or source_wrapped:
         if source_wrapped and type(source) in (type(target), type(target.data)):

@@ -126,6 +126,9 @@ def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) ->
         cm.unmerge()
     with pytest.raises(UnknownAdapterError, match="nearest: a1"):
         cm.merge("a11")
+    for name in ({"a1": 0.5}, ["a1"]):
+        with pytest.raises(ConfigError, match="is no name of an adapter"):
+            cm.merge(name)
     cm.set_adapter("a2")
     with pytest.raises(ConfigError, match=r"'a2' is in use.*set_adapter\('a1'\)"):
         cm.merge("a1")

@@ -101,6 +101,28 @@ def test_all_problems_at_once(served: Any, shallow: Case, kind: str) -> None:
     served(**IDS, adapter_names=NAMES)
 
 
+@pytest.mark.parametrize("lost", [lambda t: t.to("meta"), Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_tensors_without_dense_numbers(served: Any, shallow: Case, lost: Any) -> None:
+    before = values(served)
+    state = plain(new_weights(shallow.base, 8))
+    with pytest.raises(BaseWeightsError, match=f"{UP}: the checkpoint's .* is no dense tensor"):
+        served.load_weights({**state, UP: lost(state[UP])})
+    assert same(served, before)
+    served(**IDS, adapter_names=NAMES)
+
+
+def test_what_is_no_source(served: Any, shallow: Case, tmp_path: Path) -> None:
+    for wrong in (shallow.base, lambda: None):
+        with pytest.raises(ConfigError, match=r"weights are .* got (NoneType|LlamaForCausalLM)"):
+            served.load_weights(wrong)
+    for index in ("[1]", '{"weight_map": {"a": 5}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+            served.load_weights(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .* too long"):
+        served.load_weights("a" * 5000)
+
+
 def test_a_generator_that_fails_half_way(served: Any, shallow: Case) -> None:
     before = values(served)
     state = plain(new_weights(shallow.base, 6))

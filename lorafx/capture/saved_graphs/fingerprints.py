@@ -47,8 +47,7 @@ _SIZE_MARKS = (
     *("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices"),
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
-#: Values that are nested deeper are identified by their class.
-_MAX_DEPTH = 6
+_MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 
 
 class Undescribed(Exception):

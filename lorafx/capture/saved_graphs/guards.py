@@ -107,11 +107,7 @@ class SavedGuards:
         texts, same = _texts_at(list(places), output.local_scope, output.global_scope, prints)
         state = output.dump_guards_state()
         return cls(
-            guards=[
-                _without_process_state(guard)
-                for guard, keep in zip(guards, kept, strict=True)
-                if keep
-            ],
+            guards=[_portable(guard) for guard, keep in zip(guards, kept, strict=True) if keep],
             places=list(places),
             texts=texts,
             same=same,
@@ -243,7 +239,7 @@ def _argument(guard: Guard) -> Any:
     return None
 
 
-def _without_process_state(guard: Guard) -> Guard:
+def _portable(guard: Guard) -> Guard:
     make = guard.create_fn
     if isinstance(make, partial) and make.func in (
         GuardBuilder.TENSOR_MATCH,

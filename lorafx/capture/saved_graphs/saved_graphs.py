@@ -63,8 +63,7 @@ from lorafx.torch_internals.saved_graphs import (
 )
 
 _MODULE = "<module "
-#: The most files of a key that are tried, the newest.
-_MAX_FILES = 64
+_MAX_FILES = 64  # of a key, the newest, that are tried
 
 
 class SavedGraphs:
