@@ -52,7 +52,6 @@ class FactorKey(NamedTuple):
 
 
 def parse(key: str) -> FactorKey | None:
-    """The parts of `key`; None if it is of no factor."""
     bias = _BIAS.match(key)
     if bias is not None:
         return FactorKey(key, bias["module"] or "", "lora_bias")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marking import llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
@@ -42,20 +43,6 @@ class Plain(nn.Module):
         return self.down(torch.relu(self.up(self.embed(ids))))
 
 
-def _llama(tied: bool = False) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=24,
-            hidden_size=16,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=tied,
-        )
-    )
-
-
 def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -63,8 +50,8 @@ def _gpt2() -> nn.Module:
 
 
 _MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": _llama,
-    "llama-tied": lambda: _llama(tied=True),
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
     "gpt2": _gpt2,
     "plain": Plain,
 }

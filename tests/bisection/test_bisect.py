@@ -88,7 +88,7 @@ def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
 
 def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
     cm = plain.compile(dynamic=False)
-    with pytest.raises(ConfigError, match=r"takes what lorafx\.compile returned"):
+    with pytest.raises(ConfigError, match=r"takes a model from lorafx\.compile"):
         lorafx.bisect(plain.base, inputs, NAMES)
     with pytest.raises(BatchError, match="3 adapter_names for a batch of 4"):
         lorafx.bisect(cm, inputs, NAMES[:3])

@@ -24,46 +24,26 @@ from transformers.models.opt.modeling_opt import OPTForCausalLM
 import lorafx
 
 VOCABULARY = 61
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+}
 
 
 def _llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2))
 
 
 def _opt() -> nn.Module:
     """Its feed-forward sees (batch · tokens, hidden)."""
-    return OPTForCausalLM(
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            word_embed_proj_dim=32,
-            max_position_embeddings=32,
-            dropout=0.0,
-        )
-    )
+    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32}
+    return OPTForCausalLM(OPTConfig(**SIZES, **sizes, dropout=0.0))
 
 
 def _bert() -> nn.Module:
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-    )
+    config = BertConfig(**SIZES, intermediate_size=48, max_position_embeddings=32)
     return BertModel(config, add_pooling_layer=False)
 
 

@@ -77,7 +77,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _causal(config: type, model: type, **sizes: Any) -> Callable[..., nn.Module]:
+def _model(config: type, model: type, **sizes: Any) -> Callable[..., nn.Module]:
     def build(**changes: Any) -> nn.Module:
         return model(config(**{"vocab_size": VOCAB, **sizes, **changes}))
 
@@ -104,23 +104,15 @@ _LLAMA_TARGETS = (
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        _causal(transformers.LlamaConfig, transformers.LlamaForCausalLM, **LLAMA_SIZES),
+        _model(transformers.LlamaConfig, transformers.LlamaForCausalLM, **LLAMA_SIZES),
         _LLAMA_TARGETS,
     ),
     "qwen3": Family(
-        _causal(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **ONE_LAYER, head_dim=10),
+        _model(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **ONE_LAYER, head_dim=10),
         _LLAMA_TARGETS,
     ),
     "gpt2": Family(
-        _causal(
-            transformers.GPT2Config,
-            transformers.GPT2LMHeadModel,
-            n_positions=64,
-            n_embd=24,
-            n_inner=40,
-            n_layer=2,
-            n_head=4,
-        ),
+        _model(transformers.GPT2Config, transformers.GPT2LMHeadModel, **LLAMA_SIZES, n_inner=40),
         (
             ["c_attn"],
             "all-linear",
@@ -131,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {
         config={"fan_in_fan_out": True},
     ),
     "phi3": Family(
-        _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **ONE_LAYER),
+        _model(transformers.Phi3Config, transformers.Phi3ForCausalLM, **ONE_LAYER),
         (
             ["qkv_proj"],
             "all-linear",
@@ -141,7 +133,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "gemma3": Family(
-        _causal(
+        _model(
             transformers.Gemma3TextConfig,
             transformers.Gemma3ForCausalLM,
             **LLAMA_SIZES,
@@ -158,15 +150,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "bert": Family(
-        _causal(
-            transformers.BertConfig,
-            transformers.BertForMaskedLM,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        ),
+        _model(transformers.BertConfig, transformers.BertForMaskedLM, **ONE_LAYER),
         (
             ["query", "value"],
             "all-linear",
@@ -177,7 +161,7 @@ FAMILIES: Mapping[str, Family] = {
         right_padded,
     ),
     "t5": Family(
-        _causal(
+        _model(
             transformers.T5Config,
             transformers.T5ForConditionalGeneration,
             d_model=24,
@@ -198,17 +182,13 @@ FAMILIES: Mapping[str, Family] = {
         seq2seq_inputs,
     ),
     "vit": Family(
-        lambda **changes: transformers.ViTForImageClassification(
-            transformers.ViTConfig(
-                hidden_size=24,
-                intermediate_size=40,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                image_size=16,
-                patch_size=8,
-                num_labels=7,
-                **changes,
-            )
+        _model(
+            transformers.ViTConfig,
+            transformers.ViTForImageClassification,
+            **ONE_LAYER,
+            image_size=16,
+            patch_size=8,
+            num_labels=7,
         ),
         (
             ["q_proj", "v_proj"],

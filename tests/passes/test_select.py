@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from marking import attach_sites
+from marking import attach_sites, llama
 from torch import nn
 
 from lorafx.config import LoraConfig
@@ -72,20 +72,12 @@ def test_exclusions():
 
 def test_peft_selects_the_same():
     peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=32,
-    )
     for target, exclude in [
         ("all-linear", None),
         (["q_proj", "embed_tokens", "lm_head"], None),
         (r".*\.(up|down)_proj", ["layers.0.mlp.up_proj"]),
     ]:
-        model = transformers.LlamaForCausalLM(config)
+        model = llama()
         mine = set(paths(model, target, exclude))
         wrapped = peft.get_peft_model(
             model, peft.LoraConfig(target_modules=target, exclude_modules=exclude)

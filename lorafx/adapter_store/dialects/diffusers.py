@@ -243,7 +243,6 @@ def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _renamed(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
-    """Values under PEFT's names, with the component's name if `prefix`."""
     if any(_OLDER.search(key) for key in values):
         values = _convert_older_keys(values, component)
     renamed = {

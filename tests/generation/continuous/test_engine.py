@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from dense_merge import REFERENCE, check_mixed
@@ -264,19 +265,7 @@ def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, ca
 
 def test_a_model_without_a_paged_cache_is_refused():
     """transformers' engine knows no cache for recurrent layers. The model keeps its attention."""
-    config = transformers.Qwen3NextConfig(
-        vocab_size=61,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        layer_types=["linear_attention"],
-    )
-    model = transformers.Qwen3NextForCausalLM(config).eval()
+    model = tiny.build(tiny.Family("causal", "qwen3_next", "Qwen3NextForCausalLM"))
     model.set_attn_implementation("eager")
     cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
     block = cm.continuous_batching(None, CONFIG)
