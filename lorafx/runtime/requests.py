@@ -183,6 +183,8 @@ def requests_of(
     if slots is None:
         return None if checked is None else Requests(checked)
     names = loaded if checked is None else checked
+    if not isinstance(slots, Tensor):
+        raise BatchError(f"adapter_slots must be a tensor of integers, got {slots!r:.80}")
     if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
         raise BatchError(
             "adapter_slots must hold integers of shape (B,) or (B, T), got "

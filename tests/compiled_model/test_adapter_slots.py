@@ -147,6 +147,7 @@ def test_slots_index_the_names_that_are_given(served: Served) -> None:
         (torch.tensor([[0, 1, 2, 0], [0, 0, 0, 0]]), "there are 2 adapters"),
         (torch.tensor([[0, 1, -2, 0], [0, 0, 0, 0]]), "holds -2 to 1"),
         (torch.zeros(2, 4), r"integers of shape \(B,\) or \(B, T\)"),
+        ([0, 1], "adapter_slots must be a tensor of integers"),
         (torch.tensor([[0, 1, 1], [0, 0, 1]]), r"adapter_slots has shape \(2, 3\)"),
         (torch.tensor([[0, 1, 1, 0]]), "should hold the 1 requests"),
         (torch.tensor([0, 1, 1]), "3 entries, but the batch has 2 rows"),
