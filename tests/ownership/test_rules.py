@@ -103,6 +103,7 @@ def test_batch_first(name):
     elif isinstance(label, Mixed):
         assert expected is not None
         assert f"::{expected}" in label.reason
+        assert "no rule for this operator" not in label.reason
     else:
         assert rows_of(label) == expected
     changed = X.clone()

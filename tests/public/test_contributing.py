@@ -48,6 +48,8 @@ def test_the_guide_names_the_files_of_each_commit_in_their_order(patch: Path) ->
     named = re.findall(r"`([^` ]+/[^` ]+)`", about.partition(" Run ")[0])
     assert named == files_of(patch)
     assert any(f"pytest {file}`" in about for file in named)
+    if shutil.which("git") is not None:
+        git_apply(patch, ROOT, "--check")
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

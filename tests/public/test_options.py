@@ -272,9 +272,6 @@ def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):
     assert torch.equal(cm(x), model(x))
 
 
-# Passes of the user's own, and wrong ones
-
-
 @dataclass(frozen=True)
 class Broken:
     """A pass that is as if it were one of lorafx's."""

@@ -82,16 +82,20 @@ def test_some_of_a_group(strategy: str, siblings: tuple[int, ...]) -> None:
     assert_right(case, strategy, run(case, strategy))
 
 
-@pytest.mark.parametrize("rows", [17, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100))])
+@pytest.mark.parametrize(
+    ("rows", "K"),
+    [(17, 520), (18, 512), *(pytest.param(n, 520, marks=pytest.mark.slow) for n in (1, 100))],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_tiles_of_devices(strategy: str, rows: int) -> None:
+def test_tiles_of_devices(strategy: str, rows: int, K: int) -> None:
     """The heuristic's tiles for GPUs: transposed tiles, parts of K, lanes, sorted rows. What
     several GPUs have alike runs once."""
     if strategy == "gemv" and rows == 100:
         rows = 23  # a program a row is slow in the interpreter
     dtypes = DTYPES["bf16"] if rows < 20 else DTYPES["fp32"]
+    sizes = (72, 24) if K % 16 else (64, 32)  # whole blocks of 16 have tiles of their own
     slots = (3, -1, 0, 3)[: min(rows, 4)]
-    case = make_case(K=520, sizes=(72, 24), slots=slots, rows=-(-rows // 4), M=rows, dtypes=dtypes)
+    case = make_case(K=K, sizes=sizes, slots=slots, rows=-(-rows // 4), M=rows, dtypes=dtypes)
     ran: list[object] = []
     for arch in (arch for name, arch in ARCHITECTURES.items() if name != "interpreter"):
         tiles = tiles_for(strategy, case.spec.delta, rows, arch)
