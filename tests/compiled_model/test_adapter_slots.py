@@ -260,7 +260,8 @@ def test_frames_of_others_between_dynamo_and_the_backend(
 
 
 @pytest.mark.parametrize(
-    ("cache", "rows"), [(DynamicCache, 1), (DynamicCache, 3), (StaticCache, 3)]
+    ("cache", "rows"),
+    [pytest.param(DynamicCache, 1, marks=pytest.mark.slow), (DynamicCache, 3), (StaticCache, 3)],
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""

@@ -224,6 +224,7 @@ def test_methods_of_transformers_that_are_refused(shallow, use):
     assert "generate_batch" not in vars(cm.model)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fixed_sizes")
 def test_an_encoder_by_itself(case_of):
     case = case_of("t5", num_layers=1, num_decoder_layers=1)
@@ -239,6 +240,7 @@ def test_an_encoder_by_itself(case_of):
     assert torch.equal(cm.generate(input_ids=ids, **SHORT), want)
 
 
+@pytest.mark.slow
 def test_generate_in_a_method(shallow, monkeypatch):
     """Dynamo cannot trace `generate`; here it runs in Python, its forwards compiled."""
 

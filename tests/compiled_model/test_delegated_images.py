@@ -138,6 +138,7 @@ def images(rows: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fixed_sizes")
 def test_generate_encodes_images_with_the_adapter(built):
     """transformers has `get_image_features` run before the first forward."""

@@ -246,6 +246,7 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     check_mixed(cm, own, [{"own": 1.0, "low": 0.0}, {"low": 0.5}, "tokens"], inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("earlier_objects_frozen")
 def test_continuous_batching_with_more_sums_than_slots(case: SumCase) -> None:
     cm = case.with_room(max_adapters=2)

@@ -35,6 +35,8 @@ DOCS = ROOT / "docs"
 #: Has a test of its own: it makes its models itself, and compiles them as its reader does.
 README = ROOT / "README.md"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "```python" in path.read_text()]
+#: Guides repeat what other pages show.
+RUN = [pytest.param(p, marks=[pytest.mark.slow] * (p.parent.name == "guides")) for p in PAGES]
 
 
 def run_block(example: Example) -> None:
@@ -88,7 +90,7 @@ def own_logging() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_logging")
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_page(
     path: Path,
     written: Path,

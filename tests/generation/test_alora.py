@@ -96,7 +96,12 @@ def check_generated(served: Served, inputs: Any, names: Any, given: Any, peft: A
 
 
 @pytest.mark.parametrize(
-    ("family", "cache"), [("llama", None), ("llama", "static"), ("gpt2", None)]
+    ("family", "cache"),
+    [
+        ("llama", None),
+        pytest.param("llama", "static", marks=pytest.mark.slow),
+        pytest.param("gpt2", None, marks=pytest.mark.slow),
+    ],
 )
 def test_generation_goes_on_with_what_has_begun(request, family, cache) -> None:
     served = request.getfixturevalue(family)
@@ -196,6 +201,7 @@ def test_slots_say_themselves_where_it_is_active(llama) -> None:
     assert error(got[1], placed[1]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_more_adapters_than_slots_in_waves(llama) -> None:
     config = lorafx.LoraConfig(max_adapters=1, max_rank=4)
     cm = lorafx.compile(
@@ -264,6 +270,7 @@ def test_adapters_of_a_peft_model_are_taken_over(llama) -> None:
     }
 
 
+@pytest.mark.slow
 def test_attached_models(llama) -> None:
     model = lorafx.attach(copy.deepcopy(llama.base), llama.folders, options=REFERENCE)
     cm = lorafx.compile(copy.deepcopy(llama.base), llama.folders, options=REFERENCE)

@@ -141,13 +141,7 @@ FAMILIES: Mapping[str, Family] = {
             sliding_window=4,
             layer_types=["sliding_attention", "full_attention"],
         ),
-        (
-            ["q_proj", "v_proj"],
-            "all-linear",
-            ["gate_proj", "up_proj", "down_proj"],
-            ["embed_tokens", "o_proj"],
-            ["layers.0.self_attn.k_proj"],
-        ),
+        (*_LLAMA_TARGETS[:3], ["embed_tokens", "o_proj"], _LLAMA_TARGETS[4]),
     ),
     "bert": Family(
         _model(transformers.BertConfig, transformers.BertForMaskedLM, **ONE_LAYER),

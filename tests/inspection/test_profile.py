@@ -138,6 +138,7 @@ class InPieces(PlainModel):
         return {"logits": self.head(x)}
 
 
+@pytest.mark.slow
 def test_a_model_of_several_graphs(plain: Case) -> None:
     """After calls whose graphs are known, and again; what serves goes on as it was."""
     model = InPieces().eval().requires_grad_(False)

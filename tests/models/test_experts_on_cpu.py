@@ -30,6 +30,7 @@ def ids(rows: int = 6, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor
     return {"input_ids": torch.randint(1, 60, (rows, length), generator=generator)}
 
 
+@pytest.mark.slow
 def test_one_op_a_product(case: Case) -> None:
     """The keys are found inside of it; nothing of slots, experts or rows is computed beside it."""
     cm = case.compile({"lowering": "inductor"}, dynamic=False)

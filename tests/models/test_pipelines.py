@@ -154,6 +154,7 @@ def ids() -> torch.Tensor:
 CLASSES = {"labels": torch.tensor([0, 2, 1, 0])}
 
 
+@pytest.mark.slow
 def test_a_trainer_evaluates_as_with_the_merged_model(tmp_path):
     cm, merged = served(TASKS["text-classification"][0](), tmp_path / "mine")
     other = {"text": torch.zeros(4)}

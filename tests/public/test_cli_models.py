@@ -148,6 +148,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return write_files(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
+@pytest.mark.slow
 def test_bisect_finds_no_difference_in_a_right_model(run, tiny: Files) -> None:
     adapters = ("--adapters", tiny.adapters / "a0", "--adapters", tiny.adapters / "a2")
     asked = ("bisect", tiny.model, *adapters, "--length", 4, "--lowering", "reference")

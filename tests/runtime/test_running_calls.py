@@ -88,6 +88,7 @@ def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
     check(cm, pausing, ["c", None, "b"], x)
 
 
+@pytest.mark.slow
 def test_what_a_streamer_may_do(shallow, lm):
     cm = lm
     prompt, names = {"input_ids": torch.ones(1, 3, dtype=torch.long)}, ["a0"]

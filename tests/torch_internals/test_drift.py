@@ -68,6 +68,7 @@ def check(cases: Sequence[Case], folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_name_that_every_call_needs(tmp_path: Path) -> None:
     name = "torch._C._functorch.peek_interpreter_stack"
     found = verdicts([{"name": name, "way": way, "road": "call"} for way in drift.WAYS], tmp_path)

@@ -60,8 +60,8 @@ def requests(count: int, adapters: int, seed: int = 0) -> list[tuple[list[int], 
     ("family", "layers", "attention", "page", "lowering"),
     [
         ("llama", 1, "sdpa", 4, "inductor"),
-        ("llama", 1, "eager", 16, "reference"),
-        ("qwen3", 1, "sdpa", 16, "reference"),
+        pytest.param("llama", 1, "eager", 16, "reference", marks=pytest.mark.slow),
+        pytest.param("qwen3", 1, "sdpa", 16, "reference", marks=pytest.mark.slow),
         ("gemma3", 2, "sdpa", 4, "reference"),  # one with a window and one without
         (QWEN3_MOE, 1, "sdpa", 4, "reference"),
     ],

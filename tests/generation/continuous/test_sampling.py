@@ -97,6 +97,7 @@ def engines(llama: Case) -> Iterator[dict[str, Any]]:
         yield {"draws": first, "takes": second}
 
 
+@pytest.mark.slow
 def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     engine = engines["draws"]
     likeliest: list[dict[str, Any]] = [

@@ -113,7 +113,7 @@ def test_sums(plain: Case) -> None:
         lorafx.unload_adapter(model, "a0")
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_generate(shallow: Case, beams: int) -> None:
     torch.manual_seed(0)
     model, inputs, names = attached(shallow), token_inputs(3, 6), ["a1", None, "a0"]
@@ -356,6 +356,7 @@ def test_a_part_that_is_called_by_itself_is_refused_where_adapters_change_it(
     check(model, model, plain, ["a0", None, "a1"], feed(3, 5))
 
 
+@pytest.mark.slow
 def test_it_is_explained_and_measured(plain: Case) -> None:
     model, inputs, names = attached(plain), feed(4, 5), ["a1", None, "a3", "a0"]
     call, cm = compiled(model), plain.compile()

@@ -130,7 +130,9 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("first", ["base", "block"])
-@pytest.mark.parametrize("family", ["plain", "shallow", "broken"])
+@pytest.mark.parametrize(
+    "family", ["plain", pytest.param("shallow", marks=pytest.mark.slow), "broken"]
+)
 def test_the_first_call(request: Any, small: Callable[..., Case], family: str, first: str) -> None:
     torch.manual_seed(0)
     case = small(Broken, ["w"]) if family == "broken" else request.getfixturevalue(family)
