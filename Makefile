@@ -21,7 +21,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test test-all test-gpu lint docs pictures bench gpu gpu-report gpu-check clean
+.PHONY: help demo quick test not-slow test-all test-gpu lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,7 +53,11 @@ quick: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 --dist loadfile -m "quick and not slow" --durations=5
 
-test: lint
+# mypy is one process; beside it the tests have both cores for longer.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint not-slow
+
+not-slow: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
 test-all: lint

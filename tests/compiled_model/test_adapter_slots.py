@@ -261,7 +261,7 @@ def test_frames_of_others_between_dynamo_and_the_backend(
 
 @pytest.mark.parametrize(
     ("cache", "rows"),
-    [pytest.param(DynamicCache, 1, marks=pytest.mark.slow), (DynamicCache, 3), (StaticCache, 3)],
+    [*(pytest.param(DynamicCache, n, marks=pytest.mark.slow) for n in (1, 3)), (StaticCache, 3)],
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""

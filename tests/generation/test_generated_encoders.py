@@ -36,6 +36,7 @@ def florence2() -> nn.Module:
     return Florence2ForConditionalGeneration(config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fixed_sizes")
 def test_adapters_of_the_vision_tower_the_encoder_and_the_decoder(tmp_path):
     base = random_base(Family(florence2, ()))

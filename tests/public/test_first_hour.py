@@ -77,6 +77,7 @@ def test_the_wheel_has_its_backend_and_its_command(python: Path) -> None:
     assert run(python, "-m", "lorafx", "--version") == run(python.with_name("lorafx"), "--version")
 
 
+@pytest.mark.slow
 def test_habits_of_other_libraries_are_served_or_refused_with_the_way_out(python: Path) -> None:
     said = run(python, Path(__file__).with_name("notebook.py"), ROOT / "examples")
     assert said.startswith(f"CompiledModel( {python.parents[1]}")

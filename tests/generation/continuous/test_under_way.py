@@ -172,7 +172,7 @@ GPT_OSS = decoder(
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(GEMMA2, id="capped scores"),
+        pytest.param(GEMMA2, id="capped scores", marks=pytest.mark.slow),
         pytest.param(GPT_OSS, id="sinks", marks=pytest.mark.slow),
     ],
 )

@@ -134,7 +134,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
         ("sdxl", {}),  # rows without a prompt are zeros
         ("sdxl", {"negative_prompt": NEGATIVE}),
         ("sdxl", {"guidance_scale": 1.0}),
-        ("sd3", {}),
+        pytest.param("sd3", {}, marks=pytest.mark.slow),
         ("flux", {}),
         ("flux", {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}),
         ("flux", {"negative_prompt": NEGATIVE[0], "true_cfg_scale": 2.0}),

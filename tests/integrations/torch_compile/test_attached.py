@@ -113,7 +113,7 @@ def test_sums(plain: Case) -> None:
         lorafx.unload_adapter(model, "a0")
 
 
-@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generate(shallow: Case, beams: int) -> None:
     torch.manual_seed(0)
     model, inputs, names = attached(shallow), token_inputs(3, 6), ["a1", None, "a0"]
