@@ -499,16 +499,12 @@ class Soak:
         """Whatever an interrupt left possible, make it certain. Nothing else may be needed."""
         cm, book = self.cm, self.book
         with book.changing["merged"]:
-            if (
-                cm._session.base.broken
-                or cm._session.base.unmerged
-                or len(book.possible("base")) > 1
-            ):
-                with book.changing["base"], self.change("base", 0):
-                    cm.load_weights(self.answers.bases[0].state_dict())
-            if cm.merged is not None or cm._session.base.unmerged:
+            if cm.merged is not None:  # weights are loaded into the base alone
                 with self.change("merged", None):
                     cm.unmerge()
+            if cm._session.base.broken or len(book.possible("base")) > 1:
+                with book.changing["base"], self.change("base", 0):
+                    cm.load_weights(self.answers.bases[0].state_dict())
             book.end("merged", None)
             for name in NAMES:  # nobody merges one of them meanwhile
                 with book.changing[name]:
