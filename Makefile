@@ -43,10 +43,10 @@ demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 # Workers of Inductor's own are no help beside two of pytest's; each is a process that imports torch.
-quick test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
+quick not-slow test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
 # Threads of OpenMP wait for one another by spinning. Where two processes of tests have two threads
 # each on two cores, that was three tenths of their CPU time.
-quick test test-all: export OMP_WAIT_POLICY := passive
+quick not-slow test-all: export OMP_WAIT_POLICY := passive
 
 quick: $(STAMP)
 	$(BIN)/ruff check .
