@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -155,30 +154,25 @@ class CopyStreams:
         """Call `write`, which launches copies into `slots` and returns their sources. They wait for
         earlier uses of the slots `touched`. Raises as `refuse_captured`."""
         self.refuse_captured([name])
-        if self._has_copy_streams:
-            # An interrupt in between would leave the caller on the copy stream.
-            undisturbed(partial(self._copy, name, slots, write, touched))
-        else:
+        if not self._has_copy_streams:
             self.use(touched)
             write()
+            return
 
-    def _copy(
-        self,
-        name: str,
-        slots: Collection[int],
-        write: Callable[[], Sequence[object]],
-        touched: Collection[int],
-    ) -> None:
-        sources: Sequence[object] = ()
-        with self._lock, ExitStack() as streams:
-            for lane in self._lanes:
-                lane.wait(touched)
-                streams.enter_context(torch.cuda.stream(lane.stream))
-            try:
-                sources = write()
-            finally:  # a failed write may have launched copies
+        def copy() -> None:
+            sources: Sequence[object] = ()
+            with self._lock, ExitStack() as streams:
                 for lane in self._lanes:
-                    lane.record_copy(name, slots, sources)
+                    lane.wait(touched)
+                    streams.enter_context(torch.cuda.stream(lane.stream))
+                try:
+                    sources = write()
+                finally:  # a failed write may have launched copies
+                    for lane in self._lanes:
+                        lane.record_copy(name, slots, sources)
+
+        # An interrupt in between would leave the caller on the copy stream.
+        undisturbed(copy)
 
     def _capturing(self) -> bool:
         capturing = bool(self._lanes) and torch.cuda.is_current_stream_capturing()
