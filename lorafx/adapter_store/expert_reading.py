@@ -208,13 +208,14 @@ class ExpertReading:
         a, b = self._unwrapped(experts, weight, pair)
         name, rank = weight.path(unnested(saved)), a.shape[1]
         rows = rank * weight.experts
-        configured = self.config.rank(self.findings.unmapped_name(name, saved))
+        original = weight.path(unnested(self.findings.original_path(saved)))
+        configured = self.config.rank(original)
         if configured not in (None, rank) and rows % configured == 0:
             raise Problem(
                 f"{key} has {rows} rows, which at the rank {configured} of adapter_config.json "
                 f"are those of {rows // configured} experts; {name} has {weight.experts} here"
             )
-        return self._term("all", range(weight.experts), a, b, name, saved)
+        return self._term("all", range(weight.experts), a, b, name, saved, original)
 
     def _named_terms(self, weight: ExpertWeight, target: _Target, pair: _Pair) -> list[_Term]:
         _check_pair(pair)
@@ -234,12 +235,13 @@ class ExpertReading:
             check_shape(key_a, a, (rank, k), f"{saved} needs (r, {k})")
             check_shape(key_b, b, (n, rank), f"{saved} needs ({n}, r = {rank})")
             a, b = a[None], b[None]
-        return self._term(target.half, experts, a, b, saved, saved)
+        original = self.findings.original_path(saved)
+        return self._term(target.half, experts, a, b, saved, saved, original)
 
     def _term(
-        self, half: Half, experts: range, a: Tensor, b: Tensor, name: str, saved: str
+        self, half: Half, experts: range, a: Tensor, b: Tensor, name: str, saved: str, original: str
     ) -> list[_Term]:
-        scale = self.findings.scale(name, name, saved, a.shape[1])
+        scale = self.findings.scale(name, original, saved, a.shape[1])
         return [] if scale is None else [_Term(half, experts, a, b, scale, name)]
 
 

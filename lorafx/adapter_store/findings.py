@@ -5,7 +5,6 @@ All readers of a file share one `Findings`, so that all problems are reported at
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -96,17 +95,15 @@ class Findings:
                 f"{factor.key} and {first} are both {factor.factor} of {label} and differ; keep one"
             )
 
-    def unmapped_name(self, name: str, saved: str) -> str:
-        """`name` before a `key_mapping`, as patterns match it; its factors are at `saved`."""
-        stem = os.path.commonprefix([name, saved])  # noqa: RUF071 - names, not paths
-        old, tail = self.state.paths.get(without_prefix(saved), saved), saved[len(stem) :]
-        return old.removesuffix(tail) + name[len(stem) :] if old.endswith(tail) else name
+    def original_path(self, saved: str) -> str:
+        """The path in the file of the factors at `saved`, before a `key_mapping`. Patterns match
+        names that are made from it."""
+        return self.state.paths.get(without_prefix(saved), saved)
 
     def scale(self, label: str, name: str, saved: str, rank: int) -> float | None:
         """s of the module that patterns call `name`, saved as `saved`; None for a rank over
         `max_rank`. Raises `Problem` if `rank` is not the configured rank."""
-        name, scale = self.unmapped_name(name, saved), self.state.scales.get(saved)
-        configured = self.config.rank(name)
+        configured, scale = self.config.rank(name), self.state.scales.get(saved)
         if configured not in (None, rank) and scale is None:
             raise Problem(
                 f"{label} has rank {rank}, adapter_config.json says {configured} there (r, "

@@ -303,7 +303,9 @@ class Reading:
                 f"{rank}); declare with packed_modules which slices each name covers"
             )
         configured, repeats = self.places.configured_module(landing.saved)
-        name = self.config.name_of(configured, places[0][0].eligible.weight)
+        carried = landing.saved.removeprefix(configured)  # ".base_layer.out_proj" of mha, or ""
+        original = self.findings.original_path(landing.saved).removesuffix(carried)
+        name = self.config.name_of(original, places[0][0].eligible.weight)
         scale = self.findings.scale(label, name, landing.saved, rank)
         if scale is None:
             return
