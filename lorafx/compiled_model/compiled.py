@@ -22,7 +22,7 @@ from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
 from lorafx.capture.backend import Backend
 from lorafx.compiled_model.names import delegated, refuse_arguments
-from lorafx.compiled_model.warmup import warm_up
+from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
@@ -835,7 +835,8 @@ class CompiledModel(AsModule):
             if inputs is not None:
                 args, kwargs = as_call(inputs)
                 call = partial(self, *args, **kwargs, adapter_names=adapter_names)
-                records = with_stages_of(self._entries, call)
+                with state_restored(self):
+                    records = with_stages_of(self._entries, call)
             dump = Dump(target, self._session.program)
             for record in records:
                 dump.add(record)

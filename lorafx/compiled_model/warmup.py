@@ -83,7 +83,7 @@ def warm_up(
                 with progress(f"warm-up {number} of {len(calls)}: {label}"):
                     call()
 
-        with _state_restored(compiled):
+        with state_restored(compiled):
             _serve_only_dummies(session, run)
 
 
@@ -152,7 +152,7 @@ def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _state_restored(compiled: CompiledModel) -> Iterator[None]:
+def state_restored(compiled: CompiledModel) -> Iterator[None]:
     """Restores random states and the buffers that the model's forward writes, after the block."""
     device = compiled._session.program.runtime.device
     buffers = [(buffer, buffer.clone()) for buffer in compiled.model.buffers() if _is_state(buffer)]

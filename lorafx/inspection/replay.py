@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
 from lorafx.capture.record import GraphRecord, Stage
@@ -103,10 +101,8 @@ def replayed(entries: CompiledForwards) -> Iterator[Replay]:
 
 def with_stages_of(entries: CompiledForwards, call: Callable[[], Any]) -> list[GraphRecord]:
     """The records of the session's graphs, and of graphs that `call` is the first to need. Those
-    that serve `call` have their stages. Random states are restored after it."""
-    device = entries.session.program.runtime.device
-    devices = [device] if device.type == "cuda" else []
-    with replayed(entries) as replay, torch.random.fork_rng(devices):
+    that serve `call` have their stages."""
+    with replayed(entries) as replay:
         # This stage is plain aten, so no kernel is compiled.
         if Provenance.name in replay.names:
             replay.current = Provenance.name
