@@ -415,7 +415,9 @@ class Soak:
             raise Failing
 
         source = rng.choice((state, pairs(), pairs, raising()))
-        with self.book.changing["base"]:
+        with self.book.changing["merged"], self.book.changing["base"]:
+            if self.book.possible("merged") != {None}:  # weights are loaded into the base alone
+                return
             before = self.book.possible("base")
             self.book.begin("base", base, BROKEN)
             try:
