@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
@@ -172,12 +171,14 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass(eq=False)
 class Block:
-    """The labels of a storage, which gets none after it was `exported` to numpy."""
+    """The labels of a storage, which gets none after it was `exported` to numpy. `born`: the call
+    has allocated it."""
 
     ref: StorageWeakRef
     state: MemoryState
     itemsize: int
     exported: bool = False
+    born: bool = False
     views: dict[Geometry, RealLabel | None] = field(default_factory=dict)
     #: Grows with every write; labels that were looked up before are no longer valid.
     epoch: int = 0
@@ -244,6 +245,14 @@ class Memory:
             return
         if block is not None:
             block.views[_geometry(tensor)] = label
+
+    def born(self, tensor: Tensor, label: RealLabel | None) -> Block | None:
+        """Label a result, and return its storage's labels; None for a view of a known storage."""
+        block = None if self.block(tensor) is not None else self._new(tensor)
+        if block is not None:
+            block.born = True
+            block.views[_geometry(tensor)] = label
+        return block
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
@@ -314,8 +323,10 @@ class Memory:
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
             if covers and isinstance(label, (Shared, Alone)):
                 return label
-            if covers and isinstance(label, Listed) and stride[label.dim] * size[label.dim] == (
-                elements
+            if (
+                covers
+                and isinstance(label, Listed)
+                and stride[label.dim] * size[label.dim] == (elements)
             ):
                 by_strides = _label_by_strides(view, label.owners, stride[label.dim])
                 if by_strides is not None:
@@ -336,9 +347,14 @@ class Memory:
 
 def storage_of(tensor: Tensor) -> int | None:
     """The storage's id; None for composite tensors."""
-    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+    if _is_composite(type(tensor)) or tensor.layout is not torch.strided:
         return None
     return tensor.untyped_storage()._cdata
+
+
+@cache
+def _is_composite(kind: type[Tensor]) -> bool:
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def _geometry(tensor: Tensor) -> Geometry:
@@ -358,9 +374,7 @@ def _no_overlap(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _label_by_strides(
-    view: Geometry, owners: tuple[int, ...], extent: int
-) -> RealLabel | None:
+def _label_by_strides(view: Geometry, owners: tuple[int, ...], extent: int) -> RealLabel | None:
     """The label of a view of a storage in which element a belongs to owners[a // extent]; None if
     it is not regular."""
     (first, inside), owner_dim, step = divmod(view[2], extent), 0, 0

@@ -154,7 +154,7 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
     ),
 }
 #: These and others that move whole elements.
-MOVES = {
+MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     **READ_INDICES,
     **dict.fromkeys(
         (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
@@ -206,27 +206,12 @@ def functional(func: Any) -> Any:
     return getattr(twin, func._overloadname, func)
 
 
-def result_labels(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
-) -> list[RealLabel | None]:
-    """The labels of an operator's results, in the order of `tensors_in`, or of its written
-    argument. `labels` are the operands' before it ran."""
-    found = labels_by_signature(func, args, kwargs, results, labels)
-    if found is not None:
-        return found
-    outputs, twin = list(tensors_in(results)), functional(func)
-    if twin.overloadpacket in _SORTS:
-        (keys,) = tensors_in(args)
-        order = cells_of(labels[id(keys)], 1, outputs[-1].device).expand(keys.shape)[outputs[-1]]
-        return [label_of_cells(order)] * len(outputs)
-    return _moved(twin, args, kwargs, outputs[0], labels)
-
-
 def labels_by_signature(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[RealLabel | None] | None:
-    """`result_labels` where they follow from labels, sizes and constants alone; None where they
-    depend on the values of indices."""
+    """The labels of an operator's results, in the order of `tensors_in`, or of its written
+    argument; None where they depend on values (`labels_by_values`). `labels` are the operands'
+    before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
     packet = twin.overloadpacket
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
@@ -254,6 +239,18 @@ def labels_by_signature(
         cells = _joined_cells(operands, inputs)
         return [label_of_cells(cells.expand(output.shape)) for output in outputs]
     return [None] * len(outputs)
+
+
+def labels_by_values(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
+) -> list[RealLabel | None]:
+    """As `labels_by_signature`, for operators that read indices, or sort a vector."""
+    outputs, twin = list(tensors_in(results)), functional(func)
+    if twin.overloadpacket in _SORTS:
+        (keys,) = tensors_in(args)
+        order = cells_of(labels[id(keys)], 1, outputs[-1].device).expand(keys.shape)[outputs[-1]]
+        return [label_of_cells(order)] * len(outputs)
+    return _moved(twin, args, kwargs, outputs[0], labels)
 
 
 def _moved(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lorafx.capture.driver import explained, lorafx_error_in
 from lorafx.capture.traced import Traced
-from lorafx.capture.tracking import Tracking, WeightUses
+from lorafx.capture.tracking import Tracking
+from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
