@@ -168,7 +168,6 @@ class Session:
         self.running: Running = IDLE
         #: The adapter of calls that name none: assigned by `choose`.
         self.default: str | None = None
-        #: The value of `Runtime.active` between calls: assigned by `choose`.
         #: What the base weights hold: assigned by lorafx.weights.
         self.base: BaseState = BaseState()
         #: The sessions of models that share modules, and so `locks`, with this one: assigned by
@@ -319,7 +318,7 @@ class Session:
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """Return the result of `action`, a call that is noted as `running` meanwhile; its forwards
         use `run`. The caller holds the lock."""
-        before, runtime = self.running, self.program.runtime
+        before, runtime, at_rest = self.running, self.program.runtime, self.active_at_rest
         # An interrupt at the beginning of a context manager would leave the call's state behind.
         # None can come between plain assignments.
         try:
@@ -328,7 +327,8 @@ class Session:
         finally:
             self.running = before
             if not before.entries:
-                runtime.active = self.active_at_rest
+                runtime.active = at_rest
+                runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """As `note`, for a forward or an update: what reads or writes slots or base weights. The
@@ -336,6 +336,7 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
+        at_rest = self.active_at_rest
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running = running
@@ -345,7 +346,8 @@ class Session:
                     other.active = False
             return action()
         finally:
-            self.running, program.batch, runtime.active = before, batch, self.active_at_rest
+            # No call among these: an interrupt where one begins would leave the update's state.
+            self.running, program.batch, runtime.active = before, batch, at_rest
             for other, was_active in resting:
                 other.active = was_active
             if before.entries:  # the forward around this one goes on with its own batch
@@ -353,6 +355,7 @@ class Session:
                 runtime.active = active
             else:
                 self.store.copy_streams.end_uses()
+                runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row, or every token, of the call its slot.
