@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
-
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
-from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
@@ -52,6 +51,10 @@ from lorafx.runtime.running import (
 )
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.versions import unsupported
+
+if TYPE_CHECKING:  # imported with the first graph
+    from lorafx.capture.backend import Backend
+    from lorafx.capture.record import GraphRecord
 
 T = TypeVar("T")
 
@@ -145,12 +148,15 @@ class Session:
     """
 
     def __init__(
-        self, program: Program, store: AdapterStore, backend: Backend, dynamic: bool | None
+        self,
+        program: Program,
+        store: AdapterStore,
+        new_backend: Callable[[Session], Backend],
+        dynamic: bool | None,
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: Compiles the graphs; lorafx.inspection.replay assigns another one.
-        self.backend = backend
+        self._new_backend: Final = new_backend
         self.dynamic: Final = dynamic
         self.replacements: Final = Replacements()
         self.has_mha: Final = any(
@@ -181,6 +187,18 @@ class Session:
         # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Compiles the graphs; made with the first one, since what it imports takes a second.
+        lorafx.inspection.replay assigns another one."""
+        # An import defines operators, which an interrupted one could not define again.
+        return undisturbed(partial(self._new_backend, self))
+
+    @property
+    def records(self) -> Sequence[GraphRecord]:
+        """What became of each graph."""
+        return self.backend.records if "backend" in vars(self) else ()
 
     @property
     def lock(self) -> threading.RLock:
