@@ -121,11 +121,21 @@ class Deltas:
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
-        following = self._following
-        following.marked(mark.path)
+        self._following.marked(mark.path)
         if mark.path not in self._touched:
             return y
-        code = 0
+        return self._following.outside(lambda: self._added(mark, x, y, scale, ranges, addend))
+
+    def _added(
+        self,
+        mark: SiteMark,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float | None,
+        ranges: Sequence[Sequence[int]],
+        addend: Tensor | None,
+    ) -> Tensor:
+        following, code = self._following, 0
         if self._uniform:
             rows = _Rows((self._rows[0],), 1)
         else:
@@ -133,18 +143,13 @@ class Deltas:
             if following.code(y) != code:
                 following.refuse(f"{mark.path}: the rows of its output are not those of its input")
             rows = self._rows_of(mark, code, x)
-
-        def added() -> Tensor:
-            out = None
-            if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
-                out = self._by_products(mark, x, y, rows.slots)
-            if out is None:
-                slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
-                owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
-                out = mark.with_delta(x, y, scale, ranges, addend, owners)
-            return out
-
-        out = following.outside(added)
+        out = None
+        if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
+            out = self._by_products(mark, x, y, rows.slots)
+        if out is None:
+            slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
+            owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
+            out = mark.with_delta(x, y, scale, ranges, addend, owners)
         if not self._uniform:
             following.note(out, code)
         return out
