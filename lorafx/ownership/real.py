@@ -19,6 +19,7 @@ from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.memory import (
     NOBODY,
+    OF_WEIGHTS,
     SHARED,
     UNKNOWN,
     Alone,
@@ -277,7 +278,9 @@ def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
     requests = {label.request for label in labels if isinstance(label, Alone)}
     if len(requests) > 1 or any(not isinstance(label, (Alone, Shared)) for label in labels):
         return None
-    return Alone(requests.pop()) if requests else SHARED
+    if requests:
+        return Alone(requests.pop())
+    return OF_WEIGHTS if OF_WEIGHTS in labels else SHARED
 
 
 # --- the rules of the graph ---
