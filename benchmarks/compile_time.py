@@ -201,12 +201,12 @@ def phases_in_cpu_seconds() -> Iterator[None]:
     """Have Dynamo and the passes time themselves by the CPU seconds of this process."""
     from torch._dynamo import utils
 
-    from lorafx import pass_order
+    from lorafx import model_passes
     from lorafx.capture import driver
 
     clocks = {"time_ns": time.process_time_ns, "perf_counter": time.process_time}
     clock = SimpleNamespace(**{**vars(time), **clocks})
-    timing: tuple[Any, ...] = (utils, pass_order, driver)
+    timing: tuple[Any, ...] = (utils, model_passes, driver)
     for module in timing:
         module.time = clock
     try:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 import lorafx
-import lorafx.api  # and with it all ops, which tests call by their names
+import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.runtime.session import sessions
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.

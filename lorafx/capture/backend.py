@@ -28,7 +28,8 @@ from lorafx.capture.compile_log import (
     timed,
     tracing_seconds,
 )
-from lorafx.capture.driver import KEEP_OUT, NumericCheck, failing_in, run_pipeline
+from lorafx.capture.compiler_failures import KEEP_OUT, failing_in
+from lorafx.capture.driver import NumericCheck, run_pipeline
 from lorafx.capture.executable import (
     Captured,
     Parts,
@@ -54,8 +55,8 @@ from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
+from lorafx.torch_internals.aot_autograd import aot_autograd
 from lorafx.torch_internals.compat import recorded_outputs
-from lorafx.torch_internals.dynamo import aot_autograd
 from lorafx.torch_internals.frames import (
     ends_in_break,
     guard_frame,

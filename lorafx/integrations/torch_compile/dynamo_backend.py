@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.adapter_store.names import AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_wrappers
-from lorafx.capture.driver import lorafx_error_in
+from lorafx.capture.compiler_failures import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
 from lorafx.capture.saved_graphs.folder import AUTO, folder_of
