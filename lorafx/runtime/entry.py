@@ -161,7 +161,8 @@ class Entry:
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
-        from lorafx.capture.tracking import Tracking, WeightUses
+        from lorafx.capture.tracking import Tracking
+        from lorafx.eager.weight_uses import WeightUses
 
         captured = len(records)
         uses = WeightUses(program) if program.batch.touched else None

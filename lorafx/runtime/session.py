@@ -182,7 +182,8 @@ class Session:
         #: can use: assigned by lorafx.generation.continuous.
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
         self.counts: Final = SessionCounts()
-        self._last_served = Served()  # assigned by `set_batch`
+        self._last_served = Served()  # assigned by `set_batch`, as is the next one
+        self._called = False
         # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
@@ -385,8 +386,9 @@ class Session:
             names = tuple(used.values())
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
-        if not self.records:  # the first call
+        if not self._called:
             program.note_constants()
+            self._called = True
         program.runtime.set_rows(row_slots)
         if running.active:
             program.runtime.active = True
