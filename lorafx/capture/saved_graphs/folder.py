@@ -42,10 +42,12 @@ def most_bytes() -> int:
     return int(text)
 
 
-def folder_of(option: str | bool) -> Path:
+def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     """The folder of `Options.cache`, made if absent; ConfigError unless private to the user. For
     "auto" nobody else may be able to replace a folder above it either."""
     default = option is True or option == AUTO
+    if option == AUTO and not most_bytes():
+        raise ConfigError("LORAFX_CACHE_BYTES is 0")
     try:
         path = default_folder() if default else Path(str(option)).expanduser()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
