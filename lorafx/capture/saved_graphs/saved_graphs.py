@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
 import sys
 import time
@@ -45,8 +46,9 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
-from lorafx.errors import LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.program.program import Program
+from lorafx.progress import LOG
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
 from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
@@ -67,10 +69,22 @@ _MAX_FILES = 64  # of a key, the newest, that are tried
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`."""
+    """Loads and saves the graphs of an entry of the program.
 
-    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
+    Args:
+        option: `Options.cache`, or a folder of this process.
+        instead: a folder of this process, for where that of "auto" cannot be used.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        option: str | bool | os.PathLike[str],
+        entry: Mapping[str, Any],
+        instead: os.PathLike[str] | None = None,
+    ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
+        self._auto, self._instead = option == folders.AUTO, instead
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
@@ -87,8 +101,12 @@ class SavedGraphs:
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
         place = self._folder_and_key(frame)
-        if place is None:
-            return convert(frame, *arguments, **kwargs)
+        if not isinstance(place, tuple):
+            known = len(self._backend.records)
+            result = convert(frame, *arguments, **kwargs)
+            for record in self._backend.records[known:]:
+                record.saved = place
+            return result
         loaded = self._load(*place, frame, arguments)
         if loaded is not None:
             return loaded
@@ -98,7 +116,8 @@ class SavedGraphs:
             self._save(*place, result.guarded_code, conversion)
         return result
 
-    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | None:
+    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
+        """Where graphs of this entry are now, or a sentence that says why they are not kept."""
         program = self._backend.program
         try:
             program.look_at_modules()
@@ -108,12 +127,20 @@ class SavedGraphs:
                 or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
-                return None
-            key = entry_key(program, {**self._entry, "code": frame.f_code})
-            return folders.folder_of(self._option), key
+                return ""
+            return self._folder(), entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
-            _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
-            return None
+            self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            return f"not saved: {error}"
+
+    def _folder(self) -> Path:
+        """The folder. Raises ConfigError if it cannot be used."""
+        try:
+            return folders.folder_of(self._option)
+        except ConfigError:
+            if not self._auto or self._instead is None:
+                raise
+            return Path(self._instead)
 
     @contextmanager
     def _noting_conversion(self) -> Iterator[_Conversion]:
@@ -129,8 +156,11 @@ class SavedGraphs:
             body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
+            if self._auto and folder == folders.default_folder():
+                folders.trim(folder, folders.most_bytes())
         except OSError as error:
-            _warn(f"a graph could not be saved in {folder}: {error}")
+            self._warn(f"a graph could not be saved in {folder}: {error}")
+            conversion.tell(f"not saved: {error}")
         except Exception as error:  # Undescribed, or errors of pickling
             conversion.tell(f"not saved: {error}")
 
@@ -146,7 +176,7 @@ class SavedGraphs:
             try:
                 code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
             except Exception as error:
-                _warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
+                self._warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
                     path.unlink()
                 continue
@@ -159,9 +189,12 @@ class SavedGraphs:
                 return code
         return None
 
-
-def _warn(text: str) -> None:
-    warnings.warn(text, LorafxWarning, stacklevel=2)
+    def _warn(self, text: str) -> None:
+        """Warn, or log what concerns a folder that the user has not asked for."""
+        if self._auto:
+            LOG.info("%s", text)
+        else:
+            warnings.warn(text, LorafxWarning, stacklevel=2)
 
 
 class _Conversion:
