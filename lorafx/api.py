@@ -20,6 +20,7 @@ from lorafx.inspection.profile import Profile
 from lorafx.inspection.why import Why
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
+from lorafx.runtime.tiers import Tiers, starts_eagerly
 from lorafx.torch_internals.versions import entrance
 
 
@@ -81,6 +82,9 @@ def compile(
     with entrance():
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
+    session = compiled._session
+    if starts_eagerly(marked.program.options, marked.program.runtime.device):
+        session.tiers = Tiers(session)
     try:
         if marked.taken_over is not None:
             _set_default(compiled, marked.taken_over.active)

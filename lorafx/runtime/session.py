@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -52,6 +52,9 @@ from lorafx.runtime.running import (
 )
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.versions import unsupported
+
+if TYPE_CHECKING:
+    from lorafx.runtime.tiers import Tiers
 
 T = TypeVar("T")
 
@@ -176,7 +179,10 @@ class Session:
         #: Runs other calls while an engine has the model use an attention that only its own steps
         #: can use: assigned by lorafx.generation.continuous.
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
+        #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
+        self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
+        self.first_call = True
         self._last_served = Served()  # assigned by `set_batch`
         # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
@@ -364,8 +370,9 @@ class Session:
             names = tuple(used.values())
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
-        if not self.backend.records:  # the first call
+        if self.first_call:
             program.note_constants()
+            self.first_call = False
         program.runtime.set_rows(row_slots)
         if running.active:
             program.runtime.active = True
@@ -456,6 +463,8 @@ class Session:
             program = self.program
             self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.active_at_rest
             self.replacements.put_back()
+        if self.tiers is not None:
+            self.tiers.forget()
         self.store.after_fork()
 
 

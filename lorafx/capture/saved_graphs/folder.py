@@ -28,7 +28,7 @@ def default_folder() -> Path:
     return cache_folder() / "graphs"
 
 
-def folder_of(option: str | bool) -> Path:
+def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     """The folder of `Options.cache`, made if absent; ConfigError unless private to the user."""
     path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
     try:

@@ -41,6 +41,9 @@ _SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
 #: Prefixes of environment variables that torch, its libraries and lorafx read.
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
 
+#: Options on which no graph depends.
+_OF_NO_GRAPH = ("cache", "dump", "start", "fallback")
+
 #: When this process imported lorafx.
 _IMPORTED = time.time()
 
@@ -88,7 +91,7 @@ def machine() -> str:
 def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
     """The key of an entry of a program as everything is now. Raises Undescribed if it has none."""
     prints = Fingerprints({program.runtime._key: "<slots>"})
-    options = {k: v for k, v in vars(program.options).items() if k not in ("cache", "dump")}
+    options = {k: v for k, v in vars(program.options).items() if k not in _OF_NO_GRAPH}
     texts = [
         *(own_sources(), machine(), str(torch.get_num_threads()), str(torch.get_default_dtype())),
         *_setting_texts(prints),
@@ -110,7 +113,7 @@ def _setting_texts(prints: Fingerprints) -> Iterator[str]:
             yield f"{name}={prints.of(values[name])}"  # Undescribed for custom passes
     yield f"{torch.backends.mkldnn.enabled} {torch.get_float32_matmul_precision()}"
     for name in sorted(os.environ):
-        if name.startswith(_READ_BY_TORCH) and not name.endswith(("CACHE_DIR", "_DUMP")):
+        if name.startswith(_READ_BY_TORCH) and not name.endswith(("CACHE_DIR", "_DUMP", "_START")):
             yield f"{name}={os.environ[name]}"
 
 

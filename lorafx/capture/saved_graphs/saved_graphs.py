@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
 import sys
 import time
@@ -67,13 +68,18 @@ _MAX_FILES = 64  # of a key, the newest, that are tried
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`."""
+    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`, or a
+    folder of this process."""
 
-    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
+    def __init__(
+        self, backend: Backend, option: str | bool | os.PathLike[str], entry: Mapping[str, Any]
+    ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
+        #: Why the graph of the last conversion was not saved; "" if it was, or was loaded.
+        self.unsaved = ""
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
@@ -86,6 +92,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
+        self.unsaved = ""
         place = self._folder_and_key(frame)
         if place is None:
             return convert(frame, *arguments, **kwargs)
@@ -94,7 +101,9 @@ class SavedGraphs:
             return loaded
         with self._noting_conversion() as conversion:
             result = convert(frame, *arguments, **kwargs)
-        if result.guarded_code is not None:
+        if result.guarded_code is None:
+            self.unsaved = "Dynamo made no graph of it"
+        else:
             self._save(*place, result.guarded_code, conversion)
         return result
 
@@ -108,11 +117,13 @@ class SavedGraphs:
                 or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
+                self.unsaved = "graphs of this model or with these options cannot be saved"
                 return None
             key = entry_key(program, {**self._entry, "code": frame.f_code})
             return folders.folder_of(self._option), key
         except Exception as error:  # from the model's attributes or the file system
-            _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            self.unsaved = f"graphs of {type(program.model).__name__} are not saved: {error}"
+            _warn(self.unsaved)
             return None
 
     @contextmanager
@@ -130,9 +141,11 @@ class SavedGraphs:
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
         except OSError as error:
-            _warn(f"a graph could not be saved in {folder}: {error}")
+            self.unsaved = f"a graph could not be saved in {folder}: {error}"
+            _warn(self.unsaved)
         except Exception as error:  # Undescribed, or errors of pickling
-            conversion.tell(f"not saved: {error}")
+            self.unsaved = f"not saved: {error}"
+            conversion.tell(self.unsaved)
 
     def _load(
         self, folder: Path, key: str, frame: Any, arguments: Sequence[Any]
