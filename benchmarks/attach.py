@@ -28,7 +28,7 @@ from torch import nn
 
 import lorafx
 from lorafx.config import LoraConfig
-from lorafx.pass_order import run_model_passes
+from lorafx.model_passes import run_model_passes
 from lorafx.passes.attach import Attach
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import Preparation

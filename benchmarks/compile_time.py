@@ -201,12 +201,12 @@ def phases_in_cpu_seconds() -> Iterator[None]:
     """Have Dynamo and the passes time themselves by the CPU seconds of this process."""
     from torch._dynamo import utils
 
-    from lorafx import pass_order
+    from lorafx import model_passes
     from lorafx.capture import driver
 
     clocks = {"time_ns": time.process_time_ns, "perf_counter": time.process_time}
     clock = SimpleNamespace(**{**vars(time), **clocks})
-    timing: tuple[Any, ...] = (utils, pass_order, driver)
+    timing: tuple[Any, ...] = (utils, model_passes, driver)
     for module in timing:
         module.time = clock
     try:
@@ -289,6 +289,7 @@ def in_process(function: str, *arguments: object, cache: Path, file: str = __fil
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "LORAFX_CACHE_DIR": str(cache / "lorafx"),
+        "LORAFX_CACHE_BYTES": "0",  # graphs are saved where a benchmark asks for it
     }
     command = [sys.executable, file, "--run", json.dumps([function, arguments])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

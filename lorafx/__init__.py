@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from lorafx import errors as errors
     from lorafx import layers as layers
     from lorafx.adapter_store.saved import AdapterSource as AdapterSource
-    from lorafx.api import bisect as bisect
     from lorafx.api import compile as compile
     from lorafx.api import explain as explain
     from lorafx.api import profile as profile
     from lorafx.api import why as why
+    from lorafx.bisection.search import bisect as bisect
     from lorafx.compiled_model.compiled import CompiledModel as CompiledModel
     from lorafx.config import After as After
     from lorafx.config import LoraConfig as LoraConfig
@@ -44,7 +44,8 @@ __version__ = "0.1.0"
 #: The names below by the modules that define them.
 _NAMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
-    "lorafx.api": ("bisect", "compile", "explain", "profile", "why"),
+    "lorafx.api": ("compile", "explain", "profile", "why"),
+    "lorafx.bisection.search": ("bisect",),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.integrations.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.errors": (

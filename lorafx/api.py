@@ -1,27 +1,30 @@
-"""The public entry points: `compile`, `explain`, `why`, `profile` and `bisect`."""
+"""The public entry points: `compile`, `explain`, `why` and `profile`.
+
+What compiles, and what looks inside, is imported when it is used.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
 
 from torch import nn
 
-from lorafx.bisection.search import bisect as bisect
-from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
-from lorafx.inspection.explanation import Explanation, predicted
-from lorafx.inspection.profile import Profile
-from lorafx.inspection.why import Why
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
 from lorafx.runtime.tiers import Tiers, starts_eagerly
 from lorafx.torch_internals.versions import entrance
+
+if TYPE_CHECKING:
+    from lorafx.inspection.explanation import Explanation
+    from lorafx.inspection.profile import Profile
+    from lorafx.inspection.why import Why
 
 
 def compile(
@@ -77,7 +80,9 @@ def compile(
     options = Options.of(options)
     if mode is not None:
         options = replace(options, mode=mode)
-    if options.cache:
+    if options.cache and options.cache != "auto":
+        from lorafx.capture.saved_graphs.folder import folder_of
+
         folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)
@@ -117,6 +122,8 @@ def explain(
         ConfigError: a configuration that cannot be honoured, or `model` is not an nn.Module.
         TargetError, CheckpointError: as for `compile`.
     """
+    from lorafx.inspection.explanation import predicted
+
     refuse_other(model)
     compiled = compiled_of(model)
     if compiled is not None and lora_config is None:

@@ -1,13 +1,11 @@
-"""The order of the passes: first those over the model, then those over each captured graph.
+"""The order of the passes over each captured graph, behind those over the model.
 
-MODEL_PASSES   model → sites, banks, marks            before any graph, each pass once
 GRAPH_PASSES   functional ATen graph → the same graph with LoRA, lowered      for each graph
 """
 
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,31 +14,20 @@ from torch import fx
 
 from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
-from lorafx.passes.attach import Attach, LoadAdapters, Read
+from lorafx.model_passes import MODEL_PASSES, ModelPass
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
 from lorafx.passes.outline.outline import Outline
-from lorafx.passes.pack import Pack, PackWeights
+from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.rescale import ReplaceRows, Rescale
-from lorafx.passes.select import Alias, Select
 from lorafx.passes.write_in_place import WriteInPlace
 from lorafx.program.context import Context
-from lorafx.program.program import PassReport, Preparation
-
-
-class ModelPass(Protocol):
-    """One step over the model. `run` returns how many items it found or made."""
-
-    @property
-    def name(self) -> str: ...
-
-    def run(self, model: Preparation) -> int: ...
 
 
 class GraphPass(Protocol):
@@ -55,15 +42,6 @@ class GraphPass(Protocol):
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int: ...
 
-
-MODEL_PASSES: tuple[ModelPass, ...] = (
-    Alias(),
-    Select(),
-    Read(),
-    Attach(),
-    LoadAdapters(),
-    PackWeights(),
-)
 
 #: `outline` is last, since it compares layers as they were lowered: those that differ then, by a
 #: pinned strategy for example, are not merged.
@@ -192,21 +170,3 @@ def _line(name: str, about: str) -> str:
 def _description(item: ModelPass | GraphPass) -> str:
     text = inspect.getdoc(item.setting.run if isinstance(item, UserPass) else type(item)) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
-
-
-def run_model_passes(
-    model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
-) -> list[PassReport]:
-    """Run passes over a model. If one raises, the model is restored."""
-    reports: list[PassReport] = []
-    try:
-        for model_pass in passes:
-            start = time.perf_counter()
-            count = model_pass.run(model)
-            seconds = time.perf_counter() - start
-            notes, model.notes = tuple(model.notes), []
-            reports.append(PassReport(model_pass.name, count, seconds, notes=notes))
-    except BaseException:
-        model.rollback.run()
-        raise
-    return reports

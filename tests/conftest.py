@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 import lorafx
-import lorafx.api  # and with it all ops, which tests call by their names
+import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.runtime.session import sessions
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
@@ -65,6 +65,8 @@ def _targets(case: Case, names: list[str]) -> list[str]:
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Graphs are captured anew, except in tests that give `Options.cache` or unset this.
+os.environ["LORAFX_CACHE_BYTES"] = "0"
 
 # A shell has what it runs in the background ignore SIGINT, which some tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)

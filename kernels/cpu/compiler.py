@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -98,6 +99,17 @@ def find_compiler() -> str:
         ) from error
 
 
+def check_compiler() -> None:
+    """Raise LoweringError if there is no C++ compiler. Inductor's own search, whose import takes
+    0.1 s, is asked only where none of the names that it would try is a program."""
+    from lorafx.torch_internals.compat import inductor_config
+
+    names = inductor_config.cpp.cxx
+    names = (names,) if isinstance(names, str) else names
+    if os.name != "posix" or not any(name and shutil.which(name) for name in names):
+        find_compiler()
+
+
 @functools.cache
 def version_of(compiler: str) -> str:
     """The text that a compiler prints for --version."""
@@ -113,7 +125,7 @@ def cache_folder() -> Path:
 
         folder = os.path.join(cache_dir(), "lorafx")
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 

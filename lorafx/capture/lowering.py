@@ -8,9 +8,8 @@ reference   aten operators, run node by node; the base is eager
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.config import Options
-from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes.outline.outline import INVOKE, bodies, is_view
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import mode_settings
@@ -179,20 +176,6 @@ def compile_base(
     # A backward compiled later needs the settings too.
     compiled = compile_fx(gm, list(examples), config_patches=dict(lowering.patches))
     return cast("Callable[..., Any]", compiled)
-
-
-def resolved(options: Options, device: torch.device) -> Options:
-    """`options` with "auto" resolved: Triton on CUDA and ROCm devices, else Inductor; on a CPU
-    without a C++ compiler plain aten, with a warning."""
-    if options.lowering != "auto":
-        return options
-    if device.type == "cpu":
-        try:
-            find_compiler()
-        except LoweringError as error:
-            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
-            return replace(options, lowering="reference")
-    return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
 
 
 def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> Lowering:

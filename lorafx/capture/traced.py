@@ -11,6 +11,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lorafx.capture.compile_log import conversion
+from lorafx.capture.compiler_failures import NoGraph
 from lorafx.torch_internals.compat import capture_settings, entry_arguments, inductor_config
 from lorafx.torch_internals.dynamo import (
     ConvertFrameReturn,
@@ -39,10 +40,6 @@ T = TypeVar("T")
 
 #: Converts a frame of the function: its arguments are Dynamo's own conversion and that one's.
 Conversion = Callable[..., ConvertFrameReturn]
-
-
-class NoGraph(BaseException):
-    """No graph serves a call, and none was to be made. Nothing of the model has run."""
 
 
 class Traced:

@@ -21,19 +21,12 @@ from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
-from lorafx.capture.backend import Backend
 from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
-from lorafx.inspection.explanation import Explanation, explained
-from lorafx.inspection.profile import Profile, profiled
-from lorafx.inspection.replay import with_stages_of
-from lorafx.inspection.report import written_into
-from lorafx.inspection.viewer.dump import Dump, Dumps
-from lorafx.inspection.why import Why, why
 from lorafx.interrupts import undisturbed
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
@@ -63,7 +56,11 @@ if TYPE_CHECKING:
     )
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
+    from lorafx.capture.backend import Backend
     from lorafx.generation.continuous.manager import AdapterBatchingManager
+    from lorafx.inspection.explanation import Explanation
+    from lorafx.inspection.profile import Profile
+    from lorafx.inspection.why import Why
 
 
 class AsModule(nn.Module):
@@ -221,8 +218,7 @@ class CompiledModel(AsModule):
     ) -> None:
         super().__init__()
         self._share_state_of(program.model)
-        self._session = Session(program, store, Backend(program, entered), dynamic)
-        self._session.backend.recorded = Dumps(self._session)
+        self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
         #: The default before each open block of `disable_adapter`; read and written under the lock.
@@ -784,6 +780,8 @@ class CompiledModel(AsModule):
     def explain(self) -> Explanation:
         """A report of the present sites, banks, adapters, graphs, packs, row maps, plan and
         refusals: `json()` has its values, and `str()` is text. It waits for running calls."""
+        from lorafx.inspection.explanation import explained
+
         with self._session.lock:
             return explained(self._session)
 
@@ -808,6 +806,8 @@ class CompiledModel(AsModule):
 
         With `inputs` it also raises what a call raises.
         """
+        from lorafx.inspection.why import why
+
         call = None if inputs is None else as_call(inputs)
         session = self._session
         session.refuse_running("why()")
@@ -830,6 +830,8 @@ class CompiledModel(AsModule):
         Raises BatchError if no request has an adapter, ConfigError if `calls` is not positive, and
         what a call raises.
         """
+        from lorafx.inspection.profile import profiled
+
         self._entries.check_attached()
         return profiled(self._entries, self, inputs, list(adapter_names), calls)
 
@@ -851,9 +853,13 @@ class CompiledModel(AsModule):
         Raises ConfigError if the folder cannot be made, or written to. With `inputs` it also raises
         what a call raises.
         """
+        from lorafx.inspection.replay import with_stages_of
+        from lorafx.inspection.report import written_into
+        from lorafx.inspection.viewer.dump import Dump
+
         target = Path(folder)
         with written_into(target), self._session.lock:
-            records = self._session.backend.records
+            records = self._session.records
             if inputs is not None:
                 args, kwargs = as_call(inputs)
                 call = partial(self, *args, **kwargs, adapter_names=adapter_names)
@@ -875,6 +881,8 @@ class CompiledModel(AsModule):
         return target
 
     def __repr__(self) -> str:
+        from lorafx.inspection.explanation import explained
+
         lines = explained(self._session, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
         inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
@@ -890,7 +898,7 @@ class CompiledModel(AsModule):
     @property
     def recompiles(self) -> int:
         """Graphs compiled so far."""
-        return len(self._session.backend.records)
+        return len(self._session.records)
 
     def stats(self) -> Statistics:
         """Counts of adapters since the model was compiled."""
@@ -938,6 +946,15 @@ class CompiledModel(AsModule):
             if name == "model":
                 raise
         return delegated(self, name)
+
+
+def _new_backend(session: Session) -> Backend:
+    from lorafx.capture.backend import Backend
+    from lorafx.inspection.viewer.dump import Dumps
+
+    backend = Backend(session.program, entered)
+    backend.recorded = Dumps(session)
+    return backend
 
 
 #: All live compiled models, also those that are detached.

@@ -26,7 +26,8 @@ from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.bank import Factors
 from lorafx.model.module_graph import joined_lines
 from lorafx.model.sites import Group, Site, room_of
-from lorafx.pass_order import pipeline, run_model_passes
+from lorafx.model_passes import run_model_passes
+from lorafx.pass_order import pipeline
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport, Preparation
@@ -373,7 +374,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
     report = _model_report(
         program.model, program.config, options, program.sites, program.groups, program.prepared
     )
-    records = list(session.backend.records)
+    records = list(session.records)
     lora = [record for record in records if record.lora]
     unseen = [site.path for site in program.sites if site.path not in seen_sites(lora)]
     shortcuts = states(options.shortcuts).items()

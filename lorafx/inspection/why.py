@@ -241,7 +241,7 @@ def why(
             nodes=tuple(node for node in graph.nodes if site.path in node.sites),
             refusals=tuple(item for item in graph.refusals if site.path in item.sites),
         )
-        for graph in map(graph_report, session.backend.records)
+        for graph in map(graph_report, session.records)
     )
     return replace(
         report,

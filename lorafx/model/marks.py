@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,13 @@ _WAY_OUT = (
 
 
 UNPROVED = 0  # the op's `rows` before `provenance`: the rows' requests are not known yet
+
+
+class Owners(NamedTuple):
+    """Row m belongs to the request with slots[(m // rows) % n], slots int32 (n,)."""
+
+    slots: Tensor
+    rows: int
 
 
 @dataclass(eq=False)
@@ -140,17 +147,20 @@ class SiteMark:
                 return None
             raise MatchError(self._misfit_message(module, x, output))
         if not traced:
-            self._refuse_mixed()
             self._check_once(module, x, output, scale)
         # DoRA does not rescale the bias.
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
-        y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
+        bias = bias if isinstance(bias, Tensor) else None
+        if traced:
+            y = self.with_delta(x, y, scale, ranges, bias)
+        else:
+            y = self._eagerly(x, y, scale, ranges, bias)
         if is_tuple:  # named tuples keep their names
             return getattr(output, "_make", tuple)((y, *output[1:]))
         return y
 
-    def _with_delta(
+    def _eagerly(
         self,
         x: Tensor,
         y: Tensor,
@@ -158,8 +168,25 @@ class SiteMark:
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
     ) -> Tensor:
-        """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`."""
-        bank, slots = self.bank, self.runtime.slots
+        deltas = self.runtime.deltas
+        if deltas is not None:
+            return deltas.add(self, x, y, scale, ranges, addend)
+        self._refuse_mixed()
+        return self.with_delta(x, y, scale, ranges, addend)
+
+    def with_delta(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float | None,
+        ranges: Sequence[Sequence[int]],
+        addend: Tensor | None = None,
+        owners: Owners | None = None,
+    ) -> Tensor:
+        """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`.
+        `owners` are those of the rows; without them all rows have one."""
+        bank = self.bank
+        slots, rows = (self.runtime.slots, UNPROVED) if owners is None else owners
         # DoRA is refused for sites with a handler.
         gains = bank.gains if self.handler is None else None
         # A plain tuple: a NamedTuple made while Dynamo traces would have the graph depend on an
@@ -172,19 +199,26 @@ class SiteMark:
             if scale is not None and bank.own is not None:
                 own_rows = (bank.own * scale, *own_rows[1:])
             return torch.ops.lorafx.embedding_site(
-                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own_rows
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, rows, gains, *own_rows
             )
         factors = bank.A, bank.B, bank.ranks, bank.scales, slots
         addend = None if gains is None else addend
         if self.window is not None:
             tail = (*self.window, gains, addend, bank.shifts)
-            return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *tail)
+            return torch.ops.lorafx.conv_site(x, y, *factors, rows, *tail)
         all_columns = sum(ranges[2]) == self.out_features
         packed = (self.weight, self.bias) if all_columns else (None, None)
         shifts = None if self.handler is not None else bank.shifts
         return torch.ops.lorafx.site(
-            x, y, *factors, *ranges, UNPROVED, *packed, gains, addend, *own_rows, shifts
+            x, y, *factors, *ranges, rows, *packed, gains, addend, *own_rows, shifts
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the delta is the low-rank product alone, of a linear."""
+        bank = self.bank
+        extra = (bank.gains, bank.shifts, bank.own)
+        return self.kind == "linear" and not any(item is not None for item in extra)
 
     def _call_handler(
         self,
@@ -201,9 +235,10 @@ class SiteMark:
             calls += 1
             if not self._accepts(x, y, start):
                 raise MatchError(self._misplaced_message(module, x, y, start))
-            if not tracing():
-                self._refuse_mixed()
-            return self._with_delta(x, y, None, self._columns(start, y.shape[-1]))
+            columns = self._columns(start, y.shape[-1])
+            if tracing():
+                return self.with_delta(x, y, None, columns)
+            return self._eagerly(x, y, None, columns)
 
         result = handler(module, args, kwargs, output, add)
         if not calls or result is None:

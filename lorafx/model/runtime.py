@@ -62,6 +62,8 @@ class Runtime:
             its delta in a trace then leaves the weight's use to the `match` pass; else it raises.
         session: the session that serves the model, or None; it is found through the marks.
         resting: refuses layers that run by themselves in eager mode; None without a session.
+        deltas: adds the deltas of the eager forward that is running, whose batch may mix adapters;
+            else None.
 
     Copies and pickles have no session. They keep the batch, but of a served model they have none.
     """
@@ -72,6 +74,7 @@ class Runtime:
         self.graph_passes = True
         self.session: Any = None
         self.resting: RefusesAtRest | None = None
+        self.deltas: Any = None
         self._graph_slots: Tensor | None = None
         self.rows: tuple[int, ...] = ()
         self.active: bool | None = False
@@ -152,13 +155,13 @@ class Runtime:
             _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        excluded = ("_key", "_buffer", "_graph_slots", "session", "resting")
+        excluded = ("_key", "_buffer", "_graph_slots", "session", "resting", "deltas")
         state = {k: v for k, v in vars(self).items() if k not in excluded}
         return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session = self.resting = self._graph_slots = None
+        self.session = self.resting = self.deltas = self._graph_slots = None
         self._register()
         self._write(self.rows)
 

@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
-
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 
@@ -171,14 +169,18 @@ Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(eq=False)
-class _Block:
-    """The labels of a storage, which gets none after it was `exported` to numpy."""
+class Block:
+    """The labels of a storage, which gets none after it was `exported` to numpy. `born`: the call
+    has allocated it."""
 
     ref: StorageWeakRef
     state: MemoryState
     itemsize: int
     exported: bool = False
+    born: bool = False
     views: dict[Geometry, RealLabel | None] = field(default_factory=dict)
+    #: Grows with every write; labels that were looked up before are no longer valid.
+    epoch: int = 0
     #: (elements of the storage,) int16, once a view without a label was looked up.
     cells: Tensor | None = None
 
@@ -200,14 +202,14 @@ class Memory:
         guarded: Callable[[], bool] = lambda: True,
     ) -> None:
         self._shared, self._guarded = shared, guarded
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, Block] = {}
         self.unseen = False
 
     def look(self, tensor: Tensor) -> RealLabel | None:
         """The current label of a tensor; None for unknown owners."""
         if not tensor.numel():
             return SHARED
-        block = self._block(tensor)
+        block = self.block(tensor)
         if block is None:
             return SHARED if self._shared is not None and self._shared(tensor) else None
         if not self._intact(block, tensor):
@@ -219,23 +221,23 @@ class Memory:
 
     def computed(self, tensor: Tensor) -> bool:
         """Whether `tensor` has labels in this call, and no untracked write has changed it."""
-        block = self._block(tensor)
+        block = self.block(tensor)
         return block is not None and self._intact(block, tensor)
 
     def add_shared(self, tensors: Iterable[Tensor]) -> None:
         """Label tensors of unknown storages as SHARED."""
         for tensor in tensors:
-            if self._block(tensor) is None and (block := self._new(tensor)) is not None:
+            if self.block(tensor) is None and (block := self._new(tensor)) is not None:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
 
     def set_label(self, tensor: Tensor, label: RealLabel | None) -> None:
-        block = self._block(tensor) or self._new(tensor)
+        block = self.block(tensor) or self._new(tensor)
         if block is not None:
             block.views[_geometry(tensor)] = label
 
     def note(self, tensor: Tensor, label: RealLabel | None, inputs: Iterable[Tensor] = ()) -> None:
         """Label a result of `inputs`, or a view of one."""
-        key, block = storage_of(tensor), self._block(tensor)
+        key, block = storage_of(tensor), self.block(tensor)
         if key is None or all(storage_of(item) != key for item in inputs):
             block = self._new(tensor)
         elif label is None or block is None or not self._intact(block, tensor):
@@ -243,11 +245,21 @@ class Memory:
         if block is not None:
             block.views[_geometry(tensor)] = label
 
+    def born(self, tensor: Tensor, label: RealLabel | None) -> Block | None:
+        """Label a result, and return its storage's labels; None for a view of a known storage."""
+        block = None if self.block(tensor) is not None else self._new(tensor)
+        if block is not None:
+            block.born = True
+            block.views[_geometry(tensor)] = label
+        return block
+
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
-        block, geometry = self._block(tensor), _geometry(tensor)
-        if block is not None and block.exported:
-            return
+        block, geometry = self.block(tensor), _geometry(tensor)
+        if block is not None:
+            block.epoch += 1
+            if block.exported:
+                return
         counts = not tensor.is_inference()
         if not counts or block is None or block.itemsize != tensor.element_size():
             shared = block is None and self._shared is not None and self._shared(tensor)
@@ -273,7 +285,7 @@ class Memory:
             if block.cells is not None:
                 block.cells = renamed_cells(block.cells, requests)
 
-    def _new(self, tensor: Tensor) -> _Block | None:
+    def _new(self, tensor: Tensor) -> Block | None:
         key = storage_of(tensor)
         if key is None:
             return None
@@ -281,13 +293,13 @@ class Memory:
         if tensor.is_inference():  # its writes are not counted
             return None
         ref = StorageWeakRef(tensor.untyped_storage())
-        block = self._blocks[key] = _Block(ref, self._state(tensor), tensor.element_size())
+        block = self._blocks[key] = Block(ref, self._state(tensor), tensor.element_size())
         return block
 
     def _state(self, tensor: Tensor) -> MemoryState:
         return state_of(tensor, digested=self._guarded())
 
-    def _intact(self, block: _Block, tensor: Tensor) -> bool:
+    def _intact(self, block: Block, tensor: Tensor) -> bool:
         """Whether the memory is unchanged since it was labelled. If not, its labels are dropped."""
         if tensor.is_inference() or block.exported:
             return False
@@ -298,21 +310,30 @@ class Memory:
         block.views, block.cells = {}, None
         return False
 
-    def _block(self, tensor: Tensor) -> _Block | None:
+    def block(self, tensor: Tensor) -> Block | None:
+        """The labels of the tensor's storage."""
         key = storage_of(tensor)
         block = None if key is None else self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
-    def _label_by_others(self, block: _Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
+    def _label_by_others(self, block: Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
         elements = _elements(tensor)
         for (size, stride, offset), label in block.views.items():
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
             if covers and isinstance(label, (Shared, Alone)):
                 return label
+            if (
+                covers
+                and isinstance(label, Listed)
+                and stride[label.dim] * size[label.dim] == (elements)
+            ):
+                by_strides = _label_by_strides(view, label.owners, stride[label.dim])
+                if by_strides is not None:
+                    return by_strides
         cells = self._cells(block, tensor)
         return label_of_cells(cells.as_strided(*view))
 
-    def _cells(self, block: _Block, tensor: Tensor) -> Tensor:
+    def _cells(self, block: Block, tensor: Tensor) -> Tensor:
         if block.cells is None:
             elements = _elements(tensor)
             cells = torch.full((elements,), UNKNOWN, dtype=torch.int16, device=tensor.device)
@@ -325,9 +346,14 @@ class Memory:
 
 def storage_of(tensor: Tensor) -> int | None:
     """The storage's id; None for composite tensors."""
-    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+    if _is_composite(type(tensor)) or tensor.layout is not torch.strided:
         return None
     return tensor.untyped_storage()._cdata
+
+
+@cache
+def _is_composite(kind: type[Tensor]) -> bool:
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def _geometry(tensor: Tensor) -> Geometry:
@@ -345,6 +371,23 @@ def _no_overlap(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         reach += (count - 1) * step
     return True
+
+
+def _label_by_strides(view: Geometry, owners: tuple[int, ...], extent: int) -> RealLabel | None:
+    """The label of a view of a storage in which element a belongs to owners[a // extent]; None if
+    it is not regular."""
+    (first, inside), owner_dim, step = divmod(view[2], extent), 0, 0
+    for dim, (size, stride) in enumerate(zip(view[0], view[1], strict=True)):
+        if size > 1 and stride >= extent:
+            if step or stride % extent:
+                return None
+            owner_dim, step = dim, stride // extent
+        else:
+            inside += (size - 1) * stride
+    if inside >= extent:
+        return None
+    count = view[0][owner_dim] if step else 1
+    return listed(owner_dim, tuple(owners[first + i * step] for i in range(count)))
 
 
 def _fill_cells(cells: Tensor, label: RealLabel | None, geometry: Geometry) -> bool:

@@ -16,7 +16,6 @@ from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import divide, equal, is_multiple
-from lorafx.torch_internals.inductor import inductor_prims  # noqa: F401  (defines prims.fma)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -126,7 +125,7 @@ RULES: dict[object, Rule] = {
             aten._prelu_kernel, aten.floor_divide, aten.fill, aten.native_dropout, aten.dropout,
             aten.rrelu_with_noise, aten.isclose, aten.triu, aten.tril, aten.clip, aten.bernoulli,
             aten.feature_dropout, aten.alpha_dropout, aten.type_as, aten.softplus, aten.copysign,
-            aten.frexp, prims.abs, prims.maximum, prims.minimum, prims.rsqrt, prims.fma,
+            aten.frexp, prims.abs, prims.maximum, prims.minimum, prims.rsqrt,
             prims.convert_element_type, prims.acos, prims.asin, prims.atan, prims.cos, prims.cosh,
             prims.erf,
             prims.exp, prims.expm1, prims.floor, prims.imag, prims.isfinite, prims.log, prims.log1p,
@@ -145,6 +144,9 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.view_as_real, aten.view_as_complex), as_real),
     **dict.fromkeys(READS_NO_VALUES, unlabelled),
 }  # fmt: skip
+
+# Inductor defines it, which may not be loaded.
+OPTIONAL: dict[tuple[str, str], Rule] = {("prims", "fma"): pointwise}
 
 
 def cast_digit(node: fx.Node, flow: Flow) -> Digit | None:

@@ -40,7 +40,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 # Specific first; the first table that knows an operator decides.
 TABLES = (sites, indexing, views, reductions, contractions, pointwise)
-OPTIONAL = (contractions, reductions)
+OPTIONAL = (contractions, reductions, pointwise)
 DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that accept Mixed inputs: the order of all requests' rows is Mixed, and some operators read
 # only an input's shape.

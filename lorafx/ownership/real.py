@@ -143,18 +143,23 @@ class Indices:
         return entries
 
 
-#: The cells of a result, by operator in its functional form.
-MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
-    **dict.fromkeys(
-        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
-    ),
-    aten.constant_pad_nd: padded_cells,
+_SORTS = (aten.sort, aten.argsort)
+#: The cells of a result that depend on the values of indices, by operator in its functional form.
+READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     aten.nonzero: position_cells,
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed_cells),
     aten.masked_scatter: scattered_cells,
     **dict.fromkeys(
         (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), put_cells
     ),
+}
+#: These and others that move whole elements.
+MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
+    **READ_INDICES,
+    **dict.fromkeys(
+        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
+    ),
+    aten.constant_pad_nd: padded_cells,
 }
 
 
@@ -201,12 +206,14 @@ def functional(func: Any) -> Any:
     return getattr(twin, func._overloadname, func)
 
 
-def result_labels(
+def labels_by_signature(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
-) -> list[RealLabel | None]:
+) -> list[RealLabel | None] | None:
     """The labels of an operator's results, in the order of `tensors_in`, or of its written
-    argument. `labels` are the operands' before it ran."""
+    argument; None where they depend on values (`labels_by_values`). `labels` are the operands'
+    before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
+    packet = twin.overloadpacket
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
     if func.overloadpacket in _OVERWRITING:
         operands = operands[1:]
@@ -219,20 +226,38 @@ def result_labels(
         return [single] * len(outputs)
     if "out" in kwargs or not outputs:
         return [None] * len(outputs)
-    if twin.overloadpacket in (aten.sort, aten.argsort) and operands[0].dim() == 1:
-        order = cells_of(inputs[0], 1, outputs[-1].device).expand(operands[0].shape)[outputs[-1]]
-        return [label_of_cells(order)] * len(outputs)
-    if twin.overloadpacket in MOVES:
-        named = _arguments_by_name(twin, args, kwargs)
-        cells = MOVES[twin.overloadpacket](twin, named, outputs[0], labels)
-        return [None if cells is None else label_of_cells(cells.expand(outputs[0].shape))]
-    if any(label is None for label in inputs):
-        return [None] * len(outputs)
-    by_rule = _by_rule(twin, args, kwargs, results, {id(o): labels[id(o)] for o in operands})
-    if by_rule is None and rule in (pointwise.pointwise, pointwise.copied):
+    if None not in inputs:
+        known = {id(operand): labels[id(operand)] for operand in operands}
+        by_rule = _by_rule(twin, args, kwargs, results, known)
+        if by_rule is not None:
+            return by_rule
+    if packet in READ_INDICES or (packet in _SORTS and operands[0].dim() == 1):
+        return None
+    if packet in MOVES:
+        return _moved(twin, args, kwargs, outputs[0], labels)
+    if None not in inputs and rule in (pointwise.pointwise, pointwise.copied):
         cells = _joined_cells(operands, inputs)
         return [label_of_cells(cells.expand(output.shape)) for output in outputs]
-    return by_rule or [None] * len(outputs)
+    return [None] * len(outputs)
+
+
+def labels_by_values(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
+) -> list[RealLabel | None]:
+    """As `labels_by_signature`, for operators that read indices, or sort a vector."""
+    outputs, twin = list(tensors_in(results)), functional(func)
+    if twin.overloadpacket in _SORTS:
+        (keys,) = tensors_in(args)
+        order = cells_of(labels[id(keys)], 1, outputs[-1].device).expand(keys.shape)[outputs[-1]]
+        return [label_of_cells(order)] * len(outputs)
+    return _moved(twin, args, kwargs, outputs[0], labels)
+
+
+def _moved(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor, labels: Labels
+) -> list[RealLabel | None]:
+    cells = MOVES[func.overloadpacket](func, _arguments_by_name(func, args, kwargs), result, labels)
+    return [None if cells is None else label_of_cells(cells.expand(result.shape))]
 
 
 def _arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

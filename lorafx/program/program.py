@@ -4,7 +4,7 @@ of the passes that prepare it."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -305,12 +305,13 @@ class Program:
 
     def new_call(self, roles: RoleTable | None, named: Mapping[str, Any]) -> Call:
         """A call with an empty memory."""
-        in_model = self.model_memory.in_one_call()
-        memory = Memory(
-            lambda tensor: self.remembered.holds(tensor) or in_model(tensor),
-            lambda: not self.runtime.uniform,
-        )
+        memory = Memory(self.shared_in_one_call(), lambda: not self.runtime.uniform)
         return Call(roles, named, memory)
+
+    def shared_in_one_call(self) -> Callable[[Tensor], bool]:
+        """A predicate that is valid for one call: whether a tensor is the model's."""
+        in_model = self.model_memory.in_one_call()
+        return lambda tensor: self.remembered.holds(tensor) or in_model(tensor)
 
     def _earlier_result(self, tensor: Tensor) -> Role | None:
         """The role, in a new graph, of a tensor that the running call has computed."""

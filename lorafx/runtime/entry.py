@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.driver import explained, lorafx_error_in
-from lorafx.capture.traced import Conversion, NoGraph, Traced
-from lorafx.capture.tracking import Tracking, WeightUses
+from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
@@ -31,9 +29,11 @@ from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+from lorafx.torch_internals.versions import saves_graphs
 
-if TYPE_CHECKING:  # imported where used: torch may lack what it needs
+if TYPE_CHECKING:  # imported where used: with the first graph
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
+    from lorafx.capture.traced import Conversion, Traced
 
 
 class Entry:
@@ -64,7 +64,7 @@ class Entry:
         self.base_graphs = _base_graphs(session)
         #: Traced functions by the states of sites (`SiteWatch`) and hooks (`HookWatch`), unseen by
         #: guards, and by whether they are the base's; of the initial state and the last one.
-        self.traced = {(_INITIAL_STATE, False): self._new_traced(base=False)}
+        self.traced: dict[tuple[tuple[int, int], bool], Traced] = {}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         #: Whether the last call with adapters captured graphs; True before the first.
         self.capturing = True
@@ -107,7 +107,7 @@ class Entry:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
         """The model's result, by the graphs with adapters, or those of the base, or eagerly."""
         session = self.session
-        if session.tiers is None or session.running.warming or session.backend.replay is not None:
+        if session.tiers is None or session.running.warming or session.replays:
             return self.run_graph(args, kwargs, base=base)
         return session.tiers.run(self, args, kwargs, base=base)
 
@@ -181,6 +181,9 @@ class Entry:
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
+        from lorafx.capture.tracking import Tracking
+        from lorafx.eager.weight_uses import WeightUses
+
         captured = len(records)
         uses = WeightUses(program) if program.batch.touched else None
         memory = self._owner_memory()
@@ -222,25 +225,28 @@ class Entry:
 
     def _new_traced(self, *, base: bool) -> Traced:
         session = self.session
+        backend = session.backend  # and with it what compiles
+        from lorafx.capture.traced import Traced
+
         saved = self._saved_graphs(base=base)
         return Traced(
             self.target,
-            _weak_method(session.backend.per_token if self.per_token else session.backend.__call__),
+            _weak_method(backend.per_token if self.per_token else backend.__call__),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
-            keep_guards=session.backend.keep_guards if saved is None else saved.keep_guards,
+            keep_guards=backend.keep_guards if saved is None else saved.keep_guards,
             saved=saved,
             saves=bool(session.program.options.cache),
         )
 
     def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
-        """This entry's graphs that other processes saved; None unless `Options.cache` is set, or
-        graphs are compiled beside the calls."""
-        tiers = self.session.tiers
-        option = self.session.program.options.cache or (tiers and tiers.folder)
-        if not option:
+        """This entry's graphs that other processes saved; None where torch cannot save graphs, and
+        without `Options.cache`, unless graphs are compiled beside the calls."""
+        tiers, option = self.session.tiers, self.session.program.options.cache
+        option = option if tiers is None else tiers.cache
+        if not option or not saves_graphs():
             return None
         paths = {id(module): path for path, module in self.session.program.model.named_modules()}
         entry = {

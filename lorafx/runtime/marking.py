@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
@@ -30,16 +31,16 @@ from lorafx.adapter_store.peft_model import (
 from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin, origin_of
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.capture.lowering import resolved
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError, LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning, LoweringError
 from lorafx.interrupts import Rollback
+from lorafx.kernels.cpu.compiler import check_compiler
 from lorafx.model.extras import token_rooms
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames
-from lorafx.pass_order import pipeline, run_model_passes
+from lorafx.model_passes import run_model_passes
 from lorafx.passes.select import Alias, Select
 from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program
@@ -64,7 +65,10 @@ def mark(
     """Mark `model`. The arguments and errors are those of `lorafx.compile`; after an error the
     model is as it was."""
     settings = Options.of(options)
-    pipeline(settings)  # raises for names of passes that there are not
+    if settings.passes:
+        from lorafx.pass_order import pipeline
+
+        pipeline(settings)  # raises for names of passes that there are not
     sources = by_name(adapters)
     model = without_wrappers(model)
     taken_over, rollback = None, Rollback()
@@ -150,10 +154,24 @@ def _mark(
         prepared.packed,
         attachment.runtime,
         request.config,
-        resolved(options, prepared.sites[0].device),
+        _resolved(options, prepared.sites[0].device),
         tuple(reports),
     )
     return Marked(program, attachment, store, taken_over)
+
+
+def _resolved(options: Options, device: torch.device) -> Options:
+    """`options` with "auto" resolved: Triton on CUDA and ROCm devices, else Inductor; on a CPU
+    without a C++ compiler plain aten, with a warning."""
+    if options.lowering != "auto":
+        return options
+    if device.type == "cpu":
+        try:
+            check_compiler()
+        except LoweringError as error:
+            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
+            return replace(options, lowering="reference")
+    return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
 
 
 # --- the user's request ---

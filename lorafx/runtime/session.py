@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -25,7 +25,6 @@ from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
-from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
@@ -53,7 +52,9 @@ from lorafx.runtime.running import (
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.versions import unsupported
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported with the first graph
+    from lorafx.capture.backend import Backend
+    from lorafx.capture.record import GraphRecord
     from lorafx.runtime.tiers import Tiers
 
 T = TypeVar("T")
@@ -148,12 +149,15 @@ class Session:
     """
 
     def __init__(
-        self, program: Program, store: AdapterStore, backend: Backend, dynamic: bool | None
+        self,
+        program: Program,
+        store: AdapterStore,
+        new_backend: Callable[[Session], Backend],
+        dynamic: bool | None,
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        #: Compiles the graphs; lorafx.inspection.replay assigns another one.
-        self.backend = backend
+        self._new_backend: Final = new_backend
         self.dynamic: Final = dynamic
         self.replacements: Final = Replacements()
         self.has_mha: Final = any(
@@ -165,7 +169,6 @@ class Session:
         self.running: Running = IDLE
         #: The adapter of calls that name none: assigned by `choose`.
         self.default: str | None = None
-        #: The value of `Runtime.active` between calls: assigned by `choose`.
         #: What the base weights hold: assigned by lorafx.weights.
         self.base: BaseState = BaseState()
         #: The sessions of models that share modules, and so `locks`, with this one: assigned by
@@ -182,11 +185,28 @@ class Session:
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
-        self.first_call = True
-        self._last_served = Served()  # assigned by `set_batch`
+        self._last_served = Served()  # assigned by `set_batch`, as is the next one
+        self._called = False
         # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Compiles the graphs; made with the first one, since what it imports takes a second.
+        lorafx.inspection.replay assigns another one."""
+        # An import defines operators, which an interrupted one could not define again.
+        return undisturbed(partial(self._new_backend, self))
+
+    @property
+    def replays(self) -> bool:
+        """Whether graphs are captured once more, to be looked at."""
+        return "backend" in vars(self) and self.backend.replay is not None
+
+    @property
+    def records(self) -> Sequence[GraphRecord]:
+        """What became of each graph."""
+        return self.backend.records if "backend" in vars(self) else ()
 
     @property
     def lock(self) -> threading.RLock:
@@ -307,7 +327,7 @@ class Session:
     def note(self, running: Running, action: Callable[[], T]) -> T:
         """Return the result of `action`, a call that is noted as `running` meanwhile; its forwards
         use `run`. The caller holds the lock."""
-        before, runtime = self.running, self.program.runtime
+        before, runtime, at_rest = self.running, self.program.runtime, self.active_at_rest
         # An interrupt at the beginning of a context manager would leave the call's state behind.
         # None can come between plain assignments.
         try:
@@ -316,7 +336,8 @@ class Session:
         finally:
             self.running = before
             if not before.entries:
-                runtime.active = self.active_at_rest
+                runtime.active = at_rest
+                runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """As `note`, for a forward or an update: what reads or writes slots or base weights. The
@@ -324,6 +345,7 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
+        at_rest = self.active_at_rest
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running = running
@@ -333,7 +355,8 @@ class Session:
                     other.active = False
             return action()
         finally:
-            self.running, program.batch, runtime.active = before, batch, self.active_at_rest
+            # No call among these: an interrupt where one begins would leave the update's state.
+            self.running, program.batch, runtime.active = before, batch, at_rest
             for other, was_active in resting:
                 other.active = was_active
             if before.entries:  # the forward around this one goes on with its own batch
@@ -341,6 +364,7 @@ class Session:
                 runtime.active = active
             else:
                 self.store.copy_streams.end_uses()
+                runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row, or every token, of the call its slot.
@@ -370,9 +394,9 @@ class Session:
             names = tuple(used.values())
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
-        if self.first_call:
+        if not self._called:
             program.note_constants()
-            self.first_call = False
+            self._called = True
         program.runtime.set_rows(row_slots)
         if running.active:
             program.runtime.active = True

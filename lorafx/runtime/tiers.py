@@ -21,6 +21,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,13 +30,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.saved_graphs.folder import AUTO, folder_of, most_bytes
 from lorafx.config import Options
-from lorafx.errors import LorafxWarning
+from lorafx.eager.following import NeedsGraph
+from lorafx.eager.tier import EagerTier
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
 from lorafx.runtime.beside import Process, can_fork
-from lorafx.runtime.eagerly import NeedsGraph, run_eagerly
-from lorafx.torch_internals.versions import numbers, torch_minor
+from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:
     from lorafx.capture.traced import Conversion, Traced
@@ -112,9 +116,19 @@ def starts_eagerly(options: Options, device: torch.device) -> bool:
     if start == "auto":
         start = os.environ.get("LORAFX_START") or "auto"
     if start == "auto":
-        saves = can_fork() and numbers(torch_minor()) >= (2, 13)
-        return device.type == "cpu" and saves and not _shows_graphs(options)
+        beside = device.type == "cpu" and can_fork() and saves_graphs()
+        return beside and not _shows_graphs(options)
     return start == "eager"
+
+
+def _folder_option(options: Options) -> str | bool | None:
+    """`Options.cache`, if graphs can be saved there."""
+    try:
+        if options.cache != AUTO or most_bytes():
+            return options.cache and str(folder_of(options.cache)) and options.cache
+    except ConfigError:
+        pass
+    return None
 
 
 def _shows_graphs(options: Options) -> bool:
@@ -152,10 +166,14 @@ class Tiers:
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
-        self.folder = PrivateFolder()
+        self._eager = EagerTier(session.program)
+        self._private = PrivateFolder()
+        #: The folder through which processes beside hand graphs over: that of `Options.cache`, or
+        #: one of this process alone.
+        self.cache = _folder_option(session.program.options) or self._private
         self._kinds: dict[object, _Kind] = {}
         #: Grows with each graph that may have come into the folder.
-        self._saved = int(bool(session.program.options.cache))
+        self._saved = int(self.cache is not self._private)
         self._shown: LongWork | None = None
         self._said: set[str] = set()
         self._processes: list[Process] = []
@@ -170,10 +188,8 @@ class Tiers:
         self._look()
         if kind.here:
             return entry.run_graph(args, kwargs, base=base)
-        from lorafx.capture.traced import NoGraph
-
         saved, _ = kind.looked
-        graphs = self._saved, len(entry.session.backend.records)
+        graphs = self._saved, len(entry.session.records)
         if (kind.has_graph or graphs != kind.looked) and _compiler_is_imported():
             loads = _load if self._saved != saved else _find
             try:
@@ -187,10 +203,24 @@ class Tiers:
         if self._is_due(kind):
             self._fork(kind, partial(_compile, entry, call))
         try:
-            return run_eagerly(entry.session, entry.target, args, kwargs)
+            return self._run_eagerly(entry, args, kwargs)
         except NeedsGraph:
             kind.here = True
             return entry.run_graph(args, kwargs, base=base)
+
+    def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        session, runtime = entry.session, entry.session.program.runtime
+        if session.requests.tokens is not None:
+            raise NeedsGraph("tokens have slots of their own")
+        no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+        active = runtime.active
+        try:
+            if all(row < 0 for row in runtime.rows):
+                runtime.active = False
+            with no_grad, session.without_mha_fast_path():
+                return self._eager.run(entry.target, args, kwargs)
+        finally:
+            runtime.active = active
 
     # --- processes ---
 
@@ -205,10 +235,10 @@ class Tiers:
         )
 
     def _fork(self, kind: _Kind, work: Callable[[], str]) -> None:
-        folder = os.fspath(self.folder)
+        folder = os.fspath(self._private)
 
         def compile() -> str:
-            self.folder.keep(folder)
+            self._private.keep(folder)
             return work()
 
         kind.processes += 1
@@ -249,9 +279,7 @@ class Tiers:
         kind.reason = outcome
         if outcome not in self._said:
             self._said.add(outcome)
-            warnings.warn(
-                f"calls stay eager ({kind.name}): {outcome}", LorafxWarning, stacklevel=2
-            )
+            warnings.warn(f"calls stay eager ({kind.name}): {outcome}", LorafxWarning, stacklevel=2)
 
     def end(self) -> None:
         """End all processes; their kinds may be tried again."""
@@ -328,8 +356,6 @@ def _save(traced: Traced) -> Conversion:
 
 def _compile(entry: Entry, call: Callable[[], Any]) -> str:
     """Compile and save the graph of `call`, in a process for this alone. Returns why it is not."""
-    from lorafx.capture.traced import NoGraph
-
     session = entry.session
     session.locks.calls = threading.RLock()  # that of the serving process is another thread's
     session.running = session.running._replace(thread=threading.get_ident())

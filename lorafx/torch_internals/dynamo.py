@@ -26,7 +26,6 @@ with private_names():
     from torch._C import _log_api_usage_once
     from torch._C._dynamo.guards import GlobalStateGuard
     from torch._dynamo import assume_constant_result, disable, eval_frame, optimize
-    from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.convert_frame import input_codes
     from torch._dynamo.eval_frame import OptimizedModule, innermost_fn, set_code_exec_strategy
     from torch._dynamo.exc import (

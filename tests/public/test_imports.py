@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,49 @@ assert callable(lorafx.explain) and callable(lorafx.pipeline)
 
 def test_importing_lorafx_imports_what_it_needs_on_demand() -> None:
     subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=120)
+
+
+#: What compiles, looks inside or serves otherwise than by calls.
+LATER = (
+    "lorafx.bisection",
+    *(f"lorafx.capture.{name}" for name in ("backend", "driver", "executable", "lowering")),
+    *("lorafx.capture.record", "lorafx.capture.saved_graphs", "lorafx.capture.traced"),
+    *("lorafx.generation.continuous", "lorafx.inspection", "lorafx.kernels.triton"),
+    *("lorafx.pass_order", "lorafx.passes.lower", "lorafx.passes.match"),
+    *("networkx", "torch._functorch.aot_autograd", "torch._inductor.codecache"),
+    *("torch._inductor.codegen", "torch._inductor.compile_fx"),
+)
+LATE = """
+import sys
+sys.modules.update(torchao=None, bitsandbytes=None)  # with which PEFT imports Inductor
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+folder, *later = sys.argv[1:]
+sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
+model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
+ids = torch.zeros(2, 3, dtype=torch.long)
+peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+peft_model.save_pretrained(folder)
+model = peft_model.unload()
+with torch.no_grad():
+    model(ids)
+import lorafx
+cm = lorafx.compile(model, {"a": folder}, options={"lowering": "reference"})
+assert cm.recompiles == 0
+with torch.no_grad():
+    model(ids)
+found = [name for name in later if name in sys.modules]
+if found:
+    sys.exit(f"lorafx.compile imports {found}")
+cm(ids, adapter_names=["a", None])
+assert cm.recompiles == 1 and "lorafx.capture.backend" in sys.modules
+"""
+
+
+def test_what_compiles_is_imported_with_the_first_graph(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LATE, str(tmp_path), *LATER]
+    subprocess.run(command, check=True, timeout=120)
 
 
 @pytest.mark.quick

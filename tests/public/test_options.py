@@ -264,7 +264,7 @@ def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):
     def absent():
         raise lorafx.LoweringError("no C++ compiler was found")
 
-    monkeypatch.setattr("lorafx.capture.lowering.find_compiler", absent)
+    monkeypatch.setattr("lorafx.runtime.marking.check_compiler", absent)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
     with pytest.warns(lorafx.LorafxWarning, match="no C\\+\\+ compiler"):
         cm = lorafx.compile(copy.deepcopy(model), lorafx.LoraConfig(target_modules=["0"]))

@@ -48,6 +48,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
 )
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
+from lorafx.progress import LOG
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
 from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
@@ -75,6 +76,7 @@ class SavedGraphs:
         self, backend: Backend, option: str | bool | os.PathLike[str], entry: Mapping[str, Any]
     ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
+        self._auto = isinstance(option, str) and option == folders.AUTO
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
@@ -94,8 +96,12 @@ class SavedGraphs:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
         self.unsaved = ""
         place = self._folder_and_key(frame)
-        if place is None:
-            return convert(frame, *arguments, **kwargs)
+        if not isinstance(place, tuple):
+            known = len(self._backend.records)
+            result = convert(frame, *arguments, **kwargs)
+            for record in self._backend.records[known:]:
+                record.saved = place
+            return result
         loaded = self._load(*place, frame, arguments)
         if loaded is not None:
             return loaded
@@ -107,9 +113,12 @@ class SavedGraphs:
             self._save(*place, result.guarded_code, conversion)
         return result
 
-    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | None:
+    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
+        """Where graphs of this entry are now, or a sentence that says why they are not kept."""
         program = self._backend.program
         try:
+            if self._auto and not folders.most_bytes():
+                return ""
             program.look_at_modules()
             if (
                 program.site_watch.missing
@@ -118,13 +127,13 @@ class SavedGraphs:
                 or not can_save(program)
             ):
                 self.unsaved = "graphs of this model or with these options cannot be saved"
-                return None
-            key = entry_key(program, {**self._entry, "code": frame.f_code})
-            return folders.folder_of(self._option), key
+                return ""
+            folder = folders.folder_of(self._option)
+            return folder, entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
-            self.unsaved = f"graphs of {type(program.model).__name__} are not saved: {error}"
-            _warn(self.unsaved)
-            return None
+            self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            self.unsaved = f"not saved: {error}"
+            return self.unsaved
 
     @contextmanager
     def _noting_conversion(self) -> Iterator[_Conversion]:
@@ -140,9 +149,12 @@ class SavedGraphs:
             body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
+            if self._auto:
+                folders.trim(folder, folders.most_bytes())
         except OSError as error:
-            self.unsaved = f"a graph could not be saved in {folder}: {error}"
-            _warn(self.unsaved)
+            self.unsaved = f"not saved: {error}"
+            self._warn(f"a graph could not be saved in {folder}: {error}")
+            conversion.tell(self.unsaved)
         except Exception as error:  # Undescribed, or errors of pickling
             self.unsaved = f"not saved: {error}"
             conversion.tell(self.unsaved)
@@ -159,7 +171,7 @@ class SavedGraphs:
             try:
                 code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
             except Exception as error:
-                _warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
+                self._warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
                     path.unlink()
                 continue
@@ -172,9 +184,12 @@ class SavedGraphs:
                 return code
         return None
 
-
-def _warn(text: str) -> None:
-    warnings.warn(text, LorafxWarning, stacklevel=2)
+    def _warn(self, text: str) -> None:
+        """Warn, or log what concerns a folder that the user has not asked for."""
+        if self._auto:
+            LOG.info("%s", text)
+        else:
+            warnings.warn(text, LorafxWarning, stacklevel=2)
 
 
 class _Conversion:

@@ -1,0 +1,213 @@
+"""The deltas of sites in an eager forward.
+
+With few rows a delta is two batched products over factors that are gathered by row,
+
+    v = x Aᵀ        x (n, T, K), A (n, ρ, K), ρ the sum of the parts' ranks
+    y ← y + v B     B (n, ρ, N), scaled, zero outside of a part's columns
+
+Gathered factors are kept for the next step, up to a share of the model's bytes, and are gathered
+again when a bank has been written. All other deltas are those of the sites' operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.eager.following import Following
+from lorafx.kernels.ops.delta import accumulation_dtype
+from lorafx.model.bank import Bank
+from lorafx.model.marks import UNPROVED, Owners, SiteMark
+from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel
+from lorafx.program.program import Program
+
+
+class Factors(NamedTuple):
+    """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
+    if all are; with the versions of the bank that they were read from."""
+
+    A: Tensor
+    B: Tensor
+    live: Tensor | None
+    versions: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
+
+
+class GatheredFactors:
+    """The factors that calls of a program have gathered, at most `most` bytes of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: dict[tuple[str, tuple[int, ...]], Factors] = {}
+        self._nbytes = 0
+
+    def of(self, mark: SiteMark, slots: tuple[int, ...], dtype: torch.dtype) -> Factors | None:
+        """The factors of rows with these slots; None if they would be too large."""
+        bank, key = mark.bank, (mark.path, slots)
+        versions = _versions(bank)
+        kept = self._kept.get(key)
+        if kept is not None and kept.versions == versions and kept.A.dtype == dtype:
+            return kept
+        ranks = {slot: [int(r) for r in bank.ranks[slot]] for slot in set(slots) if slot >= 0}
+        rank = max((sum(r[i] for i in mark.siblings) for r in ranks.values()), default=0)
+        nbytes = len(slots) * rank * (mark.in_features + mark.out_features) * dtype.itemsize
+        if nbytes > self._most:
+            return None
+        if kept is not None or self._nbytes + nbytes > self._most:
+            self._kept.clear()
+            self._nbytes = 0
+        factors = self._kept[key] = _gathered(mark, slots, ranks, rank, dtype, versions)
+        self._nbytes += factors.nbytes
+        return factors
+
+
+def _versions(bank: Bank) -> tuple[int, ...]:
+    return (bank.A._version, bank.B._version, bank.ranks._version, bank.scales._version)
+
+
+def _gathered(
+    mark: SiteMark,
+    slots: tuple[int, ...],
+    ranks: dict[int, list[int]],
+    rank: int,
+    dtype: torch.dtype,
+    versions: tuple[int, ...],
+) -> Factors:
+    bank, features, distinct = mark.bank, mark.in_features, list(dict.fromkeys(slots))
+    shape = len(distinct), rank
+    A = bank.A.new_zeros((*shape, features), dtype=dtype)
+    B = bank.B.new_zeros((*shape, mark.out_features), dtype=dtype)
+    for row, slot in enumerate(distinct):
+        first = start = 0
+        for i, offset, size in zip(mark.siblings, mark.offsets, mark.sizes, strict=True):
+            r = ranks[slot][i] if slot >= 0 else 0
+            if r:  # rows beyond it may be another adapter's
+                A[row, first : first + r] = bank.A[slot, :r, i * features : (i + 1) * features]
+                columns = bank.B[slot, :r, offset : offset + size].to(dtype)
+                B[row, first : first + r, start : start + size] = columns * bank.scales[slot, i]
+            first, start = first + r, start + size
+    index = torch.tensor([distinct.index(slot) for slot in slots], device=A.device)
+    live = torch.tensor([slot >= 0 for slot in slots], device=A.device)[:, None, None]
+    A = A[index].transpose(1, 2).contiguous()
+    return Factors(A, B[index], None if min(slots) >= 0 else live, versions)
+
+
+class Deltas:
+    """Adds the deltas of one eager forward (`Runtime.deltas`)."""
+
+    def __init__(self, program: Program, following: Following, gathered: GatheredFactors) -> None:
+        self._following, self._gathered = following, gathered
+        self._touched = program.batch.touched
+        self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
+        #: Slots by row, by the code of x and its row dimensions.
+        self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
+
+    def add(
+        self,
+        mark: SiteMark,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float | None,
+        ranges: Sequence[Sequence[int]],
+        addend: Tensor | None,
+    ) -> Tensor:
+        """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
+        are not known."""
+        following = self._following
+        following.marked(mark.path)
+        if mark.path not in self._touched:
+            return y
+        code = 0
+        if self._uniform:
+            rows = _Rows((self._rows[0],), 1)
+        else:
+            code = following.code(x)
+            if following.code(y) != code:
+                following.refuse(f"{mark.path}: the rows of its output are not those of its input")
+            rows = self._rows_of(mark, code, x)
+
+        def added() -> Tensor:
+            out = None
+            if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
+                out = self._by_products(mark, x, y, rows.slots)
+            if out is None:
+                slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
+                owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
+                out = mark.with_delta(x, y, scale, ranges, addend, owners)
+            return out
+
+        out = following.outside(added)
+        if not self._uniform:
+            following.note(out, code)
+        return out
+
+    def _by_products(
+        self, mark: SiteMark, x: Tensor, y: Tensor, slots: tuple[int, ...]
+    ) -> Tensor | None:
+        acc = accumulation_dtype(x, y)
+        factors = self._gathered.of(mark, slots, acc)
+        if factors is None:
+            return None
+        n = len(slots)
+        wide_x, wide_y = x.to(acc), y.to(acc)
+        if n == 1:
+            x2, y2 = wide_x.reshape(-1, x.shape[-1]), wide_y.reshape(-1, y.shape[-1])
+            out = torch.addmm(y2, x2 @ factors.A[0], factors.B[0])
+        else:
+            x3, y3 = wide_x.reshape(n, -1, x.shape[-1]), wide_y.reshape(n, -1, y.shape[-1])
+            out = torch.baddbmm(y3, torch.bmm(x3, factors.A), factors.B)
+            if factors.live is not None:  # 0 times infinity is no number
+                out = torch.where(factors.live, out, y3)
+        return out.to(y.dtype).view(y.shape)
+
+    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
+        count = x.dim() if mark.kind == "embedding" else 1 if mark.window else x.dim() - 1
+        lead = tuple(x.shape[:count])
+        found = self._by_code.get((code, lead))
+        if found is None:
+            found = self._slots(self._following.label(x), lead, x)
+            if found is None:
+                self._following.refuse(
+                    f"{mark.path}: which request each row of its input belongs to is not known"
+                )
+            self._by_code[code, lead] = found
+        return found
+
+    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+        if isinstance(label, Alone):
+            return _Rows((self._slot(label.request),), 1)
+        if isinstance(label, Listed) and label.dim < len(lead):
+            slots = tuple(map(self._slot, label.owners))
+            each, times = math.prod(lead[label.dim + 1 :]), len(slots) // len(self._rows)
+            if times > 1 and slots == tuple(s for s in slots[::times] for _ in range(times)):
+                slots, each = slots[::times], each * times
+            return _Rows(slots, each, leads=math.prod(lead[: label.dim]) == 1)
+        if isinstance(label, Patchy):
+            cells = label.cells.expand(x.shape).reshape(math.prod(lead), -1)
+            owners = cells.amax(1, keepdim=True)
+            if bool((cells == UNKNOWN).any()) or not bool(
+                ((cells == owners) | (cells == NOBODY)).all()
+            ):
+                return None
+            return _Rows(tuple(map(self._slot, owners.flatten().tolist())), 1)
+        return None
+
+    def _slot(self, request: int) -> int:
+        return self._rows[request] if request >= 0 else -1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Row m has slot slots[(m // each) % n]. `leads`: the rows of each slot lie together."""
+
+    slots: tuple[int, ...]
+    each: int
+    leads: bool = True

@@ -1,0 +1,387 @@
+"""Follows the owners of rows through the operators of an eager forward.
+
+A dispatch mode sees each operator. What its results belong to follows from the labels, sizes and
+constants of its operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
+and remembered:
+
+    (operator, labels and sizes of tensors, constants)  →  labels of the results
+
+Operators that read the values of indices are never remembered, and views are not looked at: a label
+belongs to a storage, and a view's follows from strides when it is used.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lorafx.eager.undo import Undo
+from lorafx.eager.weight_uses import WeightUses
+from lorafx.model.sites import Site
+from lorafx.ownership.memory import SHARED, Block, Memory, Patchy, RealLabel, storage_of
+from lorafx.ownership.real import (
+    alone,
+    labels_by_signature,
+    labels_by_values,
+    tensors_in,
+    written,
+)
+from lorafx.program.program import Program
+from lorafx.torch_internals.graph_parts import (
+    OpOverload,
+    TorchDispatchMode,
+    _len_torch_dispatch_stack,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+)
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+
+class NeedsGraph(Exception):
+    """Eager mode cannot prove that it would serve a call correctly; a graph may."""
+
+
+class Kind(enum.Enum):
+    """What an operator does to memory."""
+
+    VIEW = enum.auto()
+    NEW = enum.auto()
+    #: A tensor of undefined contents, which belong to nobody known.
+    EMPTY = enum.auto()
+    WRITE = enum.auto()
+    #: Takes over a tensor that torch made of Python's numbers.
+    LIFT = enum.auto()
+
+
+#: Views, though their schemas do not say so.
+_VIEWS = (aten._unsafe_view, aten._reshape_alias, aten.detach, aten.alias)
+_EMPTY = (
+    aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided,
+    aten.empty_permuted,
+)  # fmt: skip
+_LIFTS = (aten.lift_fresh, aten.lift)
+
+
+@cache
+def kind_of(func: Any) -> Kind | None:
+    """None for what is no operator with a schema, such as control flow."""
+    if not isinstance(func, OpOverload):
+        return None
+    if func.overloadpacket in _LIFTS:
+        return Kind.LIFT
+    if func._schema.is_mutable:
+        return Kind.WRITE
+    aliases = any(value.alias_info is not None for value in func._schema.returns)
+    if aliases or func.overloadpacket in _VIEWS:
+        return Kind.VIEW
+    return Kind.EMPTY if func.overloadpacket in _EMPTY else Kind.NEW
+
+
+#: The codes of unknown owners, and of no owner.
+UNKNOWN, NOBODYS = 0, 1
+
+
+class Remembered:
+    """What is known of operators from earlier calls of a program. Labels have numbers, `codes`."""
+
+    def __init__(self, most: int = 1 << 16) -> None:
+        self._most = most
+        #: The parameters that were operands, which belong to nobody.
+        self.parameters: dict[int, weakref.ref[Tensor]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self.labels: list[RealLabel | None] = [None, SHARED]
+        self._codes: dict[RealLabel | None, int] = {None: UNKNOWN, SHARED: NOBODYS}
+        #: The codes of results by signature.
+        self.results: dict[Any, Sequence[int]] = {}
+
+    def begin(self) -> None:
+        """Forget signatures if there are too many. Nothing may be running."""
+        if max(len(self.results), len(self.labels)) > self._most:
+            self._clear()
+        if len(self.parameters) > self._most:
+            self.parameters.clear()
+
+    def code(self, label: RealLabel | None) -> int:
+        """The number of this label."""
+        if label not in self._codes:
+            self._codes[label] = len(self.labels)
+            self.labels.append(label)
+        return self._codes[label]
+
+
+class Following(TorchDispatchMode):
+    """The owners of what an eager forward computes, and the uses of weights in it.
+
+    Args:
+        memory: the labels of storages; None where all requests have the same slot, and only uses
+            of weights are looked at.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, program: Program, remembered: Remembered, undo: Undo, memory: Memory | None
+    ) -> None:
+        super().__init__()
+        self.memory = memory
+        self.over = False
+        self._undo, self._remembered = undo, remembered
+        #: (tensor, its storage's labels and their epoch, its version, code) by identity.
+        self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
+        self._made: dict[int, StorageWeakRef] = {}
+        self._uses = WeightUses(program)
+        #: Touched sites by the storage of their weight, or the weight where it has none.
+        self._sites: dict[int, list[tuple[Site, Tensor]]] = {}
+        for site in program.sites:
+            weight = program.weight_of(site) if program.is_touched(site) else None
+            if weight is not None:
+                self._sites.setdefault(_place(weight), []).append((site, weight))
+        #: Operands of the running operator that hold weights of touched sites.
+        self._weights: list[Tensor] = []
+        #: Sites whose module has used its weight, and whose mark has not come.
+        self._unmarked: dict[str, None] = {}
+        #: Why this forward is not served, which the model's code may have caught.
+        self.refusal: str | None = None
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise NeedsGraph."""
+        self.refusal = why
+        raise NeedsGraph(why)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch wraps this mode in a function of Dynamo's
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, with its operators followed. Raises NeedsGraph."""
+        depth = _len_torch_dispatch_stack()
+        try:
+            _push_on_torch_dispatch_stack(self)
+            result = action()
+        finally:
+            self.over = True  # an interrupt may leave it on the stack
+            while _len_torch_dispatch_stack() > depth:
+                _pop_torch_dispatch_stack(None)
+        self._uses.refuse()
+        if self.refusal is not None:
+            raise NeedsGraph(self.refusal)
+        if self._unmarked:
+            self.refuse(f"{', '.join(self._unmarked)}: the forward was called, not the module")
+        return result
+
+    def outside(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, whose operators are not followed."""
+        _pop_torch_dispatch_stack(None)
+        try:
+            return action()
+        finally:
+            _push_on_torch_dispatch_stack(self)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kind, named = kind_of(func), kwargs or {}
+        if kind is Kind.VIEW or kind is None or self.over:
+            return func(*args, **named)
+        operands: list[tuple[Tensor, int]] = []
+        signature: list[Any] = [func]
+        self._sign(args, signature, operands)
+        if named:
+            signature.extend(named)
+            self._sign(tuple(named.values()), signature, operands)
+        targets = written(func, args, named) if kind is Kind.WRITE else ()
+        self._undo.note(target for target in targets if not self._is_made_here(target))
+        results = func(*args, **named)
+        if self._weights:
+            self._look_at_weights(func, results)
+        if self.memory is None:
+            for output in tensors_in(results):
+                self._note_made(output)
+            return results
+        if kind is Kind.LIFT:
+            if results.numel() > 1:  # a number is as good as Python's
+                return results
+            codes: Sequence[int] = (NOBODYS,)
+        elif kind is Kind.EMPTY:
+            codes = (UNKNOWN,)
+        else:
+            key = tuple(signature)
+            known = self._remembered.results.get(key)
+            codes = self._found(key, args, named, results, operands) if known is None else known
+        if targets:
+            self._note_written(targets, results, codes, operands)
+        elif isinstance(results, Tensor):
+            self.note(results, codes[0])
+        else:
+            for output, code in zip(tensors_in(results), codes, strict=True):
+                self.note(output, code)
+        return results
+
+    def _sign(
+        self, values: Sequence[Any], signature: list[Any], operands: list[tuple[Tensor, int]]
+    ) -> None:
+        """Add arguments to an operator's signature, and their tensors to its operands."""
+        for value in values:
+            if isinstance(value, Tensor):
+                code = self.code(value)
+                operands.append((value, code))
+                signature += (code, value.shape, value.dtype)
+            elif isinstance(value, (list, tuple)):
+                signature.append(len(value))
+                self._sign(value, signature, operands)
+            else:
+                signature.append(value)
+
+    def code(self, tensor: Tensor) -> int:
+        """The code of a tensor's label."""
+        key = id(tensor)
+        known = self._known.get(key)
+        if (
+            known is not None
+            and known[0]() is tensor
+            and known[1].epoch == known[2]
+            and known[3] == tensor._version
+            and tensor.untyped_storage().resizable() is not known[1].exported
+        ):
+            return known[4]
+        parameter = self._remembered.parameters.get(key)
+        if parameter is not None and parameter() is tensor:
+            if _place(tensor) in self._sites:
+                self._weights.append(tensor)
+            return NOBODYS
+        return self._looked_up(tensor)
+
+    def _looked_up(self, tensor: Tensor) -> int:
+        if _place(tensor) in self._sites:
+            self._weights.append(tensor)
+        if self.memory is None:
+            return NOBODYS
+        code = self._remembered.code(self.memory.look(tensor))
+        block = self.memory.block(tensor)
+        if block is not None and not tensor.is_inference():
+            place = block, block.epoch, tensor._version
+            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+        elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
+            self._remembered.parameters[id(tensor)] = weakref.ref(tensor)
+        return code
+
+    def label(self, tensor: Tensor) -> RealLabel | None:
+        """The owners of a tensor's elements; None if they are unknown."""
+        return self._remembered.labels[self.code(tensor)]
+
+    def note(self, tensor: Tensor, code: int) -> None:
+        """Label a new tensor; nothing happens for a view."""
+        assert self.memory is not None
+        block = self.memory.born(tensor, self._remembered.labels[code])
+        if block is not None:
+            place = block, block.epoch, tensor._version
+            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+
+    def _found(
+        self,
+        key: tuple[Any, ...],
+        args: tuple[Any, ...],
+        named: Mapping[str, Any],
+        results: Any,
+        operands: Sequence[tuple[Tensor, int]],
+    ) -> Sequence[int]:
+        """The codes of results, by the rules."""
+        func, remembered = key[0], self._remembered
+        labels = {id(item): remembered.labels[code] for item, code in operands}
+        try:
+            found = labels_by_signature(func, args, named, results, labels)
+            by_values = found is None
+            if found is None:
+                found = labels_by_values(func, args, named, results, labels)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return [UNKNOWN] * len(list(tensors_in(results)))  # no rule knows their owners
+        codes = [remembered.code(label) for label in found]
+        # Cells belong to this call.
+        if not (by_values or any(isinstance(x, Patchy) for x in (*labels.values(), *found))):
+            remembered.results[key] = codes
+        return codes
+
+    def _note_written(
+        self,
+        targets: Sequence[Tensor],
+        results: Any,
+        codes: Sequence[int],
+        operands: Sequence[tuple[Tensor, int]],
+    ) -> None:
+        assert self.memory is not None
+        labels = self._remembered.labels
+        found = [labels[code] for code in codes]
+        if len(targets) != len(list(tensors_in(results))):
+            found = [alone([labels[code] for _, code in operands])] * len(targets)
+        for target, label in zip(targets, found, strict=True):
+            if self.memory.block(target) is None:  # it was the model's
+                self._known.clear()
+                self._remembered.parameters.clear()
+            self.memory.write(target, label, uncounted=1)  # torch counts it after the mode
+
+    # --- memory that the call has allocated ---
+
+    def _note_made(self, tensor: Tensor) -> None:
+        key = storage_of(tensor)
+        if key is not None:
+            self._made[key] = StorageWeakRef(tensor.untyped_storage())
+
+    def _is_made_here(self, tensor: Tensor) -> bool:
+        if self.memory is not None:
+            block = self.memory.block(tensor)
+            return block is not None and block.born
+        made = self._made.get(storage_of(tensor) or 0)
+        return made is not None and not made.expired()
+
+    # --- weights ---
+
+    def _look_at_weights(self, func: Any, results: Any) -> None:
+        """Check the operands that hold weights of touched sites. Where a module's own forward uses
+        its weight, its mark has to follow."""
+        weights, self._weights = self._weights, []
+        caller = sys._getframe(2).f_locals.get("self")
+        for used in weights:
+            site = next(
+                (
+                    site
+                    for site, weight in self._sites[_place(used)]
+                    if site.marked is caller and _is_all_of(used, weight)
+                ),
+                None,
+            )
+            if site is None:
+                self._uses.look(func, [used], list(tensors_in(results)))
+            else:
+                self._unmarked[site.path] = None
+
+    def marked(self, path: str) -> None:
+        """The mark of the site at `path` adds its delta."""
+        self._unmarked.pop(path, None)
+
+
+def _place(tensor: Tensor) -> int:
+    """The storage of a tensor, or the tensor itself where it is composite."""
+    return storage_of(tensor) or id(tensor)
+
+
+def _is_all_of(used: Tensor, weight: Tensor) -> bool:
+    """Whether an operand is this weight, or its transpose."""
+    if used is weight:
+        return True
+    return used.numel() == weight.numel() and used.data_ptr() == weight.data_ptr()

@@ -1,0 +1,85 @@
+"""What an eager forward changes outside of itself, to be as before if a graph must serve the call.
+
+Caches among the arguments change as Python objects, and tensors from before the call are written in
+place. Both are recorded before they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping, MutableSequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Objects that a forward does not change.
+_FIXED = (Tensor, nn.Module, str, bytes, int, float, complex, torch.dtype, torch.device, type)
+
+
+class Undo:
+    """The state before a call.
+
+    Args:
+        arguments: of the call; the objects in them are looked through, but for modules and tensors.
+        device: the model's.
+    """
+
+    def __init__(self, arguments: Iterable[Any], device: torch.device) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        self._written: list[tuple[Tensor, Tensor]] = []
+        devices = (device,) if device.type == "cuda" else ()
+        self._random = [_random_state(item) for item in (None, *devices)]
+        seen: set[int] = set()
+        for argument in arguments:
+            self._record(argument, seen)
+
+    def _record(self, value: Any, seen: set[int]) -> None:
+        if value is None or isinstance(value, _FIXED) or callable(value) or id(value) in seen:
+            return
+        seen.add(id(value))
+        held: Any = value if isinstance(value, _CONTAINERS) else getattr(value, "__dict__", None)
+        if isinstance(held, MutableMapping):
+            self._contents.append((held, dict(held)))
+            inner: Iterable[Any] = held.values()
+        elif isinstance(held, MutableSequence):
+            self._contents.append((held, list(held)))
+            inner = held
+        elif isinstance(held, tuple):
+            inner = held
+        else:
+            return
+        for item in inner:
+            self._record(item, seen)
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """These tensors from before the call are about to be written."""
+        self._written += [(tensor, tensor.clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Make everything as it was before the call."""
+        while self._written:
+            tensor, before = self._written.pop()
+            tensor.copy_(before)
+        for held, before in self._contents:
+            if isinstance(held, MutableMapping):
+                held.clear()
+                held.update(before)
+            else:
+                held[:] = before
+        for restore, state in self._random:
+            restore(state)
+
+
+_CONTAINERS = (MutableMapping, MutableSequence, tuple)
+
+
+def _random_state(device: torch.device | None) -> tuple[Callable[[Tensor], None], Tensor]:
+    """How to restore the random state of a GPU, or of the CPU, and its present value."""
+    if device is None:
+        return torch.set_rng_state, torch.get_rng_state()
+
+    def restore(state: Tensor) -> None:
+        torch.cuda.set_rng_state(state, device)
+
+    return restore, torch.cuda.get_rng_state(device)
