@@ -244,8 +244,8 @@ class Entry:
     def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
         """This entry's graphs that other processes saved; None where torch cannot save graphs, and
         without `Options.cache`, unless graphs are compiled beside the calls."""
-        tiers, option = self.session.tiers, self.session.program.options.cache
-        option = option if tiers is None else tiers.cache
+        tiers = self.session.tiers
+        option = self.session.program.options.cache if tiers is None else tiers.cache
         if not option or not saves_graphs():
             return None
         paths = {id(module): path for path, module in self.session.program.model.named_modules()}

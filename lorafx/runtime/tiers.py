@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from lorafx.runtime.entry import Entry
     from lorafx.runtime.session import Session
 
-Tier = Literal["eager", "compiling", "ready", "kept eager"]
+TierName = Literal["eager", "compiling", "ready", "kept eager"]
 
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
 _CALLS, _MOST_PROCESSES = 2, 3
@@ -60,7 +60,7 @@ class KindStatus:
 
     kind: str
     calls: int
-    tier: Tier
+    tier: TierName
     reason: str = ""
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Status:
         """The number of kinds whose graph is being compiled."""
         return self.count("compiling")
 
-    def count(self, tier: Tier) -> int:
+    def count(self, tier: TierName) -> int:
         return sum(kind.tier == tier for kind in self.kinds)
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class _Kind:
     reason: str = ""
 
     @property
-    def tier(self) -> Tier:
+    def tier(self) -> TierName:
         if self.process is not None:
             return "compiling"
         if self.has_graph or self.here:
@@ -112,7 +112,7 @@ class _Kind:
 
 def starts_eagerly(options: Options, device: torch.device) -> bool:
     """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
-    start = options.start
+    start: str = options.start
     if start == "auto":
         start = os.environ.get("LORAFX_START") or "auto"
     if start == "auto":

@@ -47,7 +47,11 @@ def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     "auto" nobody else may be able to replace a folder above it either."""
     default = option is True or option == AUTO
     try:
-        path = default_folder() if default else Path(os.fspath(str(option) if isinstance(option, bool) else option)).expanduser()
+        path = (
+            default_folder()
+            if default
+            else Path(os.fspath(str(option) if isinstance(option, bool) else option)).expanduser()
+        )
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat() if default else path.stat()
         parents = [(item, item.lstat()) for item in path.resolve().parents]
