@@ -245,7 +245,8 @@ class Entry:
         """This entry's graphs that other processes saved; None where torch cannot save graphs, and
         without `Options.cache`, unless graphs are compiled beside the calls."""
         tiers = self.session.tiers
-        option = self.session.program.options.cache if tiers is None else tiers.cache
+        folder = None if tiers is None else tiers.folder
+        option = self.session.program.options.cache or folder
         if not option or not saves_graphs():
             return None
         paths = {id(module): path for path, module in self.session.program.model.named_modules()}
@@ -260,7 +261,7 @@ class Entry:
         }
         from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
 
-        return SavedGraphs(self.session.backend, option, entry)
+        return SavedGraphs(self.session.backend, option, entry, folder)
 
     def _traced_for(self, state: tuple[int, int], *, base: bool) -> Traced:
         if (state, base) not in self.traced:

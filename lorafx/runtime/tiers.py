@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from lorafx.capture.compiler_failures import NoGraph
-from lorafx.capture.saved_graphs.folder import AUTO, folder_of, most_bytes
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
-from lorafx.errors import ConfigError, LorafxWarning
+from lorafx.errors import LorafxWarning
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
 from lorafx.runtime.beside import Process, can_fork
@@ -121,16 +120,6 @@ def starts_eagerly(options: Options, device: torch.device) -> bool:
     return start == "eager"
 
 
-def _folder_option(options: Options) -> str | bool | None:
-    """`Options.cache`, if graphs can be saved there."""
-    try:
-        if options.cache != AUTO or most_bytes():
-            return options.cache and str(folder_of(options.cache)) and options.cache
-    except ConfigError:
-        pass
-    return None
-
-
 def _shows_graphs(options: Options) -> bool:
     """Whether options ask for what is seen only where graphs are compiled in this process."""
     dumps = options.dump or os.environ.get("LORAFX_DUMP")
@@ -167,13 +156,11 @@ class Tiers:
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
         self._eager = EagerTier(session.program)
-        self._private = PrivateFolder()
-        #: The folder through which processes beside hand graphs over: that of `Options.cache`, or
-        #: one of this process alone.
-        self.cache = _folder_option(session.program.options) or self._private
+        #: The folder through which processes beside hand graphs over where `Options.cache` has none.
+        self.folder = PrivateFolder()
         self._kinds: dict[object, _Kind] = {}
         #: Grows with each graph that may have come into the folder.
-        self._saved = int(self.cache is not self._private)
+        self._saved = int(bool(session.program.options.cache))
         self._shown: LongWork | None = None
         self._said: set[str] = set()
         self._processes: list[Process] = []
@@ -235,10 +222,10 @@ class Tiers:
         )
 
     def _fork(self, kind: _Kind, work: Callable[[], str]) -> None:
-        folder = os.fspath(self._private)
+        folder = os.fspath(self.folder)
 
         def compile() -> str:
-            self._private.keep(folder)
+            self.folder.keep(folder)
             return work()
 
         kind.processes += 1

@@ -46,6 +46,8 @@ def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     """The folder of `Options.cache`, made if absent; ConfigError unless private to the user. For
     "auto" nobody else may be able to replace a folder above it either."""
     default = option is True or option == AUTO
+    if option == AUTO and not most_bytes():
+        raise ConfigError("LORAFX_CACHE_BYTES is 0")
     try:
         path = (
             default_folder()

@@ -46,7 +46,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
-from lorafx.errors import LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.program.program import Program
 from lorafx.progress import LOG
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
@@ -69,14 +69,22 @@ _MAX_FILES = 64  # of a key, the newest, that are tried
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`, or a
-    folder of this process."""
+    """Loads and saves the graphs of an entry of the program.
+
+    Args:
+        option: `Options.cache`, or a folder of this process.
+        instead: a folder of this process, for where that of "auto" cannot be used.
+    """
 
     def __init__(
-        self, backend: Backend, option: str | bool | os.PathLike[str], entry: Mapping[str, Any]
+        self,
+        backend: Backend,
+        option: str | bool | os.PathLike[str],
+        entry: Mapping[str, Any],
+        instead: os.PathLike[str] | None = None,
     ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
-        self._auto = isinstance(option, str) and option == folders.AUTO
+        self._auto, self._instead = option == folders.AUTO, instead
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
@@ -117,8 +125,6 @@ class SavedGraphs:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""
         program = self._backend.program
         try:
-            if self._auto and not folders.most_bytes():
-                return ""
             program.look_at_modules()
             if (
                 program.site_watch.missing
@@ -128,12 +134,20 @@ class SavedGraphs:
             ):
                 self.unsaved = "graphs of this model or with these options cannot be saved"
                 return ""
-            folder = folders.folder_of(self._option)
-            return folder, entry_key(program, {**self._entry, "code": frame.f_code})
+            return self._folder(), entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
             self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
             self.unsaved = f"not saved: {error}"
             return self.unsaved
+
+    def _folder(self) -> Path:
+        """The folder. Raises ConfigError if it cannot be used."""
+        try:
+            return folders.folder_of(self._option)
+        except ConfigError:
+            if not self._auto or self._instead is None:
+                raise
+            return Path(self._instead)
 
     @contextmanager
     def _noting_conversion(self) -> Iterator[_Conversion]:
@@ -149,7 +163,7 @@ class SavedGraphs:
             body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
-            if self._auto:
+            if self._auto and folder == folders.default_folder():
                 folders.trim(folder, folders.most_bytes())
         except OSError as error:
             self.unsaved = f"not saved: {error}"
