@@ -177,9 +177,10 @@ class Options:
             graphs with adapters are as fast if no row has one; "warmup" on a GPU, where the kernel
             of each linear would read the slots of its rows; True with `lowering="reference"`, and
             for models with `nn.MultiheadAttention`, whose fast path cannot apply adapters.
-        start: "eager": a call for which no graph is ready is answered at once by the model in eager
-            mode, while its graph is compiled in a process beside (docs/compile_time.md); "compiled": it
-            waits for its graph. "auto" is LORAFX_START, or else "eager" for models on a CPU.
+        start: "eager": a call for which no graph is ready is answered at once by the model in
+            eager mode, while its graph is compiled in a process beside (docs/compile_time.md);
+            "compiled": it waits for its graph. "auto" is LORAFX_START, or else "eager" for models
+            on a CPU.
         fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled:
             "eager", with one warning, or "refuse", by the error that `start="compiled"` raises.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",

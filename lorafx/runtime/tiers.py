@@ -156,7 +156,7 @@ class Tiers:
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
         self._eager = EagerTier(session.program)
-        #: The folder through which processes beside hand graphs over where `Options.cache` has none.
+        #: Through it processes beside hand graphs over where `Options.cache` has no folder.
         self.folder = PrivateFolder()
         self._kinds: dict[object, _Kind] = {}
         #: Grows with each graph that may have come into the folder.

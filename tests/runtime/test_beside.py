@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
-from tiny_models import plain_inputs, token_inputs
+from tiny_models import plain_inputs
 from torch._dynamo.utils import counters
 
-from lorafx.errors import LorafxWarning
-from lorafx.runtime.beside import Process
 from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -59,14 +52,19 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     before = traced()
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
-    assert tiers(cm) == ["eager"] and processes(cm) == []  # a single call is no reason to compile
+    assert tiers(cm) == ["eager"]
+    assert processes(cm) == []
     served(cm, plain, inputs)
-    assert tiers(cm) == ["compiling"] and cm.recompiles == 0
+    assert tiers(cm) == ["compiling"]
+    assert cm.recompiles == 0
     (pid,) = processes(cm)
-    assert cm.wait(SECONDS) and not running(pid)
+    assert cm.wait(SECONDS)
+    assert not running(pid)
     served(cm, plain, inputs)
-    assert tiers(cm) == ["ready"] and cm.recompiles == 1
+    assert tiers(cm) == ["ready"]
+    assert cm.recompiles == 1
     served(cm, plain, plain_inputs(5, 2), ["a1"] * 5)  # other sizes and adapters
     check_mixed(cm, plain, ["a0", None, "a1"], inputs)
-    assert tiers(cm) == ["ready"] and cm.recompiles == 1
+    assert tiers(cm) == ["ready"]
+    assert cm.recompiles == 1
     assert traced() == before
