@@ -329,7 +329,9 @@ def run_case(
             shown["as PEFT"] = all(agree(item["answer"], reference, of) for item in firsts[arm])
         every = [item["first"] for item in firsts[arm]]
         rows.append({"case": case, "arm": arm, **shown, "firsts": every})
-        print(f"{case}, {arm}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
+        print(
+            f"{case}, {arm}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()), flush=True
+        )
     return rows
 
 
