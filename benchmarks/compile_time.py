@@ -289,6 +289,7 @@ def in_process(function: str, *arguments: object, cache: Path, file: str = __fil
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "LORAFX_CACHE_DIR": str(cache / "lorafx"),
+        "LORAFX_CACHE_BYTES": "0",  # graphs are saved where a benchmark asks for it
     }
     command = [sys.executable, file, "--run", json.dumps([function, arguments])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

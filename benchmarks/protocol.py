@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ import torch
 from lorafx.integrations.cli.measuring import Ratio, compare, timed
 
 __all__ = ["Ratio", "as_row", "compare", "machine", "save", "timed"]
+
+# Graphs are compiled anew, except where a benchmark asks for saved ones.
+os.environ.setdefault("LORAFX_CACHE_BYTES", "0")
 
 
 def machine() -> dict[str, object]:

@@ -79,7 +79,7 @@ def compile(
     options = Options.of(options)
     if mode is not None:
         options = replace(options, mode=mode)
-    if options.cache:
+    if options.cache and options.cache != "auto":
         from lorafx.capture.saved_graphs.folder import folder_of
 
         folder_of(options.cache)  # raises if it cannot be used

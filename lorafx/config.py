@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -11,6 +12,10 @@ import torch
 from torch import fx
 
 from lorafx.errors import ConfigError, nearest
+from lorafx.torch_internals import versions
+
+#: When this process imported lorafx.
+IMPORTED = time.time()
 
 LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: Strategies of a LoRA node, by lowering; "aten" is the op's own implementation.
@@ -156,9 +161,10 @@ class Options:
         shortcuts: names of optimisations by private parts of torch that change no result; [] for
             none; None for all that were tested on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
-            model need not trace it; True for one beside the compiled kernels
-            (docs/saved_graphs.md); None for none. Loading a graph runs code from the folder, so
-            nobody else may have write access to it.
+            model need not trace it; True for one beside the compiled kernels; "auto" for that one
+            where it is safe and torch can, with a bounded size (docs/saved_graphs.md); None for
+            none. Loading a graph runs code from the folder, so nobody else may have write access
+            to it.
         overflow: how a batch with more distinct adapters than slots is treated: "refuse" raises
             CapacityError; with "waves" calls and `generate` run its rows in several batches and
             return the results in the order of the rows (docs/adapter_store.md).
@@ -182,7 +188,7 @@ class Options:
     recompile_limit: int = 64
     strict: bool = False
     shortcuts: Sequence[str] | None = None
-    cache: str | bool | None = None
+    cache: str | bool | None = "auto"
     overflow: Overflow = "refuse"
     base_graphs: BaseGraphs = "auto"
     mode: str | None = None
@@ -227,8 +233,11 @@ class Options:
                         f"Options.shortcuts must be a list of {', '.join(SHORTCUTS)}, or None; got "
                         f"{name!r}{nearest(str(name), SHORTCUTS)}"
                     )
-        if self.cache:
-            _check_graphs_can_be_saved()
+        if self.cache and self.cache != "auto" and not versions.saves_graphs():
+            raise ConfigError(
+                f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave "
+                "it out"
+            )
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
         if self.lowering != "auto":  # which depends on the device
             allowed = STRATEGIES[self.lowering]
@@ -238,14 +247,3 @@ class Options:
                     f"Options.plan[{path!r}] must be one of {', '.join(allowed)} for lowering "
                     f"{self.lowering!r}, got {strategy!r}"
                 )
-
-
-def _check_graphs_can_be_saved() -> None:
-    # Imported here, since it imports Dynamo, which a configuration must not.
-    from lorafx.torch_internals.saved_graphs import can_be_noted
-
-    if not can_be_noted():
-        raise ConfigError(
-            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave it "
-            "out"
-        )

@@ -125,7 +125,7 @@ def cache_folder() -> Path:
 
         folder = os.path.join(cache_dir(), "lorafx")
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 

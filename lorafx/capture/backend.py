@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from types import FrameType
 from typing import Any
@@ -109,15 +110,21 @@ class Backend:
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         instance = None if form is None else self.instances.find(form)
         if instance is not None:
-            title, executable = instance
-            tell_instance(title, type(program.model).__name__, call)
+            compiled, selection = instance
+            tell_instance(compiled.record.title, type(program.model).__name__, call)
+            executable = selection.around(compiled.executable)
+            if self.noted is not None:
+                parts = replace(compiled.parts, selection=selection)
+                self.noted(Captured(compiled.record, frame, _sources(gm), parts))
         else:
             guard_count = self.instances.guard_count()
             record = self._new_record(frame, examples, call)
             record.seconds["Dynamo"] = traced
-            executable = self._compile(gm, examples, frame, record)
+            parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+            graph = Captured(record, frame, _sources(gm), parts)
+            executable = self._compile(gm, examples, graph)
             if form is not None:
-                self.instances.keep(record.title, form, executable, guard_count)
+                self.instances.keep(record, parts, form, executable, guard_count)
             self._guard_kind(frame, active=active)
         if is_entry and "needless_guards" in self.shortcuts:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
@@ -141,20 +148,13 @@ class Backend:
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why)
 
     def _compile(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        frame: Frame,
-        record: GraphRecord,
+        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
-        program, active = self.program, bool(self.program.runtime.active)
-        grapharg = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
-        sources = [getattr(item, "source", None) for item in grapharg]
-        check_lookups(gm, frame)
-        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
-        graph = Captured(record, frame, sources, parts)
+        program, record = self.program, graph.record
+        active = bool(program.runtime.active)
+        check_lookups(gm, graph.frame)
         model = type(program.model).__name__
-        noting = nullcontext() if self.noted is None else collecting_parts(parts, gm)
+        noting = nullcontext() if self.noted is None else collecting_parts(graph.parts, gm)
         compile_graph = self._compile_lora if active else self._compile_base
         try:
             show(f"{record.title} of {model}, {record.reason}")
@@ -182,9 +182,9 @@ class Backend:
 
     def _may_reuse(self, active: bool) -> bool:
         """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
-        base's, whose bits may depend on sizes; nor graphs that are recorded or saved."""
+        base's, whose bits may depend on sizes; nor graphs that are recorded."""
         options, device = self.program.options, self.program.runtime.device
-        if self.noted or self.replay or options.verify == "numeric":
+        if self.replay or options.verify == "numeric":
             return False
         if device.type != "cpu" or options.lowering == "triton":
             return False
@@ -308,6 +308,12 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
+
+
+def _sources(gm: fx.GraphModule) -> list[Any]:
+    """Dynamo's sources of the inputs of its graph."""
+    graph_args = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [getattr(item, "source", None) for item in graph_args]
 
 
 _HOOKS = "._forward_hooks"

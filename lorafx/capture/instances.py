@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -22,6 +21,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from lorafx.capture.executable import Parts, Selection
+from lorafx.capture.record import GraphRecord
 from lorafx.model.module_graph import storage_key
 from lorafx.torch_internals.dynamo import GlobalStateGuard
 from lorafx.torch_internals.frames import captured_code, source_name, symbols_of_frame
@@ -183,17 +184,19 @@ class _Values:
 
 
 @dataclass(frozen=True, eq=False)
-class _Compiled:
-    """A compiled graph, its `assumptions` about symbols, and torch's global state at capture."""
+class Compiled:
+    """A compiled graph with its record and parts, its `assumptions` about symbols, and torch's
+    global state at capture."""
 
-    title: str
+    record: GraphRecord
+    parts: Parts
     form: Form
     executable: Callable[..., Any]
     assumptions: tuple[Any, ...]
     state: Any
 
-    def instance(self, form: Form, environment: ShapeEnv) -> Callable[..., Any] | None:
-        """The executable for a graph of this form; None if it cannot serve it."""
+    def selection(self, form: Form, environment: ShapeEnv) -> Selection | None:
+        """How it serves a graph of this form; None if it cannot."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
             return None
@@ -208,13 +211,8 @@ class _Compiled:
             return None
         fixed_sizes = [place for place in places if isinstance(place, sympy.Integer)]
         behind = itertools.count(len(form.inputs))
-        pick = operator.itemgetter(*(p if isinstance(p, int) else next(behind) for p in places))
-        compiled, constants = self.executable, tuple(map(int, fixed_sizes))
-
-        def run(*arguments: Any) -> Any:
-            return compiled(*pick((*arguments, *constants)))
-
-        return run
+        positions = tuple(p if isinstance(p, int) else next(behind) for p in places)
+        return Selection(positions, tuple(map(int, fixed_sizes)))
 
     def _input_places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
         """For each input of the executable its position in `inputs`, or a constant size; empty if
@@ -242,27 +240,35 @@ class Instances:
     """The compiled graphs of a program that may serve new ones."""
 
     def __init__(self) -> None:
-        self._compiled: list[_Compiled] = []
+        self._compiled: list[Compiled] = []
 
-    def find(self, form: Form) -> tuple[str, Callable[..., Any]] | None:
-        """Title and executable of a compiled graph for this form."""
+    def find(self, form: Form) -> tuple[Compiled, Selection] | None:
+        """A compiled graph for this form, and how it serves that."""
         environment = symbols_of_frame()
         if environment is None:
             return None
         for compiled in self._compiled:
-            executable = compiled.instance(form, environment)
-            if executable is not None:
-                return compiled.title, executable
+            selection = compiled.selection(form, environment)
+            if selection is not None:
+                return compiled, selection
         return None
 
     def guard_count(self) -> int:
         environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
-    def keep(self, title: str, form: Form, executable: Callable[..., Any], begin: int) -> None:
+    def keep(
+        self,
+        record: GraphRecord,
+        parts: Parts,
+        form: Form,
+        executable: Callable[..., Any],
+        begin: int,
+    ) -> None:
         environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
         assumptions = tuple(guard.expr for guard in environment.guards[begin:])
-        self._compiled.append(_Compiled(title, form, executable, assumptions, GlobalStateGuard()))
+        state = GlobalStateGuard()
+        self._compiled.append(Compiled(record, parts, form, executable, assumptions, state))

@@ -29,6 +29,7 @@ from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:  # imported where used: with the first graph
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
@@ -221,9 +222,10 @@ class Entry:
         )
 
     def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
-        """This entry's graphs that other processes saved; None unless `Options.cache` is set."""
+        """This entry's graphs that other processes saved; None without `Options.cache`, and where
+        torch cannot save graphs."""
         option = self.session.program.options.cache
-        if not option:
+        if not option or not saves_graphs():
             return None
         paths = {id(module): path for path, module in self.session.program.model.named_modules()}
         entry = {

@@ -33,7 +33,6 @@ with private_names():
         BundledAOTAutogradResult,
         BundledCompiledForward,
     )
-    from torch._functorch._aot_autograd.schemas import AOTConfig
     from torch._guards import Guard, GuardsSet
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
     from torch._inductor.output_code import CompiledFxGraph
@@ -52,11 +51,6 @@ def default_device() -> object:
 def forward_level() -> int:
     """The level of forward-mode gradients; -1 outside of all levels."""
     return forward_ad._current_level
-
-
-def can_be_noted() -> bool:
-    """Whether AOTAutograd's wrappers can be kept for another process; from torch 2.13 on."""
-    return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
 
 
 @contextmanager

@@ -41,6 +41,11 @@ def torch_minor() -> str:
     return ".".join(map(str, numbers(installed("torch") or "")))
 
 
+def saves_graphs() -> bool:
+    """Whether torch lets graphs be saved."""
+    return numbers(installed("torch") or "") >= (2, 13)
+
+
 def way_out() -> str:
     """A sentence for errors whose cause may be torch's version."""
     known = TESTED["torch"]

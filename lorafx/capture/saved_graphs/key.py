@@ -12,7 +12,6 @@ import hashlib
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ from torch import Tensor
 from lorafx.capture.executable import Captured
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
 from lorafx.capture.saved_graphs.guards import value_at
+from lorafx.config import IMPORTED
 from lorafx.model.bank import Bank
 from lorafx.model.module_graph import storage_key
 from lorafx.program.argument_roles import Role
@@ -38,11 +38,10 @@ from lorafx.torch_internals.dynamo import Source
 from lorafx.torch_internals.saved_graphs import TensorProperty, TensorPropertySource
 
 _SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
-#: Prefixes of environment variables that torch, its libraries and lorafx read.
-_READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
-
-#: When this process imported lorafx.
-_IMPORTED = time.time()
+#: Prefixes of environment variables that torch and its libraries read.
+_READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
+#: Options that change no graph: where graphs and dumps are, and when graphs are made.
+_NOT_OF_GRAPHS = ("cache", "dump", "start", "fallback")
 
 #: Kinds of inputs that their place identifies, unlike results of other graphs and views of weights.
 _KNOWN_BY_PLACE = ("symbol", "weight", "state", "bank", "slots", "packed", "argument")
@@ -56,7 +55,7 @@ def own_sources() -> str:
         root = Path(str(resources.files(package)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                if path.stat().st_mtime > _IMPORTED:
+                if path.stat().st_mtime > IMPORTED:
                     raise Undescribed(f"{path} was written after this process had read it")
                 hashed.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return hashed.hexdigest()
@@ -88,7 +87,7 @@ def machine() -> str:
 def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
     """The key of an entry of a program as everything is now. Raises Undescribed if it has none."""
     prints = Fingerprints({program.runtime._key: "<slots>"})
-    options = {k: v for k, v in vars(program.options).items() if k not in ("cache", "dump")}
+    options = {k: v for k, v in vars(program.options).items() if k not in _NOT_OF_GRAPHS}
     texts = [
         *(own_sources(), machine(), str(torch.get_num_threads()), str(torch.get_default_dtype())),
         *_setting_texts(prints),
@@ -110,7 +109,7 @@ def _setting_texts(prints: Fingerprints) -> Iterator[str]:
             yield f"{name}={prints.of(values[name])}"  # Undescribed for custom passes
     yield f"{torch.backends.mkldnn.enabled} {torch.get_float32_matmul_precision()}"
     for name in sorted(os.environ):
-        if name.startswith(_READ_BY_TORCH) and not name.endswith(("CACHE_DIR", "_DUMP")):
+        if name.startswith(_READ_BY_TORCH) and not name.endswith("CACHE_DIR"):
             yield f"{name}={os.environ[name]}"
 
 

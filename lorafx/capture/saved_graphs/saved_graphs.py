@@ -47,6 +47,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
 )
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
+from lorafx.progress import LOG
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
 from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
@@ -71,6 +72,7 @@ class SavedGraphs:
 
     def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
         self._backend, self._option, self._entry = backend, option, entry
+        self._auto = option == folders.AUTO
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
@@ -87,8 +89,12 @@ class SavedGraphs:
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
         place = self._folder_and_key(frame)
-        if place is None:
-            return convert(frame, *arguments, **kwargs)
+        if not isinstance(place, tuple):
+            known = len(self._backend.records)
+            result = convert(frame, *arguments, **kwargs)
+            for record in self._backend.records[known:]:
+                record.saved = place
+            return result
         loaded = self._load(*place, frame, arguments)
         if loaded is not None:
             return loaded
@@ -98,9 +104,12 @@ class SavedGraphs:
             self._save(*place, result.guarded_code, conversion)
         return result
 
-    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | None:
+    def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
+        """Where graphs of this entry are now, or a sentence that says why they are not kept."""
         program = self._backend.program
         try:
+            if self._auto and not folders.most_bytes():
+                return ""
             program.look_at_modules()
             if (
                 program.site_watch.missing
@@ -108,12 +117,12 @@ class SavedGraphs:
                 or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
-                return None
-            key = entry_key(program, {**self._entry, "code": frame.f_code})
-            return folders.folder_of(self._option), key
+                return ""
+            folder = folders.folder_of(self._option)
+            return folder, entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
-            _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
-            return None
+            self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            return f"not saved: {error}"
 
     @contextmanager
     def _noting_conversion(self) -> Iterator[_Conversion]:
@@ -129,8 +138,11 @@ class SavedGraphs:
             body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
+            if self._auto:
+                folders.trim(folder, folders.most_bytes())
         except OSError as error:
-            _warn(f"a graph could not be saved in {folder}: {error}")
+            self._warn(f"a graph could not be saved in {folder}: {error}")
+            conversion.tell(f"not saved: {error}")
         except Exception as error:  # Undescribed, or errors of pickling
             conversion.tell(f"not saved: {error}")
 
@@ -146,7 +158,7 @@ class SavedGraphs:
             try:
                 code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
             except Exception as error:
-                _warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
+                self._warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
                     path.unlink()
                 continue
@@ -159,9 +171,12 @@ class SavedGraphs:
                 return code
         return None
 
-
-def _warn(text: str) -> None:
-    warnings.warn(text, LorafxWarning, stacklevel=2)
+    def _warn(self, text: str) -> None:
+        """Warn, or log what concerns a folder that the user has not asked for."""
+        if self._auto:
+            LOG.info("%s", text)
+        else:
+            warnings.warn(text, LorafxWarning, stacklevel=2)
 
 
 class _Conversion:

@@ -146,7 +146,7 @@ def serve(
     max_memory_percent: float | None = None,
     temperature: float | None = None,
     lowering: str = "auto",
-    cache: str | None = None,
+    cache: str | None = "auto",
     allow_runtime_loading: bool = False,
     adapter_root: Path | None = None,
     drain: Annotated[

@@ -49,7 +49,7 @@ class ModelSettings(BaseModel):
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
     temperature: float | None = Field(default=None, ge=0)
     lowering: str = "auto"
-    cache: str | None = None
+    cache: str | None = "auto"
     api_key: str | None = Field(default=None, repr=False)
 
     def __init__(self, **values: Any) -> None:

@@ -33,7 +33,7 @@ from lorafx.adapter_store.peft_model import is_peft_model, peft_layers, without_
 from lorafx.capture.compiler_failures import lorafx_error_in
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, compile_base, lowering_for
-from lorafx.capture.saved_graphs.folder import folder_of
+from lorafx.capture.saved_graphs.folder import AUTO, folder_of
 from lorafx.compiled_model.compiled import (
     CompiledModel,
     attached_models,
@@ -209,7 +209,7 @@ def attach(
     refuse_arguments("lorafx.attach", misplaced, elsewhere)
     refuse_compiled(model)
     options = Options.of(options)
-    if options.cache:
+    if options.cache and options.cache != AUTO:
         folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)

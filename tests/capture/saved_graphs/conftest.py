@@ -1,5 +1,5 @@
 """Graphs are saved from torch 2.13 on."""
 
-from lorafx.torch_internals.saved_graphs import can_be_noted
+from lorafx.torch_internals.versions import saves_graphs
 
-collect_ignore_glob = [] if can_be_noted() else ["test_*.py"]
+collect_ignore_glob = [] if saves_graphs() else ["test_*.py"]

@@ -77,7 +77,9 @@ class RaySettings(ModelSettings):
 
     def absolute(self) -> "RaySettings":
         """The same settings with absolute paths: replicas run in another working directory."""
-        paths = {} if self.cache is None else {"cache": str(Path(self.cache).absolute())}
+        paths = {}
+        if self.cache and self.cache != "auto":
+            paths["cache"] = str(Path(self.cache).absolute())
         if Path(self.model).is_dir():
             paths["model"] = str(Path(self.model).absolute())
         return self.model_copy(update=paths)
