@@ -294,7 +294,7 @@ def collecting_parts(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Selection:
+class InputSelection:
     """Which of its inputs, and of constant sizes behind them, a graph gives to the executable that
     serves it: positions."""
 
@@ -332,7 +332,7 @@ class Parts:
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     whole: bool = True
-    selection: Selection | None = None
+    selection: InputSelection | None = None
 
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]

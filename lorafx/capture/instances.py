@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from lorafx.capture.executable import Parts, Selection
+from lorafx.capture.executable import InputSelection, Parts
 from lorafx.capture.record import GraphRecord
 from lorafx.model.module_graph import storage_key
 from lorafx.torch_internals.dynamo import GlobalStateGuard
@@ -195,7 +195,7 @@ class Compiled:
     assumptions: tuple[Any, ...]
     state: Any
 
-    def selection(self, form: Form, environment: ShapeEnv) -> Selection | None:
+    def selection(self, form: Form, environment: ShapeEnv) -> InputSelection | None:
         """How it serves a graph of this form; None if it cannot."""
         earlier = self.form
         if earlier.code is not form.code or earlier.context != form.context:
@@ -212,7 +212,7 @@ class Compiled:
         fixed_sizes = [place for place in places if isinstance(place, sympy.Integer)]
         behind = itertools.count(len(form.inputs))
         positions = tuple(p if isinstance(p, int) else next(behind) for p in places)
-        return Selection(positions, tuple(map(int, fixed_sizes)))
+        return InputSelection(positions, tuple(map(int, fixed_sizes)))
 
     def _input_places(self, inputs: Sequence[_Input], values: _Values) -> list[Any]:
         """For each input of the executable its position in `inputs`, or a constant size; empty if
@@ -242,7 +242,7 @@ class Instances:
     def __init__(self) -> None:
         self._compiled: list[Compiled] = []
 
-    def find(self, form: Form) -> tuple[Compiled, Selection] | None:
+    def find(self, form: Form) -> tuple[Compiled, InputSelection] | None:
         """A compiled graph for this form, and how it serves that."""
         environment = symbols_of_frame()
         if environment is None:

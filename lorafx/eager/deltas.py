@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.eager.following import Following
+from lorafx.eager.following import UNKNOWN as UNKNOWN_CODE
+from lorafx.eager.following import WEIGHTS, Following
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
@@ -121,32 +122,37 @@ class Deltas:
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
-        following = self._following
-        following.marked(mark.path)
+        self._following.marked(mark.path)
         if mark.path not in self._touched:
             return y
-        code = 0
+        return self._following.outside(lambda: self._added(mark, x, y, scale, ranges, addend))
+
+    def _added(
+        self,
+        mark: SiteMark,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float | None,
+        ranges: Sequence[Sequence[int]],
+        addend: Tensor | None,
+    ) -> Tensor:
+        following, code = self._following, self._following.code(x)
+        agree = following.code(y) == code
         if self._uniform:
             rows = _Rows((self._rows[0],), 1)
-        else:
-            code = following.code(x)
-            if following.code(y) != code:
-                following.refuse(f"{mark.path}: the rows of its output are not those of its input")
+            code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
+        elif agree:
             rows = self._rows_of(mark, code, x)
-
-        def added() -> Tensor:
-            out = None
-            if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
-                out = self._by_products(mark, x, y, rows.slots)
-            if out is None:
-                slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
-                owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
-                out = mark.with_delta(x, y, scale, ranges, addend, owners)
-            return out
-
-        out = following.outside(added)
-        if not self._uniform:
-            following.note(out, code)
+        else:
+            following.refuse(f"{mark.path}: the rows of its output are not those of its input")
+        out = None
+        if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
+            out = self._by_products(mark, x, y, rows.slots)
+        if out is None:
+            slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
+            owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
+            out = mark.with_delta(x, y, scale, ranges, addend, owners)
+        following.note(out, code)
         return out
 
     def _by_products(

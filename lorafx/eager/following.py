@@ -21,12 +21,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import SHARED, Block, Memory, Patchy, RealLabel, storage_of
+from lorafx.ownership.memory import OF_WEIGHTS, SHARED, Block, Memory, Patchy, RealLabel, storage_of
 from lorafx.ownership.real import (
     alone,
     labels_by_signature,
@@ -88,7 +87,7 @@ def kind_of(func: Any) -> Kind | None:
 
 
 #: The codes of unknown owners, and of no owner.
-UNKNOWN, NOBODYS = 0, 1
+UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2
 
 
 class Remembered:
@@ -101,8 +100,8 @@ class Remembered:
         self._clear()
 
     def _clear(self) -> None:
-        self.labels: list[RealLabel | None] = [None, SHARED]
-        self._codes: dict[RealLabel | None, int] = {None: UNKNOWN, SHARED: NOBODYS}
+        self.labels: list[RealLabel | None] = [None, SHARED, OF_WEIGHTS]
+        self._codes = {label: code for code, label in enumerate(self.labels)}
         #: The codes of results by signature.
         self.results: dict[Any, Sequence[int]] = {}
 
@@ -125,29 +124,36 @@ class Following(TorchDispatchMode):
     """The owners of what an eager forward computes, and the uses of weights in it.
 
     Args:
-        memory: the labels of storages; None where all requests have the same slot, and only uses
-            of weights are looked at.
+        memory: the labels of storages.
+        watched: code that is not known may write into memory unseen, so that a label holds only as
+            long as `memory` finds its storage unchanged.
     """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, program: Program, remembered: Remembered, undo: Undo, memory: Memory | None
+        self,
+        program: Program,
+        remembered: Remembered,
+        undo: Undo,
+        memory: Memory,
+        *,
+        watched: bool,
     ) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self._watched = memory, watched
         self.over = False
         self._undo, self._remembered = undo, remembered
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
-        self._made: dict[int, StorageWeakRef] = {}
         self._uses = WeightUses(program)
-        #: Touched sites by the storage of their weight, or the weight where it has none.
+        #: The touched sites by the storage of their weight, or the weight where it has none.
         self._sites: dict[int, list[tuple[Site, Tensor]]] = {}
         for site in program.sites:
-            weight = program.weight_of(site) if program.is_touched(site) else None
+            weight = program.weight_of(site)
             if weight is not None:
-                self._sites.setdefault(_place(weight), []).append((site, weight))
+                touched = self._sites.setdefault(_place(weight), [])
+                touched += [(site, weight)] if program.is_touched(site) else []
         #: Operands of the running operator that hold weights of touched sites.
         self._weights: list[Tensor] = []
         #: Sites whose module has used its weight, and whose mark has not come.
@@ -206,14 +212,10 @@ class Following(TorchDispatchMode):
             signature.extend(named)
             self._sign(tuple(named.values()), signature, operands)
         targets = written(func, args, named) if kind is Kind.WRITE else ()
-        self._undo.note(target for target in targets if not self._is_made_here(target))
+        self._undo.note(target for target in targets if not self._is_born(target))
         results = func(*args, **named)
         if self._weights:
             self._look_at_weights(func, results)
-        if self.memory is None:
-            for output in tensors_in(results):
-                self._note_made(output)
-            return results
         if kind is Kind.LIFT:
             if results.numel() > 1:  # a number is as good as Python's
                 return results
@@ -262,19 +264,18 @@ class Following(TorchDispatchMode):
             return known[4]
         parameter = self._remembered.parameters.get(key)
         if parameter is not None and parameter() is tensor:
-            if _place(tensor) in self._sites:
-                self._weights.append(tensor)
             return NOBODYS
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        if _place(tensor) in self._sites:
-            self._weights.append(tensor)
-        if self.memory is None:
-            return NOBODYS
+        touched = self._sites.get(_place(tensor))
+        if touched is not None:
+            if touched:
+                self._weights.append(tensor)
+            return WEIGHTS
         code = self._remembered.code(self.memory.look(tensor))
         block = self.memory.block(tensor)
-        if block is not None and not tensor.is_inference():
+        if block is not None and not self._watched:
             place = block, block.epoch, tensor._version
             self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
@@ -287,9 +288,8 @@ class Following(TorchDispatchMode):
 
     def note(self, tensor: Tensor, code: int) -> None:
         """Label a new tensor; nothing happens for a view."""
-        assert self.memory is not None
         block = self.memory.born(tensor, self._remembered.labels[code])
-        if block is not None:
+        if block is not None and not self._watched:
             place = block, block.epoch, tensor._version
             self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
 
@@ -324,7 +324,6 @@ class Following(TorchDispatchMode):
         codes: Sequence[int],
         operands: Sequence[tuple[Tensor, int]],
     ) -> None:
-        assert self.memory is not None
         labels = self._remembered.labels
         found = [labels[code] for code in codes]
         if len(targets) != len(list(tensors_in(results))):
@@ -335,21 +334,10 @@ class Following(TorchDispatchMode):
                 self._remembered.parameters.clear()
             self.memory.write(target, label, uncounted=1)  # torch counts it after the mode
 
-    # --- memory that the call has allocated ---
-
-    def _note_made(self, tensor: Tensor) -> None:
-        key = storage_of(tensor)
-        if key is not None:
-            self._made[key] = StorageWeakRef(tensor.untyped_storage())
-
-    def _is_made_here(self, tensor: Tensor) -> bool:
-        if self.memory is not None:
-            block = self.memory.block(tensor)
-            return block is not None and block.born
-        made = self._made.get(storage_of(tensor) or 0)
-        return made is not None and not made.expired()
-
-    # --- weights ---
+    def _is_born(self, tensor: Tensor) -> bool:
+        """Whether this call has allocated the tensor."""
+        block = self.memory.block(tensor)
+        return block is not None and block.born
 
     def _look_at_weights(self, func: Any, results: Any) -> None:
         """Check the operands that hold weights of touched sites. Where a module's own forward uses

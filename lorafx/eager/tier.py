@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.eager.deltas import Deltas, GatheredFactors
 from lorafx.eager.following import Following, NeedsGraph, Remembered
 from lorafx.eager.undo import Undo
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
+from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.program import Program
@@ -25,6 +26,9 @@ from lorafx.program.row_handoff import argument_label
 
 #: The share of the model's bytes that gathered factors may take.
 _SHARE = 16
+
+#: Packages whose modules write into tensors by operators alone.
+_SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
 
 
 class EagerTier:
@@ -34,6 +38,8 @@ class EagerTier:
         self._program = program
         self._remembered = Remembered()
         nbytes = sum(parameter.nbytes for parameter in program.model.parameters())
+        self._looked_at: ModuleGraph | None = None
+        self._unknown = True
         self._gathered = GatheredFactors(max(nbytes // _SHARE, 1 << 24))
 
     def run(
@@ -64,13 +70,16 @@ class EagerTier:
         counted: dict[int, Tensor] = {}
         args = tuple(_counted(value, counted) for value in args)
         kwargs = {name: _counted(value, counted) for name, value in kwargs.items()}
-        memory = None if runtime.uniform else self._labelled_arguments(counted)
+        watched = self._has_unknown_code()
+        memory = self._labelled_arguments(counted, watched=watched)
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
-        following = Following(program, self._remembered, undo, memory)
+        following = Following(program, self._remembered, undo, memory, watched=watched)
         runtime.deltas = Deltas(program, following, self._gathered)
         try:
-            return following.run(partial(target, *args, **kwargs))
+            result = following.run(partial(target, *args, **kwargs))
+            program.keep_constants(memory)
+            return result
         except Exception as error:
             refusal = following.refusal
             if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
@@ -82,19 +91,36 @@ class EagerTier:
         finally:
             runtime.deltas = None
 
-    def _labelled_arguments(self, counted: Mapping[int, Tensor]) -> Memory:
+    def _has_unknown_code(self) -> bool:
+        """Whether the forward runs code of others than the `_SEEN` packages."""
+        graph = self._program.graph
+        if self._looked_at is not graph:
+            self._looked_at = graph
+            self._unknown = not all(_is_seen(module) for _, module in graph.modules())
+        return self._unknown
+
+    def _labelled_arguments(self, counted: Mapping[int, Tensor], *, watched: bool) -> Memory:
         """A memory with the labels of the call's arguments."""
         program, call = self._program, self._program.call
         rows = len(program.runtime.rows)
         if call is None or call.roles is None or rows > MOST_REQUESTS:
             raise NeedsGraph("which rows its arguments hold is not known")
-        memory = Memory(program.shared_in_one_call(), lambda: False)
+        memory = Memory(program.shared_in_one_call(), lambda: watched)
         for name, value in call.named.items():
             for tensor in tensor_leaves(value):
                 role = call.roles.role(name, tensor, call.named)
                 counting = counted.get(id(tensor), tensor)
                 memory.set_label(counting, argument_label(role, tensor, rows))
         return memory
+
+
+def _is_seen(module: nn.Module) -> bool:
+    """Whether the module's forward and hooks are code of the `_SEEN` packages."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if "forward" in vars(module):
+        return False
+    code = (type(module), *(hook if callable(hook) else type(hook) for hook in hooks))
+    return all(str(item.__module__).partition(".")[0] in _SEEN for item in code)
 
 
 def _counted(value: Any, counted: dict[int, Tensor]) -> Any:

@@ -12,15 +12,13 @@ code loses its labels; its state reveals such writes:
 
     version     counts the writes that torch sees
     open        torch has exported the memory as a numpy array, which may be written into
-    digest      of all its bytes, for writers that have its address (DLPack, an extension)
-
-    digest = Σ mix(w_i · (2 i + 1) · P)  mod 2⁶⁴        mix(x) = (x ^ (x >> 29)) · Q
-
-over words w of 64 bits.
+    digest      of all its bytes, for writers that have its address (DLPack, an extension):
+                Python's hash, of 64 bits
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +27,6 @@ from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
@@ -40,7 +37,10 @@ MOST_REQUESTS = torch.iinfo(torch.int16).max
 
 @dataclass(frozen=True)
 class Shared:
-    """No element depends on a request."""
+    """No element depends on a request. `of_weights`: they depend on weights that adapters may
+    change, so in a later call they may be others."""
+
+    of_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Patchy:
     cells: Tensor
 
 
-SHARED = Shared()
+SHARED, OF_WEIGHTS = Shared(), Shared(of_weights=True)
 RealLabel: TypeAlias = Shared | Alone | Listed | Patchy
 
 
@@ -277,6 +277,13 @@ class Memory:
         state = self._state(tensor)
         block.state = state._replace(version=state.version + uncounted)
 
+    def made_of_nothing(self) -> bool:
+        """Whether a tensor lives that the call has allocated and that depends on no request."""
+        return any(
+            block.born and SHARED in block.views.values() and not block.ref.expired()
+            for block in self._blocks.values()
+        )
+
     def rename(self, requests: Mapping[int, int]) -> None:
         if not requests:
             return
@@ -405,11 +412,6 @@ def _fill_cells(cells: Tensor, label: RealLabel | None, geometry: Geometry) -> b
     return True
 
 
-_P, _Q = -7046029254386353131, -4658895280553007687
-#: Words at a time, within a core's cache.
-_CHUNK = 1 << 17
-
-
 class MemoryState(NamedTuple):
     """The state of a whole storage; `digest` is None unless it was requested."""
 
@@ -425,28 +427,13 @@ def state_of(tensor: Tensor, *, digested: bool) -> MemoryState:
     )
 
 
-@torch.no_grad()
 def _digest(tensor: Tensor) -> int:
     storage = tensor.untyped_storage()
-    device = storage.device
-    if not storage.nbytes() or device.type == "meta":
+    if not storage.nbytes() or storage.device.type == "meta":
         return 0
-    octets = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-    remainder = len(octets) % 8
-    parts = list(octets[: len(octets) - remainder].view(torch.int64).split(_CHUNK))
-    if remainder:
-        parts.append(F.pad(octets[-remainder:], (0, 8 - remainder)).view(torch.int64))
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for part in parts:
-        mixed = part * _weights(device)[: len(part)]
-        mixed ^= mixed >> 29
-        total = total * _P + (mixed * _Q).sum()
-    return int(total)
-
-
-@cache
-def _weights(device: torch.device) -> Tensor:
-    return (2 * torch.arange(_CHUNK, device=device) + 1) * _P
+    if storage.device.type != "cpu":
+        storage = storage.cpu()
+    return hash(ctypes.string_at(storage.data_ptr(), storage.nbytes()))
 
 
 class Remembered:

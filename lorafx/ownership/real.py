@@ -16,13 +16,15 @@ from torch import Tensor, fx
 
 from lorafx.ownership import pointwise
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Label, One, Own
+from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.memory import (
     NOBODY,
+    OF_WEIGHTS,
     SHARED,
     UNKNOWN,
     Alone,
     Listed,
+    Patchy,
     RealLabel,
     Shared,
     cells_of,
@@ -226,11 +228,10 @@ def labels_by_signature(
         return [single] * len(outputs)
     if "out" in kwargs or not outputs:
         return [None] * len(outputs)
-    if None not in inputs:
-        known = {id(operand): labels[id(operand)] for operand in operands}
-        by_rule = _by_rule(twin, args, kwargs, results, known)
-        if by_rule is not None:
-            return by_rule
+    known = {id(operand): labels[id(operand)] for operand in operands}
+    by_rule = _by_rule(twin, args, kwargs, results, known)
+    if by_rule is not None:
+        return by_rule
     if packet in READ_INDICES or (packet in _SORTS and operands[0].dim() == 1):
         return None
     if packet in MOVES:
@@ -277,7 +278,9 @@ def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
     requests = {label.request for label in labels if isinstance(label, Alone)}
     if len(requests) > 1 or any(not isinstance(label, (Alone, Shared)) for label in labels):
         return None
-    return Alone(requests.pop()) if requests else SHARED
+    if requests:
+        return Alone(requests.pop())
+    return OF_WEIGHTS if OF_WEIGHTS in labels else SHARED
 
 
 # --- the rules of the graph ---
@@ -286,10 +289,11 @@ def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
 def _by_rule(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[RealLabel | None] | None:
-    """The graph's rule, if all owned operands list the same owners."""
-    owned = [label for label in labels.values() if not isinstance(label, Shared)]
-    owners = same_owners([label.owners for label in owned if isinstance(label, Listed)])
-    if owners is None or not all(isinstance(label, Listed) for label in owned):
+    """The graph's rule, if all owned operands list the same owners. Some rules know what becomes of
+    operands of unknown owners."""
+    owned = [label for label in labels.values() if isinstance(label, Listed)]
+    owners = same_owners([label.owners for label in owned])
+    if owners is None or any(isinstance(label, (Alone, Patchy)) for label in labels.values()):
         return None
     graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
     flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
@@ -300,7 +304,13 @@ def _by_rule(
                 node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
                 node.meta["val"] = value
                 label = labels.get(id(value))
-                flow.labels[node] = Own(label.dim) if isinstance(label, Listed) else None
+                flow.labels[node] = (
+                    Own(label.dim)
+                    if isinstance(label, Listed)
+                    else Mixed("unknown owners")
+                    if label is None
+                    else None
+                )
             return nodes[id(value)]
         if isinstance(value, (list, tuple)):
             return type(value)(node_of(item) for item in value)

@@ -26,6 +26,7 @@ from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.memory import (
+    SHARED,
     Alone,
     Listed,
     Memory,
@@ -307,6 +308,17 @@ class Program:
         """A call with an empty memory."""
         memory = Memory(self.shared_in_one_call(), lambda: not self.runtime.uniform)
         return Call(roles, named, memory)
+
+    def keep_constants(self, memory: Memory) -> None:
+        """Remember the tensors that the model keeps, and an eager call computed of nothing but its
+        own tensors and sizes."""
+        if memory.made_of_nothing():
+            plain = (tensor for _, tensor in _plain_attributes(self.model))
+            self.remembered.keep(
+                tensor
+                for tensor in (*in_containers(self.model), *plain)
+                if memory.computed(tensor) and memory.look(tensor) is SHARED
+            )
 
     def shared_in_one_call(self) -> Callable[[Tensor], bool]:
         """A predicate that is valid for one call: whether a tensor is the model's."""

@@ -42,12 +42,18 @@ def most_bytes() -> int:
     return int(text)
 
 
-def folder_of(option: str | bool) -> Path:
+def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     """The folder of `Options.cache`, made if absent; ConfigError unless private to the user. For
     "auto" nobody else may be able to replace a folder above it either."""
     default = option is True or option == AUTO
+    if option == AUTO and not most_bytes():
+        raise ConfigError("LORAFX_CACHE_BYTES is 0")
     try:
-        path = default_folder() if default else Path(str(option)).expanduser()
+        path = (
+            default_folder()
+            if default
+            else Path(os.fspath(str(option) if isinstance(option, bool) else option)).expanduser()
+        )
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat() if default else path.stat()
         parents = [(item, item.lstat()) for item in path.resolve().parents]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
 import sys
 import time
@@ -45,7 +46,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
-from lorafx.errors import LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.program.program import Program
 from lorafx.progress import LOG
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
@@ -68,14 +69,27 @@ _MAX_FILES = 64  # of a key, the newest, that are tried
 
 
 class SavedGraphs:
-    """Loads and saves the graphs of an entry of the program; `option` is `Options.cache`."""
+    """Loads and saves the graphs of an entry of the program.
 
-    def __init__(self, backend: Backend, option: str | bool, entry: Mapping[str, Any]) -> None:
+    Args:
+        option: `Options.cache`, or a folder of this process.
+        instead: a folder of this process, for where that of "auto" cannot be used.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        option: str | bool | os.PathLike[str],
+        entry: Mapping[str, Any],
+        instead: os.PathLike[str] | None = None,
+    ) -> None:
         self._backend, self._option, self._entry = backend, option, entry
-        self._auto = option == folders.AUTO
+        self._auto, self._instead = option == folders.AUTO, instead
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
+        #: Why the graph of the last conversion was not saved; "" if it was, or was loaded.
+        self.unsaved = ""
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
@@ -88,6 +102,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
+        self.unsaved = ""
         place = self._folder_and_key(frame)
         if not isinstance(place, tuple):
             known = len(self._backend.records)
@@ -100,7 +115,9 @@ class SavedGraphs:
             return loaded
         with self._noting_conversion() as conversion:
             result = convert(frame, *arguments, **kwargs)
-        if result.guarded_code is not None:
+        if result.guarded_code is None:
+            self.unsaved = "Dynamo made no graph of it"
+        else:
             self._save(*place, result.guarded_code, conversion)
         return result
 
@@ -108,8 +125,6 @@ class SavedGraphs:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""
         program = self._backend.program
         try:
-            if self._auto and not folders.most_bytes():
-                return ""
             program.look_at_modules()
             if (
                 program.site_watch.missing
@@ -117,12 +132,22 @@ class SavedGraphs:
                 or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
+                self.unsaved = "graphs of this model or with these options cannot be saved"
                 return ""
-            folder = folders.folder_of(self._option)
-            return folder, entry_key(program, {**self._entry, "code": frame.f_code})
+            return self._folder(), entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
             self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
-            return f"not saved: {error}"
+            self.unsaved = f"not saved: {error}"
+            return self.unsaved
+
+    def _folder(self) -> Path:
+        """The folder. Raises ConfigError if it cannot be used."""
+        try:
+            return folders.folder_of(self._option)
+        except ConfigError:
+            if not self._auto or self._instead is None:
+                raise
+            return Path(self._instead)
 
     @contextmanager
     def _noting_conversion(self) -> Iterator[_Conversion]:
@@ -138,13 +163,15 @@ class SavedGraphs:
             body, record = conversion.body(code)
             folders.write(folder, key, body)
             record.saved = "saved for other processes"
-            if self._auto:
+            if self._auto and folder == folders.default_folder():
                 folders.trim(folder, folders.most_bytes())
         except OSError as error:
+            self.unsaved = f"not saved: {error}"
             self._warn(f"a graph could not be saved in {folder}: {error}")
-            conversion.tell(f"not saved: {error}")
+            conversion.tell(self.unsaved)
         except Exception as error:  # Undescribed, or errors of pickling
-            conversion.tell(f"not saved: {error}")
+            self.unsaved = f"not saved: {error}"
+            conversion.tell(self.unsaved)
 
     def _load(
         self, folder: Path, key: str, frame: Any, arguments: Sequence[Any]

@@ -161,7 +161,7 @@ def test_graphs_are_kept_by_default(
     assert served_quietly(plain) == "saved for other processes"
     assert not list(auto.glob("*/*"))  # since it takes more than 1000 bytes
     monkeypatch.setenv("LORAFX_CACHE_BYTES", "0")
-    assert served_quietly(plain) == ""
+    assert served_quietly(plain) == "not saved: LORAFX_CACHE_BYTES is 0"
     monkeypatch.setenv("LORAFX_CACHE_BYTES", "a lot")
     assert "must be a number of bytes" in served_quietly(plain)
 
