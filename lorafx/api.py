@@ -18,6 +18,7 @@ from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.marking import mark, request_of
+from lorafx.runtime.tiers import Tiers, starts_eagerly
 from lorafx.torch_internals.versions import entrance
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def compile(
     with entrance():
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
+    session = compiled._session
+    if starts_eagerly(marked.program.options, marked.program.runtime.device):
+        session.tiers = Tiers(session)
     try:
         if marked.taken_over is not None:
             _set_default(compiled, marked.taken_over.active)

@@ -28,6 +28,8 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 Verify = Literal["lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
+Start = Literal["auto", "eager", "compiled"]
+Fallback = Literal["eager", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,12 @@ class Options:
             graphs with adapters are as fast if no row has one; "warmup" on a GPU, where the kernel
             of each linear would read the slots of its rows; True with `lowering="reference"`, and
             for models with `nn.MultiheadAttention`, whose fast path cannot apply adapters.
+        start: "eager": a call for which no graph is ready is answered at once by the model in
+            eager mode, while its graph is compiled in a process beside (docs/compile_time.md);
+            "compiled": it waits for its graph. "auto" is LORAFX_START, or else "eager" for models
+            on a CPU.
+        fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled:
+            "eager", with one warning, or "refuse", by the error that `start="compiled"` raises.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
@@ -191,6 +199,8 @@ class Options:
     cache: str | bool | None = "auto"
     overflow: Overflow = "refuse"
     base_graphs: BaseGraphs = "auto"
+    start: Start = "auto"
+    fallback: Fallback = "eager"
     mode: str | None = None
 
     @classmethod
@@ -217,6 +227,8 @@ class Options:
             ("verify", ("lint", "numeric")),
             ("overflow", ("refuse", "waves")),
             ("base_graphs", ("auto", True, False, "warmup")),
+            ("start", ("auto", "eager", "compiled")),
+            ("fallback", ("eager", "refuse")),
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:

@@ -67,6 +67,8 @@ def _targets(case: Case, names: list[str]) -> list[str]:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Graphs are captured anew, except in tests that give `Options.cache` or unset this.
 os.environ["LORAFX_CACHE_BYTES"] = "0"
+# And by the calls themselves, except in tests of `Options.start`.
+os.environ.setdefault("LORAFX_START", "compiled")
 
 # A shell has what it runs in the background ignore SIGINT, which some tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,10 @@ KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
 _SHOWN = 400  # characters of the compiler's message; the error's cause has all of it
 
 
+class NoGraph(BaseException):
+    """No graph serves a call, and none was to be made for it. Nothing of the model has run."""
+
+
 @dataclass(frozen=True)
 class _FailedPart:
     name: str

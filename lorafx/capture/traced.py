@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lorafx.capture.compile_log import conversion
-from lorafx.torch_internals.compat import capture_settings, entry_arguments
+from lorafx.capture.compiler_failures import NoGraph
+from lorafx.torch_internals.compat import capture_settings, entry_arguments, inductor_config
 from lorafx.torch_internals.dynamo import (
     ConvertFrameReturn,
     FrameAction,
@@ -26,10 +27,19 @@ from lorafx.torch_internals.dynamo import (
 )
 from lorafx.torch_internals.frames import guard_filter
 
+if TYPE_CHECKING:  # imported where used: torch may lack what it needs
+    from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
+
 #: Run a function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 #: Leave a function and its callees to Python.
 _NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+
+
+T = TypeVar("T")
+
+#: Converts a frame of the function: its arguments are Dynamo's own conversion and that one's.
+Conversion = Callable[..., ConvertFrameReturn]
 
 
 class Traced:
@@ -41,7 +51,8 @@ class Traced:
     Args:
         sizes_by_data: says at each capture whether to capture data-dependent sizes.
         keep_guards: selects the guards of a new graph; Dynamo then makes them twice.
-        converted: wraps Dynamo's `convert` for the frame of `function`, to load saved graphs.
+        saved: graphs that other processes saved.
+        saves: whether each conversion looks for saved graphs, and saves its own.
     """
 
     def __init__(
@@ -54,7 +65,8 @@ class Traced:
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
-        converted: Callable[..., ConvertFrameReturn] | None = None,
+        saved: SavedGraphs | None = None,
+        saves: bool = False,
     ) -> None:
         #: What functions raised that are not traced, until their error has reached the caller.
         self.given_up: dict[CodeType, str] = {}
@@ -72,7 +84,8 @@ class Traced:
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
-        self._converted = converted
+        self.saved = saved
+        self._conversion: Conversion | None = saved.converted if saved and saves else None
         function = _with_unshared_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -91,8 +104,8 @@ class Traced:
                     symbolic=self._symbolic,
                 )
                 with settings, calls_traced(), conversion(self._name):
-                    if self._converted is not None and frame.f_code is self._code:
-                        return self._converted(convert, frame, *args, **kwargs)
+                    if self._conversion is not None and frame.f_code is self._code:
+                        return self._conversion(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
@@ -101,6 +114,38 @@ class Traced:
                 raise
 
         return converting
+
+    def converted_by(self, conversion: Conversion, run: Callable[[], T]) -> T:
+        """The result of `run`, with the frame of `function` converted by `conversion`."""
+        before = self._conversion
+        try:
+            self._conversion = conversion
+            return run()
+        finally:
+            self._conversion = before
+
+    def load(self, _: Any, frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+        """A conversion that finds a saved graph, or raises NoGraph."""
+        if self.saved is None:
+            raise NoGraph
+        return self.saved.converted(no_graph, frame, *args, **kwargs)
+
+    def save(self, convert: Any, frame: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """A conversion for its saved graph alone: raises NoGraph with why it was not saved."""
+        if self.saved is None:
+            raise NoGraph("graphs of this model are not saved")
+
+        def alone(*args: Any, **kwargs: Any) -> ConvertFrameReturn:
+            with inductor_config.patch(compile_threads=1):  # its workers are another process's
+                return convert(*args, **kwargs)
+
+        self.saved.converted(alone, frame, *args, **kwargs)
+        raise NoGraph(self.saved.unsaved)
+
+
+def no_graph(*_: Any, **__: Any) -> NoReturn:
+    """A conversion that makes no graph: raises NoGraph."""
+    raise NoGraph
 
 
 def _raised_text(error: Unsupported) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from lorafx.runtime.requests import Requests, check_tensors, checked_names, requ
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Resting, Session, Statistics
 from lorafx.runtime.sharing import join, leave
+from lorafx.runtime.tiers import Status
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
 from lorafx.weights.loader import Weights, WeightUpdate, update_weights
@@ -373,6 +375,26 @@ class CompiledModel(AsModule):
         """
         self._entries.check_attached()
         warm_up(self, example_inputs, batch_sizes=batch_sizes, lengths=lengths, generate=generate)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no graph is being compiled beside the calls (`Options.start`). Returns whether
+        that is so; False if `timeout` seconds have passed. Calls go on meanwhile."""
+        last = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._session.lock:
+                tiers = self._session.tiers
+                if tiers is None or not tiers.busy():
+                    return True
+            if last is not None and time.monotonic() >= last:
+                return False
+            time.sleep(0.02)
+
+    def status(self) -> Status:
+        """How calls are answered at present, by their kinds: eagerly, while a graph is compiled
+        beside or for good, or by a graph (`Options.start`). `str()` is text."""
+        with self._session.lock:
+            tiers, graphs = self._session.tiers, self.recompiles
+            return Status((), graphs) if tiers is None else tiers.status(graphs)
 
     # --- adapters, also by PEFT's and transformers' names ---
 
@@ -908,6 +930,8 @@ class CompiledModel(AsModule):
                 self.unmerge()
             undisturbed(self._entries.attachment.detach)
             leave(session)
+            if session.tiers is not None:
+                session.tiers.end()
         return self.model
 
     @property

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.compiler_failures import explained, lorafx_error_in
+from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
@@ -33,7 +33,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:  # imported where used: with the first graph
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
-    from lorafx.capture.traced import Traced
+    from lorafx.capture.traced import Conversion, Traced
 
 
 class Entry:
@@ -105,13 +105,30 @@ class Entry:
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
-        """Run the graphs with adapters, or those of the base, and return the model's result."""
+        """The model's result, by the graphs with adapters, or those of the base, or eagerly."""
+        session = self.session
+        if session.tiers is None or session.running.warming or session.replays:
+            return self.run_graph(args, kwargs, base=base)
+        return session.tiers.run(self, args, kwargs, base=base)
+
+    def run_graph(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        base: bool,
+        conversion: Callable[[Traced], Conversion] | None = None,
+    ) -> Any:
+        """The model's result by a graph, which is compiled if there is none for the call; or by
+        what `conversion` of the traced function makes, and whatever that raises."""
         session = self.session
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
         traced = self._traced_for(state, base=base)
         try:
             run = functools.partial(traced.call, *args, **kwargs)
+            if conversion is not None:
+                run = functools.partial(traced.converted_by, conversion(traced), run)
             no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with no_grad, session.without_mha_fast_path():
                 result = self._run_tracked(run)
@@ -123,6 +140,8 @@ class Entry:
                     "has ended, without its adapters; return what it yields"
                 )
             return result
+        except NoGraph:
+            raise
         except BaseException as error:
             inner = lorafx_error_in(error)
             if isinstance(inner, ReplacedModuleError):
@@ -218,13 +237,16 @@ class Entry:
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
             keep_guards=backend.keep_guards if saved is None else saved.keep_guards,
-            converted=None if saved is None else saved.converted,
+            saved=saved,
+            saves=bool(session.program.options.cache),
         )
 
     def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
-        """This entry's graphs that other processes saved; None without `Options.cache`, and where
-        torch cannot save graphs."""
-        option = self.session.program.options.cache
+        """This entry's graphs that other processes saved; None where torch cannot save graphs, and
+        without `Options.cache`, unless graphs are compiled beside the calls."""
+        tiers = self.session.tiers
+        folder = None if tiers is None else tiers.folder
+        option = self.session.program.options.cache or folder
         if not option or not saves_graphs():
             return None
         paths = {id(module): path for path, module in self.session.program.model.named_modules()}
@@ -239,7 +261,7 @@ class Entry:
         }
         from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
 
-        return SavedGraphs(self.session.backend, option, entry)
+        return SavedGraphs(self.session.backend, option, entry, folder)
 
     def _traced_for(self, state: tuple[int, int], *, base: bool) -> Traced:
         if (state, base) not in self.traced:
@@ -324,7 +346,7 @@ def _to_trace(
 
 def entered(frame: FrameType) -> bool:
     """Whether a frame is that of an entry that serves a call, with the call's arguments."""
-    return frame.f_code is Entry._serve.__code__
+    return frame.f_code is Entry.run_graph.__code__
 
 
 class CompiledForwards:

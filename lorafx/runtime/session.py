@@ -55,6 +55,7 @@ from lorafx.torch_internals.versions import unsupported
 if TYPE_CHECKING:  # imported with the first graph
     from lorafx.capture.backend import Backend
     from lorafx.capture.record import GraphRecord
+    from lorafx.runtime.tiers import Tiers
 
 T = TypeVar("T")
 
@@ -181,6 +182,8 @@ class Session:
         #: Runs other calls while an engine has the model use an attention that only its own steps
         #: can use: assigned by lorafx.generation.continuous.
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
+        #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
+        self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # assigned by `set_batch`, as is the next one
         self._called = False
@@ -194,6 +197,11 @@ class Session:
         lorafx.inspection.replay assigns another one."""
         # An import defines operators, which an interrupted one could not define again.
         return undisturbed(partial(self._new_backend, self))
+
+    @property
+    def replays(self) -> bool:
+        """Whether graphs are captured once more, to be looked at."""
+        return "backend" in vars(self) and self.backend.replay is not None
 
     @property
     def records(self) -> Sequence[GraphRecord]:
@@ -479,6 +487,8 @@ class Session:
             program = self.program
             self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.active_at_rest
             self.replacements.put_back()
+        if self.tiers is not None:
+            self.tiers.forget()
         self.store.after_fork()
 
 

@@ -49,7 +49,11 @@ def folder_of(option: str | bool | os.PathLike[str]) -> Path:
     if option == AUTO and not most_bytes():
         raise ConfigError("LORAFX_CACHE_BYTES is 0")
     try:
-        path = default_folder() if default else Path(str(option)).expanduser()
+        path = (
+            default_folder()
+            if default
+            else Path(os.fspath(str(option) if isinstance(option, bool) else option)).expanduser()
+        )
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat() if default else path.stat()
         parents = [(item, item.lstat()) for item in path.resolve().parents]

@@ -88,6 +88,8 @@ class SavedGraphs:
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
+        #: Why the graph of the last conversion was not saved; "" if it was, or was loaded.
+        self.unsaved = ""
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
@@ -100,6 +102,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
+        self.unsaved = ""
         place = self._folder_and_key(frame)
         if not isinstance(place, tuple):
             known = len(self._backend.records)
@@ -112,7 +115,9 @@ class SavedGraphs:
             return loaded
         with self._noting_conversion() as conversion:
             result = convert(frame, *arguments, **kwargs)
-        if result.guarded_code is not None:
+        if result.guarded_code is None:
+            self.unsaved = "Dynamo made no graph of it"
+        else:
             self._save(*place, result.guarded_code, conversion)
         return result
 
@@ -127,11 +132,13 @@ class SavedGraphs:
                 or dump_folder(program.options) is not None  # dumps need the passes
                 or not can_save(program)
             ):
+                self.unsaved = "graphs of this model or with these options cannot be saved"
                 return ""
             return self._folder(), entry_key(program, {**self._entry, "code": frame.f_code})
         except Exception as error:  # from the model's attributes or the file system
             self._warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
-            return f"not saved: {error}"
+            self.unsaved = f"not saved: {error}"
+            return self.unsaved
 
     def _folder(self) -> Path:
         """The folder. Raises ConfigError if it cannot be used."""
@@ -159,10 +166,12 @@ class SavedGraphs:
             if self._auto and folder == folders.default_folder():
                 folders.trim(folder, folders.most_bytes())
         except OSError as error:
+            self.unsaved = f"not saved: {error}"
             self._warn(f"a graph could not be saved in {folder}: {error}")
-            conversion.tell(f"not saved: {error}")
+            conversion.tell(self.unsaved)
         except Exception as error:  # Undescribed, or errors of pickling
-            conversion.tell(f"not saved: {error}")
+            self.unsaved = f"not saved: {error}"
+            conversion.tell(self.unsaved)
 
     def _load(
         self, folder: Path, key: str, frame: Any, arguments: Sequence[Any]

@@ -1,0 +1,195 @@
+"""Processes beside the serving one, each forked from it at a call to compile that call's graph.
+
+    the serving process ─ fork ─▶ it waits for its turn ─▶ it works ─▶ it writes one text, and ends
+
+The model, its adapters and the arguments are shared until one of the two writes into them. The
+process writes to no stream, socket or pipe of the serving one, and ends when that one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import gc
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from lorafx.interrupts import undisturbed
+
+#: Seconds between two looks at the serving process, and that a process may take to end.
+_LOOK, _LAST_SECONDS = 0.5, 2.0
+#: Seconds without any work after which a process gives up: a lock that another thread of the
+#: serving process held at the fork is never free.
+_STANDSTILL = 300.0
+_LONGEST_TEXT = 4000
+
+
+def can_fork() -> bool:
+    """Whether a process can go on after a fork without calling exec: not with Apple's libraries."""
+    return sys.platform == "linux"
+
+
+class Process:
+    """A process that does `work` when its turn comes, and reports the text that this returns, or
+    that of the error that it raises."""
+
+    def __init__(self, work: Callable[[], str]) -> None:
+        self._work = work
+        #: What the process reported; None until it has ended.
+        self.outcome: str | None = None
+        self.works = False
+        undisturbed(self._fork)
+        del self._work
+
+    def _fork(self) -> None:
+        go, told = os.pipe(), os.pipe()
+        parent = os.getpid()
+        with warnings.catch_warnings():  # about other threads: see _STANDSTILL
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if not self.pid:
+            _serve_turn(self._work, parent, go[0], told[1])
+        os.close(go[0])
+        os.close(told[1])
+        self._go, self._told = go[1], told[0]
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(self.pid, self.pid)
+
+    def start(self) -> None:
+        """Let the process work."""
+        self.works = True
+        with contextlib.suppress(OSError):  # it has ended
+            os.write(self._go, b"!")
+
+    def poll(self) -> str | None:
+        """What the process reported, "" at best, if it has ended."""
+        if self.outcome is None:
+            self._reap(os.WNOHANG)
+        return self.outcome
+
+    def end(self) -> None:
+        """End the process and the compilers that it runs, if it has not ended."""
+        for number in (signal.SIGTERM, signal.SIGKILL):  # compilers remove what they have begun
+            if self.poll() is not None:
+                return
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, number)
+            last = time.monotonic() + _LAST_SECONDS
+            while self.poll() is None and time.monotonic() < last:
+                time.sleep(0.002)
+
+    def forget(self) -> None:
+        """Leave the process to the one that forked it: this is another child of that one."""
+        if self.outcome is None:
+            self.outcome = "the process beside belongs to another process"
+            self._close()
+
+    def _reap(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:  # somebody else has waited for it
+            pid, status = self.pid, 0
+        if not pid:
+            return
+        text = os.read(self._told, _LONGEST_TEXT).decode(errors="replace")
+        if text:
+            self.outcome = text.partition(":")[2]
+        elif os.WIFSIGNALED(status):
+            self.outcome = f"the process beside was ended by signal {os.WTERMSIG(status)}"
+        else:
+            self.outcome = "the process beside ended without a word"
+        self._close()
+
+    def _close(self) -> None:
+        os.close(self._go)
+        os.close(self._told)
+
+
+def _serve_turn(work: Callable[[], str], parent: int, go: int, told: int) -> NoReturn:
+    """The life of the forked process."""
+    try:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        _leave_alone({go, told})
+        gc.freeze()  # a collection would write into all objects, and so copy their memory
+        context = contextvars.copy_context()
+        modes = _modes()
+        turn = threading.Event()
+
+        def run() -> None:
+            if os.read(go, 1):
+                turn.set()
+                with modes[0], modes[1]:
+                    os.write(told, f"told:{_outcome(context, work)}".encode()[:_LONGEST_TEXT])
+
+        # In a thread of its own, OpenMP makes new threads; those of the serving process that the
+        # forking thread would wait for do not exist here.
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        _watch(thread, turn, parent)
+    finally:
+        os._exit(0)
+
+
+def _outcome(context: contextvars.Context, work: Callable[[], str]) -> str:
+    try:
+        return context.run(work)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _modes() -> tuple[contextlib.AbstractContextManager[object], ...]:
+    """The modes of torch in this thread, for another one."""
+    return (
+        torch.inference_mode(torch.is_inference_mode_enabled()),
+        torch.autocast(
+            "cpu",
+            dtype=torch.get_autocast_dtype("cpu"),
+            enabled=torch.is_autocast_enabled("cpu"),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        ),
+    )
+
+
+def _leave_alone(own: set[int]) -> None:
+    """Cut this process off from streams, sockets, pipes, signals and the log of the serving one."""
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for handled in signal.valid_signals():
+        if callable(signal.getsignal(handled)):
+            signal.signal(handled, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them
+            number = int(name)
+            mode = os.fstat(number).st_mode
+            # Numbers stay in use, since objects here may close them.
+            if number < 3 or (number not in own and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode))):
+                os.dup2(nothing, number, inheritable=number < 3)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    os.nice(10)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # where memory runs out, this process goes first
+
+
+def _watch(thread: threading.Thread, turn: threading.Event, parent: int) -> None:
+    """Return when the thread has ended, or stands still. End this process with its serving one."""
+    seconds, since = 0.0, time.monotonic()
+    while thread.is_alive() and time.monotonic() < since + _STANDSTILL:
+        thread.join(_LOOK)
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGTERM)
+        now = sum(os.times()[:4])
+        if now > seconds + 0.1 or not turn.is_set():
+            seconds, since = now, time.monotonic()

@@ -1,0 +1,424 @@
+"""Tiers: calls for which no graph is ready are answered eagerly, while graphs are compiled beside.
+
+    a call → a graph serves it       → it runs
+           → none does               → the model runs eagerly, at once; when this kind of call has
+                                       come twice, a process beside (lorafx.runtime.beside) compiles
+                                       its graph, and saves it for this process to load
+           → it cannot run eagerly   → its graph is compiled here, and the call waits for it
+
+Calls are of one *kind* if their arguments differ in values and sizes only, as far as Dynamo takes
+these for symbols. One process compiles at a time, for the kind with the most calls; those of other
+kinds wait for their turn. This process never traces a call that is answered eagerly.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorafx.capture.compiler_failures import NoGraph
+from lorafx.config import Options
+from lorafx.eager.following import NeedsGraph
+from lorafx.eager.tier import EagerTier
+from lorafx.errors import LorafxWarning
+from lorafx.program.argument_roles import PRIMARY, tensor_leaves
+from lorafx.progress import LongWork
+from lorafx.runtime.beside import Process, can_fork
+from lorafx.torch_internals.versions import saves_graphs
+
+if TYPE_CHECKING:
+    from lorafx.capture.traced import Conversion, Traced
+    from lorafx.runtime.entry import Entry
+    from lorafx.runtime.session import Session
+
+TierName = Literal["eager", "compiling", "ready", "kept eager"]
+
+#: The calls of a kind before a process is forked for it, and the most such processes of a kind.
+_CALLS, _MOST_PROCESSES = 2, 3
+#: The most kinds of calls that are told apart, and the deepest level of containers that is.
+_MOST_KINDS, _DEPTH = 256, 3
+
+
+@dataclass(frozen=True)
+class KindStatus:
+    """A kind of calls: how many there were, how the next is answered, and why it stays eager."""
+
+    kind: str
+    calls: int
+    tier: TierName
+    reason: str = ""
+
+    def __str__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.kind}, {self.calls} calls: {self.tier}{why}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the kinds of calls so far are answered, and the number of graphs in this process."""
+
+    kinds: tuple[KindStatus, ...]
+    graphs: int
+
+    @property
+    def compiling(self) -> int:
+        """The number of kinds whose graph is being compiled."""
+        return self.count("compiling")
+
+    def count(self, tier: TierName) -> int:
+        return sum(kind.tier == tier for kind in self.kinds)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.graphs} graphs", *map(str, self.kinds)])
+
+
+@dataclass(eq=False)
+class _Kind:
+    """A kind of calls. `looked`: the numbers of saved graphs, and of those in this process, among
+    which none served the last call."""
+
+    name: str
+    calls: int = 0
+    process: Process | None = None
+    processes: int = 0
+    has_graph: bool = False
+    here: bool = False
+    looked: tuple[int, int] = (0, 0)
+    reason: str = ""
+
+    @property
+    def tier(self) -> TierName:
+        if self.process is not None:
+            return "compiling"
+        if self.has_graph or self.here:
+            return "ready"
+        return "kept eager" if self.reason else "eager"
+
+
+def starts_eagerly(options: Options, device: torch.device) -> bool:
+    """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
+    start: str = options.start
+    if start == "auto":
+        start = os.environ.get("LORAFX_START") or "auto"
+    if start == "auto":
+        beside = device.type == "cpu" and can_fork() and saves_graphs()
+        return beside and not _shows_graphs(options)
+    return start == "eager"
+
+
+def _shows_graphs(options: Options) -> bool:
+    """Whether options ask for what is seen only where graphs are compiled in this process."""
+    dumps = options.dump or os.environ.get("LORAFX_DUMP")
+    changed = not all(isinstance(value, bool) for value in options.passes.values())
+    return bool(dumps) or options.verify == "numeric" or changed
+
+
+class PrivateFolder(os.PathLike[str]):
+    """A folder of this process alone, made when it is needed and removed with this object; another
+    one in a child process."""
+
+    def __init__(self) -> None:
+        self._made: tuple[int, str] | None = None
+
+    def __fspath__(self) -> str:
+        if self._made is None or self._made[0] != os.getpid():
+            self._made = os.getpid(), tempfile.mkdtemp(prefix="lorafx-")
+            weakref.finalize(self, _remove, *self._made)
+        return self._made[1]
+
+    def keep(self, folder: str) -> None:
+        """Use the folder of the parent, which removes it."""
+        self._made = os.getpid(), folder
+
+
+def _remove(owner: int, folder: str) -> None:
+    if owner == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Tiers:
+    """Answers the calls of a session, whose lock is held."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._eager = EagerTier(session.program)
+        #: Through it processes beside hand graphs over where `Options.cache` has no folder.
+        self.folder = PrivateFolder()
+        self._kinds: dict[object, _Kind] = {}
+        #: Grows with each graph that may have come into the folder.
+        self._saved = int(bool(session.program.options.cache))
+        self._shown: LongWork | None = None
+        self._said: set[str] = set()
+        self._processes: list[Process] = []
+        weakref.finalize(self, _end, self._processes)
+
+    def run(
+        self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool
+    ) -> Any:
+        """The result of a call of the entry."""
+        kind = self._kind(entry, args, kwargs, base)
+        kind.calls += 1
+        self._look()
+        if kind.here:
+            return entry.run_graph(args, kwargs, base=base)
+        saved, _ = kind.looked
+        graphs = self._saved, len(entry.session.records)
+        if (kind.has_graph or graphs != kind.looked) and _compiler_is_imported():
+            loads = _load if self._saved != saved else _find
+            try:
+                result = entry.run_graph(args, kwargs, base=base, conversion=loads)
+            except NoGraph:
+                kind.looked = graphs
+            else:
+                kind.has_graph, kind.reason = True, ""
+                return result
+        call = partial(entry.run_graph, args, kwargs, base=base, conversion=_save)
+        if self._is_due(kind):
+            self._fork(kind, partial(_compile, entry, call))
+        try:
+            return self._run_eagerly(entry, args, kwargs)
+        except NeedsGraph:
+            kind.here = True
+            return entry.run_graph(args, kwargs, base=base)
+
+    def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        session, runtime = entry.session, entry.session.program.runtime
+        if session.requests.tokens is not None:
+            raise NeedsGraph("tokens have slots of their own")
+        no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+        active = runtime.active
+        try:
+            if all(row < 0 for row in runtime.rows):
+                runtime.active = False
+            with no_grad, session.without_mha_fast_path():
+                return self._eager.run(entry.target, args, kwargs)
+        finally:
+            runtime.active = active
+
+    # --- processes ---
+
+    def _is_due(self, kind: _Kind) -> bool:
+        return (
+            kind.calls >= _CALLS
+            and kind.process is None
+            and not kind.reason
+            and kind.processes < _MOST_PROCESSES
+            and can_fork()
+            and not _importing()
+        )
+
+    def _fork(self, kind: _Kind, work: Callable[[], str]) -> None:
+        folder = os.fspath(self.folder)
+
+        def compile() -> str:
+            self.folder.keep(folder)
+            return work()
+
+        kind.processes += 1
+        process = kind.process = Process(compile)
+        self._processes.append(process)
+        _import_compiler()
+        self._look()
+
+    def _look(self) -> None:
+        """Note the processes that have ended, and let the next one work."""
+        working = None
+        for kind in self._waiting():
+            process = kind.process
+            assert process is not None
+            if process.works and (outcome := process.poll()) is not None:
+                self._note(kind, outcome)
+            elif process.works:
+                working = kind
+        if working is None:
+            following = max(self._waiting(), key=lambda kind: kind.calls, default=None)
+            if following is not None and following.process is not None:
+                following.process.start()
+                self._shown = LongWork(f"compiling {following.name}, beside the calls")
+                self._shown.show()
+
+    def _waiting(self) -> list[_Kind]:
+        return [kind for kind in self._kinds.values() if kind.process is not None]
+
+    def _note(self, kind: _Kind, outcome: str) -> None:
+        assert kind.process is not None
+        self._processes.remove(kind.process)
+        kind.process = None
+        if self._shown is not None:
+            self._shown.end()
+        if not outcome:
+            self._saved += 1
+            return
+        kind.reason = outcome
+        if outcome not in self._said:
+            self._said.add(outcome)
+            warnings.warn(f"calls stay eager ({kind.name}): {outcome}", LorafxWarning, stacklevel=2)
+
+    def end(self) -> None:
+        """End all processes; their kinds may be tried again."""
+        for kind in self._waiting():
+            kind.process = None
+        _end(self._processes)
+
+    def forget(self) -> None:
+        """Leave the processes to the parent of this one."""
+        for process in self._processes:
+            process.forget()
+        self._processes.clear()
+        for kind in self._waiting():
+            kind.process = None
+
+    # --- what is seen of it ---
+
+    def busy(self) -> bool:
+        """Whether a graph is being compiled beside."""
+        self._look()
+        return bool(self._waiting())
+
+    def status(self, graphs: int) -> Status:
+        self._look()
+        kinds = (
+            KindStatus(kind.name, kind.calls, kind.tier, kind.reason)
+            for kind in self._kinds.values()
+        )
+        return Status(tuple(kinds), graphs)
+
+    # --- kinds ---
+
+    def _kind(
+        self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], base: bool
+    ) -> _Kind:
+        program = entry.session.program
+        fixed = entry.session.dynamic is False
+        form = (
+            entry,
+            (program.site_watch.state, program.hook_watch.look(), base, program.model.training),
+            (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+            tuple(_form(item, fixed) for item in args),
+            tuple((name, _form(item, fixed)) for name, item in kwargs.items()),
+        )
+        kind = self._kinds.get(form)
+        if kind is None:
+            while len(self._kinds) >= _MOST_KINDS:
+                oldest = self._kinds.pop(next(iter(self._kinds)))
+                if oldest.process is not None:
+                    oldest.process.end()
+            kind = self._kinds[form] = _Kind(_name(entry, kwargs))
+        return kind
+
+
+def _end(processes: list[Process]) -> None:
+    for process in processes:
+        process.end()
+    processes.clear()
+
+
+def _load(traced: Traced) -> Conversion:
+    return traced.load
+
+
+def _find(traced: Traced) -> Conversion:
+    from lorafx.capture.traced import no_graph
+
+    return no_graph
+
+
+def _save(traced: Traced) -> Conversion:
+    return traced.save
+
+
+def _compile(entry: Entry, call: Callable[[], Any]) -> str:
+    """Compile and save the graph of `call`, in a process for this alone. Returns why it is not."""
+    session = entry.session
+    session.locks.calls = threading.RLock()  # that of the serving process is another thread's
+    session.running = session.running._replace(thread=threading.get_ident())
+    try:
+        call()
+    except NoGraph as made:
+        return str(made)
+    return ""
+
+
+def _form(value: Any, fixed: bool, depth: int = _DEPTH) -> object:
+    """What graphs depend on of an argument; `fixed`: on all of its sizes."""
+    if isinstance(value, Tensor):
+        constant = getattr(value, "_dynamo_static_indices", ())
+        sizes = tuple(
+            size if fixed or dim in constant else min(size, 2)
+            for dim, size in enumerate(value.shape)
+        )
+        return value.dtype, sizes, value.requires_grad, type(value)
+    if value is None or isinstance(value, (bool, float, str, bytes)):
+        return type(value), value
+    if isinstance(value, int):
+        return int, value if fixed else min(max(value, -1), 2)
+    if isinstance(value, (list, tuple)) and depth:
+        return type(value), tuple(_form(item, fixed, depth - 1) for item in value)
+    if isinstance(value, Mapping) and depth:
+        items = tuple((str(key), _form(item, fixed, depth - 1)) for key, item in value.items())
+        return type(value), items
+    # Whether a cache is empty.
+    return type(value), tuple(_form(item, fixed) for item in islice(tensor_leaves(value), 1))
+
+
+def _name(entry: Entry, kwargs: Mapping[str, Any]) -> str:
+    program = entry.session.program
+    rows, names = len(program.runtime.rows), ["with adapters" if program.batch.touched else "base"]
+    names.append("one request" if rows == 1 else "several requests")
+    tokens = next((kwargs[name] for name in PRIMARY if isinstance(kwargs.get(name), Tensor)), None)
+    if tokens is not None and tokens.dim() > 1:
+        names.append("one token each" if tokens.shape[1] == 1 else "several tokens each")
+    return f"{entry.name}, {', '.join(names)}"
+
+
+# --- the compiler's modules, which loading a graph needs ---
+
+_MODULES = ("lorafx.capture.backend", "lorafx.capture.saved_graphs.saved_graphs")
+_imports: threading.Thread | None = None
+
+
+def _importing() -> bool:
+    return _imports is not None and _imports.is_alive()
+
+
+def _compiler_is_imported() -> bool:
+    return not _importing() and all(name in sys.modules for name in _MODULES)
+
+
+def _import_compiler() -> None:
+    """Import the modules in a thread, unless they are."""
+    global _imports
+    if not _importing() and not _compiler_is_imported():
+        _imports = threading.Thread(target=_import, name="lorafx imports", daemon=True)
+        _imports.start()
+
+
+def _import() -> None:
+    import importlib
+
+    for name in _MODULES:
+        importlib.import_module(name)
+
+
+def _wait_for_imports() -> None:
+    """A module that a thread is importing at a fork can never be imported in the child."""
+    if _imports is not None and _imports is not threading.current_thread():
+        _imports.join()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_for_imports)
