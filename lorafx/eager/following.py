@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import OF_WEIGHTS, SHARED, Block, Memory, Patchy, RealLabel, storage_of
+from lorafx.ownership.memory import (
+    OF_WEIGHTS,
+    SHARED,
+    Block,
+    Geometry,
+    Memory,
+    Patchy,
+    RealLabel,
+    geometry_of,
+    storage_of,
+)
 from lorafx.ownership.real import (
     alone,
     labels_by_signature,
@@ -104,10 +114,12 @@ class Remembered:
         self._codes = {label: code for code, label in enumerate(self.labels)}
         #: The codes of results by signature.
         self.results: dict[Any, Sequence[int]] = {}
+        #: The codes of views by the label and the geometry of what they are views of, and theirs.
+        self.views: dict[tuple[int, Geometry, Geometry], int] = {}
 
     def begin(self) -> None:
         """Forget signatures if there are too many. Nothing may be running."""
-        if max(len(self.results), len(self.labels)) > self._most:
+        if max(len(self.results), len(self.views), len(self.labels)) > self._most:
             self._clear()
         if len(self.parameters) > self._most:
             self.parameters.clear()
@@ -211,8 +223,10 @@ class Following(TorchDispatchMode):
         if named:
             signature.extend(named)
             self._sign(tuple(named.values()), signature, operands)
-        targets = written(func, args, named) if kind is Kind.WRITE else ()
-        self._undo.note(target for target in targets if not self._is_born(target))
+        targets: Sequence[Tensor] = ()
+        if kind is Kind.WRITE:
+            targets = written(func, args, named)
+            self._undo.note(target for target in targets if not self._is_born(target))
         results = func(*args, **named)
         if self._weights:
             self._look_at_weights(func, results)
@@ -273,13 +287,23 @@ class Following(TorchDispatchMode):
             if touched:
                 self._weights.append(tensor)
             return WEIGHTS
-        code = self._remembered.code(self.memory.look(tensor))
-        block = self.memory.block(tensor)
+        code, remembered = None, self._remembered
+        block = self.memory.unwritten(tensor)
+        if block is not None:
+            geometry, label = next(iter(block.views.items()))
+            key = id(label), geometry, geometry_of(tensor)  # `labels` keeps the label
+            code = remembered.views.get(key)
+            if code is None:
+                code = remembered.code(self.memory.look(tensor))
+                if not isinstance(label, Patchy):
+                    remembered.views[key] = code
+        else:
+            code = remembered.code(self.memory.look(tensor))
+            block = self.memory.block(tensor)
         if block is not None and not self._watched:
-            place = block, block.epoch, tensor._version
-            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+            self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
-            self._remembered.parameters[id(tensor)] = weakref.ref(tensor)
+            remembered.parameters[id(tensor)] = weakref.ref(tensor)
         return code
 
     def label(self, tensor: Tensor) -> RealLabel | None:
@@ -290,8 +314,7 @@ class Following(TorchDispatchMode):
         """Label a new tensor; nothing happens for a view."""
         block = self.memory.born(tensor, self._remembered.labels[code])
         if block is not None and not self._watched:
-            place = block, block.epoch, tensor._version
-            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+            self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
 
     def _found(
         self,

@@ -25,7 +25,7 @@ from lorafx.program.program import Program
 from lorafx.program.row_handoff import argument_label
 
 #: The share of the model's bytes that gathered factors may take.
-_SHARE = 16
+_SHARE = 4
 
 #: Packages whose modules write into tensors by operators alone.
 _SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
