@@ -12,7 +12,7 @@ again when a bank has been written. All other deltas are those of the sites' ope
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,14 +60,19 @@ class GatheredFactors:
         ranks = {slot: [int(r) for r in bank.ranks[slot]] for slot in set(slots) if slot >= 0}
         rank = max((sum(r[i] for i in mark.siblings) for r in ranks.values()), default=0)
         nbytes = len(slots) * rank * (mark.in_features + mark.out_features) * dtype.itemsize
-        if nbytes > self._most:
+        self._drop([key])
+        if self._nbytes + nbytes > self._most:
+            self._drop([other for other in self._kept if other[1] != slots])
+        if self._nbytes + nbytes > self._most:
             return None
-        if kept is not None or self._nbytes + nbytes > self._most:
-            self._kept.clear()
-            self._nbytes = 0
         factors = self._kept[key] = _gathered(mark, slots, ranks, rank, dtype, versions)
         self._nbytes += factors.nbytes
         return factors
+
+    def _drop(self, keys: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        for key in keys:
+            if key in self._kept:
+                self._nbytes -= self._kept.pop(key).nbytes
 
 
 def _versions(bank: Bank) -> tuple[int, ...]:
@@ -162,8 +167,9 @@ class Deltas:
         factors = self._gathered.of(mark, slots, acc)
         if factors is None:
             return None
-        n = len(slots)
-        wide_x, wide_y = x.to(acc), y.to(acc)
+        n, dtype = len(slots), y.dtype
+        wide_x = x if x.dtype == acc else x.to(acc)
+        wide_y = y if dtype == acc else y.to(acc)
         if n == 1:
             x2, y2 = wide_x.reshape(-1, x.shape[-1]), wide_y.reshape(-1, y.shape[-1])
             out = torch.addmm(y2, x2 @ factors.A[0], factors.B[0])
@@ -172,7 +178,7 @@ class Deltas:
             out = torch.baddbmm(y3, torch.bmm(x3, factors.A), factors.B)
             if factors.live is not None:  # 0 times infinity is no number
                 out = torch.where(factors.live, out, y3)
-        return out.to(y.dtype).view(y.shape)
+        return (out if dtype == acc else out.to(dtype)).view(y.shape)
 
     def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
         count = x.dim() if mark.kind == "embedding" else 1 if mark.window else x.dim() - 1

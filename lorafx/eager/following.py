@@ -23,9 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.undo import Undo
-from lorafx.eager.weight_uses import WeightUses
-from lorafx.model.sites import Site
-from lorafx.ownership.memory import OF_WEIGHTS, SHARED, Block, Memory, Patchy, RealLabel, storage_of
+from lorafx.eager.weight_uses import WeightUses, place_of
+from lorafx.ownership.memory import (
+    OF_WEIGHTS,
+    SHARED,
+    Block,
+    Geometry,
+    Memory,
+    Patchy,
+    RealLabel,
+    geometry_of,
+)
 from lorafx.ownership.real import (
     alone,
     labels_by_signature,
@@ -33,7 +41,6 @@ from lorafx.ownership.real import (
     tensors_in,
     written,
 )
-from lorafx.program.program import Program
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
     TorchDispatchMode,
@@ -104,10 +111,12 @@ class Remembered:
         self._codes = {label: code for code, label in enumerate(self.labels)}
         #: The codes of results by signature.
         self.results: dict[Any, Sequence[int]] = {}
+        #: The codes of views by the label and the geometry of what they are views of, and theirs.
+        self.views: dict[tuple[int, Geometry, Geometry], int] = {}
 
     def begin(self) -> None:
         """Forget signatures if there are too many. Nothing may be running."""
-        if max(len(self.results), len(self.labels)) > self._most:
+        if max(len(self.results), len(self.views), len(self.labels)) > self._most:
             self._clear()
         if len(self.parameters) > self._most:
             self.parameters.clear()
@@ -125,6 +134,7 @@ class Following(TorchDispatchMode):
 
     Args:
         memory: the labels of storages.
+        uses: checks uses of weights; without it there are none.
         watched: code that is not known may write into memory unseen, so that a label holds only as
             long as `memory` finds its storage unchanged.
     """
@@ -133,12 +143,12 @@ class Following(TorchDispatchMode):
 
     def __init__(
         self,
-        program: Program,
         remembered: Remembered,
         undo: Undo,
         memory: Memory,
+        uses: WeightUses | None = None,
         *,
-        watched: bool,
+        watched: bool = False,
     ) -> None:
         super().__init__()
         self.memory, self._watched = memory, watched
@@ -146,14 +156,8 @@ class Following(TorchDispatchMode):
         self._undo, self._remembered = undo, remembered
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
-        self._uses = WeightUses(program)
-        #: The touched sites by the storage of their weight, or the weight where it has none.
-        self._sites: dict[int, list[tuple[Site, Tensor]]] = {}
-        for site in program.sites:
-            weight = program.weight_of(site)
-            if weight is not None:
-                touched = self._sites.setdefault(_place(weight), [])
-                touched += [(site, weight)] if program.is_touched(site) else []
+        self._uses = uses
+        self._sites = {} if uses is None else uses.sites
         #: Operands of the running operator that hold weights of touched sites.
         self._weights: list[Tensor] = []
         #: Sites whose module has used its weight, and whose mark has not come.
@@ -184,7 +188,8 @@ class Following(TorchDispatchMode):
             self.over = True  # an interrupt may leave it on the stack
             while _len_torch_dispatch_stack() > depth:
                 _pop_torch_dispatch_stack(None)
-        self._uses.refuse()
+        if self._uses is not None:
+            self._uses.refuse()
         if self.refusal is not None:
             raise NeedsGraph(self.refusal)
         if self._unmarked:
@@ -211,8 +216,10 @@ class Following(TorchDispatchMode):
         if named:
             signature.extend(named)
             self._sign(tuple(named.values()), signature, operands)
-        targets = written(func, args, named) if kind is Kind.WRITE else ()
-        self._undo.note(target for target in targets if not self._is_born(target))
+        targets: Sequence[Tensor] = ()
+        if kind is Kind.WRITE:
+            targets = written(func, args, named)
+            self._undo.note(target for target in targets if not self._is_born(target))
         results = func(*args, **named)
         if self._weights:
             self._look_at_weights(func, results)
@@ -268,18 +275,28 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        touched = self._sites.get(_place(tensor))
+        touched = self._sites.get(place_of(tensor))
         if touched is not None:
             if touched:
                 self._weights.append(tensor)
             return WEIGHTS
-        code = self._remembered.code(self.memory.look(tensor))
-        block = self.memory.block(tensor)
+        code, remembered = None, self._remembered
+        block = self.memory.unwritten(tensor)
+        if block is not None:
+            geometry, label = next(iter(block.views.items()))
+            key = id(label), geometry, geometry_of(tensor)  # `labels` keeps the label
+            code = remembered.views.get(key)
+            if code is None:
+                code = remembered.code(self.memory.look(tensor))
+                if not isinstance(label, Patchy):
+                    remembered.views[key] = code
+        else:
+            code = remembered.code(self.memory.look(tensor))
+            block = self.memory.block(tensor)
         if block is not None and not self._watched:
-            place = block, block.epoch, tensor._version
-            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+            self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
-            self._remembered.parameters[id(tensor)] = weakref.ref(tensor)
+            remembered.parameters[id(tensor)] = weakref.ref(tensor)
         return code
 
     def label(self, tensor: Tensor) -> RealLabel | None:
@@ -290,8 +307,7 @@ class Following(TorchDispatchMode):
         """Label a new tensor; nothing happens for a view."""
         block = self.memory.born(tensor, self._remembered.labels[code])
         if block is not None and not self._watched:
-            place = block, block.epoch, tensor._version
-            self._known[id(tensor)] = (weakref.ref(tensor), *place, code)
+            self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
 
     def _found(
         self,
@@ -348,24 +364,19 @@ class Following(TorchDispatchMode):
             site = next(
                 (
                     site
-                    for site, weight in self._sites[_place(used)]
+                    for site, weight in self._sites[place_of(used)]
                     if site.marked is caller and _is_all_of(used, weight)
                 ),
                 None,
             )
-            if site is None:
+            if site is None and self._uses is not None:
                 self._uses.look(func, [used], list(tensors_in(results)))
-            else:
+            elif site is not None:
                 self._unmarked[site.path] = None
 
     def marked(self, path: str) -> None:
         """The mark of the site at `path` adds its delta."""
         self._unmarked.pop(path, None)
-
-
-def _place(tensor: Tensor) -> int:
-    """The storage of a tensor, or the tensor itself where it is composite."""
-    return storage_of(tensor) or id(tensor)
 
 
 def _is_all_of(used: Tensor, weight: Tensor) -> bool:

@@ -135,7 +135,7 @@ def pack_weights(
     rows = sum(site.out_features for site in sites)
     # Parameters made in inference mode need a buffer made in it: one cannot be a view of the other.
     with torch.inference_mode(weights[0].is_inference()):
-        buffer = weights[0].new_zeros((rows, sites[0].in_features))
+        buffer = weights[0].new_empty((rows, sites[0].in_features))
         packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
     packed.fill()
     for tensor in (packed.weight, packed.bias):

@@ -214,7 +214,7 @@ class Memory:
             return SHARED if self._shared is not None and self._shared(tensor) else None
         if not self._intact(block, tensor):
             return None
-        geometry = _geometry(tensor)
+        geometry = geometry_of(tensor)
         if geometry not in block.views:
             block.views[geometry] = self._label_by_others(block, tensor, geometry)
         return block.views[geometry]
@@ -233,7 +233,7 @@ class Memory:
     def set_label(self, tensor: Tensor, label: RealLabel | None) -> None:
         block = self.block(tensor) or self._new(tensor)
         if block is not None:
-            block.views[_geometry(tensor)] = label
+            block.views[geometry_of(tensor)] = label
 
     def note(self, tensor: Tensor, label: RealLabel | None, inputs: Iterable[Tensor] = ()) -> None:
         """Label a result of `inputs`, or a view of one."""
@@ -243,19 +243,26 @@ class Memory:
         elif label is None or block is None or not self._intact(block, tensor):
             return
         if block is not None:
-            block.views[_geometry(tensor)] = label
+            block.views[geometry_of(tensor)] = label
 
     def born(self, tensor: Tensor, label: RealLabel | None) -> Block | None:
         """Label a result, and return its storage's labels; None for a view of a known storage."""
         block = None if self.block(tensor) is not None else self._new(tensor)
         if block is not None:
             block.born = True
-            block.views[_geometry(tensor)] = label
+            block.views[geometry_of(tensor)] = label
+        return block
+
+    def unwritten(self, tensor: Tensor) -> Block | None:
+        """The labels of the tensor's storage if they all follow from the first one's."""
+        block = self.block(tensor)
+        if block is None or block.epoch or not block.born or not self._intact(block, tensor):
+            return None
         return block
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
-        block, geometry = self.block(tensor), _geometry(tensor)
+        block, geometry = self.block(tensor), geometry_of(tensor)
         if block is not None:
             block.epoch += 1
             if block.exported:
@@ -363,7 +370,7 @@ def _is_composite(kind: type[Tensor]) -> bool:
     return hasattr(kind, "__tensor_flatten__")
 
 
-def _geometry(tensor: Tensor) -> Geometry:
+def geometry_of(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
