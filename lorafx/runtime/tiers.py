@@ -208,8 +208,8 @@ class Tiers:
 
     def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session, runtime = entry.session, entry.session.program.runtime
-        if session.requests.tokens is not None:
-            raise NeedsGraph("tokens have slots of their own")
+        if session.requests.tokens is not None and not session.requests.packed:
+            raise NeedsGraph("tokens of one request have slots of their own")
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
         active = runtime.active
         try:
