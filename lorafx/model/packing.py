@@ -171,8 +171,10 @@ class PackWatch:
         self.check()
 
     def check(self) -> None:
-        """As `check_packed`, once the parameters were packed."""
-        if self.packed and not self.intact:
+        """As `check_packed`. Parameters that were not packed yet are only looked at."""
+        if not self.packed:
+            _refuse(next((packed for packed in self._packs if not packed.fits), None))
+        elif not self.intact:
             check_packed(self._packs)
             self._record_addresses()
 
@@ -180,7 +182,10 @@ class PackWatch:
 def check_packed(packs: Iterable[PackedGroup]) -> None:
     """Make parameters views of the packs again; CaptureError if the model was moved or cast."""
     split = [packed for packed in packs if not packed.intact]
-    misfit = repack(split) if split else None
+    _refuse(repack(split) if split else None)
+
+
+def _refuse(misfit: PackedGroup | None) -> None:
     if misfit is not None:
         raise CaptureError(
             f"the weights of {misfit.group.sites[0].path} and its siblings have changed "
