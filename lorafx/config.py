@@ -181,8 +181,9 @@ class Options:
             eager mode, while its graph is compiled in a process beside (docs/compile_time.md);
             "compiled": it waits for its graph. "auto" is LORAFX_START, or else "eager" for models
             on a CPU.
-        fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled:
-            "eager", with one warning, or "refuse", by the error that `start="compiled"` raises.
+        fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled
+            beside: "eager", with one warning; or "refuse", as by `start="compiled"`, which raises
+            where nothing can be compiled.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """

@@ -131,16 +131,17 @@ class Traced:
         return self.saved.converted(no_graph, frame, *args, **kwargs)
 
     def save(self, convert: Any, frame: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        """A conversion for its saved graph alone: raises NoGraph with why it was not saved."""
+        """A conversion for its saved graph alone: raises NoGraph with the graph's file, or None,
+        and why there is none."""
         if self.saved is None:
-            raise NoGraph("graphs of this model are not saved")
+            raise NoGraph(None, "graphs of this model are not saved")
 
         def alone(*args: Any, **kwargs: Any) -> ConvertFrameReturn:
             with inductor_config.patch(compile_threads=1):  # its workers are another process's
                 return convert(*args, **kwargs)
 
         self.saved.converted(alone, frame, *args, **kwargs)
-        raise NoGraph(self.saved.unsaved)
+        raise NoGraph(self.saved.file, self.saved.unsaved)
 
 
 def no_graph(*_: Any, **__: Any) -> NoReturn:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.undo import Undo
-from lorafx.eager.weight_uses import WeightUses
-from lorafx.model.sites import Site
+from lorafx.eager.weight_uses import WeightUses, place_of
 from lorafx.ownership.memory import (
     OF_WEIGHTS,
     SHARED,
@@ -34,7 +33,6 @@ from lorafx.ownership.memory import (
     Patchy,
     RealLabel,
     geometry_of,
-    storage_of,
 )
 from lorafx.ownership.real import (
     alone,
@@ -43,7 +41,6 @@ from lorafx.ownership.real import (
     tensors_in,
     written,
 )
-from lorafx.program.program import Program
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
     TorchDispatchMode,
@@ -137,6 +134,7 @@ class Following(TorchDispatchMode):
 
     Args:
         memory: the labels of storages.
+        uses: checks uses of weights; without it there are none.
         watched: code that is not known may write into memory unseen, so that a label holds only as
             long as `memory` finds its storage unchanged.
     """
@@ -145,12 +143,12 @@ class Following(TorchDispatchMode):
 
     def __init__(
         self,
-        program: Program,
         remembered: Remembered,
         undo: Undo,
         memory: Memory,
+        uses: WeightUses | None = None,
         *,
-        watched: bool,
+        watched: bool = False,
     ) -> None:
         super().__init__()
         self.memory, self._watched = memory, watched
@@ -158,14 +156,8 @@ class Following(TorchDispatchMode):
         self._undo, self._remembered = undo, remembered
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
-        self._uses = WeightUses(program)
-        #: The touched sites by the storage of their weight, or the weight where it has none.
-        self._sites: dict[int, list[tuple[Site, Tensor]]] = {}
-        for site in program.sites:
-            weight = program.weight_of(site)
-            if weight is not None:
-                touched = self._sites.setdefault(_place(weight), [])
-                touched += [(site, weight)] if program.is_touched(site) else []
+        self._uses = uses
+        self._sites = {} if uses is None else uses.sites
         #: Operands of the running operator that hold weights of touched sites.
         self._weights: list[Tensor] = []
         #: Sites whose module has used its weight, and whose mark has not come.
@@ -196,7 +188,8 @@ class Following(TorchDispatchMode):
             self.over = True  # an interrupt may leave it on the stack
             while _len_torch_dispatch_stack() > depth:
                 _pop_torch_dispatch_stack(None)
-        self._uses.refuse()
+        if self._uses is not None:
+            self._uses.refuse()
         if self.refusal is not None:
             raise NeedsGraph(self.refusal)
         if self._unmarked:
@@ -282,7 +275,7 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        touched = self._sites.get(_place(tensor))
+        touched = self._sites.get(place_of(tensor))
         if touched is not None:
             if touched:
                 self._weights.append(tensor)
@@ -371,24 +364,19 @@ class Following(TorchDispatchMode):
             site = next(
                 (
                     site
-                    for site, weight in self._sites[_place(used)]
+                    for site, weight in self._sites[place_of(used)]
                     if site.marked is caller and _is_all_of(used, weight)
                 ),
                 None,
             )
-            if site is None:
+            if site is None and self._uses is not None:
                 self._uses.look(func, [used], list(tensors_in(results)))
-            else:
+            elif site is not None:
                 self._unmarked[site.path] = None
 
     def marked(self, path: str) -> None:
         """The mark of the site at `path` adds its delta."""
         self._unmarked.pop(path, None)
-
-
-def _place(tensor: Tensor) -> int:
-    """The storage of a tensor, or the tensor itself where it is composite."""
-    return storage_of(tensor) or id(tensor)
 
 
 def _is_all_of(used: Tensor, weight: Tensor) -> bool:

@@ -32,6 +32,13 @@ class WeightUses:
         self._program = program
         self._ranges: dict[int, list[_Range]] | None = None
         self._error: MatchError | None = None
+        #: The touched sites, with their weights, by `place_of` those; none for untouched ones.
+        self.sites: dict[int, list[tuple[Site, Tensor]]] = {}
+        for site in program.sites:
+            weight = program.weight_of(site)
+            if weight is not None:
+                touched = self.sites.setdefault(place_of(weight), [])
+                touched += [(site, weight)] if program.is_touched(site) else []
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""
@@ -110,3 +117,8 @@ def _byte_range(tensor: Tensor) -> tuple[int, int]:
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     first, size = int(tensor.storage_offset()), tensor.element_size()
     return first * size, (first + int(last) + 1) * size
+
+
+def place_of(tensor: Tensor) -> int:
+    """The storage of a tensor, or the tensor itself where it is composite."""
+    return storage_of(tensor) or id(tensor)

@@ -24,14 +24,14 @@ from typing import NoReturn
 
 import torch
 
-from lorafx.interrupts import undisturbed
-
 #: Seconds between two looks at the serving process, and that a process may take to end.
 _LOOK, _LAST_SECONDS = 0.5, 2.0
 #: Seconds without any work after which a process gives up: a lock that another thread of the
 #: serving process held at the fork is never free.
 _STANDSTILL = 300.0
 _LONGEST_TEXT = 4000
+#: Calls that use all cores keep three quarters of the one that they share with the process.
+_NICE = 5
 
 
 def can_fork() -> bool:
@@ -41,14 +41,15 @@ def can_fork() -> bool:
 
 class Process:
     """A process that does `work` when its turn comes, and reports the text that this returns, or
-    that of the error that it raises."""
+    that of the error that it raises. It is made undisturbed by signals (lorafx.interrupts), so that
+    the one who makes it has noted it."""
 
     def __init__(self, work: Callable[[], str]) -> None:
         self._work = work
-        #: What the process reported; None until it has ended.
+        #: What the process reported, or how it ended without; None until it has ended.
         self.outcome: str | None = None
-        self.works = False
-        undisturbed(self._fork)
+        self.works = self.reported = False
+        self._fork()
         del self._work
 
     def _fork(self) -> None:
@@ -72,7 +73,7 @@ class Process:
             os.write(self._go, b"!")
 
     def poll(self) -> str | None:
-        """What the process reported, "" at best, if it has ended."""
+        """What the process reported, if it has ended."""
         if self.outcome is None:
             self._reap(os.WNOHANG)
         return self.outcome
@@ -102,6 +103,7 @@ class Process:
         if not pid:
             return
         text = os.read(self._told, _LONGEST_TEXT).decode(errors="replace")
+        self.reported = bool(text)
         if text:
             self.outcome = text.partition(":")[2]
         elif os.WIFSIGNALED(status):
@@ -178,7 +180,7 @@ def _leave_alone(own: set[int]) -> None:
                 os.dup2(nothing, number, inheritable=number < 3)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    os.nice(10)
+    os.nice(_NICE)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory runs out, this process goes first
 

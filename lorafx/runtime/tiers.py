@@ -13,6 +13,7 @@ kinds wait for their turn. This process never traces a call that is answered eag
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -21,10 +22,11 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,6 +37,7 @@ from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
 from lorafx.errors import LorafxWarning
+from lorafx.interrupts import undisturbed
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
 from lorafx.runtime.beside import Process, can_fork
@@ -42,11 +45,14 @@ from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:
     from lorafx.capture.traced import Conversion, Traced
+    from lorafx.program.program import Program
     from lorafx.runtime.entry import Entry
     from lorafx.runtime.session import Session
 
 TierName = Literal["eager", "compiling", "ready", "kept eager"]
 
+#: Precedes the path of a saved graph in what a process reports.
+_SAVED = "saved as "
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
 _CALLS, _MOST_PROCESSES = 2, 3
 #: The most kinds of calls that are told apart, and the deepest level of containers that is.
@@ -177,12 +183,14 @@ class Tiers:
             return entry.run_graph(args, kwargs, base=base)
         saved, _ = kind.looked
         graphs = self._saved, len(entry.session.records)
-        if (kind.has_graph or graphs != kind.looked) and _compiler_is_imported():
+        if (kind.has_graph or graphs != kind.looked) and _is_prepared():
             loads = _load if self._saved != saved else _find
             try:
                 result = entry.run_graph(args, kwargs, base=base, conversion=loads)
             except NoGraph:
                 kind.looked = graphs
+                if kind.processes >= _MOST_PROCESSES and not kind.has_graph and not kind.reason:
+                    self._keep_eager(kind, "the graphs that were compiled serve none of them")
             else:
                 kind.has_graph, kind.reason = True, ""
                 return result
@@ -192,8 +200,11 @@ class Tiers:
             self._fork(kind, partial(_compile, entry, call))
         try:
             return self._run_eagerly(entry, args, kwargs)
-        except NeedsGraph:
-            kind.here = True
+        except NeedsGraph as refusal:
+            kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
+            if kind.process is not None:
+                kind.process.end()
+                kind.process = None
             return entry.run_graph(args, kwargs, base=base)
 
     def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -219,20 +230,25 @@ class Tiers:
             and not kind.reason
             and kind.processes < _MOST_PROCESSES
             and can_fork()
-            and not _importing()
+            and not _preparing()
         )
 
     def _fork(self, kind: _Kind, work: Callable[[], str]) -> None:
+        """Fork a process for the running call."""
         folder = os.fspath(self.folder)
 
         def compile() -> str:
             self.folder.keep(folder)
             return work()
 
+        def begin() -> None:
+            kind.process = Process(compile)
+            self._processes.append(kind.process)
+
         kind.processes += 1
-        process = kind.process = Process(compile)
-        self._processes.append(process)
-        _import_compiler()
+        undisturbed(begin)
+        if not _is_prepared():
+            _prepare(_import)
         self._look()
 
     def _look(self) -> None:
@@ -256,18 +272,26 @@ class Tiers:
         return [kind for kind in self._kinds.values() if kind.process is not None]
 
     def _note(self, kind: _Kind, outcome: str) -> None:
-        assert kind.process is not None
-        self._processes.remove(kind.process)
+        process, session = kind.process, self._session()
+        assert process is not None
+        assert session is not None
         kind.process = None
+        self._processes[:] = [item for item in self._processes if item is not process]
         if self._shown is not None:
             self._shown.end()
-        if not outcome:
+        if outcome.startswith(_SAVED):
+            _prepare(partial(_warm, weakref.ref(session.program), outcome.removeprefix(_SAVED)))
             self._saved += 1
-            return
-        kind.reason = outcome
-        if outcome not in self._said:
-            self._said.add(outcome)
-            warnings.warn(f"calls stay eager ({kind.name}): {outcome}", LorafxWarning, stacklevel=2)
+        elif session.program.options.fallback == "refuse" and process.reported:
+            kind.here = True
+        elif process.reported or kind.processes >= _MOST_PROCESSES:  # others may have ended it
+            self._keep_eager(kind, outcome)
+
+    def _keep_eager(self, kind: _Kind, reason: str) -> None:
+        kind.reason = reason
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"calls stay eager ({kind.name}): {reason}", LorafxWarning, stacklevel=2)
 
     def end(self) -> None:
         """End all processes; their kinds may be tried again."""
@@ -286,9 +310,9 @@ class Tiers:
     # --- what is seen of it ---
 
     def busy(self) -> bool:
-        """Whether a graph is being compiled beside."""
+        """Whether a graph is being compiled beside, or what the next call loads is prepared."""
         self._look()
-        return bool(self._waiting())
+        return bool(self._waiting()) or _preparing()
 
     def status(self, graphs: int) -> Status:
         self._look()
@@ -349,9 +373,10 @@ def _compile(entry: Entry, call: Callable[[], Any]) -> str:
     session.running = session.running._replace(thread=threading.get_ident())
     try:
         call()
-    except NoGraph as made:
-        return str(made)
-    return ""
+    except NoGraph as end:
+        file, reason = end.args
+        return reason if file is None else f"{_SAVED}{file}"
+    return "a graph of the serving process serves it"
 
 
 def _form(value: Any, fixed: bool, depth: int = _DEPTH) -> object:
@@ -386,40 +411,53 @@ def _name(entry: Entry, kwargs: Mapping[str, Any]) -> str:
     return f"{entry.name}, {', '.join(names)}"
 
 
-# --- the compiler's modules, which loading a graph needs ---
+# --- what loading a graph needs, which a thread prepares: no call waits for it ---
 
 _MODULES = ("lorafx.capture.backend", "lorafx.capture.saved_graphs.saved_graphs")
-_imports: threading.Thread | None = None
+_preparation: threading.Thread | None = None
 
 
-def _importing() -> bool:
-    return _imports is not None and _imports.is_alive()
+def _preparing() -> bool:
+    return _preparation is not None and _preparation.is_alive()
 
 
-def _compiler_is_imported() -> bool:
-    return not _importing() and all(name in sys.modules for name in _MODULES)
+def _is_prepared() -> bool:
+    return not _preparing() and all(name in sys.modules for name in _MODULES)
 
 
-def _import_compiler() -> None:
-    """Import the modules in a thread, unless they are."""
-    global _imports
-    if not _importing() and not _compiler_is_imported():
-        _imports = threading.Thread(target=_import, name="lorafx imports", daemon=True)
-        _imports.start()
+def _prepare(action: Callable[[], object]) -> None:
+    """Have `action` run in a thread, after earlier ones."""
+    global _preparation
+    before = _preparation
+
+    def run() -> None:
+        if before is not None:
+            before.join()
+        with suppress(Exception):  # a call that needs it raises it again
+            action()
+
+    _preparation = threading.Thread(target=run, name="lorafx prepares", daemon=True)
+    _preparation.start()
 
 
 def _import() -> None:
-    import importlib
-
     for name in _MODULES:
         importlib.import_module(name)
 
 
-def _wait_for_imports() -> None:
-    """A module that a thread is importing at a fork can never be imported in the child."""
-    if _imports is not None and _imports is not threading.current_thread():
-        _imports.join()
+def _warm(program: weakref.ref[Program], path: str) -> None:
+    _import()
+    from lorafx.capture.saved_graphs.saved_graphs import prepare
+
+    if (alive := program()) is not None:
+        prepare(alive, Path(path))
+
+
+def _wait_for_preparation() -> None:
+    """A lock that the thread holds at a fork would never be free in the child."""
+    if _preparation is not None and _preparation is not threading.current_thread():
+        _preparation.join()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_for_imports)
+    os.register_at_fork(before=_wait_for_preparation)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
-from tiny_models import plain_inputs
+from tiny_models import plain_inputs, token_inputs
+from torch import nn
 from torch._dynamo.utils import counters
 
+from lorafx.errors import LorafxWarning
+from lorafx.runtime.beside import Process
 from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -71,3 +82,225 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     assert tiers(cm) == ["ready"]
     assert cm.recompiles == 1
     assert traced() == before
+
+
+class Breaking(nn.Module):
+    """A model that Dynamo cannot capture as one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.up(x)
+        torch._dynamo.graph_break()
+        return {"logits": self.down(torch.relu(x))}
+
+
+class Raising(Breaking):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            raise ValueError("not while it is traced")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("model", [Breaking, Raising])
+def test_what_cannot_be_compiled_stays_eager(small: Any, model: type[nn.Module]) -> None:
+    case = small(model, ["up", "down"])
+    cm, inputs, names = started(case), {"x": torch.randn(3, 12)}, ["a", None, "b"]
+    for _ in range(2):
+        served(cm, case, inputs, names)
+    with pytest.warns(LorafxWarning, match="calls stay eager"):
+        assert cm.wait(SECONDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LorafxWarning)  # it was said
+        for _ in range(2):
+            served(cm, case, inputs, names)
+    assert tiers(cm) == ["kept eager"]
+    assert cm.status().kinds[0].reason in str(cm.status())
+    assert processes(cm) == []
+    assert cm.recompiles == 0
+
+
+def test_what_cannot_be_saved_is_compiled_here_where_that_is_asked_for(small: Any) -> None:
+    case = small(Breaking, ["up", "down"])
+    cm, inputs = started(case, fallback="refuse"), {"x": torch.randn(3, 12)}
+    for _ in range(2):
+        served(cm, case, inputs, ["a"] * 3)
+    assert cm.wait(SECONDS)
+    assert cm.recompiles == 0
+    served(cm, case, inputs, ["a"] * 3)
+    assert cm.recompiles == 2
+    assert tiers(cm) == ["ready"]
+
+
+def test_calls_that_need_a_graph_wait_for_it(shallow: Case) -> None:
+    cm, inputs = started(shallow), token_inputs(2, 4)
+    slots = torch.tensor([[0, 0, -1, -1], [-1, 0, 0, 0]])
+    cm(**inputs, adapter_names=["a0"], adapter_slots=slots)
+    assert tiers(cm) == ["ready"]
+    assert "compiled in this process" in cm.status().kinds[0].reason
+    assert cm.recompiles == 1
+
+
+def test_generate(shallow: Case) -> None:
+    cm = started(shallow)
+    prompts = {**token_inputs(3, 4), "max_new_tokens": 6, "do_sample": False}
+    names = ["a0", None, "a1"]
+    want = cm.generate(**prompts, adapter_names=names)
+    assert tiers(cm) == ["eager", "compiling"]  # the prompt came once
+    for _ in range(2):
+        assert torch.equal(cm.generate(**prompts, adapter_names=names), want)
+        assert cm.wait(SECONDS)
+    assert torch.equal(cm.generate(**prompts, adapter_names=names), want)
+    assert tiers(cm) == ["ready", "ready"]
+    assert cm.recompiles == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed(plain: Case, number: signal.Signals) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    for delay in (0.0, 0.2):
+        served(cm, plain, inputs)
+        (pid,) = processes(cm)
+        time.sleep(delay)
+        os.kill(pid, number)
+        assert cm.wait(SECONDS)
+        assert not running(pid)
+        assert tiers(cm) == ["eager"]
+    served(cm, plain, inputs)
+    assert cm.wait(SECONDS)
+    served(cm, plain, inputs)
+    assert tiers(cm) == ["ready"]
+
+
+def test_wait_ends_after_its_time(plain: Case) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    assert cm.wait(0)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    (pid,) = processes(cm)
+    os.kill(pid, signal.SIGSTOP)
+    assert not cm.wait(0.1)
+    served(cm, plain, inputs)
+    os.kill(pid, signal.SIGCONT)
+    assert cm.wait(SECONDS)
+
+
+@pytest.mark.parametrize("end", ["detach", "garbage"])
+def test_nothing_is_left_of_a_model_that_ends(plain: Case, end: str) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    (pid,), folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    assert running(pid)
+    if end == "detach":
+        cm.detach()
+    del cm
+    gc.collect()
+    assert not running(pid)
+    assert not os.path.exists(folder)
+
+
+def test_another_fork_leaves_the_process_alone(plain: Case) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    before, folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(60)
+            assert tiers(cm) == ["eager"]
+            assert cm.wait(0)
+            served(cm, plain, inputs)
+            cm.detach()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.path.exists(folder)
+    assert processes(cm) == before
+    assert cm.wait(SECONDS)
+    served(cm, plain, inputs)
+    assert cm.status().count("kept eager") == 0
+
+
+def test_weights_and_adapters_change_meanwhile(plain: Case) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    changed = {name: value + 0.1 for name, value in plain.base.state_dict().items()}
+    cm.load_weights(changed)
+    cm.load_adapter(plain.folders["a2"], "a0")
+    other = Case(plain.model(), {"a0": plain.folders["a2"], "a1": plain.folders["a1"]})
+    other.base.load_state_dict(changed)
+    assert cm.wait(SECONDS)
+    served(cm, other, inputs)
+    check_mixed(cm, other, ["a0", None, "a1"], inputs)
+    assert tiers(cm) == ["ready"]
+
+
+def _product(size: int) -> str:
+    """A product that takes several threads, and how many there were."""
+    x = torch.ones(size, size)
+    return f"{float((x @ x + x)[-1, -1]):.0f} {torch.get_num_threads()}"
+
+
+def test_threads_of_openmp() -> None:
+    """The process has threads of its own, where those of the serving one would never answer."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert _product(700) == "701 4"
+        process = Process(lambda: _product(700))
+        process.start()
+        last = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < last:
+            time.sleep(0.01)
+        process.end()
+        assert process.outcome == "701 4"
+    finally:
+        torch.set_num_threads(threads)
+
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch import nn
+import lorafx
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return {"logits": self.down(torch.relu(self.up(x)))}
+
+options = {"lowering": "reference", "start": "eager", "cache": None}
+cm = lorafx.compile(Model().eval(), lorafx.LoraConfig(["up", "down"]), options=options)
+for _ in range(2):
+    cm(torch.randn(3, 12))
+tiers = cm._session.tiers
+print(*(process.pid for process in tiers._processes), os.fspath(tiers.folder), flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "interrupted":
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("way", ["ended", "interrupted", "killed"])
+def test_no_process_outlives_the_serving_one(way: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, way]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    pid, folder = result.stdout.split()
+    last = time.monotonic() + (10 if way == "killed" else 0)
+    while running(int(pid)) and time.monotonic() < last:
+        time.sleep(0.05)
+    assert not running(int(pid))
+    assert way == "killed" or not os.path.exists(folder)

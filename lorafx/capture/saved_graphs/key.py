@@ -69,11 +69,13 @@ def machine() -> str:
         lines = info.read_text(errors="replace").splitlines()
         relevant = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
         features = "\n".join(sorted(relevant))
+    # Folders inside of packages hold their copies of others: setuptools adds its own when imported.
+    folders = [Path(folder) for folder in sys.path if folder]
     packages = sorted(
         path.name
-        for folder in sys.path
-        if folder and Path(folder).is_dir()
-        for path in Path(folder).glob("*-info")
+        for folder in folders
+        if folder.is_dir() and not (folder.parent / "__init__.py").exists()
+        for path in folder.glob("*-info")
     )
     return digest(
         (

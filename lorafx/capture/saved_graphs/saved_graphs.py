@@ -35,6 +35,8 @@ from lorafx.capture.saved_graphs.key import (
     can_save,
     entry_key,
     hash_of_file,
+    machine,
+    own_sources,
     source_files,
 )
 from lorafx.capture.saved_graphs.lowered_graph import (
@@ -88,7 +90,8 @@ class SavedGraphs:
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
         self._conversion: _Conversion | None = None
-        #: Why the graph of the last conversion was not saved; "" if it was, or was loaded.
+        #: The file of the graph of the last conversion, or why it has none.
+        self.file: Path | None = None
         self.unsaved = ""
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
@@ -102,7 +105,7 @@ class SavedGraphs:
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
     ) -> ConvertFrameReturn:
         """Dynamo's conversion of the entry's frame, or a saved one. Dynamo's lock is held."""
-        self.unsaved = ""
+        self.file, self.unsaved = None, ""
         place = self._folder_and_key(frame)
         if not isinstance(place, tuple):
             known = len(self._backend.records)
@@ -161,7 +164,7 @@ class SavedGraphs:
     def _save(self, folder: Path, key: str, code: GuardedCode, conversion: _Conversion) -> None:
         try:
             body, record = conversion.body(code)
-            folders.write(folder, key, body)
+            self.file = folders.write(folder, key, body)
             record.saved = "saved for other processes"
             if self._auto and folder == folders.default_folder():
                 folders.trim(folder, folders.most_bytes())
@@ -191,6 +194,7 @@ class SavedGraphs:
                 continue
             if code is not None:
                 self._loaded.add(path)
+                self.file = path
                 record = self._backend.records[-1]
                 record.seconds["loading"] = time.perf_counter() - start
                 record.reason = record.saved
@@ -204,6 +208,16 @@ class SavedGraphs:
             LOG.info("%s", text)
         else:
             warnings.warn(text, LorafxWarning, stacklevel=2)
+
+
+def prepare(program: Program, path: Path) -> None:
+    """Load the parts of a saved graph that take long, which are then kept in memory: generated code
+    and hashes of lorafx's files. No lock is held, and nothing of the program changes."""
+    modules, _, second_half = pickle.loads(folders.read(path, path.parent.name))
+    stand_ins = (SLOTS, BUILTINS, GRAPH, *json.loads(modules))
+    load(second_half, program, {name: name for name in stand_ins})["lowered"].load()
+    own_sources()
+    machine()
 
 
 class _Conversion:
