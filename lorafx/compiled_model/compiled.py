@@ -187,6 +187,8 @@ def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect
     return signature.replace(parameters=[*parameters.values(), *removed])
 
 
+#: Seconds that `status` waits for the running call.
+_MOMENT = 0.1
 #: How errors about misspelt keywords say where an engine takes the names of adapters.
 _BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
@@ -391,10 +393,17 @@ class CompiledModel(AsModule):
 
     def status(self) -> Status:
         """How calls are answered at present, by their kinds: eagerly, while a graph is compiled
-        beside or for good, or by a graph (`Options.start`). `str()` is text."""
-        with self._session.lock:
-            tiers, graphs = self._session.tiers, self.recompiles
-            return Status((), graphs) if tiers is None else tiers.status(graphs)
+        beside or for good, or by a graph (`Options.start`). `str()` is text. It waits for no call
+        that is running."""
+        lock, tiers, graphs = self._session.lock, self._session.tiers, self.recompiles
+        if tiers is None:
+            return Status((), graphs)
+        held = lock.acquire(timeout=_MOMENT)
+        try:
+            return tiers.status(graphs, held=held)
+        finally:
+            if held:
+                lock.release()
 
     # --- adapters, also by PEFT's and transformers' names ---
 
@@ -669,7 +678,7 @@ class CompiledModel(AsModule):
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         *,
-        warmup: bool = True,
+        warmup: bool | None = None,
         timeout: float | None = None,
         **engine: Any,
     ) -> Iterator[AdapterBatchingManager]:
@@ -686,7 +695,9 @@ class CompiledModel(AsModule):
         Args:
             generation_config: how tokens are chosen, for all requests; None for the model's.
             continuous_batching_config: sizes of pages and batches, for example.
-            warmup: compile the two graphs of the engine's steps first.
+            warmup: compile the two graphs of the engine's steps first. None: only where steps
+                would wait for them; otherwise they are begun, and requests are answered meanwhile
+                (`Options.start`).
             timeout: seconds to wait at the end of the block for requests that are running, after
                 which they fail; None waits for all of them.
             **engine: arguments of transformers' manager.
@@ -708,9 +719,11 @@ class CompiledModel(AsModule):
             self._entries, generation_config, continuous_batching_config, **engine
         )
         try:
-            if warmup:
-                with progress("compiling the engine's steps, ahead of requests"), torch.no_grad():
+            if warmup or (warmup is None and self._session.tiers is None):
+                with progress("compiling the engine's steps, ahead of requests"):
                     manager.warmup()
+            elif warmup is None:
+                manager.compile_beside()
             manager.start()
             yield manager
         finally:
