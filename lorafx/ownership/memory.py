@@ -68,8 +68,7 @@ class Patchy:
 
 @dataclass(frozen=True)
 class Pool:
-    """Elements of all requests, of which a mask shows each query its own; single ones are unknown.
-    """
+    """Elements of all requests, of which a mask shows each query its own."""
 
 
 SHARED, OF_WEIGHTS, POOL = Shared(), Shared(of_weights=True), Pool()

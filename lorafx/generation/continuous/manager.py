@@ -212,7 +212,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError if transformers has no paged cache for the
         model."""
-        self._make_batch_processor()
+        self._make_batch_processor()  # in the thread errors would be lost
         self._process = os.getpid()
         super().start()
 
@@ -258,25 +258,25 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def compile_beside(self) -> None:
         """Have these graphs compiled while requests are answered eagerly. Raises what `start`
         raises."""
-        self._make_batch_processor()
+        self._make_batch_processor()  # in the thread errors would be lost
         # Graphs depend on settings of torch, which threads have for themselves, and steps run in
         # another thread than this one.
         thread = threading.Thread(target=self._run_steps, args=[CALLS])
         thread.start()
         thread.join()
 
-    def _make_batch_processor(self) -> None:
-        if self.batch_processor is None:  # here and not in the thread, where errors are lost
+    def _make_batch_processor(self) -> ContinuousBatchProcessor:
+        if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
+        return self.batch_processor
 
     @torch.no_grad()
     def _run_steps(self, times: int) -> None:
-        self._make_batch_processor()
-        runner = self.batch_processor.model_runner
-        several = min(4, self.batch_processor.max_batch_tokens)
+        processor = self._make_batch_processor()
+        runner, several = processor.model_runner, min(4, processor.max_batch_tokens)
         for tokens in (*dict.fromkeys((several, 1)),) * times:
             runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
-        self.batch_processor.cache.reset()
+        processor.cache.reset()
 
     def _why_no_requests(self) -> str | None:
         if self._process not in (None, os.getpid()):

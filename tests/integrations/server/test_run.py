@@ -112,7 +112,8 @@ def test_requests_are_answered_while_graphs_are_compiled(files, monkeypatch):
     with serving(files, **given) as server:
         health = ask(server, "GET", "/health").json()
         assert health == {"status": "ok", "graphs": "compiling: 0 of 2 graphs"}
-        assert 'lorafx_graphs{tier="compiling"} 1.0' in ask(server, "GET", "/metrics").text
+        metrics = ask(server, "GET", "/metrics").text
+        assert re.search('^lorafx_graphs{tier="compiling"} [12].0$', metrics, re.MULTILINE)
         ids = files.tokenizer("w9 w12")["input_ids"]
         for adapter, name in (("a1", "tiny:a1"), (None, "tiny")):
             body = {"model": name, **question(path, "w9 w12", 8, temperature=0)}
