@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.tracking import Tracking, owners_are_noted, untracked
+from lorafx.eager.following import Following, owners_are_noted, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -60,9 +60,9 @@ def checked(
         program = owner()
         if program is None:
             return compiled(*arguments)
-        return untracked(partial(_run, program, arguments))
+        return unfollowed(partial(_run, program, arguments))
 
-    def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
+    def _run(program: Program, arguments: Sequence[Any], tracking: Following | None) -> Any:
         call, handover = program.call, checks.handover
         follows_rows = call is not None and (program.in_pieces or handover.fresh)
         rows = checks.rows(program, arguments) if follows_rows else None
