@@ -122,6 +122,7 @@ class Entry:
         """The model's result by a graph, which is compiled if there is none for the call; or by
         what `conversion` of the traced function makes, and whatever that raises."""
         session = self.session
+        session.program.pack_watch.pack()
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
         traced = self._traced_for(state, base=base)
