@@ -44,6 +44,8 @@ TOKENS = torch.tensor(
 PROMPT = 4
 #: What a start writes for each answer: whether it is right, and whether there were graphs.
 TOLD = {"e": "eager answers", "g": "answers with graphs", "w": "wrong answers", "i": "interrupted"}
+#: What must not be.
+WRONG = ("wrong answers", "errors", "orphans", "broken files", "folders left")
 #: The longest life of a start, and what its processes may take to end behind it, in seconds.
 LIFE, GRACE = 20.0, 10.0
 
@@ -102,6 +104,7 @@ class Start:
 
     def run(self) -> None:
         while not self.stopping:
+            time.sleep(self.rng.uniform(0.0, 0.03))  # a server that nobody asks anything
             try:
                 self.serving = True
                 self.serve()
@@ -142,7 +145,7 @@ class Soak:
         self.starts, self.lowering, self.folder = starts, lowering, folder
         self.answers = Answers(folder)
         self.rng = random.Random(0)
-        self.counts: collections.Counter[str] = collections.Counter()
+        self.counts = collections.Counter(dict.fromkeys(WRONG, 0))
 
     def run(self) -> bool:
         """Whether all went well; None of a start's own process comes back from here."""
@@ -153,8 +156,7 @@ class Soak:
         return not self.failures()
 
     def failures(self) -> int:
-        names = ("wrong answers", "errors", "orphans", "broken files", "folders left")
-        return sum(self.counts[name] for name in names)
+        return sum(self.counts[name] for name in WRONG)
 
     def start(self, number: int) -> None:
         folder = self.folder / f"start{number}"
