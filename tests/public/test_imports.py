@@ -75,15 +75,14 @@ model = peft_model.unload()
 with torch.no_grad():
     model(ids)
 import lorafx
-cm = lorafx.compile(model, {"a": folder}, options={"lowering": "reference"})
-assert cm.recompiles == 0
-with torch.no_grad():
-    model(ids)
+cm = lorafx.compile(model, {"a": folder}, options={"lowering": "reference", "start": "eager"})
+cm(ids, adapter_names=["a", None])
+assert cm.recompiles == 0 and [kind.tier for kind in cm.status().kinds] == ["eager"]
 found = [name for name in later if name in sys.modules]
 if found:
-    sys.exit(f"lorafx.compile imports {found}")
-cm(ids, adapter_names=["a", None])
-assert cm.recompiles == 1 and "lorafx.capture.backend" in sys.modules
+    sys.exit(f"a call that runs eagerly imports {found}")
+cm.capture((ids,), {})
+assert cm.recompiles and "lorafx.capture.backend" in sys.modules
 """
 
 
