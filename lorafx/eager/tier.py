@@ -75,10 +75,17 @@ class EagerTier:
         memory = self._labelled_arguments(counted, watched=watched)
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
-        following = Following(self._remembered, undo, memory, WeightUses(program), watched=watched)
+        following = Following(
+            memory,
+            WeightUses(program),
+            remembered=self._remembered,
+            undo=undo,
+            watched=watched,
+        )
         runtime.deltas = Deltas(program, following, self._gathered)
         try:
             result = following.run(partial(target, *args, **kwargs))
+            following.check()
             program.keep_constants(memory)
             return result
         except Exception as error:
