@@ -282,14 +282,20 @@ def step_time(layers: int, blocks: int) -> list[dict[str, object]]:
     return [as_row(f"step, Llama, {layers} layers", ratio) for ratio in ratios]
 
 
-def in_process(function: str, *arguments: object, cache: Path, file: str = __file__) -> Any:
+def in_process(
+    function: str,
+    *arguments: object,
+    cache: Path,
+    file: str = __file__,
+    saved_graphs: bool = False,
+) -> Any:
     """The result of a function of this file, or of another benchmark that takes `--run`, in a fresh
-    process with these cache folders."""
+    process with these cache folders. `saved_graphs`: that of graphs is used by default, too."""
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "LORAFX_CACHE_DIR": str(cache / "lorafx"),
-        "LORAFX_CACHE_BYTES": "0",  # graphs are saved where a benchmark asks for it
+        "LORAFX_CACHE_BYTES": str(2**30 * saved_graphs),
     }
     command = [sys.executable, file, "--run", json.dumps([function, arguments])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -88,9 +88,11 @@ def compile(
         marked = mark(model, lora_config, adapters, options)
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     session = compiled._session
-    if starts_eagerly(marked.program.options, marked.program.runtime.device):
-        session.tiers = Tiers(session)
     try:
+        if starts_eagerly(marked.program.options, marked.program.runtime.device):
+            session.tiers = Tiers(session)
+        else:
+            marked.program.pack_watch.pack()
         if marked.taken_over is not None:
             _set_default(compiled, marked.taken_over.active)
         if example_inputs is not None:

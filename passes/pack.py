@@ -144,7 +144,8 @@ _NOT_PACKED = (
 
 @dataclass(frozen=True)
 class PackWeights:
-    """The weights of siblings become views of one buffer (ΣN, K), with the same values."""
+    """The weights of siblings become views of one buffer (ΣN, K), with the same values, before the
+    first graph is made."""
 
     name: ClassVar[str] = "pack_weights"
 

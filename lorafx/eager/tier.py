@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorafx.eager.deltas import Deltas, GatheredFactors
 from lorafx.eager.following import Following, NeedsGraph, Remembered
 from lorafx.eager.undo import Undo
+from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
@@ -74,10 +75,17 @@ class EagerTier:
         memory = self._labelled_arguments(counted, watched=watched)
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
-        following = Following(program, self._remembered, undo, memory, watched=watched)
+        following = Following(
+            memory,
+            WeightUses(program),
+            remembered=self._remembered,
+            undo=undo,
+            watched=watched,
+        )
         runtime.deltas = Deltas(program, following, self._gathered)
         try:
             result = following.run(partial(target, *args, **kwargs))
+            following.check()
             program.keep_constants(memory)
             return result
         except Exception as error:

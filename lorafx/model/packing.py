@@ -121,8 +121,10 @@ def _lie_at(
 def pack_weights(
     graph: ModuleGraph, group: Group, unshared: frozenset[int] | None = None
 ) -> PackedGroup | None:
-    """Make the group's base weights views of one buffer. Returns None for fewer than two siblings,
-    and where they are not `packable`. `unshared` is `graph.unshared()`, computed here if absent."""
+    """A buffer for the group's base weights, which become its views when the first graph needs
+    them (`PackWatch.pack`), and now where that would take the memory of all buffers at once: on a
+    CPU an empty buffer takes none. Returns None for fewer than two siblings, and where they are not
+    `packable`. `unshared` is `graph.unshared()`, computed here if absent."""
     sites = group.sites
     if len(sites) < 2:
         return None
@@ -137,7 +139,8 @@ def pack_weights(
     with torch.inference_mode(weights[0].is_inference()):
         buffer = weights[0].new_empty((rows, sites[0].in_features))
         packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
-    packed.fill()
+    if not buffer.is_cpu:
+        packed.fill()
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:
             mark_fixed_shape(tensor)
@@ -145,10 +148,12 @@ def pack_weights(
 
 
 class PackWatch:
-    """Detects by addresses that parameters left their packs: 13 µs a call for 64 packs."""
+    """Packs parameters, and then detects by addresses that they left their packs: 13 µs a call for
+    64 packs."""
 
     def __init__(self, packs: Sequence[PackedGroup]) -> None:
         self._packs = packs
+        self.packed = False
         self._holders = [holder for packed in packs for holder in packed._holders]
         self._names = [name for packed in packs for name in packed._names]
         self._record_addresses()
@@ -160,8 +165,16 @@ class PackWatch:
     def intact(self) -> bool:
         return _lie_at(self._holders, self._names, self._addresses)
 
+    def pack(self) -> None:
+        """Make the parameters views of their packs, before a graph is made."""
+        self.packed = True
+        self.check()
+
     def check(self) -> None:
-        if not self.intact:
+        """As `check_packed`. Parameters that were not packed yet are only looked at."""
+        if not self.packed:
+            _refuse(next((packed for packed in self._packs if not packed.fits), None))
+        elif not self.intact:
             check_packed(self._packs)
             self._record_addresses()
 
@@ -169,7 +182,10 @@ class PackWatch:
 def check_packed(packs: Iterable[PackedGroup]) -> None:
     """Make parameters views of the packs again; CaptureError if the model was moved or cast."""
     split = [packed for packed in packs if not packed.intact]
-    misfit = repack(split) if split else None
+    _refuse(repack(split) if split else None)
+
+
+def _refuse(misfit: PackedGroup | None) -> None:
     if misfit is not None:
         raise CaptureError(
             f"the weights of {misfit.group.sites[0].path} and its siblings have changed "

@@ -122,6 +122,7 @@ class Entry:
         """The model's result by a graph, which is compiled if there is none for the call; or by
         what `conversion` of the traced function makes, and whatever that raises."""
         session = self.session
+        session.program.pack_watch.pack()
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
         traced = self._traced_for(state, base=base)
@@ -181,7 +182,7 @@ class Entry:
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
-        from lorafx.capture.tracking import Tracking
+        from lorafx.eager.following import Following
         from lorafx.eager.weight_uses import WeightUses
 
         captured = len(records)
@@ -190,7 +191,7 @@ class Entry:
         try:
             if uses is None and memory is None:
                 return run()
-            result = Tracking(memory, uses).run(run)
+            result = Following(memory, uses).run(run)
             if uses is not None:
                 uses.refuse()
             return result

@@ -10,7 +10,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin, origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError, LorafxWarning, LoweringError
+from lorafx.errors import CaptureError, ConfigError, LorafxWarning, LoweringError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.cpu.compiler import check_compiler
 from lorafx.model.extras import token_rooms
@@ -44,6 +44,7 @@ from lorafx.model_passes import run_model_passes
 from lorafx.passes.select import Alias, Select
 from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program
+from lorafx.runtime.session import sessions
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def mark(
         pipeline(settings)  # raises for names of passes that there are not
     sources = by_name(adapters)
     model = without_wrappers(model)
+    _pack_others()
     taken_over, rollback = None, Rollback()
     try:
         if is_peft_model(model) or peft_layers(model):
@@ -90,6 +92,15 @@ def mark(
     except BaseException:
         rollback.run()
         raise
+
+
+def _pack_others() -> None:
+    """Pack the models that still wait for it: a weight that they share with another lies in one
+    pack."""
+    for session in sessions():
+        if not session.program.pack_watch.packed:
+            with session.lock, suppress(CaptureError):  # it was moved, and its calls say so
+                session.program.pack_watch.pack()
 
 
 @contextmanager

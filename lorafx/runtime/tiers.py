@@ -205,6 +205,7 @@ class Tiers:
                 return result
         call = partial(entry.run_graph, args, kwargs, base=base, conversion=_save)
         if self._is_due(kind):
+            entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call))
         try:
             return self._run_eagerly(entry, args, kwargs)

@@ -16,6 +16,8 @@ from dense_merge import TOLERANCE, Case, case_by_patterns, error, random_base
 from tiny_models import Family
 from torch import Tensor, nn
 
+from lorafx.errors import CaptureError
+
 pytestmark = pytest.mark.quick
 
 NAMES = ["a", None, "b", "a"]
@@ -120,3 +122,14 @@ def test_memory_that_is_shared_with_other_processes(case: Case) -> None:
     assert cm._session.program.pack_watch.intact
     assert packed.weight.is_shared()
     assert all(parameter.is_shared() for parameter in cm.model.parameters())
+
+
+def test_before_they_are_packed(case: Case) -> None:
+    """An eager call finds what was written; a cast is refused as for packed ones."""
+    cm = case.compile({"start": "eager", "cache": None})
+    cm.load_state_dict(other_weights(cm.model))
+    check(cm, case)
+    assert not cm._session.program.pack_watch.intact
+    cm.model.bfloat16()
+    with pytest.raises(CaptureError, match="have changed shape, dtype"):
+        check(cm, case)

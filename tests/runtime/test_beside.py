@@ -65,8 +65,11 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     served(cm, plain, inputs)
     assert tiers(cm) == ["eager"]
     assert processes(cm) == []
+    packs = cm._session.program.pack_watch
+    assert not packs.intact
     served(cm, plain, inputs)
     assert tiers(cm) == ["compiling"]
+    assert packs.intact  # which the process has too
     assert cm.recompiles == 0
     (pid,) = processes(cm)
     assert cm.wait(SECONDS)

@@ -116,6 +116,35 @@ def check(cm: Any, case: Case, names: list[str | None] = NAMES, length: int = 4)
     assert error(got, case.expected(names, inputs)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("parameters", [False, True], ids=["modules", "parameters"])
+def test_a_weight_of_both_lies_in_one_pack(llama: SimpleNamespace, parameters: bool) -> None:
+    """Weights are packed at the second call, or where another model is compiled."""
+    case = llama.target
+    models = case.model(), case.model()
+    own, other = (model.model.layers[0] for model in models)
+    names = ["q_proj", "k_proj", "v_proj"]
+    for name in names:
+        projection = getattr(own.self_attn, name)
+        if parameters:
+            getattr(other.self_attn, name).weight = projection.weight
+        else:
+            setattr(other.self_attn, name, projection)
+    targets = [*names, "down_proj", "lm_head", "embed_tokens"]
+    config = lorafx.LoraConfig(targets, max_rank=8)
+    options = {**REFERENCE, "start": "eager", "cache": None}
+    first = lorafx.compile(models[0], config, adapters=case.folders, options=options)
+    watch = first._session.program.pack_watch
+    check(first, case)
+    assert not watch.intact
+    second = lorafx.compile(models[1], config, adapters=case.folders, options=options)
+    assert watch.intact
+    for length in (4, 5):
+        check(first, case, length=length)
+        check(second, case, length=length)
+    assert watch.intact
+    assert second._session.program.pack_watch.intact
+
+
 @pytest.mark.parametrize("family", ["cases", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parameters", [False, True], ids=["modules", "parameters"])
 def test_calls_of_both_in_turns(

@@ -213,6 +213,7 @@ def attach(
         folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)
+        marked.program.pack_watch.pack()
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic=True)
     model, compiled.attached = compiled.model, True
     for name in ("forward", "generate"):

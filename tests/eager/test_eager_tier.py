@@ -1,0 +1,314 @@
+"""The first calls of a model, which no graph serves: right at once, or left to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import (
+    REFERENCE,
+    TOLERANCE,
+    Case,
+    build_case,
+    error,
+    random_base,
+    save_adapter,
+    valid,
+)
+from tiny_models import FAMILIES, VOCAB
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import OutOfRangeError, ProvenanceError
+
+EAGER = {**REFERENCE, "start": "eager", "cache": None}
+MIXED = ["a1", None, "a0", "a2", "a1"]
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+
+def eager(model: nn.Module, adapters: Any, **options: Any) -> Any:
+    return lorafx.compile(model, adapters=adapters, options={**EAGER, **options})
+
+
+def check(cm: Any, case: Case, names: list[Any], inputs: Mapping[str, Any]) -> None:
+    got, want = cm(**inputs, adapter_names=names)["logits"], case.expected(names, inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE, names
+
+
+def check_eager(cm: Any) -> None:
+    """No call has needed a graph."""
+    assert cm.recompiles == 0
+    assert {kind.tier for kind in cm.status().kinds} <= {"eager", "compiling"}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_mixed_batches_are_right_before_there_is_a_graph(family: str, tmp_path: Path) -> None:
+    case = build_case(family, tmp_path)
+    cm = case.compile(EAGER)
+    for rows, length in ((5, 7), (4, 4), (1, 3)):
+        names = MIXED[:rows]
+        check(cm, case, names, FAMILIES[family].inputs(rows, length))
+    check_eager(cm)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beams: int) -> None:
+    case = build_case("llama", tmp_path)
+    cm, ids = case.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
+    settings = {**GREEDY, "num_beams": beams, "cache_implementation": cache}
+    got = cm.generate(ids, **settings, adapter_names=MIXED[:4])
+    for row, name in enumerate(MIXED[:4]):
+        want = case.alone(name).generate(ids[row : row + 1], **{**GREEDY, "num_beams": beams})
+        assert torch.equal(got[row], want[0]), name
+    check_eager(cm)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_all_that_adapters_hold_is_added(tmp_path: Path, config: dict[str, Any]) -> None:
+    base = random_base("llama")
+    folders = {
+        f"a{i}": save_adapter(base, tmp_path / f"a{i}", rank=2 + i, targets=t, seed=i, **config)
+        for i, t in enumerate((["q_proj", "down_proj"], ["v_proj", "o_proj"], ["k_proj"]))
+    }
+    case = Case(base, folders)
+    cm = eager(case.model(), folders)
+    check(cm, case, MIXED, FAMILIES["llama"].inputs(5, 6))
+    check_eager(cm)
+
+
+def test_routed_rows_are_followed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        vocab_size=VOCAB, head_dim=8, decoder_sparse_step=1,
+    )  # fmt: skip
+    base = transformers.Qwen3MoeForCausalLM(config).eval()
+    folders = {
+        f"a{i}": save_adapter(base, tmp_path / f"a{i}", rank=3, targets=t, seed=i)
+        for i, t in enumerate((["q_proj", "o_proj"], ["v_proj"], ["k_proj", "v_proj"]))
+    }
+    case = Case(base, folders)
+    cm = eager(case.model(), folders)
+    check(cm, case, MIXED, FAMILIES["llama"].inputs(5, 6))
+    check_eager(cm)
+
+
+def test_a_slot_that_is_written_anew_is_read_anew(llama: Case, tmp_path: Path) -> None:
+    """Also where the next adapter has a lower rank than the one before it."""
+    inputs = FAMILIES["llama"].inputs(2, 4)
+    cm = lorafx.compile(llama.model(), lorafx.LoraConfig(max_adapters=1), options=EAGER)
+    for name in ("a2", "a0", "a4", "a2"):
+        cm.load_adapter(llama.folders[name], "it")
+        renamed = Case(llama.base, {"it": llama.folders[name]})
+        check(cm, renamed, ["it", None], inputs)
+        check(cm, renamed, ["it", "it"], inputs)
+
+
+def test_base_rows_keep_their_bits_beside_a_row_that_overflows(plain: Case) -> None:
+    cm, model = plain.compile(EAGER), plain.model()
+    ids = torch.randint(0, VOCAB, (3, 4))
+    with torch.no_grad():
+        for tree in (cm.model, model):
+            tree.embed.weight[ids[0]] = torch.inf
+    got = cm(ids=ids, adapter_names=[None, "a1", None])["logits"]
+    with torch.no_grad():
+        want = model(ids=ids)["logits"]
+    assert torch.equal(got[2], want[2])
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+
+
+def test_inference_mode(llama: Case) -> None:
+    cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(3, 5)
+    with torch.inference_mode():
+        ids = torch.randint(3, VOCAB, (3, 5))
+        tokens = cm.generate(ids, **GREEDY, adapter_names=MIXED[:3])
+    check(cm, llama, MIXED[:3], inputs)
+    assert torch.equal(tokens, cm.generate(ids.clone(), **GREEDY, adapter_names=MIXED[:3]))
+    check_eager(cm)
+
+
+def test_a_token_that_the_vocabulary_lacks_is_named(llama: Case) -> None:
+    cm = llama.compile(EAGER)
+    for names in (["a0", None], [None, None]):
+        with pytest.raises(OutOfRangeError, match=r"input_ids .* holds 5 to 161"):
+            cm(input_ids=torch.tensor([[5, 161], [7, 8]]), adapter_names=names)
+
+
+# --- models whose rows move ---
+
+K = 6
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.rest(torch.tanh(self.first(x)))}
+
+    def rest(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SwappedSlices(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        half = len(h) // 2
+        swapped = torch.empty_like(h)
+        swapped[:half], swapped[half:] = h[half:], h[:half]
+        out = self.w(swapped)
+        return torch.cat([out[half:], out[:half]])
+
+
+class Branch(Rows):
+    """The second call takes another way than the first, by what the rows hold."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        turned = bool(h.sum() > 0)
+        return self.w(h.flip(0)).flip(0) if turned else self.w(h)
+
+
+class Sorted(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        order = h[:, 0, 0].argsort()
+        return self.w(h[order])[order.argsort()]
+
+
+class Gathered(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        index = h[:, 0, 0].argsort()[:, None, None].expand_as(h)
+        return torch.zeros_like(h).scatter(0, index, self.w(h.gather(0, index)))
+
+
+class ByPythonList(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        order = torch.tensor(list(range(len(h)))[::-1])
+        return self.w(h[order])[order]
+
+
+class InPlace(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        h[:] = h.flip(0)
+        return self.w(h).flip(0)
+
+
+class ThroughData(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        h.data.copy_(h.flip(0).clone())
+        return self.w(h).flip(0)
+
+
+class ByNumpy(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        rows = h.numpy()
+        rows[:] = rows[::-1].copy()
+        return self.w(h).flip(0)
+
+
+class ByDlpack(Rows):
+    @torch._dynamo.disable
+    def rest(self, h: Tensor) -> Tensor:
+        view = torch.from_dlpack(h.__dlpack__())
+        view.copy_(h.flip(0).clone())
+        return self.w(h).flip(0)
+
+
+class ForwardAlone(Rows):
+    """The mark of a module does not come where its forward is called past it."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        return self.w.forward(h)
+
+
+class Caught(Rows):
+    def rest(self, h: Tensor) -> Tensor:
+        try:
+            return self.w(h.gather(0, torch.zeros_like(h, dtype=torch.long)))
+        except Exception:
+            return h
+
+
+MODELS = (
+    SwappedSlices, Branch, Sorted, Gathered, ByPythonList, InPlace, ThroughData, ByNumpy, ByDlpack,
+    ForwardAlone, Caught,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_that_move_are_right_or_refused(model: type[Rows], small: Any) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    case = small(model, ["first", "w"])
+    cm = case.compile({"start": "eager", "cache": None})
+    outcomes = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        inputs = {"x": torch.randn(4, 3, K)}
+        for names in (["a", None, "b", "a"], ["b", "a", None, None], ["a"] * 4):
+            try:
+                got = cm(**{"x": inputs["x"].clone()}, adapter_names=names)["logits"]
+            except lorafx.LorafxError as refused:
+                outcomes.append(type(refused))
+                continue
+            outcomes.append(None)
+            assert error(got, expected(case, names, inputs)) <= TOLERANCE, (model, names)
+    assert None in outcomes  # one adapter for all rows
+
+
+def expected(case: Case, names: list[Any], inputs: Mapping[str, Tensor]) -> Tensor:
+    """Row b of the result of the whole batch under row b's own weights: these models move rows by
+    what all of them hold."""
+    rows = []
+    for row, name in enumerate(names):
+        with torch.no_grad():
+            rows.append(case.alone(name)(x=inputs["x"].clone())["logits"][row])
+    return torch.stack(rows)
+
+
+class Appending(nn.Module):
+    """Writes into its arguments before it does what eager mode cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor, cache: list[Tensor], table: Tensor) -> dict[str, Tensor]:
+        cache.append(x * 2)
+        table += 1
+        index = x[:, :, :1].argsort(0).expand_as(x)
+        noise = torch.rand(())
+        return {"logits": self.w(x.gather(0, index)) + noise}
+
+
+def test_a_call_that_needs_a_graph_has_changed_nothing(small: Any) -> None:
+    torch._dynamo.reset()
+    case = small(Appending, ["w"])
+    cm = case.compile({"start": "eager", "cache": None})
+    cache: list[Tensor] = []
+    table, x = torch.zeros(3), torch.randn(3, 2, K)
+    state = torch.get_rng_state()
+    with pytest.raises(ProvenanceError):
+        cm(x=x, cache=cache, table=table, adapter_names=["a", None, "b"])
+    assert cache == []
+    assert table.tolist() == [0.0] * 3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_adapters_and_mixes_are_remembered_in_bounds(llama: Case) -> None:
+    cm = llama.compile(EAGER)
+    remembered = cm._session.tiers._eager._remembered
+    remembered._most = 50
+    for length in range(2, 8):
+        check(cm, llama, MIXED[:3], FAMILIES["llama"].inputs(3, length))
+    known = len(remembered.results)
+    assert known < 400
+    check(cm, llama, ["a2", "a0", None], FAMILIES["llama"].inputs(3, 7))
