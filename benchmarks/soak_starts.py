@@ -1,13 +1,14 @@
 """Starts of a small model, each interrupted and killed while its graphs are compiled beside it.
 
-    PYTHONPATH=tests/helpers:tests/conformance python benchmarks/soak_starts.py [STARTS] [LOWERING]
+    export PYTHONPATH=tests/helpers:tests/conformance
+    python benchmarks/soak_starts.py [STARTS] [LOWERING] [LIFE]
 
-A start is a process that compiles the model with `start="eager"` and serves: forwards, and prompts
-with steps behind them, of one to three rows, each of another adapter or none. At random moments it
-is sent SIGINT, its processes beside are killed, and in the end so is it, or it exits. Every
-answer is compared with that of a copy of the model whose adapter is merged densely. After each
-start no process of it may be left, no broken file in the folder of saved graphs, which some starts
-find full and some empty, and no folder of its own if it was not killed.
+A start is a process of at most LIFE seconds (20) that compiles the model with `start="eager"` and
+serves: forwards, and prompts with steps behind them, of one to three rows, each of another adapter
+or none. At random moments it is sent SIGINT, its processes beside are killed, and in the end so is
+it, or it exits. Every answer is compared with that of a copy of the model whose adapter is merged
+densely. After each start no process of it may be left, no broken file in the folder of saved
+graphs, which some starts find full and some empty, and no folder of its own if it was not killed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ PROMPT = 4
 TOLD = {"e": "eager answers", "g": "answers with graphs", "w": "wrong answers", "i": "interrupted"}
 #: What must not be.
 WRONG = ("wrong answers", "errors", "orphans", "broken files", "folders left")
-#: The longest life of a start, and what its processes may take to end behind it, in seconds.
-LIFE, GRACE = 20.0, 10.0
+#: What the processes of a start may take to end behind it, in seconds.
+GRACE = 10.0
 
 
 @dataclass
@@ -103,8 +104,9 @@ class Start:
         self.stopping = True
 
     def run(self) -> None:
-        while not self.stopping:
-            time.sleep(self.rng.uniform(0.0, 0.03))  # a server that nobody asks anything
+        soak = os.getppid()
+        while not self.stopping and os.getppid() == soak:
+            time.sleep(self.rng.choice((0.0, 0.02, 0.2)))  # a server that nobody asks anything
             try:
                 self.serving = True
                 self.serve()
@@ -141,8 +143,8 @@ class Start:
 
 
 class Soak:
-    def __init__(self, starts: int, lowering: str, folder: Path) -> None:
-        self.starts, self.lowering, self.folder = starts, lowering, folder
+    def __init__(self, starts: int, lowering: str, life: float, folder: Path) -> None:
+        self.starts, self.lowering, self.life, self.folder = starts, lowering, life, folder
         self.answers = Answers(folder)
         self.rng = random.Random(0)
         self.counts = collections.Counter(dict.fromkeys(WRONG, 0))
@@ -169,7 +171,7 @@ class Soak:
         if not pid:
             self.serve(folder, cache, number, signals)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        end = time.monotonic() + self.rng.uniform(0.2, LIFE)
+        end = time.monotonic() + self.rng.uniform(0.2, self.life)
         while time.monotonic() < end:
             time.sleep(self.rng.expovariate(1.0))
             if self.rng.random() < 0.7:
@@ -250,14 +252,14 @@ def _text(path: Path) -> str:
 
 
 def main() -> None:
-    starts = int((*sys.argv[1:], "200")[0])
-    lowering = (*sys.argv[2:], "reference")[0]
+    starts, lowering = int((*sys.argv[1:], "200")[0]), (*sys.argv[2:], "reference")[0]
+    life = float((*sys.argv[3:], "20")[0])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a process that is forked has none of its parent's
     os.environ.pop("LORAFX_CACHE_BYTES", None)
     folder, parent = Path(tempfile.mkdtemp()), os.getpid()
     try:
-        well = Soak(starts, lowering, folder).run()
+        well = Soak(starts, lowering, life, folder).run()
     finally:
         if os.getpid() == parent:
             shutil.rmtree(folder, ignore_errors=True)
