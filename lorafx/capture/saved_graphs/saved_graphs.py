@@ -166,8 +166,8 @@ class SavedGraphs:
             body, record = conversion.body(code)
             self.file = folders.write(folder, key, body)
             record.saved = "saved for other processes"
-            if self._auto and folder == folders.default_folder():
-                folders.trim(folder, folders.most_bytes())
+            bounded = self._auto and folder == folders.default_folder()
+            folders.trim(folder, folders.most_bytes() if bounded else sys.maxsize)
         except OSError as error:
             self.unsaved = f"not saved: {error}"
             self._warn(f"a graph could not be saved in {folder}: {error}")
