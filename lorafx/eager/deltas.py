@@ -29,7 +29,7 @@ from lorafx.program.program import Program
 
 
 class RowFactors(NamedTuple):
-    """RowFactors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
+    """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
     if all are; with the versions of the bank that they were read from."""
 
     A: Tensor
