@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from compile_time import SIZES, in_process
 
@@ -251,6 +253,8 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
     from protocol import as_row, compare
     from transformers import DynamicCache
 
+    from lorafx.runtime import tiers
+
     chosen = CASES[case]
     adapters = chosen.adapters(Path(folder))
     torch.manual_seed(3)
@@ -261,12 +265,14 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
         served(input_ids=prompt, past_key_values=past, **names)
 
         def step() -> Any:
-            past.crop(PROMPT)
-            return served(input_ids=prompt[:, :1], past_key_values=past, **names).logits
+            logits = served(input_ids=prompt[:, :1], past_key_values=past, **names).logits
+            past.crop(-1)
+            return logits
 
         return step
 
-    with torch.no_grad():
+    # No graph is compiled beside it.
+    with torch.no_grad(), mock.patch.object(tiers, "_CALLS", sys.maxsize):
         base = decoding(chosen.model(), {})
         peft = decoding(*with_peft(chosen.model(), adapters)[:2])
         served, names, _ = with_lorafx(chosen.model(), adapters, "eager")

@@ -9,6 +9,7 @@ what compiling needs.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -85,10 +86,12 @@ def __getattr__(name: str) -> Any:
 
 def _imported(module: str) -> Any:
     """Import a module. Raises UnsupportedVersionError if the installed torch is not supported."""
+    from lorafx.interrupts import undisturbed
     from lorafx.torch_internals.versions import entrance
 
     with entrance():
-        return importlib.import_module(module)
+        # A module that defines operators cannot be imported again if it did not come to its end.
+        return undisturbed(functools.partial(importlib.import_module, module))
 
 
 def __dir__() -> list[str]:

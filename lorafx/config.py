@@ -178,7 +178,7 @@ class Options:
             of each linear would read the slots of its rows; True with `lowering="reference"`, and
             for models with `nn.MultiheadAttention`, whose fast path cannot apply adapters.
         start: "eager": a call for which no graph is ready is answered at once by the model in
-            eager mode, while its graph is compiled in a process beside (docs/compile_time.md);
+            eager mode, while its graph is compiled in a process beside (docs/first_answer.md);
             "compiled": it waits for its graph. "auto" is LORAFX_START, or else "eager" for models
             on a CPU.
         fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled

@@ -11,7 +11,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cache, partial
 from types import FrameType
 from typing import Any
@@ -24,7 +23,6 @@ from lorafx.capture.compile_log import (
     reason,
     show,
     tell,
-    tell_instance,
     timed,
     tracing_seconds,
 )
@@ -40,7 +38,6 @@ from lorafx.capture.executable import (
     foreign_operators,
     with_lookups,
 )
-from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.record import GraphRecord, dump_folder
@@ -89,7 +86,6 @@ class Backend:
         self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
         #: Looks up a place of the captured frame, if only this program runs the frame's code.
         self._value_at: Callable[[str], Any] | None = None
-        self.instances = Instances()
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return self(gm, examples, per_token=True)
@@ -104,28 +100,13 @@ class Backend:
         frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
-        form = None
-        if is_entry and self._may_reuse(active):
-            form = Form.of(gm.graph, examples, (active, per_token))
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        instance = None if form is None else self.instances.find(form)
-        if instance is not None:
-            compiled, selection = instance
-            tell_instance(compiled.record.title, type(program.model).__name__, call)
-            executable = selection.around(compiled.executable)
-            if self.noted is not None:
-                parts = replace(compiled.parts, selection=selection)
-                self.noted(Captured(compiled.record, frame, _sources(gm), parts))
-        else:
-            guard_count = self.instances.guard_count()
-            record = self._new_record(frame, examples, call)
-            record.seconds["Dynamo"] = traced
-            parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
-            graph = Captured(record, frame, _sources(gm), parts)
-            executable = self._compile(gm, examples, graph)
-            if form is not None:
-                self.instances.keep(record, parts, form, executable, guard_count)
-            self._guard_kind(frame, active=active)
+        record = self._new_record(frame, examples, call)
+        record.seconds["Dynamo"] = traced
+        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+        graph = Captured(record, frame, _sources(gm), parts)
+        executable = self._compile(gm, examples, graph)
+        self._guard_kind(frame, active=active)
         if is_entry and "needless_guards" in self.shortcuts:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
         return executable
@@ -179,16 +160,6 @@ class Backend:
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         return frame
-
-    def _may_reuse(self, active: bool) -> bool:
-        """Whether graphs may serve other sizes: not Triton's, planned for their rows; nor the
-        base's, whose bits may depend on sizes; nor graphs that are recorded."""
-        options, device = self.program.options, self.program.runtime.device
-        if self.replay or options.verify == "numeric":
-            return False
-        if device.type != "cpu" or options.lowering == "triton":
-            return False
-        return active or options.lowering == "reference"
 
     def _guard_kind(self, frame: Frame, *, active: bool) -> None:
         """Guard the kind of call, unless the entry or a mark's guard does, and missing modules."""

@@ -120,14 +120,6 @@ def tell(record: GraphRecord, model: str) -> None:
     LOG.info("%s: %s; %s", graph, record.reason, _times_text(record.seconds))
 
 
-def tell_instance(title: str, model: str, form: Mapping[str, str]) -> None:
-    """Log that an existing graph serves a newly captured call."""
-    kinds = ("requests", "tokens", "inference mode")
-    text = f"{title} of {model} serves {', '.join(form[key] for key in kinds if key in form)}"
-    _end_progress(f"{text}, too")
-    LOG.info("%s, too; %s", text, _times_text({"Dynamo": tracing_seconds()}))
-
-
 def _end_progress(graph: str) -> None:
     if _running is not None:
         _running.name = _running.name if _running.name.endswith(graph) else graph

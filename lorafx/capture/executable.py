@@ -15,7 +15,6 @@ recorded while it works.
 
 from __future__ import annotations
 
-import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.tracking import Tracking, owners_are_noted, untracked
+from lorafx.eager.following import Following, owners_are_noted, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -61,9 +60,9 @@ def checked(
         program = owner()
         if program is None:
             return compiled(*arguments)
-        return untracked(partial(_run, program, arguments))
+        return unfollowed(partial(_run, program, arguments))
 
-    def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
+    def _run(program: Program, arguments: Sequence[Any], tracking: Following | None) -> Any:
         call, handover = program.call, checks.handover
         follows_rows = call is not None and (program.in_pieces or handover.fresh)
         rows = checks.rows(program, arguments) if follows_rows else None
@@ -293,23 +292,6 @@ def collecting_parts(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
                 parts.wrappers = Wrappers(metadata, wrappers, config.to_cacheable())
 
 
-@dataclass(frozen=True)
-class InputSelection:
-    """Which of its inputs, and of constant sizes behind them, a graph gives to the executable that
-    serves it: positions."""
-
-    positions: tuple[int, ...]
-    constants: tuple[int, ...]
-
-    def around(self, executable: Callable[..., Any]) -> Callable[..., Any]:
-        pick, constants = operator.itemgetter(*self.positions), self.constants
-
-        def run(*arguments: Any) -> Any:
-            return executable(*pick((*arguments, *constants)))
-
-        return run
-
-
 @dataclass
 class Parts:
     """The parts of an executable of calls with adapters, or without (`base`).
@@ -320,7 +302,6 @@ class Parts:
         extra, banks: (weight's position, site's index, name) and layout of inputs added by passes.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         whole: whether the executable can be rebuilt from these parts alone.
-        selection: how it serves a graph of other sizes than it was compiled for.
     """
 
     checks: Checks
@@ -332,7 +313,6 @@ class Parts:
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     whole: bool = True
-    selection: InputSelection | None = None
 
     def executable(
         self, program: Program, lowered: Callable[[list[Any]], Any]
@@ -340,11 +320,9 @@ class Parts:
         assert self.wrappers is not None
         owner = weakref.ref(program)
         if self.base:
-            run = for_base(self.checks, owner, self.wrappers.around(lowered))
-        else:
-            boxed = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
-            run = checked(self.checks, owner, self.wrappers.around(boxed))
-        return run if self.selection is None else self.selection.around(run)
+            return for_base(self.checks, owner, self.wrappers.around(lowered))
+        boxed = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
+        return checked(self.checks, owner, self.wrappers.around(boxed))
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:

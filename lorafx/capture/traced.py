@@ -23,7 +23,6 @@ from lorafx.torch_internals.dynamo import (
     check,
     innermost_fn,
     optimize,
-    set_code_exec_strategy,
 )
 from lorafx.torch_internals.frames import guard_filter
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:  # imported where used: torch may lack what it needs
 
 #: Run a function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
-#: Leave a function and its callees to Python.
-_NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
 T = TypeVar("T")
@@ -183,8 +180,3 @@ def _with_unshared_code(function: Callable[..., Any]) -> Callable[..., Any]:
     copy.__kwdefaults__ = plain.__kwdefaults__
     copy.__dict__.update(plain.__dict__)
     return MethodType(copy, function.__self__) if isinstance(function, MethodType) else copy
-
-
-def never_traced(code: CodeType) -> None:
-    """Exclude functions with this code, and their callees, from tracing."""
-    set_code_exec_strategy(code, _NEVER)

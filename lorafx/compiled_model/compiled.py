@@ -187,8 +187,6 @@ def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect
     return signature.replace(parameters=[*parameters.values(), *removed])
 
 
-#: Seconds that `status` waits for the running call.
-_MOMENT = 0.1
 #: How errors about misspelt keywords say where an engine takes the names of adapters.
 _BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
@@ -382,28 +380,18 @@ class CompiledModel(AsModule):
         """Wait until no graph is being compiled beside the calls (`Options.start`). Returns whether
         that is so; False if `timeout` seconds have passed. Calls go on meanwhile."""
         last = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._session.lock:
-                tiers = self._session.tiers
-                if tiers is None or not tiers.busy():
-                    return True
+        tiers = self._session.tiers
+        while tiers is not None and tiers.busy(self._session):
             if last is not None and time.monotonic() >= last:
                 return False
             time.sleep(0.02)
+        return True
 
     def status(self) -> Status:
         """How calls are answered at present, by their kinds: eagerly, while a graph is compiled
-        beside or for good, or by a graph (`Options.start`). `str()` is text. It waits for no call
-        that is running."""
-        lock, tiers, graphs = self._session.lock, self._session.tiers, self.recompiles
-        if tiers is None:
-            return Status((), graphs)
-        held = lock.acquire(timeout=_MOMENT)
-        try:
-            return tiers.status(graphs, held=held)
-        finally:
-            if held:
-                lock.release()
+        beside or for good, or by a graph (`Options.start`). `str()` is text."""
+        tiers = self._session.tiers
+        return Status((), self.recompiles) if tiers is None else tiers.status(self._session)
 
     # --- adapters, also by PEFT's and transformers' names ---
 

@@ -1,6 +1,8 @@
-"""Follows the owners of rows through the operators of an eager forward.
+"""Follows the owners of rows through operators that run in Python.
 
-A dispatch mode sees each operator. What its results belong to follows from the labels, sizes and
+A dispatch mode sees each operator of an eager forward, or between the graphs of one. An operator
+that uses a site's weight without calling its module is refused, since the delta would be lost.
+ What its results belong to follows from the labels, sizes and
 constants of its operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
 and remembered:
 
@@ -15,8 +17,10 @@ from __future__ import annotations
 import enum
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import compress, repeat, takewhile
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -43,9 +47,12 @@ from lorafx.ownership.real import (
     tensors_in,
     written,
 )
+from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
     TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
@@ -103,7 +110,7 @@ def kind_of(func: Any) -> Kind | None:
 UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2
 
 
-class Remembered:
+class KnownLabels:
     """What is known of operators from earlier calls of a program. Labels have numbers, `codes`."""
 
     def __init__(self, most: int = 1 << 16) -> None:
@@ -136,11 +143,18 @@ class Remembered:
 
 
 class Following(TorchDispatchMode):
-    """The owners of what an eager forward computes, and the uses of weights in it.
+    """Notes the owners of operators' results in `memory`, and checks their operands with `uses`.
+
+    `run` puts it on torch's stack, never a `with`: an interrupt between the steps of a context
+    manager would leave it there. If two interrupts leave it there all the same, it follows nothing
+    any more, and the next call of `run` removes it: the guard of inference mode would restore a
+    stack that still has a mode, and then every operator without a tensor argument would fail.
 
     Args:
-        memory: the labels of storages.
-        uses: checks uses of weights; without it there are none.
+        memory: the labels of storages; without it only uses of weights are looked at.
+        uses: checks uses of weights.
+        remembered: what is known of operators from earlier calls.
+        undo: records what is written that the call has not made.
         watched: code that is not known may write into memory unseen, so that a label holds only as
             long as `memory` finds its storage unchanged.
     """
@@ -149,21 +163,20 @@ class Following(TorchDispatchMode):
 
     def __init__(
         self,
-        remembered: Remembered,
-        undo: Undo,
-        memory: Memory,
+        memory: Memory | None = None,
         uses: WeightUses | None = None,
         *,
-        watched: bool = False,
+        remembered: KnownLabels | None = None,
+        undo: Undo | None = None,
+        watched: bool = True,
     ) -> None:
         super().__init__()
         self.memory, self._watched = memory, watched
         self.over = False
-        self._undo, self._remembered = undo, remembered
+        self._undo, self._remembered = undo, KnownLabels() if remembered is None else remembered
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
         self._uses = uses
-        self._sites = {} if uses is None else uses.sites
         #: Operands of the running operator that hold weights of touched sites.
         self._weights: list[Tensor] = []
         #: Sites whose module has used its weight, and whose mark has not come.
@@ -185,22 +198,36 @@ class Following(TorchDispatchMode):
         return False  # otherwise torch wraps this mode in a function of Dynamo's
 
     def run(self, action: Callable[[], T]) -> T:
-        """Return the result of `action`, with its operators followed. Raises NeedsGraph."""
-        depth = _len_torch_dispatch_stack()
+        """Return the result of `action`, with its operators followed."""
+        _pop_ended()
+        above = _popping(_len_torch_dispatch_stack())
         try:
             _push_on_torch_dispatch_stack(self)
-            result = action()
+            return action()
         finally:
-            self.over = True  # an interrupt may leave it on the stack
-            while _len_torch_dispatch_stack() > depth:
-                _pop_torch_dispatch_stack(None)
+            # One call of C: Python handles signals only where a Python function begins or returns.
+            self.over = True
+            _exhaust(above, 0)
+
+    def in_graph(self, action: Callable[[], T]) -> T:
+        """Run `action`, a graph's operators, whose uses of weights `match` knows."""
+        above, uses = _popping(_len_torch_dispatch_stack()), self._uses
+        try:
+            self._uses = None
+            _push_on_torch_dispatch_stack(self)
+            return action()
+        finally:
+            self._uses = uses
+            _exhaust(above, 0)
+
+    def check(self) -> None:
+        """Raise NeedsGraph, or MatchError, for what the model's code may have caught."""
         if self._uses is not None:
             self._uses.refuse()
         if self.refusal is not None:
             raise NeedsGraph(self.refusal)
         if self._unmarked:
             self.refuse(f"{', '.join(self._unmarked)}: the forward was called, not the module")
-        return result
 
     def outside(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, whose operators are not followed."""
@@ -225,12 +252,15 @@ class Following(TorchDispatchMode):
         targets: Sequence[Tensor] = ()
         if kind is Kind.WRITE:
             targets = written(func, args, named)
-            self._undo.note(target for target in targets if not self._is_born(target))
-        elif kind is Kind.PAGES:
+            if self._undo is not None:
+                self._undo.note(target for target in targets if not self._is_born(target))
+        elif kind is Kind.PAGES and self._undo is not None:
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
         if self._weights:
             self._look_at_weights(func, results)
+        if self.memory is None:
+            return results
         if kind is Kind.LIFT:
             if results.numel() > 1:  # a number is as good as Python's
                 return results
@@ -248,7 +278,11 @@ class Following(TorchDispatchMode):
         else:
             for output, code in zip(tensors_in(results), codes, strict=True):
                 self.note(output, code)
+        if not operands:
+            self._note_made_of_nothing(func, results)
         return results
+
+    def _note_made_of_nothing(self, func: OpOverload, results: object) -> None: ...
 
     def _sign(
         self, values: Sequence[Any], signature: list[Any], operands: list[tuple[Tensor, int]]
@@ -283,11 +317,13 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        touched = self._sites.get(place_of(tensor))
+        touched = None if self._uses is None else self._uses.sites.get(place_of(tensor))
         if touched is not None:
             if touched:
                 self._weights.append(tensor)
             return WEIGHTS
+        if self.memory is None:
+            return UNKNOWN
         code, remembered = None, self._remembered
         block = self.memory.unwritten(tensor)
         if block is not None:
@@ -313,6 +349,7 @@ class Following(TorchDispatchMode):
 
     def note(self, tensor: Tensor, code: int) -> None:
         """Label a new tensor; nothing happens for a view."""
+        assert self.memory is not None
         block = self.memory.born(tensor, self._remembered.labels[code])
         if block is not None and not self._watched:
             self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
@@ -348,6 +385,7 @@ class Following(TorchDispatchMode):
         codes: Sequence[int],
         operands: Sequence[tuple[Tensor, int]],
     ) -> None:
+        assert self.memory is not None
         labels = self._remembered.labels
         found = [labels[code] for code in codes]
         if len(targets) != len(list(tensors_in(results))):
@@ -360,26 +398,28 @@ class Following(TorchDispatchMode):
 
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""
-        block = self.memory.block(tensor)
+        block = None if self.memory is None else self.memory.block(tensor)
         return block is not None and block.born
 
     def _look_at_weights(self, func: Any, results: Any) -> None:
         """Check the operands that hold weights of touched sites. Where a module's own forward uses
         its weight, its mark has to follow."""
         weights, self._weights = self._weights, []
+        if self._uses is None:
+            return
         caller = sys._getframe(2).f_locals.get("self")
         for used in weights:
             site = next(
                 (
                     site
-                    for site, weight in self._sites[place_of(used)]
+                    for site, weight in self._uses.sites[place_of(used)]
                     if site.marked is caller and _is_all_of(used, weight)
                 ),
                 None,
             )
-            if site is None and self._uses is not None:
+            if site is None:
                 self._uses.look(func, [used], list(tensors_in(results)))
-            elif site is not None:
+            else:
                 self._unmarked[site.path] = None
 
     def marked(self, path: str) -> None:
@@ -392,3 +432,51 @@ def _is_all_of(used: Tensor, weight: Tensor) -> bool:
     if used is weight:
         return True
     return used.numel() == weight.numel() and used.data_ptr() == weight.data_ptr()
+
+
+never_traced(Following.__torch_dispatch__.__code__)
+
+
+def running() -> Following | None:
+    """The mode on top of torch's stack; None if another mode is there."""
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, Following) else None
+
+
+def owners_are_noted() -> bool:
+    """Whether some `Following` on torch's stack of modes notes owners."""
+    stack = _get_current_dispatch_mode_stack()
+    return any(
+        isinstance(mode, Following) and not mode.over and mode.memory is not None for mode in stack
+    )
+
+
+def unfollowed(action: Callable[[Following | None], T]) -> T:
+    """Run `action` without following, with the innermost mode, or None, as its argument."""
+    removed: list[Following] = []
+    try:
+        while (mode := running()) is not None:
+            removed.append(mode)
+            _pop_torch_dispatch_stack(None)
+        # A list: an interrupt inside of a generator would be lost.
+        active = [mode for mode in removed if not mode.over]
+        return action(active[0] if active else None)
+    finally:
+        for mode in reversed(removed):
+            if not mode.over:
+                _push_on_torch_dispatch_stack(mode)
+
+
+#: Exhausts an iterator, in C.
+_exhaust: Callable[[Iterator[Any], int], object] = deque
+
+
+def _popping(depth: int) -> Iterator[object]:
+    """An iterator that pops torch's modes down to `depth`, in C, so no interrupt comes between."""
+    lengths = takewhile(depth.__lt__, iter(_len_torch_dispatch_stack, -1))
+    return map(_pop_torch_dispatch_stack, compress(repeat(None), lengths))
+
+
+def _pop_ended() -> None:
+    while isinstance(mode := _get_current_dispatch_mode(), Following) and mode.over:
+        _pop_torch_dispatch_stack(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +33,17 @@ class WeightUses:
         self._program = program
         self._ranges: dict[int, list[_Range]] | None = None
         self._error: MatchError | None = None
-        #: The touched sites, with their weights, by `place_of` those; none for untouched ones.
-        self.sites: dict[int, list[tuple[Site, Tensor]]] = {}
-        for site in program.sites:
-            weight = program.weight_of(site)
+
+    @cached_property
+    def sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
+        """The touched sites, with their weights, by `place_of` those; none for untouched ones."""
+        sites: dict[int, list[tuple[Site, Tensor]]] = {}
+        for site in self._program.sites:
+            weight = self._program.weight_of(site)
             if weight is not None:
-                touched = self.sites.setdefault(place_of(weight), [])
-                touched += [(site, weight)] if program.is_touched(site) else []
+                touched = sites.setdefault(place_of(weight), [])
+                touched += [(site, weight)] if self._program.is_touched(site) else []
+        return sites
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""

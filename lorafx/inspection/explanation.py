@@ -228,6 +228,7 @@ class Explanation(Report):
     graphs: tuple[GraphReport, ...] = ()
     unreached: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
     @property
     def refusals(self) -> tuple[RefusedSites, ...]:
@@ -287,6 +288,8 @@ class Explanation(Report):
             sections.append((title, self.replaced))
         sections.append((f"adapters: {len(self.adapters)}", map(str, self.adapters)))
         sections.append(("passes", self.passes))
+        if self.calls:
+            sections.append(("calls, which are eager until there are graphs", self.calls))
         sections.append((f"graphs: {len(self.graphs)}", ()))
         sections += [(graph.title, graph.lines()) for graph in self.graphs]
         if self.unreached:
@@ -385,6 +388,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
         replaced=tuple(program.site_watch.lines()),
+        calls=() if session.tiers is None else tuple(map(str, session.tiers.status(session).kinds)),
     )
 
 

@@ -1,7 +1,7 @@
 """Owners of tensors that one captured graph of a call passes to the next.
 
 The call's memory holds the labels of results, from `provenance`'s proofs, and of tensors that
-Python made between graphs (`lorafx/capture/tracking.py`). A proof holds in a call in which index i
+Python made between graphs (`lorafx/eager/following.py`). A proof holds in a call in which index i
 of every input belongs to the same request, or all inputs belong to a single request.
 """
 

@@ -182,7 +182,7 @@ class Entry:
         program, records = self.session.program, self.session.backend.records
         if not program.runtime.active:
             return run()
-        from lorafx.capture.tracking import Tracking
+        from lorafx.eager.following import Following
         from lorafx.eager.weight_uses import WeightUses
 
         captured = len(records)
@@ -191,7 +191,7 @@ class Entry:
         try:
             if uses is None and memory is None:
                 return run()
-            result = Tracking(memory, uses).run(run)
+            result = Following(memory, uses).run(run)
             if uses is not None:
                 uses.refuse()
             return result

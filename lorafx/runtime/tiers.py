@@ -27,16 +27,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
-from lorafx.errors import LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.interrupts import undisturbed
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
@@ -125,13 +126,21 @@ class _Kind:
 
 def starts_eagerly(options: Options, device: torch.device) -> bool:
     """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
-    start: str = options.start
-    if start == "auto":
-        start = os.environ.get("LORAFX_START") or "auto"
+    start = options.start
+    if start == "auto":  # checked as the option is
+        start = Options(start=cast(Any, os.environ.get("LORAFX_START", "auto"))).start
     if start == "auto":
         beside = device.type == "cpu" and can_fork() and saves_graphs()
         return beside and not _shows_graphs(options)
     return start == "eager"
+
+
+def _is_usable(cache: str | bool | None) -> bool:
+    """Whether the value of `Options.cache` has a folder."""
+    try:
+        return folder_of(cache).is_dir() if cache else False
+    except ConfigError:
+        return False
 
 
 def _shows_graphs(options: Options) -> bool:
@@ -228,6 +237,7 @@ class Tiers:
                 return self._eager.run(entry.target, args, kwargs)
         finally:
             runtime.active = active
+            session.program.hook_watch.accept_new()
 
     # --- processes ---
 
@@ -243,10 +253,13 @@ class Tiers:
 
     def _fork(self, kind: _Kind, work: Callable[[], str]) -> None:
         """Fork a process for the running call."""
-        folder = os.fspath(self.folder)
+        session = self._session()
+        assert session is not None
+        private = None if _is_usable(session.program.options.cache) else os.fspath(self.folder)
 
         def compile() -> str:
-            self.folder.keep(folder)
+            if private is not None:
+                self.folder.keep(private)
             return work()
 
         def begin() -> None:
@@ -317,20 +330,22 @@ class Tiers:
 
     # --- what is seen of it ---
 
-    def busy(self) -> bool:
-        """Whether a graph is being compiled beside, or what the next call loads is prepared."""
-        self._look()
-        return bool(self._waiting()) or _preparing()
-
-    def status(self, graphs: int, *, held: bool) -> Status:
-        """`held`: the session's lock is; without it the processes are those of the last look."""
-        if held:
-            self._look()
+    def status(self, session: Session) -> Status:
+        """The present state. No lock is waited for: a running call looks at processes itself."""
+        if session.lock.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                session.lock.release()
         kinds = (
             KindStatus(kind.name, kind.calls, kind.tier, kind.reason)
             for kind in list(self._kinds.values())
         )
-        return Status(tuple(kinds), graphs)
+        return Status(tuple(kinds), len(session.records))
+
+    def busy(self, session: Session) -> bool:
+        """Whether a graph is being compiled beside, or what the next call loads is prepared."""
+        return bool(self.status(session).compiling) or _preparing()
 
     # --- kinds ---
 

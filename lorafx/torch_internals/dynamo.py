@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -140,3 +140,8 @@ def _intercepted(method: Callable[..., Any], replacement: Callable[..., Any]) ->
 
     setattr(intercepted, "_lorafx", True)  # noqa: B010  for mypy
     return intercepted
+
+
+def never_traced(code: CodeType) -> None:
+    """Exclude functions with this code, and their callees, from tracing."""
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))

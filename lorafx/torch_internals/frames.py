@@ -30,11 +30,6 @@ def _translator() -> Any:
     return InstructionTranslator.current_tx()
 
 
-def captured_code() -> CodeType:
-    code: CodeType = _translator().output.root_tx.f_code
-    return code
-
-
 def ends_in_break() -> bool:
     """Whether the graph that is being compiled ends in a graph break."""
     reason = _translator().output.compile_subgraph_reason
@@ -90,13 +85,6 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
         parts.append(getattr(place, "attr", "size"))
         place = place.base
     return getattr(place, "idx", position), ".".join(reversed(parts)) or None
-
-
-def symbols_of_frame() -> ShapeEnv | None:
-    """The symbols of the captured frame, with the facts about them."""
-    context = TracingContext.try_get()
-    mode = None if context is None else context.fake_mode
-    return None if mode is None else mode.shape_env
 
 
 def size_expression(size: Any) -> Any:

@@ -105,7 +105,7 @@ def test_a_slot_that_is_written_anew_is_read_anew(llama: Case, tmp_path: Path) -
     """Also where the next adapter has a lower rank than the one before it."""
     inputs = FAMILIES["llama"].inputs(2, 4)
     cm = lorafx.compile(llama.model(), lorafx.LoraConfig(max_adapters=1), options=EAGER)
-    for name in ("a1", "a0", "a2", "a1"):
+    for name in ("a2", "a0", "a4", "a2"):
         cm.load_adapter(llama.folders[name], "it")
         renamed = Case(llama.base, {"it": llama.folders[name]})
         check(cm, renamed, ["it", None], inputs)

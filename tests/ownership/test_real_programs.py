@@ -1,8 +1,8 @@
 """Labels of what runs in Python, operator by operator, against brute-force taint.
 
-Random programs run eagerly under `Tracking` or `Following`, and again with one
-request's input changed: no element may move that a label gives to another request or to nobody.
-What `Following` remembers of one program serves the next.
+Random programs run eagerly under `Following`, and again with one request's input changed: no
+element may move that a label gives to another request or to nobody. What is remembered of one
+program serves the next.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from random_programs import TABLE, K, program
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafx.capture.tracking import Tracking
-from lorafx.eager.following import Following, Remembered
-from lorafx.eager.undo import Undo
+from lorafx.eager.following import Following, KnownLabels
 from lorafx.ownership.memory import Memory, RealLabel, cells_of, listed
 from lorafx.ownership.real import tensors_in
 
@@ -42,25 +40,22 @@ class Seeing(TorchDispatchMode):
         raise NotImplementedError
 
 
-class Recording(Seeing, Tracking):
+class Recording(Seeing, Following):
     def __init__(self, memory: Memory) -> None:
         super().__init__(memory)
         self.seen = []
 
     def label(self, tensor: Tensor) -> RealLabel | None:
-        return self.memory.look(tensor)
-
-
-REMEMBERED = Remembered()
-
-
-class Remembering(Seeing, Following):
-    def __init__(self, memory: Memory) -> None:
-        super().__init__(REMEMBERED, Undo((), torch.device("cpu")), memory)
-        self.seen = []
-
-    def label(self, tensor: Tensor) -> RealLabel | None:
         return Following.label(self, tensor)
+
+
+REMEMBERED = KnownLabels()
+
+
+class Remembering(Recording):
+    def __init__(self, memory: Memory) -> None:
+        Following.__init__(self, memory, remembered=REMEMBERED, watched=False)
+        self.seen = []
 
 
 class SameOrder(TorchDispatchMode):

@@ -99,3 +99,28 @@ def test_the_names_of_the_package() -> None:
     known = [value for value in vars(lorafx.errors).values() if isinstance(value, type)]
     errors = {cls.__name__ for cls in known if issubclass(cls, Exception)}
     assert errors <= set(lorafx.__all__)
+
+
+INTERRUPTED = """
+import signal, torch, lorafx
+define = torch.library.Library.define
+def interrupted(library, *arguments, **named):
+    result = define(library, *arguments, **named)
+    if library.ns == "lorafx":
+        torch.library.Library.define = define
+        signal.raise_signal(signal.SIGINT)
+    return result
+torch.library.Library.define = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    lorafx.compile
+except KeyboardInterrupt:
+    print("interrupted")
+print(lorafx.compile.__name__)
+"""
+
+
+def test_an_interrupt_while_operators_are_defined_leaves_no_half_of_them() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["interrupted", "compile"]

@@ -175,6 +175,21 @@ def test_a_process_that_is_killed(plain: Case, number: signal.Signals) -> None:
     assert tiers(cm) == ["ready"]
 
 
+def test_a_terminal_shows_what_is_compiled(
+    plain: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    line = f"lorafx: compiling {cm.status().kinds[0].kind}, beside the calls"
+    assert cm.wait(SECONDS)
+    shown, ended = (text for text in capsys.readouterr().err.splitlines() if "beside" in text)
+    assert shown == f"{line} ..."
+    assert ended.startswith(f"{line}: ")
+    assert "calls: eager" in str(cm.explain())
+
+
 def test_wait_ends_after_its_time(plain: Case) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     assert cm.wait(0)

@@ -166,8 +166,8 @@ class SavedGraphs:
             body, record = conversion.body(code)
             self.file = folders.write(folder, key, body)
             record.saved = "saved for other processes"
-            if self._auto and folder == folders.default_folder():
-                folders.trim(folder, folders.most_bytes())
+            bounded = self._auto and folder == folders.default_folder()
+            folders.trim(folder, folders.most_bytes() if bounded else sys.maxsize)
         except OSError as error:
             self.unsaved = f"not saved: {error}"
             self._warn(f"a graph could not be saved in {folder}: {error}")
@@ -181,12 +181,16 @@ class SavedGraphs:
     ) -> ConvertFrameReturn | None:
         if not _debug_get_cache_entry_list(frame.f_code):
             self._loaded.clear()  # Dynamo was reset
+        # Nothing changes meanwhile, and most of the time is the fingerprints'.
+        prints = Fingerprints({self._backend.program.runtime._key: SLOTS})
         for path in folders.files(folder, key)[-_MAX_FILES:]:
             if path in self._loaded:
                 continue
             start = time.perf_counter()
             try:
-                code = _load_conversion(self._backend, frame, arguments, folders.read(path, key))
+                code = _load_conversion(
+                    self._backend, frame, arguments, folders.read(path, key), prints
+                )
             except Exception as error:
                 self._warn(f"{path} cannot be loaded, so its graph is compiled anew: {error!r}")
                 with suppress(OSError):
@@ -296,7 +300,7 @@ class _Conversion:
 
 
 def _load_conversion(
-    backend: Backend, frame: Any, arguments: Sequence[Any], body: bytes
+    backend: Backend, frame: Any, arguments: Sequence[Any], body: bytes, prints: Fingerprints
 ) -> ConvertFrameReturn | None:
     """The result of a conversion from a file's contents; None if its graph is not for this call."""
     program = backend.program
@@ -319,7 +323,6 @@ def _load_conversion(
         return None
     f_globals.update(added)
     guards: SavedGuards = compared["guards"]
-    prints = Fingerprints({program.runtime._key: SLOTS})
     same = guards.hold(f_locals, f_globals, prints)
     if not same or not compared["inputs"].hold(program, f_locals, f_globals):
         return None

@@ -27,10 +27,10 @@ from lorafx.adapter_store.checkpoint import dialect_of
 from lorafx.adapter_store.dialects.dialect import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
 from lorafx.adapter_store.saved import AdapterSource, Source, read_source
-from lorafx.capture.tracking import Tracking, untracked
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
 from lorafx.config import LoraConfig, Options
+from lorafx.eager.following import Following, unfollowed
 from lorafx.errors import (
     BatchError,
     CaptureError,
@@ -361,7 +361,7 @@ def _forward_compiled(
             "pipeline once for each adapter"
         )
     by_row = [names[0]] * count if owners is None else [names[owner] for owner in owners]
-    result = untracked(lambda _: _call_without_views(cm, by_row, args, kwargs))
+    result = unfollowed(lambda _: _call_without_views(cm, by_row, args, kwargs))
     if rows is not None and owners is not None:
         rows.label_rows(result, tuple(owners))
     return result
@@ -381,7 +381,7 @@ def _call_without_views(
 
 
 def _encode(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
-    result = untracked(lambda _: forward(*args, **kwargs))
+    result = unfollowed(lambda _: forward(*args, **kwargs))
     rows.label_prompts(result)
     return result
 
@@ -508,7 +508,7 @@ class PromptRows:
         self._denoiser_called = False
 
     def run(self, action: Callable[[], T]) -> T:
-        return _NoiseTracking(self, self._memory).run(action)
+        return _NoiseFollowing(self, self._memory).run(action)
 
     def label_argument(self, name: str, value: Any) -> None:
         """Label an argument: `*prompt*` has a row for each prompt, any other is noise."""
@@ -538,7 +538,7 @@ class PromptRows:
     def owners(self, title: str, values: Any, count: int) -> tuple[int, ...]:
         """The prompt of each of the `count` rows of the denoiser's arguments, `values`; `title`
         names the denoiser. Raises BatchError if the labels of a row name no prompt, or several."""
-        labels = untracked(lambda _: self._labels_by_row(values, count))
+        labels = unfollowed(lambda _: self._labels_by_row(values, count))
         # Several prompts may start from the same noise, which then identifies none of them.
         sharing: dict[int, set[int]] = {}
         for row_labels in labels:
@@ -563,7 +563,7 @@ class PromptRows:
                 "different adapters need embeddings that come from the pipeline's text encoders "
                 "or are given per prompt; call the pipeline once for each adapter otherwise"
             )
-        untracked(lambda _: self._memory.rename(prompt_of_noise))
+        unfollowed(lambda _: self._memory.rename(prompt_of_noise))
         self._denoiser_called = True
         return tuple(of_row.pop() for of_row in prompts)
 
@@ -599,14 +599,14 @@ def without_inference_mode(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class _NoiseTracking(Tracking):
-    """Tracking that labels the results of random operators as noise."""
+class _NoiseFollowing(Following):
+    """Following that labels the results of random operators as noise."""
 
     def __init__(self, rows: PromptRows, memory: Memory) -> None:
         super().__init__(memory)
         self._rows = rows
 
-    def _note_new(self, func: OpOverload, results: object) -> None:
+    def _note_made_of_nothing(self, func: OpOverload, results: object) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
                 self._rows.label_noise(tensor)

@@ -9,7 +9,7 @@ import torch
 from interrupting import every_place
 from torch._C import _len_torch_dispatch_stack
 
-from lorafx.capture.tracking import Tracking, untracked
+from lorafx.eager.following import Following, unfollowed
 from lorafx.torch_internals.graph_parts import _push_on_torch_dispatch_stack
 
 
@@ -22,19 +22,19 @@ def _left_over() -> Iterator[None]:
 
 
 def plain() -> None:
-    Tracking().run(lambda: torch.ones(2) + 1)
+    Following().run(lambda: torch.ones(2) + 1)
 
 
 def nested() -> None:
-    Tracking().run(lambda: Tracking().run(lambda: torch.ones(2) + 1))
+    Following().run(lambda: Following().run(lambda: torch.ones(2) + 1))
 
 
 def graph_of() -> None:
-    def graph(mode: Tracking | None) -> None:
+    def graph(mode: Following | None) -> None:
         assert mode is not None
         mode.in_graph(lambda: torch.ones(2) + 1)
 
-    Tracking().run(lambda: untracked(graph))
+    Following().run(lambda: unfollowed(graph))
 
 
 @pytest.mark.parametrize("action", [nested, graph_of])
@@ -49,7 +49,7 @@ def test_an_interrupt_anywhere_leaves_nothing_on_the_stack(action: Callable[[], 
 
 def test_what_has_ended_is_taken_off() -> None:
     """As two interrupts leave it."""
-    left = Tracking()
+    left = Following()
     _push_on_torch_dispatch_stack(left)
     left.over = True
     plain()
