@@ -28,7 +28,7 @@ from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, Real
 from lorafx.program.program import Program
 
 
-class Factors(NamedTuple):
+class RowFactors(NamedTuple):
     """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
     if all are; with the versions of the bank that they were read from."""
 
@@ -47,10 +47,10 @@ class GatheredFactors:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: dict[tuple[str, tuple[int, ...]], Factors] = {}
+        self._kept: dict[tuple[str, tuple[int, ...]], RowFactors] = {}
         self._nbytes = 0
 
-    def of(self, mark: SiteMark, slots: tuple[int, ...], dtype: torch.dtype) -> Factors | None:
+    def of(self, mark: SiteMark, slots: tuple[int, ...], dtype: torch.dtype) -> RowFactors | None:
         """The factors of rows with these slots; None if they would be too large."""
         bank, key = mark.bank, (mark.path, slots)
         versions = _versions(bank)
@@ -86,7 +86,7 @@ def _gathered(
     rank: int,
     dtype: torch.dtype,
     versions: tuple[int, ...],
-) -> Factors:
+) -> RowFactors:
     bank, features, distinct = mark.bank, mark.in_features, list(dict.fromkeys(slots))
     shape = len(distinct), rank
     A = bank.A.new_zeros((*shape, features), dtype=dtype)
@@ -103,10 +103,10 @@ def _gathered(
     index = torch.tensor([distinct.index(slot) for slot in slots], device=A.device)
     live = torch.tensor([slot >= 0 for slot in slots], device=A.device)[:, None, None]
     A = A[index].transpose(1, 2).contiguous()
-    return Factors(A, B[index], None if min(slots) >= 0 else live, versions)
+    return RowFactors(A, B[index], None if min(slots) >= 0 else live, versions)
 
 
-class Deltas:
+class RowDeltas:
     """Adds the deltas of one eager forward (`Runtime.deltas`)."""
 
     def __init__(self, program: Program, following: Following, gathered: GatheredFactors) -> None:

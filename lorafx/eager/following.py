@@ -104,7 +104,7 @@ def kind_of(func: Any) -> Kind | None:
 UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2
 
 
-class Remembered:
+class KnownLabels:
     """What is known of operators from earlier calls of a program. Labels have numbers, `codes`."""
 
     def __init__(self, most: int = 1 << 16) -> None:
@@ -160,14 +160,14 @@ class Following(TorchDispatchMode):
         memory: Memory | None = None,
         uses: WeightUses | None = None,
         *,
-        remembered: Remembered | None = None,
+        remembered: KnownLabels | None = None,
         undo: Undo | None = None,
         watched: bool = True,
     ) -> None:
         super().__init__()
         self.memory, self._watched = memory, watched
         self.over = False
-        self._undo, self._remembered = undo, Remembered() if remembered is None else remembered
+        self._undo, self._remembered = undo, KnownLabels() if remembered is None else remembered
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
         self._uses = uses

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.eager.deltas import Deltas, GatheredFactors
-from lorafx.eager.following import Following, NeedsGraph, Remembered
+from lorafx.eager.deltas import GatheredFactors, RowDeltas
+from lorafx.eager.following import Following, KnownLabels, NeedsGraph
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
@@ -37,7 +37,7 @@ class EagerTier:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._remembered = Remembered()
+        self._remembered = KnownLabels()
         nbytes = sum(parameter.nbytes for parameter in program.model.parameters())
         self._looked_at: ModuleGraph | None = None
         self._unknown = True
@@ -82,7 +82,7 @@ class EagerTier:
             undo=undo,
             watched=watched,
         )
-        runtime.deltas = Deltas(program, following, self._gathered)
+        runtime.deltas = RowDeltas(program, following, self._gathered)
         try:
             result = following.run(partial(target, *args, **kwargs))
             following.check()

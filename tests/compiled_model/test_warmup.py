@@ -56,7 +56,7 @@ def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
     """One request and several, prompts and single tokens with a cache, any mix and none."""
     cm = warm.served
     captured = Captured(cm)
-    assert warm.graphs == 4  # {prompt, decode} × {base, adapters}
+    assert warm.graphs == 8  # {prompt, decode} × {base, adapters} × {one request, several}
     torch.manual_seed(0)
     mixes = ([None], ["a1"], ["a0", None, "a2"], ["a3"] * 2, [None] * 4, ["a4", "a0", None, "a1"])
     for length, names in zip((3, 9, 5, 2, 7, 4), mixes, strict=True):
@@ -78,8 +78,8 @@ def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
     cm = warm.served
     before = cm.recompiles
     cm.warmup(batch_sizes=(2, 1), lengths=(8,), generate=True)
-    # {prompt, steps} × {padded, not} × {base, adapters}; one request and beams need none
-    assert cm.recompiles - before == 8
+    # {prompt, steps} × {base, adapters}, for one request and for several, padded ones too
+    assert cm.recompiles - before == 12
     captured = Captured(cm)
     torch.manual_seed(0)
     fixed = {"pad_token_id": 0, "max_new_tokens": 4, "do_sample": False}
@@ -127,7 +127,7 @@ def test_example_inputs_of_a_model_without_a_configuration(small) -> None:
             assert error(got, case.expected(names, inputs)) <= 1e-5
             cm(inputs["ids"], adapter_names=names)  # the same graph, given by position
         assert not captured.more
-        assert cm.recompiles == 2  # {base, adapters}
+        assert cm.recompiles == 4  # {base, adapters} × {one request, several}
 
 
 # --- nothing else changes ---

@@ -18,7 +18,7 @@ from random_programs import TABLE, K, program
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafx.eager.following import Following, Remembered
+from lorafx.eager.following import Following, KnownLabels
 from lorafx.ownership.memory import Memory, RealLabel, cells_of, listed
 from lorafx.ownership.real import tensors_in
 
@@ -49,7 +49,7 @@ class Recording(Seeing, Following):
         return Following.label(self, tensor)
 
 
-REMEMBERED = Remembered()
+REMEMBERED = KnownLabels()
 
 
 class Remembering(Recording):
