@@ -27,6 +27,9 @@ from lorafx.model.marks import UNPROVED, Owners, SiteMark
 from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel
 from lorafx.program.program import Program
 
+#: Gathering the factors of more rows takes longer than the site's operator.
+_MOST_ROWS = 32
+
 
 class RowFactors(NamedTuple):
     """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
@@ -151,7 +154,8 @@ class RowDeltas:
         else:
             following.refuse(f"{mark.path}: the rows of its output are not those of its input")
         out = None
-        if scale is None and mark.is_plain and ranges[2] is mark.sizes and rows.leads:
+        few = rows.leads and len(rows.slots) <= _MOST_ROWS
+        if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
             out = self._by_products(mark, x, y, rows.slots)
         if out is None:
             slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)

