@@ -31,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {
         "examples.md": examples(),
         "sources.md": sources(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text().replace("](docs/", "]("),
     }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))

@@ -31,6 +31,12 @@ from torch import Tensor
 from lorafx.kernels.ops.op_library import define, require
 
 
+class Pages:
+    """A paged cache; `pages`, (bytes,) uint8, holds all entries of all requests."""
+
+    pages: Tensor
+
+
 def paged_cache(
     key: Tensor,
     value: Tensor,
@@ -55,9 +61,7 @@ def _write_and_read(
     cache: Tensor, states: Tensor, first: int, read: Tensor, write: Tensor, new: Tensor | None
 ) -> Tensor:
     states = states.squeeze(0).transpose(0, 1)
-    width = states.shape[1] * states.shape[2]
-    flat = cache.view(states.dtype)
-    rows = flat[: flat.numel() // width * width].view(-1, *states.shape[1:])[first:]
+    rows = _rows_from(cache, states, first)
     if new is None:
         rows.index_copy_(0, write, states)
         seen = rows.index_select(0, read)
@@ -65,6 +69,31 @@ def _write_and_read(
         seen = rows.index_select(0, read).masked_scatter_(new, states)
         rows.index_copy_(0, write, states)
     return seen.transpose(0, 1).unsqueeze(0)
+
+
+def _rows_from(cache: Tensor, states: Tensor, first: int) -> Tensor:
+    """The cache from its row `first` on, in rows like those of `states`, (T, H, D)."""
+    width = states.shape[1] * states.shape[2]
+    flat = cache.view(states.dtype)
+    return flat[: flat.numel() // width * width].view(-1, *states.shape[1:])[first:]
+
+
+def overwritten(
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    write: Tensor,
+    first_key: int,
+    first_value: int,
+    ring: bool,
+    **_: Any,
+) -> list[tuple[Tensor, Tensor]]:
+    """(table, rows): rows in use that a step with these arguments writes. Those of a cache that is
+    no ring are unused before, and the same step writes the same into them again."""
+    if not ring:
+        return []
+    both = (key, first_key), (value, first_value)
+    return [(_rows_from(cache, new[0].transpose(0, 1), first), write) for new, first in both]
 
 
 def paged_cache_fake(key, value, cache, read, *_):

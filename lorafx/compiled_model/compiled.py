@@ -666,7 +666,7 @@ class CompiledModel(AsModule):
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         *,
-        warmup: bool = True,
+        warmup: bool | None = None,
         timeout: float | None = None,
         **engine: Any,
     ) -> Iterator[AdapterBatchingManager]:
@@ -683,7 +683,9 @@ class CompiledModel(AsModule):
         Args:
             generation_config: how tokens are chosen, for all requests; None for the model's.
             continuous_batching_config: sizes of pages and batches, for example.
-            warmup: compile the two graphs of the engine's steps first.
+            warmup: compile the two graphs of the engine's steps first. None: only where steps
+                would wait for them; otherwise they are begun, and requests are answered meanwhile
+                (`Options.start`).
             timeout: seconds to wait at the end of the block for requests that are running, after
                 which they fail; None waits for all of them.
             **engine: arguments of transformers' manager.
@@ -705,9 +707,11 @@ class CompiledModel(AsModule):
             self._entries, generation_config, continuous_batching_config, **engine
         )
         try:
-            if warmup:
-                with progress("compiling the engine's steps, ahead of requests"), torch.no_grad():
+            if warmup or (warmup is None and self._session.tiers is None):
+                with progress("compiling the engine's steps, ahead of requests"):
                     manager.warmup()
+            elif warmup is None:
+                manager.compile_beside()
             manager.start()
             yield manager
         finally:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses, place_of
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.ownership.memory import (
     OF_WEIGHTS,
     SHARED,
@@ -41,6 +42,7 @@ from lorafx.ownership.memory import (
 )
 from lorafx.ownership.real import (
     alone,
+    arguments_by_name,
     labels_by_signature,
     labels_by_values,
     tensors_in,
@@ -73,6 +75,8 @@ class Kind(enum.Enum):
     #: A tensor of undefined contents, which belong to nobody known.
     EMPTY = enum.auto()
     WRITE = enum.auto()
+    #: Writes rows of a paged cache, and returns new tensors.
+    PAGES = enum.auto()
     #: Takes over a tensor that torch made of Python's numbers.
     LIFT = enum.auto()
 
@@ -93,6 +97,8 @@ def kind_of(func: Any) -> Kind | None:
         return None
     if func.overloadpacket in _LIFTS:
         return Kind.LIFT
+    if func in (PAGED_CACHE, PAGED_ATTENTION):
+        return Kind.PAGES
     if func._schema.is_mutable:
         return Kind.WRITE
     aliases = any(value.alias_info is not None for value in func._schema.returns)
@@ -261,6 +267,8 @@ class Following(TorchDispatchMode):
             targets = written(func, args, named)
             if self._undo is not None:
                 self._undo.note(target for target in targets if not self._is_born(target))
+        elif kind is Kind.PAGES and self._undo is not None:
+            self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
         if self._weights:
             self._look_at_weights(func, results)

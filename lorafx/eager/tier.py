@@ -19,6 +19,7 @@ from lorafx.eager.following import Following, KnownLabels, NeedsGraph
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
+from lorafx.kernels.ops.paged_attention import Pages
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import tensor_leaves
@@ -114,8 +115,15 @@ class EagerTier:
         if call is None or call.roles is None or rows > MOST_REQUESTS:
             raise NeedsGraph("which rows its arguments hold is not known")
         memory = Memory(program.shared_in_one_call(), lambda: watched)
+        for value in call.named.values():
+            if isinstance(value, Pages):
+                memory.add_pool(value.pages)
+        seen: set[int] = set()  # a cache may hold other arguments
         for name, value in call.named.items():
             for tensor in tensor_leaves(value):
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
                 role = call.roles.role(name, tensor, call.named)
                 counting = counted.get(id(tensor), tensor)
                 memory.set_label(counting, argument_label(role, tensor, rows))

@@ -7,6 +7,7 @@ place. Both are recorded before they change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, MutableSequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Undo:
 
     def __init__(self, arguments: Iterable[Any], device: torch.device) -> None:
         self._contents: list[tuple[Any, Any]] = []
-        self._written: list[tuple[Tensor, Tensor]] = []
+        self._restore: list[Callable[[], object]] = []
         devices = (device,) if device.type == "cuda" else ()
         self._random = [_random_state(item) for item in (None, *devices)]
         seen: set[int] = set()
@@ -53,14 +54,19 @@ class Undo:
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """These tensors from before the call are about to be written."""
-        self._written += [(tensor, tensor.clone()) for tensor in tensors]
+        self._restore += [partial(tensor.copy_, tensor.clone()) for tensor in tensors]
+
+    def note_rows(self, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """These rows of tables from before the call are about to be written."""
+        for table, rows in tables:
+            before = table.index_select(0, rows)
+            self._restore.append(partial(table.index_copy_, 0, rows, before))
 
     @torch.no_grad()
     def run(self) -> None:
         """Make everything as it was before the call."""
-        while self._written:
-            tensor, before = self._written.pop()
-            tensor.copy_(before)
+        while self._restore:
+            self._restore.pop()()
         for held, before in self._contents:
             if isinstance(held, MutableMapping):
                 held.clear()

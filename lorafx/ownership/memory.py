@@ -4,6 +4,7 @@
     Alone(b)           every element belongs to request b, or to none
     Listed(dim, L)     index i along `dim` belongs to request L[i], to none if that is NOBODY
     Patchy(cells)      cells[...] is the request of each element
+    POOL               elements of all requests, of which a mask shows each query its own
 
 None stands for unknown owners. `cells` are int16 tensors that broadcast to the tensor's shape.
 A label belongs to a view of a storage. For a view without one, the labels of other views are
@@ -65,8 +66,13 @@ class Patchy:
     cells: Tensor
 
 
-SHARED, OF_WEIGHTS = Shared(), Shared(of_weights=True)
-RealLabel: TypeAlias = Shared | Alone | Listed | Patchy
+@dataclass(frozen=True)
+class Pool:
+    """Elements of all requests, of which a mask shows each query its own."""
+
+
+SHARED, OF_WEIGHTS, POOL = Shared(), Shared(of_weights=True), Pool()
+RealLabel: TypeAlias = Shared | Alone | Listed | Patchy | Pool
 
 
 def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
@@ -90,7 +96,8 @@ def cells_of(label: RealLabel | None, ndim: int, device: torch.device) -> Tensor
         sizes = [1] * ndim
         sizes[label.dim] = len(label.owners)
         return torch.tensor(label.owners, dtype=torch.int16, device=device).view(sizes)
-    value = UNKNOWN if label is None else label.request if isinstance(label, Alone) else NOBODY
+    value = label.request if isinstance(label, Alone) else UNKNOWN
+    value = NOBODY if isinstance(label, Shared) else value
     return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
 
 
@@ -203,12 +210,15 @@ class Memory:
     ) -> None:
         self._shared, self._guarded = shared, guarded
         self._blocks: dict[int, Block] = {}
+        self._pools: dict[int | None, StorageWeakRef] = {}
         self.unseen = False
 
     def look(self, tensor: Tensor) -> RealLabel | None:
         """The current label of a tensor; None for unknown owners."""
         if not tensor.numel():
             return SHARED
+        if self._is_pool(tensor):
+            return POOL
         block = self.block(tensor)
         if block is None:
             return SHARED if self._shared is not None and self._shared(tensor) else None
@@ -230,7 +240,18 @@ class Memory:
             if self.block(tensor) is None and (block := self._new(tensor)) is not None:
                 block.views[(_elements(tensor),), (1,), 0] = SHARED
 
+    def add_pool(self, tensor: Tensor) -> None:
+        """Label all views of a storage as POOL. Writes are not looked for: the label says nothing
+        of single elements."""
+        self._pools[storage_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+
+    def _is_pool(self, tensor: Tensor) -> bool:
+        pool = self._pools.get(storage_of(tensor)) if self._pools else None
+        return pool is not None and not pool.expired()
+
     def set_label(self, tensor: Tensor, label: RealLabel | None) -> None:
+        if self._is_pool(tensor):
+            return
         block = self.block(tensor) or self._new(tensor)
         if block is not None:
             block.views[geometry_of(tensor)] = label
@@ -262,6 +283,7 @@ class Memory:
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
+        self._pools.pop(storage_of(tensor), None)
         block, geometry = self.block(tensor), geometry_of(tensor)
         if block is not None:
             block.epoch += 1
@@ -334,7 +356,7 @@ class Memory:
         elements = _elements(tensor)
         for (size, stride, offset), label in block.views.items():
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
-            if covers and isinstance(label, (Shared, Alone)):
+            if covers and isinstance(label, (Shared, Alone, Pool)):
                 return label
             if (
                 covers

@@ -16,15 +16,17 @@ from torch import Tensor, fx
 
 from lorafx.ownership import pointwise
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Label, Mixed, One, Own
+from lorafx.ownership.labels import Label, Mixed, One, Own, Pooled, Single
 from lorafx.ownership.memory import (
     NOBODY,
     OF_WEIGHTS,
+    POOL,
     SHARED,
     UNKNOWN,
     Alone,
     Listed,
     Patchy,
+    Pool,
     RealLabel,
     Shared,
     cells_of,
@@ -257,11 +259,12 @@ def labels_by_values(
 def _moved(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor, labels: Labels
 ) -> list[RealLabel | None]:
-    cells = MOVES[func.overloadpacket](func, _arguments_by_name(func, args, kwargs), result, labels)
+    cells = MOVES[func.overloadpacket](func, arguments_by_name(func, args, kwargs), result, labels)
     return [None if cells is None else label_of_cells(cells.expand(result.shape))]
 
 
-def _arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator, without those that are left out."""
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -289,10 +292,12 @@ def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
 def _by_rule(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
 ) -> list[RealLabel | None] | None:
-    """The graph's rule, if all owned operands list the same owners. Some rules know what becomes of
-    operands of unknown owners."""
-    owned = [label for label in labels.values() if isinstance(label, Listed)]
-    owners = same_owners([label.owners for label in owned])
+    """The graph's rule, if all owned operands list the same owners, or there are only pools. Some
+    rules know what becomes of operands of unknown owners."""
+    owned = [label.owners for label in labels.values() if isinstance(label, Listed)]
+    if not owned and POOL in labels.values():
+        owned = [(NOBODY,)]
+    owners = same_owners(owned)
     if owners is None or any(isinstance(label, (Alone, Patchy)) for label in labels.values()):
         return None
     graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
@@ -304,13 +309,7 @@ def _by_rule(
                 node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
                 node.meta["val"] = value
                 label = labels.get(id(value))
-                flow.labels[node] = (
-                    Own(label.dim)
-                    if isinstance(label, Listed)
-                    else Mixed("unknown owners")
-                    if label is None
-                    else None
-                )
+                flow.labels[node] = _graph_label(label)
             return nodes[id(value)]
         if isinstance(value, (list, tuple)):
             return type(value)(node_of(item) for item in value)
@@ -322,6 +321,14 @@ def _by_rule(
     node.meta["val"] = results
     single = checked(node, flow, called(node, flow))
     return _real_labels(single, results, owners)
+
+
+def _graph_label(label: RealLabel | None) -> Single:
+    if isinstance(label, Listed):
+        return Own(label.dim)
+    if isinstance(label, Pool):
+        return Pooled()
+    return Mixed("unknown owners") if label is None else None
 
 
 def _real_labels(
@@ -340,6 +347,8 @@ def _real_labels(
             rows, size = int(single.rows), value.shape[single.dim]
             by_index = tuple(owners[i // rows % len(owners)] for i in range(size))
             labels.append(Listed(single.dim, by_index))
+        elif isinstance(single, Pooled):
+            labels.append(POOL)
         else:
             labels.append(Alone(owners[single.request]) if isinstance(single, One) else None)
     return labels if any(item is not None for item in labels) else None

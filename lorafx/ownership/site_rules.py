@@ -7,6 +7,7 @@
 On a pool:
 
     views, copies, casts, scaling        Pooled() again
+    paged_cache, paged_attention         as above, where it is their cache
     query · keys, weights · values       the rows of the operand that is no pool
 
 All other operators on a pool are refused.
@@ -135,11 +136,13 @@ def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed is not None:
         return each_output(node, mixed)
+    pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
+    if rule in (cached, attended) and pools == [bound(node)["cache"]]:
+        return rule(node, flow)
     owned = [label for label in labels if label is not None and not isinstance(label, Pooled)]
     if not owned and rule in _MOVING:
         return each_output(node, Pooled())
     if owned and rule in _CONTRACTING:
-        pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
         pool_labels = {pool: flow.labels[pool] for pool in pools}
         flow.labels.update(dict.fromkeys(pools))
         try:

@@ -54,6 +54,7 @@ class Process:
 
     def _fork(self) -> None:
         go, told = os.pipe(), os.pipe()
+        os.set_blocking(told[0], False)  # another thread's child may hold the other end
         parent = os.getpid()
         with warnings.catch_warnings():  # about other threads: see _STANDSTILL
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -102,7 +103,9 @@ class Process:
             pid, status = self.pid, 0
         if not pid:
             return
-        text = os.read(self._told, _LONGEST_TEXT).decode(errors="replace")
+        text = ""
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self._told, _LONGEST_TEXT).decode(errors="replace")
         self.reported = bool(text)
         if text:
             self.outcome = text.partition(":")[2]

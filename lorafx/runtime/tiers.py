@@ -55,7 +55,7 @@ TierName = Literal["eager", "compiling", "ready", "kept eager"]
 #: Precedes the path of a saved graph in what a process reports.
 _SAVED = "saved as "
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
-_CALLS, _MOST_PROCESSES = 2, 3
+CALLS, _MOST_PROCESSES = 2, 3
 #: The most kinds of calls that are told apart, and the deepest level of containers that is.
 _MOST_KINDS, _DEPTH = 256, 3
 
@@ -85,6 +85,14 @@ class Status:
     def compiling(self) -> int:
         """The number of kinds whose graph is being compiled."""
         return self.count("compiling")
+
+    @property
+    def progress(self) -> str:
+        """Such as "compiling: 3 of 5 graphs"; empty if none is being compiled."""
+        if not self.compiling:
+            return ""
+        kinds = len(self.kinds) - self.count("kept eager")
+        return f"compiling: {self.count('ready')} of {kinds} graphs"
 
     def count(self, tier: TierName) -> int:
         return sum(kind.tier == tier for kind in self.kinds)
@@ -218,8 +226,8 @@ class Tiers:
 
     def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session, runtime = entry.session, entry.session.program.runtime
-        if session.requests.tokens is not None:
-            raise NeedsGraph("tokens have slots of their own")
+        if session.requests.tokens is not None and not session.requests.packed:
+            raise NeedsGraph("tokens of one request have slots of their own")
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
         active = runtime.active
         try:
@@ -235,7 +243,7 @@ class Tiers:
 
     def _is_due(self, kind: _Kind) -> bool:
         return (
-            kind.calls >= _CALLS
+            kind.calls >= CALLS
             and kind.process is None
             and not kind.reason
             and kind.processes < _MOST_PROCESSES
@@ -421,6 +429,8 @@ def _form(value: Any, fixed: bool, depth: int = _DEPTH) -> object:
 def _name(entry: Entry, kwargs: Mapping[str, Any]) -> str:
     program = entry.session.program
     rows, names = len(program.runtime.rows), ["with adapters" if program.batch.touched else "base"]
+    if entry.roles.packed:
+        names = ["a step of continuous batching"]
     names.append("one request" if rows == 1 else "several requests")
     tokens = next((kwargs[name] for name in PRIMARY if isinstance(kwargs.get(name), Tensor)), None)
     if tokens is not None and tokens.dim() > 1:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,20 @@ def test_a_terminal_shows_what_is_compiled(
     assert shown == f"{line} ..."
     assert ended.startswith(f"{line}: ")
     assert "calls: eager" in str(cm.explain())
+
+
+def test_calls_of_another_thread(plain: Case) -> None:
+    cm, inputs = started(plain), plain_inputs(3, 5)
+
+    def in_thread() -> None:  # torch's settings of the main thread are not those of others
+        with ThreadPoolExecutor(1) as threads:  # which ends before the process does
+            threads.submit(served, cm, plain, inputs).result()
+
+    in_thread()
+    in_thread()
+    assert cm.wait(SECONDS)
+    in_thread()
+    assert tiers(cm) == ["ready"]
 
 
 def test_wait_ends_after_its_time(plain: Case) -> None:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from lorafx.errors import ConfigError
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep, Pages
 from lorafx.kernels.triton.attention import has_kernels
 from lorafx.progress import LOG
 from lorafx.runtime.session import Session
@@ -200,7 +200,7 @@ class WindowGroup(NamedTuple):
     firsts: Tensor
 
 
-class StepCache(PagedAttentionCache):
+class StepCache(Pages, PagedAttentionCache):
     """The pages of `cache`, and the rows that one step reads and writes.
 
     Attributes:

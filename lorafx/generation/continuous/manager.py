@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +38,7 @@ from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
+from lorafx.runtime.tiers import CALLS
 
 if TYPE_CHECKING:
     from lorafx.runtime.entry import CompiledForwards
@@ -209,8 +212,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError if transformers has no paged cache for the
         model."""
-        if self.batch_processor is None:  # here and not in the thread, where errors are lost
-            self.batch_processor = self._create_batch_processor()
+        self._make_batch_processor()  # in the thread errors would be lost
         self._process = os.getpid()
         super().start()
 
@@ -248,14 +250,33 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def warmup(self) -> None:
         """Capture the graphs of the engine's steps, of several tokens and of one. Raises what
         `start` raises."""
+        session = self.forwards.session
+        with session.lock:
+            session.note(session.running._replace(warming=True), partial(self._run_steps, 1))
+        self.warmed_up = True
+
+    def compile_beside(self) -> None:
+        """Have these graphs compiled while requests are answered eagerly. Raises what `start`
+        raises."""
+        self._make_batch_processor()  # in the thread errors would be lost
+        # Graphs depend on settings of torch, which threads have for themselves, and steps run in
+        # another thread than this one.
+        thread = threading.Thread(target=self._run_steps, args=[CALLS])
+        thread.start()
+        thread.join()
+
+    def _make_batch_processor(self) -> ContinuousBatchProcessor:
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
-        runner = self.batch_processor.model_runner
-        several = min(4, self.batch_processor.max_batch_tokens)
-        for tokens in dict.fromkeys((several, 1)):
+        return self.batch_processor
+
+    @torch.no_grad()
+    def _run_steps(self, times: int) -> None:
+        processor = self._make_batch_processor()
+        runner, several = processor.model_runner, min(4, processor.max_batch_tokens)
+        for tokens in (*dict.fromkeys((several, 1)),) * times:
             runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
-        self.batch_processor.cache.reset()
-        self.warmed_up = True
+        processor.cache.reset()
 
     def _why_no_requests(self) -> str | None:
         if self._process not in (None, os.getpid()):

@@ -147,6 +147,9 @@ def serve(
     temperature: float | None = None,
     lowering: str = "auto",
     cache: str | None = "auto",
+    warmup: Annotated[
+        bool, typer.Option("--warmup", help="Take requests when all graphs are compiled.")
+    ] = False,
     allow_runtime_loading: bool = False,
     adapter_root: Path | None = None,
     drain: Annotated[

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -37,6 +37,7 @@ from lorafx.generation.continuous.sampling import RANGES
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.session import Statistics
+from lorafx.runtime.tiers import TierName
 from lorafx.torch_internals.transformers_parts import stream_error
 
 #: The label of requests whose model is unknown. The names that clients send would be labels without
@@ -81,7 +82,7 @@ def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
 
 
 class Metrics:
-    """The metrics of one server; `stats` is `CompiledModel.stats`.
+    """The metrics of one server.
 
     Attributes:
         requests: the number of requests that have ended, by adapter and status.
@@ -89,8 +90,8 @@ class Metrics:
         running: the number of requests that are being answered.
     """
 
-    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
-        self._stats, self._health = stats, health
+    def __init__(self, compiled: CompiledModel, health: StepHealth) -> None:
+        self._compiled, self._health = compiled, health
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "lorafx_requests",
@@ -118,7 +119,13 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of the model and its engine; called by the registry."""
-        return families(self._stats(), self._health)
+        yield from families(self._compiled.stats(), self._health)
+        text = "Kinds of calls, by how the next call is answered"
+        kinds = GaugeMetricFamily("lorafx_graphs", text, labels=["tier"])
+        status = self._compiled.status()
+        for tier in get_args(TierName):
+            kinds.add_metric([tier], status.count(tier))
+        yield kinds
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
@@ -373,7 +380,7 @@ class AdapterGeneration(BaseGenerateManager):
 
 
 class Generation(GenerationState):
-    """Gives each request of the server its `AdapterGeneration`. `engine` is warmed up."""
+    """Gives each request of the server its `AdapterGeneration`."""
 
     def __init__(
         self, served: ServedModel, engine: AdapterBatchingManager, metrics: Metrics

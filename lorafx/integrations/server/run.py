@@ -1,4 +1,4 @@
-"""A server from its start to its end: load, warm up, answer, drain."""
+"""A server from its start to its end: load, compile before or beside the answers, drain."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(settings: Settings) -> None:
 
 @contextmanager
 def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]:
-    """The model of `settings`, loaded, compiled and warmed up, with its application.
+    """The model of `settings`, loaded and ready for requests, with its application.
 
     With `lazily` no adapter is loaded. The application accepts every adapter that has a folder, and
     its caller first loads the one that a request asks for. Raises ConfigError if the model or its
@@ -91,7 +91,8 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     )
     folders = settings if lazily else None
     served = ServedModel(compiled, tokenizer, settings.served_name, folders)
-    with compiled.continuous_batching(_defaults(settings, model), engine_config) as engine:
+    defaults, warmup = _defaults(settings, model), settings.warmup or None
+    with compiled.continuous_batching(defaults, engine_config, warmup=warmup) as engine:
         try:
             app = build_app(served, engine, settings.root(), settings.api_key)
             yield Opened(app, compiled, engine)
@@ -174,7 +175,7 @@ def build_app(
     """The application that serves a model by its engine, which has to be running. Clients may load
     adapters from `adapter_root`, and have to send `api_key`, if there is one, except to /health and
     /metrics."""
-    metrics = Metrics(served.compiled.stats, engine.health)
+    metrics = Metrics(served.compiled, engine.health)
     generation = Generation(served, engine, metrics)
     absent: Any = None  # in place of handlers of routes that are removed
     app = build_server(
@@ -207,7 +208,8 @@ def build_app(
         reason = engine.unhealthy()
         if reason is not None:
             return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
-        return JSONResponse({"status": "ok"})
+        compiling = served.compiled.status().progress
+        return JSONResponse({"status": "ok", **({"graphs": compiling} if compiling else {})})
 
     @app.get("/metrics")
     def counts() -> Response:

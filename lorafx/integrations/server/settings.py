@@ -50,6 +50,7 @@ class ModelSettings(BaseModel):
     temperature: float | None = Field(default=None, ge=0)
     lowering: str = "auto"
     cache: str | None = "auto"
+    warmup: bool = False
     api_key: str | None = Field(default=None, repr=False)
 
     def __init__(self, **values: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from served import SMALL, free_port, question, said
+from served import SMALL, ask, free_port, plain, question, said, serving
 
 from lorafx import LorafxError, LorafxWarning
 from lorafx.errors import ConfigError, respelled
@@ -24,6 +24,7 @@ from lorafx.integrations.cli import main
 from lorafx.integrations.cli.options import as_option
 from lorafx.integrations.server import check_requirements
 from lorafx.integrations.server.settings import Settings
+from lorafx.torch_internals.versions import saves_graphs
 
 OPTIONS = [
     *(
@@ -102,6 +103,26 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     )
     for phase in phases:
         assert re.search(f"lorafx: {phase}: [0-9.]+ s", shown.err), phase
+
+
+@pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
+def test_requests_are_answered_while_graphs_are_compiled(files, monkeypatch):
+    monkeypatch.setenv("LORAFX_START", "eager")
+    path, given = "/v1/completions", {"cache": None}
+    with serving(files, **given) as server:
+        health = ask(server, "GET", "/health").json()
+        assert health == {"status": "ok", "graphs": "compiling: 0 of 2 graphs"}
+        metrics = ask(server, "GET", "/metrics").text
+        assert re.search('^lorafx_graphs{tier="compiling"} [12].0$', metrics, re.MULTILINE)
+        ids = files.tokenizer("w9 w12")["input_ids"]
+        for adapter, name in (("a1", "tiny:a1"), (None, "tiny")):
+            body = {"model": name, **question(path, "w9 w12", 8, temperature=0)}
+            answer = ask(server, "POST", path, **body)
+            assert plain(path, answer.json()).strip() == files.text(adapter, ids, 8)
+        assert server.compiled.recompiles == 0
+    with serving(files, **given, warmup=True) as server:
+        assert server.compiled.recompiles > 0
+        assert ask(server, "GET", "/health").json() == {"status": "ok"}
 
 
 @pytest.mark.quick
