@@ -710,8 +710,7 @@ class CompiledModel(AsModule):
             if warmup or (warmup is None and self._session.tiers is None):
                 with progress("compiling the engine's steps, ahead of requests"):
                     manager.warmup()
-            elif warmup is None:
-                manager.compile_beside()
+            manager.compiles_beside = warmup is None and self._session.tiers is not None
             manager.start()
             yield manager
         finally:

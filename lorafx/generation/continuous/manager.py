@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -119,6 +118,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._forward: Any = self._packed
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
+        #: Whether the thread begins with steps, for whose graphs to be compiled while requests are
+        #: answered eagerly. They run there, since torch's settings, on which graphs depend, are a
+        #: thread's own.
+        self.compiles_beside = False
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
         self._attention.take()
@@ -212,7 +215,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError if transformers has no paged cache for the
         model."""
-        self._make_batch_processor()  # in the thread errors would be lost
+        if self.batch_processor is None:  # here and not in the thread, where errors are lost
+            self.batch_processor = self._create_batch_processor()
         self._process = os.getpid()
         super().start()
 
@@ -250,29 +254,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def warmup(self) -> None:
         """Capture the graphs of the engine's steps, of several tokens and of one. Raises what
         `start` raises."""
-        session = self.forwards.session
-        with session.lock:
-            session.note(session.running._replace(warming=True), partial(self._run_steps, 1))
-        self.warmed_up = True
-
-    def compile_beside(self) -> None:
-        """Have these graphs compiled while requests are answered eagerly. Raises what `start`
-        raises."""
-        self._make_batch_processor()  # in the thread errors would be lost
-        # Graphs depend on settings of torch, which threads have for themselves, and steps run in
-        # another thread than this one.
-        thread = threading.Thread(target=self._run_steps, args=[CALLS])
-        thread.start()
-        thread.join()
-
-    def _make_batch_processor(self) -> ContinuousBatchProcessor:
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
-        return self.batch_processor
+        session, steps = self.forwards.session, partial(self._run_steps, self.batch_processor, 1)
+        with session.lock:
+            session.note(session.running._replace(warming=True), steps)
+        self.warmed_up = True
 
     @torch.no_grad()
-    def _run_steps(self, times: int) -> None:
-        processor = self._make_batch_processor()
+    def _run_steps(self, processor: ContinuousBatchProcessor, times: int) -> None:
+        """Run steps of several tokens and of one."""
         runner, several = processor.model_runner, min(4, processor.max_batch_tokens)
         for tokens in (*dict.fromkeys((several, 1)),) * times:
             runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
@@ -352,6 +343,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             offloading: Any = processor.offloading_manager
             offloading.__class__ = FullCache
             offloading.fail = self._fail
+        elif self.compiles_beside:  # the thread begins, and has written all of its large tensors
+            self._run_steps(processor, CALLS)
         return processor
 
     def _generation_step(self) -> None:

@@ -110,15 +110,15 @@ def test_requests_are_answered_while_graphs_are_compiled(files, monkeypatch):
     monkeypatch.setenv("LORAFX_START", "eager")
     path, given = "/v1/completions", {"cache": None}
     with serving(files, **given) as server:
-        health = ask(server, "GET", "/health").json()
-        assert health == {"status": "ok", "graphs": "compiling: 0 of 2 graphs"}
-        metrics = ask(server, "GET", "/metrics").text
-        assert re.search('^lorafx_graphs{tier="compiling"} [12].0$', metrics, re.MULTILINE)
         ids = files.tokenizer("w9 w12")["input_ids"]
         for adapter, name in (("a1", "tiny:a1"), (None, "tiny")):
             body = {"model": name, **question(path, "w9 w12", 8, temperature=0)}
             answer = ask(server, "POST", path, **body)
             assert plain(path, answer.json()).strip() == files.text(adapter, ids, 8)
+        health = ask(server, "GET", "/health").json()
+        assert health == {"status": "ok", "graphs": "compiling: 0 of 2 graphs"}
+        metrics = ask(server, "GET", "/metrics").text
+        assert re.search('^lorafx_graphs{tier="compiling"} [12].0$', metrics, re.MULTILINE)
         assert server.compiled.recompiles == 0
     with serving(files, **given, warmup=True) as server:
         assert server.compiled.recompiles > 0
