@@ -34,6 +34,7 @@ from lorafx.ownership.memory import (
     SHARED,
     Block,
     Geometry,
+    Listed,
     Memory,
     Patchy,
     RealLabel,
@@ -113,7 +114,8 @@ UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2
 class KnownLabels:
     """What is known of operators from earlier calls of a program. Labels have numbers, `codes`."""
 
-    def __init__(self, most: int = 1 << 16) -> None:
+    def __init__(self, most: int = 1 << 20) -> None:
+        #: The most owners in all labels, and sixteen times the most signatures.
         self._most = most
         #: The parameters that were operands, which belong to nobody.
         self.parameters: dict[int, weakref.ref[Tensor]] = {}
@@ -122,22 +124,33 @@ class KnownLabels:
     def _clear(self) -> None:
         self.labels: list[RealLabel | None] = [None, SHARED, OF_WEIGHTS]
         self._codes = {label: code for code, label in enumerate(self.labels)}
+        self._owners = 0
+        #: The codes of labels with cells, which hold for one call.
+        self._patchy: list[int] = []
         #: The codes of results by signature.
         self.results: dict[Any, Sequence[int]] = {}
         #: The codes of views by the label and the geometry of what they are views of, and theirs.
         self.views: dict[tuple[int, Geometry, Geometry], int] = {}
 
     def begin(self) -> None:
-        """Forget signatures if there are too many. Nothing may be running."""
-        if max(len(self.results), len(self.views), len(self.labels)) > self._most:
+        """Forget the cells of the last call, and everything if it is too much."""
+        while self._patchy:
+            code = self._patchy.pop()
+            self._codes.pop(self.labels[code], None)
+            self.labels[code] = None
+        many = max(len(self.results), len(self.views), len(self.labels), len(self.parameters))
+        if max(self._owners, 16 * many) > self._most:
             self._clear()
-        if len(self.parameters) > self._most:
             self.parameters.clear()
 
     def code(self, label: RealLabel | None) -> int:
         """The number of this label."""
         if label not in self._codes:
             self._codes[label] = len(self.labels)
+            if isinstance(label, Patchy):
+                self._patchy.append(len(self.labels))
+            elif isinstance(label, Listed):
+                self._owners += len(label.owners)
             self.labels.append(label)
         return self._codes[label]
 
@@ -328,11 +341,12 @@ class Following(TorchDispatchMode):
         block = self.memory.unwritten(tensor)
         if block is not None:
             geometry, label = next(iter(block.views.items()))
-            key = id(label), geometry, geometry_of(tensor)  # `labels` keeps the label
+            key = remembered.code(label), geometry, geometry_of(tensor)
             code = remembered.views.get(key)
             if code is None:
-                code = remembered.code(self.memory.look(tensor))
-                if not isinstance(label, Patchy):
+                found = self.memory.look(tensor)
+                code = remembered.code(found)
+                if not isinstance(label, Patchy) and not isinstance(found, Patchy):
                     remembered.views[key] = code
         else:
             code = remembered.code(self.memory.look(tensor))

@@ -119,7 +119,7 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
         least, most = _least_and_most(cells, [d for d in range(cells.dim()) if d != dim])
         if bool(((least == most) | (most == NOBODY)).all()):
             return Listed(dim, tuple(most.tolist()))
-    return Patchy(cells)
+    return Patchy(cells.clone())  # a later write into these cells is not one into the label
 
 
 def _least_and_most(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:

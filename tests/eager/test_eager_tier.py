@@ -306,7 +306,7 @@ def test_a_call_that_needs_a_graph_has_changed_nothing(small: Any) -> None:
 def test_adapters_and_mixes_are_remembered_in_bounds(llama: Case) -> None:
     cm = llama.compile(EAGER)
     remembered = cm._session.tiers._eager._remembered
-    remembered._most = 50
+    remembered._most = 16 * 50
     for length in range(2, 8):
         check(cm, llama, MIXED[:3], FAMILIES["llama"].inputs(3, length))
     known = len(remembered.results)
