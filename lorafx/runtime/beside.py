@@ -31,7 +31,7 @@ _LOOK, _LAST_SECONDS = 0.5, 2.0
 _STANDSTILL = 300.0
 _LONGEST_TEXT = 4000
 #: Calls that use all cores keep three quarters of the one that they share with the process.
-_NICE = 5
+_NICE = 2
 
 
 def can_fork() -> bool:
