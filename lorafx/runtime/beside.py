@@ -30,7 +30,7 @@ _LOOK, _LAST_SECONDS = 0.5, 2.0
 #: serving process held at the fork is never free.
 _STANDSTILL = 300.0
 _LONGEST_TEXT = 4000
-#: Calls that use all cores keep three quarters of the one that they share with the process.
+#: Calls that use all cores keep more than half of the one that they share with the process.
 _NICE = 2
 
 
