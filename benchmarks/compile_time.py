@@ -38,40 +38,28 @@ CACHED = {
     "Llama, cache": "dynamic",
     "Llama, static cache": "static",
     "Llama, cache, reference": "dynamic",
-    "Llama, cache, reference, no stamps": "dynamic",
     "Llama, static cache, reference": "static",
 }
 #: Cases that run in plain aten: what is left is what stands before Inductor.
 REFERENCE = frozenset(
     {
         "Llama, dynamic, reference",
-        "Llama, dynamic, reference, no stamps",
         "Llama, cache, reference",
-        "Llama, cache, reference, no stamps",
         "Llama, static cache, reference",
     }
 )
 #: Cases in which every layer is traced.
-UNSTAMPED = frozenset(
-    {
-        "Llama, dynamic, no stamps",
-        "Llama, dynamic, reference, no stamps",
-        "Llama, cache, reference, no stamps",
-    }
-)
+UNSTAMPED = frozenset({})
 #: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
 CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
     "Llama, static": ("llama", False, True, (2, 8, 32), (32,)),
     "Llama, dynamic, not outlined": ("llama", True, False, (32,), ()),
-    "Llama, dynamic, no stamps": ("llama", True, True, (2, 32), ()),
     "Llama, dynamic, reference": ("llama", True, True, (2, 8, 32), ()),
-    "Llama, dynamic, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
     "Llama, cache": ("llama", True, True, (2, 32), ()),
     "Llama, static cache": ("llama", True, True, (2, 32), ()),
     "Llama, cache, reference": ("llama", True, True, (2, 8, 32), ()),
     "Llama, static cache, reference": ("llama", True, True, (2, 8, 32), ()),
-    "Llama, cache, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
     "Qwen3-MoE, dynamic": ("qwen3_moe", True, True, (2, 32), ()),
@@ -153,7 +141,6 @@ def start(
     dynamic: bool,
     outlined: bool,
     lowering: str = "auto",
-    stamps: bool = True,
     cached: str | None = None,
     **more_options: object,
 ) -> tuple[Any, Callable[[], Any]]:
@@ -172,7 +159,6 @@ def start(
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
-            "shortcuts": None if stamps else [],
             **more_options,
         }
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
@@ -227,13 +213,12 @@ def first_call(
     dynamic: bool,
     outlined: bool,
     lowering: str,
-    stamps: bool,
     cached: str | None,
 ) -> dict[str, object]:
     """One start: seconds of the first call, and CPU seconds of it and of its phases."""
     from torch._dynamo.utils import compile_times, counters
 
-    cm, call = start(family, layers, dynamic, outlined, lowering, stamps, cached)
+    cm, call = start(family, layers, dynamic, outlined, lowering, cached)
     processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     before = [cpu_seconds(who) for who in processes]
     begin = time.perf_counter()
@@ -313,8 +298,8 @@ def run_case(
     for layers in chosen or [depth for depth in depths if not quick or depth <= QUICK]:
         cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
         for state in ("cold", "warm")[: 1 + (layers in again)]:
-            stamps, cached = name not in UNSTAMPED, CACHED.get(name)
-            arguments = (family, layers, dynamic, outlined, lowering, stamps, cached)
+            cached = CACHED.get(name)
+            arguments = (family, layers, dynamic, outlined, lowering, cached)
             row = in_process("first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})
             parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)

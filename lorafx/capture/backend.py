@@ -41,7 +41,6 @@ from lorafx.capture.executable import (
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.record import GraphRecord, dump_folder
-from lorafx.capture.stamps import Folded, traced_once, unfold
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
@@ -203,26 +202,21 @@ class Backend:
     ) -> Callable[..., Any]:
         record = graph.record
 
-        def trace(module: fx.GraphModule, folded: Folded | None) -> Callable[..., Any]:
-            def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-                if folded is not None:
-                    unfold(traced.graph, folded)
-                return self._run_passes_and_lower(traced, inputs, graph)
+        def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return self._run_passes_and_lower(traced, inputs, graph)
 
-            return aot_autograd(
-                fw_compiler=compiler,
-                inference_compiler=compiler,
-                decompositions=self.lowering.decompositions(),
-                # Otherwise AOTAutograd returns a written input, and copies all of it back.
-                keep_inference_input_mutations=writes_in_place(gm),
-            )(module, examples)
-
-        folds = "stamps" in self.shortcuts
+        trace = aot_autograd(
+            fw_compiler=compiler,
+            inference_compiler=compiler,
+            decompositions=self.lowering.decompositions(),
+            # Otherwise AOTAutograd returns a written input, and copies all of it back.
+            keep_inference_input_mutations=writes_in_place(gm),
+        )
         with (
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
         ):
-            compiled = traced_once(gm, trace, record.title) if folds else trace(gm, None)
+            compiled = trace(gm, examples)
         return checked(record.checks, self.owner, compiled)
 
     def _run_passes_and_lower(

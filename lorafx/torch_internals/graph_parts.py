@@ -10,17 +10,9 @@ from torch import distributed as dist
 from lorafx.torch_internals.versions import private_names
 
 with private_names():
-    from torch import (
-        _from_functional_tensor,
-        _functionalize_commit_update,
-        _functionalize_replace,
-        _functionalize_sync,
-        _sync,
-    )
     from torch import _grouped_mm as grouped_mm
     from torch._C import (
         DispatchKeySet,
-        _DisableTorchDispatch,
         _dispatch_keys,
         _len_torch_dispatch_stack,
         _pop_torch_dispatch_stack,
@@ -39,7 +31,6 @@ with private_names():
     from torch._subclasses.fake_tensor import (
         FakeTensor,
         FakeTensorMode,
-        in_kernel_invocation_manager,
         unset_fake_temporarily,
     )
     from torch.fx.experimental.symbolic_shapes import (

@@ -23,10 +23,6 @@ class Shortcut:
 
 
 SHORTCUTS = {
-    "stamps": Shortcut(
-        replaces="AOTAutograd traces every layer",
-        gains="about a third of the first call at 32 layers",
-    ),
     "needless_guards": Shortcut(
         replaces="all of Dynamo's guards on marks are checked before each call",
         gains="a tenth of a small model's step",
@@ -70,9 +66,3 @@ def states(names: Sequence[str] | None = None) -> dict[str, str]:
     """For each shortcut "on", or why it is off."""
     on, why = chosen(names), reason_off() if names is None else "switched off by Options.shortcuts"
     return {name: "on" if name in on else str(why) for name in SHORTCUTS}
-
-
-@cache
-def gave_up(name: str, reason: str) -> None:
-    """Log, once for each reason, that a shortcut could not be used."""
-    LOG.info("the shortcut %r gave up: %s; %s", name, reason, SHORTCUTS[name].replaces)

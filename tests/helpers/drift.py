@@ -133,7 +133,7 @@ def _model() -> Any:
         def forward(self, x: Any) -> Any:
             h = torch.relu(self.up(x))
             h = torch.tanh(h) + h * torch.sigmoid(h)
-            return x + self.down(h) * 0.5  # long enough for a stamp to stand for it
+            return x + self.down(h) * 0.5
 
     class Small(nn.Module):
         def __init__(self) -> None:

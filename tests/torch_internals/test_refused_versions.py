@@ -91,9 +91,9 @@ def test_a_newer_torch_runs_with_a_warning_and_without_shortcuts(
     report = small().explain()
     assert report.shortcuts_off == dict.fromkeys(shortcuts.SHORTCUTS, "torch 2.99.0 is untested")
     (line,) = [line for line in str(report).splitlines() if line.startswith("shortcuts that are")]
-    assert "stamps (torch 2.99.0 is untested), " in line
+    assert "needless_guards (torch 2.99.0 is untested), " in line
     assert line in report._repr_html_()
-    assert report.json()["shortcuts_off"]["stamps"] == "torch 2.99.0 is untested"
+    assert report.json()["shortcuts_off"]["needless_guards"] == "torch 2.99.0 is untested"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,12 @@ def test_shortcuts_are_off_where_torch_is_no_tested_release_and_it_is_said_once(
 
 
 def test_shortcuts_that_are_named() -> None:
-    with pytest.raises(lorafx.ConfigError, match=r"got 'stamp'; nearest: stamps") as raised:
-        lorafx.Options(shortcuts=["needless_guards", "stamp"])
-    assert str(raised.value).startswith("Options.shortcuts must be a list of stamps, ")
-    with pytest.raises(lorafx.ConfigError, match=r"must be a list of .* got 'stamps'"):
-        lorafx.Options(shortcuts="stamps")
+    with pytest.raises(
+        lorafx.ConfigError, match=r"got 'needless_guard'; nearest: needless_guards"
+    ) as raised:
+        lorafx.Options(shortcuts=["written_back", "needless_guard"])
+    assert str(raised.value).startswith("Options.shortcuts must be a list of needless_guards, ")
+    with pytest.raises(lorafx.ConfigError, match=r"must be a list of .* got 'needless_guards'"):
+        lorafx.Options(shortcuts="needless_guards")
     off = small(shortcuts=[]).explain().shortcuts_off
-    assert off["stamps"] == "switched off by Options.shortcuts"
+    assert off["needless_guards"] == "switched off by Options.shortcuts"

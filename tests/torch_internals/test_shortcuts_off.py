@@ -26,7 +26,7 @@ SETTINGS = {
     "all off": [],
     **{f"without {name}": [other for other in ALL if other != name] for name in ALL},
 }
-OF_CAPTURE = ["all off", "without stamps", "without needless_guards"]
+OF_CAPTURE = ["all off", "without needless_guards"]
 
 #: Calls a compiled model, and returns all that it has made.
 Calls = Callable[[Any], Sequence[Tensor]]
