@@ -199,9 +199,11 @@ class RowDeltas:
 
     def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
         if isinstance(label, Alone):
-            return _Rows((self._slot(label.request),), 1)
+            return _Rows((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):
-            slots = tuple(map(self._slot, label.owners))
+            if NOBODY in label.owners:  # in a graph they are copies for each request
+                return None
+            slots = tuple(self._rows[owner] for owner in label.owners)
             each, times = math.prod(lead[label.dim + 1 :]), len(slots) // len(self._rows)
             if times > 1 and slots == tuple(s for s in slots[::times] for _ in range(times)):
                 slots, each = slots[::times], each * times
@@ -209,15 +211,11 @@ class RowDeltas:
         if isinstance(label, Patchy):
             cells = label.cells.expand(x.shape).reshape(math.prod(lead), -1)
             owners = cells.amax(1, keepdim=True)
-            if bool((cells == UNKNOWN).any()) or not bool(
-                ((cells == owners) | (cells == NOBODY)).all()
-            ):
+            mixed = (cells != owners) & (cells != NOBODY)
+            if bool((cells == UNKNOWN).any() | mixed.any() | (owners == NOBODY).any()):
                 return None
-            return _Rows(tuple(map(self._slot, owners.flatten().tolist())), 1)
+            return _Rows(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
         return None
-
-    def _slot(self, request: int) -> int:
-        return self._rows[request] if request >= 0 else -1
 
 
 @dataclass(frozen=True)

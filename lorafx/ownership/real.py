@@ -231,7 +231,9 @@ def labels_by_signature(
     if "out" in kwargs or not outputs:
         return [None] * len(outputs)
     known = {id(operand): labels[id(operand)] for operand in operands}
-    by_rule = _by_rule(twin, args, kwargs, results, known)
+    # In a graph rows of no request that are joined with others count as copies for each request.
+    joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
+    by_rule = None if joins_shared else _by_rule(twin, args, kwargs, results, known)
     if by_rule is not None:
         return by_rule
     if packet in READ_INDICES or (packet in _SORTS and operands[0].dim() == 1):

@@ -222,6 +222,14 @@ class ByDlpack(Rows):
         return self.w(h).flip(0)
 
 
+class Guided(Rows):
+    """Rows of no request are computed beside each row, by its adapter."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        without, given = self.w(torch.cat([torch.ones_like(h), h])).chunk(2)
+        return without + 2 * (given - without)
+
+
 class ForwardAlone(Rows):
     """The mark of a module does not come where its forward is called past it."""
 
@@ -239,7 +247,7 @@ class Caught(Rows):
 
 MODELS = (
     SwappedSlices, Branch, Sorted, Gathered, ByPythonList, InPlace, ThroughData, ByNumpy, ByDlpack,
-    ForwardAlone, Caught,
+    Guided, ForwardAlone, Caught,
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_importing_lorafx_imports_what_it_needs_on_demand() -> None:
 LATER = (
     "lorafx.bisection",
     *(f"lorafx.capture.{name}" for name in ("backend", "driver", "executable", "lowering")),
-    *("lorafx.capture.record", "lorafx.capture.saved_graphs", "lorafx.capture.traced"),
+    *("lorafx.capture.record", "lorafx.capture.saved_graphs.saved_graphs", "lorafx.capture.traced"),
     *("lorafx.generation.continuous", "lorafx.inspection", "lorafx.kernels.triton"),
     *("lorafx.pass_order", "lorafx.passes.lower", "lorafx.passes.match"),
     *("networkx", "torch._functorch.aot_autograd", "torch._inductor.codecache"),
