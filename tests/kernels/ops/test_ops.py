@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
 from delta_oracle import Problem, assert_delta, dense_delta, random_problem
-from torch import Tensor, fx
-from torch._dynamo.backends.common import aot_autograd
+from torch import Tensor
 from torch.library import opcheck
 
 import lorafx.kernels.ops.linear_ops  # noqa: F401  registers them
@@ -154,36 +152,3 @@ def test_slot_beyond_the_bank() -> None:
         lora.add_delta_(p.y, p.x, *p.bank, *p.ranges, 3)
     with pytest.raises(BatchError, match="12 rows but an empty slots tensor"):
         lora.add_delta_(p.y, p.x, *p.bank[:4], p.slots[:0], *p.ranges, 3)
-
-
-OVERWRITE = torch.ops.lorafx.overwrite.default
-
-
-def test_opcheck_of_overwrite() -> None:
-    opcheck(OVERWRITE, (torch.zeros(3, 4), torch.randn(3, 4)))
-    opcheck(OVERWRITE, (torch.zeros(3, 4)[:, 1:3], torch.randn(3, 2)))
-
-
-def test_what_is_overwritten_is_the_value() -> None:
-    """Nothing is copied in the traced graph; a view of an input is written into as well."""
-    graphs: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    def run(x: Tensor, table: Tensor, y: Tensor) -> Tensor:
-        OVERWRITE(x, y.sin())
-        OVERWRITE(table[1], y)
-        return x + table[1]
-
-    x, table, y = torch.zeros(4), torch.zeros(2, 4), torch.randn(4)
-    compiled = torch.compile(run, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
-    with torch.no_grad():
-        result = compiled(x, table, y)
-    assert torch.equal(x, y.sin())
-    assert torch.equal(table, torch.stack([torch.zeros(4), y]))
-    assert torch.equal(result, y.sin() + y)
-    targets = {node.target for node in graphs[0].graph.nodes}
-    assert OVERWRITE not in targets
-    assert torch.ops.aten.copy.default not in targets
