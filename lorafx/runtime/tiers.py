@@ -229,14 +229,17 @@ class Tiers:
         if session.requests.tokens is not None and not session.requests.packed:
             raise NeedsGraph("tokens of one request have slots of their own")
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-        active = runtime.active
+        active, threads = runtime.active, torch.get_num_threads()
         try:
             if all(row < 0 for row in runtime.rows):
                 runtime.active = False
+            if self._processes:  # OpenMP's threads wait for the one that shares its core
+                torch.set_num_threads(max(1, threads - 1))
             with no_grad, session.without_mha_fast_path():
                 return self._eager.run(entry.target, args, kwargs)
         finally:
             runtime.active = active
+            torch.set_num_threads(threads)
             session.program.hook_watch.accept_new()
 
     # --- processes ---
