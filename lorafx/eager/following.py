@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.undo import Undo
-from lorafx.eager.weight_uses import WeightUses, place_of
+from lorafx.eager.weight_uses import WeightUses
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.ownership.memory import (
     OF_WEIGHTS,
@@ -39,6 +39,7 @@ from lorafx.ownership.memory import (
     Patchy,
     RealLabel,
     geometry_of,
+    storage_of,
 )
 from lorafx.ownership.real import (
     alone,
@@ -330,7 +331,7 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        touched = None if self._uses is None else self._uses.sites.get(place_of(tensor))
+        touched = None if self._uses is None else self._uses.near(tensor)
         if touched is not None:
             if touched:
                 self._weights.append(tensor)
@@ -426,7 +427,7 @@ class Following(TorchDispatchMode):
             site = next(
                 (
                     site
-                    for site, weight in self._uses.sites[place_of(used)]
+                    for site, weight in self._uses.near(used) or ()
                     if site.marked is caller and _is_all_of(used, weight)
                 ),
                 None,
@@ -442,8 +443,8 @@ class Following(TorchDispatchMode):
 
 
 def _is_all_of(used: Tensor, weight: Tensor) -> bool:
-    """Whether an operand is this weight, or its transpose."""
-    if used is weight:
+    """Whether an operand is this weight, or its transpose; a composite one is taken to be."""
+    if storage_of(used) is None:
         return True
     return used.numel() == weight.numel() and used.data_ptr() == weight.data_ptr()
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
+from lorafx.program.derived import overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
-
-
-class _Range(NamedTuple):
-    """Bytes `first` to `last` (exclusive) of a storage, which hold the weight of `site`."""
-
-    first: int
-    last: int
-    site: Site
 
 
 class WeightUses:
@@ -31,19 +23,29 @@ class WeightUses:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._ranges: dict[int, list[_Range]] | None = None
         self._error: MatchError | None = None
 
     @cached_property
-    def sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
-        """The touched sites, with their weights, by `place_of` those; none for untouched ones."""
+    def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
+        """The touched sites, with the plain tensors that hold their weights, by storage; none for
+        untouched ones."""
         sites: dict[int, list[tuple[Site, Tensor]]] = {}
         for site in self._program.sites:
             weight = self._program.weight_of(site)
-            if weight is not None:
-                touched = sites.setdefault(place_of(weight), [])
-                touched += [(site, weight)] if self._program.is_touched(site) else []
+            for part in () if weight is None else _plain_tensors(weight):
+                touched = sites.setdefault(storage_of(part) or 0, [])
+                touched += [(site, part)] if self._program.is_touched(site) else []
         return sites
+
+    def near(self, tensor: Tensor) -> list[tuple[Site, Tensor]] | None:
+        """The touched sites with weights in the tensor's memory, and these; None if it holds no
+        site's weight."""
+        storage = storage_of(tensor)
+        if storage is not None:
+            return self._sites.get(storage)
+        parts = [self._sites.get(storage_of(part) or 0) for part in _plain_tensors(tensor)]
+        known = [sites for sites in parts if sites is not None]
+        return [item for sites in known for item in sites] if known else None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""
@@ -75,24 +77,10 @@ class WeightUses:
             raise self._error
 
     def _sites_read(self, tensor: Tensor) -> Iterator[Site]:
-        if self._ranges is None:
-            self._ranges = self._touched_ranges()
         for plain in _plain_tensors(tensor):
-            for known in self._ranges.get(storage_of(plain) or 0, ()):
-                first, last = _byte_range(plain)
-                if first < known.last and known.first < last:
-                    yield known.site
-
-    def _touched_ranges(self) -> dict[int, list[_Range]]:
-        ranges: dict[int, list[_Range]] = {}
-        for site in self._program.sites:
-            weight = self._program.weight_of(site)
-            if weight is None or not self._program.is_touched(site):
-                continue
-            for part in _plain_tensors(weight):
-                if (key := storage_of(part)) is not None:
-                    ranges.setdefault(key, []).append(_Range(*_byte_range(part), site))
-        return ranges
+            for site, part in self.near(plain) or ():
+                if plain.numel() and part.numel() and overlap(plain, part):
+                    yield site
 
     def _is_called(self, site: Site, running: Sequence[nn.Module]) -> bool:
         """Whether the site's module, whose mark adds the delta, or another with its weight runs."""
@@ -114,16 +102,3 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         inner = getattr(tensor, name)
         if isinstance(inner, Tensor):
             yield from _plain_tensors(inner)
-
-
-def _byte_range(tensor: Tensor) -> tuple[int, int]:
-    if not tensor.numel() or tensor.layout is not torch.strided:
-        return 0, 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first, size = int(tensor.storage_offset()), tensor.element_size()
-    return first * size, (first + int(last) + 1) * size
-
-
-def place_of(tensor: Tensor) -> int:
-    """The storage of a tensor, or the tensor itself where it is composite."""
-    return storage_of(tensor) or id(tensor)

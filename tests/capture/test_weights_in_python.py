@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from attached import EAGER, fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, error
+from quantised import torchao
 from torch import Tensor, nn
 
 import lorafx
@@ -89,6 +90,28 @@ def test_weights_past_their_modules_are_refused(small, cls):
         with pytest.raises(MatchError, match=rf"at w: aten.*{Path(__file__).name}"):
             cm(**inputs, adapter_names=names)
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+class Dequantised(Layers):
+    """A weight in several tensors, none of which is the operand's own memory but in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.w = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    @torch._dynamo.disable
+    def rest(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.w.weight.dequantize())
+
+
+@pytest.mark.parametrize("start", ["compiled", "eager"])
+@pytest.mark.parametrize("names", BATCHES)
+def test_parts_of_composite_weights_are_weights(small, start, names):
+    case = small(Dequantised, ["first", "w"])
+    torchao("Int8WeightOnlyConfig")(case.base)
+    cm = case.compile({"start": start, "cache": None}, dynamic=False)
+    with pytest.raises(MatchError, match="at w: aten"):
+        cm(x=torch.randn(3, 4, 64), adapter_names=names)
 
 
 @pytest.mark.parametrize(("cls", "target"), [(KeptOut, "first"), (Called, "w")])
