@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from torch import nn
 
+from lorafx.capture.saved_graphs.folder import AUTO, folder_of
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
@@ -80,9 +81,7 @@ def compile(
     options = Options.of(options)
     if mode is not None:
         options = replace(options, mode=mode)
-    if options.cache and options.cache != "auto":
-        from lorafx.capture.saved_graphs.folder import folder_of
-
+    if options.cache and options.cache != AUTO:
         folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.eager.following import UNKNOWN as UNKNOWN_CODE
-from lorafx.eager.following import WEIGHTS, Following
+from lorafx.eager.following import Following
+from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
+from lorafx.eager.known_labels import WEIGHTS
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
@@ -133,36 +134,30 @@ class RowDeltas:
         self._following.marked(mark.path)
         if mark.path not in self._touched:
             return y
-        return self._following.outside(lambda: self._added(mark, x, y, scale, ranges, addend))
+        following = self._following
 
-    def _added(
-        self,
-        mark: SiteMark,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor | float | None,
-        ranges: Sequence[Sequence[int]],
-        addend: Tensor | None,
-    ) -> Tensor:
-        following, code = self._following, self._following.code(x)
-        agree = following.code(y) == code
-        if self._uniform:
-            rows = _Rows((self._rows[0],), 1)
-            code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
-        elif agree:
-            rows = self._rows_of(mark, code, x)
-        else:
-            following.refuse(f"{mark.path}: the rows of its output are not those of its input")
-        out = None
-        few = rows.leads and len(rows.slots) <= _MOST_ROWS
-        if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
-            out = self._by_products(mark, x, y, rows.slots)
-        if out is None:
-            slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
-            owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
-            out = mark.with_delta(x, y, scale, ranges, addend, owners)
-        following.note(out, code)
-        return out
+        def added() -> Tensor:
+            code = following.code(x)
+            agree = following.code(y) == code
+            if self._uniform:
+                rows = _Rows((self._rows[0],), 1)
+                code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
+            elif agree:
+                rows = self._rows_of(mark, code, x)
+            else:
+                following.refuse(f"{mark.path}: the rows of its output are not those of its input")
+            out = None
+            few = rows.leads and len(rows.slots) <= _MOST_ROWS
+            if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
+                out = self._by_products(mark, x, y, rows.slots)
+            if out is None:
+                slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
+                owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
+                out = mark.with_delta(x, y, scale, ranges, addend, owners)
+            following.note(out, code)
+            return out
+
+        return following.outside(added)
 
     def _by_products(
         self, mark: SiteMark, x: Tensor, y: Tensor, slots: tuple[int, ...]

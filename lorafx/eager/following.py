@@ -2,14 +2,12 @@
 
 A dispatch mode sees each operator of an eager forward, or between the graphs of one. An operator
 that uses a site's weight without calling its module is refused, since the delta would be lost.
- What its results belong to follows from the labels, sizes and
-constants of its operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
-and remembered:
 
-    (operator, labels and sizes of tensors, constants)  →  labels of the results
-
-Operators that read the values of indices are never remembered, and views are not looked at: a label
-belongs to a storage, and a view's follows from strides when it is used.
+What the results of an operator belong to follows from the labels, sizes and constants of its
+operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`), and remembered
+(`lorafx.eager.known_labels`). Operators that read the values of indices are never remembered, and
+views are not looked at: a label belongs to a storage, and a view's follows from strides when it is
+used.
 """
 
 from __future__ import annotations
@@ -26,15 +24,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.ownership.memory import (
-    OF_WEIGHTS,
-    SHARED,
     Block,
-    Geometry,
-    Listed,
     Memory,
     Patchy,
     RealLabel,
@@ -106,54 +101,6 @@ def kind_of(func: Any) -> Kind | None:
     if aliases or func.overloadpacket in _VIEWS:
         return Kind.VIEW
     return Kind.EMPTY if func.overloadpacket in _EMPTY else Kind.NEW
-
-
-#: The codes of unknown owners, and of no owner.
-UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2
-
-
-class KnownLabels:
-    """What is known of operators from earlier calls of a program. Labels have numbers, `codes`."""
-
-    def __init__(self, most: int = 1 << 20) -> None:
-        #: The most owners in all labels, and sixteen times the most signatures.
-        self._most = most
-        #: The parameters that were operands, which belong to nobody.
-        self.parameters: dict[int, weakref.ref[Tensor]] = {}
-        self._clear()
-
-    def _clear(self) -> None:
-        self.labels: list[RealLabel | None] = [None, SHARED, OF_WEIGHTS]
-        self._codes = {label: code for code, label in enumerate(self.labels)}
-        self._owners = 0
-        #: The codes of labels with cells, which hold for one call.
-        self._patchy: list[int] = []
-        #: The codes of results by signature.
-        self.results: dict[Any, Sequence[int]] = {}
-        #: The codes of views by the label and the geometry of what they are views of, and theirs.
-        self.views: dict[tuple[int, Geometry, Geometry], int] = {}
-
-    def begin(self) -> None:
-        """Forget the cells of the last call, and everything if it is too much."""
-        while self._patchy:
-            code = self._patchy.pop()
-            self._codes.pop(self.labels[code], None)
-            self.labels[code] = None
-        many = max(len(self.results), len(self.views), len(self.labels), len(self.parameters))
-        if max(self._owners, 16 * many) > self._most:
-            self._clear()
-            self.parameters.clear()
-
-    def code(self, label: RealLabel | None) -> int:
-        """The number of this label."""
-        if label not in self._codes:
-            self._codes[label] = len(self.labels)
-            if isinstance(label, Patchy):
-                self._patchy.append(len(self.labels))
-            elif isinstance(label, Listed):
-                self._owners += len(label.owners)
-            self.labels.append(label)
-        return self._codes[label]
 
 
 class Following(TorchDispatchMode):

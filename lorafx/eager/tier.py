@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.deltas import GatheredFactors, RowDeltas
-from lorafx.eager.following import Following, KnownLabels, NeedsGraph
+from lorafx.eager.following import Following, NeedsGraph
+from lorafx.eager.known_labels import KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
 from lorafx.kernels.ops.paged_attention import Pages
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
-from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.program import Program
-from lorafx.program.row_handoff import argument_label
+from lorafx.program.row_handoff import label_arguments
 
 #: The share of the model's bytes that gathered factors may take.
 _SHARE = 4
@@ -118,15 +118,7 @@ class EagerTier:
         for value in call.named.values():
             if isinstance(value, Pages):
                 memory.add_pool(value.pages)
-        seen: set[int] = set()  # a cache may hold other arguments
-        for name, value in call.named.items():
-            for tensor in tensor_leaves(value):
-                if id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
-                role = call.roles.role(name, tensor, call.named)
-                counting = counted.get(id(tensor), tensor)
-                memory.set_label(counting, argument_label(role, tensor, rows))
+        label_arguments(memory, call.roles, call.named, rows, counted)
         return memory
 
 

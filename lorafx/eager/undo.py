@@ -28,8 +28,10 @@ class Undo:
     def __init__(self, arguments: Iterable[Any], device: torch.device) -> None:
         self._contents: list[tuple[Any, Any]] = []
         self._restore: list[Callable[[], object]] = []
-        devices = (device,) if device.type == "cuda" else ()
-        self._random = [_random_state(item) for item in (None, *devices)]
+        if device.type == "cuda":
+            state = torch.cuda.get_rng_state(device)
+            self._restore.append(partial(torch.cuda.set_rng_state, state, device))
+        self._restore.append(partial(torch.set_rng_state, torch.get_rng_state()))
         seen: set[int] = set()
         for argument in arguments:
             self._record(argument, seen)
@@ -73,19 +75,6 @@ class Undo:
                 held.update(before)
             else:
                 held[:] = before
-        for restore, state in self._random:
-            restore(state)
 
 
 _CONTAINERS = (MutableMapping, MutableSequence, tuple)
-
-
-def _random_state(device: torch.device | None) -> tuple[Callable[[Tensor], None], Tensor]:
-    """How to restore the random state of a GPU, or of the CPU, and its present value."""
-    if device is None:
-        return torch.set_rng_state, torch.get_rng_state()
-
-    def restore(state: Tensor) -> None:
-        torch.cuda.set_rng_state(state, device)
-
-    return restore, torch.cuda.get_rng_state(device)

@@ -15,8 +15,9 @@ inlines `__call__`: banks and slots become graph inputs, and nothing depends on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -152,27 +153,19 @@ class SiteMark:
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
         bias = bias if isinstance(bias, Tensor) else None
-        if traced:
-            y = self.with_delta(x, y, scale, ranges, bias)
-        else:
-            y = self._eagerly(x, y, scale, ranges, bias)
+        with_delta = self.with_delta if traced else self._eager_adder()
+        y = with_delta(x, y, scale, ranges, bias)
         if is_tuple:  # named tuples keep their names
             return getattr(output, "_make", tuple)((y, *output[1:]))
         return y
 
-    def _eagerly(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor | float | None,
-        ranges: Sequence[Sequence[int]],
-        addend: Tensor | None = None,
-    ) -> Tensor:
+    def _eager_adder(self) -> Callable[..., Tensor]:
+        """`with_delta` for a forward in eager mode."""
         deltas = self.runtime.deltas
         if deltas is not None:
-            return deltas.add(self, x, y, scale, ranges, addend)
+            return partial(deltas.add, self)
         self._refuse_mixed()
-        return self.with_delta(x, y, scale, ranges, addend)
+        return self.with_delta
 
     def with_delta(
         self,
@@ -235,10 +228,8 @@ class SiteMark:
             calls += 1
             if not self._accepts(x, y, start):
                 raise MatchError(self._misplaced_message(module, x, y, start))
-            columns = self._columns(start, y.shape[-1])
-            if tracing():
-                return self.with_delta(x, y, None, columns)
-            return self._eagerly(x, y, None, columns)
+            with_delta = self.with_delta if tracing() else self._eager_adder()
+            return with_delta(x, y, None, self._columns(start, y.shape[-1]))
 
         result = handler(module, args, kwargs, output, add)
         if not calls or result is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
@@ -30,7 +31,7 @@ from lorafx.ownership.memory import (
 )
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
-from lorafx.program.argument_roles import Role
+from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
 from lorafx.torch_internals.dynamo import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -71,6 +72,24 @@ def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | Non
     if size == requests:
         return listed(role.dim, tuple(range(requests)))
     return SHARED if size == 1 else None
+
+
+def label_arguments(
+    memory: Memory,
+    roles: RoleTable,
+    named: Mapping[str, Any],
+    requests: int,
+    copies: Mapping[int, Tensor] = MappingProxyType({}),
+) -> None:
+    """Label the tensors among a call's arguments, or the copies that the call gets, by identity."""
+    seen: set[int] = set()  # a cache may hold other arguments, which have roles of their own
+    for name, value in named.items():
+        for tensor in tensor_leaves(value):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                role = roles.role(name, tensor, named)
+                label = argument_label(role, tensor, requests)
+                memory.set_label(copies.get(id(tensor), tensor), label)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleE
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
-from lorafx.program.argument_roles import IMAGES, RoleTable, tensor_leaves
+from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
-from lorafx.program.row_handoff import argument_label
+from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
@@ -208,10 +208,7 @@ class Entry:
         if call is None or call.roles is None or not trackable or not (mixed or self.capturing):
             return None
         call.tracked = True
-        for name, value in call.named.items():
-            for tensor in tensor_leaves(value):
-                role = call.roles.role(name, tensor, call.named)
-                call.memory.set_label(tensor, argument_label(role, tensor, rows))
+        label_arguments(call.memory, call.roles, call.named, rows)
         if mixed:
             call.memory.add_shared(program.buffers())
         return call.memory

@@ -219,9 +219,7 @@ class Tiers:
             return self._run_eagerly(entry, args, kwargs)
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
-            if kind.process is not None:
-                kind.process.end()
-                kind.process = None
+            self._end_process(kind)
             return entry.run_graph(args, kwargs, base=base)
 
     def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -233,13 +231,14 @@ class Tiers:
         try:
             if all(row < 0 for row in runtime.rows):
                 runtime.active = False
-            if self._processes:  # OpenMP's threads wait for the one that shares its core
-                torch.set_num_threads(max(1, threads - 1))
+            if self._processes and threads > 1:  # OpenMP's wait for the one that shares its core
+                torch.set_num_threads(threads - 1)
             with no_grad, session.without_mha_fast_path():
                 return self._eager.run(entry.target, args, kwargs)
         finally:
             runtime.active = active
-            torch.set_num_threads(threads)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             session.program.hook_watch.accept_new()
 
     # --- processes ---
@@ -296,11 +295,9 @@ class Tiers:
         return [kind for kind in self._kinds.values() if kind.process is not None]
 
     def _note(self, kind: _Kind, outcome: str) -> None:
-        process, session = kind.process, self._session()
+        process, session = self._end_process(kind), self._session()
         assert process is not None
         assert session is not None
-        kind.process = None
-        self._processes[:] = [item for item in self._processes if item is not process]
         if self._shown is not None:
             self._shown.end()
         if outcome.startswith(_SAVED):
@@ -310,6 +307,14 @@ class Tiers:
             kind.here = True
         elif process.reported or kind.processes >= _MOST_PROCESSES:  # others may have ended it
             self._keep_eager(kind, outcome)
+
+    def _end_process(self, kind: _Kind) -> Process | None:
+        """End the process of a kind, and return it."""
+        process, kind.process = kind.process, None
+        if process is not None:
+            process.end()
+            self._processes.remove(process)
+        return process
 
     def _keep_eager(self, kind: _Kind, reason: str) -> None:
         kind.reason = reason
@@ -367,9 +372,7 @@ class Tiers:
         kind = self._kinds.get(form)
         if kind is None:
             while len(self._kinds) >= _MOST_KINDS:
-                oldest = self._kinds.pop(next(iter(self._kinds)))
-                if oldest.process is not None:
-                    oldest.process.end()
+                self._end_process(self._kinds.pop(next(iter(self._kinds))))
             kind = self._kinds[form] = _Kind(_name(entry, kwargs))
         return kind
 

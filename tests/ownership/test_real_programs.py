@@ -18,7 +18,8 @@ from random_programs import TABLE, K, program
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafx.eager.following import Following, KnownLabels
+from lorafx.eager.following import Following
+from lorafx.eager.known_labels import KnownLabels
 from lorafx.ownership.memory import Memory, RealLabel, cells_of, listed
 from lorafx.ownership.real import tensors_in
 

@@ -20,7 +20,7 @@ from tiny_models import plain_inputs, token_inputs
 from torch import nn
 from torch._dynamo.utils import counters
 
-from lorafx.errors import LorafxWarning
+from lorafx.errors import LorafxWarning, ProvenanceError
 from lorafx.runtime.beside import Process
 from lorafx.torch_internals.versions import saves_graphs
 
@@ -142,6 +142,35 @@ def test_calls_that_need_a_graph_wait_for_it(shallow: Case) -> None:
     assert tiers(cm) == ["ready"]
     assert "compiled in this process" in cm.status().kinds[0].reason
     assert cm.recompiles == 1
+
+
+class Sorting(nn.Module):
+    """Which rows its result holds depends on their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor, flag: bool = False) -> dict[str, torch.Tensor]:
+        return {"logits": self.up(x.gather(0, x[:, :1].argsort(0).expand_as(x)))}
+
+
+@pytest.mark.parametrize("end", ["a call needs a graph", "too many kinds"])
+def test_a_process_that_nobody_needs(small: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """It ends, and calls have all threads again."""
+    case = small(Sorting, ["up"])
+    cm, x = started(case), torch.randn(3, 12)
+    for _ in range(2):
+        cm(x=x, adapter_names=["a"] * 3)
+    (pid,) = processes(cm)
+    if end == "too many kinds":
+        monkeypatch.setattr("lorafx.runtime.tiers._MOST_KINDS", 1)
+        cm(x=x, flag=True, adapter_names=["a"] * 3)
+    else:
+        with pytest.raises(ProvenanceError):
+            cm(x=x, adapter_names=["a", None, "b"])
+    assert not running(pid)
+    assert processes(cm) == []
 
 
 def test_generate(shallow: Case) -> None:
