@@ -25,6 +25,7 @@ Then, in one process, a decode step of lorafx's eager tier over PEFT's of the sa
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import statistics
 import sys
@@ -374,6 +375,8 @@ def main() -> None:
         print(json.dumps(globals()[function](*arguments)))
         return
     rows: list[dict[str, object]] = []
+    for package in ("lorafx", "passes", "kernels"):
+        compileall.compile_dir(package, quiet=1)  # as pip does where it installs them
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in options.case or CASES:

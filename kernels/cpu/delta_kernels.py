@@ -195,10 +195,13 @@ def built_source(spec: DeltaSpec) -> str:
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
     unique = list(dict.fromkeys(specs))
+    from lorafx.torch_internals.compat import inductor_config
+
     with contextlib.suppress(LoweringError):  # `build` fails again, and warns
         isa = best_isa()
         todo = [spec for spec in unique if spec.supported() and (spec, isa.name) not in _BUILT]
-        with ThreadPoolExecutor(max_workers=4) as pool:
+        # A process that compiles beside calls has one thread for it.
+        with ThreadPoolExecutor(inductor_config.compile_threads) as pool:
             jobs: list[Future[Any]] = [pool.submit(_compile, spec, isa) for spec in todo]
             if todo:
                 jobs.append(pool.submit(compile_library, op_source(DISPATCHER)))

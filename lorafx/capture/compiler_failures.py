@@ -7,9 +7,10 @@ with a note of the part that failed, and is converted outside of Dynamo.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorafx.errors import CaptureError, LorafxError, UnsupportedVersionError
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
@@ -22,6 +23,14 @@ _SHOWN = 400  # characters of the compiler's message; the error's cause has all 
 
 class NoGraph(BaseException):
     """No graph serves a call, and none was to be made for it. Nothing of the model has run."""
+
+
+class Unprepared(NoGraph):
+    """These saved graphs may serve the call, and loading one would take long."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        super().__init__(paths)
+        self.paths = paths
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ kinds wait for their turn. This process never traces a call that is answered eag
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -21,8 +22,8 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.compiler_failures import NoGraph, Unprepared
 from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
@@ -203,7 +204,10 @@ class Tiers:
         if (kind.has_graph or graphs != kind.looked) and _is_prepared():
             loads = _load if self._saved != saved else _find
             try:
-                result = entry.run_graph(args, kwargs, base=base, conversion=loads)
+                with _no_collection():
+                    result = entry.run_graph(args, kwargs, base=base, conversion=loads)
+            except Unprepared as found:
+                _prepare(partial(_warm, weakref.ref(entry.session.program), found.paths))
             except NoGraph:
                 kind.looked = graphs
                 if kind.processes >= _MOST_PROCESSES and not kind.has_graph and not kind.reason:
@@ -270,8 +274,8 @@ class Tiers:
 
         kind.processes += 1
         undisturbed(begin)
-        if not _is_prepared():
-            _prepare(_import)
+        if private is None and not _is_prepared():
+            _prepare(_import)  # there may be a graph of an earlier process
         self._look()
 
     def _look(self) -> None:
@@ -301,7 +305,8 @@ class Tiers:
         if self._shown is not None:
             self._shown.end()
         if outcome.startswith(_SAVED):
-            _prepare(partial(_warm, weakref.ref(session.program), outcome.removeprefix(_SAVED)))
+            path = Path(outcome.removeprefix(_SAVED))
+            _prepare(partial(_warm, weakref.ref(session.program), [path]))
             self._saved += 1
         elif session.program.options.fallback == "refuse" and process.reported:
             kind.here = True
@@ -450,6 +455,19 @@ _MODULES = ("lorafx.capture.backend", "lorafx.capture.saved_graphs.saved_graphs"
 _preparation: threading.Thread | None = None
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Do not collect garbage while a graph is loaded, which makes many objects: all of torch's are
+    looked through, in about as much time as the loading takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _preparing() -> bool:
     return _preparation is not None and _preparation.is_alive()
 
@@ -478,12 +496,13 @@ def _import() -> None:
         importlib.import_module(name)
 
 
-def _warm(program: weakref.ref[Program], path: str) -> None:
+def _warm(program: weakref.ref[Program], paths: Iterable[Path]) -> None:
     _import()
     from lorafx.capture.saved_graphs.saved_graphs import prepare
 
-    if (alive := program()) is not None:
-        prepare(alive, Path(path))
+    for path in paths:
+        if (alive := program()) is not None:
+            prepare(alive, path)
 
 
 def _wait_for_preparation() -> None:

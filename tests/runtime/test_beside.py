@@ -20,6 +20,7 @@ from tiny_models import plain_inputs, token_inputs
 from torch import nn
 from torch._dynamo.utils import counters
 
+from lorafx.capture.saved_graphs import saved_graphs
 from lorafx.errors import LorafxWarning, ProvenanceError
 from lorafx.runtime.beside import Process
 from lorafx.torch_internals.versions import saves_graphs
@@ -153,6 +154,27 @@ class Sorting(nn.Module):
 
     def forward(self, x: torch.Tensor, flag: bool = False) -> dict[str, torch.Tensor]:
         return {"logits": self.up(x.gather(0, x[:, :1].argsort(0).expand_as(x)))}
+
+
+def test_a_second_start_prepares_saved_graphs_first(
+    plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call waits while generated code is imported."""
+    cm, inputs = started(plain, cache=tmp_path), plain_inputs(3, 5)
+    served(cm, plain, inputs)
+    served(cm, plain, inputs)
+    assert cm.wait(SECONDS)
+    cm.detach()
+    monkeypatch.setattr(saved_graphs, "_PREPARED", set())
+    second = started(plain, cache=tmp_path)
+    served(second, plain, inputs)
+    assert tiers(second) == ["eager"]  # it was found, and is prepared
+    assert second.wait(SECONDS)
+    assert len(saved_graphs._PREPARED) == 1
+    served(second, plain, inputs)
+    assert tiers(second) == ["ready"]
+    assert second.recompiles == 1
+    assert second._session.tiers._kinds.popitem()[1].processes == 0
 
 
 @pytest.mark.parametrize("end", ["a call needs a graph", "too many kinds"])

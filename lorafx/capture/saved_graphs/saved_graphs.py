@@ -68,6 +68,7 @@ from lorafx.torch_internals.saved_graphs import (
 
 _MODULE = "<module "
 _MAX_FILES = 64  # of a key, the newest, that are tried
+_PREPARED: set[Path] = set()
 
 
 class SavedGraphs:
@@ -123,6 +124,13 @@ class SavedGraphs:
         else:
             self._save(*place, result.guarded_code, conversion)
         return result
+
+    def unprepared(self, frame: Any) -> list[Path]:
+        """The files for the entry as it is now that `prepare` has not had."""
+        place = self._folder_and_key(frame)
+        if not isinstance(place, tuple):
+            return []
+        return [path for path in folders.files(*place)[-_MAX_FILES:] if path not in _PREPARED]
 
     def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""
@@ -217,6 +225,7 @@ class SavedGraphs:
 def prepare(program: Program, path: Path) -> None:
     """Load the parts of a saved graph that take long, which are then kept in memory: generated code
     and hashes of lorafx's files. No lock is held, and nothing of the program changes."""
+    _PREPARED.add(path)  # a call that loads it raises what is raised here
     modules, _, second_half = pickle.loads(folders.read(path, path.parent.name))
     stand_ins = (SLOTS, BUILTINS, GRAPH, *json.loads(modules))
     load(second_half, program, {name: name for name in stand_ins})["lowered"].load()
