@@ -15,12 +15,14 @@ recorded while it works.
 
 from __future__ import annotations
 
+import json
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from typing import Any, cast
 
 import torch
@@ -326,8 +328,9 @@ class Parts:
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """Names of operators and functions in a graph that are neither torch's nor lorafx's; a saved
-    graph's key would not cover their code."""
+    """Names of operators and functions in a graph whose code a saved graph's key does not cover: it
+    has torch's, lorafx's, and the versions of installed packages, which name their operators after
+    themselves."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -338,7 +341,8 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
             if isinstance(target, HigherOrderOperator):
                 known = target in _KNOWN_HIGHER_ORDER
             elif isinstance(target, (OpOverload, OpOverloadPacket)):
-                known = str(target).partition(".")[0] in _KNOWN_NAMESPACES
+                namespace = str(target).partition(".")[0]
+                known = namespace in _KNOWN_NAMESPACES or _is_installed(namespace)
             elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
                 known = True  # written in C, by an installed package
             else:
@@ -347,6 +351,15 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
             if not known:
                 found.add(str(target))
     return sorted(found)
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    """Whether pip has installed a package, whose files then change with its version only."""
+    for name in metadata.packages_distributions().get(package, ()):
+        origin = json.loads(metadata.distribution(name).read_text("direct_url.json") or "{}")
+        return not origin.get("dir_info", {}).get("editable")
+    return False
 
 
 @dataclass

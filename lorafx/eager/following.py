@@ -328,15 +328,20 @@ class Following(TorchDispatchMode):
         func, remembered = key[0], self._remembered
         labels = {id(item): remembered.labels[code] for item, code in operands}
         try:
-            found = labels_by_signature(func, args, named, results, labels)
-            by_values = found is None
+            by_values = key in remembered.by_values
+            found = None if by_values else labels_by_signature(func, args, named, results, labels)
             if found is None:
+                by_values = True
                 found = labels_by_values(func, args, named, results, labels)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return [UNKNOWN] * len(list(tensors_in(results)))  # no rule knows their owners
         codes = [remembered.code(label) for label in found]
         # Cells belong to this call.
-        if not (by_values or any(isinstance(x, Patchy) for x in (*labels.values(), *found))):
+        if any(isinstance(label, Patchy) for label in labels.values()):
+            return codes
+        if by_values:
+            remembered.by_values.add(key)
+        elif not any(isinstance(label, Patchy) for label in found):
             remembered.results[key] = codes
         return codes
 

@@ -36,6 +36,8 @@ class KnownLabels:
         self._patchy: list[int] = []
         #: The codes of results by signature.
         self.results: dict[Any, Sequence[int]] = {}
+        #: The signatures of operators whose results depend on the values of indices.
+        self.by_values: set[Any] = set()
         #: The codes of views by the label and the geometry of what they are views of, and theirs.
         self.views: dict[tuple[int, Geometry, Geometry], int] = {}
 
@@ -45,7 +47,9 @@ class KnownLabels:
             code = self._patchy.pop()
             self._codes.pop(self.labels[code], None)
             self.labels[code] = None
-        many = max(len(self.results), len(self.views), len(self.labels), len(self.parameters))
+        many = max(
+            map(len, (self.results, self.by_values, self.views, self.labels, self.parameters))
+        )
         if max(self._owners, 16 * many) > self._most:
             self._clear()
             self.parameters.clear()

@@ -321,7 +321,11 @@ def _by_rule(
     named = {name: node_of(value) for name, value in kwargs.items()}
     node = graph.call_function(func, positional, named)
     node.meta["val"] = results
-    single = checked(node, flow, called(node, flow))
+    try:
+        single = checked(node, flow, called(node, flow))
+    finally:
+        for other in graph.nodes:  # they refer to one another, and would keep the tensors
+            other.meta.clear()
     return _real_labels(single, results, owners)
 
 

@@ -7,6 +7,8 @@ program serves the next.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +140,21 @@ def judge(
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(mode, seed, length, dim):
     judge(mode, program(seed, length), dim, seed)
+
+
+def test_labels_keep_no_tensor_alive() -> None:
+    x = torch.randn(3, 4)
+    memory = Memory()
+    memory.set_label(x, listed(0, (0, 1, 2)))
+    alive: list[weakref.ref[Tensor]] = []
+
+    def action() -> None:
+        y = x[torch.tensor([2, 0, 1])] * 2
+        alive.append(weakref.ref(y))
+
+    gc.disable()
+    try:
+        Following(memory).run(action)
+        assert alive[0]() is None
+    finally:
+        gc.enable()
