@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from lorafx.ownership import pointwise
 from lorafx.ownership.flow import Flow
@@ -306,19 +307,16 @@ def _by_rule(
     flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
 
     def node_of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in nodes:
-                node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
-                node.meta["val"] = value
-                label = labels.get(id(value))
-                flow.labels[node] = _graph_label(label)
-            return nodes[id(value)]
-        if isinstance(value, (list, tuple)):
-            return type(value)(node_of(item) for item in value)
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in nodes:
+            node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
+            node.meta["val"] = value
+            label = labels.get(id(value))
+            flow.labels[node] = _graph_label(label)
+        return nodes[id(value)]
 
-    positional = tuple(node_of(value) for value in args)
-    named = {name: node_of(value) for name, value in kwargs.items()}
+    positional, named = map_aggregate(args, node_of), map_aggregate(dict(kwargs), node_of)
     node = graph.call_function(func, positional, named)
     node.meta["val"] = results
     try:
