@@ -68,6 +68,7 @@ from lorafx.torch_internals.saved_graphs import (
 
 _MODULE = "<module "
 _MAX_FILES = 64  # of a key, the newest, that are tried
+_MAX_PREPARED = 8  # of these, that are prepared before the first is tried
 _PREPARED: set[Path] = set()
 
 
@@ -126,11 +127,11 @@ class SavedGraphs:
         return result
 
     def unprepared(self, frame: Any) -> list[Path]:
-        """The files for the entry as it is now that `prepare` has not had."""
+        """The newest files for the entry as it is now that `prepare` has not had."""
         place = self._folder_and_key(frame)
         if not isinstance(place, tuple):
             return []
-        return [path for path in folders.files(*place)[-_MAX_FILES:] if path not in _PREPARED]
+        return [path for path in folders.files(*place)[-_MAX_PREPARED:] if path not in _PREPARED]
 
     def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""
