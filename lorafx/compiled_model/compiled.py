@@ -668,6 +668,7 @@ class CompiledModel(AsModule):
         *,
         warmup: bool | None = None,
         timeout: float | None = None,
+        tokenizer: Any = None,
         **engine: Any,
     ) -> Iterator[AdapterBatchingManager]:
         """transformers' continuous batching, with an adapter for each request.
@@ -688,6 +689,7 @@ class CompiledModel(AsModule):
                 (`Options.start`).
             timeout: seconds to wait at the end of the block for requests that are running, after
                 which they fail; None waits for all of them.
+            tokenizer: the model's, for requests with `stop` or `bad_words`.
             **engine: arguments of transformers' manager.
 
         Raises:
@@ -704,7 +706,7 @@ class CompiledModel(AsModule):
                 f"continuous batching needs transformers 5.23 or newer (the extra `hf`): {error}"
             ) from error
         manager = AdapterBatchingManager(
-            self._entries, generation_config, continuous_batching_config, **engine
+            self._entries, generation_config, continuous_batching_config, tokenizer, **engine
         )
         try:
             if warmup or (warmup is None and self._session.tiers is None):
@@ -727,6 +729,7 @@ class CompiledModel(AsModule):
         *,
         max_new_tokens: int | None = None,
         warmup: bool = False,
+        tokenizer: Any = None,
         **request: Any,
     ) -> dict[str, GenerationOutput]:
         """Generate for many prompts by continuous batching.
@@ -734,11 +737,12 @@ class CompiledModel(AsModule):
         Args:
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
+            tokenizer: as in `continuous_batching`.
             **request: arguments of `add_request`, for all prompts.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further
-            sequences of a prompt (`num_return_sequences`) come before its own. A request that
+            sequences of a prompt (`n`) come before its own. A request that
             failed says so in `error`, and one warning names all of them.
 
         Raises BatchError if there is not a name for each prompt, or the engine stopped,
@@ -757,7 +761,7 @@ class CompiledModel(AsModule):
         if not inputs:
             return {}
         block = self.continuous_batching(
-            generation_config, continuous_batching_config, warmup=warmup
+            generation_config, continuous_batching_config, warmup=warmup, tokenizer=tokenizer
         )
         with block as engine, progress(f"generating for {len(inputs)} prompts"):
             ids = []
@@ -765,7 +769,7 @@ class CompiledModel(AsModule):
                 adapter = {} if names is None else {"adapter": names[row]}
                 settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **request, **adapter}
                 ids.append(engine.add_request(list(prompt), **settings))
-            outputs = engine.collected(ids)
+            outputs = engine.collected(ids, request.get("n"))
         failed = [f"{key}: {output.error}" for key, output in outputs.items() if output.error]
         if failed:
             warnings.warn(

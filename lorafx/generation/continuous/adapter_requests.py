@@ -10,34 +10,95 @@ ends at the first token of the invocation, so that blocks before it are shared w
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+import random
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import (
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
 
 from lorafx.adapter_store.stored import Hold
+from lorafx.generation.continuous.parameters import Grammar, TokenParameters
 from lorafx.runtime.session import Session
 
 #: The largest number of tokens that are replaced by a digest, as its 32-bit integers.
 _SALTED = hashlib.blake2b.MAX_DIGEST_SIZE // 4
 
 
+class TokenLogprobs(NamedTuple):
+    """The log-probability of a token by the logits that the model gave, before penalties and
+    temperature; its rank among all tokens, from 1; and the likeliest tokens with theirs, in
+    descending order, as many as the request asks for."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+    def __deepcopy__(self, memo: object) -> TokenLogprobs:
+        """Sequences of one request share these values."""
+        return self
+
+
+@dataclass
+class SequenceOutput(GenerationOutput):
+    """The output of one sequence of a request. Like `generated_tokens`, those of a stream have all
+    that there is so far.
+
+    Attributes:
+        token_logprobs: those of the generated tokens, if the request asks for `logprobs`.
+        prompt_logprobs: those of the prompt's tokens, if it asks for `prompt_logprobs`. The first
+            token has none.
+        finish_reason: "length" if as many tokens were generated as the request allows; "stop" if
+            the sequence ended by itself; None if it has not ended, or failed.
+        stop_reason: the string of `stop`, or the token of `stop_token_ids`, that ended it.
+    """
+
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+
+
 @dataclass
 class AdapterRequest(RequestState):
-    """A request of the engine. `hold` is its adapter, None for the base; it is active from the
-    token `begins` on (aLoRA). `weights` is the version of the base weights that it began with."""
+    """A sequence of a request of the engine.
+
+    Attributes:
+        hold: its adapter, None for the base; active from the token `begins` on (aLoRA).
+        weights: the version of the base weights that it began with.
+        family: the names of all sequences of its request, of which its own is one.
+        parameters: what it asks of its tokens; None for nothing.
+        grammar: which tokens it may have.
+        token_logprobs, prompt_logprobs: as in `SequenceOutput`.
+        newest: the log-probability of the token that this step has chosen.
+        ends: whether it ends with that token, for the reason `stop_reason`.
+    """
 
     hold: Hold | None = None
     weights: int = 0
     begins: int = 0
+    family: Sequence[str] = ()
+    parameters: TokenParameters | None = None
+    grammar: Grammar | None = None
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    newest: TokenLogprobs | None = None
+    ends: bool = False
+    stop_reason: int | str | None = None
+    _counts: dict[int, int] | None = None
 
     @property
     def salt(self) -> int:
@@ -45,25 +106,95 @@ class AdapterRequest(RequestState):
         from the token `begins` on; 0 for the base with its first weights."""
         return (0 if self.hold is None else self.hold.stored.version) << 64 | self.weights
 
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens of the prompt that was added."""
+        return self._true_initial_tokens or len(self.initial_tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        """All tokens that it has generated, also those before it was offloaded."""
+        earlier = self.initial_tokens[self.prompt_length :]
+        return earlier + self.generated_tokens if earlier else self.generated_tokens
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not known yet."""
+        return 0 < len(self.prompt_logprobs) < self.prompt_length
+
     def inactive(self, count: int) -> int:
         """How many of the last `count` tokens are before the adapter begins."""
         return min(max(self.begins - (self.position_offset - count), 0), count)
 
-    def fork(self, new_request_id: str) -> RequestState:
-        """Another sequence of the request, which shares the hold and copies everything else."""
-        hold, self.hold = self.hold, None
-        try:
-            forked: Any = super().fork(new_request_id)
-        finally:
-            self.hold = hold
-        forked.hold = hold
-        return forked
+    def unscored(self, count: int) -> range:
+        """Which of the last `count` tokens are followed by a token of the prompt whose
+        log-probability is not known yet."""
+        first = self.position_offset - count
+        known = len(self.prompt_logprobs)
+        return range(max(known - 1 - first, 0), min(self.prompt_length - 1 - first, count))
 
-    def create_equivalent_initial_request(self) -> RequestState:
+    def counts(self) -> dict[int, int]:
+        """How often it has generated each token of the prompt, and each that it has generated."""
+        if self._counts is None:
+            self._counts = dict.fromkeys(self.initial_tokens[: self.prompt_length], 0)
+            self._count(self.generated)
+        return self._counts
+
+    def _count(self, tokens: Iterable[int]) -> None:
+        if self._counts is not None:
+            for token in tokens:
+                self._counts[token] = self._counts.get(token, 0) + 1
+
+    def draw(self, seed: int) -> float:
+        """The number from 0 to 1 by which its next token is drawn. It depends on nothing but the
+        seed, the sequence and the number of tokens, so it is the same after a restart."""
+        sequence = self.family.index(self.request_id)
+        return random.Random(f"{seed + sequence} {len(self.generated)}").random()
+
+    def update_and_check_completion(self, token_id: int, logprob: float | None) -> bool:
+        """Add a token. Returns whether the sequence has ended."""
+        if not self._new_tokens_limit:  # transformers warns of the token
+            self.status = RequestStatus.FINISHED
+            return True
+        ended = super().update_and_check_completion(token_id, logprob)
+        self._count((token_id,))
+        if self.newest is not None:
+            self.token_logprobs.append(self.newest)
+        self.ends = self.ends or token_id in self._eos_token_ids
+        if self.ends and not ended:
+            self.status = RequestStatus.FINISHED
+        return self.ends or ended
+
+    def to_generation_output(self) -> SequenceOutput:
+        """What the sequence has now."""
+        finished = self.status == RequestStatus.FINISHED
+        return SequenceOutput(
+            **vars(super().to_generation_output()),
+            token_logprobs=self.token_logprobs[:],
+            prompt_logprobs=self.prompt_logprobs,
+            finish_reason=("stop" if self.ends else "length") if finished else None,
+            stop_reason=self.stop_reason if finished else None,
+        )
+
+    def create_equivalent_initial_request(self) -> AdapterRequest:
         """The request from its start, with the tokens that it has generated in the prompt."""
         state = super().create_equivalent_initial_request()
         values = {f.name: getattr(state, f.name) for f in fields(RequestState) if f.init}
-        return AdapterRequest(**values, hold=self.hold, begins=self.begins)
+        own = {name: copy.deepcopy(getattr(self, name)) for name in _OWN}
+        return AdapterRequest(**values, **own)
+
+    def apart(self) -> list[AdapterRequest]:
+        """The sequences of a request that has not begun as requests of their own. transformers
+        forks a request in a step before that of the last token, so one token is too short."""
+        self.num_children = 0
+        others = [self.create_equivalent_initial_request() for _ in self.family[1:]]
+        for name, other in zip(self.family[1:], others, strict=True):
+            other.request_id = name
+        return [self, *others]
+
+
+#: The fields of a request that transformers' do not have.
+_OWN = [f.name for f in fields(AdapterRequest)[len(fields(RequestState)) :]]
 
 
 def hold_of(state: RequestState) -> Hold | None:
@@ -96,21 +227,22 @@ class EngineOutputs(OutputRouter):
             self._names |= names
             return True
 
-    def _remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove sequences that will have no further output."""
         with self._names_lock:
             self._names.difference_update(names)
 
     def cancelled(self, state: RequestState) -> None:
         """Remove a request that was cancelled, which has no output."""
-        self._remove([state.request_id, *fork_names(state.request_id, state.num_children)])
+        self.remove([state.request_id, *fork_names(state.request_id, state.num_children)])
 
     def deliver(self, output: GenerationOutput) -> None:
         if output.is_finished():
-            self._remove([output.request_id])
+            self.remove([output.request_id])
         super().deliver(output)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        self._remove(output.request_id for output in outputs if output.is_finished())
+        self.remove(output.request_id for output in outputs if output.is_finished())
         super().deliver_batch(outputs)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
@@ -131,12 +263,26 @@ class AdapterPages(PagedAttentionCache):
     waiting: Callable[[str], RequestState | None]
     session: Session
 
+    @property
+    def usage(self) -> float:
+        """The share of the cache that running sequences take. Blocks that are only kept for later
+        requests to find do not count."""
+        allocators = self.cache_allocators.values()
+        kept = sum(len(a.ledger.cached_blocks) * a.bytes_per_block for a in allocators)
+        unused = kept + self.compute_free_capacity(relative=False)
+        return float(1 - unused / (self.num_sectors * self.bytes_per_sector))
+
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """How many of the prompt's tokens are in the cache, computed by the same adapter."""
         state, base = self.waiting(request_id), self.session.base
         if isinstance(state, AdapterRequest):
             # New weights change this number, so later requests do not find the blocks of this one.
             state.weights = 2 * self.session.counts.writes + (base.merged is not None)
+            if state.scoring:
+                return 0  # of tokens that are not computed nothing is known
+            if state.num_children:
+                # transformers forks a request before the last token, in a step with one before it.
+                prompt_ids = prompt_ids[:-1]
         return int(super().search_prefix_match(request_id, self._salted(state, prompt_ids)))
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:

@@ -33,8 +33,15 @@ from lorafx.generation.continuous.adapter_requests import (
     fork_names,
 )
 from lorafx.generation.continuous.attention import EngineAttention
+from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
 from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
+from lorafx.generation.continuous.parameters import (
+    ARGUMENTS,
+    NOTHING,
+    Grammar,
+    checked_parameters,
+)
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
 from lorafx.runtime.tiers import CALLS
@@ -77,9 +84,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         forwards: CompiledForwards,
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self.forwards = forwards
+        self._tokenizer = tokenizer
         model: Any = forwards.model
         defaults = generation_config or getattr(model, "generation_config", None)
         if defaults is None:
@@ -110,12 +119,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.generation_config = defaults
         if per_request:
             sampling.replace_in(self.logit_processor, defaults)
+        #: Arguments of requests that no processor of transformers knows.
+        self._arguments = ARGUMENTS if per_request else ARGUMENTS - {"min_p"}
+        self._processes = self.logit_processor.do_processing
         #: The process in which the engine's thread runs.
         self._process: int | None = None
         #: The thread's `batch_processor`, which transformers may remove while the thread runs.
         self._processor: Any = None
         self._packed = PackedForward(forwards, self._requests_of_step)
         self._forward: Any = self._packed
+        self._choosing = Choosing(self._packed, tokenizer)
+        self.logit_processor.logits_processor.insert(0, self._choosing)
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
         #: Whether the thread begins with steps, for whose graphs to be compiled while requests are
@@ -136,7 +150,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         eos_token_id: int | list[int] | None = None,
         *,
         adapter: AdapterName = DEFAULT,
-        **logit_processor_kwargs: Any,
+        n: int | None = None,
+        ignore_eos: bool = False,
+        grammar: Grammar | None = None,
+        **parameters: Any,
     ) -> str:
         """Queue a request, and return its name.
 
@@ -146,10 +163,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 `set_adapter`. The request keeps the version that is loaded now: replacing or
                 unloading the adapter later has no effect on it. An aLoRA adapter begins at the last
                 occurrence of its invocation tokens in the prompt.
-            logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
-                `top_p`, if the engine samples and was given `per_request_processors=True`.
-                Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 keep all.
-            The other arguments are transformers'.
+            n: the number of sequences, which share the pages of the prompt; None for that of the
+                engine's GenerationConfig. The first has the request's name, the others those of
+                `fork_names`, and each has its own outputs.
+            ignore_eos: generate `max_new_tokens` tokens unless a stop comes.
+            grammar: which tokens may come (`Grammar`).
+            parameters: how tokens are chosen, when they end, and what the outputs tell of them
+                (docs/continuous_batching.md): `temperature`, `top_k`, `top_p` and `min_p`, if the
+                engine samples and was given `per_request_processors=True`; `seed`,
+                `presence_penalty`, `frequency_penalty`, `repetition_penalty`, `logit_bias`,
+                `bad_words`, `min_tokens`, `stop`, `stop_token_ids`, `logprobs`, `prompt_logprobs`.
+            The other arguments are transformers'. With `max_new_tokens=0` nothing is generated.
 
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
@@ -165,39 +189,58 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise BatchError(f"the request was not queued. {reason}") from (
                 self.background_thread_status.fatal_error
             )
-        refuse_slips(logit_processor_kwargs, self.add_request, ways=_WAYS)
+        refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         config = self.generation_config
-        values = sampling.checked_sampling(self.logit_processor, logit_processor_kwargs)
+        if ends is None:
+            ends = checked_limits(None, config.eos_token_id)[1] or []
+        if ignore_eos:
+            ends = []
+        count = self.num_return_sequences if n is None else int(sampling.checked_number("n", n))
+        own = {name: parameters.pop(name) for name in self._arguments & parameters.keys()}
+        values = sampling.checked_sampling(self.logit_processor, parameters)
+        asked = checked_parameters(own, self._tokenizer, self._vocabulary(), ends)
         prompt = checked_prompt(self.forwards.model, input_ids)
+        if asked.prompt_logprobs is not None and max(prompt) >= self._vocabulary():
+            raise ConfigError(
+                f"prompt_logprobs: the model has no logits of token {max(prompt)}, which is in the "
+                "prompt; leave it out"
+            )
         hold, begins = self._hold_adapter(adapter, prompt)
-        request_id = self._register_name(request_id)
+        request_id = self._register_name(request_id, count)
         state = AdapterRequest(
             request_id=request_id,
             initial_tokens=prompt,
-            num_children=self.num_return_sequences - 1,
+            num_children=count - 1,
             record_timestamps=record_timestamps,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            eos_token_id=config.eos_token_id if ends is None else ends,
+            eos_token_id=ends,
             streaming=streaming,
             logit_processor_kwargs=values,
             hold=hold,
             begins=begins,
+            family=(request_id, *fork_names(request_id, count - 1)),
+            parameters=None if grammar is None and asked == NOTHING else asked,
+            grammar=grammar,
+            prompt_logprobs=[] if asked.prompt_logprobs is None else [None],
         )
         try:
-            self.input_queue.put(state, block=True, timeout=10)
+            for sequence in state.apart() if len(prompt) == 1 else (state,):
+                self.input_queue.put(sequence, block=True, timeout=10)
         except BaseException:
-            self._outputs.cancelled(state)
+            self._outputs.remove(state.family)
             raise
         self._wake_up_loop.set()
         return request_id
 
-    def collected(self, requests: Sequence[str]) -> dict[str, GenerationOutput]:
-        """The outputs of these requests by name, and before each those of its forks. Waits for
-        them. Raises BatchError if the engine stops before they have ended."""
-        count = self.num_return_sequences - 1
+    def collected(
+        self, requests: Sequence[str], n: int | None = None
+    ) -> dict[str, GenerationOutput]:
+        """The outputs of these requests, of `n` sequences each, by name, and before each those of
+        its forks. Waits for them. Raises BatchError if the engine stops before they have ended."""
+        count = (self.num_return_sequences if n is None else n) - 1
         names = [name for request in requests for name in (*fork_names(request, count), request)]
         outputs: dict[str, GenerationOutput] = {}
         while len(outputs) < len(names):
@@ -251,6 +294,20 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         again after a step that succeeds."""
         return self._why_no_requests() or self.health.reason()
 
+    def sequences(self) -> dict[str, list[RequestState]]:
+        """The sequences that are "running", and those "waiting" for their first step."""
+        scheduler = None if self._processor is None else self._processor.scheduler
+        with self.input_queue.mutex:
+            waiting = [*self.input_queue.queue]
+        if scheduler is None:
+            return {"running": [], "waiting": waiting}
+        waiting += scheduler.waiting_requests.values()
+        return {"running": [*scheduler.active_requests.values()], "waiting": waiting}
+
+    def cache_usage(self) -> float:
+        """The share of the cache that running sequences take."""
+        return 0.0 if self._processor is None else float(self._processor.cache.usage)
+
     def warmup(self) -> None:
         """Capture the graphs of the engine's steps, of several tokens and of one. Raises what
         `start` raises."""
@@ -299,16 +356,23 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return None, 0
         return hold, column
 
-    def _register_name(self, request_id: str | None) -> str:
-        """Register a request under this name, or a new one, which is returned. Raises BatchError if
-        a running request has the name."""
+    def _vocabulary(self) -> int:
+        """The number of tokens for which the model has logits."""
+        model: Any = self.forwards.model
+        return int(getattr(model.get_output_embeddings(), "out_features", 0)) or int(
+            model.config.get_text_config().vocab_size
+        )
+
+    def _register_name(self, request_id: str | None, count: int) -> str:
+        """Register a request of `count` sequences under this name, or a new one, which is returned.
+        Raises BatchError if a running request has the name."""
         while True:
             name = request_id
             if name is None:
                 with self._request_lock:
                     name = f"req_{self._request_counter}"
                     self._request_counter += 1
-            if self._outputs.begin(name, self.num_return_sequences - 1):
+            if self._outputs.begin(name, count - 1):
                 return name
             if request_id is not None:
                 raise BatchError(f"a request named {request_id!r} is under way; give another name")
@@ -343,6 +407,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             offloading: Any = processor.offloading_manager
             offloading.__class__ = FullCache
             offloading.fail = self._fail
+            runner: Any = processor.model_runner
+            runner.__class__ = ChoosingRunner
+            runner.choosing = self._choosing
         elif self.compiles_beside:  # the thread begins, and has written all of its large tensors
             self._run_steps(processor, CALLS)
         return processor
@@ -352,8 +419,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = processor.inputs_and_outputs
         draws = processor.do_sample and sampling.any_drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
+        asked = self._choosing.begin(step.requests_in_batch)
+        self.logit_processor.do_processing = self._processes or asked
         try:
             processor._generation_step(self._forward)
+            self._choosing.score_prompts()
         except torch.AcceleratorError:
             raise  # the device is lost, so the engine ends with this error
         except Exception as error:

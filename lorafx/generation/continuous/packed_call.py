@@ -11,6 +11,7 @@ other requests are copies of one of the part's, with the base, and write nothing
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -35,12 +36,15 @@ class Step(NamedTuple):
         named: the arguments of the model.
         order: indices of the requests in `batch`; those with a new token come first.
         last: the index of the last token of each request of `order`, among all tokens.
+        scored: the requests in `batch` with tokens whose logits are asked for beside those of the
+            last ones, each once for each such token. These logits come last.
     """
 
     batch: Sequence[FutureRequestState]
     named: Mapping[str, Any]
     order: Sequence[int]
     last: Tensor
+    scored: Sequence[int]
 
     @property
     def length(self) -> int:
@@ -68,6 +72,7 @@ class PackedForward:
     Attributes:
         pages: the engine's cache; setting it to None frees it.
         failed: the errors of the requests of the last step that failed, by name.
+        scored: the logits of the last step that tell the log-probabilities of prompts, by request.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class PackedForward:
         self._batch = batch
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
+        self.scored: list[tuple[AdapterRequest, Tensor]] = []
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether the head can be computed for some tokens only; the engine calls this."""
@@ -113,18 +119,26 @@ class PackedForward:
             "use_cache": False,
             "is_causal": False,
         }
-        # A size of one would need its own graph, so a single last token is passed twice.
-        single = logits_to_keep is not None and logits_to_keep.shape[0] == 1
-        self.failed = {}
+        self.failed, self.scored = {}, []
         batch = self._batch()
         order = sorted(range(len(batch)), key=lambda index: not batch[index].has_new_token)
         ends = [*accumulate(future.query_length for future in batch)]
         last = torch.tensor([ends[index] - 1 for index in order], dtype=torch.int32)
         last = last.to(input_ids.device)
+        scored = [
+            (index, end - future.query_length + token)
+            for index, (future, end) in enumerate(zip(batch, ends, strict=True))
+            for token in _unscored(future)
+        ]
+        tokens = torch.tensor([token for _, token in scored], dtype=torch.int32)
+        single = False
         if logits_to_keep is not None:
-            logits_to_keep = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
-            named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
-        step = Step(batch, named, order, last)
+            kept = nn.functional.pad(last, (0, len(logits_to_keep) - len(batch)))
+            kept = torch.cat([kept, tokens.to(kept.device)])
+            # A size of one would need its own graph, so a single last token is passed twice.
+            single = len(kept) == 1
+            named["logits_to_keep"] = kept.repeat(2) if single else kept.clone()
+        step = Step(batch, named, order, last, [index for index, _ in scored])
         with session.lock:
             self._count_tokens(batch)
             restore = pages.snapshot() if len(batch) > 1 else None
@@ -140,7 +154,18 @@ class PackedForward:
                 output = self._run_in_parts(step, restore, error, kwargs["cu_seq_lens_k"])
         if single:
             output.logits = output.logits[:, :1]
+        if scored and logits_to_keep is None:
+            self._take_scored(step, output.logits[0, tokens.long()])
+        elif scored:
+            self._take_scored(step, output.logits[0, -len(scored) :])
+            output.logits = output.logits[:, : -len(scored)]
         return output
+
+    def _take_scored(self, step: Step, logits: Tensor) -> None:
+        counts = Counter(step.scored)
+        for index, rows in zip(counts, logits.split([*counts.values()]), strict=True):
+            state: Any = step.batch[index].state
+            self.scored.append((state, rows))
 
     def _run_in_parts(
         self,
@@ -188,7 +213,7 @@ class PackedForward:
         output.logits = output.logits.clone()
         logit_owners = owners
         if "logits_to_keep" in named:
-            logit_owners = torch.tensor([i for i, f in enumerate(batch) if f.has_new_token])
+            logit_owners = torch.tensor([*step.order, *step.scored])
         for part, part_output in further:
             rows = torch.isin(logit_owners, torch.tensor(part)).nonzero()[:, 0].to(ids.device)
             output.logits[:, rows] = part_output.logits[:, rows]
@@ -244,6 +269,14 @@ def _owners(counts: Sequence[int], length: int) -> Tensor:
     them; -1 for padding."""
     owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
+
+
+def _unscored(future: FutureRequestState) -> range:
+    """The tokens of a request in the step whose logits its prompt's log-probabilities need."""
+    state = future.state
+    if isinstance(state, AdapterRequest) and state.scoring:
+        return state.unscored(future.query_length)
+    return range(0)
 
 
 def _by_kind(

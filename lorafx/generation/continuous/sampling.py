@@ -30,13 +30,23 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.errors import ConfigError
 
-#: The ranges of the arguments by which a request chooses. Temperatures become float32.
+#: The ranges of a request's arguments that are numbers. Temperatures become float32.
 RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, float(torch.finfo(torch.float32).max)),
     "top_k": (-1, sys.maxsize),
     "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "logit_bias": (-100.0, 100.0),
+    "seed": (-sys.maxsize, sys.maxsize),
+    "min_tokens": (0, sys.maxsize),
+    "logprobs": (0, sys.maxsize),
+    "prompt_logprobs": (0, sys.maxsize),
+    "n": (1, 1024),
 }
-#: Their values if neither the request nor the engine has one.
+#: The values of those that processors read, if neither the request nor the engine has one.
 DEFAULTS: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 #: Lower temperatures take the likeliest token. vLLM has the same bound.
 COLDEST = 1e-5
@@ -147,6 +157,14 @@ def sampling_number(name: str, value: Any) -> float | None:
     return number if number is not None and low <= number <= high else None
 
 
+def checked_number(name: str, value: Any) -> float:
+    """`value` as a number. Raises ConfigError if it is none, or not in the range of `name`."""
+    number = sampling_number(name, value)
+    if number is None:
+        raise ConfigError(f"{name} is {sampling_range(name)}; got {value!r}")
+    return number
+
+
 def sampling_range(name: str) -> str:
     """The range of `name`, in words for error messages."""
     low, high = RANGES[name]
@@ -160,17 +178,15 @@ def checked_sampling(
     ConfigError if the engine does not take one per request, or no token can be chosen with it."""
     values = {name: value for name, value in kwargs.items() if value is not None}
     for name in values.keys() & RANGES.keys():
-        number = sampling_number(name, values[name])
-        if number is None:
-            raise ConfigError(f"{name} is {sampling_range(name)}; got {values[name]!r}")
-        values[name] = number
+        values[name] = checked_number(name, values[name])
     try:
         processors.check_kwargs(values)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"this engine does not choose a request's tokens by {', '.join(values)}: {error}. "
             "Start it with GenerationConfig(do_sample=True) and "
-            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k and top_p"
+            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k, "
+            "top_p and min_p"
         ) from error
     return values
 

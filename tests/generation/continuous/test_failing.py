@@ -246,7 +246,7 @@ def sampling(llama: Case) -> Any:
         {"temperature": torch.tensor(0.5, device="meta")},
         {"top_p": 1.5},
         {"top_k": 0.5},
-        {"min_p": 0.1},
+        {"min_p": -0.1},
         {"top_q": 1},
         {"request_id": ["x"]},
     ],
