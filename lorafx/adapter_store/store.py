@@ -107,6 +107,15 @@ class AdapterStore:
         with self._lock:
             return dict(self._slots)
 
+    def places(self) -> dict[str, str]:
+        """Where the numbers of each adapter are: in the "banks", in "host" memory and not there, or
+        on "disk" only."""
+        with self._lock:
+            kept = {
+                name: "disk" if self._adapters[name].host is None else "host" for name in self.names
+            }
+            return kept | {name: "banks" for name in self._slots if name in kept}
+
     @property
     def pinned(self) -> frozenset[str]:
         """Adapters that keep their slot until unpinned or unloaded."""

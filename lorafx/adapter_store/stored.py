@@ -161,6 +161,10 @@ class Hold:
     def __init__(self, name: str, stored: StoredAdapter) -> None:
         self.name, self.stored, self.numbers = name, stored, stored.numbers
 
+    def __deepcopy__(self, memo: object) -> Hold:
+        """What is copied has the same hold."""
+        return self
+
 
 class Kept:
     """Keeps adapters in host memory while it lives (`AdapterStore.fetch`)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -119,6 +121,61 @@ def ask(server: Opened, method: str, path: str, *, key: str | None = None, **bod
             return await client.request(method, path, content=content, headers=headers)
 
     return asyncio.run(once())
+
+
+class Gated:
+    """An engine's forward whose steps wait, after the first `free` ones, until it is opened."""
+
+    def __init__(self, forward: Any, free: int = 3) -> None:
+        self.forward, self.free = forward, free
+        self.steps = 0
+        self.open = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.forward, name)
+
+    def __call__(self, **batch: Any) -> Any:
+        self.steps += 1
+        if self.steps > self.free:
+            assert self.open.wait(60)
+        return self.forward(**batch)
+
+
+@contextmanager
+def gated(server: Opened, free: int) -> Iterator[Gated]:
+    """The steps of the server's engine wait in the block, after the first `free` ones."""
+    forward = server.engine._forward
+    gate = server.engine._forward = Gated(forward, free)
+    try:
+        yield gate
+    finally:
+        gate.open.set()
+        server.engine._forward = forward
+
+
+def idle(server: Opened) -> None:
+    """Wait until the engine has nothing to do."""
+    deadline = time.monotonic() + 60
+    while server.engine.batch_processor.has_pending_requests():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+async def asgi(server: Opened, path: str, body: Any, receive: Any, send: Any) -> None:
+    """Call the application with one request, as a server of HTTP does: `receive` is called for
+    what comes after the body."""
+    coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def read() -> Any:
+        return coming.pop() if coming else await receive()
+
+    scope = {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"},
+        **{"method": "POST", "scheme": "http", "path": path, "raw_path": path.encode()},
+        **{"query_string": b"", "headers": [(b"content-type", b"application/json")]},
+        **{"client": ("test", 1), "server": ("test", 80)},
+    }
+    await asyncio.wait_for(server.app(scope, read, send), 60)
 
 
 def ids_of(files: Files, path: str, words: str) -> list[int]:

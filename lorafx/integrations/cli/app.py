@@ -24,6 +24,7 @@ from lorafx.integrations.cli.options import (
     show_json,
     show_table,
 )
+from lorafx.integrations.cli.vllm_options import ServeCommand
 
 
 def inspect(
@@ -128,11 +129,15 @@ def serve(
     adapters: Annotated[
         Path | None, typer.Option(help="Folder of adapter folders, or one adapter's.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER.")] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", "--served-model-name", help="What requests call the base model."),
+    ] = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    max_adapters: int = 8,
-    max_rank: int | None = None,
+    max_adapters: Annotated[int, typer.Option("--max-adapters", "--max-loras")] = 8,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", "--max-lora-rank")] = None,
     slot_rank: SlotRank = None,
     max_host_bytes: Annotated[
         int | None, typer.Option(help="Host memory that adapters may take.")
@@ -140,17 +145,30 @@ def serve(
     target: Targets = None,
     dtype: str | None = None,
     device: str | None = None,
-    page_size: int | None = None,
+    page_size: Annotated[int | None, typer.Option("--page-size", "--block-size")] = None,
     num_blocks: int | None = None,
-    max_batch_tokens: int | None = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option("--max-batch-tokens", "--max-num-batched-tokens")
+    ] = None,
+    max_num_seqs: int | None = None,
     max_memory_percent: float | None = None,
+    max_model_len: int | None = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests under way; further ones get 429.")
+    ] = 1024,
+    max_body_bytes: int = 8 << 20,
     temperature: float | None = None,
+    chat_template: Annotated[str | None, typer.Option(help="A file, or a template.")] = None,
     lowering: str = "auto",
     cache: str | None = "auto",
     warmup: Annotated[
         bool, typer.Option("--warmup", help="Take requests when all graphs are compiled.")
     ] = False,
     allow_runtime_loading: bool = False,
+    resolve_adapters: Annotated[
+        bool, typer.Option("--resolve-adapters", help="Load adapters when they are asked for.")
+    ] = False,
+    max_adapter_reads: int = 2,
     adapter_root: Path | None = None,
     drain: Annotated[
         int | None, typer.Option(help="Seconds to wait for answers under way when it is stopped.")
@@ -163,12 +181,19 @@ def serve(
             "in the list of processes: prefer the variable.",
         ),
     ] = None,
+    allowed_origins: list[str] | None = None,
+    ssl_keyfile: Path | None = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Serve HTTPS with it.")] = None,
+    ssl_ca_certs: Path | None = None,
+    ssl_cert_reqs: int = 0,
+    ssl_ciphers: str | None = None,
+    log_level: Annotated[str, typer.Option("--log-level", "--uvicorn-log-level")] = "info",
 ) -> None:
     """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form.
 
     Example: lorafx serve meta-llama/Llama-3.2-1B --adapters ./adapters
     """
-    values = dict(locals())
+    values = {option: value for option, value in locals().items() if value is not None}
     from lorafx.progress import progress
 
     with progress("importing torch and the server"):
@@ -177,7 +202,8 @@ def serve(
         check_requirements()
         from lorafx.integrations.server.run import run
         from lorafx.integrations.server.settings import Settings
-    run(Settings(**{**values, "target": tuple(target or ())}))
+    names = values.pop("name", [None])
+    run(Settings(**values, name=names[0], aliases=tuple(names[1:])))
 
 
 #: `main` prints errors of lorafx in one line; others are faults and get Python's own traceback.
@@ -201,5 +227,6 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, merge, bench, bisect, profile, serve, doctor):
+for command in (inspect, explain, merge, bench, bisect, profile, doctor):
     app.command()(command)
+app.command(cls=ServeCommand)(serve)

@@ -19,7 +19,7 @@ from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelle
 from lorafx.integrations.server.settings import ModelSettings, option
 
 #: Routes that need no key, for probes and Prometheus.
-OPEN_ROUTES = ("/health", "/metrics")
+OPEN_ROUTES = ("/health", "/ping", "/metrics")
 
 
 class RequestError(LorafxError):

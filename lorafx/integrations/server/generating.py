@@ -1,8 +1,7 @@
-"""The objects through which transformers' handlers generate, which give each request its adapter;
-and the server's counts, in Prometheus's format.
+"""The served model by the names of requests, and the sequences of a request in its engine.
 
-handler ── get_manager("base:adapter") ─▶ AdapterGeneration ─▶ AdapterBatchingManager
-                                          one for each request   one for the server
+handler ── "base:adapter" ─▶ Sequences ─▶ AdapterBatchingManager
+           fields            of a request  one for the server
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any
 from uuid import uuid4
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
@@ -28,115 +25,26 @@ from transformers.cli.serving.utils import (
     response_events_to_chunks,
 )
 
-from lorafx.adapter_store.names import BASE
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import nearest
-from lorafx.generation.continuous.failures import StepHealth
-from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.generation.continuous.sampling import RANGES
+from lorafx.errors import ConfigError, nearest
+from lorafx.generation.continuous.adapter_requests import fork_names
+from lorafx.generation.continuous.manager import AdapterBatchingManager, checked_limits
+from lorafx.integrations.server.choices import Decoder
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.fields import Fields
+from lorafx.integrations.server.grammars import Grammars
+from lorafx.integrations.server.loading import AdapterFinding
+from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
-from lorafx.runtime.session import Statistics
-from lorafx.runtime.tiers import TierName
 from lorafx.torch_internals.transformers_parts import stream_error
-
-#: The label of requests whose model is unknown. The names that clients send would be labels without
-#: number.
-UNKNOWN = "__unknown__"
-#: Fields of `Statistics` that are exported as counters, with their descriptions.
-_COUNTERS: Mapping[str, str] = {
-    "hits": "Adapters of a batch that were in a slot already",
-    "loads": "Adapters that were written into a slot",
-    "evictions": "Adapters that lost their slot to another",
-    "waits": "Requests that were ready for a step and had no slot in it",
-}
-#: Likewise fields of `Tier`.
-_TIER_COUNTERS: Mapping[str, str] = {
-    "hits": "Adapters that were asked for and found in a tier",
-    "misses": "Adapters that were asked for and not in a tier",
-    "evictions": "Adapters that had to leave a tier",
-}
-
-
-def families(stats: Statistics, health: StepHealth) -> Iterator[Metric]:
-    """The current metrics of a model and its engine."""
-    for name, text in _COUNTERS.items():
-        yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-    for name, text in _TIER_COUNTERS.items():
-        family = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
-        for tier, counts in stats.tiers.items():
-            family.add_metric([tier], getattr(counts, name))
-        yield family
-    text = "Bytes of the device's banks, of adapters in host memory, and of their files on disk"
-    sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])
-    for place, nbytes in stats.nbytes.items():
-        sizes.add_metric([place], nbytes)
-    yield sizes
-    text = "Tokens that have been run, prompts included"
-    tokens = CounterMetricFamily("lorafx_tokens", text, labels=["adapter"])
-    for adapter, number in stats.tokens.items():
-        tokens.add_metric([adapter], number)
-    yield tokens
-    text = "Steps of the engine that served nobody since the model failed"
-    yield CounterMetricFamily("lorafx_failed_steps", text, value=health.failed)
-
-
-class Metrics:
-    """The metrics of one server.
-
-    Attributes:
-        requests: the number of requests that have ended, by adapter and status.
-        failures: the number of requests whose generation failed, by adapter.
-        running: the number of requests that are being answered.
-    """
-
-    def __init__(self, compiled: CompiledModel, health: StepHealth) -> None:
-        self._compiled, self._health = compiled, health
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "lorafx_requests",
-            "Requests that have ended, by adapter and status; 499: the client went away",
-            ["adapter", "status"],
-            registry=self._registry,
-        )
-        self.failures = Counter(
-            "lorafx_failures",
-            "Requests whose generation failed, also after the answer had begun",
-            ["adapter"],
-            registry=self._registry,
-        )
-        self.running = Gauge(
-            "lorafx_requests_running",
-            "Requests that are being answered",
-            registry=self._registry,
-        )
-        self._registry.register(self)
-
-    def ended(self, adapter: str, status: int) -> None:
-        """Count a request that has been answered or abandoned."""
-        self.running.dec()
-        self.requests.labels(adapter, str(status)).inc()
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics of the model and its engine; called by the registry."""
-        yield from families(self._compiled.stats(), self._health)
-        text = "Kinds of calls, by how the next call is answered"
-        kinds = GaugeMetricFamily("lorafx_graphs", text, labels=["tier"])
-        status = self._compiled.status()
-        for tier in get_args(TierName):
-            kinds.add_metric([tier], status.count(tier))
-        yield kinds
-
-    def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
 
 
 class ServedModel(ModelManager):
     """The manager of models of transformers' server, which here has one model that is never
-    unloaded. A request names the base `name`, and an adapter `name:adapter`. It may ask for the
-    adapters that have a folder according to `folders`, which its replica loads then; if that is
-    None, for those that are loaded."""
+    unloaded. A request names the base `name` or by one of `aliases`, and an adapter `name:adapter`
+    or `adapter`, unless that is another's name. It may ask for the adapters that have a folder
+    according to `folders`, which its replica loads then; if that is None, for those that are
+    loaded."""
 
     def __init__(
         self,
@@ -144,12 +52,17 @@ class ServedModel(ModelManager):
         tokenizer: PreTrainedTokenizerFast,
         name: str,
         folders: ModelSettings | None = None,
+        aliases: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.get_gen_models: Any = self.listed  # a static method there
         self.compiled = compiled
         self.tokenizer = tokenizer
         self.name = name
+        #: All names of the base.
+        self.names = (name, *aliases)
+        #: What loads adapters that are not loaded yet when a request asks for them.
+        self.finding: AdapterFinding | None = None
         self._folders = folders
         self._created = int(time.time())
 
@@ -162,6 +75,17 @@ class ServedModel(ModelManager):
             return adapter in self.compiled.adapters
         return self._folders.folder_of(adapter) is not None
 
+    async def resolve(self, model: object) -> str | None:
+        """As `adapter_of`, after the adapter was loaded if it is found only now."""
+        if self.finding is not None and isinstance(model, str) and model not in self.names:
+            await self.finding.find(self._adapter_in(model))
+        return self.adapter_of(model)
+
+    def _adapter_in(self, model: str) -> str:
+        """The part of a field `model` that names an adapter."""
+        prefixes = (f"{name}:" for name in self.names)
+        return next((model.removeprefix(p) for p in prefixes if model.startswith(p)), model)
+
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request's field `model` names; None for the base model. Raises
         RequestError if it names neither."""
@@ -171,14 +95,14 @@ class ServedModel(ModelManager):
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )
-        if model == self.name:
+        if model in self.names:
             return None
-        adapter = model.removeprefix(f"{self.name}:")
-        if adapter != model and self._has(adapter):
-            return adapter
+        for adapter in (self._adapter_in(model), model):
+            if self._has(adapter):
+                return adapter
         raise RequestError(
-            f"there is no model {model!r}{self._nearest(model)}; the base model is "
-            f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
+            f"there is no model {model!r}{self._nearest(model)}; the base model is {self.name!r}, "
+            f'an adapter ADAPTER or "{self.name}:ADAPTER", and GET /v1/models lists all',
             "model",
             status=404,
             code="model_not_found",
@@ -186,7 +110,7 @@ class ServedModel(ModelManager):
 
     def _nearest(self, model: str) -> str:
         """A fragment with names like `model`, which may lack the base's name or have another."""
-        adapter = model if self._has(model) else model.partition(":")[2] or model
+        adapter = model.partition(":")[2] or model
         if self._has(adapter):
             return f"; nearest: {self.name}:{adapter}"
         names = [entry["id"] for entry in self.listed()]
@@ -194,221 +118,206 @@ class ServedModel(ModelManager):
 
     def listed(self) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
+        adapters = self.adapters()
+        whole = (f"{self.name}:{adapter}" for adapter in adapters)
+        return [self.entry(name) for name in dict.fromkeys((*self.names, *whole, *adapters))]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The entry of /v1/models for a name that `adapter_of` accepts."""
+        parent = None if name in self.names else self.name
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
-        return [
-            {"id": self.name, **entry, "parent": None},
-            *({"id": f"{self.name}:{a}", **entry, "parent": self.name} for a in self.adapters()),
-        ]
+        return {"id": name, **entry, "parent": parent}
 
 
 class TextStreamer(CBStreamer):
     """Decodes the tokens of one request and puts pieces of text into `queue`, at the end None.
-
-    Together the pieces are the decoded text of all tokens: `end` sends what tokenizers'
-    `DecodeStream` still holds back, and bytes that are no text do not end a stream. `parser` is
-    transformers' parser of the model's answers; None if they are plain text.
-    """
+    Together the pieces are the decoded text of all tokens. `parser` is transformers' parser of the
+    model's answers; None if they are plain text."""
 
     def __init__(
         self, engine: Any, request_id: str, tokenizer: Tokenizer, queue: asyncio.Queue, parser: Any
     ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(engine, request_id, tokenizer, loop, queue, response_parser=parser)
-        self._ids: list[int] = []
-        self._sent = 0
-
-    def put(self, output: Any) -> None:
-        """Send the text of the tokens that are new in `output`."""
-        for token in output.generated_tokens[self.total_tokens :]:
-            self.total_tokens += 1
-            self._ids.append(token)
-            try:
-                text = self._decode_stream.step(self._tokenizer, token) or ""
-            except Exception:  # tokenizers raises this class when earlier text has changed
-                text = self._unsent_text()
-                self._decode_stream = DecodeStream(
-                    self._ids, skip_special_tokens=self._parser is None
-                )
-            self._send(text)
+        self._decode_stream: Any = Decoder(tokenizer, skip_special_tokens=parser is None)
 
     def end(self) -> None:
         """Send the text that was held back, and the end of the stream."""
-        self._send(self._unsent_text())
+        text = self._decode_stream.end()
+        parsed = [text] if self._parser is None else self._parser.feed(text)
+        for item in parsed if self._parser is None else response_events_to_chunks(parsed):
+            self._queue.put_nowait(item)
         super().end()
 
-    def _unsent_text(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._parser is None)
-        return text[self._sent :]
 
-    def _send(self, text: str) -> None:
-        if not text:
-            return
-        self._sent += len(text)
-        items = [text]
-        if self._parser is not None:
-            items = response_events_to_chunks(self._parser.feed(text))
-        for item in items:
-            self._queue.put_nowait(item)
+class Generation:
+    """What all requests of the server share: the engine, the tokens that end a sequence, and the
+    most that a prompt and its answer may have together: `longest`, or what the model and the cache
+    have room for."""
+
+    def __init__(
+        self, served: ServedModel, engine: AdapterBatchingManager, longest: int | None = None
+    ) -> None:
+        self.engine = engine
+        assert engine.batch_processor is not None
+        cache = int(engine.batch_processor.cache.max_tokens_read)
+        model: Any = served.compiled.model
+        text = model.config.get_text_config()
+        limits = (cache, getattr(text, "max_position_embeddings", None), longest)
+        self.most_tokens = min(int(limit) for limit in limits if limit is not None)
+        self.ends = frozenset(checked_limits(None, engine.generation_config.eos_token_id)[1] or ())
+        self._grammars = Grammars(served.tokenizer, text.vocab_size)
+
+    async def arguments(self, fields: Fields) -> dict[str, Any]:
+        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
+        arguments, source = fields.arguments(), fields.grammar()
+        if source is not None:  # a large one takes a second
+            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
+        return arguments
+
+    def refuse_dead(self) -> None:
+        """Raise CBWorkerDeadError if the engine has failed."""
+        error = self.engine.background_thread_status.fatal_error
+        if error is not None:
+            raise CBWorkerDeadError(f"the engine has failed: {error}")
 
 
-class AdapterGeneration(BaseGenerateManager):
-    """Generates for one request with `adapter`, or with the base if that is None. Prompt and answer
-    together have at most `most_tokens`. If the generation fails, `failed` is called."""
+class Sequences:
+    """The sequences of one HTTP request in the engine, with `adapter`, or the base if that is None,
+    numbered in the order in which they were added. They are cancelled when the request ends before
+    them. `deliver` is called with each of their outputs; if it is None, `outputs` has them."""
 
     def __init__(
         self,
-        engine: AdapterBatchingManager,
+        generation: Generation,
         adapter: str | None,
-        most_tokens: int,
-        failed: Callable[[], None],
+        deliver: Callable[[int, Any], None] | None = None,
     ) -> None:
-        self._engine, self._adapter = engine, adapter
-        self._most_tokens, self._failed = most_tokens, failed
+        self._generation, self._adapter = generation, adapter
+        self._deliver = deliver or self._keep
+        self._count = 0
+        self._running: set[str] = set()
+        self._latest: dict[int, Any] = {}
+        self._new = asyncio.Event()
+        self._record = current_record()
+        self._record.at_end.append(self.cancel)
+
+    def add(self, prompt: list[int], most: int | None, *, n: int = 1, **arguments: Any) -> None:
+        """Have the engine generate `n` sequences of at most `most` tokens, or of what fits. Raises
+        RequestError if the prompt is too long or empty, or an argument is refused."""
+        self._generation.refuse_dead()
+        engine, room = self._generation.engine, self._generation.most_tokens - len(prompt)
+        if not prompt:
+            raise RequestError("the prompt has no tokens; write something", "prompt")
+        if room < (0 if most == 0 else 1):
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
+                f"{self._generation.most_tokens}; shorten it",
+                code="context_length_exceeded",
+            )
+        first = uuid4().hex  # names that clients give need not be unique
+        for name in (first, *fork_names(first, n - 1)):
+            engine.register_result_handler(name, partial(self._put, self._count))
+            self._running.add(name)
+            self._count += 1
+        most = room if most is None else min(most, room)
+        try:
+            engine.add_request(
+                prompt, first, most, record_timestamps=True, adapter=self._adapter, n=n, **arguments
+            )
+        except ConfigError as error:
+            field = str(error).partition(" ")[0]
+            raise RequestError(str(error), field if field in arguments else None) from error
+        self._record.prompt_tokens += len(prompt)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Any]]:
+        """The outputs until all sequences have ended, each with its sequence's number. An output is
+        left out if a later one of its sequence has come meanwhile. Raises RequestError if the
+        generation of one failed."""
+        while self._latest or self._running:
+            await self._new.wait()
+            self._new.clear()
+            latest, self._latest = self._latest, {}
+            for index, output in sorted(latest.items()):
+                if output.error is not None:
+                    self._generation.refuse_dead()
+                    raise RequestError(f"the generation failed: {output.error}", status=500)
+                yield index, output
+
+    def cancel(self) -> None:
+        """Cancel what is running."""
+        engine, router = self._generation.engine, self._generation.engine.output_router
+        for name in self._running:
+            engine.cancel_request(name)
+            with router._lock:
+                router.result_handlers.pop(name, None)
+        self._running.clear()
+
+    def _put(self, index: int, output: Any) -> None:
+        self._record.delivered(output)
+        if output.is_finished():
+            self._running.discard(output.request_id)
+        self._deliver(index, output)
+
+    def _keep(self, index: int, output: Any) -> None:
+        self._latest[index] = output
+        self._new.set()
+
+
+class AdapterGeneration(GenerationState, BaseGenerateManager):
+    """Generates for one request of transformers' handler. `begin` makes its sequences, of which the
+    engine generates one with `arguments`, of at most `most` tokens."""
+
+    def __init__(self, begin: Callable[..., Sequences], most: int | None, arguments: Any) -> None:
+        super().__init__(continuous_batching=True)
+        self._begin, self._most, self._arguments = begin, most, arguments
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
+        return self
 
     def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: dict[str, Any],
-        gen_config: GenerationConfig,
-        request_id: str,
-        response_parser: Any = None,
+        self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """The queue of pieces of text, and the streamer that fills it. Together the pieces are the
-        text that `generate_non_streaming` returns. `request_id` is the client's, so it may not be
-        unique; the engine gets another name, or two answers could be mixed."""
-        name, queue = uuid4().hex, asyncio.Queue[Any]()
-        streamer = TextStreamer(self, name, processor._tokenizer, queue, response_parser)
+        text that `generate_non_streaming` returns."""
+        queue, parser = asyncio.Queue[Any](), kwargs["response_parser"]
+        streamer = TextStreamer(
+            self, kwargs["request_id"], processor.backend_tokenizer, queue, parser
+        )
 
-        def deliver(output: Any) -> None:
+        def deliver(_: int, output: Any) -> None:
             try:
                 streamer.put(output)
                 if output.error is not None:
                     queue.put_nowait(stream_error(_json_escaped(output.error)))
-                if output.error is not None or output.is_finished():
+                if output.is_finished():
                     streamer.end()
             except Exception as error:  # of a parser: only this answer fails
                 queue.put_nowait(stream_error(_json_escaped(str(error))))
 
-        self._request(name, inputs["input_ids"], gen_config, deliver, streaming=True)
+        sequences = self._begin(deliver)
+        sequences.add(inputs["input_ids"], self._most, streaming=True, **self._arguments)
         return queue, streamer
 
     async def generate_non_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: dict[str, Any],
-        gen_config: GenerationConfig,
-        request_id: str,
+        self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> tuple[str, int, list[int]]:
         """The text, the length of the prompt, and the tokens. Spaces are not cleaned up, since a
         stream cannot do so."""
-        prompt, answer = inputs["input_ids"], asyncio.get_running_loop().create_future()
-
-        def deliver(output: Any) -> None:
-            if not answer.done():
-                answer.set_result(output)
-
-        self._request(uuid4().hex, prompt, gen_config, deliver, streaming=False)
-        output = await answer
-        if output.error is not None:
-            self._refuse_dead()
-            raise RequestError(f"the generation failed: {output.error}", status=500)
-        tokens = output.generated_tokens
-        return processor._tokenizer.decode(tokens, skip_special_tokens=True), len(prompt), tokens
+        prompt, sequences = inputs["input_ids"], self._begin()
+        sequences.add(prompt, self._most, **self._arguments)
+        (tokens,) = [output.generated_tokens async for _, output in sequences.outputs()]
+        return (
+            processor.backend_tokenizer.decode(tokens, skip_special_tokens=True),
+            len(prompt),
+            tokens,
+        )
 
     def stop(self) -> None:
         """Do nothing: the engine belongs to the server."""
 
     def cancel_request(self, name: str) -> None:
-        """Cancel a request of the engine; the streamer calls this when its client disconnects."""
-        self._engine.cancel_request(name)
-        self._remove_handler(name)  # no more outputs will come
-
-    def _request(
-        self,
-        name: str,
-        prompt: list[int],
-        config: GenerationConfig,
-        deliver: Callable[[Any], None],
-        *,
-        streaming: bool,
-    ) -> None:
-        """Have the engine generate, and call `deliver` with its outputs. The length of the answer
-        is limited to what fits. Raises RequestError if the prompt is too long or empty."""
-        self._refuse_dead()
-        if not prompt:
-            raise RequestError("the prompt has no tokens; write something", "prompt")
-        if len(prompt) >= self._most_tokens:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
-                f"{self._most_tokens}; shorten it",
-                code="context_length_exceeded",
-            )
-        # transformers' handlers compare this with the length of the answer for `finish_reason`.
-        config.max_new_tokens = min(config.max_new_tokens, self._most_tokens - len(prompt))
-
-        def count_and_deliver(output: Any) -> None:
-            if output.error is not None:
-                self._failed()
-            deliver(output)
-
-        self._engine.register_result_handler(name, count_and_deliver)
-        try:
-            self._engine.add_request(
-                prompt,
-                name,
-                adapter=self._adapter,
-                streaming=streaming,
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=config.eos_token_id,
-                **{field: getattr(config, field) for field in RANGES},
-            )
-        except BaseException:
-            self._remove_handler(name)
-            raise
-
-    def _refuse_dead(self) -> None:
-        error = self._engine.background_thread_status.fatal_error
-        if error is not None:
-            raise CBWorkerDeadError(f"the engine has failed: {error}")
-
-    def _remove_handler(self, name: str) -> None:
-        router = self._engine.output_router
-        with router._lock:
-            router.result_handlers.pop(name, None)
-
-
-class Generation(GenerationState):
-    """Gives each request of the server its `AdapterGeneration`."""
-
-    def __init__(
-        self, served: ServedModel, engine: AdapterBatchingManager, metrics: Metrics
-    ) -> None:
-        super().__init__(continuous_batching=True)
-        self._served = served
-        self._engine = engine
-        self._metrics = metrics
-        model: Any = served.compiled.model
-        assert engine.batch_processor is not None
-        cache = int(engine.batch_processor.cache.max_tokens_read)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._most_tokens = cache if positions is None else min(cache, int(positions))
-
-    @property
-    def config(self) -> GenerationConfig:
-        """The defaults of requests."""
-        return self._engine.generation_config
-
-    def use_continuous_batching(self, model: Any, modality: Any) -> bool:
-        return True
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
-        """The manager of a request whose field `model` is `model_id`."""
-        adapter = self._served.adapter_of(model_id)
-        label = BASE if adapter is None else adapter
-        failed = self._metrics.failures.labels(label).inc
-        return AdapterGeneration(self._engine, adapter, self._most_tokens, failed)
+        """Do nothing: the sequence is cancelled when the request ends."""
 
 
 def _json_escaped(text: str) -> str:

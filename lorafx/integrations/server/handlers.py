@@ -1,246 +1,323 @@
-"""transformers' handlers of requests, which choose an adapter and refuse what is not served."""
+"""What is answered on each route: prompts are made of a request's fields, sequences of prompts, and
+choices of sequences. /v1/responses is transformers' own."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from transformers import GenerationConfig
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import BaseHandler, Modality
-
-from lorafx.adapter_store.names import BASE
-from lorafx.generation.continuous.sampling import (
-    COLDEST,
-    RANGES,
-    sampling_number,
-    sampling_range,
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    CBWorkerDeadError,
+    GenerationState,
+    Modality,
+    build_response_parser,
+    get_response_template,
 )
-from lorafx.integrations.server.errors import RequestError, status_of
-from lorafx.integrations.server.generating import UNKNOWN, Generation, Metrics, ServedModel
 
-#: Neutral values, and the fields of OpenAI and vLLM that are accepted with these only. Other values
-#: would change the answer, but transformers' server ignores or does not know them, or honours them
-#: only without continuous batching.
-_FIELDS: Sequence[tuple[tuple[Any, ...], str]] = (
-    (
-        (),
-        "allowed_token_ids audio chat_template conversation generation_config guided_choice "
-        "guided_grammar guided_json guided_regex previous_response_id prompt_logprobs "
-        "structured_outputs truncate_prompt_tokens",
-    ),
-    (
-        (False,),
-        "background continue_final_message echo ignore_eos include_stop_str_in_output "
-        "logprobs return_token_ids return_tokens_as_token_ids use_beam_search",
-    ),
-    ((0,), "frequency_penalty min_p min_tokens presence_penalty priority top_logprobs"),
-    (([],), "bad_words documents functions logits_processors stop_token_ids"),
-    ((1,), "best_of length_penalty n repetition_penalty typical_p"),
-    ((True,), "add_generation_prompt skip_special_tokens spaces_between_special_tokens"),
-    (("auto", "none"), "function_call"),
-    (({},), "logit_bias"),
-    ((["text"],), "modalities"),
-    (({"type": "text"},), "response_format"),
-    (([], ""), "stop"),
-    (({}, {"format": {"type": "text"}}), "text"),
-    (("auto",), "tool_choice"),
-    (("disabled",), "truncation"),
+from lorafx.errors import BatchError, LorafxError
+from lorafx.generation.continuous.manager import checked_prompt
+from lorafx.integrations.server.choices import ChatChoice, Choice, CompletionChoice, Prompt
+from lorafx.integrations.server.errors import RequestError, error_response
+from lorafx.integrations.server.fields import (
+    ChatFields,
+    CompletionFields,
+    MessageFields,
+    ResponseFields,
+    SequenceFields,
 )
-NEUTRAL = {field: values for values, fields in _FIELDS for field in fields.split()}
+from lorafx.integrations.server.generating import (
+    AdapterGeneration,
+    Generation,
+    Sequences,
+    ServedModel,
+)
+from lorafx.integrations.server.request_log import current_record
 
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and value is not True and value > 0
-
-
-def _is_sampling(name: str, value: Any) -> bool:
-    return sampling_number(name, value) is not None
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-#: Fields that are served: a test of their values, and its description for error messages.
-FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("max_tokens", "max_completion_tokens", "max_output_tokens"),
-        (_is_length, "a number of tokens, at least 1"),
-    ),
-    **{name: (partial(_is_sampling, name), sampling_range(name)) for name in RANGES},
-    "suffix": (lambda value: isinstance(value, str), "a string"),
-    "tools": (_are_objects, "a list of objects"),
-}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-class AdapterHandler(BaseHandler):
-    """A mixin for transformers' handlers."""
+class SequenceHandler:
+    """Answers the requests of a route whose answers have choices.
 
-    #: The field that holds the prompt, and whether it goes through the chat template.
-    prompt = "messages"
-    chat = True
-    #: The end of OpenAI's streams on this route.
-    closing = "data: [DONE]\n\n"
+    Attributes:
+        fields: the fields of its requests.
+        kinds: the names of the forms of an answer, and of a chunk of one.
+        prefix: what the names of its answers begin with.
+    """
 
-    def __init__(self, served: ServedModel, generation: Generation, metrics: Metrics) -> None:
-        super().__init__(served, generation)
-        self._served = served
-        self._generation = generation
-        self._metrics = metrics
+    fields: type[SequenceFields]
+    kinds: tuple[str, str]
+    prefix: str
+    #: Whether a choice is a message, and what is known of the prompt's tokens is the answer's.
+    chat: bool
+
+    def __init__(self, served: ServedModel, generation: Generation) -> None:
+        self.served, self.generation = served, generation
+
+    def prompts(self, fields: Any) -> list[Prompt]:
+        """The prompts of a request, at least one. Raises RequestError if there is none."""
+        raise NotImplementedError
+
+    def choice(self, index: int, prompt: Prompt, fields: Any) -> Choice:
+        """The choice for one sequence of a prompt."""
+        raise NotImplementedError
+
+    def _encoded(self, text: str, fields: SequenceFields, *, special: bool) -> Prompt:
+        """The prompt of a text, with `special` tokens unless the request says otherwise."""
+        special = special if fields.add_special_tokens is None else fields.add_special_tokens
+        return Prompt(self.served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Answer a request. Raises RequestError if it is refused."""
-        label = UNKNOWN
-        self._metrics.running.inc()
-        try:
-            _refuse_surrogates(body)
-            adapter = self._served.adapter_of(body.get("model"))
-            label = BASE if adapter is None else adapter
-            body = self._served_fields(body)
-            try:
-                handler: Any = super()
-                response: StreamingResponse | JSONResponse
-                response = await handler.handle_request(body, request_id)
-            except TemplateError as error:
-                why = f"the chat template refuses the messages: {error}"
-                raise RequestError(why, self.prompt) from error
-        except BaseException as error:
-            self._metrics.ended(label, status_of(error))
-            raise
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = self._counting(response.body_iterator, label)
-        else:
-            self._metrics.ended(label, response.status_code)
-        return response
+        adapter = await self.served.resolve(body.get("model"))
+        current_record().asks_for(adapter)
+        fields = self.fields.read(body)
+        arguments = await self.generation.arguments(fields)
+        prompts = self.prompts(fields)
+        each = [prompt for prompt in prompts for _ in range(fields.n)]
+        choices = [self.choice(index, prompt, fields) for index, prompt in enumerate(each)]
+        sequences = Sequences(self.generation, adapter)
+        for prompt in prompts:
+            sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)
+        head = {
+            "id": f"{self.prefix}-{request_id}",
+            "object": self.kinds[fields.stream],
+            "created": int(time.time()),
+            "model": body["model"],
+        }
 
-    async def _counting(self, chunks: Any, label: str) -> AsyncIterator[Any]:
-        status = 499
+        def usage() -> dict[str, int]:
+            counts = sum(len(p.ids) for p in prompts), sum(choice.text.count for choice in choices)
+            names = "prompt_tokens", "completion_tokens", "total_tokens"
+            return dict(zip(names, (*counts, sum(counts)), strict=True))
+
+        if fields.stream:
+            events = self._events(sequences, choices, head, fields.stream_options, usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        answer: dict[str, Any] = {**head, "choices": [None] * len(choices)}
+        async for index, output in sequences.outputs():
+            answer["choices"][index] = choices[index].put(output, whole=True)
+            place = answer if self.chat else answer["choices"][index]
+            place.update(choices[index].of_prompt(output))
+        return JSONResponse({**answer, "usage": usage()})
+
+    async def _events(
+        self,
+        sequences: Sequences,
+        choices: list[Choice],
+        head: dict[str, Any],
+        options: Mapping[str, bool],
+        usage: Callable[[], dict[str, int]],
+    ) -> AsyncIterator[str]:
+        """The events of a stream."""
+
+        def chunk(choices: list[Any], counts: dict[str, int] | None = None) -> str:
+            asked = {"usage": counts} if options.get("include_usage") else {}
+            whole = json.dumps({**head, "choices": choices, **asked}, ensure_ascii=False)
+            return f"data: {whole}\n\n"
+
         try:
-            async with aclosing(chunks):  # closing it early cancels the request
-                async for chunk in chunks:
-                    yield chunk
-                if self.closing:
-                    yield self.closing
-            status = 200
-        finally:
-            self._metrics.ended(label, status)
+            for index in range(len(choices) if self.chat else 0):
+                delta = {"role": "assistant", "content": ""}
+                yield chunk([{"index": index, "delta": delta, "finish_reason": None}])
+            async for index, output in sequences.outputs():
+                piece = choices[index].put(output)
+                if piece is not None:
+                    yield chunk([piece], usage() if options.get("continuous_usage_stats") else None)
+            if options.get("include_usage"):
+                yield chunk([], usage())
+        except (LorafxError, CBWorkerDeadError) as error:
+            yield f"data: {bytes(error_response(error).body).decode()}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+class Completions(SequenceHandler):
+    """/v1/completions."""
+
+    fields, prefix, chat = CompletionFields, "cmpl", False
+    kinds = "text_completion", "text_completion"
+
+    def prompts(self, fields: CompletionFields) -> list[Prompt]:
+        asked = fields.prompt
+        if isinstance(asked, str) or _are_ids(asked):
+            asked = [asked]
+        if not isinstance(asked, list) or not asked:
+            raise _no_prompt(asked)
+        return [self._prompt(prompt, fields) for prompt in asked]
+
+    def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
+        if isinstance(asked, str):
+            return self._encoded(asked, fields, special=True)
+        if not _are_ids(asked):
+            raise _no_prompt(asked)
+        try:
+            return Prompt(checked_prompt(self.served.compiled.model, asked))
+        except BatchError as error:
+            raise RequestError(f"`prompt`: {error}", "prompt") from error
+
+    def choice(self, index: int, prompt: Prompt, fields: CompletionFields) -> Choice:
+        return CompletionChoice(index, prompt, fields, self.served.tokenizer, self.generation.ends)
+
+
+class Chat(SequenceHandler):
+    """/v1/chat/completions."""
+
+    fields, prefix, chat = ChatFields, "chatcmpl", True
+    kinds = "chat.completion", "chat.completion.chunk"
+
+    def prompts(self, fields: ChatFields) -> list[Prompt]:
+        check_chat(self.served, fields)
+        messages = text_messages(fields.messages)
+        try:
+            tokenizer: Any = self.served.tokenizer
+            text = tokenizer.apply_chat_template(
+                messages,
+                tools=fields.used_tools,
+                add_generation_prompt=fields.add_generation_prompt,
+                continue_final_message=fields.continue_final_message,
+                tokenize=False,
+                **fields.chat_template_kwargs,
+            )
+        except (TemplateError, ValueError) as error:
+            raise _refused_by_template(error, "messages") from error
+        return [self._encoded(text, fields, special=False)]
+
+    def choice(self, index: int, prompt: Prompt, fields: ChatFields) -> Choice:
+        tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled.model)
+        parser = build_response_parser(tokenizer, model, prompt.ids, tools=fields.used_tools)
+        return ChatChoice(index, prompt, fields, tokenizer, self.generation.ends, parser=parser)
+
+
+class Responses(ResponseHandler):
+    """/v1/responses."""
+
+    def __init__(self, served: ServedModel, generation: Generation) -> None:
+        super().__init__(served, GenerationState())
+        self._served, self._generation = served, generation
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer a request. Raises RequestError if it is refused."""
+        adapter = await self._served.resolve(body.get("model"))
+        current_record().asks_for(adapter)
+        fields = ResponseFields.read(body)
+        check_chat(self._served, fields)
+        arguments = await self._generation.arguments(fields)
+        handler = copy.copy(self)
+        begin = partial(Sequences, self._generation, adapter)
+        handler.generation_state = AdapterGeneration(begin, fields.max_output_tokens, arguments)
+        # What is not here transformers would apply to the process, or not know.
+        body = {"model": body["model"], **fields.model_dump(include=_PASSED, exclude_none=True)}
+        if not fields.used_tools:
+            body.pop("tools", None)
+        try:
+            return await super(Responses, handler).handle_request(body, request_id)
+        except TemplateError as error:
+            raise _refused_by_template(error, "input") from error
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """Do nothing: `ResponseFields` has been read."""
+
+    @staticmethod
+    def _normalize_input(body: dict[str, Any]) -> list[dict]:
+        try:
+            return super(Responses, Responses)._normalize_input(body)
+        except (AttributeError, HTTPException, KeyError, TypeError) as error:
+            raise RequestError(
+                f"`input` is a string or a list of items: {error!r}", "input"
+            ) from error
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         return body["model"], self._served.compiled.model, self._served.tokenizer
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        # transformers does not know this field.
-        super()._validate_request({name: body[name] for name in body if name != "top_k"})
-
-    def _build_generation_config(
-        self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
-    ) -> GenerationConfig:
-        """The settings of the request, with the server's as defaults."""
-        config = super()._build_generation_config(body, self._generation.config, use_cb=use_cb)
-        config.top_k = body.get("top_k", config.top_k)
-        return config
-
-    def _served_fields(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The fields of `body` without those that have neutral values. Raises RequestError if one
-        would not be honoured, or would fail later."""
-        body = {f: value for f, value in body.items() if value is not None or f == self.prompt}
-        for field, values in NEUTRAL.items():
-            if field in body and body.pop(field) not in values:
-                neutral = " or ".join(map(repr, values))
-                raise RequestError(
-                    f"`{field}` is not served with continuous batching; leave it out"
-                    + (f", or send {neutral}" if neutral else ""),
-                    field,
-                )
-        for field, (is_valid, form) in FORMS.items():
-            if field in body and not is_valid(body[field]):
-                raise RequestError(f"`{field}` is {form}; got {body[field]!r:.80}", field)
-        # transformers would seed the process's generator.
-        drawn = body.get("temperature", self._generation.config.temperature) >= COLDEST
-        if body.pop("seed", None) is not None and drawn:
-            raise RequestError(
-                "`seed` is not served: requests of one batch draw from one generator; leave it "
-                "out, or send `temperature` 0, which draws nothing",
-                "seed",
-            )
-        if self.prompt not in body:
-            raise RequestError(f"`{self.prompt}` is missing", self.prompt)
-        if self.chat and getattr(self._served.tokenizer, "chat_template", None) is None:
-            raise RequestError(
-                f"the tokenizer of {self._served.name!r} has no chat template; ask "
-                "/v1/completions with a `prompt`"
-            )
-        variables = body.get("chat_template_kwargs") or {}
-        taken = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
-        if not isinstance(variables, dict) or not taken.keys().isdisjoint(variables):
-            raise RequestError(
-                "`chat_template_kwargs` is an object with the template's own variables; "
-                f"got {variables!r:.80}",
-                "chat_template_kwargs",
-            )
-        return body
-
     @staticmethod
     def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> list[dict]:
         """A request's messages in transformers' form. Raises RequestError unless they are text."""
-        if not isinstance(messages, list) or not messages:
-            raise RequestError("`messages` is a list of messages, at least one")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise RequestError(f"a message is an object with a `role`; got {message!r:.80}")
-            content = message.get("content")
-            if content is None or isinstance(content, str):
-                continue
-            for part in content if isinstance(content, list) else [content]:
-                kind = part.get("type") if isinstance(part, dict) else None
-                if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                    raise RequestError(
-                        "the content of a message is text: a string, or parts of the types "
-                        f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
-                    )
-        return BaseHandler.get_processor_inputs_from_messages(messages, modality)
+        return text_messages(messages)
 
 
-def _refuse_surrogates(body: Mapping[str, Any]) -> None:
-    """Raise RequestError if the body has half of a surrogate pair. JSON can escape one, but neither
-    a tokenizer nor an answer can encode it."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
+#: Fields of /v1/responses that transformers' handler reads.
+_PASSED = {"input", "instructions", "stream", "max_output_tokens", "chat_template_kwargs", "tools"}
+
+
+def check_chat(served: ServedModel, fields: MessageFields) -> None:
+    """Raise RequestError if the model's tokenizer makes no prompt of messages with these fields, or
+    nothing can be parsed that it answers to tools."""
+    tokenizer, model = cast("Any", served.tokenizer), cast("Any", served.compiled.model)
+    if getattr(tokenizer, "chat_template", None) is None:
         raise RequestError(
-            f"the request holds {half!r}, half of a surrogate pair; send whole characters"
-        ) from error
+            f"the tokenizer of {served.name!r} has no chat template; ask /v1/completions with a "
+            "`prompt`"
+        )
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters
+    if not taken.keys().isdisjoint(fields.chat_template_kwargs):
+        raise RequestError(
+            "`chat_template_kwargs` is an object with the template's own variables; got "
+            f"{fields.chat_template_kwargs!r:.80}",
+            "chat_template_kwargs",
+        )
+    if fields.tool_choice not in ("auto", "none"):
+        raise RequestError("`tool_choice` is auto or none: calls are not forced", "tool_choice")
+    if not fields.used_tools:
+        return
+    if get_response_template(tokenizer, model) is None:
+        raise RequestError(
+            "`tools` are not served for this model: its tokenizer has no response template, by "
+            "which calls are found in an answer",
+            "tools",
+        )
+    prompt = partial(tokenizer.apply_chat_template, [{"role": "user", "content": ""}])
+    try:
+        used = prompt(tools=fields.used_tools, tokenize=False) != prompt(tokenize=False)
+    except TemplateError as error:
+        raise _refused_by_template(error, "tools") from error
+    if not used:
+        raise RequestError("`tools` are not in this model's chat template", "tools")
 
 
-class Chat(AdapterHandler, ChatCompletionHandler):
-    """/v1/chat/completions."""
+def text_messages(messages: Any) -> list[dict]:
+    """A request's messages in transformers' form. Raises RequestError unless they are text."""
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("`messages` is a list of messages, at least one", "messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError(f"a message is an object with a `role`; got {message!r:.80}")
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    "the content of a message is text: a string, or parts of the types "
+                    f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
+                )
+    try:
+        return BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
+    except (KeyError, TypeError, ValueError) as error:  # of calls of tools
+        raise RequestError(f"the `tool_calls` of a message cannot be read: {error!r}") from error
 
 
-class Completions(AdapterHandler, CompletionHandler):
-    """/v1/completions."""
-
-    prompt = "prompt"
-    chat = False
+def _refused_by_template(error: Exception, field: str) -> RequestError:
+    return RequestError(f"the chat template refuses the `{field}`: {error}", field)
 
 
-class Responses(AdapterHandler, ResponseHandler):
-    """/v1/responses."""
+def _are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
 
-    prompt = "input"
-    closing = ""  # the type of the last event ends the stream
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer a request. Without `stream` OpenAI does not stream, but transformers does."""
-        body.setdefault("stream", False)
-        return await super().handle_request(body, request_id)
+def _no_prompt(asked: Any) -> RequestError:
+    return RequestError(
+        "`prompt` is a string, a list of token ids, or a list of such prompts, at least one; got "
+        f"{asked!r:.80}",
+        "prompt",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import uvicorn
 from fastapi import FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from transformers import (
     AutoConfig,
@@ -23,20 +25,19 @@ from transformers import (
 from transformers.cli.serving.server import build_server
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from lorafx.adapter_store.names import BASE
 from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import ConfigError, LorafxError, nearest
+from lorafx.errors import ConfigError
 from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.integrations.server.errors import (
-    Authentication,
-    RequestError,
-    answer_errors,
-    message_of,
-)
-from lorafx.integrations.server.generating import Generation, Metrics, ServedModel
+from lorafx.integrations.server.admission import Admission
+from lorafx.integrations.server.errors import Authentication, answer_errors
+from lorafx.integrations.server.generating import Generation, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
-from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings
+from lorafx.integrations.server.loading import AdapterFinding, AdapterLoading
+from lorafx.integrations.server.metrics import Metrics
+from lorafx.integrations.server.request_log import RequestLog
+from lorafx.integrations.server.routes import add_routes
+from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import config_covering
 
@@ -53,20 +54,36 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer the running requests and return. Raises what
     `opened` raises, and ConfigError if the address is in use."""
     start = time.perf_counter()
-    listener = settings.bind()
+    _log_at(settings.log_level)
+    listener, tls = settings.bind(), settings.tls()
     with listener, opened(settings) as server:
         host, port = listener.getsockname()[:2]
         name, count = settings.served_name, len(server.compiled.adapters)
-        print(
-            f"lorafx: serving {name!r} and {count} adapters on http://{host}:{port}/v1, ready "
-            f"after {time.perf_counter() - start:.1f} s",
-            flush=True,
+        ready = (
+            f"lorafx: serving {name!r} and {count} adapters on http{'s' if tls else ''}://{host}:"
+            f"{port}/v1, ready after {time.perf_counter() - start:.1f} s"
         )
         config = uvicorn.Config(
-            server.app, log_level="warning", timeout_graceful_shutdown=settings.drain
+            server.app,
+            # Its lines at level INFO repeat what is said above and in the log of requests.
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
+            access_log=False,
+            timeout_graceful_shutdown=settings.drain,
+            **tls,
         )
-        with _signals_ignored():
-            uvicorn.Server(config).run(sockets=[listener])
+        serving = uvicorn.Server(config)
+        with _signals_passed_to(serving):
+            listener.listen(config.backlog)  # nobody is refused from the next line on
+            print(ready, flush=True)
+            serving.run(sockets=[listener])
+
+
+def _log_at(level: str) -> None:
+    """Write lorafx's log to standard error from a level on, with a line for each request."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lorafx").setLevel(level.upper())
+    # Its handlers have a line at level WARNING for each request.
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -90,12 +107,14 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
     folders = settings if lazily else None
-    served = ServedModel(compiled, tokenizer, settings.served_name, folders)
+    served = ServedModel(compiled, tokenizer, settings.served_name, folders, settings.aliases)
     defaults, warmup = _defaults(settings, model), settings.warmup or None
-    with compiled.continuous_batching(defaults, engine_config, warmup=warmup) as engine:
+    block = compiled.continuous_batching(
+        defaults, engine_config, warmup=warmup, tokenizer=tokenizer
+    )
+    with block as engine:
         try:
-            app = build_app(served, engine, settings.root(), settings.api_key)
-            yield Opened(app, compiled, engine)
+            yield Opened(build_app(served, engine, settings), compiled, engine)
         finally:
             # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
@@ -103,14 +122,34 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
 
 def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     with _readable(settings.model):
-        AutoConfig.from_pretrained(settings.model)
+        config = AutoConfig.from_pretrained(settings.model)
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and (settings.max_model_len or 0) > positions:
+        raise ConfigError(
+            f"--max-model-len {settings.max_model_len} is more than the {positions} positions of "
+            f"{settings.model}; leave it out to have them all"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"the tokenizer of {settings.model} is a {type(tokenizer).__name__}, which cannot "
             "decode a stream of tokens; the server needs one with a tokenizer.json"
         )
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _template(settings.chat_template)
     return tokenizer
+
+
+def _template(given: str) -> str:
+    """The chat template in a file, or itself in one line. Raises ConfigError if it is neither."""
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        return Path(given).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat-template {given}: neither a file with a template nor a template ({error})"
+        ) from error
 
 
 def _model(settings: ModelSettings) -> Any:
@@ -150,11 +189,11 @@ def _defaults(settings: ModelSettings, model: Any) -> GenerationConfig:
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Ignore SIGTERM and SIGINT. uvicorn's own handlers end `run` after the running requests, and
-    then it raises the signal again, which would keep the engine from being stopped."""
+def _signals_passed_to(server: uvicorn.Server) -> Iterator[None]:
+    """Have SIGTERM and SIGINT end the server, also before it has handlers of its own. After the
+    running requests it raises the signal again, which would keep the engine from being stopped."""
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: None) for number in signals}
+    before = {number: signal.signal(number, server.handle_exit) for number in signals}
     try:
         yield
     finally:
@@ -163,36 +202,58 @@ def _signals_ignored() -> Iterator[None]:
 
 
 #: transformers' routes that are kept. The others load any model, or unload this one.
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models")
+ROUTES = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"),
+    *("/docs", "/openapi.json"),
+)
 
 
 def build_app(
-    served: ServedModel,
-    engine: AdapterBatchingManager,
-    adapter_root: Path | None = None,
-    api_key: str | None = None,
+    served: ServedModel, engine: AdapterBatchingManager, settings: ModelSettings | None = None
 ) -> FastAPI:
-    """The application that serves a model by its engine, which has to be running. Clients may load
-    adapters from `adapter_root`, and have to send `api_key`, if there is one, except to /health and
-    /metrics."""
-    metrics = Metrics(served.compiled, engine.health)
-    generation = Generation(served, engine, metrics)
-    absent: Any = None  # in place of handlers of routes that are removed
+    """The application that serves a model by its engine, which has to be running. Without settings
+    clients need no key, load no adapters and have no limits."""
+    key = most = largest = longest = None
+    if settings is not None:
+        key, longest = settings.api_key, settings.max_model_len
+        most, largest = settings.max_queue, settings.max_body_bytes
+    metrics = Metrics(served.compiled, engine, served.name)
+    generation = Generation(served, engine, longest)
+    absent: Any = None  # in place of what removed routes need
+    chat, completions = Chat(served, generation), Completions(served, generation)
+    handlers: dict[str, Any] = {"chat_handler": chat, "completion_handler": completions}
     app = build_server(
         served,
-        chat_handler=Chat(served, generation, metrics),
-        completion_handler=Completions(served, generation, metrics),
-        response_handler=Responses(served, generation, metrics),
+        **handlers,
+        response_handler=Responses(served, generation),
         transcription_handler=absent,
         systemone_handler=absent,
-        generation_state=generation,
+        generation_state=absent,
     )
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", None) in ROUTES
     ]
+    add_routes(app, completions, chat)
     answer_errors(app)
-    app.add_middleware(Authentication, key=api_key)
-    loading = AdapterLoading(served.compiled, adapter_root)
+    app.user_middleware.clear()  # transformers' gives requests their IDs, as RequestLog does
+    # Each is outside of those before it.
+    app.add_middleware(Admission, most=most, largest=largest)
+    app.add_middleware(Authentication, key=key)
+    root = None
+    if isinstance(settings, Settings):
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+        root = settings.root()
+        if root is not None and settings.resolve_adapters:
+            served.finding = AdapterFinding(served.compiled, root, settings.max_adapter_reads)
+        if not settings.allow_runtime_loading:
+            root = None
+    app.add_middleware(RequestLog, metrics=metrics)
+    loading = AdapterLoading(served.compiled, root)
 
     # Not coroutines: they read files, and FastAPI runs them in threads.
     @app.post("/v1/load_lora_adapter")
@@ -204,6 +265,8 @@ def build_app(
         return Response(loading.unload(body), media_type="text/plain")
 
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     def health() -> JSONResponse:
         reason = engine.unhealthy()
         if reason is not None:
@@ -216,79 +279,3 @@ def build_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-class AdapterLoading:
-    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter. Adapters are in the folder `root`;
-    if that is None, all requests are refused."""
-
-    def __init__(self, compiled: CompiledModel, root: Path | None) -> None:
-        self._compiled = compiled
-        self._root = None if root is None else root.resolve()
-
-    def load(self, body: dict[str, Any]) -> str:
-        """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
-        RequestError if that is refused."""
-        root = self._root_or_refuse()
-        name, path = _text(body, "lora_name"), _text(body, "lora_path")
-        if not name.isprintable():
-            raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
-        if name == BASE:
-            raise RequestError(f"{BASE!r} is the base model", "lora_name")
-        if name in self._compiled.adapters and body.get("load_inplace") is not True:
-            raise RequestError(
-                f"an adapter {name!r} is loaded; unload it first, or send "
-                '"load_inplace": true to replace it',
-                "lora_name",
-            )
-        folder = _folder_inside(root, path)
-        try:
-            self._compiled.load_adapter(folder, name)
-        except LorafxError as error:
-            raise RequestError(message_of(error), "lora_path") from error
-        return f"Success: LoRA adapter '{name}' added successfully."
-
-    def unload(self, body: dict[str, Any]) -> str:
-        """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
-        Raises RequestError if there is no such adapter."""
-        self._root_or_refuse()
-        name, loaded = _text(body, "lora_name"), self._compiled.adapters
-        if name not in loaded:
-            raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
-        self._compiled.unload_adapter(name)
-        return f"Success: LoRA adapter '{name}' removed successfully."
-
-    def _root_or_refuse(self) -> Path:
-        if self._root is None:
-            raise RequestError(
-                "this server loads and unloads no adapters on request; "
-                "`lorafx serve --allow-runtime-loading` does",
-                status=403,
-            )
-        return self._root
-
-
-def _text(body: dict[str, Any], field: str) -> str:
-    value = body.get(field)
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise RequestError(f"`{field}` is a non-empty string; got {value!r}", field)
-    return value
-
-
-def _folder_inside(root: Path, path: str) -> Path:
-    """The folder `path`, relative to `root`. Raises RequestError unless it and its files are in
-    `root` after all links have been followed; the error does not tell what is elsewhere."""
-    outside = RequestError(
-        f"{path!r} is not inside the folder that adapters are loaded from", "lora_path", status=403
-    )
-    try:
-        folder = (root / path).resolve()
-        if not folder.is_relative_to(root):
-            raise outside
-        if not folder.is_dir():
-            raise RequestError(f"there is no folder {path!r}", "lora_path", status=404)
-        if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
-            raise outside
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
-        raise outside from error
-    return folder

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,7 +36,9 @@ class ModelSettings(BaseModel):
 
     model: str
     adapters: Path | None = None
+    lora_modules: tuple[str, ...] = ()
     name: str | None = None
+    aliases: tuple[str, ...] = ()
     max_adapters: int = 8
     max_rank: int | None = None
     slot_rank: int | None = None
@@ -46,7 +49,12 @@ class ModelSettings(BaseModel):
     page_size: _Count = None
     num_blocks: _Count = None
     max_batch_tokens: _Count = None
+    max_num_seqs: _Count = None
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
+    max_model_len: _Count = None
+    max_queue: _Count = None
+    max_body_bytes: _Count = None
+    chat_template: str | None = None
     temperature: float | None = Field(default=None, ge=0)
     lowering: str = "auto"
     cache: str | None = "auto"
@@ -79,13 +87,14 @@ class ModelSettings(BaseModel):
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
-        for name in (self.served_name, *self.found):
+        for name in (self.served_name, *self.aliases, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
         if not self.found and root is None:
             raise ConfigError(
                 "there is no adapter to serve: name a folder of adapters with --adapters, or let "
-                "clients load some with --allow-runtime-loading"
+                "clients load some with --allow-runtime-loading, or have them found when they are "
+                "asked for with --resolve-adapters"
             )
         self.lora_config()
         for name, path in self.found.items():
@@ -102,8 +111,16 @@ class ModelSettings(BaseModel):
 
     @cached_property
     def found(self) -> dict[str, Path]:
-        """The adapters in the folder `adapters` at the start: name -> folder."""
-        return {} if self.adapters is None else _adapter_folders(self.adapters)
+        """The adapters at the start, of `adapters` and `lora_modules`: name -> folder."""
+        found = {} if self.adapters is None else _adapter_folders(self.adapters)
+        for name, folder in map(_named_folder, self.lora_modules):
+            if name in found:
+                raise ConfigError(
+                    f"two adapters are called {name!r}: {found[name]}, and {folder}, which "
+                    "--lora-modules names"
+                )
+            found[name] = folder
+        return found
 
     @property
     def served_name(self) -> str:
@@ -133,7 +150,7 @@ class ModelSettings(BaseModel):
     def folders(self) -> list[str]:
         """The names of the adapters that have a folder now."""
         assert self.adapters is not None
-        return list(_adapter_folders(self.adapters))
+        return list(dict.fromkeys((*self.found, *_adapter_folders(self.adapters))))
 
     def options(self) -> Options:
         """How the model is compiled."""
@@ -161,6 +178,8 @@ class ModelSettings(BaseModel):
         """Arguments of `ContinuousBatchingConfig`."""
         names = ("page_size", "num_blocks", "max_batch_tokens", "max_memory_percent")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.max_num_seqs is not None:
+            chosen["max_requests_per_batch"] = self.max_num_seqs
         if on_cpu and not {"num_blocks", "max_memory_percent"} & chosen.keys():
             chosen["max_memory_percent"] = 0.1
         return chosen
@@ -171,19 +190,53 @@ class Settings(ModelSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    max_queue: _Count = 1024
+    max_body_bytes: _Count = 8 << 20
     allow_runtime_loading: bool = False
+    resolve_adapters: bool = False
+    max_adapter_reads: int = Field(default=2, ge=1)
     adapter_root: Path | None = None
     drain: int | None = Field(default=None, ge=0)
+    allowed_origins: tuple[str, ...] = ()
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_ca_certs: Path | None = None
+    ssl_cert_reqs: int = Field(default=0, ge=0, le=2)
+    ssl_ciphers: str | None = None
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+
+    def tls(self) -> dict[str, Any]:
+        """Arguments of `uvicorn.Config`; none for plain HTTP. Raises ConfigError if the files
+        cannot be used."""
+        names = [name for name in Settings.model_fields if name.startswith("ssl_")]
+        values = {name: getattr(self, name) for name in names if getattr(self, name)}
+        if values:
+            try:
+                if self.ssl_certfile is None:
+                    raise OSError("there is no certificate")
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                    self.ssl_certfile, self.ssl_keyfile
+                )
+            except OSError as error:
+                raise ConfigError(
+                    f"no HTTPS with --ssl-certfile {self.ssl_certfile} and --ssl-keyfile "
+                    f"{self.ssl_keyfile}: {error}"
+                ) from error
+        return values
 
     def root(self) -> Path | None:
-        if not self.allow_runtime_loading:
+        if not self.allow_runtime_loading and not self.resolve_adapters:
             if self.adapter_root is not None:
-                raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
+                raise ConfigError(
+                    "--adapter-root does nothing without --allow-runtime-loading or "
+                    "--resolve-adapters"
+                )
             return None
         root = self.adapter_root or self.adapters
         if root is None:
+            given = "resolve_adapters" if self.resolve_adapters else "allow_runtime_loading"
             raise ConfigError(
-                "--allow-runtime-loading needs the folder that adapters may be loaded from: "
+                f"{option(given)} needs the folder that adapters may be loaded from: "
                 "--adapter-root FOLDER"
             )
         return root
@@ -209,6 +262,16 @@ class Settings(ModelSettings):
 def option(name: str) -> str:
     """The option of `lorafx serve` that sets a field."""
     return f"--{name.replace('_', '-')}"
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    """The name and the folder of one of `lora_modules`."""
+    name, _, path = text.partition("=")
+    if not name or not (Path(path) / CONFIG).is_file():
+        raise ConfigError(
+            f"--lora-modules takes NAME=FOLDER, a folder with an {CONFIG}; got {text}"
+        )
+    return name, Path(path)
 
 
 def _adapter_folders(folder: Path) -> dict[str, Path]:

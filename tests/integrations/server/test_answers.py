@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import threading
-import time
+import re
 
 import openai
 import pytest
-from served import ask, client_of, ids_of, plain, question, said
+from served import asgi, ask, client_of, gated, idle, ids_of, plain, question, said
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -124,63 +122,47 @@ def test_the_client_of_openai(files, server):
     assert "tiny:a3" in models
 
 
-class Gated:
-    """An engine's forward whose steps after the third wait until it is opened."""
-
-    def __init__(self, forward):
-        self.forward = forward
-        self.steps = 0
-        self.open = threading.Event()
-
-    def __getattr__(self, name):
-        return getattr(self.forward, name)
-
-    def __call__(self, **batch):
-        self.steps += 1
-        if self.steps > 3:
-            assert self.open.wait(60)
-        return self.forward(**batch)
-
-
-def test_a_client_that_goes_away(server, monkeypatch):
-    """Its request is cancelled, and nothing of it is left."""
-    gated = Gated(server.engine._forward)
-    monkeypatch.setattr(server.engine, "_forward", gated)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away(server, stream):
+    """Its request is cancelled, and nothing of it is left, after at most one step."""
     path = "/v1/completions"
-    body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True)}
+    body = {"model": "tiny:a1", **question(path, "w9 w12 w13 w14 w15", 40, stream=stream)}
 
     async def leave():
-        began = asyncio.Event()
-        coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        went = asyncio.Event()
 
         async def receive():
-            if coming:
-                return coming.pop()
-            await began.wait()
+            await went.wait()
             return {"type": "http.disconnect"}
 
         async def send(message):
-            if message.get("body"):
-                began.set()
+            pieces.append(message.get("body"))
 
-        scope = {
-            **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"},
-            **{"method": "POST", "scheme": "http", "path": path, "raw_path": path.encode()},
-            **{"query_string": b"", "headers": [(b"content-type", b"application/json")]},
-            **{"client": ("test", 1), "server": ("test", 80)},
-        }
-        await asyncio.wait_for(server.app(scope, receive, send), 60)
+        async def watch():
+            while gate.steps <= gate.free or any(pieces) != stream:
+                await asyncio.sleep(0.01)
+            assert server.engine.cache_usage() > 0
+            went.set()
+
+        await asyncio.gather(asgi(server, path, body, receive, send), watch())
         async with client_of(server) as client:
             return (await client.get("/metrics")).text
 
-    metrics = asyncio.run(leave())
-    gated.open.set()
-    assert 'lorafx_requests_total{adapter="a1",status="499"} 1.0' in metrics
-    assert "lorafx_requests_running 0.0" in metrics
-    assert not server.engine.output_router.result_handlers
-    processor = server.engine.batch_processor
-    deadline = time.monotonic() + 60
-    while processor.has_pending_requests():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert gated.steps < 10
+    pieces = []
+    before = asked(ask(server, "GET", "/metrics").text)
+    with gated(server, free=3) as gate:
+        after = asyncio.run(leave())
+        assert asked(after) == before + 1
+        assert "lorafx_requests_running 0.0" in after
+        assert not server.engine.output_router.result_handlers
+        steps = gate.steps
+        gate.open.set()
+        idle(server)
+        assert gate.steps <= steps + 1
+    assert server.engine.cache_usage() == 0
+
+
+def asked(metrics):
+    """The number of requests for a1 whose clients went away."""
+    found = re.search('lorafx_requests_total{adapter="a1",status="499"} (.*)', metrics)
+    return 0 if found is None else float(found[1])

@@ -25,7 +25,9 @@ PATH = "/v1/completions"
 def locked(files, server):
     """The same model in an application with a key that lets clients load."""
     served = ServedModel(server.compiled, files.tokenizer, "tiny")
-    return server._replace(app=build_app(served, server.engine, files.adapters, KEY))
+    given = {"model": str(files.model), "adapters": files.adapters, "api_key": KEY}
+    settings = Settings(**given, allow_runtime_loading=True)
+    return server._replace(app=build_app(served, server.engine, settings))
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,15 @@ def test_names_that_are_not_there(served, tmp_path):
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError, match="nearest: tiny:a"):
         client.completions.create(model="tiny:a7", prompt="w9")
-    for model in ("tiny:..", "tiny:", f"tiny:{'x' * 5000}", "tiny:a/../a1", "tiny:\0", "a1"):
+    for model in ("tiny:..", "tiny:", f"tiny:{'x' * 5000}", "tiny:a/../a1", "tiny:\0", "a7"):
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=model, prompt="w9")
-    assert [model.id for model in client.models.list()] == [
-        "tiny",
-        *(f"tiny:a{i}" for i in range(5)),
-    ]
+    names = [f"a{i}" for i in range(5)]
+    listed = [model.id for model in client.models.list()]
+    assert listed == ["tiny", *(f"tiny:{name}" for name in names), *names]
+    for name in names:  # which also the ingress has to know
+        answer = client.completions.create(model=name, prompt="w9 w12", max_tokens=4)
+        assert answer.choices[0].text.strip() == served.want(COMPLETIONS, name, "w9 w12", 4)
     assert httpx2.post(f"{served.url}{COMPLETIONS}", content="{").status_code == 400
 
 

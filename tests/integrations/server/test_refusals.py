@@ -6,22 +6,30 @@ import asyncio
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import ask, client_of, question, said
 
 from lorafx.errors import CaptureError
 
 CHAT = "/v1/chat/completions"
+PATHS = (CHAT, "/v1/completions", "/v1/responses")
 
 
 def test_models(server):
     listed = ask(server, "GET", "/v1/models").json()["data"]
-    assert [entry["id"] for entry in listed] == ["tiny", *(f"tiny:a{i}" for i in range(5))]
+    adapters = [f"a{i}" for i in range(5)]
+    assert [entry["id"] for entry in listed] == [
+        "tiny",
+        *(f"tiny:{a}" for a in adapters),
+        *adapters,
+    ]
     assert {entry["parent"] for entry in listed} == {None, "tiny"}
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 @pytest.mark.parametrize(
-    "name", ["tiny:a9", "a9", "a1", "tini", "tiny:__base__", "tiny:", "tiny:a1.gguf"]
+    "name", ["tiny:a9", "a9", "other:a1", "tini", "tiny:__base__", "tiny:", "tiny:a1.gguf"]
 )
 def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
     answer = ask(server, "POST", path, model=name, **question(path, "w9", 2))
@@ -30,7 +38,7 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
     assert error["code"] == "model_not_found"
     assert repr(name) in error["message"]
     assert "tiny" in error["message"]
-    if name in ("tiny:a9", "a9", "a1"):
+    if name in ("tiny:a9", "other:a1"):
         assert "nearest: tiny:a" in error["message"]
 
 
@@ -39,7 +47,8 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
     [
         ({}, "model"),
         ({"model": 3}, "model"),
-        ({"model": "tiny", "messages": None}, "list of messages"),
+        ({"model": "tiny", "messages": []}, "list of messages"),
+        ({"model": "tiny", "messages": None}, "`messages` is missing"),
         ({"model": "tiny", "messages": [{"content": "w9"}]}, "role"),
         (
             {
@@ -51,46 +60,114 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
             "image_url",
         ),
         ({"model": "tiny", "messages": [{"role": "tool", "content": "w9"}]}, "no tools here"),
-        ({"model": "tiny", "messages": [], "n": 2}, "`n`"),
-        ({"model": "tiny", "messages": [], "stop": ["w9"]}, "`stop`"),
-        ({"model": "tiny", "messages": [], "max_tokens": "7"}, "at least 1"),
-        ({"model": "tiny", "messages": [], "temperature": 0.7, "seed": 3}, "`seed`"),
-        ({"model": "tiny", "messages": [], "min_p": 0.1}, "`min_p` .* or send 0"),
-        ({"model": "tiny", "messages": [], "top_k": 1.5}, "an integer"),
-        ({"model": "tiny", "messages": [], "temperature": 10**400}, "temperature"),
-        ({"model": "tiny", "messages": [], "top_p": 2}, "top_p"),
         (
-            {"model": "tiny", "messages": [], "chat_template_kwargs": {"tokenize": False}},
-            "chat_template_kwargs",
+            {
+                "model": "tiny",
+                "messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}],
+            },
+            "tool_calls",
         ),
     ],
 )
-def test_what_is_not_served_is_400(server, body, word):
+def test_messages_that_are_none(server, body, word):
     answer = ask(server, "POST", CHAT, **body)
     assert answer.status_code == 400, answer.text
     assert re.search(word, answer.json()["error"]["message"])
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+#: Values that are none of their fields', or are not served: the routes that know the field, the
+#: value, and a part of the message.
+REFUSED = [
+    (PATHS, "temperature", 10**400, "a number from 0"),
+    (PATHS, "temperature", "hot", "a number from 0"),
+    (PATHS, "top_k", 1.5, "an integer"),
+    (PATHS, "top_p", 2, "from 0 to 1"),
+    (PATHS, "min_p", -0.1, "from 0 to 1"),
+    (PATHS, "presence_penalty", 3, "from -2 to 2"),
+    (PATHS, "repetition_penalty", 0, "repetition_penalty"),
+    (PATHS, "seed", "x", "an integer"),
+    (PATHS, "bad_words", ["w9", 3], "strings"),
+    (PATHS, "logit_bias", {"w9": 3}, "token ids"),
+    (PATHS, "logit_bias", {"99999": 3}, "logit_bias"),
+    (PATHS, "logit_bias", {"9": 1000}, "logit_bias"),
+    (PATHS, "stream", "yes", "true or false"),
+    (PATHS[::2], "tools", ["get_weather"], "a list of objects"),
+    (PATHS[::2], "tools", [{"type": "function"}], "response template"),
+    (PATHS[1:2], "tools", [{"type": "function"}], "leave it out, or send []"),
+    (PATHS, "suffix", "w9", "not served"),
+    (PATHS, "reasoning_effort", "high", "chat_template_kwargs"),
+    (PATHS, "use_beam_search", True, "or send False"),
+    (PATHS, "allowed_token_ids", [3], "leave it out"),
+    (PATHS, "guided_json", {}, "structured_outputs"),
+    (PATHS[:2], "n", 0, "1 to 128"),
+    (PATHS[:2], "n", True, "1 to 128"),
+    (PATHS[:2], "best_of", 2, "the value of `n`"),
+    (PATHS[:2], "stop", [3], "a list of strings"),
+    (PATHS[:2], "stop_token_ids", [99999], "stop_token_ids"),
+    (PATHS[:2], "stop_token_ids", "w9", "a list of token ids"),
+    (PATHS[:2], "max_tokens", "7", "a number of tokens"),
+    (PATHS[:2], "max_tokens", 0, "max_tokens"),
+    (PATHS[:2], "max_tokens", -1, "max_tokens"),
+    (PATHS[:2], "prompt_logprobs", 21, "0 to 20"),
+    (PATHS[:2], "stream_options", {"include_usage": True}, "stream"),
+    (PATHS[:2], "response_format", {"type": "yaml"}, "json_schema"),
+    (PATHS[:2], "response_format", "json_object", "an object"),
+    (PATHS[:2], "structured_outputs", {"structural_tag": "x"}, "structural_tag"),
+    (PATHS[1:2], "logprobs", 21, "0 to 20"),
+    (PATHS[1:2], "logprobs", True, "0 to 20"),
+    (PATHS[:1], "logprobs", 3, "true or false"),
+    (PATHS[:1], "top_logprobs", 2, "`logprobs`"),
+    (PATHS[:1], "echo", True, "not served"),
+    (PATHS[:1], "tool_choice", "required", "auto or none"),
+    (PATHS[:1], "chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs"),
+    (PATHS[2:], "n", 2, "or send 1"),
+    (PATHS[2:], "stop", ["w9"], "not served"),
+    (PATHS[2:], "logprobs", 1, "not served"),
+    (PATHS[2:], "previous_response_id", "x", "not served"),
+]
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "word"),
-    [
-        ("tools", ["get_weather"], "`tools` is a list of objects"),
-        ("suffix", 3, "`suffix` is a string"),
-        ("model", "\ud800", "surrogate"),
-    ],
+    ("path", "field", "value", "word"),
+    [(path, *case) for paths, *case in REFUSED for path in paths],
 )
-def test_fields_of_another_type_are_400(server, path, field, value, word):
-    answer = ask(server, "POST", path, **{"model": "tiny", **question(path, "w9", 2), field: value})
+def test_fields_that_are_refused_by_name(server, path, field, value, word):
+    for stream in (False, True) if field != "stream" and field != "stream_options" else (False,):
+        body = {**question(path, "w9", 2), "stream": stream, field: value}
+        answer = ask(server, "POST", path, model="tiny", **body)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == field
+        assert field in error["message"]
+        assert word in error["message"]
+    assert not server.engine.output_router.result_handlers
+
+
+NAMES = sorted({field for _, field, *_ in REFUSED} | {"prompt", "input", "echo", "text", "model"})
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "json", "9", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=2))
+def test_any_value_is_answered_or_refused(server, path, fields):
+    answer = ask(server, "POST", path, **{"model": "tiny", **question(path, "w9", 1), **fields})
+    assert answer.status_code in (200, 400, 404), answer.text
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_half_of_a_pair(server, path):
+    body = {"model": "tiny", **question(path, "w9 \ud800", 2)}
+    answer = ask(server, "POST", path, **body)
     assert answer.status_code == 400, answer.text
-    assert word in answer.json()["error"]["message"]
-
-
-def test_prompts_that_are_none(server):
-    answer = ask(server, "POST", "/v1/completions", model="tiny", prompt=["w9"])
-    assert answer.status_code == 400
-    assert "string" in answer.json()["error"]["message"]
-    assert ask(server, "POST", "/v1/completions", model="tiny").status_code == 400
+    assert "surrogate" in answer.json()["error"]["message"]
+    assert ask(server, "POST", path, **{**body, "model": "\ud800"}).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -137,7 +214,7 @@ def test_health_and_metrics(server):
     for _ in range(2):
         ask(server, "POST", CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3))
     ask(server, "POST", CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3, stream=True))
-    ask(server, "POST", CHAT, model="tiny", **question(CHAT, "w9", 2, n=3))
+    ask(server, "POST", CHAT, model="tiny", **question(CHAT, "w9", 2, suffix="w9"))
     ask(server, "POST", CHAT, model="tiny:zzz", **question(CHAT, "w9", 2))
     after = counts(server)
 

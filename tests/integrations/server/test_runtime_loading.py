@@ -16,6 +16,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.integrations.server.errors import message_of
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.run import build_app
+from lorafx.integrations.server.settings import Settings
 from lorafx.runtime.marking import build_sites
 
 PATH = "/v1/completions"
@@ -41,7 +42,8 @@ def root(files, tmp_path_factory):
 def loader(files, server, root):
     """The same model in an application that lets clients load."""
     served = ServedModel(server.compiled, files.tokenizer, "tiny")
-    return server._replace(app=build_app(served, server.engine, root))
+    settings = Settings(model=str(files.model), allow_runtime_loading=True, adapter_root=root)
+    return server._replace(app=build_app(served, server.engine, settings))
 
 
 def ask(server, *requests):

@@ -199,10 +199,10 @@ class Ingress:
         except (ValueError, AttributeError, RecursionError):
             return ""
         name = self._settings.served_name
-        if not isinstance(model, str) or not model.startswith(f"{name}:"):
+        if not isinstance(model, str) or model == name:
             return ""
-        adapter = model.removeprefix(f"{name}:")
-        return adapter if self._settings.folder_of(adapter) is not None else ""
+        asked = model.removeprefix(f"{name}:"), model
+        return next((a for a in asked if self._settings.folder_of(a) is not None), "")
 
 
 def build(args: RaySettings) -> Application:

@@ -19,7 +19,7 @@ from ray.serve import metrics
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.errors import error_response
-from lorafx.integrations.server.generating import families
+from lorafx.integrations.server.metrics import Labels, families
 from lorafx.integrations.server.run import opened
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.runtime.session import Statistics
@@ -29,14 +29,14 @@ class Counts:
     """The metrics of one replica, in its process. `stats` is `CompiledModel.stats`."""
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
-        self._stats, self._health = stats, health
+        self._stats, self._health, self._label = stats, health, Labels()
         self._metrics: dict[str, metrics.Counter | metrics.Gauge] = {}
         #: The values of counters that were exported last.
         self._exported: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def export(self) -> None:
         """Add to Ray's counters what was counted since the last export, and set its gauges."""
-        for family in families(self._stats(), self._health):
+        for family in families(self._stats(), self._health, self._label):
             for sample in family.samples:
                 if family.name not in self._metrics:
                     kind: Any = metrics.Gauge if family.type == "gauge" else metrics.Counter

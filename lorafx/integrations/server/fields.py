@@ -1,0 +1,306 @@
+"""The fields of requests: those that the engine takes, those that say how it is answered, and those
+that are not served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorafx.integrations.server.errors import RequestError
+from lorafx.progress import LOG
+
+#: Fields that the engine takes under the same names. It checks their values.
+_CHOOSING = (
+    "temperature top_k top_p min_p presence_penalty frequency_penalty repetition_penalty "
+    "bad_words min_tokens ignore_eos seed"
+)
+#: Fields without an effect on an answer.
+_WITHOUT_EFFECT = (
+    "cache_salt include_reasoning metadata model moderation prompt_cache_key prompt_cache_options "
+    "prompt_cache_retention request_id safety_identifier service_tier store user"
+)
+_GUIDED = "guided_choice guided_grammar guided_json guided_regex"
+#: Neutral values, and the fields of OpenAI and vLLM that are accepted with these only.
+_NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
+    (
+        (),
+        f"{_GUIDED} allowed_token_ids audio chat_template conversation generation_config "
+        "kv_transfer_params max_tool_calls mm_processor_kwargs prediction previous_response_id "
+        "prompt_embeds reasoning reasoning_effort truncate_prompt_tokens vllm_xargs "
+        "web_search_options",
+    ),
+    ((False,), "background return_tokens_as_token_ids use_beam_search"),
+    ((0,), "priority"),
+    (([],), "documents functions include logits_processors"),
+    ((1,), "length_penalty typical_p"),
+    ((True,), "spaces_between_special_tokens"),
+    (("auto", "none"), "function_call"),
+    ((["text"],), "modalities"),
+    (("",), "stop suffix"),
+    (("disabled",), "truncation"),
+    (("medium",), "verbosity"),
+)
+_INSTEAD = {
+    **dict.fromkeys(_GUIDED.split(), "send `structured_outputs`"),
+    "chat_template": "start the server with it",
+    "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
+}
+#: The most logprobs for each token, as in vLLM.
+_MOST_LOGPROBS = 20
+
+
+def _number(words: str, least: int = 1, most: int | None = None, default: Any = None) -> Any:
+    return Field(default=default, ge=least, le=most, description=f"an integer: {words}")
+
+
+def _logprobs() -> Any:
+    return _number(f"logprobs for each token, 0 to {_MOST_LOGPROBS}", 0, _MOST_LOGPROBS)
+
+
+def _switch(default: bool = False) -> Any:
+    return Field(default=default, description="true or false")
+
+
+class GrammarSource(NamedTuple):
+    """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice" or "grammar";
+    `field` asked for it."""
+
+    field: str
+    kind: str
+    value: Any
+
+
+class Fields(BaseModel):
+    """The fields of a request that say how it is answered; `choosing` has those that the engine
+    takes. A field whose value is null is one that was not sent."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    choosing: Mapping[str, Any] = {}
+    stream: bool = _switch()
+    logit_bias: dict[int, float] = Field(
+        default={}, description="an object that has numbers for token ids"
+    )
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Self:
+        """The fields of a request. Raises RequestError if a value is none of its field's, or would
+        not be honoured. Fields that nobody knows are ignored, and logged the first time."""
+        sent = {name: value for name, value in body.items() if value is not None}
+        choosing = {name: sent.pop(name) for name in sent.keys() & _CHOOSING.split()}
+        known = {*cls.model_fields, *_WITHOUT_EFFECT.split()}
+        for name in sorted(sent.keys() - known):
+            neutral = _NEUTRAL_VALUES.get(name)
+            if neutral is None:
+                _log_unknown(f"{name:.80}")
+            elif sent.pop(name) not in neutral:
+                instead = "".join(f", or send {value!r}" for value in neutral)
+                instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else instead
+                raise RequestError(f"`{name}` is not served here; leave it out{instead}", name)
+        try:
+            encoded = json.dumps({**sent, "choosing": choosing}, ensure_ascii=False).encode()
+            return cls.model_validate_json(encoded)
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise RequestError(
+                f"the request holds {half!r}, half of a surrogate pair; send whole characters"
+            ) from error
+        except ValidationError as error:
+            name = str(error.errors(include_url=False)[0]["loc"][0])
+            if name not in sent:
+                raise RequestError(f"`{name}` is missing", name) from error
+            words = cls.model_fields[name].description or "an object of another form"
+            raise RequestError(f"`{name}` is {words}; got {sent[name]!r:.80}", name) from error
+
+    def grammar(self) -> GrammarSource | None:
+        """What the answer has to keep to. Raises RequestError if that is of no known form."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the engine's `add_request`."""
+        return {**self.choosing, "logit_bias": self.logit_bias}
+
+
+class SequenceFields(Fields):
+    """Fields of /v1/completions and /v1/chat/completions."""
+
+    stream_options: dict[str, bool] = Field(default={}, description="an object of switches")
+    n: int = _number("sequences for each prompt, 1 to 128", 1, 128, default=1)
+    best_of: int | None = _number("the value of `n`, of which all are sent")
+    stop: str | list[str] = Field(default=[], description="a string or a list of strings")
+    stop_token_ids: list[int] = Field(default=[], description="a list of token ids")
+    include_stop_str_in_output: bool = _switch()
+    skip_special_tokens: bool = _switch(True)
+    add_special_tokens: bool | None = Field(default=None, description="true or false")
+    prompt_logprobs: int | None = _logprobs()
+    return_token_ids: bool = _switch()
+    response_format: dict[str, Any] = Field(
+        default={"type": "text"}, description="an object with a `type`"
+    )
+    structured_outputs: dict[str, Any] = Field(default={}, description="an object")
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings at which a sequence ends."""
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
+
+    @property
+    def length(self) -> int | None:
+        """The most tokens of a sequence; None up to the end of the context."""
+        raise NotImplementedError
+
+    @property
+    def of_tokens(self) -> int | None:
+        """How many of the likeliest tokens are sent beside each token; None for no logprobs."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        if self.best_of not in (None, self.n):
+            raise RequestError("`best_of` is the value of `n`: all sequences are sent", "best_of")
+        if self.stream_options and not self.stream:
+            raise RequestError("`stream_options` is for streams: send `stream`", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("`prompt_logprobs` are not for streams", "prompt_logprobs")
+        return super().arguments() | {
+            "n": self.n,
+            "stop": self.stops,
+            "stop_token_ids": self.stop_token_ids,
+            "logprobs": self.of_tokens,
+            "prompt_logprobs": self.prompt_logprobs,
+        }
+
+    def grammar(self) -> GrammarSource | None:
+        found = [_format_source("response_format", self.response_format)]
+        kinds = {"json", "regex", "choice", "grammar"}
+        for kind, value in self.structured_outputs.items():
+            if kind == "json_object" and value:
+                found.append(GrammarSource("structured_outputs", "json", {"type": "object"}))
+            elif kind in kinds and value is not None:
+                found.append(GrammarSource("structured_outputs", kind, value))
+            elif value:
+                raise RequestError(f"`structured_outputs` has no `{kind}`", "structured_outputs")
+        sources = [source for source in found if source is not None]
+        if len(sources) > 1:
+            names = ", ".join(f"`{source.field}`" for source in sources)
+            raise RequestError(f"an answer keeps to one grammar; got {names}", sources[1].field)
+        return sources[0] if sources else None
+
+
+class CompletionFields(SequenceFields):
+    """Fields of /v1/completions."""
+
+    prompt: Any
+    max_tokens: int = _number("a number of tokens, at least 0", 0, default=16)
+    logprobs: int | None = _logprobs()
+    echo: bool = _switch()
+
+    @property
+    def length(self) -> int:
+        return self.max_tokens
+
+    @property
+    def of_tokens(self) -> int | None:
+        return self.logprobs
+
+    def arguments(self) -> dict[str, Any]:
+        asked = super().arguments()
+        if not self.max_tokens and not self.echo and self.prompt_logprobs is None:
+            raise RequestError("`max_tokens` 0 answers nothing without `echo`", "max_tokens")
+        scored = self.logprobs if self.echo else None
+        if scored is not None or not self.max_tokens:
+            asked["prompt_logprobs"] = max(scored or 0, self.prompt_logprobs or 0)
+        return asked
+
+
+class MessageFields(Fields):
+    """Fields of /v1/chat/completions and /v1/responses."""
+
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="an object with the template's own variables"
+    )
+    tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = _switch(True)
+
+    @property
+    def used_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call."""
+        return self.tools if self.tools and self.tool_choice != "none" else None
+
+
+class ChatFields(SequenceFields, MessageFields):
+    """Fields of /v1/chat/completions."""
+
+    messages: Any
+    max_tokens: int | None = _number("a number of tokens, at least 1")
+    max_completion_tokens: int | None = _number("a number of tokens, at least 1")
+    logprobs: bool = _switch()
+    top_logprobs: int | None = _logprobs()
+    add_generation_prompt: bool = _switch(True)
+    continue_final_message: bool = _switch()
+
+    @property
+    def length(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def of_tokens(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("`top_logprobs` needs `logprobs` true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class ResponseFields(MessageFields):
+    """Fields of /v1/responses."""
+
+    input: Any
+    instructions: str | None = Field(default=None, description="a string")
+    max_output_tokens: int | None = _number("a number of tokens, at least 1")
+    text: dict[str, Any] = Field(default={}, description="an object with a `format`")
+
+    def grammar(self) -> GrammarSource | None:
+        return _format_source("text", self.text.get("format") or {"type": "text"})
+
+
+def _format_source(field: str, asked: Any) -> GrammarSource | None:
+    """The JSON schema of OpenAI's `response_format`, or of `text.format`; None for text."""
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return GrammarSource(field, "json", {"type": "object"})
+    schema = asked.get("json_schema", asked) if kind == "json_schema" else None
+    if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+        raise RequestError(
+            f"`{field}` has the type text, json_object, or json_schema with a `schema`; got "
+            f"{asked!r:.80}",
+            field,
+        )
+    return GrammarSource(field, "json", schema["schema"])
+
+
+def _neutral_values() -> dict[str, list[Any]]:
+    """Of each known field the values that ask for nothing. Those of a field that another route
+    serves are its defaults."""
+    values: dict[str, list[Any]] = {}
+    for neutral, names in _NEUTRAL:
+        for name in names.split():
+            values.setdefault(name, []).extend(neutral)
+    for fields in (CompletionFields, ChatFields, ResponseFields):
+        for name, field in fields.model_fields.items():
+            known = values.setdefault(name, [])
+            if not field.is_required() and field.default not in (None, *known):
+                known.append(field.default)
+    return values
+
+
+_NEUTRAL_VALUES = _neutral_values()
+
+
+@lru_cache(maxsize=1024)
+def _log_unknown(name: str) -> None:
+    LOG.warning("the field %r of requests is not known, and is ignored", name)

@@ -1,0 +1,131 @@
+"""Adapters that come and go while requests are answered: those that clients load and unload, and
+those that are found when a request first asks for them. All are in one folder."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from lorafx.adapter_store.names import BASE
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.errors import LorafxError, nearest
+from lorafx.integrations.server.errors import RequestError, message_of
+from lorafx.integrations.server.settings import CONFIG, UNPRINTABLE
+
+
+class AdapterLoading:
+    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter from the folder `root`; if that is
+    None, all requests are refused."""
+
+    def __init__(self, compiled: CompiledModel, root: Path | None) -> None:
+        self._compiled = compiled
+        self._root = None if root is None else root.resolve()
+
+    def load(self, body: dict[str, Any]) -> str:
+        """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
+        RequestError if that is refused."""
+        root = self._root_or_refuse()
+        name, path = _text(body, "lora_name"), _text(body, "lora_path")
+        if not name.isprintable():
+            raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
+        if name == BASE:
+            raise RequestError(f"{BASE!r} is the base model", "lora_name")
+        if name in self._compiled.adapters and body.get("load_inplace") is not True:
+            raise RequestError(
+                f"an adapter {name!r} is loaded; unload it first, or send "
+                '"load_inplace": true to replace it',
+                "lora_name",
+            )
+        folder = _folder_inside(root, path)
+        try:
+            self._compiled.load_adapter(folder, name)
+        except LorafxError as error:
+            raise RequestError(message_of(error), "lora_path") from error
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> str:
+        """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
+        Raises RequestError if there is no such adapter."""
+        self._root_or_refuse()
+        name, loaded = _text(body, "lora_name"), self._compiled.adapters
+        if name not in loaded:
+            raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
+        self._compiled.unload_adapter(name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    def _root_or_refuse(self) -> Path:
+        if self._root is None:
+            raise RequestError(
+                "this server loads and unloads no adapters on request; "
+                "`lorafx serve --allow-runtime-loading` does",
+                status=403,
+            )
+        return self._root
+
+
+class AdapterFinding:
+    """Loads the adapters in the folder `root` when they are first asked for, at most `at_once` of
+    them at a time. An adapter is asked for by the name of its folder."""
+
+    def __init__(self, compiled: CompiledModel, root: Path, at_once: int) -> None:
+        self._compiled, self._root = compiled, root.resolve()
+        self._limit = asyncio.Semaphore(at_once)
+        self._readings: dict[str, asyncio.Task[None]] = {}
+
+    async def find(self, name: str) -> None:
+        """Have an adapter loaded if it has a folder and is not loaded yet. Requests for one adapter
+        wait for one reading, and others go on. Raises RequestError if it is refused."""
+        if name in self._compiled.adapters or not self._is_adapter(name):
+            return
+        reading = self._readings.get(name)
+        if reading is None:
+            reading = self._readings[name] = asyncio.create_task(self._read(name))
+            reading.add_done_callback(lambda _: self._readings.pop(name))
+        await asyncio.shield(reading)  # others may wait for it when this client goes away
+
+    async def _read(self, name: str) -> None:
+        folder = _folder_inside(self._root, name)
+        async with self._limit:
+            try:
+                await asyncio.to_thread(self._compiled.load_adapter, folder, name)
+            except LorafxError as error:
+                raise RequestError(
+                    f"the adapter {name!r} has a folder and is not served: {message_of(error)}",
+                    "model",
+                ) from error
+
+    def _is_adapter(self, name: str) -> bool:
+        hidden = name == BASE or name.startswith(".") or not name.isprintable()
+        if hidden or Path(name).name != name:  # which names another folder
+            return False
+        try:
+            return (self._root / name / CONFIG).is_file()
+        except OSError:  # the name is too long
+            return False
+
+
+def _text(body: dict[str, Any], field: str) -> str:
+    value = body.get(field)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise RequestError(f"`{field}` is a non-empty string; got {value!r}", field)
+    return value
+
+
+def _folder_inside(root: Path, path: str) -> Path:
+    """The folder `path`, relative to `root`. Raises RequestError unless it and its files are in
+    `root` after all links have been followed; the error does not tell what is elsewhere."""
+    outside = RequestError(
+        f"{path!r} is not inside the folder that adapters are loaded from", "lora_path", status=403
+    )
+    try:
+        folder = (root / path).resolve()
+        if not folder.is_relative_to(root):
+            raise outside
+        if not folder.is_dir():
+            raise RequestError(f"there is no folder {path!r}", "lora_path", status=404)
+        if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
+            raise outside
+    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+        raise outside from error
+    return folder
