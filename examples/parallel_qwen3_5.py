@@ -213,7 +213,8 @@ def main() -> None:
         names = ["delta", None, "attention"]
         logits = cm(ids, adapter_names=names)
         for row, name in enumerate(names):
-            torch.testing.assert_close(logits[row], alone[name][row])
+            error = (logits[row] - alone[name][row]).abs().max() / alone[name].abs().max()
+            assert error <= 1e-5, f"row {row} is off by {error:.1e}"
             print(f"row {row}: {name or 'base'}: as when served alone")
 
 
