@@ -64,11 +64,12 @@ class MatcherGrammar:
 
     def __init__(self, matcher: Any, size: int) -> None:
         self._matcher, self._size = matcher, size
-        self._read: list[int] = []
+        #: The number of tokens that the matcher has read.
+        self._read = 0
 
     def __deepcopy__(self, _: dict[int, Any]) -> MatcherGrammar:
         copied = MatcherGrammar(self._matcher.deep_copy(), self._size)
-        copied._read = self._read[:]
+        copied._read = self._read
         return copied
 
     def bitmask(self, generated: Sequence[int]) -> Tensor:
@@ -84,10 +85,7 @@ class MatcherGrammar:
 
     def _advance(self, generated: Sequence[int]) -> None:
         """Read the tokens that are new. Raises LorafxError if the grammar does not allow them."""
-        if self._read != generated[: len(self._read)]:
-            self._matcher.reset()
-            self._read = []
-        self._matcher.consume_tokens(list(generated[len(self._read) :]))
-        self._read = list(generated)
+        self._matcher.consume_tokens(list(generated[self._read :]))
+        self._read = len(generated)
         if self._matcher.is_error():
             raise LorafxError(f"the grammar of the request failed: {self._matcher.get_error()}")

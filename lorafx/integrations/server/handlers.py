@@ -26,6 +26,7 @@ from transformers.cli.serving.utils import (
 
 from lorafx.errors import BatchError, LorafxError
 from lorafx.generation.continuous.manager import checked_prompt
+from lorafx.generation.continuous.sampling import integer
 from lorafx.integrations.server.choices import ChatChoice, Choice, CompletionChoice, Prompt
 from lorafx.integrations.server.errors import RequestError, error_response
 from lorafx.integrations.server.fields import (
@@ -312,7 +313,8 @@ def _refused_by_template(error: Exception, field: str) -> RequestError:
 
 
 def _are_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+    is_list = isinstance(prompt, list) and bool(prompt)
+    return is_list and all(integer(token) is not None for token in prompt)
 
 
 def _no_prompt(asked: Any) -> RequestError:
