@@ -356,10 +356,10 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
 @cache
 def _is_installed(package: str) -> bool:
     """Whether pip has installed a package, whose files then change with its version only."""
-    for name in metadata.packages_distributions().get(package, ()):
-        origin = json.loads(metadata.distribution(name).read_text("direct_url.json") or "{}")
-        return not origin.get("dir_info", {}).get("editable")
-    return False
+    names = metadata.packages_distributions().get(package, ())
+    origins = [metadata.distribution(name).read_text("direct_url.json") for name in names]
+    folders = [json.loads(origin or "{}").get("dir_info", {}) for origin in origins]
+    return bool(folders) and not any(folder.get("editable") for folder in folders)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lorafx.capture.compile_log import conversion
-from lorafx.capture.compiler_failures import NoGraph, Unprepared
+from lorafx.capture.compiler_failures import NoGraph
 from lorafx.torch_internals.compat import capture_settings, entry_arguments, inductor_config
 from lorafx.torch_internals.dynamo import (
     ConvertFrameReturn,
@@ -125,9 +125,7 @@ class Traced:
         """A conversion that finds a saved graph, or raises NoGraph, or Unprepared."""
         if self.saved is None:
             raise NoGraph
-        if unprepared := self.saved.unprepared(frame):
-            raise Unprepared(unprepared)
-        return self.saved.converted(no_graph, frame, *args, **kwargs)
+        return self.saved.found(frame, args)
 
     def save(self, convert: Any, frame: Any, *args: Any, **kwargs: Any) -> NoReturn:
         """A conversion for its saved graph alone: raises NoGraph with the graph's file, or None,

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
+from lorafx.capture.compiler_failures import NoGraph, Unprepared
 from lorafx.capture.executable import Captured, Parts
 from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
@@ -126,12 +127,19 @@ class SavedGraphs:
             self._save(*place, result.guarded_code, conversion)
         return result
 
-    def unprepared(self, frame: Any) -> list[Path]:
-        """The newest files for the entry as it is now that `prepare` has not had."""
+    def found(self, frame: Any, arguments: Sequence[Any]) -> ConvertFrameReturn:
+        """A saved conversion of the entry's frame. Raises NoGraph if there is none, and Unprepared
+        while `prepare` has not had the newest. Dynamo's lock is held."""
+        self.file, self.unsaved = None, ""
         place = self._folder_and_key(frame)
-        if not isinstance(place, tuple):
-            return []
-        return [path for path in folders.files(*place)[-_MAX_PREPARED:] if path not in _PREPARED]
+        if isinstance(place, tuple):
+            newest = folders.files(*place)[-_MAX_PREPARED:]
+            if unprepared := [path for path in newest if path not in _PREPARED]:
+                raise Unprepared(unprepared)
+            loaded = self._load(*place, frame, arguments)
+            if loaded is not None:
+                return loaded
+        raise NoGraph
 
     def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""
