@@ -13,7 +13,6 @@ kinds wait for their turn. This process never traces a call that is answered eag
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import shutil
@@ -22,8 +21,8 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -43,6 +42,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
 from lorafx.runtime.beside import Process, can_fork
+from lorafx.runtime.collection import collection_paused
 from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:
@@ -202,12 +202,13 @@ class Tiers:
         saved, _ = kind.looked
         graphs = self._saved, len(entry.session.records)
         if (kind.has_graph or graphs != kind.looked) and _is_prepared():
-            loads = _load if self._saved != saved else _find
+            loads = self._saved != saved
             try:
-                with _no_collection():
-                    result = entry.run_graph(args, kwargs, base=base, conversion=loads)
+                with collection_paused() if loads else nullcontext():
+                    find = _load if loads else _find
+                    result = entry.run_graph(args, kwargs, base=base, conversion=find)
             except Unprepared as found:
-                _prepare(partial(_warm, weakref.ref(entry.session.program), found.paths))
+                _prepare_files(entry.session.program, found.paths)
             except NoGraph:
                 kind.looked = graphs
                 if kind.processes >= _MOST_PROCESSES and not kind.has_graph and not kind.reason:
@@ -305,8 +306,7 @@ class Tiers:
         if self._shown is not None:
             self._shown.end()
         if outcome.startswith(_SAVED):
-            path = Path(outcome.removeprefix(_SAVED))
-            _prepare(partial(_warm, weakref.ref(session.program), [path]))
+            _prepare_files(session.program, [Path(outcome.removeprefix(_SAVED))])
             self._saved += 1
         elif session.program.options.fallback == "refuse" and process.reported:
             kind.here = True
@@ -455,19 +455,6 @@ _MODULES = ("lorafx.capture.backend", "lorafx.capture.saved_graphs.saved_graphs"
 _preparation: threading.Thread | None = None
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Do not collect garbage while a graph is loaded, which makes many objects: all of torch's are
-    looked through, in about as much time as the loading takes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _preparing() -> bool:
     return _preparation is not None and _preparation.is_alive()
 
@@ -496,13 +483,18 @@ def _import() -> None:
         importlib.import_module(name)
 
 
-def _warm(program: weakref.ref[Program], paths: Iterable[Path]) -> None:
-    _import()
-    from lorafx.capture.saved_graphs.saved_graphs import prepare
+def _prepare_files(program: Program, paths: Iterable[Path]) -> None:
+    reference = weakref.ref(program)  # the thread keeps no model alive
 
-    for path in paths:
-        if (alive := program()) is not None:
-            prepare(alive, path)
+    def action() -> None:
+        _import()
+        from lorafx.capture.saved_graphs.saved_graphs import prepare
+
+        for path in paths:
+            if (alive := reference()) is not None:
+                prepare(alive, path)
+
+    _prepare(action)
 
 
 def _wait_for_preparation() -> None:
