@@ -10,12 +10,13 @@ import torch
 from lorafx.torch_internals.versions import private_names
 
 
-def stream_error(message: str) -> Any:
-    """The object that transformers' server puts into a stream if generation failed."""
+def response_parts() -> tuple[Any, Any]:
+    """transformers' builder of the events of a stream of /v1/responses; and its function that makes
+    messages of the `input` and `instructions` of a request."""
     with private_names():
-        from transformers.cli.serving.utils import _StreamError
+        from transformers.cli.serving.response import ResponseHandler, _ResponseStreamBuilder
 
-        return _StreamError(message)
+        return _ResponseStreamBuilder, ResponseHandler._normalize_input
 
 
 def causal_model_class(config: Any) -> type:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
+from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.integrations.server.errors import RequestError
 from lorafx.progress import LOG
+from lorafx.torch_internals.transformers_parts import response_parts
 
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
@@ -82,6 +84,7 @@ class Fields(BaseModel):
 
     choosing: Mapping[str, Any] = {}
     stream: bool = _switch()
+    add_special_tokens: bool | None = Field(default=None, description="true or false")
     logit_bias: dict[int, float] = Field(
         default={}, description="an object that has numbers for token ids"
     )
@@ -120,6 +123,11 @@ class Fields(BaseModel):
         """What the answer has to keep to. Raises RequestError if that is of no known form."""
         raise NotImplementedError
 
+    @property
+    def length(self) -> int | None:
+        """The most tokens of a sequence; None up to the end of the context."""
+        raise NotImplementedError
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of the engine's `add_request`."""
         return {**self.choosing, "logit_bias": self.logit_bias}
@@ -135,7 +143,6 @@ class SequenceFields(Fields):
     stop_token_ids: list[int] = Field(default=[], description="a list of token ids")
     include_stop_str_in_output: bool = _switch()
     skip_special_tokens: bool = _switch(True)
-    add_special_tokens: bool | None = Field(default=None, description="true or false")
     prompt_logprobs: int | None = _logprobs()
     return_token_ids: bool = _switch()
     response_format: dict[str, Any] = Field(
@@ -147,11 +154,6 @@ class SequenceFields(Fields):
     def stops(self) -> list[str]:
         """The strings at which a sequence ends."""
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
-
-    @property
-    def length(self) -> int | None:
-        """The most tokens of a sequence; None up to the end of the context."""
-        raise NotImplementedError
 
     @property
     def of_tokens(self) -> int | None:
@@ -225,6 +227,8 @@ class MessageFields(Fields):
     tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = _switch(True)
+    add_generation_prompt: bool = _switch(True)
+    continue_final_message: bool = _switch()
 
     @property
     def used_tools(self) -> list[dict[str, Any]] | None:
@@ -240,8 +244,6 @@ class ChatFields(SequenceFields, MessageFields):
     max_completion_tokens: int | None = _number("a number of tokens, at least 1")
     logprobs: bool = _switch()
     top_logprobs: int | None = _logprobs()
-    add_generation_prompt: bool = _switch(True)
-    continue_final_message: bool = _switch()
 
     @property
     def length(self) -> int | None:
@@ -262,8 +264,37 @@ class ResponseFields(MessageFields):
     max_output_tokens: int | None = _number("a number of tokens, at least 1")
     text: dict[str, Any] = Field(default={}, description="an object with a `format`")
 
+    @property
+    def length(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages of a chat that `instructions` and `input` are. Raises RequestError if they
+        are none."""
+        _, messages = response_parts()
+        try:
+            found: list[dict[str, Any]] = messages(self.model_dump())
+        except (AttributeError, HTTPException, KeyError, TypeError) as error:
+            why = f"`input` is a string or a list of items: {error!r}"
+            raise RequestError(why, "input") from error
+        return found
+
+    @property
+    def used_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call, in the form of a chat's."""
+        return [_as_in_chats(tool) for tool in super().used_tools or ()] or None
+
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})
+
+
+def _as_in_chats(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool of /v1/responses in the form of /v1/chat/completions."""
+    if "function" in tool:
+        return tool
+    function = {name: value for name, value in tool.items() if name != "type"}
+    return {"type": "function", "function": function}
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:
