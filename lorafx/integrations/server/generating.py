@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
-from lorafx.generation.continuous.manager import AdapterBatchingManager, checked_limits
+from lorafx.generation.continuous.manager import AdapterBatchingManager
+from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.grammars import Grammars
@@ -124,7 +125,7 @@ class Generation:
         positions = getattr(text, "max_position_embeddings", None)
         limits = cache, positions, served.settings.max_model_len
         self.most_tokens = min(int(limit) for limit in limits if limit is not None)
-        self.ends = frozenset(checked_limits(None, engine.generation_config.eos_token_id)[1] or ())
+        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
         self._grammars = Grammars(served.tokenizer, text.vocab_size)
 
     async def arguments(self, fields: Fields) -> dict[str, Any]:

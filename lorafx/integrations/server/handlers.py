@@ -18,8 +18,7 @@ from transformers.cli.serving.utils import (
 )
 
 from lorafx.errors import BatchError
-from lorafx.generation.continuous.manager import checked_prompt
-from lorafx.generation.continuous.sampling import integer
+from lorafx.generation.continuous.parameters import checked_prompt
 from lorafx.integrations.server.answers import Answer, ChoicesAnswer, ResponseAnswer
 from lorafx.integrations.server.choices import ChatChoice, CompletionChoice, Prompt
 from lorafx.integrations.server.errors import RequestError
@@ -235,7 +234,7 @@ def _refused_by_template(error: Exception, field: str) -> RequestError:
 
 def _are_ids(prompt: Any) -> bool:
     is_list = isinstance(prompt, list) and bool(prompt)
-    return is_list and all(integer(token) is not None for token in prompt)
+    return is_list and all(type(token) is int for token in prompt)
 
 
 def _no_prompt(asked: Any) -> RequestError:
