@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 from transformers.cli.serving.response import compute_usage
@@ -23,16 +23,6 @@ from lorafx.integrations.server.fields import SequenceFields
 from lorafx.integrations.server.generating import Sequences
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 from lorafx.torch_internals.transformers_parts import response_parts
-
-
-class Answer(Protocol):
-    """An answer, of which one method is called."""
-
-    async def whole(self, sequences: Sequences) -> dict[str, Any]:
-        """The answer when all sequences have ended."""
-
-    def events(self, sequences: Sequences) -> AsyncIterator[str]:
-        """The events of a stream, of which an error is one."""
 
 
 class ChoicesAnswer:
@@ -51,6 +41,7 @@ class ChoicesAnswer:
         self._head, self._chat = {**head, "created": int(time.time())}, chat
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
+        """The answer when all sequences have ended."""
         answer: dict[str, Any] = {**self._head, "choices": [None] * len(self._choices)}
         async for index, output in sequences.outputs():
             answer["choices"][index] = self._choices[index].put(output, whole=True)
@@ -59,6 +50,7 @@ class ChoicesAnswer:
         return {**answer, "usage": self._usage()}
 
     async def events(self, sequences: Sequences) -> AsyncIterator[str]:
+        """The events of a stream."""
         try:
             for index in range(len(self._choices) if self._chat else 0):
                 delta = {"role": "assistant", "content": ""}
@@ -96,17 +88,18 @@ class ResponseAnswer:
         self._prompt, self._text, self._parts = prompt, text, parts
         head = {"id": f"resp_{name}", "created_at": time.time(), "model": model}
         fixed = {"object": "response", "tools": [], "tool_choice": "auto"}
-        builder, _ = response_parts()
-        self._builder = builder(
-            request_id=name, response_defaults={**head, **fixed, "parallel_tool_calls": False}
-        )
+        head |= {**fixed, "parallel_tool_calls": False}
+        builder, _, _ = response_parts()
+        self._builder = builder(request_id=name, response_defaults=head)
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
+        """The answer when its sequence has ended."""
         (events,) = [self._put(output) async for _, output in sequences.outputs()]
         answer: dict[str, Any] = json.loads(events[-1].removeprefix("data: "))["response"]
         return answer
 
     async def events(self, sequences: Sequences) -> AsyncIterator[str]:
+        """The events of a stream."""
         try:
             yield "".join(self._builder.start_response())
             async for _, output in sequences.outputs():
@@ -142,3 +135,6 @@ class ResponseAnswer:
         builder = self._builder
         events: list[str] = builder.finish_reasoning() if builder.reasoning_open else []
         return events + (builder.finish_message() if builder.message_open else [])
+
+
+Answer: TypeAlias = ChoicesAnswer | ResponseAnswer
