@@ -29,6 +29,7 @@ from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager, checked_limits
+from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.choices import Decoder
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
@@ -151,14 +152,14 @@ class TextStreamer(CBStreamer):
 
 
 class Generation:
-    """What all requests of the server share: the engine, the tokens that end a sequence, and the
-    most that a prompt and its answer may have together: `longest`, or what the model and the cache
-    have room for."""
+    """What all requests of the server share: the engine, the `queue` before it, the tokens that end
+    a sequence, and the most that a prompt and its answer may have together: `longest`, or what the
+    model and the cache have room for."""
 
     def __init__(
-        self, served: ServedModel, engine: AdapterBatchingManager, longest: int | None = None
+        self, served: ServedModel, engine: AdapterBatchingManager, queue: Queue, longest: int | None
     ) -> None:
-        self.engine = engine
+        self.engine, self.queue = engine, queue
         assert engine.batch_processor is not None
         cache = int(engine.batch_processor.cache.max_tokens_read)
         model: Any = served.compiled.model

@@ -85,6 +85,7 @@ class SequenceHandler:
         fields = self.fields.read(body)
         arguments = await self.generation.arguments(fields)
         prompts = self.prompts(fields)
+        self.generation.queue.take(len(prompts) * fields.n, had=1)
         each = [prompt for prompt in prompts for _ in range(fields.n)]
         choices = [self.choice(index, prompt, fields) for index, prompt in enumerate(each)]
         sequences = Sequences(self.generation, adapter)

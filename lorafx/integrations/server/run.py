@@ -29,7 +29,7 @@ from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
 from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.integrations.server.admission import Admission
+from lorafx.integrations.server.admission import Admission, Queue
 from lorafx.integrations.server.errors import Authentication, answer_errors
 from lorafx.integrations.server.generating import Generation, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Responses
@@ -217,8 +217,8 @@ def build_app(
     if settings is not None:
         key, longest = settings.api_key, settings.max_model_len
         most, largest = settings.max_queue, settings.max_body_bytes
-    metrics = Metrics(served.compiled, engine, served.name)
-    generation = Generation(served, engine, longest)
+    metrics, queue = Metrics(served.compiled, engine, served.name), Queue(most)
+    generation = Generation(served, engine, queue, longest)
     absent: Any = None  # in place of what removed routes need
     chat, completions = Chat(served, generation), Completions(served, generation)
     handlers: dict[str, Any] = {"chat_handler": chat, "completion_handler": completions}
@@ -237,7 +237,7 @@ def build_app(
     answer_errors(app)
     app.user_middleware.clear()  # transformers' gives requests their IDs, as RequestLog does
     # Each is outside of those before it.
-    app.add_middleware(Admission, most=most, largest=largest)
+    app.add_middleware(Admission, queue=queue, largest=largest)
     app.add_middleware(Authentication, key=key)
     root = None
     if isinstance(settings, Settings):
