@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -40,7 +39,11 @@ from lorafx.generation.continuous.parameters import (
     ARGUMENTS,
     NOTHING,
     Grammar,
+    checked_number,
     checked_parameters,
+    checked_prompt,
+    checked_sampling,
+    ends_of,
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
@@ -192,18 +195,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
-        max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
-        config = self.generation_config
-        if ends is None:
-            ends = checked_limits(None, config.eos_token_id)[1] or []
-        if ignore_eos:
-            ends = []
-        count = self.num_return_sequences if n is None else int(sampling.checked_number("n", n))
+        config, size = self.generation_config, self._vocabulary()
+        if max_new_tokens is None:
+            max_new_tokens = config.max_new_tokens
+        else:
+            max_new_tokens = checked_number("max_new_tokens", max_new_tokens)
+        ends = ends_of(config.eos_token_id if eos_token_id is None else eos_token_id)
+        ends = [] if ignore_eos else ends
+        count = self.num_return_sequences if n is None else checked_number("n", n)
         own = {name: parameters.pop(name) for name in self._arguments & parameters.keys()}
-        values = sampling.checked_sampling(self.logit_processor, parameters)
-        asked = checked_parameters(own, self._tokenizer, self._vocabulary(), ends)
+        values = checked_sampling(self.logit_processor, parameters)
+        asked = checked_parameters(own, self._tokenizer, size, ends)
         prompt = checked_prompt(self.forwards.model, input_ids)
-        if asked.prompt_logprobs is not None and max(prompt) >= self._vocabulary():
+        if asked.prompt_logprobs is not None and max(prompt) >= size:
             raise ConfigError(
                 f"prompt_logprobs: the model has no logits of token {max(prompt)}, which is in the "
                 "prompt; leave it out"
@@ -215,7 +219,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             initial_tokens=prompt,
             num_children=count - 1,
             record_timestamps=record_timestamps,
-            max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             streaming=streaming,
             logit_processor_kwargs=values,
@@ -495,41 +499,3 @@ def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatching
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )
-
-
-def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
-    """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
-    try:
-        prompt = [operator.index(token) for token in input_ids]
-    except TypeError as error:
-        raise BatchError(
-            f"input_ids holds the token ids of one prompt, which are integers: {error}"
-        ) from error
-    if not prompt:
-        raise BatchError("input_ids is empty; give at least one token")
-    size: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if size is not None and not 0 <= min(prompt) <= max(prompt) < size:
-        raise BatchError(
-            f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
-            f"for 0 to {size - 1}"
-        )
-    return prompt
-
-
-def checked_limits(
-    max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
-) -> tuple[int | None, list[int] | None]:
-    """The two arguments as an integer and a list of integers. Raises ConfigError if one is
-    neither that nor None."""
-    limit = None if max_new_tokens is None else sampling.integer(max_new_tokens)
-    if max_new_tokens is not None and (limit is None or limit < 0):
-        raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
-    if eos_token_id is None:
-        return limit, None
-    single, several = sampling.integer(eos_token_id), cast("Iterable[int]", eos_token_id)
-    try:
-        return limit, [operator.index(token) for token in several] if single is None else [single]
-    except TypeError as error:
-        raise ConfigError(
-            f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"
-        ) from error

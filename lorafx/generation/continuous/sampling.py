@@ -11,11 +11,8 @@ All processors exist, whatever the engine's own values are. A step skips those t
 from __future__ import annotations
 
 import copy
-import operator
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,25 +25,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.errors import ConfigError
-
-#: The ranges of a request's arguments that are numbers. Temperatures become float32.
-RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, float(torch.finfo(torch.float32).max)),
-    "top_k": (-1, sys.maxsize),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-    "logit_bias": (-100.0, 100.0),
-    "seed": (-sys.maxsize, sys.maxsize),
-    "min_tokens": (0, sys.maxsize),
-    "logprobs": (0, sys.maxsize),
-    "prompt_logprobs": (0, sys.maxsize),
-    "n": (1, 1024),
-}
-#: The values of those that processors read, if neither the request nor the engine has one.
+#: The values that processors read if neither the request nor the engine has one.
 DEFAULTS: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 #: Lower temperatures take the likeliest token. vLLM has the same bound.
 COLDEST = 1e-5
@@ -145,63 +124,3 @@ def any_drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
     """Whether any token of the coming step is drawn, for an engine that samples."""
     drawn = (p.drawn for p in processors.logits_processor if isinstance(p, Temperature))
     return next(drawn, True)
-
-
-# --- arguments of requests ---
-
-
-def sampling_number(name: str, value: Any) -> float | None:
-    """`value` as a number in the range of `name`; None if it is none."""
-    low, high = RANGES[name]
-    number = integer(value) if isinstance(low, int) else _number(value)
-    return number if number is not None and low <= number <= high else None
-
-
-def checked_number(name: str, value: Any) -> float:
-    """`value` as a number. Raises ConfigError if it is none, or not in the range of `name`."""
-    number = sampling_number(name, value)
-    if number is None:
-        raise ConfigError(f"{name} is {sampling_range(name)}; got {value!r}")
-    return number
-
-
-def sampling_range(name: str) -> str:
-    """The range of `name`, in words for error messages."""
-    low, high = RANGES[name]
-    return f"{'an integer' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
-
-
-def checked_sampling(
-    processors: ContinuousBatchingLogitsProcessorList, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments by which a request chooses its tokens, without those that are None. Raises
-    ConfigError if the engine does not take one per request, or no token can be chosen with it."""
-    values = {name: value for name, value in kwargs.items() if value is not None}
-    for name in values.keys() & RANGES.keys():
-        values[name] = checked_number(name, values[name])
-    try:
-        processors.check_kwargs(values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"this engine does not choose a request's tokens by {', '.join(values)}: {error}. "
-            "Start it with GenerationConfig(do_sample=True) and "
-            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k, "
-            "top_p and min_p"
-        ) from error
-    return values
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        return None
-    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # of tensors and arrays
-        return float(value)
-    return None
-
-
-def integer(value: Any) -> int | None:
-    """`value` as a Python integer, if it is one of Python, NumPy or torch; None otherwise."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None

@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import get_route_path
-from transformers.cli.serving.utils import CBWorkerDeadError
 
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelled
 from lorafx.integrations.server.settings import ModelSettings, option
@@ -46,7 +45,7 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, UnknownAdapterError):
         return 404
     # The engine raises BatchError when it takes no requests.
-    return 503 if isinstance(error, (CBWorkerDeadError, BatchError)) else 500
+    return 503 if isinstance(error, BatchError) else 500
 
 
 def message_of(error: Exception) -> str:
@@ -77,7 +76,7 @@ def answer_errors(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return error_response(error)
 
-    for kind in (LorafxError, CBWorkerDeadError, HTTPException, RequestValidationError):
+    for kind in (LorafxError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
 
 

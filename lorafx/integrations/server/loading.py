@@ -11,16 +11,15 @@ from lorafx.adapter_store.names import BASE
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, nearest
 from lorafx.integrations.server.errors import RequestError, message_of
-from lorafx.integrations.server.settings import CONFIG, UNPRINTABLE
+from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings, adapter_folder
 
 
 class AdapterLoading:
-    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter from the folder `root`; if that is
-    None, all requests are refused."""
+    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter, if the settings allow it."""
 
-    def __init__(self, compiled: CompiledModel, root: Path | None) -> None:
-        self._compiled = compiled
-        self._root = None if root is None else root.resolve()
+    def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
+        allowed = isinstance(settings, Settings) and settings.allow_runtime_loading
+        self._compiled, self._root = compiled, settings.root() if allowed else None
 
     def load(self, body: dict[str, Any]) -> str:
         """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
@@ -65,27 +64,31 @@ class AdapterLoading:
 
 
 class AdapterFinding:
-    """Loads the adapters in the folder `root` when they are first asked for, at most `at_once` of
-    them at a time. An adapter is asked for by the name of its folder."""
+    """Loads adapters when they are first asked for, if the settings say so. An adapter is asked for
+    by the name of its folder."""
 
-    def __init__(self, compiled: CompiledModel, root: Path, at_once: int) -> None:
-        self._compiled, self._root = compiled, root.resolve()
-        self._limit = asyncio.Semaphore(at_once)
+    def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
+        self._compiled, self._root = compiled, None
+        if isinstance(settings, Settings) and settings.resolve_adapters:
+            self._root = settings.root()
+            self._limit = asyncio.Semaphore(settings.max_adapter_reads)
         self._readings: dict[str, asyncio.Task[None]] = {}
 
     async def find(self, name: str) -> None:
         """Have an adapter loaded if it has a folder and is not loaded yet. Requests for one adapter
         wait for one reading, and others go on. Raises RequestError if it is refused."""
-        if name in self._compiled.adapters or not self._is_adapter(name):
+        if self._root is None or name in self._compiled.adapters:
+            return
+        if adapter_folder(self._root, name) is None:
             return
         reading = self._readings.get(name)
         if reading is None:
-            reading = self._readings[name] = asyncio.create_task(self._read(name))
+            reading = self._readings[name] = asyncio.create_task(self._read(self._root, name))
             reading.add_done_callback(lambda _: self._readings.pop(name))
         await asyncio.shield(reading)  # others may wait for it when this client goes away
 
-    async def _read(self, name: str) -> None:
-        folder = _folder_inside(self._root, name)
+    async def _read(self, root: Path, name: str) -> None:
+        folder = _folder_inside(root, name)
         async with self._limit:
             try:
                 await asyncio.to_thread(self._compiled.load_adapter, folder, name)
@@ -94,15 +97,6 @@ class AdapterFinding:
                     f"the adapter {name!r} has a folder and is not served: {message_of(error)}",
                     "model",
                 ) from error
-
-    def _is_adapter(self, name: str) -> bool:
-        hidden = name == BASE or name.startswith(".") or not name.isprintable()
-        if hidden or Path(name).name != name:  # which names another folder
-            return False
-        try:
-            return (self._root / name / CONFIG).is_file()
-        except OSError:  # the name is too long
-            return False
 
 
 def _text(body: dict[str, Any], field: str) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.checkpoint import config_of
+from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
@@ -135,17 +136,10 @@ class ModelSettings(BaseModel):
     def folder_of(self, adapter: str) -> Path | None:
         """The folder of an adapter, also of one that was added to `adapters` later; None if there
         is no such adapter."""
-        folder = self.found.get(adapter)
-        if folder is None:
-            if self.adapters is None or not adapter or adapter.startswith("."):
-                return None
-            if Path(adapter).name != adapter:  # a path to another folder
-                return None
-            folder = self.adapters / adapter
-        try:
-            return folder if (folder / CONFIG).is_file() else None
-        except OSError:  # the name is too long
-            return None
+        known = self.found.get(adapter)
+        if known is not None:
+            return known if (known / CONFIG).is_file() else None
+        return None if self.adapters is None else adapter_folder(self.adapters, adapter)
 
     def folders(self) -> list[str]:
         """The names of the adapters that have a folder now."""
@@ -239,7 +233,7 @@ class Settings(ModelSettings):
                 f"{option(given)} needs the folder that adapters may be loaded from: "
                 "--adapter-root FOLDER"
             )
-        return root
+        return root.resolve()
 
     def bind(self) -> socket.socket:
         """A socket that is bound to `host` and `port` and does not listen yet. Raises ConfigError
@@ -262,6 +256,17 @@ class Settings(ModelSettings):
 def option(name: str) -> str:
     """The option of `lorafx serve` that sets a field."""
     return f"--{name.replace('_', '-')}"
+
+
+def adapter_folder(root: Path, name: str) -> Path | None:
+    """The folder directly in `root` that has the name of an adapter; None if it is none."""
+    hidden = name in ("", BASE) or name.startswith(".") or not name.isprintable()
+    if hidden or Path(name).name != name:  # which names another folder
+        return None
+    try:
+        return root / name if (root / name / CONFIG).is_file() else None
+    except OSError:  # the name is too long
+        return None
 
 
 def _named_folder(text: str) -> tuple[str, Path]:

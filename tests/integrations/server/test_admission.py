@@ -6,11 +6,7 @@ import asyncio
 import json
 
 import pytest
-from served import asgi, ask, client_of, gated, idle, plain, question, said
-
-from lorafx.integrations.server.generating import ServedModel
-from lorafx.integrations.server.run import build_app
-from lorafx.integrations.server.settings import Settings
+from served import anew, asgi, ask, client_of, gated, idle, plain, question, said
 
 PATH = "/v1/completions"
 #: A limit of bodies, which is more than the requests here have.
@@ -20,10 +16,7 @@ BYTES = 400
 @pytest.fixture(scope="module")
 def narrow(files, server):
     """The same model in an application that answers two sequences at a time."""
-    served = ServedModel(server.compiled, files.tokenizer, "tiny")
-    limits = {"max_queue": 2, "max_body_bytes": BYTES}
-    settings = Settings(model=str(files.model), adapters=files.adapters, **limits)
-    return server._replace(app=build_app(served, server.engine, settings))
+    return anew(server, files, max_queue=2, max_body_bytes=BYTES)
 
 
 def asking(adapter, words, new, **others):

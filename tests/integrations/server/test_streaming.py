@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import re
@@ -10,16 +9,14 @@ import shutil
 import socket
 import subprocess
 import threading
-from dataclasses import dataclass
 
 import pytest
 import uvicorn
-from served import ask, events, ids_of, plain, question, said
+from served import anew, ask, events, ids_of, plain, question, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafx.integrations.server.generating import ServedModel, TextStreamer
-from lorafx.integrations.server.run import build_app
+from lorafx.integrations.server.texts import Decoder
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 #: Letters, and bytes that begin characters of two and three bytes, or go on with them. Each is a
@@ -46,9 +43,7 @@ def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
 def speaker(files, server):
     """The same model, whose tokens are parts of characters."""
     tokenizer = byte_tokenizer(files.case.base.config.vocab_size)
-    return server._replace(
-        app=build_app(ServedModel(server.compiled, tokenizer, "tiny"), server.engine)
-    )
+    return anew(server, files, tokenizer)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
@@ -76,13 +71,6 @@ def test_a_stream_is_the_plain_answer(speaker, path):
         assert ends == (path != RESPONSES)  # whose last event is response.completed
 
 
-@dataclass
-class Output:
-    """What the engine says of a request so far."""
-
-    generated_tokens: list[int]
-
-
 @pytest.mark.quick
 def test_bytes_that_are_no_text_do_not_end_a_stream():
     """tokenizers' own stream raises at some."""
@@ -93,19 +81,13 @@ def test_bytes_that_are_no_text_do_not_end_a_stream():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
 
-    async def stream(tokens: list[int]) -> str:
-        queue: asyncio.Queue = asyncio.Queue()
-        streamer = TextStreamer(None, "r", tokenizer, queue, None)
-        for count in range(1, len(tokens) + 1):
-            streamer.put(Output(tokens[:count]))
-        streamer.end()
-        return "".join(queue.get_nowait() for _ in range(queue.qsize() - 1))
-
     draw = random.Random(0)
     for _ in range(500):
         # Bytes that begin no character: one that was said cannot be taken back.
         tokens = [draw.choice([257, 258, 259, draw.randrange(129, 193)]) for _ in range(12)]
-        assert asyncio.run(stream(tokens)) == tokenizer.decode(tokens)
+        decoder = Decoder(tokenizer)
+        pieces = [decoder.step(token) for token in tokens]
+        assert "".join([*pieces, decoder.end()]) == tokenizer.decode(tokens)
 
 
 @pytest.fixture
@@ -152,7 +134,7 @@ def test_the_bytes_of_a_stream(files, url, path):
     ended = {"logprobs": None, "finish_reason": "length", "stop_reason": None}
     usage = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
     created = int(re.search('"created": ([0-9]+)', text)[1])
-    common = {"id": name, "object": kind, "created": created, "model": "tiny:a1"}
+    common = {"id": name, "object": kind, "model": "tiny:a1", "created": created}
     chunks = [
         *({"choices": choices, "usage": None} for choices in first),
         {"choices": [{"index": 0, **answer, **ended}], "usage": None},
@@ -174,9 +156,9 @@ def test_the_bytes_of_a_response(files, url):
     assert [event["type"] for event in found] == [
         *("response.created", "response.in_progress"),
         *("response.output_item.added", "response.content_part.added"),
-        *("response.output_text.delta", "response.output_text.delta"),
-        *("response.output_text.done", "response.content_part.done"),
+        *("response.output_text.delta", "response.output_text.done"),
+        "response.content_part.done",
         *("response.output_item.done", "response.completed"),
     ]
     word = files.text("a1", files.chat_ids("w9 w12"), 1)
-    assert [event["delta"] for event in found if "delta" in event] == [word, ""]
+    assert [event["delta"] for event in found if "delta" in event] == [word]
