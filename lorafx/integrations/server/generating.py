@@ -44,8 +44,6 @@ class ServedModel:
         self.compiled, self.tokenizer = compiled, tokenizer
         self.settings, self._lazily = settings, lazily
         self.name = settings.served_name
-        #: All names of the base.
-        self.names = (self.name, *settings.aliases)
         self._finding = AdapterFinding(compiled, settings)
         self._created = int(time.time())
 
@@ -60,14 +58,10 @@ class ServedModel:
 
     async def resolve(self, model: object) -> str | None:
         """As `adapter_of`, after the adapter was loaded if it is found only now."""
-        if isinstance(model, str) and model not in self.names:
-            await self._finding.find(self._adapter_in(model))
+        if isinstance(model, str):
+            for adapter in self.settings.may_mean(model):
+                await self._finding.find(adapter)
         return self.adapter_of(model)
-
-    def _adapter_in(self, model: str) -> str:
-        """The part of a field `model` that names an adapter."""
-        prefixes = (f"{name}:" for name in self.names)
-        return next((model.removeprefix(p) for p in prefixes if model.startswith(p)), model)
 
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request's field `model` names; None for the base model. Raises
@@ -78,9 +72,9 @@ class ServedModel:
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )
-        if model in self.names:
+        if model in self.settings.names:
             return None
-        for adapter in (self._adapter_in(model), model):
+        for adapter in self.settings.may_mean(model):
             if self._has(adapter):
                 return adapter
         raise RequestError(
@@ -103,11 +97,13 @@ class ServedModel:
         """The entries of /v1/models."""
         adapters = self.adapters()
         whole = (f"{self.name}:{adapter}" for adapter in adapters)
-        return [self.entry(name) for name in dict.fromkeys((*self.names, *whole, *adapters))]
+        return [
+            self.entry(name) for name in dict.fromkeys((*self.settings.names, *whole, *adapters))
+        ]
 
     def entry(self, name: str) -> dict[str, Any]:
         """The entry of /v1/models for a name that `adapter_of` accepts."""
-        parent = None if name in self.names else self.name
+        parent = None if name in self.settings.names else self.name
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
         return {"id": name, **entry, "parent": parent}
 
@@ -135,12 +131,6 @@ class Generation:
             arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
         return arguments
 
-    def refuse_dead(self) -> None:
-        """Raise RequestError if the engine has failed."""
-        error = self.engine.background_thread_status.fatal_error
-        if error is not None:
-            raise RequestError(f"the engine has failed: {error}", status=503)
-
 
 class Sequences:
     """The sequences of one HTTP request in the engine, with `adapter`, or the base if that is None,
@@ -159,7 +149,6 @@ class Sequences:
     def add(self, prompt: list[int], most: int | None, *, n: int = 1, **arguments: Any) -> None:
         """Have the engine generate `n` sequences of at most `most` tokens, or of what fits. Raises
         RequestError if the prompt is too long or empty, or an argument is refused."""
-        self._generation.refuse_dead()
         engine, room = self._generation.engine, self._generation.most_tokens - len(prompt)
         if not prompt:
             raise RequestError("the prompt has no tokens; write something", "prompt")
@@ -194,8 +183,9 @@ class Sequences:
             latest, self._latest = self._latest, {}
             for index, output in sorted(latest.items()):
                 if output.error is not None:
-                    self._generation.refuse_dead()
-                    raise RequestError(f"the generation failed: {output.error}", status=500)
+                    ended = self._generation.engine.background_thread_status.fatal_error
+                    status = 500 if ended is None else 503
+                    raise RequestError(f"the generation failed: {output.error}", status=status)
                 yield index, output
 
     def cancel(self) -> None:
