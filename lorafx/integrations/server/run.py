@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import config_covering
 
+#: How many kernels oneDNN keeps, and how many descriptions of them, unless the environment says so.
+#: It makes one for each number of rows, of about a megabyte; 1,024 of them is its own default.
+_KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
 
 class Opened(NamedTuple):
     """A model in service."""
@@ -45,6 +50,7 @@ def run(settings: Settings) -> None:
     `opened` raises, and ConfigError if the address is in use."""
     start = time.perf_counter()
     _log_at(settings.log_level)
+    bound_kernels()
     listener, tls = settings.bind(), settings.tls()
     with listener, opened(settings) as server:
         host, port = listener.getsockname()[:2]
@@ -66,6 +72,12 @@ def run(settings: Settings) -> None:
             listener.listen(config.backlog)  # nobody is refused from the next line on
             print(ready, flush=True)
             serving.run(sockets=[listener])
+
+
+def bound_kernels() -> None:
+    """Bound the memory that oneDNN's kernels take. The first kernel reads the bound."""
+    for name, number in _KEPT_KERNELS.items():
+        os.environ.setdefault(name, number)
 
 
 def _log_at(level: str) -> None:
