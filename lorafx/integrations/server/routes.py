@@ -16,7 +16,7 @@ from lorafx.integrations.server.generating import Generation, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Handler, Responses
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.request_log import RequestLog
+from lorafx.integrations.server.request_log import GENERATING, RequestLog
 from lorafx.integrations.server.settings import Settings
 
 
@@ -26,9 +26,9 @@ def build_app(served: ServedModel, engine: AdapterBatchingManager) -> FastAPI:
     generation = Generation(served, engine)
     chat, completions = Chat(served, generation), Completions(served, generation)
     app = FastAPI(title="lorafx", version=lorafx.__version__, redoc_url=None)
-    app.post("/v1/chat/completions")(chat.handle)
-    app.post("/v1/completions")(completions.handle)
-    app.post("/v1/responses")(Responses(served, generation).handle)
+    handlers = chat, completions, Responses(served, generation)
+    for path, handler in zip(GENERATING, handlers, strict=True):
+        app.post(path, name=type(handler).__name__)(handler.handle)
     _add_models(app, served)
     _add_tokenizer(app, completions, chat)
     _add_loading(app, AdapterLoading(served.compiled, settings))
