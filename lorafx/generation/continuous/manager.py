@@ -198,9 +198,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         reason = self._why_no_requests()
         if reason is not None:
-            raise BatchError(f"the request was not queued. {reason}") from (
-                self.background_thread_status.fatal_error
-            )
+            cause = self.background_thread_status.fatal_error
+            why = reason if cause is None else f"{reason} {type(cause).__name__}: {cause}"
+            raise BatchError(f"the request was not queued. {why}") from cause
         refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")

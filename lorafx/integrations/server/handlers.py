@@ -29,7 +29,7 @@ from lorafx.integrations.server.fields import (
     MessageFields,
     ResponseFields,
 )
-from lorafx.integrations.server.generating import Generation, Sequences, ServedModel
+from lorafx.integrations.server.generating import Sequences, ServedModel
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 
@@ -41,8 +41,8 @@ class Handler:
 
     fields: type[Fields]
 
-    def __init__(self, served: ServedModel, generation: Generation) -> None:
-        self.served, self.generation = served, generation
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
 
     def prompts(self, fields: Any) -> list[Prompt]:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
@@ -57,10 +57,10 @@ class Handler:
         adapter = await self.served.resolve(body.get("model"))
         current_record().asks_for(adapter)
         fields = self.fields.read(body)
-        arguments = await self.generation.arguments(fields)
+        arguments = await self.served.arguments(fields)
         prompts = self.prompts(fields)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
-        sequences = Sequences(self.generation, adapter)
+        sequences = Sequences(self.served, adapter)
         for prompt in prompts:
             sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)
         if fields.stream:
@@ -98,7 +98,7 @@ class Completions(Handler):
     def answer(
         self, fields: CompletionFields, prompts: list[Prompt], name: str, model: str
     ) -> ChoicesAnswer:
-        common = fields, self.served.tokenizer, self.generation.ends
+        common = fields, self.served.tokenizer, self.served.ends
         each = [prompt for prompt in prompts for _ in range(fields.n)]
         choices = [CompletionChoice(index, prompt, *common) for index, prompt in enumerate(each)]
         head = {"id": f"cmpl-{name}", "object": "text_completion", "model": model}
@@ -142,7 +142,7 @@ class Chat(MessageHandler):
     def answer(
         self, fields: ChatFields, prompts: list[Prompt], name: str, model: str
     ) -> ChoicesAnswer:
-        common = prompts[0], fields, self.served.tokenizer, self.generation.ends
+        common = prompts[0], fields, self.served.tokenizer, self.served.ends
         choices = [
             ChatChoice(index, *common, parts=self._parts(prompts[0], fields))
             for index in range(fields.n)
@@ -164,7 +164,7 @@ class Responses(MessageHandler):
         text = SequenceText(
             self.served.tokenizer.backend_tokenizer,
             stops=(),
-            ends=() if parts.special else self.generation.ends,
+            ends=() if parts.special else self.served.ends,
             skip_special_tokens=not parts.special,
         )
         return ResponseAnswer(prompt, text, parts, name, model)

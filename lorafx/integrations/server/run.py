@@ -106,14 +106,14 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    served = ServedModel(compiled, tokenizer, settings, lazily)
     defaults, warmup = _defaults(settings, model), settings.warmup or None
     block = compiled.continuous_batching(
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
         try:
-            yield Opened(build_app(served, engine), compiled, engine)
+            served = ServedModel(compiled, engine, tokenizer, settings, lazily)
+            yield Opened(build_app(served), compiled, engine)
         finally:
             # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
