@@ -52,7 +52,8 @@ def error_response(error: LorafxError) -> JSONResponse:
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }
-    return JSONResponse({"error": fields}, status)
+    again = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse({"error": fields}, status, again)
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -20,6 +20,7 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.parameters import ends_of
+from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.grammars import Grammars
@@ -36,6 +37,7 @@ class ServedModel:
 
     Attributes:
         loading: what loads adapters that requests name.
+        queue: the places of sequences that are answered or wait.
         most_tokens: how many a prompt and its answer may have together.
         ends: the tokens that end a sequence.
     """
@@ -51,7 +53,7 @@ class ServedModel:
         self.compiled, self.engine, self.tokenizer = compiled, engine, tokenizer
         self.settings, self._lazily = settings, lazily
         self.name = settings.served_name
-        self.loading = AdapterLoading(compiled, settings)
+        self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self._created = int(time.time())
         assert engine.batch_processor is not None
         cache = int(engine.batch_processor.cache.max_tokens_read)

@@ -59,6 +59,7 @@ class Handler:
         fields = self.fields.read(body)
         arguments = await self.served.arguments(fields)
         prompts = self.prompts(fields)
+        self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
         sequences = Sequences(self.served, adapter)
         for prompt in prompts:

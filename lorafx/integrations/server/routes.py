@@ -51,7 +51,7 @@ def build_app(served: ServedModel) -> FastAPI:
 
     answer_errors(app)
     # Each is outside of those before it.
-    app.add_middleware(Admission, most=settings.max_queue, largest=settings.max_body_bytes)
+    app.add_middleware(Admission, queue=served.queue, largest=settings.max_body_bytes)
     app.add_middleware(Authentication, key=settings.api_key)
     if isinstance(settings, Settings):
         app.add_middleware(
