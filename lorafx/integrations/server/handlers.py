@@ -188,8 +188,6 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
             f"{fields.chat_template_kwargs!r:.80}",
             "chat_template_kwargs",
         )
-    if fields.tool_choice not in ("auto", "none"):
-        raise RequestError("`tool_choice` is auto or none: calls are not forced", "tool_choice")
     if not fields.used_tools:
         return
     if get_response_template(tokenizer, model) is None:
