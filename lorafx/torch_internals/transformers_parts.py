@@ -10,12 +10,14 @@ import torch
 from lorafx.torch_internals.versions import private_names
 
 
-def stream_error(message: str) -> Any:
-    """The object that transformers' server puts into a stream if generation failed."""
+def response_parts() -> tuple[Any, Any, Any]:
+    """transformers' builder of the events of a stream of /v1/responses; and its functions that make
+    messages and tools as in chats of the fields of such a request."""
     with private_names():
-        from transformers.cli.serving.utils import _StreamError
+        from transformers.cli.serving.response import ResponseHandler as Handler
+        from transformers.cli.serving.response import _ResponseStreamBuilder as Builder
 
-        return _StreamError(message)
+        return Builder, Handler._normalize_input, Handler._normalize_tools
 
 
 def causal_model_class(config: Any) -> type:

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.run import Opened, opened
 from lorafx.integrations.server.settings import Settings
 
@@ -99,6 +101,16 @@ def serving(files: Files, **settings: Any) -> Iterator[Opened]:
     given = {**SMALL, "adapters": files.adapters, **settings}
     with opened(Settings(model=str(files.model), **given)) as server:
         yield server
+
+
+def anew(
+    server: Opened, files: Files, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any
+) -> Opened:
+    """The same model and engine in an application of its own."""
+    given = {"model": str(files.model), "adapters": files.adapters, **settings}
+    tokenizer = tokenizer or files.tokenizer
+    served = ServedModel(server.compiled, server.engine, tokenizer, Settings(**given))
+    return server._replace(app=build_app(served))
 
 
 @asynccontextmanager

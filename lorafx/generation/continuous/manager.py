@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import (
@@ -25,7 +28,6 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import invocation_columns, warn_absent
-from lorafx.generation.continuous import sampling
 from lorafx.generation.continuous.adapter_requests import (
     AdapterPages,
     AdapterRequest,
@@ -37,10 +39,14 @@ from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
 from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.parameters import (
-    ARGUMENTS,
     NOTHING,
     Grammar,
+    Sampling,
+    checked_number,
     checked_parameters,
+    checked_prompt,
+    checked_sampling,
+    ends_of,
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
@@ -109,7 +115,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             with _errors_of_engine(model):
                 super().__init__(
                     model=model,
-                    generation_config=sampling.enabling(defaults) if per_request else defaults,
+                    generation_config=_tempered(defaults) if per_request else defaults,
                     continuous_batching_config=served,
                     **kwargs,
                 )
@@ -117,11 +123,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._attention.give_back()
             raise
         self.generation_config = defaults
+        #: How requests draw that do not say it; None if they have no choice.
+        self._sampling: Sampling | None = None
+        processors = self.logit_processor.logits_processor
         if per_request:
-            sampling.replace_in(self.logit_processor, defaults)
-        #: Arguments of requests that no processor of transformers knows.
-        self._arguments = ARGUMENTS if per_request else ARGUMENTS - {"min_p"}
-        self._processes = self.logit_processor.do_processing
+            given = {name: getattr(defaults, name) for name in Sampling._fields}
+            given = {name: value for name, value in given.items() if value is not None}
+            self._sampling = Sampling(**given)
+            processors[:] = [
+                p for p in processors if not isinstance(p, ContinuousBatchingLogitsProcessor)
+            ]
+        self._processes = bool(processors)
         #: The process in which the engine's thread runs.
         self._process: int | None = None
         #: The thread's `batch_processor`, which transformers may remove while the thread runs.
@@ -129,7 +141,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._packed = PackedForward(forwards, self._requests_of_step)
         self._forward: Any = self._packed
         self._choosing = Choosing(self._packed, tokenizer)
-        self.logit_processor.logits_processor.insert(0, self._choosing)
+        processors.insert(0, self._choosing)
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
         #: Whether the thread begins with steps, for whose graphs to be compiled while requests are
@@ -186,24 +198,25 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         reason = self._why_no_requests()
         if reason is not None:
-            raise BatchError(f"the request was not queued. {reason}") from (
-                self.background_thread_status.fatal_error
-            )
+            cause = self.background_thread_status.fatal_error
+            why = reason if cause is None else f"{reason} {type(cause).__name__}: {cause}"
+            raise BatchError(f"the request was not queued. {why}") from cause
         refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
-        max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
-        config = self.generation_config
-        if ends is None:
-            ends = checked_limits(None, config.eos_token_id)[1] or []
-        if ignore_eos:
-            ends = []
-        count = self.num_return_sequences if n is None else int(sampling.checked_number("n", n))
-        own = {name: parameters.pop(name) for name in self._arguments & parameters.keys()}
-        values = sampling.checked_sampling(self.logit_processor, parameters)
-        asked = checked_parameters(own, self._tokenizer, self._vocabulary(), ends)
+        config, size = self.generation_config, self._vocabulary()
+        if max_new_tokens is None:
+            max_new_tokens = config.max_new_tokens
+        else:
+            max_new_tokens = checked_number("max_new_tokens", max_new_tokens)
+        ends = ends_of(config.eos_token_id if eos_token_id is None else eos_token_id)
+        ends = [] if ignore_eos else ends
+        count = self.num_return_sequences if n is None else checked_number("n", n)
+        sampled = {name: parameters.pop(name) for name in Sampling._fields if name in parameters}
+        sampling = checked_sampling(sampled, self._sampling)
+        asked = checked_parameters(parameters, self._tokenizer, size, ends)
         prompt = checked_prompt(self.forwards.model, input_ids)
-        if asked.prompt_logprobs is not None and max(prompt) >= self._vocabulary():
+        if asked.prompt_logprobs is not None and max(prompt) >= size:
             raise ConfigError(
                 f"prompt_logprobs: the model has no logits of token {max(prompt)}, which is in the "
                 "prompt; leave it out"
@@ -215,13 +228,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             initial_tokens=prompt,
             num_children=count - 1,
             record_timestamps=record_timestamps,
-            max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             streaming=streaming,
-            logit_processor_kwargs=values,
             hold=hold,
             begins=begins,
             family=(request_id, *fork_names(request_id, count - 1)),
+            sampling=sampling,
             parameters=None if grammar is None and asked == NOTHING else asked,
             grammar=grammar,
             prompt_logprobs=[] if asked.prompt_logprobs is None else [None],
@@ -410,6 +423,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             runner: Any = processor.model_runner
             runner.__class__ = ChoosingRunner
             runner.choosing = self._choosing
+            runner.do_sample = processor.do_sample and self._sampling is None
         elif self.compiles_beside:  # the thread begins, and has written all of its large tensors
             self._run_steps(processor, CALLS)
         return processor
@@ -417,8 +431,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
         step = processor.inputs_and_outputs
-        draws = processor.do_sample and sampling.any_drawn(self.logit_processor)
-        processor.model_runner.do_sample = draws
         asked = self._choosing.begin(step.requests_in_batch)
         self.logit_processor.do_processing = self._processes or asked
         try:
@@ -477,6 +489,14 @@ def _errors_of_engine(model: Any) -> Iterator[None]:
         ) from error
 
 
+def _tempered(config: GenerationConfig) -> GenerationConfig:
+    """`config` with no way of drawing but a temperature, whose processor transformers leaves memory
+    for."""
+    changed = copy.deepcopy(config)
+    changed.update(temperature=2.0, top_k=None, top_p=None, min_p=None)
+    return changed
+
+
 def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
     """The configuration with everything switched off that is not served. Raises ConfigError if the
     configuration asks for it."""
@@ -495,41 +515,3 @@ def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatching
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )
-
-
-def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
-    """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
-    try:
-        prompt = [operator.index(token) for token in input_ids]
-    except TypeError as error:
-        raise BatchError(
-            f"input_ids holds the token ids of one prompt, which are integers: {error}"
-        ) from error
-    if not prompt:
-        raise BatchError("input_ids is empty; give at least one token")
-    size: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if size is not None and not 0 <= min(prompt) <= max(prompt) < size:
-        raise BatchError(
-            f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
-            f"for 0 to {size - 1}"
-        )
-    return prompt
-
-
-def checked_limits(
-    max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
-) -> tuple[int | None, list[int] | None]:
-    """The two arguments as an integer and a list of integers. Raises ConfigError if one is
-    neither that nor None."""
-    limit = None if max_new_tokens is None else sampling.integer(max_new_tokens)
-    if max_new_tokens is not None and (limit is None or limit < 0):
-        raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
-    if eos_token_id is None:
-        return limit, None
-    single, several = sampling.integer(eos_token_id), cast("Iterable[int]", eos_token_id)
-    try:
-        return limit, [operator.index(token) for token in several] if single is None else [single]
-    except TypeError as error:
-        raise ConfigError(
-            f"eos_token_id is a token id or a list of them; got {eos_token_id!r}"
-        ) from error

@@ -1,19 +1,39 @@
-"""What a request asks of its tokens beyond temperature, top_k and top_p: which they may be, when
-they end, and what its outputs tell of them. Everything is checked before the request is queued,
-since in a step it would fail the requests beside it.
+"""What a request asks of its tokens: how they are chosen, which they may be, when they end, and
+what its outputs tell of them. Everything is checked before the request is queued, since in a step
+it would fail the requests beside it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, SupportsFloat, cast
 
+import torch
 from torch import Tensor
 
-from lorafx.errors import ConfigError
-from lorafx.generation.continuous.sampling import checked_number
+from lorafx.errors import BatchError, ConfigError, LorafxError, nearest
+
+#: The ranges of arguments that are numbers. Temperatures become float32.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, float(torch.finfo(torch.float32).max)),
+    "top_k": (-1, sys.maxsize),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "logit_bias": (-100.0, 100.0),
+    "seed": (-sys.maxsize, sys.maxsize),
+    "min_tokens": (0, sys.maxsize),
+    "max_new_tokens": (0, sys.maxsize),
+    "logprobs": (0, sys.maxsize),
+    "prompt_logprobs": (0, sys.maxsize),
+    "n": (1, 1024),
+}
 
 
 class Grammar(Protocol):
@@ -28,9 +48,23 @@ class Grammar(Protocol):
         """Whether the sequence is complete. It ends then, with the finish reason "stop"."""
 
 
+class Sampling(NamedTuple):
+    """How a request draws its tokens. top_k: 0, -1 and numbers above the vocabulary's size keep all
+    tokens."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+#: Lower temperatures take the likeliest token. vLLM has the same bound.
+COLDEST = 1e-5
+
+
 @dataclass(frozen=True)
 class TokenParameters:
-    """The checked arguments of a request (`AdapterBatchingManager.add_request`).
+    """The other arguments of a request (`AdapterBatchingManager.add_request`), checked.
 
     Attributes:
         bad_words: sequences of tokens that may not be generated, each in all its spellings.
@@ -39,7 +73,6 @@ class TokenParameters:
     """
 
     seed: int | None = None
-    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -63,8 +96,74 @@ class TokenParameters:
 
 
 NOTHING = TokenParameters()
-#: The names of the arguments.
+#: The names of those arguments.
 ARGUMENTS = {f.name for f in fields(TokenParameters)} - {"ends", "stop_ids"} | {"stop_token_ids"}
+
+
+def checked_number(name: str, value: Any) -> Any:
+    """`value` as a number. Raises ConfigError if it is none, or not in the range of `name`."""
+    low, high = RANGES[name]
+    kind, convert = "a number", cast("Callable[[Any], float]", float)
+    if isinstance(low, int):
+        kind, convert = "an integer", operator.index
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        # Tensors, arrays and large integers raise these.
+        with suppress(OverflowError, RuntimeError, TypeError, ValueError):
+            number = convert(value)
+            if low <= number <= high:
+                return number
+    raise ConfigError(f"{name} is {kind} from {low:g} to {high:g}; got {value!r:.80}")
+
+
+def checked_ids(
+    name: str, value: Any, size: int | None = None, error: type[LorafxError] = ConfigError
+) -> list[int]:
+    """`value` as a list of token ids. Raises `error` if it is none, or has ids that are not below
+    `size`."""
+    try:
+        ids = [operator.index(token) for token in value]
+    except TypeError as cause:
+        why = f"{name} holds token ids, which are integers; got {value!r:.80}"
+        raise error(why) from cause
+    if size is not None and ids and not 0 <= min(ids) <= max(ids) < size:
+        raise error(
+            f"{name} holds {min(ids)} to {max(ids)}, but the model has tokens 0 to {size - 1}"
+        )
+    return ids
+
+
+def checked_prompt(model: Any, input_ids: Iterable[Any]) -> list[int]:
+    """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    prompt = checked_ids("input_ids", input_ids, size, BatchError)
+    if not prompt:
+        raise BatchError("input_ids is empty; give at least one token")
+    return prompt
+
+
+def ends_of(eos_token_id: Any) -> list[int]:
+    """The tokens of an `eos_token_id`, which is one, several or None. Raises ConfigError if it is
+    none of these."""
+    try:
+        return [operator.index(eos_token_id)]
+    except TypeError:
+        return checked_ids("eos_token_id", () if eos_token_id is None else eos_token_id)
+
+
+def checked_sampling(arguments: Mapping[str, Any], defaults: Sampling | None) -> Sampling | None:
+    """How a request draws its tokens; None if it takes the likeliest ones, or if requests have no
+    choice. `defaults` are those of the engine, None if it chooses alike for all requests. Raises
+    ConfigError if it does and there are `arguments`, or if no token can be chosen with one."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    numbers = {name: checked_number(name, value) for name, value in given.items()}
+    if given and defaults is None:
+        raise ConfigError(
+            f"this engine does not choose a request's tokens by {', '.join(given)}: start it with "
+            "GenerationConfig(do_sample=True) and "
+            "ContinuousBatchingConfig(per_request_processors=True)"
+        )
+    asked = None if defaults is None else defaults._replace(**numbers)
+    return None if asked is None or asked.temperature < COLDEST else asked
 
 
 def checked_parameters(
@@ -80,9 +179,11 @@ def checked_parameters(
     Raises ConfigError for what cannot be honoured.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
+    for name in given.keys() - ARGUMENTS:
+        raise ConfigError(f"a request has no argument {name!r}{nearest(name, ARGUMENTS)}")
     stop = _strings("stop", given.pop("stop", ()), tokenizer)
     words = _strings("bad_words", given.pop("bad_words", ()), tokenizer)
-    stop_ids = _ids("stop_token_ids", given.pop("stop_token_ids", ()), size)
+    stop_ids = checked_ids("stop_token_ids", given.pop("stop_token_ids", ()), size)
     bias = given.pop("logit_bias", {})
     if not isinstance(bias, Mapping):
         raise ConfigError(f"logit_bias has a number for each of some token ids; got {bias!r}")
@@ -100,7 +201,7 @@ def checked_parameters(
         bad_words=tuple(
             ids for word in words for ids in _spellings(word, tokenizer) if max(ids) < size
         ),
-        logit_bias=dict(zip(_ids("logit_bias", bias, size), numbers, strict=True)),
+        logit_bias=dict(zip(checked_ids("logit_bias", bias, size), numbers, strict=True)),
         ends=tuple(ends),
     )
 
@@ -115,18 +216,6 @@ def _strings(name: str, value: Any, tokenizer: Any) -> tuple[str, ...]:
             "continuous_batching(..., tokenizer=tokenizer)"
         )
     return tuple(strings)
-
-
-def _ids(name: str, value: Iterable[Any], size: int) -> list[int]:
-    try:
-        ids = [operator.index(token) for token in value]
-    except TypeError as error:
-        raise ConfigError(f"{name} holds token ids, which are integers; got {value!r}") from error
-    if ids and not 0 <= min(ids) <= max(ids) < size:
-        raise ConfigError(
-            f"{name} holds {min(ids)} to {max(ids)}, but the model has tokens 0 to {size - 1}"
-        )
-    return ids
 
 
 def _spellings(word: str, tokenizer: Any) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""`lorafx serve`: transformers' own HTTP server, and the model's name chooses the adapter."""
+"""`lorafx serve`: an HTTP server in OpenAI's form, where the model's name chooses the adapter."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The choices of an answer in OpenAI's form, whole or in pieces: a sequence's text up to its stop,
-the logprobs of its tokens, and the calls of tools that it holds.
-
-tokens ── Decoder ─▶ text ── SequenceText, up to a stop ─▶ Choice ── a message's parser ─▶ JSON
-"""
+"""The choices of an answer in OpenAI's form, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -11,128 +7,14 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
-from transformers.utils.chat_parsing import ResponseParser
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, TokenLogprobs
-from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import ChatFields, CompletionFields, SequenceFields
-from lorafx.progress import LOG
+from lorafx.integrations.server.texts import Decoder, MessageParts, SequenceText, Token
 
 #: Stands for minus infinity, which JSON does not have; OpenAI's value.
 _LOWEST = -9999.0
-
-
-class Decoder:
-    """Decodes as tokenizers' `DecodeStream` does, but `end` has what that would hold back, and
-    bytes that are no text do not end it: all pieces together are the decoded text of all tokens.
-
-    Attributes:
-        length: the number of characters so far.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._stream = DecodeStream([], skip_special_tokens=self._skip)
-        self._tokens: list[int] = []
-        self.length = 0
-
-    def step(self, tokenizer: Tokenizer, token: int) -> str | None:
-        """The text that this token completes; None for none."""
-        self._tokens.append(token)
-        try:
-            text = self._stream.step(tokenizer, token) or ""
-        except Exception:  # tokenizers raises this class when earlier text has changed
-            self._stream = DecodeStream(self._tokens, skip_special_tokens=self._skip)
-            return self.end() or None
-        self.length += len(text)
-        return text or None
-
-    def end(self) -> str:
-        """The text that was held back."""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip)
-        text = whole[self.length :]
-        self.length += len(text)
-        return text
-
-
-class Token(NamedTuple):
-    """A token of a prompt or an answer: its logprobs, where they were asked for, and the place in
-    the answer's text at which it begins."""
-
-    id: int
-    logprobs: TokenLogprobs | None
-    begins: int
-
-
-class SequenceText:
-    """The text of one sequence. What may become one of the `stops` is held back until it is known,
-    and of a stop that ends the sequence nothing is sent unless `with_stop`; neither is the text of
-    a token among the `ends`, or of one that was asked for as a stop.
-
-    Attributes:
-        count: the number of tokens so far.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stops: Sequence[str],
-        ends: Collection[int],
-        *,
-        skip_special_tokens: bool = True,
-        with_stop: bool = False,
-    ) -> None:
-        self._tokenizer, self._decoder = tokenizer, Decoder(tokenizer, skip_special_tokens)
-        self._ends, self._with_stop = ends, with_stop
-        self._stops = [] if with_stop else stops
-        self._text, self._tokens = "", list[Token]()
-        self._sent = 0
-        self.count = 0
-
-    def put(self, output: SequenceOutput) -> tuple[str, list[Token]]:
-        """The text and the tokens that may be sent after this output, which is the last one if it
-        is finished."""
-        ended = output.is_finished()
-        for token in output.generated_tokens[self.count :]:
-            logprobs = output.token_logprobs[self.count] if output.token_logprobs else None
-            self._tokens.append(Token(token, logprobs, self._decoder.length))
-            self.count += 1
-            last = ended and self.count == len(output.generated_tokens)
-            if not (last and self._is_stop(output, token)):
-                self._text += self._decoder.step(self._tokenizer, token) or ""
-        if ended:
-            self._text += self._decoder.end()
-            if isinstance(output.stop_reason, str):
-                self._cut(output.stop_reason)
-        begins, self._sent = self._sent, len(self._text) - (0 if ended else self._unsure())
-        text = self._text[begins : self._sent]
-        tokens = [token for token in self._tokens if ended or token.begins < self._sent]
-        self._tokens = self._tokens[len(tokens) :]
-        return text, tokens
-
-    def _is_stop(self, output: SequenceOutput, token: int) -> bool:
-        if output.finish_reason != "stop" or self._with_stop:
-            return False
-        return output.stop_reason == token or (output.stop_reason is None and token in self._ends)
-
-    def _cut(self, stop: str) -> None:
-        """End the text at a stop, which the last token has completed."""
-        last = self._tokens[-1].begins if self._tokens else 0
-        at = self._text.find(stop, max(last - len(stop) + 1, 0))
-        if at >= 0:
-            end = at + len(stop) * self._with_stop
-            self._text = self._text[:end]
-            self._tokens = [token for token in self._tokens if token.begins < end]
-
-    def _unsure(self) -> int:
-        """The length of the longest end of the text with which a stop begins."""
-        most = max(map(len, self._stops), default=1) - 1
-        for length in range(min(most, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-length:]) for stop in self._stops):
-                return length
-        return 0
 
 
 class Prompt(NamedTuple):
@@ -144,9 +26,6 @@ class Prompt(NamedTuple):
 
 class Choice:
     """One sequence of an answer. `tokenizer` decodes, `ends` are the tokens that end a sequence."""
-
-    #: How many calls of tools were sent.
-    _calls = 0
 
     def __init__(
         self,
@@ -180,17 +59,19 @@ class Choice:
             return None
         tokens, self._tokens = self._tokens, []
         wanted = self._fields.of_tokens is not None
-        reason = "tool_calls" if self._calls else output.finish_reason
         choice = {
             "index": self._index,
             **content,
             "logprobs": self._logprobs(tokens) if wanted else None,
-            "finish_reason": reason if ended else None,
+            "finish_reason": self._reason(output),
             "stop_reason": output.stop_reason,
         }
         if self._fields.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
         return choice
+
+    def _reason(self, output: SequenceOutput) -> str | None:
+        return output.finish_reason
 
     def _content(self, text: str, output: SequenceOutput, whole: bool) -> dict[str, Any]:
         """The text in the form of the route; empty if there is none to send before the end."""
@@ -247,7 +128,7 @@ class CompletionChoice(Choice):
         begins, pieces = list[int](), list[str]()
         for token in self._prompt.ids:
             begins.append(decoder.length)
-            pieces.append(decoder.step(self._tokenizer, token) or "")
+            pieces.append(decoder.step(token))
         pieces.append(decoder.end())
         text = "".join(pieces) if self._prompt.text is None else self._prompt.text
         self._echoed = len(text)
@@ -274,26 +155,24 @@ class CompletionChoice(Choice):
 
 
 class ChatChoice(Choice):
-    """A choice of /v1/chat/completions. `parser` is transformers' parser of the model's answers;
-    None if they are plain text."""
+    """A choice of /v1/chat/completions, in whose text `parts` finds those of a message."""
 
     _fields: ChatFields
 
-    def __init__(self, *args: Any, parser: ResponseParser | None) -> None:
-        # A parser looks for special tokens, and for those that end an answer.
-        super().__init__(*args, special=parser is not None)
-        self._parser = parser
-        self._items: list[Any] = []
-        if parser is not None:
-            self._items += response_events_to_chunks(parser.initial_events)
+    def __init__(self, *args: Any, parts: MessageParts) -> None:
+        super().__init__(*args, special=parts.special)
+        self._parts = parts
+
+    def _reason(self, output: SequenceOutput) -> str | None:
+        called = self._parts.calls and output.is_finished()
+        return "tool_calls" if called else output.finish_reason
 
     def _content(self, text: str, output: SequenceOutput, whole: bool) -> dict[str, Any]:
-        items, self._items = self._items + self._parsed(text, output.is_finished()), []
-        said = "".join(i for i in items if isinstance(i, str) and not isinstance(i, ReasoningText))
-        reasoning = "".join(item for item in items if isinstance(item, ReasoningText))
-        calls = [item for item in items if isinstance(item, ToolCall)]
-        if not self._fields.parallel_tool_calls:
-            calls = calls[: 1 - self._calls]
+        before = self._parts.calls
+        found = self._parts.put(text, output.is_finished())
+        calls = [part for part in found if isinstance(part, ToolCall)]
+        reasoning = "".join(part for part in found if isinstance(part, ReasoningText))
+        said = "".join(part for part in found if type(part) is str)
         delta: dict[str, Any] = {"content": said} if said else {}
         if reasoning:
             delta["reasoning_content"] = reasoning
@@ -304,28 +183,11 @@ class ChatChoice(Choice):
                     **{"id": f"call_{uuid4().hex}", "type": "function"},
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
-                for index, call in enumerate(calls, self._calls)
+                for index, call in enumerate(calls, before)
             ]
-        self._calls += len(calls)
         if whole:
             return {"message": {"role": "assistant", "content": None if calls else "", **delta}}
         return {"delta": delta} if delta or output.is_finished() else {}
-
-    def _parsed(self, text: str, ended: bool) -> list[Any]:
-        """The parts of a message that are complete with this text."""
-        if self._parser is None:
-            return [text]
-        try:
-            items = response_events_to_chunks(self._parser.feed(text))
-        except Exception as error:  # of a template's patterns: only this answer fails
-            why = f"the answer does not have the form of the model's template: {error}"
-            raise RequestError(why, status=500) from error
-        if ended:
-            try:
-                items += response_events_to_chunks(self._parser.finalize()[1])
-            except (ValueError, RuntimeError) as error:  # the answer ended within a call
-                LOG.warning("the end of an answer cannot be parsed, and is left out: %s", error)
-        return items
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"content": [self._entry(t.logprobs) for t in tokens if t.logprobs is not None]}

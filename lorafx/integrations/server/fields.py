@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
+from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.integrations.server.errors import RequestError
 from lorafx.progress import LOG
+from lorafx.torch_internals.transformers_parts import response_parts
 
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
@@ -49,20 +51,10 @@ _INSTEAD = {
     "chat_template": "start the server with it",
     "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
 }
-#: The most logprobs for each token, as in vLLM.
-_MOST_LOGPROBS = 20
-
-
-def _number(words: str, least: int = 1, most: int | None = None, default: Any = None) -> Any:
-    return Field(default=default, ge=least, le=most, description=f"an integer: {words}")
-
-
-def _logprobs() -> Any:
-    return _number(f"logprobs for each token, 0 to {_MOST_LOGPROBS}", 0, _MOST_LOGPROBS)
-
-
-def _switch(default: bool = False) -> Any:
-    return Field(default=default, description="true or false")
+#: How many of the likeliest tokens may be asked for, as in vLLM.
+_Logprobs = Annotated[int | None, Field(ge=0, le=20)]
+#: A number of tokens.
+_Length = Annotated[int | None, Field(ge=1)]
 
 
 class GrammarSource(NamedTuple):
@@ -81,10 +73,9 @@ class Fields(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     choosing: Mapping[str, Any] = {}
-    stream: bool = _switch()
-    logit_bias: dict[int, float] = Field(
-        default={}, description="an object that has numbers for token ids"
-    )
+    stream: bool = False
+    add_special_tokens: bool | None = None
+    logit_bias: dict[int, float] = {}
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Self:
@@ -110,14 +101,20 @@ class Fields(BaseModel):
                 f"the request holds {half!r}, half of a surrogate pair; send whole characters"
             ) from error
         except ValidationError as error:
-            name = str(error.errors(include_url=False)[0]["loc"][0])
+            problems = error.errors(include_url=False)
+            name = str(problems[0]["loc"][0])
             if name not in sent:
                 raise RequestError(f"`{name}` is missing", name) from error
-            words = cls.model_fields[name].description or "an object of another form"
-            raise RequestError(f"`{name}` is {words}; got {sent[name]!r:.80}", name) from error
+            why = ", or ".join(dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name))
+            raise RequestError(f"`{name}`: {why}; got {sent[name]!r:.80}", name) from error
 
     def grammar(self) -> GrammarSource | None:
         """What the answer has to keep to. Raises RequestError if that is of no known form."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int | None:
+        """The most tokens of a sequence; None up to the end of the context."""
         raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
@@ -128,30 +125,22 @@ class Fields(BaseModel):
 class SequenceFields(Fields):
     """Fields of /v1/completions and /v1/chat/completions."""
 
-    stream_options: dict[str, bool] = Field(default={}, description="an object of switches")
-    n: int = _number("sequences for each prompt, 1 to 128", 1, 128, default=1)
-    best_of: int | None = _number("the value of `n`, of which all are sent")
-    stop: str | list[str] = Field(default=[], description="a string or a list of strings")
-    stop_token_ids: list[int] = Field(default=[], description="a list of token ids")
-    include_stop_str_in_output: bool = _switch()
-    skip_special_tokens: bool = _switch(True)
-    add_special_tokens: bool | None = Field(default=None, description="true or false")
-    prompt_logprobs: int | None = _logprobs()
-    return_token_ids: bool = _switch()
-    response_format: dict[str, Any] = Field(
-        default={"type": "text"}, description="an object with a `type`"
-    )
-    structured_outputs: dict[str, Any] = Field(default={}, description="an object")
+    stream_options: dict[str, bool] = {}
+    n: int = Field(default=1, ge=1, le=128)
+    best_of: int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: _Logprobs = None
+    return_token_ids: bool = False
+    response_format: dict[str, Any] = {"type": "text"}
+    structured_outputs: dict[str, Any] = {}
 
     @property
     def stops(self) -> list[str]:
         """The strings at which a sequence ends."""
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop) if text]
-
-    @property
-    def length(self) -> int | None:
-        """The most tokens of a sequence; None up to the end of the context."""
-        raise NotImplementedError
 
     @property
     def of_tokens(self) -> int | None:
@@ -194,9 +183,9 @@ class CompletionFields(SequenceFields):
     """Fields of /v1/completions."""
 
     prompt: Any
-    max_tokens: int = _number("a number of tokens, at least 0", 0, default=16)
-    logprobs: int | None = _logprobs()
-    echo: bool = _switch()
+    max_tokens: int = Field(default=16, ge=0)
+    logprobs: _Logprobs = None
+    echo: bool = False
 
     @property
     def length(self) -> int:
@@ -219,12 +208,12 @@ class CompletionFields(SequenceFields):
 class MessageFields(Fields):
     """Fields of /v1/chat/completions and /v1/responses."""
 
-    chat_template_kwargs: dict[str, Any] = Field(
-        default={}, description="an object with the template's own variables"
-    )
-    tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
     tool_choice: Any = "auto"
-    parallel_tool_calls: bool = _switch(True)
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     @property
     def used_tools(self) -> list[dict[str, Any]] | None:
@@ -236,12 +225,10 @@ class ChatFields(SequenceFields, MessageFields):
     """Fields of /v1/chat/completions."""
 
     messages: Any
-    max_tokens: int | None = _number("a number of tokens, at least 1")
-    max_completion_tokens: int | None = _number("a number of tokens, at least 1")
-    logprobs: bool = _switch()
-    top_logprobs: int | None = _logprobs()
-    add_generation_prompt: bool = _switch(True)
-    continue_final_message: bool = _switch()
+    max_tokens: _Length = None
+    max_completion_tokens: _Length = None
+    logprobs: bool = False
+    top_logprobs: _Logprobs = None
 
     @property
     def length(self) -> int | None:
@@ -258,9 +245,32 @@ class ResponseFields(MessageFields):
     """Fields of /v1/responses."""
 
     input: Any
-    instructions: str | None = Field(default=None, description="a string")
-    max_output_tokens: int | None = _number("a number of tokens, at least 1")
-    text: dict[str, Any] = Field(default={}, description="an object with a `format`")
+    instructions: str | None = None
+    max_output_tokens: _Length = None
+    text: dict[str, Any] = {}
+
+    @property
+    def length(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages of a chat that `instructions` and `input` are. Raises RequestError if they
+        are none."""
+        _, to_messages, _ = response_parts()
+        try:
+            messages: list[dict[str, Any]] = to_messages(self.model_dump())
+        except (AttributeError, HTTPException, KeyError, TypeError) as error:
+            why = f"`input` is a string or a list of items: {error!r}"
+            raise RequestError(why, "input") from error
+        return messages
+
+    @property
+    def used_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call, in the form of a chat's."""
+        _, _, as_in_chats = response_parts()
+        tools: list[dict[str, Any]] | None = as_in_chats(super().used_tools)
+        return tools
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})

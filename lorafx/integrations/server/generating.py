@@ -1,4 +1,4 @@
-"""The served model by the names of requests, and the sequences of a request in its engine.
+"""The served model with its engine, and the sequences of a request in it.
 
 handler ── "base:adapter" ─▶ Sequences ─▶ AdapterBatchingManager
            fields            of a request  one for the server
@@ -7,84 +7,86 @@ handler ── "base:adapter" ─▶ Sequences ─▶ AdapterBatchingManager
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    CBStreamer,
-    CBWorkerDeadError,
-    GenerationState,
-    response_events_to_chunks,
-)
 
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
-from lorafx.generation.continuous.manager import AdapterBatchingManager, checked_limits
-from lorafx.integrations.server.choices import Decoder
+from lorafx.generation.continuous.manager import AdapterBatchingManager
+from lorafx.generation.continuous.parameters import ends_of
+from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.grammars import Grammars
-from lorafx.integrations.server.loading import AdapterFinding
+from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
-from lorafx.torch_internals.transformers_parts import stream_error
 
 
-class ServedModel(ModelManager):
-    """The manager of models of transformers' server, which here has one model that is never
-    unloaded. A request names the base `name` or by one of `aliases`, and an adapter `name:adapter`
-    or `adapter`, unless that is another's name. It may ask for the adapters that have a folder
-    according to `folders`, which its replica loads then; if that is None, for those that are
-    loaded."""
+class ServedModel:
+    """The served model. A request names the base `name` or by one of `aliases`, and an adapter
+    `name:adapter` or `adapter`, unless that is another's name. It may ask for the adapters that are
+    loaded; if they are loaded `lazily`, by the caller of the application, for those that have a
+    folder.
+
+    Attributes:
+        loading: what loads adapters that requests name.
+        queue: the places of sequences that are answered or wait.
+        most_tokens: how many a prompt and its answer may have together.
+        ends: the tokens that end a sequence.
+    """
 
     def __init__(
         self,
         compiled: CompiledModel,
+        engine: AdapterBatchingManager,
         tokenizer: PreTrainedTokenizerFast,
-        name: str,
-        folders: ModelSettings | None = None,
-        aliases: Sequence[str] = (),
+        settings: ModelSettings,
+        lazily: bool = False,
     ) -> None:
-        super().__init__()
-        self.get_gen_models: Any = self.listed  # a static method there
-        self.compiled = compiled
-        self.tokenizer = tokenizer
-        self.name = name
-        #: All names of the base.
-        self.names = (name, *aliases)
-        #: What loads adapters that are not loaded yet when a request asks for them.
-        self.finding: AdapterFinding | None = None
-        self._folders = folders
+        self.compiled, self.engine, self.tokenizer = compiled, engine, tokenizer
+        self.settings, self._lazily = settings, lazily
+        self.name = settings.served_name
+        self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self._created = int(time.time())
+        assert engine.batch_processor is not None
+        cache = int(engine.batch_processor.cache.max_tokens_read)
+        model: Any = compiled.model
+        text = model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        limits = cache, positions, settings.max_model_len
+        self.most_tokens = min(int(limit) for limit in limits if limit is not None)
+        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
+        self._grammars = Grammars(tokenizer, text.vocab_size)
+
+    async def arguments(self, fields: Fields) -> dict[str, Any]:
+        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
+        arguments, source = fields.arguments(), fields.grammar()
+        if source is not None:  # a large one takes a second
+            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
+        return arguments
 
     def adapters(self) -> Sequence[str]:
         """The adapters that requests may ask for."""
-        return self.compiled.adapters if self._folders is None else self._folders.folders()
+        return self.settings.folders() if self._lazily else self.compiled.adapters
 
     def _has(self, adapter: str) -> bool:
-        if self._folders is None:
-            return adapter in self.compiled.adapters
-        return self._folders.folder_of(adapter) is not None
+        if self._lazily:
+            return self.settings.folder_of(adapter) is not None
+        return adapter in self.compiled.adapters
 
     async def resolve(self, model: object) -> str | None:
         """As `adapter_of`, after the adapter was loaded if it is found only now."""
-        if self.finding is not None and isinstance(model, str) and model not in self.names:
-            await self.finding.find(self._adapter_in(model))
+        if isinstance(model, str):
+            for adapter in self.settings.may_mean(model):
+                await self.loading.find(adapter)
         return self.adapter_of(model)
-
-    def _adapter_in(self, model: str) -> str:
-        """The part of a field `model` that names an adapter."""
-        prefixes = (f"{name}:" for name in self.names)
-        return next((model.removeprefix(p) for p in prefixes if model.startswith(p)), model)
 
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request's field `model` names; None for the base model. Raises
@@ -95,9 +97,9 @@ class ServedModel(ModelManager):
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )
-        if model in self.names:
+        if model in self.settings.names:
             return None
-        for adapter in (self._adapter_in(model), model):
+        for adapter in self.settings.may_mean(model):
             if self._has(adapter):
                 return adapter
         raise RequestError(
@@ -120,81 +122,24 @@ class ServedModel(ModelManager):
         """The entries of /v1/models."""
         adapters = self.adapters()
         whole = (f"{self.name}:{adapter}" for adapter in adapters)
-        return [self.entry(name) for name in dict.fromkeys((*self.names, *whole, *adapters))]
+        return [
+            self.entry(name) for name in dict.fromkeys((*self.settings.names, *whole, *adapters))
+        ]
 
     def entry(self, name: str) -> dict[str, Any]:
         """The entry of /v1/models for a name that `adapter_of` accepts."""
-        parent = None if name in self.names else self.name
+        parent = None if name in self.settings.names else self.name
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
         return {"id": name, **entry, "parent": parent}
-
-
-class TextStreamer(CBStreamer):
-    """Decodes the tokens of one request and puts pieces of text into `queue`, at the end None.
-    Together the pieces are the decoded text of all tokens. `parser` is transformers' parser of the
-    model's answers; None if they are plain text."""
-
-    def __init__(
-        self, engine: Any, request_id: str, tokenizer: Tokenizer, queue: asyncio.Queue, parser: Any
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        super().__init__(engine, request_id, tokenizer, loop, queue, response_parser=parser)
-        self._decode_stream: Any = Decoder(tokenizer, skip_special_tokens=parser is None)
-
-    def end(self) -> None:
-        """Send the text that was held back, and the end of the stream."""
-        text = self._decode_stream.end()
-        parsed = [text] if self._parser is None else self._parser.feed(text)
-        for item in parsed if self._parser is None else response_events_to_chunks(parsed):
-            self._queue.put_nowait(item)
-        super().end()
-
-
-class Generation:
-    """What all requests of the server share: the engine, the tokens that end a sequence, and the
-    most that a prompt and its answer may have together: `longest`, or what the model and the cache
-    have room for."""
-
-    def __init__(
-        self, served: ServedModel, engine: AdapterBatchingManager, longest: int | None = None
-    ) -> None:
-        self.engine = engine
-        assert engine.batch_processor is not None
-        cache = int(engine.batch_processor.cache.max_tokens_read)
-        model: Any = served.compiled.model
-        text = model.config.get_text_config()
-        limits = (cache, getattr(text, "max_position_embeddings", None), longest)
-        self.most_tokens = min(int(limit) for limit in limits if limit is not None)
-        self.ends = frozenset(checked_limits(None, engine.generation_config.eos_token_id)[1] or ())
-        self._grammars = Grammars(served.tokenizer, text.vocab_size)
-
-    async def arguments(self, fields: Fields) -> dict[str, Any]:
-        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
-        arguments, source = fields.arguments(), fields.grammar()
-        if source is not None:  # a large one takes a second
-            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
-        return arguments
-
-    def refuse_dead(self) -> None:
-        """Raise CBWorkerDeadError if the engine has failed."""
-        error = self.engine.background_thread_status.fatal_error
-        if error is not None:
-            raise CBWorkerDeadError(f"the engine has failed: {error}")
 
 
 class Sequences:
     """The sequences of one HTTP request in the engine, with `adapter`, or the base if that is None,
     numbered in the order in which they were added. They are cancelled when the request ends before
-    them. `deliver` is called with each of their outputs; if it is None, `outputs` has them."""
+    them."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        adapter: str | None,
-        deliver: Callable[[int, Any], None] | None = None,
-    ) -> None:
-        self._generation, self._adapter = generation, adapter
-        self._deliver = deliver or self._keep
+    def __init__(self, served: ServedModel, adapter: str | None) -> None:
+        self._served, self._adapter = served, adapter
         self._count = 0
         self._running: set[str] = set()
         self._latest: dict[int, Any] = {}
@@ -205,14 +150,13 @@ class Sequences:
     def add(self, prompt: list[int], most: int | None, *, n: int = 1, **arguments: Any) -> None:
         """Have the engine generate `n` sequences of at most `most` tokens, or of what fits. Raises
         RequestError if the prompt is too long or empty, or an argument is refused."""
-        self._generation.refuse_dead()
-        engine, room = self._generation.engine, self._generation.most_tokens - len(prompt)
+        engine, room = self._served.engine, self._served.most_tokens - len(prompt)
         if not prompt:
             raise RequestError("the prompt has no tokens; write something", "prompt")
         if room < (0 if most == 0 else 1):
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
-                f"{self._generation.most_tokens}; shorten it",
+                f"{self._served.most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
         first = uuid4().hex  # names that clients give need not be unique
@@ -240,13 +184,14 @@ class Sequences:
             latest, self._latest = self._latest, {}
             for index, output in sorted(latest.items()):
                 if output.error is not None:
-                    self._generation.refuse_dead()
-                    raise RequestError(f"the generation failed: {output.error}", status=500)
+                    ended = self._served.engine.background_thread_status.fatal_error
+                    status = 500 if ended is None else 503
+                    raise RequestError(f"the generation failed: {output.error}", status=status)
                 yield index, output
 
     def cancel(self) -> None:
         """Cancel what is running."""
-        engine, router = self._generation.engine, self._generation.engine.output_router
+        engine, router = self._served.engine, self._served.engine.output_router
         for name in self._running:
             engine.cancel_request(name)
             with router._lock:
@@ -257,69 +202,5 @@ class Sequences:
         self._record.delivered(output)
         if output.is_finished():
             self._running.discard(output.request_id)
-        self._deliver(index, output)
-
-    def _keep(self, index: int, output: Any) -> None:
         self._latest[index] = output
         self._new.set()
-
-
-class AdapterGeneration(GenerationState, BaseGenerateManager):
-    """Generates for one request of transformers' handler. `begin` makes its sequences, of which the
-    engine generates one with `arguments`, of at most `most` tokens."""
-
-    def __init__(self, begin: Callable[..., Sequences], most: int | None, arguments: Any) -> None:
-        super().__init__(continuous_batching=True)
-        self._begin, self._most, self._arguments = begin, most, arguments
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
-        return self
-
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """The queue of pieces of text, and the streamer that fills it. Together the pieces are the
-        text that `generate_non_streaming` returns."""
-        queue, parser = asyncio.Queue[Any](), kwargs["response_parser"]
-        streamer = TextStreamer(
-            self, kwargs["request_id"], processor.backend_tokenizer, queue, parser
-        )
-
-        def deliver(_: int, output: Any) -> None:
-            try:
-                streamer.put(output)
-                if output.error is not None:
-                    queue.put_nowait(stream_error(_json_escaped(output.error)))
-                if output.is_finished():
-                    streamer.end()
-            except Exception as error:  # of a parser: only this answer fails
-                queue.put_nowait(stream_error(_json_escaped(str(error))))
-
-        sequences = self._begin(deliver)
-        sequences.add(inputs["input_ids"], self._most, streaming=True, **self._arguments)
-        return queue, streamer
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any
-    ) -> tuple[str, int, list[int]]:
-        """The text, the length of the prompt, and the tokens. Spaces are not cleaned up, since a
-        stream cannot do so."""
-        prompt, sequences = inputs["input_ids"], self._begin()
-        sequences.add(prompt, self._most, **self._arguments)
-        (tokens,) = [output.generated_tokens async for _, output in sequences.outputs()]
-        return (
-            processor.backend_tokenizer.decode(tokens, skip_special_tokens=True),
-            len(prompt),
-            tokens,
-        )
-
-    def stop(self) -> None:
-        """Do nothing: the engine belongs to the server."""
-
-    def cancel_request(self, name: str) -> None:
-        """Do nothing: the sequence is cancelled when the request ends."""
-
-
-def _json_escaped(text: str) -> str:
-    """The text as transformers may put it between the quotes of a JSON string."""
-    return json.dumps(text)[1:-1]

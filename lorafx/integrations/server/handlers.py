@@ -1,152 +1,82 @@
-"""What is answered on each route: prompts are made of a request's fields, sequences of prompts, and
-choices of sequences. /v1/responses is transformers' own."""
+"""What is answered on the routes that generate: prompts are made of fields, sequences of prompts,
+and an answer of sequences."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import json
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
-from fastapi import HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import (
     BaseHandler,
-    CBWorkerDeadError,
-    GenerationState,
     Modality,
     build_response_parser,
     get_response_template,
 )
 
-from lorafx.errors import BatchError, LorafxError
-from lorafx.generation.continuous.manager import checked_prompt
-from lorafx.generation.continuous.sampling import integer
-from lorafx.integrations.server.choices import ChatChoice, Choice, CompletionChoice, Prompt
-from lorafx.integrations.server.errors import RequestError, error_response
+from lorafx.errors import BatchError
+from lorafx.generation.continuous.parameters import checked_prompt
+from lorafx.integrations.server.answers import Answer, ChoicesAnswer, ResponseAnswer
+from lorafx.integrations.server.choices import ChatChoice, CompletionChoice, Prompt
+from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import (
     ChatFields,
     CompletionFields,
+    Fields,
     MessageFields,
     ResponseFields,
-    SequenceFields,
 )
-from lorafx.integrations.server.generating import (
-    AdapterGeneration,
-    Generation,
-    Sequences,
-    ServedModel,
-)
+from lorafx.integrations.server.generating import Sequences, ServedModel
 from lorafx.integrations.server.request_log import current_record
+from lorafx.integrations.server.texts import MessageParts, SequenceText
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-class SequenceHandler:
-    """Answers the requests of a route whose answers have choices.
+class Handler:
+    """Answers the requests of a route, which have these `fields`."""
 
-    Attributes:
-        fields: the fields of its requests.
-        kinds: the names of the forms of an answer, and of a chunk of one.
-        prefix: what the names of its answers begin with.
-    """
+    fields: type[Fields]
 
-    fields: type[SequenceFields]
-    kinds: tuple[str, str]
-    prefix: str
-    #: Whether a choice is a message, and what is known of the prompt's tokens is the answer's.
-    chat: bool
-
-    def __init__(self, served: ServedModel, generation: Generation) -> None:
-        self.served, self.generation = served, generation
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
 
     def prompts(self, fields: Any) -> list[Prompt]:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
         raise NotImplementedError
 
-    def choice(self, index: int, prompt: Prompt, fields: Any) -> Choice:
-        """The choice for one sequence of a prompt."""
+    def answer(self, fields: Any, prompts: list[Prompt], name: str, model: str) -> Answer:
+        """The answer to a request that is called `name`, as the `model` that it asks for."""
         raise NotImplementedError
 
-    def _encoded(self, text: str, fields: SequenceFields, *, special: bool) -> Prompt:
-        """The prompt of a text, with `special` tokens unless the request says otherwise."""
-        special = special if fields.add_special_tokens is None else fields.add_special_tokens
-        return Prompt(self.served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+    async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
         adapter = await self.served.resolve(body.get("model"))
         current_record().asks_for(adapter)
         fields = self.fields.read(body)
-        arguments = await self.generation.arguments(fields)
+        arguments = await self.served.arguments(fields)
         prompts = self.prompts(fields)
-        each = [prompt for prompt in prompts for _ in range(fields.n)]
-        choices = [self.choice(index, prompt, fields) for index, prompt in enumerate(each)]
-        sequences = Sequences(self.generation, adapter)
+        self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
+        answer = self.answer(fields, prompts, request.state.request_id, body["model"])
+        sequences = Sequences(self.served, adapter)
         for prompt in prompts:
             sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)
-        head = {
-            "id": f"{self.prefix}-{request_id}",
-            "object": self.kinds[fields.stream],
-            "created": int(time.time()),
-            "model": body["model"],
-        }
-
-        def usage() -> dict[str, int]:
-            counts = sum(len(p.ids) for p in prompts), sum(choice.text.count for choice in choices)
-            names = "prompt_tokens", "completion_tokens", "total_tokens"
-            return dict(zip(names, (*counts, sum(counts)), strict=True))
-
         if fields.stream:
-            events = self._events(sequences, choices, head, fields.stream_options, usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        answer: dict[str, Any] = {**head, "choices": [None] * len(choices)}
-        async for index, output in sequences.outputs():
-            answer["choices"][index] = choices[index].put(output, whole=True)
-            place = answer if self.chat else answer["choices"][index]
-            place.update(choices[index].of_prompt(output))
-        return JSONResponse({**answer, "usage": usage()})
+            return StreamingResponse(answer.events(sequences), media_type="text/event-stream")
+        return JSONResponse(await answer.whole(sequences))
 
-    async def _events(
-        self,
-        sequences: Sequences,
-        choices: list[Choice],
-        head: dict[str, Any],
-        options: Mapping[str, bool],
-        usage: Callable[[], dict[str, int]],
-    ) -> AsyncIterator[str]:
-        """The events of a stream."""
-
-        def chunk(choices: list[Any], counts: dict[str, int] | None = None) -> str:
-            asked = {"usage": counts} if options.get("include_usage") else {}
-            whole = json.dumps({**head, "choices": choices, **asked}, ensure_ascii=False)
-            return f"data: {whole}\n\n"
-
-        try:
-            for index in range(len(choices) if self.chat else 0):
-                delta = {"role": "assistant", "content": ""}
-                yield chunk([{"index": index, "delta": delta, "finish_reason": None}])
-            async for index, output in sequences.outputs():
-                piece = choices[index].put(output)
-                if piece is not None:
-                    yield chunk([piece], usage() if options.get("continuous_usage_stats") else None)
-            if options.get("include_usage"):
-                yield chunk([], usage())
-        except (LorafxError, CBWorkerDeadError) as error:
-            yield f"data: {bytes(error_response(error).body).decode()}\n\n"
-        yield "data: [DONE]\n\n"
+    def _encoded(self, text: str, special: bool) -> Prompt:
+        """The prompt of a text, with `special` tokens or without."""
+        return Prompt(self.served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
 
 
-class Completions(SequenceHandler):
+class Completions(Handler):
     """/v1/completions."""
 
-    fields, prefix, chat = CompletionFields, "cmpl", False
-    kinds = "text_completion", "text_completion"
+    fields = CompletionFields
 
     def prompts(self, fields: CompletionFields) -> list[Prompt]:
         asked = fields.prompt
@@ -158,7 +88,7 @@ class Completions(SequenceHandler):
 
     def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
         if isinstance(asked, str):
-            return self._encoded(asked, fields, special=True)
+            return self._encoded(asked, special=fields.add_special_tokens is not False)
         if not _are_ids(asked):
             raise _no_prompt(asked)
         try:
@@ -166,21 +96,27 @@ class Completions(SequenceHandler):
         except BatchError as error:
             raise RequestError(f"`prompt`: {error}", "prompt") from error
 
-    def choice(self, index: int, prompt: Prompt, fields: CompletionFields) -> Choice:
-        return CompletionChoice(index, prompt, fields, self.served.tokenizer, self.generation.ends)
+    def answer(
+        self, fields: CompletionFields, prompts: list[Prompt], name: str, model: str
+    ) -> ChoicesAnswer:
+        common = fields, self.served.tokenizer, self.served.ends
+        each = [prompt for prompt in prompts for _ in range(fields.n)]
+        choices = [CompletionChoice(index, prompt, *common) for index, prompt in enumerate(each)]
+        head = {"id": f"cmpl-{name}", "object": "text_completion", "model": model}
+        return ChoicesAnswer(fields, prompts, choices, head)
 
 
-class Chat(SequenceHandler):
-    """/v1/chat/completions."""
+class MessageHandler(Handler):
+    """Makes the prompt of messages, which are in the field `asked`, by the tokenizer's chat
+    template."""
 
-    fields, prefix, chat = ChatFields, "chatcmpl", True
-    kinds = "chat.completion", "chat.completion.chunk"
+    asked = "messages"
 
-    def prompts(self, fields: ChatFields) -> list[Prompt]:
+    def prompts(self, fields: Any) -> list[Prompt]:
         check_chat(self.served, fields)
         messages = text_messages(fields.messages)
+        tokenizer: Any = self.served.tokenizer
         try:
-            tokenizer: Any = self.served.tokenizer
             text = tokenizer.apply_chat_template(
                 messages,
                 tools=fields.used_tools,
@@ -190,64 +126,49 @@ class Chat(SequenceHandler):
                 **fields.chat_template_kwargs,
             )
         except (TemplateError, ValueError) as error:
-            raise _refused_by_template(error, "messages") from error
-        return [self._encoded(text, fields, special=False)]
+            raise _refused_by_template(error, self.asked) from error
+        return [self._encoded(text, special=bool(fields.add_special_tokens))]
 
-    def choice(self, index: int, prompt: Prompt, fields: ChatFields) -> Choice:
+    def _parts(self, prompt: Prompt, fields: MessageFields) -> MessageParts:
         tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled.model)
         parser = build_response_parser(tokenizer, model, prompt.ids, tools=fields.used_tools)
-        return ChatChoice(index, prompt, fields, tokenizer, self.generation.ends, parser=parser)
+        return MessageParts(parser, fields.parallel_tool_calls)
 
 
-class Responses(ResponseHandler):
+class Chat(MessageHandler):
+    """/v1/chat/completions."""
+
+    fields = ChatFields
+
+    def answer(
+        self, fields: ChatFields, prompts: list[Prompt], name: str, model: str
+    ) -> ChoicesAnswer:
+        common = prompts[0], fields, self.served.tokenizer, self.served.ends
+        choices = [
+            ChatChoice(index, *common, parts=self._parts(prompts[0], fields))
+            for index in range(fields.n)
+        ]
+        kind = "chat.completion.chunk" if fields.stream else "chat.completion"
+        head = {"id": f"chatcmpl-{name}", "object": kind, "model": model}
+        return ChoicesAnswer(fields, prompts, choices, head, chat=True)
+
+
+class Responses(MessageHandler):
     """/v1/responses."""
 
-    def __init__(self, served: ServedModel, generation: Generation) -> None:
-        super().__init__(served, GenerationState())
-        self._served, self._generation = served, generation
+    fields, asked = ResponseFields, "input"
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answer a request. Raises RequestError if it is refused."""
-        adapter = await self._served.resolve(body.get("model"))
-        current_record().asks_for(adapter)
-        fields = ResponseFields.read(body)
-        check_chat(self._served, fields)
-        arguments = await self._generation.arguments(fields)
-        handler = copy.copy(self)
-        begin = partial(Sequences, self._generation, adapter)
-        handler.generation_state = AdapterGeneration(begin, fields.max_output_tokens, arguments)
-        # What is not here transformers would apply to the process, or not know.
-        body = {"model": body["model"], **fields.model_dump(include=_PASSED, exclude_none=True)}
-        if not fields.used_tools:
-            body.pop("tools", None)
-        try:
-            return await super(Responses, handler).handle_request(body, request_id)
-        except TemplateError as error:
-            raise _refused_by_template(error, "input") from error
-
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        """Do nothing: `ResponseFields` has been read."""
-
-    @staticmethod
-    def _normalize_input(body: dict[str, Any]) -> list[dict]:
-        try:
-            return super(Responses, Responses)._normalize_input(body)
-        except (AttributeError, HTTPException, KeyError, TypeError) as error:
-            raise RequestError(
-                f"`input` is a string or a list of items: {error!r}", "input"
-            ) from error
-
-    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        return body["model"], self._served.compiled.model, self._served.tokenizer
-
-    @staticmethod
-    def get_processor_inputs_from_messages(messages: Any, modality: Modality) -> list[dict]:
-        """A request's messages in transformers' form. Raises RequestError unless they are text."""
-        return text_messages(messages)
-
-
-#: Fields of /v1/responses that transformers' handler reads.
-_PASSED = {"input", "instructions", "stream", "max_output_tokens", "chat_template_kwargs", "tools"}
+    def answer(
+        self, fields: ResponseFields, prompts: list[Prompt], name: str, model: str
+    ) -> ResponseAnswer:
+        (prompt,), parts = prompts, self._parts(prompts[0], fields)
+        text = SequenceText(
+            self.served.tokenizer.backend_tokenizer,
+            stops=(),
+            ends=() if parts.special else self.served.ends,
+            skip_special_tokens=not parts.special,
+        )
+        return ResponseAnswer(prompt, text, parts, name, model)
 
 
 def check_chat(served: ServedModel, fields: MessageFields) -> None:
@@ -314,7 +235,7 @@ def _refused_by_template(error: Exception, field: str) -> RequestError:
 
 def _are_ids(prompt: Any) -> bool:
     is_list = isinstance(prompt, list) and bool(prompt)
-    return is_list and all(integer(token) is not None for token in prompt)
+    return is_list and all(type(token) is int for token in prompt)
 
 
 def _no_prompt(asked: Any) -> RequestError:

@@ -11,21 +11,28 @@ from lorafx.adapter_store.names import BASE
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, nearest
 from lorafx.integrations.server.errors import RequestError, message_of
-from lorafx.integrations.server.settings import CONFIG, UNPRINTABLE
+from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings, adapter_folder
 
 
 class AdapterLoading:
-    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter from the folder `root`; if that is
-    None, all requests are refused."""
+    """Loads and unloads adapters where clients ask for that, and loads those that have a folder
+    when they are first asked for; each if the settings say so."""
 
-    def __init__(self, compiled: CompiledModel, root: Path | None) -> None:
+    def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
         self._compiled = compiled
-        self._root = None if root is None else root.resolve()
+        #: The folders from which clients load, and in which adapters are found.
+        self._loads: Path | None = None
+        self._finds: Path | None = None
+        if isinstance(settings, Settings):
+            self._loads = settings.root() if settings.allow_runtime_loading else None
+            self._finds = settings.root() if settings.resolve_adapters else None
+            self._limit = asyncio.Semaphore(settings.max_adapter_reads)
+        self._readings: dict[str, asyncio.Task[None]] = {}
 
     def load(self, body: dict[str, Any]) -> str:
         """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
         RequestError if that is refused."""
-        root = self._root_or_refuse()
+        root = self._folder_or_refuse()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
@@ -47,45 +54,36 @@ class AdapterLoading:
     def unload(self, body: dict[str, Any]) -> str:
         """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
         Raises RequestError if there is no such adapter."""
-        self._root_or_refuse()
+        self._folder_or_refuse()
         name, loaded = _text(body, "lora_name"), self._compiled.adapters
         if name not in loaded:
             raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
         self._compiled.unload_adapter(name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
-    def _root_or_refuse(self) -> Path:
-        if self._root is None:
+    def _folder_or_refuse(self) -> Path:
+        if self._loads is None:
             raise RequestError(
                 "this server loads and unloads no adapters on request; "
                 "`lorafx serve --allow-runtime-loading` does",
                 status=403,
             )
-        return self._root
-
-
-class AdapterFinding:
-    """Loads the adapters in the folder `root` when they are first asked for, at most `at_once` of
-    them at a time. An adapter is asked for by the name of its folder."""
-
-    def __init__(self, compiled: CompiledModel, root: Path, at_once: int) -> None:
-        self._compiled, self._root = compiled, root.resolve()
-        self._limit = asyncio.Semaphore(at_once)
-        self._readings: dict[str, asyncio.Task[None]] = {}
+        return self._loads
 
     async def find(self, name: str) -> None:
         """Have an adapter loaded if it has a folder and is not loaded yet. Requests for one adapter
         wait for one reading, and others go on. Raises RequestError if it is refused."""
-        if name in self._compiled.adapters or not self._is_adapter(name):
+        root, known = self._finds, self._compiled.adapters
+        if root is None or name in known or adapter_folder(root, name) is None:
             return
         reading = self._readings.get(name)
         if reading is None:
-            reading = self._readings[name] = asyncio.create_task(self._read(name))
+            reading = self._readings[name] = asyncio.create_task(self._read(root, name))
             reading.add_done_callback(lambda _: self._readings.pop(name))
         await asyncio.shield(reading)  # others may wait for it when this client goes away
 
-    async def _read(self, name: str) -> None:
-        folder = _folder_inside(self._root, name)
+    async def _read(self, root: Path, name: str) -> None:
+        folder = _folder_inside(root, name)
         async with self._limit:
             try:
                 await asyncio.to_thread(self._compiled.load_adapter, folder, name)
@@ -94,15 +92,6 @@ class AdapterFinding:
                     f"the adapter {name!r} has a folder and is not served: {message_of(error)}",
                     "model",
                 ) from error
-
-    def _is_adapter(self, name: str) -> bool:
-        hidden = name == BASE or name.startswith(".") or not name.isprintable()
-        if hidden or Path(name).name != name:  # which names another folder
-            return False
-        try:
-            return (self._root / name / CONFIG).is_file()
-        except OSError:  # the name is too long
-            return False
 
 
 def _text(body: dict[str, Any], field: str) -> str:

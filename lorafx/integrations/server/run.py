@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,9 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Response
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,24 +21,20 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.cli.serving.server import build_server
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
-from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.integrations.server.admission import Admission
-from lorafx.integrations.server.errors import Authentication, answer_errors
-from lorafx.integrations.server.generating import Generation, ServedModel
-from lorafx.integrations.server.handlers import Chat, Completions, Responses
-from lorafx.integrations.server.loading import AdapterFinding, AdapterLoading
-from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.request_log import RequestLog
-from lorafx.integrations.server.routes import add_routes
+from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import config_covering
+
+#: How many kernels oneDNN keeps, and how many descriptions of them, unless the environment says so.
+#: It makes one for each number of rows, of about a megabyte; 1,024 of them is its own default.
+_KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 class Opened(NamedTuple):
@@ -55,6 +50,7 @@ def run(settings: Settings) -> None:
     `opened` raises, and ConfigError if the address is in use."""
     start = time.perf_counter()
     _log_at(settings.log_level)
+    bound_kernels()
     listener, tls = settings.bind(), settings.tls()
     with listener, opened(settings) as server:
         host, port = listener.getsockname()[:2]
@@ -78,12 +74,16 @@ def run(settings: Settings) -> None:
             serving.run(sockets=[listener])
 
 
+def bound_kernels() -> None:
+    """Bound the memory that oneDNN's kernels take. The first kernel reads the bound."""
+    for name, number in _KEPT_KERNELS.items():
+        os.environ.setdefault(name, number)
+
+
 def _log_at(level: str) -> None:
     """Write lorafx's log to standard error from a level on, with a line for each request."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("lorafx").setLevel(level.upper())
-    # Its handlers have a line at level WARNING for each request.
-    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -106,15 +106,14 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    folders = settings if lazily else None
-    served = ServedModel(compiled, tokenizer, settings.served_name, folders, settings.aliases)
     defaults, warmup = _defaults(settings, model), settings.warmup or None
     block = compiled.continuous_batching(
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
         try:
-            yield Opened(build_app(served, engine, settings), compiled, engine)
+            served = ServedModel(compiled, engine, tokenizer, settings, lazily)
+            yield Opened(build_app(served), compiled, engine)
         finally:
             # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
@@ -199,83 +198,3 @@ def _signals_passed_to(server: uvicorn.Server) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-#: transformers' routes that are kept. The others load any model, or unload this one.
-ROUTES = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"),
-    *("/docs", "/openapi.json"),
-)
-
-
-def build_app(
-    served: ServedModel, engine: AdapterBatchingManager, settings: ModelSettings | None = None
-) -> FastAPI:
-    """The application that serves a model by its engine, which has to be running. Without settings
-    clients need no key, load no adapters and have no limits."""
-    key = most = largest = longest = None
-    if settings is not None:
-        key, longest = settings.api_key, settings.max_model_len
-        most, largest = settings.max_queue, settings.max_body_bytes
-    metrics = Metrics(served.compiled, engine, served.name)
-    generation = Generation(served, engine, longest)
-    absent: Any = None  # in place of what removed routes need
-    chat, completions = Chat(served, generation), Completions(served, generation)
-    handlers: dict[str, Any] = {"chat_handler": chat, "completion_handler": completions}
-    app = build_server(
-        served,
-        **handlers,
-        response_handler=Responses(served, generation),
-        transcription_handler=absent,
-        systemone_handler=absent,
-        generation_state=absent,
-    )
-    app.router.routes[:] = [
-        route for route in app.router.routes if getattr(route, "path", None) in ROUTES
-    ]
-    add_routes(app, completions, chat)
-    answer_errors(app)
-    app.user_middleware.clear()  # transformers' gives requests their IDs, as RequestLog does
-    # Each is outside of those before it.
-    app.add_middleware(Admission, most=most, largest=largest)
-    app.add_middleware(Authentication, key=key)
-    root = None
-    if isinstance(settings, Settings):
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-        )
-        root = settings.root()
-        if root is not None and settings.resolve_adapters:
-            served.finding = AdapterFinding(served.compiled, root, settings.max_adapter_reads)
-        if not settings.allow_runtime_loading:
-            root = None
-    app.add_middleware(RequestLog, metrics=metrics)
-    loading = AdapterLoading(served.compiled, root)
-
-    # Not coroutines: they read files, and FastAPI runs them in threads.
-    @app.post("/v1/load_lora_adapter")
-    def load_lora_adapter(body: dict) -> Response:
-        return Response(loading.load(body), media_type="text/plain")
-
-    @app.post("/v1/unload_lora_adapter")
-    def unload_lora_adapter(body: dict) -> Response:
-        return Response(loading.unload(body), media_type="text/plain")
-
-    @app.get("/health")
-    @app.get("/ping")
-    @app.post("/ping")
-    def health() -> JSONResponse:
-        reason = engine.unhealthy()
-        if reason is not None:
-            return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
-        compiling = served.compiled.status().progress
-        return JSONResponse({"status": "ok", **({"graphs": compiling} if compiling else {})})
-
-    @app.get("/metrics")
-    def counts() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return app

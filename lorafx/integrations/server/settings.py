@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.checkpoint import config_of
+from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
@@ -87,7 +89,7 @@ class ModelSettings(BaseModel):
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
-        for name in (self.served_name, *self.aliases, *self.found):
+        for name in (*self.names, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
         if not self.found and root is None:
@@ -128,6 +130,19 @@ class ModelSettings(BaseModel):
         folder = Path(self.model)
         return self.name or (folder.resolve().name if folder.is_dir() else self.model)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All names of the base model in requests."""
+        return (self.served_name, *self.aliases)
+
+    def may_mean(self, model: str) -> Sequence[str]:
+        """The adapters that a request's field `model` may mean, the likeliest first; none if it
+        names the base model."""
+        if model in self.names:
+            return ()
+        bases = (f"{name}:" for name in self.names)
+        return [*(model.removeprefix(base) for base in bases if model.startswith(base)), model]
+
     def root(self) -> Path | None:
         """The folder from which clients may load adapters; None if they may not."""
         return None
@@ -135,17 +150,10 @@ class ModelSettings(BaseModel):
     def folder_of(self, adapter: str) -> Path | None:
         """The folder of an adapter, also of one that was added to `adapters` later; None if there
         is no such adapter."""
-        folder = self.found.get(adapter)
-        if folder is None:
-            if self.adapters is None or not adapter or adapter.startswith("."):
-                return None
-            if Path(adapter).name != adapter:  # a path to another folder
-                return None
-            folder = self.adapters / adapter
-        try:
-            return folder if (folder / CONFIG).is_file() else None
-        except OSError:  # the name is too long
-            return None
+        known = self.found.get(adapter)
+        if known is not None:
+            return known if (known / CONFIG).is_file() else None
+        return None if self.adapters is None else adapter_folder(self.adapters, adapter)
 
     def folders(self) -> list[str]:
         """The names of the adapters that have a folder now."""
@@ -239,7 +247,7 @@ class Settings(ModelSettings):
                 f"{option(given)} needs the folder that adapters may be loaded from: "
                 "--adapter-root FOLDER"
             )
-        return root
+        return root.resolve()
 
     def bind(self) -> socket.socket:
         """A socket that is bound to `host` and `port` and does not listen yet. Raises ConfigError
@@ -262,6 +270,17 @@ class Settings(ModelSettings):
 def option(name: str) -> str:
     """The option of `lorafx serve` that sets a field."""
     return f"--{name.replace('_', '-')}"
+
+
+def adapter_folder(root: Path, name: str) -> Path | None:
+    """The folder directly in `root` that has the name of an adapter; None if it is none."""
+    hidden = name in ("", BASE) or name.startswith(".") or not name.isprintable()
+    if hidden or Path(name).name != name:  # which names another folder
+        return None
+    try:
+        return root / name if (root / name / CONFIG).is_file() else None
+    except OSError:  # the name is too long
+        return None
 
 
 def _named_folder(text: str) -> tuple[str, Path]:

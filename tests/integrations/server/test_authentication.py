@@ -8,13 +8,13 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from served import ask, client_of, question
+from served import anew, ask, client_of, question
 
 from lorafx.errors import ConfigError
-from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.errors import OPEN_ROUTES
 from lorafx.integrations.server.ray import RaySettings
 from lorafx.integrations.server.ray.application import Ingress
-from lorafx.integrations.server.run import ROUTES, build_app
+from lorafx.integrations.server.request_log import GENERATING
 from lorafx.integrations.server.settings import Settings
 
 KEY = "sk-Lora_1.2+3/4="
@@ -24,18 +24,17 @@ PATH = "/v1/completions"
 @pytest.fixture(scope="module")
 def locked(files, server):
     """The same model in an application with a key that lets clients load."""
-    served = ServedModel(server.compiled, files.tokenizer, "tiny")
-    given = {"model": str(files.model), "adapters": files.adapters, "api_key": KEY}
-    settings = Settings(**given, allow_runtime_loading=True)
-    return server._replace(app=build_app(served, server.engine, settings))
+    return anew(server, files, api_key=KEY, allow_runtime_loading=True)
 
 
 @pytest.mark.parametrize(
     "key", [None, "", KEY, f"Basic {KEY}", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}"]
 )
 def test_requests_without_the_key_are_refused(locked, key) -> None:
-    loading = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-    for path in {*ROUTES, *loading, "/v1/other", "/docs", "/health/../v1/models"} - {"/health"}:
+    routes: Any = locked.app.routes
+    paths = {route.path for route in routes}
+    assert {*OPEN_ROUTES, *GENERATING, "/v1/models", "/docs"} < paths
+    for path in {*paths, "/v1/other", "/health/../v1/models"} - {*OPEN_ROUTES}:
         answer = ask(locked, "GET" if path == "/v1/models" else "POST", path, key=key, model="tiny")
         assert answer.status_code == 401, path
         assert answer.headers["www-authenticate"] == "Bearer"

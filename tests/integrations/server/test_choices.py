@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, TokenLogprobs
-from lorafx.integrations.server.choices import SequenceText, Token
+from lorafx.integrations.server.texts import SequenceText, Token
 
 pytestmark = pytest.mark.quick
 #: Tokens of one to three letters, so that a stop may begin and end within one.

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import torch
 from served import SMALL, ask, free_port, plain, question, said, serving
 
 from lorafx import LorafxError, LorafxWarning
@@ -235,3 +237,29 @@ def test_a_model_without_a_usable_tokenizer(files, tmp_path):
         opened(Settings(model=str(folder), adapters=files.adapters)),
     ):
         pass
+
+
+MANY_NUMBERS_OF_ROWS = """
+import os, torch
+from lorafx.integrations.server.run import bound_kernels
+
+bound_kernels()
+weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(128, 128))
+
+def resident(numbers):
+    for rows in numbers:
+        torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 128), weight, None, "none", [], "")
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+before = resident(range(1, 300))
+print(resident(range(300, 600)) - before)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this torch")
+def test_kernels_for_many_numbers_of_rows_take_bounded_memory():
+    """oneDNN would keep 1,024 kernels of about a megabyte: 180 MB for these 300."""
+    command = [sys.executable, "-c", MANY_NUMBERS_OF_ROWS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) < 40e6

@@ -8,15 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from served import anew, question
 from served import ask as ask_once
-from served import question
 
 from lorafx import CheckpointError, LoraConfig
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.integrations.server.errors import message_of
-from lorafx.integrations.server.generating import ServedModel
-from lorafx.integrations.server.run import build_app
-from lorafx.integrations.server.settings import Settings
 from lorafx.runtime.marking import build_sites
 
 PATH = "/v1/completions"
@@ -41,9 +38,7 @@ def root(files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loader(files, server, root):
     """The same model in an application that lets clients load."""
-    served = ServedModel(server.compiled, files.tokenizer, "tiny")
-    settings = Settings(model=str(files.model), allow_runtime_loading=True, adapter_root=root)
-    return server._replace(app=build_app(served, server.engine, settings))
+    return anew(server, files, allow_runtime_loading=True, adapter_root=root)
 
 
 def ask(server, *requests):

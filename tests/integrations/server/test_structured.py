@@ -8,12 +8,11 @@ import string
 import sys
 
 import pytest
-from served import ask, events, question, serving, write_files
+from served import anew, ask, events, question, serving, write_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafx.integrations.server.generating import ServedModel
-from lorafx.integrations.server.run import build_app
+from lorafx.integrations.server.fields import GrammarSource, ResponseFields
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 SIGNS = '{}[]":,.-_ <>/' + string.ascii_lowercase + string.digits
@@ -50,10 +49,10 @@ def tokenizer(size: int, chat_template: str = TEMPLATE, **others) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=made, **others)
 
 
-def spoken(server, **others):
+def spoken(server, files, **others):
     """The same model with another tokenizer."""
     made = tokenizer(server.compiled.model.config.vocab_size, **others)
-    return server._replace(app=build_app(ServedModel(server.compiled, made, "tiny"), server.engine))
+    return anew(server, files, made)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,8 @@ def speaker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def caller(speaker):
-    return spoken(speaker, response_template=RESPONSE)
+def caller(speaker, files):
+    return spoken(speaker, files, response_template=RESPONSE)
 
 
 def texts(server, path, new=40, **fields):
@@ -242,18 +241,34 @@ def test_tools_that_may_not_be_called(caller):
     assert with_tools == texts(caller, CHAT, new=3)
 
 
-def test_tools_of_a_response(caller):
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_of_tools_in_a_response(caller, monkeypatch, parallel):
+    words = "<t>hm</t>well" + call(1, 2)
+    source = GrammarSource("text", "choice", [words])
+    monkeypatch.setattr(ResponseFields, "grammar", lambda fields: source)
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
-    answer = ask(
-        caller, "POST", RESPONSES, model="tiny", **question(RESPONSES, "a", 9, tools=tools)
+    body = question(RESPONSES, "a", 200, tools=tools, parallel_tool_calls=parallel)
+    whole = ask(caller, "POST", RESPONSES, model="tiny", **body).json()
+    reasoning, message, *calls = whole["output"]
+    assert reasoning["content"][0]["text"] == "hm"
+    assert message["content"][0]["text"] == "well"
+    want = [json.dumps({"x": x}) for x in (1, 2)][: 2 if parallel else 1]
+    assert [(entry["name"], entry["arguments"]) for entry in calls] == [("f", x) for x in want]
+    found = events(ask(caller, "POST", RESPONSES, model="tiny", **body, stream=True).text)
+    assert [event["sequence_number"] for event in found] == [*range(len(found))]
+    kinds = [event["type"] for event in found]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds.count("response.output_item.done") == len(whole["output"])
+    assert (found[-1]["type"], found[-1]["response"]["usage"]) == (
+        "response.completed",
+        whole["usage"],
     )
-    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
-def test_tools_that_a_model_cannot_call(speaker, path):
+def test_tools_that_a_model_cannot_call(speaker, files, path):
     silent = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    without = spoken(speaker, response_template=RESPONSE, chat_template=silent)
+    without = spoken(speaker, files, response_template=RESPONSE, chat_template=silent)
     for asked, word in ((speaker, "response template"), (without, "chat template")):
         answer = ask(asked, "POST", path, model="tiny", **question(path, "a", 3, tools=TOOLS))
         assert answer.status_code == 400, answer.text
