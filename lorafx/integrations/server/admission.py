@@ -7,6 +7,7 @@ import asyncio
 from functools import partial
 from typing import Any
 
+from anyio import CancelScope
 from starlette.datastructures import Headers
 from starlette.routing import get_route_path
 
@@ -102,16 +103,12 @@ class Admission:
         async def leave() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-
-        answering = asyncio.create_task(self._app(scope, read, write))
-        leaving = asyncio.create_task(leave())
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not complete:
-                answering.cancel()  # does nothing if it has failed
-            await asyncio.wait((answering,))
-            if not answering.cancelled():
-                answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
+                answering.cancel()
+
+        with CancelScope() as answering:
+            leaving = asyncio.create_task(leave())
+            try:
+                await self._app(scope, read, write)
+            finally:
+                leaving.cancel()
