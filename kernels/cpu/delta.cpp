@@ -38,6 +38,13 @@ INLINE int rank_of(const Args* g, int slot, int range) {
     return rank < 0 ? 0 : rank > R ? R : rank;
 }
 
+// Whether the slot's adapter has factors for any of the ranges.
+INLINE bool has_factors(const Args* g, int slot) {
+    for (int j = 0; j < RANGES; j++)
+        if (rank_of(g, slot, j)) return true;
+    return false;
+}
+
 // The first range of equal v: its factors A, rank and scale are those of `range`.
 INLINE int source_of(const Args* g, int slot, int range) {
 #if ROUTED
@@ -270,7 +277,8 @@ static int sort_rows(Call* c, int32_t* space) {
             int slot = g->slots[j];
             if (slot >= slots) return BAD_SLOT;
             e = expert_of(g, m, e);
-            owner[m] = slot < 0 || e == EXPERTS ? -1 : e * (int)slots + slot;
+            const bool routed = slot >= 0 && e < EXPERTS && has_factors(g, e * (int)slots + slot);
+            owner[m] = routed ? e * (int)slots + slot : -1;
             if (owner[m] >= 0) by_slot[slot + 1]++, by_expert[e + 1]++;
         }
     for (int64_t s = 0; s < slots; s++) by_slot[s + 1] += by_slot[s];
@@ -288,7 +296,8 @@ static int sort_rows(Call* c, int32_t* space) {
 #else
 static int64_t sorting_space(const Args* g) { return g->capacity + 1; }
 
-// Sorts the active rows by slot: a counting sort over requests, `rows` rows at a time.
+// Sorts the active rows by slot: a counting sort over requests, `rows` rows at a time. Rows whose
+// adapter has no factors here are not active, so a site that no adapter touches costs nothing more.
 static int sort_rows(Call* c, int32_t* count) {
     const Args* g = c->args;
     const int64_t total = g->y_rows->count;
@@ -304,7 +313,7 @@ static int sort_rows(Call* c, int32_t* count) {
             int64_t stop = m + rows < total ? m + rows : total;
             int slot = g->slots[j];
             if (slot >= g->capacity) return BAD_SLOT;
-            if (slot < 0) m = stop;
+            if (slot < 0 || !has_factors(g, slot)) m = stop;
             else if (pass == 0) count[slot + 1] += stop - m, m = stop;
             else for (; m < stop; m++) {
                 int32_t p = count[slot]++;

@@ -333,3 +333,5 @@ for _schema, _eager, _fake in (
     ),
 ):
     define(_schema, _eager, _fake)
+
+ADD_DELTA = torch.ops.lorafx.add_delta_.default

@@ -52,7 +52,6 @@ from lorafx.model.sites import Group
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.saved import AdapterSource, Origin
-    from lorafx.model.sites import Group
 
 T = TypeVar("T")
 

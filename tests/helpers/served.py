@@ -108,8 +108,9 @@ def anew(
 ) -> Opened:
     """The same model and engine in an application of its own."""
     given = {"model": str(files.model), "adapters": files.adapters, **settings}
-    served = ServedModel(server.compiled, tokenizer or files.tokenizer, Settings(**given))
-    return server._replace(app=build_app(served, server.engine))
+    tokenizer = tokenizer or files.tokenizer
+    served = ServedModel(server.compiled, server.engine, tokenizer, Settings(**given))
+    return server._replace(app=build_app(served))
 
 
 @asynccontextmanager

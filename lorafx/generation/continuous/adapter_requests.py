@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 
 from lorafx.adapter_store.stored import Hold
-from lorafx.generation.continuous.parameters import Grammar, TokenParameters
+from lorafx.generation.continuous.parameters import Grammar, Sampling, TokenParameters
 from lorafx.runtime.session import Session
 
 #: The largest number of tokens that are replaced by a digest, as its 32-bit integers.
@@ -80,7 +80,8 @@ class AdapterRequest(RequestState):
         hold: its adapter, None for the base; active from the token `begins` on (aLoRA).
         weights: the version of the base weights that it began with.
         family: the names of all sequences of its request, of which its own is one.
-        parameters: what it asks of its tokens; None for nothing.
+        sampling: how its tokens are drawn; None if they are the likeliest ones.
+        parameters: what else it asks of its tokens; None for nothing.
         grammar: which tokens it may have.
         token_logprobs, prompt_logprobs: as in `SequenceOutput`.
         newest: the log-probability of the token that this step has chosen.
@@ -91,6 +92,7 @@ class AdapterRequest(RequestState):
     weights: int = 0
     begins: int = 0
     family: Sequence[str] = ()
+    sampling: Sampling | None = None
     parameters: TokenParameters | None = None
     grammar: Grammar | None = None
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -1,11 +1,11 @@
-"""The stage between the logits of a step and its new tokens, for requests that ask for more than
-transformers' processors know (`parameters.py`):
+"""The stage between the logits of a step and its new tokens, by what requests ask of them
+(`parameters.py`):
 
     logits (B, V)  →  log-probabilities, of these logits
                    →  + logit_bias  →  penalties  →  −∞ for words and ends that may not come yet,
                       and for what the grammar excludes
-                   →  transformers' processors (`sampling.py`)  →  −∞ by min_p
-                   →  the likeliest tokens, or drawn ones, by the numbers of their requests' seeds
+                   →  the likeliest tokens; or / temperature  →  −∞ by top_k, top_p and min_p
+                      →  drawn ones, by the numbers of their requests' seeds
                    →  which sequences end
 
 It works on all rows of a step together, and is skipped by steps in which no request asks. A request
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, TokenLogprobs
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.parameters import NOTHING, Grammar, TokenParameters
+from lorafx.generation.continuous.parameters import NOTHING, Grammar, Sampling, TokenParameters
 
 #: The rows of a prompt's logits that are looked at together.
 _ROWS = 64
@@ -41,6 +41,7 @@ class Choosing(LogitsProcessor):
 
     Attributes:
         rows: the requests of the step that ask for something, by their rows of its logits.
+        drawn: row -> how its token is drawn; rows that are not there take the likeliest one.
     """
 
     supports_continuous_batching = True
@@ -50,12 +51,14 @@ class Choosing(LogitsProcessor):
         self._tokenizer = tokenizer
         self._logits: Tensor | None = None
         self.rows: list[tuple[int, AdapterRequest, TokenParameters]] = []
+        self.drawn: dict[int, Sampling] = {}
 
     def begin(self, batch: Sequence[FutureRequestState]) -> bool:
         """Begin a step. Returns whether any of its requests asks for something."""
         new: list[Any] = [future.state for future in batch if future.has_new_token]
         asking = [(r, state, state.parameters) for r, state in enumerate(new) if state.parameters]
         self.rows = asking
+        self.drawn = {r: state.sampling for r, state in enumerate(new) if state.sampling}
         return bool(asking)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -127,22 +130,14 @@ class Choosing(LogitsProcessor):
     def _fail(self, state: AdapterRequest, why: str) -> None:
         self._packed.failed[state.request_id] = BatchError(f"this request failed: {why}")
 
-    def cut(self, scores: Tensor) -> None:
-        """Set the processed logits (1, B, V) of tokens below the request's min_p to −∞."""
-        rows = [(row, asked.min_p) for row, _, asked in self.rows if asked.min_p]
-        if rows:
-            indices, shares = [row for row, _ in rows], torch.tensor([share for _, share in rows])
-            kept = scores[0, indices]
-            least = kept.amax(-1, keepdim=True) + shares.to(scores).log()[:, None]
-            scores[0, indices] = kept.masked_fill(kept < least, -torch.inf)
-
-    def numbers(self, count: int) -> Tensor:
-        """A number from 0 to 1 for each of `count` rows, (count, 1): of a request with a seed, that
-        of its next token."""
-        numbers = torch.rand(count, 1, dtype=torch.float64)
+    def numbers(self, rows: Sequence[int]) -> Tensor:
+        """A number from 0 to 1 for each of these rows, (K, 1): of a request with a seed, that of
+        its next token."""
+        numbers = torch.rand(len(rows), 1, dtype=torch.float64)
+        places = {row: place for place, row in enumerate(rows)}
         for row, state, asked in self.rows:
-            if asked.seed is not None:
-                numbers[row] = state.draw(asked.seed)
+            if asked.seed is not None and row in places:
+                numbers[places[row]] = state.draw(asked.seed)
         return numbers
 
     def end(self, tokens: Sequence[int]) -> None:
@@ -208,29 +203,61 @@ class Choosing(LogitsProcessor):
 
 
 class ChoosingRunner(ModelRunner):
-    """A runner with the stage `choosing`."""
+    """A runner with the stage `choosing`. If `do_sample`, each token is drawn from the logits as
+    they are; otherwise those of requests that draw."""
 
     choosing: Choosing
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        logits, drawn = scores[0], self.choosing.drawn
         if self.do_sample:
-            self.choosing.cut(scores)
-            self._draw(scores[0].softmax(-1), output_ids)
+            self._draw(range(len(logits)), logits.softmax(-1), output_ids)
         else:
-            super()._sample(scores, output_ids)
+            if len(drawn) < len(logits):
+                super()._sample(scores, output_ids)
+                logits = logits[[*drawn]]
+            if drawn:
+                self._draw([*drawn], shares_of(logits, [*drawn.values()]), output_ids)
         if self.choosing.rows:
             self.choosing.end(output_ids[0].tolist())
 
-    def _draw(self, shares: Tensor, output_ids: Tensor) -> None:
-        """Draw a token of each row from `shares` (B, V), as transformers does: torch.multinomial
-        takes 20 times as long. In float64 a number below 1 times the sum stays below the sum."""
+    def _draw(self, rows: Sequence[int], shares: Tensor, output_ids: Tensor) -> None:
+        """Draw a token for each of these rows from `shares` (K, V): torch.multinomial takes 20
+        times as long. In float64 a number below 1 times the sum stays below the sum."""
         sums = shares.cumsum(-1, dtype=torch.float64)
-        numbers = self.choosing.numbers(len(sums)).to(sums.device)
+        numbers = self.choosing.numbers(rows).to(sums.device)
         tokens = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)
-        output_ids[0, : len(sums)] = tokens[:, 0]
-        if self.return_logprobs:
+        output_ids[0, [*rows]] = tokens[:, 0].to(output_ids.dtype)
+        if self.return_logprobs:  # of all rows
             logprobs = shares.gather(1, tokens)[:, 0].log()
             output_ids[1, : len(sums)] = logprobs.view(torch.int32)
+
+
+def shares_of(logits: Tensor, asked: Sequence[Sampling]) -> Tensor:
+    """The probabilities (K, V) by which tokens are drawn, each row as is asked for it."""
+    temperatures = torch.tensor([sampling.temperature for sampling in asked]).to(logits)
+    scores, size = logits / temperatures[:, None], logits.shape[-1]
+
+    def cut(numbers: Sequence[float], least: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Leave out the tokens below the least scores; rows whose number is 0 keep all."""
+        rows = [row for row, number in enumerate(numbers) if number]
+        if rows:
+            kept, asked_for = scores[rows], torch.tensor([numbers[row] for row in rows])
+            bounds = least(kept, asked_for.to(scores.device)[:, None])
+            scores[rows] = kept.masked_fill(kept < bounds, -torch.inf)
+
+    counts = [sampling.top_k if 0 < sampling.top_k < size else 0 for sampling in asked]
+    cut(counts, lambda kept, k: kept.sort(descending=True).values.gather(-1, k - 1))
+    cut([1 - sampling.top_p for sampling in asked], _least_of_share)
+    cut([sampling.min_p for sampling in asked], lambda kept, p: kept.amax(-1, True) + p.log())
+    return scores.softmax(-1)
+
+
+def _least_of_share(scores: Tensor, left_out: Tensor) -> Tensor:
+    """The score, (K, 1), of the likeliest token below which tokens have this share together."""
+    ascending = scores.sort().values
+    below = (ascending.softmax(-1).cumsum(-1) <= left_out).sum(-1, keepdim=True)
+    return ascending.gather(-1, below.clamp(max=scores.shape[-1] - 1))
 
 
 def described(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import (
@@ -24,7 +28,6 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import invocation_columns, warn_absent
-from lorafx.generation.continuous import sampling
 from lorafx.generation.continuous.adapter_requests import (
     AdapterPages,
     AdapterRequest,
@@ -36,9 +39,9 @@ from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
 from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.parameters import (
-    ARGUMENTS,
     NOTHING,
     Grammar,
+    Sampling,
     checked_number,
     checked_parameters,
     checked_prompt,
@@ -112,7 +115,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             with _errors_of_engine(model):
                 super().__init__(
                     model=model,
-                    generation_config=sampling.enabling(defaults) if per_request else defaults,
+                    generation_config=_tempered(defaults) if per_request else defaults,
                     continuous_batching_config=served,
                     **kwargs,
                 )
@@ -120,11 +123,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._attention.give_back()
             raise
         self.generation_config = defaults
+        #: How requests draw that do not say it; None if they have no choice.
+        self._sampling: Sampling | None = None
+        processors = self.logit_processor.logits_processor
         if per_request:
-            sampling.replace_in(self.logit_processor, defaults)
-        #: Arguments of requests that no processor of transformers knows.
-        self._arguments = ARGUMENTS if per_request else ARGUMENTS - {"min_p"}
-        self._processes = self.logit_processor.do_processing
+            given = {name: getattr(defaults, name) for name in Sampling._fields}
+            given = {name: value for name, value in given.items() if value is not None}
+            self._sampling = Sampling(**given)
+            processors[:] = [
+                p for p in processors if not isinstance(p, ContinuousBatchingLogitsProcessor)
+            ]
+        self._processes = bool(processors)
         #: The process in which the engine's thread runs.
         self._process: int | None = None
         #: The thread's `batch_processor`, which transformers may remove while the thread runs.
@@ -132,7 +141,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._packed = PackedForward(forwards, self._requests_of_step)
         self._forward: Any = self._packed
         self._choosing = Choosing(self._packed, tokenizer)
-        self.logit_processor.logits_processor.insert(0, self._choosing)
+        processors.insert(0, self._choosing)
         self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
         #: Whether the thread begins with steps, for whose graphs to be compiled while requests are
@@ -189,9 +198,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         reason = self._why_no_requests()
         if reason is not None:
-            raise BatchError(f"the request was not queued. {reason}") from (
-                self.background_thread_status.fatal_error
-            )
+            cause = self.background_thread_status.fatal_error
+            why = reason if cause is None else f"{reason} {type(cause).__name__}: {cause}"
+            raise BatchError(f"the request was not queued. {why}") from cause
         refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
@@ -203,9 +212,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         ends = ends_of(config.eos_token_id if eos_token_id is None else eos_token_id)
         ends = [] if ignore_eos else ends
         count = self.num_return_sequences if n is None else checked_number("n", n)
-        own = {name: parameters.pop(name) for name in self._arguments & parameters.keys()}
-        values = checked_sampling(self.logit_processor, parameters)
-        asked = checked_parameters(own, self._tokenizer, size, ends)
+        sampled = {name: parameters.pop(name) for name in Sampling._fields if name in parameters}
+        sampling = checked_sampling(sampled, self._sampling)
+        asked = checked_parameters(parameters, self._tokenizer, size, ends)
         prompt = checked_prompt(self.forwards.model, input_ids)
         if asked.prompt_logprobs is not None and max(prompt) >= size:
             raise ConfigError(
@@ -222,10 +231,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             streaming=streaming,
-            logit_processor_kwargs=values,
             hold=hold,
             begins=begins,
             family=(request_id, *fork_names(request_id, count - 1)),
+            sampling=sampling,
             parameters=None if grammar is None and asked == NOTHING else asked,
             grammar=grammar,
             prompt_logprobs=[] if asked.prompt_logprobs is None else [None],
@@ -414,6 +423,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             runner: Any = processor.model_runner
             runner.__class__ = ChoosingRunner
             runner.choosing = self._choosing
+            runner.do_sample = processor.do_sample and self._sampling is None
         elif self.compiles_beside:  # the thread begins, and has written all of its large tensors
             self._run_steps(processor, CALLS)
         return processor
@@ -421,8 +431,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
         step = processor.inputs_and_outputs
-        draws = processor.do_sample and sampling.any_drawn(self.logit_processor)
-        processor.model_runner.do_sample = draws
         asked = self._choosing.begin(step.requests_in_batch)
         self.logit_processor.do_processing = self._processes or asked
         try:
@@ -479,6 +487,14 @@ def _errors_of_engine(model: Any) -> Iterator[None]:
             f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
             "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
         ) from error
+
+
+def _tempered(config: GenerationConfig) -> GenerationConfig:
+    """`config` with no way of drawing but a temperature, whose processor transformers leaves memory
+    for."""
+    changed = copy.deepcopy(config)
+    changed.update(temperature=2.0, top_k=None, top_p=None, min_p=None)
+    return changed
 
 
 def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:

@@ -10,15 +10,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, SupportsFloat, cast
+from typing import Any, NamedTuple, Protocol, SupportsFloat, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
 
-from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.errors import BatchError, ConfigError, LorafxError, nearest
 
 #: The ranges of arguments that are numbers. Temperatures become float32.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -51,10 +48,23 @@ class Grammar(Protocol):
         """Whether the sequence is complete. It ends then, with the finish reason "stop"."""
 
 
+class Sampling(NamedTuple):
+    """How a request draws its tokens. top_k: 0, -1 and numbers above the vocabulary's size keep all
+    tokens."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+#: Lower temperatures take the likeliest token. vLLM has the same bound.
+COLDEST = 1e-5
+
+
 @dataclass(frozen=True)
 class TokenParameters:
-    """The checked arguments of a request (`AdapterBatchingManager.add_request`), without those that
-    transformers' processors read.
+    """The other arguments of a request (`AdapterBatchingManager.add_request`), checked.
 
     Attributes:
         bad_words: sequences of tokens that may not be generated, each in all its spellings.
@@ -63,7 +73,6 @@ class TokenParameters:
     """
 
     seed: int | None = None
-    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -87,7 +96,7 @@ class TokenParameters:
 
 
 NOTHING = TokenParameters()
-#: The names of the arguments.
+#: The names of those arguments.
 ARGUMENTS = {f.name for f in fields(TokenParameters)} - {"ends", "stop_ids"} | {"stop_token_ids"}
 
 
@@ -141,26 +150,20 @@ def ends_of(eos_token_id: Any) -> list[int]:
         return checked_ids("eos_token_id", () if eos_token_id is None else eos_token_id)
 
 
-def checked_sampling(
-    processors: ContinuousBatchingLogitsProcessorList, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments that transformers' processors read, without those that are None. Raises
-    ConfigError if the engine does not take one per request, or no token can be chosen with it."""
-    values = {
-        name: checked_number(name, value) if name in RANGES else value
-        for name, value in arguments.items()
-        if value is not None
-    }
-    try:
-        processors.check_kwargs(values)
-    except (TypeError, ValueError) as error:
+def checked_sampling(arguments: Mapping[str, Any], defaults: Sampling | None) -> Sampling | None:
+    """How a request draws its tokens; None if it takes the likeliest ones, or if requests have no
+    choice. `defaults` are those of the engine, None if it chooses alike for all requests. Raises
+    ConfigError if it does and there are `arguments`, or if no token can be chosen with one."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    numbers = {name: checked_number(name, value) for name, value in given.items()}
+    if given and defaults is None:
         raise ConfigError(
-            f"this engine does not choose a request's tokens by {', '.join(values)}: {error}. "
-            "Start it with GenerationConfig(do_sample=True) and "
-            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k, "
-            "top_p and min_p"
-        ) from error
-    return values
+            f"this engine does not choose a request's tokens by {', '.join(given)}: start it with "
+            "GenerationConfig(do_sample=True) and "
+            "ContinuousBatchingConfig(per_request_processors=True)"
+        )
+    asked = None if defaults is None else defaults._replace(**numbers)
+    return None if asked is None or asked.temperature < COLDEST else asked
 
 
 def checked_parameters(
@@ -176,6 +179,8 @@ def checked_parameters(
     Raises ConfigError for what cannot be honoured.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
+    for name in given.keys() - ARGUMENTS:
+        raise ConfigError(f"a request has no argument {name!r}{nearest(name, ARGUMENTS)}")
     stop = _strings("stop", given.pop("stop", ()), tokenizer)
     words = _strings("bad_words", given.pop("bad_words", ()), tokenizer)
     stop_ids = checked_ids("stop_token_ids", given.pop("stop_token_ids", ()), size)

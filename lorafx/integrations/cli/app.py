@@ -154,7 +154,7 @@ def serve(
     max_memory_percent: float | None = None,
     max_model_len: int | None = None,
     max_queue: Annotated[
-        int, typer.Option(help="Requests under way; further ones get 429.")
+        int, typer.Option(help="Sequences under way; further requests get 429.")
     ] = 1024,
     max_body_bytes: int = 8 << 20,
     temperature: float | None = None,

@@ -1,52 +1,71 @@
-"""What is admitted to the handlers: requests up to a number, bodies up to a size, and each as long
-as its client is there."""
+"""What is admitted to the handlers: requests up to a number of sequences, bodies up to a size, and
+each as long as its client is there."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
+from anyio import CancelScope
 from starlette.datastructures import Headers
 from starlette.routing import get_route_path
 
 from lorafx.integrations.server.errors import RequestError, error_response
-from lorafx.integrations.server.request_log import GENERATING
+from lorafx.integrations.server.request_log import GENERATING, current_record
+
+
+class Queue:
+    """Places for the sequences of requests that are answered or wait, `most` at a time; None is no
+    limit."""
+
+    def __init__(self, most: int | None) -> None:
+        self._most, self._taken = most, 0
+
+    def take(self, places: int, had: int = 0) -> None:
+        """Give the current request `places` until it has ended, of which it `had` some before.
+        Raises RequestError, with status 429 if they are not free, and 400 if they never can be."""
+        if self._most is not None and places > self._most:
+            raise RequestError(
+                f"the request asks for {places} sequences, and --max-queue allows {self._most}; "
+                "send fewer prompts at a time, or a smaller `n`"
+            )
+        more = places - had
+        if self._most is not None and self._taken + more > self._most:
+            raise RequestError(
+                f"{self._taken} sequences are being answered or wait, and --max-queue allows "
+                f"{self._most}; ask again later",
+                status=429,
+                code="queue_full",
+            )
+        self._taken += more
+        current_record().at_end.append(partial(self._leave, more))
+
+    def _leave(self, places: int) -> None:
+        self._taken -= places
 
 
 class Admission:
-    """ASGI middleware. A request to generate is answered with status 429 while `most` of them are
-    under way, and any request with 413 if its body has more than `largest` bytes; None is no limit.
-    When a client goes away, the task that answers it is cancelled."""
+    """ASGI middleware. A request to generate takes a place in `queue` before its body is read, and
+    any request is answered with status 413 if its body has more than `largest` bytes; None is no
+    limit. When a client goes away, the task that answers it is cancelled."""
 
-    def __init__(self, app: Any, most: int | None, largest: int | None) -> None:
-        self._app, self._most, self._largest = app, most, largest
-        self._under_way = 0
+    def __init__(self, app: Any, queue: Queue, largest: int | None) -> None:
+        self._app, self._queue, self._largest = app, queue, largest
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":  # no other route reads a body
             await self._app(scope, receive, send)
             return
-        generates = get_route_path(scope) in GENERATING
-        self._under_way += generates
         try:
-            if generates and self._most is not None and self._under_way > self._most:
-                raise RequestError(
-                    f"{self._most} requests are being answered or wait, which is the most that "
-                    "--max-queue allows; ask again later",
-                    status=429,
-                    code="queue_full",
-                )
+            if get_route_path(scope) in GENERATING:
+                self._queue.take(1)
             body = await self._body(Headers(scope=scope), receive)
         except RequestError as error:
-            refusal = error_response(error)
-            if error.status == 429:
-                refusal.headers["Retry-After"] = "1"
-            await refusal(scope, receive, send)
+            await error_response(error)(scope, receive, send)
         else:
             if body is not None:
                 await self._answer(scope, body, receive, send)
-        finally:
-            self._under_way -= generates
 
     async def _body(self, headers: Headers, receive: Any) -> bytes | None:
         """The whole body; None if the client goes away before its end. Raises RequestError as soon
@@ -84,16 +103,12 @@ class Admission:
         async def leave() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-
-        answering = asyncio.create_task(self._app(scope, read, write))
-        leaving = asyncio.create_task(leave())
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not complete:
-                answering.cancel()  # does nothing if it has failed
-            await asyncio.wait((answering,))
-            if not answering.cancelled():
-                answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
+                answering.cancel()
+
+        with CancelScope() as answering:
+            leaving = asyncio.create_task(leave())
+            try:
+                await self._app(scope, read, write)
+            finally:
+                leaving.cancel()

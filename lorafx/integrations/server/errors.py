@@ -34,49 +34,43 @@ class RequestError(LorafxError):
         self.code = code
 
 
-def status_of(error: BaseException) -> int:
-    """The HTTP status of the answer to an error."""
-    if isinstance(error, RequestError):
-        return error.status
-    if isinstance(error, HTTPException):
-        return error.status_code
-    if isinstance(error, RequestValidationError):
-        return 400
-    if isinstance(error, UnknownAdapterError):
-        return 404
-    # The engine raises BatchError when it takes no requests.
-    return 503 if isinstance(error, BatchError) else 500
-
-
-def message_of(error: Exception) -> str:
+def message_of(error: LorafxError) -> str:
     """The message of an error, with options of `lorafx serve` in place of fields of LoraConfig."""
-    if isinstance(error, HTTPException):
-        return str(error.detail)
-    if isinstance(error, RequestValidationError):
-        return f"the body is not a JSON object: {_problem_of_body(error)}"
     return respelled(str(error), _as_option)
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: LorafxError) -> JSONResponse:
     """The answer to a request that ends with this error."""
-    status = status_of(error)
+    status = error.status if isinstance(error, RequestError) else 500
+    if isinstance(error, UnknownAdapterError):
+        status = 404
+    elif isinstance(error, BatchError):  # the engine takes no requests
+        status = 503
     fields = {
         "message": message_of(error),
         "type": "invalid_request_error" if status < 500 else "server_error",
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }
-    return JSONResponse({"error": fields}, status)
+    again = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse({"error": fields}, status, again)
 
 
 def answer_errors(app: FastAPI) -> None:
     """Have `app` answer all errors in OpenAI's form."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    @app.exception_handler(LorafxError)
+    async def refuse(_: Request, error: LorafxError) -> JSONResponse:
         return error_response(error)
 
-    for kind in (LorafxError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, answer)
+    @app.exception_handler(HTTPException)
+    async def refuse_route(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(RequestError(str(error.detail), status=error.status_code))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        why = f"the body is not a JSON object: {_problem_of_body(error)}"
+        return error_response(RequestError(why))
 
 
 def _as_option(field: str, value: str | None, adapter_suffices: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""The served model by the names of requests, and the sequences of a request in its engine.
+"""The served model with its engine, and the sequences of a request in it.
 
 handler ── "base:adapter" ─▶ Sequences ─▶ AdapterBatchingManager
            fields            of a request  one for the server
@@ -20,10 +20,11 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.parameters import ends_of
+from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.grammars import Grammars
-from lorafx.integrations.server.loading import AdapterFinding
+from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
 
@@ -32,22 +33,44 @@ class ServedModel:
     """The served model. A request names the base `name` or by one of `aliases`, and an adapter
     `name:adapter` or `adapter`, unless that is another's name. It may ask for the adapters that are
     loaded; if they are loaded `lazily`, by the caller of the application, for those that have a
-    folder."""
+    folder.
+
+    Attributes:
+        loading: what loads adapters that requests name.
+        queue: the places of sequences that are answered or wait.
+        most_tokens: how many a prompt and its answer may have together.
+        ends: the tokens that end a sequence.
+    """
 
     def __init__(
         self,
         compiled: CompiledModel,
+        engine: AdapterBatchingManager,
         tokenizer: PreTrainedTokenizerFast,
         settings: ModelSettings,
         lazily: bool = False,
     ) -> None:
-        self.compiled, self.tokenizer = compiled, tokenizer
+        self.compiled, self.engine, self.tokenizer = compiled, engine, tokenizer
         self.settings, self._lazily = settings, lazily
         self.name = settings.served_name
-        #: All names of the base.
-        self.names = (self.name, *settings.aliases)
-        self._finding = AdapterFinding(compiled, settings)
+        self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self._created = int(time.time())
+        assert engine.batch_processor is not None
+        cache = int(engine.batch_processor.cache.max_tokens_read)
+        model: Any = compiled.model
+        text = model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        limits = cache, positions, settings.max_model_len
+        self.most_tokens = min(int(limit) for limit in limits if limit is not None)
+        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
+        self._grammars = Grammars(tokenizer, text.vocab_size)
+
+    async def arguments(self, fields: Fields) -> dict[str, Any]:
+        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
+        arguments, source = fields.arguments(), fields.grammar()
+        if source is not None:  # a large one takes a second
+            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
+        return arguments
 
     def adapters(self) -> Sequence[str]:
         """The adapters that requests may ask for."""
@@ -60,14 +83,10 @@ class ServedModel:
 
     async def resolve(self, model: object) -> str | None:
         """As `adapter_of`, after the adapter was loaded if it is found only now."""
-        if isinstance(model, str) and model not in self.names:
-            await self._finding.find(self._adapter_in(model))
+        if isinstance(model, str):
+            for adapter in self.settings.may_mean(model):
+                await self.loading.find(adapter)
         return self.adapter_of(model)
-
-    def _adapter_in(self, model: str) -> str:
-        """The part of a field `model` that names an adapter."""
-        prefixes = (f"{name}:" for name in self.names)
-        return next((model.removeprefix(p) for p in prefixes if model.startswith(p)), model)
 
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request's field `model` names; None for the base model. Raises
@@ -78,9 +97,9 @@ class ServedModel:
                 f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
                 "model",
             )
-        if model in self.names:
+        if model in self.settings.names:
             return None
-        for adapter in (self._adapter_in(model), model):
+        for adapter in self.settings.may_mean(model):
             if self._has(adapter):
                 return adapter
         raise RequestError(
@@ -103,43 +122,15 @@ class ServedModel:
         """The entries of /v1/models."""
         adapters = self.adapters()
         whole = (f"{self.name}:{adapter}" for adapter in adapters)
-        return [self.entry(name) for name in dict.fromkeys((*self.names, *whole, *adapters))]
+        return [
+            self.entry(name) for name in dict.fromkeys((*self.settings.names, *whole, *adapters))
+        ]
 
     def entry(self, name: str) -> dict[str, Any]:
         """The entry of /v1/models for a name that `adapter_of` accepts."""
-        parent = None if name in self.names else self.name
+        parent = None if name in self.settings.names else self.name
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
         return {"id": name, **entry, "parent": parent}
-
-
-class Generation:
-    """What all requests of the server share: the engine, the tokens that end a sequence, and the
-    most that a prompt and its answer may have together."""
-
-    def __init__(self, served: ServedModel, engine: AdapterBatchingManager) -> None:
-        self.engine = engine
-        assert engine.batch_processor is not None
-        cache = int(engine.batch_processor.cache.max_tokens_read)
-        model: Any = served.compiled.model
-        text = model.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        limits = cache, positions, served.settings.max_model_len
-        self.most_tokens = min(int(limit) for limit in limits if limit is not None)
-        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
-        self._grammars = Grammars(served.tokenizer, text.vocab_size)
-
-    async def arguments(self, fields: Fields) -> dict[str, Any]:
-        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
-        arguments, source = fields.arguments(), fields.grammar()
-        if source is not None:  # a large one takes a second
-            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
-        return arguments
-
-    def refuse_dead(self) -> None:
-        """Raise RequestError if the engine has failed."""
-        error = self.engine.background_thread_status.fatal_error
-        if error is not None:
-            raise RequestError(f"the engine has failed: {error}", status=503)
 
 
 class Sequences:
@@ -147,8 +138,8 @@ class Sequences:
     numbered in the order in which they were added. They are cancelled when the request ends before
     them."""
 
-    def __init__(self, generation: Generation, adapter: str | None) -> None:
-        self._generation, self._adapter = generation, adapter
+    def __init__(self, served: ServedModel, adapter: str | None) -> None:
+        self._served, self._adapter = served, adapter
         self._count = 0
         self._running: set[str] = set()
         self._latest: dict[int, Any] = {}
@@ -159,14 +150,13 @@ class Sequences:
     def add(self, prompt: list[int], most: int | None, *, n: int = 1, **arguments: Any) -> None:
         """Have the engine generate `n` sequences of at most `most` tokens, or of what fits. Raises
         RequestError if the prompt is too long or empty, or an argument is refused."""
-        self._generation.refuse_dead()
-        engine, room = self._generation.engine, self._generation.most_tokens - len(prompt)
+        engine, room = self._served.engine, self._served.most_tokens - len(prompt)
         if not prompt:
             raise RequestError("the prompt has no tokens; write something", "prompt")
         if room < (0 if most == 0 else 1):
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
-                f"{self._generation.most_tokens}; shorten it",
+                f"{self._served.most_tokens}; shorten it",
                 code="context_length_exceeded",
             )
         first = uuid4().hex  # names that clients give need not be unique
@@ -194,13 +184,14 @@ class Sequences:
             latest, self._latest = self._latest, {}
             for index, output in sorted(latest.items()):
                 if output.error is not None:
-                    self._generation.refuse_dead()
-                    raise RequestError(f"the generation failed: {output.error}", status=500)
+                    ended = self._served.engine.background_thread_status.fatal_error
+                    status = 500 if ended is None else 503
+                    raise RequestError(f"the generation failed: {output.error}", status=status)
                 yield index, output
 
     def cancel(self) -> None:
         """Cancel what is running."""
-        engine, router = self._generation.engine, self._generation.engine.output_router
+        engine, router = self._served.engine, self._served.engine.output_router
         for name in self._running:
             engine.cancel_request(name)
             with router._lock:

@@ -29,7 +29,7 @@ from lorafx.integrations.server.fields import (
     MessageFields,
     ResponseFields,
 )
-from lorafx.integrations.server.generating import Generation, Sequences, ServedModel
+from lorafx.integrations.server.generating import Sequences, ServedModel
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 
@@ -41,8 +41,8 @@ class Handler:
 
     fields: type[Fields]
 
-    def __init__(self, served: ServedModel, generation: Generation) -> None:
-        self.served, self.generation = served, generation
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
 
     def prompts(self, fields: Any) -> list[Prompt]:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
@@ -57,10 +57,11 @@ class Handler:
         adapter = await self.served.resolve(body.get("model"))
         current_record().asks_for(adapter)
         fields = self.fields.read(body)
-        arguments = await self.generation.arguments(fields)
+        arguments = await self.served.arguments(fields)
         prompts = self.prompts(fields)
+        self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
-        sequences = Sequences(self.generation, adapter)
+        sequences = Sequences(self.served, adapter)
         for prompt in prompts:
             sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)
         if fields.stream:
@@ -79,17 +80,18 @@ class Completions(Handler):
 
     def prompts(self, fields: CompletionFields) -> list[Prompt]:
         asked = fields.prompt
-        if isinstance(asked, str) or _are_ids(asked):
-            asked = [asked]
-        if not isinstance(asked, list) or not asked:
-            raise _no_prompt(asked)
-        return [self._prompt(prompt, fields) for prompt in asked]
+        if not isinstance(asked, str | list) or asked == []:
+            raise RequestError(
+                "`prompt` is a string, a list of token ids, or a list of such prompts, at least "
+                f"one; got {asked!r:.80}",
+                "prompt",
+            )
+        single = isinstance(asked, str) or all(type(token) is int for token in asked)
+        return [self._prompt(prompt, fields) for prompt in ([asked] if single else asked)]
 
     def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
         if isinstance(asked, str):
             return self._encoded(asked, special=fields.add_special_tokens is not False)
-        if not _are_ids(asked):
-            raise _no_prompt(asked)
         try:
             return Prompt(checked_prompt(self.served.compiled.model, asked))
         except BatchError as error:
@@ -98,7 +100,7 @@ class Completions(Handler):
     def answer(
         self, fields: CompletionFields, prompts: list[Prompt], name: str, model: str
     ) -> ChoicesAnswer:
-        common = fields, self.served.tokenizer, self.generation.ends
+        common = fields, self.served.tokenizer, self.served.ends
         each = [prompt for prompt in prompts for _ in range(fields.n)]
         choices = [CompletionChoice(index, prompt, *common) for index, prompt in enumerate(each)]
         head = {"id": f"cmpl-{name}", "object": "text_completion", "model": model}
@@ -142,7 +144,7 @@ class Chat(MessageHandler):
     def answer(
         self, fields: ChatFields, prompts: list[Prompt], name: str, model: str
     ) -> ChoicesAnswer:
-        common = prompts[0], fields, self.served.tokenizer, self.generation.ends
+        common = prompts[0], fields, self.served.tokenizer, self.served.ends
         choices = [
             ChatChoice(index, *common, parts=self._parts(prompts[0], fields))
             for index in range(fields.n)
@@ -164,7 +166,7 @@ class Responses(MessageHandler):
         text = SequenceText(
             self.served.tokenizer.backend_tokenizer,
             stops=(),
-            ends=() if parts.special else self.generation.ends,
+            ends=() if parts.special else self.served.ends,
             skip_special_tokens=not parts.special,
         )
         return ResponseAnswer(prompt, text, parts, name, model)
@@ -186,8 +188,6 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
             f"{fields.chat_template_kwargs!r:.80}",
             "chat_template_kwargs",
         )
-    if fields.tool_choice not in ("auto", "none"):
-        raise RequestError("`tool_choice` is auto or none: calls are not forced", "tool_choice")
     if not fields.used_tools:
         return
     if get_response_template(tokenizer, model) is None:
@@ -230,16 +230,3 @@ def text_messages(messages: Any) -> list[dict]:
 
 def _refused_by_template(error: Exception, field: str) -> RequestError:
     return RequestError(f"the chat template refuses the `{field}`: {error}", field)
-
-
-def _are_ids(prompt: Any) -> bool:
-    is_list = isinstance(prompt, list) and bool(prompt)
-    return is_list and all(type(token) is int for token in prompt)
-
-
-def _no_prompt(asked: Any) -> RequestError:
-    return RequestError(
-        "`prompt` is a string, a list of token ids, or a list of such prompts, at least one; got "
-        f"{asked!r:.80}",
-        "prompt",
-    )

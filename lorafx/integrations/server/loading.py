@@ -15,16 +15,24 @@ from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Sett
 
 
 class AdapterLoading:
-    """Serves /v1/load_lora_adapter and /v1/unload_lora_adapter, if the settings allow it."""
+    """Loads and unloads adapters where clients ask for that, and loads those that have a folder
+    when they are first asked for; each if the settings say so."""
 
     def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
-        allowed = isinstance(settings, Settings) and settings.allow_runtime_loading
-        self._compiled, self._root = compiled, settings.root() if allowed else None
+        self._compiled = compiled
+        #: The folders from which clients load, and in which adapters are found.
+        self._loads: Path | None = None
+        self._finds: Path | None = None
+        if isinstance(settings, Settings):
+            self._loads = settings.root() if settings.allow_runtime_loading else None
+            self._finds = settings.root() if settings.resolve_adapters else None
+            self._limit = asyncio.Semaphore(settings.max_adapter_reads)
+        self._readings: dict[str, asyncio.Task[None]] = {}
 
     def load(self, body: dict[str, Any]) -> str:
         """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
         RequestError if that is refused."""
-        root = self._root_or_refuse()
+        root = self._folder_or_refuse()
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
@@ -46,44 +54,31 @@ class AdapterLoading:
     def unload(self, body: dict[str, Any]) -> str:
         """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
         Raises RequestError if there is no such adapter."""
-        self._root_or_refuse()
+        self._folder_or_refuse()
         name, loaded = _text(body, "lora_name"), self._compiled.adapters
         if name not in loaded:
             raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
         self._compiled.unload_adapter(name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
-    def _root_or_refuse(self) -> Path:
-        if self._root is None:
+    def _folder_or_refuse(self) -> Path:
+        if self._loads is None:
             raise RequestError(
                 "this server loads and unloads no adapters on request; "
                 "`lorafx serve --allow-runtime-loading` does",
                 status=403,
             )
-        return self._root
-
-
-class AdapterFinding:
-    """Loads adapters when they are first asked for, if the settings say so. An adapter is asked for
-    by the name of its folder."""
-
-    def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
-        self._compiled, self._root = compiled, None
-        if isinstance(settings, Settings) and settings.resolve_adapters:
-            self._root = settings.root()
-            self._limit = asyncio.Semaphore(settings.max_adapter_reads)
-        self._readings: dict[str, asyncio.Task[None]] = {}
+        return self._loads
 
     async def find(self, name: str) -> None:
         """Have an adapter loaded if it has a folder and is not loaded yet. Requests for one adapter
         wait for one reading, and others go on. Raises RequestError if it is refused."""
-        if self._root is None or name in self._compiled.adapters:
-            return
-        if adapter_folder(self._root, name) is None:
+        root, known = self._finds, self._compiled.adapters
+        if root is None or name in known or adapter_folder(root, name) is None:
             return
         reading = self._readings.get(name)
         if reading is None:
-            reading = self._readings[name] = asyncio.create_task(self._read(self._root, name))
+            reading = self._readings[name] = asyncio.create_task(self._read(root, name))
             reading.add_done_callback(lambda _: self._readings.pop(name))
         await asyncio.shield(reading)  # others may wait for it when this client goes away
 

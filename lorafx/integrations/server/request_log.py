@@ -25,7 +25,7 @@ from lorafx.integrations.server.metrics import UNKNOWN, Metrics
 
 #: Has a line for each request, at level INFO; for probes and Prometheus at level DEBUG.
 LOG = logging.getLogger("lorafx.requests")
-#: Routes whose requests are counted.
+#: The routes that generate, whose requests are counted.
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 _CURRENT: ContextVar[RequestRecord] = ContextVar("record")

@@ -9,29 +9,27 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 import lorafx
-from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.integrations.server.admission import Admission
 from lorafx.integrations.server.errors import Authentication, RequestError, answer_errors
-from lorafx.integrations.server.generating import Generation, ServedModel
+from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Handler, Responses
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.request_log import RequestLog
+from lorafx.integrations.server.request_log import GENERATING, RequestLog
 from lorafx.integrations.server.settings import Settings
 
 
-def build_app(served: ServedModel, engine: AdapterBatchingManager) -> FastAPI:
+def build_app(served: ServedModel) -> FastAPI:
     """The application that serves a model by its engine, which has to be running."""
-    settings, metrics = served.settings, Metrics(served.compiled, engine, served.name)
-    generation = Generation(served, engine)
-    chat, completions = Chat(served, generation), Completions(served, generation)
+    settings, metrics = served.settings, Metrics(served.compiled, served.engine, served.name)
+    chat, completions = Chat(served), Completions(served)
     app = FastAPI(title="lorafx", version=lorafx.__version__, redoc_url=None)
-    app.post("/v1/chat/completions")(chat.handle)
-    app.post("/v1/completions")(completions.handle)
-    app.post("/v1/responses")(Responses(served, generation).handle)
+    handlers = chat, completions, Responses(served)
+    for path, handler in zip(GENERATING, handlers, strict=True):
+        app.post(path, name=type(handler).__name__)(handler.handle)
     _add_models(app, served)
     _add_tokenizer(app, completions, chat)
-    _add_loading(app, AdapterLoading(served.compiled, settings))
+    _add_loading(app, served.loading)
 
     @app.get("/version")
     def version() -> dict[str, str]:
@@ -41,7 +39,7 @@ def build_app(served: ServedModel, engine: AdapterBatchingManager) -> FastAPI:
     @app.get("/ping")
     @app.post("/ping")
     def health() -> JSONResponse:
-        reason = engine.unhealthy()
+        reason = served.engine.unhealthy()
         if reason is not None:
             return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
         compiling = served.compiled.status().progress
@@ -53,7 +51,7 @@ def build_app(served: ServedModel, engine: AdapterBatchingManager) -> FastAPI:
 
     answer_errors(app)
     # Each is outside of those before it.
-    app.add_middleware(Admission, most=settings.max_queue, largest=settings.max_body_bytes)
+    app.add_middleware(Admission, queue=served.queue, largest=settings.max_body_bytes)
     app.add_middleware(Authentication, key=settings.api_key)
     if isinstance(settings, Settings):
         app.add_middleware(
@@ -78,7 +76,7 @@ def _add_models(app: FastAPI, served: ServedModel) -> None:
 
 
 def _add_tokenizer(app: FastAPI, completions: Completions, chat: Chat) -> None:
-    served, generation = completions.served, completions.generation
+    served = completions.served
 
     def prompt_of(body: dict) -> list[int]:
         served.adapter_of(body.pop("model", served.name))
@@ -94,7 +92,7 @@ def _add_tokenizer(app: FastAPI, completions: Completions, chat: Chat) -> None:
         ids = prompt_of(body)
         return {
             "count": len(ids),
-            "max_model_len": generation.most_tokens,
+            "max_model_len": served.most_tokens,
             "tokens": ids,
             "token_strs": served.tokenizer.convert_ids_to_tokens(ids) if named else None,
         }

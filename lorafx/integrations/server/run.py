@@ -26,6 +26,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
+from lorafx.generation.continuous.parameters import Sampling
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
@@ -106,14 +107,14 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
-    served = ServedModel(compiled, tokenizer, settings, lazily)
     defaults, warmup = _defaults(settings, model), settings.warmup or None
     block = compiled.continuous_batching(
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
         try:
-            yield Opened(build_app(served, engine), compiled, engine)
+            served = ServedModel(compiled, engine, tokenizer, settings, lazily)
+            yield Opened(build_app(served), compiled, engine)
         finally:
             # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
@@ -178,12 +179,10 @@ def _defaults(settings: ModelSettings, model: Any) -> GenerationConfig:
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
     config = GenerationConfig(**{name: getattr(saved, name) for name in names})
     config.do_sample = True  # requests choose; temperature 0 takes the likeliest token
-    config.temperature, config.top_k, config.top_p = 0.0, 0, 1.0
-    if saved.do_sample:
-        config.temperature, config.top_k = saved.temperature or 1.0, saved.top_k or 0
-        config.top_p = 1.0 if saved.top_p is None else saved.top_p
-    if settings.temperature is not None:
-        config.temperature = settings.temperature
+    for name in Sampling._fields:
+        setattr(config, name, getattr(saved, name) if saved.do_sample else None)
+    if settings.temperature is not None or not saved.do_sample:
+        config.temperature = settings.temperature or 0.0
     return config
 
 

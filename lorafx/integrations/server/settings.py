@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +89,7 @@ class ModelSettings(BaseModel):
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
-        for name in (self.served_name, *self.aliases, *self.found):
+        for name in (*self.names, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
         if not self.found and root is None:
@@ -128,6 +129,19 @@ class ModelSettings(BaseModel):
         """The name of the base model in requests."""
         folder = Path(self.model)
         return self.name or (folder.resolve().name if folder.is_dir() else self.model)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All names of the base model in requests."""
+        return (self.served_name, *self.aliases)
+
+    def may_mean(self, model: str) -> Sequence[str]:
+        """The adapters that a request's field `model` may mean, the likeliest first; none if it
+        names the base model."""
+        if model in self.names:
+            return ()
+        bases = (f"{name}:" for name in self.names)
+        return [*(model.removeprefix(base) for base in bases if model.startswith(base)), model]
 
     def root(self) -> Path | None:
         """The folder from which clients may load adapters; None if they may not."""

@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from dense_merge import Case
 from step_logits import answers, greedy
-from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
 
 from lorafx import ConfigError
-from lorafx.generation.continuous import sampling
+from lorafx.generation.continuous.choosing import shares_of
+from lorafx.generation.continuous.parameters import Sampling
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
@@ -29,58 +25,33 @@ CONFIG = ContinuousBatchingConfig(
 LOGPROBS = dataclasses.replace(CONFIG, return_logprobs=True)
 
 
-@pytest.fixture(scope="module")
-def processors(llama: Case) -> ContinuousBatchingLogitsProcessorList:
-    config = GenerationConfig(do_sample=True, temperature=0.5, top_k=0, top_p=None)
-    base: Any = llama.base
-    made = ContinuousBatchingLogitsProcessorList(
-        base._get_logits_processor(sampling.enabling(config)), per_request_processors=True
-    )
-    sampling.replace_in(made, config)
-    return made
-
-
-def processed(processors: Any, scores: torch.Tensor, *asked: dict[str, Any]) -> torch.Tensor:
-    batch: Any = [
-        SimpleNamespace(state=SimpleNamespace(logit_processor_kwargs=own), has_new_token=True)
-        for own in asked
-    ]
-    storage = torch.empty(processors.tensors_required, 8, dtype=torch.int32)
-    processors.fill_defaults(storage)
-    processors.prepare_tensor_args(batch, storage)
-    return processors(torch.zeros(len(asked), 1, dtype=torch.long), scores.clone(), storage)
-
-
-def test_each_request_has_its_own_choice(processors) -> None:
+def test_each_request_has_its_own_choice() -> None:
     """Beside others in one step, and in a step of its own, which skips what nobody asks for."""
     torch.manual_seed(0)
     scores = torch.randn(7, 20)
-    scores[1, 3] = scores[1, 9] = 9.0  # the first of them is taken
-    asked: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.0, "top_p": 0.5},
-        {"temperature": 2.0, "top_k": 3},
-        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
-        {"temperature": 1.0, "top_k": -1},
-        {"temperature": 1.0, "top_k": 21},
-        {"temperature": 4.0, "top_p": 0.3},
+    asked = [
+        Sampling(temperature=0.5),
+        Sampling(top_k=3, temperature=2.0),
+        Sampling(),
+        Sampling(top_k=-1),
+        Sampling(top_k=21),
+        Sampling(temperature=4.0, top_p=0.3),
+        Sampling(top_k=5, top_p=0.0),
     ]
     want = scores.clone()
     want[0] /= 0.5
-    want[1] = torch.full((20,), -torch.inf).index_fill(0, torch.tensor(3), 0.0)
-    third = scores[2].topk(3).values[-1]
-    want[2] = (scores[2] / 2.0).masked_fill(scores[2] < third, -torch.inf)
-    order = (scores[6] / 4.0).argsort(descending=True)
-    shares = (scores[6] / 4.0).softmax(-1)[order].cumsum(-1)
+    third = scores[1].topk(3).values[-1]
+    want[1] = (scores[1] / 2.0).masked_fill(scores[1] < third, -torch.inf)
+    order = (scores[5] / 4.0).argsort(descending=True)
+    shares = (scores[5] / 4.0).softmax(-1)[order].cumsum(-1)
     out = order[1:][shares[:-1] >= 0.3]
-    want[6] = (scores[6] / 4.0).index_fill(0, out, -torch.inf)
+    want[5] = (scores[5] / 4.0).index_fill(0, out, -torch.inf)
     assert 0 < len(out) < 19
-    torch.testing.assert_close(processed(processors, scores, *asked), want)
-    for row, own in enumerate(asked):
-        alone = processed(processors, scores[row : row + 1], own)
-        if row != 1:
-            torch.testing.assert_close(alone, want[row : row + 1])
-        assert sampling.any_drawn(processors) == (row != 1)
+    want[6] = torch.full((20,), -torch.inf).index_fill(0, scores[6].argmax(), 0.0)
+    torch.testing.assert_close(shares_of(scores, asked), want.softmax(-1))
+    for row, sampling in enumerate(asked):
+        alone = shares_of(scores[row : row + 1], [sampling])
+        torch.testing.assert_close(alone, want[row : row + 1].softmax(-1))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""How many requests are answered at once, how large they may be, and clients that are slow."""
+"""How many sequences are answered at once, how large they may be, and clients that are slow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = 400
 
 @pytest.fixture(scope="module")
 def narrow(files, server):
-    """The same model in an application that answers two requests at a time."""
+    """The same model in an application that answers two sequences at a time."""
     return anew(server, files, max_queue=2, max_body_bytes=BYTES)
 
 
@@ -46,6 +46,28 @@ def test_requests_past_the_queue_are_told_to_come_again(files, narrow):
         assert plain(PATH, answer.json()).strip() == files.text(adapter, ids, 6)
     assert ask(narrow, "POST", PATH, **asking("a3", "w9", 2)).status_code == 200
     assert '{adapter="__unknown__",status="429"} 1.0' in ask(narrow, "GET", "/metrics").text
+
+
+def test_all_sequences_of_a_request_take_places(files, narrow):
+    async def crowd():
+        async with client_of(narrow) as client:
+            both = asyncio.create_task(client.post(PATH, json=asking("a1", ["w9", "w12"], 2)))
+            while not gate.steps:
+                await asyncio.sleep(0.01)
+            third = await client.post(PATH, json=asking("a3", "w9", 2))
+            gate.open.set()
+            return third, await both
+
+    with gated(narrow, free=0) as gate:
+        refused, both = asyncio.run(crowd())
+    assert (refused.status_code, len(both.json()["choices"])) == (429, 2)
+    for words, n in ((["w9", "w12"], 2), ("w9", 3)):
+        answer = ask(narrow, "POST", PATH, **asking("a1", words, 2, n=n, stream=True))
+        assert answer.status_code == 400
+        assert "--max-queue allows 2" in answer.json()["error"]["message"]
+    idle(narrow)
+    taken = [ask(narrow, "POST", PATH, **asking("a1", "w9", 2, n=2)) for _ in range(3)]
+    assert [answer.status_code for answer in taken] == [200] * 3  # places come back
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/load_lora_adapter"])

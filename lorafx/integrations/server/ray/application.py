@@ -198,10 +198,7 @@ class Ingress:
             model = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return ""
-        name = self._settings.served_name
-        if not isinstance(model, str) or model == name:
-            return ""
-        asked = model.removeprefix(f"{name}:"), model
+        asked = self._settings.may_mean(model) if isinstance(model, str) else ()
         return next((a for a in asked if self._settings.folder_of(a) is not None), "")
 
 

@@ -1,0 +1,1 @@
+"""vLLM's plugin: its scheduler and attention, lorafx's LoRA. Importing it imports no vLLM."""
