@@ -20,7 +20,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -163,9 +163,9 @@ _MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default)
 
 def _replace_stored(graph: fx.Graph, node: fx.Node, allowed: Callable[[], bool]) -> bool:
     call = bound(node)
-    x, right, bias = call.get("self"), call["mat2"], None
+    x, right, bias = call["self"], call["mat2"], None
     if node.target is aten.addmm.default:
-        x, bias = call["mat1"], _vector(call["self"], fake_value(node).shape[1])
+        x, bias = call["mat1"], _vector(x, fake_value(node).shape[1])
         if bias is None or call["alpha"] != 1 or call["beta"] != 1:
             return False
     weight = affine(right)
@@ -224,9 +224,11 @@ def _addend(added: fx.Node, product: fx.Node, columns: int) -> fx.Node | None:
     return _vector(other, columns) if same and other is not product else None
 
 
-def _vector(node: object, columns: int) -> fx.Node | None:
-    known = isinstance(node, fx.Node) and node.op == "placeholder"
-    return node if known and tuple(fake_value(node).shape) == (columns,) else None
+def _vector(node: Any, columns: int) -> fx.Node | None:
+    """The input (columns,) that `node` is."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    return node if tuple(fake_value(node).shape) == (columns,) else None
 
 
 def _pays_stored(x: fx.Node, weight: Affine) -> bool:
@@ -297,7 +299,8 @@ def _product_of(delta: fx.Node) -> fx.Node | None:
 def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
     call, product = bound(delta), _product_of(delta)
     assert product is not None
-    op, y = _JOINED[product.target], call["y"]
+    target: Any = product.target
+    op, y = _JOINED[target], call["y"]
     with graph.inserting_before(delta):
         arguments = in_order(op, {**call, **bound(product)})
         joined = result = graph.call_function(op, arguments)
