@@ -22,6 +22,7 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,6 +105,7 @@ def run_dtype(python: Path, dtype: str, rounds: int, blocks: int) -> list[dict[s
             Peer(python, Path(folder, "model"), given, dtype=NAMES[dtype], lorafx=on, **sizes)
             for given, on in (({}, False), (paths, True), (paths, False))
         ]
+        print("engines have started", file=sys.stderr, flush=True)
         try:
             figures: dict[tuple[str, str], list[Any]] = {}
             for number in range(rounds):
