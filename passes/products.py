@@ -1,12 +1,15 @@
-"""Products with a dense weight become an op that multiplies few rows by generated code, on a CPU.
+"""Products with a weight become an op that multiplies few rows by generated code, on a CPU.
 
     mm(x, Wᵀ)                                  →   dense_mm(x, W, [])
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
+    mm(x, ((q − z) ⊙ s)ᵀ), mm(x, qᵀ) ⊙ sᵀ      →   stored_mm(x, [q, s, z])
+    the same + b                               →   stored_addmm(b, x, [q, s, z])
 
-W is an input of the graph or a part of one; products that always have many rows are unchanged. If
-a delta is the only reader of such a product, `join` puts both into one parallel region
-(lorafx.kernels.cpu.dense):
+W is an input of the graph or a part of one, or made of integers q that are
+(lorafx.program.stored_weights); products that always have many rows are unchanged. If a delta is
+the only reader of such a product, `join` puts both into one parallel region
+(lorafx.kernels.cpu.dense, stored):
 
     run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
     run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
@@ -16,8 +19,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,14 +31,30 @@ from lorafx.kernels.cpu.dense import (
     DENSE_MM,
     DENSE_MM_DELTA,
     beats_aten,
+    max_rows,
     ready,
 )
-from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
+from lorafx.kernels.cpu.stored import (
+    LONGEST_STEP,
+    STORED_ADDMM,
+    STORED_ADDMM_DELTA,
+    STORED_MM,
+    STORED_MM_DELTA,
+    StoredSpec,
+)
+from lorafx.kernels.cpu.stored import ready as stored_ready
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
+from lorafx.program.stored_weights import VIEWS, Affine, affine, table_of
 
 aten = torch.ops.aten
-_JOINED = {DENSE_MM: DENSE_MM_DELTA, DENSE_ADDMM: DENSE_ADDMM_DELTA}
+_JOINED = {
+    DENSE_MM: DENSE_MM_DELTA,
+    DENSE_ADDMM: DENSE_ADDMM_DELTA,
+    STORED_MM: STORED_MM_DELTA,
+    STORED_ADDMM: STORED_ADDMM_DELTA,
+}
 RUN_DELTA = torch.ops.lorafx.run_delta_.default
 
 
@@ -54,7 +73,8 @@ class Products:
             edits += sum(
                 _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
             )
-        return edits
+        products = [node for node in gm.graph.nodes if node.target in _MATRIX_PRODUCTS]
+        return edits + sum(_replace_stored(gm.graph, node, ctx.take_edit) for node in products)
 
 
 class Product(NamedTuple):
@@ -138,6 +158,91 @@ def _product_in_parts(node: fx.Node) -> Product | None:
     return Product(products[0].x, weight, bias, sizes)
 
 
+_MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default)
+
+
+def _replace_stored(graph: fx.Graph, node: fx.Node, allowed: Callable[[], bool]) -> bool:
+    call = bound(node)
+    x, right, bias = call["self"], call["mat2"], None
+    if node.target is aten.addmm.default:
+        x, bias = call["mat1"], _vector(x, fake_value(node).shape[1])
+        if bias is None or call["alpha"] != 1 or call["beta"] != 1:
+            return False
+    weight = affine(right)
+    if weight is None or not weight.transposed:
+        return False
+    product = node
+    if weight.scale is None and bias is None:
+        product = _only_reader(node, aten.mul.Tensor) or node
+        weight = _scaled_later(weight, product)
+    if weight is None or weight.scale is None or not _pays_stored(x, weight):
+        return False
+    viewed = _last_view(product)
+    added = _only_reader(viewed, aten.add.Tensor) if bias is None else None
+    bias = _addend(added, viewed, weight.shape[0]) if added is not None else bias
+    if not allowed():
+        return False
+    with graph.inserting_before(product):
+        op, first = (STORED_MM, ()) if bias is None else (STORED_ADDMM, (bias,))
+        new = graph.call_function(op, (*first, x, weight.operands))
+    new.meta["val"] = fake_value(product)
+    product.replace_all_uses_with(new)
+    if added is not None and bias is not None:
+        added.replace_all_uses_with(new if viewed is product else viewed)
+    return True
+
+
+def _only_reader(node: fx.Node, target: object) -> fx.Node | None:
+    readers = [*node.users]
+    return readers[0] if len(readers) == 1 and readers[0].target is target else None
+
+
+def _last_view(node: fx.Node) -> fx.Node:
+    """The last of the views of `node` that have one reader each."""
+    while len(node.users) == 1 and next(iter(node.users)).target in VIEWS:
+        node = next(iter(node.users))
+    return node
+
+
+def _scaled_later(weight: Affine, product: fx.Node) -> Affine | None:
+    """W, if `product` is y ⊙ sᵀ for the product y of x and the integers."""
+    if product.target is not aten.mul.Tensor or weight.zero is not None:
+        return None
+    (N, _), call = weight.shape, bound(product)
+    for factor in (call["self"], call["other"]):
+        same = isinstance(factor, fx.Node) and fake_value(factor).dtype == fake_value(product).dtype
+        scale = table_of(factor, (N,), (N, 1)) if same else None
+        if scale is not None:
+            return replace(weight, scale=scale)
+    return None
+
+
+def _addend(added: fx.Node, product: fx.Node, columns: int) -> fx.Node | None:
+    call = bound(added)
+    other = call["other"] if call["self"] is product else call["self"]
+    same = fake_value(added).dtype == fake_value(product).dtype and call["alpha"] == 1
+    return _vector(other, columns) if same and other is not product else None
+
+
+def _vector(node: Any, columns: int) -> fx.Node | None:
+    """The input (columns,) that `node` is."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    return node if tuple(fake_value(node).shape) == (columns,) else None
+
+
+def _pays_stored(x: fx.Node, weight: Affine) -> bool:
+    """Whether there is a kernel for the dtypes and groups, and few rows are possible."""
+    value, tables = fake_value(x), [fake_value(item) for item in weight.operands]
+    if any(item.device.type != "cpu" for item in (value, *tables)) or value.dim() != 2:
+        return False
+    spec, groups = StoredSpec.of(value, tables), tables[1].shape[1]
+    if spec is None or (groups > 1 and weight.shape[1] // groups % LONGEST_STEP):
+        return False
+    rows = value.shape[0]
+    return (not isinstance(rows, int) or rows <= max_rows(spec.dtype)) and stored_ready(spec)
+
+
 def _sliced_tensor(parts: Sequence[fx.Node]) -> fx.Node | None:
     source, end = None, 0
     for part in parts:
@@ -170,25 +275,42 @@ def _can_join(delta: fx.Node) -> bool:
     if op_of(delta) is not RUN_DELTA:
         return False
     call, readers = bound(delta), [*delta.users]
-    product = call["y"]
-    if product.target not in _JOINED or len(product.users) > 1:
-        return False
     if any(reader.target is not operator.getitem or index_of(reader) != 1 for reader in readers):
         return False
-    return bound(product)["x"] is call["x"] and ready(fake_value(product).dtype)
+    product = _product_of(delta)
+    if product is None or not ready(fake_value(product).dtype):
+        return False
+    x, wanted = bound(product)["x"], call["x"]
+    while x is not wanted and x.target in VIEWS:
+        x = operand(x)
+    return x is wanted and fake_value(x).shape[-1] == fake_value(bound(product)["x"]).shape[-1]
+
+
+def _product_of(delta: fx.Node) -> fx.Node | None:
+    """The product whose view the delta is added to, if nothing else reads it."""
+    y = bound(delta)["y"]
+    columns = fake_value(y).shape[-1]
+    while y.target in VIEWS and len(y.users) == 1:
+        y = operand(y)
+    known = y.target in _JOINED and len(y.users) == 1
+    return y if known and fake_value(y).shape[-1] == columns else None
 
 
 def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
-    call = bound(delta)
-    product = call["y"]
-    op = _JOINED[product.target]
+    call, product = bound(delta), _product_of(delta)
+    assert product is not None
+    target: Any = product.target
+    op, y = _JOINED[target], call["y"]
     with graph.inserting_before(delta):
-        joined = graph.call_function(op, in_order(op, {**bound(product), **call}))
-    joined.meta["val"] = fake_value(product)
+        arguments = in_order(op, {**call, **bound(product)})
+        joined = result = graph.call_function(op, arguments)
+        joined.meta["val"] = fake_value(product)
+        if y is not product:
+            result = graph.call_function(y.target, (joined, *y.args[1:]))
+            result.meta["val"] = fake_value(y)
     for written in [*delta.users]:
-        written.replace_all_uses_with(joined)
+        written.replace_all_uses_with(result)
         if written in ctx.states:
-            ctx.states[joined] = ctx.states.pop(written)
+            ctx.states[result] = ctx.states.pop(written)
         graph.erase_node(written)
     graph.erase_node(delta)
-    graph.erase_node(product)

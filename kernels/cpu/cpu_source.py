@@ -21,6 +21,8 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torch_function
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+#: Integers, which become floats in registers.
+INTEGERS = {torch.int8: "I8"}
 
 # The number of multiply-adds below which one thread is faster: waking others takes about 3 µs.
 SERIAL_WORK = 1 << 15
@@ -96,6 +98,7 @@ _DTYPES = {
     torch.float32: "aoti_torch_dtype_float32",
     torch.bfloat16: "aoti_torch_dtype_bfloat16",
     torch.float16: "aoti_torch_dtype_float16",
+    torch.int8: "aoti_torch_dtype_int8",
     torch.int32: "aoti_torch_dtype_int32",
     torch.int64: "aoti_torch_dtype_int64",
 }

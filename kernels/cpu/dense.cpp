@@ -1,10 +1,13 @@
-// Few rows times a dense weight on a CPU: y[m] = W x[m] + b, W (N, K), for batches that are too small
-// to hide the reading of W.
+// Few rows times a weight on a CPU: y[m] = W x[m] + b, W (N, K), for batches that are too small to hide
+// the reading of W. A STORED weight is integers, W = (Q − zero) · scale, that are widened in registers;
+// scale and zero are by row, or by row and group of columns.
 //
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
 // sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
 // registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type
-// that rows are multiplied in. All sizes come with the call, so one kernel serves every linear.
+// that rows are multiplied in. Of a STORED weight, W is the type of Q, and S and Z are those of scale
+// and zero; with GROUPED they are applied to each number, else scale is applied to y, and there is no
+// zero. All sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
@@ -27,7 +30,40 @@ struct Call {
 
 INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
 
+#if STORED
+typedef Dot<E, E> D;
+
+struct Factors {
+    float scale, zero;
+};
+INLINE Factors factors(const Args* g, long column, long k) {
+    const long at = column * (g->in_features / g->group) + k / g->group;
+    return {S::one(((const S::T*)g->scale)[at]), HAS_ZERO ? Z::one(((const Z::T*)g->zero)[at]) : 0};
+}
+INLINE vec numbers(const W::T* q, const Factors& f) {
+    vec a = W::widen(load_raw<W::raw>(q));
+    if (HAS_ZERO) a -= f.zero;
+    return GROUPED ? a * f.scale : a;
+}
+INLINE D::right weights(const W::T* q, const Factors& f) {  // of a step
+    vec a[D::STEP / LANES];
+    UNROLL for (int i = 0; i < D::STEP / LANES; i++) a[i] = numbers(q + i * LANES, f);
+    D::right step;
+    narrow_step(&step, a);
+    return step;
+}
+#else
 typedef Dot<E, W> D;
+
+struct Factors {};
+INLINE Factors factors(const Args*, long, long) { return {}; }
+INLINE D::right weights(const W::T* w, const Factors&) { return load_raw<D::right>(w); }
+#endif
+INLINE D::right first_weights(const W::T* w, long count, const Factors& f) {
+    W::T step[D::STEP] = {};
+    memcpy(step, w, count * sizeof *w);
+    return weights(step, f);
+}
 
 // Elements between rows of x: an odd number of lines of a cache. Rows that lie 4 KB apart would fight
 // for the same few of them.
@@ -54,25 +90,44 @@ INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     }
 }
 
-// v[row][n] = W[n] · x[row] for ROWS × N pairs; `ahead` are the N planes that come next
+// acc[row][n] += W[n] · x[row] for elements [k, end); `ahead` are the N planes that come next
 template <int ROWS, int N, bool FIRST>
-INLINE void dense_tile(const E::T* x, long x_stride, const W::T* w, long stride, long K,
-                       const W::T* ahead, float* v) {
-    vec acc[ROWS * N] = {};
+INLINE void span(vec* acc, const Call* c, const E::T* x, const W::T* w, const W::T* ahead,
+                 const Factors* f, long k, long end) {
+    const long LINE = 64 / sizeof(W::T), AT_ONCE = LINE < D::STEP ? (long)D::STEP : LINE;
+    const long stride = c->args->w_stride;
     D::right ws[N];
-    long k = 0;
-    for (; k + D::STEP <= K; k += D::STEP) {
-        UNROLL for (int n = 0; n < N; n++) {
-            // W streams from memory: the first tile prefetches the next planes
-            if (FIRST) __builtin_prefetch(ahead + n * stride + k, 0, 2);
-            ws[n] = load_raw<D::right>(w + n * stride + k);
+    for (; k + AT_ONCE <= end; k += AT_ONCE) {
+        // W streams from memory: the first tile prefetches the next planes
+        if (FIRST) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+        UNROLL for (long i = k; i < k + AT_ONCE; i += D::STEP) {
+            UNROLL for (int n = 0; n < N; n++) ws[n] = weights(w + n * stride + i, f[n]);
+            step<ROWS, N>(acc, x + i, c->stride, ws);
         }
-        step<ROWS, N>(acc, x + k, x_stride, ws);
     }
-    if (k < K) {
-        UNROLL for (int n = 0; n < N; n++)
-            ws[n] = load_first<D::right>(w + n * stride + k, (K - k) * sizeof *w);
-        step<ROWS, N>(acc, x + k, x_stride, ws);
+    for (; k + D::STEP <= end; k += D::STEP) {
+        UNROLL for (int n = 0; n < N; n++) {
+            if (FIRST && GROUPED && k % LINE == 0) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+            ws[n] = weights(w + n * stride + k, f[n]);
+        }
+        step<ROWS, N>(acc, x + k, c->stride, ws);
+    }
+    if (k < end) {
+        UNROLL for (int n = 0; n < N; n++) ws[n] = first_weights(w + n * stride + k, end - k, f[n]);
+        step<ROWS, N>(acc, x + k, c->stride, ws);
+    }
+}
+
+// v[row][n] = W[column + n] · x[row] for ROWS × N pairs
+template <int ROWS, int N, bool FIRST>
+INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w, const W::T* ahead,
+                       float* v) {
+    const long K = c->args->in_features, group = GROUPED ? c->args->group : K;
+    vec acc[ROWS * N] = {};
+    for (long k = 0; k < K; k += group) {
+        Factors f[N];
+        if (GROUPED) UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, column + n, k);
+        span<ROWS, N, FIRST>(acc, c, x, w, ahead, f, k, k + group);
     }
     float sums[ROWS * N + 3];
     int i = 0;
@@ -88,7 +143,7 @@ INLINE void dense_tile(const E::T* x, long x_stride, const W::T* w, long stride,
 template <int ROWS, bool FIRST>
 __attribute__((noinline)) static void columns(const Call* c, long m, long begin, long end) {
     const Args* g = c->args;
-    const long K = g->in_features, N = g->out_features, stride = g->w_stride;
+    const long N = g->out_features, stride = g->w_stride;
     const int PLANES = Planes<ROWS>::VALUE;
     const E::T* x = c->x + m * c->stride;
     for (long column = begin; column < end; column += GROUP) {
@@ -98,17 +153,21 @@ __attribute__((noinline)) static void columns(const Call* c, long m, long begin,
         for (; n + PLANES <= size; n += PLANES) {
             const W::T* w = (const W::T*)g->w + (column + n) * stride;
             const W::T* ahead = column + n + 2 * PLANES <= N ? w + PLANES * stride : w;
-            dense_tile<ROWS, PLANES, FIRST>(x, c->stride, w, stride, K, ahead, v + n);
+            dense_tile<ROWS, PLANES, FIRST>(c, x, column + n, w, ahead, v + n);
         }
         for (; n < size; n++) {
             const W::T* w = (const W::T*)g->w + (column + n) * stride;
-            dense_tile<ROWS, 1, FIRST>(x, c->stride, w, stride, K, w, v + n);
+            dense_tile<ROWS, 1, FIRST>(c, x, column + n, w, w, v + n);
         }
         for (int row = 0; row < ROWS; row++) {
             Y::T* y = (Y::T*)g->y + (m + row) * N + column;
             for (int i = 0; i < size; i += LANES) {
                 const int count = size - i < LANES ? size - i : LANES;
                 vec part = load_raw<vec>(v + row * GROUP + i);
+#if STORED && !GROUPED
+                const S::T* s = (const S::T*)g->scale + column + i;
+                part *= S::widen(load_first<S::raw>(s, count * sizeof *s));
+#endif
                 if (g->bias) {
                     const Y::T* b = (const Y::T*)g->bias + column + i;
                     part += Y::widen(load_first<Y::raw>(b, count * sizeof *b));
@@ -199,3 +258,29 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     free(space);
     return 0;
 }
+
+#if STORED
+static void widen_rows(int64_t first, int64_t last, void* context) {
+    const Args* g = (const Args*)context;
+    const long K = g->in_features;
+    for (int64_t n = first; n < last; n++) {
+        const W::T* q = (const W::T*)g->w + n * g->w_stride;
+        Y::T* out = (Y::T*)g->y + n * K;
+        for (long begin = 0; begin < K; begin += g->group) {
+            const Factors f = factors(g, n, begin);
+            const long end = begin + g->group;
+            for (long k = begin; k < end; k += LANES) {
+                const long count = end - k < LANES ? end - k : LANES;
+                const vec a = W::widen(load_first<W::raw>(q + k, count * sizeof *q));
+                Y::raw w = Y::narrow((a - f.zero) * f.scale);
+                memcpy(out + k, &w, count * sizeof *out);
+            }
+        }
+    }
+}
+
+// y (N, K) = W
+extern "C" void lorafx_widen(const Args* g) {
+    g->parallel(0, g->out_features, 1 + SERIAL_WORK / (1 + g->in_features), widen_rows, (void*)g);
+}
+#endif

@@ -21,7 +21,7 @@ import ctypes
 import functools
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,14 @@ SPINS = 1 << 10
 
 def source(dtype: torch.dtype, isa: Isa) -> str:
     # Converting x once takes less time than converting it for each column.
-    widened = dtype == torch.float16
+    step = "F32" if dtype == torch.float16 else ELEMENTS[dtype]
+    return source_with(dtype, dtype, isa, step, {"STORED": 0, "GROUPED": 0})
+
+
+def source_with(
+    spec: object, dtype: torch.dtype, isa: Isa, step: str, defines: Mapping[str, object]
+) -> str:
+    """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`."""
     sizes = {
         "TILE": 6 if isa.lanes == 16 else 4,
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
@@ -66,9 +73,9 @@ def source(dtype: torch.dtype, isa: Isa) -> str:
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
-    defines = {"E": "F32" if widened else ELEMENTS[dtype], "WIDENED": int(widened)}
+    defines = {"E": step, "WIDENED": int(step != ELEMENTS[dtype]), **defines}
     files = ("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
-    return kernel_source(dtype, isa, (dtype,) * 3, sizes, files, defines)
+    return kernel_source(spec, isa, (dtype,) * 3, sizes, files, defines)
 
 
 DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
@@ -93,7 +100,7 @@ MAX_ROWS_FLOAT16 = 512
 #: The same for bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, not measured.
 MAX_ROWS_WITH_TILES = 8
 
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 _LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
 
@@ -143,7 +150,7 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
 @functools.cache
 def ready(dtype: torch.dtype) -> bool:
     """Compile and load the kernel for `dtype`; False, with one warning, if there is none."""
-    with _LOCK:
+    with LOCK:
         try:
             isa = best_isa()
             if dtype not in ELEMENTS or not generates(isa):
@@ -192,7 +199,7 @@ def product_fake(*operands: Any) -> Tensor:
     return y
 
 
-def _split_arguments(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs, int, int]:
+def split_arguments(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs, int, int]:
     """The operands of `product`, and the bank, rows and kernel of `run_delta_`."""
     *first, rows, kernel = arguments
     count = len(first) - len(BankArgs._fields)
@@ -201,7 +208,7 @@ def _split_arguments(arguments: Sequence[Any]) -> tuple[Sequence[Any], BankArgs,
 
 def product_and_delta(*arguments: Any) -> Tensor:
     """`product` plus its delta."""
-    operands, bank, rows, kernel = _split_arguments(arguments)
+    operands, bank, rows, kernel = split_arguments(arguments)
     *bias, x, _, _ = operands
     if x.device.type == "cpu" and kernel in KERNELS and ready(x.dtype):
         joined: Tensor = (DENSE_ADDMM_DELTA if bias else DENSE_MM_DELTA)(*arguments)
@@ -212,7 +219,7 @@ def product_and_delta(*arguments: Any) -> Tensor:
 
 
 def product_and_delta_fake(*arguments: Any) -> Tensor:
-    (*bias, x, weight, sizes), bank, rows, _ = _split_arguments(arguments)
+    (*bias, x, weight, sizes), bank, rows, _ = split_arguments(arguments)
     y = product_fake(*bias, x, weight, sizes)
     op = "dense_addmm_delta" if bias else "dense_mm_delta"
     check_bank(op, bank)

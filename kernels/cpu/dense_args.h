@@ -1,5 +1,5 @@
-// The arguments of the generated kernel of lorafx::dense_mm and dense_addmm for a dtype. Before this
-// text stands epilogue.h.
+// The arguments of the generated kernels of lorafx::dense_mm and stored_mm. Before this text stands
+// epilogue.h.
 
 typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {
@@ -10,4 +10,6 @@ struct Args {
     int64_t rows, in_features, out_features, x_stride, w_stride, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     const Epilogue* epilogue;  // or null
+    const void *scale, *zero;  // of integers W: (N, in_features / group), contiguous; zero may be null
+    int64_t group;
 };

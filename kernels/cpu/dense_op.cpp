@@ -1,13 +1,14 @@
-// CPU kernels of lorafx::dense_mm and dense_addmm: few rows by generated code, many by a library.
+// CPU kernels of lorafx::dense_mm, dense_addmm and others: few rows by generated code, many by a library.
 //
 //     dense_mm(x, weight, sizes) -> y            dense_addmm(bias, x, weight, sizes) -> y
+//     stored_mm(x, weight) -> y                  stored_addmm(bias, x, weight) -> y
 //
 //     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
-//     dense_addmm_delta(bias, x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //
-// The choice is made at each call, so a graph serves any number of rows. The latter two add the delta
-// that run_delta_ adds: of few rows in the product's parallel region, of many after it. Before this
-// text stand handles.h, epilogue.h and dense_args.h.
+// and the other three likewise. The choice is made at each call, so a graph serves any number of rows.
+// A stored weight is a list: integers, scale and maybe zero; for many rows it becomes a dense one. Ops
+// with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many after
+// it. Before this text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
@@ -29,6 +30,18 @@ struct Kernel {
 static const int DTYPES = 64;
 static Kernel kernels[DTYPES];
 
+// Kernels for stored weights by their keys, in the order in which they were loaded.
+struct StoredKernel {
+    int64_t key;
+    Kernel few;
+    void (*widen)(const Args*);
+};
+static const int64_t MOST_STORED = 256;
+static StoredKernel stored_kernels[MOST_STORED];
+static int64_t stored_count = 0;
+// Loads the kernel of a key, by lorafx_add_stored.
+static int32_t (*load_stored)(int64_t key);
+
 // lorafx_run_delta of dispatcher.cpp, and what the ops hand to it: y, x, A, B, ranks, scales, slots.
 typedef void (*RunDelta)(const uint64_t* operands, int64_t rows, uint64_t kernel,
                          int32_t (*product)(void*, const Epilogue*), void* context);
@@ -44,6 +57,9 @@ typedef int32_t (*Linear)(Handle x, Handle weight, Handle* bias, const char* att
                           int64_t count, const char** algorithm, Handle* y);
 static Linear linears[DTYPES];
 
+// Elements of the longest step of a generated kernel, which no group may cut.
+static const int64_t LONGEST_STEP = 32;
+
 static void succeeds(int32_t status) { require(!status, "lorafx: a product failed"); }
 
 struct OwnedTensor {
@@ -52,6 +68,11 @@ struct OwnedTensor {
     OwnedTensor(const OwnedTensor&) = delete;
     ~OwnedTensor() {
         if (tensor) torch.delete_tensor(tensor);
+    }
+    Handle release() {
+        Handle result = tensor;
+        tensor = 0;
+        return result;
     }
 };
 
@@ -72,11 +93,9 @@ static int32_t with_epilogue(void* context, const Epilogue* epilogue) {
     return few->run(&few->args);
 }
 
-// Returns whether y was computed; a delta is then part of it.
-static bool by_kernel(const View& x, const View& w, const View* bias, Handle y, const Delta* delta) {
-    if (x.dtype < 0 || x.dtype >= DTYPES || x.dtype != w.dtype || (bias && bias->dtype != x.dtype))
-        return false;
-    const Kernel* k = kernels + x.dtype;
+// Returns whether y was computed; a delta is then part of it. `args` has what is not of x, w and bias.
+static bool by_kernel(const Kernel* k, const View& x, const View& w, const View* bias, Handle y,
+                      const Delta* delta, Args args = {}) {
     int32_t (*run)(const Args*) = __atomic_load_n(&k->run, __ATOMIC_ACQUIRE);
     const int64_t M = x.sizes[0], K = x.sizes[1], N = w.sizes[0];
     if (!run || M > k->most_rows || !M || !K || !N) return false;
@@ -85,10 +104,17 @@ static bool by_kernel(const View& x, const View& w, const View* bias, Handle y, 
     void* data;
     succeeds(torch.data_ptr(y, &data));
     FewRows few = {run, {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
-                         w.strides[0], (int64_t)thread_count(), torch.parallel, 0}};
+                         w.strides[0], (int64_t)thread_count(), torch.parallel, 0, args.scale,
+                         args.zero, args.group}};
     if (!delta) return !run(&few.args);
     run_delta(delta->operands, delta->rows, delta->kernel, with_epilogue, &few);
     return true;
+}
+
+// The kernel of a weight's dtype; null for mixed dtypes.
+static const Kernel* dense_kernel(const View& x, const View& w, const View* bias) {
+    const bool same = x.dtype == w.dtype && (!bias || bias->dtype == x.dtype);
+    return same && x.dtype >= 0 && x.dtype < DTYPES ? kernels + x.dtype : 0;
 }
 
 // The columns of part i; N where the list is empty.
@@ -100,7 +126,7 @@ static int64_t part_size(Handle list, size_t count, size_t i, int64_t N) {
 
 static size_t check_parts(Handle list, int64_t N) {
     size_t count = 0;
-    succeeds(more.list_size(list, &count));
+    if (list) succeeds(more.list_size(list, &count));
     int64_t sum = 0;
     for (size_t i = 0; i < count; i++) {
         const int64_t size = part_size(list, count, i, N);
@@ -144,7 +170,9 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
 
 struct List {
     Handle handle;
-    ~List() { more.delete_list(handle); }
+    ~List() {
+        if (handle) more.delete_list(handle);
+    }
 };
 
 static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
@@ -161,53 +189,147 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        if (by_kernel(xs, ws, b, y.tensor, delta)) added = true;
+        const Kernel* k = dense_kernel(xs, ws, b);
+        if (k && by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
         else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
     }
     if (delta && !added) {
         delta->operands[0] = (uint64_t)y.tensor;
         run_delta(delta->operands, delta->rows, delta->kernel, 0, 0);
     }
-    Handle result = y.tensor;
-    y.tensor = 0;
-    return result;
+    return y.release();
 }
 
-// A boxed kernel owns what is on its stack, and leaves its result there: (bias), x, weight, sizes and,
-// with a delta, the bank, rows, kernel.
-template <bool BIAS, bool DELTA> static void dense(uint64_t* stack, uint64_t, uint64_t) {
+struct StoredWeight {
+    OwnedTensor parts[3];  // integers, scale, zero
+    size_t count = 0;
+    List list;
+
+    explicit StoredWeight(Handle handle) : list{handle} {
+        succeeds(more.list_size(handle, &count));
+        require(count == 2 || count == 3, "lorafx: a stored weight is integers, scale and maybe zero");
+        for (size_t i = 0; i < count; i++) succeeds(more.list_item(handle, i, (uint64_t*)&parts[i].tensor));
+    }
+};
+
+static const StoredKernel* find_stored(int64_t key) {
+    for (int attempt = 0; attempt < 2; attempt++) {
+        const int64_t count = __atomic_load_n(&stored_count, __ATOMIC_ACQUIRE);
+        for (int64_t i = 0; i < count; i++)
+            if (stored_kernels[i].key == key) return stored_kernels + i;
+        if (attempt || load_stored(key)) break;
+    }
+    throw Failure("lorafx: there is no kernel for a stored weight");
+}
+
+static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, Delta* delta) {
+    View xs((uint64_t)x), ws((uint64_t)weight.parts[0].tensor), scale((uint64_t)weight.parts[1].tensor);
+    const View bs(bias ? View((uint64_t)bias) : View());
+    const View zero(weight.count > 2 ? View((uint64_t)weight.parts[2].tensor) : View());
+    require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
+            "lorafx: x (M, K) and weight (N, K) do not fit together");
+    const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
+    const int64_t groups = scale.dim == 2 ? scale.sizes[1] : 0;
+    require(groups > 0 && K % groups == 0 && scale.sizes[0] == N && scale.contiguous(),
+            "lorafx: the scale of a stored weight is not (N, groups), contiguous");
+    require(weight.count < 3 || (zero.dim == 2 && zero.sizes[0] == N && zero.sizes[1] == groups &&
+                                 zero.contiguous()),
+            "lorafx: the zero of a stored weight is not (N, groups), contiguous");
+    require(!bias || (bs.dim == 1 && bs.sizes[0] == N && bs.dtype == xs.dtype),
+            "lorafx: bias is not (N,) of the dtype of x");
+    require(K < 2 || ws.strides[1] == 1, "lorafx: the integers of a stored weight are not in rows");
+    const int64_t zeros = weight.count > 2 ? zero.dtype + 1 : 0;  // the key of lorafx.kernels.cpu.stored
+    const StoredKernel* k = find_stored(xs.dtype | scale.dtype << 6 | zeros << 12 |
+                                        (int64_t)(groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
+    const Args args = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, scale.data, zeros ? zero.data : 0, K / groups};
+    OwnedTensor y;
+    const int64_t sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
+    if (groups == 1 || args.group % LONGEST_STEP == 0) {
+        succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
+        if (delta) delta->operands[0] = (uint64_t)y.tensor;
+        if (by_kernel(&k->few, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
+    }
+    OwnedTensor dense;
+    const int64_t shape[] = {N, K}, steps[] = {K ? K : 1, 1};
+    succeeds(more.empty(2, shape, steps, xs.dtype, 0, 0, &dense.tensor));
+    Args widened = args;
+    succeeds(torch.data_ptr(dense.tensor, &widened.y));
+    widened.w = ws.data, widened.w_stride = ws.strides[0];
+    widened.in_features = K, widened.out_features = N;
+    widened.parallel = torch.parallel;
+    if (K && N) k->widen(&widened);
+    return product(bias, x, dense.tensor, 0, delta);
+}
+
+// A boxed kernel owns what is on its stack, and leaves its result there: (bias), x, weight, for a dense
+// weight sizes, and, with a delta, the bank, rows, kernel.
+template <bool BIAS, bool DELTA, bool STORED> static void dense(uint64_t* stack, uint64_t, uint64_t) {
     OwnedTensor bias, x, w, bank[5];
     const uint64_t* next = stack;
     if (BIAS) bias.tensor = (Handle)*next++;
-    x.tensor = (Handle)*next++, w.tensor = (Handle)*next++;
-    List list = {(Handle)*next++};
+    x.tensor = (Handle)*next++;
+    if (!STORED) w.tensor = (Handle)*next++;
+    Handle list = (Handle)*next++;
     Delta delta;
     if (DELTA) {
         for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)next[i];
         delta = {{0, (uint64_t)x.tensor, next[0], next[1], next[2], next[3], next[4]},
                  (int64_t)next[5], next[6]};
     }
-    stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle, DELTA ? &delta : 0);
+    Delta* added = DELTA ? &delta : 0;
+    if (STORED) {
+        const StoredWeight weight(list);
+        stack[0] = (uint64_t)stored_product(bias.tensor, x.tensor, weight, added);
+    } else {
+        const List sizes = {list};
+        stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, sizes.handle, added);
+    }
+}
+
+typedef void (*Op)(uint64_t*, uint64_t, uint64_t);
+
+static int32_t install(const char* const* names, const Op* ops) {
+    Handle library;
+    uint64_t version = torch.version();
+    int32_t failed = torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library);
+    for (int i = 0; names[i]; i++) failed |= torch.library_impl(library, names[i], ops[i], version);
+    return failed;
 }
 
 extern "C" int32_t lorafx_install(const DenseShims* shims) {
     more = *shims;
     torch = more.common;
-    Handle library;
-    uint64_t version = torch.version();
-    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
-           torch.library_impl(library, "dense_mm", dense<false, false>, version) ||
-           torch.library_impl(library, "dense_addmm", dense<true, false>, version);
+    const char* const names[] = {"dense_mm", "dense_addmm", 0};
+    const Op ops[] = {dense<false, false, false>, dense<true, false, false>};
+    return install(names, ops);
 }
 
 // The ops with deltas, which `run` adds; called once.
 extern "C" int32_t lorafx_install_deltas(RunDelta run) {
     run_delta = run;
-    Handle library;
-    uint64_t version = torch.version();
-    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
-           torch.library_impl(library, "dense_mm_delta", dense<false, true>, version) ||
-           torch.library_impl(library, "dense_addmm_delta", dense<true, true>, version);
+    const char* const names[] = {"dense_mm_delta", "dense_addmm_delta", 0};
+    const Op ops[] = {dense<false, true, false>, dense<true, true, false>};
+    return install(names, ops);
+}
+
+// The ops with stored weights, whose kernels `load` loads; called once, after lorafx_install_deltas.
+extern "C" int32_t lorafx_install_stored(int32_t (*load)(int64_t)) {
+    load_stored = load;
+    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta", 0};
+    const Op ops[] = {
+        dense<false, false, true>, dense<true, false, true>, dense<false, true, true>, dense<true, true, true>};
+    return install(names, ops);
+}
+
+// Adds a kernel, or replaces that of its key; the caller holds a lock. Returns 1 if the table is full.
+extern "C" int32_t lorafx_add_stored(int64_t key, int64_t most_rows, int32_t (*run)(const Args*),
+                                     void (*widen)(const Args*)) {
+    int64_t i = 0;
+    while (i < stored_count && stored_kernels[i].key != key) i++;
+    if (i == MOST_STORED) return 1;
+    stored_kernels[i] = {key, {most_rows, run}, widen};
+    if (i == stored_count) __atomic_store_n(&stored_count, i + 1, __ATOMIC_RELEASE);
+    return 0;
 }
 
 extern "C" void lorafx_add(int32_t dtype, int64_t most_rows, int32_t (*run)(const Args*)) {

@@ -1,6 +1,6 @@
 // Vectors of a generated CPU kernel, in GCC's vector extensions: the same text for every LANES.
 //
-// F32, BF16, F16: how an element type becomes float lanes and back. Dot: one step of a dot product.
+// F32, BF16, F16, I8: how an element type becomes float lanes and back. Dot: one step of a dot product.
 // Columns: two vectors of neighbouring columns of the bank and of y, in one lane order. Three
 // instructions without an extension are inline assembly, so no intrinsics header is read (a third of
 // a second).
@@ -98,6 +98,16 @@ struct F16 {
 #endif
 };
 
+struct I8 {
+    typedef int8_t T;
+    typedef int8_t raw __attribute__((vector_size(LANES)));
+    INLINE vec widen(raw a) {
+        typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+        return __builtin_convertvector(__builtin_convertvector(a, ints), vec);
+    }
+    INLINE float one(T a) { return a; }
+};
+
 // Two bf16 to a 32-bit lane: the even elements and the odd ones.
 INLINE vec even(bits a) { return (vec)(a << 16); }
 INLINE vec odd(bits a) { return (vec)(a & 0xffff0000); }
@@ -167,6 +177,14 @@ template <> struct Dot<BF16, BF16> {
 #endif
     }
 };
+
+// The elements of a step of a dot product, from their floats in order.
+INLINE void narrow_step(vec* step, const vec* a) { *step = a[0]; }
+#if HAS_DPBF16
+INLINE void narrow_step(bits* step, const vec* a) {
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*step) : "v"(a[0]), "v"(a[1]));
+}
+#endif
 
 // ---- two vectors of columns -------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def place(model: nn.Module, path: str, module: nn.Module) -> None:
 def torchao(config: str, **settings: Any) -> Callable[[nn.Module], None]:
     def quantise(model: nn.Module) -> None:
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        known = {"int4": torch.int4}
+        known = {"int4": torch.int4, "groups of 32": library.PerGroup(32)}
         given = {key: known.get(value, value) for key, value in settings.items()}
         chosen = {id(linear) for _, linear in linears(model)}
         library.quantize_(
@@ -104,6 +104,10 @@ KINDS: dict[str, tuple[Callable[[nn.Module], None], float]] = {
     "torchao-int8-dynamic": (torchao("Int8DynamicActivationInt8WeightConfig"), ROUNDS),
     "torchao-fp8": (torchao("Float8WeightOnlyConfig"), 1e-5),
     "torchao-int4": (torchao("IntxWeightOnlyConfig", weight_dtype="int4"), 1e-5),
+    "torchao-int4-groups": (
+        torchao("IntxWeightOnlyConfig", weight_dtype="int4", granularity="groups of 32"),
+        1e-5,
+    ),
     "bitsandbytes-8": (
         replaced(bitsandbytes("Linear8bitLt", has_fp16_weights=False)),
         ROUNDS,

@@ -192,3 +192,97 @@ def test_a_batch_that_grows_and_shrinks(plain) -> None:
     assert passes["join"] > 0
     reports = apart._session.backend.records[0].passes
     assert not any(report.name == "join" for report in reports)
+
+
+Q = 64  # columns of integers, in two groups
+
+
+def integers(g: SiteGraph, groups: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+    q = torch.randint(-128, 128, (N, Q), dtype=torch.int8)
+    zero = torch.randint(-9, 9, (N, groups), dtype=torch.int8)
+    return g.argument(q), g.argument(torch.rand(N, groups)), g.argument(zero)
+
+
+def cast(g: SiteGraph, node: fx.Node, dtype: torch.dtype = torch.float32) -> fx.Node:
+    return g.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+
+def test_integers_that_are_scaled_before_and_after_the_product() -> None:
+    torch.manual_seed(0)
+    g, _ = start()
+    x, bias = g.argument(torch.randn(3, Q)), g.argument(torch.randn(N))
+    q, scale, zero = integers(g, 2)
+    blocks = [g.call(aten.view.default, t, [N, 2, size]) for t, size in ((q, 32), (zero, 1))]
+    moved = g.call(aten.sub.Tensor, *(cast(g, t) for t in blocks))
+    W = g.call(aten.mul.Tensor, moved, g.call(aten.view.default, scale, [N, 2, 1]))
+    W = transposed(g, g.call(aten.view.default, W, [N, Q]))
+    before = g.call(aten.addmm.default, bias, x, W)
+    q, scale, _ = integers(g, 1)
+    y = g.call(aten.mm.default, x, cast(g, transposed(g, q)))
+    y = g.call(aten.mul.Tensor, y, g.call(aten.view.default, scale, [N]))
+    after = g.call(aten.add.Tensor, g.call(aten.view.default, y, [3, 1, N]), bias)
+    assert_expected_inline(
+        shown(g.output(before, after), Products()),
+        """\
+view = aten.view(x_3, [6, 2, 32])
+view_1 = aten.view(x_5, [6, 2, 1])
+convert_element_type = prims.convert_element_type(view, torch.float32)
+convert_element_type_1 = prims.convert_element_type(view_1, torch.float32)
+sub = aten.sub.Tensor(convert_element_type, convert_element_type_1)
+view_2 = aten.view(x_4, [6, 2, 1])
+mul = aten.mul.Tensor(sub, view_2)
+view_3 = aten.view(mul, [6, 64])
+permute = aten.permute(view_3, [1, 0])
+addmm = aten.addmm(x_2, x_1, permute)
+permute_1 = aten.permute(x_6, [1, 0])
+convert_element_type_2 = prims.convert_element_type(permute_1, torch.float32)
+mm = aten.mm(x_1, convert_element_type_2)
+view_4 = aten.view(x_7, [6])
+mul_1 = aten.mul.Tensor(mm, view_4)
+view_5 = aten.view(mul_1, [3, 1, 6])
+add = aten.add.Tensor(view_5, x_2)
+return addmm, add
+
+products: 2 edits
+
+stored_addmm = lorafx.stored_addmm(x_2, x_1, [x_3, x_4, x_5])
+stored_addmm_1 = lorafx.stored_addmm(x_2, x_1, [x_6, x_7])
+view = aten.view(stored_addmm_1, [3, 1, 6])
+return stored_addmm, view
+""",
+    )
+
+
+def ungrouped(g: SiteGraph, q: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+    return g.call(aten.mul.Tensor, cast(g, q), scale)
+
+
+def twice(g: SiteGraph, q: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+    return g.call(aten.mul.Tensor, ungrouped(g, q, scale, zero), scale)
+
+
+def zero_last(g: SiteGraph, q: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+    return g.call(aten.sub.Tensor, ungrouped(g, q, scale, zero), cast(g, zero))
+
+
+def by_column(g: SiteGraph, q: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+    return g.call(aten.mul.Tensor, cast(g, q), g.argument(torch.rand(1, Q)))
+
+
+def computed(g: SiteGraph, q: fx.Node, scale: fx.Node, zero: fx.Node) -> fx.Node:
+    return g.call(aten.mul.Tensor, cast(g, q), g.call(aten.neg.default, scale))
+
+
+@pytest.mark.parametrize(
+    ("weight", "edits"),
+    [(ungrouped, 1), *((f, 0) for f in (twice, zero_last, by_column, computed))],
+)
+def test_which_integers_become_stored_weights(weight, edits: int) -> None:
+    torch.manual_seed(0)
+    g, _ = start()
+    x = g.argument(torch.randn(3, Q))
+    W = weight(g, *integers(g, 1))
+    done = g.output(g.call(aten.mm.default, x, transposed(g, W)))
+    want = done.result()
+    assert done.run(Products()) == edits
+    assert error(done.result()[0], want[0]) <= 1e-6

@@ -51,11 +51,13 @@ class ChoicesAnswer:
 
     async def events(self, sequences: Sequences) -> AsyncIterator[str]:
         """The events of a stream."""
+        unnamed = range(len(self._choices) if self._chat else 0)
+        delta = {"role": "assistant", "content": ""}
         try:
-            for index in range(len(self._choices) if self._chat else 0):
-                delta = {"role": "assistant", "content": ""}
-                yield self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
             async for index, output in sequences.outputs():
+                for choice in unnamed:  # not before: clients measure the time to the first chunk
+                    yield self._chunk([{"index": choice, "delta": delta, "finish_reason": None}])
+                unnamed = range(0)
                 piece = self._choices[index].put(output)
                 if piece is not None:
                     yield self._chunk([piece], self._options.get("continuous_usage_stats"))

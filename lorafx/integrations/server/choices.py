@@ -120,7 +120,7 @@ class CompletionChoice(Choice):
     def _content(self, text: str, output: SequenceOutput, whole: bool) -> dict[str, Any]:
         if self._fields.echo and self._echoed is None:
             text = self._echo(output) + text
-        return {"text": text} if text or output.is_finished() else {}
+        return {"text": text}  # also of a token without text, as in vLLM
 
     def _echo(self, output: SequenceOutput) -> str:
         """The prompt's text. Adds its tokens before those of the answer."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -210,7 +210,7 @@ class MessageFields(Fields):
 
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] = []
-    tool_choice: Any = "auto"
+    tool_choice: Literal["auto", "none"] = "auto"  # calls are not forced
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False

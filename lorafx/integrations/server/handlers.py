@@ -80,17 +80,18 @@ class Completions(Handler):
 
     def prompts(self, fields: CompletionFields) -> list[Prompt]:
         asked = fields.prompt
-        if isinstance(asked, str) or _are_ids(asked):
-            asked = [asked]
-        if not isinstance(asked, list) or not asked:
-            raise _no_prompt(asked)
-        return [self._prompt(prompt, fields) for prompt in asked]
+        if not isinstance(asked, str | list) or asked == []:
+            raise RequestError(
+                "`prompt` is a string, a list of token ids, or a list of such prompts, at least "
+                f"one; got {asked!r:.80}",
+                "prompt",
+            )
+        single = isinstance(asked, str) or all(type(token) is int for token in asked)
+        return [self._prompt(prompt, fields) for prompt in ([asked] if single else asked)]
 
     def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
         if isinstance(asked, str):
             return self._encoded(asked, special=fields.add_special_tokens is not False)
-        if not _are_ids(asked):
-            raise _no_prompt(asked)
         try:
             return Prompt(checked_prompt(self.served.compiled.model, asked))
         except BatchError as error:
@@ -187,8 +188,6 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
             f"{fields.chat_template_kwargs!r:.80}",
             "chat_template_kwargs",
         )
-    if fields.tool_choice not in ("auto", "none"):
-        raise RequestError("`tool_choice` is auto or none: calls are not forced", "tool_choice")
     if not fields.used_tools:
         return
     if get_response_template(tokenizer, model) is None:
@@ -231,16 +230,3 @@ def text_messages(messages: Any) -> list[dict]:
 
 def _refused_by_template(error: Exception, field: str) -> RequestError:
     return RequestError(f"the chat template refuses the `{field}`: {error}", field)
-
-
-def _are_ids(prompt: Any) -> bool:
-    is_list = isinstance(prompt, list) and bool(prompt)
-    return is_list and all(type(token) is int for token in prompt)
-
-
-def _no_prompt(asked: Any) -> RequestError:
-    return RequestError(
-        "`prompt` is a string, a list of token ids, or a list of such prompts, at least one; got "
-        f"{asked!r:.80}",
-        "prompt",
-    )

@@ -26,6 +26,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
+from lorafx.generation.continuous.parameters import Sampling
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
@@ -178,12 +179,10 @@ def _defaults(settings: ModelSettings, model: Any) -> GenerationConfig:
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
     config = GenerationConfig(**{name: getattr(saved, name) for name in names})
     config.do_sample = True  # requests choose; temperature 0 takes the likeliest token
-    config.temperature, config.top_k, config.top_p = 0.0, 0, 1.0
-    if saved.do_sample:
-        config.temperature, config.top_k = saved.temperature or 1.0, saved.top_k or 0
-        config.top_p = 1.0 if saved.top_p is None else saved.top_p
-    if settings.temperature is not None:
-        config.temperature = settings.temperature
+    for name in Sampling._fields:
+        setattr(config, name, getattr(saved, name) if saved.do_sample else None)
+    if settings.temperature is not None or not saved.do_sample:
+        config.temperature = settings.temperature or 0.0
     return config
 
 

@@ -229,6 +229,8 @@ def test_prompts(files, server, prompt_ids, greedy):
     assert [choice.index for choice in several] == [0, 1, 2, 3]
     other = complete(server, "w12").choices[0].text
     assert [choice.text for choice in several] == [greedy, greedy, other, other]
+    empty = complete(server, ["", prompt_ids[:1]]).choices  # a prompt begins with <s>
+    assert complete(server, "").choices[0].text == empty[0].text == empty[1].text
     mixed = complete(server, [prompt_ids, prompt_ids[:2]]).choices
     assert [mixed[0].text, len(mixed)] == [greedy, 2]
 

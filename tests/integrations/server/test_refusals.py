@@ -118,7 +118,7 @@ REFUSED = [
     (PATHS[:1], "logprobs", 3, "valid boolean"),
     (PATHS[:1], "top_logprobs", 2, "`logprobs`"),
     (PATHS[:1], "echo", True, "not served"),
-    (PATHS[:1], "tool_choice", "required", "auto or none"),
+    (PATHS[:1], "tool_choice", "required", "'auto' or 'none'"),
     (PATHS[:1], "chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs"),
     (PATHS[2:], "n", 2, "or send 1"),
     (PATHS[2:], "stop", ["w9"], "not served"),

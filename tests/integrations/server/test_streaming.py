@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -12,7 +13,7 @@ import threading
 
 import pytest
 import uvicorn
-from served import anew, ask, events, ids_of, plain, question, said
+from served import anew, asgi, ask, events, gated, ids_of, plain, question, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -88,6 +89,37 @@ def test_bytes_that_are_no_text_do_not_end_a_stream():
         decoder = Decoder(tokenizer)
         pieces = [decoder.step(token) for token in tokens]
         assert "".join([*pieces, decoder.end()]) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_stream_begins_with_the_first_token(server, path):
+    """Clients measure the time to it by the first chunk."""
+    sent = []
+
+    async def talk():
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        body = {"model": "tiny:a1", **question(path, "w9 w12", 2, stream=True)}
+        answering = asyncio.create_task(asgi(server, path, body, asyncio.Event().wait, send))
+        while not gate.steps:
+            await asyncio.sleep(0.01)
+        assert not any(sent)
+        gate.open.set()
+        await answering
+
+    with gated(server, free=0) as gate:
+        asyncio.run(talk())
+    assert sum(map(len, sent))
+
+
+def test_tokens_without_text_have_chunks(files, server):
+    """As those that end an answer, where it is not to end."""
+    bias = {"logit_bias": {str(files.tokenizer.eos_token_id): 100}, "ignore_eos": True}
+    body = question(COMPLETIONS, "w9", 12, stream=True, temperature=0, **bias)
+    found = events(ask(server, "POST", COMPLETIONS, model="tiny:a1", **body).text)
+    assert [event["choices"][0]["text"] for event in found] == [""] * len(found)
+    assert len(found) > 1
 
 
 @pytest.fixture

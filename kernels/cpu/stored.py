@@ -1,0 +1,210 @@
+"""Products of any number of rows with a weight of integers, alone and with a LoRA delta.
+
+    stored_mm           y = x Wᵀ              x (M, K), W (N, K), y (M, N)
+    stored_addmm        y = x Wᵀ + b          b (N,)
+    stored_mm_delta     y = x Wᵀ + Δ(x)       Δ is what `run_delta_` adds by the same kernel
+    stored_addmm_delta  y = x Wᵀ + b + Δ(x)
+
+`weight` is [q, scale] or [q, scale, zero]: q (N, K) int8, the others (N, G) for G groups,
+
+    W[n, k] = (q[n, k] − zero[n, g]) · scale[n, g],    g = k // (K / G)
+
+They are the products of lorafx.kernels.cpu.dense with integers in the place of a dense weight: few
+rows read q once and widen it in registers, and a row is bit-equal in all such batches. For many,
+W is made in the dtype of x. Dtypes and groups decide which kernel is generated:
+
+    source(spec, isa) = #defines and constants of spec
+                        + vectors.h + epilogue.h + dense_args.h + dense.cpp
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu import dense
+from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code
+from lorafx.kernels.ops.linear_ops import KERNELS
+from lorafx.kernels.ops.op_library import BANK, check_bank, check_rows, define, require
+
+#: Elements of the longest step of a generated kernel, which no group may cut.
+LONGEST_STEP = 32
+
+
+@dataclass(frozen=True)
+class StoredSpec:
+    """What a kernel is generated for: the dtypes of x, q, scale and zero, and whether the last two
+    are applied to each number, not to y."""
+
+    dtype: torch.dtype
+    integers: torch.dtype
+    scale: torch.dtype
+    zero: torch.dtype | None
+    grouped: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Sequence[Tensor]) -> StoredSpec | None:
+        """None if no kernel is generated; the tensors may be fake."""
+        q, scale, *zero = weight
+        spec = cls(
+            x.dtype,
+            q.dtype,
+            scale.dtype,
+            zero[0].dtype if zero else None,
+            bool(zero) or scale.shape[1] > 1,
+        )
+        floats = spec.dtype in ELEMENTS and spec.scale in ELEMENTS
+        zeros = {None, *ELEMENTS, *INTEGERS}
+        return spec if floats and spec.integers in INTEGERS and spec.zero in zeros else None
+
+    @property
+    def key(self) -> int:
+        """The key by which dense_op.cpp finds the kernel."""
+        zero = 0 if self.zero is None else dtype_code(self.zero) + 1
+        codes = dtype_code(self.dtype) | dtype_code(self.scale) << 6 | zero << 12
+        return codes | int(self.grouped) << 18 | dtype_code(self.integers) << 19
+
+    @classmethod
+    def of_key(cls, key: int) -> StoredSpec:
+        names = {dtype_code(dtype): dtype for dtype in (*ELEMENTS, *INTEGERS)}
+        zero = key >> 12 & 63
+        dtypes = names[key & 63], names[key >> 19], names[key >> 6 & 63]
+        return cls(*dtypes, names[zero - 1] if zero else None, bool(key >> 18 & 1))
+
+
+def source(spec: StoredSpec, isa: Isa) -> str:
+    elements = {**ELEMENTS, **INTEGERS}
+    by_pairs = spec.dtype == torch.bfloat16 and isa.dpbf16
+    defines = {
+        **{"STORED": 1, "GROUPED": int(spec.grouped), "HAS_ZERO": int(spec.zero is not None)},
+        **{"W": elements[spec.integers], "S": elements[spec.scale]},
+        "Z": elements[spec.zero or spec.integers],
+    }
+    return dense.source_with(spec, spec.dtype, isa, "BF16" if by_pairs else "F32", defines)
+
+
+_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
+
+
+@functools.cache
+def op_library() -> ctypes.CDLL:
+    library = dense.op_library()
+    pointers = (ctypes.c_void_p,) * 2
+    library.lorafx_add_stored.argtypes = (ctypes.c_int64, ctypes.c_int64, *pointers)
+    library.lorafx_install_stored.argtypes = (ctypes.c_void_p,)
+    if library.lorafx_install_stored(ctypes.cast(_LOAD, ctypes.c_void_p)):
+        raise LoweringError("torch refused the CPU kernels of lorafx::stored_mm")
+    return library
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
+def _LOAD(key: int) -> int:
+    """Called where a graph from a cache is the first to need a kernel."""
+    return int(not ready(StoredSpec.of_key(key)))
+
+
+@functools.cache
+def ready(spec: StoredSpec) -> bool:
+    """Compile and load the kernel of `spec`, and that of its dtype, which multiplies many rows;
+    False, with one warning, if there is none."""
+    if not dense.ready(spec.dtype):
+        return False
+    with dense.LOCK:
+        try:
+            load_kernel(spec, best_isa(), dense.max_rows(spec.dtype))
+        except LoweringError as error:
+            warnings.warn(f"products with integers stay with aten: {error}", stacklevel=2)
+            return False
+    return True
+
+
+def load_kernel(spec: StoredSpec, isa: Isa, rows: int) -> None:
+    """Load the kernel of `spec` for `isa`, which the ops use for up to `rows` rows from now on."""
+    library = load_library(compile_library(source(spec, isa), isa.flags))
+    functions = library.lorafx_kernel, library.lorafx_widen
+    pointers = (ctypes.cast(function, ctypes.c_void_p) for function in functions)
+    _LIBRARIES.append(library)
+    if op_library().lorafx_add_stored(spec.key, rows, *pointers):
+        raise LoweringError("the table of generated CPU kernels is full")
+
+
+def widened(weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """W (N, K) in `dtype`."""
+    q, scale, *zero = weight
+    groups = q.unflatten(1, (scale.shape[1], -1)).float()
+    for offset in zero:
+        groups = groups - offset.float()[:, :, None]
+    return (groups * scale.float()[:, :, None]).flatten(1).to(dtype)
+
+
+def product(*operands: Any) -> Tensor:
+    """y for the operands (bias (N,),) x (M, K), weight."""
+    *bias, x, weight = operands
+    spec = StoredSpec.of(x, weight)
+    # A graph from a cache may be the first to need the kernel, which then replaces this function.
+    if x.device.type == "cpu" and spec is not None and ready(spec):
+        y: Tensor = (STORED_ADDMM if bias else STORED_MM)(*operands)
+        return y
+    product_fake(*operands)
+    right = widened(weight, x.dtype).T
+    return torch.addmm(bias[0], x, right) if bias else torch.mm(x, right)
+
+
+def product_fake(*operands: Any) -> Tensor:
+    *bias, x, weight = operands
+    op = "stored_addmm" if bias else "stored_mm"
+    require(op, len(weight) in (2, 3), "weight is [integers, scale] or [integers, scale, zero]")
+    q, *tables = weight
+    require(op, x.dim() == 2 and q.dim() == 2, "x is (M, K), the integers are (N, K)")
+    N, K = q.shape
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
+    shape = tuple(tables[0].shape)
+    fits = len(shape) == 2 and shape[0] == N and shape[1] > 0 and K % shape[1] == 0
+    require(op, fits, f"scale is (N, groups), not {shape}")
+    require(op, all(tuple(table.shape) == shape for table in tables), f"zero is {shape}")
+    require(op, all(vector.shape == (N,) for vector in bias), f"bias is ({N},)")
+    y: Tensor = x.new_empty(x.shape[0], N)
+    return y
+
+
+def product_and_delta(*arguments: Any) -> Tensor:
+    """`product` plus its delta."""
+    operands, bank, rows, kernel = dense.split_arguments(arguments)
+    *bias, x, weight = operands
+    spec = StoredSpec.of(x, weight)
+    if x.device.type == "cpu" and kernel in KERNELS and spec is not None and ready(spec):
+        joined: Tensor = (STORED_ADDMM_DELTA if bias else STORED_MM_DELTA)(*arguments)
+        return joined
+    y: Tensor = (STORED_ADDMM if bias else STORED_MM)(*operands)
+    torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
+    return y
+
+
+def product_and_delta_fake(*arguments: Any) -> Tensor:
+    operands, bank, rows, _ = dense.split_arguments(arguments)
+    y = product_fake(*operands)
+    check_bank("stored_mm_delta", bank)
+    check_rows("stored_mm_delta", y.shape[:-1], y.shape[:-1], rows)
+    return y
+
+
+for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
+    _operands = f"{_first}Tensor x, Tensor[] weight"
+    define(f"stored_{_name}({_operands}) -> Tensor", product, product_fake)
+    define(
+        f"stored_{_name}_delta({_operands}, {BANK}, SymInt rows, int kernel) -> Tensor",
+        *(product_and_delta, product_and_delta_fake),
+    )
+STORED_MM = torch.ops.lorafx.stored_mm.default
+STORED_ADDMM = torch.ops.lorafx.stored_addmm.default
+STORED_MM_DELTA = torch.ops.lorafx.stored_mm_delta.default
+STORED_ADDMM_DELTA = torch.ops.lorafx.stored_addmm_delta.default
