@@ -103,7 +103,7 @@ class ServedModel:
             if self._has(adapter):
                 return adapter
         raise RequestError(
-            f"there is no model {model!r}{self._nearest(model)}; the base model is {self.name!r}, "
+            f"there is no model {model!r:.200}{self._nearest(model)}; the base model is {self.name!r}, "
             f'an adapter ADAPTER or "{self.name}:ADAPTER", and GET /v1/models lists all',
             "model",
             status=404,
