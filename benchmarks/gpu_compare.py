@@ -20,6 +20,7 @@ from gpu_jobs import ARMS, MIXES, Arm, arm_named
 from torch import Tensor
 
 from lorafx.errors import LoweringError
+from lorafx.integrations.vllm.launches import launches
 from lorafx.kernels.cost.roofline import GPU_STRATEGIES, estimate
 from lorafx.kernels.triton.build import CONCAT, build, load_tuned, plan_of, tiles_for
 from lorafx.kernels.triton.tiles import architecture_of
@@ -76,6 +77,28 @@ def planned(case: Case, device: torch.device) -> ArmOfCopy:
     """The strategy that `plan` takes, with tuned tiles where the cache has some."""
     load_tuned(architecture_of(device))
     return strategy(case, device, name=chosen(case, device))
+
+
+def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
+    """What layers of vLLM call in CUDA graphs: kernels by the rows of a step, slots of its rows in
+    a table for longer steps."""
+    kernels = launches(case.spec("segments").delta, device)
+    if kernels is None:
+        raise Unfit(f"{case.label}: no kernels are generated")
+
+    def make(copy: Copy) -> Callable[[], Tensor]:
+        table = torch.full((2 * case.rows,), -1, dtype=torch.int32, device=device)
+        table[: case.rows] = copy.owners
+        bank = (copy.A, copy.B, copy.ranks, copy.scales, table)
+
+        def call() -> Tensor:
+            y = copy.base()
+            torch.ops.lorafx.launch_delta_(y, copy.x, *bank, *kernels)
+            return y
+
+        return call
+
+    return make
 
 
 def nobody(case: Case, device: torch.device, *, name: str | None = None) -> ArmOfCopy:

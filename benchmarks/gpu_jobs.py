@@ -106,6 +106,12 @@ ARMS: tuple[Arm, ...] = (
         {"name": "split", "changes": ONE_BY_ONE},
     ),
     Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),
+    Arm(
+        "inside vLLM",
+        DECODE + PREFILL,
+        "gpu_compare:in_vllm",
+        sources=("kernels/triton", "lorafx/integrations/vllm/launches.py"),
+    ),
     Arm("plan, no adapter", DECODE + PREFILL, "gpu_compare:nobody", **PLANNED),
     Arm("gemv", DECODE, "gpu_compare:strategy", {"name": "gemv"}),
 )

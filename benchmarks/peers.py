@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 VLLM_FILES = ("lora_shrink_op.py", "lora_expand_op.py", "lora_kernel_metadata.py")
+VLLM_EXPERTS = "fused_moe_lora_op.py"
 SGLANG_FILES = ("chunked_sgmv_shrink.py", "chunked_sgmv_expand.py")
 FOLDER = "LORAFX_PEERS"  # names the folder with what `cut` leaves of wheels
 

@@ -1,13 +1,13 @@
 """vLLM's engine on a CPU with lorafx's LoRA, and with its own, over its base without LoRA.
 
-The Llama of cpu_mixed.py in engines of their own, which take turns as in `lorafx bench`; greedy.
+The Llama of cpu_mixed.py in engines of their own, which take turns; greedy.
 Base engines have no LoRA and are compiled; of vLLM's own LoRA vLLM compiles nothing on a CPU.
 
     decode      a step of 8 and of 32 requests, with 0, 1 and 8 adapters of 8 slots
     prefill     8 prompts of 256 tokens in one step, 8 adapters
     requests    64 prompts of 8 to 64 tokens, 32 new tokens each, 8 adapters: seconds for all
 
-A round is `--blocks` blocks; each figure is the median of its round, and the range is over rounds.
+A block runs base, arm, arm, base; a figure is the median over the blocks of a round.
 The floor of a case is the bytes of all linears and of the distinct adapters' factors, over those
 of the linears.
 
@@ -22,13 +22,14 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpu_mixed import ADAPTERS, DTYPES, RANK, build_model, save_adapters
-from protocol import compare, machine, save
+from protocol import machine, save
 from vllm_serving import Peer
 
 OUT = Path("benchmarks/results/vllm_cpu.json")
@@ -63,7 +64,7 @@ def work(
 
 def decode(peer: Peer, rows: int, adapters: int) -> Callable[[], float]:
     """Seconds of a step in which all rows decode."""
-    requests = work(rows, 8, adapters, 25)
+    requests = work(rows, 8, adapters, 17)
     return lambda: statistics.median(peer.run(*requests)["steps"][4:])
 
 
@@ -77,25 +78,52 @@ def throughput(peer: Peer, adapters: int) -> Callable[[], float]:
     return lambda: peer.run(*requests)["seconds"]
 
 
-def cases(base: Peer, ours: Peer, stock: Peer) -> dict[str, tuple[Any, dict[str, Any], int]]:
-    """Base, arms, and the adapters of the floor by name; stock prefills take too long for more."""
-    found: dict[str, tuple[Any, dict[str, Any], int]] = {}
+class Case(NamedTuple):
+    """A base and arms, each a call that returns seconds, and the adapters of the floor."""
+
+    name: str
+    base: Callable[[], float]
+    arms: dict[str, Callable[[], float]]
+    adapters: int = 0
+    blocks: int = 2
+
+
+def cases(base: Peer, ours: Peer, stock: Peer, quick: bool) -> Iterator[Case]:
     for rows in (8, 32):
         for adapters in (0, 1, 8):
-            arms = {"lorafx": decode(ours, rows, adapters)}
+            arms = {"A/A": decode(base, rows, 0), "lorafx": decode(ours, rows, adapters)}
             if adapters == 8:
                 arms["vLLM"] = decode(stock, rows, adapters)
-            found[f"decode, {rows} rows, {adapters} adapters"] = (
-                *(decode(base, rows, 0), arms, adapters),
+            yield Case(
+                f"decode, {rows} rows, {adapters} adapters", decode(base, rows, 0), arms, adapters
             )
-    found["prefill, 8 x 256, 8 adapters"] = prefill(base, 0), {"lorafx": prefill(ours, 8)}, 0
-    found["64 requests, 8 adapters"] = throughput(base, 0), {"lorafx": throughput(ours, 8)}, 8
-    return found
+    if quick:
+        return
+    arms = {"A/A": prefill(base, 0), "lorafx": prefill(ours, 8)}
+    yield Case("prefill, 8 x 256, 8 adapters", prefill(base, 0), arms, blocks=1)
+    arms = {"lorafx": throughput(ours, 8)}
+    yield Case("64 requests, 8 adapters", throughput(base, 0), arms, 8, blocks=1)
 
 
-def run_dtype(python: Path, dtype: str, rounds: int, blocks: int) -> list[dict[str, object]]:
+def paired(case: Case, draw: random.Random) -> dict[str, tuple[float, float]]:
+    """Of each arm the median of its time over the base's, run before and after it, and seconds."""
+    ratios: dict[str, list[float]] = {name: [] for name in case.arms}
+    seconds: dict[str, list[float]] = {name: [] for name in case.arms}
+    for _ in range(case.blocks):
+        for name in draw.sample(list(case.arms), len(case.arms)):
+            arm = case.arms[name]
+            first, *own, last = case.base(), arm(), arm(), case.base()
+            ratios[name].append(sum(own) / (first + last))
+            seconds[name] += own
+    return {
+        name: (statistics.median(ratios[name]), statistics.median(seconds[name])) for name in ratios
+    }
+
+
+def run_dtype(python: Path, dtype: str, rounds: int, quick: bool) -> list[dict[str, object]]:
     model = build_model(6, DTYPES[dtype])
-    rows: list[dict[str, object]] = []
+    figures: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    floors: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         paths = save_adapters(model, Path(folder), ADAPTERS)
@@ -104,43 +132,35 @@ def run_dtype(python: Path, dtype: str, rounds: int, blocks: int) -> list[dict[s
             Peer(python, Path(folder, "model"), given, dtype=NAMES[dtype], lorafx=on, **sizes)
             for given, on in (({}, False), (paths, True), (paths, False))
         ]
+        draw = random.Random(0)
         try:
-            figures: dict[tuple[str, str], list[Any]] = {}
+            for case in cases(*peers, quick=quick):
+                paired(case._replace(blocks=1), draw)  # caches are filled
+            print("engines have started", file=sys.stderr, flush=True)
             for number in range(rounds):
-                for name, (base, arms, _) in cases(*peers).items():
-                    for ratio in compare(
-                        *(base, arms),
-                        blocks=blocks,
-                        seed=number,
-                        timer=lambda arm, _: arm(),
-                    ):
-                        figures.setdefault((name, ratio.arm), []).append(ratio)
-            slow = prefill(peers[2], 8)() / prefill(peers[0], 0)()
+                for case in cases(*peers, quick=quick):
+                    floors[case.name] = round(floor(model, case.adapters), 3)
+                    for arm, (ratio, seconds) in paired(case, draw).items():
+                        figures.setdefault((case.name, arm), []).append((ratio, seconds))
+                        print(f"{number} {case.name:29s} {dtype} {arm:7s} {ratio:.3f}", flush=True)
+            if not quick:
+                slow = prefill(peers[2], 8)()
+                figures["prefill, 8 x 256, 8 adapters", "vLLM"] = [
+                    (slow / prefill(peers[0], 0)(), slow)
+                ]
         finally:
             for peer in peers:
                 peer.close()
-        for (name, arm), ratios in figures.items():
-            adapters = cases(*peers)[name][2]
-            medians = [ratio.median for ratio in ratios]
-            rows.append(
-                {
-                    "case": f"{name}, {dtype}",
-                    "arm": arm,
-                    "over_base": medians,
-                    "floor": round(floor(model, adapters), 3),
-                    "milliseconds": [ratio.milliseconds for ratio in ratios],
-                }
-            )
-            print(
-                f"{name:32s} {dtype} {arm:7s} {min(medians):.3f} to {max(medians):.3f}, floor "
-                f"{floor(model, adapters):.3f}, {ratios[-1].milliseconds:.2f} ms",
-                flush=True,
-            )
-        rows.append(
-            {"case": f"prefill, 8 x 256, 8 adapters, {dtype}", "arm": "vLLM", "over_base": [slow]}
-        )
-        print(f"vLLM's own prefill, once: {slow:.2f}")
-    return rows
+    return [
+        {
+            "case": f"{name}, {dtype}",
+            "arm": arm,
+            "over base, by rounds": [round(ratio, 3) for ratio, _ in found],
+            "floor": floors[name],
+            "milliseconds": [round(1e3 * seconds, 2) for _, seconds in found],
+        }
+        for (name, arm), found in figures.items()
+    ]
 
 
 def machine_of(python: Path) -> dict[str, object]:
@@ -159,12 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", type=Path, required=True, help="one that has vLLM and lorafx")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="steps of decoding alone")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     rows = []
     for dtype in given.dtype or DTYPES:
-        rows += run_dtype(given.python, dtype, given.rounds, given.blocks)
+        rows += run_dtype(given.python, dtype, given.rounds, given.quick)
     save(given.out, "time over vLLM's base without LoRA", rows, lambda: machine_of(given.python))
 
 

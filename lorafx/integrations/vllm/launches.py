@@ -25,7 +25,7 @@ from lorafx.kernels.triton.source import TritonSpec
 #: Guesses from the cost model's floors; not measured inside of vLLM.
 FEW, SOME = 16, 256
 #: Rows for which tiles of prompts are chosen.
-PROMPT_ROWS = 2048
+PROMPT_ROWS = 4096
 
 #: Ids of kernels for few, some and many rows.
 Launches = tuple[int, int, int]
