@@ -39,9 +39,9 @@ EOS = 2
 
 def letters(*words: str) -> PreTrainedTokenizerFast:
     """Each letter is a token, from 4 on; 3 is a space, and what is below has no text. The `words`
-    are tokens from 61 on."""
+    are the last of the 61 tokens."""
     vocabulary = ["<pad>", "<s>", "</s>", " ", *string.ascii_letters, *"0123456789"][:61]
-    vocabulary += words
+    vocabulary[61 - len(words) :] = words
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -425,12 +425,12 @@ def test_a_stop_ends_a_sequence_in_the_step_in_which_it_is_complete(llama, engin
 
 def test_of_stops_within_one_token_the_first_counts(llama) -> None:
     cm, tokenizer = llama.compile(), letters("bcxb")
-    asked = {"logit_bias": {61: 100.0}, "max_new_tokens": 3}
+    asked = {"logit_bias": {60: 100.0}, "max_new_tokens": 3}
     with cm.continuous_batching(drawing(cm), CONFIG, warmup=False, tokenizer=tokenizer) as engine:
         for stop, reason in ((["b", "c"], "b"), (["x", "cx"], "cx"), (["bc", "b"], "bc")):
             key = engine.add_request([9, 8], adapter="a1", stop=stop, **asked)
             output = answers(engine, [key])[key]
-            assert (output.generated_tokens, output.stop_reason) == ([61], reason)
+            assert (output.generated_tokens, output.stop_reason) == ([60], reason)
 
 
 def test_a_grammar_ends_its_sequence(engine) -> None:
