@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import Tensor
 from vllm_engine import Served, VllmEngine, prompts, tiny_llama
 
 import lorafx
-from lorafx.integrations.vllm import plugin
+from lorafx.integrations.vllm import patches, plugin
+from lorafx.integrations.vllm.patches import PATCHES
 
 pytest.importorskip("vllm")
 
@@ -98,6 +101,34 @@ def test_adapters_that_vllm_reads_otherwise(
     assert named in error
     requests = [(prompt, served.adapters[0]) for prompt in prompts(1)] + [(prompts(1)[0], None)]
     assert engine.run(requests) == served.expected(requests)
+
+
+def test_loading_the_plugin_again_changes_nothing() -> None:
+    def standing() -> list[object]:
+        owners = [pkgutil.resolve_name(patch.owner) for patch in PATCHES]
+        return [
+            inspect.getattr_static(owner, patch.name)
+            for owner, patch in zip(owners, PATCHES, strict=True)
+        ]
+
+    plugin.register()
+    first = standing()
+    plugin.register()
+    assert all(a is b for a, b in zip(first, standing(), strict=True))
+
+
+def test_graphs_on_disk_are_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM finds its compiled graphs by its configuration, which names the kernels."""
+    from vllm.config import LoRAConfig, VllmConfig
+
+    plugin.register()
+    plain = VllmConfig()
+    assert "lorafx" not in plain.additional_config
+    with_lora = VllmConfig(lora_config=LoRAConfig())
+    assert with_lora.lora_config is not None
+    first = with_lora.compute_hash()
+    monkeypatch.setattr(patches, "generators", lambda: "others")
+    assert VllmConfig(lora_config=LoRAConfig()).compute_hash() != first
 
 
 def _asked_for_lora() -> Any:
