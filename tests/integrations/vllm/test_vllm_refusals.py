@@ -103,20 +103,33 @@ def test_adapters_that_vllm_reads_otherwise(
     assert engine.run(requests) == served.expected(requests)
 
 
-def test_loading_the_plugin_again_changes_nothing() -> None:
-    def standing() -> list[object]:
-        owners = [pkgutil.resolve_name(patch.owner) for patch in PATCHES]
-        return [
-            inspect.getattr_static(owner, patch.name)
-            for owner, patch in zip(owners, PATCHES, strict=True)
-        ]
+@pytest.fixture
+def restored() -> Iterator[Callable[[], list[object]]]:
+    """What stands where patches are put. Afterwards vLLM is as it was before."""
+    places = []
+    for patch in PATCHES:
+        owner = pkgutil.resolve_name(patch.owner)
+        places.append((owner if inspect.isclass(owner) else _holder(owner), patch.name))
+    before = [inspect.getattr_static(owner, name) for owner, name in places]
+    yield lambda: [inspect.getattr_static(owner, name) for owner, name in places]
+    for (owner, name), value in zip(places, before, strict=True):
+        setattr(owner, name, value)
 
+
+def _holder(owner: object) -> Any:
+    return owner if inspect.ismodule(owner) else type(owner)
+
+
+def test_loading_the_plugin_again_changes_nothing(
+    restored: Callable[[], list[object]],
+) -> None:
     plugin.register()
-    first = standing()
+    first = restored()
     plugin.register()
-    assert all(a is b for a, b in zip(first, standing(), strict=True))
+    assert all(a is b for a, b in zip(first, restored(), strict=True))
 
 
+@pytest.mark.usefixtures("restored")
 def test_graphs_on_disk_are_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM finds its compiled graphs by its configuration, which names the kernels."""
     from vllm.config import LoRAConfig, VllmConfig
@@ -124,11 +137,11 @@ def test_graphs_on_disk_are_of_these_kernels(monkeypatch: pytest.MonkeyPatch) ->
     plugin.register()
     plain = VllmConfig()
     assert "lorafx" not in plain.additional_config
-    with_lora = VllmConfig(lora_config=LoRAConfig())
+    with_lora = VllmConfig(lora_config=LoRAConfig(lora_dtype="float16"))
     assert with_lora.lora_config is not None
     first = with_lora.compute_hash()
     monkeypatch.setattr(patches, "generators", lambda: "others")
-    assert VllmConfig(lora_config=LoRAConfig()).compute_hash() != first
+    assert VllmConfig(lora_config=LoRAConfig(lora_dtype="float16")).compute_hash() != first
 
 
 def _asked_for_lora() -> Any:
@@ -137,15 +150,7 @@ def _asked_for_lora() -> Any:
     return current_platform.get_punica_wrapper()
 
 
-@pytest.fixture
-def _own_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    plain = type(current_platform).__dict__["get_punica_wrapper"]
-    monkeypatch.setattr(type(current_platform), "get_punica_wrapper", plain)
-
-
-@pytest.mark.usefixtures("_own_wrapper")
+@pytest.mark.usefixtures("restored")
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where LoRA is on, not before; or it computes LoRA itself, if asked to."""
     monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))
@@ -158,7 +163,7 @@ def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         _asked_for_lora()
 
 
-@pytest.mark.usefixtures("_own_wrapper")
+@pytest.mark.usefixtures("restored")
 def test_an_unknown_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugin.VARIABLE, "of")
     with pytest.raises(lorafx.ConfigError, match="off"):
