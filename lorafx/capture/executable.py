@@ -251,11 +251,13 @@ _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
 @dataclass
 class Wrappers:
-    """The wrappers that AOTAutograd puts around a graph without gradients, and their settings."""
+    """The wrappers that AOTAutograd puts around a graph without gradients, and their settings;
+    `subclasses` says which inputs are tensors that wrap others."""
 
     metadata: Any
     wrappers: list[Any]
     config: Any
+    subclasses: Any = None
 
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """AOTAutograd's function around `compiled`, a graph in the boxed convention."""
@@ -266,6 +268,7 @@ class Wrappers:
         values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
         values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
         values |= {"sanitized_aot_config": self.config, "indices_of_inps_to_detach": []}
+        values |= {"maybe_subclass_meta": self.subclasses}
         result: Any = cast(Any, BundledAOTAutogradResult)(**values)
         with outside_of_frames():
             run = result._apply_runtime_wrappers(compiled, None, False, self.config)
@@ -289,9 +292,8 @@ def collecting_parts(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
     if infos:
         config, metadata, subclasses, compiled, *_, wrappers = infos[-1]
         parts.lowered = parts.lowered or compiled
-        if subclasses is None:
-            with suppress(AttributeError, TypeError, ValueError):  # the graph is not saved then
-                parts.wrappers = Wrappers(metadata, wrappers, config.to_cacheable())
+        with suppress(AttributeError, TypeError, ValueError):  # the graph is not saved then
+            parts.wrappers = Wrappers(metadata, wrappers, config.to_cacheable(), subclasses)
 
 
 @dataclass

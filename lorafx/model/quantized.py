@@ -28,6 +28,7 @@ from lorafx.model.weight_formats import (
     Declared,
     Format,
     Plain,
+    WrapperSubclass,
     format_of,
 )
 from lorafx.registry import Eligible, lookup
@@ -203,6 +204,11 @@ class QuantisedModules:
         """`settle` where something may have undone it; called before each call."""
         for item, module, name in self._to_settle_again:
             item.settle(module, name)
+
+    @property
+    def are_wrapped(self) -> bool:
+        """Whether all are tensors that wrap others."""
+        return all(WrapperSubclass().holds(module, entry.weight) for module, entry in self.entries)
 
     @cached_property
     def sizes_by_data(self) -> bool:

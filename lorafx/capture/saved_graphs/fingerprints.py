@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.model.weight_formats import is_wrapped
 from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket, _dispatch_keys
 
 #: Classes whose `repr` identifies the value.
@@ -92,7 +93,13 @@ class Fingerprints:
             for name in _SIZE_MARKS
             if isinstance(getattr(value, name, None), (set, frozenset))
         }
-        return (
+        parts = ""
+        if is_wrapped(value):
+            names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            inner = [getattr(value, name) for name in names]
+            sizes = [(tuple(item.shape), item.stride()) for item in inner]
+            parts = f"{names} {[self.tensor(item) for item in inner]} {sizes} {self.of(context)} "
+        return parts + (
             f"{self.of_class(type(value))} {value.dtype} {value.device} {value.layout} "
             f"{value.dim()} grad {value.requires_grad} leaf {value.is_leaf} "
             f"{_dispatch_keys(value)} {value.is_inference()} {marks}"

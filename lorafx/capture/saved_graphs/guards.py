@@ -47,6 +47,7 @@ _VALUE = frozenset(
         *("CLOSURE_MATCH", "BUILTIN_MATCH"),
     )
 )
+_TENSOR = frozenset(("TENSOR_MATCH", "TENSOR_SUBCLASS_METADATA_MATCH"))
 _CLASS = frozenset(("TYPE_MATCH", "DUPLICATE_INPUT", "NN_MODULE"))
 _LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
 _KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"))
@@ -189,7 +190,7 @@ def _texts_at(
 def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
     """The text of what the guard compares. Raises Undescribed if there is none."""
     kind, argument = place.kind, place.argument
-    if kind == "TENSOR_MATCH":
+    if kind in _TENSOR:
         return prints.tensor(value)
     if isinstance(value, ModuleType):
         return f"{prints.of(value)} {_names_text(value)}"

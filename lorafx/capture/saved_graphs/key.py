@@ -174,7 +174,8 @@ def _layout_text(tensor: Tensor) -> str:
 
 def can_save(program: Program) -> bool:
     """Whether the key covers all that this program's graphs depend on. It does not for generated
-    Triton, numeric checks, custom passes, quantised bases and hooks on all modules."""
+    Triton, numeric checks, custom passes, hooks on all modules, and quantised bases other than
+    tensors that wrap others, which say what they are made of."""
     options = program.options
     # PyTorch's hooks on all modules, which Dynamo does not guard.
     global_hooks = (
@@ -187,7 +188,7 @@ def can_save(program: Program) -> bool:
         and options.lowering in ("inductor", "reference")
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
-        and not program.quantised.entries
+        and program.quantised.are_wrapped
         and not any(global_hooks)
     )
 

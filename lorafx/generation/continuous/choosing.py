@@ -173,9 +173,10 @@ class Choosing(LogitsProcessor):
             stops = [stop for stop in asked.stop if stop in text]
             if stops:  # of which those were no stops that were complete before `min_tokens`
                 before = self._text(last[:-1])
-                stops = [stop for stop in stops if text.rfind(stop) > before.rfind(stop)]
+                places = {stop: text.find(stop, before.rfind(stop) + 1) for stop in stops}
+                stops = [stop for stop in stops if places[stop] >= 0]
             if stops:
-                return True, min(stops, key=text.rfind)
+                return True, min(stops, key=lambda stop: places[stop])
         return state.grammar is not None and state.grammar.ended(generated), None
 
     def _text(self, tokens: Sequence[int]) -> str:

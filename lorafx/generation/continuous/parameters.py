@@ -34,6 +34,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "prompt_logprobs": (0, sys.maxsize),
     "n": (1, 1024),
 }
+#: How many strings `stop` and `bad_words` may have. Each step looks at all of them.
+MOST_STRINGS = 1024
 
 
 class Grammar(Protocol):
@@ -210,6 +212,8 @@ def _strings(name: str, value: Any, tokenizer: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
         raise ConfigError(f"{name} is a list of strings, none of them empty; got {value!r}")
+    if len(strings) > MOST_STRINGS:
+        raise ConfigError(f"{name} has at most {MOST_STRINGS} strings; got {len(strings)}")
     if strings and tokenizer is None:
         raise ConfigError(
             f"{name} needs the model's tokenizer, which this engine was not given: start it with "

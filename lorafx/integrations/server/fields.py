@@ -102,6 +102,8 @@ class Fields(BaseModel):
             ) from error
         except ValidationError as error:
             problems = error.errors(include_url=False)
+            if not problems[0]["loc"]:  # values within values, deeper than pydantic reads
+                raise RequestError(f"the body: {problems[0]['msg']}") from error
             name = str(problems[0]["loc"][0])
             if name not in sent:
                 raise RequestError(f"`{name}` is missing", name) from error

@@ -103,8 +103,9 @@ class ServedModel:
             if self._has(adapter):
                 return adapter
         raise RequestError(
-            f"there is no model {model!r}{self._nearest(model)}; the base model is {self.name!r}, "
-            f'an adapter ADAPTER or "{self.name}:ADAPTER", and GET /v1/models lists all',
+            f"there is no model {model!r:.200}{self._nearest(model)}; the base model is "
+            f'{self.name!r}, an adapter ADAPTER or "{self.name}:ADAPTER", and GET /v1/models lists '
+            "all",
             "model",
             status=404,
             code="model_not_found",

@@ -88,4 +88,5 @@ class MatcherGrammar:
         self._matcher.consume_tokens(list(generated[self._read :]))
         self._read = len(generated)
         if self._matcher.is_error():
-            raise LorafxError(f"the grammar of the request failed: {self._matcher.get_error()}")
+            why = self._matcher.get_error().partition("\n")[0]  # the whole grammar follows
+            raise LorafxError(f"the grammar of the request failed: {why}")

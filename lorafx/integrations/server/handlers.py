@@ -3,6 +3,7 @@ and an answer of sequences."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from functools import partial
 from typing import Any, cast
@@ -33,6 +34,8 @@ from lorafx.integrations.server.generating import Sequences, ServedModel
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 
+#: Prompts of bodies with more bytes are made in a thread: millions of tokens take seconds.
+_LARGE = 1 << 16
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -58,7 +61,8 @@ class Handler:
         current_record().asks_for(adapter)
         fields = self.fields.read(body)
         arguments = await self.served.arguments(fields)
-        prompts = self.prompts(fields)
+        large = len(await request.body()) > _LARGE
+        prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
         self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
         sequences = Sequences(self.served, adapter)
@@ -126,7 +130,7 @@ class MessageHandler(Handler):
                 tokenize=False,
                 **fields.chat_template_kwargs,
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise _refused_by_template(error, self.asked) from error
         return [self._encoded(text, special=bool(fields.add_special_tokens))]
 
@@ -181,8 +185,8 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
             f"the tokenizer of {served.name!r} has no chat template; ask /v1/completions with a "
             "`prompt`"
         )
-    taken = inspect.signature(tokenizer.apply_chat_template).parameters
-    if not taken.keys().isdisjoint(fields.chat_template_kwargs):
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if not taken.isdisjoint(fields.chat_template_kwargs):
         raise RequestError(
             "`chat_template_kwargs` is an object with the template's own variables; got "
             f"{fields.chat_template_kwargs!r:.80}",
@@ -199,7 +203,7 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
     prompt = partial(tokenizer.apply_chat_template, [{"role": "user", "content": ""}])
     try:
         used = prompt(tools=fields.used_tools, tokenize=False) != prompt(tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise _refused_by_template(error, "tools") from error
     if not used:
         raise RequestError("`tools` are not in this model's chat template", "tools")
@@ -224,7 +228,7 @@ def text_messages(messages: Any) -> list[dict]:
                 )
     try:
         return BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
-    except (KeyError, TypeError, ValueError) as error:  # of calls of tools
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of calls of tools
         raise RequestError(f"the `tool_calls` of a message cannot be read: {error!r}") from error
 
 

@@ -115,6 +115,6 @@ def _folder_inside(root: Path, path: str) -> Path:
             raise RequestError(f"there is no folder {path!r}", "lora_path", status=404)
         if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
             raise outside
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a loop, a long name
         raise outside from error
     return folder

@@ -5,6 +5,7 @@ A second start is a model that is built again, with Dynamo reset.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch._dynamo
 from dense_merge import TOLERANCE, Case, check_mixed, error, save_adapter, valid
+from quantised import KINDS, Rounded, adapters, small_base
 from step_logits import StepLogits, answers, check_logits
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
@@ -91,6 +93,25 @@ def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None
         assert state(cm) == [found] * 2  # and the base's own
     check_mixed(cm, plain, ["a2", "a4", None, "a3", "a1"], plain_inputs(5, 9))
     assert state(cm) == [LOADED] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4-groups"])
+def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
+    base = small_base()
+    folders = adapters(base, tmp_path)
+    names, inputs = ["a", None, "b"], token_inputs(3, 5)
+    models = [copy.deepcopy(base) for _ in range(3)]
+    for model in models:
+        KINDS[kind][0](model)
+    want = Rounded(base, models[0], folders).dense().expected(names, inputs)
+    options = {"lowering": "inductor", "cache": str(cache)}
+    for model, found in zip(models[1:], (SAVED, LOADED), strict=True):
+        torch._dynamo.reset()
+        cm = lorafx.compile(model, folders, options=options)
+        got = cm(**inputs, adapter_names=names).logits
+        assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        assert state(cm) == [found]
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")

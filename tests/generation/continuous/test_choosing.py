@@ -37,9 +37,11 @@ CONFIG = ContinuousBatchingConfig(**PAGES, per_request_processors=True)
 EOS = 2
 
 
-def letters() -> PreTrainedTokenizerFast:
-    """Each letter is a token, from 4 on; 3 is a space, and what is below has no text."""
+def letters(*words: str) -> PreTrainedTokenizerFast:
+    """Each letter is a token, from 4 on; 3 is a space, and what is below has no text. The `words`
+    are the last of the 61 tokens."""
     vocabulary = ["<pad>", "<s>", "</s>", " ", *string.ascii_letters, *"0123456789"][:61]
+    vocabulary[61 - len(words) :] = words
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -419,6 +421,16 @@ def test_a_stop_ends_a_sequence_in_the_step_in_which_it_is_complete(llama, engin
         assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", reason)
         processor = engine.batch_processor
         assert all(not own.block_table for own in processor.cache.cache_allocators.values())
+
+
+def test_of_stops_within_one_token_the_first_counts(llama) -> None:
+    cm, tokenizer = llama.compile(), letters("bcxb")
+    asked = {"logit_bias": {60: 100.0}, "max_new_tokens": 3}
+    with cm.continuous_batching(drawing(cm), CONFIG, warmup=False, tokenizer=tokenizer) as engine:
+        for stop, reason in ((["b", "c"], "b"), (["x", "cx"], "cx"), (["bc", "b"], "bc")):
+            key = engine.add_request([9, 8], adapter="a1", stop=stop, **asked)
+            output = answers(engine, [key])[key]
+            assert (output.generated_tokens, output.stop_reason) == ([60], reason)
 
 
 def test_a_grammar_ends_its_sequence(engine) -> None:

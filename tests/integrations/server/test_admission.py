@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from served import anew, asgi, ask, client_of, gated, idle, plain, question, said
@@ -166,3 +167,23 @@ def test_a_client_that_goes_away_at_once(server, stream):
         assert gate.steps <= 2
     assert server.engine.cache_usage() == 0
     assert not server.engine.output_router.result_handlers
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_long_prompt_keeps_nobody_waiting(server, path):
+    body = {"model": "tiny", **question(path, "w9 " * 400_000, 2)}
+
+    async def ask_beside():
+        async with client_of(server) as client:
+            asked = asyncio.create_task(client.post(path, json=body))
+            begun = before = time.perf_counter()
+            longest = 0.0
+            while not asked.done():
+                await asyncio.sleep(0.001)
+                now = time.perf_counter()
+                longest, before = max(longest, now - before), now
+            return await asked, longest, now - begun
+
+    answer, longest, whole = asyncio.run(ask_beside())
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert longest < whole / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -67,6 +68,10 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
             },
             "tool_calls",
         ),
+        (
+            {"model": "tiny", "messages": [{"role": "assistant", "tool_calls": ["w9"]}]},
+            "tool_calls",
+        ),
     ],
 )
 def test_messages_that_are_none(server, body, word):
@@ -87,6 +92,7 @@ REFUSED = [
     (PATHS, "repetition_penalty", 0, "repetition_penalty"),
     (PATHS, "seed", "x", "an integer"),
     (PATHS, "bad_words", ["w9", 3], "strings"),
+    (PATHS, "bad_words", ["w9"] * 1025, "at most 1024"),
     (PATHS, "logit_bias", {"w9": 3}, "valid integer"),
     (PATHS, "logit_bias", {"99999": 3}, "logit_bias"),
     (PATHS, "logit_bias", {"9": 1000}, "logit_bias"),
@@ -120,6 +126,7 @@ REFUSED = [
     (PATHS[:1], "echo", True, "not served"),
     (PATHS[:1], "tool_choice", "required", "'auto' or 'none'"),
     (PATHS[:1], "chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs"),
+    (PATHS[:1], "chat_template_kwargs", {"messages": []}, "template's own"),
     (PATHS[2:], "n", 2, "or send 1"),
     (PATHS[2:], "stop", ["w9"], "not served"),
     (PATHS[2:], "logprobs", 1, "not served"),
@@ -168,6 +175,22 @@ def test_half_of_a_pair(server, path):
     assert answer.status_code == 400, answer.text
     assert "surrogate" in answer.json()["error"]["message"]
     assert ask(server, "POST", path, **{**body, "model": "\ud800"}).status_code == 404
+
+
+@pytest.mark.parametrize("depth", [300, 5_000])
+@pytest.mark.parametrize("path", PATHS)
+def test_lists_within_lists(server, path, depth):
+    fields = json.dumps({"model": "tiny", **question(path, "w9", 2)})
+    body = f'{fields[:-1]}, "metadata": {"[" * depth}{"]" * depth}}}'
+
+    async def send():
+        async with client_of(server) as client:
+            headers = {"content-type": "application/json"}
+            return await client.post(path, content=body, headers=headers)
+
+    answer = asyncio.run(send())
+    assert answer.status_code == 400, answer.text
+    assert "body" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def test_modules_that_are_not_selected_are_said_in_options(files):
         ({"lora_name": "\ud800", "lora_path": "inside"}, 400, "cannot be printed"),
         ({"lora_name": "new"}, 400, "lora_path"),
         ({"lora_name": "new", "lora_path": "a\0b"}, 400, "lora_path"),
+        ({"lora_name": "new", "lora_path": "\ud800"}, 403, "not inside"),
     ],
 )
 def test_bad_requests_change_nothing(loader, body, status, word):

@@ -169,6 +169,15 @@ def test_what_is_no_grammar(speaker, fields, word):
     assert word in answer.json()["error"]["message"]
 
 
+def test_a_grammar_that_fails_is_not_repeated(speaker):
+    choice = [f"word{i}" for i in range(3000)]
+    fields = question(COMPLETIONS, "a", 9, structured_outputs={"choice": choice})
+    answer = ask(speaker, "POST", COMPLETIONS, model="tiny", **fields)
+    assert answer.status_code == 500
+    assert "3001 items" in answer.json()["error"]["message"]
+    assert "word1" not in answer.text
+
+
 def test_without_the_library(speaker, server, monkeypatch):
     fields = {"response_format": {"type": "json_object"}}
     words = ask(server, "POST", CHAT, model="tiny", **question(CHAT, "w9", 3, **fields))
