@@ -30,6 +30,7 @@ help:
 	@echo "make quick     ruff and the quick tests, some of every folder, for the loop while working"
 	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make sanitised  the tests of generated C++ under the sanitisers of addresses and undefined behaviour"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make test-vllm the tests inside of vLLM for CPUs, which make vllm installs into .venv-vllm"
 	@echo "make docs      the documentation site, into site/; a warning is an error"
@@ -63,8 +64,15 @@ test: $(STAMP)
 not-slow: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
-test-all: lint
+test-all: lint sanitised
 	$(BIN)/pytest
+
+# Generated C++ under the sanitisers of addresses and of undefined behaviour. What Python and torch
+# keep until they end is no leak.
+SANITISERS = $(shell $(or $(CXX),g++) -print-file-name=libasan.so):$(shell $(or $(CXX),g++) -print-file-name=libubsan.so)
+sanitised: $(STAMP)
+	LD_PRELOAD=$(SANITISERS) ASAN_OPTIONS=detect_leaks=0 LORAFX_CACHE_DIR=$(VENV)/sanitised PYTHONPATH=tests/helpers \
+		$(BIN)/pytest -p sanitised -m "not slow" tests/kernels/cpu
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
