@@ -54,7 +54,7 @@ class VllmEngine:
         self.started = self._answer()
 
     def ask(self, **work: Any) -> Any:
-        """The answer to `run`, `load` or `unload` of the process, or its error as a string."""
+        """The answer to a method of the process's `Worker`, or its error as a string."""
         assert self._process.stdin is not None
         print(json.dumps(work), file=self._process.stdin, flush=True)
         return self._answer()
@@ -194,6 +194,10 @@ class Worker:
 
         number = self.numbers.setdefault(folder, len(self.numbers) + 1)
         return LoRARequest(Path(folder).name, number, folder)
+
+    def mode(self) -> str:
+        """How vLLM compiles the model."""
+        return str(self.engine.vllm_config.compilation_config.mode.name)
 
     def load(self, folder: str) -> bool:
         return bool(self.engine.add_lora(self.request(folder)))

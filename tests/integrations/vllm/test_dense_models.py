@@ -55,6 +55,12 @@ def test_mixed_batches(served: Served, eager: VllmEngine, adapters: int) -> None
     assert eager.run(requests) == served.expected(requests)
 
 
+def test_compiled_unless_eager(eager: VllmEngine, compiled: VllmEngine) -> None:
+    """vLLM alone compiles nothing on a CPU where LoRA is on."""
+    assert eager.ask(do="mode") == "NONE"
+    assert compiled.ask(do="mode") == "DYNAMO_TRACE_ONCE"
+
+
 def test_prompts_in_chunks(served: Served, eager: VllmEngine) -> None:
     names = [served.adapters[1], None, served.adapters[2]]
     requests = list(zip(prompts(3, longest=160, seed=5), names, strict=True))

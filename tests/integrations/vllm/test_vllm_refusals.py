@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import Tensor
 from vllm_engine import Served, VllmEngine, prompts, tiny_llama
 
 import lorafx
-from lorafx.integrations.vllm import plugin
+from lorafx.integrations.vllm import patches, plugin
+from lorafx.integrations.vllm.patches import PATCHES
 
 pytest.importorskip("vllm")
 
@@ -100,21 +103,54 @@ def test_adapters_that_vllm_reads_otherwise(
     assert engine.run(requests) == served.expected(requests)
 
 
+@pytest.fixture
+def restored() -> Iterator[Callable[[], list[object]]]:
+    """What stands where patches are put. Afterwards vLLM is as it was before."""
+    places = []
+    for patch in PATCHES:
+        owner = pkgutil.resolve_name(patch.owner)
+        places.append((owner if inspect.isclass(owner) else _holder(owner), patch.name))
+    before = [inspect.getattr_static(owner, name) for owner, name in places]
+    yield lambda: [inspect.getattr_static(owner, name) for owner, name in places]
+    for (owner, name), value in zip(places, before, strict=True):
+        setattr(owner, name, value)
+
+
+def _holder(owner: object) -> Any:
+    return owner if inspect.ismodule(owner) else type(owner)
+
+
+def test_loading_the_plugin_again_changes_nothing(
+    restored: Callable[[], list[object]],
+) -> None:
+    plugin.register()
+    first = restored()
+    plugin.register()
+    assert all(a is b for a, b in zip(first, restored(), strict=True))
+
+
+@pytest.mark.usefixtures("restored")
+def test_graphs_on_disk_are_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM finds its compiled graphs by its configuration, which names the kernels."""
+    from vllm.config import LoRAConfig, VllmConfig
+
+    plugin.register()
+    plain = VllmConfig()
+    assert "lorafx" not in plain.additional_config
+    with_lora = VllmConfig(lora_config=LoRAConfig(lora_dtype="float16"))
+    assert with_lora.lora_config is not None
+    first = with_lora.compute_hash()
+    monkeypatch.setattr(patches, "generators", lambda: "others")
+    assert VllmConfig(lora_config=LoRAConfig(lora_dtype="float16")).compute_hash() != first
+
+
 def _asked_for_lora() -> Any:
     from vllm.platforms import current_platform
 
     return current_platform.get_punica_wrapper()
 
 
-@pytest.fixture
-def _own_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    plain = type(current_platform).__dict__["get_punica_wrapper"]
-    monkeypatch.setattr(type(current_platform), "get_punica_wrapper", plain)
-
-
-@pytest.mark.usefixtures("_own_wrapper")
+@pytest.mark.usefixtures("restored")
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where LoRA is on, not before; or it computes LoRA itself, if asked to."""
     monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))
@@ -127,7 +163,7 @@ def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         _asked_for_lora()
 
 
-@pytest.mark.usefixtures("_own_wrapper")
+@pytest.mark.usefixtures("restored")
 def test_an_unknown_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugin.VARIABLE, "of")
     with pytest.raises(lorafx.ConfigError, match="off"):
