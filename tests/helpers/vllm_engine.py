@@ -78,6 +78,15 @@ class VllmEngine:
         assert isinstance(found, list), found
         return found
 
+    def classify(self, requests: Sequence[tuple[Sequence[int], Path | None]]) -> list[list[float]]:
+        """The logits of each (prompt, adapter), all in one batch."""
+        found = self.ask(
+            do="classify",
+            requests=[(list(prompt), folder and str(folder)) for prompt, folder in requests],
+        )
+        assert isinstance(found, list), found
+        return found
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -232,6 +241,22 @@ class Worker:
                     tokens[output.request_id] = list(output.outputs[0].token_ids)
             step += 1
         return [tokens[str(number)] for number in range(len(requests))]
+
+    def classify(self, requests: list[tuple[list[int], str | None]]) -> list[list[float]]:
+        from vllm import PoolingParams
+
+        for number, (prompt, folder) in enumerate(requests):
+            self.engine.add_request(
+                *(str(number), {"prompt_token_ids": prompt}),
+                PoolingParams(task="classify", use_activation=False),
+                lora_request=None if folder is None else self.request(folder),
+            )
+        logits: dict[str, list[float]] = {}
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    logits[output.request_id] = output.outputs.data.tolist()
+        return [logits[str(number)] for number in range(len(requests))]
 
 
 def main(arguments: dict[str, Any], answers: IO[str]) -> None:
