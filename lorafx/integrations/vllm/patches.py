@@ -174,7 +174,7 @@ def _ranks_are_read(replaced: Any) -> Any:
         if written:
             slot = self.lora_index_to_id.index(lora_id)
             for module in self.modules.values():
-                if isinstance(module.punica_wrapper, sites.Site):
+                if isinstance(module.punica_wrapper, sites.LayerSite):
                     module.punica_wrapper.read_ranks(slot)
         return written
 

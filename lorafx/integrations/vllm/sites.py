@@ -34,7 +34,7 @@ from lorafx.model.bank import Bank
 COMPILED_ON = {"cpu"}
 
 
-class Delta:
+class BankDelta:
     """The deltas of one bank, by generated kernels."""
 
     def __init__(self, kind: str, like: Tensor, *, K: int, rank: int, sizes: Sequence[int]) -> None:
@@ -146,10 +146,10 @@ class Delta:
         return B.unflatten(0, (-1, self.capacity)).transpose(0, 1)
 
 
-class Site:
+class LayerSite:
     """A layer's deltas, in the place of vLLM's wrapper."""
 
-    def __init__(self, wrapper: LoraWrapper, *deltas: Delta) -> None:
+    def __init__(self, wrapper: LoraWrapper, *deltas: BankDelta) -> None:
         self.wrapper = wrapper
         self.deltas = deltas
 
@@ -158,14 +158,14 @@ class Site:
             delta.read_ranks(slot)
 
 
-class LinearSite(Site):
+class LinearSite(LayerSite):
     """Of a linear whose slices are the column ranges of one bank."""
 
     def __init__(self, wrapper: LoraWrapper, layer: Any) -> None:
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         sizes = [each.shape[2] for each in b]
         rank, K = a[0].shape[2:]
-        delta = Delta("linear", a[0], rank=rank, K=K, sizes=sizes)
+        delta = BankDelta("linear", a[0], rank=rank, K=K, sizes=sizes)
         super().__init__(wrapper, delta)
         layer.lora_a_stacked = tuple(delta.stacked_a(j) for j in range(len(a)))
         layer.lora_b_stacked = tuple(delta.stacked_b(j) for j in range(len(b)))
@@ -181,7 +181,7 @@ class LinearSite(Site):
         return y
 
 
-class ShardedSite(Site):
+class ShardedSite(LayerSite):
     """Of a linear between whose shrink and expand v, in float32, is gathered from other ranks. A of
     all slices is a bank whose B are identities; B is one whose A pick a slice's part of v."""
 
@@ -189,11 +189,11 @@ class ShardedSite(Site):
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         self.slices, dtype = len(a), layer.base_layer.params_dtype
         (part, K), rank = a[0].shape[2:], b[0].shape[3]
-        self.shrink = Delta("linear", a[0], rank=part, K=K, sizes=[part] * len(a))
+        self.shrink = BankDelta("linear", a[0], rank=part, K=K, sizes=[part] * len(a))
         self.shrink.bank.B.copy_(torch.eye(part).repeat(1, len(a)))
         self.shrink.build(dtype, torch.float32)
         sizes = [each.shape[2] for each in b]
-        self.expand = Delta("linear", b[0], rank=rank, K=rank * len(b), sizes=sizes)
+        self.expand = BankDelta("linear", b[0], rank=rank, K=rank * len(b), sizes=sizes)
         picked = torch.eye(rank * len(b)).unflatten(0, (len(b), rank)).transpose(0, 1)
         self.expand.bank.A.copy_(picked.flatten(1))
         self.expand.build(torch.float32, dtype)
@@ -219,13 +219,13 @@ class ShardedSite(Site):
         return y
 
 
-class EmbeddingSite(Site):
+class EmbeddingSite(LayerSite):
     """Of an embedding."""
 
     def __init__(self, wrapper: LoraWrapper, layer: Any) -> None:
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         (vocabulary, rank), columns = a.shape[1:], b.shape[2]
-        delta = Delta("embedding", a, rank=rank, K=vocabulary, sizes=[columns])
+        delta = BankDelta("embedding", a, rank=rank, K=vocabulary, sizes=[columns])
         super().__init__(wrapper, delta)
         layer.lora_a_stacked, layer.lora_b_stacked = delta.bank.A, delta.stacked_b(0)
         layer.lora_a_stacked_2d = layer.lora_a_stacked.flatten(0, 1)
@@ -236,13 +236,13 @@ class EmbeddingSite(Site):
         return y
 
 
-class LogitsSite(Site):
+class LogitsSite(LayerSite):
     """Of the head of a language model, which reads sampled rows."""
 
     def __init__(self, wrapper: LoraWrapper, layer: Any) -> None:
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         rank, K = a.shape[2:]
-        delta = Delta("linear", a, rank=rank, K=K, sizes=[b.shape[2]])
+        delta = BankDelta("linear", a, rank=rank, K=K, sizes=[b.shape[2]])
         super().__init__(wrapper, delta)
         layer.lora_a_stacked, layer.lora_b_stacked = delta.stacked_a(0), delta.stacked_b(0)
 
@@ -255,7 +255,7 @@ class LogitsSite(Site):
         return y
 
 
-class ExpertsSite(Site):
+class ExpertsSite(LayerSite):
     """Of routed experts: vLLM's own on a GPU, those of experts.py on a CPU."""
 
     def __init__(self, wrapper: LoraWrapper, layer: Any) -> None:
@@ -283,12 +283,12 @@ class ExpertsSite(Site):
         return int(slots * experts)
 
     @staticmethod
-    def _adopted(layer: Any, name: str) -> Delta:
+    def _adopted(layer: Any, name: str) -> BankDelta:
         """The delta of one of the two products, whose stacked factors become views of its bank."""
         a, b = (getattr(layer, f"{name}_lora_{letter}_stacked") for letter in "ab")
         rank, K = a[0].shape[2:]
         sizes = [each.shape[2] for each in b]
-        delta = Delta("experts", a[0], rank=rank, K=K, sizes=sizes)
+        delta = BankDelta("experts", a[0], rank=rank, K=K, sizes=sizes)
         dtype = layer.moe_config.in_dtype
         delta.build(dtype, dtype)
         parts = range(len(sizes))
