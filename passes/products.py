@@ -220,8 +220,11 @@ def _scaled_later(weight: Affine, product: fx.Node) -> Affine | None:
 def _addend(added: fx.Node, product: fx.Node, columns: int) -> fx.Node | None:
     call = bound(added)
     other = call["other"] if call["self"] is product else call["self"]
-    same = fake_value(added).dtype == fake_value(product).dtype and call["alpha"] == 1
-    return _vector(other, columns) if same and other is not product else None
+    vector = _vector(other, columns)
+    if vector is None or call["alpha"] != 1:
+        return None
+    dtypes = {fake_value(node).dtype for node in (added, product, vector)}
+    return vector if len(dtypes) == 1 else None
 
 
 def _vector(node: Any, columns: int) -> fx.Node | None:

@@ -286,3 +286,14 @@ def test_which_integers_become_stored_weights(weight, edits: int) -> None:
     want = done.result()
     assert done.run(Products()) == edits
     assert error(done.result()[0], want[0]) <= 1e-6
+
+
+def test_a_bias_of_another_dtype_is_added_to_the_product() -> None:
+    torch.manual_seed(0)
+    g, _ = start()
+    x, bias = g.argument(torch.randn(3, Q)), g.argument(torch.randn(N, dtype=torch.bfloat16))
+    product = g.call(aten.mm.default, x, transposed(g, ungrouped(g, *integers(g, 1))))
+    done = g.output(g.call(aten.add.Tensor, product, bias))
+    want = done.result()
+    assert done.run(Products()) == 1
+    assert error(done.result()[0], want[0]) <= 1e-6

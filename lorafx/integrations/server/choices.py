@@ -171,8 +171,9 @@ class ChatChoice(Choice):
         before = self._parts.calls
         found = self._parts.put(text, output.is_finished())
         calls = [part for part in found if isinstance(part, ToolCall)]
-        reasoning = "".join(part for part in found if isinstance(part, ReasoningText))
-        said = "".join(part for part in found if type(part) is str)
+        texts = [part for part in found if isinstance(part, str)]
+        reasoning = "".join(part for part in texts if isinstance(part, ReasoningText))
+        said = "".join(part for part in texts if not isinstance(part, ReasoningText))
         delta: dict[str, Any] = {"content": said} if said else {}
         if reasoning:
             delta["reasoning_content"] = reasoning

@@ -90,7 +90,9 @@ class Completions(Handler):
                 f"one; got {asked!r:.80}",
                 "prompt",
             )
-        single = isinstance(asked, str) or all(type(token) is int for token in asked)
+        single = isinstance(asked, str) or all(
+            isinstance(token, int) and not isinstance(token, bool) for token in asked
+        )
         return [self._prompt(prompt, fields) for prompt in ([asked] if single else asked)]
 
     def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
