@@ -328,9 +328,9 @@ class _Member:
 
 
 class OutlinedBody(fx.GraphModule):
-    """An outlined layer, which fake tensors pass through even when Inductor has put lowerings into it
-    (of int8 products, by patterns of its own). Those do not run on tensors: the results are then what
-    the nodes' values say."""
+    """An outlined layer, which fake tensors pass through even when Inductor has put lowerings of
+    its own patterns into it (int8 products). Those do not run on tensors: the results are then
+    what the nodes' values say."""
 
     def __call__(self, *args: Any) -> Any:
         lowered = (hasattr(node.target, "_inductor_lowering_function") for node in self.graph.nodes)
