@@ -180,7 +180,9 @@ def test_old_form_of_waiting(controlled):
             return await running
 
     assert asyncio.run(talk()).json()["choices"][0]["finish_reason"] == "length"
-    assert post(controlled, "/pause", mode="never").status_code == 400
+    refused = post(controlled, "/pause", mode="never")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mode")
+    assert "`mode`" in refused.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_does_not_undo_its_pause(controlled):
