@@ -17,6 +17,7 @@ import random
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 
 from lorafx.adapter_store.stored import Hold
+from lorafx.errors import LorafxError
 from lorafx.generation.continuous.parameters import Grammar, Sampling, TokenParameters
 from lorafx.runtime.session import Session
 
@@ -305,6 +307,8 @@ class AdapterPages(PagedAttentionCache):
         """How many of the prompt's tokens are in the cache, computed by the same adapter."""
         state = self.waiting(request_id)
         if isinstance(state, AdapterRequest):
+            with suppress(LorafxError), self.session.lock:  # the step itself raises it
+                self.session.follow()
             # New weights change this number, so later requests do not find the blocks of this one.
             state.weights = weights_now(self.session)
             if state.scoring:
