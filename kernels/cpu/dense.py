@@ -133,12 +133,18 @@ def op_library() -> ctypes.CDLL:
     library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
-    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,)
-    run = ctypes.cast(dispatcher().lorafx_run_delta, ctypes.c_void_p)
-    if library.lorafx_install_deltas(run):
+    library.lorafx_install_deltas.argtypes = (ctypes.c_void_p,) * 2
+    functions = dispatcher().lorafx_run_delta, _LOAD
+    if library.lorafx_install_deltas(*(ctypes.cast(f, ctypes.c_void_p) for f in functions)):
         raise LoweringError("torch refused the CPU kernels of lorafx::dense_mm_delta")
     many_by_onednn(library)
     return library
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
+def _LOAD(dtype: int) -> int:
+    """Called where a graph from a cache is the first to multiply this dtype."""
+    return int(not any(ready(known) for known in ELEMENTS if dtype_code(known) == dtype))
 
 
 def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:

@@ -29,6 +29,9 @@ struct Kernel {
 };
 static const int DTYPES = 64;
 static Kernel kernels[DTYPES];
+// Loads the kernel of a dtype, by lorafx_add, when a graph of another process is the first to need it.
+static int32_t (*load_dense)(int64_t dtype);
+static bool asked_for[DTYPES];
 
 // Kernels for stored weights by their keys, in the order in which they were loaded.
 struct StoredKernel {
@@ -114,7 +117,9 @@ static bool by_kernel(const Kernel* k, const View& x, const View& w, const View*
 // The kernel of a weight's dtype; null for mixed dtypes.
 static const Kernel* dense_kernel(const View& x, const View& w, const View* bias) {
     const bool same = x.dtype == w.dtype && (!bias || bias->dtype == x.dtype);
-    return same && x.dtype >= 0 && x.dtype < DTYPES ? kernels + x.dtype : 0;
+    if (!same || x.dtype < 0 || x.dtype >= DTYPES) return 0;
+    if (!__atomic_exchange_n(asked_for + x.dtype, true, __ATOMIC_RELAXED)) load_dense(x.dtype);
+    return kernels + x.dtype;
 }
 
 // The columns of part i; N where the list is empty.
@@ -184,12 +189,12 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     require(!bias || (bs.dim == 1 && bs.sizes[0] == N), "lorafx: bias is not (N,)");
     const View* b = bias ? &bs : 0;
     const size_t parts = check_parts(list, N);
+    const Kernel* k = dense_kernel(xs, ws, b);
     OwnedTensor y;
     bool added = false;
     if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        const Kernel* k = dense_kernel(xs, ws, b);
         if (k && by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
         else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
     }
@@ -305,8 +310,8 @@ extern "C" int32_t lorafx_install(const DenseShims* shims) {
 }
 
 // The ops with deltas, which `run` adds; called once.
-extern "C" int32_t lorafx_install_deltas(RunDelta run) {
-    run_delta = run;
+extern "C" int32_t lorafx_install_deltas(RunDelta run, int32_t (*load)(int64_t)) {
+    run_delta = run, load_dense = load;
     const char* const names[] = {"dense_mm_delta", "dense_addmm_delta", 0};
     const Op ops[] = {dense<false, true, false>, dense<true, true, false>};
     return install(names, ops);

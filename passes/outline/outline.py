@@ -27,7 +27,7 @@ from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, siz
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.context import Context, Outlined
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
+from lorafx.torch_internals.graph_parts import FakeTensor, OpOverload, tree_leaves
 
 aten = torch.ops.aten
 
@@ -327,6 +327,20 @@ class _Member:
         )
 
 
+class OutlinedBody(fx.GraphModule):
+    """An outlined layer, which fake tensors pass through even when Inductor has put lowerings of
+    its own patterns into it (int8 products). Those do not run on tensors: the results are then
+    what the nodes' values say."""
+
+    def __call__(self, *args: Any) -> Any:
+        lowered = (hasattr(node.target, "_inductor_lowering_function") for node in self.graph.nodes)
+        if any(isinstance(item, FakeTensor) for item in args) and any(lowered):
+            items: Any = self.graph.output_node().args[0]
+            values = (item if item is None else fake_value(item) for item in items)
+            return tuple(value if value is None else torch.empty_like(value) for value in values)
+        return super().__call__(*args)
+
+
 def _outline(
     gm: fx.GraphModule,
     ctx: Context,
@@ -386,7 +400,7 @@ def _make_body(
     for node in nodes:
         inside[node] = graph.node_copy(node, inside.__getitem__)
     graph.output(tuple(inside[nodes[index]] for index in results))
-    return fx.GraphModule(gm, graph), inside
+    return OutlinedBody(gm, graph), inside
 
 
 def _call_body(

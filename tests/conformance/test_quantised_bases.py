@@ -8,13 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_merge import error
-from quantised import KINDS, Rounded, adapters, small_base
+from dense_merge import error, random_base
+from quantised import KINDS, SIZES, Rounded, adapters, small_base
 from toolchain import needs_compiler
 
 import lorafx
 
 NAMES = ["a", None, "b", "a"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_products_that_inductor_lowers_by_a_pattern_of_its_own(tmp_path: Path) -> None:
+    """In the body of several layers."""
+    base = random_base("llama", **SIZES | {"num_hidden_layers": 3})
+    base = base.to(torch.bfloat16)
+    model = copy.deepcopy(base)
+    KINDS["torchao-int8"][0](model)
+    model.eval().requires_grad_(False)
+    case = Rounded(base, copy.deepcopy(model), adapters(base, tmp_path))
+    cm = lorafx.compile(model, case.folders, options={"passes": {"products": False}})
+    given = {"input_ids": torch.randint(3, 61, (4, 5)), "use_cache": False}
+    got = cm(**given, adapter_names=NAMES).logits
+    assert error(got, case.dense().expected(NAMES, given)) <= 0.03
 
 
 @needs_compiler

@@ -124,6 +124,8 @@ def checked_ids(
     `size`."""
     try:
         ids = [operator.index(token) for token in value]
+        if any(isinstance(token, bool) for token in value):
+            raise TypeError("true and false are no token ids")
     except TypeError as cause:
         why = f"{name} holds token ids, which are integers; got {value!r:.80}"
         raise error(why) from cause

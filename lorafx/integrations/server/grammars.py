@@ -20,7 +20,9 @@ from lorafx.integrations.server.fields import GrammarSource
 def _alternatives(words: Any) -> str:
     if not isinstance(words, list) or not words:
         raise ValueError(f"`choice` is a list of strings, at least one; got {words!r:.80}")
-    return "start: " + " | ".join(json.dumps(word, ensure_ascii=False) for word in words)
+    # One terminal: alternatives of a rule are limited to 2,000.
+    texts = " | ".join(json.dumps(word, ensure_ascii=False) for word in words)
+    return f"start: CHOICE\nCHOICE: {texts}"
 
 
 class Grammars:

@@ -504,6 +504,7 @@ def test_an_adapter_that_overflows_fails_its_own_requests(llama, tmp_path) -> No
         ({"min_tokens": -1}, "min_tokens is an integer from 0"),
         ({"stop": [5]}, "stop is a list of strings"),
         ({"stop_token_ids": 5}, "stop_token_ids holds token ids"),
+        ({"stop_token_ids": [True]}, "stop_token_ids holds token ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids holds -1 to -1"),
         ({"logprobs": True}, "logprobs is an integer"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is an integer from 0"),

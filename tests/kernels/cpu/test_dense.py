@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -106,6 +108,19 @@ def test_opcheck(bias: bool, sizes: list[int]) -> None:
     op = lora.dense_addmm.default if bias else lora.dense_mm.default
     arguments = (*([added] if bias else []), x, weight, sizes)
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@needs_compiler
+def test_a_graph_of_another_process_loads_the_kernel_of_its_dtype() -> None:
+    program = """
+import torch
+from lorafx.kernels.cpu import dense
+assert dense.ready(torch.float32)
+x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16)
+torch.ops.lorafx.dense_mm(x, weight, [])
+assert dense.ready.cache_info().currsize == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_without_a_compiler(monkeypatch) -> None:
