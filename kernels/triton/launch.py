@@ -44,12 +44,7 @@ class LaunchArgs:
 
     @classmethod
     def of(
-        cls,
-        M: Any,
-        bank: BankArgs,
-        rows: Any,
-        kernel: GeneratedKernel | None,
-        launch: Launch,
+        cls, M: Any, bank: BankArgs, rows: Any, kernel: GeneratedKernel | None, launch: Launch
     ) -> LaunchArgs:
         slots = bank.slots
         n = slots.shape[0]

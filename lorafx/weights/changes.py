@@ -414,10 +414,7 @@ def _bias_refusal(tensors: _Tensors, site: Site) -> str | None:
 
 
 def _ends(
-    program: Program,
-    tensors: _Tensors,
-    holder: Holder,
-    by_end: Mapping[tuple[int, str], Delta],
+    program: Program, tensors: _Tensors, holder: Holder, by_end: Mapping[tuple[int, str], Delta]
 ) -> tuple[tuple[Holder, Delta | None], ...]:
     """The holders that use the tensor of `holder` as a weight, each with its ΔW."""
     site_keys = {key_of(_holder(site)) for site in program.sites}
