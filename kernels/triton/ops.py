@@ -10,21 +10,12 @@ rows > 0; the references are `lorafx::fused_linear`, `add_delta_` and `add_embed
 raise LoweringError, with the op's name and what does not fit, for a real or fake argument that
 `kernel` was not made for.
 
-The strategy "concat" is one product of the vendor's for a longer x and a longer W:
-
-    x' = [ x | v of each sibling ]      W' = [ W | B of each sibling ]      y = x' W'ᵀ + b
+"concat" (docs/kernels.md) is one product of the vendor's for x' = [x | v] and W' = [W | B]:
 
     gather   W'[column, d-th block of its sibling, r] = B[slot of block d, r, column]
     place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
 
-A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
-row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
-other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
-
-    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
-
-with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
-adapter's B is not, the rows of that adapter alone are NaN.
+    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁      u = 2⁻⁸ for bfloat16
 """
 
 from __future__ import annotations
