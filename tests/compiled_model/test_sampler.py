@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -216,6 +218,39 @@ def test_a_hook_that_comes_later_runs_in_the_sampler_too():
         assert error(sampler(**INPUTS).logits, model(**INPUTS).logits) <= 1e-5
     handle.remove()
     assert torch.equal(sampler(**INPUTS).logits, before)
+
+
+def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
+    model = trainer()
+    base = model.get_base_model()
+    forward, mlp = base.forward, base.model.layers[0].mlp
+    ran: list[nn.Module] = []
+
+    @functools.wraps(type(base).forward)
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)  # as TRL and accelerate call the one before
+        ran.extend((self, forward.__self__))
+        output.logits = 2 * output.logits
+        return output
+
+    def tripled(module: Any, x: Tensor, *, factor: int = 3) -> Tensor:
+        ran.extend((module, mlp))
+        return module.down_proj(factor * mlp.act_fn(mlp.gate_proj(x)))
+
+    base.forward = types.MethodType(doubled, base)
+    mlp.forward = functools.partial(tripled, mlp)
+    sampler = sampler_of(model)
+    for _ in range(2):
+        sampler.sync()
+        got = sampler(**INPUTS).logits
+        assert ran
+        assert not {id(module) for module in ran} & {id(base), id(mlp)}
+        with evaluated(model):
+            assert error(got, model(**INPUTS).logits) <= 1e-5
+        ran.clear()
+        step(model, of_base=False)
+    assert base.forward.__func__ is doubled
+    assert mlp.forward.args == (mlp,)
 
 
 # --- what the trainer notices ---
@@ -464,12 +499,7 @@ def test_a_base_that_graphs_do_not_fit_is_refused(change, kind, message):
 def test_models_that_cannot_be_sampled_from_are_refused_and_unchanged():
     model = trainer()
     layer = model.get_base_model().model.layers[0]
-    inner = layer.mlp.forward
-    layer.mlp.forward = lambda x: inner(x)
     state = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
-    with pytest.raises(CaptureError, match=r"model\.layers\.0\.mlp\.forward is a function"):
-        lorafx.sampler(model)
-    del layer.mlp.forward
     layer.lock = open(__file__)  # noqa: SIM115
     with pytest.raises(CaptureError, match="cannot be copied without its tensors"):
         lorafx.sampler(model)
