@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lorafx.api import compile as compile
     from lorafx.api import explain as explain
     from lorafx.api import profile as profile
+    from lorafx.api import sampler as sampler
     from lorafx.api import why as why
     from lorafx.bisection.search import bisect as bisect
     from lorafx.compiled_model.compiled import CompiledModel as CompiledModel
+    from lorafx.compiled_model.sampler import Sampler as Sampler
     from lorafx.config import After as After
     from lorafx.config import LoraConfig as LoraConfig
     from lorafx.config import Options as Options
@@ -45,7 +47,7 @@ __version__ = "0.1.0"
 #: The names below by the modules that define them.
 _NAMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
-    "lorafx.api": ("compile", "explain", "profile", "why"),
+    "lorafx.api": ("compile", "explain", "profile", "sampler", "why"),
     "lorafx.bisection.search": ("bisect",),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.integrations.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
@@ -60,6 +62,7 @@ _NAMES = {
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
+    "lorafx.compiled_model.sampler": ("Sampler",),
     "lorafx.integrations.torch_compile.dynamo_backend": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),

@@ -1,4 +1,4 @@
-"""The public entry points: `compile`, `explain`, `why` and `profile`.
+"""The public entry points: `compile`, `sampler`, `explain`, `why` and `profile`.
 
 What compiles, and what looks inside, is imported when it is used.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, TypeVar
 
 from torch import nn
 
 from lorafx.capture.saved_graphs.folder import AUTO, folder_of
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
 from lorafx.compiled_model.names import refuse_arguments
+from lorafx.compiled_model.sampler import Sampler, Trained
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
+from lorafx.program.stack import unwrapped
 from lorafx.runtime.example_inputs import as_call
-from lorafx.runtime.marking import mark, request_of
+from lorafx.runtime.marking import Marked, mark, request_of
 from lorafx.runtime.tiers import Tiers, starts_eagerly
 from lorafx.torch_internals.versions import entrance
 
@@ -46,9 +48,9 @@ def compile(
 
     Args:
         model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
-            `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
-            PEFT's wrappers are removed, and the active adapter, or the sum of several, becomes the
-            default.
+            `peft.PeftModel` (which raises until `detach`; see `sampler` for one that is trained) or
+            from transformers' `load_adapter`. PEFT's wrappers are removed, and the active adapter,
+            or the sum of several, becomes the default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
             adapter or a list of folders (these adapters are loaded too), or None for the modules
             that `adapters` target, or every linear where there are none. An adapter is a folder, a
@@ -75,29 +77,84 @@ def compile(
     hooks are as they were.
     """
     refuse_arguments("lorafx.compile", misplaced, elsewhere)
-    if dynamic is not None and not isinstance(dynamic, bool):
-        raise ConfigError(f"dynamic is True, False or None, as in torch.compile; got {dynamic!r}")
     refuse_compiled(model)
-    options = Options.of(options)
+    options = _checked(options, dynamic)
     if mode is not None:
         options = replace(options, mode=mode)
-    if options.cache and options.cache != AUTO:
-        folder_of(options.cache)  # raises if it cannot be used
     with entrance():
         marked = mark(model, lora_config, adapters, options)
-        compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
-    session = compiled._session
+        compiled = _served(CompiledModel, marked, dynamic)
+    if example_inputs is not None:
+        try:
+            compiled.capture(*as_call(example_inputs))
+        except BaseException:
+            compiled.detach()
+            raise
+    return compiled
+
+
+def sampler(
+    peft_model: nn.Module,
+    options: Options | Mapping[str, Any] | None = None,
+    *,
+    lora_config: Any = None,
+    dynamic: bool | None = True,
+) -> Sampler:
+    """A compiled model on the weights of a model that is being trained, in the same process.
+
+    The model stays as it is: it can be trained, called and saved as before. The sampler shares its
+    parameters, so there is no second copy of the base, and serves its adapters in the versions of
+    the last `Sampler.sync` (docs/guides/training.md). It is in evaluation mode, without dropout,
+    whatever mode the model is in. The active adapter becomes the default, as for `compile`.
+
+    Args:
+        peft_model: a `peft.PeftModel`, or a model into which PEFT or transformers put adapters.
+        options: as for `compile`. Weights are not packed unless `passes` asks for it, since that
+            would move parameters of the model that is trained.
+        lora_config: a `LoraConfig`, for more slots or ranks than the present adapters need.
+        dynamic: as for `compile`.
+
+    Raises, with nothing changed:
+        CheckpointError, UnsupportedAdapterError, CapacityError: an adapter that cannot be served,
+            or is merged into the base weights; or the model has none.
+        ConfigError: as for `compile`.
+        CaptureError: lorafx has compiled the model; it cannot be copied without its tensors; or its
+            parameters are sharded (FSDP, ZeRO-3).
+    """
+    refuse_compiled(peft_model)
+    options = _checked(options, dynamic)
+    options = replace(options, passes={"pack": False, **options.passes})
+    with entrance():
+        trained = Trained(unwrapped(peft_model))
+        marked = mark(trained.copy, lora_config, None, options)
+        compiled = _served(Sampler, marked, dynamic)
+    compiled.follow(trained)
+    return compiled
+
+
+def _checked(options: Options | Mapping[str, Any] | None, dynamic: object) -> Options:
+    options = Options.of(options)
+    if dynamic is not None and not isinstance(dynamic, bool):
+        raise ConfigError(f"dynamic is True, False or None, as in torch.compile; got {dynamic!r}")
+    if options.cache and options.cache != AUTO:
+        folder_of(options.cache)  # raises if it cannot be used
+    return options
+
+
+C = TypeVar("C", bound=CompiledModel)
+
+
+def _served(kind: type[C], marked: Marked, dynamic: bool | None) -> C:
+    compiled = kind(marked.program, marked.attachment, marked.store, dynamic)
     try:
         if starts_eagerly(marked.program.options, marked.program.runtime.device):
-            session.tiers = Tiers(session)
+            compiled._session.tiers = Tiers(compiled._session)
         else:
             marked.program.pack_watch.pack()
         if marked.taken_over is not None:
             _set_default(compiled, marked.taken_over.active)
-        if example_inputs is not None:
-            compiled.capture(*as_call(example_inputs))
     except BaseException:
-        compiled.detach()
+        CompiledModel.detach(compiled)
         raise
     return compiled
 
@@ -176,5 +233,5 @@ def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
             f"once, and there is no sum of them here: {error}. Calls that name no adapter get the "
             "base model; choose a default by set_adapter",
             LorafxWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

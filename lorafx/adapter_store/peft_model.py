@@ -10,10 +10,11 @@ they would silently compute or save the base. PEFT is optional.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
+from lorafx.model.module_graph import join
 
 #: Attributes that PEFT and transformers leave on a model with adapters.
 _ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
@@ -59,6 +61,16 @@ def has_peft_attributes(model: nn.Module) -> bool:
     return _ATTRIBUTES[0] in vars(model)
 
 
+class Held(NamedTuple):
+    """The adapters of a model (tensors are not copied), PEFT's wrappers by path, and for each of
+    them the names of those that are merged, in the list that PEFT keeps."""
+
+    base: nn.Module
+    adapters: dict[str, AdapterState]
+    layers: list[tuple[str, Any]]
+    merged: list[list[str]]
+
+
 @dataclass
 class TakenOver:
     """A model without wrappers, its `adapters` (tensors are not copied), and its `active` ones."""
@@ -82,10 +94,24 @@ class TakenOver:
 
 
 def take_over(model: nn.Module) -> TakenOver:
-    """Read the adapters of a PeftModel or an injected model, then unwrap it.
+    """Read the adapters of a PeftModel or an injected model, then unwrap it. Raises as
+    `adapters_in`, with the model unchanged."""
+    base, adapters, layers, _ = adapters_in(model)
+    # Each layer applies those active adapters that it has.
+    active = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
+    disabled = any(layer.disable_adapters for _, layer in layers)
+    taken_over = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(active)))
+    _unwrap(taken_over)
+    if is_peft_model(model):
+        taken_over._hidden = _hide_methods(model)
+    return taken_over
 
-    Raises, with the model unchanged: UnsupportedAdapterError; CheckpointError for merged adapters,
-    adapters of a part of the model, or none.
+
+def adapters_in(model: nn.Module) -> Held:
+    """The adapters of a PeftModel or an injected model, which is left as it is.
+
+    Raises UnsupportedAdapterError; CheckpointError for merged adapters, adapters of a part of the
+    model, or none.
     """
     whole = is_peft_model(model)
     label = "the PeftModel" if whole else f"the {type(model).__name__}"
@@ -97,12 +123,8 @@ def take_over(model: nn.Module) -> TakenOver:
     _refuse_other_layers(layers)
     tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _auxiliary_wrappers(base)]
     holders = [*(layer for _, layer in layers), *(layer for layer in tokens if layer is not None)]
-    merged = sorted({name for layer in holders for name in layer.merged_adapters})
-    if merged:
-        call = "peft_model.unmerge_adapter()" if whole else "unmerge() of each PEFT layer"
-        raise CheckpointError(
-            f"adapters {', '.join(merged)} are merged into the base weights; call {call} first"
-        )
+    merged = [layer.merged_adapters for layer in holders]
+    refuse_merged(merged, model)
     adapters = {
         name: AdapterState(
             config,
@@ -112,14 +134,19 @@ def take_over(model: nn.Module) -> TakenOver:
         )
         for name, config in configs.items()
     }
-    # Each layer applies those active adapters that it has.
-    active = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
-    disabled = any(layer.disable_adapters for _, layer in layers)
-    taken_over = TakenOver(base, adapters, () if disabled else tuple(dict.fromkeys(active)))
-    _unwrap(taken_over)
-    if whole:
-        taken_over._hidden = _hide_methods(model)
-    return taken_over
+    return Held(base, adapters, layers, merged)
+
+
+def refuse_merged(merged: list[list[str]], model: nn.Module) -> None:
+    """Raise CheckpointError if adapters are `merged` (`Held`) into the base weights of `model`."""
+    if any(merged):
+        names = ", ".join(sorted({name for layer in merged for name in layer}))
+        call = "unmerge() of each PEFT layer"
+        if is_peft_model(model):
+            call = "peft_model.unmerge_adapter()"
+        raise CheckpointError(
+            f"adapters {names} are merged into the base weights; call {call} first"
+        )
 
 
 def _tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -174,23 +201,41 @@ def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
 
 
 def _unwrap(taken: TakenOver) -> None:
-    from peft.tuners.lora import LoraLayer
-
     attributes = vars(taken.base)
     taken._attributes = {name: attributes.pop(name) for name in _ATTRIBUTES if name in attributes}
-    wrappers = {id(wrapper) for wrapper in _auxiliary_wrappers(taken.base)}
-    auxiliary = {id(m) for wrapper in _auxiliary_wrappers(taken.base) for m in wrapper.modules()}
-    parents = [
-        m for m in taken.base.modules() if not isinstance(m, LoraLayer) and id(m) not in auxiliary
-    ]
-    for parent in parents:
+    for _, parent in list(bare_modules(taken.base)):
         for name, child in list(parent._modules.items()):
-            inner: Any = child
-            while isinstance(inner, LoraLayer) or id(inner) in wrappers:
-                inner = inner.original_module if id(inner) in wrappers else inner.base_layer
+            inner = _bare(child)
             if inner is not child:
                 parent._modules[name] = inner
                 taken._wrappers.append((parent, name, cast(nn.Module, child)))
+
+
+def bare_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model without PEFT's wrappers, by path, each once."""
+    seen, pending = set[int](), [("", base)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            children = ((name, _bare(child)) for name, child in module._modules.items())
+            pending += [(join(path, n), child) for n, child in children if child is not None]
+
+
+def _bare(module: nn.Module | None) -> nn.Module | None:
+    """The module inside of PEFT's wrappers; any other module itself."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner: Any = module
+    while True:
+        if isinstance(inner, AuxiliaryTrainingWrapper):
+            inner = cast(Any, inner).original_module
+        elif isinstance(inner, LoraLayer):
+            inner = cast(Any, inner).base_layer
+        else:
+            return cast("nn.Module | None", inner)
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:

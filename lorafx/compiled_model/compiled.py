@@ -211,7 +211,7 @@ class CompiledModel(AsModule):
     """
 
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
-        return super().__new__(_class_of(type(program.model)) if cls is CompiledModel else cls)
+        return super().__new__(_class_of(type(program.model), cls))
 
     def __init__(
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
@@ -738,7 +738,8 @@ class CompiledModel(AsModule):
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
             tokenizer: as in `continuous_batching`.
-            **request: arguments of `add_request`, for all prompts.
+            **request: arguments of `add_request`, for all prompts; `return_logprobs=True` tells the
+                log-probability of each token, as it was drawn and raw.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further
@@ -964,17 +965,18 @@ def _new_backend(session: Session) -> Backend:
 #: All live compiled models, also those that are detached.
 _COMPILED: weakref.WeakSet[CompiledModel] = weakref.WeakSet()
 
-#: Classes of models -> classes of their compiled models.
-_CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+#: Classes of models -> classes of their compiled models, by the class that these derive from.
+_CLASSES: weakref.WeakKeyDictionary[type, dict[type, type]] = weakref.WeakKeyDictionary()
 
 
-def _class_of(model: type[nn.Module]) -> type[CompiledModel]:
-    if model not in _CLASSES:
+def _class_of(model: type[nn.Module], kind: type[CompiledModel]) -> type[CompiledModel]:
+    classes = _CLASSES.setdefault(model, {})
+    if kind not in classes:
         forward = untraced(inspect.unwrap(CompiledModel.forward))
         forward.__signature__ = signature_of(model, forward)
-        attributes = {"__doc__": CompiledModel.__doc__, "forward": forward}
-        _CLASSES[model] = type(model.__name__, (CompiledModel,), attributes)
-    return _CLASSES[model]
+        attributes = {"__doc__": kind.__doc__, "forward": forward}
+        classes[kind] = type(model.__name__, (kind,), attributes)
+    return classes[kind]
 
 
 def compiled_of(model: object) -> CompiledModel | None:

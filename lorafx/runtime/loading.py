@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -58,15 +58,28 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
         for session, source in parts
     ]
 
+    sessions = [session for session, _ in parts]
+    _keep([(session, name, part) for session, part in zip(sessions, read_parts, strict=True)])
+
+
+def load_read(session: Session, adapters: Mapping[str, Adapter | None]) -> None:
+    """Load these adapters, by name, which were read for the session, and unload those that are
+    None. If one cannot be loaded, nothing changes. Raises as `load_adapter`."""
+    refuse_transformed()
+    parts = adapters.items()
+    _keep([(session, name, None if part is None else (None, part)) for name, part in parts])
+
+
+def _keep(parts: Sequence[tuple[Session, str, tuple[Origin | None, Adapter] | None]]) -> None:
     def keep() -> None:
         steps = [
             prepared_unload(session, name) if part is None else _prepared_load(session, name, *part)
-            for (session, _), part in zip(parts, read_parts, strict=True)
+            for session, name, part in parts
             if part is not None or name in session.store.names
         ]
         undisturbed(lambda: [step() for step in steps])
 
-    _run_locked([session for session, _ in parts], keep)
+    _run_locked([*dict.fromkeys(session for session, _, _ in parts)], keep)
 
 
 def in_lock_order(sessions: Iterable[Session]) -> list[Session]:

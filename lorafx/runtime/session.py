@@ -60,6 +60,12 @@ if TYPE_CHECKING:  # imported with the first graph
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
+
+
+def _nothing() -> None:
+    """What a session does before a call that has nothing to look at."""
+
+
 _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
@@ -182,6 +188,9 @@ class Session:
         #: Runs other calls while an engine has the model use an attention that only its own steps
         #: can use: assigned by lorafx.generation.continuous.
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
+        #: Looks, before a call, at the model that is trained and whose weights this one shares:
+        #: assigned by lorafx.compiled_model.sampler.
+        self.follow: Callable[[], None] = _nothing
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
@@ -455,9 +464,10 @@ class Session:
 
     def refuse_broken(self) -> None:
         """Raise CaptureError if an update left the base weights partly written, or as
-        `refuse_injected`."""
+        `refuse_injected`; or what `follow` raises."""
         if self.base.broken:
             raise CaptureError(self.base.broken)
+        self.follow()
         self.refuse_injected()
 
     def refuse_injected(self) -> None:

@@ -17,6 +17,7 @@ import random
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 
 from lorafx.adapter_store.stored import Hold
+from lorafx.errors import LorafxError
 from lorafx.generation.continuous.parameters import Grammar, Sampling, TokenParameters
 from lorafx.runtime.session import Session
 
@@ -58,18 +60,26 @@ class SequenceOutput(GenerationOutput):
     that there is so far.
 
     Attributes:
-        token_logprobs: those of the generated tokens, if the request asks for `logprobs`.
+        logprobs: those of the generated tokens as they were chosen, after penalties, temperature,
+            top_k, top_p and min_p, if the request asks for `return_logprobs`.
+        token_logprobs: those by the model's logits, if it asks for that or for `logprobs`.
         prompt_logprobs: those of the prompt's tokens, if it asks for `prompt_logprobs`. The first
             token has none.
         finish_reason: "length" if as many tokens were generated as the request allows; "stop" if
-            the sequence ended by itself; None if it has not ended, or failed.
+            the sequence ended by itself; "abort" if `AdapterBatchingManager.drain` ended it; None
+            if it has not ended, or failed.
         stop_reason: the string of `stop`, or the token of `stop_token_ids`, that ended it.
+        adapter_version: that of its adapter, as in `CompiledModel.adapter_versions`; None for the
+            base.
+        weights_version: how often the base weights had been updated when it began.
     """
 
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: int | str | None = None
+    adapter_version: int | None = None
+    weights_version: int = 0
 
 
 @dataclass
@@ -84,7 +94,8 @@ class AdapterRequest(RequestState):
         parameters: what else it asks of its tokens; None for nothing.
         grammar: which tokens it may have.
         token_logprobs, prompt_logprobs: as in `SequenceOutput`.
-        newest: the log-probability of the token that this step has chosen.
+        newest, chosen_logprob: the log-probability of the token that this step has chosen, by the
+            model's logits and as it was chosen.
         ends: whether it ends with that token, for the reason `stop_reason`.
     """
 
@@ -98,6 +109,7 @@ class AdapterRequest(RequestState):
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     newest: TokenLogprobs | None = None
+    chosen_logprob: float | None = None
     ends: bool = False
     stop_reason: int | str | None = None
     _counts: dict[int, int] | None = None
@@ -158,7 +170,7 @@ class AdapterRequest(RequestState):
         if not self._new_tokens_limit:  # transformers warns of the token
             self.status = RequestStatus.FINISHED
             return True
-        ended = super().update_and_check_completion(token_id, logprob)
+        ended = super().update_and_check_completion(token_id, self.chosen_logprob)
         self._count((token_id,))
         if self.newest is not None:
             self.token_logprobs.append(self.newest)
@@ -176,6 +188,8 @@ class AdapterRequest(RequestState):
             prompt_logprobs=self.prompt_logprobs,
             finish_reason=("stop" if self.ends else "length") if finished else None,
             stop_reason=self.stop_reason if finished else None,
+            adapter_version=None if self.hold is None else self.hold.stored.version,
+            weights_version=self.weights >> 1,
         )
 
     def create_equivalent_initial_request(self) -> AdapterRequest:
@@ -199,6 +213,12 @@ class AdapterRequest(RequestState):
 _OWN = [f.name for f in fields(AdapterRequest)[len(fields(RequestState)) :]]
 
 
+def weights_now(session: Session) -> int:
+    """The version of the base weights: twice the number of updates, and 1 if an adapter is
+    merged."""
+    return 2 * session.counts.writes + (session.base.merged is not None)
+
+
 def hold_of(state: RequestState) -> Hold | None:
     """The adapter of a request; None for the base model, and for the engine's own requests while it
     warms up."""
@@ -218,6 +238,14 @@ class EngineOutputs(OutputRouter):
         super().__init__()
         self._names: set[str] = set()
         self._names_lock = threading.Lock()
+        #: Those of `names` that end with an output when they are cancelled.
+        self.aborted: set[str] = set()
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all sequences that have been added and have not ended."""
+        with self._names_lock:
+            return {*self._names}
 
     def begin(self, name: str, count: int) -> bool:
         """Add a request that will have `count` forks. Returns False, and adds nothing, if one of
@@ -235,8 +263,13 @@ class EngineOutputs(OutputRouter):
             self._names.difference_update(names)
 
     def cancelled(self, state: RequestState) -> None:
-        """Remove a request that was cancelled, which has no output."""
-        self.remove([state.request_id, *fork_names(state.request_id, state.num_children)])
+        """Remove a request that was cancelled, which has no output unless it was aborted."""
+        names = [state.request_id, *fork_names(state.request_id, state.num_children)]
+        for name in self.aborted.intersection(names):
+            state.status = RequestStatus.FINISHED
+            output: Any = state.to_generation_output()
+            self.deliver(dataclasses.replace(output, request_id=name, finish_reason="abort"))
+        self.remove(names)
 
     def deliver(self, output: GenerationOutput) -> None:
         if output.is_finished():
@@ -276,10 +309,12 @@ class AdapterPages(PagedAttentionCache):
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """How many of the prompt's tokens are in the cache, computed by the same adapter."""
-        state, base = self.waiting(request_id), self.session.base
+        state = self.waiting(request_id)
         if isinstance(state, AdapterRequest):
+            with suppress(LorafxError), self.session.lock:  # the step itself raises it
+                self.session.follow()
             # New weights change this number, so later requests do not find the blocks of this one.
-            state.weights = 2 * self.session.counts.writes + (base.merged is not None)
+            state.weights = weights_now(self.session)
             if state.scoring:
                 return 0  # of tokens that are not computed nothing is known
             if state.num_children:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from lorafx.generation.continuous.adapter_requests import (
     AdapterRequest,
     EngineOutputs,
     fork_names,
+    weights_now,
 )
 from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
@@ -102,14 +104,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
+        config = ContinuousBatchingConfig() if config is None else config
         served = served_config(config)
         per_request = bool(defaults.do_sample and served.per_request_processors)
-        if per_request and served.return_logprobs:
-            raise ConfigError(
-                "ContinuousBatchingConfig(return_logprobs=True) is not served with "
-                "per_request_processors: for a token that is not drawn, in a step where others "
-                "are, transformers returns probability 1. Leave one of the two out"
-            )
+        self._tells_logprobs = config.return_logprobs
         self._attention = EngineAttention(forwards.session)
         try:
             with _errors_of_engine(model):
@@ -161,9 +159,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         *,
-        adapter: AdapterName = DEFAULT,
+        adapter: AdapterName | Hold = DEFAULT,
         n: int | None = None,
         ignore_eos: bool = False,
+        return_logprobs: bool | None = None,
         grammar: Grammar | None = None,
         **parameters: Any,
     ) -> str:
@@ -172,13 +171,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Args:
             adapter: the request's adapter; None or "__base__" is the base model, and a mapping of
                 names to weights a sum, as in a call of the compiled model. The default is that of
-                `set_adapter`. The request keeps the version that is loaded now: replacing or
-                unloading the adapter later has no effect on it. An aLoRA adapter begins at the last
-                occurrence of its invocation tokens in the prompt.
+                `set_adapter`. The request keeps the version that is loaded now, or that a `Hold`
+                keeps: replacing or unloading the adapter later has no effect on it. An aLoRA
+                adapter begins at the last occurrence of its invocation tokens in the prompt.
             n: the number of sequences, which share the pages of the prompt; None for that of the
                 engine's GenerationConfig. The first has the request's name, the others those of
                 `fork_names`, and each has its own outputs.
             ignore_eos: generate `max_new_tokens` tokens unless a stop comes.
+            return_logprobs: tell the log-probability of each token: `logprobs` as it was chosen,
+                `token_logprobs` by the model's logits. None for what the configuration says.
             grammar: which tokens may come (`Grammar`).
             parameters: how tokens are chosen, when they end, and what the outputs tell of them
                 (docs/continuous_batching.md): `temperature`, `top_k`, `top_p` and `min_p`, if the
@@ -215,6 +216,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         sampled = {name: parameters.pop(name) for name in Sampling._fields if name in parameters}
         sampling = checked_sampling(sampled, self._sampling)
         asked = checked_parameters(parameters, self._tokenizer, size, ends)
+        if self._tells_logprobs if return_logprobs is None else return_logprobs:
+            asked = dataclasses.replace(asked, return_logprobs=True, logprobs=asked.logprobs or 0)
         prompt = checked_prompt(self.forwards.model, input_ids)
         if asked.prompt_logprobs is not None and max(prompt) >= size:
             raise ConfigError(
@@ -232,6 +235,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             eos_token_id=ends,
             streaming=streaming,
             hold=hold,
+            weights=weights_now(self.forwards.session),
             begins=begins,
             family=(request_id, *fork_names(request_id, count - 1)),
             sampling=sampling,
@@ -317,6 +321,29 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         waiting += scheduler.waiting_requests.values()
         return {"running": [*scheduler.active_requests.values()], "waiting": waiting}
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has sequences that have not ended."""
+        return bool(self._outputs.names)
+
+    def drain(self, *, abort: bool = False) -> None:
+        """Return when all sequences have ended. With `abort` they end now: their last outputs have
+        what was generated so far, and the finish reason "abort". Not for a paused engine."""
+        while self.is_running() and (names := self._outputs.names):
+            self._outputs.aborted = names if abort else set()
+            for name in self._outputs.aborted:  # again if it was on its way to the engine's thread
+                self.cancel_request(name)
+            time.sleep(0.005)
+
+    def reset_pages(self) -> bool:
+        """Forget the pages that are kept for later requests to find. Returns whether that was done:
+        not while there are sequences, which may share them."""
+        with self.pause():
+            idle = not self.busy
+            if idle:
+                self._processor.cache.reset()
+            return idle
+
     def cache_usage(self) -> float:
         """The share of the cache that running sequences take."""
         return 0.0 if self._processor is None else float(self._processor.cache.usage)
@@ -351,14 +378,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return str(error)
         return self.background_thread_status.can_accept_new_requests()
 
-    def _hold_adapter(self, adapter: AdapterName, prompt: list[int]) -> tuple[Hold | None, int]:
+    def _hold_adapter(
+        self, adapter: AdapterName | Hold, prompt: list[int]
+    ) -> tuple[Hold | None, int]:
         """A hold of the adapter, and the token of the prompt at which it begins; the base, after a
         warning, if an aLoRA adapter never does."""
         session = self.forwards.session
-        name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
-        if name is None or name == BASE:
-            return None, 0
-        hold, pinned = session.store.hold(name), session.store.pinned
+        hold = adapter if isinstance(adapter, Hold) else None
+        if hold is None:
+            name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
+            if name is None or name == BASE:
+                return None, 0
+            hold = session.store.hold(name)
+        name, pinned = hold.name, session.store.pinned
         if pinned and name not in pinned and not session.store.fits(frozenset({name})):
             raise all_pinned(name, len(pinned))
         if not hold.stored.invocation:
@@ -497,10 +529,9 @@ def _tempered(config: GenerationConfig) -> GenerationConfig:
     return changed
 
 
-def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+def served_config(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
     """The configuration with everything switched off that is not served. Raises ConfigError if the
     configuration asks for it."""
-    config = ContinuousBatchingConfig() if config is None else config
     for name, why in _REFUSED.items():
         value = getattr(config, name)
         if value and value != (False, False):
@@ -512,6 +543,7 @@ def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatching
         config,
         use_cuda_graph=False,
         use_async_batching=False,
+        return_logprobs=False,
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )

@@ -164,6 +164,10 @@ def serve(
     warmup: Annotated[
         bool, typer.Option("--warmup", help="Take requests when all graphs are compiled.")
     ] = False,
+    allow_control: Annotated[
+        bool, typer.Option("--allow-control", help="Let clients pause, and send weights.")
+    ] = False,
+    max_upload_bytes: int = 1 << 30,
     allow_runtime_loading: bool = False,
     resolve_adapters: Annotated[
         bool, typer.Option("--resolve-adapters", help="Load adapters when they are asked for.")

@@ -14,6 +14,16 @@ from starlette.routing import get_route_path
 from lorafx.integrations.server.errors import RequestError, error_response
 from lorafx.integrations.server.request_log import GENERATING, current_record
 
+#: The routes that take tensors, and the type of such a body.
+UPLOADS = ("/v1/load_lora_adapter", "/update_weights")
+BINARY = "application/octet-stream"
+
+
+def is_upload(scope: Any) -> bool:
+    """Whether the body of a request is a file of tensors."""
+    kind = Headers(scope=scope).get("content-type", "").partition(";")[0]
+    return get_route_path(scope) in UPLOADS and kind.strip().lower() == BINARY
+
 
 class Queue:
     """Places for the sequences of requests that are answered or wait, `most` at a time; None is no
@@ -48,13 +58,15 @@ class Queue:
 class Admission:
     """ASGI middleware. A request to generate takes a place in `queue` before its body is read, and
     any request is answered with status 413 if its body has more than `largest` bytes; None is no
-    limit. When a client goes away, the task that answers it is cancelled."""
+    limit. When a client goes away, the task that answers it is cancelled. Uploads pass: their
+    handlers read them."""
 
     def __init__(self, app: Any, queue: Queue, largest: int | None) -> None:
         self._app, self._queue, self._largest = app, queue, largest
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":  # no other route reads a body
+        # No other route reads a body.
+        if scope["type"] != "http" or scope["method"] != "POST" or is_upload(scope):
             await self._app(scope, receive, send)
             return
         try:

@@ -45,6 +45,7 @@ class ChoicesAnswer:
         answer: dict[str, Any] = {**self._head, "choices": [None] * len(self._choices)}
         async for index, output in sequences.outputs():
             answer["choices"][index] = self._choices[index].put(output, whole=True)
+            answer |= versions_of(output)
             place = answer if self._chat else answer["choices"][index]
             place.update(self._choices[index].of_prompt(output))
         return {**answer, "usage": self._usage()}
@@ -55,6 +56,7 @@ class ChoicesAnswer:
         delta = {"role": "assistant", "content": ""}
         try:
             async for index, output in sequences.outputs():
+                self._head |= versions_of(output)
                 for choice in unnamed:  # not before: clients measure the time to the first chunk
                     yield self._chunk([{"index": choice, "delta": delta, "finish_reason": None}])
                 unnamed = range(0)
@@ -90,9 +92,9 @@ class ResponseAnswer:
         self._prompt, self._text, self._parts = prompt, text, parts
         head = {"id": f"resp_{name}", "created_at": time.time(), "model": model}
         fixed = {"object": "response", "tools": [], "tool_choice": "auto"}
-        head |= {**fixed, "parallel_tool_calls": False}
+        self._head = head | {**fixed, "parallel_tool_calls": False}
         builder, _, _ = response_parts()
-        self._builder = builder(request_id=name, response_defaults=head)
+        self._builder = builder(request_id=name, response_defaults=self._head)
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
         """The answer when its sequence has ended."""
@@ -113,6 +115,7 @@ class ResponseAnswer:
     def _put(self, output: SequenceOutput) -> list[str]:
         """The events that are new after an output."""
         builder, events, ended = self._builder, list[str](), output.is_finished()
+        self._head |= versions_of(output)
         text, _ = self._text.put(output)
         for part in self._parts.put(text, ended):
             if isinstance(part, ToolCall):
@@ -137,6 +140,12 @@ class ResponseAnswer:
         builder = self._builder
         events: list[str] = builder.finish_reasoning() if builder.reasoning_open else []
         return events + (builder.finish_message() if builder.message_open else [])
+
+
+def versions_of(output: SequenceOutput) -> dict[str, Any]:
+    """The versions that a sequence is generated with, as fields of an answer. Those of all
+    sequences of a request are the same."""
+    return {name: getattr(output, name) for name in ("adapter_version", "weights_version")}
 
 
 Answer: TypeAlias = ChoicesAnswer | ResponseAnswer

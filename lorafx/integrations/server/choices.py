@@ -82,7 +82,9 @@ class Choice:
         raise NotImplementedError
 
     def _name(self, token: int) -> str:
-        """The text of a single token."""
+        """The text of a single token, or its ID if that is asked for."""
+        if self._fields.return_tokens_as_token_ids:
+            return f"token_id:{token}"
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def of_prompt(self, output: SequenceOutput) -> dict[str, Any]:

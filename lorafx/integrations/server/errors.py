@@ -69,8 +69,11 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        why = f"the body is not a JSON object: {_problem_of_body(error)}"
-        return error_response(RequestError(why))
+        problem = error.errors()[0]
+        if problem["loc"][0] == "query":
+            name = str(problem["loc"][-1])
+            return error_response(RequestError(f"`{name}`: {problem['msg']}", name))
+        return error_response(RequestError(f"the body is not a JSON object: {_why_none(problem)}"))
 
 
 def _as_option(field: str, value: str | None, adapter_suffices: bool) -> str | None:
@@ -81,9 +84,8 @@ def _as_option(field: str, value: str | None, adapter_suffices: bool) -> str | N
     return "start lorafx serve with this adapter among --adapters" if adapter_suffices else None
 
 
-def _problem_of_body(error: RequestValidationError) -> str:
-    """What FastAPI reports, without the place in its own code."""
-    problem = error.errors()[0]
+def _why_none(problem: dict[str, Any]) -> str:
+    """What FastAPI reports of a body, without the place in its own code."""
     if problem["type"] == "json_invalid":
         return f"{problem['ctx']['error']}, at character {problem['loc'][-1]}"
     body = problem.get("input")

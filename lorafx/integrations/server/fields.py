@@ -35,7 +35,7 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
         "prompt_embeds reasoning reasoning_effort truncate_prompt_tokens vllm_xargs "
         "web_search_options",
     ),
-    ((False,), "background return_tokens_as_token_ids use_beam_search"),
+    ((False,), "background use_beam_search"),
     ((0,), "priority"),
     (([],), "documents functions include logits_processors"),
     ((1,), "length_penalty typical_p"),
@@ -136,6 +136,7 @@ class SequenceFields(Fields):
     skip_special_tokens: bool = True
     prompt_logprobs: _Logprobs = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     response_format: dict[str, Any] = {"type": "text"}
     structured_outputs: dict[str, Any] = {}
 

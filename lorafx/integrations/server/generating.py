@@ -21,6 +21,7 @@ from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.admission import Queue
+from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.grammars import Grammars
@@ -38,6 +39,7 @@ class ServedModel:
     Attributes:
         loading: what loads adapters that requests name.
         queue: the places of sequences that are answered or wait.
+        control: what pauses the engine and updates the base weights.
         most_tokens: how many a prompt and its answer may have together.
         ends: the tokens that end a sequence.
     """
@@ -54,6 +56,7 @@ class ServedModel:
         self.settings, self._lazily = settings, lazily
         self.name = settings.served_name
         self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
+        self.control = Control(compiled, engine, settings)
         self._created = int(time.time())
         assert engine.batch_processor is not None
         cache = int(engine.batch_processor.cache.max_tokens_read)
@@ -135,12 +138,13 @@ class ServedModel:
 
 
 class Sequences:
-    """The sequences of one HTTP request in the engine, with `adapter`, or the base if that is None,
-    numbered in the order in which they were added. They are cancelled when the request ends before
-    them."""
+    """The sequences of one HTTP request in the engine, with the present version of `adapter`, or
+    the base if that is None, numbered in the order in which they were added. They are cancelled
+    when the request ends before them."""
 
     def __init__(self, served: ServedModel, adapter: str | None) -> None:
-        self._served, self._adapter = served, adapter
+        store = served.engine.forwards.session.store
+        self._served, self._adapter = served, adapter and store.hold(adapter)
         self._count = 0
         self._running: set[str] = set()
         self._latest: dict[int, Any] = {}

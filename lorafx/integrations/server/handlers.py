@@ -65,6 +65,7 @@ class Handler:
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
         self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
+        await self.served.control.admitted()
         sequences = Sequences(self.served, adapter)
         for prompt in prompts:
             sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)

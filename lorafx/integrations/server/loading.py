@@ -7,6 +7,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from fastapi.responses import PlainTextResponse, Response
+
 from lorafx.adapter_store.names import BASE
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, nearest
@@ -23,17 +25,18 @@ class AdapterLoading:
         #: The folders from which clients load, and in which adapters are found.
         self._loads: Path | None = None
         self._finds: Path | None = None
+        self._controlled = isinstance(settings, Settings) and settings.allow_control
         if isinstance(settings, Settings):
             self._loads = settings.root() if settings.allow_runtime_loading else None
             self._finds = settings.root() if settings.resolve_adapters else None
             self._limit = asyncio.Semaphore(settings.max_adapter_reads)
         self._readings: dict[str, asyncio.Task[None]] = {}
 
-    def load(self, body: dict[str, Any]) -> str:
-        """Load the adapter in folder `lora_path` as `lora_name`; returns the answer. Raises
-        RequestError if that is refused."""
-        root = self._folder_or_refuse()
-        name, path = _text(body, "lora_name"), _text(body, "lora_path")
+    def load(self, body: dict[str, Any], content: bytes | None = None) -> Response:
+        """Load the adapter in folder `lora_path`, or of this content, as `lora_name`; returns the
+        answer, which has its version in a header. Raises RequestError if that is refused."""
+        root = None if content is not None else self._folder_or_refuse()
+        name, path = _text(body, "lora_name"), root and _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
         if name == BASE:
@@ -44,17 +47,21 @@ class AdapterLoading:
                 '"load_inplace": true to replace it',
                 "lora_name",
             )
-        folder = _folder_inside(root, path)
+        source: Any = _folder_inside(root, path) if root and path else content
         try:
-            self._compiled.load_adapter(folder, name)
+            self._compiled.load_adapter(source, name)
         except LorafxError as error:
-            raise RequestError(message_of(error), "lora_path") from error
-        return f"Success: LoRA adapter '{name}' added successfully."
+            field = "lora_path" if content is None else None
+            raise RequestError(message_of(error), field) from error
+        text = f"Success: LoRA adapter '{name}' added successfully."
+        version = str(self._compiled.adapter_versions.get(name))
+        return PlainTextResponse(text, headers={"X-Adapter-Version": version})
 
     def unload(self, body: dict[str, Any]) -> str:
         """Unload `lora_name`; returns the answer. Its running requests are answered to the end.
         Raises RequestError if there is no such adapter."""
-        self._folder_or_refuse()
+        if not self._controlled:
+            self._folder_or_refuse()
         name, loaded = _text(body, "lora_name"), self._compiled.adapters
         if name not in loaded:
             raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)

@@ -170,6 +170,8 @@ class Metrics:
             return
         self._success.labels(**self._of_vllm, finished_reason=output.finish_reason).inc()
         begun, times = output.lifespan[0], output.timestamps or ()
+        if begun < 0:  # it was aborted before its first step
+            return
         self.observe("request_queue_time_seconds", begun - output.created_time)
         for before, after in itertools.pairwise(times):
             self.observe("inter_token_latency_seconds", after - before)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, cast
 
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.routing import Match
 
 import lorafx
-from lorafx.integrations.server.admission import Admission
+from lorafx.integrations.server.admission import BINARY, UPLOADS, Admission, is_upload
+from lorafx.integrations.server.control import PauseMode
 from lorafx.integrations.server.errors import Authentication, RequestError, answer_errors
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Handler, Responses
@@ -29,6 +33,7 @@ def build_app(served: ServedModel) -> FastAPI:
         app.post(path, name=type(handler).__name__)(handler.handle)
     _add_models(app, served)
     _add_tokenizer(app, completions, chat)
+    _add_control(app, served)
     _add_loading(app, served.loading)
 
     @app.get("/version")
@@ -109,8 +114,62 @@ def _add_loading(app: FastAPI, loading: AdapterLoading) -> None:
     # Not coroutines: they read files, and FastAPI runs them in threads.
     @app.post("/v1/load_lora_adapter")
     def load_lora_adapter(body: dict) -> Response:
-        return Response(loading.load(body), media_type="text/plain")
+        return loading.load(body)
 
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter(body: dict) -> Response:
         return Response(loading.unload(body), media_type="text/plain")
+
+
+class _Upload(APIRoute):
+    """A route for bodies that are files of tensors, before one of the same path for others."""
+
+    def matches(self, scope: Any) -> tuple[Match, Any]:
+        return super().matches(scope) if is_upload(scope) else (Match.NONE, {})
+
+
+def _add_control(app: FastAPI, served: ServedModel) -> None:
+    control, loading, routes = served.control, served.loading, cast("Any", app.router)
+    allowed: Any = {"dependencies": [Depends(control.refuse_unless_allowed)]}
+
+    @app.post("/pause", **allowed)
+    async def pause(
+        mode: PauseMode | None = None,
+        clear_cache: bool = True,
+        wait_for_inflight_requests: bool = False,
+    ) -> dict[str, str]:
+        mode = mode or ("wait" if wait_for_inflight_requests else "abort")
+        await control.pause(mode, reset=clear_cache)
+        return {"status": "paused"}
+
+    @app.post("/resume", **allowed)
+    async def resume() -> dict[str, str]:
+        await control.resume()
+        return {"status": "resumed"}
+
+    @app.get("/is_paused", **allowed)
+    def is_paused() -> dict[str, bool]:
+        return {"is_paused": control.paused}
+
+    @app.post("/reset_prefix_cache", **allowed)
+    async def reset_prefix_cache() -> dict[str, bool]:
+        return {"success": await control.reset_pages()}
+
+    async def load(request: Request, lora_name: str = "", load_inplace: bool = False) -> Response:
+        async with control.upload(request) as file:
+            body = {"lora_name": lora_name, "load_inplace": load_inplace}
+            return await asyncio.to_thread(loading.load, body, file.read_bytes())
+
+    async def update_weights(request: Request, strict: bool = True) -> dict[str, Any]:
+        async with control.upload(request) as file:
+            names = await control.update_weights(file, strict=strict)
+        return {"message": "Weights updated", **names}
+
+    for path, handler in zip(UPLOADS, (load, update_weights), strict=True):
+        routes.add_api_route(
+            path, handler, methods=["POST"], route_class_override=_Upload, **allowed
+        )
+
+    @app.post("/update_weights", **allowed)
+    def refuse_weights() -> None:
+        raise RequestError(f"the body is a file of safetensors, with the Content-Type {BINARY}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from lorafx.api import compile as compile_model
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
 from lorafx.generation.continuous.parameters import Sampling
+from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
@@ -44,6 +46,7 @@ class Opened(NamedTuple):
     app: FastAPI
     compiled: CompiledModel
     engine: Any
+    control: Control
 
 
 def run(settings: Settings) -> None:
@@ -68,7 +71,7 @@ def run(settings: Settings) -> None:
             timeout_graceful_shutdown=settings.drain,
             **tls,
         )
-        serving = uvicorn.Server(config)
+        serving = _Server(config, server.control)
         with _signals_passed_to(serving):
             listener.listen(config.backlog)  # nobody is refused from the next line on
             print(ready, flush=True)
@@ -112,10 +115,11 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
+        served = ServedModel(compiled, engine, tokenizer, settings, lazily)
         try:
-            served = ServedModel(compiled, engine, tokenizer, settings, lazily)
-            yield Opened(build_app(served), compiled, engine)
+            yield Opened(build_app(served), compiled, engine, served.control)
         finally:
+            served.control.end()
             # No client is waiting for an answer any more.
             engine.stop(hard_stop=True)
 
@@ -184,6 +188,18 @@ def _defaults(settings: ModelSettings, model: Any) -> GenerationConfig:
     if settings.temperature is not None or not saved.do_sample:
         config.temperature = settings.temperature or 0.0
     return config
+
+
+class _Server(uvicorn.Server):
+    """Has a paused engine go on when it is stopped, since it waits for all answers."""
+
+    def __init__(self, config: uvicorn.Config, control: Control) -> None:
+        super().__init__(config)
+        self._control = control
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._control.resume()
+        await super().shutdown(sockets)
 
 
 @contextmanager

@@ -92,11 +92,11 @@ class ModelSettings(BaseModel):
         for name in (*self.names, *self.found):
             if not name.isprintable():
                 raise ConfigError(f"a name that requests ask for {UNPRINTABLE}; got {name!r}")
-        if not self.found and root is None:
+        if not self.found and not self.takes_adapters:
             raise ConfigError(
                 "there is no adapter to serve: name a folder of adapters with --adapters, or let "
-                "clients load some with --allow-runtime-loading, or have them found when they are "
-                "asked for with --resolve-adapters"
+                "clients load some with --allow-runtime-loading or send some with --allow-control, "
+                "or have them found when they are asked for with --resolve-adapters"
             )
         self.lora_config()
         for name, path in self.found.items():
@@ -147,6 +147,11 @@ class ModelSettings(BaseModel):
         """The folder from which clients may load adapters; None if they may not."""
         return None
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether there may be adapters that are not there at the start."""
+        return self.root() is not None
+
     def folder_of(self, adapter: str) -> Path | None:
         """The folder of an adapter, also of one that was added to `adapters` later; None if there
         is no such adapter."""
@@ -171,7 +176,7 @@ class ModelSettings(BaseModel):
         max_rank = self.max_rank
         if max_rank is None:  # adapters that clients load may have larger ranks than these
             ranks = [config.max_rank for config in saved if config.max_rank is not None]
-            max_rank = max([16 if self.root() else 1, *ranks])
+            max_rank = max([16 if self.takes_adapters else 1, *ranks])
         return LoraConfig(
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
@@ -200,6 +205,8 @@ class Settings(ModelSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     max_queue: _Count = 1024
     max_body_bytes: _Count = 8 << 20
+    allow_control: bool = False
+    max_upload_bytes: int = Field(default=1 << 30, ge=1)
     allow_runtime_loading: bool = False
     resolve_adapters: bool = False
     max_adapter_reads: int = Field(default=2, ge=1)
@@ -248,6 +255,10 @@ class Settings(ModelSettings):
                 "--adapter-root FOLDER"
             )
         return root.resolve()
+
+    @property
+    def takes_adapters(self) -> bool:
+        return self.allow_control or super().takes_adapters
 
     def bind(self) -> socket.socket:
         """A socket that is bound to `host` and `port` and does not listen yet. Raises ConfigError

@@ -38,13 +38,14 @@ OPTIONS = [
 
 
 def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
-    """The whole command, with HTTP: SIGTERM comes in the middle of an answer. The server samples,
-    and requests choose how hot; the key comes from the environment."""
+    """The whole command, with HTTP: SIGTERM comes in the middle of an answer, which stands still in
+    a paused engine. The server samples, and requests choose how hot; the key comes from the
+    environment."""
     path = "/v1/completions"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
-    arguments += ["--temperature", "1", "--max-host-bytes", "1000000"]
+    arguments += ["--temperature", "1", "--max-host-bytes", "1000000", "--allow-control"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -81,6 +82,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
 
     def knock() -> str:
         came.wait(60)
+        httpx2.post(f"{url}/pause?mode=keep", headers=key).raise_for_status()
         os.kill(process, signal.SIGTERM)
         for _ in range(1000):  # those that still come are answered; then nobody listens
             try:

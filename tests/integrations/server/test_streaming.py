@@ -166,7 +166,9 @@ def test_the_bytes_of_a_stream(files, url, path):
     ended = {"logprobs": None, "finish_reason": "length", "stop_reason": None}
     usage = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
     created = int(re.search('"created": ([0-9]+)', text)[1])
+    version = int(re.search('"adapter_version": ([0-9]+)', text)[1])
     common = {"id": name, "object": kind, "model": "tiny:a1", "created": created}
+    common |= {"adapter_version": version, "weights_version": 0}
     chunks = [
         *({"choices": choices, "usage": None} for choices in first),
         {"choices": [{"index": 0, **answer, **ended}], "usage": None},
