@@ -88,9 +88,9 @@ class Vectorizer:
         if packet in BATCHED:
             return self._batched(node, BATCHED[packet] or node.target)
         if packet in (aten.cat, aten.stack):
-            args = bound(node)
-            copies = [self.copies_of(tensor) for tensor in args["tensors"]]
-            return self.emit(node.target, copies, wrap(args["dim"], len(self.flow.shape(node))) + 1)
+            call = bound(node)
+            copies = [self.copies_of(tensor) for tensor in call["tensors"]]
+            return self.emit(node.target, copies, wrap(call["dim"], len(self.flow.shape(node))) + 1)
         if rule_for(node.target)[0] is not pointwise.pointwise:
             raise NoCopy(node, "no rule copies what this operator computes")
         ndim = len(self.flow.shape(node))
