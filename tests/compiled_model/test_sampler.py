@@ -361,6 +361,43 @@ def test_requests_under_way_keep_their_version_and_later_ones_have_the_new_one()
         check([added("x"), added(None)], x=oracle, base=oracle)
 
 
+def new_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Those of `tokens` by the model's forward."""
+    ids = torch.tensor([prompt + tokens])
+    with evaluated(model):
+        logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def logprob_errors(dtype: torch.dtype) -> tuple[float, float]:
+    """The largest errors of log-probabilities that a sampler tells, and of those of the trainer's
+    own forward: against the latter in float32."""
+    model = trainer(hidden_size=64, num_hidden_layers=4).to(dtype)
+    generation = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1)
+    prompts, sampler = [[3, 4, 5], [6, 7], [8, 9, 10, 11]], lorafx.sampler(model, REFERENCE)
+    torch.manual_seed(0)
+    outputs = sampler.generate_batch(
+        prompts, ["x"] * 3, generation, PAGES, max_new_tokens=12, return_logprobs=True
+    )
+    exact, errors = copy.deepcopy(model).float(), torch.zeros(2)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        tokens, drawn = output.generated_tokens, torch.tensor(output.logprobs)
+        told = torch.tensor([token.logprob for token in output.token_logprobs])
+        assert len(drawn) == 12
+        assert error(drawn, told) <= 1e-5  # nothing is between them
+        want = new_logprobs(exact, prompt, tokens)
+        found = (told - want, new_logprobs(model, prompt, tokens) - want)
+        errors = errors.maximum(torch.stack([e.abs().max() for e in found]))
+    return float(errors[0]), float(errors[1])
+
+
+def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward():
+    assert logprob_errors(torch.float32)[0] <= 1e-5
+    sampled, own = logprob_errors(torch.bfloat16)
+    assert own > 1e-4
+    assert sampled <= 2 * own
+
+
 # --- what is refused, and served ---
 
 
