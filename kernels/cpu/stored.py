@@ -42,6 +42,8 @@ from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, check_bank, check_rows, define, require
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
+aten = torch.ops.aten
+
 #: Elements of the longest step of a generated kernel, which no group may cut.
 LONGEST_STEP = 32
 #: The dtype of bytes that hold two integers each.
@@ -98,7 +100,7 @@ def packed_block() -> int:
         for block in (64, 32):
             q = torch.arange(2 * block, dtype=torch.int32).pow(2).remainder(13).view(block, 2)
             lines = (q[: block // 2] | q[block // 2 :] << 4).T
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            packed = aten._convert_weight_to_int4pack_for_cpu(q, 1)
             if torch.equal(packed.view(lines.shape), lines.to(PACKED)):
                 return block
     return 0
@@ -190,7 +192,7 @@ def product(*operands: Any) -> Tensor:
     if weight[0].dtype == PACKED:
         packed, factors = weight
         group = x.shape[1] // factors.shape[0]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, factors.to(x.dtype))
+        y = aten._weight_int4pack_mm_for_cpu(x, packed, group, factors.to(x.dtype))
         return y + bias[0] if bias else y
     right = widened(weight, x.dtype).T
     return torch.addmm(bias[0], x, right) if bias else torch.mm(x, right)
