@@ -207,7 +207,8 @@ def run_case(
         if length == 1:  # with more, its heads are in another order
             want = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
             got = first.logits(model.config.vocab_size)
-            assert (got - want).abs().max() <= 0.2 * want.abs().max(), "llama.cpp computes this?"
+            difference = (got - want).norm() / want.norm()
+            assert difference <= (0.4 if weights == "4" else 0.2), f"llama.cpp is {difference} off"
         arms["llama.cpp, LoRA"] = LlamaCpp(folder / "model.gguf", ids, folder / "adapter.gguf")
     if importlib.util.find_spec("openvino") and weights in ("fp32", "bf16"):
         arms["OpenVINO"] = by_openvino(model, ids, dtype)
