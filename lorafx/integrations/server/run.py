@@ -145,7 +145,8 @@ def _encoding(
 ) -> Iterator[ServedModel]:
     model: Any = compiled.model
     pooling = None
-    if isinstance(model, classes_of(AutoModelForSequenceClassification, model.config)):
+    classifies = isinstance(model, classes_of(AutoModelForSequenceClassification, model.config))
+    if classifies:
         model.config.pad_token_id = tokenizer.pad_token_id  # by which some find the last token
     else:
         causal = any(getattr(module, "is_causal", False) for module in model.modules())
