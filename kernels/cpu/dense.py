@@ -65,9 +65,9 @@ def source_with(
     spec: object, dtype: torch.dtype, isa: Isa, step: str, defines: Mapping[str, object]
 ) -> str:
     """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`."""
-    # With instructions for pairs of bfloat16, tiles of eight take 0.76 (int8) and 0.9 (bfloat16) of
-    # the time of six and two for eight rows; in float32 they gain nothing (Zen 4, one thread).
-    full = 8 if isa.dpbf16 and step == "BF16" else 6
+    # Of eight rows, tiles of eight take 0.87 to 0.92 (float32), 0.9 (bfloat16) and 0.76 (int8) of the
+    # time of six and two, but 1.07 where numbers are widened to float32 (Zen 4).
+    full = 8 if (isa.dpbf16 if step == "BF16" else not defines["STORED"]) else 6
     sizes = {
         "TILE": full if isa.lanes == 16 else 4,
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
