@@ -91,6 +91,8 @@ _MORE_SHIMS = (
     "torch_list_size",
     "torch_list_get_item",
     "torch_delete_list",
+    "torch_new_list_reserve_size",
+    "torch_list_push_back",
 )
 
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to
