@@ -48,9 +48,9 @@ def compile(
 
     Args:
         model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
-            `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
-            PEFT's wrappers are removed, and the active adapter, or the sum of several, becomes the
-            default.
+            `peft.PeftModel` (which raises until `detach`; see `sampler` for one that is trained) or
+            from transformers' `load_adapter`. PEFT's wrappers are removed, and the active adapter,
+            or the sum of several, becomes the default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
             adapter or a list of folders (these adapters are loaded too), or None for the modules
             that `adapters` target, or every linear where there are none. An adapter is a folder, a
@@ -160,10 +160,7 @@ def _served(kind: type[C], marked: Marked, dynamic: bool | None) -> C:
 
 
 def explain(
-    model: nn.Module,
-    lora_config: Any = None,
-    *,
-    options: Options | Mapping[str, Any] | None = None,
+    model: nn.Module, lora_config: Any = None, *, options: Options | Mapping[str, Any] | None = None
 ) -> Explanation:
     """What `lora_config` would make of `model`; nothing runs and nothing changes.
 

@@ -3,31 +3,35 @@
 // scale and zero are by row, or by row and group of columns.
 //
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
-// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
-// registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type
-// that rows are multiplied in. Of a STORED weight, W is the type of Q, and S and Z are those of scale
-// and zero; with GROUPED they are applied to each number, else scale is applied to y, and there is no
-// zero. All sizes come with the call, so one kernel serves every linear.
+// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the
+// vectors of sums that registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
+// EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in. Of a STORED weight, W is the type of
+// Q, and S and Z are those of scale and zero; with GROUPED they are applied to each number, else scale is
+// applied to y, and there is no zero. The tiles of a PACKED weight are those of packed.h. All sizes come
+// with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
 
 #include <sched.h>
 
+#if !PACKED
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
 template <int ROWS> struct Planes {
     static const int VALUE = ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
 };
+#endif
 
 struct Call {
     const Args* args;
-    E::T* x;        // rows `stride` apart, as pack_rows writes them
-    long stride;
-    long columns;  // of a unit of work
+    E::T* x;  // `copies` of all rows `stride` apart, as pack_rows writes them
+    long stride, copies;
+    long columns, units;  // columns of a unit of work, and how many units there are
     int64_t begun, done;  // units of the epilogue
 };
 
+#if !PACKED
 INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
 
 #if STORED
@@ -64,6 +68,7 @@ INLINE D::right first_weights(const W::T* w, long count, const Factors& f) {
     memcpy(step, w, count * sizeof *w);
     return weights(step, f);
 }
+#endif
 
 // Elements between rows of x: an odd number of lines of a cache. Rows that lie 4 KB apart would fight
 // for the same few of them.
@@ -72,6 +77,7 @@ INLINE long row_stride(long K) {
     return (lines | 1) * line;
 }
 
+#if !PACKED
 // One step of a tile. Registers hold the rows or the planes, whichever are fewer.
 template <int ROWS, int N>
 INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
@@ -139,13 +145,13 @@ INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w,
     for (int row = 0; row < ROWS; row++) memcpy(v + row * GROUP, sums + row * N, N * sizeof *v);
 }
 
-// y for ROWS rows from `m`, columns [begin, end)
+// y for ROWS rows from `m`, which begin at `x`, and columns [begin, end)
 template <int ROWS, bool FIRST>
-__attribute__((noinline)) static void columns(const Call* c, long m, long begin, long end) {
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, long begin,
+                                              long end) {
     const Args* g = c->args;
     const long N = g->out_features, stride = g->w_stride;
     const int PLANES = Planes<ROWS>::VALUE;
-    const E::T* x = c->x + m * c->stride;
     for (long column = begin; column < end; column += GROUP) {
         const int size = end - column < GROUP ? end - column : GROUP;
         float v[ROWS * GROUP + LANES];
@@ -179,30 +185,39 @@ __attribute__((noinline)) static void columns(const Call* c, long m, long begin,
     }
 }
 
-template <int ROWS> INLINE void tile(const Call* c, int rows, long m, long begin, long end) {
+#endif
+
+template <int ROWS>
+INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, long end) {
     if constexpr (ROWS > 0) {
-        if (rows == ROWS && !m) columns<ROWS, true>(c, m, begin, end);
-        else if (rows == ROWS) columns<ROWS, false>(c, m, begin, end);
-        else tile<ROWS - 1>(c, rows, m, begin, end);
+        if (rows == ROWS && !m) columns<ROWS, true>(c, x, m, begin, end);
+        else if (rows == ROWS) columns<ROWS, false>(c, x, m, begin, end);
+        else tile<ROWS - 1>(c, x, rows, m, begin, end);
     }
 }
 
 // x in the type that it is multiplied in, its rows filled up with zeros.
+INLINE void pack_row(const Call* c, long m, E::T* out) {
+    const long K = c->args->in_features;
+    const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
+#if WIDENED
+    long k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        vec part = X::widen(load_raw<X::raw>(x + k));
+        memcpy(out + k, &part, sizeof part);
+    }
+    for (; k < K; k++) out[k] = X::one(x[k]);
+#else
+    memcpy(out, x, K * sizeof *x);
+#endif
+    memset(out + K, 0, (c->stride - K) * sizeof *out);
+#if PACKED
+    sum_groups(c->args, out, (float*)(out + K));
+#endif
+}
 static void pack_rows(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;
-    const long K = c->args->in_features;
-    for (int64_t m = first; m < last; m++) {
-        const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
-        for (long k = 0; k < c->stride; k += D::STEP) {
-            const long count = K - k < D::STEP ? K - k < 0 ? 0 : K - k : D::STEP;
-#if WIDENED
-            vec part = X::widen(load_first<X::raw>(x + k, count * sizeof *x));
-#else
-            D::left part = load_first<D::left>(x + k, count * sizeof *x);
-#endif
-            memcpy(c->x + m * c->stride + k, &part, sizeof part);
-        }
-    }
+    for (int64_t m = first; m < last; m++) pack_row(c, m, c->x + m * c->stride);
 }
 
 // Threads take units in order, so that none waits for a unit that no thread has begun.
@@ -225,10 +240,14 @@ static void run_units(int64_t first, int64_t last, void* context) {
     if (e) run_before(c, e);
     long pending = first * c->columns;  // the first column that the epilogue waits for
     const long M = c->args->rows, N = c->args->out_features;
+    // A thread's range is at least its share of the units, so each has a copy of its own.
+    E::T* x = c->x + first * c->copies / c->units * M * c->stride;
+    if (c->copies > 1)
+        for (long m = 0; m < M; m++) pack_row(c, m, x + m * c->stride);
     for (int64_t unit = first; unit < last; unit++) {
         const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
         for (long m = 0; m < M; m += TILE)
-            tile<TILE>(c, M - m < TILE ? M - m : TILE, m, begin, end);
+            tile<TILE>(c, x + m * c->stride, M - m < TILE ? M - m : TILE, m, begin, end);
         if (e && unit + 1 == last) run_after(c, e, pending, end);
         else if (e && end - pending >= EPILOGUE_COLUMNS) {
             const long stop = end - (end - pending) % (2 * LANES);  // whole pairs of vectors
@@ -241,20 +260,23 @@ static void run_units(int64_t first, int64_t last, void* context) {
 extern "C" int32_t lorafx_kernel(const Args* g) {
     const long M = g->rows, K = g->in_features, N = g->out_features;
     if (!M) return 0;
-    void* space = malloc(M * row_stride(K) * sizeof(E::T) + 64);
+    const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
+    // Writing to lines of a cache that other threads have read takes longer than a copy: one for each.
+    const long sums = PACKED ? K / g->group * sizeof(float) / sizeof(E::T) : 0;  // behind a row
+    Call c = {g, 0, row_stride(K + sums), serial || M > TILE ? 1 : g->threads, GROUP, 0, 0, 0};
+    void* space = malloc(c.copies * M * c.stride * sizeof(E::T) + 64);
     if (!space) return 1;
-    Call c = {g, (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63), row_stride(K), GROUP, 0, 0};
+    c.x = (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63);
     for (int i = MOST_GROUPS; i > 1; i--)  // as many columns as a cache and the threads allow
         if (i * GROUP * K * (long)sizeof(W::T) <= UNIT_BYTES && N >= 4 * g->threads * i * GROUP) {
             c.columns = i * GROUP;
             break;
         }
-    const int64_t units = (N + c.columns - 1) / c.columns;
-    const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
-    if (serial || M * K < SERIAL_WORK) pack_rows(0, M, &c);
-    else g->parallel(0, M, 1, pack_rows, &c);
-    if (serial) run_units(0, units, &c);
-    else g->parallel(0, units, 1, run_units, &c);
+    c.units = (N + c.columns - 1) / c.columns;
+    if (serial || (c.copies == 1 && M * K < SERIAL_WORK)) pack_rows(0, M, &c);
+    else if (c.copies == 1) g->parallel(0, M, 1, pack_rows, &c);
+    if (serial) run_units(0, c.units, &c);
+    else g->parallel(0, c.units, 1, run_units, &c);
     free(space);
     return 0;
 }

@@ -738,7 +738,8 @@ class CompiledModel(AsModule):
             inputs: the token ids of each prompt.
             adapter_names: the adapter of each prompt, as in `forward`.
             tokenizer: as in `continuous_batching`.
-            **request: arguments of `add_request`, for all prompts.
+            **request: arguments of `add_request`, for all prompts; `return_logprobs=True` tells the
+                log-probability of each token, as it was drawn and raw.
 
         Returns:
             The outputs by the names of the requests, in the order of the prompts; those of further

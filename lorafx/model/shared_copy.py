@@ -5,6 +5,7 @@
     dictionary of parameters    the same: what replaces a parameter replaces it in both
     hook                        the same function, in dictionaries of the copy's own; those for
                                 gradients are left out
+    other function              the same, or one with the copies of the modules that it holds
 
 Buffers that no checkpoint has, such as tables of positions, go with a state that modules keep
 beside them. So these lie in dictionaries of the copy's own, and the others in the same.
@@ -17,9 +18,9 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, update_wrapper
 from itertools import chain
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from torch.overrides import TorchFunctionMode
 
 from lorafx.errors import CaptureError
 from lorafx.model.marks import MARKS
-from lorafx.model.module_graph import join
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 #: The hooks of a module that run in its forward, and facts about them; then those for gradients.
@@ -40,7 +40,7 @@ _GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 def shared_copy(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
     """The copy of `model`, and a function from its modules to theirs. Raises CaptureError, with the
-    model unchanged, if a part of it cannot be copied, or would go on using the model itself."""
+    model unchanged, if a part of it cannot be copied."""
     modules = dict(model.named_modules())
     memo: dict[int, Any] = {}
     for module in modules.values():
@@ -60,15 +60,11 @@ def shared_copy(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.M
             f"it: {type(error).__name__}: {error}"
         ) from error
     originals = {id(module) for module in modules.values()}
-    for path, module in modules.items():
-        for name, value in vars(memo[id(module)]).items():
+    for module in modules.values():
+        attributes = vars(memo[id(module)])
+        for name, value in attributes.items():
             if any(id(held) in originals for held in _held_by(value)):
-                raise CaptureError(
-                    f"{join(path, name)} is a function that holds modules of this "
-                    f"{type(model).__name__}, so a copy of the model would run those: make it a "
-                    "method, types.MethodType(function, module), or a functools.partial of the "
-                    "modules"
-                )
+                attributes[name] = _rebound(value, memo)
     return copied, lambda module: memo[id(module)]
 
 
@@ -81,24 +77,47 @@ class _Sharing(TorchFunctionMode):
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
-def _held_by(function: Any) -> Iterator[Any]:
-    """What a function holds that deepcopy does not look into."""
-    seen, pending = set[int](), [function]
+def _held_by(value: Any) -> Iterator[Any]:
+    """What is within `value`, as far as it is a function, and it itself."""
+    seen, pending = set[int](), [value]
     while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, partial):
-            pending.append(value.func)
-        elif isinstance(value, MethodType):
-            pending.append(value.__func__)
-        elif isinstance(value, FunctionType):
-            for cell in value.__closure__ or ():
-                with suppress(ValueError):  # a cell that is empty
-                    held = cell.cell_contents
-                    yield getattr(held, "__self__", held)
-                    pending.append(held)
+        held = pending.pop()
+        if id(held) not in seen:
+            seen.add(id(held))
+            yield held
+            pending += _parts(held)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a cell that is empty
+                yield cell.cell_contents
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """The copy of `value` that `memo` has by its identity; a function with those of its parts."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, partial):
+        function, *args = (_rebound(part, memo) for part in (value.func, *value.args))
+        return partial(function, *args, **{k: _rebound(v, memo) for k, v in value.keywords.items()})
+    if isinstance(value, MethodType):
+        return MethodType(*(_rebound(part, memo) for part in _parts(value)))
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return value
+    cells = tuple(CellType() for _ in value.__closure__)
+    copied = FunctionType(value.__code__, value.__globals__, None, value.__defaults__, cells)
+    memo[id(value)] = update_wrapper(copied, value)
+    copied.__kwdefaults__, copied.__dict__ = value.__kwdefaults__, dict(vars(value))
+    for cell, held in zip(cells, value.__closure__, strict=True):
+        with suppress(ValueError):
+            cell.cell_contents = _rebound(held.cell_contents, memo)
+    return copied
 
 
 def _unmarked(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -218,6 +220,39 @@ def test_a_hook_that_comes_later_runs_in_the_sampler_too():
     assert torch.equal(sampler(**INPUTS).logits, before)
 
 
+def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
+    model = trainer()
+    base = model.get_base_model()
+    forward, mlp = base.forward, base.model.layers[0].mlp
+    ran: list[nn.Module] = []
+
+    @functools.wraps(type(base).forward)
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)  # as TRL and accelerate call the one before
+        ran.extend((self, forward.__self__))
+        output.logits = 2 * output.logits
+        return output
+
+    def tripled(module: Any, x: Tensor, *, factor: int = 3) -> Tensor:
+        ran.extend((module, mlp))
+        return module.down_proj(factor * mlp.act_fn(mlp.gate_proj(x)))
+
+    base.forward = types.MethodType(doubled, base)
+    mlp.forward = functools.partial(tripled, mlp)
+    sampler = sampler_of(model)
+    for _ in range(2):
+        sampler.sync()
+        got = sampler(**INPUTS).logits
+        assert ran
+        assert not {id(module) for module in ran} & {id(base), id(mlp)}
+        with evaluated(model):
+            assert error(got, model(**INPUTS).logits) <= 1e-5
+        ran.clear()
+        step(model, of_base=False)
+    assert base.forward.__func__ is doubled
+    assert mlp.forward.args == (mlp,)
+
+
 # --- what the trainer notices ---
 
 
@@ -326,6 +361,43 @@ def test_requests_under_way_keep_their_version_and_later_ones_have_the_new_one()
         check([added("x"), added(None)], x=oracle, base=oracle)
 
 
+def new_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Those of `tokens` by the model's forward."""
+    ids = torch.tensor([prompt + tokens])
+    with evaluated(model):
+        logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def logprob_errors(dtype: torch.dtype) -> tuple[float, float]:
+    """The largest errors of log-probabilities that a sampler tells, and of those of the trainer's
+    own forward: against the latter in float32."""
+    model = trainer(hidden_size=64, num_hidden_layers=4).to(dtype)
+    generation = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1)
+    prompts, sampler = [[3, 4, 5], [6, 7], [8, 9, 10, 11]], lorafx.sampler(model, REFERENCE)
+    torch.manual_seed(0)
+    outputs = sampler.generate_batch(
+        prompts, ["x"] * 3, generation, PAGES, max_new_tokens=12, return_logprobs=True
+    )
+    exact, errors = copy.deepcopy(model).float(), torch.zeros(2)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        tokens, drawn = output.generated_tokens, torch.tensor(output.logprobs)
+        told = torch.tensor([token.logprob for token in output.token_logprobs])
+        assert len(drawn) == 12
+        assert error(drawn, told) <= 1e-5  # nothing is between them
+        want = new_logprobs(exact, prompt, tokens)
+        found = (told - want, new_logprobs(model, prompt, tokens) - want)
+        errors = errors.maximum(torch.stack([e.abs().max() for e in found]))
+    return float(errors[0]), float(errors[1])
+
+
+def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward():
+    assert logprob_errors(torch.float32)[0] <= 1e-5
+    sampled, own = logprob_errors(torch.bfloat16)
+    assert own > 1e-4
+    assert sampled <= 2 * own
+
+
 # --- what is refused, and served ---
 
 
@@ -427,12 +499,7 @@ def test_a_base_that_graphs_do_not_fit_is_refused(change, kind, message):
 def test_models_that_cannot_be_sampled_from_are_refused_and_unchanged():
     model = trainer()
     layer = model.get_base_model().model.layers[0]
-    inner = layer.mlp.forward
-    layer.mlp.forward = lambda x: inner(x)
     state = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
-    with pytest.raises(CaptureError, match=r"model\.layers\.0\.mlp\.forward is a function"):
-        lorafx.sampler(model)
-    del layer.mlp.forward
     layer.lock = open(__file__)  # noqa: SIM115
     with pytest.raises(CaptureError, match="cannot be copied without its tensors"):
         lorafx.sampler(model)

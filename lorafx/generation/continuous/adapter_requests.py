@@ -60,7 +60,9 @@ class SequenceOutput(GenerationOutput):
     that there is so far.
 
     Attributes:
-        token_logprobs: those of the generated tokens, if the request asks for `logprobs`.
+        logprobs: those of the generated tokens as they were chosen, after penalties, temperature,
+            top_k, top_p and min_p, if the request asks for `return_logprobs`.
+        token_logprobs: those by the model's logits, if it asks for that or for `logprobs`.
         prompt_logprobs: those of the prompt's tokens, if it asks for `prompt_logprobs`. The first
             token has none.
         finish_reason: "length" if as many tokens were generated as the request allows; "stop" if
@@ -92,7 +94,8 @@ class AdapterRequest(RequestState):
         parameters: what else it asks of its tokens; None for nothing.
         grammar: which tokens it may have.
         token_logprobs, prompt_logprobs: as in `SequenceOutput`.
-        newest: the log-probability of the token that this step has chosen.
+        newest, chosen_logprob: the log-probability of the token that this step has chosen, by the
+            model's logits and as it was chosen.
         ends: whether it ends with that token, for the reason `stop_reason`.
     """
 
@@ -106,6 +109,7 @@ class AdapterRequest(RequestState):
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     newest: TokenLogprobs | None = None
+    chosen_logprob: float | None = None
     ends: bool = False
     stop_reason: int | str | None = None
     _counts: dict[int, int] | None = None
@@ -166,7 +170,7 @@ class AdapterRequest(RequestState):
         if not self._new_tokens_limit:  # transformers warns of the token
             self.status = RequestStatus.FINISHED
             return True
-        ended = super().update_and_check_completion(token_id, logprob)
+        ended = super().update_and_check_completion(token_id, self.chosen_logprob)
         self._count((token_id,))
         if self.newest is not None:
             self.token_logprobs.append(self.newest)

@@ -140,8 +140,9 @@ class Choosing(LogitsProcessor):
                 numbers[places[row]] = state.draw(asked.seed)
         return numbers
 
-    def end(self, tokens: Sequence[int]) -> None:
-        """Note what was chosen, and which sequences end with it. `tokens` has one for each row."""
+    def end(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        """Note what was chosen, and which sequences end with it. `tokens` has one for each row, and
+        `logprobs` its log-probability as it was chosen, if a row asks for it."""
         logits, self._logits = self._logits, None
         if logits is not None:
             shown = self._shown()
@@ -152,6 +153,7 @@ class Choosing(LogitsProcessor):
         for row, state, asked in self.rows:
             if state.request_id in self._packed.failed:
                 continue
+            state.chosen_logprob = logprobs[row] if logprobs and asked.return_logprobs else None
             try:
                 state.ends, state.stop_reason = self._ending(state, asked, tokens[row])
             except Exception as error:
@@ -205,33 +207,38 @@ class Choosing(LogitsProcessor):
 
 class ChoosingRunner(ModelRunner):
     """A runner with the stage `choosing`. If `do_sample`, each token is drawn from the logits as
-    they are; otherwise those of requests that draw."""
+    they are; otherwise those of requests that draw. The others are the likeliest."""
 
     choosing: Choosing
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        logits, drawn = scores[0], self.choosing.drawn
-        if self.do_sample:
-            self._draw(range(len(logits)), logits.softmax(-1), output_ids)
-        else:
-            if len(drawn) < len(logits):
-                super()._sample(scores, output_ids)
-                logits = logits[[*drawn]]
+        logits, choosing = scores[0], self.choosing
+        tokens = output_ids[0, : len(logits)]
+        drawn = [*(range(len(logits)) if self.do_sample else choosing.drawn)]
+        if len(drawn) < len(logits):
+            super()._sample(scores, output_ids)
+        if drawn:
+            shares = logits.softmax(-1)
+            if not self.do_sample:
+                shares = shares_of(logits[drawn], [*choosing.drawn.values()])
+            tokens[drawn] = self._drawn(drawn, shares).to(tokens.dtype)
+        if not choosing.rows:
+            return
+        logprobs = None
+        if any(asked.return_logprobs for _, _, asked in choosing.rows):
+            places = tokens.long()[:, None]
+            found = logits.log_softmax(-1).gather(1, places)
             if drawn:
-                self._draw([*drawn], shares_of(logits, [*drawn.values()]), output_ids)
-        if self.choosing.rows:
-            self.choosing.end(output_ids[0].tolist())
+                found[drawn] = shares.gather(1, places[drawn]).log()
+            logprobs = found[:, 0].tolist()
+        choosing.end(tokens.tolist(), logprobs)
 
-    def _draw(self, rows: Sequence[int], shares: Tensor, output_ids: Tensor) -> None:
-        """Draw a token for each of these rows from `shares` (K, V): torch.multinomial takes 20
-        times as long. In float64 a number below 1 times the sum stays below the sum."""
+    def _drawn(self, rows: Sequence[int], shares: Tensor) -> Tensor:
+        """A token for each of these rows from `shares` (K, V): torch.multinomial takes 20 times as
+        long. In float64 a number below 1 times the sum stays below the sum."""
         sums = shares.cumsum(-1, dtype=torch.float64)
         numbers = self.choosing.numbers(rows).to(sums.device)
-        tokens = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)
-        output_ids[0, [*rows]] = tokens[:, 0].to(output_ids.dtype)
-        if self.return_logprobs:  # of all rows
-            logprobs = shares.gather(1, tokens)[:, 0].log()
-            output_ids[1, : len(sums)] = logprobs.view(torch.int32)
+        return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
 
 
 def shares_of(logits: Tensor, asked: Sequence[Sampling]) -> Tensor:

@@ -104,14 +104,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
+        config = ContinuousBatchingConfig() if config is None else config
         served = served_config(config)
         per_request = bool(defaults.do_sample and served.per_request_processors)
-        if per_request and served.return_logprobs:
-            raise ConfigError(
-                "ContinuousBatchingConfig(return_logprobs=True) is not served with "
-                "per_request_processors: for a token that is not drawn, in a step where others "
-                "are, transformers returns probability 1. Leave one of the two out"
-            )
+        self._tells_logprobs = config.return_logprobs
         self._attention = EngineAttention(forwards.session)
         try:
             with _errors_of_engine(model):
@@ -166,6 +162,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         adapter: AdapterName | Hold = DEFAULT,
         n: int | None = None,
         ignore_eos: bool = False,
+        return_logprobs: bool | None = None,
         grammar: Grammar | None = None,
         **parameters: Any,
     ) -> str:
@@ -181,6 +178,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 engine's GenerationConfig. The first has the request's name, the others those of
                 `fork_names`, and each has its own outputs.
             ignore_eos: generate `max_new_tokens` tokens unless a stop comes.
+            return_logprobs: tell the log-probability of each token: `logprobs` as it was chosen,
+                `token_logprobs` by the model's logits. None for what the configuration says.
             grammar: which tokens may come (`Grammar`).
             parameters: how tokens are chosen, when they end, and what the outputs tell of them
                 (docs/continuous_batching.md): `temperature`, `top_k`, `top_p` and `min_p`, if the
@@ -217,6 +216,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         sampled = {name: parameters.pop(name) for name in Sampling._fields if name in parameters}
         sampling = checked_sampling(sampled, self._sampling)
         asked = checked_parameters(parameters, self._tokenizer, size, ends)
+        if self._tells_logprobs if return_logprobs is None else return_logprobs:
+            asked = dataclasses.replace(asked, return_logprobs=True, logprobs=asked.logprobs or 0)
         prompt = checked_prompt(self.forwards.model, input_ids)
         if asked.prompt_logprobs is not None and max(prompt) >= size:
             raise ConfigError(
@@ -528,10 +529,9 @@ def _tempered(config: GenerationConfig) -> GenerationConfig:
     return changed
 
 
-def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+def served_config(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
     """The configuration with everything switched off that is not served. Raises ConfigError if the
     configuration asks for it."""
-    config = ContinuousBatchingConfig() if config is None else config
     for name, why in _REFUSED.items():
         value = getattr(config, name)
         if value and value != (False, False):
@@ -543,6 +543,7 @@ def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatching
         config,
         use_cuda_graph=False,
         use_async_batching=False,
+        return_logprobs=False,
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )

@@ -86,6 +86,7 @@ class TokenParameters:
     stop_ids: Mapping[int, int | str] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_logprobs: bool = False
 
     @property
     def penalties(self) -> tuple[float, float, float]:
@@ -99,7 +100,9 @@ class TokenParameters:
 
 NOTHING = TokenParameters()
 #: The names of those arguments.
-ARGUMENTS = {f.name for f in fields(TokenParameters)} - {"ends", "stop_ids"} | {"stop_token_ids"}
+ARGUMENTS = {f.name for f in fields(TokenParameters)} - {"ends", "stop_ids", "return_logprobs"} | {
+    "stop_token_ids"
+}
 
 
 def checked_number(name: str, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import shutil
 import string
@@ -82,12 +83,13 @@ class Nothing(Odd):
 
 class Alone(NamedTuple):
     """The answer to one sequence by itself; `logprobs` (tokens, vocabulary) are those of the
-    model."""
+    model, `chosen` those of the tokens as they were chosen."""
 
     tokens: list[int]
     logprobs: torch.Tensor
     finish_reason: str
     stop_reason: int | str | None
+    chosen: Sequence[float] = ()
 
 
 def alone(
@@ -103,21 +105,24 @@ def alone(
     eos = [] if asked.get("ignore_eos") else [EOS]
     stops, ids = asked.get("stop", ()), asked.get("stop_token_ids", ())
     tokens: list[int] = []
-    rows = []
+    rows, shares = [], list[float]()
     while len(tokens) < new:
         with torch.no_grad():
             row = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, -1].float()
         rows.append(row.log_softmax(-1))
         row = changed(row.clone(), prompt, tokens, asked, [*eos, *ids])
-        tokens.append(chosen(row, tokens, asked, sequence))
+        token, logprob = chosen(row, tokens, asked, sequence)
+        tokens.append(token)
+        shares.append(logprob)
         text, before = str(LETTERS.decode(tokens, True)), str(LETTERS.decode(tokens[:-1], True))
         found: list[Any] = [token for token in ids if token == tokens[-1]]
         if len(tokens) > asked.get("min_tokens", 0) and text != before:
             found += sorted(filter(text.endswith, stops), key=len, reverse=True)
         if found or tokens[-1] in eos:
             reason = None if tokens[-1] in eos else found[0]
-            return Alone(tokens, torch.stack(rows), "stop", reason)
-    return Alone(tokens, torch.stack(rows) if rows else torch.zeros(0), "length", None)
+            return Alone(tokens, torch.stack(rows), "stop", reason, shares)
+    logprobs = torch.stack(rows) if rows else torch.zeros(0)
+    return Alone(tokens, logprobs, "length", None, shares)
 
 
 def changed(
@@ -149,10 +154,10 @@ def changed(
 
 def chosen(
     row: torch.Tensor, tokens: Sequence[int], asked: Mapping[str, Any], sequence: int
-) -> int:
+) -> tuple[int, float]:
     temperature = asked.get("temperature", 0.0)
     if not temperature:
-        return int(row.argmax())
+        return int(row.argmax()), float(row.log_softmax(-1).amax())
     scores: Any = row[None]
     for cls, name, neutral in (
         (TopKLogitsWarper, "top_k", 0),
@@ -168,7 +173,7 @@ def chosen(
     for token, share in enumerate(scores[0].double().softmax(-1).tolist()):
         total += share
         if total > number:
-            return token
+            return token, math.log(share)
     raise AssertionError("shares are less than 1")
 
 
@@ -191,8 +196,12 @@ def check(case: Case, output: Any, want: Alone, asked: Mapping[str, Any], name: 
     assert output.error is None
     got = (output.generated_tokens, output.finish_reason, output.stop_reason)
     assert got == (want.tokens, want.finish_reason, want.stop_reason)
-    if asked.get("logprobs") is not None:
-        check_logprobs(output.token_logprobs, want.logprobs, want.tokens, asked["logprobs"])
+    assert len(output.logprobs) == len(want.chosen) * bool(asked.get("return_logprobs"))
+    for got_one, one in zip(output.logprobs, want.chosen, strict=False):
+        assert abs(got_one - one) <= TOLERANCE * max(1, abs(one))
+    count = asked.get("logprobs", 0 if asked.get("return_logprobs") else None)
+    if count is not None:
+        check_logprobs(output.token_logprobs, want.logprobs, want.tokens, count)
     else:
         assert output.token_logprobs == []
     if asked.get("prompt_logprobs") is not None:
@@ -239,6 +248,7 @@ FIELDS: dict[str, Any] = {
     "stop_token_ids": st.lists(token, max_size=20),
     "ignore_eos": st.booleans(),
     "logprobs": st.integers(0, 4),
+    "return_logprobs": st.booleans(),
     "prompt_logprobs": st.integers(0, 4),
     "grammar": st.builds(Odd),
 }
@@ -310,18 +320,33 @@ def test_draws_follow_the_model(llama, engine) -> None:
         assert (counts / 1000 - shares).abs().max() < 0.06
 
 
-def test_drawn_tokens_have_the_engine_s_own_logprobs(llama) -> None:
+@pytest.mark.parametrize("per_request", [False, True])
+def test_the_logprobs_of_a_configuration_are_those_of_each_request(llama, per_request) -> None:
     cm = llama.compile()
     generation = drawing(cm)
-    generation.temperature, generation.top_k = 1.0, 0
-    config = ContinuousBatchingConfig(**PAGES, return_logprobs=True)
-    outputs = cm.generate_batch(
-        [[3, 4], [5, 6, 7]], ["a1", None], generation, config, max_new_tokens=9, logprobs=0
+    generation.temperature, generation.top_k, generation.top_p = 0.8, 7, 0.9
+    config = ContinuousBatchingConfig(
+        **PAGES, return_logprobs=True, per_request_processors=per_request
     )
-    for output in outputs.values():
-        assert len(output.logprobs) == len(output.token_logprobs) > 0
-        for logprob, token in zip(output.logprobs, output.token_logprobs, strict=True):
-            assert abs(logprob - token.logprob) < 1e-5
+    prompts, names = [[3, 4], [5, 6, 7]], ["a1", None]
+    outputs = cm.generate_batch(prompts, names, generation, config, max_new_tokens=9)
+    for prompt, name, output in zip(prompts, names, outputs.values(), strict=True):
+        tokens = output.generated_tokens
+        assert len(output.logprobs) == len(output.token_logprobs) == len(tokens) > 0
+        with torch.no_grad():
+            logits = llama.alone(name)(input_ids=torch.tensor([[*prompt, *tokens]]))["logits"]
+        for row, token, as_drawn, raw in zip(
+            logits[0, len(prompt) - 1 :],
+            tokens,
+            output.logprobs,
+            output.token_logprobs,
+            strict=False,
+        ):
+            assert abs(raw.logprob - float(row.log_softmax(-1)[token])) <= TOLERANCE
+            scores: Any = TemperatureLogitsWarper(0.8)(row[None], row[None])
+            for warper in (TopKLogitsWarper(7), TopPLogitsWarper(0.9)):
+                scores = warper(row[None], scores)
+            assert abs(as_drawn - float(scores[0].log_softmax(-1)[token])) <= TOLERANCE
 
 
 def test_requests_that_are_begun_again(llama) -> None:

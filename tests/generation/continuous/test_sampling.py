@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 CONFIG = ContinuousBatchingConfig(
     page_size=4, num_blocks=64, max_batch_tokens=16, per_request_processors=True
 )
-LOGPROBS = dataclasses.replace(CONFIG, return_logprobs=True)
 
 
 def test_each_request_has_its_own_choice() -> None:
@@ -91,16 +89,6 @@ def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     assert tokens != greedy(llama, "a1", [3, 4, 5], 40)[3:]
     (alone,) = answers(engine, [engine.add_request([3], max_new_tokens=3, temperature=0)]).values()
     assert [3, *alone.generated_tokens] == greedy(llama, None, [3], 3)  # a step that draws nothing
-
-
-def test_logprobs_are_refused_where_requests_choose(cm) -> None:
-    drawing = copy.deepcopy(cm.model.generation_config)
-    drawing.do_sample = True
-    with (
-        pytest.raises(ConfigError, match="return_logprobs"),
-        cm.continuous_batching(drawing, LOGPROBS, warmup=False),
-    ):
-        pass
 
 
 def test_an_engine_that_takes_the_likeliest_token(engines) -> None:
