@@ -9,10 +9,10 @@
 //
 //     stored_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
 //
-// The choice is made at each call, so a graph serves any number of rows.
-// A stored weight is a list: integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense one. Ops
-// with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many after
-// it. Before this text stand handles.h, epilogue.h and dense_args.h.
+// The choice is made at each call, so a graph serves any number of rows. A stored weight is a list:
+// integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense
+// one. Ops with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many
+// after it. Before this text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
