@@ -58,16 +58,22 @@ SPINS = 1 << 10
 def source(dtype: torch.dtype, isa: Isa) -> str:
     # Converting x once takes less time than converting it for each column.
     step = "F32" if dtype == torch.float16 else ELEMENTS[dtype]
-    return source_with(dtype, dtype, isa, step, {"STORED": 0, "GROUPED": 0})
+    return source_with(dtype, dtype, isa, step, {"STORED": 0, "GROUPED": 0, "PACKED": 0})
 
 
 def source_with(
-    spec: object, dtype: torch.dtype, isa: Isa, step: str, defines: Mapping[str, object]
+    spec: object,
+    dtype: torch.dtype,
+    isa: Isa,
+    step: str,
+    defines: Mapping[str, object],
+    tiles: Sequence[str] = (),
 ) -> str:
-    """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`."""
+    """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`, in tiles
+    of the files `tiles` if there are any, else in those of dense.cpp."""
     # With instructions for pairs of bfloat16, tiles of eight take 0.76 (int8) and 0.9 (bfloat16) of
     # the time of six and two for eight rows; in float32 they gain nothing (Zen 4, one thread).
-    full = 8 if isa.dpbf16 and step == "BF16" else 6
+    full = 8 if tiles or (isa.dpbf16 and step == "BF16") else 6
     sizes = {
         "TILE": full if isa.lanes == 16 else 4,
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
@@ -77,7 +83,7 @@ def source_with(
         "SPINS": SPINS,
     }
     defines = {"E": step, "WIDENED": int(step != ELEMENTS[dtype]), **defines}
-    files = ("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
+    files = ("vectors.h", "epilogue.h", "dense_args.h", *tiles, "dense.cpp")
     return kernel_source(spec, isa, (dtype,) * 3, sizes, files, defines)
 
 

@@ -6,7 +6,7 @@
 //     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //
 // and the other three likewise. The choice is made at each call, so a graph serves any number of rows.
-// A stored weight is a list: integers, scale and maybe zero; for many rows it becomes a dense one. Ops
+// A stored weight is a list: integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense one. Ops
 // with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many after
 // it. Before this text stand handles.h, epilogue.h and dense_args.h.
 
@@ -231,12 +231,16 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     View xs((uint64_t)x), ws((uint64_t)weight.parts[0].tensor), scale((uint64_t)weight.parts[1].tensor);
     const View bs(bias ? View((uint64_t)bias) : View());
     const View zero(weight.count > 2 ? View((uint64_t)weight.parts[2].tensor) : View());
-    require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
+    const bool packed = scale.dim == 3;  // W of four bits, scale and zero (groups, N, 2)
+    require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1] * (packed ? 2 : 1),
             "lorafx: x (M, K) and weight (N, K) do not fit together");
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
-    const int64_t groups = scale.dim == 2 ? scale.sizes[1] : 0;
-    require(groups > 0 && K % groups == 0 && scale.sizes[0] == N && scale.contiguous(),
+    const int64_t groups = packed ? scale.sizes[0] : scale.dim == 2 ? scale.sizes[1] : 0;
+    require(groups > 0 && K % groups == 0 && scale.sizes[packed] == N && scale.contiguous(),
             "lorafx: the scale of a stored weight is not (N, groups), contiguous");
+    require(!packed || (weight.count == 2 && scale.sizes[2] == 2 && N % 16 == 0 &&
+                        K / groups % LONGEST_STEP == 0 && ws.contiguous()),
+            "lorafx: packed integers are not (N, K / 2) with scale and zero (groups, N, 2)");
     require(weight.count < 3 || (zero.dim == 2 && zero.sizes[0] == N && zero.sizes[1] == groups &&
                                  zero.contiguous()),
             "lorafx: the zero of a stored weight is not (N, groups), contiguous");
@@ -245,7 +249,7 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     require(K < 2 || ws.strides[1] == 1, "lorafx: the integers of a stored weight are not in rows");
     const int64_t zeros = weight.count > 2 ? zero.dtype + 1 : 0;  // the key of lorafx.kernels.cpu.stored
     const StoredKernel* k = find_stored(xs.dtype | scale.dtype << 6 | zeros << 12 |
-                                        (int64_t)(groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
+                                        (int64_t)(packed || groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
     const Args args = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, scale.data, zeros ? zero.data : 0, K / groups};
     OwnedTensor y;
     const int64_t sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
@@ -255,7 +259,7 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
         if (by_kernel(&k->few, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
     }
     OwnedTensor dense;
-    const int64_t shape[] = {N, K}, steps[] = {K ? K : 1, 1};
+    const int64_t shape[] = {N, K}, steps[] = {packed || !K ? 1 : K, packed ? N : 1};
     succeeds(more.empty(2, shape, steps, xs.dtype, 0, 0, &dense.tensor));
     Args widened = args;
     succeeds(torch.data_ptr(dense.tensor, &widened.y));

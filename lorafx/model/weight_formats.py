@@ -2,7 +2,7 @@
 
     plain              W itself, numbers of 16 bits or more
     quant_method       lorafx.layers and classes like them: the method reads and writes it
-    tensor subclass    torchao's and others: `weight.dequantize()`
+    tensor subclass    torchao's and others: `weight.dequantize()`, or x Wᵀ for unit vectors x
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
 
@@ -229,7 +229,12 @@ class WrapperSubclass(Format):
         return is_wrapped(weight) and callable(getattr(weight, "dequantize", None))
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
-        return getattr(module, name).detach().dequantize()
+        weight = getattr(module, name).detach()
+        try:
+            return weight.dequantize()
+        except NotImplementedError:  # of torchao's Int4OpaqueTensor, which multiplies only
+            units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            return torch.nn.functional.linear(units, weight).T.contiguous()
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
         return list(plain_tensors(getattr(module, name)))

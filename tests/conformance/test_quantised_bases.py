@@ -36,7 +36,7 @@ def test_products_that_inductor_lowers_by_a_pattern_of_its_own(tmp_path: Path) -
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4-groups"])
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4-groups", "torchao-int4-packed"])
 def test_mixed_batches(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = small_base().to(dtype)
     model = copy.deepcopy(base)
