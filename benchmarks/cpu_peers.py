@@ -2,8 +2,8 @@
 
 Hidden 1024, intermediate 2816, 6 layers, a vocabulary of 4096, no cache, LoRA of rank 16 on all
 linears. Weights in float32 and bfloat16, and of 8 and 4 bits: torchao's Int8WeightOnlyConfig and
-llama.cpp's Q8_0, torchao's IntxWeightOnlyConfig (int4, groups of 32) and Q4_0. Time over llama.cpp
-without an adapter, and beside it the time in which this machine reads all weights once:
+llama.cpp's Q8_0, torchao's PrototypeInt4WeightOnlyConfig (groups of 32) and Q4_0. Time over
+llama.cpp without an adapter, and beside it the time in which this machine reads all weights once:
 
     python benchmarks/cpu_peers.py [--quick] [--weights fp32|bf16|8|4] [--rows 1 8] [--length 1]
 
@@ -48,10 +48,11 @@ NAMES = {
 
 def quantised(model: nn.Module, weights: str) -> nn.Module:
     import torchao.quantization as ao
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
     configs = {
         "8": ao.Int8WeightOnlyConfig(set_inductor_config=False),
-        "4": ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32)),
+        "4": PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False),
     }
     model = copy.deepcopy(model)
     if weights in configs:
@@ -174,7 +175,7 @@ def memory_speed() -> float:
 
 
 def bits_of(weights: str) -> float:
-    return {"fp32": 32, "bf16": 16, "8": 8, "4": 4.5}[weights]
+    return {"fp32": 32, "bf16": 16, "8": 8, "4": 5}[weights]
 
 
 def run_case(

@@ -160,10 +160,7 @@ def _served(kind: type[C], marked: Marked, dynamic: bool | None) -> C:
 
 
 def explain(
-    model: nn.Module,
-    lora_config: Any = None,
-    *,
-    options: Options | Mapping[str, Any] | None = None,
+    model: nn.Module, lora_config: Any = None, *, options: Options | Mapping[str, Any] | None = None
 ) -> Explanation:
     """What `lora_config` would make of `model`; nothing runs and nothing changes.
 

@@ -3,7 +3,7 @@
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
 The product y is computed once. Its delta is computed for each request, and so are the nodes behind
-y', by rules with op(copies)[i] = op(copies[i]). Copies end where they meet owned values or a
+y', by torch.vmap: op(copies)[i] = op(copies[i]). Copies end where they meet owned values or a
 dimension of the requests: at an expand or repeat to their number, and at pointwise operators and
 attention masks with owned operands. The result there has its previous shape. If a rule is missing,
 or `provenance` cannot prove the sites' rows, the graph stays unchanged.
@@ -12,10 +12,10 @@ or `provenance` cannot prove the sites' rows, the graph stays unchanged.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -23,9 +23,8 @@ from torch import fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
-from lorafx.ownership import contractions, pointwise, reductions
+from lorafx.ownership import contractions, pointwise
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
-from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
@@ -34,12 +33,13 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
-from lorafx.torch_internals.graph_parts import enable_python_dispatcher
+from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-BatchingRule = Callable[["Vectorizer", fx.Node], fx.Node]
+#: Of a node with several results there are several.
+Copies: TypeAlias = Any
 #: A shared 0-d tensor does not promote dtypes; its copies (n,) may.
 OTHER_TYPE = "the copies have another dtype than the original"
 
@@ -59,24 +59,73 @@ class Vectorizer:
 
     def __init__(self, flow: Flow, emitter: Emitter) -> None:
         self.flow, self.emitter = flow, emitter
-        self.copies: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, Copies] = {}
 
-    def vectorized(self, node: fx.Node) -> fx.Node:
-        """The copies of `node` from its operands' copies. Raises NoCopy if no rule makes them."""
-        rule = _rule(node)
-        if rule is None:
-            raise NoCopy(node, "no rule copies what this operator computes")
-        new = self._apply_rule(node, rule)
-        for before, after in zip(outputs(node), outputs(new), strict=True):
-            if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+    def vectorized(self, node: fx.Node) -> Copies:
+        """The copies of `node` from its operands' copies, by torch's batching rules. Raises NoCopy
+        if there is none."""
+        if node.target is operator.getitem:
+            return self.copies[operand(node)][index_of(node)]
+        try:
+            new = self._copied(node)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise NoCopy(node, _of_copies(error)) from error
+        after = [fake_value(copy) for copy in (new if isinstance(new, (tuple, list)) else [new])]
+        for value, copies in zip(outputs(node), after, strict=True):
+            if not isinstance(value, torch.Tensor) or not isinstance(copies, torch.Tensor):
                 raise NoCopy(node, "its results are not tensors")
-            if before.dtype != after.dtype:
+            if value.dtype != copies.dtype:
                 raise NoCopy(node, OTHER_TYPE)
-            expected = (self.flow.batch, *self.flow.sizes.shape(before))
-            shape = self.flow.sizes.shape(after)
+            expected = (self.flow.batch, *self.flow.sizes.shape(value))
+            shape = self.flow.sizes.shape(copies)
             if len(shape) != len(expected) or not all(map(equal, shape, expected)):
                 raise NoCopy(node, f"copies of sizes {expected} came out as {shape}")
         return new
+
+    def _copied(self, node: fx.Node) -> Copies:
+        packet = called_by(node)
+        if packet in BATCHED:
+            return self._batched(node, BATCHED[packet] or node.target)
+        if packet in (aten.cat, aten.stack):
+            call = bound(node)
+            copies = [self.copies_of(tensor) for tensor in call["tensors"]]
+            return self.emit(node.target, copies, wrap(call["dim"], len(self.flow.shape(node))) + 1)
+        if packet is prims.rev:
+            dims = [dim + 1 for dim in bound(node)["dims"]]
+            return self.emit(node.target, self.copies[operand(node)], dims)
+        if rule_for(node.target)[0] is not pointwise.pointwise:
+            raise NoCopy(node, "no rule copies what this operator computes")
+        ndim = len(self.flow.shape(node))
+
+        def copies_of(arg: fx.Node) -> fx.Node:
+            return self.unsqueezed(arg, ndim) if arg in self.copies else arg
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies_of)
+        if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
+            kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+        return self.emit(node.target, *args, **kwargs)
+
+    def _batched(self, node: fx.Node, target: Any) -> Copies:
+        """The operators that torch.vmap makes of a node, in the graph."""
+        operands = list(node.all_input_nodes)
+        copies = [self.copies.get(arg, arg) for arg in operands]
+        others = [arg for arg in operands if arg in self.copies and arg is not operand(node)]
+        if others and called_by(node) not in contractions.PRODUCTS:
+            raise NoCopy(node, "an operand that should be the same for all requests is not")
+
+        def single(*values: Any) -> Any:
+            value_of = dict(zip(operands, values, strict=True)).__getitem__
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+            return target(*args, **kwargs)
+
+        in_dims = tuple(0 if arg in self.copies else None for arg in operands)
+        with enable_python_dispatcher(), self.emitter.fake_mode or nullcontext():
+            traced = make_fx(torch.vmap(single, in_dims))(*map(fake_value, copies)).graph
+        if any(inner.op == "get_attr" for inner in traced.nodes):
+            raise NoCopy(node, "its copies need a constant")
+        inputs = (inner for inner in traced.nodes if inner.op == "placeholder")
+        with self.emitter.graph.inserting_before(self.before):
+            return self.emitter.graph.graph_copy(traced, dict(zip(inputs, copies, strict=True)))
 
     def site(self, node: fx.Node) -> fx.Node:
         """The site with copies of x and y, and thus each request's delta."""
@@ -89,22 +138,13 @@ class Vectorizer:
         if self.flow.shape(x)[: len(rows)] != rows:
             raise NoCopy(node, "x and y have rows of other sizes")
 
-        def copied(vectorizer: Vectorizer, node: fx.Node) -> fx.Node:
+        try:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
-            return self.emit(op, *in_order(op, call, **copies))
-
-        new = self._apply_rule(node, copied)
+            new = self.emit(op, *in_order(op, call, **copies))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise NoCopy(node, _of_copies(error)) from error
         new.meta[COPIES_DIM] = 0
         return new
-
-    def _apply_rule(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
-        try:
-            return rule(self, node)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise NoCopy(node, f"it cannot run on copies: {text}") from error
-
-    # --- helpers of rules ---
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
@@ -132,116 +172,6 @@ class Vectorizer:
         for _ in range(ndim - len(self.flow.shape(node))):
             copies = self.emit(aten.unsqueeze.default, copies, 1)
         return copies
-
-    def refuse_other_copies(self, node: fx.Node, allowed: object) -> None:
-        """Raise NoCopy if an operand other than `allowed` has copies."""
-        if any(arg in self.copies and arg is not allowed for arg in node.all_input_nodes):
-            raise NoCopy(node, "an operand that should be the same for all requests is not")
-
-    # --- rules ---
-
-    def _pointwise(self, node: fx.Node) -> fx.Node:
-        ndim = len(self.flow.shape(node))
-
-        def copies(arg: fx.Node) -> fx.Node:
-            return self.unsqueezed(arg, ndim) if arg in self.copies else arg
-
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies)
-        if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
-            kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
-        return self.emit(node.target, *args, **kwargs)
-
-    def _with_dims(self, node: fx.Node) -> fx.Node:
-        """Dimensions among the arguments increase by one. A reduction without any is over all."""
-        args, packet = bound(node), called_by(node)
-        first = operand(node)
-        self.refuse_other_copies(node, first)
-        n = len(self.flow.shape(first)) + (packet is aten.unsqueeze)
-        for name in ("dim", "dims", "dim0", "dim1"):
-            if name not in args:
-                continue
-            value = args[name]
-            if value is None or (isinstance(value, Sequence) and not value):
-                if reductions.RULES.get(packet) is not reductions.reduced:
-                    raise NoCopy(node, "it works along no dimension, or along all, flattened")
-                args[name] = list(range(1, n + 1))
-            elif isinstance(value, int):
-                args[name] = wrap(value, n) + 1
-            else:
-                args[name] = [wrap(dim, n) + 1 for dim in value]
-        args[next(iter(args))] = self.copies[first]
-        schema = node.target._schema  # type: ignore[union-attr]
-        positional = [args.pop(item.name) for item in schema.arguments if not item.kwarg_only]
-        return self.emit(node.target, *positional, **args)
-
-    def _squeezed(self, node: fx.Node) -> fx.Node:
-        first = operand(node)
-        if "dim" in bound(node):
-            return self._with_dims(node)
-        dims = [d + 1 for d, size in enumerate(self.flow.shape(first)) if size == ONE]
-        return self.emit(aten.squeeze.dims, self.copies[first], dims)
-
-    def _permuted(self, node: fx.Node) -> fx.Node:
-        n = len(self.flow.shape(node))
-        dims = bound(node).get("dims", range(n)[::-1])  # t() has none
-        order = [0, *(wrap(dim, n) + 1 for dim in dims)]
-        return self.emit(aten.permute.default, self.copies[operand(node)], order)
-
-    def _viewed(self, node: fx.Node) -> fx.Node:
-        args = bound(node)
-        size = args.get("size", args.get("shape"))
-        if not isinstance(size, (list, tuple)):
-            raise NoCopy(node, "a view of the bits as another type")
-        copies = self.copies[operand(node)]
-        return self.emit(aten.reshape.default, copies, [self.count, *size])
-
-    def _expanded(self, node: fx.Node) -> fx.Node:
-        size = bound(node)["size"]
-        copies = self.unsqueezed(operand(node), len(size))
-        return self.emit(aten.expand.default, copies, [self.count, *size])
-
-    def _repeated(self, node: fx.Node) -> fx.Node:
-        repeats = bound(node)["repeats"]
-        copies = self.unsqueezed(operand(node), len(repeats))
-        return self.emit(aten.repeat.default, copies, [1, *repeats])
-
-    def _joined(self, node: fx.Node) -> fx.Node:
-        args = bound(node)
-        tensors, n = args["tensors"], len(self.flow.shape(node))
-        if any(len(self.flow.shape(t)) != len(self.flow.shape(tensors[0])) for t in tensors):
-            raise NoCopy(node, "it joins tensors of unequal numbers of dimensions")
-        copies = [self.copies_of(t) for t in tensors]
-        return self.emit(node.target, copies, wrap(args["dim"], n) + 1)
-
-    def _indexed(self, node: fx.Node) -> fx.Node:
-        x, indices = operand(node), list(bound(node)["indices"])
-        self.refuse_other_copies(node, x)
-        dims = [d for d, index in enumerate(indices) if index is not None]
-        adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
-        if any(is_boolean(indices[d]) for d in dims) or not adjacent:
-            raise NoCopy(node, "indexed by a mask, or at dimensions that are not neighbours")
-        return self.emit(node.target, self.copies[x], [None, *indices])
-
-    def _product(self, node: fx.Node) -> fx.Node:
-        """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
-        args = bound(node)
-        a, b, bias = args["self"], args["mat2"], None
-        if "mat1" in args:
-            a, bias = args["mat1"], args["self"]
-            plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
-            if bias in self.copies or len(self.flow.shape(bias)) != 1 or not plain:
-                raise NoCopy(node, "the addend of the product is not a bias")
-        if b in self.copies:
-            products = self.emit(aten.bmm.default, self.copies_of(a), self.copies[b])
-            return products if bias is None else self.emit(aten.add.Tensor, products, bias)
-        copies = self.copies[a]
-        sizes = [self.size_of(copies, dim) for dim in range(3)]
-        flat = self.emit(aten.reshape.default, copies, [-1, sizes[2]])
-        product = self.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
-        return self.emit(aten.reshape.default, product, [sizes[0], sizes[1], -1])
-
-    def _item(self, node: fx.Node) -> fx.Node:
-        return self.emit(operator.getitem, self.copies[operand(node)], index_of(node))
 
     # --- copies meet owned values ---
 
@@ -359,40 +289,28 @@ class Vectorizer:
         return self.emit(aten.clone.default, moved, memory_format=torch.contiguous_format)
 
 
-RULES: dict[object, BatchingRule] = {
+def _of_copies(error: Exception) -> str:
+    return f"it cannot run on copies: {' '.join(str(error).split())[:200]}"
+
+
+#: Operators that torch.vmap copies for a symbolic number of requests, by operators that Inductor
+#: lowers -> what it is given instead: copies may have another layout than the original.
+BATCHED: Mapping[object, Any] = {
     **dict.fromkeys(
         (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy),
-        Vectorizer._viewed,
+        aten.reshape.default,
     ),
-    **dict.fromkeys((aten.permute, aten.t), Vectorizer._permuted),
-    aten.squeeze: Vectorizer._squeezed,
-    aten.expand: Vectorizer._expanded,
-    aten.repeat: Vectorizer._repeated,
-    **dict.fromkeys((aten.cat, aten.stack), Vectorizer._joined),
-    **dict.fromkeys((aten.index, aten._unsafe_index), Vectorizer._indexed),
-    **dict.fromkeys((aten.mm, aten.addmm), Vectorizer._product),
     **dict.fromkeys(
         (
-            aten.transpose, aten.unsqueeze, aten.select, aten.slice, aten.split,
-            aten.split_with_sizes, aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll,
-            aten.constant_pad_nd, aten.cumsum, aten.cumprod, aten._softmax, aten._log_softmax,
-            aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean, aten.amax, aten.amin,
-            aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
-        ),
-        Vectorizer._with_dims,
+            aten.permute, aten.t, aten.squeeze, aten.expand, aten.repeat, aten.index,
+            aten._unsafe_index, aten.mm, aten.addmm, aten.transpose, aten.unsqueeze, aten.select,
+            aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.index_select,
+            aten.flip, aten.roll, aten.constant_pad_nd, aten.cumsum, aten.cumprod, aten._softmax,
+            aten._log_softmax, aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean,
+            aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
+        )
     ),
 }  # fmt: skip
-
-
-def _rule(node: fx.Node) -> BatchingRule | None:
-    if node.target is operator.getitem:
-        return Vectorizer._item
-    packet = called_by(node)
-    if packet in RULES:
-        return RULES[packet]
-    return Vectorizer._pointwise if rule_for(node.target)[0] is pointwise.pointwise else None
-
-
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 #: Operators whose results depend on the operand's layout.
 OF_LAYOUT = (

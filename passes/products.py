@@ -4,6 +4,7 @@
     addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
     mm(x, ((q − z) ⊙ s)ᵀ), mm(x, qᵀ) ⊙ sᵀ      →   stored_mm(x, [q, s, z])
+    _weight_int4pack_mm_for_cpu(x, q, G, sz)   →   stored_mm(x, [q, sz])
     the same + b                               →   stored_addmm(b, x, [q, s, z])
 
 W is an input of the graph or a part of one, or made of integers q that are
@@ -13,11 +14,17 @@ the only reader of such a product, `join` puts both into one parallel region
 
     run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
     run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
+
+Siblings whose weights are integers become one op over all of them, since nothing is copied into one
+weight for `pack`:
+
+    stored_mm_delta(x, W₀, bank), ...(x, W₁, bank)   →   stored_mms_delta(x, [W₀, W₁], bank)
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,13 +43,16 @@ from lorafx.kernels.cpu.dense import (
 )
 from lorafx.kernels.cpu.stored import (
     LONGEST_STEP,
+    MOST_WEIGHTS,
     STORED_ADDMM,
     STORED_ADDMM_DELTA,
     STORED_MM,
     STORED_MM_DELTA,
+    STORED_MMS_DELTA,
     StoredSpec,
 )
 from lorafx.kernels.cpu.stored import ready as stored_ready
+from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
@@ -73,8 +83,8 @@ class Products:
             edits += sum(
                 _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
             )
-        products = [node for node in gm.graph.nodes if node.target in _MATRIX_PRODUCTS]
-        return edits + sum(_replace_stored(gm.graph, node, ctx.take_edit) for node in products)
+        found = [item for item in map(_stored_product, gm.graph.nodes) if item is not None]
+        return edits + sum(_replace_stored(gm.graph, item, ctx.take_edit) for item in found)
 
 
 class Product(NamedTuple):
@@ -158,33 +168,66 @@ def _product_in_parts(node: fx.Node) -> Product | None:
     return Product(products[0].x, weight, bias, sizes)
 
 
-_MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default)
+class StoredProduct(NamedTuple):
+    """A node with x Wᵀ + bias, and `weight` as lorafx::stored_mm takes it."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: list[fx.Node]
+    bias: fx.Node | None = None
 
 
-def _replace_stored(graph: fx.Graph, node: fx.Node, allowed: Callable[[], bool]) -> bool:
+def _stored_product(node: fx.Node) -> StoredProduct | None:
+    if node.target is aten._weight_int4pack_mm_for_cpu.default:
+        return _packed_product(node)
+    return _affine_product(node) if node.target in (aten.mm.default, aten.addmm.default) else None
+
+
+def _packed_product(node: fx.Node) -> StoredProduct | None:
+    call = bound(node)
+    x, group, factors = call["self"], call["qGroupSize"], call["qScaleAndZeros"]
+    value = fake_value(factors)
+    whole = value.shape[0] * group == fake_value(x).shape[1] and value.is_contiguous()
+    fits = whole and group % LONGEST_STEP == 0
+    return StoredProduct(node, x, [call["mat2"], factors]) if fits else None
+
+
+def _affine_product(node: fx.Node) -> StoredProduct | None:
     call = bound(node)
     x, right, bias = call["self"], call["mat2"], None
     if node.target is aten.addmm.default:
         x, bias = call["mat1"], _vector(x, fake_value(node).shape[1])
         if bias is None or call["alpha"] != 1 or call["beta"] != 1:
-            return False
+            return None
     weight = affine(right)
     if weight is None or not weight.transposed:
-        return False
+        return None
     product = node
     if weight.scale is None and bias is None:
         product = _only_reader(node, aten.mul.Tensor) or node
         weight = _scaled_later(weight, product)
-    if weight is None or weight.scale is None or not _pays_stored(x, weight):
+    if weight is None or weight.scale is None:
+        return None
+    groups = fake_value(weight.scale).shape[1]
+    if groups > 1 and weight.shape[1] // groups % LONGEST_STEP:
+        return None
+    return StoredProduct(product, x, weight.operands, bias)
+
+
+def _replace_stored(graph: fx.Graph, found: StoredProduct, allowed: Callable[[], bool]) -> bool:
+    product, x, weight, bias = found
+    if not _pays_stored(x, weight) or not allowed():
         return False
+    for reader in [*product.users]:
+        if _keeps_all(reader):
+            reader.replace_all_uses_with(product)
+            graph.erase_node(reader)
     viewed = _last_view(product)
     added = _only_reader(viewed, aten.add.Tensor) if bias is None else None
-    bias = _addend(added, viewed, weight.shape[0]) if added is not None else bias
-    if not allowed():
-        return False
+    bias = _addend(added, viewed) if added is not None else bias
     with graph.inserting_before(product):
         op, first = (STORED_MM, ()) if bias is None else (STORED_ADDMM, (bias,))
-        new = graph.call_function(op, (*first, x, weight.operands))
+        new = graph.call_function(op, (*first, x, weight))
     new.meta["val"] = fake_value(product)
     product.replace_all_uses_with(new)
     if added is not None and bias is not None:
@@ -195,6 +238,13 @@ def _replace_stored(graph: fx.Graph, node: fx.Node, allowed: Callable[[], bool])
 def _only_reader(node: fx.Node, target: object) -> fx.Node | None:
     readers = [*node.users]
     return readers[0] if len(readers) == 1 and readers[0].target is target else None
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether `node` is a slice of all that there is."""
+    call = bound(node) if node.target is aten.slice.Tensor else {}
+    whole = bool(call) and not call["start"] and call["end"] in (None, sys.maxsize)
+    return whole and call["step"] == 1
 
 
 def _last_view(node: fx.Node) -> fx.Node:
@@ -217,10 +267,10 @@ def _scaled_later(weight: Affine, product: fx.Node) -> Affine | None:
     return None
 
 
-def _addend(added: fx.Node, product: fx.Node, columns: int) -> fx.Node | None:
+def _addend(added: fx.Node, product: fx.Node) -> fx.Node | None:
     call = bound(added)
     other = call["other"] if call["self"] is product else call["self"]
-    vector = _vector(other, columns)
+    vector = _vector(other, fake_value(product).shape[-1])
     if vector is None or call["alpha"] != 1:
         return None
     dtypes = {fake_value(node).dtype for node in (added, product, vector)}
@@ -234,15 +284,14 @@ def _vector(node: Any, columns: int) -> fx.Node | None:
     return node if tuple(fake_value(node).shape) == (columns,) else None
 
 
-def _pays_stored(x: fx.Node, weight: Affine) -> bool:
-    """Whether there is a kernel for the dtypes and groups, and few rows are possible."""
-    value, tables = fake_value(x), [fake_value(item) for item in weight.operands]
+def _pays_stored(x: fx.Node, weight: Sequence[fx.Node]) -> bool:
+    """Whether there is a kernel for the dtypes, and few rows are possible."""
+    value, tables = fake_value(x), [fake_value(item) for item in weight]
     if any(item.device.type != "cpu" for item in (value, *tables)) or value.dim() != 2:
         return False
-    spec, groups = StoredSpec.of(value, tables), tables[1].shape[1]
-    if spec is None or (groups > 1 and weight.shape[1] // groups % LONGEST_STEP):
+    spec, rows = StoredSpec.of(value, tables), value.shape[0]
+    if spec is None:
         return False
-    rows = value.shape[0]
     return (not isinstance(rows, int) or rows <= max_rows(spec.dtype)) and stored_ready(spec)
 
 
@@ -271,7 +320,7 @@ class Join:
             if node.target is AUTO_FUNCTIONALIZED and _can_join(node) and ctx.take_edit():
                 _join(gm.graph, ctx, node)
                 edits += 1
-        return edits
+        return edits + sum(_gather(gm.graph, ctx, nodes) for nodes in _siblings(gm.graph))
 
 
 def _can_join(delta: fx.Node) -> bool:
@@ -317,3 +366,42 @@ def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
             ctx.states[result] = ctx.states.pop(written)
         graph.erase_node(written)
     graph.erase_node(delta)
+
+
+def _siblings(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Products of one x with integers, which are inputs, whose deltas have one bank."""
+    groups: dict[tuple[object, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in (STORED_MM_DELTA, STORED_ADDMM_DELTA):
+            call = bound(node)
+            x, columns = call["x"], int(fake_value(call["x"]).shape[1])
+            while x.target in VIEWS:
+                x = operand(x)
+            shared = (call[name] for name in (*BankArgs._fields, "rows"))
+            key = (node.target, x, columns, len(call["weight"]), *shared)
+            groups.setdefault(key, []).append(node)
+    return [group for group in groups.values() if 1 < len(group) <= MOST_WEIGHTS]
+
+
+def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> bool:
+    if not ctx.take_edit():
+        return False
+    calls = [bound(node) for node in nodes]
+    lists = {
+        "weights": [item for call in calls for item in call["weight"]],
+        "biases": [call["bias"] for call in calls if "bias" in call],
+        "kernels": [call["kernel"] for call in calls],
+    }
+    with graph.inserting_before(nodes[0]):
+        gathered = graph.call_function(
+            STORED_MMS_DELTA, in_order(STORED_MMS_DELTA, calls[0], **lists)
+        )
+        parts = [graph.call_function(operator.getitem, (gathered, i)) for i in range(len(nodes))]
+    gathered.meta["val"] = [fake_value(node) for node in nodes]
+    for node, part in zip(nodes, parts, strict=True):
+        part.meta["val"] = fake_value(node)
+        node.replace_all_uses_with(part)
+        if node in ctx.states:
+            ctx.states[part] = ctx.states.pop(node)
+        graph.erase_node(node)
+    return True

@@ -7,15 +7,9 @@ share x still have an A each. On a GPU a kernel takes
 
     t = max(device-memory bytes / bandwidth, L2 bytes / L2 bandwidth, FLOPs / rate)
 
-and each kernel after the first one more dependent launch. What the strategies launch:
-
-    epilogue    the shrink to v, then one kernel for base product and expand, which writes y once
-    split       a kernel for shrink and base product in parts of K; one that adds them and expands
-    gemv        the vendor's GEMM, then shrink and expand row by row, without padding
-    segments    the vendor's GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
-                requests are sorted by slot first, once for all nodes of a graph
-    concat      B copied behind W, v behind x, then the vendor's product of the longer x and W: C
-                more columns take (K + C) / K of the FLOPs. W is copied at every call
+and each kernel after the first one more dependent launch. What the strategies launch is in
+docs/kernels.md; "concat" takes (K + C) / K of the FLOPs with C more columns, and copies W at every
+call.
 
 Constants of chips are from data sheets or benchmarks/calibrate.py. The parts of "concat" were timed
 on an H200, the whole was not.

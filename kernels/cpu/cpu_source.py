@@ -99,6 +99,7 @@ _DTYPES = {
     torch.bfloat16: "aoti_torch_dtype_bfloat16",
     torch.float16: "aoti_torch_dtype_float16",
     torch.int8: "aoti_torch_dtype_int8",
+    torch.uint8: "aoti_torch_dtype_uint8",
     torch.int32: "aoti_torch_dtype_int32",
     torch.int64: "aoti_torch_dtype_int64",
 }

@@ -3,22 +3,25 @@
 // scale and zero are by row, or by row and group of columns.
 //
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
-// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
-// registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type
-// that rows are multiplied in. Of a STORED weight, W is the type of Q, and S and Z are those of scale
-// and zero; with GROUPED they are applied to each number, else scale is applied to y, and there is no
-// zero. All sizes come with the call, so one kernel serves every linear.
+// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the
+// vectors of sums that registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
+// EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in. Of a STORED weight, W is the type of
+// Q, and S and Z are those of scale and zero; with GROUPED they are applied to each number, else scale is
+// applied to y, and there is no zero. The tiles of a PACKED weight are those of packed.h. All sizes come
+// with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
 
 #include <sched.h>
 
+#if !PACKED
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
 template <int ROWS> struct Planes {
     static const int VALUE = ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
 };
+#endif
 
 struct Call {
     const Args* args;
@@ -28,6 +31,7 @@ struct Call {
     int64_t begun, done;  // units of the epilogue
 };
 
+#if !PACKED
 INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
 
 #if STORED
@@ -63,6 +67,7 @@ INLINE D::right first_weights(const W::T* w, long count, const Factors& f) {
     memcpy(step, w, count * sizeof *w);
     return weights(step, f);
 }
+#endif
 
 // Elements between rows of x: an odd number of lines of a cache. Rows that lie 4 KB apart would fight
 // for the same few of them.
@@ -71,6 +76,7 @@ INLINE long row_stride(long K) {
     return (lines | 1) * line;
 }
 
+#if !PACKED
 // One step of a tile. Registers hold the rows or the planes, whichever are fewer.
 template <int ROWS, int N>
 INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
@@ -168,6 +174,8 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
     }
 }
 
+#endif
+
 template <int ROWS>
 INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, long end) {
     if constexpr (ROWS > 0) {
@@ -192,6 +200,9 @@ INLINE void pack_row(const Call* c, long m, E::T* out) {
     memcpy(out, x, K * sizeof *x);
 #endif
     memset(out + K, 0, (c->stride - K) * sizeof *out);
+#if PACKED
+    sum_groups(c->args, out, (float*)(out + K));
+#endif
 }
 static void pack_rows(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;
@@ -239,8 +250,9 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     const long M = g->rows, K = g->in_features, N = g->out_features;
     if (!M) return 0;
     const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
+    const long sums = PACKED ? K / g->group * sizeof(float) / sizeof(E::T) : 0;  // behind a row
     // Writing to lines of a cache that other threads have read takes longer than a copy: one for each.
-    Call c = {g, 0, row_stride(K), serial || M > 2 * TILE ? 1 : g->threads, GROUP, 0, 0, 0};
+    Call c = {g, 0, row_stride(K + sums), serial || M > 2 * TILE ? 1 : g->threads, GROUP, 0, 0, 0};
     void* space = malloc(c.copies * M * c.stride * sizeof(E::T) + 64);
     if (!space) return 1;
     c.x = (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63);

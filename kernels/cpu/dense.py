@@ -58,13 +58,19 @@ SPINS = 1 << 10
 def source(dtype: torch.dtype, isa: Isa) -> str:
     # Converting x once takes less time than converting it for each column.
     step = "F32" if dtype == torch.float16 else ELEMENTS[dtype]
-    return source_with(dtype, dtype, isa, step, {"STORED": 0, "GROUPED": 0})
+    return source_with(dtype, dtype, isa, step, {"STORED": 0, "GROUPED": 0, "PACKED": 0})
 
 
 def source_with(
-    spec: object, dtype: torch.dtype, isa: Isa, step: str, defines: Mapping[str, object]
+    spec: object,
+    dtype: torch.dtype,
+    isa: Isa,
+    step: str,
+    defines: Mapping[str, object],
+    tiles: Sequence[str] = (),
 ) -> str:
-    """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`."""
+    """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`, in tiles
+    of the files `tiles` if there are any, else in those of dense.cpp."""
     # Of eight rows, tiles of eight take 0.87 to 0.92 (float32), 0.9 (bfloat16) and 0.76 (int8) of the
     # time of six and two, but 1.07 where numbers are widened to float32 (Zen 4).
     full = 8 if (isa.dpbf16 if step == "BF16" else not defines["STORED"]) else 6
@@ -77,7 +83,7 @@ def source_with(
         "SPINS": SPINS,
     }
     defines = {"E": step, "WIDENED": int(step != ELEMENTS[dtype]), **defines}
-    files = ("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
+    files = ("vectors.h", "epilogue.h", "dense_args.h", *tiles, "dense.cpp")
     return kernel_source(spec, isa, (dtype,) * 3, sizes, files, defines)
 
 
@@ -91,6 +97,8 @@ _MORE_SHIMS = (
     "torch_list_size",
     "torch_list_get_item",
     "torch_delete_list",
+    "torch_new_list_reserve_size",
+    "torch_list_push_back",
 )
 
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to

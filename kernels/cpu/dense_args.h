@@ -10,6 +10,7 @@ struct Args {
     int64_t rows, in_features, out_features, x_stride, w_stride, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     const Epilogue* epilogue;  // or null
-    const void *scale, *zero;  // of integers W: (N, in_features / group), contiguous; zero may be null
+    // Of integers W: (N, in_features / group), contiguous, zero may be null. Of packed ones scale has both.
+    const void *scale, *zero;
     int64_t group;
 };

@@ -5,10 +5,14 @@
 //
 //     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //
-// and the other three likewise. The choice is made at each call, so a graph serves any number of rows.
-// A stored weight is a list: integers, scale and maybe zero; for many rows it becomes a dense one. Ops
-// with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many after
-// it. Before this text stand handles.h, epilogue.h and dense_args.h.
+// and the other three likewise, and for several stored weights of one x and bank
+//
+//     stored_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
+//
+// The choice is made at each call, so a graph serves any number of rows. A stored weight is a list:
+// integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense
+// one. Ops with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many
+// after it. Before this text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
@@ -19,6 +23,8 @@ struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIM
     int32_t (*list_size)(Handle, size_t*);
     int32_t (*list_item)(Handle, size_t, uint64_t*);
     int32_t (*delete_list)(Handle);
+    int32_t (*new_list)(size_t, Handle*);
+    int32_t (*push)(Handle, uint64_t);
 };
 static DenseShims more;
 
@@ -205,15 +211,20 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     return y.release();
 }
 
+static size_t size_of(const List& list) {
+    size_t count;
+    succeeds(more.list_size(list.handle, &count));
+    return count;
+}
+
 struct StoredWeight {
     OwnedTensor parts[3];  // integers, scale, zero
     size_t count = 0;
-    List list;
 
-    explicit StoredWeight(Handle handle) : list{handle} {
-        succeeds(more.list_size(handle, &count));
-        require(count == 2 || count == 3, "lorafx: a stored weight is integers, scale and maybe zero");
-        for (size_t i = 0; i < count; i++) succeeds(more.list_item(handle, i, (uint64_t*)&parts[i].tensor));
+    void take(const List& list, size_t first, size_t size) {
+        require(size == 2 || size == 3, "lorafx: a stored weight is integers, scale and maybe zero");
+        for (; count < size; count++)
+            succeeds(more.list_item(list.handle, first + count, (uint64_t*)&parts[count].tensor));
     }
 };
 
@@ -231,12 +242,16 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     View xs((uint64_t)x), ws((uint64_t)weight.parts[0].tensor), scale((uint64_t)weight.parts[1].tensor);
     const View bs(bias ? View((uint64_t)bias) : View());
     const View zero(weight.count > 2 ? View((uint64_t)weight.parts[2].tensor) : View());
-    require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
+    const bool packed = scale.dim == 3;  // W of four bits, scale and zero (groups, N, 2)
+    require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1] * (packed ? 2 : 1),
             "lorafx: x (M, K) and weight (N, K) do not fit together");
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
-    const int64_t groups = scale.dim == 2 ? scale.sizes[1] : 0;
-    require(groups > 0 && K % groups == 0 && scale.sizes[0] == N && scale.contiguous(),
+    const int64_t groups = packed ? scale.sizes[0] : scale.dim == 2 ? scale.sizes[1] : 0;
+    require(groups > 0 && K % groups == 0 && scale.sizes[packed] == N && scale.contiguous(),
             "lorafx: the scale of a stored weight is not (N, groups), contiguous");
+    require(!packed || (weight.count == 2 && scale.sizes[2] == 2 && N % 16 == 0 &&
+                        K / groups % LONGEST_STEP == 0 && ws.contiguous()),
+            "lorafx: packed integers are not (N, K / 2) with scale and zero (groups, N, 2)");
     require(weight.count < 3 || (zero.dim == 2 && zero.sizes[0] == N && zero.sizes[1] == groups &&
                                  zero.contiguous()),
             "lorafx: the zero of a stored weight is not (N, groups), contiguous");
@@ -245,7 +260,7 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     require(K < 2 || ws.strides[1] == 1, "lorafx: the integers of a stored weight are not in rows");
     const int64_t zeros = weight.count > 2 ? zero.dtype + 1 : 0;  // the key of lorafx.kernels.cpu.stored
     const StoredKernel* k = find_stored(xs.dtype | scale.dtype << 6 | zeros << 12 |
-                                        (int64_t)(groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
+                                        (int64_t)(packed || groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
     const Args args = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, scale.data, zeros ? zero.data : 0, K / groups};
     OwnedTensor y;
     const int64_t sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
@@ -255,7 +270,7 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
         if (by_kernel(&k->few, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
     }
     OwnedTensor dense;
-    const int64_t shape[] = {N, K}, steps[] = {K ? K : 1, 1};
+    const int64_t shape[] = {N, K}, steps[] = {packed || !K ? 1 : K, packed ? N : 1};
     succeeds(more.empty(2, shape, steps, xs.dtype, 0, 0, &dense.tensor));
     Args widened = args;
     succeeds(torch.data_ptr(dense.tensor, &widened.y));
@@ -283,12 +298,43 @@ template <bool BIAS, bool DELTA, bool STORED> static void dense(uint64_t* stack,
     }
     Delta* added = DELTA ? &delta : 0;
     if (STORED) {
-        const StoredWeight weight(list);
+        const List items = {list};
+        StoredWeight weight;
+        weight.take(items, 0, size_of(items));
         stack[0] = (uint64_t)stored_product(bias.tensor, x.tensor, weight, added);
     } else {
         const List sizes = {list};
         stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, sizes.handle, added);
     }
+}
+
+static const size_t MOST_WEIGHTS = 8;
+
+// Products of one x, each with its delta: x, weights, biases, the bank, rows, kernels. Each weight has
+// as many tensors in the list as the others; there are no biases, or one each.
+static void several(uint64_t* stack, uint64_t, uint64_t) {
+    OwnedTensor operands[6], biases[MOST_WEIGHTS], results[MOST_WEIGHTS];  // operands: x, the bank
+    const List weight_list = {(Handle)stack[1]}, bias_list = {(Handle)stack[2]}, ids = {(Handle)stack[9]};
+    StoredWeight weights[MOST_WEIGHTS];
+    operands[0].tensor = (Handle)stack[0];
+    for (int i = 1; i < 6; i++) operands[i].tensor = (Handle)stack[i + 2];
+    const size_t count = size_of(ids), tensors = size_of(weight_list), added = size_of(bias_list);
+    require(count && count <= MOST_WEIGHTS && tensors % count == 0 && (!added || added == count),
+            "lorafx: weights, biases and kernels differ in number, or are over 8");
+    for (size_t i = 0; i < count; i++) {
+        weights[i].take(weight_list, i * (tensors / count), tensors / count);
+        if (added) succeeds(more.list_item(bias_list.handle, i, (uint64_t*)&biases[i].tensor));
+    }
+    List made = {0};
+    succeeds(more.new_list(count, &made.handle));
+    for (size_t i = 0; i < count; i++) {
+        Delta delta = {{0, stack[0], stack[3], stack[4], stack[5], stack[6], stack[7]}, (int64_t)stack[8], 0};
+        succeeds(more.list_item(ids.handle, i, &delta.kernel));
+        results[i].tensor = stored_product(biases[i].tensor, operands[0].tensor, weights[i], &delta);
+    }
+    for (size_t i = 0; i < count; i++) succeeds(more.push(made.handle, (uint64_t)results[i].release()));
+    stack[0] = (uint64_t)made.handle;
+    made.handle = 0;
 }
 
 typedef void (*Op)(uint64_t*, uint64_t, uint64_t);
@@ -320,9 +366,10 @@ extern "C" int32_t lorafx_install_deltas(RunDelta run, int32_t (*load)(int64_t))
 // The ops with stored weights, whose kernels `load` loads; called once, after lorafx_install_deltas.
 extern "C" int32_t lorafx_install_stored(int32_t (*load)(int64_t)) {
     load_stored = load;
-    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta", 0};
-    const Op ops[] = {
-        dense<false, false, true>, dense<true, false, true>, dense<false, true, true>, dense<true, true, true>};
+    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta",
+                                 "stored_mms_delta", 0};
+    const Op ops[] = {dense<false, false, true>, dense<true, false, true>, dense<false, true, true>,
+                      dense<true, true, true>, several};
     return install(names, ops);
 }
 

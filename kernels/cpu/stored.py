@@ -4,17 +4,23 @@
     stored_addmm        y = x Wᵀ + b          b (N,)
     stored_mm_delta     y = x Wᵀ + Δ(x)       Δ is what `run_delta_` adds by the same kernel
     stored_addmm_delta  y = x Wᵀ + b + Δ(x)
+    stored_mms_delta    stored_mm_delta, or addmm, for weights of siblings with one x and one bank
 
 `weight` is [q, scale] or [q, scale, zero]: q (N, K) int8, the others (N, G) for G groups,
 
     W[n, k] = (q[n, k] − zero[n, g]) · scale[n, g],    g = k // (K / G)
+
+or [packed, scale_and_zero] as aten::_weight_int4pack_mm_for_cpu takes them: q of four bits in
+torch's layout, (N, K / 2) uint8, and (G, N, 2),
+
+    W[n, k] = (q[n, k] − 8) · scale_and_zero[g, n, 0] + scale_and_zero[g, n, 1]
 
 They are the products of lorafx.kernels.cpu.dense with integers in the place of a dense weight: few
 rows read q once and widen it in registers, and a row is bit-equal in all such batches. For many,
 W is made in the dtype of x. Dtypes and groups decide which kernel is generated:
 
     source(spec, isa) = #defines and constants of spec
-                        + vectors.h + epilogue.h + dense_args.h + dense.cpp
+                        + vectors.h + epilogue.h + dense_args.h (+ packed.h) + dense.cpp
 """
 
 from __future__ import annotations
@@ -35,9 +41,14 @@ from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_lib
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, check_bank, check_rows, define, require
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 #: Elements of the longest step of a generated kernel, which no group may cut.
 LONGEST_STEP = 32
+#: The dtype of bytes that hold two integers each.
+PACKED = torch.uint8
+#: Weights that stored_mms_delta takes.
+MOST_WEIGHTS = 8
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,12 @@ class StoredSpec:
             q.dtype,
             scale.dtype,
             zero[0].dtype if zero else None,
-            bool(zero) or scale.shape[1] > 1,
+            bool(zero) or scale.dim() == 3 or scale.shape[1] > 1,
         )
         floats = spec.dtype in ELEMENTS and spec.scale in ELEMENTS
         zeros = {None, *ELEMENTS, *INTEGERS}
-        return spec if floats and spec.integers in INTEGERS and spec.zero in zeros else None
+        known = spec.integers in INTEGERS or (spec.integers == PACKED and packed_block())
+        return spec if floats and known and spec.zero in zeros else None
 
     @property
     def key(self) -> int:
@@ -75,21 +87,44 @@ class StoredSpec:
 
     @classmethod
     def of_key(cls, key: int) -> StoredSpec:
-        names = {dtype_code(dtype): dtype for dtype in (*ELEMENTS, *INTEGERS)}
+        names = {dtype_code(dtype): dtype for dtype in (*ELEMENTS, *INTEGERS, PACKED)}
         zero = key >> 12 & 63
         dtypes = names[key & 63], names[key >> 19], names[key >> 6 & 63]
         return cls(*dtypes, names[zero - 1] if zero else None, bool(key >> 18 & 1))
 
 
+@functools.cache
+def packed_block() -> int:
+    """The rows of a block in the layout into which torch packs integers of four bits in this
+    process; 0 if packed.h does not read it."""
+    with unset_fake_temporarily():
+        for block in (64, 32):
+            q = torch.arange(2 * block, dtype=torch.int32).pow(2).remainder(13).view(block, 2)
+            lines = (q[: block // 2] | q[block // 2 :] << 4).T
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            if torch.equal(packed.view(lines.shape), lines.to(PACKED)):
+                return block
+    return 0
+
+
 def source(spec: StoredSpec, isa: Isa) -> str:
-    elements = {**ELEMENTS, **INTEGERS}
     by_pairs = spec.dtype == torch.bfloat16 and isa.dpbf16
+    step = "BF16" if by_pairs else "F32"
+    if spec.integers == PACKED:
+        packed = {"PACKED": 1, "BLOCK": packed_block(), "STORED": 0, "S": ELEMENTS[spec.scale]}
+        return dense.source_with(spec, spec.dtype, isa, step, packed, ("packed.h",))
+    elements = {**ELEMENTS, **INTEGERS}
     defines = {
-        **{"STORED": 1, "GROUPED": int(spec.grouped), "HAS_ZERO": int(spec.zero is not None)},
+        **{
+            "PACKED": 0,
+            "STORED": 1,
+            "GROUPED": int(spec.grouped),
+            "HAS_ZERO": int(spec.zero is not None),
+        },
         **{"W": elements[spec.integers], "S": elements[spec.scale]},
         "Z": elements[spec.zero or spec.integers],
     }
-    return dense.source_with(spec, spec.dtype, isa, "BF16" if by_pairs else "F32", defines)
+    return dense.source_with(spec, spec.dtype, isa, step, defines)
 
 
 _LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
@@ -155,6 +190,11 @@ def product(*operands: Any) -> Tensor:
         y: Tensor = (STORED_ADDMM if bias else STORED_MM)(*operands)
         return y
     product_fake(*operands)
+    if weight[0].dtype == PACKED:
+        packed, factors = weight
+        group = x.shape[1] // factors.shape[0]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, factors.to(x.dtype))
+        return y + bias[0] if bias else y
     right = widened(weight, x.dtype).T
     return torch.addmm(bias[0], x, right) if bias else torch.mm(x, right)
 
@@ -165,11 +205,16 @@ def product_fake(*operands: Any) -> Tensor:
     require(op, len(weight) in (2, 3), "weight is [integers, scale] or [integers, scale, zero]")
     q, *tables = weight
     require(op, x.dim() == 2 and q.dim() == 2, "x is (M, K), the integers are (N, K)")
-    N, K = q.shape
+    (N, K), shape = q.shape, tuple(tables[0].shape)
+    if q.dtype == PACKED:
+        K *= 2
+        fits = len(tables) == 1 and shape[1:] == (N, 2) and N % 16 == 0
+        fits = fits and shape[0] > 0 and K % (shape[0] * LONGEST_STEP) == 0
+        require(op, fits, f"scale and zero are (groups, N, 2) of {LONGEST_STEP}s, not {shape}")
+    else:
+        fits = len(shape) == 2 and shape[0] == N and shape[1] > 0 and K % shape[1] == 0
+        require(op, fits, f"scale is (N, groups), not {shape}")
     require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
-    shape = tuple(tables[0].shape)
-    fits = len(shape) == 2 and shape[0] == N and shape[1] > 0 and K % shape[1] == 0
-    require(op, fits, f"scale is (N, groups), not {shape}")
     require(op, all(tuple(table.shape) == shape for table in tables), f"zero is {shape}")
     require(op, all(vector.shape == (N,) for vector in bias), f"bias is ({N},)")
     y: Tensor = x.new_empty(x.shape[0], N)
@@ -197,6 +242,22 @@ def product_and_delta_fake(*arguments: Any) -> Tensor:
     return y
 
 
+def products_and_deltas(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    """`product_and_delta` of each weight; one call takes less time than several."""
+    *bank, rows, kernels = rest
+    parts, tables = len(kernels), len(weights) // max(len(kernels), 1)
+    fits = parts > 0 and tables * parts == len(weights) and len(biases) in (0, parts)
+    require("stored_mms_delta", fits, "weights, biases and kernels differ in number")
+    results = []
+    for i, kernel in enumerate(kernels):
+        op = STORED_ADDMM_DELTA if biases else STORED_MM_DELTA
+        weight = weights[i * tables : (i + 1) * tables]
+        results.append(op(*biases[i : i + 1], x, weight, *bank, rows, kernel))
+    return results
+
+
 for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
     _operands = f"{_first}Tensor x, Tensor[] weight"
     define(f"stored_{_name}({_operands}) -> Tensor", product, product_fake)
@@ -204,6 +265,12 @@ for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
         f"stored_{_name}_delta({_operands}, {BANK}, SymInt rows, int kernel) -> Tensor",
         *(product_and_delta, product_and_delta_fake),
     )
+define(
+    f"stored_mms_delta(Tensor x, Tensor[] weights, Tensor[] biases, {BANK}, SymInt rows, "
+    "int[] kernels) -> Tensor[]",
+    *(products_and_deltas, products_and_deltas),
+)
+STORED_MMS_DELTA = torch.ops.lorafx.stored_mms_delta.default
 STORED_MM = torch.ops.lorafx.stored_mm.default
 STORED_ADDMM = torch.ops.lorafx.stored_addmm.default
 STORED_MM_DELTA = torch.ops.lorafx.stored_mm_delta.default

@@ -2,16 +2,10 @@
 
     build(spec, strategy, rows_hint, device) = id, a hash of the kernels' sources and tiles
 
-    split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
-    epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
-    segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
-    concat     v behind the columns of x and B behind those of W, then the vendor's GEMM of both
-    gemv       as "segments" a row at a time, for one or two rows an adapter
-    embedding  y += A[s, id] B[s]
-
-The id is the same in every process that has the same templates, tiles and versions, so a graph
-cached on disk stays valid; a process must call `build` before it runs such a graph. Tuned tiles are
-kept in lorafx's cache folder, a file for each architecture and set of versions.
+docs/kernels.md explains the strategies. The id is the same in every process that has the same
+templates, tiles and versions, so a graph cached on disk stays valid; a process must call `build`
+before it runs such a graph. Tuned tiles are kept in lorafx's cache folder, a file for each
+architecture and set of versions.
 """
 
 from __future__ import annotations

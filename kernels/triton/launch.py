@@ -1,13 +1,7 @@
 """Launches of the generated Triton kernels.
 
-    order     (n,)                       stable argsort of the slots
-    shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, r, K_i] x[m]
-    linear    y (M, N)                   x Wᵀ + b + v B, or y += v B
-    split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
-    rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
-
-s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles; kernels read slots,
-ranks and numbers of rows on the device, so a captured launch stays right when they change.
+They compute what lorafx.kernels.triton.source says. A launch freezes grid and tiles; kernels read
+slots, ranks and numbers of rows on the device, so a captured launch stays right when they change.
 """
 
 from __future__ import annotations
@@ -44,12 +38,7 @@ class LaunchArgs:
 
     @classmethod
     def of(
-        cls,
-        M: Any,
-        bank: BankArgs,
-        rows: Any,
-        kernel: GeneratedKernel | None,
-        launch: Launch,
+        cls, M: Any, bank: BankArgs, rows: Any, kernel: GeneratedKernel | None, launch: Launch
     ) -> LaunchArgs:
         slots = bank.slots
         n = slots.shape[0]

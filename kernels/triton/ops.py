@@ -10,21 +10,12 @@ rows > 0; the references are `lorafx::fused_linear`, `add_delta_` and `add_embed
 raise LoweringError, with the op's name and what does not fit, for a real or fake argument that
 `kernel` was not made for.
 
-The strategy "concat" is one product of the vendor's for a longer x and a longer W:
-
-    x' = [ x | v of each sibling ]      W' = [ W | B of each sibling ]      y = x' W'ᵀ + b
+"concat" (docs/kernels.md) is one product of the vendor's for x' = [x | v] and W' = [W | B]:
 
     gather   W'[column, d-th block of its sibling, r] = B[slot of block d, r, column]
     place    x'[m, block of m, r] = scale · Σ_k A[slot of m, sibling, r, k] x[m, k]
 
-A sibling has a block of `TritonSpec.width` columns for each slot of the bank or for each request. A
-row's v is in the block of its slot, the rest of its columns are 0, and W' is 0 in the columns of
-other siblings. v is rounded to x's type before it is multiplied by B, which is of that type:
-
-    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
-
-with u = 2⁻⁸ for bfloat16 and 2⁻¹¹ for float16. W' is finite in the blocks of other rows: where an
-adapter's B is not, the rows of that adapter alone are NaN.
+    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁      u = 2⁻⁸ for bfloat16
 """
 
 from __future__ import annotations
@@ -116,36 +107,27 @@ def check_a(op: str, plan: LaunchPlan, A: Tensor) -> None:
     )
 
 
+def check_operand(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype | None, *shape: Any
+) -> None:
+    """Refuses another dtype or shape than the kernel's, in which a letter stands for any size."""
+    sizes = zip(tensor.shape, shape, strict=False)
+    fits = tensor.dim() == len(shape) and all(isinstance(n, str) or have == n for have, n in sizes)
+    have, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", ", ".join(map(str, shape))
+    require(
+        op, fits and tensor.dtype == dtype, f"{name} is {have}, the kernel's {dtype} ({wanted})"
+    )
+
+
 def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor) -> None:
     d = plan.spec.delta
-    require(
-        op,
-        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
-        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
-    )
+    check_operand(op, "x", x, d.x_dtype, "M", d.in_features)
     check_a(op, plan, A)
     require_adjacent(op, x=x)
 
 
-def check_weight(op: str, plan: LaunchPlan, weight: Tensor) -> None:
-    spec = plan.spec
-    K, N = spec.delta.in_features, spec.out_features
-    shape = (K, N) if spec.transposed else (N, K)
-    require(
-        op,
-        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
-        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
-    )
-    require_adjacent(op, weight=weight)
-
-
 def check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
-    d, N = plan.spec.delta, plan.spec.out_features
-    require(
-        op,
-        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
-        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
-    )
+    check_operand(op, "y", y, plan.spec.delta.y_dtype, "M", plan.spec.out_features)
     require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
     require_adjacent(op, y=y)
 
@@ -177,9 +159,11 @@ def _run_linear(
 def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
     op = "triton_linear"
     plan = checked_plan(op, kernel, LINEAR, bank, rows)
-    spec, N = plan.spec, plan.spec.out_features
+    spec, K, N = plan.spec, plan.spec.delta.in_features, plan.spec.out_features
     check_linear(op, plan, x, bank.A)
-    check_weight(op, plan, weight)
+    shape = (K, N) if spec.transposed else (N, K)
+    check_operand(op, "weight", weight, spec.weight_dtype, *shape)
+    require_adjacent(op, weight=weight)
     require(
         op,
         (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
@@ -224,11 +208,8 @@ def _run_embedding_delta(
 def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     op, rank = "triton_embedding_delta_", bank.A.shape[2]
     plan = checked_plan(op, kernel, ("embedding",), bank, rows)
-    require(
-        op,
-        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
-        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
-    )
+    check_operand(op, "ids", ids, ids.dtype, "M")
+    require(op, ids.dtype in (torch.int32, torch.int64), f"ids is {ids.dtype}, not int32 or int64")
     require_adjacent(op, ids=ids)
     require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
     check_y(op, plan, y, ids.shape[0])
@@ -285,20 +266,11 @@ def _concat_fake(x, w, bank: BankArgs, rows, kernel) -> None:
     spec, d = plan.spec, plan.spec.delta
     more = columns_of(spec, blocks_of(spec, bank))
     K, N = d.in_features, spec.out_features
-    require(
-        op,
-        x.dim() == 2 and x.shape[1] == K + more and x.dtype == d.x_dtype,
-        f"x' is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {K} + {more})",
-    )
+    check_operand(op, "x'", x, d.x_dtype, "M", K + more)
     check_a(op, plan, bank.A)
     require_adjacent(op, x=x)
-    require(op, w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
-    have, long = w.shape[::-1] if spec.transposed else w.shape
-    require(
-        op,
-        have == N and long == K + more and w.dtype == d.x_dtype,
-        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows of {K} + {more}",
-    )
+    shape = (K + more, N) if spec.transposed else (N, K + more)
+    check_operand(op, "W'", w, d.x_dtype, *shape)
 
 
 triton_linear = generated_op("linear", _run_linear, _linear_fake)

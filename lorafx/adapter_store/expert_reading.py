@@ -27,13 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.findings import (
-    Findings,
-    Problem,
-    Unsupported,
-    check_shape,
-    check_sound,
-)
+from lorafx.adapter_store.findings import Findings, Problem, Unsupported, check_shape, check_sound
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected, saved_sizes
 from lorafx.adapter_store.stored import LoraWeights

@@ -662,9 +662,7 @@ _Terms = dict[int, list[tuple[Factors, float]]]
 
 
 def sum_of(
-    name: Mixture,
-    adapters: Mapping[str, StoredAdapter],
-    groups: Sequence[Group],
+    name: Mixture, adapters: Mapping[str, StoredAdapter], groups: Sequence[Group]
 ) -> StoredAdapter:
     """The sum `name` of `adapters`, as an adapter whose rank is the sum of theirs.
 

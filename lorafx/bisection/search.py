@@ -25,7 +25,7 @@ from lorafx.capture.record import Stage
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.report import Report, Table
+from lorafx.inspection.report import Report, text_table
 from lorafx.ownership.flow import module_path
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
@@ -99,12 +99,12 @@ class Bisection(Report):
             f"adapter's; tolerance {self.tolerance:.1g}; as served {self.served:.3g}"
         ]
 
-    def tables(self) -> list[Table]:
-        rows = []
-        for stage in self.stages:
-            verdict = "ok" if stage.error <= self.tolerance else "over"
-            rows.append((stage.name, f"{stage.error:.3g}", verdict))
-        return [Table("", ("after", "error", ""), rows)]
+    def table(self) -> list[str]:
+        rows = (
+            (stage.name, f"{stage.error:.3g}", "ok" if stage.error <= self.tolerance else "over")
+            for stage in self.stages
+        )
+        return text_table(("after", "error", ""), rows)
 
     def notes_as_lines(self) -> list[str]:
         return [f"note: {note}" for note in self.notes]

@@ -28,14 +28,7 @@ from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
-from lorafx.ownership.memory import (
-    Block,
-    Memory,
-    Patchy,
-    RealLabel,
-    geometry_of,
-    storage_of,
-)
+from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, geometry_of, storage_of
 from lorafx.ownership.real import (
     alone,
     arguments_by_name,

@@ -77,11 +77,7 @@ class EagerTier:
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
         following = Following(
-            memory,
-            WeightUses(program),
-            remembered=self._remembered,
-            undo=undo,
-            watched=watched,
+            memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
         )
         runtime.deltas = RowDeltas(program, following, self._gathered)
         try:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
+from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 
 class WeightUses:
@@ -32,7 +32,7 @@ class WeightUses:
         sites: dict[int, list[tuple[Site, Tensor]]] = {}
         for site in self._program.sites:
             weight = self._program.weight_of(site)
-            for part in () if weight is None else _plain_tensors(weight):
+            for part in () if weight is None else plain_tensors(weight):
                 touched = sites.setdefault(storage_of(part) or 0, [])
                 touched += [(site, part)] if self._program.is_touched(site) else []
         return sites
@@ -43,7 +43,7 @@ class WeightUses:
         storage = storage_of(tensor)
         if storage is not None:
             return self._sites.get(storage)
-        parts = [self._sites.get(storage_of(part) or 0) for part in _plain_tensors(tensor)]
+        parts = [self._sites.get(storage_of(part) or 0) for part in plain_tensors(tensor)]
         known = [sites for sites in parts if sites is not None]
         return [item for sites in known for item in sites] if known else None
 
@@ -77,7 +77,7 @@ class WeightUses:
             raise self._error
 
     def _sites_read(self, tensor: Tensor) -> Iterator[Site]:
-        for plain in _plain_tensors(tensor):
+        for plain in plain_tensors(tensor):
             for site, part in self.near(plain) or ():
                 if plain.numel() and part.numel() and overlap(plain, part):
                     yield site
@@ -91,14 +91,3 @@ class WeightUses:
             or any(parameter is weight for parameter in module._parameters.values())
             for module in running
         )
-
-
-def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        inner = getattr(tensor, name)
-        if isinstance(inner, Tensor):
-            yield from _plain_tensors(inner)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.store import AdapterInfo, info
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.capture.checks import RefusedSites
 from lorafx.capture.record import GraphRecord, seen_sites
@@ -26,13 +27,14 @@ from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.bank import Factors
 from lorafx.model.module_graph import joined_lines
 from lorafx.model.sites import Group, Site, room_of
+from lorafx.model.weight_formats import plain_tensors
 from lorafx.model_passes import run_model_passes
 from lorafx.pass_order import pipeline
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport, Preparation
 from lorafx.runtime.session import Session
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
+from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 from lorafx.torch_internals.shortcuts import states
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
@@ -76,23 +78,16 @@ class BankReport:
 
 
 @dataclass(frozen=True)
-class AdapterReport:
-    """A loaded adapter.
+class AdapterReport(AdapterInfo):
+    """A loaded adapter, and what it changes.
 
     Attributes:
-        slot: its slot on the device, if it has one.
         merged: whether it is merged into base weights.
         norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
         idle: the sites where it changes nothing.
         why_idle: why it changes nothing anywhere, or "".
     """
 
-    name: str
-    source: str
-    rank: int
-    sites: tuple[str, ...]
-    slot: int | None
-    pinned: bool = False
     merged: bool = False
     norms: Mapping[str, float] | None = None
     idle: tuple[str, ...] = ()
@@ -423,11 +418,7 @@ def _model_report(
 
 def stored_bytes(tensor: Tensor) -> int:
     """The bytes of a tensor; for a wrapper (a quantised weight) the sum of its parts' bytes."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return int(tensor.nbytes)
-    wrapper: Any = tensor
-    names, _ = wrapper.__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return sum(part.nbytes for part in plain_tensors(tensor))
 
 
 def _site_report(site: Site) -> SiteReport:
@@ -450,15 +441,9 @@ def _site_report(site: Site) -> SiteReport:
 def _adapter_report(session: Session, name: str, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
     kept = None if quick else store.fetch([name], resident=True)  # noqa: F841
-    stored = store[name]
-    deltas = deltas_of(stored, session.program.groups, quick=quick)
+    deltas = deltas_of(store[name], session.program.groups, quick=quick)
     return AdapterReport(
-        name=name,
-        source=stored.source,
-        rank=stored.rank,
-        sites=stored.sites,
-        slot=store.resident.get(name),
-        pinned=name in store.pinned,
+        **vars(info(store, name)),
         merged=merged is not None and merged.name == name,
         norms=None if deltas is None else deltas.norms,
         idle=() if deltas is None else tuple(deltas.idle),

@@ -14,7 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
 from lorafx.inspection.replay import Replay, replayed
-from lorafx.inspection.report import Report, Table, over
+from lorafx.inspection.report import Report, over, text_table
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.module_graph import joined, shape_of
 from lorafx.model.sites import Site
@@ -136,7 +136,7 @@ class Profile(Report):
             f"{_ms(self.operators)} ms, sites {_ms(self.sites)}, others {_ms(self.others)}"
         )
 
-    def tables(self) -> list[Table]:
+    def table(self) -> list[str]:
         rows = [
             (
                 " + ".join(_short_names(node.paths)),
@@ -151,7 +151,7 @@ class Profile(Report):
             for node in self.alike
         ]
         columns = ("sites", "nodes", "base, ms", "delta, ms", "both, ms", "over base", "floor")
-        return [Table("", (*columns, "how"), rows)]
+        return text_table((*columns, "how"), rows)
 
     def notes_as_lines(self) -> list[str]:
         alike: dict[str, list[str]] = {}
@@ -163,21 +163,17 @@ class Profile(Report):
 
 
 def _sum_of_nodes(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
-    first = nodes[0]
-    separate = first.base is not None
+    separate = nodes[0].base is not None
     floors = [node.floor for node in nodes]
-    same = all(floor == floors[0] for floor in floors)
-    mean = sum(floor or 1.0 for floor in floors) / len(floors)
-    return ProfiledNode(
-        tuple(joined([node.paths[i] for node in nodes]) for i in range(len(first.paths))),
-        first.form,
-        first.strategy,
-        sum(node.calls for node in nodes),
-        sum(node.base or 0.0 for node in nodes) if separate else None,
-        sum(node.delta or 0.0 for node in nodes) if separate else None,
-        sum(node.whole for node in nodes),
-        floors[0] if same else mean,
-        len(nodes),
+    return replace(
+        nodes[0],
+        paths=tuple(map(joined, zip(*(node.paths for node in nodes), strict=True))),
+        calls=sum(node.calls for node in nodes),
+        base=sum(node.base or 0.0 for node in nodes) if separate else None,
+        delta=sum(node.delta or 0.0 for node in nodes) if separate else None,
+        whole=sum(node.whole for node in nodes),
+        floor=floors[0] if len({*floors}) == 1 else statistics.mean(f or 1.0 for f in floors),
+        nodes=len(nodes),
     )
 
 

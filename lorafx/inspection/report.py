@@ -8,25 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorafx.errors import ConfigError
 
 
-class Table(NamedTuple):
-    """A table, or a list if no column has a name."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-
-    def text(self) -> list[str]:
-        lines = text_table(self.columns, self.rows)
-        return lines if any(self.columns) else lines[1:]
-
-
 class Report:
-    """The base class of reports, which are frozen dataclasses with a heading, facts, tables and
+    """The base class of reports, which are frozen dataclasses with a heading, facts, a table and
     notes. `str()` is their text, which notebooks show too; `json()` has the fields."""
 
     @property
@@ -37,7 +25,7 @@ class Report:
         """Lines below the heading."""
         return ()
 
-    def tables(self) -> Sequence[Table]:
+    def table(self) -> Iterable[str]:
         return ()
 
     def notes_as_lines(self) -> Iterable[str]:
@@ -54,11 +42,8 @@ class Report:
         return values
 
     def __str__(self) -> str:
-        lines = [self.heading, *(f"  {line}" for line in self.facts())]
-        for table in self.tables():
-            lines += [table.title] if table.title else []
-            lines += (f"  {line}" for line in table.text())
-        return "\n".join([*lines, *(f"  {line}" for line in self.notes_as_lines())])
+        lines = (*self.facts(), *self.table(), *self.notes_as_lines())
+        return "\n".join([self.heading, *(f"  {line}" for line in lines)])
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

@@ -204,12 +204,7 @@ def _graph_lines(graph: GraphReport, path: str) -> list[str]:
     return lines or [f"{graph.title}: does not reach it"]
 
 
-def why(
-    session: Session,
-    path: str,
-    adapter: str | None,
-    call: Call | None,
-) -> Why:
+def why(session: Session, path: str, adapter: str | None, call: Call | None) -> Why:
     """The fate of the module at `path`, and the effect of `adapter`, measured by `call`. Raises
     ConfigError if there is no such module, UnknownAdapterError, and the errors of `call`."""
     program, store = session.program, session.store

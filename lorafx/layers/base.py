@@ -228,11 +228,7 @@ class ParallelLayer(LoadableLayer):
     shard_names: ClassVar[dict[str, int]] = {}
 
     def __init__(
-        self,
-        cut: ShardSizes,
-        bias: bool,
-        tp: TensorParallel,
-        options: LayerOptions,
+        self, cut: ShardSizes, bias: bool, tp: TensorParallel, options: LayerOptions
     ) -> None:
         super().__init__()
         self.tp = tp

@@ -15,7 +15,7 @@ name, for messages), `tp_group` (a process group instead of all ranks) and `disa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,7 +27,6 @@ from lorafx.layers.base import (
     LayerOptions,
     ParallelLayer,
     ShardSizes,
-    TensorParallel,
     checked_sizes,
     group_of,
     label_of,
@@ -66,21 +65,21 @@ class ColumnParallelLinear(LinearBase):
         gather_output: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = label_of(self, options)
-        checked_sizes(label, input_size=input_size, output_size=output_size)
-        tp = group_of(options)
-        part = tp.part(output_size, "output_size", label)
-        cut = ShardSizes(input_size, [output_size], input_size, [part])
-        self._build(cut, bias, tp, gather_output, options)
+        self._build(input_size, {"output_size": output_size}, bias, gather_output, options)
 
     def _build(
         self,
-        cut: ShardSizes,
+        input_size: int,
+        sizes: Mapping[str, int],
         bias: bool,
-        tp: TensorParallel,
         gather_output: bool,
         options: LayerOptions,
     ) -> None:
+        """`sizes`: rows of the slices in checkpoints, by their names in messages."""
+        label, tp = label_of(self, options), group_of(options)
+        checked_sizes(label, input_size=input_size, slices=len(sizes), **sizes)
+        parts = [tp.part(size, name, label) for name, size in sizes.items()]
+        cut = ShardSizes(input_size, [*sizes.values()], input_size, parts)
         LinearBase.__init__(self, cut, bias, tp, options)
         self.gather_output = gather_output
 
@@ -117,14 +116,8 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         gather_output: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = label_of(self, options)
-        sizes = list(output_sizes)
-        named = {f"output_sizes[{i}]": size for i, size in enumerate(sizes)}
-        checked_sizes(label, input_size=input_size, slices=len(sizes), **named)
-        tp = group_of(options)
-        parts = [tp.part(size, name, label) for name, size in named.items()]
-        cut = ShardSizes(input_size, sizes, input_size, parts)
-        self._build(cut, bias, tp, gather_output, options)
+        sizes = {f"output_sizes[{i}]": size for i, size in enumerate(output_sizes)}
+        self._build(input_size, sizes, bias, gather_output, options)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -180,7 +173,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         sizes = [total_num_heads * head_size, kv_heads * head_size, kv_heads * v_size]
         parts = [heads * head_size, own_kv_heads * head_size, own_kv_heads * v_size]
         cut = ShardSizes(hidden_size, sizes, hidden_size, parts)
-        self._build(cut, bias, tp, gather_output, options)
+        LinearBase.__init__(self, cut, bias, tp, options)
+        self.gather_output = gather_output
         self.hidden_size, self.head_size, self.v_head_size = hidden_size, head_size, v_size
         self.total_num_heads, self.total_num_kv_heads = total_num_heads, kv_heads
         self.num_heads, self.num_kv_heads = heads, own_kv_heads

@@ -14,11 +14,12 @@ replace any of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafx.layers.base import ParallelLayer
 from lorafx.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -34,17 +35,15 @@ from lorafx.registry import register
 
 
 class LayerSharding:
-    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        layer = _layer(module)
+    def saved_sizes(self, layer: Any) -> tuple[int, tuple[int, ...]]:
         if _is_embedding(layer):
             return layer.output_size, (layer.input_size,)
         return layer.input_size, layer.output_sizes
 
     def cut(
-        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+        self, layer: Any, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A (r, K), of an embedding (r, V), and B (N, r), N the rows of `slices` in checkpoints."""
-        layer = _layer(module)
         if _is_embedding(layer):
             columns = layer.piece_of_output(A, 0, dim=1)
             return F.pad(columns, (0, layer.output_size_per_partition - columns.shape[1])), B
@@ -55,54 +54,41 @@ class LayerSharding:
         padding = sum(layer.output_partition_sizes[i] for i in slices) - sum(map(len, pieces))
         return layer.piece_of_input(A, dim=1), F.pad(torch.cat(pieces), (0, 0, 0, padding))
 
-    def product(self, module: nn.Module) -> nn.Module:
-        layer = _layer(module)
+    def product(self, layer: Any) -> nn.Module:
         return layer if layer.tp_size == 1 else layer.local_product
 
 
 class GateUpSharding:
     """Sharding of `FusedMoE.w13_weight`, whose slices are gate and up."""
 
-    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        layer = _experts(module)
+    def saved_sizes(self, layer: Any) -> tuple[int, tuple[int, ...]]:
         return layer.hidden_size, (layer.intermediate_size, layer.intermediate_size)
 
     def cut(
-        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+        self, layer: Any, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A (E, r, H), B (E, I, r)."""
-        return A, _experts(module).own_inner(B, dim=-2)
+        return A, layer.own_inner(B, dim=-2)
 
-    def product(self, module: nn.Module) -> nn.Module:
+    def product(self, layer: Any) -> nn.Module:
         """The layer: its products are found in the graph, before the ranks' results are summed."""
-        return module
+        return layer
 
 
 class DownSharding(GateUpSharding):
     """Sharding of `FusedMoE.w2_weight`, whose inputs are cut."""
 
-    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
-        layer = _experts(module)
+    def saved_sizes(self, layer: Any) -> tuple[int, tuple[int, ...]]:
         return layer.intermediate_size, (layer.hidden_size,)
 
     def cut(
-        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+        self, layer: Any, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A (E, r, I), B (E, H, r)."""
-        return _experts(module).own_inner(A, dim=-1), B
+        return layer.own_inner(A, dim=-1), B
 
 
-def _experts(module: nn.Module) -> FusedMoE:
-    assert isinstance(module, FusedMoE)
-    return module
-
-
-def _layer(module: nn.Module) -> ParallelLayer:
-    assert isinstance(module, ParallelLayer)
-    return module
-
-
-def _is_embedding(layer: ParallelLayer) -> bool:
+def _is_embedding(layer: nn.Module) -> bool:
     return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
 
 

@@ -194,11 +194,7 @@ class Bank:
 
     @torch.no_grad()
     def write(
-        self,
-        slot: int,
-        factors: Sequence[Factors],
-        weight: OwnWeight | None = None,
-        place: int = 0,
+        self, slot: int, factors: Sequence[Factors], weight: OwnWeight | None = None, place: int = 0
     ) -> list[Tensor]:
         """Write `factors` into `slot`, and `weight` into `place` of the replaced rows. CUDA copies
         are only launched: neither arguments nor results, their sources, may change meanwhile."""

@@ -2,7 +2,7 @@
 
     plain              W itself, numbers of 16 bits or more
     quant_method       lorafx.layers and classes like them: the method reads and writes it
-    tensor subclass    torchao's and others: `weight.dequantize()`
+    tensor subclass    torchao's and others: `weight.dequantize()`, or x Wᵀ for unit vectors x
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
 
@@ -38,8 +38,9 @@ class Format(ABC):
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         """W as numbers, laid out as the module stores it."""
 
-    @abstractmethod
-    def tensors(self, module: nn.Module, name: str) -> list[Tensor]: ...
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        """Those that may hold the weight, of a module without children."""
+        return own_tensors(module)
 
     def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
         """Make the next call's changes to the module's tensors now: no graph can capture them."""
@@ -75,9 +76,6 @@ class Declared(Format):
         assert self.entry.dequantize is not None
         return self.entry.dequantize(module)
 
-    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return own_tensors(module)
-
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
         raise CannotStore("its class declares how to read its weight, but not how to write it")
 
@@ -92,9 +90,6 @@ class QuantMethod(Format):
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         method: Any = module.quant_method
         return method.dequantize(module)
-
-    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return own_tensors(module)
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
         method: Any = module.quant_method
@@ -234,10 +229,15 @@ class WrapperSubclass(Format):
         return is_wrapped(weight) and callable(getattr(weight, "dequantize", None))
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
-        return getattr(module, name).detach().dequantize()
+        weight = getattr(module, name).detach()
+        try:
+            return weight.dequantize()
+        except NotImplementedError:  # of torchao's Int4OpaqueTensor, which multiplies only
+            units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            return torch.nn.functional.linear(units, weight).T.contiguous()
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return list(_wrapped_tensors(getattr(module, name)))
+        return list(plain_tensors(getattr(module, name)))
 
 
 class FineGrained8(Format):
@@ -320,12 +320,15 @@ def _is(value: Any, module: str, name: str) -> bool:
     return isinstance(cls, type) and isinstance(value, cls)
 
 
-def _wrapped_tensors(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a wrapper consists of; any other tensor itself."""
     if not is_wrapped(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-        yield from _wrapped_tensors(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):
+            yield from plain_tensors(part)
 
 
 def _write(targets: list[Tensor], values: list[Tensor]) -> None:

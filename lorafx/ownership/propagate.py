@@ -23,13 +23,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import (
-    contractions,
-    indexing,
-    pointwise,
-    reductions,
-    views,
-)
+from lorafx.ownership import contractions, indexing, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single

@@ -32,11 +32,7 @@ from lorafx.ownership.memory import (
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
-from lorafx.torch_internals.dynamo import (
-    InputMutationAOTOutput,
-    PlainAOTInput,
-    PlainAOTOutput,
-)
+from lorafx.torch_internals.dynamo import InputMutationAOTOutput, PlainAOTInput, PlainAOTOutput
 
 _RESULT = "a result of an earlier graph"
 

@@ -67,10 +67,7 @@ if torch_minor() == "2.11":
 
 @contextmanager
 def capture_settings(
-    recompile_limit: int,
-    *,
-    sizes_by_data: bool = False,
-    symbolic: bool = False,
+    recompile_limit: int, *, sizes_by_data: bool = False, symbolic: bool = False
 ) -> Iterator[None]:
     """The settings of `_CAPTURE`, and the recompile limit if `torch.compile` takes none.
 

@@ -28,11 +28,8 @@ with private_names():
         OpOverloadPacket,
         _OpNamespace,
     )
-    from torch._subclasses.fake_tensor import (
-        FakeTensor,
-        FakeTensorMode,
-        unset_fake_temporarily,
-    )
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import (
         ShapeEnv,
         guard_or_false,

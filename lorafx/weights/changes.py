@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,32 +77,34 @@ class Delta:
             pair = pair[::-1]
         return pair if site.expert_weight is None else (site.experts, *pair)
 
-    def block(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Rows [start, stop) of s·B A in the stored layout, with the device and dtype of `like`."""
-        delta = like.new_zeros((stop - start, *self.shape[1:]))
-        add_term = _add_rows if self.site.expert_weight is None else _add_experts
-        for term in self.terms:
-            add_term(self.site, term, delta, start, stop)
-        return delta
-
     def update(self, start: int, stop: int, before: Tensor) -> Tensor:
         """What to add to rows [start, stop), which hold `before`, for all parts of the adapter."""
-        update = self.block(start, stop, before)
+        update, kind = before.new_zeros(before.shape), self.site.eligible.kind
+        if self.site.expert_weight is not None:
+            for term, e in product(self.terms, range(start, stop)):
+                delta, f = update[e - start], term.factors
+                delta = delta.mT if self.site.eligible.transposed else delta
+                rank = f.rank if f.ranks is None else int(f.ranks[e])
+                scale = f.scale[e] if isinstance(f.scale, Tensor) else f.scale
+                _add_product(delta[term.columns], f.B[e, :rank], f.A[e, :rank], scale)
+            return update
+        # Views (outputs, inputs): `update` is contiguous.
+        across = self.site.eligible.transposed or kind == "embedding"
+        delta, weight = (t.mT if across else t.flatten(1) for t in (update, before))
+        first, inputs = (0, slice(start, stop)) if across else (start, slice(None))
+        for term in self.terms:
+            f, columns = term.factors, term.columns
+            low, high = max(first, columns.start), min(first + len(delta), columns.stop)
+            if low >= high:
+                continue
+            rows, own = slice(low - first, high - first), slice(low - term.start, high - term.start)
+            a = f.A.mT if kind == "embedding" else f.A
+            _add_product(delta[rows], f.B[:, own], a[:, inputs], f.scale)
+            if f.gains is not None:
+                gains = _cast_like(update, f.gains[own])[:, None]
+                delta[rows] += gains * (weight[rows] + delta[rows])
         if self.own_weight is not None:
             self._add_replaced_rows(self.own_weight, update, start, stop, before)
-        by_columns = self.site.eligible.transposed or self.site.eligible.kind == "embedding"
-        for term in self.terms:
-            if term.factors.gains is None:
-                continue
-            gains, columns = _cast_like(update, term.factors.gains), term.columns
-            if by_columns:
-                update[:, columns] += gains * (before[:, columns] + update[:, columns])
-                continue
-            low, high = max(start, columns.start), min(stop, columns.stop)
-            if low < high:
-                rows, gains = slice(low - start, high - start), gains[low - columns.start :]
-                gains = gains[: high - low].view(-1, *[1] * (update.dim() - 1))
-                update[rows] += gains * (before[rows] + update[rows])
         return update
 
     def _add_replaced_rows(
@@ -141,32 +144,6 @@ class BiasDelta(Delta):
             if term.factors.shift is not None:
                 update[term.columns] += _cast_like(update, term.factors.shift)
         return update[start:stop]
-
-
-def _add_rows(site: Site, term: DeltaTerm, delta: Tensor, start: int, stop: int) -> None:
-    """Add rows [start, stop) of ΔW of a linear, a convolution or an embedding."""
-    f, columns = term.factors, term.columns
-    if site.eligible.kind == "embedding":
-        _add_product(delta[:, columns], f.A[start:stop].T, f.B, f.scale)
-    elif site.eligible.transposed:
-        _add_product(delta[:, columns], f.A[:, start:stop], f.B, f.scale)
-    else:
-        low, high = max(start, columns.start), min(stop, columns.stop)
-        if low < high:
-            rows = delta.flatten(1)[low - start : high - start]  # a view: `delta` is contiguous
-            _add_product(rows, f.B[:, low - term.start : high - term.start], f.A, f.scale)
-
-
-def _add_experts(site: Site, term: DeltaTerm, delta: Tensor, start: int, stop: int) -> None:
-    f, columns = term.factors, term.columns
-    for e in range(start, stop):
-        rank = f.rank if f.ranks is None else int(f.ranks[e])
-        scale = f.scale[e] if isinstance(f.scale, Tensor) else f.scale
-        a, b, expert = f.A[e, :rank], f.B[e, :rank], delta[e - start]
-        if site.eligible.transposed:
-            _add_product(expert[:, columns], a, b, scale)
-        else:
-            _add_product(expert[columns], b, a, scale)
 
 
 def _add_product(target: Tensor, rows: Tensor, columns: Tensor, scale: Tensor | float) -> None:
@@ -414,10 +391,7 @@ def _bias_refusal(tensors: _Tensors, site: Site) -> str | None:
 
 
 def _ends(
-    program: Program,
-    tensors: _Tensors,
-    holder: Holder,
-    by_end: Mapping[tuple[int, str], Delta],
+    program: Program, tensors: _Tensors, holder: Holder, by_end: Mapping[tuple[int, str], Delta]
 ) -> tuple[tuple[Holder, Delta | None], ...]:
     """The holders that use the tensor of `holder` as a weight, each with its ΔW."""
     site_keys = {key_of(_holder(site)) for site in program.sites}

@@ -75,11 +75,7 @@ class Conversions:
         return bool(self._rearranging)
 
     def member(
-        self,
-        name: str,
-        find: Callable[[str], Destination | None],
-        *,
-        rearranging: bool = False,
+        self, name: str, find: Callable[[str], Destination | None], *, rearranging: bool = False
     ) -> GroupMember | Destination | None:
         """The group of a renamed `name`; None if no conversion takes it. `find` returns a tensor's
         place by its name. `rearranging`: only conversions that do more than concatenate."""

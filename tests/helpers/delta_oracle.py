@@ -212,3 +212,16 @@ def sharing_room(problem: Problem, slot_rank: int) -> Problem:
         ranks[slot * w], scales[slot * w] = p.ranks[slot], p.scales[slot]
     slots = torch.where(p.slots < 0, p.slots, p.slots * w)
     return p.with_(A=A, B=B, ranks=ranks, scales=scales, slots=slots)
+
+
+def assert_product(got: Tensor, x: Tensor, W: Tensor, bias: Tensor | None = None) -> None:
+    """x Wᵀ + bias, W in float64, within the rounding of W to the dtype of x, of K products, their
+    float32 sums and y (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 3.5)."""
+    assert got.dtype == x.dtype
+    assert got.is_contiguous()
+    precise, sums = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
+    want, size = x.double() @ W.T, x.double().abs() @ W.abs().T
+    if bias is not None:
+        want, size = want + bias.double(), size + bias.double().abs()
+    bound = precise * (want.abs() + size / 2) + (x.shape[1] + 2) * sums * size + 1e-7
+    assert bool(((got.double() - want).abs() <= bound).all())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,18 @@ def place(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def torchao(config: str, **settings: Any) -> Callable[[nn.Module], None]:
+def torchao(
+    config: str, home: str = "torchao.quantization", **settings: Any
+) -> Callable[[nn.Module], None]:
     def quantise(model: nn.Module) -> None:
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         known = {"int4": torch.int4, "groups of 32": library.PerGroup(32)}
         given = {key: known.get(value, value) for key, value in settings.items()}
         chosen = {id(linear) for _, linear in linears(model)}
         library.quantize_(
-            model, getattr(library, config)(**given), filter_fn=lambda m, _: id(m) in chosen
+            model,
+            getattr(importlib.import_module(home), config)(**given),
+            filter_fn=lambda m, _: id(m) in chosen,
         )
 
     return quantise
@@ -106,6 +111,15 @@ KINDS: dict[str, tuple[Callable[[nn.Module], None], float]] = {
     "torchao-int4": (torchao("IntxWeightOnlyConfig", weight_dtype="int4"), 1e-5),
     "torchao-int4-groups": (
         torchao("IntxWeightOnlyConfig", weight_dtype="int4", granularity="groups of 32"),
+        1e-5,
+    ),
+    "torchao-int4-packed": (
+        torchao(
+            "PrototypeInt4WeightOnlyConfig",
+            "torchao.prototype.quantization.int4",
+            group_size=32,
+            set_inductor_config=False,
+        ),
         1e-5,
     ),
     "bitsandbytes-8": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -297,3 +298,64 @@ def test_a_bias_of_another_dtype_is_added_to_the_product() -> None:
     want = done.result()
     assert done.run(Products()) == 1
     assert error(done.result()[0], want[0]) <= 1e-6
+
+
+def test_torchs_product_with_four_bits() -> None:
+    """As torchao calls it: a slice of all rows, and a bias."""
+    torch.manual_seed(0)
+    g, _ = start()
+    x, bias = g.argument(torch.randn(3, Q)), g.argument(torch.randn(16))
+    q = torch.randint(16, (16, Q), dtype=torch.int32)
+    packed = g.argument(aten._convert_weight_to_int4pack_for_cpu(q, 1))
+    factors = g.argument(torch.randn(2, 16, 2))
+    y = g.call(aten._weight_int4pack_mm_for_cpu.default, x, packed, 32, factors)
+    y = g.call(aten.slice.Tensor, y, 0, 0, sys.maxsize)
+    done = g.output(g.call(aten.add.Tensor, g.call(aten.view.default, y, [3, 1, 16]), bias))
+    want = done.result()
+    assert_expected_inline(
+        shown(done, Products()),
+        """\
+_weight_int4pack_mm_for_cpu = aten._weight_int4pack_mm_for_cpu(x_1, x_3, 32, x_4)
+slice = aten.slice.Tensor(_weight_int4pack_mm_for_cpu, 0, 0, 9223372036854775807)
+view = aten.view(slice, [3, 1, 16])
+add = aten.add.Tensor(view, x_2)
+return add
+
+products: 1 edit
+
+stored_addmm = lorafx.stored_addmm(x_2, x_1, [x_3, x_4])
+view = aten.view(stored_addmm, [3, 1, 16])
+return view
+""",
+    )
+    assert error(done.result()[0], want[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_siblings_with_integers_become_one_op(biased: bool) -> None:
+    """Three of one bank, read in an order of their own, and one of another x."""
+    torch.manual_seed(0)
+    paths = ("a", "b", "c", "d")
+    modules = Holder(**{path: nn.Linear(Q, N) for path in paths})
+    g = SiteGraph(modules, [0, -1, 2], lowering="inductor", targets=list(paths))
+    x, other = g.argument(torch.randn(B, T, Q)), g.argument(torch.randn(B, T, Q))
+    g.declare(*paths)
+    weights = [integers(g, 1) for _ in paths]
+    marks = []
+    for path, given, weight in zip(paths, (x, x, other, x), weights, strict=True):
+        W = transposed(g, ungrouped(g, *weight))
+        rows = g.call(aten.view.default, given, [B * T, Q])
+        y = g.call(aten.view.default, g.call(aten.mm.default, rows, W), [B, T, N])
+        y = g.call(aten.add.Tensor, y, g.weight(path, "bias")) if biased else y
+        marks.append(g.mark(path, given, y, rows=T))
+    done = g.output(*marks)
+    want = done.result()
+    done.run(*FIRST, Products())
+    assert done.run(Join()) == len(paths) + 1
+    names = [name.partition(".")[0] for name in done.targets()]
+    alone = "stored_addmm_delta" if biased else "stored_mm_delta"
+    assert [name for name in names if "mm" in name] == ["stored_mms_delta", alone]
+    for got, expected in zip(done.result(), want, strict=True):
+        assert error(got, expected) <= 1e-5
+    found = sorted(state.site.path for states in done.ctx.states.values() for state in states)
+    assert found == list(paths)

@@ -172,10 +172,7 @@ _MOST = 220
 
 
 def html(
-    model: str,
-    prepared: Sequence[PassReport],
-    graphs: Mapping[str, str],
-    texts: Mapping[str, str],
+    model: str, prepared: Sequence[PassReport], graphs: Mapping[str, str], texts: Mapping[str, str]
 ) -> str:
     """The page of a model: the passes over it, its graphs by title (`packed` data), and texts by
     file name."""

@@ -200,10 +200,7 @@ class CompiledPipeline:
         return run()
 
     def _run(
-        self,
-        names: Mapping[str, Names | None],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        self, names: Mapping[str, Names | None], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         mixed = [part for part in names.values() if part is not None and len(set(part)) > 1]
         rows = PromptRows(len(mixed[0])) if mixed else None

@@ -317,13 +317,7 @@ class ExpertsSite(LayerSite):
         self.up.route_(y.view(*experts.shape, -1), rows, experts, slots)
         return None, experts, None, slots
 
-    def add_lora_w2(
-        self,
-        y: Tensor,
-        x: Tensor,
-        *arguments: Any,
-        add_inputs: bool = True,
-    ) -> None:
+    def add_lora_w2(self, y: Tensor, x: Tensor, *arguments: Any, add_inputs: bool = True) -> None:
         """y (T, k, N) += w · delta of x (T·k, K), w the routers' weights."""
         _, _, weights, _, experts, _, slots, *_ = arguments
         delta = y.new_zeros(*experts.shape, self.down.ranges.sizes[0])

@@ -39,11 +39,7 @@ class LoraWrapper:
     compute from the stacked factors that they are given, in plain aten."""
 
     def __init__(
-        self,
-        max_num_batched_tokens: int,
-        max_batches: int,
-        device: torch.device | str,
-        **_: Any,
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **_: Any
     ) -> None:
         self.device = device
         self.tokens = SlotTable(max_num_batched_tokens, device)

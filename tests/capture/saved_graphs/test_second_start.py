@@ -96,7 +96,7 @@ def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4-groups"])
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4-groups", "torchao-int4-packed"])
 def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
     base = small_base()
     folders = adapters(base, tmp_path)

@@ -1,0 +1,198 @@
+// Tiles of a product on a CPU with packed integers of four bits, in the layout and with the numbers of
+// aten::_weight_int4pack_mm_for_cpu:
+//
+//     W[n, k] = (q[n, k] − 8) · scale[g, n] + zero[g, n]        g: the group of k
+//
+// BLOCK rows of W are a block, which has a line of BLOCK / 2 bytes for each k: byte j holds row j in its
+// lower half and row j + BLOCK / 2 in the upper one. If the last block has fewer rows, byte j holds 2j
+// and 2j + 1. Rows of W are lanes, and scale and zero are applied to the sums of a group:
+//
+//     y[m, n] = Σ_g scale[g, n] · Σ_k (q[n, k] − 8) x[m, k] + zero[g, n] · Σ_k x[m, k]
+//
+// Before this text stand the preamble that dense.cpp describes, vectors.h, epilogue.h and dense_args.h.
+// In Args, w is the packed integers and scale is (G, N, 2), scale and zero of each group and row.
+
+typedef Dot<E, E> D;
+typedef uint8_t byte_lanes __attribute__((vector_size(LANES)));
+static const int HALF = BLOCK / 2, GROUP = BLOCK, MOST_GROUPS = 1;
+// The distance in bytes at which W is prefetched; 2048 and 8192 are slower (Zen 4, cold weights).
+static const long AHEAD = 4096;
+
+// The numbers q − 8 of a step of a dot product, from `count` bytes of its lines: first those of the lower
+// halves of bytes, then those of the upper ones.
+INLINE void decode(vec* q, const uint8_t* p, long, long count) {
+    const byte_lanes in = load_first<byte_lanes>(p, count);
+#if HAS_F16C  // GCC 12 converts bytes to words one by one
+    bits a;
+    __asm__("vpmovzxbd %1, %0" : "=v"(a) : "vm"(in));
+#else
+    const bits a = __builtin_convertvector(in, bits);
+#endif
+#if LANES == 16
+    const vec table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    __asm__("vpermps %1, %2, %0" : "=v"(q[0]) : "v"(table), "v"(a));  // reads four bits of a lane
+    __asm__("vpermps %1, %2, %0" : "=v"(q[1]) : "v"(table), "v"(a >> 4));
+#else
+    typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+    q[0] = __builtin_convertvector((ints)(a & 15), vec) - 8;
+    q[1] = __builtin_convertvector((ints)(a >> 4), vec) - 8;
+#endif
+}
+#if HAS_DPBF16
+#define FOUR_BITS                                                                              \
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, \
+        0x4080, 0x40a0, 0x40c0, 0x40e0
+static const uint16_t NUMBERS[] = {FOUR_BITS, FOUR_BITS};  // in BF16
+
+INLINE void decode(bits* q, const uint8_t* p, long line, long count) {  // two lines, side by side
+    const byte_lanes first = load_first<byte_lanes>(p, count);
+    const byte_lanes second = load_first<byte_lanes>(p + line, count);
+    const bits table = load_raw<bits>(NUMBERS);
+    uint8_t both __attribute__((vector_size(2 * LANES)));
+    byte_lanes low, high;
+    bits a;
+    __asm__("vpunpcklbw %2, %1, %0" : "=v"(low) : "v"(first), "v"(second));
+    __asm__("vpunpckhbw %2, %1, %0" : "=v"(high) : "v"(first), "v"(second));
+    __asm__("vinserti32x4 $1, %2, %t1, %0" : "=v"(both) : "v"(low), "v"(high));
+    __asm__("vpmovzxbw %1, %0" : "=v"(a) : "v"(both));
+    __asm__("vpermw %1, %2, %0" : "=v"(q[0]) : "v"(table), "v"(a));  // reads five bits of a word
+    __asm__("vpermw %1, %2, %0" : "=v"(q[1]) : "v"(table), "v"(a >> 4));
+}
+#endif
+INLINE long at_once(long count) { return count < LANES ? count : LANES; }
+
+// Scale and zero of a block's rows, those of the lower halves of bytes first, as sums are.
+struct Factors {
+    float scale[BLOCK], zero[BLOCK];
+};
+INLINE long row_of(long place, long size) {
+    return size == BLOCK ? place : place < HALF ? 2 * place : 2 * (place - HALF) + 1;
+}
+INLINE void load_factors(Factors* f, const Args* g, long begin, long size, long k) {
+    const S::T* s = (const S::T*)g->scale + (k / g->group * g->out_features + begin) * 2;
+    float both[2 * BLOCK];
+    if (size < BLOCK) memset(both, 0, sizeof both);
+    for (long i = 0; i < 2 * size; i += LANES) {
+        const vec part = S::widen(load_raw<S::raw>(s + i));
+        memcpy(both + i, &part, sizeof part);
+    }
+    if (size == BLOCK)
+        for (int i = 0; i < BLOCK; i++) f->scale[i] = both[2 * i], f->zero[i] = both[2 * i + 1];
+    else
+        for (int i = 0; i < BLOCK; i++) {
+            const float* of_row = both + 2 * row_of(i, size);
+            f->scale[i] = of_row[0], f->zero[i] = of_row[1];
+        }
+}
+// Those that come AHEAD bytes of W later, also in the next block, are not where W streams.
+INLINE void prefetch_factors(const Args* g, long begin, long k) {
+    const long K = g->in_features, N = g->out_features;
+    k += (AHEAD / (g->group * HALF) + 1) * g->group;
+    if (k >= K) k -= K, begin += BLOCK;
+    if (k >= K || begin + BLOCK > N) return;
+    const char* s = (const char*)((const S::T*)g->scale + (k / g->group * N + begin) * 2);
+    for (int i = 0; i < 2 * BLOCK * (int)sizeof(S::T); i += 64) __builtin_prefetch(s + i, 0, 2);
+}
+
+// y[m] of a block
+INLINE void store(const Args* g, long m, long begin, long size, const float* places) {
+    float v[BLOCK];
+    for (int i = 0; i < BLOCK; i++) v[row_of(i, size)] = places[i];
+    for (long i = 0; i < size; i += LANES) {
+        vec part = load_raw<vec>(v + i);
+        if (g->bias) part += Y::widen(load_raw<Y::raw>((const Y::T*)g->bias + begin + i));
+        const Y::raw out = Y::narrow(part);
+        memcpy((Y::T*)g->y + m * g->out_features + begin + i, &out, sizeof out);
+    }
+}
+
+// totals += what PARTS vectors of bytes, from byte j of the lines of the group at k, add to ROWS rows
+template <int ROWS, int PARTS, bool FIRST, bool WHOLE, class Call>
+INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, long line, long j,
+                      const Factors& f, float (*totals)[BLOCK]) {
+    const long K = c->args->in_features, group = c->args->group;
+    vec acc[ROWS][2 * PARTS] = {};
+    for (long i = 0; i < group; i += D::STEP / LANES) {
+        const uint8_t* p = q + i * line + j;
+        if (FIRST) __builtin_prefetch(p + AHEAD, 0, 2);
+        D::right a[2 * PARTS];
+        UNROLL for (int part = 0; part < PARTS; part++)
+            decode(a + 2 * part, p + part * LANES, line, WHOLE ? LANES : at_once(line - j));
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            const uint32_t step = load_raw<uint32_t>(x + row * c->stride + k + i);
+            const D::left xs = (D::left)((bits){} + step);
+            UNROLL for (int n = 0; n < 2 * PARTS; n++) acc[row][n] = D::add(acc[row][n], xs, a[n]);
+        }
+    }
+    UNROLL for (int row = 0; row < ROWS; row++)
+        UNROLL for (int n = 0; n < 2 * PARTS; n++) {
+            const long place = j + n / 2 * LANES + n % 2 * HALF;
+            const float sum = ((const float*)(x + row * c->stride + K))[k / group];
+            vec total = load_raw<vec>(totals[row] + place) + sum * load_raw<vec>(f.zero + place);
+            total += load_raw<vec>(f.scale + place) * acc[row][n];
+            memcpy(totals[row] + place, &total, sizeof total);
+        }
+}
+
+// y for ROWS rows from `m`, which begin at `x`, and columns [begin, end): a block
+template <int ROWS, bool FIRST, class Call>
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, long begin,
+                                              long end) {
+    const Args* g = c->args;
+    const long K = g->in_features, size = end - begin, line = size / 2;
+    const int PARTS = ACCUMULATORS >= 4 * ROWS + 4 ? 2 : 1;
+    float totals[ROWS][BLOCK] = {};
+    for (long k = 0; k < K; k += g->group) {
+        const uint8_t* q = (const uint8_t*)g->w + begin * K / 2 + k * line;
+        Factors f;
+        load_factors(&f, g, begin, size, k);
+        if (FIRST) prefetch_factors(g, begin, k);
+        if (size == BLOCK)
+            for (long j = 0; j < HALF; j += PARTS * LANES)
+                add_group<ROWS, PARTS, FIRST, true>(c, x, k, q, HALF, j, f, totals);
+        else
+            for (long j = 0; j < line; j += LANES)
+                add_group<ROWS, 1, FIRST, false>(c, x, k, q, line, j, f, totals);
+    }
+    for (int row = 0; row < ROWS; row++) store(g, m + row, begin, size, totals[row]);
+}
+
+// Σ_k x[k] of each group of a row
+INLINE void sum_groups(const Args* g, const E::T* x, float* sums) {
+    const bits one = (bits){} + (sizeof *x == 2 ? 0x3f803f80u : 0x3f800000u);  // a pair of BF16, or F32
+    for (long k = 0; k < g->in_features; k += g->group) {
+        vec acc = {};
+        for (long i = k; i < k + g->group; i += D::STEP)
+            acc = D::add(acc, load_raw<D::left>(x + i), (D::right)one);
+        sums[k / g->group] = sum(acc);
+    }
+}
+
+static void widen_blocks(int64_t first, int64_t last, void* context) {
+    const Args* g = (const Args*)context;
+    const long K = g->in_features, N = g->out_features;
+    for (long begin = first * BLOCK; begin < last * BLOCK && begin < N; begin += BLOCK) {
+        const long size = N - begin < BLOCK ? N - begin : BLOCK, line = size / 2;
+        const uint8_t* q = (const uint8_t*)g->w + begin * K / 2;
+        Factors f;
+        for (long k = 0; k < K; k++) {
+            if (k % g->group == 0) load_factors(&f, g, begin, size, k);
+            float w[BLOCK];
+            for (long j = 0; j < line; j += LANES) {
+                vec a[2];
+                decode(a, q + k * line + j, line, at_once(line - j));
+                UNROLL for (int n = 0; n < 2; n++) {
+                    const long place = j + n * HALF;
+                    a[n] = a[n] * load_raw<vec>(f.scale + place) + load_raw<vec>(f.zero + place);
+                    memcpy(w + place, a + n, sizeof *a);
+                }
+            }
+            store(g, k, begin, size, w);
+        }
+    }
+}
+
+// y (K, N) = Wᵀ
+extern "C" void lorafx_widen(const Args* g) {
+    g->parallel(0, (g->out_features + BLOCK - 1) / BLOCK, 1, widen_blocks, (void*)g);
+}

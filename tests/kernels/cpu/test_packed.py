@@ -1,0 +1,165 @@
+"""`lorafx::stored_mm` and its relatives with integers of four bits, in the layout of torch's
+operator, against float64 of the weight by which that operator multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from delta_oracle import assert_delta, assert_product, random_problem
+from toolchain import needs_compiler
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu import delta_kernels, dense, stored
+from lorafx.kernels.cpu.compiler import Isa, runnable_isas
+from lorafx.kernels.cpu.stored import StoredSpec
+
+lora, aten = torch.ops.lorafx, torch.ops.aten
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+
+pytestmark = [needs_compiler, pytest.mark.skipif(not stored.packed_block(), reason="no blocks")]
+
+
+def operands(
+    rows: int, features: int, columns: int, group: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(bias, x, weight)"""
+    torch.manual_seed(rows)
+    q = torch.randint(16, (columns, features), dtype=torch.int32)
+    factors = torch.randn(features // group, columns, 2).to(dtype)
+    weight = [aten._convert_weight_to_int4pack_for_cpu(q, 1), factors]
+    return torch.randn(columns).to(dtype), torch.randn(rows, features).to(dtype), weight
+
+
+def by_torch(x: Tensor, weight: list[Tensor]) -> Tensor:
+    packed, factors = weight
+    group = x.shape[1] // factors.shape[0]
+    return aten._weight_int4pack_mm_for_cpu(x, packed, group, factors)
+
+
+def check(got: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None = None) -> None:
+    W = by_torch(torch.eye(x.shape[1]), [weight[0], weight[1].float()]).T
+    assert_product(got, x, W.double(), bias)
+
+
+def spec_of(dtype: torch.dtype) -> StoredSpec:
+    spec = StoredSpec.of(*operands(1, 32, 16, 32, dtype)[1:])
+    assert spec is not None
+    return spec
+
+
+@pytest.fixture
+def choice() -> Iterator[None]:
+    """After the test, this process has the kernels and the limits of others again."""
+    yield
+    stored.ready.cache_clear()
+    assert all(stored.ready(spec_of(dtype)) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.usefixtures("choice")
+def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
+    """Tiles of every height, groups of all sizes, last blocks of every size."""
+    spec = spec_of(dtype)
+    assert StoredSpec.of_key(spec.key) == spec
+    assert stored.ready(spec)
+    for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 8, 13, 70)), (0, (2, 70))):  # 0: W is widened
+        stored.load_kernel(spec, isa, most)
+        for features, columns, group in (
+            (32, 64, 32),
+            (192, 16, 64),
+            (256, 352, 128),
+            (64, 112, 32),
+        ):
+            for count in rows:
+                bias, x, weight = operands(count, features, columns, group, dtype)
+                check(lora.stored_mm(x, weight), x, weight)
+                check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    _, x, weight = operands(dense.max_rows(dtype), 256, 80, 64, dtype)
+    together = lora.stored_mm(x, weight)
+    for rows in (1, 2, 3, 5, 6, 7, 8, 11, 32):
+        assert torch.equal(lora.stored_mm(x[:rows], weight), together[:rows])
+    assert torch.equal(lora.stored_mm(x[5:6], weight), together[5:6])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 65])
+def test_at_the_edge_where_the_library_takes_over(rows: int) -> None:
+    bias, x, weight = operands(rows, 128, 48, 32, torch.float32)
+    check(lora.stored_mm(x, weight), x, weight)
+    check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("slots", [[0], [-1] * 3, [0, 1, 2, 3, -1] * 14], ids=len)
+def test_with_a_delta(slots: list[int], dtype: torch.dtype) -> None:
+    """The bits of two ops."""
+    settings = {"sizes": (16, 304, 80), "max_rank": 19, "rows": 1, "x_shape": (len(slots), 128)}
+    p = random_problem(dtypes=(dtype,) * 3, slots=slots, seed=len(slots), **settings)
+    kernel = delta_kernels.build(p.spec)
+    bias, _, weight = operands(1, 128, p.y.shape[-1], 64, dtype)
+    for op, added, first in (
+        (lora.stored_mm, lora.stored_mm_delta, ()),
+        (lora.stored_addmm, lora.stored_addmm_delta, (bias,)),
+    ):
+        y = op(*first, p.x, weight)
+        apart = y.clone()
+        lora.run_delta_(apart, p.x, *p.bank, 1, kernel)
+        together = added(*first, p.x, weight, *p.bank, 1, kernel)
+        assert torch.equal(together, apart)
+        assert_delta(p.with_(y=y), together)
+
+
+def test_opcheck() -> None:
+    bias, x, weight = operands(3, 64, 16, 32, torch.float32)
+    for op, first in ((lora.stored_mm, ()), (lora.stored_addmm, (bias,))):
+        found = torch.library.opcheck(op.default, (*first, x, weight))
+        assert set(found.values()) == {"SUCCESS"}
+
+
+def test_without_a_compiler(monkeypatch) -> None:
+    """torch's operator is called then."""
+
+    def no_compiler() -> Isa:
+        raise LoweringError("no C++ compiler")
+
+    monkeypatch.setattr(stored, "best_isa", no_compiler)
+    stored.ready.cache_clear()
+    bias, x, weight = operands(3, 128, 16, 32, torch.bfloat16)
+    with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
+        y = stored.product(x, weight)
+    assert torch.equal(y, by_torch(x, weight))
+    assert torch.equal(stored.product(bias, x, weight), y + bias)
+    stored.ready.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w: (x[:, :-32], w), "do not fit together|96 columns, weight has 128"),
+        (lambda x, w: (x, [w[0], w[1][:3].contiguous()]), "scale"),
+        (lambda x, w: (x, [w[0], w[1][:, :8].contiguous()]), "scale"),
+        (lambda x, w: (x, [w[0][:8], w[1][:, :8].contiguous()]), "scale"),  # rows are not 16s
+        (lambda x, w: (x, [w[0], w[1].repeat(2, 1, 1)]), "scale"),  # groups of 16
+        (lambda x, w: (x, [w[0], w[1], w[1]]), "scale"),
+    ],
+)
+def test_bad_operands(change, message) -> None:
+    """Refused by the kernel, and by the fake one when a graph is traced."""
+    _, x, weight = operands(3, 128, 16, 32, torch.float32)
+    lora.stored_mm(x, weight)
+    x, weight = change(x, weight)
+    with pytest.raises(RuntimeError, match=message):
+        lora.stored_mm(x, weight)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x), [mode.from_tensor(item) for item in weight]
+        with pytest.raises((LoweringError, RuntimeError), match=message):
+            lora.stored_mm(*fake)
