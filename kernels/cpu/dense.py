@@ -71,8 +71,8 @@ def source_with(
 ) -> str:
     """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`, in tiles
     of the files `tiles` if there are any, else in those of dense.cpp."""
-    # Of eight rows, tiles of eight take 0.87 to 0.92 (float32), 0.9 (bfloat16) and 0.76 (int8) of the
-    # time of six and two, but 1.07 where numbers are widened to float32 (Zen 4).
+    # Of eight rows, tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of
+    # the time of six and two, but 1.07 where integers become float32 (Zen 4, cold weights).
     full = 8 if (isa.dpbf16 if step == "BF16" else not defines["STORED"]) else 6
     sizes = {
         "TILE": full if isa.lanes == 16 else 4,
