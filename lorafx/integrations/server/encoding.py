@@ -208,9 +208,6 @@ class EncoderBatches:
         """There are none."""
         return True
 
-    def stop(self, **_: Any) -> None:
-        """There is no thread."""
-
     def unhealthy(self) -> str | None:
         """As the model's."""
         try:
