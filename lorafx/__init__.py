@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorafx.integrations.torch_compile.dynamo_backend import detach as detach
     from lorafx.integrations.torch_compile.dynamo_backend import load_adapter as load_adapter
     from lorafx.integrations.torch_compile.dynamo_backend import unload_adapter as unload_adapter
+    from lorafx.integrations.trl import Rollout as Rollout
     from lorafx.model.quantized import dequantize as dequantize
     from lorafx.pass_order import pipeline as pipeline
     from lorafx.registry import register as register
@@ -59,6 +60,7 @@ _NAMES = {
         "VerifyError",
     ),
     "lorafx.model.quantized": ("dequantize",),
+    "lorafx.integrations.trl": ("Rollout",),
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),

@@ -20,7 +20,6 @@ from typing import Any, TypeAlias, cast
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
@@ -34,7 +33,7 @@ from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
-from lorafx.torch_internals.graph_parts import enable_python_dispatcher
+from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -91,6 +90,9 @@ class Vectorizer:
             call = bound(node)
             copies = [self.copies_of(tensor) for tensor in call["tensors"]]
             return self.emit(node.target, copies, wrap(call["dim"], len(self.flow.shape(node))) + 1)
+        if packet is prims.rev:
+            dims = [dim + 1 for dim in bound(node)["dims"]]
+            return self.emit(node.target, self.copies[operand(node)], dims)
         if rule_for(node.target)[0] is not pointwise.pointwise:
             raise NoCopy(node, "no rule copies what this operator computes")
         ndim = len(self.flow.shape(node))
@@ -107,6 +109,9 @@ class Vectorizer:
         """The operators that torch.vmap makes of a node, in the graph."""
         operands = list(node.all_input_nodes)
         copies = [self.copies.get(arg, arg) for arg in operands]
+        others = [arg for arg in operands if arg in self.copies and arg is not operand(node)]
+        if others and called_by(node) not in contractions.PRODUCTS:
+            raise NoCopy(node, "an operand that should be the same for all requests is not")
 
         def single(*values: Any) -> Any:
             value_of = dict(zip(operands, values, strict=True)).__getitem__
@@ -288,14 +293,13 @@ def _of_copies(error: Exception) -> str:
     return f"it cannot run on copies: {' '.join(str(error).split())[:200]}"
 
 
-#: Operators that torch.vmap copies for a symbolic number of requests -> what it is given instead:
-#: copies may have another layout than the original, and rules are of aten only.
+#: Operators that torch.vmap copies for a symbolic number of requests, by operators that Inductor
+#: lowers -> what it is given instead: copies may have another layout than the original.
 BATCHED: Mapping[object, Any] = {
     **dict.fromkeys(
         (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy),
         aten.reshape.default,
     ),
-    prims.rev: aten.flip.default,
     **dict.fromkeys(
         (
             aten.permute, aten.t, aten.squeeze, aten.expand, aten.repeat, aten.index,

@@ -53,13 +53,18 @@ from lorafx.program.context import (
 )
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import grouped, is_grouped
-from lorafx.torch_internals.graph_parts import FakeTensor, OpOverload, guard_or_false, guard_or_true
+from lorafx.torch_internals.graph_parts import (
+    FakeTensor,
+    OpOverload,
+    guard_or_false,
+    guard_or_true,
+    make_fx,
+)
 from lorafx.torch_internals.shortcuts import chosen
 from lorafx.torch_internals.triton_compat import (
     FunctionalTensorMode,
     dispatch_functionalize,
     kernel_side_table,
-    make_fx,
 )
 
 aten = torch.ops.aten

@@ -14,6 +14,11 @@ the only reader of such a product, `join` puts both into one parallel region
 
     run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
     run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
+
+Siblings whose weights are integers become one op over all of them, since nothing is copied into one
+weight for `pack`:
+
+    stored_mm_delta(x, W₀, bank), ...(x, W₁, bank)   →   stored_mms_delta(x, [W₀, W₁], bank)
 """
 
 from __future__ import annotations
@@ -38,13 +43,16 @@ from lorafx.kernels.cpu.dense import (
 )
 from lorafx.kernels.cpu.stored import (
     LONGEST_STEP,
+    MOST_WEIGHTS,
     STORED_ADDMM,
     STORED_ADDMM_DELTA,
     STORED_MM,
     STORED_MM_DELTA,
+    STORED_MMS_DELTA,
     StoredSpec,
 )
 from lorafx.kernels.cpu.stored import ready as stored_ready
+from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
@@ -312,7 +320,7 @@ class Join:
             if node.target is AUTO_FUNCTIONALIZED and _can_join(node) and ctx.take_edit():
                 _join(gm.graph, ctx, node)
                 edits += 1
-        return edits
+        return edits + sum(_gather(gm.graph, ctx, nodes) for nodes in _siblings(gm.graph))
 
 
 def _can_join(delta: fx.Node) -> bool:
@@ -358,3 +366,42 @@ def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
             ctx.states[result] = ctx.states.pop(written)
         graph.erase_node(written)
     graph.erase_node(delta)
+
+
+def _siblings(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Products of one x with integers, which are inputs, whose deltas have one bank."""
+    groups: dict[tuple[object, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in (STORED_MM_DELTA, STORED_ADDMM_DELTA):
+            call = bound(node)
+            x, columns = call["x"], int(fake_value(call["x"]).shape[1])
+            while x.target in VIEWS:
+                x = operand(x)
+            shared = (call[name] for name in (*BankArgs._fields, "rows"))
+            key = (node.target, x, columns, len(call["weight"]), *shared)
+            groups.setdefault(key, []).append(node)
+    return [group for group in groups.values() if 1 < len(group) <= MOST_WEIGHTS]
+
+
+def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> bool:
+    if not ctx.take_edit():
+        return False
+    calls = [bound(node) for node in nodes]
+    lists = {
+        "weights": [item for call in calls for item in call["weight"]],
+        "biases": [call["bias"] for call in calls if "bias" in call],
+        "kernels": [call["kernel"] for call in calls],
+    }
+    with graph.inserting_before(nodes[0]):
+        gathered = graph.call_function(
+            STORED_MMS_DELTA, in_order(STORED_MMS_DELTA, calls[0], **lists)
+        )
+        parts = [graph.call_function(operator.getitem, (gathered, i)) for i in range(len(nodes))]
+    gathered.meta["val"] = [fake_value(node) for node in nodes]
+    for node, part in zip(nodes, parts, strict=True):
+        part.meta["val"] = fake_value(node)
+        node.replace_all_uses_with(part)
+        if node in ctx.states:
+            ctx.states[part] = ctx.states.pop(node)
+        graph.erase_node(node)
+    return True

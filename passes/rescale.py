@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
-from lorafx.kernels.ops.delta import accumulation_dtype
+from lorafx.kernels.ops.delta import rescaled_rows, shifted_rows
 from lorafx.kernels.ops.own_rows import OwnRows
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
@@ -30,7 +30,6 @@ from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_s
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 #: Arguments for scales and biases; an embedding has gains only.
 SCALE = ("gains", "addend", "shifts")
 OWN_OPS = {
@@ -58,81 +57,39 @@ class Rescale:
 
 @dataclass
 class _Scales:
-    """Emits the arithmetic of a graph's scales. Equal sites share the owners of their rows."""
+    """Puts the arithmetic of scales into a graph. Equal sites share the owners of their rows."""
 
     ctx: Context
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def move_behind(self, node: fx.Node) -> None:
         """Compute the scale and biases of a site after it, not as its arguments."""
-        scale = {name: value for name, value in bound(node).items() if name in SCALE}
-        rebind(node, **dict.fromkeys(scale))
-        readers = list(node.users)
+        call = bound(node)
+        tables = {name: call[name] for name in SCALE if call.get(name) is not None}
+        rebind(node, **dict.fromkeys(name for name in SCALE if name in call))
+        readers, convolved = list(node.users), node.target is CONV_OP
+
+        def columns(table: Tensor) -> Tensor:
+            if node.target is not SITE_OP:
+                return table
+            ranges = zip(call["offsets"], call["sizes"], strict=True)
+            parts = [table[:, offset : offset + size] for offset, size in ranges]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+        def behind(y: Tensor, owner: Tensor, *values: Tensor) -> Tensor:
+            scale = dict(zip(tables, values, strict=True))
+            y = y.movedim(1, -1) if convolved else y
+            owner = owner.view(-1, *[1] * (y.dim() - 2)) if convolved else owner.view(y.shape[:-1])
+            if "gains" in scale:
+                y = rescaled_rows(y, columns(scale["gains"]), scale.get("addend"), owner)
+            if "shifts" in scale:
+                y = shifted_rows(y, columns(scale["shifts"]), owner)
+            return y.movedim(-1, 1) if convolved else y
+
         with self.ctx.graph.inserting_before(node.next):
-            last = self._rescaled(node, **scale)
+            last = self.ctx.traced(behind, node, self._owner(node), *tables.values())
         for reader in readers:
             reader.replace_input_with(node, last)
-
-    def _rescaled(
-        self,
-        node: fx.Node,
-        gains: fx.Node | None = None,
-        addend: fx.Node | None = None,
-        shifts: fx.Node | None = None,
-    ) -> fx.Node:
-        acc = accumulation_dtype(fake_value(node))
-        last = node
-        if gains is not None:
-            gain, applies = self._by_row(node, gains)
-            y = self._cast(last, acc)
-            product = y
-            if addend is not None:
-                product = self.ctx.emit(aten.sub.Tensor, y, self._along_channels(node, addend))
-            scaled = self.ctx.emit(aten.mul.Tensor, gain, product)
-            last = self._where(applies, self.ctx.emit(aten.add.Tensor, y, scaled), last)
-        if shifts is not None:
-            shift, applies = self._by_row(node, shifts)
-            total = self.ctx.emit(aten.add.Tensor, self._cast(last, acc), shift)
-            last = self._where(applies, total, last)
-        return last
-
-    def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The entries of `table` (S, ΣN) for each row and output, broadcastable to y, and a mask
-        of those that apply: the row has a slot, and the entry is not 0."""
-        y, owner = fake_value(node), self._owner(node)
-        value = self.ctx.emit(aten.index.Tensor, self._columns(node, table), [owner])
-        slotted = self.ctx.emit(aten.unsqueeze.default, self.ctx.emit(aten.ge.Scalar, owner, 0), -1)
-        applies = self.ctx.emit(aten.ne.Scalar, value, 0)
-        applies = self.ctx.emit(aten.logical_and.default, applies, slotted)
-        if y.dim() == 2:
-            return value, applies
-        if node.target is CONV_OP:
-            sizes = [self.ctx.size(node, 0), y.shape[1], *[1] * (y.dim() - 2)]
-        else:
-            sizes = [self.ctx.size(node, dim) for dim in range(y.dim())]
-        reshape = aten.reshape.default
-        return self.ctx.emit(reshape, value, sizes), self.ctx.emit(reshape, applies, sizes)
-
-    def _along_channels(self, node: fx.Node, addend: fx.Node) -> fx.Node:
-        """A bias (N,) shaped for y: a convolution has its channels second."""
-        if node.target is not CONV_OP:
-            return addend
-        y = fake_value(node)
-        return self.ctx.emit(aten.reshape.default, addend, [y.shape[1], *[1] * (y.dim() - 2)])
-
-    def _where(self, mask: fx.Node, total: fx.Node, otherwise: fx.Node) -> fx.Node:
-        total = self._cast(total, fake_value(otherwise).dtype)
-        return self.ctx.emit(aten.where.self, mask, total, otherwise)
-
-    def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
-        if node.target is not SITE_OP:
-            return table
-        call = bound(node)
-        parts = [
-            self.ctx.emit(aten.slice.Tensor, table, 1, offset, offset + size)
-            for offset, size in zip(call["offsets"], call["sizes"], strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else self.ctx.emit(aten.cat.default, parts, 1)
 
     def _owner(self, node: fx.Node) -> fx.Node:
         """The slot of each row of y, int32 (M,), like `lorafx.kernels.ops.delta.row_slots`."""
@@ -153,11 +110,6 @@ class _Scales:
             index = emit(aten.remainder.Scalar, index, self.ctx.size(slots, 0))
             self.owners[key] = emit(aten.index.Tensor, slots, [index])
         return self.owners[key]
-
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if fake_value(node).dtype == dtype:
-            return node
-        return self.ctx.emit(prims.convert_element_type.default, node, dtype)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,7 @@ typedef Dot<E, E> D;
 struct Factors {
     float scale, zero;
 };
-INLINE Factors factors(const Args* g, long column, long k) {
-    const long at = column * (g->in_features / g->group) + k / g->group;
+INLINE Factors factors(const Args* g, long at) {
     return {S::one(((const S::T*)g->scale)[at]), HAS_ZERO ? Z::one(((const Z::T*)g->zero)[at]) : 0};
 }
 INLINE vec numbers(const W::T* q, const Factors& f) {
@@ -60,7 +59,7 @@ INLINE D::right weights(const W::T* q, const Factors& f) {  // of a step
 typedef Dot<E, W> D;
 
 struct Factors {};
-INLINE Factors factors(const Args*, long, long) { return {}; }
+INLINE Factors factors(const Args*, long) { return {}; }
 INLINE D::right weights(const W::T* w, const Factors&) { return load_raw<D::right>(w); }
 #endif
 INLINE D::right first_weights(const W::T* w, long count, const Factors& f) {
@@ -96,45 +95,35 @@ INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     }
 }
 
-// acc[row][n] += W[n] · x[row] for elements [k, end); `ahead` are the N planes that come next
-template <int ROWS, int N, bool FIRST>
-INLINE void span(vec* acc, const Call* c, const E::T* x, const W::T* w, const W::T* ahead,
-                 const Factors* f, long k, long end) {
-    const long LINE = 64 / sizeof(W::T), AT_ONCE = LINE < D::STEP ? (long)D::STEP : LINE;
-    const long stride = c->args->w_stride;
-    D::right ws[N];
-    for (; k + AT_ONCE <= end; k += AT_ONCE) {
-        // W streams from memory: the first tile prefetches the next planes
-        if (FIRST) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(ahead + n * stride + k, 0, 2);
-        UNROLL for (long i = k; i < k + AT_ONCE; i += D::STEP) {
-            UNROLL for (int n = 0; n < N; n++) ws[n] = weights(w + n * stride + i, f[n]);
-            step<ROWS, N>(acc, x + i, c->stride, ws);
-        }
-    }
-    for (; k + D::STEP <= end; k += D::STEP) {
-        UNROLL for (int n = 0; n < N; n++) {
-            if (FIRST && GROUPED && k % LINE == 0) __builtin_prefetch(ahead + n * stride + k, 0, 2);
-            ws[n] = weights(w + n * stride + k, f[n]);
-        }
-        step<ROWS, N>(acc, x + k, c->stride, ws);
-    }
-    if (k < end) {
-        UNROLL for (int n = 0; n < N; n++) ws[n] = first_weights(w + n * stride + k, end - k, f[n]);
-        step<ROWS, N>(acc, x + k, c->stride, ws);
-    }
-}
-
-// v[row][n] = W[column + n] · x[row] for ROWS × N pairs
+// v[row][n] = W[column + n] · x[row] for ROWS × N pairs; `ahead` are the N planes that come next
 template <int ROWS, int N, bool FIRST>
 INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w, const W::T* ahead,
                        float* v) {
-    const long K = c->args->in_features, group = GROUPED ? c->args->group : K;
+    const long LINE = 64 / sizeof(W::T), AT_ONCE = LINE < D::STEP ? (long)D::STEP : LINE;
+    const long K = c->args->in_features, stride = c->args->w_stride;
+    const long group = GROUPED ? c->args->group : K, groups = GROUPED ? K / group : 1;
     vec acc[ROWS * N] = {};
-    for (long k = 0; k < K; k += group) {
-        Factors f[N];
-        if (GROUPED) UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, column + n, k);
-        span<ROWS, N, FIRST>(acc, c, x, w, ahead, f, k, k + group);
+    D::right ws[N];
+    Factors f[N];
+    long next = 0, at = column * groups;  // the next group, and its factors for the first plane
+    auto add = [&](long k, long count) __attribute__((always_inline)) {
+        if (GROUPED && k == next) {
+            UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, at + n * groups);
+            next += group, at++;
+        }
+        UNROLL for (int n = 0; n < N; n++)
+            ws[n] = count < D::STEP ? first_weights(w + n * stride + k, count, f[n])
+                                    : weights(w + n * stride + k, f[n]);
+        step<ROWS, N>(acc, x + k, c->stride, ws);
+    };
+    long k = 0;
+    for (; k + AT_ONCE <= K; k += AT_ONCE) {
+        // W streams from memory: the first tile prefetches the next planes
+        if (FIRST) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+        UNROLL for (long i = k; i < k + AT_ONCE; i += D::STEP) add(i, D::STEP);
     }
+    for (; k + D::STEP <= K; k += D::STEP) add(k, D::STEP);
+    if (k < K) add(k, K - k);
     float sums[ROWS * N + 3];
     int i = 0;
 #if SUM_FOUR
@@ -261,9 +250,9 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     const long M = g->rows, K = g->in_features, N = g->out_features;
     if (!M) return 0;
     const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
-    // Writing to lines of a cache that other threads have read takes longer than a copy: one for each.
     const long sums = PACKED ? K / g->group * sizeof(float) / sizeof(E::T) : 0;  // behind a row
-    Call c = {g, 0, row_stride(K + sums), serial || M > TILE ? 1 : g->threads, GROUP, 0, 0, 0};
+    // Writing to lines of a cache that other threads have read takes longer than a copy: one for each.
+    Call c = {g, 0, row_stride(K + sums), serial || M > 2 * TILE ? 1 : g->threads, GROUP, 0, 0, 0};
     void* space = malloc(c.copies * M * c.stride * sizeof(E::T) + 64);
     if (!space) return 1;
     c.x = (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63);
@@ -289,7 +278,7 @@ static void widen_rows(int64_t first, int64_t last, void* context) {
         const W::T* q = (const W::T*)g->w + n * g->w_stride;
         Y::T* out = (Y::T*)g->y + n * K;
         for (long begin = 0; begin < K; begin += g->group) {
-            const Factors f = factors(g, n, begin);
+            const Factors f = factors(g, n * (K / g->group) + begin / g->group);
             const long end = begin + g->group;
             for (long k = begin; k < end; k += LANES) {
                 const long count = end - k < LANES ? end - k : LANES;

@@ -71,9 +71,9 @@ def source_with(
 ) -> str:
     """The text of a kernel for x and y of `dtype`, multiplied as the element type `step`, in tiles
     of the files `tiles` if there are any, else in those of dense.cpp."""
-    # With instructions for pairs of bfloat16, tiles of eight take 0.76 (int8) and 0.9 (bfloat16) of
-    # the time of six and two for eight rows; in float32 they gain nothing (Zen 4, one thread).
-    full = 8 if tiles or (isa.dpbf16 and step == "BF16") else 6
+    # Of eight rows, tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of
+    # the time of six and two, but 1.07 where integers become float32 (Zen 4, cold weights).
+    full = 8 if (isa.dpbf16 if step == "BF16" else not defines["STORED"]) else 6
     sizes = {
         "TILE": full if isa.lanes == 16 else 4,
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
@@ -97,6 +97,8 @@ _MORE_SHIMS = (
     "torch_list_size",
     "torch_list_get_item",
     "torch_delete_list",
+    "torch_new_list_reserve_size",
+    "torch_list_push_back",
 )
 
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to

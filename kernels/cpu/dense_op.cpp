@@ -5,10 +5,14 @@
 //
 //     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
 //
-// and the other three likewise. The choice is made at each call, so a graph serves any number of rows.
-// A stored weight is a list: integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense one. Ops
-// with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many after
-// it. Before this text stand handles.h, epilogue.h and dense_args.h.
+// and the other three likewise, and for several stored weights of one x and bank
+//
+//     stored_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
+//
+// The choice is made at each call, so a graph serves any number of rows. A stored weight is a list:
+// integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense
+// one. Ops with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many
+// after it. Before this text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
@@ -19,6 +23,8 @@ struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIM
     int32_t (*list_size)(Handle, size_t*);
     int32_t (*list_item)(Handle, size_t, uint64_t*);
     int32_t (*delete_list)(Handle);
+    int32_t (*new_list)(size_t, Handle*);
+    int32_t (*push)(Handle, uint64_t);
 };
 static DenseShims more;
 
@@ -205,15 +211,20 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     return y.release();
 }
 
+static size_t size_of(const List& list) {
+    size_t count;
+    succeeds(more.list_size(list.handle, &count));
+    return count;
+}
+
 struct StoredWeight {
     OwnedTensor parts[3];  // integers, scale, zero
     size_t count = 0;
-    List list;
 
-    explicit StoredWeight(Handle handle) : list{handle} {
-        succeeds(more.list_size(handle, &count));
-        require(count == 2 || count == 3, "lorafx: a stored weight is integers, scale and maybe zero");
-        for (size_t i = 0; i < count; i++) succeeds(more.list_item(handle, i, (uint64_t*)&parts[i].tensor));
+    void take(const List& list, size_t first, size_t size) {
+        require(size == 2 || size == 3, "lorafx: a stored weight is integers, scale and maybe zero");
+        for (; count < size; count++)
+            succeeds(more.list_item(list.handle, first + count, (uint64_t*)&parts[count].tensor));
     }
 };
 
@@ -287,12 +298,43 @@ template <bool BIAS, bool DELTA, bool STORED> static void dense(uint64_t* stack,
     }
     Delta* added = DELTA ? &delta : 0;
     if (STORED) {
-        const StoredWeight weight(list);
+        const List items = {list};
+        StoredWeight weight;
+        weight.take(items, 0, size_of(items));
         stack[0] = (uint64_t)stored_product(bias.tensor, x.tensor, weight, added);
     } else {
         const List sizes = {list};
         stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, sizes.handle, added);
     }
+}
+
+static const size_t MOST_WEIGHTS = 8;
+
+// Products of one x, each with its delta: x, weights, biases, the bank, rows, kernels. Each weight has
+// as many tensors in the list as the others; there are no biases, or one each.
+static void several(uint64_t* stack, uint64_t, uint64_t) {
+    OwnedTensor operands[6], biases[MOST_WEIGHTS], results[MOST_WEIGHTS];  // operands: x, the bank
+    const List weight_list = {(Handle)stack[1]}, bias_list = {(Handle)stack[2]}, ids = {(Handle)stack[9]};
+    StoredWeight weights[MOST_WEIGHTS];
+    operands[0].tensor = (Handle)stack[0];
+    for (int i = 1; i < 6; i++) operands[i].tensor = (Handle)stack[i + 2];
+    const size_t count = size_of(ids), tensors = size_of(weight_list), added = size_of(bias_list);
+    require(count && count <= MOST_WEIGHTS && tensors % count == 0 && (!added || added == count),
+            "lorafx: weights, biases and kernels differ in number, or are over 8");
+    for (size_t i = 0; i < count; i++) {
+        weights[i].take(weight_list, i * (tensors / count), tensors / count);
+        if (added) succeeds(more.list_item(bias_list.handle, i, (uint64_t*)&biases[i].tensor));
+    }
+    List made = {0};
+    succeeds(more.new_list(count, &made.handle));
+    for (size_t i = 0; i < count; i++) {
+        Delta delta = {{0, stack[0], stack[3], stack[4], stack[5], stack[6], stack[7]}, (int64_t)stack[8], 0};
+        succeeds(more.list_item(ids.handle, i, &delta.kernel));
+        results[i].tensor = stored_product(biases[i].tensor, operands[0].tensor, weights[i], &delta);
+    }
+    for (size_t i = 0; i < count; i++) succeeds(more.push(made.handle, (uint64_t)results[i].release()));
+    stack[0] = (uint64_t)made.handle;
+    made.handle = 0;
 }
 
 typedef void (*Op)(uint64_t*, uint64_t, uint64_t);
@@ -324,9 +366,10 @@ extern "C" int32_t lorafx_install_deltas(RunDelta run, int32_t (*load)(int64_t))
 // The ops with stored weights, whose kernels `load` loads; called once, after lorafx_install_deltas.
 extern "C" int32_t lorafx_install_stored(int32_t (*load)(int64_t)) {
     load_stored = load;
-    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta", 0};
-    const Op ops[] = {
-        dense<false, false, true>, dense<true, false, true>, dense<false, true, true>, dense<true, true, true>};
+    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta",
+                                 "stored_mms_delta", 0};
+    const Op ops[] = {dense<false, false, true>, dense<true, false, true>, dense<false, true, true>,
+                      dense<true, true, true>, several};
     return install(names, ops);
 }
 

@@ -104,9 +104,9 @@ struct I8 {
     INLINE vec widen(raw a) {
         typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 #if HAS_F16C  // GCC 12 converts bytes to words one by one
-        int8_t in __attribute__((vector_size(16))) = {};
+        struct { int64_t at[LANES / 8]; } given = load_raw<decltype(given)>(&a);
+        int64_t in __attribute__((vector_size(16))) = {given.at[0], given.at[LANES / 8 - 1]};
         ints words;
-        memcpy(&in, &a, sizeof a);
         __asm__("vpmovsxbd %1, %0" : "=v"(words) : "v"(in));
         return __builtin_convertvector(words, vec);
 #else

@@ -34,8 +34,8 @@ class Trained:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        held = adapters_in(model)
-        self._modules = dict(bare_modules(held.base))
+        self._held = adapters_in(model)
+        self._modules = dict(bare_modules(self._held.base))
         self._kinds = self._present_kinds()
         self._refuse_sharded()
         self.copy, copy_of = shared_copy(model)
@@ -45,7 +45,12 @@ class Trained:
         self._hook_numbers = set[int]()
         self._follow_hooks()
         self._removed = set[str]()
-        self._record(held)
+
+    def begin(self) -> None:
+        """Compare the model from now on with what it is now: libraries of quantised weights change
+        their layout with the first call, which marking makes."""
+        self._kinds = self._present_kinds()
+        self._record(self._held)
 
     @property
     def is_trained(self) -> bool:
@@ -178,6 +183,7 @@ class Sampler(CompiledModel):
     def follow(self, trained: Trained) -> None:
         """Look at `trained` before each call from now on."""
         self._trained = trained
+        trained.begin()
         self._session.follow = self._look
 
     def sync(self, names: Sequence[str] | None = None) -> dict[str, int]:

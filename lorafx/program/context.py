@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,13 @@ from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.program.row_handoff import Handover
 from lorafx.program.weight_uses import Use
 from lorafx.registry import lookup
-from lorafx.torch_internals.graph_parts import FakeTensorMode, OpOverload, detect_fake_mode
+from lorafx.torch_internals.graph_parts import (
+    FakeTensorMode,
+    OpOverload,
+    detect_fake_mode,
+    enable_python_dispatcher,
+    make_fx,
+)
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
@@ -35,6 +42,13 @@ EXPERT_MARK = torch.ops.lorafx.expert_mark.default
 ROWS_OF = torch.ops.lorafx.rows_of.default
 OWN_MASK = torch.ops.lorafx.own_mask.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
+
+#: Casts, as Inductor's decompositions leave them in graphs.
+_CASTS = {
+    torch.ops.aten._to_copy.default: lambda x, dtype, **_: torch.ops.prims.convert_element_type(
+        x, dtype
+    )
+}
 
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
 #: Ops without generated kernels, unchanged by every lowering.
@@ -213,6 +227,14 @@ class Context:
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.call(self.graph, target, args, **kwargs)
+
+    def traced(self, function: Callable[..., Tensor], *operands: fx.Node) -> Any:
+        """The result of `function` of these nodes: its operators become nodes of the graph."""
+        values = [fake_value(node) for node in operands]
+        with enable_python_dispatcher(), self.fake_mode or nullcontext():
+            traced = make_fx(function, decomposition_table=_CASTS)(*values).graph
+        inputs = (node for node in traced.nodes if node.op == "placeholder")
+        return self.graph.graph_copy(traced, dict(zip(inputs, operands, strict=True)))
 
     def size(self, node: fx.Node, dim: int) -> Any:
         size = fake_value(node).shape[dim]

@@ -29,6 +29,7 @@ with private_names():
         _OpNamespace,
     )
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import (
         ShapeEnv,
         guard_or_false,

@@ -28,3 +28,10 @@ def causal_model_class(config: Any) -> type:
         mapping: Any = transformers.AutoModelForCausalLM._model_mapping
     model_class: type = mapping[type(config)]
     return model_class
+
+
+def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
+    """The classes that one of transformers' Auto classes has for a configuration."""
+    with private_names():
+        found: Any = auto._model_mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)

@@ -28,7 +28,6 @@ with private_names():
     from torch._library import triton as triton_library
     from torch._library.triton import is_wrap_triton_enabled
     from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor
 

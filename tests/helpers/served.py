@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.generating import GeneratingModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.run import Opened, opened
 from lorafx.integrations.server.settings import Settings
@@ -109,7 +109,7 @@ def anew(
     """The same model and engine in an application of its own."""
     given = {"model": str(files.model), "adapters": files.adapters, **settings}
     tokenizer = tokenizer or files.tokenizer
-    served = ServedModel(server.compiled, server.engine, tokenizer, Settings(**given))
+    served = GeneratingModel(server.compiled, server.engine, tokenizer, Settings(**given))
     return server._replace(app=build_app(served))
 
 

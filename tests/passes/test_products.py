@@ -329,3 +329,33 @@ return view
 """,
     )
     assert error(done.result()[0], want[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_siblings_with_integers_become_one_op(biased: bool) -> None:
+    """Three of one bank, read in an order of their own, and one of another x."""
+    torch.manual_seed(0)
+    paths = ("a", "b", "c", "d")
+    modules = Holder(**{path: nn.Linear(Q, N) for path in paths})
+    g = SiteGraph(modules, [0, -1, 2], lowering="inductor", targets=list(paths))
+    x, other = g.argument(torch.randn(B, T, Q)), g.argument(torch.randn(B, T, Q))
+    g.declare(*paths)
+    weights = [integers(g, 1) for _ in paths]
+    marks = []
+    for path, given, weight in zip(paths, (x, x, other, x), weights, strict=True):
+        W = transposed(g, ungrouped(g, *weight))
+        rows = g.call(aten.view.default, given, [B * T, Q])
+        y = g.call(aten.view.default, g.call(aten.mm.default, rows, W), [B, T, N])
+        y = g.call(aten.add.Tensor, y, g.weight(path, "bias")) if biased else y
+        marks.append(g.mark(path, given, y, rows=T))
+    done = g.output(*marks)
+    want = done.result()
+    done.run(*FIRST, Products())
+    assert done.run(Join()) == len(paths) + 1
+    names = [name.partition(".")[0] for name in done.targets()]
+    alone = "stored_addmm_delta" if biased else "stored_mm_delta"
+    assert [name for name in names if "mm" in name] == ["stored_mms_delta", alone]
+    for got, expected in zip(done.result(), want, strict=True):
+        assert error(got, expected) <= 1e-5
+    found = sorted(state.site.path for states in done.ctx.states.values() for state in states)
+    assert found == list(paths)

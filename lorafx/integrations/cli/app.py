@@ -157,6 +157,11 @@ def serve(
         int, typer.Option(help="Sequences under way; further requests get 429.")
     ] = 1024,
     max_body_bytes: int = 8 << 20,
+    runner: Annotated[
+        str, typer.Option(help="generate, pooling, or auto: as the files say.")
+    ] = "auto",
+    pooling: Annotated[str | None, typer.Option(help="Encoders: mean, cls, last, max.")] = None,
+    batch_window: Annotated[float, typer.Option(help="Encoders: ms to wait for company.")] = 2,
     temperature: float | None = None,
     chat_template: Annotated[str | None, typer.Option(help="A file, or a template.")] = None,
     lowering: str = "auto",

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.routing import get_route_path
 
 from lorafx.integrations.server.errors import RequestError, error_response
-from lorafx.integrations.server.request_log import GENERATING, current_record
+from lorafx.integrations.server.request_log import ENCODING, GENERATING, current_record
 
 #: The routes that take tensors, and the type of such a body.
 UPLOADS = ("/v1/load_lora_adapter", "/update_weights")
@@ -56,10 +56,10 @@ class Queue:
 
 
 class Admission:
-    """ASGI middleware. A request to generate takes a place in `queue` before its body is read, and
-    any request is answered with status 413 if its body has more than `largest` bytes; None is no
-    limit. When a client goes away, the task that answers it is cancelled. Uploads pass: their
-    handlers read them."""
+    """ASGI middleware. A request to generate or encode takes a place in `queue` before its body is
+    read, and any request is answered with status 413 if its body has more than `largest` bytes;
+    None is no limit. When a client goes away, the task that answers it is cancelled. Uploads pass:
+    their handlers read them."""
 
     def __init__(self, app: Any, queue: Queue, largest: int | None) -> None:
         self._app, self._queue, self._largest = app, queue, largest
@@ -70,7 +70,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         try:
-            if get_route_path(scope) in GENERATING:
+            if get_route_path(scope) in GENERATING + ENCODING:
                 self._queue.take(1)
             body = await self._body(Headers(scope=scope), receive)
         except RequestError as error:

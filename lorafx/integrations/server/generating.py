@@ -37,43 +37,35 @@ class ServedModel:
     folder.
 
     Attributes:
+        engine: an AdapterBatchingManager, or what else has the part of it that `Metrics` and
+            `Control` use.
         loading: what loads adapters that requests name.
         queue: the places of sequences that are answered or wait.
         control: what pauses the engine and updates the base weights.
         most_tokens: how many a prompt and its answer may have together.
-        ends: the tokens that end a sequence.
     """
 
     def __init__(
         self,
         compiled: CompiledModel,
-        engine: AdapterBatchingManager,
+        engine: Any,
         tokenizer: PreTrainedTokenizerFast,
         settings: ModelSettings,
         lazily: bool = False,
+        limits: Sequence[int | None] = (),
     ) -> None:
+        """`limits` are those of `most_tokens` that the model's configuration does not have."""
         self.compiled, self.engine, self.tokenizer = compiled, engine, tokenizer
         self.settings, self._lazily = settings, lazily
         self.name = settings.served_name
         self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self.control = Control(compiled, engine, settings)
         self._created = int(time.time())
-        assert engine.batch_processor is not None
-        cache = int(engine.batch_processor.cache.max_tokens_read)
         model: Any = compiled.model
-        text = model.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        limits = cache, positions, settings.max_model_len
+        self.text_config = model.config.get_text_config()
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        limits = (*limits, positions, settings.max_model_len)
         self.most_tokens = min(int(limit) for limit in limits if limit is not None)
-        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
-        self._grammars = Grammars(tokenizer, text.vocab_size)
-
-    async def arguments(self, fields: Fields) -> dict[str, Any]:
-        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
-        arguments, source = fields.arguments(), fields.grammar()
-        if source is not None:  # a large one takes a second
-            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
-        return arguments
 
     def adapters(self) -> Sequence[str]:
         """The adapters that requests may ask for."""
@@ -135,6 +127,35 @@ class ServedModel:
         parent = None if name in self.settings.names else self.name
         entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
         return {"id": name, **entry, "parent": parent}
+
+
+class GeneratingModel(ServedModel):
+    """A served language model.
+
+    Attributes:
+        ends: the tokens that end a sequence.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        engine: AdapterBatchingManager,
+        tokenizer: PreTrainedTokenizerFast,
+        settings: ModelSettings,
+        lazily: bool = False,
+    ) -> None:
+        assert engine.batch_processor is not None
+        cache = int(engine.batch_processor.cache.max_tokens_read)
+        super().__init__(compiled, engine, tokenizer, settings, lazily, [cache])
+        self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
+        self._grammars = Grammars(tokenizer, self.text_config.vocab_size)
+
+    async def arguments(self, fields: Fields) -> dict[str, Any]:
+        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
+        arguments, source = fields.arguments(), fields.grammar()
+        if source is not None:  # a large one takes a second
+            arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
+        return arguments
 
 
 class Sequences:

@@ -30,7 +30,7 @@ from lorafx.integrations.server.fields import (
     MessageFields,
     ResponseFields,
 )
-from lorafx.integrations.server.generating import Sequences, ServedModel
+from lorafx.integrations.server.generating import GeneratingModel, Sequences, ServedModel
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 
@@ -44,7 +44,7 @@ class Handler:
 
     fields: type[Fields]
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: GeneratingModel) -> None:
         self.served = served
 
     def prompts(self, fields: Any) -> list[Prompt]:
@@ -73,10 +73,6 @@ class Handler:
             return StreamingResponse(answer.events(sequences), media_type="text/event-stream")
         return JSONResponse(await answer.whole(sequences))
 
-    def _encoded(self, text: str, special: bool) -> Prompt:
-        """The prompt of a text, with `special` tokens or without."""
-        return Prompt(self.served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
-
 
 class Completions(Handler):
     """/v1/completions."""
@@ -84,25 +80,7 @@ class Completions(Handler):
     fields = CompletionFields
 
     def prompts(self, fields: CompletionFields) -> list[Prompt]:
-        asked = fields.prompt
-        if not isinstance(asked, str | list) or asked == []:
-            raise RequestError(
-                "`prompt` is a string, a list of token ids, or a list of such prompts, at least "
-                f"one; got {asked!r:.80}",
-                "prompt",
-            )
-        single = isinstance(asked, str) or all(
-            isinstance(token, int) and not isinstance(token, bool) for token in asked
-        )
-        return [self._prompt(prompt, fields) for prompt in ([asked] if single else asked)]
-
-    def _prompt(self, asked: Any, fields: CompletionFields) -> Prompt:
-        if isinstance(asked, str):
-            return self._encoded(asked, special=fields.add_special_tokens is not False)
-        try:
-            return Prompt(checked_prompt(self.served.compiled.model, asked))
-        except BatchError as error:
-            raise RequestError(f"`prompt`: {error}", "prompt") from error
+        return prompts_of(self.served, "prompt", fields.prompt, fields.add_special_tokens)
 
     def answer(
         self, fields: CompletionFields, prompts: list[Prompt], name: str, model: str
@@ -135,7 +113,7 @@ class MessageHandler(Handler):
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise _refused_by_template(error, self.asked) from error
-        return [self._encoded(text, special=bool(fields.add_special_tokens))]
+        return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
     def _parts(self, prompt: Prompt, fields: MessageFields) -> MessageParts:
         tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled.model)
@@ -177,6 +155,35 @@ class Responses(MessageHandler):
             skip_special_tokens=not parts.special,
         )
         return ResponseAnswer(prompt, text, parts, name, model)
+
+
+def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:
+    """The prompts that a field asks for, with special tokens unless `special` is False. Raises
+    RequestError if it is none."""
+    if not isinstance(asked, str | list) or asked == []:
+        raise RequestError(
+            f"`{field}` is a string, a list of token ids, or a list of such {field}s, at least "
+            f"one; got {asked!r:.80}",
+            field,
+        )
+    single = isinstance(asked, str) or all(
+        isinstance(token, int) and not isinstance(token, bool) for token in asked
+    )
+    prompts = []
+    for prompt in [asked] if single else asked:
+        if isinstance(prompt, str):
+            prompts.append(_encoded(served, prompt, special=special is not False))
+            continue
+        try:
+            prompts.append(Prompt(checked_prompt(served.compiled.model, prompt)))
+        except BatchError as error:
+            raise RequestError(f"`{field}`: {error}", field) from error
+    return prompts
+
+
+def _encoded(served: ServedModel, text: str, special: bool) -> Prompt:
+    """The prompt of a text, with `special` tokens or without."""
+    return Prompt(served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
 
 
 def check_chat(served: ServedModel, fields: MessageFields) -> None:

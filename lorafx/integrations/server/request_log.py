@@ -25,8 +25,9 @@ from lorafx.integrations.server.metrics import UNKNOWN, Metrics
 
 #: Has a line for each request, at level INFO; for probes and Prometheus at level DEBUG.
 LOG = logging.getLogger("lorafx.requests")
-#: The routes that generate, whose requests are counted.
+#: The routes that generate, and those that encode. Requests for both are counted.
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENCODING = ("/v1/embeddings", "/pooling", "/classify")
 
 _CURRENT: ContextVar[RequestRecord] = ContextVar("record")
 
@@ -117,7 +118,7 @@ class RequestLog:
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 status = begun
 
-        counted, before = path in GENERATING, _CURRENT.set(record)
+        counted, before = path in GENERATING + ENCODING, _CURRENT.set(record)
         if counted:
             self._metrics.running.inc()
         try:

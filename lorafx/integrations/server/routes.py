@@ -14,25 +14,30 @@ from starlette.routing import Match
 import lorafx
 from lorafx.integrations.server.admission import BINARY, UPLOADS, Admission, is_upload
 from lorafx.integrations.server.control import PauseMode
+from lorafx.integrations.server.encoding import Encoding
 from lorafx.integrations.server.errors import Authentication, RequestError, answer_errors
-from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.generating import GeneratingModel, ServedModel
 from lorafx.integrations.server.handlers import Chat, Completions, Handler, Responses
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.metrics import Metrics
-from lorafx.integrations.server.request_log import GENERATING, RequestLog
+from lorafx.integrations.server.request_log import ENCODING, GENERATING, RequestLog
 from lorafx.integrations.server.settings import Settings
 
 
 def build_app(served: ServedModel) -> FastAPI:
     """The application that serves a model by its engine, which has to be running."""
     settings, metrics = served.settings, Metrics(served.compiled, served.engine, served.name)
-    chat, completions = Chat(served), Completions(served)
     app = FastAPI(title="lorafx", version=lorafx.__version__, redoc_url=None)
-    handlers = chat, completions, Responses(served)
-    for path, handler in zip(GENERATING, handlers, strict=True):
-        app.post(path, name=type(handler).__name__)(handler.handle)
+    if isinstance(served, GeneratingModel):
+        chat, completions = Chat(served), Completions(served)
+        handlers = chat, completions, Responses(served)
+        for path, handler in zip(GENERATING, handlers, strict=True):
+            app.post(path, name=type(handler).__name__)(handler.handle)
+        _add_tokenizer(app, completions, chat)
+    else:
+        for path in ENCODING:
+            app.post(path, name=path)(Encoding(served, path).handle)
     _add_models(app, served)
-    _add_tokenizer(app, completions, chat)
     _add_control(app, served)
     _add_loading(app, served.loading)
 

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 import uvicorn
 from fastapi import FastAPI
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -29,11 +33,13 @@ from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError
 from lorafx.generation.continuous.parameters import Sampling
 from lorafx.integrations.server.control import Control
-from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.encoding import EncoderBatches, Pooling, saved_json
+from lorafx.integrations.server.generating import GeneratingModel, ServedModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import config_covering
+from lorafx.torch_internals.transformers_parts import classes_of
 
 #: How many kernels oneDNN keeps, and how many descriptions of them, unless the environment says so.
 #: It makes one for each number of rows, of about a megabyte; 1,024 of them is its own default.
@@ -98,15 +104,28 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     its caller first loads the one that a request asks for. Raises ConfigError if the model or its
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
-    tokenizer = _tokenizer(settings)
+    tokenizer, kind = _tokenizer(settings), _kind(settings)
     with progress(f"loading {settings.served_name}"):
-        model = _model(settings)
+        model = _model(settings, kind)
     adapters = {} if lazily else dict(settings.found)
     config = settings.lora_config()
     if lazily and config.target_modules is None:
         config = config_covering(config, settings.found.values(), model)
     with progress(f"adding {len(adapters)} adapters"):
         compiled = compile_model(model, config, adapters=adapters, options=settings.options())
+    serving = _generating if kind is AutoModelForCausalLM else _encoding
+    with serving(compiled, tokenizer, settings, lazily) as served:
+        try:
+            yield Opened(build_app(served), compiled, served.engine, served.control)
+        finally:
+            served.control.end()
+
+
+@contextmanager
+def _generating(
+    compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
+) -> Iterator[ServedModel]:
+    model: Any = compiled.model
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
@@ -115,13 +134,30 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
-        served = ServedModel(compiled, engine, tokenizer, settings, lazily)
-        try:
-            yield Opened(build_app(served), compiled, engine, served.control)
-        finally:
-            served.control.end()
-            # No client is waiting for an answer any more.
-            engine.stop(hard_stop=True)
+        yield GeneratingModel(compiled, engine, tokenizer, settings, lazily)
+        # No client is waiting for an answer any more.
+        engine.stop(hard_stop=True)
+
+
+@contextmanager
+def _encoding(
+    compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
+) -> Iterator[ServedModel]:
+    model: Any = compiled.model
+    pooling = None
+    classifies = isinstance(model, classes_of(AutoModelForSequenceClassification, model.config))
+    if classifies:
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which some find the last token
+    else:
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        pooling = Pooling.of(settings, causal)
+    batches = EncoderBatches(compiled, pooling, settings, tokenizer.pad_token_id or 0)
+    if settings.warmup:
+        tokens = torch.ones(2, 8, dtype=torch.long, device=model.device)
+        compiled.warmup({"input_ids": tokens, "attention_mask": tokens})
+    saved = saved_json(settings.model, "sentence_bert_config.json") or {}
+    limits = saved.get("max_seq_length"), tokenizer.model_max_length
+    yield ServedModel(compiled, batches, tokenizer, settings, lazily, limits)
 
 
 def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
@@ -156,17 +192,31 @@ def _template(given: str) -> str:
         ) from error
 
 
-def _model(settings: ModelSettings) -> Any:
+def _kind(settings: ModelSettings) -> Any:
+    """transformers' class of models to load: that generate, that classify, or trunks."""
+    with _readable(settings.model):
+        config = AutoConfig.from_pretrained(settings.model)
+    saved = [getattr(transformers, name, None) for name in config.architectures or ()]
+
+    def is_saved(kind: Any) -> bool:
+        return any(cls in saved for cls in classes_of(kind, config))
+
+    encodes = saved_json(settings.model, "modules.json") is not None
+    encodes = encodes or any(map(is_saved, (AutoModel, AutoModelForMaskedLM)))
+    classifies = is_saved(AutoModelForSequenceClassification)
+    if settings.runner == "generate" or (settings.runner == "auto" and not encodes | classifies):
+        return AutoModelForCausalLM
+    return AutoModelForSequenceClassification if classifies else AutoModel
+
+
+def _model(settings: ModelSettings, kind: Any) -> Any:
     dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype, None)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--dtype {settings.dtype}: torch has no dtype of this name")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(settings.model):
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=dtype, attn_implementation="sdpa"
-        )
-    moved: Any = model
-    return moved.to(device).eval().requires_grad_(False)
+        model = kind.from_pretrained(settings.model, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -56,6 +56,9 @@ class ModelSettings(BaseModel):
     max_model_len: _Count = None
     max_queue: _Count = None
     max_body_bytes: _Count = None
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    pooling: Literal["mean", "cls", "last", "max"] | None = None
+    batch_window: float = Field(default=2, ge=0)
     chat_template: str | None = None
     temperature: float | None = Field(default=None, ge=0)
     lowering: str = "auto"

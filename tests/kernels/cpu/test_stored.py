@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +140,59 @@ def test_opcheck(bias: bool, with_delta: bool) -> None:
         bank = p.bank._replace(A=p.A.nan_to_num(), B=p.B.nan_to_num())
         arguments += [*bank, 1, delta_kernels.build(p.spec)]
     found = torch.library.opcheck(getattr(lora, name).default, tuple(arguments))
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def several(rows: int, form, *, biased: bool) -> tuple[list[Any], list[Tensor]]:
+    """Arguments of stored_mms_delta for three siblings of one bank, and what single ops compute."""
+    settings = {"sizes": (13, 40, 7), "max_rank": 3, "rows": 1, "x_shape": (rows, 128)}
+    slots = ([0, -1, 1] * rows)[:rows]
+    p = random_problem(dtypes=(form[0],) * 3, slots=slots, seed=3, **settings)
+    # What lies beyond a slot's rank is NaN, which opcheck does not expect of inputs.
+    bank = p.bank._replace(A=p.A.nan_to_num(), B=p.B.nan_to_num())
+    ranges = zip(p.spec.siblings, p.spec.offsets, p.spec.sizes, strict=True)
+    specs = [replace(p.spec, siblings=(j,), offsets=(o,), sizes=(n,)) for j, o, n in ranges]
+    kernels = [delta_kernels.build(spec) for spec in specs]
+    parts = [operands(rows + i, 128, spec.sizes[0], form) for i, spec in enumerate(specs)]
+    weights, biases = [part[2] for part in parts], [part[0] for part in parts] if biased else []
+    op, apart = lora.stored_addmm_delta if biased else lora.stored_mm_delta, []
+    for i, (weight, kernel) in enumerate(zip(weights, kernels, strict=True)):
+        apart.append(op(*biases[i : i + 1], p.x, weight, *bank, 1, kernel))
+    return [p.x, [item for weight in weights for item in weight], biases, *bank, 1, kernels], apart
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_siblings_in_one_op(rows: int, form) -> None:
+    """The bits of single ops, by the op's own implementation too."""
+    for biased in (False, True):
+        arguments, apart = several(rows, form, biased=biased)
+        for op in (lora.stored_mms_delta, stored.products_and_deltas):
+            assert all(map(torch.equal, op(*arguments), apart))
+
+
+@needs_compiler
+def test_bad_siblings() -> None:
+    arguments, _ = several(2, FORMS[0], biased=True)
+    lora.stored_mms_delta(*arguments)
+    for place, less in ((1, 1), (2, 1), (-1, 3), (-1, 1)):
+        wrong = list(arguments)
+        wrong[place] = wrong[place][less:]
+        with pytest.raises(RuntimeError, match="differ in number"):
+            lora.stored_mms_delta(*wrong)
+        with pytest.raises(LoweringError, match="differ in number"):
+            stored.products_and_deltas(*wrong)
+    arguments[-2] = 0  # one owner for all rows
+    with pytest.raises(RuntimeError, match="a mixed batch"):
+        lora.stored_mms_delta(*arguments)
+
+
+@needs_compiler
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_of_siblings(biased: bool) -> None:
+    arguments, _ = several(3, FORMS[3], biased=biased)
+    found = torch.library.opcheck(lora.stored_mms_delta.default, tuple(arguments))
     assert set(found.values()) == {"SUCCESS"}
 
 

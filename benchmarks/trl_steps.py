@@ -1,0 +1,167 @@
+"""GRPO of TRL on a small Llama: steps, rollouts and rewards by who samples.
+
+transformers' generate, its paged engine and `lorafx.Rollout` train the same random model with the
+same seeds, each in a process of its own. The reward is the share of a completion's tokens that are
+of the first quarter of the vocabulary, 0.25 at the start. Seconds are medians of the last half of
+the steps, when lorafx's graphs are there; the first step is beside them, and the reward of every
+step. The two engines have caches of the same size. With lorafx, every tenth step compares the
+log-probabilities of the tokens with those of the trainer's own forward, outside of what is timed.
+Some five minutes on two cores, with the extra `trl`.
+
+    python benchmarks/trl_steps.py [--steps N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+VOCABULARY, PROMPTS, GENERATIONS, NEW = 256, 4, 8, 32
+#: Pages for the longest prompts with their completions, for both engines.
+CACHE = {"page_size": 16, "num_blocks": 3 * PROMPTS * GENERATIONS, "max_batch_tokens": 1024}
+PAGED = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": CACHE,
+}
+#: Arguments of GRPOConfig, and whether lorafx samples.
+ARMS: dict[str, tuple[dict[str, Any], bool]] = {
+    "transformers' generate": ({}, False),
+    "transformers' paged engine": (PAGED, False),
+    "lorafx": (PAGED, True),
+}
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *(f"w{number}" for number in range(VOCABULARY - 2))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(token < VOCABULARY // 4 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def train(arm: str, steps: int) -> dict[str, Any]:
+    """Train in this process."""
+    import peft
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    import lorafx
+
+    settings, by_lorafx = ARMS[arm]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024},
+            **{"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2},
+            **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
+        )
+    )
+    texts = [" ".join(f"w{(7 * row + 3 * i) % 250}" for i in range(12)) for row in range(32)]
+    seconds: dict[str, list[float]] = {"step": [], "rollout": []}
+    checks, differences = [0.0], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            checks[0], self.begin = 0.0, time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds["step"].append(time.perf_counter() - self.begin - checks[0])
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=GRPOConfig(
+                **{"output_dir": folder, "report_to": [], "save_strategy": "no", "use_cpu": True},
+                **{"per_device_train_batch_size": PROMPTS * GENERATIONS, "seed": 1, "bf16": False},
+                **{"num_generations": GENERATIONS, "max_completion_length": NEW},
+                **{"max_steps": steps, "logging_steps": 1, "learning_rate": 5e-3},
+                **{"lr_scheduler_type": "constant", "gradient_checkpointing": False},
+                **{"disable_tqdm": True, **settings},
+            ),
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer(),
+            peft_config=peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+            rollout_func=lorafx.Rollout() if by_lorafx else None,
+            callbacks=[Clock()],
+        )
+        generate = trainer._generate
+
+        def timed(prompts: list[Any]) -> Any:
+            begin = time.perf_counter()
+            output = generate(prompts)
+            seconds["rollout"].append(time.perf_counter() - begin)
+            prompt_ids, tokens, logprobs = output[0], output[1], output[4]
+            if by_lorafx and len(seconds["rollout"]) % 10 == 1:
+                begin = time.perf_counter()
+                differences.extend(map(difference, prompt_ids, tokens, logprobs))
+                checks[0] += time.perf_counter() - begin
+            return output
+
+        def difference(prompt: list[int], tokens: list[int], logprobs: list[float]) -> float:
+            ids = torch.tensor([[*prompt, *tokens]])
+            with torch.no_grad():
+                own = trainer._get_per_token_logps_and_entropies(
+                    trainer.model, ids, torch.ones_like(ids), len(tokens)
+                )[0]
+            return float((own[0] - torch.tensor(logprobs)).abs().max())
+
+        trainer._generate = timed
+        trainer.train()
+    half = steps // 2
+    sampler = trainer.rollout_func.sampler if by_lorafx else None
+    return {
+        "first_step_s": seconds["step"][0],
+        **{f"{name}_s": median(values[half:]) for name, values in seconds.items()},
+        "steps": steps,
+        "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
+        "largest_difference_of_logprobs": max(differences, default=None),
+        "graphs": None if sampler is None else sampler.recompiles,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", default="benchmarks/results/trl_steps.json")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    if options.arm:
+        print(json.dumps(train(options.arm, options.steps)))
+        return
+    rows = []
+    for arm in ARMS:
+        command = [sys.executable, __file__, "--arm", arm, "--steps", str(options.steps)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append({"case": arm, **json.loads(done.stdout.splitlines()[-1])})
+        shown = {name: value for name, value in rows[-1].items() if name != "rewards"}
+        print(shown, rows[-1]["rewards"][:: max(1, options.steps // 10)], flush=True)
+    from importlib import metadata
+
+    from protocol import machine, save
+
+    versions = {name: metadata.version(name) for name in ("trl", "accelerate")}
+    title = "GRPO of TRL, sampled by transformers and by lorafx"
+    save(Path(options.out), title, rows, lambda: {**machine(), **versions})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Encoders: a vector for each input, computed in batches that requests of all adapters share.
+
+/v1/embeddings, /pooling, /classify ── tokens, adapter ─▶ EncoderBatches ─▶ a call of the model
+                                    ◀── vector ── Pooling ◀── states of tokens ───┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import cached_file
+
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.errors import ConfigError, LorafxError
+from lorafx.generation.continuous.failures import StepHealth
+from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.fields import Fields
+from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.handlers import prompts_of
+from lorafx.integrations.server.request_log import current_record
+from lorafx.integrations.server.settings import ModelSettings
+
+#: sentence-transformers' names for how a vector is made of the states of tokens.
+_POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken", "max": "max"}
+#: The most tokens of a call, padding included, unless the settings say otherwise.
+_MOST_TOKENS = 4096
+
+
+def saved_json(model: str, file: str) -> Any:
+    """A JSON file beside a model; None if it has none."""
+    path = cached_file(model, file, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else json.loads(Path(path).read_text())
+
+
+class Pooling(NamedTuple):
+    """Makes a vector of the states of a sequence's tokens: their mean, the first, the last, or the
+    largest number of each column. `normalised`: vectors have the length 1 unless requests say
+    otherwise."""
+
+    mode: str
+    normalised: bool = True
+
+    @classmethod
+    def of(cls, settings: ModelSettings, causal: bool) -> Pooling:
+        """What the settings say, or else sentence-transformers' files beside the model. Without any
+        it is the mean, and the last token if a model is `causal`, since only that has seen all.
+        Raises ConfigError for what is not served."""
+        mode, normalised = "lasttoken" if causal else "mean", True
+        for module in saved_json(settings.model, "modules.json") or ():
+            kind = module["type"].rpartition(".")[2]
+            if kind == "Pooling":
+                mode = _saved_mode(saved_json(settings.model, f"{module['path']}/config.json"))
+            elif kind not in ("Transformer", "Normalize"):
+                raise ConfigError(f"{settings.model}: its module {module['type']} is not served")
+            normalised = kind == "Normalize"
+        mode = _POOLINGS[settings.pooling] if settings.pooling else mode
+        if mode not in _POOLINGS.values():
+            ways = ", ".join(_POOLINGS)
+            raise ConfigError(
+                f"{settings.model} pools by {mode}; choose one of {ways} by --pooling"
+            )
+        return cls(mode, normalised)
+
+    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(rows, features) of `states` (rows, tokens, features), which are padded on the right."""
+        if self.mode == "cls":
+            return states[:, 0]
+        if self.mode == "lasttoken":
+            return states[torch.arange(len(states)), mask.sum(1) - 1]
+        kept = mask.unsqueeze(-1)
+        if self.mode == "max":
+            return states.masked_fill(kept == 0, float("-inf")).amax(1)
+        return (states * kept).sum(1) / kept.sum(1)
+
+
+def _saved_mode(config: Mapping[str, Any]) -> str:
+    """The mode of a Pooling module, of which older files have a switch for each."""
+    prefix, mode = "pooling_mode_", config.get("pooling_mode")
+    on = [key.removeprefix(prefix) for key in config if key.startswith(prefix) and config[key]]
+    names = [mode] if isinstance(mode, str) else mode or on
+    return "+".join(name.removesuffix("_tokens").removesuffix("_token") for name in names)
+
+
+class _Row(NamedTuple):
+    """A sequence that waits for a call."""
+
+    tokens: list[int]
+    adapter: str | None
+    result: asyncio.Future[Tensor]
+
+
+class EncoderBatches:
+    """Calls an encoder for sequences of all adapters; has what `Metrics` and `Control` ask of an
+    engine. A sequence that comes while nothing runs waits for company; those that come during a
+    call share the next ones.
+
+    A call has the sequence that waits longest and those nearest to it in length: as many as fit
+    into a number of tokens with their padding, which is at most half of them.
+    """
+
+    def __init__(
+        self, compiled: CompiledModel, pooling: Pooling | None, settings: ModelSettings, pad: int
+    ) -> None:
+        """`pooling` is None for a model that answers with logits."""
+        self.forwards, self.health = compiled._entries, StepHealth()
+        self.pooling = pooling
+        self._compiled, self._pad = compiled, pad
+        self._most = settings.max_batch_tokens or _MOST_TOKENS
+        self._window = settings.batch_window / 1000
+        self._waiting: list[_Row] = []
+        self._calling: asyncio.Task[None] | None = None
+
+    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Tensor]:
+        """The vector of each sequence. Raises RequestError if the model fails, and what a call of
+        it raises of lorafx's errors."""
+        loop = asyncio.get_running_loop()
+        rows = [_Row(tokens, adapter, loop.create_future()) for tokens in sequences]
+        self._waiting += rows
+        if self._calling is None or self._calling.done():
+            self._calling = asyncio.create_task(self._call())
+        return await asyncio.gather(*(row.result for row in rows))
+
+    async def _call(self) -> None:
+        if sum(len(row.tokens) for row in self._waiting) < self._most:
+            await asyncio.sleep(self._window)
+        while rows := self._next():
+            await self._answer(rows)
+
+    def _next(self) -> list[_Row]:
+        """The rows of the next call, which wait no more."""
+        waiting = [row for row in self._waiting if not row.result.done()]  # clients may have left
+        chosen: list[_Row] = []
+        tokens = longest = 0
+        for row in sorted(waiting, key=lambda row: abs(len(row.tokens) - len(waiting[0].tokens))):
+            tokens, longest = tokens + len(row.tokens), max(longest, len(row.tokens))
+            if chosen and longest * (len(chosen) + 1) > min(self._most, 2 * tokens):
+                break
+            chosen.append(row)
+        taken = set(map(id, chosen))
+        self._waiting = [row for row in waiting if id(row) not in taken]
+        return chosen
+
+    async def _answer(self, rows: Sequence[_Row]) -> None:
+        try:
+            vectors = await asyncio.to_thread(self._compute, rows)
+        except Exception as error:
+            adapters = dict.fromkeys(row.adapter for row in rows)
+            if len(adapters) > 1:  # one that fails, or is not loaded any more, fails alone
+                for adapter in adapters:
+                    await self._answer([row for row in rows if row.adapter == adapter])
+                return
+            known = isinstance(error, LorafxError)
+            failure = error if known else RequestError(f"the model failed: {error}", status=500)
+            for row in rows:
+                if not row.result.done():
+                    row.result.set_exception(failure)
+        else:
+            for row, vector in zip(rows, vectors, strict=True):
+                if not row.result.done():
+                    row.result.set_result(vector)
+
+    @torch.no_grad()
+    def _compute(self, rows: Sequence[_Row]) -> Tensor:
+        tokens = [torch.tensor(row.tokens) for row in rows]
+        ids = pad_sequence(tokens, batch_first=True, padding_value=self._pad)
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+        model: Any = self._compiled.model
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        output = self._compiled(
+            input_ids=ids, attention_mask=mask, adapter_names=[row.adapter for row in rows]
+        )
+        if self.pooling is None:
+            return output.logits.float().cpu()
+        return self.pooling(output.last_hidden_state, mask).float().cpu()
+
+    # --- as an engine ---
+
+    @property
+    def busy(self) -> bool:
+        """Whether sequences wait or are computed."""
+        return self._calling is not None and not self._calling.done()
+
+    def drain(self, *, abort: bool = False) -> None:
+        """Return when all sequences have been computed, also with `abort`: it is one call each."""
+        while self.busy:
+            time.sleep(0.001)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is computed in the block if nothing comes."""
+        self.drain()
+        yield
+
+    def reset_pages(self) -> bool:
+        """There are none."""
+        return True
+
+    def unhealthy(self) -> str | None:
+        """As the model's."""
+        try:
+            self.forwards.check_attached()
+        except LorafxError as error:
+            return str(error)
+        return None
+
+    def sequences(self) -> dict[str, list[Any]]:
+        """Those of an engine: none."""
+        return {"running": [], "waiting": []}
+
+    def cache_usage(self) -> float:
+        """There is no cache."""
+        return 0.0
+
+
+class EncodingFields(Fields):
+    """Fields of /v1/embeddings, /pooling and /classify."""
+
+    input: Any
+    stream: Literal[False] = False
+    encoding_format: Literal["float", "base64"] = "float"
+    embed_dtype: Literal["float32"] = "float32"
+    endianness: Literal["native", "little"] = "native"
+    use_activation: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    dimensions: None = None
+    task: Literal["embed", "classify"] | None = None
+
+
+class Encoding:
+    """Answers the requests of one of the routes `ENCODING`."""
+
+    def __init__(self, served: ServedModel, path: str) -> None:
+        self._served, self._path = served, path
+        self._batches: EncoderBatches = served.engine
+        model: Any = served.compiled.model
+        self._config = model.config
+
+    async def handle(self, request: Request, body: dict) -> Response:
+        """Answer a request. Raises RequestError if it is refused."""
+        served, record = self._served, current_record()
+        adapter = await served.resolve(body.get("model"))
+        record.asks_for(adapter)
+        fields = EncodingFields.read(body)
+        task, way = "embed", "/v1/embeddings"
+        if self._batches.pooling is None:
+            task, way = "classify", "/classify"
+        if self._path not in (way, "/pooling") or fields.task not in (None, task):
+            raise RequestError(f"{served.name!r} has no vectors for that; ask {way} or /pooling")
+        sequences = await asyncio.to_thread(self._sequences, fields)
+        served.queue.take(len(sequences), had=1)
+        record.prompt_tokens = sum(map(len, sequences))
+        await served.control.admitted()
+        vectors = await self._batches.vectors(sequences, adapter)
+        usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
+        head = {"id": request.state.request_id, "object": "list", "created": int(time.time())}
+        head |= {"model": body["model"], "usage": usage}
+        return await asyncio.to_thread(self._answer, head, vectors, fields)
+
+    def _sequences(self, fields: EncodingFields) -> list[list[int]]:
+        """The tokens of each input. Raises RequestError if it has none, or too many."""
+        most, cut = self._served.most_tokens, fields.truncate_prompt_tokens
+        prompts = prompts_of(self._served, "input", fields.input, fields.add_special_tokens)
+        cut = most if cut == -1 else cut
+        sequences = [prompt.ids[:cut] for prompt in prompts]
+        for tokens in sequences:
+            if not 0 < len(tokens) <= most:
+                raise RequestError(
+                    f"an input has {len(tokens)} tokens, and may have 1 to {most}; shorten it, or "
+                    "send `truncate_prompt_tokens` -1",
+                    "input",
+                )
+        return sequences
+
+    def _answer(
+        self, head: dict[str, Any], vectors: Sequence[Tensor], fields: EncodingFields
+    ) -> Response:
+        pooling, asked = self._batches.pooling, fields.use_activation
+        rows = torch.stack(list(vectors))
+        if pooling is None:
+            rows = self._probabilities(rows) if asked is not False else rows
+        elif pooling.normalised if asked is None else asked:
+            rows = torch.nn.functional.normalize(rows)
+        entries = [{"index": i, **self._entry(row, fields)} for i, row in enumerate(rows)]
+        return JSONResponse({**head, "data": entries})
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        kind = getattr(self._config, "problem_type", None)
+        if kind == "regression":
+            return logits
+        if kind == "multi_label_classification" or logits.shape[1] == 1:
+            return logits.sigmoid()
+        return logits.softmax(-1)
+
+    def _entry(self, row: Tensor, fields: EncodingFields) -> dict[str, Any]:
+        if self._path == "/classify":
+            label = self._config.id2label.get(int(row.argmax()))
+            return {"label": label, "probs": row.tolist(), "num_classes": len(row)}
+        numbers: Any = row.tolist()
+        if fields.encoding_format == "base64":
+            numbers = base64.b64encode(row.numpy().tobytes()).decode()
+        if self._path == "/pooling":
+            return {"object": "pooling", "data": numbers}
+        return {"object": "embedding", "embedding": numbers}

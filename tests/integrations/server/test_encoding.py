@@ -1,0 +1,339 @@
+"""Encoders: vectors and classes by the request's own adapter, in calls that all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from dense_merge import TOLERANCE, build_case, error
+from served import Files, ask, client_of, serving, word_tokenizer
+from tiny_models import FAMILIES
+from torch.nn.functional import normalize
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from lorafx.errors import ConfigError
+from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
+from lorafx.integrations.server.settings import Settings
+
+PATH = "/v1/embeddings"
+INPUTS = {"a1": "w9 w12 w30 w31 w8 w9", "a2": "w9", None: "w8 w7 w9 w9", "a3": "w11 w12 w13"}
+SIZES = {
+    **{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "max_position_embeddings": 16, "pad_token_id": 0},
+}
+
+
+def written(folder: Path, model: type, **config: Any) -> Files:
+    """A tiny BERT of this class with adapters a0 to a4 on disk."""
+    family = replace(
+        FAMILIES["bert"], build=lambda **_: model(BertConfig(**SIZES, **config)), config={}
+    )
+    case = build_case(family, folder / "adapters")
+    base: Any = case.base
+    tokenizer = word_tokenizer(SIZES["vocab_size"])
+    base.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    return Files(case, tokenizer, folder / "tiny", folder / "adapters")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return written(tmp_path_factory.mktemp("encoder"), BertModel)
+
+
+@pytest.fixture(scope="module")
+def server(files) -> Iterator[Any]:
+    with serving(files, max_adapters=3, batch_window=50, max_batch_tokens=64) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Iterator[tuple[Files, Any]]:
+    folder = tmp_path_factory.mktemp("classifier")
+    labels = {0: "low", 1: "high", 2: "none"}
+    files = written(folder, BertForSequenceClassification, id2label=labels)
+    with serving(files, batch_window=50) as server:
+        yield files, server
+
+
+def vector(files: Files, adapter: str | None, words: str, pooling: str = "mean") -> torch.Tensor:
+    """What sentence-transformers makes of the merged model's states."""
+    ids = torch.tensor([files.tokenizer(words)["input_ids"]])
+    with torch.no_grad():
+        states = files.case.alone(adapter)(input_ids=ids).last_hidden_state[0]
+    ways = {"mean": states.mean(0), "cls": states[0], "last": states[-1], "max": states.amax(0)}
+    return normalize(ways[pooling], dim=0)
+
+
+def gathered(server: Any, *requests: tuple[str, dict[str, Any]]) -> list[Any]:
+    """The answers to requests that come at the same time."""
+
+    async def all_of_them() -> list[Any]:
+        async with client_of(server) as client:
+            return await asyncio.gather(*(client.post(path, json=body) for path, body in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def asking(adapter: str | None, asked: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": f"tiny:{adapter}" if adapter else "tiny", "input": asked, **fields}
+
+
+@contextmanager
+def calls_of(server: Any) -> Iterator[list[list[_Row]]]:
+    """The rows of each call in the block."""
+    batches, calls = server.engine, []
+    compute = batches._compute
+
+    def noted(rows: list[_Row]) -> torch.Tensor:
+        calls.append([*rows])
+        return compute(rows)
+
+    batches._compute = noted
+    try:
+        yield calls
+    finally:
+        batches._compute = compute
+
+
+def test_requests_of_all_adapters_share_a_call(files, server):
+    with calls_of(server) as calls:
+        got = gathered(server, *((PATH, asking(a, words)) for a, words in INPUTS.items()))
+    rows = [(row.adapter, len(row.tokens)) for call in calls for row in call]
+    assert sorted(map(str, rows)) == sorted(
+        str((a, len(words.split()) + 1)) for a, words in INPUTS.items()
+    )
+    assert len(calls) < len(INPUTS)
+    for answer, (adapter, words) in zip(got, INPUTS.items(), strict=True):
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        want = vector(files, adapter, words)
+        assert error(torch.tensor(body["data"][0]["embedding"]), want) <= TOLERANCE
+        count = len(words.split()) + 1
+        assert body["usage"] == {"prompt_tokens": count, "total_tokens": count}
+        assert error(vector(files, None, words), want) > 100 * TOLERANCE or adapter is None
+    assert (
+        'lorafx_requests_total{adapter="a1",status="200"} 1.0'
+        in ask(server, "GET", "/metrics").text
+    )
+    assert ask(server, "GET", "/health").json()["status"] == "ok"
+
+
+def test_several_inputs_and_forms_of_them(files, server):
+    words = [*INPUTS.values()]
+    ids = [files.tokenizer(text)["input_ids"] for text in words]
+    texts, tokens, single, pooled = gathered(
+        server,
+        (PATH, asking("a1", words)),
+        (PATH, asking("a1", ids)),
+        (PATH, asking("a1", ids[0])),
+        ("/pooling", asking("a1", words, use_activation=False)),
+    )
+    found = [entry["embedding"] for entry in texts.json()["data"]]
+    assert [entry["index"] for entry in texts.json()["data"]] == [0, 1, 2, 3]
+    for got, text in zip(found, words, strict=True):
+        assert error(torch.tensor(got), vector(files, "a1", text)) <= TOLERANCE
+    by_ids = torch.tensor([entry["embedding"] for entry in tokens.json()["data"]])
+    assert error(by_ids, torch.tensor(found)) <= TOLERANCE
+    assert single.json()["data"][0]["embedding"] == pytest.approx(found[0], abs=1e-6)
+    raw = torch.tensor([entry["data"] for entry in pooled.json()["data"]])
+    assert (raw.norm(dim=1) - 1).abs().min() > 1e-3
+    assert error(normalize(raw), torch.tensor(found)) <= TOLERANCE
+
+
+def test_the_client_of_openai(files, server):
+    """It asks for base64."""
+
+    async def talk() -> Any:
+        async with client_of(server) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http)
+            return await client.embeddings.create(model="tiny:a2", input=["w9 w12"])
+
+    got = torch.tensor(asyncio.run(talk()).data[0].embedding)
+    assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
+
+
+def test_inputs_that_are_too_long(files, server):
+    long = "w9 " * 40
+    refused, cut, short = gathered(
+        server,
+        (PATH, asking("a1", long)),
+        (PATH, asking("a1", long, truncate_prompt_tokens=-1)),
+        (PATH, asking("a1", long, truncate_prompt_tokens=3)),
+    )
+    assert (refused.status_code, "truncate_prompt_tokens" in refused.text) == (400, True)
+    assert cut.json()["usage"]["prompt_tokens"] == SIZES["max_position_embeddings"]
+    got = torch.tensor(short.json()["data"][0]["embedding"])
+    assert error(got, vector(files, "a1", "w9 w9")) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "word"),
+    [
+        (PATH, asking("a9", "w9"), 404, "nearest"),
+        (PATH, asking("a1", []), 400, "`input`"),
+        (PATH, asking("a1", [1, 99]), 400, "`input`"),
+        (PATH, asking("a1", "w9", dimensions=8), 400, "`dimensions`"),
+        (PATH, asking("a1", "w9", encoding_format="bytes"), 400, "`encoding_format`"),
+        (PATH, asking("a1", "w9", stream=True), 400, "`stream`"),
+        (PATH, {"model": "tiny"}, 400, "`input` is missing"),
+        ("/classify", asking("a1", "w9"), 400, "/v1/embeddings"),
+        ("/pooling", asking("a1", "w9", task="classify"), 400, "/v1/embeddings"),
+        ("/v1/completions", {"model": "tiny", "prompt": "w9"}, 404, "Not Found"),
+    ],
+)
+def test_what_is_refused(server, path, body, status, word):
+    answer = ask(server, "POST", path, **body)
+    assert answer.status_code == status, answer.text
+    assert word in answer.json()["error"]["message"]
+
+
+def test_an_adapter_that_goes_fails_alone(files, server):
+    """It is unloaded while its request waits for company."""
+
+    async def talk() -> Any:
+        async with client_of(server) as client:
+            both = [
+                asyncio.create_task(client.post(PATH, json=asking(name, "w9 w12")))
+                for name in ("a4", "a2")
+            ]
+            while len(server.engine._waiting) < 2:
+                await asyncio.sleep(0.001)
+            server.compiled.unload_adapter("a4")
+            return await asyncio.gather(*both)
+
+    gone, other = asyncio.run(talk())
+    assert (gone.status_code, other.status_code) == (404, 200)
+    got = torch.tensor(other.json()["data"][0]["embedding"])
+    assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
+
+
+def test_a_paused_encoder(files, server):
+    """Inputs wait for /resume."""
+    control = server.control
+
+    async def talk() -> Any:
+        async with client_of(server) as client:
+            await control.pause("keep", reset=True)
+            later = asyncio.create_task(client.post(PATH, json=asking("a2", "w9 w12")))
+            await asyncio.sleep(0.2)
+            waits = not later.done()
+            await control.resume()
+            return waits, await later
+
+    waits, answer = asyncio.run(talk())
+    assert waits
+    got = torch.tensor(answer.json()["data"][0]["embedding"])
+    assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("most", [16, 64, 10_000])
+def test_calls_by_tokens(server, files, most):
+    """A call has few pads, and as many tokens as are allowed; the oldest row is in the next one."""
+    settings = Settings(model=str(files.model), adapters=files.adapters, max_batch_tokens=most)
+    batches = EncoderBatches(server.compiled, Pooling("mean"), settings, 0)
+    lengths = [3, 50, 4, 4, 90, 7, 50, 3, 6, 55, 1]
+
+    async def split() -> list[list[int]]:
+        loop = asyncio.get_running_loop()
+        batches._waiting = [_Row([1] * n, None, loop.create_future()) for n in lengths]
+        left = batches._waiting[5]
+        left.result.cancel()
+        calls = []
+        while batches._waiting:
+            oldest = next(row for row in batches._waiting if not row.result.done())
+            rows = batches._next()
+            assert oldest in rows
+            calls.append([len(row.tokens) for row in rows])
+        return calls
+
+    calls = asyncio.run(split())
+    assert sorted(n for call in calls for n in call) == sorted(n for n in lengths if n != 7)
+    for call in calls:
+        assert len(call) == 1 or max(call) * len(call) <= min(most, 2 * sum(call))
+    assert len(calls) < len(lengths) - 1
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "last", "max"])
+def test_poolings(files, server, mode):
+    given = {"model": str(files.model), "adapters": files.adapters, "pooling": mode}
+    pooling = Pooling.of(Settings(**given), causal=False)
+    states, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    for got, row, length in zip(pooling(states, mask), states, (4, 2), strict=True):
+        ways = {"mean": row[:length].mean(0), "cls": row[0], "max": row[:length].amax(0)}
+        torch.testing.assert_close(got, {**ways, "last": row[length - 1]}[mode])
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "wanted"),
+    [
+        ("Transformer Pooling", {"pooling_mode_cls_token": True}, ("cls", False)),
+        ("Transformer Pooling Normalize", {"pooling_mode_mean_tokens": True}, ("mean", True)),
+        ("Transformer Pooling", {"pooling_mode_lasttoken": True}, ("lasttoken", False)),
+        ("Transformer Pooling Normalize", {"pooling_mode": "max"}, ("max", True)),
+        ("Transformer Pooling", {"pooling_mode": "weightedmean"}, "weightedmean"),
+        ("Transformer Pooling", {"pooling_mode": ["cls", "mean"]}, "cls+mean"),
+        ("Transformer Pooling Dense", {"pooling_mode": "mean"}, "Dense is not served"),
+    ],
+)
+def test_the_files_of_sentence_transformers(files, tmp_path, modules, config, wanted):
+    (tmp_path / "config.json").write_text((files.model / "config.json").read_text())
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    listed = [
+        {"path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(modules.split())
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    settings = Settings(model=str(tmp_path), adapters=files.adapters)
+    if isinstance(wanted, str):
+        with pytest.raises(ConfigError, match=wanted.replace("+", r"\+")):
+            Pooling.of(settings, causal=False)
+    else:
+        assert Pooling.of(settings, causal=True) == Pooling(*wanted)
+
+
+def test_without_such_files_the_model_says(files):
+    settings = Settings(model=str(files.model), adapters=files.adapters)
+    assert Pooling.of(settings, causal=True) == ("lasttoken", True)
+    assert Pooling.of(settings, causal=False) == ("mean", True)
+
+
+def test_classes(classifier):
+    files, server = classifier
+    got = gathered(server, *(("/classify", asking(a, words)) for a, words in INPUTS.items()))
+    for answer, (adapter, words) in zip(got, INPUTS.items(), strict=True):
+        (entry,) = answer.json()["data"]
+        ids = torch.tensor([files.tokenizer(words)["input_ids"]])
+        with torch.no_grad():
+            logits = files.case.alone(adapter)(input_ids=ids).logits[0]
+        assert error(torch.tensor(entry["probs"]), logits.softmax(0)) <= TOLERANCE
+        assert entry["label"] == ["low", "high", "none"][int(logits.argmax())]
+        assert entry["num_classes"] == 3
+    raw, pooled, refused = gathered(
+        server,
+        ("/classify", asking(adapter, words, use_activation=False)),
+        ("/pooling", asking(adapter, words)),
+        (PATH, asking(adapter, words)),
+    )
+    assert error(torch.tensor(raw.json()["data"][0]["probs"]), logits) <= TOLERANCE
+    assert pooled.json()["data"][0]["data"] == pytest.approx(entry["probs"], abs=1e-6)
+    assert (refused.status_code, "/classify" in refused.text) == (400, True)
+
+
+def test_many_clients_at_once(files, server):
+    words = ["w9", "w9 w12 w8", "w30 w31 w9 w8 w7"]
+    asked = [(a, w) for a in ("a1", "a2", "a3", None) for w in words] * 4
+    got = gathered(server, *((PATH, asking(a, w)) for a, w in asked))
+    want = {(a, w): vector(files, a, w) for a, w in asked}
+    for answer, key in zip(got, asked, strict=True):
+        found = torch.tensor(answer.json()["data"][0]["embedding"])
+        assert error(found, want[key]) <= TOLERANCE
