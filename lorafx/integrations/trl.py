@@ -11,14 +11,15 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
-
-from transformers import ContinuousBatchingConfig, ProcessorMixin
+from typing import TYPE_CHECKING, Any
 
 from lorafx import api
 from lorafx.compiled_model.sampler import Sampler
 from lorafx.config import Options
 from lorafx.errors import BatchError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
 
 #: Tokens of a page, and the most of a step, unless more sequences have one each.
 _PAGE, _STEP = 16, 1024
@@ -85,6 +86,8 @@ class Rollout:
 
 
 def _refuse_unserved(trainer: Any) -> None:
+    from transformers import ProcessorMixin
+
     asked = ", ".join(sorted((trainer.args.generation_kwargs or {}).keys() - _SERVED))
     for what, found in {
         "use_vllm=True, by which vLLM samples": trainer.use_vllm,
@@ -108,6 +111,8 @@ def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
 
 def _cache(trainer: Any, ids: Sequence[Sequence[int]]) -> ContinuousBatchingConfig:
     """The trainer's configuration of the cache, or one with room for these prompts alone."""
+    from transformers import ContinuousBatchingConfig
+
     if trainer.continuous_batching_config is not None:
         return trainer.continuous_batching_config
     new = trainer.generation_config.max_new_tokens
