@@ -33,6 +33,8 @@ from lorafx.torch_internals.graph_parts import (
     make_fx,
 )
 
+aten = torch.ops.aten
+
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 GROUPED_OP = torch.ops.lorafx.grouped_site.default
@@ -45,9 +47,7 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: Casts, as Inductor's decompositions leave them in graphs.
 _CASTS = {
-    torch.ops.aten._to_copy.default: lambda x, dtype, **_: torch.ops.prims.convert_element_type(
-        x, dtype
-    )
+    aten._to_copy.default: lambda x, dtype, **_: torch.ops.prims.convert_element_type(x, dtype)
 }
 
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
