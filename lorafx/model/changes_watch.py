@@ -1,4 +1,5 @@
-"""What changed in a model after it was marked: replaced modules, and hooks that are not lorafx's.
+"""What changed in a model after it was marked: replaced modules, hooks that are not lorafx's, and
+methods of classes.
 
     model ──name──▶ layer ──name──▶ site      each edge has to lead to the same module as before
 
@@ -6,7 +7,8 @@ A mark is a hook of a module, but an adapter's factors belong to a path: if anot
 that path, the delta is lost. Each call compares the edges, without a walk over the tree.
 
 Dynamo does not guard on the hooks of a module that has none, so graphs do not notice later ones.
-torch numbers all hooks of a process, so a call only compares one number.
+torch numbers all hooks of a process, so a call only compares one number. Nor does it guard on what
+a class defines, such as the forward of each layer.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -176,3 +179,42 @@ class HookWatch:
         modules = (m for m in self._root.modules() if m is not self._root or not self.around)
         self._hooks = [item for module in modules for item in hooks_of(module)]
         return frozenset(number for number, _ in self._hooks)
+
+
+class MethodWatch:
+    """What the classes of some modules define: their forward, and what stands beside it or in
+    subclasses. `state` as that of `HookWatch`."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        pairs = [(c, name) for c in dict.fromkeys(map(type, modules)) for name in _methods(c)]
+        self._classes, self._names = [c for c, _ in pairs], [name for _, name in pairs]
+        self._states = itertools.count(1)
+        self._initial = self._current = self._present()
+        self.state = 0
+
+    def look(self) -> int:
+        present = self._present()
+        if present != self._current:
+            self._current = present
+            self.state = 0 if present == self._initial else next(self._states)
+        return self.state
+
+    def _present(self) -> list[Any]:
+        return list(map(getattr, self._classes, self._names, itertools.repeat(None)))
+
+
+def _methods(module_class: type[nn.Module]) -> Iterator[str]:
+    """The names of the methods that the class has beside its forward or in place of inherited ones.
+    Constructors run no graph, and other libraries replace them for a while."""
+    names: dict[str, None] = {"forward": None}
+    for base in module_class.__mro__:
+        if base is nn.Module:
+            break
+        names |= {n: None for n, value in vars(base).items() if isinstance(value, _METHODS)}
+        if "forward" in vars(base):
+            break
+    names.pop("__init__", None)
+    return iter(names)
+
+
+_METHODS = (FunctionType, staticmethod, classmethod, property)

@@ -17,7 +17,7 @@ from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
-from lorafx.model.changes_watch import HookWatch, SiteWatch
+from lorafx.model.changes_watch import HookWatch, MethodWatch, SiteWatch
 from lorafx.model.extras import When
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
@@ -140,6 +140,7 @@ class Program:
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
+        self.method_watch = MethodWatch(module for _, module in self.graph.modules())
         self.pack_watch = PackWatch(self.packed)
         self.model_memory = ModelMemory(self._model_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
@@ -165,6 +166,11 @@ class Program:
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
         self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
         self.versions = TensorVersions([*self.model.buffers(), *plain])
+
+    def unguarded_state(self) -> tuple[int, int, int]:
+        """The states of sites, hooks and methods, which no guard of a graph compares; 0 for those
+        that are as they were when the model was marked."""
+        return self.site_watch.state, self.hook_watch.look(), self.method_watch.look()
 
     def look_at_modules(self) -> None:
         """Compare the sites' modules, and renew `graph` if the model has changed."""
