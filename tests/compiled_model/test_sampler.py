@@ -461,6 +461,11 @@ def replaced_module(model: Any) -> None:
     model.get_base_model().model.norm = nn.Identity()
 
 
+def other_forward(model: Any) -> None:
+    norm = model.get_base_model().model.norm
+    norm.forward = types.MethodType(lambda self, x: x * self.weight, norm)
+
+
 def other_shape(model: Any) -> None:
     model.get_base_model().model.norm.weight.data = torch.ones(5)
 
@@ -476,7 +481,8 @@ def no_parameter(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (replaced_module, ReplacedModuleError, r"model\.norm, a LlamaRMSNorm, was replaced"),
+        (replaced_module, ReplacedModuleError, r"model\.norm, of a LlamaRMSNorm, was replaced"),
+        (other_forward, ReplacedModuleError, r"norm\.forward, of a LlamaRMSNorm, was replaced"),
         (other_shape, CaptureError, r"model\.norm\.weight has become .* shape \(5,\)"),
         (other_dtype, CaptureError, r"norm\.weight has become .* torch.bfloat16"),
         (no_parameter, CaptureError, r"norm\.weight has become nothing"),
@@ -493,6 +499,7 @@ def test_a_base_that_graphs_do_not_fit_is_refused(change, kind, message):
             use()
     model.get_base_model().model.norm, norm.weight = norm, weight
     weight.data = data
+    vars(norm).pop("forward", None)
     assert torch.equal(sampler(**INPUTS).logits, before)
 
 
