@@ -108,7 +108,7 @@ class Statistics:
 @dataclass
 class SessionCounts:
     """The session's own counters, updated in place: `waits` and `tokens` as in `Statistics`, and
-    the updates of its base weights that have begun, here or in a session that shares them."""
+    the updates that wrote its base weights, here or in a session that shares them."""
 
     waits: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
@@ -435,7 +435,6 @@ class Session:
     def update(self, function: Callable[[], T]) -> T:
         """Return the result of `function`, which writes the base weights; the locks are held."""
         running = self.running._replace(updating=True, thread=threading.get_ident())
-        self.counts.writes += 1
         return self.run(running, function)
 
     # --- refusals ---

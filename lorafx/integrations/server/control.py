@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from fastapi import Request
 
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import LorafxError
+from lorafx.errors import LorafxError, some
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.settings import ModelSettings, Settings
@@ -94,9 +94,13 @@ class Control:
                 raise RequestError(f"{text} with the mode abort or wait first", status=409)
             self._engine.drain()
             try:
-                return vars(self._compiled.load_weights(file, strict=strict))
+                names = vars(self._compiled.load_weights(file, strict=strict))
             except LorafxError as error:
                 raise RequestError(message_of(error)) from error
+            if not names["loaded"]:  # as it may be without `strict`
+                ignored = some(names["ignored"]) or "there is none"
+                raise RequestError(f"no tensor of the body has a place in the model: {ignored}")
+            return names
 
         return await self._alone(update)
 

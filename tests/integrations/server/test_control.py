@@ -278,7 +278,13 @@ def test_adapters_that_do_not_fit(files, controlled, versions, change, word):
     query = {"lora_name": "a1", "load_inplace": "true"}
     answer = post(controlled, "/v1/load_lora_adapter", content, **query)
     assert (answer.status_code, word in answer.text) == (400, True), answer.text
-    for name in ("", "__base__", "a\nb"):
+    for name in (
+        "",
+        "__base__",
+        "a\nb",
+        "tiny",
+        "tiny:policy",
+    ):  # of the last two, requests mean others
         fitting = content_of(files, "a1")
         assert post(controlled, "/v1/load_lora_adapter", fitting, lora_name=name).status_code == 400
     assert controlled.compiled.adapter_versions == versions
@@ -332,9 +338,14 @@ def test_base_weights_that_do_not_fit(files, controlled):
         assert answer.status_code == 400, answer.text
         assert "old weights stay" in answer.json()["error"]["message"]
     assert post(controlled, "/update_weights", b"nothing").status_code == 400
+    for tensors in ({}, {f"other.{key}": value for key, value in good.items()}):
+        answer = post(controlled, "/update_weights", save(tensors), strict=False)
+        assert (answer.status_code, "has a place in the model" in answer.text) == (400, True)
     answer = ask(controlled, "POST", "/update_weights", update_info={})
     assert (answer.status_code, "octet-stream" in answer.text) == (400, True)
-    assert text(controlled)["choices"] == before["choices"]
+    after = text(controlled)
+    assert after["choices"] == before["choices"]
+    assert after["weights_version"] == before["weights_version"]
 
 
 def test_base_weights_wait_for_what_is_under_way(files, controlled):
