@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.generation.continuous.failures import StepHealth
+from lorafx.integrations.server.choices import Prompt
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.generating import ServedModel
@@ -157,16 +158,15 @@ class EncoderBatches:
         try:
             vectors = await asyncio.to_thread(self._compute, rows)
         except Exception as error:
-            adapters = dict.fromkeys(row.adapter for row in rows)
-            if len(adapters) > 1:  # one that fails, or is not loaded any more, fails alone
-                for adapter in adapters:
-                    await self._answer([row for row in rows if row.adapter == adapter])
+            if len(rows) > 1:  # one that fails, or whose adapter is not there any more, fails alone
+                rows = sorted(rows, key=lambda row: row.adapter or "")
+                for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    await self._answer(part)
                 return
             known = isinstance(error, LorafxError)
             failure = error if known else RequestError(f"the model failed: {error}", status=500)
-            for row in rows:
-                if not row.result.done():
-                    row.result.set_exception(failure)
+            if not rows[0].result.done():
+                rows[0].result.set_exception(failure)
         else:
             for row, vector in zip(rows, vectors, strict=True):
                 if not row.result.done():
@@ -272,9 +272,13 @@ class Encoding:
     def _sequences(self, fields: EncodingFields) -> list[list[int]]:
         """The tokens of each input. Raises RequestError if it has none, or too many."""
         most, cut = self._served.most_tokens, fields.truncate_prompt_tokens
-        prompts = prompts_of(self._served, "input", fields.input, fields.add_special_tokens)
+        special = fields.add_special_tokens
+        prompts = prompts_of(self._served, "input", fields.input, special)
         cut = most if cut == -1 else cut
-        sequences = [prompt.ids[:cut] for prompt in prompts]
+        sequences = [
+            prompt.ids if cut is None else self._cut(prompt, cut, special is not False)
+            for prompt in prompts
+        ]
         for tokens in sequences:
             if not 0 < len(tokens) <= most:
                 raise RequestError(
@@ -283,6 +287,19 @@ class Encoding:
                     "input",
                 )
         return sequences
+
+    def _cut(self, prompt: Prompt, most: int, special: bool) -> list[int]:
+        """At most as many tokens of a prompt. As tokenizers cut a text, it keeps the `special`
+        tokens at its end, of which some models pool the last."""
+        ids, ends = prompt.ids, 0
+        if len(ids) <= most:
+            return ids
+        if prompt.text is not None:
+            encoded: Any = self._served.tokenizer(
+                prompt.text, add_special_tokens=special, return_special_tokens_mask=True
+            )
+            ends = min(most, [*reversed(encoded["special_tokens_mask"]), 0].index(0))
+        return ids[: most - ends] + ids[len(ids) - ends :]
 
     def _answer(
         self, head: dict[str, Any], vectors: Sequence[Tensor], fields: EncodingFields

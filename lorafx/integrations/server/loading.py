@@ -39,12 +39,8 @@ class AdapterLoading:
         name, path = _text(body, "lora_name"), root and _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
-        meant = () if name == BASE else self._settings.may_mean(name)
-        if meant != [name]:
-            other = f"the adapter {meant[0]!r}" if meant else "the base model"
-            raise RequestError(
-                f"requests for {name!r} mean {other}; give another name", "lora_name"
-            )
+        if name in (BASE, *self._settings.names):  # requests for it would get the base's answer
+            raise RequestError(f"{name!r} is the base model", "lora_name")
         if name in self._compiled.adapters and body.get("load_inplace") is not True:
             raise RequestError(
                 f"an adapter {name!r} is loaded; unload it first, or send "
