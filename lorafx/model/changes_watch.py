@@ -186,7 +186,8 @@ class MethodWatch:
     subclasses. `state` as that of `HookWatch`."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        pairs = [(c, name) for c in dict.fromkeys(map(type, modules)) for name in _methods(c)]
+        classes = dict.fromkeys(map(type, modules))
+        pairs = [*dict.fromkeys((c, name) for c in classes for name in _methods(c))]
         self._classes, self._names = [c for c, _ in pairs], [name for _, name in pairs]
         self._states = itertools.count(1)
         self._initial = self._current = self._present()
@@ -204,17 +205,17 @@ class MethodWatch:
 
 
 def _methods(module_class: type[nn.Module]) -> Iterator[str]:
-    """The names of the methods that the class has beside its forward or in place of inherited ones.
-    Constructors run no graph, and other libraries replace them for a while."""
-    names: dict[str, None] = {"forward": None}
+    """The names of the methods of a class that its forward may call: those that it has beside its
+    forward or in subclasses, but for what `nn.Module` has too, such as constructors."""
+    if module_class.forward is nn.Module.forward:  # a container, which no graph calls
+        return
+    yield "forward"
     for base in module_class.__mro__:
-        if base is nn.Module:
-            break
-        names |= {n: None for n, value in vars(base).items() if isinstance(value, _METHODS)}
+        for name, value in vars(base).items():
+            if isinstance(value, _METHODS) and not hasattr(nn.Module, name):
+                yield name
         if "forward" in vars(base):
             break
-    names.pop("__init__", None)
-    return iter(names)
 
 
 _METHODS = (FunctionType, staticmethod, classmethod, property)
