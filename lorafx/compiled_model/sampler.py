@@ -11,6 +11,7 @@ is refused by name.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from lorafx.adapter_store.peft_model import Held, adapters_in, bare_modules, refuse_merged
 from lorafx.adapter_store.stored import Adapter
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import CaptureError, ConfigError, ReplacedModuleError, UnknownAdapterError
+from lorafx.errors import (
+    CaptureError,
+    ConfigError,
+    LorafxWarning,
+    ReplacedModuleError,
+    UnknownAdapterError,
+)
 from lorafx.model.changes_watch import HookWatch
 from lorafx.model.module_graph import join, storage_key
 from lorafx.model.shared_copy import (
@@ -222,7 +229,15 @@ class Sampler(CompiledModel):
         with entrance():
             with session.lock:
                 self._look()
+            default = session.default
             load_read(session, trained.read(session, names))
+            if default is not None and session.default is None:
+                warnings.warn(
+                    f"{default!r} was deleted in the model that is trained, and calls that name no "
+                    "adapter are the base's from now on; set_adapter(name) chooses another",
+                    LorafxWarning,
+                    stacklevel=2,
+                )
             if trained.is_trained:  # writes by `.data` are not seen
                 with session.lock:
                     self._refresh()

@@ -30,6 +30,7 @@ from lorafx.errors import (
     CaptureError,
     CheckpointError,
     ConfigError,
+    LorafxWarning,
     ReplacedModuleError,
     UnknownAdapterError,
     UnsupportedAdapterError,
@@ -206,6 +207,16 @@ def test_adapters_that_come_and_go():
     assert set(sampler.sync()) == {"x", "y"}
     with pytest.raises(UnknownAdapterError, match="has no adapter 'z'; it has x, y"):
         sampler.sync(["z"])
+
+
+def test_a_default_that_the_trainer_deletes_is_said():
+    model = trainer()
+    sampler = sampler_of(model)
+    model.set_adapter("y")
+    model.delete_adapter("x")
+    with pytest.warns(LorafxWarning, match="'x' was deleted .* are the base's from now on"):
+        sampler.sync()
+    assert sampler.active_adapter is None
 
 
 def test_a_hook_that_comes_later_runs_in_the_sampler_too():
