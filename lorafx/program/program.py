@@ -17,7 +17,7 @@ from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
-from lorafx.model.changes_watch import HookWatch, MethodWatch, SiteWatch
+from lorafx.model.changes_watch import HookWatch, MethodWatch, SiteWatch, WeightWatch
 from lorafx.model.extras import When
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
@@ -144,6 +144,7 @@ class Program:
         self.pack_watch = PackWatch(self.packed)
         self.model_memory = ModelMemory(self._model_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
+        self.weight_watch = WeightWatch(self.quantised.wrapped)
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -159,6 +160,11 @@ class Program:
     def call(self) -> Call | None:
         return self.batch.call
 
+    def watched_state(self) -> tuple[int, ...]:
+        """What graphs depend on and no guard sees: the states of sites, hooks, weights, methods."""
+        watches = self.hook_watch, self.weight_watch, self.method_watch
+        return self.site_watch.state, *(watch.look() for watch in watches)
+
     def note_constants(self) -> None:
         """Record the modules' tensor attributes as constants, before the first call."""
         self.remembered = Remembered()
@@ -166,11 +172,6 @@ class Program:
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
         self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
         self.versions = TensorVersions([*self.model.buffers(), *plain])
-
-    def unguarded_state(self) -> tuple[int, int, int]:
-        """The states of sites, hooks and methods, which no guard of a graph compares; 0 for those
-        that are as they were when the model was marked."""
-        return self.site_watch.state, self.hook_watch.look(), self.method_watch.look()
 
     def look_at_modules(self) -> None:
         """Compare the sites' modules, and renew `graph` if the model has changed."""
