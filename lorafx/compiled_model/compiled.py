@@ -35,6 +35,7 @@ from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.progress import progress
+from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
@@ -764,7 +765,8 @@ class CompiledModel(AsModule):
         block = self.continuous_batching(
             generation_config, continuous_batching_config, warmup=warmup, tokenizer=tokenizer
         )
-        with block as engine, progress(f"generating for {len(inputs)} prompts"):
+        told = progress(f"generating for {len(inputs)} prompts")
+        with collection_of_new(), block as engine, told:
             ids = []
             for row, prompt in enumerate(inputs):
                 adapter = {} if names is None else {"adapter": names[row]}
