@@ -210,15 +210,18 @@ def main() -> None:
         )
         return {"case": arm, **json.loads(done.stdout.splitlines()[-1])}
 
-    rows = json.loads(options.out.read_text())["rows"] if options.seeds or options.memory else []
+    cases = {}
+    if options.out.exists():  # of which what is not measured now stays
+        cases = {row["case"]: row for row in json.loads(options.out.read_text())["rows"]}
     if options.memory:
-        rows = [row for row in rows if row["case"] != "memory"] + [run("memory", "--memory")]
+        cases["memory"] = run("memory", "--memory")
     for arm in () if options.memory else ARMS:
-        if not options.seeds:
-            rows.append(run(arm))
-        (row,) = (row for row in rows if row["case"] == arm)
-        for seed in options.seeds or ():
-            row["rewards"] |= run(arm, "--seeds", str(seed), OMP_NUM_THREADS="1")["rewards"]
+        row = cases.setdefault(arm, {"rewards": {}})
+        for seed in seeds:
+            threads = {"OMP_NUM_THREADS": "1"} if options.seeds else {}
+            found = run(arm, "--seeds", str(seed), **threads)
+            rewards = row["rewards"] | found["rewards"]
+            row |= {"case": arm, **({} if options.seeds else found), "rewards": rewards}
         last = [mean(rewards[-10:]) for rewards in row["rewards"].values()]
         row["last_ten_rewards"] = mean(last)
         if len(last) > 1:
@@ -230,7 +233,7 @@ def main() -> None:
 
     versions = {name: metadata.version(name) for name in ("trl", "accelerate")}
     title = "GRPO of TRL, sampled by transformers and by lorafx"
-    save(options.out, title, rows, lambda: {**machine(), **versions})
+    save(options.out, title, [*cases.values()], lambda: {**machine(), **versions})
 
 
 if __name__ == "__main__":

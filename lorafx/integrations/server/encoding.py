@@ -25,7 +25,9 @@ from transformers.utils import cached_file
 
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, LorafxError
+from lorafx.generation.continuous.adapter_requests import weights_now
 from lorafx.generation.continuous.failures import StepHealth
+from lorafx.integrations.server.answers import versions_of
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.generating import ServedModel
@@ -94,12 +96,20 @@ def _saved_mode(config: Mapping[str, Any]) -> str:
     return "+".join(name.removesuffix("_tokens").removesuffix("_token") for name in names)
 
 
+class Vector(NamedTuple):
+    """The vector of a sequence, and what it was computed with, as in outputs of the engine."""
+
+    numbers: Tensor
+    adapter_version: int | None
+    weights_version: int
+
+
 class _Row(NamedTuple):
     """A sequence that waits for a call."""
 
     tokens: list[int]
     adapter: str | None
-    result: asyncio.Future[Tensor]
+    result: asyncio.Future[Vector]
 
 
 class EncoderBatches:
@@ -123,7 +133,7 @@ class EncoderBatches:
         self._waiting: list[_Row] = []
         self._calling: asyncio.Task[None] | None = None
 
-    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Tensor]:
+    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Vector]:
         """The vector of each sequence. Raises RequestError if the model fails, and what a call of
         it raises of lorafx's errors."""
         loop = asyncio.get_running_loop()
@@ -173,18 +183,26 @@ class EncoderBatches:
                     row.result.set_result(vector)
 
     @torch.no_grad()
-    def _compute(self, rows: Sequence[_Row]) -> Tensor:
+    def _compute(self, rows: Sequence[_Row]) -> list[Vector]:
         tokens = [torch.tensor(row.tokens) for row in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self._pad)
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         model: Any = self._compiled.model
         ids, mask = ids.to(model.device), mask.to(model.device)
-        output = self._compiled(
-            input_ids=ids, attention_mask=mask, adapter_names=[row.adapter for row in rows]
-        )
-        if self.pooling is None:
-            return output.logits.float().cpu()
-        return self.pooling(output.last_hidden_state, mask).float().cpu()
+        names = [row.adapter for row in rows]
+        served = None
+        while served != (served := self._versions()):  # again if they changed meanwhile
+            output = self._compiled(input_ids=ids, attention_mask=mask, adapter_names=names)
+        adapters, weights = served
+        pool = self.pooling
+        pooled = output.logits if pool is None else pool(output.last_hidden_state, mask)
+        return [
+            Vector(numbers, adapters.get(name or ""), weights >> 1)
+            for numbers, name in zip(pooled.float().cpu(), names, strict=True)
+        ]
+
+    def _versions(self) -> tuple[dict[str, int], int]:
+        return self._compiled.adapter_versions, weights_now(self.forwards.session)
 
     # --- as an engine ---
 
@@ -266,7 +284,8 @@ class Encoding:
         vectors = await self._batches.vectors(sequences, adapter)
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
         head = {"id": request.state.request_id, "object": "list", "created": int(time.time())}
-        head |= {"model": body["model"], "usage": usage}
+        oldest = min(vectors, key=lambda v: (v.weights_version, v.adapter_version or 0))
+        head |= {"model": body["model"], "usage": usage, **versions_of(oldest)}
         return await asyncio.to_thread(self._answer, head, vectors, fields)
 
     def _sequences(self, fields: EncodingFields) -> list[list[int]]:
@@ -285,10 +304,10 @@ class Encoding:
         return sequences
 
     def _answer(
-        self, head: dict[str, Any], vectors: Sequence[Tensor], fields: EncodingFields
+        self, head: dict[str, Any], vectors: Sequence[Vector], fields: EncodingFields
     ) -> Response:
         pooling, asked = self._batches.pooling, fields.use_activation
-        rows = torch.stack(list(vectors))
+        rows = torch.stack([vector.numbers for vector in vectors])
         if pooling is None:
             rows = self._probabilities(rows) if asked is not False else rows
         elif pooling.normalised if asked is None else asked:

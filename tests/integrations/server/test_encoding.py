@@ -216,6 +216,34 @@ def test_an_adapter_that_goes_fails_alone(files, server):
     assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
 
 
+def test_versions_in_answers(files, server, monkeypatch):
+    """They are those that computed the vector, also when an adapter is replaced meanwhile."""
+    compiled, batches = server.compiled, server.engine
+    before = compiled.adapter_versions["a1"]
+    asked = [(PATH, asking("a1", "w9 w12")), ("/pooling", asking("a1", ["w9"]))]
+    for answer in gathered(server, *asked):
+        assert answer.json()["adapter_version"] == before
+    (base,) = gathered(server, (PATH, asking(None, "w9")))
+    assert (base.json()["adapter_version"], base.json()["weights_version"]) == (None, 0)
+    versions, left = batches._versions, [True]
+
+    def replaced() -> Any:
+        found = versions()
+        if left and left.pop():
+            compiled.load_adapter(files.adapters / "a2", "a1")
+        return found
+
+    monkeypatch.setattr(batches, "_versions", replaced)
+    try:
+        (answer,) = gathered(server, asked[0])
+        body = answer.json()
+        assert body["adapter_version"] == compiled.adapter_versions["a1"] > before
+        want = vector(files, "a2", "w9 w12")
+        assert error(torch.tensor(body["data"][0]["embedding"]), want) <= TOLERANCE
+    finally:
+        compiled.load_adapter(files.adapters / "a1", "a1")
+
+
 def test_a_paused_encoder(files, server):
     """Inputs wait for /resume."""
     control = server.control

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from served import ask, client_of, events, question
+from served import anew, ask, client_of, events, question
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPT = "w9 w31 w8"
@@ -219,6 +219,22 @@ def test_prompt_logprobs(files, server, prompt_ids):
         assert len(entries) == (2 if entries[token]["rank"] <= 2 else 3)
     message = ask(server, "POST", CHAT, model="tiny", **question(CHAT, "w9", 1, prompt_logprobs=0))
     assert len(message.json()["prompt_logprobs"]) == len(files.chat_ids("w9"))
+
+
+@pytest.mark.parametrize(("most", "asked"), [(25, 25), (-1, 61), (-1, 99)])
+def test_as_many_logprobs_as_the_server_allows(files, server, prompt_ids, most, asked):
+    served = anew(server, files, max_logprobs=most)
+    body = {"model": "tiny:a2", **question(COMPLETIONS, PROMPT, 1), "prompt_logprobs": asked}
+    answer = ask(served, "POST", COMPLETIONS, **body).json()
+    _, *found = answer["choices"][0]["prompt_logprobs"]
+    want = scores(files, "a2", prompt_ids)
+    for place, entries in enumerate(found):
+        assert min(asked, want.shape[1]) <= len(entries) <= asked + 1
+        for token, entry in entries.items():
+            assert entry["logprob"] == pytest.approx(float(want[place, int(token)]), abs=1e-4)
+    if most > 0:
+        refused = ask(served, "POST", COMPLETIONS, **{**body, "prompt_logprobs": asked + 1})
+        assert (refused.status_code, "at most 25" in refused.text) == (400, True)
 
 
 def test_prompts(files, server, prompt_ids, greedy):
