@@ -9,7 +9,8 @@ compares the log-probabilities of the tokens with those of the trainer's own for
 what is timed.
 
     python benchmarks/trl_steps.py                   some minutes on two cores, with the extra `trl`
-    python benchmarks/trl_steps.py --seeds 2 3 4     adds the rewards of further seeds, one thread
+    python benchmarks/trl_steps.py --seeds 2 3 4     adds the rewards of further seeds, and the CPU
+                                                     time of the first one by one thread
     python benchmarks/trl_steps.py --memory          adds what a sampler takes beside 1.1 GB
 
     peak    how far the largest resident memory of the process is above that before the sampler,
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -84,15 +86,23 @@ def train(arm: str, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = llama()
     texts = [" ".join(f"w{(7 * row + 3 * i) % 250}" for i in range(12)) for row in range(32)]
-    seconds: dict[str, list[float]] = {"step": [], "rollout": []}
-    checks, differences = [0.0], []
+    names = ("step", "rollout", "step_cpu", "rollout_cpu")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    checks, differences = [0.0, 0.0], []
+
+    def clocks() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def note(name: str, begin: tuple[float, float], without: Sequence[float] = (0, 0)) -> None:
+        for suffix, start, end, left in zip(("", "_cpu"), begin, clocks(), without, strict=True):
+            seconds[name + suffix].append(end - start - left)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            checks[0], self.begin = 0.0, time.perf_counter()
+            checks[:], self.begin = (0.0, 0.0), clocks()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["step"].append(time.perf_counter() - self.begin - checks[0])
+            note("step", self.begin, checks)
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -115,14 +125,14 @@ def train(arm: str, steps: int, seed: int) -> dict[str, Any]:
         generate = trainer._generate
 
         def timed(prompts: list[Any]) -> Any:
-            begin = time.perf_counter()
+            begin = clocks()
             output = generate(prompts)
-            seconds["rollout"].append(time.perf_counter() - begin)
+            note("rollout", begin)
             prompt_ids, tokens, logprobs = output[0], output[1], output[4]
             if by_lorafx and len(seconds["rollout"]) % 10 == 1:
-                begin = time.perf_counter()
+                begin = clocks()
                 differences.extend(map(difference, prompt_ids, tokens, logprobs))
-                checks[0] += time.perf_counter() - begin
+                checks[:] = [end - start for start, end in zip(begin, clocks(), strict=True)]
             return output
 
         def difference(prompt: list[int], tokens: list[int], logprobs: list[float]) -> float:
@@ -169,8 +179,10 @@ def memory() -> dict[str, Any]:
         weights = sum(parameter.nbytes for parameter in model.parameters())
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # begins the largest one anew
-        sampler = lorafx.sampler(model, options={"start": "compiled"})
-        for _ in range(3):
+        sampler = lorafx.sampler(model)
+        for batch in range(3):
+            if batch == 2:
+                sampler.wait()  # for the graphs, which a process beside compiles
             sampler.sync()
             sampler.generate_batch(
                 [[5, 6, 7, 8]] * PROMPTS,
@@ -221,7 +233,9 @@ def main() -> None:
             threads = {"OMP_NUM_THREADS": "1"} if options.seeds else {}
             found = run(arm, "--seeds", str(seed), **threads)
             rewards = row["rewards"] | found["rewards"]
-            row |= {"case": arm, **({} if options.seeds else found), "rewards": rewards}
+            cpu = {name: found[name] for name in ("step_cpu_s", "rollout_cpu_s")}
+            kept = {"one_thread": cpu | row.get("one_thread", {})} if options.seeds else found
+            row |= {"case": arm, **kept, "rewards": rewards}
         last = [mean(rewards[-10:]) for rewards in row["rewards"].values()]
         row["last_ten_rewards"] = mean(last)
         if len(last) > 1:
