@@ -26,6 +26,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,7 +47,6 @@ from lorafx.runtime.collection import collection_paused
 from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:
-    from lorafx.capture.traced import Conversion, Traced
     from lorafx.program.program import Program
     from lorafx.runtime.entry import Entry
     from lorafx.runtime.session import Session
@@ -205,7 +205,7 @@ class Tiers:
             loads = self._saved != saved
             try:
                 with collection_paused() if loads else nullcontext():
-                    find = _load if loads else _find
+                    find = attrgetter("load" if loads else "find")
                     result = entry.run_graph(args, kwargs, base=base, conversion=find)
             except Unprepared as found:
                 _prepare_files(entry.session.program, found.paths)
@@ -216,8 +216,9 @@ class Tiers:
             else:
                 kind.has_graph, kind.reason = True, ""
                 return result
-        call = partial(entry.run_graph, args, kwargs, base=base, conversion=_save)
         if self._is_due(kind):
+            save = attrgetter("save")
+            call = partial(entry.run_graph, args, kwargs, base=base, conversion=save)
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call))
         try:
@@ -386,20 +387,6 @@ def _end(processes: list[Process]) -> None:
     for process in processes:
         process.end()
     processes.clear()
-
-
-def _load(traced: Traced) -> Conversion:
-    return traced.load
-
-
-def _find(traced: Traced) -> Conversion:
-    from lorafx.capture.traced import no_graph
-
-    return no_graph
-
-
-def _save(traced: Traced) -> Conversion:
-    return traced.save
 
 
 def _compile(entry: Entry, call: Callable[[], Any]) -> str:
