@@ -69,12 +69,6 @@ class AsModule(nn.Module):
     model: nn.Module
     _session: Session
 
-    def _share_state_of(self, model: nn.Module) -> None:
-        """Use the dictionaries of `model` for parameters, buffers and children."""
-        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Not by __setattr__, which would make the model a child.
-        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
-
     def train(self, mode: bool = True) -> Self:
         """As for any module. Warns about training mode, which makes dropout active."""
         if mode:
@@ -217,7 +211,10 @@ class CompiledModel(AsModule):
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self._share_state_of(program.model)
+        model = program.model
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        # Not by __setattr__, which would make the model a child.
+        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
         self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)

@@ -135,10 +135,6 @@ def own_ranges(site: Site) -> Ranges:
     return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
 
 
-def parent_of(siblings: Sequence[Site]) -> str:
-    return siblings[0].path.rpartition(".")[0]
-
-
 def members_of(siblings: Sequence[Site]) -> tuple[str, ...]:
     """The last names of sibling sites; "(root)" for the model itself."""
     return tuple(site.path.rpartition(".")[2] or "(root)" for site in siblings)
@@ -154,7 +150,7 @@ class Group:
 
     @property
     def parent(self) -> str:
-        return parent_of(self.sites)
+        return self.sites[0].path.rpartition(".")[0]
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -62,10 +62,6 @@ T = TypeVar("T")
 _NOTHING: Final = nullcontext()
 
 
-def _nothing() -> None:
-    """What a session does before a call that has nothing to look at."""
-
-
 _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
@@ -190,7 +186,7 @@ class Session:
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
         #: Looks, before a call, at the model that is trained and whose weights this one shares:
         #: assigned by lorafx.compiled_model.sampler.
-        self.follow: Callable[[], None] = _nothing
+        self.follow: Callable[[], None] = lambda: None
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()

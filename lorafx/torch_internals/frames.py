@@ -94,7 +94,9 @@ def size_expression(size: Any) -> Any:
 
 def guarded_attributes(suffix: str) -> list[str]:
     """The guarded names with this suffix, except for guards that Dynamo makes on demand."""
-    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
+    context = TracingContext.try_get()
+    guards = () if context is None else context.guards_context.dynamo_guards
+    return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
@@ -114,11 +116,6 @@ def names_of_frame() -> Callable[[str], Any]:
 def source_text(place: Source | Guard) -> str:
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
-
-
-def frame_guards() -> list[Guard]:
-    context = TracingContext.try_get()
-    return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:
