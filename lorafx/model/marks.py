@@ -133,7 +133,8 @@ class SiteMark:
             return self._mark_experts(module, output)
         if self.handler is not None:
             return self._call_handler(self.handler, module, args, kwargs, output)
-        x: Any = args[0] if args else _first_tensor(kwargs)
+        tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
+        x: Any = args[0] if args else next(tensors, None)
         is_tuple = not traced and isinstance(output, tuple)
         y = output[0] if is_tuple and output else output
         scaled = self.kind == "embedding" and self.derived
@@ -366,13 +367,6 @@ class SiteMark:
 
     def _name(self, module: nn.Module) -> str:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"
-
-
-def _first_tensor(kwargs: dict[str, Any]) -> Tensor | None:
-    for value in kwargs.values():
-        if isinstance(value, Tensor):
-            return value
-    return None
 
 
 def _describe(value: Any) -> str:
