@@ -87,7 +87,6 @@ def test_stop(server, greedy, stream, included):
     last = chunks[-1].choices[0]
     assert (last.finish_reason, last.stop_reason) == ("stop", stop)
     if stream:
-        assert len(chunks) > 1
         assert (
             "".join(c.choices[0].text for c in complete(server, stop=stop, stream=True)) == before
         )
