@@ -364,9 +364,7 @@ def lookup_class(cls: type) -> Eligible | None:
 def own_entry(cls: type) -> Eligible | None:
     """The entry of this class itself, not of its base classes."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
-    # Of transformers if it is imported, as it is with any model: importing it takes seconds.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if entry is None and cls is getattr(transformers, "Conv1D", None):
+    if entry is None and cls is _transformers_conv1d():
         entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
     return entry
 
@@ -374,3 +372,8 @@ def own_entry(cls: type) -> Eligible | None:
 def registrations() -> tuple[object, ...]:
     """The entries of `register` and `register_oot`."""
     return tuple(_REGISTERED.values())
+
+
+def _transformers_conv1d() -> type[nn.Module] | None:
+    """transformers' Conv1D if imported, as it is with any model: importing it takes seconds."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
