@@ -52,8 +52,8 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 
 _WAY_OUT = (
-    "To export a model with an adapter, export what export_merged(name, folder) of lorafx.compile "
-    "writes"
+    "To export a model with an adapter, call lorafx.export, or export what "
+    "export_merged(name, folder) of lorafx.compile writes"
 )
 
 

@@ -92,6 +92,13 @@ def size_expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def largest_size(size: torch.SymInt) -> int | None:
+    """The largest value of a symbolic size that its graph's guards allow; None for no limit."""
+    shapes: Any = size.node.shape_env
+    upper = shapes.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None
+
+
 def guarded_attributes(suffix: str) -> list[str]:
     """The guarded names with this suffix, except for guards that Dynamo makes on demand."""
     return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
