@@ -1,10 +1,10 @@
-// Runs a package of lorafx.export in C++ (docs/guides/export.md):
+// Runs a package of lorafx.export in C++, with banks of adapters that save_banks wrote.
 //
 //     package MODEL.pt2 BANKS.pt INPUTS.pt OUTPUTS.pt
 //
-// BANKS.pt is what save_banks wrote. INPUTS.pt is a list of tensors, as torch.save writes it: the
-// slot of each request (int32, -1 for the base), then the inputs in the order of Package.inputs.
-// OUTPUTS.pt gets the list of the outputs, for torch.load.
+// docs/guides/export.md says how it is built. INPUTS.pt is a list of tensors, as torch.save writes
+// it: the slot of each request (int32, -1 for the base), then the inputs in the order of
+// Package.inputs. OUTPUTS.pt gets the list of the outputs, for torch.load.
 
 #include <fstream>
 #include <iostream>
