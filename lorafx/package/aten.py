@@ -25,11 +25,12 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.ops.op_library import BankArgs, Ranges, flat
 from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.package.stand_in import REFUSED
+from lorafx.torch_internals.graph_parts import assert_async
 
 
 def checked(index: Tensor, accepted: Tensor, message: str) -> Tensor:
     """`index`, with 0 where it is not `accepted`; running it raises a RuntimeError there."""
-    torch.ops.aten._assert_async.msg(accepted.all(), f"{REFUSED}{message}")
+    assert_async(accepted.all(), f"{REFUSED}{message}")
     return torch.where(accepted, index, 0)
 
 

@@ -298,6 +298,11 @@ class ExportedGraph:
             number = numbers[id(value)] = len(self.shapes) - 1
             for dim, size in enumerate(fake_value(node).shape):
                 symbols.setdefault(str(size), (number, dim))
+        if not any("batch" in sizes for sizes in self.shapes[1:]):
+            raise ConfigError(
+                f"the example of {', '.join(arguments)} has one request, and a size of one is a "
+                "constant of the graph; give an example of at least two requests"
+            )
         for node, value in zip(self.nodes, values, strict=True):
             if not isinstance(value, Tensor):
                 place = symbols.get(str(fake_value(node)))
@@ -314,11 +319,6 @@ class ExportedGraph:
         sizes: list[int | str] = []
         for dim, size in enumerate(fake_value(node).shape):
             if not isinstance(size, torch.SymInt):
-                if dim == item.requests_dim:
-                    raise ConfigError(
-                        f"{name} has {size} request in the example, and a size of one is a "
-                        "constant of the graph; give an example of at least two requests"
-                    )
                 sizes.append(size)
                 continue
             requests = dim == item.requests_dim
