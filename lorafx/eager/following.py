@@ -29,6 +29,7 @@ from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, geometry_of, storage_of
+from lorafx.placements import is_placed_class
 from lorafx.ownership.real import (
     alone,
     arguments_by_name,
@@ -194,6 +195,8 @@ class Following(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if types and any(map(is_placed_class, types)):
+            return NotImplemented  # DTensor then runs this rank's operators, which come here
         kind, named = kind_of(func), kwargs or {}
         if kind is Kind.VIEW or kind is None or self.over:
             return func(*args, **named)

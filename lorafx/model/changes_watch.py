@@ -47,7 +47,7 @@ class SiteWatch:
 
     def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
         self._root = graph.root
-        ancestors = graph.ancestors(site.marked for site in sites)
+        ancestors = graph.ancestors(m for site in sites for m in (site.module, site.marked))
         self._edges = [
             Edge(join(path, name), module, name, child)
             for path, module in graph.modules()

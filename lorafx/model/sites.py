@@ -19,6 +19,7 @@ from torch import nn
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.model.bank import Bank
 from lorafx.model.experts import ExpertWeight
+from lorafx.placements import forward_of
 from lorafx.registry import Eligible
 
 
@@ -127,7 +128,8 @@ class Site:
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
     """As `Site.has_own_forward`; also true if the registered forward does more than the product."""
-    return entry.inner or "forward" in vars(module) or type(module).forward is not entry.cls.forward
+    forward = getattr(forward_of(module), "__func__", None)
+    return entry.inner or forward is not entry.cls.forward
 
 
 def own_ranges(site: Site) -> Ranges:

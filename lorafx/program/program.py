@@ -25,6 +25,7 @@ from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
+from lorafx.placements import is_placed, local
 from lorafx.ownership.memory import (
     SHARED,
     Alone,
@@ -196,9 +197,14 @@ class Program:
         sites: dict[int, list[Site]] = {}
         for site in self.sites:
             weight = self.weight_of(site)
-            if weight is not None:
-                sites.setdefault(id(weight), []).append(site)
+            for tensor in () if weight is None else {id(weight), id(local(weight))}:
+                sites.setdefault(tensor, []).append(site)
         return sites
+
+    def _is_weight_of(self, site: Site, tensor: Tensor) -> bool:
+        """Whether a tensor is the site's weight, or this rank's part of it."""
+        weight = self.weight_of(site)
+        return weight is tensor or (weight is not None and local(weight) is tensor)
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
         """The site with this base weight or derived tensor; among tied sites, that at `index`."""
@@ -210,7 +216,7 @@ class Program:
         if not tied:
             derived = self.derived.of(weight)
             return derived.sites[index] if derived and index < len(derived.sites) else None
-        if index >= len(tied) or self.weight_of(tied[index]) is not weight:
+        if index >= len(tied) or not self._is_weight_of(tied[index], weight):
             return None
         return tied[index]
 
@@ -224,7 +230,7 @@ class Program:
 
     def _knows(self, weight: Tensor) -> bool:
         if tied := self._by_weight.get(id(weight)):
-            return self.weight_of(tied[0]) is weight
+            return self._is_weight_of(tied[0], weight)
         reference = self._no_sites.get(id(weight))
         return reference is not None and reference() is weight
 
@@ -276,7 +282,8 @@ class Program:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
-            known[key] = FrameInput("weight", label, sites=tuple(sites))
+            placed = is_placed(self.weight_of(sites[0]))
+            known[key] = FrameInput("weight", label, sites=tuple(sites), placed=placed)
         for group in self.groups:
             for name, tensor in group.bank.tensors.items():
                 known[id(tensor)] = FrameInput("bank", name, group=group)
