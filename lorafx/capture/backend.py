@@ -47,6 +47,7 @@ from lorafx.kernels.triton.build import source_of
 from lorafx.model.marks import MARKS
 from lorafx.pass_order import pipeline
 from lorafx.passes.write_in_place import writes_in_place
+from lorafx.placements import is_placed
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -102,7 +103,9 @@ class Backend:
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         record = self._new_record(frame, examples, call)
         record.seconds["Dynamo"] = traced
-        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+        # A rank's graph may hold numbers of its own, such as its first row of a vocabulary.
+        whole = not program.site_watch.missing and not any(map(is_placed, examples))
+        parts = Parts(record.checks, base=not active, whole=whole)
         graph = Captured(record, frame, _sources(gm), parts)
         executable = self._compile(gm, examples, graph)
         self._guard_kind(frame, active=active)

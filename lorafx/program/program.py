@@ -25,7 +25,6 @@ from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.placements import is_placed, local
 from lorafx.ownership.memory import (
     SHARED,
     Alone,
@@ -37,6 +36,7 @@ from lorafx.ownership.memory import (
     in_containers,
     repeated_owners,
 )
+from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
@@ -142,7 +142,7 @@ class Program:
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
         self.pack_watch = PackWatch(self.packed)
-        self.model_memory = ModelMemory(self._model_tensors)
+        self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
@@ -154,6 +154,8 @@ class Program:
             for index, site in enumerate(group.sites)
         }
         self._by_bank = {id(group.bank.A): group for group in self.groups}
+        #: Whether ranks share some weight as a DTensor.
+        self.is_placed = any(map(is_placed, self.model.parameters()))
 
     @property
     def call(self) -> Call | None:

@@ -125,13 +125,14 @@ class _Kind:
         return "kept eager" if self.reason else "eager"
 
 
-def starts_eagerly(options: Options, device: torch.device) -> bool:
+def starts_eagerly(program: Program) -> bool:
     """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
+    options, device = program.options, program.runtime.device
     start = options.start
     if start == "auto":  # checked as the option is
         start = Options(start=cast(Any, os.environ.get("LORAFX_START", "auto"))).start
     if start == "auto":
-        beside = device.type == "cpu" and can_fork() and saves_graphs()
+        beside = device.type == "cpu" and can_fork() and saves_graphs() and not program.is_placed
         return beside and not _shows_graphs(options)
     return start == "eager"
 
@@ -196,6 +197,8 @@ class Tiers:
         """The result of a call of the entry."""
         kind = self._kind(entry, args, kwargs, base)
         kind.calls += 1
+        if entry.session.program.is_placed and kind.calls > 1:
+            kind.here = True  # on all ranks at the same call, or they would wait for one another
         self._look()
         if kind.here:
             return entry.run_graph(args, kwargs, base=base)
@@ -217,7 +220,7 @@ class Tiers:
                 kind.has_graph, kind.reason = True, ""
                 return result
         call = partial(entry.run_graph, args, kwargs, base=base, conversion=_save)
-        if self._is_due(kind):
+        if self._is_due(kind) and not entry.session.program.is_placed:
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call))
         try:
