@@ -1,5 +1,5 @@
-"""Models that transformers' own tensor parallelism cuts among ranks, and what a rank does with them;
-see `two_ranks`."""
+"""Models that transformers' tensor parallelism cuts among ranks, and what a rank does with them; see
+`two_ranks`."""
 
 from __future__ import annotations
 
