@@ -36,9 +36,15 @@ def local(tensor: Tensor) -> Tensor:
     if not is_placed(tensor):
         return tensor
     placed: Any = tensor
-    with torch.no_grad():
-        part: Tensor = placed.to_local()
-    return part
+    # to_local() makes another object of a parameter at each call.
+    parts = (getattr(placed, name) for name in placed.__tensor_flatten__()[0])
+    return next(part for part in parts if isinstance(part, Tensor))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, which every rank has to ask for; another tensor itself."""
+    placed: Any = tensor
+    return placed.full_tensor() if is_placed(tensor) else tensor
 
 
 def own_indices(tensor: Tensor, dim: int) -> Tensor | None:
@@ -133,20 +139,14 @@ class Placements(NamedTuple):
 
     def product(self, module: nn.Module) -> nn.Module:
         cell = cell_of_forward(module)
-        if cell is None or tensor_is_stack(module, self.weight):
-            return module
+        if cell is None or module.get_parameter(self.weight).dim() > 2:
+            return module  # the products of experts are found in the graph
         found = cell.cell_contents
         return found if isinstance(found, LocalForward) else LocalForward(found)
 
     @property
     def _dims(self) -> tuple[int, int]:
         return (-1, -2) if self.transposed else (-2, -1)
-
-
-def tensor_is_stack(module: nn.Module, name: str) -> bool:
-    """Whether a parameter holds the weights of several experts, whose products are found in the
-    graph."""
-    return module.get_parameter(name).dim() > 2
 
 
 def install(module: nn.Module, product: nn.Module) -> Callable[[], None]:
@@ -170,10 +170,16 @@ def refusal(module: nn.Module, name: str) -> str | None:
     if not is_placed(tensor):
         return None
     whole = "; gather it (full_tensor()), or leave the module out of target_modules"
+    if tensor.dim() > 2 and own_indices(tensor, 0) is not None:
+        return (
+            "its experts are divided among ranks (expert parallel), which carry no LoRA yet; cut "
+            "each of them by tensor parallel (tp_size without ep_size), or leave them out of "
+            "target_modules"
+        )
     cutting = [placement for placement in tensor.placements if _cuts(placement)]
     if len(cutting) > 1 or any(placement.is_partial() for placement in tensor.placements):
         return f"its weight is a DTensor that is placed as {tensor.placements}{whole}"
-    if cell_of_forward(module) is None:
+    if tensor.dim() == 2 and cell_of_forward(module) is None:
         return (
             f"its weight is a DTensor ({tensor.placements}), and its forward is not one that "
             f"transformers' tensor parallelism has put in (from_pretrained(tp_plan=...)){whole}"

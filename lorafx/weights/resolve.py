@@ -266,7 +266,7 @@ class ExpertDestinations:
 
     def _weights_of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
         if id(module) not in self._weights:
-            self._weights[id(module)] = expert_weights(module) or ()
+            self._weights[id(module)] = expert_weights(module, whole=True) or ()
         return self._weights[id(module)]
 
     def _target(self, module: nn.Module, weight: ExpertWeight, kind: str) -> Target | None:

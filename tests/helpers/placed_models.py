@@ -1,5 +1,5 @@
-"""Models that transformers' tensor parallelism cuts among ranks, and what a rank does with them; see
-`two_ranks`."""
+"""Models that transformers cuts among ranks by tensor parallelism, and what a rank does with them;
+see `two_ranks`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,44 @@ def serve(
     folders: Mapping[str, Path],
     batches: Sequence[Batch],
     options: Mapping[str, Any],
-    settings: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Logits of each batch, and tokens of the first one."""
-    model = placed(rank, size, folder, **(settings or {}))
-    keys = list(model.state_dict())
+    """Logits of each batch, and tokens of the first one. With `changes`, also logits of the base
+    while each adapter is merged, and those of the batches after an update of weights."""
+    model = placed(rank, size, folder)
+    state = {name: whole(value) for name, value in model.state_dict().items()}
     cm = lorafx.compile(model, folders, options=dict(options))
-    logits = [cm(input_ids=ids, adapter_names=names).logits for ids, names in batches]
+
+    def logits() -> list[Tensor]:
+        return [cm(input_ids=ids, adapter_names=names).logits for ids, names in batches]
+
+    found: dict[str, Any] = {"logits": logits()}
     ids, names = batches[0]
-    tokens = cm.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
-    assert list(model.state_dict()) == keys
-    return {"logits": logits, "tokens": tokens, "status": str(cm.status())}
+    found["tokens"] = cm.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+    found["status"] = str(cm.status())
+    if changes is not None:
+        found["merged"] = {name: run_merged(cm, name, ids) for name in folders}
+        cm.load_weights(changes, strict=False)
+        found["updated"] = logits()
+        cm.load_weights(model.state_dict())
+        cm.load_weights(state)
+        found["back"] = logits()
+    cm.detach()
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(whole(after[name]), value) for name, value in state.items())
+    found["base"] = model(input_ids=ids).logits
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor."""
+    placed: Any = tensor
+    return (placed.full_tensor() if hasattr(placed, "full_tensor") else tensor).clone()
+
+
+def run_merged(cm: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor:
+    cm.merge(name)
+    logits: Tensor = cm(input_ids=ids).logits
+    cm.unmerge()
+    return logits

@@ -1,5 +1,7 @@
 """Models of transformers cut among ranks by its own tensor parallelism, against one process."""
 
+import copy
+
 import oracle
 import placed_models
 import pytest
@@ -8,47 +10,79 @@ import transformers
 from tiny import randomise
 from two_ranks import on_ranks
 
-SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "pad_token_id": 0}
+ROUTED = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-def llama(**changes):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, **changes))
+def llama():
+    config = transformers.LlamaConfig(**SIZES, **HEADS, attention_bias=True, mlp_bias=True)
+    return transformers.LlamaForCausalLM(config)
 
 
-def saved(model, folder, routers=(), experts=()):
-    """The model and its adapters on disk, and the oracle of both."""
-    randomise(model.eval().requires_grad_(False))
-    model.save_pretrained(folder / "base")
-    plans = {
-        "all": (3, oracle.linears(model)),
-        "some": (2, [n for n in oracle.linears(model) if n.endswith(("v_proj", "down_proj"))]),
-    }
-    folders = {
-        name: oracle.save_adapter(model, folder / name, rank=rank, targets=targets, seed=rank)
-        for name, (rank, targets) in plans.items()
-    }
-    return folders, oracle.Oracle.of(model, folders)
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **HEADS, **ROUTED))
+
+
+def qwen3_moe():
+    config = transformers.Qwen3MoeConfig(**SIZES, **HEADS, **ROUTED, moe_intermediate_size=24)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+COMPILED = {"lowering": "reference", "start": "compiled"}
+CASES = {
+    "llama": (2, llama, COMPILED),
+    "eager": (2, llama, {"lowering": "reference", "start": "eager"}),
+    "mixtral": (2, mixtral, COMPILED),
+    "qwen3_moe": (2, qwen3_moe, COMPILED),
+    "four": (4, llama, {}),
+    "inductor": (2, mixtral, {"lowering": "inductor"}),
+}
+SLOW = ("qwen3_moe", "four", "inductor")
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"lowering": "reference", "start": "compiled"},
-        {"lowering": "reference", "start": "eager"},
-        pytest.param({"lowering": "inductor"}, marks=pytest.mark.slow),
-    ],
-    ids=lambda options: "-".join(options.values()),
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
 )
-def test_mixed_batches(options, tmp_path):
+def test_mixed_batches(case, tmp_path):
+    size, make, options = CASES[case]
     torch.manual_seed(0)
-    folders, cases = saved(llama(attention_bias=True), tmp_path)
+    model = make().eval().requires_grad_(False)
+    randomise(model)
+    model.save_pretrained(tmp_path / "base")
+    experts = [name for name, item in model.named_parameters() if item.dim() == 3]
+    linears = oracle.linears(model)
+    plans = {
+        "all": (3, linears, experts),
+        "some": (2, [name for name in linears if name.endswith(("v_proj", "down_proj"))], []),
+    }
+    folders = {
+        name: oracle.save_adapter(
+            model,
+            tmp_path / name,
+            rank=rank,
+            targets=targets,
+            seed=rank,
+            **({"target_parameters": parameters} if parameters else {}),
+        )
+        for name, (rank, targets, parameters) in plans.items()
+    }
+    cases = oracle.Oracle.of(model, folders)
+    changes = {name: torch.randn_like(p) * 0.3 for name, p in model.named_parameters()}
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(changes)
+    later = oracle.Oracle.of(changed, folders)
     ids, names = torch.randint(1, 61, (4, 5)), ["all", None, "some", "all"]
     batches = [(ids, names), (ids[:2], [None, None]), (ids[:3], ["some"] * 3)]
-    for found in on_ranks(2, placed_models.serve, tmp_path / "base", folders, batches, options):
+    arguments = (tmp_path / "base", folders, batches, options, changes)
+    for found in on_ranks(size, placed_models.serve, *arguments):
         assert (" eager" in found["status"]) == (options.get("start") == "eager")
-        for (rows, requests), logits in zip(batches, found["logits"], strict=True):
-            oracle.assert_close(logits, cases.rows(requests, {"input_ids": rows}))
+        for kind, wanted in {"logits": cases, "updated": later, "back": cases}.items():
+            for (rows, requests), logits in zip(batches, found[kind], strict=True):
+                expected = wanted.rows(requests, {"input_ids": rows})
+                oracle.assert_close(logits, expected, label=f"{kind}, {requests}")
+        for name, logits in {**found["merged"], None: found["base"]}.items():
+            oracle.assert_close(logits, cases.rows([name] * 4, {"input_ids": ids}), label=str(name))
         for row, (name, tokens) in enumerate(zip(names, found["tokens"], strict=True)):
             want = cases.model(name).generate(ids[row : row + 1], max_new_tokens=4, do_sample=False)
             assert torch.equal(tokens, want[0])
