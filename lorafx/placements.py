@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lorafx.errors import LorafxError
 from lorafx.torch_internals.transformers_parts import cell_of_forward
+
+T = TypeVar("T")
 
 
 def is_placed(tensor: object) -> bool:
@@ -72,6 +76,41 @@ def _chunk(piece: Tensor, count: int, rank: int) -> Tensor:
 
 def _cuts(placement: Any) -> bool:
     return hasattr(placement, "dim")
+
+
+def agreed(model: nn.Module, action: Callable[[], T]) -> T:
+    """The result of `action`. If ranks share the model, all of them have to come here, and an error
+    on one of them is raised on all: otherwise those without it would wait in the next call."""
+    mesh = next((_mesh(p) for p in model.parameters() if is_placed(p)), None)
+    if mesh is None:
+        return action()
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    group = mesh.get_group(0)
+    mine = None if error is None else (type(error), str(error))
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(found):
+        if other is not None:
+            kind, text = other
+            kind = kind if issubclass(kind, LorafxError) else LorafxError
+            raise kind(f"rank {rank} failed: {text}")
+    return result
+
+
+def _mesh(tensor: Any) -> Any:
+    return tensor.device_mesh
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) gathers the weights around each call of the module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:

@@ -4,13 +4,16 @@ see `two_ranks`."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers.distributed import DistributedConfig
 
 import lorafx
@@ -77,3 +80,48 @@ def run_merged(cm: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor:
     logits: Tensor = cm(input_ids=ids).logits
     cm.unmerge()
     return logits
+
+
+def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> dict[str, str]:
+    """What is refused, by what was tried; every rank goes on after each."""
+    model = placed(rank, size, folder)
+    found = {}
+
+    def note(name: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except lorafx.LorafxError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    own = folders["some"] if rank == 0 else folder / "missing"
+    note("compile", lambda: lorafx.compile(model, {"some": own}))
+    note(
+        "embedding",
+        lambda: lorafx.compile(model, lorafx.LoraConfig(target_modules=["embed_tokens"])),
+    )
+    options = {"lowering": "reference"}
+    cm = lorafx.compile(model, {"some": folders["some"]}, options=options)
+    note("load_adapter", lambda: cm.load_adapter(own, "other"))
+    found["adapters"] = str(list(cm.adapters))
+    note("export", lambda: cm.export_merged("some", folder / "never"))
+    note("twice", lambda: lorafx.compile(model.model, lorafx.LoraConfig()))
+    cm.load_adapter(folders["some"], "other")
+    found["adapters after"] = str(list(cm.adapters))
+    cm.detach()
+    gathered = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    fully_shard(gathered.model.layers[0])
+    note("fsdp", lambda: lorafx.compile(gathered, {"some": folders["some"]}))
+    mesh = init_device_mesh("cpu", (size,))
+    own_plan = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    parallelize_module(own_plan, mesh, {"0": ColwiseParallel()})
+    note("plan", lambda: lorafx.compile(own_plan, lorafx.LoraConfig(target_modules=["0"])))
+    return found
+
+
+def refused_experts(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> str:
+    model = placed(rank, size, folder, ep_size=size)
+    try:
+        lorafx.compile(model, folders)
+    except lorafx.LorafxError as error:
+        return str(error)
+    return "compiled"

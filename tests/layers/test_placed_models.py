@@ -29,6 +29,27 @@ def qwen3_moe():
     return transformers.Qwen3MoeForCausalLM(config)
 
 
+def saved(make, folder):
+    """A model and its adapters, which are on disk too."""
+    torch.manual_seed(0)
+    model = make().eval().requires_grad_(False)
+    randomise(model)
+    model.save_pretrained(folder / "base")
+    experts = [name for name, item in model.named_parameters() if item.dim() == 3]
+    linears = oracle.linears(model)
+    plans = {
+        "all": (3, linears, {"target_parameters": experts} if experts else {}),
+        "some": (2, [name for name in linears if name.endswith(("v_proj", "down_proj"))], {}),
+    }
+    folders = {
+        name: oracle.save_adapter(
+            model, folder / name, rank=rank, targets=targets, seed=rank, **parameters
+        )
+        for name, (rank, targets, parameters) in plans.items()
+    }
+    return model, folders
+
+
 COMPILED = {"lowering": "reference", "start": "compiled"}
 CASES = {
     "llama": (2, llama, COMPILED),
@@ -46,27 +67,7 @@ SLOW = ("qwen3_moe", "four", "inductor")
 )
 def test_mixed_batches(case, tmp_path):
     size, make, options = CASES[case]
-    torch.manual_seed(0)
-    model = make().eval().requires_grad_(False)
-    randomise(model)
-    model.save_pretrained(tmp_path / "base")
-    experts = [name for name, item in model.named_parameters() if item.dim() == 3]
-    linears = oracle.linears(model)
-    plans = {
-        "all": (3, linears, experts),
-        "some": (2, [name for name in linears if name.endswith(("v_proj", "down_proj"))], []),
-    }
-    folders = {
-        name: oracle.save_adapter(
-            model,
-            tmp_path / name,
-            rank=rank,
-            targets=targets,
-            seed=rank,
-            **({"target_parameters": parameters} if parameters else {}),
-        )
-        for name, (rank, targets, parameters) in plans.items()
-    }
+    model, folders = saved(make, tmp_path)
     cases = oracle.Oracle.of(model, folders)
     changes = {name: torch.randn_like(p) * 0.3 for name, p in model.named_parameters()}
     changed = copy.deepcopy(model)
@@ -86,3 +87,23 @@ def test_mixed_batches(case, tmp_path):
         for row, (name, tokens) in enumerate(zip(names, found["tokens"], strict=True)):
             want = cases.model(name).generate(ids[row : row + 1], max_new_tokens=4, do_sample=False)
             assert torch.equal(tokens, want[0])
+
+
+def test_what_is_refused_is_refused_on_all_ranks(tmp_path):
+    _, folders = saved(llama, tmp_path)
+    for rank, found in enumerate(on_ranks(2, placed_models.refusals, tmp_path / "base", folders)):
+        for name in ("compile", "load_adapter"):
+            assert "missing" in found[name]
+            assert found[name].startswith("CheckpointError: rank 1 failed: ") is (rank == 0)
+        assert (found["adapters"], found["adapters after"]) == ("['some']", "['some', 'other']")
+        assert "is served for linears and experts only" in found["embedding"]
+        assert "holds only a share of its weight; export on a single rank" in found["export"]
+        assert "already carries a LoRA mark" in found["twice"]
+        assert "model.layers.0 is wrapped by fully_shard (FSDP2)" in found["fsdp"]
+        assert "transformers' tensor parallelism has put in" in found["plan"]
+
+
+def test_whole_experts_on_each_rank_are_refused(tmp_path):
+    _, folders = saved(mixtral, tmp_path)
+    for found in on_ranks(2, placed_models.refused_experts, tmp_path / "base", folders):
+        assert "its experts are divided among ranks (expert parallel)" in found
