@@ -11,21 +11,28 @@ from tiny import randomise
 from two_ranks import on_ranks
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+TOKENS = {"pad_token_id": 0, "eos_token_id": None}
 ROUTED = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def llama():
-    config = transformers.LlamaConfig(**SIZES, **HEADS, attention_bias=True, mlp_bias=True)
+    config = transformers.LlamaConfig(
+        **SIZES, **HEADS, **TOKENS, attention_bias=True, mlp_bias=True
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **HEADS, **ROUTED))
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, **HEADS, **TOKENS, **ROUTED)
+    )
 
 
 def qwen3_moe():
-    config = transformers.Qwen3MoeConfig(**SIZES, **HEADS, **ROUTED, moe_intermediate_size=24)
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, **HEADS, **TOKENS, **ROUTED, moe_intermediate_size=24
+    )
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -56,7 +63,7 @@ CASES = {
     "eager": (2, llama, {"lowering": "reference", "start": "eager"}),
     "mixtral": (2, mixtral, COMPILED),
     "qwen3_moe": (2, qwen3_moe, COMPILED),
-    "four": (4, llama, {}),
+    "four": (4, llama, COMPILED),
     "inductor": (2, mixtral, {"lowering": "inductor"}),
 }
 SLOW = ("qwen3_moe", "four", "inductor")
