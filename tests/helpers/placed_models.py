@@ -41,8 +41,8 @@ def serve(
     options: Mapping[str, Any],
     changes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Logits of each batch, and tokens of the first one. With `changes`, also logits of the base
-    while each adapter is merged, and those of the batches after an update of weights."""
+    """Logits of each batch. With `changes`, also tokens of the first one, logits of the base while
+    each adapter is merged, and those of the batches after an update of weights and back."""
     model = placed(rank, size, folder)
     state = {name: whole(value) for name, value in model.state_dict().items()}
     cm = lorafx.compile(model, folders, options=dict(options))
@@ -52,9 +52,9 @@ def serve(
 
     found: dict[str, Any] = {"logits": logits()}
     ids, names = batches[0]
-    found["tokens"] = cm.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
     found["status"] = str(cm.status())
     if changes is not None:
+        found["tokens"] = cm.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
         found["merged"] = {name: run_merged(cm, name, ids) for name in folders}
         cm.load_weights(changes, strict=False)
         found["updated"] = logits()

@@ -48,6 +48,9 @@ def saved(make, folder):
         "all": (3, linears, {"target_parameters": experts} if experts else {}),
         "some": (2, [name for name in linears if name.endswith(("v_proj", "down_proj"))], {}),
     }
+    if experts:  # without biases, inside of which DoRA would not be known
+        q_and_k = [name for name in linears if name.endswith(("q_proj", "k_proj"))]
+        plans["dora"] = (2, q_and_k, {"use_dora": True})
     folders = {
         name: oracle.save_adapter(
             model, folder / name, rank=rank, targets=targets, seed=rank, **parameters
@@ -57,7 +60,7 @@ def saved(make, folder):
     return model, folders
 
 
-COMPILED = {"lowering": "reference", "start": "compiled"}
+COMPILED = {"lowering": "reference", "base_graphs": False}
 CASES = {
     "llama": (2, llama, COMPILED),
     "eager": (2, llama, {"lowering": "reference", "start": "eager"}),
@@ -67,6 +70,8 @@ CASES = {
     "inductor": (2, mixtral, {"lowering": "inductor"}),
 }
 SLOW = ("qwen3_moe", "four", "inductor")
+#: Cases of which only logits are compared.
+BRIEF = ("eager", "mixtral")
 
 
 @pytest.mark.parametrize(
@@ -79,19 +84,23 @@ def test_mixed_batches(case, tmp_path):
     changes = {name: torch.randn_like(p) * 0.3 for name, p in model.named_parameters()}
     changed = copy.deepcopy(model)
     changed.load_state_dict(changes)
-    later = oracle.Oracle.of(changed, folders)
-    ids, names = torch.randint(1, 61, (4, 5)), ["all", None, "some", "all"]
-    batches = [(ids, names), (ids[:2], [None, None]), (ids[:3], ["some"] * 3)]
-    arguments = (tmp_path / "base", folders, batches, options, changes)
+    wanted = {"logits": cases, "updated": oracle.Oracle.of(changed, folders), "back": cases}
+    ids, names = torch.randint(1, 61, (4, 5)), ["all", None, "some", list(folders)[-1]]
+    batches = [(ids, names)] if case in BRIEF else [(ids, names), (ids[:2], [None, "some"])]
+    update = None if case in BRIEF else changes
+    arguments = (tmp_path / "base", folders, batches, options, update)
     for found in on_ranks(size, placed_models.serve, *arguments):
         assert (" eager" in found["status"]) == (options.get("start") == "eager")
-        for kind, wanted in {"logits": cases, "updated": later, "back": cases}.items():
-            for (rows, requests), logits in zip(batches, found[kind], strict=True):
-                expected = wanted.rows(requests, {"input_ids": rows})
+        assert {"updated", "back", "merged", "tokens"}.isdisjoint(found) == (case in BRIEF)
+        for kind, reference in wanted.items():
+            for (rows, requests), logits in zip(batches, found.get(kind, ()), strict=False):
+                expected = reference.rows(requests, {"input_ids": rows})
                 oracle.assert_close(logits, expected, label=f"{kind}, {requests}")
-        for name, logits in {**found["merged"], None: found["base"]}.items():
-            oracle.assert_close(logits, cases.rows([name] * 4, {"input_ids": ids}), label=str(name))
-        for row, (name, tokens) in enumerate(zip(names, found["tokens"], strict=True)):
+        for name, logits in {**found.get("merged", {}), None: found["base"]}.items():
+            oracle.assert_close(
+                logits, cases.rows([name] * len(ids), {"input_ids": ids}), label=str(name)
+            )
+        for row, (name, tokens) in enumerate(zip(names, found.get("tokens", ()), strict=False)):
             want = cases.model(name).generate(ids[row : row + 1], max_new_tokens=4, do_sample=False)
             assert torch.equal(tokens, want[0])
 
