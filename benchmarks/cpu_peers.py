@@ -5,9 +5,10 @@ linears. Weights in float32 and bfloat16, and of 8 and 4 bits: torchao's Int8Wei
 llama.cpp's Q8_0, torchao's PrototypeInt4WeightOnlyConfig (groups of 32) and Q4_0. Time over
 llama.cpp without an adapter, and beside it the time in which this machine reads all weights once:
 
-    python benchmarks/cpu_peers.py [--quick] [--weights fp32|bf16|8|4] [--rows 1 8] [--length 1]
+    python benchmarks/cpu_peers.py [--quick] [--weights fp32|bf16|8|4] [--rows 1 8] [--length 1 128]
 
 llama.cpp has one adapter for all rows. Without one of the other libraries its arms are left out.
+Prompts are measured with dense weights and the most rows, since OpenVINO is what they are for.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 import lorafx
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8": torch.bfloat16, "4": torch.bfloat16}
+DENSE = ("fp32", "bf16")
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "8": "Q8_0", "4": "Q4_0"}
 #: llama.cpp's names of a Llama's modules.
 NAMES = {
@@ -210,7 +212,7 @@ def run_case(
             difference = (got - want).norm() / want.norm()
             assert difference <= (0.4 if weights == "4" else 0.2), f"llama.cpp is {difference} off"
         arms["llama.cpp, LoRA"] = LlamaCpp(folder / "model.gguf", ids, folder / "adapter.gguf")
-    if importlib.util.find_spec("openvino") and weights in ("fp32", "bf16"):
+    if importlib.util.find_spec("openvino") and weights in DENSE:
         arms["OpenVINO"] = by_openvino(model, ids, dtype)
     ratios = compare(first, arms, blocks=blocks, seconds=seconds)
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
@@ -236,17 +238,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 layers, 5 blocks; nothing saved")
     parser.add_argument("--weights", choices=DTYPES, action="append")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--length", type=int, default=1)
+    parser.add_argument("--length", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_peers.json"))
     options = parser.parse_args()
     layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 20, 0.1)
     rows = []
+    cases = itertools.product(options.weights or DTYPES, options.length, options.rows)
     with torch.no_grad():
-        for weights in options.weights or DTYPES:
-            for count in options.rows:
-                with tempfile.TemporaryDirectory() as folder:
-                    given = (weights, count, options.length, layers, blocks, seconds)
-                    rows += run_case(*given, Path(folder))
+        for weights, length, count in cases:
+            if length > 1 and (count < max(options.rows) or weights not in DENSE):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                given = (weights, count, length, layers, blocks, seconds)
+                rows += run_case(*given, Path(folder))
     if not options.quick:
         title = "time over llama.cpp, Llama 1024/2816 of 6 layers, r=16"
         save(options.out, title, rows, machine_and_peers)

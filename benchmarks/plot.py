@@ -1,6 +1,7 @@
 """The pictures of README.md, from the committed results: `make pictures` draws them anew.
 
     docs/pictures/cpu.svg    results/cpu_mixed.json: time over the compiled base, with intervals
+    docs/pictures/peers.svg  results/cpu_peers.json: time over llama.cpp
 
 Nothing is measured here. matplotlib comes with the extra `plots`.
 """
@@ -17,43 +18,59 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 #: What is drawn: the arm's name in the results, its name in the picture, its colour.
-ARMS = (
+Arms = tuple[tuple[str, str, str], ...]
+MIXED: Arms = (
     ("lorafx D=1", "lorafx, 1 adapter", "#9ecae1"),
     ("lorafx D=8", "lorafx, 8 adapters", "#2171b5"),
     ("PEFT one adapter, compiled", "PEFT, 1 adapter, compiled", "#fdae6b"),
     ("PEFT mixed, eager, D=8", "PEFT, 8 adapters", "#d94801"),
 )
+PEERS: Arms = (
+    ("lorafx D=0", "lorafx, no adapter", "#c6dbef"),
+    ("lorafx D=1", "lorafx, 1 adapter", "#6baed6"),
+    ("lorafx D=8", "lorafx, 8 adapters", "#08519c"),
+    ("llama.cpp, LoRA", "llama.cpp, 1 adapter", "#fdae6b"),
+    ("torch.compile", "torch.compile, no adapter", "#bdbdbd"),
+    ("OpenVINO", "OpenVINO, no adapter", "#74c476"),
+)
 
 
-def cpu(target: Path) -> None:
-    """Bars of the ratios of benchmarks/cpu_mixed.py, and their 95 % intervals."""
-    results = json.loads((ROOT / "benchmarks/results/cpu_mixed.json").read_text())
+def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]) -> None:
+    """Bars of the ratios in results/cpu_`name`.json, and their 95 % intervals."""
+    results = json.loads((ROOT / f"benchmarks/results/cpu_{name}.json").read_text())
     cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
     rows = {(row["case"], row["arm"]): row for row in results["rows"]}
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    width = 0.8 / len(ARMS)
-    for number, (arm, label, colour) in enumerate(ARMS):
-        own: list[dict[str, Any]] = [rows[case, arm] for case in cases]
+    figure, axes = plt.subplots(figsize=(1 + 1.75 * len(cases), 3.4), layout="constrained")
+    width = 0.8 / len(arms)
+    for number, (arm, label, colour) in enumerate(arms):
+        places = [place for place, case in enumerate(cases) if (case, arm) in rows]
+        own: list[dict[str, Any]] = [rows[cases[place], arm] for place in places]
         medians = [row["median"] for row in own]
         spread = [
             [row["median"] - row["low"] for row in own],
             [row["high"] - row["median"] for row in own],
         ]
-        at = [case + (number - (len(ARMS) - 1) / 2) * width for case in range(len(cases))]
-        bars = axes.bar(at, medians, width, yerr=spread, label=label, color=colour)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        at = [place + (number - (len(arms) - 1) / 2) * width for place in places]
+        drawn = axes.bar(at, medians, width, yerr=spread, label=label, color=colour)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=1)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("time over the compiled base")
+    axes.set_ylabel(f"time over {over}")
     machine = results["machine"]
+    versions = ", ".join(
+        f"{package} {machine[key].partition('+')[0]}"
+        for package in packages
+        if (key := package.replace("llama.cpp", "llama_cpp_python").lower()) in machine
+    )
     axes.set_title(
-        f"A batch of 8 requests, rank 16, {machine['threads']} cores ({machine['cpu']}, "
-        f"torch {machine['torch'].partition('+')[0]}, PEFT {machine['peft']}, {machine['date']})",
+        f"{title}, rank 16, {machine['threads']} cores ({machine['cpu']}, {versions}, "
+        f"{machine['date']})",
         fontsize=8,
     )
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, metadata={"Date": None})
+    target = "cpu" if name == "mixed" else name
+    figure.savefig(PICTURES / f"{target}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -61,7 +78,9 @@ def main() -> None:
     # The same file from the same results, whenever it is drawn.
     mpl.rcParams["svg.hashsalt"] = "lorafx"
     PICTURES.mkdir(exist_ok=True)
-    cpu(PICTURES / "cpu.svg")
+    bars("mixed", MIXED, "the compiled base", "A batch of 8 requests", ("torch", "PEFT"))
+    peers = ("torch", "llama.cpp", "OpenVINO")
+    bars("peers", PEERS, "llama.cpp without an adapter", "[requests, tokens of each]", peers)
 
 
 if __name__ == "__main__":

@@ -218,8 +218,8 @@ def _replace_stored(graph: fx.Graph, found: StoredProduct, allowed: Callable[[],
     product, x, weight, bias = found
     if not _pays_stored(x, weight) or not allowed():
         return False
-    for reader in [*product.users]:
-        if _keeps_all(reader):
+    while whole := [reader for reader in product.users if _keeps_all(reader)]:
+        for reader in whole:
             reader.replace_all_uses_with(product)
             graph.erase_node(reader)
     viewed = _last_view(product)
@@ -241,7 +241,9 @@ def _only_reader(node: fx.Node, target: object) -> fx.Node | None:
 
 
 def _keeps_all(node: fx.Node) -> bool:
-    """Whether `node` is a slice of all that there is."""
+    """Whether `node` is all that there is, as it is traced or as a slice."""
+    if node.target is aten.alias.default:
+        return True
     call = bound(node) if node.target is aten.slice.Tensor else {}
     whole = bool(call) and not call["start"] and call["end"] in (None, sys.maxsize)
     return whole and call["step"] == 1

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -40,11 +40,11 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
+from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
-from lorafx.model.marks import MARKS
 from lorafx.pass_order import pipeline
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.placements import is_placed
@@ -53,13 +53,11 @@ from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
-from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.frames import (
     ends_in_break,
     guard_frame,
     guarded_attributes,
     names_of_frame,
-    source_text,
 )
 from lorafx.torch_internals.shortcuts import chosen
 
@@ -189,7 +187,9 @@ class Backend:
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         value_at, self._value_at = self._value_at, None
-        return [True] * len(guards) if value_at is None else keep_guards(guards, value_at)
+        if value_at is None:
+            return [True] * len(guards)
+        return keep_guards(guards, value_at, self.program.weight_watch.watched)
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
@@ -282,54 +282,3 @@ def _sources(gm: fx.GraphModule) -> list[Any]:
     """Dynamo's sources of the inputs of its graph."""
     graph_args = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
     return [getattr(item, "source", None) for item in graph_args]
-
-
-_HOOKS = "._forward_hooks"
-
-
-def keep_guards(entries: Sequence[Any], value_at: Callable[[str], Any]) -> list[bool]:
-    """Which of Dynamo's `GuardFilterEntry`s of a frame to keep; `value_at` looks places up.
-
-    The frame must always belong to the same model. Guards on marks, which never change, are dropped
-    (some thirty per mark, a tenth of a small model's step), and so are those on transformers'
-    registry of model classes, which fail whenever a model of another class is made.
-    """
-    guards = [entry.orig_guard for entry in entries]
-    places = list(map(source_text, guards))
-    hooks = list(map(_enclosing_hook, guards, places))
-    marks = {name for name in set(hooks) if name and isinstance(value_at(name), MARKS)}
-    of_registry = _registry_test(value_at)
-    return [
-        not (hook in marks or ("G[" in place and of_registry(guard.originating_source)))
-        for guard, place, hook in zip(guards, places, hooks, strict=True)
-    ]
-
-
-def _registry_test(value_at: Callable[[str], Any]) -> Callable[[Any], bool]:
-    """A test of whether a source lies in transformers' registry of model classes."""
-    registry = recorded_outputs()
-
-    @cache
-    def is_registry(name: str) -> bool:
-        return registry is not None and value_at(name) is registry
-
-    def of_registry(source: Any) -> bool:
-        while source is not None:
-            name = source_text(source)
-            if name.startswith("G[") and is_registry(name):
-                return True
-            source = getattr(source, "base", None)
-        return False
-
-    return of_registry
-
-
-def _enclosing_hook(guard: Any, place: str) -> str | None:
-    """The place of the hook of a module under `self` that the guard's source belongs to."""
-    source: Any = guard.originating_source if _HOOKS in place else None
-    while (base := getattr(source, "base", None)) is not None:
-        if source_text(base).endswith(_HOOKS):
-            name = source_text(source)
-            return name if name.startswith("L['self']") else None
-        source = base
-    return None

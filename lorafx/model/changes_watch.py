@@ -1,4 +1,5 @@
-"""What changed in a model after it was marked: replaced modules, and hooks that are not lorafx's.
+"""What changed in a model after it was marked: replaced modules and weights, and hooks that are not
+lorafx's.
 
     model ──name──▶ layer ──name──▶ site      each edge has to lead to the same module as before
 
@@ -7,6 +8,8 @@ that path, the delta is lost. Each call compares the edges, without a walk over 
 
 Dynamo does not guard on the hooks of a module that has none, so graphs do not notice later ones.
 torch numbers all hooks of a process, so a call only compares one number.
+
+A weight that wraps other tensors is the same object as long as what it wraps has the same form.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
 _CHILDREN = operator.attrgetter("_modules")
+_PARAMETERS = operator.attrgetter("_parameters")
 
 
 class Edge(NamedTuple):
@@ -176,3 +180,28 @@ class HookWatch:
         modules = (m for m in self._root.modules() if m is not self._root or not self.around)
         self._hooks = [item for module in modules for item in hooks_of(module)]
         return frozenset(number for number, _ in self._hooks)
+
+
+class WeightWatch:
+    """Parameters `name` of modules that have to be the same objects as before. `state` is 0 for the
+    first ones, and a new number after each change."""
+
+    def __init__(self, parameters: Iterable[tuple[nn.Module, str]]) -> None:
+        pairs = [(module, name) for module, name in parameters if name in module._parameters]
+        self._modules = [module for module, _ in pairs]
+        self._names = [name for _, name in pairs]
+        self._states = itertools.count(1)
+        self._weights = [*self._current()]
+        self.state = 0
+
+    def look(self) -> int:
+        if not all(map(operator.is_, self._current(), self._weights)):
+            self._weights = [*self._current()]
+            self.state = next(self._states)
+        return self.state
+
+    def watched(self, weight: Any) -> bool:
+        return any(item is weight for item in self._weights)
+
+    def _current(self) -> Iterator[Any]:
+        return map(dict.get, map(_PARAMETERS, self._modules), self._names)

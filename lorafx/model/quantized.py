@@ -208,7 +208,13 @@ class QuantisedModules:
     @property
     def are_wrapped(self) -> bool:
         """Whether all are tensors that wrap others."""
-        return all(WrapperSubclass().holds(module, entry.weight) for module, entry in self.entries)
+        return len(self.wrapped) == len(self.entries)
+
+    @property
+    def wrapped(self) -> list[tuple[nn.Module, str]]:
+        """The modules and names of weights that are tensors that wrap others."""
+        names = ((module, entry.weight) for module, entry in self.entries)
+        return [item for item in names if WrapperSubclass().holds(*item)]
 
     @cached_property
     def sizes_by_data(self) -> bool:

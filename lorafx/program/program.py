@@ -17,7 +17,7 @@ from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
-from lorafx.model.changes_watch import HookWatch, SiteWatch
+from lorafx.model.changes_watch import HookWatch, SiteWatch, WeightWatch
 from lorafx.model.extras import When
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
@@ -144,6 +144,7 @@ class Program:
         self.pack_watch = PackWatch(self.packed)
         self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
+        self.weight_watch = WeightWatch(self.quantised.wrapped)
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -160,6 +161,10 @@ class Program:
     @property
     def call(self) -> Call | None:
         return self.batch.call
+
+    def watched_state(self) -> tuple[int, int, int]:
+        """What graphs depend on and no guard sees: the states of sites, hooks and weights."""
+        return self.site_watch.state, self.hook_watch.look(), self.weight_watch.look()
 
     def note_constants(self) -> None:
         """Record the modules' tensor attributes as constants, before the first call."""

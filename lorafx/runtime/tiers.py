@@ -372,7 +372,7 @@ class Tiers:
         fixed = entry.session.dynamic is False
         form = (
             entry,
-            (program.site_watch.state, program.hook_watch.look(), base, program.model.training),
+            (program.watched_state(), base, program.model.training),
             (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
             tuple(_form(item, fixed) for item in args),
             tuple((name, _form(item, fixed)) for name, item in kwargs.items()),

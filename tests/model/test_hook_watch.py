@@ -92,3 +92,21 @@ def test_hooks_that_a_call_registers_are_the_model_s_own(case):
     before = cm.recompiles
     served_as(cm, case, "")
     assert cm.recompiles == before
+
+
+class Scaled:
+    """A hook with a number of its own, which the graph has as a constant."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * self.scale
+
+
+def test_what_a_hook_holds_is_guarded(case):
+    cm, hook = case.compile(), Scaled(2.0)
+    cm.model.act.register_forward_hook(hook)
+    for scale in (2.0, 0.5):
+        hook.scale = scale
+        served_as(cm, case, "act", lambda module: module.register_forward_hook(Scaled(hook.scale)))

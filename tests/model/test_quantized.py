@@ -173,6 +173,22 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
         cm(x, adapter_names=["a", "a"])
 
 
+def test_a_weight_that_another_one_replaces(saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    """Each object has graphs of its own, since Dynamo does not compare how it wraps its tensors."""
+    first, second = (case_of(kind, saved) for kind in ("torchao-int4", "torchao-int4-groups"))
+    cm = lorafx.compile(copy.deepcopy(first.model), first.folders, options=REFERENCE)
+    given, graphs = inputs(), 0
+    for case in (first, second, case_of("torchao-int4-groups", saved)):
+        for (_, old), (_, new) in zip(linears(cm.model), linears(case.model), strict=True):
+            old.weight = new.weight
+        got = cm(**given, adapter_names=NAMES).logits
+        assert error(got, case.rows(NAMES, given)) <= 1e-5
+        assert cm.recompiles > graphs
+        graphs = cm.recompiles
+        cm(**given, adapter_names=[*reversed(NAMES)])
+        assert cm.recompiles == graphs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torchao-int8", "bitsandbytes-8-outliers", "bitsandbytes-nf4"])
 def test_inductor(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
