@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 #: Folders whose files have a line each, and the kinds of files that do.
 SOURCES, TOLD = ("kernels", "lorafx", "passes"), (".py", ".cpp", ".h", ".js")
-EXAMPLE = re.compile(r"\]\((?:\.\./)*examples/(?:commits/)?(\w+)(?:\.py|\.patch)?\)")
+EXAMPLE = re.compile(r"\]\((?:\.\./)*examples/(?:commits/)?(\w+)(?:\.py|\.cpp|\.patch)?\)")
 CONTRIBUTING = re.compile(r"\]\((?:\.\./)+CONTRIBUTING\.md")
 #: A page's name in the text that mkdocstrings makes of a docstring, or of lorafx's messages.
 PAGE_NAME = re.compile(r"(?<![\w/>\"])docs/(\w+)\.md")
@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def examples() -> str:
-    """A page of every script in examples/: its docstring, then its code."""
+    """A page of every program in examples/: what it says of itself, then its code."""
     parts = [
         "# Examples",
         "Each of them runs from a checkout, without a download, and is run by the tests.",
@@ -50,6 +50,8 @@ def examples() -> str:
         said = (ast.get_docstring(tree) or "").split("\n\n")[0]
         code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
         parts.append(f"## {path.stem}\n\n{said}\n\n{shown(path, 'python', code)}")
+    for path in sorted((ROOT / "examples").glob("*.cpp")):
+        parts.append(f"## {path.stem}\n\n{opening(path)}\n\n{shown(path, 'cpp', path.read_text())}")
     parts += [
         "## commits",
         "Changes to lorafx as the [page for contributors](contributing.md) shows them.",

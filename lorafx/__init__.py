@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from lorafx.integrations.torch_compile.dynamo_backend import unload_adapter as unload_adapter
     from lorafx.integrations.trl import Rollout as Rollout
     from lorafx.model.quantized import dequantize as dequantize
+    from lorafx.package.export import export as export
+    from lorafx.package.load import Package as Package
+    from lorafx.package.load import load as load
     from lorafx.pass_order import pipeline as pipeline
     from lorafx.registry import register as register
     from lorafx.registry import register_oot as register_oot
@@ -61,6 +64,8 @@ _NAMES = {
     ),
     "lorafx.model.quantized": ("dequantize",),
     "lorafx.integrations.trl": ("Rollout",),
+    "lorafx.package.export": ("export",),
+    "lorafx.package.load": ("Package", "load"),
     "lorafx.pass_order": ("pipeline",),
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),

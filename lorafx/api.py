@@ -147,7 +147,7 @@ C = TypeVar("C", bound=CompiledModel)
 def _served(kind: type[C], marked: Marked, dynamic: bool | None) -> C:
     compiled = kind(marked.program, marked.attachment, marked.store, dynamic)
     try:
-        if starts_eagerly(marked.program.options, marked.program.runtime.device):
+        if starts_eagerly(marked.program):
             compiled._session.tiers = Tiers(compiled._session)
         else:
             marked.program.pack_watch.pack()

@@ -180,7 +180,7 @@ class Options:
         start: "eager": a call for which no graph is ready is answered at once by the model in
             eager mode, while its graph is compiled in a process beside (docs/first_answer.md);
             "compiled": it waits for its graph. "auto" is LORAFX_START, or else "eager" for models
-            on a CPU.
+            on a CPU that no other rank shares.
         fallback: with `start="eager"`, how calls are answered whose graph cannot be compiled
             beside: "eager", with one warning; or "refuse", as by `start="compiled"`, which raises
             where nothing can be compiled.

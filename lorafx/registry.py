@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.errors import ConfigError, nearest
+from lorafx.placements import Placements, is_placed
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
 #: Kinds that classes can be registered with; convolutions are torch's own.
@@ -335,8 +336,16 @@ def unregister(cls: type[nn.Module]) -> None:
 
 
 def lookup(module: nn.Module) -> Eligible | None:
-    """The entry of the nearest registered class along the MRO, or None."""
-    return lookup_class(type(module))
+    """The entry of the nearest registered class along the MRO, or None; with this rank's sizes if
+    the weight is a DTensor."""
+    entry = lookup_class(type(module))
+    if entry is None or entry.kind == "experts" or entry.sharding is not None:
+        return entry
+    weight = module._parameters.get(entry.weight)
+    if not is_placed(weight) or weight is None or weight.dim() != 2:
+        return entry
+    placements = Placements(entry.weight, entry.transposed)
+    return replace(entry, sizes=placements.local_sizes, sharding=placements)
 
 
 def is_empty(module: nn.Module) -> bool:

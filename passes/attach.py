@@ -28,11 +28,12 @@ from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
-from lorafx.model.marks import MARKS, Attachment, RowMark, SiteMark
+from lorafx.model.marks import Attachment, RowMark, SiteMark, marks_on
 from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
+from lorafx.placements import LocalForward, install
 from lorafx.program.program import Preparation
 from lorafx.progress import progress
 from lorafx.torch_internals.compat import mark_fixed_shape
@@ -131,9 +132,12 @@ def _attach(
     for path in parts.values():
         marks[path].first = True
     # Hooks are prepended, so that hooks of users see the output with its delta.
-    hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
-        (site.marked, marks[site.path]) for site in sites
-    ]
+    hooks: list[tuple[nn.Module, SiteMark | RowMark]] = []
+    for site in sites:
+        marked = site.marked
+        if isinstance(marked, LocalForward):
+            rollback.add(install(site.module, marked))
+        hooks.append((marked, marks[site.path]))
     site_modules = {id(site.module) for site in sites}
     hooks += [
         (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
@@ -218,9 +222,7 @@ def _refuse_marked(graph: ModuleGraph) -> None:
     """Raise CaptureError for marks of this model, a part of it, or one that contains it; a model
     that only shares some modules may have marks on them."""
     for path, module in graph.modules():
-        for hook in module._forward_hooks.values():
-            if not isinstance(hook, MARKS):
-                continue
+        for hook in marks_on(module):
             session, marked = hook.runtime.session, f"{path or 'the model'} already carries"
             if session is None or graph.has(session.program.model):
                 raise CaptureError(

@@ -35,6 +35,7 @@ from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense, is_wrapped
+from lorafx.placements import is_gathered
 from lorafx.program.program import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule
@@ -48,7 +49,8 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 class Alias:
     """Lists each module once, under its canonical path, with its other paths.
 
-    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks.
+    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, and for
+    FSDP2.
     """
 
     name: ClassVar[str] = "alias"
@@ -61,6 +63,12 @@ class Alias:
                 raise CaptureError(
                     f"{where} is wrapped by torch.compile; pass the module itself "
                     "(`._orig_mod` of the wrapper), which lorafx compiles"
+                )
+            if is_gathered(module):
+                raise CaptureError(
+                    f"{path or 'the model'} is wrapped by fully_shard (FSDP2), which gathers its "
+                    "weights around each call; give lorafx a model that is not, and push weights "
+                    "into it by load_weights"
                 )
             aliases = graph.paths(module)[1:]
             if aliases:

@@ -206,10 +206,6 @@ def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity
     return torch.where(routed, experts * capacity + owner, -1).to(torch.int32)
 
 
-def expert_slots_fake(slots, experts, rows, count, capacity):
-    return slots.new_empty(experts.shape)
-
-
 def _add_expert_delta(
     y: Tensor, x: Tensor, bank: BankArgs, experts: Tensor, ranges: Ranges, rows: int, count: int
 ) -> None:
@@ -220,10 +216,6 @@ def _add_expert_delta(
 def expert_mark(y: Tensor, A: Tensor) -> Tensor:
     """A copy of y, the result of a module of experts with the bank of A; `match` removes the op."""
     return y.clone()
-
-
-def expert_mark_fake(y, A):
-    return torch.empty_like(y)
 
 
 def expert_site(
@@ -318,9 +310,9 @@ for _schema, _eager, _fake in (
     (
         "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count, int capacity)"
         " -> Tensor",
-        *(expert_slots, expert_slots_fake),
+        *(expert_slots, lambda slots, experts, *_: slots.new_empty(experts.shape)),
     ),
-    ("expert_mark(Tensor y, Tensor A) -> Tensor", expert_mark, expert_mark_fake),
+    ("expert_mark(Tensor y, Tensor A) -> Tensor", expert_mark, lambda y, A: torch.empty_like(y)),
     (
         f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows,"
         " int count) -> Tensor",

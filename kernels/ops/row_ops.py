@@ -54,15 +54,11 @@ def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     return mask.clone()
 
 
-def own_mask_fake(x, mask, source, slots):
-    return torch.empty_like(mask)
-
-
 define("rows_of(Tensor x, Tensor y) -> Tensor", rows_of, rows_of_fake)
 define(
     "own_mask(Tensor x, Tensor mask, Tensor source, Tensor slots) -> Tensor",
     own_mask,
-    own_mask_fake,
+    lambda x, mask, source, slots: torch.empty_like(mask),
 )
 
 
@@ -92,10 +88,6 @@ def checked_index(
     )
 
 
-def checked_index_fake(index, size, negative, ignored, table, name):
-    return torch.empty_like(index)
-
-
 def checked_index_vmap(info: Any, in_dims: Any, index: Tensor, *settings: Any) -> Any:
     return torch.ops.lorafx.checked_index(index, *settings), in_dims[0]
 
@@ -104,7 +96,7 @@ define(
     "checked_index(Tensor index, SymInt size, bool negative, int? ignored, str table, str name) "
     "-> Tensor",
     checked_index,
-    checked_index_fake,
+    lambda index, *_: torch.empty_like(index),
 )
 define_vmap("checked_index", checked_index_vmap)
 CHECKED_INDEX = torch.ops.lorafx.checked_index.default

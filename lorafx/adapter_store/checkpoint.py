@@ -57,10 +57,6 @@ class Dialect(NamedTuple):
     components: Callable[[Saved], tuple[str, ...]] = lambda _: ("",)
 
 
-def _is_peft(saved: Saved) -> bool:
-    return any(parse(key) is not None for key in saved.tensors)
-
-
 def _peft(saved: Saved, _: nn.Module | None) -> AdapterState:
     if saved.fields is None:
         raise CheckpointError(
@@ -78,7 +74,7 @@ DIALECTS = (
     Dialect("kohya", kohya.KEYS, kohya.claims, kohya.state, kohya.components),
     Dialect("diffusers", diffusers.KEYS, diffusers.claims, diffusers.state, diffusers.components),
     Dialect("loralib", loralib.KEYS, loralib.claims, loralib.state),
-    Dialect("peft", "<module>.lora_A.weight", _is_peft, _peft),
+    Dialect("peft", "<module>.lora_A.weight", lambda saved: any(map(parse, saved.tensors)), _peft),
 )
 
 #: The last parts of keys -> the other method that uses them.

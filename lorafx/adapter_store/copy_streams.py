@@ -105,10 +105,6 @@ class CopyStreams:
         self._lock = threading.RLock()
         self.captured = False
 
-    @property
-    def _has_copy_streams(self) -> bool:
-        return bool(self._lanes) and not self.captured
-
     def refuse_captured(self, names: Sequence[str]) -> None:
         """Raise BatchError if adapters would be written into slots during a CUDA graph capture."""
         if names and self._capturing():
@@ -154,7 +150,7 @@ class CopyStreams:
         """Call `write`, which launches copies into `slots` and returns their sources. They wait for
         earlier uses of the slots `touched`. Raises as `refuse_captured`."""
         self.refuse_captured([name])
-        if not self._has_copy_streams:
+        if not self._lanes or self.captured:
             self.use(touched)
             write()
             return

@@ -387,16 +387,11 @@ def measure(group: Group, factors: Iterable[Factors]) -> None:
                 shift += f.own_bias - base[start : start + len(shift)].cpu().float()
             f.shift.copy_(shift)
         if any(f.gains is not None for f in site_factors):
-            weight = base_weight(site)
+            weight = dequantize(site.module).detach()  # (N, K), embeddings transposed
+            weight = weight.mT if site.eligible.kind == "embedding" else weight
             for f in site_factors:
                 if f.gains is not None:
                     f.gains.copy_(_gains(site, weight, f.offset - offset, f))
-
-
-def base_weight(site: Site) -> Tensor:
-    """W of the site as dense numbers: (N, K), embeddings transposed."""
-    weight = dequantize(site.module).detach()
-    return weight.mT if site.eligible.kind == "embedding" else weight
 
 
 def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:

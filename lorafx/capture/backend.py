@@ -47,6 +47,7 @@ from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.pass_order import pipeline
 from lorafx.passes.write_in_place import writes_in_place
+from lorafx.placements import is_placed
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -100,7 +101,9 @@ class Backend:
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         record = self._new_record(frame, examples, call)
         record.seconds["Dynamo"] = traced
-        parts = Parts(record.checks, base=not active, whole=not program.site_watch.missing)
+        # A rank's graph may hold numbers of its own, such as its first row of a vocabulary.
+        whole = not program.site_watch.missing and not any(map(is_placed, examples))
+        parts = Parts(record.checks, base=not active, whole=whole)
         graph = Captured(record, frame, _sources(gm), parts)
         executable = self._compile(gm, examples, graph)
         self._guard_kind(frame, active=active)
@@ -186,7 +189,7 @@ class Backend:
         value_at, self._value_at = self._value_at, None
         if value_at is None:
             return [True] * len(guards)
-        return keep_guards(guards, value_at, self.program.weight_watch.watched)
+        return keep_guards(guards, value_at, self.program.weight_watch.holds)
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured

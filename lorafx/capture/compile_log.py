@@ -116,16 +116,10 @@ def _distance(form: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, i
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a compiled graph."""
     graph = f"{record.title} of {model}"
-    _end_progress(f"{graph}, {record.reason}")
-    LOG.info("%s: %s; %s", graph, record.reason, _times_text(record.seconds))
-
-
-def _end_progress(graph: str) -> None:
     if _running is not None:
-        _running.name = _running.name if _running.name.endswith(graph) else graph
+        shown = f"{graph}, {record.reason}"
+        _running.name = _running.name if _running.name.endswith(shown) else shown
         _running.end()
-
-
-def _times_text(seconds: Mapping[str, float]) -> str:
-    parts = ", ".join(f"{part} {duration:.1f}" for part, duration in seconds.items())
-    return f"{sum(seconds.values()):.1f} s ({parts})"
+    parts = ", ".join(f"{part} {duration:.1f}" for part, duration in record.seconds.items())
+    total = sum(record.seconds.values())
+    LOG.info("%s: %s; %.1f s (%s)", graph, record.reason, total, parts)

@@ -63,7 +63,9 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
     graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
     nodes = {node for graph in graphs for node in graph.nodes}
     for node in nodes:
-        if node.op == "call_function" and "val" not in node.meta and _returns_values(node):
+        target = node.target
+        returns = not isinstance(target, OpOverload) or bool(target._schema.returns)
+        if node.op == "call_function" and "val" not in node.meta and returns:
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     values = output_values(gm)
     # Most passes keep the values themselves. Texts are made only now, since a pass may unify sizes.
@@ -76,10 +78,6 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         if not all(place in nodes for place in ctx.homes.get(node, (node,))):
             paths = ", ".join(state.site.path for state in states)
             raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
-
-
-def _returns_values(node: fx.Node) -> bool:
-    return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
 def output_values(gm: fx.GraphModule) -> list[Any]:
@@ -111,11 +109,6 @@ def difference(got: Tensor, want: Tensor) -> float:
     scale = max(1.0, float(want.double().abs().max()))
     error = float((got.double() - want.double()).abs().max()) / scale
     return error if error == error else float("inf")
-
-
-def cloned(values: Sequence[Any]) -> list[Any]:
-    """Copies of arguments that a graph may write into."""
-    return [item.clone() if isinstance(item, Tensor) else item for item in values]
 
 
 @dataclass
@@ -151,5 +144,7 @@ class NumericCheck:
 
 
 def _results(stage: Stage, arguments: Sequence[Any]) -> list[Any]:
+    # Of copies: a graph may write into its arguments.
+    copies = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
     with torch.no_grad():
-        return tree_leaves(stage.graph(*cloned(arguments)))
+        return tree_leaves(stage.graph(*copies))

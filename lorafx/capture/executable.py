@@ -272,11 +272,7 @@ class Wrappers:
         result: Any = cast(Any, BundledAOTAutogradResult)(**values)
         with outside_of_frames():
             run = result._apply_runtime_wrappers(compiled, None, False, self.config)
-
-        def unboxed(*arguments: Any) -> Any:
-            return run(list(arguments))
-
-        return unboxed
+        return lambda *arguments: run(list(arguments))
 
 
 @contextmanager

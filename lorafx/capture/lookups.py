@@ -22,6 +22,7 @@ from torch.nn import functional
 from lorafx.errors import some
 from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
+from lorafx.placements import is_placed
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.torch_internals.frames import size_expression
 
@@ -131,6 +132,8 @@ def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
         if use.dim is not None and not -table.dim() <= use.dim < table.dim():
             continue
         index = _before_layout(use.indices)
+        if is_placed(_fake(index)):
+            continue  # no copy of a DTensor is checked
         if _root(index) in sources.written:
             _insert_check(use.indices, use, sources, reader=node)
             continue
@@ -265,7 +268,7 @@ def _is_host_index(value: Any) -> bool:
 
 def _before_layout(node: fx.Node) -> fx.Node:
     """The node that computed the integers of `node`, before changes of their layout."""
-    while node.op == "call_method" and node.target in _LAYOUT_METHODS:
+    while (node.op == "call_method" and node.target in _LAYOUT_METHODS) or is_placed(_fake(node)):
         before = node.args[0]
         if not isinstance(before, fx.Node) or not _is_host_index(_fake(before)):
             break

@@ -5,7 +5,7 @@ A frame of an entry always belongs to the same model, and a graph serves one sta
 
     the tables of hooks of modules      HookWatch; a hook that is no mark keeps its own guards
     marks                               they never change
-    how a weight wraps other tensors    WeightWatch; Dynamo compares it in Python, 4 µs a weight
+    how a weight wraps other tensors    its identity; Dynamo compares it in Python, 4 µs a weight
     transformers' registry of models    fails whenever a model of another class is made
 """
 

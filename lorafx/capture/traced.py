@@ -121,6 +121,10 @@ class Traced:
         finally:
             self._conversion = before
 
+    def find(self, *_: Any, **__: Any) -> NoReturn:
+        """A conversion that makes no graph, where Dynamo has found none: raises NoGraph."""
+        raise NoGraph
+
     def load(self, _: Any, frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
         """A conversion that finds a saved graph, or raises NoGraph, or Unprepared."""
         if self.saved is None:
@@ -139,11 +143,6 @@ class Traced:
 
         self.saved.converted(alone, frame, *args, **kwargs)
         raise NoGraph(self.saved.file, self.saved.unsaved)
-
-
-def no_graph(*_: Any, **__: Any) -> NoReturn:
-    """A conversion that makes no graph: raises NoGraph."""
-    raise NoGraph
 
 
 def _raised_text(error: Unsupported) -> str:

@@ -35,6 +35,7 @@ from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.progress import progress
+from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
@@ -68,12 +69,6 @@ class AsModule(nn.Module):
 
     model: nn.Module
     _session: Session
-
-    def _share_state_of(self, model: nn.Module) -> None:
-        """Use the dictionaries of `model` for parameters, buffers and children."""
-        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Not by __setattr__, which would make the model a child.
-        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
 
     def train(self, mode: bool = True) -> Self:
         """As for any module. Warns about training mode, which makes dropout active."""
@@ -217,7 +212,10 @@ class CompiledModel(AsModule):
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self._share_state_of(program.model)
+        model = program.model
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        # Not by __setattr__, which would make the model a child.
+        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
         self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
@@ -764,7 +762,8 @@ class CompiledModel(AsModule):
         block = self.continuous_batching(
             generation_config, continuous_batching_config, warmup=warmup, tokenizer=tokenizer
         )
-        with block as engine, progress(f"generating for {len(inputs)} prompts"):
+        told = progress(f"generating for {len(inputs)} prompts")
+        with collection_of_new(), block as engine, told:
             ids = []
             for row, prompt in enumerate(inputs):
                 adapter = {} if names is None else {"adapter": names[row]}

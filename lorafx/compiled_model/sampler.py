@@ -11,6 +11,7 @@ is refused by name.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -19,10 +20,22 @@ from torch import Tensor, nn
 from lorafx.adapter_store.peft_model import Held, adapters_in, bare_modules, refuse_merged
 from lorafx.adapter_store.stored import Adapter
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import CaptureError, ConfigError, ReplacedModuleError, UnknownAdapterError
+from lorafx.errors import (
+    CaptureError,
+    ConfigError,
+    LorafxWarning,
+    ReplacedModuleError,
+    UnknownAdapterError,
+)
 from lorafx.model.changes_watch import HookWatch
 from lorafx.model.module_graph import join, storage_key
-from lorafx.model.shared_copy import Contents, follow_buffers, follow_hooks, shared_copy
+from lorafx.model.shared_copy import (
+    Contents,
+    follow_buffers,
+    follow_hooks,
+    own_forward,
+    shared_copy,
+)
 from lorafx.runtime.loading import load_read
 from lorafx.runtime.session import Session, read_for
 from lorafx.torch_internals.versions import entrance
@@ -36,6 +49,7 @@ class Trained:
         self.model = model
         self._held = adapters_in(model)
         self._modules = dict(bare_modules(self._held.base))
+        self._forwards = [own_forward(vars(module)) for module in self._modules.values()]
         self._kinds = self._present_kinds()
         self._refuse_sharded()
         self.copy, copy_of = shared_copy(model)
@@ -62,7 +76,7 @@ class Trained:
 
         Raises:
             CheckpointError: adapters are merged into the base weights.
-            ReplacedModuleError: a module of the base was replaced or removed.
+            ReplacedModuleError: a module of the base, or its forward, was replaced or removed.
             CaptureError: a parameter has another class, shape, dtype or device.
         """
         refuse_merged(self._held.merged, self.model)
@@ -112,7 +126,7 @@ class Trained:
         inside = {id(module) for module in self._modules.values()}
         wrappers = [module for module in held.base.modules() if id(module) not in inside]
         self._held = held
-        self._base = Contents(self._modules.values())
+        self._base = Contents([*self._modules.values()])
         self._adapters = Contents(wrappers)
         self._scales = self._scalings()
         self._decoded: dict[str, Adapter] = {}
@@ -141,12 +155,15 @@ class Trained:
 
     def _refuse_changes(self) -> None:
         present = dict(bare_modules(self._held.base))
-        for path, module in self._modules.items():
-            if present.get(path) is not module:
+        for (path, module), forward in zip(self._modules.items(), self._forwards, strict=True):
+            replaced = "" if present.get(path) is module else path or "the base model"
+            if not replaced and own_forward(vars(module)) is not forward:
+                replaced = join(path, "forward")
+            if replaced:
                 raise ReplacedModuleError(
-                    f"{path or 'the base model'}, a {type(module).__name__}, was replaced or "
-                    "removed in the model that is trained, and the sampler would go on with the "
-                    "old one; put it back, or make a new sampler: lorafx.sampler(peft_model)"
+                    f"{replaced}, of a {type(module).__name__}, was replaced or removed in the "
+                    "model that is trained, and the sampler would go on with the old one; put it "
+                    "back, or make a new sampler: lorafx.sampler(peft_model)"
                 )
         kinds = self._present_kinds()
         for path, kind in self._kinds.items():
@@ -212,7 +229,15 @@ class Sampler(CompiledModel):
         with entrance():
             with session.lock:
                 self._look()
+            default = session.default
             load_read(session, trained.read(session, names))
+            if default is not None and session.default is None:
+                warnings.warn(
+                    f"{default!r} was deleted in the model that is trained, and calls that name no "
+                    "adapter are the base's from now on; set_adapter(name) chooses another",
+                    LorafxWarning,
+                    stacklevel=2,
+                )
             if trained.is_trained:  # writes by `.data` are not seen
                 with session.lock:
                     self._refresh()

@@ -22,6 +22,7 @@ from itertools import compress, repeat, takewhile
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
@@ -37,6 +38,7 @@ from lorafx.ownership.real import (
     tensors_in,
     written,
 )
+from lorafx.placements import is_placed_class
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -72,6 +74,8 @@ class Kind(enum.Enum):
 
 #: Views, though their schemas do not say so.
 _VIEWS = (aten._unsafe_view, aten._reshape_alias, aten.detach, aten.alias)
+#: Sums over ranks in place: rows keep their owners.
+_SUMS = (torch.ops.c10d.allreduce_,) if dist.is_available() else ()
 _EMPTY = (
     aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided,
     aten.empty_permuted,
@@ -135,6 +139,10 @@ class Following(TorchDispatchMode):
         self._weights: list[Tensor] = []
         #: Sites whose module has used its weight, and whose mark has not come.
         self._unmarked: dict[str, None] = {}
+        #: How often torch counts a write, after the mode.
+        self._counts = 1
+        #: Whether the next operator is the one on DTensors that runs already.
+        self._enters = False
         #: Why this forward is not served, which the model's code may have caught.
         self.refusal: str | None = None
 
@@ -194,6 +202,8 @@ class Following(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if types and any(map(is_placed_class, types)):
+            return self._on_this_rank(func, args, kwargs or {})
         kind, named = kind_of(func), kwargs or {}
         if kind is Kind.VIEW or kind is None or self.over:
             return func(*args, **named)
@@ -221,6 +231,9 @@ class Following(TorchDispatchMode):
             codes: Sequence[int] = (NOBODYS,)
         elif kind is Kind.EMPTY:
             codes = (UNKNOWN,)
+        elif func.overloadpacket in _SUMS:
+            results[-1].wait()
+            codes = [code for _, code in operands]
         else:
             key = tuple(signature)
             known = self._remembered.results.get(key)
@@ -237,6 +250,21 @@ class Following(TorchDispatchMode):
         return results
 
     def _note_made_of_nothing(self, func: OpOverload, results: object) -> None: ...
+
+    def _on_this_rank(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run an operator on DTensors. What it makes of this rank's tensors is followed; there
+        torch does not count writes."""
+        if self._enters:
+            self._enters = False
+            return NotImplemented  # DTensor takes over, with this mode on the stack
+        above, counts = _popping(_len_torch_dispatch_stack()), self._counts
+        try:
+            self._counts, self._enters = 0, True
+            _push_on_torch_dispatch_stack(self)
+            return func(*args, **named)
+        finally:
+            self._counts, self._enters = counts, False
+            _exhaust(above, 0)
 
     def _sign(
         self, values: Sequence[Any], signature: list[Any], operands: list[tuple[Tensor, int]]
@@ -354,7 +382,7 @@ class Following(TorchDispatchMode):
             if self.memory.block(target) is None:  # it was the model's
                 self._known.clear()
                 self._remembered.parameters.clear()
-            self.memory.write(target, label, uncounted=1)  # torch counts it after the mode
+            self.memory.write(target, label, uncounted=self._counts)
 
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""

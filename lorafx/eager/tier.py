@@ -25,6 +25,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
+from lorafx.torch_internals.transformers_parts import cell_of_forward
 
 #: The share of the model's bytes that gathered factors may take.
 _SHARE = 4
@@ -121,7 +122,7 @@ class EagerTier:
 def _is_seen(module: nn.Module) -> bool:
     """Whether the module's forward and hooks are code of the `_SEEN` packages."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if "forward" in vars(module):
+    if "forward" in vars(module) and cell_of_forward(module) is None:
         return False
     code = (type(module), *(hook if callable(hook) else type(hook) for hook in hooks))
     return all(str(item.__module__).partition(".")[0] in _SEEN for item in code)

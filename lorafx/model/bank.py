@@ -29,10 +29,6 @@ from torch import Tensor
 from lorafx.kernels.ops.own_rows import OwnRows
 
 
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
 class OwnWeight(NamedTuple):
     """Rows (T, K) of a site's weight that an adapter replaces, of an embedding (T, N), with bias
     (T,) of a linear. `indices`: int32 (T,), ascending, of the replaced rows; None for all rows."""
@@ -189,8 +185,12 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        tensors = [tensor for tensor in self.tensors.values() if tensor.numel()]
-        return sum(_span(tensor.shape, tensor.stride()) * tensor.itemsize for tensor in tensors)
+        total = 0
+        for tensor in self.tensors.values():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            span = 1 + sum((size - 1) * stride for size, stride in steps)
+            total += span * tensor.itemsize if tensor.numel() else 0
+        return total
 
     @torch.no_grad()
     def write(
@@ -198,7 +198,8 @@ class Bank:
     ) -> list[Tensor]:
         """Write `factors` into `slot`, and `weight` into `place` of the replaced rows. CUDA copies
         are only launched: neither arguments nor results, their sources, may change meanwhile."""
-        slots = self._expert_slots(slot)
+        step = len(self.ranks) // self.experts
+        slots = slice(slot, slot + 1 + (self.experts - 1) * step, step)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
         scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
@@ -257,10 +258,6 @@ class Bank:
         else:
             self.own_at[place, :count] = indices
         return [_copy_to(self.own_table[slot], torch.tensor([place, count], dtype=torch.int32))]
-
-    def _expert_slots(self, slot: int) -> slice:
-        step = len(self.ranks) // self.experts
-        return slice(slot, slot + 1 + (self.experts - 1) * step, step)
 
     def _sibling_a(self, slots: slice, sibling: int, rank: int) -> Tensor:
         if self.kind == "embedding":

@@ -17,6 +17,7 @@ from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Part, has_own_forward
 from lorafx.model.weight_formats import is_dense, is_wrapped
+from lorafx.placements import is_placed, local, refusal
 from lorafx.registry import Eligible, lookup
 from lorafx.torch_internals.dynamo import _ConvTransposeNd, _NormBase
 
@@ -157,6 +158,10 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
             f"{ranks} ranks share its experts, but its class does not declare which part of "
             "the factors each rank keeps; see lorafx.register(sharding=...)"
         )
+    if why := refusal(module, entry.weight):
+        return why
+    if entry.kind not in ("linear", "experts") and is_placed(getattr(module, entry.weight, None)):
+        return f"its weight is a DTensor, which is served for linears and experts only; {LEAVE}"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
     try:
@@ -183,7 +188,7 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
 
 def weight_of(module: nn.Module, entry: Eligible) -> Tensor | None:
     weight = getattr(module, entry.weight, None)
-    return weight if isinstance(weight, Tensor) else None
+    return local(weight) if isinstance(weight, Tensor) else None
 
 
 def _unregistered(module: nn.Module) -> str:

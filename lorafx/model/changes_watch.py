@@ -1,5 +1,5 @@
-"""What changed in a model after it was marked: replaced modules and weights, and hooks that are not
-lorafx's.
+"""What changed in a model after it was marked: replaced modules and weights, hooks that are not
+lorafx's, and methods of classes.
 
     model ──name──▶ layer ──name──▶ site      each edge has to lead to the same module as before
 
@@ -7,7 +7,8 @@ A mark is a hook of a module, but an adapter's factors belong to a path: if anot
 that path, the delta is lost. Each call compares the edges, without a walk over the tree.
 
 Dynamo does not guard on the hooks of a module that has none, so graphs do not notice later ones.
-torch numbers all hooks of a process, so a call only compares one number.
+torch numbers all hooks of a process, so a call only compares one number. Nor does it guard on what
+a class defines, such as the forward of each layer.
 
 A weight that wraps other tensors is the same object as long as what it wraps has the same form.
 """
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -51,7 +53,7 @@ class SiteWatch:
 
     def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
         self._root = graph.root
-        ancestors = graph.ancestors(site.marked for site in sites)
+        ancestors = graph.ancestors(m for site in sites for m in (site.module, site.marked))
         self._edges = [
             Edge(join(path, name), module, name, child)
             for path, module in graph.modules()
@@ -182,26 +184,69 @@ class HookWatch:
         return frozenset(number for number, _ in self._hooks)
 
 
-class WeightWatch:
-    """Parameters `name` of modules that have to be the same objects as before. `state` is 0 for the
-    first ones, and a new number after each change."""
+class ObjectWatch:
+    """The objects that `read` yields. `state` is 0 for those at first, and a new number after each
+    change; 0 again for those at first where they are `kept`, so that their memory is not freed.
+    `same` compares two."""
 
-    def __init__(self, parameters: Iterable[tuple[nn.Module, str]]) -> None:
-        pairs = [(module, name) for module, name in parameters if name in module._parameters]
-        self._modules = [module for module, _ in pairs]
-        self._names = [name for _, name in pairs]
-        self._states = itertools.count(1)
-        self._weights = [*self._current()]
+    def __init__(
+        self,
+        read: Callable[[], Iterable[Any]],
+        same: Callable[[Any, Any], bool] = operator.is_,
+        *,
+        kept: bool = False,
+    ) -> None:
+        self._read, self._same, self._states = read, same, itertools.count(1)
+        self._current = [*read()]
+        self._first = self._current if kept else []
         self.state = 0
 
     def look(self) -> int:
-        if not all(map(operator.is_, self._current(), self._weights)):
-            self._weights = [*self._current()]
-            self.state = next(self._states)
+        if not self._present(self._current):
+            self._current = [*self._read()]
+            again = bool(self._first) and self._present(self._first)
+            self.state = 0 if again else next(self._states)
         return self.state
 
-    def watched(self, weight: Any) -> bool:
-        return any(item is weight for item in self._weights)
+    def holds(self, item: Any) -> bool:
+        return any(item is known for known in self._current)
 
-    def _current(self) -> Iterator[Any]:
-        return map(dict.get, map(_PARAMETERS, self._modules), self._names)
+    def _present(self, objects: Sequence[Any]) -> bool:
+        return all(map(self._same, self._read(), objects))
+
+
+def method_watch(modules: Iterable[nn.Module]) -> ObjectWatch:
+    """What the classes of some modules define: their forward, and what stands beside it or in
+    subclasses. Methods of classes are equal, and not the same object, each time they are read."""
+    known = dict.fromkeys(map(type, modules))
+    pairs = dict.fromkeys((c, name) for c in known for name in _methods(c))
+    classes, names = [c for c, _ in pairs], [name for _, name in pairs]
+
+    def read() -> Iterator[Any]:
+        return map(getattr, classes, names, itertools.repeat(None))
+
+    return ObjectWatch(read, operator.eq, kept=True)
+
+
+def weight_watch(parameters: Iterable[tuple[nn.Module, str]]) -> ObjectWatch:
+    """The parameters of these names in modules."""
+    pairs = [(module, name) for module, name in parameters if name in module._parameters]
+    modules, names = [module for module, _ in pairs], [name for _, name in pairs]
+    return ObjectWatch(lambda: map(dict.get, map(_PARAMETERS, modules), names))
+
+
+def _methods(module_class: type[nn.Module]) -> Iterator[str]:
+    """The names of the methods of a class that its forward may call: those that it has beside its
+    forward or in subclasses, but for what `nn.Module` has too, such as constructors."""
+    if module_class.forward is nn.Module.forward:  # a container, which no graph calls
+        return
+    yield "forward"
+    for base in module_class.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, _METHODS) and not hasattr(nn.Module, name):
+                yield name
+        if "forward" in vars(base):
+            break
+
+
+_METHODS = (FunctionType, staticmethod, classmethod, property)

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from lorafx.model.module_graph import join
+from lorafx.placements import Placements, is_placed, local
 from lorafx.registry import Eligible, lookup
 
 #: How gate and up lie in the columns of the first weight, "" where there is no gate.
@@ -45,7 +46,7 @@ LOOP = (
 @dataclass(frozen=True)
 class ExpertWeight:
     """One 3-D parameter of an experts module: (E, N, K), or (E, K, N) if `transposed`; `down` for
-    the second of the two, `halves` for gate and up in its columns."""
+    the second of the two, `halves` for gate and up in its columns, `placed` for a DTensor."""
 
     name: str
     experts: int
@@ -54,17 +55,22 @@ class ExpertWeight:
     transposed: bool
     halves: Halves
     down: bool
+    placed: bool = False
 
     def eligible(self, entry: Eligible | None) -> Eligible:
         """A registry entry of the parameter; `entry` is that of its module's class."""
         sizes = self.in_features, self.out_features
+        sharding = None if entry is None else entry.weight_shardings.get(self.name)
+        if self.placed:
+            slices = 2 if self.halves == "stacked" else 1
+            sharding = Placements(self.name, self.transposed, slices)
         return Eligible(
             nn.Module,
             "experts",
             lambda _: sizes,
             self.name,
             self.transposed,
-            sharding=None if entry is None else entry.weight_shardings.get(self.name),
+            sharding=sharding,
             rank_shards=None if entry is None else entry.rank_shards,
         )
 
@@ -72,12 +78,18 @@ class ExpertWeight:
         return join(module_path, self.name)
 
 
-def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | None:
-    """Both weights of routed experts, up (or gate and up) first; None for other modules."""
+def expert_weights(
+    module: nn.Module, *, whole: bool = False
+) -> tuple[ExpertWeight, ExpertWeight] | None:
+    """Both weights of routed experts, up (or gate and up) first; None for other modules. `whole`:
+    with the sizes of DTensors, of which this rank may hold a part."""
     entry = lookup(module)
     if entry is not None and entry.kind != "experts":
         return None
     stacks = _stacked_parameters(module)
+    placed = any(is_placed(parameter) for _, parameter in stacks)
+    if not whole:
+        stacks = [(name, local(parameter)) for name, parameter in stacks]
     if len(stacks) != 2 or stacks[0][1].shape[0] != stacks[1][1].shape[0]:
         return None
     declared = getattr(module, "is_transposed", None)
@@ -88,16 +100,19 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
         for first, second in (stacks, stacks[::-1])
         if (pair := _matching_pair(module, first, second, transposed)) is not None
     ]
-    return fitting[0] if fitting else None
+    if not fitting:
+        return None
+    up, down = fitting[0]
+    return replace(up, placed=placed), replace(down, placed=placed)
 
 
 def saved_weights(module: nn.Module) -> tuple[ExpertWeight, ...] | None:
     """`expert_weights` with the sizes of checkpoints, of which this rank may hold a part."""
-    entry, local_weights = lookup(module), expert_weights(module)
-    if entry is None or local_weights is None:
-        return local_weights
+    entry, parameters = lookup(module), expert_weights(module, whole=True)
+    if entry is None or parameters is None:
+        return parameters
     weights = []
-    for weight in local_weights:
+    for weight in parameters:
         sharding = entry.weight_shardings.get(weight.name)
         if sharding is not None:
             k, sizes = sharding.saved_sizes(module)

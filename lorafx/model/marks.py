@@ -35,6 +35,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
 from lorafx.model.weight_formats import is_dense
+from lorafx.placements import callers
 from lorafx.registry import Handler, Kind
 from lorafx.torch_internals.compat import tracing
 from lorafx.torch_internals.dynamo import assume_constant_result
@@ -52,8 +53,8 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 
 _WAY_OUT = (
-    "To export a model with an adapter, export what export_merged(name, folder) of lorafx.compile "
-    "writes"
+    "To export a model with an adapter, call lorafx.export, or export what "
+    "export_merged(name, folder) of lorafx.compile writes"
 )
 
 
@@ -133,7 +134,8 @@ class SiteMark:
             return self._mark_experts(module, output)
         if self.handler is not None:
             return self._call_handler(self.handler, module, args, kwargs, output)
-        x: Any = args[0] if args else _first_tensor(kwargs)
+        tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
+        x: Any = args[0] if args else next(tensors, None)
         is_tuple = not traced and isinstance(output, tuple)
         y = output[0] if is_tuple and output else output
         scaled = self.kind == "embedding" and self.derived
@@ -368,13 +370,6 @@ class SiteMark:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"
 
 
-def _first_tensor(kwargs: dict[str, Any]) -> Tensor | None:
-    for value in kwargs.values():
-        if isinstance(value, Tensor):
-            return value
-    return None
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
@@ -422,12 +417,18 @@ class Attachment:
         self.rollback.run()
 
 
+def marks_on(module: nn.Module) -> list[SiteMark | RowMark]:
+    """The marks around a module's computation."""
+    hooks = [hook for caller in callers(module) for hook in caller._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, MARKS)]
+
+
 def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
     sessions = {
         id(hook.runtime.session): hook.runtime.session
         for _, module in graph.modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, MARKS) and hook.runtime.session is not None
+        for hook in marks_on(module)
+        if hook.runtime.session is not None
     }
     return list(sessions.values())
 
@@ -436,7 +437,8 @@ def detach(model: nn.Module) -> int:
     """Remove every mark from `model`, also from a deep copy or unpickled model, except those of
     another served model that shares modules with it. Returns how many were removed."""
     removed = 0
-    for _, module in ModuleGraph(model).modules():
+    modules = [caller for _, module in ModuleGraph(model).modules() for caller in callers(module)]
+    for module in modules:
         for key, hook in list(module._forward_hooks.items()):
             if not isinstance(hook, MARKS):
                 continue

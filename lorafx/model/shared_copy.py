@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, update_wrapper
 from itertools import chain
@@ -142,9 +142,11 @@ def follow_buffers(module: nn.Module, copied: nn.Module) -> None:
 
 
 class Contents:
-    """The children, parameters and buffers of some modules, and where they lie, compared in C."""
+    """The children, parameters and buffers of some modules, and where they lie, and forwards of
+    their own, compared in C."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._attributes = list(map(vars, modules))
         self._holders: list[dict[str, Any]] = [
             part for m in modules for part in (m._modules, m._parameters, m._buffers) if part
         ]
@@ -170,8 +172,11 @@ class Contents:
         return before != self._versions
 
     def _present(self) -> list[Any]:
-        return list(chain.from_iterable(map(_VALUES, self._holders)))
+        held = chain.from_iterable(map(_VALUES, self._holders))
+        return [*held, *map(own_forward, self._attributes)]
 
 
+#: What replaces the forward of a module's class, by the module's attributes; None if nothing does.
+own_forward = operator.methodcaller("get", "forward")
 _VALUES = operator.methodcaller("values")
 _VERSION = operator.attrgetter("_version")

@@ -19,6 +19,7 @@ from torch import nn
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.model.bank import Bank
 from lorafx.model.experts import ExpertWeight
+from lorafx.placements import forward_of
 from lorafx.registry import Eligible
 
 
@@ -127,16 +128,13 @@ class Site:
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
     """As `Site.has_own_forward`; also true if the registered forward does more than the product."""
-    return entry.inner or "forward" in vars(module) or type(module).forward is not entry.cls.forward
+    forward = getattr(forward_of(module), "__func__", None)
+    return entry.inner or forward is not entry.cls.forward
 
 
 def own_ranges(site: Site) -> Ranges:
     sizes = tuple(part.out_features for part in site.parts)
     return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
-
-
-def parent_of(siblings: Sequence[Site]) -> str:
-    return siblings[0].path.rpartition(".")[0]
 
 
 def members_of(siblings: Sequence[Site]) -> tuple[str, ...]:
@@ -154,7 +152,7 @@ class Group:
 
     @property
     def parent(self) -> str:
-        return parent_of(self.sites)
+        return self.sites[0].path.rpartition(".")[0]
 
     @property
     def members(self) -> tuple[str, ...]:

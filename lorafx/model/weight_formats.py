@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafx.placements import is_placed, local
 from lorafx.registry import Eligible
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
@@ -263,20 +264,20 @@ class FineGrained8(Format):
 
 
 class Plain(Format):
-    """Numbers of 16 bits or more in a tensor of no other format."""
+    """Numbers of 16 bits or more in a tensor of no other format, or this rank's part of one."""
 
     def holds(self, module: nn.Module, name: str) -> bool:
         weight = getattr(module, name, None)
         return isinstance(weight, Tensor) and is_dense(weight) and not is_wrapped(weight)
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
-        return getattr(module, name).detach()
+        return local(getattr(module, name)).detach()
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return [getattr(module, name)]
+        return [local(getattr(module, name))]
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        getattr(module, name).data.copy_(weight)
+        local(getattr(module, name)).data.copy_(weight)
 
 
 #: Formats whose tensors do not hold W's numbers, even if they are floating-point.
@@ -300,8 +301,9 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def is_wrapped(weight: Any) -> bool:
-    """Whether a tensor is a subclass that wraps other tensors and has no numbers itself."""
-    return isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
+    """Whether a tensor is a subclass that stores its numbers in others, by a format of its own."""
+    wraps = isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
+    return wraps and (not is_placed(weight) or is_wrapped(local(weight)))
 
 
 def format_of(module: nn.Module, name: str) -> Format | None:
@@ -322,10 +324,10 @@ def _is(value: Any, module: str, name: str) -> bool:
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that a wrapper consists of; any other tensor itself."""
-    if not is_wrapped(tensor):
+    if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+    for name in tensor.__tensor_flatten__()[0]:
         part = getattr(tensor, name)
         if isinstance(part, Tensor):
             yield from plain_tensors(part)

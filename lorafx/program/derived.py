@@ -34,6 +34,7 @@ from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
+from lorafx.placements import local
 from lorafx.registry import lookup
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
 
@@ -281,6 +282,11 @@ class Holder:
     @property
     def tensor(self) -> Tensor:
         return getattr(self.module, self.attribute)
+
+    @property
+    def local(self) -> Tensor:
+        """The tensor, or this rank's part of a DTensor."""
+        return local(self.tensor)
 
     @property
     def is_own_weight(self) -> bool:

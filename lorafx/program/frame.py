@@ -43,6 +43,7 @@ class FrameInput:
         sites: the sites with this base weight or bias.
         part: the attribute of a tensor subclass that this is; "" for a whole input.
         counts: this symbol was the number of requests at capture.
+        placed: it is a DTensor, whose only tensor is this rank's part of it.
     """
 
     kind: InputKind
@@ -54,6 +55,7 @@ class FrameInput:
     holder: Holder | None = None
     part: str = ""
     counts: bool = False
+    placed: bool = False
 
     def part_of(self, part: str, value: Any) -> FrameInput:
         """The input that is an attribute, or a size, of this tensor subclass."""
@@ -62,6 +64,8 @@ class FrameInput:
             kind = "symbol"
         elif kind in ("argument", "result"):  # the subclass decides the layout of its parts
             kind = "unknown"
+        if self.placed and isinstance(value, Tensor):
+            return self
         sites = self.sites if kind == "weight" else ()
         return replace(self, kind=kind, label=f"{self.label}.{part}", sites=sites, part=part)
 

@@ -17,7 +17,7 @@ from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
-from lorafx.model.changes_watch import HookWatch, SiteWatch, WeightWatch
+from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
 from lorafx.model.extras import When
 from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
@@ -36,6 +36,7 @@ from lorafx.ownership.memory import (
     in_containers,
     repeated_owners,
 )
+from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import Frame, FrameInput, InputKind
@@ -140,10 +141,11 @@ class Program:
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
+        self.method_watch = method_watch(module for _, module in self.graph.modules())
         self.pack_watch = PackWatch(self.packed)
-        self.model_memory = ModelMemory(self._model_tensors)
+        self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
-        self.weight_watch = WeightWatch(self.quantised.wrapped)
+        self.weight_watch = weight_watch(self.quantised.wrapped)
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -154,14 +156,12 @@ class Program:
             for index, site in enumerate(group.sites)
         }
         self._by_bank = {id(group.bank.A): group for group in self.groups}
+        #: Whether ranks share some weight as a DTensor.
+        self.is_placed = any(map(is_placed, self.model.parameters()))
 
     @property
     def call(self) -> Call | None:
         return self.batch.call
-
-    def watched_state(self) -> tuple[int, int, int]:
-        """What graphs depend on and no guard sees: the states of sites, hooks and weights."""
-        return self.site_watch.state, self.hook_watch.look(), self.weight_watch.look()
 
     def note_constants(self) -> None:
         """Record the modules' tensor attributes as constants, before the first call."""
@@ -170,6 +170,12 @@ class Program:
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
         self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
         self.versions = TensorVersions([*self.model.buffers(), *plain])
+
+    def unguarded_state(self) -> tuple[int, ...]:
+        """The states of sites, hooks, methods and weights, which no guard of a graph compares; 0
+        for those that are as they were when the model was marked."""
+        watches = (self.hook_watch, self.method_watch, self.weight_watch)
+        return self.site_watch.state, *(watch.look() for watch in watches)
 
     def look_at_modules(self) -> None:
         """Compare the sites' modules, and renew `graph` if the model has changed."""
@@ -201,9 +207,14 @@ class Program:
         sites: dict[int, list[Site]] = {}
         for site in self.sites:
             weight = self.weight_of(site)
-            if weight is not None:
-                sites.setdefault(id(weight), []).append(site)
+            for tensor in () if weight is None else {id(weight), id(local(weight))}:
+                sites.setdefault(tensor, []).append(site)
         return sites
+
+    def _is_weight_of(self, site: Site, tensor: Tensor) -> bool:
+        """Whether a tensor is the site's weight, or this rank's part of it."""
+        weight = self.weight_of(site)
+        return weight is tensor or (weight is not None and local(weight) is tensor)
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
         """The site with this base weight or derived tensor; among tied sites, that at `index`."""
@@ -215,7 +226,7 @@ class Program:
         if not tied:
             derived = self.derived.of(weight)
             return derived.sites[index] if derived and index < len(derived.sites) else None
-        if index >= len(tied) or self.weight_of(tied[index]) is not weight:
+        if index >= len(tied) or not self._is_weight_of(tied[index], weight):
             return None
         return tied[index]
 
@@ -229,7 +240,7 @@ class Program:
 
     def _knows(self, weight: Tensor) -> bool:
         if tied := self._by_weight.get(id(weight)):
-            return self.weight_of(tied[0]) is weight
+            return self._is_weight_of(tied[0], weight)
         reference = self._no_sites.get(id(weight))
         return reference is not None and reference() is weight
 
@@ -281,7 +292,8 @@ class Program:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
-            known[key] = FrameInput("weight", label, sites=tuple(sites))
+            placed = is_placed(self.weight_of(sites[0]))
+            known[key] = FrameInput("weight", label, sites=tuple(sites), placed=placed)
         for group in self.groups:
             for name, tensor in group.bank.tensors.items():
                 known[id(tensor)] = FrameInput("bank", name, group=group)

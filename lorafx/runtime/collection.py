@@ -1,4 +1,4 @@
-"""Pauses Python's garbage collection where many objects are made that stay alive."""
+"""Python's garbage collection where it would walk over many objects that stay alive."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ def collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def collection_of_new() -> Iterator[None]:
+    """Collect only garbage that is made meanwhile: an engine of transformers that stops collects
+    twice, which beside a trainer took twice as long as its rollout."""
+    if gc.get_freeze_count():  # by the caller, for whom it stays so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()  # the engine's pages, which its last collection still finds in use
+        gc.unfreeze()

@@ -62,9 +62,9 @@ class Entry:
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
         self.base_graphs = _base_graphs(session)
-        #: Traced functions by `Program.watched_state`, and by whether they are the base's; of the
+        #: Traced functions by `Program.unguarded_state`, and by whether they are the base's; of the
         #: initial state and the last one.
-        self.traced: dict[tuple[tuple[int, int, int], bool], Traced] = {}
+        self.traced: dict[tuple[tuple[int, ...], bool], Traced] = {}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         #: Whether the last call with adapters captured graphs; True before the first.
         self.capturing = True
@@ -124,7 +124,7 @@ class Entry:
         session = self.session
         session.program.pack_watch.pack()
         sites, hooks = session.program.site_watch, session.program.hook_watch
-        state = session.program.watched_state()
+        state = session.program.unguarded_state()
         traced = self._traced_for(state, base=base)
         try:
             run = functools.partial(traced.call, *args, **kwargs)
@@ -261,7 +261,7 @@ class Entry:
 
         return SavedGraphs(self.session.backend, option, entry, folder)
 
-    def _traced_for(self, state: tuple[int, int, int], *, base: bool) -> Traced:
+    def _traced_for(self, state: tuple[int, ...], *, base: bool) -> Traced:
         if (state, base) not in self.traced:
             kept = (_INITIAL_STATE, state)
             self.traced = {key: traced for key, traced in self.traced.items() if key[0] in kept}
@@ -278,8 +278,8 @@ class Entry:
             raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
 
 
-#: The state of a model whose modules, hooks and weights have not changed.
-_INITIAL_STATE = (0, 0, 0)
+#: The state of a model whose modules, hooks, methods and weights have not changed.
+_INITIAL_STATE = (0, 0, 0, 0)
 
 
 def _base_graphs(session: Session) -> bool | str:

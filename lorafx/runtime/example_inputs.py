@@ -33,10 +33,11 @@ class Example:
     @classmethod
     def of(cls, roles: RoleTable, named: Mapping[str, Any]) -> Example:
         """The example of these arguments."""
+        given = {name: named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)}
         tokens = [
-            named[name].shape[TOKEN_DIMS[name]]
-            for name in PRIMARY
-            if name in TOKEN_DIMS and _has_dim(named.get(name), TOKEN_DIMS[name])
+            value.shape[TOKEN_DIMS[name]]
+            for name, value in given.items()
+            if name in TOKEN_DIMS and value.dim() > TOKEN_DIMS[name]
         ]
         return cls(roles, named, roles.rows(named) or 1, tokens[0] if tokens else None)
 
@@ -81,13 +82,10 @@ class Example:
             for length in lengths if self.length is not None else (None,):
                 if (rows, length) not in seen:
                     seen.add((rows, length))
-                    yield self._resized(rows, length)
+                    named = {k: self._resized(k, v, rows, length) for k, v in self.named.items()}
+                    yield replace(self, named=named, rows=rows, length=length)
 
-    def _resized(self, rows: int, length: int | None) -> Example:
-        named = {k: self._resized_value(k, v, rows, length) for k, v in self.named.items()}
-        return replace(self, named=named, rows=rows, length=length)
-
-    def _resized_value(self, name: str, value: Any, rows: int, length: int | None) -> Any:
+    def _resized(self, name: str, value: Any, rows: int, length: int | None) -> Any:
         if not isinstance(value, Tensor):
             return value
         role = self.roles.role(name, value, self.named)
@@ -97,10 +95,6 @@ class Example:
         if length is not None and _has_size(value, TOKEN_DIMS.get(name), self.length):
             resized = _repeated(resized, TOKEN_DIMS[name], length)
         return resized
-
-
-def _has_dim(value: Any, dim: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > dim
 
 
 def _has_size(tensor: Tensor, dim: int | None, size: int | None) -> bool:

@@ -11,6 +11,7 @@ from lorafx.adapter_store.saved import AdapterSource, Origin, origin_of
 from lorafx.adapter_store.stored import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
+from lorafx.placements import agreed
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session, read_for
 from lorafx.torch_internals.versions import entrance
@@ -54,7 +55,12 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     it, or, for None, unloads the adapter. If one part cannot be loaded, nothing changes."""
     refuse_transformed()
     read_parts = [
-        None if source is None else (origin_of(source), _read(session, source, name, strict))
+        None
+        if source is None
+        else (
+            origin_of(source),
+            agreed(session.program.model, partial(_read, session, source, name, strict)),
+        )
         for session, source in parts
     ]
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames
 from lorafx.model_passes import run_model_passes
 from lorafx.passes.select import Alias, Select
+from lorafx.placements import agreed
 from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program
 from lorafx.runtime.collection import collection_paused
@@ -81,14 +83,8 @@ def mark(
             model = taken_over.base
             sources = {**taken_over.adapters, **sources}
         with collection_paused():
-            request = request_of(lora_config, sources, model)
-            if taken_over is not None and len(taken_over.active) > 1 and lora_config is None:
-                # Banks need room for the sum of the adapters that were active together.
-                active = [request.adapters[name] for name in taken_over.active]
-                rank = sum(adapter_target_modules(state, model).rank for state in active)
-                rank = max(request.config.max_rank, rank)
-                request = replace(request, config=replace(request.config, max_rank=rank))
-            return _mark(model, request, settings, taken_over, rollback)
+            arguments = model, lora_config, sources, settings, taken_over, rollback
+            return agreed(model, partial(_mark, *arguments))
     except BaseException:
         rollback.run()
         raise
@@ -129,11 +125,19 @@ def warn_training(model: nn.Module, stacklevel: int) -> None:
 
 def _mark(
     model: nn.Module,
-    request: Request,
+    lora_config: Any,
+    sources: Mapping[str, Any],
     options: Options,
     taken_over: TakenOver | None,
     rollback: Rollback,
 ) -> Marked:
+    request = request_of(lora_config, sources, model)
+    if taken_over is not None and len(taken_over.active) > 1 and lora_config is None:
+        # Banks need room for the sum of the adapters that were active together.
+        active = [request.adapters[name] for name in taken_over.active]
+        rank = sum(adapter_target_modules(state, model).rank for state in active)
+        rank = max(request.config.max_rank, rank)
+        request = replace(request, config=replace(request.config, max_rank=rank))
     check_names(request.config.row_dims, model)
     if model.training:
         warn_training(model, stacklevel=4)

@@ -62,10 +62,6 @@ T = TypeVar("T")
 _NOTHING: Final = nullcontext()
 
 
-def _nothing() -> None:
-    """What a session does before a call that has nothing to look at."""
-
-
 _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
@@ -108,7 +104,7 @@ class Statistics:
 @dataclass
 class SessionCounts:
     """The session's own counters, updated in place: `waits` and `tokens` as in `Statistics`, and
-    the updates of its base weights that have begun, here or in a session that shares them."""
+    the updates that wrote its base weights, here or in a session that shares them."""
 
     waits: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
@@ -190,7 +186,7 @@ class Session:
         self.outside_engine: Callable[[Callable[[], Any]], Any] | None = None
         #: Looks, before a call, at the model that is trained and whose weights this one shares:
         #: assigned by lorafx.compiled_model.sampler.
-        self.follow: Callable[[], None] = _nothing
+        self.follow: Callable[[], None] = lambda: None
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
@@ -435,7 +431,6 @@ class Session:
     def update(self, function: Callable[[], T]) -> T:
         """Return the result of `function`, which writes the base weights; the locks are held."""
         running = self.running._replace(updating=True, thread=threading.get_ident())
-        self.counts.writes += 1
         return self.run(running, function)
 
     # --- refusals ---

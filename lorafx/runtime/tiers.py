@@ -26,6 +26,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,7 +47,6 @@ from lorafx.runtime.collection import collection_paused
 from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:
-    from lorafx.capture.traced import Conversion, Traced
     from lorafx.program.program import Program
     from lorafx.runtime.entry import Entry
     from lorafx.runtime.session import Session
@@ -125,13 +125,14 @@ class _Kind:
         return "kept eager" if self.reason else "eager"
 
 
-def starts_eagerly(options: Options, device: torch.device) -> bool:
+def starts_eagerly(program: Program) -> bool:
     """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
+    options, device = program.options, program.runtime.device
     start = options.start
     if start == "auto":  # checked as the option is
         start = Options(start=cast(Any, os.environ.get("LORAFX_START", "auto"))).start
     if start == "auto":
-        beside = device.type == "cpu" and can_fork() and saves_graphs()
+        beside = device.type == "cpu" and can_fork() and saves_graphs() and not program.is_placed
         return beside and not _shows_graphs(options)
     return start == "eager"
 
@@ -196,6 +197,8 @@ class Tiers:
         """The result of a call of the entry."""
         kind = self._kind(entry, args, kwargs, base)
         kind.calls += 1
+        if entry.session.program.is_placed and kind.calls > 1:
+            kind.here = True  # on all ranks at the same call, or they would wait for one another
         self._look()
         if kind.here:
             return entry.run_graph(args, kwargs, base=base)
@@ -205,7 +208,7 @@ class Tiers:
             loads = self._saved != saved
             try:
                 with collection_paused() if loads else nullcontext():
-                    find = _load if loads else _find
+                    find = attrgetter("load" if loads else "find")
                     result = entry.run_graph(args, kwargs, base=base, conversion=find)
             except Unprepared as found:
                 _prepare_files(entry.session.program, found.paths)
@@ -216,8 +219,9 @@ class Tiers:
             else:
                 kind.has_graph, kind.reason = True, ""
                 return result
-        call = partial(entry.run_graph, args, kwargs, base=base, conversion=_save)
-        if self._is_due(kind):
+        if self._is_due(kind) and not entry.session.program.is_placed:
+            save = attrgetter("save")
+            call = partial(entry.run_graph, args, kwargs, base=base, conversion=save)
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call))
         try:
@@ -369,7 +373,7 @@ class Tiers:
         fixed = entry.session.dynamic is False
         form = (
             entry,
-            (program.watched_state(), base, program.model.training),
+            (program.unguarded_state(), base, program.model.training),
             (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
             tuple(_form(item, fixed) for item in args),
             tuple((name, _form(item, fixed)) for name, item in kwargs.items()),
@@ -386,20 +390,6 @@ def _end(processes: list[Process]) -> None:
     for process in processes:
         process.end()
     processes.clear()
-
-
-def _load(traced: Traced) -> Conversion:
-    return traced.load
-
-
-def _find(traced: Traced) -> Conversion:
-    from lorafx.capture.traced import no_graph
-
-    return no_graph
-
-
-def _save(traced: Traced) -> Conversion:
-    return traced.save
 
 
 def _compile(entry: Entry, call: Callable[[], Any]) -> str:

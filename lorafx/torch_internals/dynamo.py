@@ -61,19 +61,13 @@ def in_wrapper_of_dynamo(frame: FrameType) -> bool:
 
 
 def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-    if _call_cached_method(getattr(image.value, name, None), args, kwargs):
-        return ConstantVariable.create(None)
+    method: Any = getattr(image.value, name, None)
+    cached = isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper)
+    if cached and all(value.is_python_constant() for value in (*args, *kwargs.values())):
+        named = {key: value.as_python_constant() for key, value in kwargs.items()}
+        if method(*(value.as_python_constant() for value in args), **named) is None:
+            return ConstantVariable.create(None)
     return call(image, tx, name, args, kwargs)
-
-
-def _call_cached_method(method: Any, args: Any, kwargs: Any) -> bool:
-    """Call a method with a cache; False if it has none, or an argument is a value of the graph."""
-    if not isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper):
-        return False
-    if not all(value.is_python_constant() for value in (*args, *kwargs.values())):
-        return False
-    named = {name: value.as_python_constant() for name, value in kwargs.items()}
-    return method(*(value.as_python_constant() for value in args), **named) is None
 
 
 def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> Any:

@@ -92,9 +92,18 @@ def size_expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def largest_size(size: torch.SymInt) -> int | None:
+    """The largest value of a symbolic size that its graph's guards allow; None for no limit."""
+    shapes: Any = size.node.shape_env
+    upper = shapes.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None
+
+
 def guarded_attributes(suffix: str) -> list[str]:
     """The guarded names with this suffix, except for guards that Dynamo makes on demand."""
-    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
+    context = TracingContext.try_get()
+    guards = () if context is None else context.guards_context.dynamo_guards
+    return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
 
 
 def names_of_frame() -> Callable[[str], Any]:
@@ -114,11 +123,6 @@ def names_of_frame() -> Callable[[str], Any]:
 def source_text(place: Source | Guard) -> str:
     name: Any = place.name
     return str(name() if callable(name) else name)  # a method before torch 2.12
-
-
-def frame_guards() -> list[Guard]:
-    context = TracingContext.try_get()
-    return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
 def guard_frame(holds: Callable[[], bool]) -> None:

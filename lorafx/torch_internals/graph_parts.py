@@ -59,4 +59,5 @@ with private_names():
         # Registers the fake implementations of the functional collectives.
         import torch.distributed._functional_collectives
 
+    assert_async = torch.ops.aten._assert_async.msg
     c10d = torch.ops._c10d_functional

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from types import CellType
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorafx.torch_internals.versions import private_names
 
@@ -35,3 +37,16 @@ def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
     with private_names():
         found: Any = auto._model_mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
+
+
+def cell_of_forward(module: nn.Module) -> CellType | None:
+    """The variable that holds the forward beneath the function that transformers' tensor or expert
+    parallelism has put in its place; None for another forward."""
+    forward: Any = vars(module).get("forward")
+    code = getattr(forward, "__code__", None)
+    if code is None or not forward.__module__.startswith("transformers.distributed."):
+        return None
+    names: tuple[str, ...] = code.co_freevars
+    found = "original_forward" in names
+    cell: CellType | None = forward.__closure__[names.index("original_forward")] if found else None
+    return cell

@@ -93,14 +93,6 @@ def _reduction(combine: Any) -> Callable[..., Any]:
     return reduce
 
 
-def _running_sum(input: Any, axis: int = 0) -> Any:
-    return tl.associative_scan(input, axis, tl.standard._sum_combine)
-
-
-def _first_argument(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
-    return args[0]
-
-
 def _cached_dtype(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
     def look(dtype: Any) -> np.dtype[Any]:
         name = dtype.scalar.name
@@ -123,15 +115,19 @@ def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
 @contextlib.contextmanager
 def _interpreter_corrected() -> Iterator[None]:
     builder, standard = interpreter.interpreter_builder, tl.standard
+
+    def running_sum(input: Any, axis: int = 0) -> Any:
+        return tl.associative_scan(input, axis, standard._sum_combine)
+
     changes: list[tuple[Any, str, Any]] = [
         # These are compiled functions unless TRITON_INTERPRET was set before triton was imported;
         # calling those leaves triton.language patched.
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
         (tl, "max", _reduction(standard._elementwise_max)),
-        (tl, "cumsum", _running_sum),
+        (tl, "cumsum", running_sum),
         # Inline assembly of generated kernels orders launches and returns its argument.
-        (tl, "inline_asm_elementwise", _first_argument),
+        (tl, "inline_asm_elementwise", lambda asm, constraints, args, **_: args[0]),
         # Two changes that save a third of the time: a table is made for each lookup of a dtype, and
         # overflows are checked by operators whose result is not used.
         (interpreter, "_get_np_dtype", _cached_dtype(interpreter._get_np_dtype)),

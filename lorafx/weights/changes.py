@@ -36,6 +36,7 @@ from lorafx.model.convolutions import unmergeable, weight_shape
 from lorafx.model.module_graph import storage_key, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site
+from lorafx.placements import local
 from lorafx.program.derived import Holder, named_tensors, overlap
 from lorafx.registry import lookup
 
@@ -277,8 +278,8 @@ class _Tensors:
         self._by_storage: dict[int, list[tuple[Holder, Tensor]]] = {}
         for path, module in program.graph.modules():
             for name, value in named_tensors(module):
-                item = Holder(path, module, name), value
-                self._by_storage.setdefault(storage_key(value), []).append(item)
+                item = Holder(path, module, name), local(value)
+                self._by_storage.setdefault(storage_key(item[1]), []).append(item)
 
     def has(self, module: nn.Module, tensor: Tensor) -> bool:
         """Whether the module itself holds the tensor, and does not compute it on each access."""
@@ -320,7 +321,7 @@ def changes_of(
         bias_delta = BiasDelta.of(delta)
         if bias_delta is not None:  # a plain tensor, even if the weight is quantised or tied
             bias = Holder(holder.path, holder.module, "bias")
-            changes.append(Change(bias, bias.tensor, bias_delta, ((bias, bias_delta),)))
+            changes.append(Change(bias, bias.local, bias_delta, ((bias, bias_delta),)))
         if key_of(holder) in covered:
             continue
         if is_stored(delta.site.module, delta.site.eligible):
@@ -328,7 +329,7 @@ def changes_of(
             continue
         ends = _ends(program, tensors, holder, by_end)
         covered.update(key_of(end) for end, _ in ends)
-        changes.append(Change(holder, holder.tensor, delta, ends))
+        changes.append(Change(holder, holder.local, delta, ends))
     return changes
 
 
@@ -352,6 +353,7 @@ def _holder(site: Site) -> Holder:
 def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: bool) -> str | None:
     site = delta.site
     weight = program.weight_of(site)
+    weight = None if weight is None else local(weight)
     if site.eligible.kind == "conv" and (why := unmergeable(site.module)):
         return f"the adapter adds no change of its weight: {why}"
     if BiasDelta.of(delta) is not None and (why := _bias_refusal(tensors, site)):
@@ -395,7 +397,7 @@ def _ends(
 ) -> tuple[tuple[Holder, Delta | None], ...]:
     """The holders that use the tensor of `holder` as a weight, each with its ΔW."""
     site_keys = {key_of(_holder(site)) for site in program.sites}
-    weight, ends = holder.tensor, []
+    weight, ends = holder.local, []
     for other, tensor in tensors.overlapping(weight):
         is_whole = tensor.shape == weight.shape and tensor.data_ptr() == weight.data_ptr()
         entry = lookup(other.module)

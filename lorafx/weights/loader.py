@@ -473,6 +473,7 @@ def _update(session: Session, source: WeightSource, *, strict: bool) -> WeightUp
     loading.check()
     filled, before = loading.filled, session.base
     session.base = before._replace(broken=_BROKEN)  # noted before it becomes true
+    session.counts.writes += bool(filled)
     loading.write()
     for module, method in methods_of(filled):
         method.process_weights_after_loading(module)

@@ -94,7 +94,7 @@ class Original:
 
     @property
     def in_place(self) -> bool:
-        return self.tensor is None or self.holder.tensor is self.tensor
+        return self.tensor is None or self.holder.local is self.tensor
 
     @property
     def touched(self) -> bool:

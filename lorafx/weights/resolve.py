@@ -266,7 +266,7 @@ class ExpertDestinations:
 
     def _weights_of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
         if id(module) not in self._weights:
-            self._weights[id(module)] = expert_weights(module) or ()
+            self._weights[id(module)] = expert_weights(module, whole=True) or ()
         return self._weights[id(module)]
 
     def _target(self, module: nn.Module, weight: ExpertWeight, kind: str) -> Target | None:
@@ -391,7 +391,8 @@ class PackedDestinations:
         if not packed.places:
             return replace(packed, path=member_path)
         if isinstance(child, LoadableLayer):
-            return destination(target, member_path, _shard_id(members, index))
+            shard_id = slices if slices is not None else index if len(members) > 1 else None
+            return destination(target, member_path, shard_id)
         dim = _out_dim(child, len(packed.shape or ()))
         (box,) = packed.places
         assert isinstance(box, Box)
@@ -439,11 +440,6 @@ class PackedDestinations:
             for place in part.places
         )
         yield Destination(packed_path, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), places)
-
-
-def _shard_id(members: Sequence[PackedMember], index: int) -> Any:
-    slices = members[index].slices
-    return slices if slices is not None else index if len(members) > 1 else None
 
 
 def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import ModuleGraph, storage_key, writing
 from lorafx.model.saved_names import SavedNames
+from lorafx.model.weight_formats import is_wrapped
+from lorafx.placements import is_placed, local, own_indices, whole
 from lorafx.program.derived import Holder
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 
 class WeightMethod:
@@ -180,9 +181,31 @@ class Box:
     def write(self, loaded: Tensor) -> None:
         """Write a tensor of the right shape, cast to the target's dtype, in place."""
         with writing(self.target.tensor):
+            if is_placed(self.target.tensor) and loaded is not self.target.tensor:
+                return self._write_share(whole(loaded))
             view = self.view
             if not same_memory(view, loaded):
                 view.copy_(loaded.reshape(view.shape))
+
+    def _write_share(self, loaded: Tensor) -> None:
+        """Write what this rank has of a DTensor, which is cut along one dimension at most."""
+        inverse = [self.order.index(dim) for dim in range(len(self.box))]
+        value, tensor = loaded.reshape(self.shape).permute(inverse), self.target.tensor
+        view, cut = local(tensor).detach(), None
+        for dim, wanted in enumerate(self.box):
+            own = own_indices(tensor, dim)
+            if own is None:
+                view = view[(slice(None),) * dim + (slice(wanted.start, wanted.stop, wanted.step),)]
+                continue
+            at = own - wanted.start
+            kept = (at >= 0) & (own < wanted.stop) & (at % wanted.step == 0)
+            value = value.index_select(dim, at[kept] // wanted.step)
+            cut = dim, kept.nonzero().flatten()
+        value = value.to(device=view.device, dtype=view.dtype)
+        if cut is None:
+            view.copy_(value)
+        else:
+            view.index_copy_(*cut, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +412,7 @@ def _dtype_refusal(target: Tensor, source: Tensor) -> str:
     if source.is_meta or source.layout is not torch.strided:
         what = f"{source.layout}, on {source.device}"
         return f"the checkpoint's ({what}) is no dense tensor with values"
-    wrapped, source_wrapped = map(is_traceable_wrapper_subclass, (target, source))
+    wrapped, source_wrapped = map(is_wrapped, (target, source))
     if wrapped or source_wrapped:
         if source_wrapped and type(source) in (type(target), type(target.data)):
             return ""

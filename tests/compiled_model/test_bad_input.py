@@ -144,19 +144,6 @@ def test_blocks_without_the_default_that_overlap(served):
     cm.set_adapter(None)
 
 
-def test_no_slot_is_left_beside_the_pinned_ones(served):
-    served.cm.pin_adapter("a1")
-    served.cm.pin_adapter("a3")
-    try:
-        with pytest.raises(
-            CapacityError, match="no slots for a0: 2 slots, of which those of a1, a3 are pin"
-        ):
-            served.call(["a0", None, None])
-    finally:
-        served.cm.unpin_adapter("a1")
-        served.cm.unpin_adapter("a3")
-
-
 # Checkpoints
 
 

@@ -136,18 +136,3 @@ def test_other_weights_loaded_after_compile_are_served(plain, tmp_path):
         got = cm(**inputs, adapter_names=names)["logits"]
         assert error(got, oracle.rows(names, inputs)[0]) <= 1e-5
         assert torch.equal(cm(**inputs)["logits"], twin(**inputs)["logits"])
-
-
-def test_detach(plain):
-    torch.manual_seed(0)
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 4)
-    cm(**inputs, adapter_names=["a1", "a0"])
-    model = cm.detach()
-    assert model is cm.model
-    assert not any(m._forward_hooks for m in model.modules())
-    with torch.no_grad():
-        assert torch.equal(model(**inputs)["logits"], plain.base(**inputs)["logits"])
-    with pytest.raises(CaptureError, match=r"this model was detached; call lorafx\.compile again"):
-        cm(**inputs, adapter_names=["a1", "a0"])
-    again = lorafx.compile(model, plain.folders, options={"lowering": "reference"})
-    check_mixed(again, plain, ["a1", "a0"], inputs)

@@ -30,6 +30,7 @@ from lorafx.errors import (
     CaptureError,
     CheckpointError,
     ConfigError,
+    LorafxWarning,
     ReplacedModuleError,
     UnknownAdapterError,
     UnsupportedAdapterError,
@@ -206,6 +207,16 @@ def test_adapters_that_come_and_go():
     assert set(sampler.sync()) == {"x", "y"}
     with pytest.raises(UnknownAdapterError, match="has no adapter 'z'; it has x, y"):
         sampler.sync(["z"])
+
+
+def test_a_default_that_the_trainer_deletes_is_said():
+    model = trainer()
+    sampler = sampler_of(model)
+    model.set_adapter("y")
+    model.delete_adapter("x")
+    with pytest.warns(LorafxWarning, match="'x' was deleted .* are the base's from now on"):
+        sampler.sync()
+    assert sampler.active_adapter is None
 
 
 def test_a_hook_that_comes_later_runs_in_the_sampler_too():
@@ -461,6 +472,11 @@ def replaced_module(model: Any) -> None:
     model.get_base_model().model.norm = nn.Identity()
 
 
+def other_forward(model: Any) -> None:
+    norm = model.get_base_model().model.norm
+    norm.forward = types.MethodType(lambda self, x: x * self.weight, norm)
+
+
 def other_shape(model: Any) -> None:
     model.get_base_model().model.norm.weight.data = torch.ones(5)
 
@@ -476,7 +492,8 @@ def no_parameter(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (replaced_module, ReplacedModuleError, r"model\.norm, a LlamaRMSNorm, was replaced"),
+        (replaced_module, ReplacedModuleError, r"model\.norm, of a LlamaRMSNorm, was replaced"),
+        (other_forward, ReplacedModuleError, r"norm\.forward, of a LlamaRMSNorm, was replaced"),
         (other_shape, CaptureError, r"model\.norm\.weight has become .* shape \(5,\)"),
         (other_dtype, CaptureError, r"norm\.weight has become .* torch.bfloat16"),
         (no_parameter, CaptureError, r"norm\.weight has become nothing"),
@@ -493,6 +510,7 @@ def test_a_base_that_graphs_do_not_fit_is_refused(change, kind, message):
             use()
     model.get_base_model().model.norm, norm.weight = norm, weight
     weight.data = data
+    vars(norm).pop("forward", None)
     assert torch.equal(sampler(**INPUTS).logits, before)
 
 

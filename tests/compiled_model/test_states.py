@@ -161,6 +161,8 @@ class Served(RuleBasedStateMachine):
         self.check([self.in_base] * ROWS if self.in_base else mixed + [None] * (ROWS - len(mixed)))
         self.check(None)
         assert sorted(self.cm.adapters) == sorted(self.loaded)
+        assert self.cm.active_adapter == self.default
+        assert self.cm.active_adapters == (() if self.default is None else (self.default,))
         assert self.new_tensors or self.cm.recompiles <= 2  # with adapters, and without
 
     # --- adapters ---
@@ -192,12 +194,13 @@ class Served(RuleBasedStateMachine):
             self.cm.unpin_adapter(name)
             self.pinned.discard(name)
 
-    @rule(name=st.none() | names)
+    @rule(name=st.none() | st.just("__base__") | names)
     def choose(self, name: str | None) -> None:
-        other = self.in_base is not None and name != self.in_base
-        with self.refused(other or (name is not None and name not in self.loaded)):
+        chosen = None if name == "__base__" else name
+        other = self.in_base is not None and chosen != self.in_base
+        with self.refused(other or (chosen is not None and chosen not in self.loaded)):
             self.cm.set_adapter(name)
-            self.default = name
+            self.default = chosen
 
     @rule()
     def disable(self) -> None:
@@ -309,7 +312,8 @@ class Served(RuleBasedStateMachine):
     def detach(self) -> None:
         assert self.cm.detach() is self.model
         self.same_weights()
-        with pytest.raises(CaptureError, match="detached"):
+        assert not any(module._forward_hooks for module in self.model.modules())
+        with pytest.raises(CaptureError, match=r"was detached; call lorafx\.compile again"):
             self.cm(ids=torch.zeros(ROWS, 3, dtype=torch.long))
         self.compile()
 

@@ -28,7 +28,8 @@ def test_links_out_of_docs_lead_to_pages(site: Path) -> None:
     guide = (site / "guides" / "diffusers.html").read_text()
     assert 'href="../examples.html#diffusion_pipeline"' in guide
     examples = (site / "examples.html").read_text()
-    for path in (*(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "commits").iterdir()):
+    programs = [path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".cpp")]
+    for path in (*programs, *(ROOT / "examples" / "commits").iterdir()):
         assert f'id="{path.stem}"' in examples
     assert "Add a pass over graphs" in (site / "contributing.html").read_text()
 

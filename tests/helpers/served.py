@@ -175,8 +175,11 @@ def idle(server: Opened) -> None:
 
 async def asgi(server: Opened, path: str, body: Any, receive: Any, send: Any) -> None:
     """Call the application with one request, as a server of HTTP does: `receive` is called for
-    what comes after the body."""
-    coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    what comes after the body. Bytes are the beginning of a file."""
+    part = isinstance(body, bytes)
+    content = body if part else json.dumps(body).encode()
+    kind = b"application/octet-stream" if part else b"application/json"
+    coming = [{"type": "http.request", "body": content, "more_body": part}]
 
     async def read() -> Any:
         return coming.pop() if coming else await receive()
@@ -184,7 +187,7 @@ async def asgi(server: Opened, path: str, body: Any, receive: Any, send: Any) ->
     scope = {
         **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"},
         **{"method": "POST", "scheme": "http", "path": path, "raw_path": path.encode()},
-        **{"query_string": b"", "headers": [(b"content-type", b"application/json")]},
+        **{"query_string": b"", "headers": [(b"content-type", kind)]},
         **{"client": ("test", 1), "server": ("test", 80)},
     }
     await asyncio.wait_for(server.app(scope, read, send), 60)

@@ -18,6 +18,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
+from lorafx.model.module_graph import MAX_PATHS, ModuleGraph
 from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
@@ -162,3 +163,22 @@ def test_aliases_end_and_add_the_delta_at_every_call(tmp_path: Path, cls: Any) -
     x = torch.randn(2, 3, K)
     with torch.no_grad(), lorafx.adapters(eager, ["b", "b"]):
         assert error(eager(x)["logits"], case.expected(["b", "b"], {"x": x})) <= TOLERANCE
+
+
+@pytest.mark.quick
+def test_paths_are_bounded_and_at_knows_them_all():
+    """Ten levels, each holding the next twice: 1024 paths to the leaf."""
+    leaf = nn.Linear(2, 2)
+    model: nn.Module = leaf
+    for _ in range(10):
+        holder = nn.Module()
+        holder.left = holder.right = model
+        model = holder
+    graph = ModuleGraph(model)
+    paths = graph.paths(leaf)
+    assert len(paths) == len(set(paths)) == MAX_PATHS
+    assert paths[0] == ".".join(["left"] * 10)
+    last = ".".join(["right"] * 10)
+    assert last not in paths
+    assert graph.at(last) is leaf
+    assert len(graph.paths(leaf, limit=2000)) == 1024

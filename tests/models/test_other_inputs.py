@@ -1,14 +1,18 @@
-"""Models of transformers whose requests come in arguments of other names than tokens and images."""
+"""Models of transformers whose requests come in arguments of other names than tokens and images, or
+(multiple choice) in C rows each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, error, random_base, save_adapter
+import transformers
+from dense_merge import TOLERANCE, Case, check_mixed, error, random_base, save_adapter
+from own_weights import own_case
 from tiny_models import VOCAB, Family, token_inputs
 from torch import Tensor, nn
 from transformers import (
@@ -17,6 +21,8 @@ from transformers import (
     VisualBertConfig,
     VisualBertForQuestionAnswering,
 )
+
+from lorafx.errors import BatchError
 
 
 def visual_bert() -> nn.Module:
@@ -71,3 +77,45 @@ def test_requests_are_known(
             want, plain = case.alone(name)(**own)[result], base(**own)[result]
         assert error(got[row : row + 1], want) <= TOLERANCE
         assert (name is None) == (error(want, plain) <= 100 * TOLERANCE)
+
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "pad_token_id": 0} | {
+    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 66
+}  # fmt: skip
+
+
+def chosen(rows: int, choices: int, length: int) -> dict[str, torch.Tensor]:
+    """All that such a model takes, with choices of unequal lengths."""
+    torch.manual_seed(rows + choices)
+    ids = torch.randint(1, VOCAB, (rows, choices, length))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 3:] = 0
+    positions = torch.arange(length).expand(rows, choices, length).contiguous()
+    kinds = torch.zeros_like(ids)
+    return {"input_ids": ids, "attention_mask": mask} | {
+        "token_type_ids": kinds, "position_ids": positions
+    }  # fmt: skip
+
+
+def built(model: Any, folder: Path, targets: list[str]) -> tuple[Any, Case]:
+    base = random_base(Family(lambda **_: model(model.config_class(**SIZES)), ()))
+    configs = {
+        "a": {"target_modules": [*targets, "dense"], "modules_to_save": ["classifier"]},
+        "b": {"target_modules": targets},
+    }
+    case = own_case(base, folder, configs)
+    return case.compile(), case
+
+
+def test_each_request_has_its_adapter_in_all_choices(tmp_path):
+    cm, case = built(transformers.BertForMultipleChoice, tmp_path, ["query", "value"])
+    x = chosen(3, 2, 5)
+    check_mixed(cm, case, ["a", None, "b"], x)
+    captured = cm.recompiles
+    check_mixed(cm, case, ["b", "a", None, "a"], chosen(4, 3, 6))  # also other choices, longer
+    check_mixed(cm, case, [None, "b", "b"], x)
+    assert cm.recompiles == captured
+    check_mixed(cm, case, ["a"], chosen(1, 3, 6))
+    x["attention_mask"] = torch.ones(3, 4, 5, dtype=torch.int64)
+    with pytest.raises(BatchError, match=r"\(3, 2, 5\).*\(3, 4, 5\).*the same number C"):
+        cm(**x, adapter_names=["a", None, "b"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from tiny_models import FAMILIES
 from torch import fx
 
 import lorafx
-from lorafx import pass_order
 from lorafx.errors import ProvenanceError, VerifyError
 from lorafx.op_arguments import bound
 from lorafx.program.context import FUSED_OP, SITE_OP, Context
@@ -203,49 +200,6 @@ def test_forms_of_lora_config(plain, inputs):
             assert error(got, want) <= 1e-5
 
 
-# Adapters by name
-
-
-def test_the_default_adapter(plain, inputs):
-    cm = plain.compile()
-    cm.set_adapter("a1")
-    assert error(cm(**inputs)["logits"], plain.expected(["a1"] * 4, inputs)) <= 1e-5
-    names = [None, "__base__", "a1", "a0"]  # None is the base, not the default
-    check_mixed(cm, plain, names, inputs)
-    cm.set_adapter("__base__")
-    assert (cm.active_adapter, cm.active_adapters) == (None, ())
-    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
-    cm.set_adapter("a1")
-    cm.unload_adapter("a1")  # the base model is the default again
-    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
-
-
-def test_slots_are_evicted_by_least_recent_use_and_kept_by_pins(plain, inputs):
-    config = lorafx.LoraConfig(max_adapters=2, max_rank=8)
-    cm = lorafx.compile(plain.model(), config, adapters=plain.folders, options=REFERENCE)
-
-    def resident() -> set[str]:
-        text = str(cm.explain())
-        return {name for name in cm.adapters if f"{name}: rank" in text and _slot(text, name)}
-
-    def _slot(text: str, name: str) -> bool:
-        line = next(line for line in text.splitlines() if line.strip().startswith(f"{name}: rank"))
-        return "slot" in line
-
-    check_mixed(cm, plain, ["a1", "a0", None, "a1"], inputs)
-    check_mixed(cm, plain, ["a1", None, None, "a1"], inputs)
-    check_mixed(cm, plain, ["a3", None, None, "a3"], inputs)  # a0 was used longest ago
-    assert resident() == {"a1", "a3"}
-    cm.pin_adapter("a1")
-    for name in ("a2", "a4", "a0"):
-        check_mixed(cm, plain, [name, None, "a1", name], inputs)
-        assert resident() == {"a1", name}
-    cm.unpin_adapter("a1")
-    check_mixed(cm, plain, ["a2", "a3", "a3", "a2"], inputs)
-    assert resident() == {"a2", "a3"}
-    assert cm.recompiles == 1
-
-
 def test_a_model_in_training_mode_is_warned_about():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
     with pytest.warns(lorafx.LorafxWarning, match="training mode") as told:
@@ -270,15 +224,6 @@ def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):
         cm = lorafx.compile(copy.deepcopy(model), lorafx.LoraConfig(target_modules=["0"]))
     x = torch.randn(3, 4)
     assert torch.equal(cm(x), model(x))
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A pass that is as if it were one of lorafx's."""
-
-    name: str
-    run: Callable[[fx.GraphModule, Context], int]
-    required: bool = False
 
 
 def doubles(gm: fx.GraphModule, ctx: Context) -> int:
@@ -308,13 +253,6 @@ def reshapes(gm: fx.GraphModule, ctx: Context) -> int:
     return 1
 
 
-def broken(monkeypatch, after: str, item: Broken) -> None:
-    passes = []
-    for own in pass_order.GRAPH_PASSES:
-        passes += [own, item] if own.name == after else [own]
-    monkeypatch.setattr(pass_order, "GRAPH_PASSES", tuple(passes))
-
-
 def failing(plain: Case, inputs: Any, **options: Any) -> str:
     with pytest.raises(Exception, match="pass") as caught:
         plain.compile(options=options)(**inputs, adapter_names=NAMES)
@@ -323,13 +261,6 @@ def failing(plain: Case, inputs: Any, **options: Any) -> str:
         found = found.__cause__ or getattr(found, "inner_exception", None)
     assert found is not None, caught.value
     return str(found)
-
-
-def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkeypatch):
-    broken(monkeypatch, "fuse", Broken("doubles", doubles))
-    message = failing(plain, inputs, verify="numeric")
-    assert "after pass 'doubles' output 0 differs by" in message
-    assert "Options(passes={'doubles': False})" in message
 
 
 def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
@@ -408,16 +339,15 @@ def test_a_pass_of_the_users_own_that_raises_is_told(plain, inputs):
         cm(**inputs, adapter_names=NAMES)
 
 
-def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
-    broken(monkeypatch, "provenance", Broken("loses", loses))
-    message = failing(plain, inputs)
+def test_lint_names_the_pass_that_lost_a_site(plain, inputs):
+    message = failing(plain, inputs, passes={"loses": lorafx.After("provenance", loses)})
     assert message.startswith("pass 'loses' lost the LoRA of ")
     assert "gate" in message
 
 
-def test_lint_names_the_pass_that_changed_an_output(plain, inputs, monkeypatch):
-    broken(monkeypatch, "match", Broken("reshapes", reshapes))
-    assert "pass 'reshapes' changed the graph's outputs from" in failing(plain, inputs)
+def test_lint_names_the_pass_that_changed_an_output(plain, inputs):
+    message = failing(plain, inputs, passes={"reshapes": lorafx.After("match", reshapes)})
+    assert "pass 'reshapes' changed the graph's outputs from" in message
 
 
 @pytest.mark.parametrize("names", [["a1"] * 4, NAMES])

@@ -1,5 +1,5 @@
 """Forwards that are put in the place of the model's own once it is served, as wrappers do that
-patch a model or its class. Entries went on with the one that was there at the first call."""
+patch a model, its class or that of a layer. Calls went on with the one that was there at first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed, error
+from dense_merge import Case, case_by_patterns, check_mixed, error
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
 
@@ -69,3 +69,51 @@ def test_of_a_model_that_generates(shallow: Case) -> None:
     finally:
         for model in models.values():
             del model.forward
+
+
+class Layer(nn.Linear):
+    """A site whose forward is inherited, with a method of its own beside it."""
+
+    def scale(self) -> float:
+        return 0.5
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = Layer(8, 12), nn.Tanh(), Layer(12, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.down(self.act(self.up(x)) * self.up.scale())}
+
+
+@pytest.mark.parametrize("start", ["compiled", "eager"])
+@pytest.mark.parametrize(
+    ("cls", "name", "replaced"),
+    [
+        (Layer, "scale", lambda _: 2.0),
+        (Layer, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight)),
+        (nn.Tanh, "forward", lambda _, x: x.sigmoid()),
+    ],
+)
+def test_of_the_class_of_a_layer(cls, name, replaced, start, tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    case = case_by_patterns(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
+    cm, inputs = case.compile({"start": start}, dynamic=False), {"x": torch.randn(3, 8)}
+
+    def check() -> None:
+        for _ in range(2):
+            check_mixed(cm, case, ["a", None, "b"], inputs)
+        cm.wait()
+        check_mixed(cm, case, ["a", None, "b"], inputs)
+
+    check()
+    before, captured = case.expected(["a", None, "b"], inputs), cm.recompiles
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, name, replaced, raising=False)
+        assert error(case.expected(["a", None, "b"], inputs), before) > 1e-2
+        check()
+        assert cm.recompiles > captured == 1
+        captured = cm.recompiles
+    check()
+    assert cm.recompiles == captured

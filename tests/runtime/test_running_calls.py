@@ -51,6 +51,8 @@ INSIDE: list[Callable[[Any, Case], Any]] = [
     lambda cm, case: cm.set_adapter("b"),
     lambda cm, case: cm.detach(),
     lambda cm, case: cm.merge("a"),
+    lambda cm, case: cm.unmerge(),
+    lambda cm, case: cm.load_weights(case.base.state_dict()),
 ]
 
 

@@ -155,25 +155,6 @@ def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) ->
     assert merged_line.startswith("a1: ")
 
 
-@pytest.mark.slow
-def test_not_inside_a_running_call(cm: Any) -> None:
-    inputs = token_inputs(4, 5)
-    cm(**inputs)
-    seen: list[str] = []
-
-    def processor(ids: Tensor, scores: Tensor) -> Tensor:
-        change = cm.merge if cm.merged is None else lambda name: cm.unmerge()
-        with pytest.raises(BatchError, match="a call is running") as caught:
-            change("a0")
-        seen.append(str(caught.value))
-        return scores
-
-    cm.generate(**inputs, max_new_tokens=1, logits_processor=[processor])
-    cm.merge("a1")
-    cm.generate(**inputs, max_new_tokens=1, logits_processor=[processor])
-    assert len(seen) == 2
-
-
 def test_weights_that_others_wrote_are_not_overwritten_unasked(plain: Case) -> None:
     cm = plain.compile()
     before = bits(cm)

@@ -114,7 +114,8 @@ def trim(folder: Path, most: int) -> None:
     for path in folder.glob("*/*"):
         with contextlib.suppress(OSError):  # removed meanwhile
             statuses.append((path, path.lstat()))
-    saved = sorted((item for item in statuses if item[0].suffix == ".graph"), key=_last_use)
+    graphs = (item for item in statuses if item[0].suffix == ".graph")
+    saved = sorted(graphs, key=lambda item: item[1].st_mtime)
     total = sum(status.st_size for _, status in saved)
     removed = [
         path
@@ -130,10 +131,6 @@ def trim(folder: Path, most: int) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
             path.parent.rmdir()  # if it was the last of its key
-
-
-def _last_use(item: tuple[Path, os.stat_result]) -> float:
-    return item[1].st_mtime
 
 
 def _checksum(key: str, body: bytes) -> str:

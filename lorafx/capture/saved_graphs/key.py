@@ -27,7 +27,6 @@ from lorafx.capture.executable import Captured
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
 from lorafx.capture.saved_graphs.guards import value_at
 from lorafx.config import IMPORTED
-from lorafx.model.bank import Bank
 from lorafx.model.module_graph import storage_key
 from lorafx.program.argument_roles import Role
 from lorafx.program.frame import FrameInput
@@ -156,16 +155,13 @@ def _program_texts(program: Program, prints: Fingerprints) -> Iterator[str]:
     places = {id(site): index for index, site in enumerate(program.sites)}
     for group in program.groups:
         yield repr(([places[id(site)] for site in group.sites], group.offsets, group.firsts))
-        yield _bank_text(group.bank, prints)
+        bank = group.bank
+        tensors = {k: f"{prints.tensor(t)} {_layout_text(t)}" for k, t in bank.tensors.items()}
+        yield f"{bank.kind} {bank.experts} {tensors}"
     for packed in program.packed:
         biases = None if packed.bias is None else _layout_text(packed.bias)
         index = program.groups.index(packed.group)
         yield repr((index, _layout_text(packed.weight), biases))
-
-
-def _bank_text(bank: Bank, prints: Fingerprints) -> str:
-    tensors = {name: f"{prints.tensor(t)} {_layout_text(t)}" for name, t in bank.tensors.items()}
-    return f"{bank.kind} {bank.experts} {tensors}"
 
 
 def _layout_text(tensor: Tensor) -> str:

@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, TokenLogprobs
 from lorafx.generation.continuous.packed_call import PackedForward
-from lorafx.generation.continuous.parameters import NOTHING, Grammar, Sampling, TokenParameters
+from lorafx.generation.continuous.parameters import NOTHING, Sampling, TokenParameters
 
 #: The rows of a prompt's logits that are looked at together.
 _ROWS = 64
@@ -110,7 +110,9 @@ class Choosing(LogitsProcessor):
             excluded += [(row, token) for token in _excluded(asked, state.generated)]
             if state.grammar is not None:
                 try:
-                    masks[row] = _mask(state.grammar, state.generated, scores.shape[-1])
+                    size = scores.shape[-1]
+                    mask = state.grammar.bitmask(state.generated)[:size].cpu().bool()
+                    masks[row] = torch.nn.functional.pad(mask, (0, size - len(mask)))
                 except Exception as error:
                     self._fail(state, f"its grammar raised {type(error).__name__}: {error}")
         if excluded:
@@ -304,8 +306,3 @@ def _excluded(asked: TokenParameters, generated: Sequence[int]) -> list[int]:
         if [*word[:-1]] == [*generated[len(generated) - len(word) + 1 :]]
     ]
     return [*ends, *words]
-
-
-def _mask(grammar: Grammar, generated: Sequence[int], size: int) -> Tensor:
-    mask = grammar.bitmask(generated)[:size].cpu().bool()
-    return torch.nn.functional.pad(mask, (0, size - len(mask)))

@@ -289,11 +289,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     ) -> None:
         """Stop the engine as transformers does. After `timeout` seconds running requests fail."""
         thread, status = self._generation_thread, self.background_thread_status
-        waits = block and timeout is not None and not hard_stop
-        if waits and thread is not None and not status.is_pause_requested(local=True):
-            status.request_stop(status.FLUSH_AND_STOP, self.distributed_helper.global_rank)
-            thread.join(timeout)
-            hard_stop, timeout = thread.is_alive(), None
+        if thread is not None and not status.is_pause_requested(local=True):
+            how = status.HARD_STOP if hard_stop else status.FLUSH_AND_STOP
+            status.request_stop(how, self.distributed_helper.global_rank)
+            self._wake_up_loop.set()  # transformers lets an idle thread wait for 0.1 s
+            if block and timeout is not None and not hard_stop:
+                thread.join(timeout)
+                hard_stop, timeout = thread.is_alive(), None
         super().stop(block, timeout, keep_for_next_session, hard_stop)
         self._attention.give_back()
         if not self.is_running() and not keep_for_next_session:

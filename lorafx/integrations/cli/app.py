@@ -153,6 +153,9 @@ def serve(
     max_num_seqs: int | None = None,
     max_memory_percent: float | None = None,
     max_model_len: int | None = None,
+    max_logprobs: Annotated[
+        int, typer.Option(help="Likeliest tokens that a request may ask for; -1 for all.")
+    ] = 20,
     max_queue: Annotated[
         int, typer.Option(help="Sequences under way; further requests get 429.")
     ] = 1024,

@@ -217,7 +217,11 @@ class CompiledPipeline:
             if encodes_prompts(module) and id(module) not in compiled
         ]
         with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = tree_map_only(Tensor, without_inference_mode, (args, kwargs))
+            # Copies of what was made in inference mode: torch does not count the writes into such a
+            # tensor, so its labels could be stale.
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs)
+            )
             for name, value in _bind(self.pipe, args, kwargs).items():
                 rows.label_argument(name, value)
             call = partial(self._replacements.replacing, replaced, self.pipe, *args, **kwargs)
@@ -588,12 +592,6 @@ class PromptRows:
             labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
             return labels
         return [NOBODY] * rows
-
-
-def without_inference_mode(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy if it was made in inference mode: torch does not count the writes into
-    such a tensor, so its labels could be stale."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _NoiseFollowing(Following):

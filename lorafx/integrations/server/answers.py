@@ -142,9 +142,9 @@ class ResponseAnswer:
         return events + (builder.finish_message() if builder.message_open else [])
 
 
-def versions_of(output: SequenceOutput) -> dict[str, Any]:
-    """The versions that a sequence is generated with, as fields of an answer. Those of all
-    sequences of a request are the same."""
+def versions_of(output: Any) -> dict[str, Any]:
+    """The versions that a sequence is generated or a vector computed with, as fields of an answer.
+    Those of all sequences of a request are the same."""
     return {name: getattr(output, name) for name in ("adapter_version", "weights_version")}
 
 

@@ -15,9 +15,10 @@ from tempfile import NamedTemporaryFile
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import LorafxError
+from lorafx.errors import LorafxError, some
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.settings import ModelSettings, Settings
@@ -94,9 +95,13 @@ class Control:
                 raise RequestError(f"{text} with the mode abort or wait first", status=409)
             self._engine.drain()
             try:
-                return vars(self._compiled.load_weights(file, strict=strict))
+                names = vars(self._compiled.load_weights(file, strict=strict))
             except LorafxError as error:
                 raise RequestError(message_of(error)) from error
+            if not names["loaded"]:  # as it may be without `strict`
+                ignored = some(names["ignored"]) or "there is none"
+                raise RequestError(f"no tensor of the body has a place in the model: {ignored}")
+            return names
 
         return await self._alone(update)
 
@@ -129,7 +134,7 @@ class Control:
     @asynccontextmanager
     async def upload(self, request: Request) -> AsyncIterator[Path]:
         """The body of a request as a file, while the block runs. Raises RequestError, with status
-        413, as soon as the body is known to be too large."""
+        413 as soon as the body is known to be too large, and 499 if its client goes away."""
         self.refuse_unless_allowed()
         assert self._most is not None
         given, size = request.headers.get("content-length", ""), 0
@@ -139,7 +144,11 @@ class Control:
                 if max(size, int(given) if given.isdigit() else 0) > self._most:
                     text = f"the body has more than {self._most} bytes, which --max-upload-bytes"
                     raise RequestError(f"{text} allows", status=413)
-                chunk = await anext(chunks, None)
+                try:
+                    chunk = await anext(chunks, None)
+                except ClientDisconnect as error:
+                    text = "the client went away before the end of the body"
+                    raise RequestError(text, status=499) from error
                 if chunk is None:
                     break
                 size += file.write(chunk)

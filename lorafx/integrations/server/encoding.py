@@ -25,7 +25,10 @@ from transformers.utils import cached_file
 
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, LorafxError
+from lorafx.generation.continuous.adapter_requests import weights_now
 from lorafx.generation.continuous.failures import StepHealth
+from lorafx.integrations.server.answers import versions_of
+from lorafx.integrations.server.choices import Prompt
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import Fields
 from lorafx.integrations.server.generating import ServedModel
@@ -94,12 +97,20 @@ def _saved_mode(config: Mapping[str, Any]) -> str:
     return "+".join(name.removesuffix("_tokens").removesuffix("_token") for name in names)
 
 
+class Vector(NamedTuple):
+    """The vector of a sequence, and what it was computed with, as in outputs of the engine."""
+
+    numbers: Tensor
+    adapter_version: int | None
+    weights_version: int
+
+
 class _Row(NamedTuple):
     """A sequence that waits for a call."""
 
     tokens: list[int]
     adapter: str | None
-    result: asyncio.Future[Tensor]
+    result: asyncio.Future[Vector]
 
 
 class EncoderBatches:
@@ -123,7 +134,7 @@ class EncoderBatches:
         self._waiting: list[_Row] = []
         self._calling: asyncio.Task[None] | None = None
 
-    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Tensor]:
+    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Vector]:
         """The vector of each sequence. Raises RequestError if the model fails, and what a call of
         it raises of lorafx's errors."""
         loop = asyncio.get_running_loop()
@@ -157,34 +168,41 @@ class EncoderBatches:
         try:
             vectors = await asyncio.to_thread(self._compute, rows)
         except Exception as error:
-            adapters = dict.fromkeys(row.adapter for row in rows)
-            if len(adapters) > 1:  # one that fails, or is not loaded any more, fails alone
-                for adapter in adapters:
-                    await self._answer([row for row in rows if row.adapter == adapter])
+            if len(rows) > 1:  # one that fails, or whose adapter is not there any more, fails alone
+                rows = sorted(rows, key=lambda row: row.adapter or "")
+                for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    await self._answer(part)
                 return
             known = isinstance(error, LorafxError)
             failure = error if known else RequestError(f"the model failed: {error}", status=500)
-            for row in rows:
-                if not row.result.done():
-                    row.result.set_exception(failure)
+            if not rows[0].result.done():
+                rows[0].result.set_exception(failure)
         else:
             for row, vector in zip(rows, vectors, strict=True):
                 if not row.result.done():
                     row.result.set_result(vector)
 
     @torch.no_grad()
-    def _compute(self, rows: Sequence[_Row]) -> Tensor:
+    def _compute(self, rows: Sequence[_Row]) -> list[Vector]:
         tokens = [torch.tensor(row.tokens) for row in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self._pad)
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         model: Any = self._compiled.model
         ids, mask = ids.to(model.device), mask.to(model.device)
-        output = self._compiled(
-            input_ids=ids, attention_mask=mask, adapter_names=[row.adapter for row in rows]
-        )
-        if self.pooling is None:
-            return output.logits.float().cpu()
-        return self.pooling(output.last_hidden_state, mask).float().cpu()
+        names = [row.adapter for row in rows]
+        served = None
+        while served != (served := self._versions()):  # again if they changed meanwhile
+            output = self._compiled(input_ids=ids, attention_mask=mask, adapter_names=names)
+        adapters, weights = served
+        pool = self.pooling
+        pooled = output.logits if pool is None else pool(output.last_hidden_state, mask)
+        return [
+            Vector(numbers, adapters.get(name or ""), weights >> 1)
+            for numbers, name in zip(pooled.float().cpu(), names, strict=True)
+        ]
+
+    def _versions(self) -> tuple[dict[str, int], int]:
+        return self._compiled.adapter_versions, weights_now(self.forwards.session)
 
     # --- as an engine ---
 
@@ -266,15 +284,20 @@ class Encoding:
         vectors = await self._batches.vectors(sequences, adapter)
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
         head = {"id": request.state.request_id, "object": "list", "created": int(time.time())}
-        head |= {"model": body["model"], "usage": usage}
+        oldest = min(vectors, key=lambda v: (v.weights_version, v.adapter_version or 0))
+        head |= {"model": body["model"], "usage": usage, **versions_of(oldest)}
         return await asyncio.to_thread(self._answer, head, vectors, fields)
 
     def _sequences(self, fields: EncodingFields) -> list[list[int]]:
         """The tokens of each input. Raises RequestError if it has none, or too many."""
         most, cut = self._served.most_tokens, fields.truncate_prompt_tokens
-        prompts = prompts_of(self._served, "input", fields.input, fields.add_special_tokens)
+        special = fields.add_special_tokens
+        prompts = prompts_of(self._served, "input", fields.input, special)
         cut = most if cut == -1 else cut
-        sequences = [prompt.ids[:cut] for prompt in prompts]
+        sequences = [
+            prompt.ids if cut is None else self._cut(prompt, cut, special is not False)
+            for prompt in prompts
+        ]
         for tokens in sequences:
             if not 0 < len(tokens) <= most:
                 raise RequestError(
@@ -284,11 +307,24 @@ class Encoding:
                 )
         return sequences
 
+    def _cut(self, prompt: Prompt, most: int, special: bool) -> list[int]:
+        """At most as many tokens of a prompt. As tokenizers cut a text, it keeps the `special`
+        tokens at its end, of which some models pool the last."""
+        ids, ends = prompt.ids, 0
+        if len(ids) <= most:
+            return ids
+        if prompt.text is not None:
+            encoded: Any = self._served.tokenizer(
+                prompt.text, add_special_tokens=special, return_special_tokens_mask=True
+            )
+            ends = min(most, [*reversed(encoded["special_tokens_mask"]), 0].index(0))
+        return ids[: most - ends] + ids[len(ids) - ends :]
+
     def _answer(
-        self, head: dict[str, Any], vectors: Sequence[Tensor], fields: EncodingFields
+        self, head: dict[str, Any], vectors: Sequence[Vector], fields: EncodingFields
     ) -> Response:
         pooling, asked = self._batches.pooling, fields.use_activation
-        rows = torch.stack(list(vectors))
+        rows = torch.stack([vector.numbers for vector in vectors])
         if pooling is None:
             rows = self._probabilities(rows) if asked is not False else rows
         elif pooling.normalised if asked is None else asked:

@@ -9,7 +9,14 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 
 from lorafx.integrations.server.errors import RequestError
 from lorafx.progress import LOG
@@ -51,8 +58,17 @@ _INSTEAD = {
     "chat_template": "start the server with it",
     "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
 }
-#: How many of the likeliest tokens may be asked for, as in vLLM.
-_Logprobs = Annotated[int | None, Field(ge=0, le=20)]
+
+
+def _as_many_as_allowed(asked: int | None, info: ValidationInfo) -> int | None:
+    most = -1 if info.context is None else info.context["max_logprobs"]
+    if asked is not None and 0 <= most < asked:
+        raise ValueError(f"at most {most} for a token, as --max-logprobs says")
+    return asked
+
+
+#: How many of the likeliest tokens may be asked for.
+_Logprobs = Annotated[int | None, Field(ge=0), AfterValidator(_as_many_as_allowed)]
 #: A number of tokens.
 _Length = Annotated[int | None, Field(ge=1)]
 
@@ -78,9 +94,10 @@ class Fields(BaseModel):
     logit_bias: dict[int, float] = {}
 
     @classmethod
-    def read(cls, body: Mapping[str, Any]) -> Self:
-        """The fields of a request. Raises RequestError if a value is none of its field's, or would
-        not be honoured. Fields that nobody knows are ignored, and logged the first time."""
+    def read(cls, body: Mapping[str, Any], max_logprobs: int = 20) -> Self:
+        """The fields of a request, with up to `max_logprobs` for a token, -1 for all. Raises
+        RequestError if a value is none of its field's, or would not be honoured. Fields that nobody
+        knows are ignored, and logged the first time."""
         sent = {name: value for name, value in body.items() if value is not None}
         choosing = {name: sent.pop(name) for name in sent.keys() & _CHOOSING.split()}
         known = {*cls.model_fields, *_WITHOUT_EFFECT.split()}
@@ -94,7 +111,7 @@ class Fields(BaseModel):
                 raise RequestError(f"`{name}` is not served here; leave it out{instead}", name)
         try:
             encoded = json.dumps({**sent, "choosing": choosing}, ensure_ascii=False).encode()
-            return cls.model_validate_json(encoded)
+            return cls.model_validate_json(encoded, context={"max_logprobs": max_logprobs})
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise RequestError(

@@ -59,7 +59,7 @@ class Handler:
         """Answer a request. Raises RequestError if it is refused."""
         adapter = await self.served.resolve(body.get("model"))
         current_record().asks_for(adapter)
-        fields = self.fields.read(body)
+        fields = self.fields.read(body, self.served.settings.max_logprobs)
         arguments = await self.served.arguments(fields)
         large = len(await request.body()) > _LARGE
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)

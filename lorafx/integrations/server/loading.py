@@ -21,7 +21,7 @@ class AdapterLoading:
     when they are first asked for; each if the settings say so."""
 
     def __init__(self, compiled: CompiledModel, settings: ModelSettings) -> None:
-        self._compiled = compiled
+        self._compiled, self._settings = compiled, settings
         #: The folders from which clients load, and in which adapters are found.
         self._loads: Path | None = None
         self._finds: Path | None = None
@@ -39,8 +39,8 @@ class AdapterLoading:
         name, path = _text(body, "lora_name"), root and _text(body, "lora_path")
         if not name.isprintable():
             raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
-        if name == BASE:
-            raise RequestError(f"{BASE!r} is the base model", "lora_name")
+        if name in (BASE, *self._settings.names):  # requests for it would get the base's answer
+            raise RequestError(f"{name!r} is the base model", "lora_name")
         if name in self._compiled.adapters and body.get("load_inplace") is not True:
             raise RequestError(
                 f"an adapter {name!r} is loaded; unload it first, or send "

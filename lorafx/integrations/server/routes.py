@@ -91,7 +91,7 @@ def _add_tokenizer(app: FastAPI, completions: Completions, chat: Chat) -> None:
     def prompt_of(body: dict) -> list[int]:
         served.adapter_of(body.pop("model", served.name))
         route: Handler = chat if "messages" in body else completions
-        prompts = route.prompts(route.fields.read(body))
+        prompts = route.prompts(route.fields.read(body, served.settings.max_logprobs))
         if len(prompts) > 1:
             raise RequestError("there is one prompt here, not a list of them", "prompt")
         return prompts[0].ids

@@ -59,7 +59,8 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer the running requests and return. Raises what
     `opened` raises, and ConfigError if the address is in use."""
     start = time.perf_counter()
-    _log_at(settings.log_level)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lorafx").setLevel(settings.log_level.upper())
     bound_kernels()
     listener, tls = settings.bind(), settings.tls()
     with listener, opened(settings) as server:
@@ -88,12 +89,6 @@ def bound_kernels() -> None:
     """Bound the memory that oneDNN's kernels take. The first kernel reads the bound."""
     for name, number in _KEPT_KERNELS.items():
         os.environ.setdefault(name, number)
-
-
-def _log_at(level: str) -> None:
-    """Write lorafx's log to standard error from a level on, with a line for each request."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("lorafx").setLevel(level.upper())
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class ModelSettings(BaseModel):
     max_num_seqs: _Count = None
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
     max_model_len: _Count = None
+    max_logprobs: int = Field(default=20, ge=-1)
     max_queue: _Count = None
     max_body_bytes: _Count = None
     runner: Literal["auto", "generate", "pooling"] = "auto"

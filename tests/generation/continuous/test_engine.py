@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import random
+import threading
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -216,6 +220,48 @@ def test_generate_batch(llama, cm):
         cm.generate_batch([[3]], ["a1", "a2"])
     with pytest.raises(UnknownAdapterError, match="'a11'; nearest: a1"):
         cm.generate_batch([[3]], ["a11"])
+
+
+def test_garbage_of_others_is_not_looked_for_when_a_batch_ends(cm, monkeypatch):
+    """Beside a trainer that takes longer than the batch. The pages are given back."""
+    left = weakref.WeakSet()
+    start = AdapterBatchingManager.start
+    monkeypatch.setattr(
+        AdapterBatchingManager,
+        "start",
+        lambda engine: [start(engine), left.update((engine._processor, engine._processor.cache))],
+    )
+    gc.unfreeze()
+    gc.disable()
+    try:
+        garbage = Garbage()
+        garbage.itself, alive = garbage, weakref.ref(garbage)
+        del garbage
+        for frozen in (False, True):
+            cm.generate_batch([[3, 4]], continuous_batching_config=CONFIG, max_new_tokens=2)
+            assert (alive() is not None, len(left)) == (True, frozen)
+            assert (gc.get_freeze_count() > 0) == frozen
+            gc.freeze()
+    finally:
+        gc.enable()
+
+
+class Garbage:
+    itself: Garbage
+
+
+def test_an_idle_engine_is_woken_to_stop(cm):
+    with cm.continuous_batching(None, CONFIG) as engine:
+        wait, waiting = engine._wake_up_loop.wait, threading.Event()
+
+        def wait_long(timeout: float) -> bool:
+            waiting.set()
+            return wait(60)
+
+        engine._wake_up_loop.wait = wait_long
+        assert waiting.wait(60)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize(

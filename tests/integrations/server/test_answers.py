@@ -8,7 +8,7 @@ import re
 
 import openai
 import pytest
-from served import asgi, ask, client_of, gated, idle, ids_of, plain, question, said
+from served import asgi, ask, client_of, gated, idle, ids_of, question, said
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -54,15 +54,6 @@ def test_sixteen_streams_at_once(files, server):
     assert different >= 8  # the base's answers would not do
     assert server.compiled.recompiles == graphs
     assert server.compiled.stats().evictions > 0
-
-
-@pytest.mark.parametrize("path", ROUTES)
-def test_answers_without_a_stream(files, server, path):
-    body = question(path, "w9 w31 w8", 6)
-    answer = ask(server, "POST", path, model="tiny:a2", **body).json()
-    got = plain(path, answer)
-    assert got.strip() == files.text("a2", ids_of(files, path, "w9 w31 w8"), 6)
-    assert answer["model"] == "tiny:a2"
 
 
 #: What clients of OpenAI and of vLLM send without asking for anything.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
-from served import anew, ask, client_of, events, gated, idle, question, serving
+from served import anew, asgi, ask, client_of, events, gated, idle, question, serving
 
 PATH = "/v1/completions"
 BINARY = {"content-type": "application/octet-stream"}
@@ -278,7 +279,7 @@ def test_adapters_that_do_not_fit(files, controlled, versions, change, word):
     query = {"lora_name": "a1", "load_inplace": "true"}
     answer = post(controlled, "/v1/load_lora_adapter", content, **query)
     assert (answer.status_code, word in answer.text) == (400, True), answer.text
-    for name in ("", "__base__", "a\nb"):
+    for name in ("", "__base__", "a\nb", "tiny"):
         fitting = content_of(files, "a1")
         assert post(controlled, "/v1/load_lora_adapter", fitting, lora_name=name).status_code == 400
     assert controlled.compiled.adapter_versions == versions
@@ -298,6 +299,21 @@ def test_uploads_that_are_too_large(server, files, path):
         assert answer.status_code == 413
         assert "--max-upload-bytes" in answer.json()["error"]["message"]
     assert len(read) == 11  # nothing more was read
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/update_weights"])
+def test_a_client_that_leaves_in_the_middle_of_a_body(controlled, versions, path, caplog):
+    """It was a failure of the server."""
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def send(message): ...
+
+    with caplog.at_level(logging.INFO, "lorafx.requests"):
+        asyncio.run(asgi(controlled, path, b"a beginning", leave, send))
+    assert f"POST {path} 499" in caplog.text
+    assert controlled.compiled.adapter_versions == versions
 
 
 def test_base_weights_as_a_body(files, controlled, versions):
@@ -332,9 +348,14 @@ def test_base_weights_that_do_not_fit(files, controlled):
         assert answer.status_code == 400, answer.text
         assert "old weights stay" in answer.json()["error"]["message"]
     assert post(controlled, "/update_weights", b"nothing").status_code == 400
+    for tensors in ({}, {f"other.{key}": value for key, value in good.items()}):
+        answer = post(controlled, "/update_weights", save(tensors), strict=False)
+        assert (answer.status_code, "has a place in the model" in answer.text) == (400, True)
     answer = ask(controlled, "POST", "/update_weights", update_info={})
     assert (answer.status_code, "octet-stream" in answer.text) == (400, True)
-    assert text(controlled)["choices"] == before["choices"]
+    after = text(controlled)
+    assert after["choices"] == before["choices"]
+    assert after["weights_version"] == before["weights_version"]
 
 
 def test_base_weights_wait_for_what_is_under_way(files, controlled):

@@ -16,11 +16,14 @@ import torch
 from dense_merge import TOLERANCE, build_case, error
 from served import Files, ask, client_of, serving, word_tokenizer
 from tiny_models import FAMILIES
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, LorafxError
 from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
+from lorafx.integrations.server.generating import ServedModel
+from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -214,6 +217,79 @@ def test_an_adapter_that_goes_fails_alone(files, server):
     assert (gone.status_code, other.status_code) == (404, 200)
     got = torch.tensor(other.json()["data"][0]["embedding"])
     assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
+
+
+def test_an_input_that_the_model_refuses_fails_alone(files, server):
+    """Also among others of its adapter: with more tokens than there are positions."""
+    batches, inputs = server.engine, {"w9 w12 " * 6: "a2", "w8 " * 14: "a2"}
+    tokens = [files.tokenizer(words)["input_ids"] for words in inputs]
+
+    async def talk() -> Any:
+        asked = [*zip(tokens, inputs.values(), strict=True), ([9] * 17, "a2")]
+        return await asyncio.gather(
+            *(batches.vectors([ids], adapter) for ids, adapter in asked), return_exceptions=True
+        )
+
+    with calls_of(server) as calls:
+        *answers, failure = asyncio.run(talk())
+    assert isinstance(failure, LorafxError)
+    assert len(calls[0]) == 3
+    for (answer,), (words, adapter) in zip(answers, inputs.items(), strict=True):
+        assert error(normalize(answer, dim=0), vector(files, adapter, words)) <= TOLERANCE
+
+
+def test_a_text_that_is_cut_keeps_the_special_tokens_at_its_end(files, server):
+    tokenizer = word_tokenizer(SIZES["vocab_size"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    settings = Settings(model=str(files.model), adapters=files.adapters)
+    served = ServedModel(server.compiled, server.engine, tokenizer, settings)
+    ending = server._replace(app=build_app(served))
+    words = "w9 w8 w7 w11 w12"
+    cut, bare, only, ids = gathered(
+        ending,
+        (PATH, asking("a1", words, truncate_prompt_tokens=4)),
+        (PATH, asking("a1", words, truncate_prompt_tokens=4, add_special_tokens=False)),
+        (PATH, asking("a1", "", truncate_prompt_tokens=1)),
+        (PATH, asking("a1", [1, 9, 8, 7, 2], truncate_prompt_tokens=4)),
+    )
+    wanted = {"w9 w8 </s>": cut, "w9 w8 w7 w11": bare, "</s>": only, "w9 w8 w7": ids}
+    for text, answer in wanted.items():
+        got = torch.tensor(answer.json()["data"][0]["embedding"])
+        prompt = files.tokenizer(text, add_special_tokens=answer in (cut, ids))["input_ids"]
+        with torch.no_grad():
+            model: Any = files.case.alone("a1")
+            states = model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+        assert error(got, normalize(states.mean(0), dim=0)) <= TOLERANCE, text
+
+
+def test_versions_in_answers(files, server, monkeypatch):
+    """They are those that computed the vector, also when an adapter is replaced meanwhile."""
+    compiled, batches = server.compiled, server.engine
+    before = compiled.adapter_versions["a1"]
+    asked = [(PATH, asking("a1", "w9 w12")), ("/pooling", asking("a1", ["w9"]))]
+    for answer in gathered(server, *asked):
+        assert answer.json()["adapter_version"] == before
+    (base,) = gathered(server, (PATH, asking(None, "w9")))
+    assert (base.json()["adapter_version"], base.json()["weights_version"]) == (None, 0)
+    versions, left = batches._versions, [True]
+
+    def replaced() -> Any:
+        found = versions()
+        if left and left.pop():
+            compiled.load_adapter(files.adapters / "a2", "a1")
+        return found
+
+    monkeypatch.setattr(batches, "_versions", replaced)
+    try:
+        (answer,) = gathered(server, asked[0])
+        body = answer.json()
+        assert body["adapter_version"] == compiled.adapter_versions["a1"] > before
+        want = vector(files, "a2", "w9 w12")
+        assert error(torch.tensor(body["data"][0]["embedding"]), want) <= TOLERANCE
+    finally:
+        compiled.load_adapter(files.adapters / "a1", "a1")
 
 
 def test_a_paused_encoder(files, server):

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from served import ask, client_of, events, question
+from served import anew, ask, client_of, events, plain, question
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPT = "w9 w31 w8"
@@ -87,7 +87,6 @@ def test_stop(server, greedy, stream, included):
     last = chunks[-1].choices[0]
     assert (last.finish_reason, last.stop_reason) == ("stop", stop)
     if stream:
-        assert len(chunks) > 1
         assert (
             "".join(c.choices[0].text for c in complete(server, stop=stop, stream=True)) == before
         )
@@ -221,6 +220,22 @@ def test_prompt_logprobs(files, server, prompt_ids):
     assert len(message.json()["prompt_logprobs"]) == len(files.chat_ids("w9"))
 
 
+@pytest.mark.parametrize(("most", "asked"), [(25, 25), (-1, 61), (-1, 99)])
+def test_as_many_logprobs_as_the_server_allows(files, server, prompt_ids, most, asked):
+    served = anew(server, files, max_logprobs=most)
+    body = {"model": "tiny:a2", **question(COMPLETIONS, PROMPT, 1), "prompt_logprobs": asked}
+    answer = ask(served, "POST", COMPLETIONS, **body).json()
+    _, *found = answer["choices"][0]["prompt_logprobs"]
+    want = scores(files, "a2", prompt_ids)
+    for place, entries in enumerate(found):
+        assert min(asked, want.shape[1]) <= len(entries) <= asked + 1
+        for token, entry in entries.items():
+            assert entry["logprob"] == pytest.approx(float(want[place, int(token)]), abs=1e-4)
+    if most > 0:
+        refused = ask(served, "POST", COMPLETIONS, **{**body, "prompt_logprobs": asked + 1})
+        assert (refused.status_code, "at most 25" in refused.text) == (400, True)
+
+
 def test_prompts(files, server, prompt_ids, greedy):
     """Strings, token ids, and lists of them."""
     one = [choice.text for choice in complete(server, prompt_ids).choices]
@@ -266,21 +281,15 @@ def test_fields_of_the_engine(files, server, path, fields):
     engine = server.engine
     bias = {int(token): number for token, number in fields.get("logit_bias", {}).items()}
     asked = {**fields, "logit_bias": bias} if bias else fields
-    plain = {"temperature": 0.0, **asked}
     names = [
         engine.add_request(list(ids), adapter="a2", max_new_tokens=6, **arguments)
-        for arguments in (plain, {"temperature": 0.0})
+        for arguments in ({"temperature": 0.0, **asked}, {"temperature": 0.0})
     ]
     want, without = (output.generated_tokens for output in engine.collected(names).values())
     answer = ask(server, "POST", path, model="tiny:a2", **question(path, PROMPT, 6, **fields))
     assert answer.status_code == 200, answer.text
-    body = answer.json()
-    if path == "/v1/responses":
-        text = body["output"][0]["content"][0]["text"]
-    else:
-        choice = body["choices"][0]
-        text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
-    assert text == files.tokenizer.decode(want, skip_special_tokens=True)
+    assert plain(path, answer.json()) == files.tokenizer.decode(want, skip_special_tokens=True)
+    assert answer.json()["model"] == "tiny:a2"
     assert want != without
 
 

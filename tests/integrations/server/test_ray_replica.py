@@ -145,9 +145,8 @@ def test_settings_from_a_command_line(files):
         "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
     }
     settings = build.__annotations__["args"].model_validate(given)  # as Ray does
-    served = settings
-    assert (served.target, served.max_adapters) == (("q_proj", "v_proj"), 3)
-    assert served.max_host_bytes == 1_000_000
+    assert (settings.target, settings.max_adapters) == (("q_proj", "v_proj"), 3)
+    assert settings.max_host_bytes == 1_000_000
     replicas, ingress = deployments(build(settings))
     assert replicas.num_replicas == 2
     assert replicas._deployment_config.health_check_period_s == 3

@@ -192,8 +192,7 @@ def test_the_command_names_its_own_options(files, monkeypatch):
 
 @pytest.mark.quick
 def test_the_room_that_adapters_get(files):
-    given = {"max_adapters": 5, "slot_rank": 2}
-    given = {"max_adapters": 5, "max_host_bytes": 10_000}
+    given = {"max_adapters": 5, "slot_rank": 2, "max_host_bytes": 10_000}
     config = Settings(model=str(files.model), adapters=files.adapters, **given).lora_config()
     assert config.max_rank == 8  # the largest of the adapters
     assert {name: getattr(config, name) for name in given} == given

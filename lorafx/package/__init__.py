@@ -1,0 +1,1 @@
+"""Packages: models with LoRA as files that AOTInductor compiled, to run without a compiler."""

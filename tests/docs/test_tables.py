@@ -1,0 +1,114 @@
+"""Tables of the docs that are made from the code, for errors from their docstrings:
+EXPECTTEST_ACCEPT=1 writes them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+import lorafx
+from lorafx import errors
+from lorafx.integrations.vllm import plugin
+from lorafx.integrations.vllm.patches import PATCHES
+from lorafx.torch_internals import versions
+from lorafx.torch_internals.shortcuts import SHORTCUTS
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).parents[2]
+END, WAY_OUT = "<!-- end -->", "Way out: "
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |\n" for row in (columns, *rows)]
+    return "".join((lines[0], f"|{'---|' * len(columns)}\n", *lines[1:]))
+
+
+def raised() -> list[type[BaseException]]:
+    """The classes of lorafx.errors, in order."""
+    known = vars(errors).values()
+    return [e for e in known if isinstance(e, type) and issubclass(e, Exception | Warning)]
+
+
+def told(error: type[BaseException]) -> tuple[str, str]:
+    """The cause and the way out."""
+    cause, _, way_out = inspect.cleandoc(error.__doc__ or "").partition("\n\n")
+    assert way_out.startswith(WAY_OUT), error
+    return " ".join(cause.split()), " ".join(way_out.removeprefix(WAY_OUT).split())
+
+
+def of_errors() -> str:
+    bases = {e: ", ".join(f"`{base.__name__}`" for base in e.__bases__) for e in raised()}
+    rows = [(f"`{error.__name__}` ({own})", *told(error)) for error, own in bases.items()]
+    return table(("error", "cause", "way out"), rows)
+
+
+def patches() -> str:
+    rows = [(f"`{patch.owner}.{patch.name}`", patch.purpose) for patch in PATCHES]
+    return table((f"in vLLM {', '.join(plugin.TESTED)}", "what stands there"), rows)
+
+
+def shortcuts() -> str:
+    return table(
+        ("shortcut", "without it", "what it saves"),
+        [(f"`{name}`", own.replaces, own.gains) for name, own in SHORTCUTS.items()],
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}"
+
+
+def versions_tested() -> str:
+    """The sentence that README.md has as well."""
+    pairs = [f"{torch} (triton {triton})" for torch, triton in versions.TORCH.items()]
+    found = {"torch": pairs, "transformers": versions.TRANSFORMERS, "PEFT": versions.PEFT}
+    return f"Tested: {'; '.join(f'{name} {listed(known)}' for name, known in found.items())}.\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "part"),
+    [
+        ("errors.md", "table", of_errors),
+        ("guides/vllm.md", "patches", patches),
+        ("torch_internals.md", "versions", versions_tested),
+        ("torch_internals.md", "shortcuts", shortcuts),
+    ],
+)
+def test_the_page_is_made_from_the_code(page: str, name: str, part: Callable[[], str]) -> None:
+    path, begin = ROOT / "docs" / page, f"<!-- {name} -->\n"
+    written = path.read_text()
+    before, rest = written.split(begin)
+    _, end, after = rest.partition(END)
+    wanted = f"{before}{begin}{part()}{end}{after}"
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(wanted)
+    assert written == wanted, "run this test with EXPECTTEST_ACCEPT=1"
+
+
+def test_the_readme_has_the_versions() -> None:
+    assert versions_tested().strip() in (ROOT / "README.md").read_text()
+
+
+def test_all_errors_are_public_and_derive_from_the_root() -> None:
+    for error in raised():
+        assert error.__name__ in lorafx.__all__
+        assert issubclass(error, errors.LorafxError | errors.LorafxWarning)
+
+
+def test_classes_of_other_modules_are_kinds_of_these() -> None:
+    """Somebody who handles the page's classes handles all."""
+    for module in ("adapter_store", "model", "capture", "runtime", "compiled_model"):
+        package = importlib.import_module(f"lorafx.{module}")
+        for found in pkgutil.iter_modules(package.__path__, f"lorafx.{module}."):
+            for value in vars(importlib.import_module(found.name)).values():
+                own = isinstance(value, type) and value.__module__ == found.name
+                if own and issubclass(value, errors.LorafxError):
+                    assert any(issubclass(value, known) for known in raised()[2:]), value
