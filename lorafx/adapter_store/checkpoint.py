@@ -13,6 +13,7 @@ where the weights have their sizes; several such prefixes are an error.
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -183,7 +184,8 @@ def _mapping_of_moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
         new_prefixes = [
             new
             for new in (path.removesuffix(end) for path in known if path.endswith(f".{end}"))
-            if all(_fits(known.get(new + p.removeprefix(old_prefix)), lost[p]) for p in lost)
+            if _same_entries(old, new)
+            and all(_fits(known.get(new + p.removeprefix(old_prefix)), lost[p]) for p in lost)
         ]
         labels = [new.removesuffix(".") for new in new_prefixes]
         if len(new_prefixes) > 1:
@@ -196,6 +198,12 @@ def _mapping_of_moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
             LOG.info("adapter in %s: %s is %s here", state.where, old or "its root", labels[0])
             return {f"^{re.escape(old_prefix)}": new_prefixes[0]}
     return {}
+
+
+def _same_entries(old: str, new: str) -> bool:
+    """Whether the numbers in two paths agree, from the end: layer 7 is never layer 0."""
+    first, second = ([p for p in path.split(".") if p.isdecimal()][::-1] for path in (old, new))
+    return all(map(operator.eq, first, second))
 
 
 def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:

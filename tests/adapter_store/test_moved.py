@@ -144,3 +144,14 @@ def test_a_mixed_batch_of_every_naming(tmp_path: Path) -> None:
     assert all(site.path.endswith("down_proj") for site in cm.sites)
     names = [*NAMINGS, None]
     check_mixed(cm, case, names, token_inputs(len(names), 6))
+
+
+def test_a_layer_that_the_model_lacks_is_not_another_one(tmp_path: Path) -> None:
+    """Of the same names and sizes, and the only one there is."""
+    model = random_base("llama", num_hidden_layers=1)
+    folder = save_adapter(model, tmp_path, rank=2, targets=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key.replace("layers.0", "layers.7"): t for key, t in tensors.items()}, file)
+    with pytest.raises(lorafx.LorafxError, match=r"layers\.7"):
+        lorafx.compile(model, {"a": folder}, options=REFERENCE)
