@@ -140,7 +140,7 @@ def _mark(
         request = replace(request, config=replace(request.config, max_rank=rank))
     check_names(request.config.row_dims, model)
     if model.training:
-        warn_training(model, stacklevel=4)
+        warn_training(model, stacklevel=5)
     prepared = Preparation(
         model, request.config, options, request.adapters, request.origins, rollback=rollback
     )
@@ -171,7 +171,7 @@ def _resolved(options: Options, device: torch.device) -> Options:
         try:
             check_compiler()
         except LoweringError as error:
-            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
+            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=4)
             return replace(options, lowering="reference")
     return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
 

@@ -235,7 +235,7 @@ def test_an_input_that_the_model_refuses_fails_alone(files, server):
     assert isinstance(failure, LorafxError)
     assert len(calls[0]) == 3
     for (answer,), (words, adapter) in zip(answers, inputs.items(), strict=True):
-        assert error(normalize(answer, dim=0), vector(files, adapter, words)) <= TOLERANCE
+        assert error(normalize(answer.numbers, dim=0), vector(files, adapter, words)) <= TOLERANCE
 
 
 def test_a_text_that_is_cut_keeps_the_special_tokens_at_its_end(files, server):
