@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import lorafx
 
+TITLE = "time over llama.cpp, Llama 1024/2816 of 6 layers, r=16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8": torch.bfloat16, "4": torch.bfloat16}
 DENSE = ("fp32", "bf16")
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "8": "Q8_0", "4": "Q4_0"}
@@ -160,7 +161,7 @@ def by_openvino(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> Callable[[
             self.model = copy.deepcopy(model).float()
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
+            return self.model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
@@ -251,9 +252,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 given = (weights, count, length, layers, blocks, seconds)
                 rows += run_case(*given, Path(folder))
-    if not options.quick:
-        title = "time over llama.cpp, Llama 1024/2816 of 6 layers, r=16"
-        save(options.out, title, rows, machine_and_peers)
+            if not options.quick:
+                save(options.out, TITLE, rows, machine_and_peers)
 
 
 if __name__ == "__main__":
