@@ -40,7 +40,8 @@ def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]
     results = json.loads((ROOT / f"benchmarks/results/cpu_{name}.json").read_text())
     cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
     rows = {(row["case"], row["arm"]): row for row in results["rows"]}
-    figure, axes = plt.subplots(figsize=(1 + 1.75 * len(cases), 3.4), layout="constrained")
+    size = min(1 + 1.75 * len(cases), 11), 3.4
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(arms)
     for number, (arm, label, colour) in enumerate(arms):
         places = [place for place, case in enumerate(cases) if (case, arm) in rows]
@@ -52,9 +53,9 @@ def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]
         ]
         at = [place + (number - (len(arms) - 1) / 2) * width for place in places]
         drawn = axes.bar(at, medians, width, yerr=spread, label=label, color=colour)
-        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=1)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7 if len(cases) < 6 else 4.5, padding=1)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(cases)), cases)
+    axes.set_xticks(range(len(cases)), [case.replace(", weights ", "\n") for case in cases])
     axes.set_ylabel(f"time over {over}")
     machine = results["machine"]
     versions = ", ".join(
