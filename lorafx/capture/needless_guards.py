@@ -12,7 +12,7 @@ A frame of an entry always belongs to the same model, and a graph serves one sta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,18 +51,21 @@ def keep_guards(
 def _is_of_hooks(source: Any, value_at: Callable[[str], Any]) -> bool:
     """Whether the place is a table of hooks of a module, or of a mark in it."""
     below = None
-    while source is not None:
-        if _TABLE.fullmatch(source_text(source)):
-            hook = None if below is None else value_at(source_text(below))
+    for name in _names_up(source):
+        if _TABLE.fullmatch(name):
+            hook = None if below is None else value_at(below)
             return not callable(hook) or isinstance(hook, MARKS)
-        below, source = source, getattr(source, "base", None)
+        below = name
     return False
 
 
 def _lies_in(source: Any, container: Any, value_at: Callable[[str], Any]) -> bool:
+    globals_only = (name for name in _names_up(source) if name.startswith("G["))
+    return any(value_at(name) is container for name in globals_only)
+
+
+def _names_up(source: Any) -> Iterator[str]:
+    """The name of a place, and of each place that it was reached from."""
     while source is not None:
-        name = source_text(source)
-        if name.startswith("G[") and value_at(name) is container:
-            return True
+        yield source_text(source)
         source = getattr(source, "base", None)
-    return False
