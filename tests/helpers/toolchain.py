@@ -1,6 +1,8 @@
-"""Whether C++ can be compiled here."""
+"""Whether C++ can be compiled here, and how it is where it cannot."""
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 import pytest
 
@@ -14,6 +16,11 @@ def _has_compiler() -> bool:
     except LoweringError:
         return False
     return True
+
+
+def no_compiler() -> NoReturn:
+    """In the place of `best_isa`."""
+    raise LoweringError("no C++ compiler")
 
 
 needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")

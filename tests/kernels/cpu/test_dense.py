@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from toolchain import needs_compiler
+from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
@@ -125,10 +125,6 @@ assert dense.ready.cache_info().currsize == 2
 
 def test_without_a_compiler(monkeypatch) -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-
-    def no_compiler() -> Isa:
-        raise LoweringError("no C++ compiler")
-
     monkeypatch.setattr(dense, "best_isa", no_compiler)
     dense.ready.cache_clear()
     bias, x, weight = operands(3, 5, 9, torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toolchain import needs_compiler
+from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
@@ -93,14 +93,10 @@ def test_many_rows_and_no_compiler(monkeypatch) -> None:
     monkeypatch.setattr(grouped_mm, "MANY_ROWS", 4)
     check(op(x, weight, offs), x, weight, offs)
     monkeypatch.setattr(grouped_mm, "MANY_ROWS", 256)
-    monkeypatch.setattr(grouped_mm, "best_isa", _no_compiler)
+    monkeypatch.setattr(grouped_mm, "best_isa", no_compiler)
     grouped_mm._kernel_for.cache_clear()
     check(op(x, weight, offs), x, weight, offs)
     grouped_mm._kernel_for.cache_clear()
-
-
-def _no_compiler() -> Isa:
-    raise LoweringError("no C++ compiler")
 
 
 def test_opcheck():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from delta_oracle import assert_delta, assert_product, random_problem
-from toolchain import needs_compiler
+from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
@@ -127,10 +127,6 @@ def test_opcheck() -> None:
 
 def test_without_a_compiler(monkeypatch) -> None:
     """torch's operator is called then."""
-
-    def no_compiler() -> Isa:
-        raise LoweringError("no C++ compiler")
-
     monkeypatch.setattr(stored, "best_isa", no_compiler)
     stored.ready.cache_clear()
     bias, x, weight = operands(3, 128, 16, 32, torch.bfloat16)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from delta_oracle import assert_delta, assert_product, random_problem
-from toolchain import needs_compiler
+from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
@@ -198,10 +198,6 @@ def test_opcheck_of_siblings(biased: bool) -> None:
 
 def test_without_a_compiler(monkeypatch) -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-
-    def no_compiler() -> Isa:
-        raise LoweringError("no C++ compiler")
-
     monkeypatch.setattr(stored, "best_isa", no_compiler)
     stored.ready.cache_clear()
     for form in FORMS:
