@@ -106,6 +106,22 @@ def assert_delta(problem: Problem, got: Tensor) -> None:
     assert worst <= 1, f"off by {worst:.3g} times the bound"
 
 
+def assert_delta_joins(p: Problem, bias: Tensor, weight: Sequence[Tensor], kernel: int) -> None:
+    """Products with a stored weight that add the delta of `kernel`, one row an owner, have the bits
+    of two ops, within the bound."""
+    lora = torch.ops.lorafx
+    for op, added, first in (
+        (lora.stored_mm, lora.stored_mm_delta, ()),
+        (lora.stored_addmm, lora.stored_addmm_delta, (bias,)),
+    ):
+        y = op(*first, p.x, weight)
+        apart = y.clone()
+        lora.run_delta_(apart, p.x, *p.bank, 1, kernel)
+        together = added(*first, p.x, weight, *p.bank, 1, kernel)
+        assert torch.equal(together, apart)
+        assert_delta(p.with_(y=y), together)
+
+
 def random_problem(
     *,
     x_shape: Sequence[int],
