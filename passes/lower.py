@@ -33,7 +33,7 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cost.roofline import FUSED
 from lorafx.kernels.cpu.delta_kernels import delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
-from lorafx.kernels.ops.linear_ops import ADD_DELTA
+from lorafx.kernels.ops.linear_ops import ADD_DELTA, expert_keys
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import CONCAT, plan_of
@@ -208,8 +208,18 @@ def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
         if generated is not None:
             return call_in_place(*generated)
     capacity = fake_value(call["ranks"]).shape[0] // call["count"]
-    keys = ctx.emit(EXPERT_SLOTS, *in_order(EXPERT_SLOTS, call, capacity=capacity))
+    if strategy_of(node).kernel and call["rows"] != 0:
+        keys = _expert_slots(ctx, call, capacity)
+    else:
+        keys = ctx.emit(EXPERT_SLOTS, *in_order(EXPERT_SLOTS, call, capacity=capacity))
     return _add_delta(ctx, node, {**call, "slots": keys, "rows": 1})
+
+
+def _expert_slots(ctx: Context, call: dict[str, Any], capacity: int) -> fx.Node:
+    """`lorafx::expert_slots` in aten, which Inductor fuses. Kernels of a GPU check no slots."""
+    experts, sizes = call["experts"], (call["count"], capacity)
+    owner = ctx.row_slots(call["slots"], call["rows"], ctx.size(experts, 0))
+    return ctx.traced(lambda *rows: expert_keys(rows[0], rows[1], *sizes), owner, experts)
 
 
 def _ends_of_experts(experts: fx.Node, count: int) -> fx.Node | None:

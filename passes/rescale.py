@@ -92,7 +92,7 @@ class _Scales:
             reader.replace_input_with(node, last)
 
     def _owner(self, node: fx.Node) -> fx.Node:
-        """The slot of each row of y, int32 (M,), like `lorafx.kernels.ops.delta.row_slots`."""
+        """The slot of each row of y, int32 (M,)."""
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[: row_dims(node)])
@@ -103,12 +103,9 @@ class _Scales:
                 size = self.ctx.size(node, dim)
                 known = isinstance(count, int) and isinstance(size, int)
                 count = count * size if known else emit(operator.mul, count, size)
-            index = self.ctx.numbers(count, torch.int64, fake_value(node).device)
             # Unproved rows: the site's op refuses batches that mix adapters.
             rows = rows if isinstance(rows, fx.Node) or rows > 0 else ALL_ALIKE
-            index = emit(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
-            index = emit(aten.remainder.Scalar, index, self.ctx.size(slots, 0))
-            self.owners[key] = emit(aten.index.Tensor, slots, [index])
+            self.owners[key] = self.ctx.row_slots(slots, rows, count)
         return self.owners[key]
 
 

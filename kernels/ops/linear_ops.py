@@ -202,6 +202,11 @@ def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity
     owner = row_slots(slots, rows, experts.shape[0])
     if owner.device.type == "cpu" and bool((owner >= capacity).any()):
         raise BatchError(f"slot {int(owner.max())} in a batch, but the bank has {capacity} slots")
+    return expert_keys(owner, experts, count, capacity)
+
+
+def expert_keys(owner: Tensor, experts: Tensor, count: int, capacity: int) -> Tensor:
+    """e S + s of each row of expert e with slot s, int32 (M,); -1 where either is out of range."""
     routed = (owner >= 0) & (owner < capacity) & (experts >= 0) & (experts < count)
     return torch.where(routed, experts * capacity + owner, -1).to(torch.int32)
 

@@ -245,6 +245,13 @@ class Context:
         settings = {"dtype": dtype, "device": device, "requires_grad": False}
         return self.emit(torch.ops.prims.iota.default, count, start=0, step=1, **settings)
 
+    def row_slots(self, slots: fx.Node, rows: Any, count: Any) -> fx.Node:
+        """`lorafx.kernels.ops.delta.row_slots` in aten, for proved rows."""
+        index = self.numbers(count, torch.int64, fake_value(slots).device)
+        index = self.emit(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
+        index = self.emit(aten.remainder.Scalar, index, self.size(slots, 0))
+        return self.emit(aten.index.Tensor, slots, [index])
+
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
         """The site's bank fields and slots as inputs, which executables look up by the weight: a
         graph may serve several layers. Gains and shifts are None if the bank has no room."""

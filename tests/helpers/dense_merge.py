@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,36 @@ def save_adapter(
 ) -> Path:
     """`oracle.save_adapter` of the modules that dotted suffixes, a pattern or "all-linear" name."""
     return oracle.save_adapter(base, folder, rank=rank, targets=_paths(base, targets), **config)
+
+
+def check_bfloat16(
+    folder: Path,
+    serve: Callable[[nn.Module, dict[str, Path], dict[str, Tensor], list[str | None]], Tensor],
+) -> None:
+    """What `serve(base, folders, inputs, names)` returns, logits of a Llama in bfloat16, is near to
+    fp64 with the weights that bfloat16 can hold: within twice the error that W + ΔW run densely in
+    bfloat16 has, row by row."""
+    base = random_base("llama", num_hidden_layers=1).bfloat16()
+    exact = random_base("llama", num_hidden_layers=1).bfloat16().double()
+    plans = {"a": ["q_proj", "v_proj", "down_proj"], "b": ["gate_proj", "lm_head", "embed_tokens"]}
+    folders = {
+        name: save_adapter(exact.float(), folder / name, rank=rank, targets=plans[name])
+        for name, rank in (("a", 3), ("b", 8))
+    }
+    exact.double()
+    names = ["a", None, "b", "b", "a"]
+    torch.manual_seed(3)
+    inputs = {"input_ids": torch.randint(0, 61, (5, 7))}
+    got = serve(base, folders, inputs, names).cpu()
+    assert got.dtype == torch.bfloat16
+    for row, name in enumerate(names):
+        ids = inputs["input_ids"][row : row + 1]
+        twin = exact if name is None else oracle.merged(exact, folders[name])
+        with torch.no_grad():
+            true = twin.double()(input_ids=ids).logits[0]
+            dense = twin.bfloat16()(input_ids=ids).logits[0]
+            exact.double()
+        assert error(got[row], true) <= 2 * error(dense, true)
 
 
 def _paths(base: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -87,3 +87,10 @@ def paged_step(
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in found.items()
     }
+
+
+def kept_rows(call: dict[str, Any]) -> torch.Tensor:
+    """The cache's values and keys, (2, rows, G·D), without the row that all tokens write which are
+    not kept, in any order on a GPU."""
+    _, heads, _, size = call["key"].shape
+    return call["cache"].view(call["key"].dtype).view(2, -1, heads * size)[:, :-2]

@@ -97,10 +97,13 @@ def chosen(cm: Any) -> dict[str, str]:
     }
 
 
-def test_generated_deltas_for_every_mix_routing_and_length(case: Case) -> None:
-    options = {"lowering": "triton", "plan": plan_of(case, **PINNED)}
+def test_generated_deltas_for_every_mix_routing_and_length(case: Case, tmp_path: Path) -> None:
+    options = {"lowering": "triton", "plan": plan_of(case, **PINNED), "dump": str(tmp_path)}
     cm = case.compile(options)
     check_mixed(cm, case, ROUTED, ids(5, 2))
+    lowered = [path.read_text() for path in tmp_path.glob("graph-*/*-lower.py")]
+    assert lowered
+    assert not any("expert_slots" in text for text in lowered)  # Inductor fuses them
     assert chosen(cm) == PINNED
     graphs = cm.recompiles
     check_mixed(cm, case, ROUTED[:3], ids(3, 3, seed=4))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_merge import build_case, check_mixed, error, random_base, save_adapter
-from oracle import merged
+from dense_merge import build_case, check_bfloat16, check_mixed
 from tiny_models import FAMILIES, Family, token_inputs
 
 import lorafx
@@ -51,32 +50,11 @@ def test_tied_embeddings_with_lora_on_both_ends(case_of):
     "lowering", ["reference", pytest.param("inductor", marks=pytest.mark.slow)]
 )
 def test_bfloat16_is_as_near_to_fp64_as_the_merged_model_in_bfloat16(tmp_path, lowering):
-    """The bound is measured: twice the error that running W + ΔW densely in bf16 has.
+    def serve(base, folders, inputs, names):
+        cm = lorafx.compile(base, folders, options={"lowering": lowering}, dynamic=False)
+        return cm(**inputs, adapter_names=names).logits
 
-    Both are measured against fp64 with the very weights that bf16 can hold.
-    """
-    base = random_base("llama", num_hidden_layers=1).bfloat16()
-    exact = random_base("llama", num_hidden_layers=1).bfloat16().double()
-    plans = {"a": ["q_proj", "v_proj", "down_proj"], "b": ["gate_proj", "lm_head", "embed_tokens"]}
-    folders = {
-        name: save_adapter(exact.float(), tmp_path / name, rank=rank, targets=plans[name])
-        for name, rank in (("a", 3), ("b", 8))
-    }
-    exact.double()
-    names = ["a", None, "b", "b", "a"]
-    torch.manual_seed(3)
-    inputs = {"input_ids": torch.randint(0, 61, (5, 7))}
-    cm = lorafx.compile(base, folders, options={"lowering": lowering}, dynamic=False)
-    got = cm(**inputs, adapter_names=names).logits
-    assert got.dtype == torch.bfloat16
-    for row, name in enumerate(names):
-        ids = inputs["input_ids"][row : row + 1]
-        twin = exact if name is None else merged(exact, folders[name])
-        with torch.no_grad():
-            true = twin.double()(input_ids=ids).logits[0]
-            dense = twin.bfloat16()(input_ids=ids).logits[0]
-            exact.double()
-        assert error(got[row], true) <= 2 * error(dense, true)
+    check_bfloat16(tmp_path, serve)
 
 
 class Bagged(torch.nn.Module):
