@@ -259,7 +259,8 @@ def prepared(
     )
     names = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
     plan = {path: pins[name] for path, name in names.items() if pins and name in pins}
-    settings = {"lowering": "triton", "plan": plan}
+    # What serves calls without an adapter once `warmup` has run.
+    settings = {"lowering": "triton", "plan": plan, "base_graphs": True}
     cm = lorafx.compile(copy.deepcopy(model), config, options=settings)
     for name, path in paths.items():
         cm.load_adapter(path, name)
