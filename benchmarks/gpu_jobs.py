@@ -155,7 +155,7 @@ def arm_jobs(phase: str, part: str, arms: tuple[Arm, ...] = ARMS) -> Iterator[Jo
                 "gpu_compare:compare",
                 {"phase": phase, "part": part, "arm": arm.name},
                 (*SHARED, *arm.sources),
-                estimate=20.0 + 7 * cases,
+                estimate=15.0 + 4 * cases,
                 inputs=arm.inputs,
                 tiny=f"{phase} {arm.name}",
             )
@@ -176,7 +176,7 @@ HELPERS = ("tests/helpers/on_device.py", "tests/helpers/triton_cases.py", "tests
 
 def test_jobs() -> Iterator[Job]:
     for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
-        estimate, sources = TESTS.get(path.name, (150.0, WHOLE))
+        estimate, sources = TESTS.get(path.name, (110.0, WHOLE))
         file = f"tests/gpu/{path.name}"
         # What is timed must have the GPU to itself.
         lanes = 1 if path.name == "test_measuring.py" else 6
@@ -226,7 +226,7 @@ SEGMENTS = dict.fromkeys(
 
 
 def step_job(
-    place: int, label: str, estimate: float = 240.0, pins: Mapping[str, str] | None = None
+    place: int, label: str, estimate: float = 130.0, pins: Mapping[str, str] | None = None
 ) -> Job:
     """A whole step, by its place in gpu_model.STEPS."""
     sources = ("benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
@@ -276,7 +276,7 @@ def all_jobs() -> tuple[Job, ...]:
     """Every job, the most valuable first."""
     chip = ("benchmarks/gpu_tuning.py", "benchmarks/calibrate.py", "kernels/triton")
     return (
-        Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=120.0),
+        Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=30.0),
         *test_jobs(),
         correctness_job("llama-8b", 300.0),
         *arm_jobs("prefill", "main"),

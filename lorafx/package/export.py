@@ -37,7 +37,7 @@ from lorafx.errors import (
 )
 from lorafx.model.sites import room_of
 from lorafx.package.aten import InAten, checked
-from lorafx.package.stand_in import DEVICES, FORMAT, KEY, constants_of, described, sites_of
+from lorafx.package.stand_in import FORMAT, KEY, constants_of, described, sites_of
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.frame import Frame, FrameInput, fake_value
 from lorafx.program.program import Program
@@ -74,8 +74,7 @@ def export(
 
     The package holds the base's weights, empty banks and code for this processor. Each row of a
     batch has its own adapter, by the slots that are the first input. Batch and lengths are dynamic
-    where the example has at least two of them. The package runs where the model is, on a CPU or a
-    CUDA GPU. The model is as before afterwards.
+    where the example has at least two of them. The model is on a CPU, and as before afterwards.
 
     Args:
         lora_config: as for `lorafx.compile`. Adapters that it names choose the sites, the ranks and
@@ -91,7 +90,7 @@ def export(
         TargetError: a site that is neither a linear nor an embedding.
         UnsupportedAdapterError: DoRA, biases or weights of adapters' own.
         ProvenanceError, MatchError: not every site can be served in mixed batches.
-        CaptureError: the model is no single graph, is on another device, or torch.export fails.
+        CaptureError: the model is no single graph, is not on a CPU, or torch.export fails.
         LoweringError: AOTInductor fails.
 
     It also raises what `lorafx.compile` and the call raise.
@@ -116,10 +115,10 @@ def export(
 
 def _described(program: Program) -> dict[str, Any]:
     """`described`, where all of the program can be exported."""
-    if program.runtime.device.type not in DEVICES:
+    if program.runtime.device.type != "cpu":
         raise CaptureError(
-            f"the model is on {program.runtime.device}, and packages are made for "
-            f'{" and ".join(DEVICES)}; move it there: model.to("cpu")'
+            f"the model is on {program.runtime.device}, and packages are made for CPUs; move it "
+            'there: model.to("cpu")'
         )
     if rooms := room_of(program.groups):
         raise UnsupportedAdapterError(

@@ -52,7 +52,7 @@ class Package:
 
     def __init__(self, path: str) -> None:
         self._model, description = _opened(path)
-        self._places, self._device = description["inputs"][1:], torch.device(description["device"])
+        self._places = description["inputs"][1:]
         self._form, self._limits = description["output"], description["limits"]
         self.inputs = {place["name"]: tuple(place["shape"]) for place in self._places}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -91,8 +91,7 @@ class Package:
         requests = requests_of(adapter_names) or Requests((None,), uniform=True)
         names = requests.of_rows(rows)
         with self._lock:
-            acquired = self._store.acquire(names)
-            slots = torch.tensor(acquired, dtype=torch.int32, device=self._device)
+            slots = torch.tensor(self._store.acquire(names), dtype=torch.int32)
             try:
                 results = self._model.loader.boxed_run([slots, *tensors])
             except RuntimeError as error:
@@ -147,22 +146,20 @@ class Package:
             raise ConfigError(f"{error}; the package takes {', '.join(self.inputs)}") from None
         sizes: dict[str, int] = {}
         for place in self._places:
-            _check_input(place, given[place["name"]], sizes, self._device)
+            _check_input(place, given[place["name"]], sizes)
         for name, limit in self._limits.items():
             if sizes[name] > limit:
                 raise BatchError(f"{name} is {sizes[name]}, and the model takes up to {limit}")
         return [given[name].contiguous() for name in self.inputs], sizes["batch"]
 
 
-def _check_input(
-    place: Mapping[str, Any], value: Any, sizes: dict[str, int], device: torch.device
-) -> None:
+def _check_input(place: Mapping[str, Any], value: Any, sizes: dict[str, int]) -> None:
     """Raise BatchError or ConfigError for an input that does not fit; notes its dynamic `sizes`."""
     name, dtype, shape = place["name"], place["dtype"], place["shape"]
     if not isinstance(value, Tensor):
         raise ConfigError(f"{name} is a {type(value).__name__}; give a tensor")
-    if value.dtype is not getattr(torch, dtype) or value.device.type != device.type:
-        raise BatchError(f"{name} is {value.dtype} on {value.device}; give {dtype} on {device}")
+    if value.dtype is not getattr(torch, dtype) or value.device.type != "cpu":
+        raise BatchError(f"{name} is {value.dtype} on {value.device}; give {dtype} on a CPU")
     expected = [
         sizes.setdefault(size, given) if isinstance(size, str) else size
         for size, given in zip(shape, value.shape, strict=False)

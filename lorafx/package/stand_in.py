@@ -26,9 +26,7 @@ from lorafx.passes.select import Alias, Select
 from lorafx.program.program import Preparation, Program
 
 #: The description's key in a package's metadata, and its version.
-KEY, FORMAT = "lorafx", 2
-#: Types of devices that packages run on.
-DEVICES = ("cpu", "cuda")
+KEY, FORMAT = "lorafx", 1
 #: How messages of a package's assertions begin.
 REFUSED = "lorafx: "
 
@@ -72,7 +70,6 @@ def described(program: Program) -> dict[str, Any]:
     packed = {name: members for item in declared for name, members in item.items()}
     packed |= config.packed_modules
     return {
-        "device": program.runtime.device.type,
         "modules": [path for path, _ in program.model.named_modules() if path],
         "sites": sites,
         "prefix": getattr(program.model, "base_model_prefix", ""),
@@ -117,9 +114,9 @@ def sites_of(description: Mapping[str, Any]) -> Sites:
     )
     preparation = Preparation(model, config)
     run_model_passes(preparation, (Alias(), Select()))
-    device = torch.device(description["device"])
-    placed = tuple(replace(site, device=device) for site in preparation.sites)
-    return Sites(model, placed, allocate_groups(placed, config), config)
+    host = torch.device("cpu")
+    on_host = tuple(replace(site, device=host) for site in preparation.sites)
+    return Sites(model, on_host, allocate_groups(on_host, config), config)
 
 
 def constants_of(groups: Sequence[Group]) -> dict[str, Tensor]:

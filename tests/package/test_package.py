@@ -6,17 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_bfloat16, error, save_adapter, valid
-from packaged import served
 from tiny_models import VOCAB, token_inputs
 from toolchain import needs_compiler
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorafx
 from lorafx.kernels.cpu.compiler import find_compiler
@@ -104,7 +102,20 @@ def test_a_row_does_not_depend_on_its_neighbours(fresh: lorafx.Package) -> None:
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    check_bfloat16(tmp_path, partial(served, path=tmp_path / "llama.pt2"))
+    def serve(
+        base: nn.Module,
+        folders: dict[str, Path],
+        inputs: dict[str, Tensor],
+        names: list[str | None],
+    ) -> Tensor:
+        example, path = {**inputs, "use_cache": False}, tmp_path / "llama.pt2"
+        package = lorafx.load(lorafx.export(base, folders, example, path))
+        for name, folder in folders.items():
+            package.load_adapter(folder, name)
+        logits: Tensor = package(**inputs, adapter_names=names)["logits"]
+        return logits
+
+    check_bfloat16(tmp_path, serve)
 
 
 def test_sums_of_adapters(fresh: lorafx.Package, shallow: Case) -> None:
@@ -121,7 +132,7 @@ def test_sums_of_adapters(fresh: lorafx.Package, shallow: Case) -> None:
         ({"input_ids": None}, lorafx.ConfigError, "input_ids is a NoneType"),
         ({"input_ids": torch.full((2, 5), VOCAB)}, lorafx.OutOfRangeError, "input_ids points"),
         ({"input_ids": torch.full((2, 5), -1)}, lorafx.OutOfRangeError, f"{VOCAB} entries"),
-        ({"input_ids": torch.ones(2, 5)}, lorafx.BatchError, "give int64 on cpu"),
+        ({"input_ids": torch.ones(2, 5)}, lorafx.BatchError, "give int64 on a CPU"),
         ({"input_ids": torch.ones(3, 5).long()}, lorafx.BatchError, "batch = 3"),
         ({"input_ids": torch.ones(5).long()}, lorafx.BatchError, "has shape"),
         ({"input_ids": torch.ones(2, 0).long()}, lorafx.BatchError, "holds nothing"),
