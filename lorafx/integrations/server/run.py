@@ -151,7 +151,12 @@ def _encoding(
         tokens = torch.ones(2, 8, dtype=torch.long, device=model.device)
         compiled.warmup({"input_ids": tokens, "attention_mask": tokens})
     saved = saved_json(settings.model, "sentence_bert_config.json") or {}
-    limits = saved.get("max_seq_length"), tokenizer.model_max_length
+    # RoBERTa's positions begin behind the index of the padding.
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    padded = [t.padding_idx for t in tables if t.num_embeddings == positions]
+    behind = [positions - index - 1 for index in padded if index is not None]
+    limits = saved.get("max_seq_length"), tokenizer.model_max_length, *behind
     yield ServedModel(compiled, batches, tokenizer, settings, lazily, limits)
 
 

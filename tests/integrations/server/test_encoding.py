@@ -18,7 +18,7 @@ from served import Files, ask, client_of, serving, word_tokenizer
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertModel, RobertaModel
 
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
@@ -35,9 +35,10 @@ SIZES = {
 
 
 def written(folder: Path, model: type, **config: Any) -> Files:
-    """A tiny BERT of this class with adapters a0 to a4 on disk."""
+    """A tiny encoder of this class with adapters a0 to a4 on disk."""
+    settings = SIZES | config
     family = replace(
-        FAMILIES["bert"], build=lambda **_: model(BertConfig(**SIZES, **config)), config={}
+        FAMILIES["bert"], build=lambda **_: model(model.config_class(**settings)), config={}
     )
     case = build_case(family, folder / "adapters")
     base: Any = case.base
@@ -176,6 +177,15 @@ def test_inputs_that_are_too_long(files, server):
     assert cut.json()["usage"]["prompt_tokens"] == SIZES["max_position_embeddings"]
     got = torch.tensor(short.json()["data"][0]["embedding"])
     assert error(got, vector(files, "a1", "w9 w9")) <= TOLERANCE
+
+
+def test_positions_that_begin_behind_the_padding_index(tmp_path):
+    """RoBERTa's tables of positions have rows for the padding and for those before it."""
+    with serving(written(tmp_path, RobertaModel, pad_token_id=1)) as server:
+        long = asking("a1", "w9 " * 40, truncate_prompt_tokens=-1)
+        answer = ask(server, "POST", PATH, **long)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == SIZES["max_position_embeddings"] - 2
 
 
 @pytest.mark.parametrize(
