@@ -1,9 +1,9 @@
 """What adapters of many replicas cost, simulated: slots and turns are lorafx's, time is a formula.
 
 Each replica has an `AdapterStore` and the `Turns` of an engine, and holds at most so many adapters.
-A request names an adapter by Zipf's law and goes to a replica; it is answered in `prompt` + `new`
-tokens, the prompt in its first step. A step of r requests with D adapters, of which m had no slot,
-takes
+A request names an adapter by Zipf's law and goes to a replica; it has as many tokens as those of
+adapter_queue.py, the prompt in its first step. A step of r requests with D adapters, of which m had
+no slot, takes
 
     step · max(least, r / batch) + distinct · (D - 1) + load · m        seconds
 
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_queue import REQUESTS, UNDER_WAY
+from adapter_queue import REQUESTS, UNDER_WAY, new_tokens
+from adapter_store import Sizes
 from protocol import save
 
 from lorafx.adapter_store.store import AdapterStore
@@ -39,6 +40,7 @@ from lorafx.adapter_store.stored import Adapter, Hold, LoraWeights
 from lorafx.generation.continuous.turns import Demand, Turns
 from lorafx.package.stand_in import sites_of
 
+SIZES = Sizes()
 RESULTS = Path(__file__).parent / "results"
 #: A model of one tiny linear: what matters of an adapter is its name.
 _SITE = {"path": "l", "kind": "linear", "dtype": "float32", "in": 1, "parts": {"l": 1}}
@@ -56,7 +58,6 @@ class Costs:
     least: float = 0.5
     slots: int = 16
     batch: int = 32
-    new: int = 16
 
     def of(self, rows: int, adapters: int, loads: int) -> float:
         base = self.step * max(self.least, rows / self.batch)
@@ -67,9 +68,11 @@ class Costs:
 class Request:
     name: str
     arrived: float
+    new: int
     hold: Hold | None = None
     tokens: int = 0
     first: float = 0.0
+    last: float = 0.0
 
 
 @dataclass
@@ -160,10 +163,10 @@ class Replica:
         begun = [r for r in self.waiting if id(r) in taken]
         self.waiting = [r for r in self.waiting if id(r) not in taken]
         both = [*self.begun, *begun]
-        self.begun = [r for r in both if r.tokens < self.costs.new]
+        self.begun = [r for r in both if r.tokens < r.new]
         for request in both:
-            if request.tokens == self.costs.new:
-                request.hold = None
+            if request.tokens == request.new:
+                request.hold, request.last = None, self.now
                 self.ended.append(request)
 
 
@@ -183,7 +186,7 @@ def simulate(
     """
     rng = random.Random(5)
     weights = list(itertools.accumulate(1 / (k + 1) for k in range(adapters)))
-    rate = load * replicas * costs.batch / costs.new / costs.step
+    rate = load * replicas * costs.batch / SIZES.new / costs.step
     group = [Replica(costs, held) for _ in range(replicas)]
     place: dict[str, list[int]] = {}
     for number in range(adapters):  # they begin with the adapters that are asked for most
@@ -209,7 +212,9 @@ def simulate(
             options = place.setdefault(name, homes(name, replicas))
             if min(group[n].queued for n in options) > 4 * costs.batch:
                 options = list(range(replicas))
-        group[min(options, key=lambda n: group[n].queued)].add(Request(name, now))
+        group[min(options, key=lambda n: group[n].queued)].add(
+            Request(name, now, new_tokens(rng, SIZES))
+        )
     for replica in group:
         replica.run(float("inf"))
     return {
@@ -224,13 +229,15 @@ def simulate(
 def outcome(group: list[Replica]) -> dict[str, float]:
     ended = [request for replica in group for request in replica.ended]
     waits = [request.first - request.arrived for request in ended]
+    answers = [request.last - request.arrived for request in ended]
     requests = sum(len(replica.ended) for replica in group)
     seconds = max(replica.now for replica in group)
     return {
-        "tokens a second": requests * group[0].costs.new / seconds,
+        "tokens a second": sum(request.new for request in ended) / seconds,
         "wait p50": statistics.median(waits),
         "wait p99": statistics.quantiles(waits, n=100)[98],
-        "longest wait": max(waits),
+        "answer p50": statistics.median(answers),
+        "answer p99": statistics.quantiles(answers, n=100)[98],
         "loads": sum(replica.store.loads for replica in group) / requests,
         "reads": sum(replica.reads for replica in group) / requests,
     }
@@ -246,14 +253,14 @@ def closed(costs: Costs, adapters: int) -> Replica:
     while len(replica.ended) < REQUESTS:
         while total < REQUESTS and replica.queued < UNDER_WAY * costs.batch:
             [number] = rng.choices(range(adapters), cum_weights=weights)
-            replica.add(Request(f"a{number}", replica.now))
+            replica.add(Request(f"a{number}", replica.now, new_tokens(rng, SIZES)))
             total += 1
         replica.run(replica.now + 1e-9)  # one step
     return replica
 
 
 def speed_of(replica: Replica) -> float:
-    return len(replica.ended) * replica.costs.new / replica.now
+    return sum(request.new for request in replica.ended) / replica.now
 
 
 def fit(measured: Mapping[str, Any], load: float, read: float) -> Costs:
@@ -262,7 +269,8 @@ def fit(measured: Mapping[str, Any], load: float, read: float) -> Costs:
     step = speed_of(closed(costs, 1)) / measured["base"]["tokens a second"]
     costs = replace(costs, step=step)
     replica = closed(costs, costs.slots)
-    seconds = REQUESTS * costs.new / measured["fits"]["tokens a second"]
+    tokens = sum(request.new for request in replica.ended)
+    seconds = tokens / measured["fits"]["tokens a second"]
     distinct = (seconds - replica.now) / (replica.adapters - replica.steps)
     return replace(costs, distinct=max(0.0, distinct))
 
