@@ -36,13 +36,28 @@ def qwen3_moe():
     return transformers.Qwen3MoeForCausalLM(config)
 
 
+def qwen3_5():
+    """One layer of each kind; those of linear attention gather what the ranks project."""
+    config = transformers.Qwen3_5TextConfig(
+        **{**SIZES, "num_hidden_layers": 2},
+        **HEADS,
+        **TOKENS,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=4,
+        linear_value_head_dim=4,
+    )
+    return transformers.Qwen3_5ForCausalLM(config)
+
+
 def saved(make, folder):
     """A model and its adapters, which are on disk too."""
     torch.manual_seed(0)
     model = make().eval().requires_grad_(False)
     randomise(model)
     model.save_pretrained(folder / "base")
-    experts = [name for name, item in model.named_parameters() if item.dim() == 3]
+    experts = [name for name, _ in model.named_parameters() if ".experts." in name]
     linears = oracle.linears(model)
     plans = {
         "all": (3, linears, {"target_parameters": experts} if experts else {}),
@@ -66,12 +81,13 @@ CASES = {
     "eager": (2, llama, {"lowering": "reference", "start": "eager"}),
     "mixtral": (2, mixtral, COMPILED),
     "qwen3_moe": (2, qwen3_moe, COMPILED),
+    "qwen3_5": (2, qwen3_5, COMPILED),
     "four": (4, llama, COMPILED),
     "inductor": (2, mixtral, {"lowering": "inductor"}),
 }
 SLOW = ("qwen3_moe", "four", "inductor")
 #: Cases of which only logits are compared.
-BRIEF = ("eager", "mixtral")
+BRIEF = ("eager", "mixtral", "qwen3_5")
 
 
 @pytest.mark.parametrize(
