@@ -69,6 +69,14 @@ def own_indices(tensor: Tensor, dim: int) -> Tensor | None:
     return indices
 
 
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `like` is."""
+    for dim in range(like.dim()):
+        indices = own_indices(like, dim)
+        tensor = tensor if indices is None else tensor.index_select(dim, indices)
+    return tensor
+
+
 def _chunk(piece: Tensor, count: int, rank: int) -> Tensor:
     chunks = piece.chunk(count)
     return chunks[rank] if rank < len(chunks) else piece[:0]
@@ -89,8 +97,10 @@ def agreed(model: nn.Module, action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    group = mesh.get_group(0)
-    mine = None if error is None else (type(error), str(error))
+    group, mine = mesh.get_group(0), None
+    if error is not None:  # classes of others may not be picklable
+        kind = type(error) if isinstance(error, LorafxError) else LorafxError
+        mine = kind, str(error)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     if error is not None:
@@ -98,7 +108,6 @@ def agreed(model: nn.Module, action: Callable[[], T]) -> T:
     for rank, other in enumerate(found):
         if other is not None:
             kind, text = other
-            kind = kind if issubclass(kind, LorafxError) else LorafxError
             raise kind(f"rank {rank} failed: {text}")
     return result
 

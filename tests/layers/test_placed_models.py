@@ -1,12 +1,14 @@
 """Models of transformers cut among ranks by its own tensor parallelism, against one process."""
 
 import copy
+import shutil
 
 import oracle
 import placed_models
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny import randomise
 from two_ranks import on_ranks
 
@@ -121,13 +123,52 @@ def test_mixed_batches(case, tmp_path):
             assert torch.equal(tokens, want[0])
 
 
+def test_what_else_ranks_do_together(tmp_path):
+    model, folders = saved(llama, tmp_path)
+    # PEFT keeps the base's own weights beside factors of the head.
+    copies = {"embed_tokens.weight": model.model.embed_tokens.weight}
+    folders["copies"] = with_tensors(folders["some"], tmp_path / "copies", copies)
+    cases = oracle.Oracle.of(model, folders)
+    ids = torch.arange(1, 11).view(2, 5)
+    copies, base = (cases.rows([name] * 2, {"input_ids": ids}) for name in ("copies", None))
+    for found in on_ranks(2, placed_models.serve_more, tmp_path / "base", folders):
+        assert found["compiled"] == 0
+        oracle.assert_close(found["slots"][1], [copies[0][1]], label="slots of the second row")
+        oracle.assert_close(found["slots"][0, :2], [base[0][0, :2]], label="before the adapter")
+        for kind in ("all", "copies"):
+            for prompt, name, tokens in zip(ids.split(1), (kind, None), found[kind], strict=True):
+                want = cases.model(name).generate(prompt, max_new_tokens=3, do_sample=False)
+                assert torch.equal(tokens, want[0])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "merged")
+    oracle.assert_close(merged(input_ids=ids).logits, copies, label="merged")
+
+
+def with_tensors(folder, copy, tensors):
+    """A copy of a saved adapter that has these tensors of the model too."""
+    shutil.copytree(folder, copy)
+    state = load_file(copy / "adapter_model.safetensors")
+    state |= {f"base_model.model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(state, copy / "adapter_model.safetensors")
+    return copy
+
+
 def test_what_is_refused_is_refused_on_all_ranks(tmp_path):
-    _, folders = saved(llama, tmp_path)
+    model, folders = saved(llama, tmp_path)
+    targets = [name for name in oracle.linears(model) if name.endswith("v_proj")]
+    folders["biased"] = oracle.save_adapter(
+        model, tmp_path / "plain", rank=2, targets=targets, bias="lora_only"
+    )
+    biases = {"layers.0.self_attn.v_proj.bias": torch.ones(16)}
+    folders["biased"] = with_tensors(tmp_path / "plain", tmp_path / "biased", biases)
     for rank, found in enumerate(on_ranks(2, placed_models.refusals, tmp_path / "base", folders)):
         for name in ("compile", "load_adapter"):
             assert "missing" in found[name]
             assert found[name].startswith("CheckpointError: rank 1 failed: ") is (rank == 0)
         assert (found["adapters"], found["adapters after"]) == ("['some']", "['some', 'other']")
+        for name in ("replaced", "unpicklable"):
+            assert ": rank 1 failed: " in found[name] or rank == 1
+        assert "several ranks share it" in found["bias"]
+        assert "continuous batching serves no model that ranks share" in found["engine"]
         assert "is served for linears and experts only" in found["embedding"]
         assert "holds only a share of its weight; export on a single rank" in found["export"]
         assert "already carries a LoRA mark" in found["twice"]
