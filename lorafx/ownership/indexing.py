@@ -147,9 +147,9 @@ def gathered(node: fx.Node, flow: Flow) -> Label:
     """The ranks' tensors joined along dimension 0. If that is the owner's, the graph has to lay the
     ranks' rows side by side, as DTensor does to gather another dimension."""
     label = flow.label(operand(node))
-    if not isinstance(label, Own) or label.dim or (label.perm is None and _side_by_side(node, flow)):
-        return label
-    return flow.lost(node, "the ranks' requests are gathered along their own dimension")
+    if isinstance(label, Own) and label.dim == 0 and (label.perm or not _side_by_side(node, flow)):
+        return flow.lost(node, "the ranks' requests are gathered along their own dimension")
+    return label
 
 
 def _side_by_side(gather: fx.Node, flow: Flow) -> bool:
