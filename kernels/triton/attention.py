@@ -122,9 +122,11 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
         return Tiles(block_m=least, block_n=16 if wide else 32, num_stages=2)
     stages = 2 if wide or arch.warp == 64 else 3
     if few:
-        return Tiles(block_m=least, block_n=32 if wide else 64, num_stages=stages)
-    warps = 8 if wide and arch.warp == 32 else 4
-    return Tiles(block_m=64, block_n=32, num_warps=warps, num_stages=stages)
+        return Tiles(block_m=least, block_n=16 if wide else 64, num_stages=stages)
+    full = spec.size == power_of_two(spec.size, 16, MOST_SIZE)
+    warps = 4 if arch.warp == 64 or (full and not wide) else 8
+    rows = max(least, 32) if wide else 64
+    return Tiles(block_m=rows, block_n=32, num_warps=warps, num_stages=stages)
 
 
 def triton_attention(step: PagedStep) -> Tensor:

@@ -55,6 +55,27 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: This part of the budget for host memory is freed at once, since looking for what to drop takes
+#: time for every loaded adapter.
+_FREED = 1 / 64
+
+
+class _Adapters(dict[str, StoredAdapter]):
+    """Adapters by name. `derived` has the few names of sums and of retired versions among them, for
+    which no step has to look through all."""
+
+    def __init__(self) -> None:
+        self.derived: dict[str, None] = {}
+
+    def __setitem__(self, name: str, stored: StoredAdapter) -> None:
+        super().__setitem__(name, stored)
+        if isinstance(name, (Retired, Mixture)):
+            self.derived[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.derived.pop(name, None)
+
 
 class AdapterStore:
     """Adapters by name, for banks of `groups` with `max_adapters` slots, within `max_host_bytes` of
@@ -77,7 +98,7 @@ class AdapterStore:
         self.host = HostTier(self._fit, max_host_bytes)
         self._next_use = itertools.count(1).__next__
         self._lock = threading.RLock()
-        self._adapters: dict[str, StoredAdapter] = {}
+        self._adapters = _Adapters()
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         rooms = [len(g.bank.own) for g in groups if g.bank.own is not None]
@@ -242,7 +263,7 @@ class AdapterStore:
             pinned: set[str] = set()
             try:
                 self._backup = before
-                self._adapters, self._slots, self._pinned = {}, empty, pinned
+                self._adapters, self._slots, self._pinned = _Adapters(), empty, pinned
                 return action()
             finally:
                 try:
@@ -327,7 +348,7 @@ class AdapterStore:
         stored.used, self.host.grown = self._next_use(), True
 
     def _drop_over_budget(self) -> None:
-        """Drop the host copies of the least recently fetched adapters, down to the budget."""
+        """Drop the host copies of the least recently fetched adapters, below the budget."""
         host = self.host
         if host.budget is None or host.reader is None or not host.grown or self._backup is not None:
             return
@@ -337,8 +358,9 @@ class AdapterStore:
             if idle not in self._slots and self._adapters[idle] not in in_use:
                 undisturbed(partial(self._unload, idle))
         excess = self._host_bytes() - host.budget
+        enough = -host.budget * _FREED if excess > 0 else excess
         for name, stored in sorted(self._adapters.items(), key=lambda item: item[1].used):
-            if excess <= 0:
+            if excess <= enough:
                 break
             stays = stored in in_use or name in self._pinned or isinstance(name, Mixture)
             if stored.host is not None and stored.can_be_dropped and not stays:
@@ -354,7 +376,8 @@ class AdapterStore:
         self._forget(name)
 
     def _forget(self, name: str) -> None:
-        self._adapters.pop(name, None)
+        if name in self._adapters:
+            del self._adapters[name]
         self._slots.pop(name, None)
 
     def _retire(self, name: str) -> None:
@@ -364,14 +387,15 @@ class AdapterStore:
         if stored is None or not holds:
             return
         private = Retired(stored)
-        self._adapters[private] = self._adapters.pop(name)
+        del self._adapters[name]
+        self._adapters[private] = stored
         if name in self._slots:
             self._slots[private] = self._slots.pop(name)
         for hold in holds:
             hold.name = private
 
     def _forget_released(self) -> None:
-        retired = [name for name in self._adapters if isinstance(name, Retired)]
+        retired = [name for name in self._adapters.derived if isinstance(name, Retired)]
         if retired:
             in_use = {hold.name for hold in list(self._holds)}
             for name in retired:
@@ -379,7 +403,7 @@ class AdapterStore:
                     self._forget(name)
 
     def _sum_names(self) -> list[Mixture]:
-        return [name for name in self._adapters if isinstance(name, Mixture)]
+        return [name for name in self._adapters.derived if isinstance(name, Mixture)]
 
     def _make_sums(self, names: Sequence[str]) -> None:
         """Make the sums among `names`, and remove the oldest sums that have no slot."""
@@ -509,7 +533,9 @@ class AdapterStore:
             sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
                 factors, weight = copy.factors.get(g, ()), copy.own_weights.get(g)
-                sources += group.bank.write(slot, factors, weight, place)
+                if g not in copy.tables:
+                    copy.tables[g] = group.bank.tables(factors)
+                sources += group.bank.write(slot, factors, copy.tables[g], weight, place)
             return sources
 
         self.copy_streams.copy(stored.name, slots, write, touched)

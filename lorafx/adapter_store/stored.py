@@ -88,10 +88,12 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
-    """An adapter's factors and replaced rows by group index."""
+    """An adapter's factors and replaced rows by group index, and their `Bank.tables` since it was
+    first written into a slot."""
 
     factors: Mapping[int, Sequence[Factors]]
     own_weights: Mapping[int, OwnWeight] = field(default_factory=dict)
+    tables: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:

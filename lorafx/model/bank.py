@@ -19,7 +19,7 @@ that no adapter gets, into which the last slot of an expert extends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -192,28 +192,42 @@ class Bank:
             total += span * tensor.itemsize if tensor.numel() else 0
         return total
 
+    def tables(self, factors: Sequence[Factors]) -> dict[str, Tensor]:
+        """What a slot with `factors` has in `scales`, `alike` and `ranks`, (E, siblings) each, as
+        `write` takes it; page-locked for a bank on CUDA."""
+        shape = self.experts, self.ranks.shape[1]
+        ranks = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        scales = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for f in factors:
+            ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
+            scales[:, f.sibling] = f.scale
+        tables = {"scales": scales}
+        if self.alike is not None:
+            tables["alike"] = _first_equal(factors, ranks, scales)
+        tables["ranks"] = ranks
+        return {n: t.pin_memory() for n, t in tables.items()} if self.ranks.is_cuda else tables
+
     @torch.no_grad()
     def write(
-        self, slot: int, factors: Sequence[Factors], weight: OwnWeight | None = None, place: int = 0
+        self,
+        slot: int,
+        factors: Sequence[Factors],
+        tables: Mapping[str, Tensor],
+        weight: OwnWeight | None = None,
+        place: int = 0,
     ) -> list[Tensor]:
-        """Write `factors` into `slot`, and `weight` into `place` of the replaced rows. CUDA copies
-        are only launched: neither arguments nor results, their sources, may change meanwhile."""
+        """Write `factors` and their `tables` into `slot`, and `weight` into `place` of the replaced
+        rows. CUDA copies are only launched: neither arguments nor results, their sources, may
+        change meanwhile."""
         step = len(self.ranks) // self.experts
         slots = slice(slot, slot + 1 + (self.experts - 1) * step, step)
-        siblings = self.ranks.shape[1]
-        ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
-        scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
         for f in factors:
             columns = slice(f.offset, f.offset + f.B.shape[-1])
             self._sibling_a(slots, f.sibling, f.rank).copy_(f.A, non_blocking=True)
             self.B[slots, : f.rank, columns].copy_(f.B, non_blocking=True)
-            ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
-            scales[:, f.sibling] = f.scale
-        sources = [_copy_to(self.scales[slots], scales)]
-        if self.alike is not None:
-            sources.append(_copy_to(self.alike[slots], _first_equal(factors, ranks, scales)))
-        sources.append(_copy_to(self.ranks[slots], ranks))
-        sources += self.write_by_column(slot, factors)
+        for name, table in tables.items():
+            getattr(self, name)[slots].copy_(table, non_blocking=True)
+        sources = self.write_by_column(slot, factors)
         return sources + self._write_rows(slot, weight, place)
 
     @torch.no_grad()

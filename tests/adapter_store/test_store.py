@@ -122,6 +122,22 @@ def unchanged(before: tuple, filled) -> bool:
     return before[:3] == after[:3] and all(map(torch.equal, before[3], after[3]))
 
 
+def test_steps_and_loads_do_not_look_through_all_adapters(filled, monkeypatch):
+    """Otherwise each takes milliseconds with a hundred thousand of them."""
+
+    def refused(self):
+        raise AssertionError("all adapters are looked through")
+
+    for name in ("__iter__", "items", "values", "keys"):
+        monkeypatch.setattr(type(filled.store._adapters), name, refused, raising=False)
+    filled.store.acquire(["a", "b", None])
+    filled.store.load(make_adapter("a", {"q": 1}, 7))
+    hold = filled.store.hold("c")
+    filled.store.load(make_adapter("c", {"q": 1}, 8))
+    filled.store.acquire([hold.name, "a"])
+    filled.store.unload("b")
+
+
 def test_evicts_the_least_recently_used_that_is_neither_pinned_nor_in_the_batch(filled):
     store = filled.store
     store.acquire(["a", "b", "c"])

@@ -1,14 +1,12 @@
 """Selects the requests that may be in the next step: those whose adapters have slots together; and
 the request that fails when the cache is full.
 
-transformers' schedulers decide the order and the number of tokens. Adapters that are in a slot come
-first, since a change of slots costs a copy, except that one that was passed over for `PATIENCE`
-steps comes before them.
+transformers' schedulers decide the order and the number of tokens, `turns` which adapters may be in
+the step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -22,12 +20,10 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.generation.continuous.adapter_requests import hold_of
+from lorafx.generation.continuous.turns import Demand, Turns
 from lorafx.runtime.session import Session
 
 _SUFFIX = ", adapters within slots"
-
-#: Steps for which an adapter may be passed over in favour of those that have a slot.
-PATIENCE = 8
 
 #: The requests of the step, whether the cache lacked room for one, and results not used here.
 _Scheduled: TypeAlias = tuple[list[FutureRequestState], bool, bool, int, int]
@@ -48,8 +44,7 @@ class SlotsPerStep:
         """Respect the slots of `session`. `fail` is called with a request that cannot be served and
         its error, `cancelled` with a request that was cancelled."""
         self._session, self._fail, self._cancelled = session, fail, cancelled
-        #: Version of an adapter -> the number of steps for which it was ready and had no slot.
-        self._waited: Counter[int] = Counter()
+        self._turns = Turns()
 
     def _process_candidates(
         self, candidates: list[RequestState], *args: Any, **kwargs: Any
@@ -96,19 +91,19 @@ class SlotsPerStep:
         return servable
 
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
-        """The candidates whose adapters have a slot in this step; counts the others as waiting."""
-        names = self._names(candidates)
-        if self._session.store.fits(frozenset(names.values())):
-            self._waited.clear()
-            return candidates
-        chosen = self._chosen({name: self._waited[version] for version, name in names.items()})
-        passed_over = {version for version, name in names.items() if name not in chosen}
-        for version in names:
-            self._waited[version] = self._waited[version] + 1 if version in passed_over else 0
+        """The candidates that may be in this step; the others wait for a slot."""
+        demand: dict[int, Demand] = {}
+        for state in candidates:
+            if (hold := hold_of(state)) is not None:
+                item = demand.setdefault(hold.stored.version, Demand(hold.name))
+                item.begun += state.status != RequestStatus.PENDING
+        turn = self._turns.next(demand, self._session.store)
         ready = []
         for state in candidates:
             hold = hold_of(state)
-            if hold is None or hold.stored.version not in passed_over:
+            version = None if hold is None else hold.stored.version
+            new = state.status == RequestStatus.PENDING
+            if version not in turn.passed_over and not (new and version in turn.closed):
                 ready.append(state)
         self._session.counts.waits += len(candidates) - len(ready)
         return ready
@@ -117,24 +112,6 @@ class SlotsPerStep:
         """The adapters of these requests: version -> its current name in the store."""
         holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
         return {hold.stored.version: hold.name for hold in holds}
-
-    def _chosen(self, waited: dict[str, int]) -> frozenset[str]:
-        """The adapters that are served in this step, of adapters that do not have slots together.
-        `waited` is the number of steps that each has waited."""
-        store = self._session.store
-        resident = store.resident
-
-        def order(name: str) -> tuple[bool, int, bool]:
-            urgent = waited[name] >= PATIENCE
-            return not urgent, -waited[name] if urgent else 0, name not in resident
-
-        chosen = frozenset[str]()
-        for name in sorted(waited, key=order):
-            if len(chosen) == store.max_adapters:
-                break
-            if store.fits(chosen | {name}):
-                chosen |= {name}
-        return chosen
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:
