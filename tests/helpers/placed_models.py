@@ -40,10 +40,11 @@ def serve(
     batches: Sequence[Batch],
     options: Mapping[str, Any],
     changes: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Logits of each batch. With `changes`, also tokens of the first one, logits of the base while
     each adapter is merged, and those of the batches after an update of weights and back."""
-    model = placed(rank, size, folder)
+    model = placed(rank, size, folder, **(settings or {}))
     state = {name: whole(value) for name, value in model.state_dict().items()}
     cm = lorafx.compile(model, folders, options=dict(options))
 
@@ -157,7 +158,7 @@ def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) ->
 
 
 def refused_experts(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> str:
-    model = placed(rank, size, folder, ep_size=size)
+    model = placed(rank, size, folder, ep_size=size, ep_implementation="all_to_all")
     try:
         lorafx.compile(model, folders)
     except lorafx.LorafxError as error:

@@ -78,6 +78,7 @@ def saved(make, folder):
 
 
 COMPILED = {"lowering": "reference", "base_graphs": False}
+EXPERTS = {"ep_size": 2}
 CASES = {
     "llama": (2, llama, COMPILED),
     "eager": (2, llama, {"lowering": "reference", "start": "eager"}),
@@ -86,17 +87,19 @@ CASES = {
     "qwen3_5": (2, qwen3_5, COMPILED),
     "four": (4, llama, COMPILED),
     "inductor": (2, mixtral, {"lowering": "inductor"}),
+    "whole_experts": (2, mixtral, {"lowering": "reference", "start": "eager"}, EXPERTS),
+    "whole_experts_inductor": (2, qwen3_moe, {"lowering": "inductor"}, EXPERTS),
 }
-SLOW = ("qwen3_moe", "four", "inductor")
+SLOW = ("qwen3_moe", "four", "inductor", "whole_experts_inductor")
 #: Cases of which only logits are compared.
-BRIEF = ("eager", "mixtral", "qwen3_5")
+BRIEF = ("eager", "mixtral", "qwen3_5", "whole_experts")
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
 )
 def test_mixed_batches(case, tmp_path):
-    size, make, options = CASES[case]
+    size, make, options, *settings = CASES[case]
     model, folders = saved(make, tmp_path)
     cases = oracle.Oracle.of(model, folders)
     changes = {name: torch.randn_like(p) * 0.3 for name, p in model.named_parameters()}
@@ -106,9 +109,9 @@ def test_mixed_batches(case, tmp_path):
     ids, names = torch.randint(1, 61, (4, 5)), ["all", None, "some", list(folders)[-1]]
     batches = [(ids, names)] if case in BRIEF else [(ids, names), (ids[:2], [None, "some"])]
     update = None if case in BRIEF else changes
-    arguments = (tmp_path / "base", folders, batches, options, update)
+    arguments = (tmp_path / "base", folders, batches, options, update, *settings)
     for found in on_ranks(size, placed_models.serve, *arguments):
-        assert (" eager" in found["status"]) == (options.get("start") == "eager")
+        assert (" eager" in found["status"]) == (case == "eager")
         assert {"updated", "back", "merged", "tokens"}.isdisjoint(found) == (case in BRIEF)
         for kind, reference in wanted.items():
             for (rows, requests), logits in zip(batches, found.get(kind, ()), strict=False):
@@ -176,7 +179,7 @@ def test_what_is_refused_is_refused_on_all_ranks(tmp_path):
         assert "transformers' tensor parallelism has put in" in found["plan"]
 
 
-def test_whole_experts_on_each_rank_are_refused(tmp_path):
+def test_experts_to_which_tokens_move_are_refused(tmp_path):
     _, folders = saved(mixtral, tmp_path)
     for found in on_ranks(2, placed_models.refused_experts, tmp_path / "base", folders):
-        assert "its experts are divided among ranks (expert parallel)" in found
+        assert "experts are divided among ranks, between which tokens move" in found
