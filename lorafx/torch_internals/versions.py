@@ -129,7 +129,7 @@ _CALLERS = tuple(
     f"lorafx.{folder}."
     for folder in (
         *("torch_internals", "capture", "passes", "kernels", "program", "ownership", "model"),
-        *("bisection", "weights"),
+        *("bisection", "weights", "eager"),
     )
 )
 #: Packages whose private names are called. Modules of torch.nn belong to the model.
