@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafx.errors import LorafxError
-from lorafx.torch_internals.transformers_parts import cell_of_forward
+from lorafx.torch_internals.transformers_parts import cell_of_forward, sums_experts
 
 T = TypeVar("T")
 
@@ -69,6 +69,19 @@ def own_indices(tensor: Tensor, dim: int) -> Tensor | None:
     return indices
 
 
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `like` is."""
+    for dim in range(like.dim()):
+        indices = own_indices(like, dim)
+        tensor = tensor if indices is None else tensor.index_select(dim, indices)
+    return tensor
+
+
+def divides_experts(tensor: Tensor) -> bool:
+    """Whether each rank has other experts of these."""
+    return tensor.dim() > 2 and own_indices(tensor, 0) is not None
+
+
 def _chunk(piece: Tensor, count: int, rank: int) -> Tensor:
     chunks = piece.chunk(count)
     return chunks[rank] if rank < len(chunks) else piece[:0]
@@ -89,8 +102,10 @@ def agreed(model: nn.Module, action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    group = mesh.get_group(0)
-    mine = None if error is None else (type(error), str(error))
+    group, mine = mesh.get_group(0), None
+    if error is not None:  # classes of others may not be picklable
+        kind = type(error) if isinstance(error, LorafxError) else LorafxError
+        mine = kind, str(error)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     if error is not None:
@@ -98,7 +113,6 @@ def agreed(model: nn.Module, action: Callable[[], T]) -> T:
     for rank, other in enumerate(found):
         if other is not None:
             kind, text = other
-            kind = kind if issubclass(kind, LorafxError) else LorafxError
             raise kind(f"rank {rank} failed: {text}")
     return result
 
@@ -209,11 +223,11 @@ def refusal(module: nn.Module, name: str) -> str | None:
     if not is_placed(tensor):
         return None
     whole = "; gather it (full_tensor()), or leave the module out of target_modules"
-    if tensor.dim() > 2 and own_indices(tensor, 0) is not None:
+    if divides_experts(tensor) and not sums_experts(module):
         return (
-            "its experts are divided among ranks (expert parallel), which carry no LoRA yet; cut "
-            "each of them by tensor parallel (tp_size without ep_size), or leave them out of "
-            "target_modules"
+            "its experts are divided among ranks, between which tokens move; have each rank "
+            'compute all tokens by DistributedConfig(ep_size=tp_size, ep_implementation="auto"), '
+            "cut each expert by tensor parallel (no ep_size), or leave them out of target_modules"
         )
     cutting = [placement for placement in tensor.placements if _cuts(placement)]
     if len(cutting) > 1 or any(placement.is_partial() for placement in tensor.placements):

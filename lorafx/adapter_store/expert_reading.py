@@ -33,6 +33,7 @@ from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected, save
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 from lorafx.model.sites import Site
+from lorafx.placements import own_indices
 
 #: The first release that reads `is_transposed`.
 _READS_TRANSPOSED = (0, 19)
@@ -305,7 +306,12 @@ def _assemble(site: Site, terms: Sequence[_Term]) -> Iterator[tuple[str, LoraWei
         ]
         if not part_terms:
             continue
-        joined, sharding = _join_terms(site.experts, part_terms), site.eligible.sharding
+        weight = site.module.get_parameter(site.expert_weight.name)
+        joined, sharding = _join_terms(len(weight), part_terms), site.eligible.sharding
+        own = own_indices(weight, 0)
+        if own is not None:  # this rank's experts
+            tensors = (item for item in joined if isinstance(item, Tensor))
+            joined = LoraWeights(*(tensor[own] for tensor in tensors))
         if sharding is not None:  # this rank's share
             a, b = sharding.cut(site.module, site.parts[index].slices, joined.A, joined.B)
             joined = joined._replace(A=a, B=b)

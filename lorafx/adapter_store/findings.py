@@ -16,6 +16,7 @@ from lorafx.adapter_store.peft_keys import FactorKey, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some, way_out_by
+from lorafx.placements import local, share
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -151,5 +152,5 @@ def equal(saved: Tensor, base: Tensor) -> bool:
         return False
     if base.is_meta:
         return True  # there are no numbers to compare with
-    base = base.detach().cpu()
+    saved, base = share(saved, base), local(base.detach()).cpu()
     return torch.equal(saved.to(base.dtype), base) or torch.equal(saved, base.to(saved.dtype))

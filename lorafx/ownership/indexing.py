@@ -16,7 +16,7 @@ gets its own elements if it has as many positions as elements. The rule assumes 
 node to `Flow.fits`; `lorafx::own_mask` checks it at run time.
 
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
-    all_gather          out = [a_0; a_1; ...] along the first dimension
+    all_gather          out = [a_0; a_1; ...] along the first dimension, for the same requests
 """
 
 from __future__ import annotations
@@ -144,11 +144,26 @@ def fixed(node: fx.Node, flow: Flow) -> Label:
 
 
 def gathered(node: fx.Node, flow: Flow) -> Label:
-    """The ranks' tensors joined along dimension 0, which must not be the owner's."""
+    """The ranks' tensors joined along dimension 0. If that is the owner's, the graph has to lay the
+    ranks' rows side by side, as DTensor does to gather another dimension."""
     label = flow.label(operand(node))
-    if isinstance(label, Own) and label.dim == 0:
+    if isinstance(label, Own) and label.dim == 0 and (label.perm or not _side_by_side(node, flow)):
         return flow.lost(node, "the ranks' requests are gathered along their own dimension")
     return label
+
+
+def _side_by_side(gather: fx.Node, flow: Flow) -> bool:
+    """Whether the ranks' rows are split apart and concatenated along another dimension."""
+    rows = flow.shape(operand(gather))[0]
+    splits = [split for wait in gather.users for split in wait.users]
+    joins = [join for split in splits for piece in split.users for join in piece.users]
+    return (
+        bool(joins)
+        and all(s.target is aten.split.Tensor for s in splits)
+        and all((flow.size(bound(s)["split_size"]), bound(s)["dim"]) == (rows, 0) for s in splits)
+        and all(join.target is aten.cat.default for join in joins)
+        and all(wrap(bound(join)["dim"], len(flow.shape(join))) for join in joins)
+    )
 
 
 class IndexedDims:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import contractions, pointwise, reductions, views
+from lorafx.ownership import contractions, indexing, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
@@ -122,7 +122,11 @@ class Alignment:
             states = (*self.of(bound(node)["query"])[:-1], None)
         elif reductions.RULES.get(packet) is reductions.reduced:
             states = self._reduced(node)
-        elif packet in (aten._softmax, aten.softmax, aten._safe_softmax, aten.cumsum):
+        elif (
+            packet in (aten._softmax, aten.softmax, aten._safe_softmax, aten.cumsum)
+            or indexing.RULES.get(packet) in (indexing.fixed, indexing.gathered)
+            or (packet == aten.index_put and self.flow.label(bound(node)["values"]) is None)
+        ):
             states = self.of(operand(node))
         elif packet == aten.embedding:
             states = (*self.of(bound(node)["indices"]), None)
@@ -137,6 +141,8 @@ class Alignment:
             or torch.Tag.pointwise in node.target.tags
         ):
             states = self._broadcast(node.all_input_nodes, n)
+        elif pointwise.RULES.get(packet) is pointwise.copied:
+            states = self._broadcast([bound(node)["src"]], n)
         elif packet in reductions.SPATIAL:
             states = self.of(operand(node))[:1] + (LOST,) * (n - 1)
         else:

@@ -40,6 +40,7 @@ from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
 from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.interrupts import undisturbed
+from lorafx.placements import divides_experts
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 from lorafx.progress import LongWork
 from lorafx.runtime.beside import Process, can_fork
@@ -134,7 +135,8 @@ def starts_eagerly(program: Program) -> bool:
     if start == "auto":
         beside = device.type == "cpu" and can_fork() and saves_graphs() and not program.is_placed
         return beside and not _shows_graphs(options)
-    return start == "eager"
+    # What can be followed depends on numbers, and the ranks' experts get other rows.
+    return start == "eager" and not any(map(divides_experts, program.model.parameters()))
 
 
 def _is_usable(cache: str | bool | None) -> bool:

@@ -42,11 +42,29 @@ def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
 def cell_of_forward(module: nn.Module) -> CellType | None:
     """The variable that holds the forward beneath the function that transformers' tensor or expert
     parallelism has put in its place; None for another forward."""
+    return _cell(module, "original_forward")
+
+
+def sums_experts(module: nn.Module) -> bool:
+    """Whether transformers' expert parallelism has each rank compute its experts for the tokens of
+    all ranks, which are the same, and sums the results. Otherwise tokens move between ranks."""
+    cell = _cell(module, "implementation")
+    if cell is None:
+        return False
+    with private_names():
+        from transformers.distributed.expert_parallel import AllReduceEP, AutoEP
+
+        found: Any = cell.cell_contents
+        chosen = found.all_reduce if isinstance(found, AutoEP) and not found.megamoe else found
+        return isinstance(chosen, AllReduceEP)
+
+
+def _cell(module: nn.Module, name: str) -> CellType | None:
+    """A variable of the function that transformers has put in the place of a module's forward."""
     forward: Any = vars(module).get("forward")
     code = getattr(forward, "__code__", None)
     if code is None or not forward.__module__.startswith("transformers.distributed."):
         return None
     names: tuple[str, ...] = code.co_freevars
-    found = "original_forward" in names
-    cell: CellType | None = forward.__closure__[names.index("original_forward")] if found else None
+    cell: CellType | None = forward.__closure__[names.index(name)] if name in names else None
     return cell

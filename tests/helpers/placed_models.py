@@ -40,10 +40,11 @@ def serve(
     batches: Sequence[Batch],
     options: Mapping[str, Any],
     changes: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Logits of each batch. With `changes`, also tokens of the first one, logits of the base while
     each adapter is merged, and those of the batches after an update of weights and back."""
-    model = placed(rank, size, folder)
+    model = placed(rank, size, folder, **(settings or {}))
     state = {name: whole(value) for name, value in model.state_dict().items()}
     cm = lorafx.compile(model, folders, options=dict(options))
 
@@ -69,6 +70,29 @@ def serve(
     return found
 
 
+@torch.no_grad()
+def serve_more(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """What else ranks do together: warm-up, a static cache, another adapter under a name, slots per
+    token, and a merged model on disk, in `folder` / "merged"."""
+    model = placed(rank, size, folder)
+    options = {"lowering": "reference", "base_graphs": False}
+    cm = lorafx.compile(model, {"first": folders["all"]}, options=options)
+    generate = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    cm.warmup(batch_sizes=[2], lengths=[5], generate=generate)
+    found: dict[str, Any] = {"compiled": -cm.recompiles}
+    ids = torch.arange(1, 11).view(2, 5)
+    for kind in ("all", "copies"):
+        cm.load_adapter(folders[kind], "first")
+        found[kind] = cm.generate(ids, adapter_names=["first", None], **generate)
+    found["compiled"] += cm.recompiles
+    slots = torch.tensor([[-1, -1, 0, 0, 0], [0] * 5])
+    found["slots"] = cm(input_ids=ids, adapter_names=["first"] * 2, adapter_slots=slots).logits
+    cm.merge("first")
+    model.save_pretrained(folder / "merged")
+    cm.unmerge()
+    return found
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A copy of all of a tensor."""
     placed: Any = tensor
@@ -82,6 +106,17 @@ def run_merged(cm: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor:
     return logits
 
 
+class _Failing(dict[str, Tensor]):
+    """An adapter that cannot be read, with an error that cannot be sent to other ranks."""
+
+    class Lost(Exception):
+        def __reduce__(self) -> Any:
+            raise TypeError("not picklable")
+
+    def items(self) -> Any:
+        raise self.Lost("the disk is gone")
+
+
 def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> dict[str, str]:
     """What is refused, by what was tried; every rank goes on after each."""
     model = placed(rank, size, folder)
@@ -90,7 +125,7 @@ def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) ->
     def note(name: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except lorafx.LorafxError as error:
+        except (lorafx.LorafxError, _Failing.Lost) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
     own = folders["some"] if rank == 0 else folder / "missing"
@@ -103,7 +138,11 @@ def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) ->
     cm = lorafx.compile(model, {"some": folders["some"]}, options=options)
     note("load_adapter", lambda: cm.load_adapter(own, "other"))
     found["adapters"] = str(list(cm.adapters))
+    note("bias", lambda: cm.load_adapter(folders["biased"], "other"))
+    note("engine", lambda: cm.generate_batch([[1, 2]], ["some"]))
     note("export", lambda: cm.export_merged("some", folder / "never"))
+    note("replaced", lambda: cm.load_adapter(own, "some"))
+    note("unpicklable", lambda: cm.load_adapter(_Failing() if rank else folders["some"], "other"))
     note("twice", lambda: lorafx.compile(model.model, lorafx.LoraConfig()))
     cm.load_adapter(folders["some"], "other")
     found["adapters after"] = str(list(cm.adapters))
@@ -119,7 +158,7 @@ def refusals(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) ->
 
 
 def refused_experts(rank: int, size: int, folder: Path, folders: Mapping[str, Path]) -> str:
-    model = placed(rank, size, folder, ep_size=size)
+    model = placed(rank, size, folder, ep_size=size, ep_implementation="all_to_all")
     try:
         lorafx.compile(model, folders)
     except lorafx.LorafxError as error:

@@ -267,11 +267,17 @@ def gathered(x, group):
     return ranks.movedim(0, -2).flatten(-2)
 
 
+def gathered_columns(x, group):
+    """As DTensor gathers a dimension that is not the first."""
+    ranks = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), 1, group))
+    return torch.cat([x, *ranks.split(x.shape[0])], -1)  # a cat of one tensor would be a copy
+
+
 def gathered_rows(x, group):
     return ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), 1, group))
 
 
-@pytest.mark.parametrize("fn", [reduced, gathered])
+@pytest.mark.parametrize("fn", [reduced, gathered, gathered_columns])
 def test_rows_stay_where_they_are(fn, group):
     label, flow, gm = labelled(lambda x: fn(x, group), [X], [Own(0)])
     assert isinstance(label, Own)
@@ -281,7 +287,8 @@ def test_rows_stay_where_they_are(fn, group):
     assert taint(gm, flow, [X], [changed], 1, 3) == []
 
 
-def test_rows_of_several_ranks_one_after_another_are_given_up(group):
-    label, _, _ = labelled(lambda x: gathered_rows(x, group), [X], [Own(0)])
+@pytest.mark.parametrize("after", [lambda x: x, lambda x: x.split(len(X))[0]])
+def test_rows_of_several_ranks_one_after_another_are_given_up(after, group):
+    label, _, _ = labelled(lambda x: after(gathered_rows(x, group)), [X], [Own(0)])
     assert isinstance(label, Mixed)
     assert "gathered along their own dimension" in label.reason

@@ -31,6 +31,12 @@ def scores(x):
     return (x @ x.transpose(1, 2)).softmax(-1) @ x
 
 
+def summed(x):
+    """As tensor parallelism sums what ranks have computed."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x, "sum", "ranks"))
+
+
 TOKENS = {
     "itself": (lambda x: x, "1"),
     "block": (block, "1"),
@@ -38,6 +44,8 @@ TOKENS = {
     "heads": (lambda x: x.unflatten(-1, (2, 2)), "2"),
     "repeated": (lambda x: x.repeat_interleave(3, 1), "3"),
     "shared_table": (lambda x: x + torch.ones(x.shape[1], 4), "1"),
+    "some_masked": (lambda x: x.index_put((x[:, :, 0] > 0,), torch.tensor(0.0).double()), "1"),
+    "summed_over_ranks": (lambda x: x.clone().copy_(summed(x)), "1"),
     "pooled_and_joined": (lambda x: x + x.mean(1, keepdim=True), "1"),
     "shifted_and_added": (lambda x: x + x.roll(1, 1), None),
     "reversed": (lambda x: x.flip(1), None),

@@ -95,6 +95,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if forwards.session.program.is_placed:
+            raise ConfigError(
+                "continuous batching serves no model that ranks share: its thread's steps, calls "
+                "and loads would come in another order on each rank, and ranks wait for one "
+                "another in each; call generate() on all ranks"
+            )
         self.forwards = forwards
         self._tokenizer = tokenizer
         model: Any = forwards.model

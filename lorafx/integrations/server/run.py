@@ -61,6 +61,11 @@ def run(settings: Settings) -> None:
     start = time.perf_counter()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("lorafx").setLevel(settings.log_level.upper())
+    if torch.distributed.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            "torchrun has started several processes, and lorafx serve is one process on one "
+            "device: start it without torchrun; a model that ranks share serves by generate()"
+        )
     bound_kernels()
     listener, tls = settings.bind(), settings.tls()
     with listener, opened(settings) as server:

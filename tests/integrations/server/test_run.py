@@ -25,6 +25,7 @@ from lorafx.errors import ConfigError, respelled
 from lorafx.integrations.cli import main
 from lorafx.integrations.cli.options import as_option
 from lorafx.integrations.server import check_requirements
+from lorafx.integrations.server.run import run
 from lorafx.integrations.server.settings import Settings
 from lorafx.torch_internals.versions import saves_graphs
 
@@ -210,6 +211,13 @@ def test_a_port_that_is_taken(files):
 
 
 @pytest.mark.quick
+def test_several_processes_of_torchrun_are_refused(files, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="lorafx serve is one process"):
+        run(Settings(model=str(files.model), adapters=files.adapters, port=0))
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"uvicorn.*pip install 'lorafx\[serve\]'"):
