@@ -28,11 +28,9 @@ ROWS = {"decode": 1, "prefill": 128}
 Step = Callable[[], object]
 
 
-def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, Step]]:
-    """The products alone, and the products with deltas of `distinct` adapters."""
-    owners = [j % distinct if distinct else -1 for j in range(REQUESTS)]
-    slots = torch.tensor(owners, dtype=torch.int32)
-    specs = {
+def specs_of(dtype: torch.dtype) -> dict[str, DeltaSpec]:
+    """The delta of each pack."""
+    return {
         name: DeltaSpec(
             *(dtype, dtype, dtype, K, RANK, len(sizes), sum(sizes), tuple(range(len(sizes)))),
             offsets=tuple(sum(sizes[:j]) for j in range(len(sizes))),
@@ -40,6 +38,13 @@ def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, 
         )
         for name, (K, sizes) in PACKS.items()
     }
+
+
+def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, Step]]:
+    """The products alone, and the products with deltas of `distinct` adapters."""
+    owners = [j % distinct if distinct else -1 for j in range(REQUESTS)]
+    slots = torch.tensor(owners, dtype=torch.int32)
+    specs = specs_of(dtype)
     kernels = build_all(specs.values())
     calls = []
     for name in list(PACKS) * LAYERS:
