@@ -40,6 +40,18 @@ def specs_of(dtype: torch.dtype) -> dict[str, DeltaSpec]:
     }
 
 
+def bank_of(pack: str, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """A, B, ranks and scales of so many slots with adapters."""
+    K, sizes = PACKS[pack]
+    G, N = len(sizes), sum(sizes)
+    return (
+        torch.randn(slots, RANK, G * K).to(dtype),
+        torch.randn(slots, RANK, N).to(dtype),
+        torch.full((slots, G), RANK, dtype=torch.int32),
+        torch.full((slots, G), 1e-3),
+    )
+
+
 def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, Step]]:
     """The products alone, and the products with deltas of `distinct` adapters."""
     owners = [j % distinct if distinct else -1 for j in range(REQUESTS)]
@@ -50,13 +62,7 @@ def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, 
     for name in list(PACKS) * LAYERS:
         K, sizes = PACKS[name]
         G, N = len(sizes), sum(sizes)
-        bank = (
-            torch.randn(REQUESTS, RANK, G * K).to(dtype),
-            torch.randn(REQUESTS, RANK, N).to(dtype),
-            torch.full((REQUESTS, G), RANK, dtype=torch.int32),
-            torch.full((REQUESTS, G), 1e-3),
-            slots,
-        )
+        bank = (*bank_of(name, REQUESTS, dtype), slots)
         x, weight = torch.randn(REQUESTS * rows, K).to(dtype), torch.randn(N, K).to(dtype)
         generated = kernels[specs[name]]
         ranges = (list(range(G)), list(specs[name].offsets), list(sizes))

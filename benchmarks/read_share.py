@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from kernel_cpu import DTYPES, LAYERS, PACKS, RANK, specs_of
+from kernel_cpu import DTYPES, LAYERS, PACKS, bank_of, specs_of
 from protocol import as_row, compare, machine, save
 
 from lorafx.kernels.cpu import compiler, dense
@@ -58,14 +58,7 @@ def steps(dtype: torch.dtype, rows: int) -> tuple[int, dict[str, Step]]:
     calls = []
     for name in list(PACKS) * LAYERS:
         K, sizes = PACKS[name]
-        G, N = len(sizes), sum(sizes)
-        bank = (
-            torch.randn(rows, RANK, G * K).to(dtype),
-            torch.randn(rows, RANK, N).to(dtype),
-            torch.full((rows, G), RANK, dtype=torch.int32),
-            torch.full((rows, G), 1e-3),
-        )
-        weight = torch.randn(N, K).to(dtype)
+        bank, weight = bank_of(name, rows, dtype), torch.randn(sum(sizes), K).to(dtype)
         calls.append((torch.randn(rows, K).to(dtype), weight, bank, kernels[specs[name]]))
 
     def step(distinct: int) -> Step:
