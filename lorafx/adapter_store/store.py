@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: This part of the budget for host memory is freed at once, since looking for what to drop takes
-#: time for every loaded adapter.
-_FREED = 1 / 64
+#: Up to this part of the budget for host memory is freed ahead, since every loaded adapter takes
+#: part in the search for what to drop.
+_AHEAD = 1 / 64
 
 
 class _Adapters(dict[str, StoredAdapter]):
@@ -358,15 +358,16 @@ class AdapterStore:
             if idle not in self._slots and self._adapters[idle] not in in_use:
                 undisturbed(partial(self._unload, idle))
         excess = self._host_bytes() - host.budget
-        enough = -host.budget * _FREED if excess > 0 else excess
+        ahead = host.budget * _AHEAD if excess > 0 else 0
         for name, stored in sorted(self._adapters.items(), key=lambda item: item[1].used):
-            if excess <= enough:
-                break
             stays = stored in in_use or name in self._pinned or isinstance(name, Mixture)
-            if stored.host is not None and stored.can_be_dropped and not stays:
-                excess -= stored.host.nbytes
-                stored.host = None
-                host.evictions += 1
+            if stored.host is None or not stored.can_be_dropped or stays:
+                continue
+            if excess <= 0 and excess - stored.host.nbytes < -ahead:
+                break
+            excess -= stored.host.nbytes
+            stored.host = None
+            host.evictions += 1
         host.grown = excess > 0
 
     def _unload(self, name: str) -> None:

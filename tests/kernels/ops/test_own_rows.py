@@ -40,16 +40,16 @@ def test_a_linear(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     b = bank("linear", N)
     whole, bias, some = torch.randn(N, K), torch.randn(N), torch.randn(2, K)
-    b.write(0, [], OwnWeight(whole, bias))
-    b.write(1, [], OwnWeight(some, None, torch.tensor([3, 0], dtype=torch.int32)), 1)
+    b.write(0, [], b.tables([]), OwnWeight(whole, bias))
+    b.write(1, [], b.tables([]), OwnWeight(some, None, torch.tensor([3, 0], dtype=torch.int32)), 1)
     x, y = torch.randn(4, 2, K).to(dtype), torch.randn(4, 2, N).to(dtype)
     got, want = linear(b, x, y), y.clone()
     want[2] = torch.nn.functional.linear(x[2].float(), whole, bias).to(dtype)
     want[0][:, [3, 0]] = torch.nn.functional.linear(x[0].float(), some).to(dtype)
     assert torch.allclose(got, want, atol=1e-6)
     assert torch.equal(got[[1, 3]], y[[1, 3]])  # the base, and a slot without a weight of its own
-    b.write(0, [])
-    b.write(1, [], OwnWeight(some[:1], None, torch.tensor([2], dtype=torch.int32)), 1)
+    b.write(0, [], b.tables([]))
+    b.write(1, [], b.tables([]), OwnWeight(some[:1], None, torch.tensor([2], dtype=torch.int32)), 1)
     want = y.clone()
     want[0][:, [2]] = torch.nn.functional.linear(x[0].float(), some[:1]).to(dtype)
     assert torch.allclose(linear(b, x, y), want, atol=1e-6)  # nothing is left of what was there
@@ -59,20 +59,25 @@ def test_an_embedding() -> None:
     torch.manual_seed(0)
     b = bank("embedding", V)
     whole, some = torch.randn(V, N), torch.randn(2, N)
-    b.write(0, [], OwnWeight(whole))
-    b.write(1, [], OwnWeight(some, None, torch.tensor([6, 2], dtype=torch.int32)), 1)
+    b.write(0, [], b.tables([]), OwnWeight(whole))
+    b.write(1, [], b.tables([]), OwnWeight(some, None, torch.tensor([6, 2], dtype=torch.int32)), 1)
     ids, y = torch.tensor([[2, 3], [2, 6], [6, 0], [2, 2]]), torch.randn(4, 2, N)
     want = y.clone()
     want[0, 0], want[2] = some[1], whole[ids[2]]
     assert torch.equal(embedding(b, ids, y), want)
-    b.write(0, [])
-    b.write(1, [])
+    b.write(0, [], b.tables([]))
+    b.write(1, [], b.tables([]))
     assert torch.equal(embedding(b, ids, y), y)
 
 
 def test_opcheck() -> None:
     b, e = bank("linear", 3), bank("embedding", 3)
-    b.write(0, [], OwnWeight(torch.randn(1, K), None, torch.tensor([1], dtype=torch.int32)))
+    b.write(
+        0,
+        [],
+        b.tables([]),
+        OwnWeight(torch.randn(1, K), None, torch.tensor([1], dtype=torch.int32)),
+    )
     x, y, ids = torch.randn(4, 2, K), torch.randn(4, 2, N), torch.randint(V, (4, 2))
     checks = ("test_schema", "test_faketensor")
     linear_op, embedding_op = torch.ops.lorafx.own_linear, torch.ops.lorafx.own_embedding
