@@ -37,7 +37,7 @@ from protocol import save
 
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter, Hold, LoraWeights
-from lorafx.generation.continuous.turns import Demand, Turns
+from lorafx.generation.continuous.turns import Asked, Turns
 from lorafx.package.stand_in import sites_of
 
 SIZES = Sizes()
@@ -73,6 +73,11 @@ class Request:
     tokens: int = 0
     first: float = 0.0
     last: float = 0.0
+
+    @property
+    def asked(self) -> Asked:
+        assert self.hold is not None
+        return Asked(self.hold.stored.version, self.hold.name, self.tokens > 0)
 
 
 @dataclass
@@ -135,22 +140,11 @@ class Replica:
                 self._step()
 
     def _step(self) -> None:
-        demand: dict[int, Demand] = {}
-        for request in (*self.begun, *self.waiting):
-            assert request.hold is not None
-            item = demand.setdefault(request.hold.stored.version, Demand(request.hold.name))
-            item.begun += request.tokens > 0
-        turn = self.turns.next(demand, self.store)
-        rows: list[Request] = []
-        for request in (*self.begun, *self.waiting):
-            if len(rows) == self.costs.batch:
-                break
-            assert request.hold is not None
-            version = request.hold.stored.version
-            closed = request.tokens == 0 and version in turn.closed
-            if version not in turn.passed_over and not closed:
-                rows.append(request)
-        names = [request.hold.name for request in rows if request.hold is not None]
+        queue = (*self.begun, *self.waiting)
+        turn = self.turns.next((request.asked for request in queue), self.store)
+        ready = (request for request in queue if turn.admits(request.asked))
+        rows = list(itertools.islice(ready, self.costs.batch))
+        names = [request.asked.name for request in rows]
         loads = self.store.loads
         self.store.acquire(names)
         self.now += self.costs.of(len(rows), len(set(names)), self.store.loads - loads)

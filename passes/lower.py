@@ -24,6 +24,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,9 +218,9 @@ def _expert_delta(ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
 
 def _expert_slots(ctx: Context, call: dict[str, Any], capacity: int) -> fx.Node:
     """`lorafx::expert_slots` in aten, which Inductor fuses. Kernels of a GPU check no slots."""
-    experts, sizes = call["experts"], (call["count"], capacity)
-    owner = ctx.row_slots(call["slots"], call["rows"], ctx.size(experts, 0))
-    return ctx.traced(lambda *rows: expert_keys(rows[0], rows[1], *sizes), owner, experts)
+    owner = ctx.row_slots(call["slots"], call["rows"], ctx.size(call["experts"], 0))
+    keys = partial(expert_keys, count=call["count"], capacity=capacity)
+    return ctx.traced(keys, owner, call["experts"])
 
 
 def _ends_of_experts(experts: fx.Node, count: int) -> fx.Node | None:

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.generation.continuous.adapter_requests import hold_of
-from lorafx.generation.continuous.turns import Demand, Turns
+from lorafx.generation.continuous.turns import Asked, Turns
 from lorafx.runtime.session import Session
 
 _SUFFIX = ", adapters within slots"
@@ -92,19 +92,13 @@ class SlotsPerStep:
 
     def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
         """The candidates that may be in this step; the others wait for a slot."""
-        demand: dict[int, Demand] = {}
-        for state in candidates:
-            if (hold := hold_of(state)) is not None:
-                item = demand.setdefault(hold.stored.version, Demand(hold.name))
-                item.begun += state.status != RequestStatus.PENDING
-        turn = self._turns.next(demand, self._session.store)
-        ready = []
-        for state in candidates:
-            hold = hold_of(state)
-            version = None if hold is None else hold.stored.version
-            new = state.status == RequestStatus.PENDING
-            if version not in turn.passed_over and not (new and version in turn.closed):
-                ready.append(state)
+        asked = [_asked(state) for state in candidates]
+        turn = self._turns.next(filter(None, asked), self._session.store)
+        ready = [
+            state
+            for state, request in zip(candidates, asked, strict=True)
+            if request is None or turn.admits(request)
+        ]
         self._session.counts.waits += len(candidates) - len(ready)
         return ready
 
@@ -112,6 +106,14 @@ class SlotsPerStep:
         """The adapters of these requests: version -> its current name in the store."""
         holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
         return {hold.stored.version: hold.name for hold in holds}
+
+
+def _asked(state: RequestState) -> Asked | None:
+    """What a request asks of the slots; None for the base model."""
+    hold = hold_of(state)
+    if hold is None:
+        return None
+    return Asked(hold.stored.version, hold.name, state.status != RequestStatus.PENDING)
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:

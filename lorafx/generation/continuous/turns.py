@@ -15,8 +15,7 @@ pause already.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from lorafx.adapter_store.store import AdapterStore
@@ -26,12 +25,12 @@ from lorafx.adapter_store.store import AdapterStore
 PATIENCE, LIMIT = 8, 128
 
 
-@dataclass
-class Demand:
-    """An adapter's name in the store, and how many of its requests are in the cache."""
+class Asked(NamedTuple):
+    """A request's adapter, by version and name in the store, and whether the cache has it."""
 
+    version: int
     name: str
-    begun: int = 0
+    begun: bool
 
 
 class Turn(NamedTuple):
@@ -39,6 +38,11 @@ class Turn(NamedTuple):
 
     passed_over: Collection[int] = ()
     closed: Collection[int] = ()
+
+    def admits(self, request: Asked) -> bool:
+        """Whether a request may be in the step."""
+        closed = not request.begun and request.version in self.closed
+        return request.version not in self.passed_over and not closed
 
 
 class Turns:
@@ -48,32 +52,36 @@ class Turns:
         #: Version of an adapter -> the number of steps for which it was passed over.
         self._waited: Counter[int] = Counter()
 
-    def next(self, demand: Mapping[int, Demand], store: AdapterStore) -> Turn:
-        """The turn of a step with this demand by version, in the order of the queue."""
+    def next(self, requests: Iterable[Asked], store: AdapterStore) -> Turn:
+        """The turn of a step that these requests ask for, in the order of the queue."""
         slots, waited = store.max_adapters, self._waited
-        names = frozenset(item.name for item in demand.values())
-        if len(names) <= slots and store.fits(names):
+        names: dict[int, str] = {}
+        begun: Counter[int] = Counter()  # requests in the cache
+        for request in requests:
+            names[request.version] = request.name
+            begun[request.version] += request.begun
+        if len(names) <= slots and store.fits(frozenset(names.values())):
             waited.clear()
             return Turn()
         resident = store.resident
-        first = {version for version, item in demand.items() if item.begun}
+        first = {version for version in names if begun[version]}
         may_pause = max(0, slots + max(1, slots // 4) - len(first))
-        first.update([v for v in demand if v not in first and waited[v] >= LIMIT][:may_pause])
+        first.update([v for v in names if v not in first and waited[v] >= LIMIT][:may_pause])
 
         def order(version: int) -> tuple[bool, int, bool]:
             late = -waited[version] if waited[version] >= PATIENCE else 0
-            return version not in first, late, demand[version].name not in resident
+            return version not in first, late, names[version] not in resident
 
         chosen: dict[int, str] = {}
-        for version in sorted(demand, key=order):
+        for version in sorted(names, key=order):
             if len(chosen) == slots:
                 break
-            if store.fits(frozenset(chosen.values()) | {demand[version].name}):
-                chosen[version] = demand[version].name
-        passed_over = [version for version in demand if version not in chosen]
+            if store.fits(frozenset(chosen.values()) | {names[version]}):
+                chosen[version] = names[version]
+        passed_over = [version for version in names if version not in chosen]
         late = sum(waited[version] >= PATIENCE for version in passed_over)
         waited.update(passed_over)
         for version in chosen:
             del waited[version]
-        ending = sorted((v for v in chosen if demand[v].begun), key=lambda v: demand[v].begun)
+        ending = sorted((v for v in chosen if begun[v]), key=begun.__getitem__)
         return Turn(frozenset(passed_over), frozenset(ending[: min(late, max(1, slots // 2))]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter, LoraWeights
-from lorafx.generation.continuous.turns import LIMIT, PATIENCE, Demand, Turns
+from lorafx.generation.continuous.turns import LIMIT, PATIENCE, Asked, Turns
 from lorafx.package.stand_in import sites_of
 
 SITE = {"path": "l", "kind": "linear", "dtype": "float32", "in": 1, "parts": {"l": 1}}
@@ -36,6 +36,10 @@ class Request:
     since: int = 0
     first: int = -1
 
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.adapter, f"a{self.adapter}", self.begun)
+
 
 class Engine:
     """Steps of up to `rows` requests, those that have begun first."""
@@ -53,16 +57,10 @@ class Engine:
     def step(self) -> set[int]:
         """The adapters of one step."""
         self.requests.sort(key=lambda request: not request.begun)  # stable
-        demand: dict[int, Demand] = {}
-        for request in self.requests:
-            item = demand.setdefault(request.adapter, Demand(f"a{request.adapter}"))
-            item.begun += request.begun
-        turn = self.turns.next(demand, self.store)
-        ready = [r for r in self.requests if r.adapter not in turn.passed_over]
-        ready = [r for r in ready if r.begun or r.adapter not in turn.closed][: self.rows]
-        self.paused = sum(item.begun > 0 for item in demand.values()) - len(
-            {r.adapter for r in ready if r.begun}
-        )
+        turn = self.turns.next((request.asked for request in self.requests), self.store)
+        ready = [r for r in self.requests if turn.admits(r.asked)][: self.rows]
+        begun = [{r.adapter for r in requests if r.begun} for requests in (self.requests, ready)]
+        self.paused = len(begun[0]) - len(begun[1])
         self.store.acquire([f"a{r.adapter}" for r in ready])
         for request in ready:
             if not request.begun:
