@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
@@ -42,6 +42,7 @@ from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.record import GraphRecord, dump_folder
+from lorafx.capture.watched_places import KIND, WatchedPlaces
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
@@ -84,6 +85,8 @@ class Backend:
         self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
         #: Looks up a place of the captured frame, if only this program runs the frame's code.
         self._value_at: Callable[[str], Any] | None = None
+        #: Places of the captured frame that stand for guards; None where Dynamo compares them all.
+        self.watched: WatchedPlaces | None = None
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return self(gm, examples, per_token=True)
@@ -93,7 +96,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError, and
         keeps no graph, if an adapter of the batch touches a replaced module."""
-        program, self._value_at = self.program, None
+        program, self._value_at, self.watched = self.program, None, None
         traced = tracing_seconds()
         frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
@@ -109,6 +112,10 @@ class Backend:
         self._guard_kind(frame, active=active)
         if is_entry and "needless_guards" in self.shortcuts:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
+            model = self._value_at("L['self']")
+            model = model if isinstance(model, nn.Module) else None
+            self.watched = WatchedPlaces(model, self._value_at("G"))
+            self.watched.guard(partial(guard_frame, kind=KIND))
         return executable
 
     def _new_record(
@@ -189,7 +196,16 @@ class Backend:
         value_at, self._value_at = self._value_at, None
         if value_at is None:
             return [True] * len(guards)
-        return keep_guards(guards, value_at, self.program.weight_watch.holds)
+        kept = keep_guards(guards, value_at, self.program.weight_watch.holds)
+        if self.watched is not None:
+            self.watched.watch(g.orig_guard for g, keep in zip(guards, kept, strict=True) if keep)
+            self.program.watched_places.append(self.watched)
+            watched = set(map(id, self.watched.guards))
+            kept = [
+                keep and id(g.orig_guard) not in watched
+                for g, keep in zip(guards, kept, strict=True)
+            ]
+        return kept
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured

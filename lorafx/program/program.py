@@ -143,6 +143,8 @@ class Program:
         self.hook_watch = HookWatch(self.model, self.sites)
         self.method_watch = method_watch(module for _, module in self.graph.modules())
         self.pack_watch = PackWatch(self.packed)
+        #: What guards of graphs look at, which have no strong reference to it.
+        self.watched_places: list[Any] = []
         self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self.weight_watch = weight_watch(self.quantised.wrapped)

@@ -24,7 +24,7 @@ from lorafx.torch_internals.versions import private_names
 
 with private_names():
     from torch._C import _log_api_usage_once
-    from torch._C._dynamo.guards import GlobalStateGuard
+    from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
     from torch._dynamo import assume_constant_result, disable, eval_frame, optimize
     from torch._dynamo.convert_frame import input_codes
     from torch._dynamo.eval_frame import OptimizedModule, innermost_fn, set_code_exec_strategy

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -125,12 +127,23 @@ def source_text(place: Source | Guard) -> str:
     return str(name() if callable(name) else name)  # a method before torch 2.12
 
 
-def guard_frame(holds: Callable[[], bool]) -> None:
-    """Make Dynamo call the graph that is being compiled only if `holds()` is true."""
+def guard_argument(guard: Guard) -> Any:
+    """The key, attribute or second place that a guard is about; None if it has none."""
+    if not isinstance(guard.create_fn, partial):
+        return None
+    named = guard.create_fn.keywords
+    given = (named[name] for name in ("key", "attr", "source_b") if name in named)
+    return next(chain(guard.create_fn.args, given), None)
+
+
+def guard_frame(holds: Callable[[], bool], kind: str = "FRAME") -> None:
+    """Make Dynamo call the graph that is being compiled only if `holds()` is true. `kind` is the
+    name of the guard's kind."""
 
     def make(builder: Any, guard: Guard) -> None:
         add_function_guard(builder.guard_manager.root, lambda _: holds())
 
+    make.__name__ = kind
     TracingContext.get().guards_context.dynamo_guards.add(GlobalStateSource().make_guard(make))
 
 

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from lorafx.capture.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed, digest
+from lorafx.capture.watched_places import KIND, WatchedPlaces
 from lorafx.model.runtime import holds_slots
-from lorafx.torch_internals.compat import dynamo_config
+from lorafx.torch_internals.compat import add_function_guard, dynamo_config
 from lorafx.torch_internals.dynamo import GlobalStateGuard, GuardBuilder, Source
+from lorafx.torch_internals.frames import guard_argument
 from lorafx.torch_internals.graph_parts import _OpNamespace, tree_map
 from lorafx.torch_internals.saved_graphs import (
     CheckFunctionManager,
@@ -77,10 +79,12 @@ class GuardedPlace:
 
 @dataclass
 class SavedGuards:
-    """The guards that are checked before each call; the places of all guards, their texts, and for
-    each the first place with the same object (`same`); and torch's global state."""
+    """The guards that are checked before each call, and those for which watched places stand; the
+    places of all guards, their texts, and for each the first place with the same object (`same`);
+    and torch's global state."""
 
     guards: list[Guard]
+    watched: list[Guard]
     places: list[GuardedPlace]
     texts: list[str]
     same: list[int]
@@ -94,7 +98,12 @@ class SavedGuards:
 
     @classmethod
     def of(
-        cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
+        cls,
+        guards: Sequence[Guard],
+        kept: Sequence[bool],
+        watched: Sequence[Guard],
+        output: Any,
+        prints: Fingerprints,
     ) -> SavedGuards:
         """Dynamo's new guards for the graph of `output`. Raises Undescribed if one has no text."""
         forward_mode = forward_level() != _NO_LEVEL
@@ -103,12 +112,18 @@ class SavedGuards:
         places: dict[GuardedPlace, None] = {}
         for guard in guards:
             kind = guard.create_fn_name()
-            if kind not in _STATE:
-                places.setdefault(GuardedPlace(guard.originating_source, kind, _argument(guard)))
+            if kind not in _STATE and kind != KIND:
+                argument = guard_argument(guard) if kind in _MEMBER | _ATTRIBUTE else None
+                places.setdefault(GuardedPlace(guard.originating_source, kind, argument))
         texts, same = _texts_at(list(places), output.local_scope, output.global_scope, prints)
         state = output.dump_guards_state()
         return cls(
-            guards=[_portable(guard) for guard, keep in zip(guards, kept, strict=True) if keep],
+            guards=[
+                _portable(guard)
+                for guard, keep in zip(guards, kept, strict=True)
+                if keep and guard.create_fn_name() != KIND
+            ],
+            watched=[*map(_portable, watched)],
             places=list(places),
             texts=texts,
             same=same,
@@ -136,8 +151,17 @@ class SavedGuards:
             return False
         return texts == self.texts and same == self.same
 
+    def watched_places(self, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> WatchedPlaces:
+        watched = WatchedPlaces(f_locals.get("self"), f_globals)
+        watched.watch(self.watched)
+        return watched
+
     def manager(
-        self, code: CodeType, f_locals: dict[str, Any], f_globals: dict[str, Any]
+        self,
+        code: CodeType,
+        f_locals: dict[str, Any],
+        f_globals: dict[str, Any],
+        watched: WatchedPlaces,
     ) -> GuardManagerWrapper:
         state = OutputGraphGuardsState(
             local_scope=f_locals,
@@ -155,7 +179,9 @@ class SavedGuards:
             name_of_builtins_dict_key_in_fglobals=self.builtins_name,
         )
         common = OutputGraphCommon(state)
-        return CheckFunctionManager(code, common, shape_code_parts=self.shapes).guard_manager
+        manager = CheckFunctionManager(code, common, shape_code_parts=self.shapes).guard_manager
+        watched.guard(lambda holds: add_function_guard(manager.root, lambda _: holds()))
+        return manager
 
 
 def value_at(
@@ -229,15 +255,6 @@ def _names_text(module: ModuleType) -> str:
     """A Python module's names, since no guard says that one was not found; "" for packages."""
     plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
-
-
-def _argument(guard: Guard) -> Any:
-    """The argument of the guard's maker, if the text depends on it."""
-    if isinstance(guard.create_fn, partial) and guard.create_fn_name() in _MEMBER | _ATTRIBUTE:
-        maker = guard.create_fn
-        named = maker.keywords.get("key", maker.keywords.get("attr"))
-        return maker.args[0] if maker.args else named
-    return None
 
 
 def _portable(guard: Guard) -> Guard:

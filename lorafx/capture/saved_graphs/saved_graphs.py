@@ -101,7 +101,8 @@ class SavedGraphs:
         """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
         kept = self._backend.keep_guards(guards)
         if self._conversion is not None:
-            self._conversion.note_guards(guards, kept)
+            watched = self._backend.watched
+            self._conversion.note_guards(guards, kept, [] if watched is None else watched.guards)
         return kept
 
     def converted(
@@ -256,14 +257,16 @@ class _Conversion:
         self._graphs.append(graph)
         self._output = InstructionTranslator.current_tx().output
 
-    def note_guards(self, guards: Sequence[Any], kept: Sequence[bool]) -> None:
+    def note_guards(
+        self, guards: Sequence[Any], kept: Sequence[bool], watched: Sequence[Any]
+    ) -> None:
         if len(self._graphs) != 1:
             self._why = "the model breaks into several graphs"
             return
         try:
             prints = Fingerprints({self._program.runtime._key: SLOTS})
             plain = [guard.orig_guard for guard in guards]
-            self._guards = SavedGuards.of(plain, kept, self._output, prints)
+            self._guards = SavedGuards.of(plain, kept, watched, self._output, prints)
         except Exception as error:
             self._why = str(error)
 
@@ -344,9 +347,11 @@ def _load_conversion(
     same = guards.hold(f_locals, f_globals, prints)
     if not same or not compared["inputs"].hold(program, f_locals, f_globals):
         return None
-    manager = guards.manager(frame.f_code, f_locals, f_globals)
-    if not manager.check(f_locals):
+    watched = guards.watched_places(f_locals, f_globals)
+    manager = guards.manager(frame.f_code, f_locals, f_globals, watched)
+    if len(watched.guards) < len(guards.watched) or not manager.check(f_locals):
         return None
+    program.watched_places.append(watched)
     names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
     loaded = load(second_half, program, names)
     parts: Parts = loaded["parts"]
