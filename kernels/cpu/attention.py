@@ -45,21 +45,20 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+def attention_sizes(isa: Isa, size: int, group: int) -> dict[str, int]:
+    """The constants of attention.cpp but for distances in memory."""
+    return {
+        **tile_sizes(isa),
+        **{"K": size, "D": size, "GROUP": group, "R": RUN, "RUN": RUN},
+        **{"MOST": max(UNIT_ROWS, group), "PREFETCH_ROWS": PREFETCH_ROWS},
+    }
+
+
 def source(spec: AttentionSpec, isa: Isa) -> str:
     row = spec.heads * spec.size
     sizes = {
-        **tile_sizes(isa),
-        "K": spec.size,
-        "D": spec.size,
-        "HEADS": spec.heads,
-        "GROUP": spec.group,
-        "ROW": row,
-        "A_STRIDE": row,
-        "B_STRIDE": row,
-        "R": RUN,
-        "RUN": RUN,
-        "MOST": max(UNIT_ROWS, spec.group),
-        "PREFETCH_ROWS": PREFETCH_ROWS,
+        **attention_sizes(isa, spec.size, spec.group),
+        **{"HEADS": spec.heads, "ROW": row, "A_STRIDE": row, "B_STRIDE": row},
     }
     hidden = torch.finfo(spec.dtype).min / 2
     defines = {"CAPPED": int(spec.capped), "HIDDEN": f"({hidden!r}f)"}

@@ -91,7 +91,7 @@ def dumped(folder: Path) -> list[str]:
 
 
 PASSES = ["captured", "write_in_place", "match", "give_out", "provenance", "replace_rows"]
-PASSES += ["rescale", "attend", "fuse", "pack", "plan", "lower", "products"]
+PASSES += ["rescale", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
 PASSES += ["join", "outline"]
 
 
