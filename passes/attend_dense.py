@@ -43,7 +43,7 @@ class AttendDense:
         edits = 0
         for attention in gm.graph.find_nodes(op="call_function", target=_BY_TORCH):
             result = only_result(attention)
-            if result is None:
+            if result is None or not _has_known_order(fake_value(result)):
                 continue
             call, query = bound(attention), fake_value(bound(attention)["query"])
             key, value, mask = call["key"], call["value"], call["attn_mask"]
@@ -71,6 +71,10 @@ class AttendDense:
             _erase_unused(gm.graph, [result, attention, call["key"], call["value"]])
             edits += 1
         return edits
+
+
+def _has_known_order(result: torch.Tensor) -> bool:
+    return is_transposed(result) or result.is_contiguous()
 
 
 def _is_quicker(form: AttentionForm, query: torch.Tensor) -> bool:

@@ -32,6 +32,7 @@ from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_lib
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register
 from lorafx.kernels.cpu.dense import generates
 from lorafx.kernels.ops.op_library import define, require
+from lorafx.torch_internals.graph_parts import guard_or_false
 
 #: Functions that attention_op.cpp calls beside those of handles.h, in the order of its struct.
 _MORE_SHIMS = (
@@ -63,28 +64,27 @@ class AttentionForm:
         tensors = (query, key, value, *([] if mask is None else [mask]))
         if any(t.dim() != 4 or t.dtype != query.dtype or t.device.type != "cpu" for t in tensors):
             return None
-        heads = query.shape[1], key.shape[1], query.shape[3], key.stride(2), value.stride(2)
-        if query.dtype not in ELEMENTS or not all(isinstance(number, int) for number in heads):
+        (B, H, T, D), (_, heads, N, _) = query.shape, key.shape
+        numbers = H, heads, D, key.stride(2), value.stride(2)
+        if query.dtype not in ELEMENTS or not all(isinstance(n, int) and n for n in numbers):
             return None
-        if not key.shape[1] or query.shape[1] % key.shape[1] or not query.shape[3]:
+        if H % heads or any(t.stride(3) != 1 for t in tensors):
             return None
-        if any(t.stride(3) != 1 for t in tensors) or query.shape[3] != key.shape[3]:
+        sizes: list[tuple[Tensor, tuple[int, ...]]] = [
+            (key, (B, heads, N, D)),
+            (value, (B, heads, N, D)),
+        ]
+        if mask is not None:
+            fitting = zip(mask.shape, (B, H if heads == H else 1, T), strict=False)
+            sizes.append((mask, (*(size if _is(given, size) else 1 for given, size in fitting), N)))
+        if not all(_is(a, b) for t, shape in sizes for a, b in zip(t.shape, shape, strict=True)):
             return None
-        if key.shape != value.shape or (mask is not None and not _fits(mask, query, key)):
-            return None
-        group = query.shape[1] // key.shape[1]
-        return cls(query.dtype, query.shape[3], group, key.stride(2), value.stride(2))
+        return cls(query.dtype, D, H // heads, key.stride(2), value.stride(2))
 
 
-def _fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Whether the kernel reads a mask of these sizes."""
-    per_head = mask.shape[1] == query.shape[1] == key.shape[1]
-    return bool(
-        (mask.shape[0] == 1 or mask.shape[0] == query.shape[0])
-        and (mask.shape[1] == 1 or per_head)
-        and (mask.shape[2] == 1 or mask.shape[2] == query.shape[2])
-        and mask.shape[3] == key.shape[2]
-    )
+def _is(size: Any, other: Any) -> bool:
+    """Whether two sizes are equal; that of symbols becomes a guard of the graph."""
+    return guard_or_false(size == other)
 
 
 class Kernel(ctypes.Structure):
