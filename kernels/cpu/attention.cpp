@@ -7,14 +7,13 @@
 // (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken off; a run
 // that is hidden from all queries is not read.
 //
-// Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
+// Before this text stand the generated preamble, vectors.h, tiles.h and attention_args.h. The preamble sets the
 // parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
 // queries' heads of each; A_STRIDE and B_STRIDE, between rows of keys and of values; RUN = R, rows of a
 // run at most; MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the
 // mask hides. In a paged cache ROW = HEADS · D = A_STRIDE = B_STRIDE; for tensors HEADS is 1.
 extern "C" float tanhf(float);
 
-typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {  // mirrors attention.py
     void* out;           // (T, H, D), contiguous
     const void* query;   // rows of D numbers, `query_head` and `query_token` apart
@@ -283,17 +282,6 @@ extern "C" int32_t lorafx_kernel(Args* g) {
     free(places);
     return status;
 }
-
-struct Tensors {  // of lorafx::attention, in numbers: attention_op.cpp
-    void* out;  // (B, T, heads · GROUP, D), contiguous
-    const void *query, *mask, *keys, *values;
-    int64_t requests, heads, tokens, count;
-    int64_t query_request, query_head, query_token, mask_request, mask_head, mask_row;
-    int64_t key_request, key_head, value_request, value_head;
-    int64_t causal, threads;
-    double scale;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-};
 
 // Returns 1 out of memory.
 extern "C" int32_t lorafx_attention(const Tensors* a) {

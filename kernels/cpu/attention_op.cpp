@@ -1,10 +1,10 @@
 // The CPU kernel of lorafx::attention(query, key, value, mask[], causal, scale): finds the generated
-// kernel for the dtype, the head and the strides, and hands it the tensors. Before this text stands
-// handles.h.
+// kernel for the dtype, the head and the strides, and hands it the tensors. Before this text stand
+// handles.h and attention_args.h.
 
 #include <stddef.h>
 
-struct AttentionShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in attention_op.py
+struct AttentionShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense_attention.py
     Shims common;
     int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
     int32_t (*list_size)(Handle, size_t*);
@@ -12,17 +12,6 @@ struct AttentionShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_
     int32_t (*delete_list)(Handle);
 };
 static AttentionShims more;
-
-struct Tensors {  // mirrors attention.cpp
-    void* out;
-    const void *query, *mask, *keys, *values;
-    int64_t requests, heads, tokens, count;
-    int64_t query_request, query_head, query_token, mask_request, mask_head, mask_row;
-    int64_t key_request, key_head, value_request, value_head;
-    int64_t causal, threads;
-    double scale;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-};
 
 // In the order in which they were loaded.
 struct Kernel {

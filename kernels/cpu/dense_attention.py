@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.attention import attention_sizes
+from lorafx.kernels.cpu.attention import ATTENTION_FILES, attention_sizes
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register
 from lorafx.kernels.cpu.dense import generates
@@ -103,14 +103,13 @@ def source(form: AttentionForm, isa: Isa) -> str:
     }
     # Only -infinity hides a key from all queries: torch adds any other number.
     defines = {"CAPPED": 0, "HIDDEN": "(-__builtin_inff())"}
-    files = ("vectors.h", "tiles.h", "attention.cpp")
     elements = (form.dtype, form.dtype, torch.float32)
-    return kernel_source(form, isa, elements, sizes, files, defines)
+    return kernel_source(form, isa, elements, sizes, ATTENTION_FILES, defines)
 
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    library = register("lorafx::attention", ("attention_op.cpp",), _MORE_SHIMS)
+    library = register("lorafx::attention", ("attention_args.h", "attention_op.cpp"), _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.POINTER(Kernel),)
     library.lorafx_load_by.argtypes = (ctypes.c_void_p,)
     library.lorafx_load_by(ctypes.cast(_LOAD, ctypes.c_void_p))
