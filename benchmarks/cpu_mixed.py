@@ -16,6 +16,7 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,18 +32,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTHS = {"decode": 1, "prefill": 128}
 
 
-def build_model(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
+def build_model(layers: int, dtype: torch.dtype, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=4096,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 4096,
+        "max_position_embeddings": 512,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).to(dtype).eval()
 
 
 def save_adapters(model: LlamaForCausalLM, folder: Path, count: int = ADAPTERS) -> dict[str, str]:

@@ -114,16 +114,20 @@ def _finish(writer: Any) -> None:
 
 
 class LlamaCpp:
-    """A model in a context of its own, which computes all logits of `ids` in each call."""
+    """A model in a context of its own, which computes all logits of `ids` in each call; its cache
+    has `room` for more tokens."""
 
-    def __init__(self, model: Path, ids: Tensor, adapter: Path | None = None) -> None:
+    def __init__(
+        self, model: Path, ids: Tensor, adapter: Path | None = None, room: int = 0
+    ) -> None:
         import llama_cpp as library
 
         self.library, (rows, length) = library, ids.shape
         settings = library.llama_model_default_params()
         self.model = library.llama_model_load_from_file(str(model).encode(), settings)
         context = library.llama_context_default_params()
-        context.n_ctx = context.n_batch = context.n_ubatch = max(64, rows * length)
+        context.n_batch = context.n_ubatch = max(64, rows * length)
+        context.n_ctx = max(64, rows * length + room)
         context.n_seq_max = rows
         context.n_threads = context.n_threads_batch = torch.get_num_threads()
         context.no_perf, context.kv_unified = True, True

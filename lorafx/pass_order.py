@@ -16,6 +16,7 @@ from lorafx.config import After, Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.model_passes import MODEL_PASSES, ModelPass
 from lorafx.passes.attend import Attend
+from lorafx.passes.attend_dense import AttendDense
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower import Lower
@@ -53,6 +54,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     ReplaceRows(),
     Rescale(),
     Attend(),
+    AttendDense(),
     Fuse(),
     Pack(),
     Plan(),

@@ -56,18 +56,18 @@ class Attend:
         edits = 0
         for target in _ATTENTION:
             for attention in gm.graph.find_nodes(op="call_function", target=target):
-                replaced, result = _nodes_from_cache(attention), _only_result(attention)
+                replaced, result = _nodes_from_cache(attention), only_result(attention)
                 if replaced is None or result is None or not _fits(replaced[-1], attention):
                     continue
                 value = fake_value(result)
                 arguments = _arguments(bound(replaced[-1]), bound(attention))
-                if not (_transposed(value) or value.is_contiguous()):
+                if not (is_transposed(value) or value.is_contiguous()):
                     continue
                 if not is_generated(PagedStep(*fx.map_arg(arguments, fake_value))):
                     continue
                 with gm.graph.inserting_before(attention):
                     node = ctx.emit(PAGED_ATTENTION, *arguments)
-                    if not _transposed(value):  # torch's result for contiguous queries
+                    if not is_transposed(value):  # torch's result for contiguous queries
                         contiguous = {"memory_format": torch.contiguous_format}
                         node = ctx.emit(aten.clone.default, node, **contiguous)
                 node.meta = {**attention.meta, **node.meta}
@@ -109,7 +109,7 @@ def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
             return None
         source = operand(last)
         before, after = fake_value(source).shape, fake_value(last).shape
-        if last.target in _IN_ORDER_IF_EQUAL and not _equal(before, after):
+        if last.target in _IN_ORDER_IF_EQUAL and not same_sizes(before, after):
             resized.append((last.target, before, after))
         chain.append(source)
     if operand(last).target is not PAGED_CACHE:
@@ -126,7 +126,8 @@ def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
     return chain if grouped and _same((heads, width), (kv_heads * group, size)) else None
 
 
-def _only_result(attention: fx.Node) -> fx.Node | None:
+def only_result(attention: fx.Node) -> fx.Node | None:
+    """The first result of an attention, if it is the only one that is read."""
     [*results] = attention.users
     return results[0] if len(results) == 1 and index_of(results[0]) == 0 else None
 
@@ -162,7 +163,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
     return mask
 
 
-def _transposed(result: torch.Tensor) -> bool:
+def is_transposed(result: torch.Tensor) -> bool:
     """Whether a result (1, H, T, D) has the memory order (1, T, H, D), like its replacement."""
     _, heads, tokens, size = result.shape
     _, head_stride, token_stride, last_stride = result.stride()
@@ -171,7 +172,8 @@ def _transposed(result: torch.Tensor) -> bool:
     )
 
 
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether sizes are known to be equal."""
     return len(a) == len(b) and all(
         statically_known_true(x == y) for x, y in zip(a, b, strict=True)
     )

@@ -1,18 +1,19 @@
-// Attention over a paged cache on a CPU: each query reads the keys and values of its own request.
+// Attention on a CPU: each query reads the keys and values of its own request, from a paged cache or
+// from tensors.
 //
 //     out[t, h] = Σ_j p[j] V[j],   p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j]),   j of seen[t]
 //
-// Adjacent rows of the cache are a run, a page at most: its keys are planes of shrink, its values of
-// expand (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken
-// off; a run that the mask hides from all queries is not read.
+// Adjacent rows are a run, a page at most: its keys are planes of shrink, its values of expand
+// (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken off; a run
+// that is hidden from all queries is not read.
 //
-// Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
+// Before this text stand the generated preamble, vectors.h, tiles.h and attention_args.h. The preamble sets the
 // parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
-// queries' heads of each; ROW = HEADS · D = A_STRIDE = B_STRIDE; RUN = R, rows of a run at most;
-// MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the mask hides.
+// queries' heads of each; A_STRIDE and B_STRIDE, between rows of keys and of values; RUN = R, rows of a
+// run at most; MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the
+// mask hides. In a paged cache ROW = HEADS · D = A_STRIDE = B_STRIDE; for tensors HEADS is 1.
 extern "C" float tanhf(float);
 
-typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {  // mirrors attention.py
     void* out;           // (T, H, D), contiguous
     const void* query;   // rows of D numbers, `query_head` and `query_token` apart
@@ -29,12 +30,17 @@ struct Args {  // mirrors attention.py
 
 struct Unit {  // queries [token, token + tokens), keys [begin, end), heads of keys [head, head + heads)
     int64_t token, tokens, begin, end, head, heads;
+    const X::T *query, *mask;  // of the first query; no mask is null
+    const W::T *keys, *values;
+    X::T* out;
 };
 
 struct Call {
     const Args* args;
     const Unit* units;
-    const int64_t* places;  // (N,), rows of the cache; -1 - t for the new token t
+    const int64_t* places;  // (N,), rows of the cache, -1 - t for the new token t; null for tensors
+    int64_t out_token;      // between queries' results
+    bool causal;            // query t sees keys up to t
 };
 
 struct State {  // of the rows of a unit: heads of keys, tokens, heads of a group
@@ -122,20 +128,25 @@ static void weigh(State* s, long row, const float* bias, int size, float cap) {
 }
 
 // The mask of the unit's tokens for keys [j, j + size); the tokens [first, last) that see one of them.
-static void bias_of(const Args* g, const Unit* u, State* s, int64_t j, int size, long* first,
+static void bias_of(const Call* c, const Unit* u, State* s, int64_t j, int size, long* first,
                     long* last) {
     *first = u->tokens, *last = 0;
     for (long t = 0; t < u->tokens; t++) {
-        const X::T* mask = (const X::T*)g->mask + (u->token + t) * g->mask_row + j;
+        const int64_t visible = c->causal ? u->token + t + 1 - j : size;
         float* bias = s->bias + t * RUN;
         bool seen = false;
         for (int i = 0; i < size; i += LANES) {
             const int left = size - i < LANES ? size - i : LANES;
-            vec part = X::widen(left == LANES ? load_raw<X::raw>(mask + i)
-                                              : load_first<X::raw>(mask + i, left * sizeof *mask));
+            vec part = {};
+            if (u->mask) {
+                const X::T* mask = u->mask + t * c->args->mask_row + j + i;
+                part = X::widen(left == LANES ? load_raw<X::raw>(mask)
+                                              : load_first<X::raw>(mask, left * sizeof *mask));
+            }
             memcpy(bias + i, &part, sizeof part);
+            for (int k = left < visible - i ? left : visible - i < 0 ? 0 : visible - i; k < LANES; k++)
+                bias[i + k] = -__builtin_inff();
             for (int k = 0; k < left; k++) seen |= !(bias[i + k] <= HIDDEN);
-            for (int k = left; k < LANES; k++) bias[i + k] = -__builtin_inff();
         }
         if (!seen) continue;
         if (*first > t) *first = t;
@@ -150,7 +161,7 @@ static void attend(const Call* c, const Unit* u, State* s) {
         for (long t = 0; t < u->tokens; t++)
             for (long i = 0; i < GROUP; i++, row++) {
                 const long head = (u->head + h) * GROUP + i;
-                s->x[row] = (const X::T*)g->query + head * g->query_head + (u->token + t) * g->query_token;
+                s->x[row] = u->query + head * g->query_head + t * g->query_token;
                 s->sums[row] = s->acc + row * D;
                 s->top[row] = g->sinks ? g->sinks[head] : -__builtin_inff();
                 s->total[row] = (vec){};
@@ -158,15 +169,17 @@ static void attend(const Call* c, const Unit* u, State* s) {
             }
     memset(s->acc, 0, u->heads * rows * D * sizeof(float));
     for (int64_t j = u->begin, size; j < u->end; j += size) {
-        const int64_t place = c->places[j], step = place < 0 ? -1 : 1;
-        for (size = 1; size < RUN && j + size < u->end && c->places[j + size] == place + step * size;)
+        const int64_t place = c->places ? c->places[j] : j, step = place < 0 ? -1 : 1;
+        const int64_t most = u->end - j < RUN ? u->end - j : RUN;
+        for (size = c->places ? 1 : most; size < most && c->places[j + size] == place + step * size;)
             size++;
         long first, last;
-        bias_of(g, u, s, j, size, &first, &last);
+        bias_of(c, u, s, j, size, &first, &last);
         if (first >= last) continue;
-        const int64_t from = (place < 0 ? -1 - place : place) * ROW + u->head * D;
-        const W::T* keys = (const W::T*)(place < 0 ? g->new_keys : g->keys) + from;
-        const W::T* values = (const W::T*)(place < 0 ? g->new_values : g->values) + from;
+        const int64_t row = place < 0 ? -1 - place : place;
+        const W::T* keys = place < 0 ? (const W::T*)g->new_keys : u->keys;
+        const W::T* values = place < 0 ? (const W::T*)g->new_values : u->values;
+        keys += row * A_STRIDE + u->head * D, values += row * B_STRIDE + u->head * D;
         for (long h = 0; h < u->heads; h++, keys += D, values += D) {
             const Tile tile = {s, keys, values, h + 1 < u->heads ? keys + D : 0, g->scale, (int)size};
             const long begin = h * rows + first * GROUP, end = h * rows + last * GROUP;
@@ -180,7 +193,7 @@ static void attend(const Call* c, const Unit* u, State* s) {
         for (long t = 0; t < u->tokens; t++)
             for (long i = 0; i < GROUP; i++, row++) {
                 const long head = (u->head + h) * GROUP + i;
-                X::T* out = (X::T*)g->out + ((u->token + t) * HEADS * GROUP + head) * D;
+                X::T* out = u->out + t * c->out_token + head * D;
                 const float total = sum(s->total[row]), share = total == 0 ? 0 : 1 / total;
                 for (long k = 0; k < D; k += LANES) {
                     const long bytes = (D - k < LANES ? D - k : LANES) * sizeof(float);
@@ -216,7 +229,12 @@ static int64_t units_of(const Args* g, Unit* units) {
             heads = heads > most ? most : heads;
             for (int64_t head = 0; head < HEADS; head += heads) {
                 const int64_t left = HEADS - head < heads ? HEADS - head : heads;
-                if (units) units[found] = {token, size, begin, end, head, left};
+                if (units)
+                    units[found] = {token, size, begin, end, head, left,
+                                    (const X::T*)g->query + token * g->query_token,
+                                    (const X::T*)g->mask + token * g->mask_row,
+                                    (const W::T*)g->keys, (const W::T*)g->values,
+                                    (X::T*)g->out + token * HEADS * GROUP * D};
                 found++;
             }
         }
@@ -253,7 +271,7 @@ extern "C" int32_t lorafx_kernel(Args* g) {
     Unit* units = status ? 0 : (Unit*)malloc((units_of(g, 0) + 1) * sizeof *units);
     if (units) {
         if (!g->ring) write_new(g);
-        Call c = {g, units, places};
+        Call c = {g, units, places, HEADS * GROUP * D, false};
         const int64_t count = units_of(g, units);
         if (g->threads == 1 || work < SERIAL_WORK) run_units(0, count, &c);
         else g->parallel(0, count, 1, run_units, &c);
@@ -263,4 +281,33 @@ extern "C" int32_t lorafx_kernel(Args* g) {
     free(units);
     free(places);
     return status;
+}
+
+// Returns 1 out of memory.
+extern "C" int32_t lorafx_attention(const Tensors* a) {
+    const int64_t fit = MOST / GROUP, tiles = (a->tokens + fit - 1) / fit;
+    const int64_t count = a->requests * a->heads * tiles, out_token = a->heads * GROUP * D;
+    Unit* units = (Unit*)malloc((count + 1) * sizeof *units);
+    if (!units) return 1;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t token = i % tiles * fit, head = i / tiles % a->heads, b = i / tiles / a->heads;
+        const X::T* mask = (const X::T*)a->mask;
+        if (mask) mask += b * a->mask_request + head * a->mask_head + token * a->mask_row;
+        const int64_t size = a->tokens - token < fit ? a->tokens - token : fit, last = token + size;
+        units[i] = {token, size, 0, a->causal && last < a->count ? last : a->count, 0, 1,
+                    (const X::T*)a->query + b * a->query_request + head * GROUP * a->query_head +
+                        token * a->query_token,
+                    mask, (const W::T*)a->keys + b * a->key_request + head * a->key_head,
+                    (const W::T*)a->values + b * a->value_request + head * a->value_head,
+                    (X::T*)a->out + (b * a->tokens + token) * out_token + head * GROUP * D};
+    }
+    Args g = {};
+    g.query_head = a->query_head, g.query_token = a->query_token, g.mask_row = a->mask_row;
+    g.threads = a->threads, g.scale = a->scale;
+    Call c = {&g, units, 0, out_token, a->causal != 0};
+    const int64_t work = a->requests * a->heads * GROUP * a->tokens * a->count * D;
+    if (a->threads == 1 || work < SERIAL_WORK) run_units(0, count, &c);
+    else a->parallel(0, count, 1, run_units, &c);
+    free(units);
+    return g.threads < 0;
 }

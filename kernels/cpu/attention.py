@@ -1,7 +1,7 @@
 """`lorafx::paged_attention` on a CPU, by a generated kernel; importing this module registers it.
 
     source(spec, isa) = #defines and constants of (dtype, sizes, unit of work)
-                        + vectors.h + tiles.h + attention.cpp
+                        + vectors.h + tiles.h + attention_args.h + attention.cpp
 
 Where no kernel can be built, the reference of lorafx.kernels.ops.paged_attention runs.
 """
@@ -21,6 +21,7 @@ from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
+ATTENTION_FILES = ("vectors.h", "tiles.h", "attention_args.h", "attention.cpp")
 # The most adjacent rows of the cache that are read together: a page or two.
 RUN = 32
 # Query rows times heads in a unit of work, whose sums stay in the first-level cache.
@@ -45,27 +46,25 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+def attention_sizes(isa: Isa, size: int, group: int) -> dict[str, int]:
+    """The constants of attention.cpp but for distances in memory."""
+    return {
+        **tile_sizes(isa),
+        **{"K": size, "D": size, "GROUP": group, "R": RUN, "RUN": RUN},
+        **{"MOST": max(UNIT_ROWS, group), "PREFETCH_ROWS": PREFETCH_ROWS},
+    }
+
+
 def source(spec: AttentionSpec, isa: Isa) -> str:
     row = spec.heads * spec.size
     sizes = {
-        **tile_sizes(isa),
-        "K": spec.size,
-        "D": spec.size,
-        "HEADS": spec.heads,
-        "GROUP": spec.group,
-        "ROW": row,
-        "A_STRIDE": row,
-        "B_STRIDE": row,
-        "R": RUN,
-        "RUN": RUN,
-        "MOST": max(UNIT_ROWS, spec.group),
-        "PREFETCH_ROWS": PREFETCH_ROWS,
+        **attention_sizes(isa, spec.size, spec.group),
+        **{"HEADS": spec.heads, "ROW": row, "A_STRIDE": row, "B_STRIDE": row},
     }
     hidden = torch.finfo(spec.dtype).min / 2
     defines = {"CAPPED": int(spec.capped), "HIDDEN": f"({hidden!r}f)"}
-    files = ("vectors.h", "tiles.h", "attention.cpp")
     elements = (spec.dtype, spec.dtype, torch.float32)
-    return kernel_source(spec, isa, elements, sizes, files, defines)
+    return kernel_source(spec, isa, elements, sizes, ATTENTION_FILES, defines)
 
 
 AttentionKernel = Callable[[PagedStep], Tensor]

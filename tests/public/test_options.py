@@ -91,7 +91,7 @@ def dumped(folder: Path) -> list[str]:
 
 
 PASSES = ["captured", "write_in_place", "match", "give_out", "provenance", "replace_rows"]
-PASSES += ["rescale", "attend", "fuse", "pack", "plan", "lower", "products"]
+PASSES += ["rescale", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
 PASSES += ["join", "outline"]
 
 
@@ -111,7 +111,7 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
         assert dumped(tmp_path / folder) == expected
         assert "sites: 5" in (tmp_path / folder / "explain.txt").read_text()
         assert {"index.html", "model.txt"} <= {path.name for path in (tmp_path / folder).iterdir()}
-    text = (tmp_path / "method" / "graph-0-lora" / "09-pack.diff").read_text()
+    text = (tmp_path / "method" / "graph-0-lora" / "10-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
     assert "lorafx.fused_linear" in text

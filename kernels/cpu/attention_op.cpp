@@ -1,0 +1,120 @@
+// The CPU kernel of lorafx::attention(query, key, value, mask[], causal, scale): finds the generated
+// kernel for the dtype, the head and the strides, and hands it the tensors. Before this text stand
+// handles.h and attention_args.h.
+
+#include <stddef.h>
+
+struct AttentionShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense_attention.py
+    Shims common;
+    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
+    int32_t (*list_size)(Handle, size_t*);
+    int32_t (*list_item)(Handle, size_t, uint64_t*);
+    int32_t (*delete_list)(Handle);
+};
+static AttentionShims more;
+
+// In the order in which they were loaded.
+struct Kernel {
+    int64_t dtype, size, group, key_row, value_row;
+    int32_t (*run)(const Tensors*);
+};
+static const int64_t MOST_KERNELS = 256;
+static Kernel kernels[MOST_KERNELS];
+static int64_t kernel_count = 0;
+static int32_t (*load)(const Kernel*);
+
+struct Owned {
+    Handle tensor = 0;
+    ~Owned() {
+        if (tensor) torch.delete_tensor(tensor);
+    }
+};
+struct List {
+    Handle handle;
+    ~List() {
+        if (handle) more.delete_list(handle);
+    }
+};
+
+static int64_t place_of(const Kernel& wanted) {
+    const int64_t count = __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE);
+    int64_t i = 0;
+    while (i < count && __builtin_memcmp(kernels + i, &wanted, offsetof(Kernel, run))) i++;
+    return i;
+}
+
+static const Kernel& find(const Kernel& wanted) {
+    for (int attempt = 0; attempt < 2; attempt++) {
+        const int64_t i = place_of(wanted);
+        if (i < __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE)) return kernels[i];
+        if (attempt || load(&wanted)) break;
+    }
+    throw Failure("lorafx::attention: there is no kernel for these tensors");
+}
+
+static void attention(uint64_t* stack, uint64_t, uint64_t) {
+    Owned query{(Handle)stack[0]}, key{(Handle)stack[1]}, value{(Handle)stack[2]}, mask, out;
+    const List masks = {(Handle)stack[3]};
+    size_t given = 0;
+    require(!more.list_size(masks.handle, &given) && given < 2, "lorafx::attention: one mask or none");
+    if (given) require(!more.list_item(masks.handle, 0, (uint64_t*)&mask.tensor), "lorafx: no mask");
+    const View q((uint64_t)query.tensor), k((uint64_t)key.tensor), v((uint64_t)value.tensor);
+    require(q.dim == 4 && k.dim == 4 && v.dim == 4, "lorafx::attention: tensors of 4 dimensions");
+    require(q.sizes[0] == k.sizes[0] && k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0 &&
+                q.sizes[3] == k.sizes[3] && q.dtype == k.dtype && q.dtype == v.dtype,
+            "lorafx::attention: query and key do not fit together");
+    for (int d = 0; d < 4; d++)
+        require(k.sizes[d] == v.sizes[d], "lorafx::attention: key and value differ in size");
+    require(q.strides[3] == 1 && k.strides[3] == 1 && v.strides[3] == 1,
+            "lorafx::attention: the numbers of a head are not adjacent");
+    const int64_t B = q.sizes[0], H = k.sizes[1], T = q.sizes[2], N = k.sizes[2], D = q.sizes[3];
+    Tensors a = {0, q.data, 0, k.data, v.data, B, H, T, N, q.strides[0], q.strides[1], q.strides[2], 0, 0,
+                 0, k.strides[0], k.strides[1], v.strides[0], v.strides[1], (int64_t)stack[4],
+                 (int64_t)thread_count(), 0, torch.parallel};
+    __builtin_memcpy(&a.scale, stack + 5, sizeof a.scale);
+    a.causal = (uint8_t)stack[4] != 0;
+    const int64_t group = q.sizes[1] / H;
+    if (given) {
+        const View m((uint64_t)mask.tensor);
+        const bool fits = m.dim == 4 && m.dtype == q.dtype && (m.sizes[0] == 1 || m.sizes[0] == B) &&
+                          (m.sizes[1] == 1 || (m.sizes[1] == H && group == 1)) &&
+                          (m.sizes[2] == 1 || m.sizes[2] == T) && m.sizes[3] == N &&
+                          (N == 1 || m.strides[3] == 1);
+        require(fits, "lorafx::attention: the mask is not (B or 1, 1, T or 1, N) of the query's dtype");
+        a.mask = m.data;
+        a.mask_request = m.sizes[0] == 1 ? 0 : m.strides[0];
+        a.mask_head = m.sizes[1] == 1 ? 0 : m.strides[1];
+        a.mask_row = m.sizes[2] == 1 ? 0 : m.strides[2];
+    }
+    const int64_t sizes[] = {B, q.sizes[1], T, D}, strides[] = {T * H * group * D, D, H * group * D, 1};
+    require(!more.empty(4, sizes, strides, q.dtype, 0, 0, &out.tensor), "lorafx: no memory");
+    void* data;
+    require(!torch.data_ptr(out.tensor, &data), "lorafx: a tensor without plain memory");
+    a.out = data;
+    if (B && T && D) {
+        const Kernel& kernel = find({q.dtype, D, group, k.strides[2], v.strides[2], 0});
+        require(!kernel.run(&a), "lorafx::attention: out of memory");
+    }
+    stack[0] = (uint64_t)out.tensor;
+    out.tensor = 0;
+}
+
+extern "C" int32_t lorafx_install(const AttentionShims* shims) {
+    more = *shims;
+    torch = more.common;
+    Handle library;
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/attention_op.cpp", 1, &library) |
+           torch.library_impl(library, "attention", attention, torch.version());
+}
+
+// `found` loads the kernel of a call, by lorafx_add.
+extern "C" void lorafx_load_by(int32_t (*found)(const Kernel*)) { load = found; }
+
+// Adds a kernel, or replaces that of its form; the caller holds a lock. Returns 1 if the table is full.
+extern "C" int32_t lorafx_add(const Kernel* kernel) {
+    const int64_t i = place_of(*kernel);
+    if (i == MOST_KERNELS) return 1;
+    kernels[i] = *kernel;
+    if (i == kernel_count) __atomic_store_n(&kernel_count, i + 1, __ATOMIC_RELEASE);
+    return 0;
+}

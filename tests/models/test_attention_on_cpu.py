@@ -1,0 +1,76 @@
+"""Attention by the generated kernel in whole models: prompts, padding, windows, encoders, and steps
+with a cache whose heads queries share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import build_case, check_bfloat16, check_mixed
+from tiny_models import right_padded, token_inputs
+from toolchain import needs_compiler
+
+import lorafx
+
+pytestmark = needs_compiler
+
+BY_INDUCTOR = {"lowering": "inductor"}
+NAMES = ["a1", None, "a3", "a0"]
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "min_new_tokens": 4}
+
+
+def replaced(cm: Any) -> list[int]:
+    """In each graph with adapters, the attentions that the pass has replaced."""
+    records = [record for record in cm._session.records if record.lora]
+    return [p.edits for record in records for p in record.passes if p.name == "attend_dense"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "prompts"),
+    [
+        ("llama", {}, token_inputs),
+        ("llama", {"num_key_value_heads": 4}, right_padded),
+        ("gemma3", {"sliding_window": 3}, token_inputs),
+        ("bert", {}, right_padded),
+    ],
+    ids=["shared heads", "own heads", "window", "encoder"],
+)
+def test_mixed_prompts(family: str, changes: dict[str, Any], prompts: Any, tmp_path) -> None:
+    case = build_case(family, tmp_path, **changes)
+    cm = case.compile(BY_INDUCTOR)
+    torch.manual_seed(0)
+    check_mixed(cm, case, NAMES, prompts(4, 7))
+    (edits,) = replaced(cm)
+    assert edits == case.base.config.num_hidden_layers
+    check_mixed(cm, case, ["a2", "a2", None, "a4"], prompts(4, 9))
+    assert len(replaced(cm)) == 1
+
+
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+def test_decode_steps(cache: str | None, tmp_path) -> None:
+    """Tokens of a mixed batch are those of each row's merged model, with one graph for prompts and
+    one for steps."""
+    case = build_case("llama", tmp_path)
+    cm = case.compile(BY_INDUCTOR)
+    torch.manual_seed(0)
+    inputs = token_inputs(4, 5)
+    settings = {**GREEDY, "max_new_tokens": 4, "cache_implementation": cache}
+    got = cm.generate(**inputs, **settings, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        want = case.alone(name).generate(**one, **{**settings, "cache_implementation": None})
+        assert torch.equal(got[row : row + 1], want)
+    assert replaced(cm) == [2, 2]
+    cm.generate(**inputs, **settings, adapter_names=["a4", "a4", None, "a2"])
+    assert cm.recompiles == 2
+
+
+def test_bfloat16(tmp_path) -> None:
+    def serve(base: Any, folders: Any, inputs: Any, names: Any) -> Any:
+        cm = lorafx.compile(base, folders, options=BY_INDUCTOR)
+        logits = cm(**inputs, adapter_names=names).logits
+        assert replaced(cm) == [1]
+        return logits
+
+    check_bfloat16(tmp_path, serve)
