@@ -59,6 +59,7 @@ from lorafx.torch_internals.frames import (
     guard_frame,
     guarded_attributes,
     names_of_frame,
+    places_in_order,
 )
 from lorafx.torch_internals.shortcuts import chosen
 
@@ -114,7 +115,7 @@ class Backend:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
             model = self._value_at("L['self']")
             model = model if isinstance(model, nn.Module) else None
-            self.watched = WatchedPlaces(model, self._value_at("G"))
+            self.watched = WatchedPlaces(model, self._value_at("G"), places_in_order())
             self.watched.guard(partial(guard_frame, kind=KIND))
         return executable
 

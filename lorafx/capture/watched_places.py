@@ -18,13 +18,13 @@ import re
 import weakref
 from ast import literal_eval
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorafx.torch_internals.dynamo import TensorGuards, dict_version
+from lorafx.torch_internals.dynamo import dict_version, form_guards
 from lorafx.torch_internals.frames import guard_argument, source_text
 
 #: The kind of the guard that stands for the others.
@@ -52,9 +52,10 @@ class Place(NamedTuple):
 
     def is_same(self) -> bool:
         value, known = self.table.get(self.key, _MISSING), self.value
-        return value is known or (
-            _is_constant(known) and type(value) is type(known) and bool(value == known)
-        )
+        if value is known or type(value) is not type(known):
+            return value is known
+        # Of another tensor its form is compared, here or by Dynamo.
+        return isinstance(known, Tensor) or (_is_constant(known) and bool(value == known))
 
 
 class Reached(NamedTuple):
@@ -65,16 +66,21 @@ class Reached(NamedTuple):
 
 
 class WatchedPlaces:
-    """Places of a frame that always has the same `self`: `model`."""
+    """Places of a frame that always has the same `self`: `model`. `ordered` are the places of
+    dictionaries over which the frame iterates."""
 
-    def __init__(self, model: nn.Module | None, f_globals: dict[str, Any]) -> None:
-        self._model, self._globals = model, f_globals
+    def __init__(
+        self, model: nn.Module | None, f_globals: dict[str, Any], ordered: Collection[Any]
+    ) -> None:
+        self._model, self._globals, self._ordered = model, f_globals, ordered
         self._reached: dict[str, Reached | None] = {}
         self._places: dict[tuple[int, Any], Place] = {}
         #: Dictionaries whose keys are compared too, in their order.
         self._keys: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
         self._modules: dict[int, Any] = {}
-        self._tensors: dict[int, Tensor] = {}
+        #: Where tensors are whose forms are compared, and what is there now.
+        self._tensors: dict[int, Place] = {}
+        self._present: list[Any] = []
         #: The guards that it stands for.
         self.guards: list[Any] = []
 
@@ -91,12 +97,8 @@ class WatchedPlaces:
         self._tables = list(tables.values())
         self._versions = [*map(dict_version, self._tables)]
         self._classes = [*map(type, self._modules.values())]
-        tensors = self._tensors.values()
-        self._forms = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-        )
+        self._present = [place.value for place in self._tensors.values()]
+        self._forms = form_guards(self._present)
 
     def guard(self, add: Callable[[Callable[[], bool]], None]) -> None:
         """`add` a guard on these places. It has a weak reference: Dynamo never frees some."""
@@ -117,9 +119,10 @@ class WatchedPlaces:
             ):
                 return False
             self._versions = versions
+            self._present = [place.table[place.key] for place in self._tensors.values()]
         classes = map(type, self._modules.values())
         return all(map(operator.is_, classes, self._classes)) and bool(
-            self._forms.check(*self._tensors.values())
+            self._forms.check(*self._present)
         )
 
     def _places_of(self, guard: Any) -> tuple[Place, ...] | None:
@@ -129,17 +132,24 @@ class WatchedPlaces:
         if reached is None:
             return None
         value, way = reached
-        if type(value) in _DICTIONARIES and kind in _IDENTITY | _KEYS:
+        if type(value) in _DICTIONARIES and kind in _KEYS:
             self._keys[id(value)] = value, list(value)
             return way
-        if kind in _IDENTITY and not isinstance(value, (list, set, *_DICTIONARIES)):
+        at_end = bool(way) and way[-1].value is value
+        if (
+            kind == "TENSOR_MATCH"
+            and at_end
+            and self._is_of_parameter(guard.originating_source, value)
+        ):
+            self._tensors.setdefault(id(value), way[-1])
+            return way
+        if isinstance(value, Tensor) and kind not in ("TYPE_MATCH", "NOT_NONE_MATCH"):
+            return None
+        if kind in _IDENTITY:
             if isinstance(value, nn.Module):
                 self._modules[id(value)] = value
             return way
         if kind in _VALUE and _is_constant(value):
-            return way
-        if kind == "TENSOR_MATCH" and self._is_of_parameter(guard.originating_source, value):
-            self._tensors[id(value)] = value
             return way
         if kind == "NOT_PRESENT_IN_GENERIC_DICT" and argument not in vars(value):
             return *way, Place(vars(value), argument, _MISSING)
@@ -163,7 +173,9 @@ class WatchedPlaces:
     def _reach(self, source: Any) -> Reached | None:
         text = source_text(source)
         if text not in self._reached:
-            self._reached[text] = self._take_step(source, text)
+            reached = self._reached[text] = self._take_step(source, text)
+            if reached and isinstance(reached.value, dict) and source in self._ordered:
+                self._keys[id(reached.value)] = reached.value, list(reached.value)
         return self._reached[text]
 
     def _take_step(self, source: Any, text: str) -> Reached | None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.torch_internals.compat import recorded_outputs
 from lorafx.torch_internals.versions import private_names
@@ -134,6 +134,14 @@ def _intercepted(method: Callable[..., Any], replacement: Callable[..., Any]) ->
 
     setattr(intercepted, "_lorafx", True)  # noqa: B010  for mypy
     return intercepted
+
+
+def form_guards(tensors: Sequence[Tensor]) -> Any:
+    """`check(*tensors)` of the result says whether they have the classes, dtypes, devices, sizes
+    and strides that these have."""
+    sizes: Any = [list(tensor.shape) for tensor in tensors]
+    strides: Any = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def never_traced(code: CodeType) -> None:

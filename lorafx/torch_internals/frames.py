@@ -5,7 +5,7 @@ Dynamo names places by expressions over the function's locals and globals (`L['i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -120,6 +120,12 @@ def names_of_frame() -> Callable[[str], Any]:
             return None
 
     return value_of
+
+
+def places_in_order() -> Collection[Source]:
+    """The places of dictionaries over which the captured frame iterates; more are added until the
+    capture has ended."""
+    return _translator().output.guard_on_key_order
 
 
 def source_text(place: Source | Guard) -> str:

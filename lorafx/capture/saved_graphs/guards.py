@@ -152,7 +152,7 @@ class SavedGuards:
         return texts == self.texts and same == self.same
 
     def watched_places(self, f_locals: dict[str, Any], f_globals: dict[str, Any]) -> WatchedPlaces:
-        watched = WatchedPlaces(f_locals.get("self"), f_globals)
+        watched = WatchedPlaces(f_locals.get("self"), f_globals, self.key_order)
         watched.watch(self.watched)
         return watched
 
