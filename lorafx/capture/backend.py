@@ -181,7 +181,7 @@ class Backend:
             return
         program_of = weakref.ref(program)  # Dynamo never frees some guards
 
-        def holds() -> bool:
+        def holds(_: Any) -> bool:
             program = program_of()
             if program is None or not (kind_is_guarded or bool(program.runtime.active) is active):
                 return False

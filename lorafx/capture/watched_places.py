@@ -55,7 +55,11 @@ class Place(NamedTuple):
         if value is known or type(value) is not type(known):
             return value is known
         # Of another tensor its form is compared, here or by Dynamo.
-        return isinstance(known, Tensor) or (_is_constant(known) and bool(value == known))
+        return isinstance(known, Tensor) or (
+            _is_constant(known)
+            and _is_constant(value)
+            and repr(value) == repr(known)  # 1 is not True
+        )
 
 
 class Reached(NamedTuple):
@@ -66,7 +70,7 @@ class Reached(NamedTuple):
 
 
 class WatchedPlaces:
-    """Places of a frame that always has the same `self`: `model`. `ordered` are the places of
+    """Places of a frame whose `self` is `model`, if that is given. `ordered` are the places of
     dictionaries over which the frame iterates."""
 
     def __init__(
@@ -79,7 +83,7 @@ class WatchedPlaces:
         self._keys: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
         self._modules: dict[int, Any] = {}
         #: Where tensors are whose forms are compared, and what is there now.
-        self._tensors: dict[int, Place] = {}
+        self._tensors: dict[int, tuple[dict[Any, Any], Any]] = {}
         self._present: list[Any] = []
         #: The guards that it stands for.
         self.guards: list[Any] = []
@@ -97,18 +101,21 @@ class WatchedPlaces:
         self._tables = list(tables.values())
         self._versions = [*map(dict_version, self._tables)]
         self._classes = [*map(type, self._modules.values())]
-        self._present = [place.value for place in self._tensors.values()]
+        self._present = [table[key] for table, key in self._tensors.values()]
         self._forms = form_guards(self._present)
 
-    def guard(self, add: Callable[[Callable[[], bool]], None]) -> None:
+    def guard(self, add: Callable[[Callable[[Any], bool]], None]) -> None:
         """`add` a guard on these places. It has a weak reference: Dynamo never frees some."""
         weak = weakref.ref(self)
 
-        def holds() -> bool:
+        def holds(f_locals: Any) -> bool:
             places = weak()
-            return places is not None and places.holds()
+            return places is not None and places.serves(f_locals) and places.holds()
 
         add(holds)
+
+    def serves(self, f_locals: Any) -> bool:
+        return self._model is None or f_locals["self"] is self._model
 
     def holds(self) -> bool:
         """Whether all places are as they were."""
@@ -118,8 +125,11 @@ class WatchedPlaces:
                 place.is_same() for place in self._places.values()
             ):
                 return False
+            # Tensors and equal constants may be others now, and those before need not be kept.
+            for key, (table, name, _) in self._places.items():
+                self._places[key] = Place(table, name, table.get(name, _MISSING))
             self._versions = versions
-            self._present = [place.table[place.key] for place in self._tensors.values()]
+            self._present = [table[key] for table, key in self._tensors.values()]
         classes = map(type, self._modules.values())
         return all(map(operator.is_, classes, self._classes)) and bool(
             self._forms.check(*self._present)
@@ -141,11 +151,11 @@ class WatchedPlaces:
             and at_end
             and self._is_of_parameter(guard.originating_source, value)
         ):
-            self._tensors.setdefault(id(value), way[-1])
+            self._tensors.setdefault(id(value), way[-1][:2])
             return way
         if isinstance(value, Tensor) and kind not in ("TYPE_MATCH", "NOT_NONE_MATCH"):
             return None
-        if kind in _IDENTITY:
+        if kind in _IDENTITY and type(value) not in (int, float):  # whose type alone may matter
             if isinstance(value, nn.Module):
                 self._modules[id(value)] = value
             return way

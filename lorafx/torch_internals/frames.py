@@ -142,12 +142,12 @@ def guard_argument(guard: Guard) -> Any:
     return next(chain(guard.create_fn.args, given), None)
 
 
-def guard_frame(holds: Callable[[], bool], kind: str = "FRAME") -> None:
-    """Make Dynamo call the graph that is being compiled only if `holds()` is true. `kind` is the
-    name of the guard's kind."""
+def guard_frame(holds: Callable[[Any], bool], kind: str = "FRAME") -> None:
+    """Make Dynamo call the graph that is being compiled only if `holds(f_locals)` is true. `kind`
+    is the name of the guard's kind."""
 
     def make(builder: Any, guard: Guard) -> None:
-        add_function_guard(builder.guard_manager.root, lambda _: holds())
+        add_function_guard(builder.guard_manager.root, holds)
 
     make.__name__ = kind
     TracingContext.get().guards_context.dynamo_guards.add(GlobalStateSource().make_guard(make))

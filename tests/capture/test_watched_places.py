@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from dense_merge import Case, case_by_patterns
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.torch_internals.versions import saves_graphs
 
 FACTOR = 1.0
 CONSTANTS = SimpleNamespace(shift=0.0)
@@ -55,11 +57,25 @@ class Model(nn.Module):
         return -x if self.training else x
 
 
+class Counting(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) + self.calls
+
+
+def case_of(model: nn.Module, folder: Path) -> Case:
+    base = model.eval().requires_grad_(False)
+    return case_by_patterns(base, folder, {"a": r"layers\.0", "b": r"layers\.\d"})
+
+
 @pytest.fixture
 def case(tmp_path) -> Case:
     torch.manual_seed(0)
-    base = Model().eval().requires_grad_(False)
-    return case_by_patterns(base, tmp_path, {"a": r"layers\.0", "b": r"layers\.\d"})
+    return case_of(Model(), tmp_path)
 
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -189,6 +205,16 @@ def test_what_no_graph_reads_changes_nothing(case: Case) -> None:
     assert cm.recompiles == 1
 
 
+def test_a_number_that_each_call_changes(tmp_path) -> None:
+    """It takes as many graphs as with all of Dynamo's guards, which make it a size."""
+    case = case_of(Counting(), tmp_path)
+    cm, plain = compiled(case), compiled(case, [])
+    for _ in range(4):
+        got, want = (served(X, adapter_names=NAMES) for served in (cm, plain))
+        torch.testing.assert_close(got, want)
+    assert cm.recompiles == plain.recompiles
+
+
 def test_memory_is_freed(case: Case) -> None:
     cm = compiled(case)
     model = weakref.ref(lorafx.detach(cm))
@@ -198,6 +224,7 @@ def test_memory_is_freed(case: Case) -> None:
     assert model() is None
 
 
+@pytest.mark.skipif(not saves_graphs(), reason="this torch saves no graphs")
 def test_a_graph_from_a_folder(case: Case, tmp_path) -> None:
     def served() -> Any:
         options = {"lowering": "inductor", "cache": str(tmp_path / "graphs"), "start": "compiled"}

@@ -180,7 +180,7 @@ class SavedGuards:
         )
         common = OutputGraphCommon(state)
         manager = CheckFunctionManager(code, common, shape_code_parts=self.shapes).guard_manager
-        watched.guard(lambda holds: add_function_guard(manager.root, lambda _: holds()))
+        watched.guard(partial(add_function_guard, manager.root))
         return manager
 
 
