@@ -131,7 +131,8 @@ class Backend:
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
         title += " per token" if frame.per_token else ""
-        why = reason(call, [record.form for record in self.records])
+        changed = "".join(places.change() for places in program.watched_places[-1:])
+        why = reason(call, [record.form for record in self.records], changed)
         numeric, dumps = program.options.verify == "numeric", dump_folder(program.options)
         keeps = self.replay is not None or numeric or dumps is not None
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why)

@@ -92,8 +92,9 @@ def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str
     return form
 
 
-def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str:
-    """Why the graphs of earlier calls do not serve a call of this form."""
+def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]], changed: str = "") -> str:
+    """Why the graphs of earlier calls do not serve a call of this form; `changed` is a place that
+    is not as it was for the newest of them."""
     if not earlier:
         return "first call"
     nearest = min(earlier, key=partial(_distance, form))
@@ -104,7 +105,7 @@ def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str
     ]
     differences += [f"no {key}" for key in nearest if key not in form]
     if not differences:
-        return f"new: {failed_guard()}"
+        return f"new: the guard {changed} failed" if changed else f"new: {failed_guard()}"
     return f"new: {', '.join(differences)}"
 
 

@@ -79,6 +79,7 @@ class WatchedPlaces:
         self._model, self._globals, self._ordered = model, f_globals, ordered
         self._reached: dict[str, Reached | None] = {}
         self._places: dict[tuple[int, Any], Place] = {}
+        self._texts: dict[tuple[int, Any], str] = {}  # of places
         #: Dictionaries whose keys are compared too, in their order.
         self._keys: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
         self._modules: dict[int, Any] = {}
@@ -93,7 +94,9 @@ class WatchedPlaces:
         for guard in guards:
             places = self._places_of(guard)
             if places is not None:
-                self._places |= {(id(place.table), place.key): place for place in places}
+                found = {(id(place.table), place.key): place for place in places}
+                self._places |= found
+                self._texts |= dict.fromkeys(found, source_text(guard.originating_source))
                 self.guards.append(guard)
         self._reached.clear()
         tables = {key: table for key, (table, _) in self._keys.items()}
@@ -134,6 +137,15 @@ class WatchedPlaces:
         return all(map(operator.is_, classes, self._classes)) and bool(
             self._forms.check(*self._present)
         )
+
+    def change(self) -> str:
+        """The first place that is not as it was, as Dynamo writes guards; "" if there is none."""
+        changed = (key for key, place in self._places.items() if not place.is_same())
+        key = next(changed, None)
+        if key is None:
+            return ""
+        known = self._places[key].value
+        return self._texts[key] + (f" == {known!r}" if _is_constant(known) else "")
 
     def _places_of(self, guard: Any) -> tuple[Place, ...] | None:
         """What to compare in the place of a guard; None if that is not enough."""
