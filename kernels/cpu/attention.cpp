@@ -7,8 +7,8 @@
 // (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken off; a run
 // that is hidden from all queries is not read.
 //
-// Before this text stand the generated preamble, vectors.h, tiles.h and attention_args.h. The preamble sets the
-// parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
+// Before this text stand the generated preamble, vectors.h, tiles.h and attention_args.h. The preamble
+// sets the parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
 // queries' heads of each; A_STRIDE and B_STRIDE, between rows of keys and of values; RUN = R, rows of a
 // run at most; MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the
 // mask hides. In a paged cache ROW = HEADS · D = A_STRIDE = B_STRIDE; for tensors HEADS is 1.

@@ -4,15 +4,6 @@
 
 #include <stddef.h>
 
-struct AttentionShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense_attention.py
-    Shims common;
-    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
-    int32_t (*list_size)(Handle, size_t*);
-    int32_t (*list_item)(Handle, size_t, uint64_t*);
-    int32_t (*delete_list)(Handle);
-};
-static AttentionShims more;
-
 // In the order in which they were loaded.
 struct Kernel {
     int64_t dtype, size, group, key_row, value_row;
@@ -23,21 +14,8 @@ static Kernel kernels[MOST_KERNELS];
 static int64_t kernel_count = 0;
 static int32_t (*load)(const Kernel*);
 
-struct Owned {
-    Handle tensor = 0;
-    ~Owned() {
-        if (tensor) torch.delete_tensor(tensor);
-    }
-};
-struct List {
-    Handle handle;
-    ~List() {
-        if (handle) more.delete_list(handle);
-    }
-};
-
-static int64_t place_of(const Kernel& wanted) {
-    const int64_t count = __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE);
+// The place among the first `count` kernels; `count` if it is not there.
+static int64_t place_of(const Kernel& wanted, int64_t count) {
     int64_t i = 0;
     while (i < count && __builtin_memcmp(kernels + i, &wanted, offsetof(Kernel, run))) i++;
     return i;
@@ -45,19 +23,20 @@ static int64_t place_of(const Kernel& wanted) {
 
 static const Kernel& find(const Kernel& wanted) {
     for (int attempt = 0; attempt < 2; attempt++) {
-        const int64_t i = place_of(wanted);
-        if (i < __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE)) return kernels[i];
+        // Another thread may add a kernel meanwhile, so the count is read once.
+        const int64_t count = __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE), i = place_of(wanted, count);
+        if (i < count) return kernels[i];
         if (attempt || load(&wanted)) break;
     }
     throw Failure("lorafx::attention: there is no kernel for these tensors");
 }
 
 static void attention(uint64_t* stack, uint64_t, uint64_t) {
-    Owned query{(Handle)stack[0]}, key{(Handle)stack[1]}, value{(Handle)stack[2]}, mask, out;
+    OwnedTensor query(stack[0]), key(stack[1]), value(stack[2]), mask, out;
     const List masks = {(Handle)stack[3]};
     size_t given = 0;
-    require(!more.list_size(masks.handle, &given) && given < 2, "lorafx::attention: one mask or none");
-    if (given) require(!more.list_item(masks.handle, 0, (uint64_t*)&mask.tensor), "lorafx: no mask");
+    require(!torch.list_size(masks.handle, &given) && given < 2, "lorafx::attention: one mask or none");
+    if (given) require(!torch.list_item(masks.handle, 0, (uint64_t*)&mask.tensor), "lorafx: no mask");
     const View q((uint64_t)query.tensor), k((uint64_t)key.tensor), v((uint64_t)value.tensor);
     require(q.dim == 4 && k.dim == 4 && v.dim == 4, "lorafx::attention: tensors of 4 dimensions");
     require(q.sizes[0] == k.sizes[0] && k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0 &&
@@ -69,10 +48,9 @@ static void attention(uint64_t* stack, uint64_t, uint64_t) {
             "lorafx::attention: the numbers of a head are not adjacent");
     const int64_t B = q.sizes[0], H = k.sizes[1], T = q.sizes[2], N = k.sizes[2], D = q.sizes[3];
     Tensors a = {0, q.data, 0, k.data, v.data, B, H, T, N, q.strides[0], q.strides[1], q.strides[2], 0, 0,
-                 0, k.strides[0], k.strides[1], v.strides[0], v.strides[1], (int64_t)stack[4],
+                 0, k.strides[0], k.strides[1], v.strides[0], v.strides[1], (uint8_t)stack[4] != 0,
                  (int64_t)thread_count(), 0, torch.parallel};
     __builtin_memcpy(&a.scale, stack + 5, sizeof a.scale);
-    a.causal = (uint8_t)stack[4] != 0;
     const int64_t group = q.sizes[1] / H;
     if (given) {
         const View m((uint64_t)mask.tensor);
@@ -87,7 +65,7 @@ static void attention(uint64_t* stack, uint64_t, uint64_t) {
         a.mask_row = m.sizes[2] == 1 ? 0 : m.strides[2];
     }
     const int64_t sizes[] = {B, q.sizes[1], T, D}, strides[] = {T * H * group * D, D, H * group * D, 1};
-    require(!more.empty(4, sizes, strides, q.dtype, 0, 0, &out.tensor), "lorafx: no memory");
+    require(!torch.empty(4, sizes, strides, q.dtype, 0, 0, &out.tensor), "lorafx: no memory");
     void* data;
     require(!torch.data_ptr(out.tensor, &data), "lorafx: a tensor without plain memory");
     a.out = data;
@@ -95,13 +73,11 @@ static void attention(uint64_t* stack, uint64_t, uint64_t) {
         const Kernel& kernel = find({q.dtype, D, group, k.strides[2], v.strides[2], 0});
         require(!kernel.run(&a), "lorafx::attention: out of memory");
     }
-    stack[0] = (uint64_t)out.tensor;
-    out.tensor = 0;
+    stack[0] = (uint64_t)out.release();
 }
 
-extern "C" int32_t lorafx_install(const AttentionShims* shims) {
-    more = *shims;
-    torch = more.common;
+extern "C" int32_t lorafx_install(const Shims* shims) {
+    torch = *shims;
     Handle library;
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/attention_op.cpp", 1, &library) |
            torch.library_impl(library, "attention", attention, torch.version());
@@ -112,7 +88,7 @@ extern "C" void lorafx_load_by(int32_t (*found)(const Kernel*)) { load = found; 
 
 // Adds a kernel, or replaces that of its form; the caller holds a lock. Returns 1 if the table is full.
 extern "C" int32_t lorafx_add(const Kernel* kernel) {
-    const int64_t i = place_of(*kernel);
+    const int64_t i = place_of(*kernel, kernel_count);
     if (i == MOST_KERNELS) return 1;
     kernels[i] = *kernel;
     if (i == kernel_count) __atomic_store_n(&kernel_count, i + 1, __ATOMIC_RELEASE);

@@ -93,6 +93,10 @@ _SHIMS = (
     "aoti_torch_delete_tensor_object",
     "torch_get_num_threads",
     "torch_parallel_for",
+    "aoti_torch_empty_strided",
+    "torch_list_size",
+    "torch_list_get_item",
+    "torch_delete_list",
 )
 _DTYPES = {
     torch.float32: "aoti_torch_dtype_float32",

@@ -90,13 +90,9 @@ def source_with(
 DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
 #: Functions that dense_op.cpp calls beside those of handles.h, in the order of `struct DenseShims`.
 _MORE_SHIMS = (
-    "aoti_torch_empty_strided",
     "aoti_torch__reinterpret_tensor",
     "aoti_torch_cpu_mm_out",
     "aoti_torch_cpu_addmm_out",
-    "torch_list_size",
-    "torch_list_get_item",
-    "torch_delete_list",
     "torch_new_list_reserve_size",
     "torch_list_push_back",
 )

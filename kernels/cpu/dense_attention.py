@@ -34,13 +34,6 @@ from lorafx.kernels.cpu.dense import generates
 from lorafx.kernels.ops.op_library import define, require
 from lorafx.torch_internals.graph_parts import guard_or_false
 
-#: Functions that attention_op.cpp calls beside those of handles.h, in the order of its struct.
-_MORE_SHIMS = (
-    "aoti_torch_empty_strided",
-    "torch_list_size",
-    "torch_list_get_item",
-    "torch_delete_list",
-)
 _LOCK = threading.Lock()
 _LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
@@ -109,7 +102,7 @@ def source(form: AttentionForm, isa: Isa) -> str:
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    library = register("lorafx::attention", ("attention_args.h", "attention_op.cpp"), _MORE_SHIMS)
+    library = register("lorafx::attention", ("attention_args.h", "attention_op.cpp"))
     library.lorafx_add.argtypes = (ctypes.POINTER(Kernel),)
     library.lorafx_load_by.argtypes = (ctypes.c_void_p,)
     library.lorafx_load_by(ctypes.cast(_LOAD, ctypes.c_void_p))

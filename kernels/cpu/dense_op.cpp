@@ -16,13 +16,9 @@
 
 struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
     Shims common;
-    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
     int32_t (*view)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
     int32_t (*mm)(Handle, Handle, Handle);
     int32_t (*addmm)(Handle, Handle, Handle, Handle, double, double);
-    int32_t (*list_size)(Handle, size_t*);
-    int32_t (*list_item)(Handle, size_t, uint64_t*);
-    int32_t (*delete_list)(Handle);
     int32_t (*new_list)(size_t, Handle*);
     int32_t (*push)(Handle, uint64_t);
 };
@@ -71,20 +67,6 @@ static const int64_t LONGEST_STEP = 32;
 
 static void succeeds(int32_t status) { require(!status, "lorafx: a product failed"); }
 
-struct OwnedTensor {
-    Handle tensor = 0;
-    OwnedTensor() {}
-    OwnedTensor(const OwnedTensor&) = delete;
-    ~OwnedTensor() {
-        if (tensor) torch.delete_tensor(tensor);
-    }
-    Handle release() {
-        Handle result = tensor;
-        tensor = 0;
-        return result;
-    }
-};
-
 // Columns [first, first + size) of a tensor of these strides, as (size,) or (rows, size).
 static void part(OwnedTensor* out, Handle tensor, int64_t dim, int64_t rows, int64_t size, int64_t row_stride,
                  int64_t stride, int64_t first) {
@@ -131,13 +113,13 @@ static const Kernel* dense_kernel(const View& x, const View& w, const View* bias
 // The columns of part i; N where the list is empty.
 static int64_t part_size(Handle list, size_t count, size_t i, int64_t N) {
     uint64_t size = N;
-    if (count) succeeds(more.list_item(list, i, &size));
+    if (count) succeeds(torch.list_item(list, i, &size));
     return size;
 }
 
 static size_t check_parts(Handle list, int64_t N) {
     size_t count = 0;
-    if (list) succeeds(more.list_size(list, &count));
+    if (list) succeeds(torch.list_size(list, &count));
     int64_t sum = 0;
     for (size_t i = 0; i < count; i++) {
         const int64_t size = part_size(list, count, i, N);
@@ -179,13 +161,6 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
     }
 }
 
-struct List {
-    Handle handle;
-    ~List() {
-        if (handle) more.delete_list(handle);
-    }
-};
-
 static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
@@ -199,7 +174,7 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
     OwnedTensor y;
     bool added = false;
     if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
-        succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
+        succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
         if (k && by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
         else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
@@ -213,7 +188,7 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta
 
 static size_t size_of(const List& list) {
     size_t count;
-    succeeds(more.list_size(list.handle, &count));
+    succeeds(torch.list_size(list.handle, &count));
     return count;
 }
 
@@ -224,7 +199,7 @@ struct StoredWeight {
     void take(const List& list, size_t first, size_t size) {
         require(size == 2 || size == 3, "lorafx: a stored weight is integers, scale and maybe zero");
         for (; count < size; count++)
-            succeeds(more.list_item(list.handle, first + count, (uint64_t*)&parts[count].tensor));
+            succeeds(torch.list_item(list.handle, first + count, (uint64_t*)&parts[count].tensor));
     }
 };
 
@@ -265,13 +240,13 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     OwnedTensor y;
     const int64_t sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
     if (groups == 1 || args.group % LONGEST_STEP == 0) {
-        succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
+        succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
         if (by_kernel(&k->few, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
     }
     OwnedTensor dense;
     const int64_t shape[] = {N, K}, steps[] = {packed || !K ? 1 : K, packed ? N : 1};
-    succeeds(more.empty(2, shape, steps, xs.dtype, 0, 0, &dense.tensor));
+    succeeds(torch.empty(2, shape, steps, xs.dtype, 0, 0, &dense.tensor));
     Args widened = args;
     succeeds(torch.data_ptr(dense.tensor, &widened.y));
     widened.w = ws.data, widened.w_stride = ws.strides[0];
@@ -323,13 +298,13 @@ static void several(uint64_t* stack, uint64_t, uint64_t) {
             "lorafx: weights, biases and kernels differ in number, or are over 8");
     for (size_t i = 0; i < count; i++) {
         weights[i].take(weight_list, i * (tensors / count), tensors / count);
-        if (added) succeeds(more.list_item(bias_list.handle, i, (uint64_t*)&biases[i].tensor));
+        if (added) succeeds(torch.list_item(bias_list.handle, i, (uint64_t*)&biases[i].tensor));
     }
     List made = {0};
     succeeds(more.new_list(count, &made.handle));
     for (size_t i = 0; i < count; i++) {
         Delta delta = {{0, stack[0], stack[3], stack[4], stack[5], stack[6], stack[7]}, (int64_t)stack[8], 0};
-        succeeds(more.list_item(ids.handle, i, &delta.kernel));
+        succeeds(torch.list_item(ids.handle, i, &delta.kernel));
         results[i].tensor = stored_product(biases[i].tensor, operands[0].tensor, weights[i], &delta);
     }
     for (size_t i = 0; i < count; i++) succeeds(more.push(made.handle, (uint64_t)results[i].release()));

@@ -20,6 +20,10 @@ struct Shims {  // the order of _SHIMS in cpu_source.py
     int32_t (*delete_tensor)(Handle);
     int32_t (*threads)(uint32_t*);
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
+    int32_t (*list_size)(Handle, size_t*);
+    int32_t (*list_item)(Handle, size_t, uint64_t*);
+    int32_t (*delete_list)(Handle);
 };
 static Shims torch;
 
@@ -58,6 +62,28 @@ struct View {
 static void require(bool condition, const char* message) {
     if (!condition) throw Failure(message);
 }
+
+struct OwnedTensor {
+    Handle tensor = 0;
+    OwnedTensor() {}
+    explicit OwnedTensor(uint64_t handle) : tensor((Handle)handle) {}
+    OwnedTensor(const OwnedTensor&) = delete;
+    ~OwnedTensor() {
+        if (tensor) torch.delete_tensor(tensor);
+    }
+    Handle release() {
+        Handle result = tensor;
+        tensor = 0;
+        return result;
+    }
+};
+
+struct List {
+    Handle handle;
+    ~List() {
+        if (handle) torch.delete_list(handle);
+    }
+};
 
 static uint32_t thread_count() {
     uint32_t threads = 1;
