@@ -59,19 +59,10 @@ class Attend:
                 replaced, result = _nodes_from_cache(attention), only_result(attention)
                 if replaced is None or result is None or not _fits(replaced[-1], attention):
                     continue
-                value = fake_value(result)
                 arguments = _arguments(bound(replaced[-1]), bound(attention))
-                if not (is_transposed(value) or value.is_contiguous()):
-                    continue
                 if not is_generated(PagedStep(*fx.map_arg(arguments, fake_value))):
                     continue
-                with gm.graph.inserting_before(attention):
-                    node = ctx.emit(PAGED_ATTENTION, *arguments)
-                    if not is_transposed(value):  # torch's result for contiguous queries
-                        contiguous = {"memory_format": torch.contiguous_format}
-                        node = ctx.emit(aten.clone.default, node, **contiguous)
-                node.meta = {**attention.meta, **node.meta}
-                result.replace_all_uses_with(node)
+                take_place(ctx, attention, result, PAGED_ATTENTION, *arguments)
                 for old in (result, attention, *replaced):
                     gm.graph.erase_node(old)
                 edits += 1
@@ -79,10 +70,24 @@ class Attend:
 
 
 def _arguments(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
-    scale = call["scale"]
-    if scale is None:
-        scale = fake_value(call["query"]).shape[-1] ** -0.5
-    return in_order(PAGED_ATTENTION, step, query=call["query"], scale=scale, cap=0.0, sinks=None)
+    values = {"query": call["query"], "scale": scale_of(call), "cap": 0.0, "sinks": None}
+    return in_order(PAGED_ATTENTION, step, **values)
+
+
+def scale_of(call: dict[str, Any]) -> Any:
+    """The scale of an attention with these arguments."""
+    size = fake_value(call["query"]).shape[-1]
+    return size**-0.5 if call["scale"] is None else call["scale"]
+
+
+def take_place(ctx: Context, attention: fx.Node, result: fx.Node, op: Any, *arguments: Any) -> None:
+    """Compute `result` of torch's `attention` by a call of `op`, whose result is transposed."""
+    with ctx.graph.inserting_before(attention):
+        node = ctx.emit(op, *arguments)
+        if not _is_transposed(fake_value(result)):  # torch's result for contiguous queries
+            node = ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+    node.meta = {**attention.meta, **node.meta}
+    result.replace_all_uses_with(node)
 
 
 def _nodes_from_cache(attention: fx.Node) -> list[fx.Node] | None:
@@ -127,9 +132,13 @@ def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
 
 
 def only_result(attention: fx.Node) -> fx.Node | None:
-    """The first result of an attention, if it is the only one that is read."""
+    """The first result of an attention, if it is the only one that is read, and lies in memory as
+    `take_place` can make it."""
     [*results] = attention.users
-    return results[0] if len(results) == 1 and index_of(results[0]) == 0 else None
+    if len(results) != 1 or index_of(results[0]) != 0:
+        return None
+    value = fake_value(results[0])
+    return results[0] if _is_transposed(value) or value.is_contiguous() else None
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
@@ -163,7 +172,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
     return mask
 
 
-def is_transposed(result: torch.Tensor) -> bool:
+def _is_transposed(result: torch.Tensor) -> bool:
     """Whether a result (1, H, T, D) has the memory order (1, T, H, D), like its replacement."""
     _, heads, tokens, size = result.shape
     _, head_stride, token_stride, last_stride = result.stride()

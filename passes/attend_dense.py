@@ -9,6 +9,7 @@ operator have no reader.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import fx
 from lorafx.kernels.cpu.compiler import has_matrix_tiles
 from lorafx.kernels.cpu.dense_attention import ATTENTION, AttentionForm, ready
 from lorafx.op_arguments import bound, operand
-from lorafx.passes.attend import is_transposed, only_result, same_sizes
+from lorafx.passes.attend import only_result, same_sizes, scale_of, take_place
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 
@@ -42,39 +43,22 @@ class AttendDense:
             return 0
         edits = 0
         for attention in gm.graph.find_nodes(op="call_function", target=_BY_TORCH):
-            result = only_result(attention)
-            if result is None or not _has_known_order(fake_value(result)):
+            result, call = only_result(attention), bound(attention)
+            if result is None or call["dropout_p"]:
                 continue
-            call, query = bound(attention), fake_value(bound(attention)["query"])
-            key, value, mask = call["key"], call["value"], call["attn_mask"]
+            query, key, value, mask = (call[n] for n in ("query", "key", "value", "attn_mask"))
             shared = _before_repeat(key), _before_repeat(value)
             if shared[0] is not None and shared[1] is not None:
                 key, value = shared
-            tensors = [
-                query,
-                *map(fake_value, (key, value)),
-                None if mask is None else fake_value(mask),
-            ]
-            form = AttentionForm.of(*tensors)
-            if form is None or call["dropout_p"] or not _is_quicker(form, query) or not ready(form):
+            form = AttentionForm.of(*fx.map_arg((query, key, value, mask), fake_value))
+            if form is None or not _is_quicker(form, fake_value(query)) or not ready(form):
                 continue
-            scale = query.shape[3] ** -0.5 if call["scale"] is None else call["scale"]
             masks = [] if mask is None else [mask]
-            with gm.graph.inserting_before(attention):
-                node = ctx.emit(
-                    ATTENTION, call["query"], key, value, masks, call["is_causal"], scale
-                )
-                if not is_transposed(fake_value(result)):
-                    node = ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
-            node.meta = {**attention.meta, **node.meta}
-            result.replace_all_uses_with(node)
+            arguments = query, key, value, masks, call["is_causal"], scale_of(call)
+            take_place(ctx, attention, result, ATTENTION, *arguments)
             _erase_unused(gm.graph, [result, attention, call["key"], call["value"]])
             edits += 1
         return edits
-
-
-def _has_known_order(result: torch.Tensor) -> bool:
-    return is_transposed(result) or result.is_contiguous()
 
 
 def _is_quicker(form: AttentionForm, query: torch.Tensor) -> bool:
@@ -87,28 +71,32 @@ def _is_quicker(form: AttentionForm, query: torch.Tensor) -> bool:
 def _before_repeat(node: fx.Node) -> fx.Node | None:
     """The (B, heads, N, D) of which `node`, (B, heads · G, N, D), has each head G times; None if it
     is no such copy."""
-    expanded = None
     B, heads, N, D = fake_value(node).shape
-    while node.target in _COPIES or node.target in _VIEWS:
+    shared = None  # the sizes before the copies, once they have been found
+    while node.target in (*_COPIES, *_VIEWS):
         source = operand(node)
         before, after = fake_value(source).shape, fake_value(node).shape
-        if node.target is aten.expand.default and not same_sizes(before, after):
-            if expanded is not None or len(before) != len(after) or len(after) != 5:
+        if node.target in _VIEWS[1:] and not same_sizes(before, after):
+            if shared is not None or not _repeats(before, after, (B, heads, N, D)):
                 return None
-            expanded = after
-            repeated = isinstance(after[2], int) and same_sizes(
-                after, (B, after[1], after[2], N, D)
-            )
-            if not repeated or not same_sizes(before, (B, after[1], 1, N, D)):
-                return None
-            if not same_sizes((heads,), (after[1] * after[2],)):
-                return None
-        elif node.target in _VIEWS[1:] and not same_sizes(before, after):
-            return None
+            shared = B, after[1], N, D
         node = source
-        if expanded is not None and same_sizes(before, (B, expanded[1], N, D)):
+        if shared is not None and same_sizes(before, shared):
             return node
     return None
+
+
+def _repeats(before: Sequence[Any], after: Sequence[Any], result: Sequence[Any]) -> bool:
+    """Whether a step from one of these sizes to the other repeats each head for its group, so that
+    the heads of `result` are all of them."""
+    if len(before) != 5 or len(after) != 5 or not isinstance(after[2], int):
+        return False
+    (B, heads, N, D), (_, shared, group, *_) = result, after
+    return (
+        same_sizes(before, (B, shared, 1, N, D))
+        and same_sizes(after, (B, shared, group, N, D))
+        and same_sizes((heads,), (shared * group,))
+    )
 
 
 def _erase_unused(graph: fx.Graph, nodes: list[Any]) -> None:
