@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
@@ -113,9 +113,8 @@ class Backend:
         self._guard_kind(frame, active=active)
         if is_entry and "needless_guards" in self.shortcuts:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
-            model = self._value_at("L['self']")
-            model = model if isinstance(model, nn.Module) else None
-            self.watched = WatchedPlaces(model, self._value_at("G"), places_in_order())
+            owner, f_globals = map(self._value_at, ("L['self']", "G"))
+            self.watched = WatchedPlaces(owner, f_globals, places_in_order())
             self.watched.guard(partial(guard_frame, kind=KIND))
         return executable
 
@@ -196,18 +195,15 @@ class Backend:
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         value_at, self._value_at = self._value_at, None
-        if value_at is None:
+        if value_at is None or self.watched is None:
             return [True] * len(guards)
         kept = keep_guards(guards, value_at, self.program.weight_watch.holds)
-        if self.watched is not None:
-            self.watched.watch(g.orig_guard for g, keep in zip(guards, kept, strict=True) if keep)
-            self.program.watched_places.append(self.watched)
-            watched = set(map(id, self.watched.guards))
-            kept = [
-                keep and id(g.orig_guard) not in watched
-                for g, keep in zip(guards, kept, strict=True)
-            ]
-        return kept
+        self.watched.watch(g.orig_guard for g, keep in zip(guards, kept, strict=True) if keep)
+        self.program.watched_places.append(self.watched)
+        watched = set(map(id, self.watched.guards))
+        return [
+            keep and id(g.orig_guard) not in watched for g, keep in zip(guards, kept, strict=True)
+        ]
 
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured

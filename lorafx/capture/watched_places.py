@@ -38,6 +38,7 @@ _IDENTITY = frozenset(
 _KEYS = frozenset(("SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS"))
 _VALUE = frozenset(("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH"))
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
+#: Exactly these: look-ups in a subclass may be others.
 _DICTIONARIES = (dict, OrderedDict)
 _GLOBAL = re.compile(r"G\['(\w+)'\]")
 _MISSING = object()
@@ -70,13 +71,12 @@ class Reached(NamedTuple):
 
 
 class WatchedPlaces:
-    """Places of a frame whose `self` is `model`, if that is given. `ordered` are the places of
-    dictionaries over which the frame iterates."""
+    """Places of a frame with this `self`, from which some are reached if it is a module. `ordered`
+    are the places of dictionaries over which the frame iterates."""
 
-    def __init__(
-        self, model: nn.Module | None, f_globals: dict[str, Any], ordered: Collection[Any]
-    ) -> None:
-        self._model, self._globals, self._ordered = model, f_globals, ordered
+    def __init__(self, owner: Any, f_globals: dict[str, Any], ordered: Collection[Any]) -> None:
+        self._model = owner if isinstance(owner, nn.Module) else None
+        self._globals, self._ordered = f_globals, ordered
         self._reached: dict[str, Reached | None] = {}
         self._places: dict[tuple[int, Any], Place] = {}
         self._texts: dict[tuple[int, Any], str] = {}  # of places

@@ -55,11 +55,11 @@ _LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
 _KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"))
 _MEMBER = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"))
 _ATTRIBUTE = frozenset(("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"))
-#: Guards that have no place: `SavedGuards.state` and `shapes` stand for them.
+#: Guards that have no place: `SavedGuards.state`, `shapes` and `watched` stand for them.
 _STATE = frozenset(
     (
         *("GRAD_MODE", "DETERMINISTIC_ALGORITHMS", "GLOBAL_STATE", "TORCH_FUNCTION_STATE"),
-        *("DEFAULT_DEVICE", "AUTOGRAD_SAVED_TENSORS_HOOKS", "SHAPE_ENV"),
+        *("DEFAULT_DEVICE", "AUTOGRAD_SAVED_TENSORS_HOOKS", "SHAPE_ENV", KIND),
     )
 )
 #: The most entries of a container that are all part of its text.
@@ -112,7 +112,7 @@ class SavedGuards:
         places: dict[GuardedPlace, None] = {}
         for guard in guards:
             kind = guard.create_fn_name()
-            if kind not in _STATE and kind != KIND:
+            if kind not in _STATE:
                 argument = guard_argument(guard) if kind in _MEMBER | _ATTRIBUTE else None
                 places.setdefault(GuardedPlace(guard.originating_source, kind, argument))
         texts, same = _texts_at(list(places), output.local_scope, output.global_scope, prints)
