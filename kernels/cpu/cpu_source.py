@@ -52,6 +52,7 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
         "PLANES": isa.planes,
         "PAIRS": isa.pairs,
         "AHEAD": AHEAD,
+        "ONE_STREAM": 0,
         "SERIAL_WORK": SERIAL_WORK,
     }
 

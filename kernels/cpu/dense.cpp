@@ -18,8 +18,10 @@
 #if !PACKED
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
-template <int ROWS> struct Planes {
-    static const int VALUE = ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
+template <int ROWS, bool FIRST> struct Planes {
+    static const bool ONE = FIRST && !STORED && ROWS <= Dot<E, W>::STREAM;
+    static const int VALUE = ONE ? 1 : ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
+    static const int AHEAD = ONE ? 8 : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
 };
 #endif
 
@@ -89,13 +91,16 @@ INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     } else {
         UNROLL for (int row = 0; row < ROWS; row++) {
             D::left xs = load_raw<D::left>(x + row * stride);
+#if LANES == 16 && !STORED
+            if (N > 1) __asm__("" : "+v"(xs));  // GCC 12 loads it again for each plane
+#endif
             UNROLL for (int n = 0; n < N; n++)
                 acc[row * N + n] = D::add(acc[row * N + n], xs, ws[n]);
         }
     }
 }
 
-// v[row][n] = W[column + n] · x[row] for ROWS × N pairs; `ahead` are the N planes that come next
+// v[row][n] = W[column + n] · x[row] for ROWS × N pairs; `ahead` are N planes that come later
 template <int ROWS, int N, bool FIRST>
 INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w, const W::T* ahead,
                        float* v) {
@@ -118,8 +123,12 @@ INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w,
     };
     long k = 0;
     for (; k + AT_ONCE <= K; k += AT_ONCE) {
-        // W streams from memory: the first tile prefetches the next planes
-        if (FIRST) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+        // W streams from memory: the first tile prefetches planes ahead, into the first cache and in the
+        // order of addresses unless x fills that cache
+        if (FIRST) UNROLL for (int n = 0; n < N; n++) {
+            if (ROWS * sizeof(E::T) <= 24) __builtin_prefetch(ahead + k * N + n * LINE, 0, 3);
+            else __builtin_prefetch(ahead + n * stride + k, 0, 2);
+        }
         UNROLL for (long i = k; i < k + AT_ONCE; i += D::STEP) add(i, D::STEP);
     }
     for (; k + D::STEP <= K; k += D::STEP) add(k, D::STEP);
@@ -140,14 +149,14 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
                                               long end) {
     const Args* g = c->args;
     const long N = g->out_features, stride = g->w_stride;
-    const int PLANES = Planes<ROWS>::VALUE;
+    const int PLANES = Planes<ROWS, FIRST>::VALUE, AHEAD = Planes<ROWS, FIRST>::AHEAD;
     for (long column = begin; column < end; column += GROUP) {
         const int size = end - column < GROUP ? end - column : GROUP;
         float v[ROWS * GROUP + LANES];
         int n = 0;
         for (; n + PLANES <= size; n += PLANES) {
             const W::T* w = (const W::T*)g->w + (column + n) * stride;
-            const W::T* ahead = column + n + 2 * PLANES <= N ? w + PLANES * stride : w;
+            const W::T* ahead = column + n + AHEAD + PLANES <= N ? w + AHEAD * stride : w;
             dense_tile<ROWS, PLANES, FIRST>(c, x, column + n, w, ahead, v + n);
         }
         for (; n < size; n++) {

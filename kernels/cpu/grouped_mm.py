@@ -75,6 +75,7 @@ def source(spec: ProductSpec, isa: Isa) -> str:
         "A_STRIDE": spec.in_features,
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
+        "ONE_STREAM": 1,  # unlike factors and keys, weights are not in a cache
     }
     files = ("vectors.h", "tiles.h", "product.cpp")
     return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files)

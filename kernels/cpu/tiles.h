@@ -19,7 +19,7 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
             // A streams from memory: prefetch the next planes
-            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * A_STRIDE + k, 0, 2);
+            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * A_STRIDE + k, 0, N == 1 ? 3 : 2);
             D::right as = load_raw<D::right>(a + n * A_STRIDE + k);
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
@@ -88,10 +88,15 @@ template <int ROWS>
 __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
                                              float* v, int first, int rank,
                                              const W::T* next = 0) {
-    const int N = ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
+    const bool ONE = ONE_STREAM && ROWS <= Dot<X, W>::STREAM;
+    const int N = ONE ? 1 : ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
+    const int AHEAD_PLANES = ONE ? 8 : N;
     int p = first;
     for (; p + N <= rank; p += N) {
-        const W::T* ahead = p + N < rank ? a + (p + N) * A_STRIDE : next ? next : a + p * A_STRIDE;
+        const long later = p + AHEAD_PLANES;
+        const W::T* ahead = later < rank ? a + later * A_STRIDE
+                            : next       ? next + (later - rank) * A_STRIDE
+                                         : a + p * A_STRIDE;
         shrink_tile<ROWS, N>(x, a + p * A_STRIDE, ahead, scale, v + p);
     }
     for (; p < rank; p++)
