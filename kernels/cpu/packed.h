@@ -15,8 +15,8 @@
 typedef Dot<E, E> D;
 typedef uint8_t byte_lanes __attribute__((vector_size(LANES)));
 static const int HALF = BLOCK / 2, GROUP = BLOCK, MOST_GROUPS = 1;
-// The distance in bytes at which W is prefetched; 2048 and 8192 are slower (Zen 4, cold weights).
-static const long AHEAD = 4096;
+// The distance in bytes at which W is prefetched; 4096 is slower (Zen 5, cold weights).
+static const long AHEAD = 8192;
 
 // The numbers q − 8 of a step of a dot product, from `count` bytes of its lines: first those of the lower
 // halves of bytes, then those of the upper ones.
@@ -58,7 +58,24 @@ INLINE void decode(bits* q, const uint8_t* p, long line, long count) {  // two l
     __asm__("vpermw %1, %2, %0" : "=v"(q[0]) : "v"(table), "v"(a));  // reads five bits of a word
     __asm__("vpermw %1, %2, %0" : "=v"(q[1]) : "v"(table), "v"(a >> 4));
 }
+// The same of whole lines, the first or the second half of each, in fewer instructions.
+#define FOUR_ROWS(i) \
+    i, i, i + 4, i + 4, i + 1, i + 1, i + 5, i + 5, i + 2, i + 2, i + 6, i + 6, i + 3, i + 3, i + 7, i + 7
+#define ALL_LANES(i) FOUR_ROWS(i), FOUR_ROWS(i), FOUR_ROWS(i), FOUR_ROWS(i)
+static const uint8_t LINE_PAIRS[2][64] = {{ALL_LANES(0)}, {ALL_LANES(8)}};
+INLINE void decode_whole(bits* q, const uint8_t* p, long half) {
+    const bits lines = load_raw<bits>(p), table = load_raw<bits>(NUMBERS);
+    // A lane has four rows of one line, the same of the other, then those of the second half likewise.
+    const bits rows =
+        __builtin_shufflevector(lines, lines, 0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
+    bits a;
+    __asm__("vpshufb %2, %1, %0" : "=v"(a) : "v"(rows), "v"(load_raw<bits>(LINE_PAIRS[half])));
+    __asm__("vpermw %1, %2, %0" : "=v"(q[0]) : "v"(table), "v"(a));
+    __asm__("vpermw %1, %2, %0" : "=v"(q[1]) : "v"(table), "v"(a >> 4));
+}
 #endif
+INLINE void decode_whole(vec*, const uint8_t*, long) {}  // never called
+static const bool BY_LINES = HAS_DPBF16 && BLOCK == 64 && sizeof(E::T) == 2;
 INLINE long at_once(long count) { return count < LANES ? count : LANES; }
 
 // Scale and zero of a block's rows, those of the lower halves of bytes first, as sums are.
@@ -68,21 +85,41 @@ struct Factors {
 INLINE long row_of(long place, long size) {
     return size == BLOCK ? place : place < HALF ? 2 * place : 2 * (place - HALF) + 1;
 }
+template <class P> struct Split {  // LANES pairs
+    INLINE Pair of(const typename P::T* s) {
+        float both[2 * LANES];
+        for (int i = 0; i < 2 * LANES; i++) both[i] = P::one(s[i]);
+        Pair a;
+        UNROLL for (int i = 0; i < LANES; i++) a.first[i] = both[2 * i], a.second[i] = both[2 * i + 1];
+        return a;
+    }
+};
+template <> struct Split<BF16> {
+    INLINE Pair of(const BF16::T* s) {
+        const bits pairs = load_raw<bits>(s);
+        return {even(pairs), odd(pairs)};
+    }
+};
 INLINE void load_factors(Factors* f, const Args* g, long begin, long size, long k) {
     const S::T* s = (const S::T*)g->scale + (k / g->group * g->out_features + begin) * 2;
+    if (size == BLOCK) {
+        UNROLL for (int i = 0; i < BLOCK; i += LANES) {
+            const Pair a = Split<S>::of(s + 2 * i);
+            memcpy(f->scale + i, &a.first, sizeof a.first);
+            memcpy(f->zero + i, &a.second, sizeof a.second);
+        }
+        return;
+    }
     float both[2 * BLOCK];
-    if (size < BLOCK) memset(both, 0, sizeof both);
+    memset(both, 0, sizeof both);
     for (long i = 0; i < 2 * size; i += LANES) {
         const vec part = S::widen(load_raw<S::raw>(s + i));
         memcpy(both + i, &part, sizeof part);
     }
-    if (size == BLOCK)
-        for (int i = 0; i < BLOCK; i++) f->scale[i] = both[2 * i], f->zero[i] = both[2 * i + 1];
-    else
-        for (int i = 0; i < BLOCK; i++) {
-            const float* of_row = both + 2 * row_of(i, size);
-            f->scale[i] = of_row[0], f->zero[i] = of_row[1];
-        }
+    for (int i = 0; i < BLOCK; i++) {
+        const float* of_row = both + 2 * row_of(i, size);
+        f->scale[i] = of_row[0], f->zero[i] = of_row[1];
+    }
 }
 // Those that come AHEAD bytes of W later, also in the next block, are not where W streams.
 INLINE void prefetch_factors(const Args* g, long begin, long k) {
@@ -114,10 +151,11 @@ INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, lo
     vec acc[ROWS][2 * PARTS] = {};
     for (long i = 0; i < group; i += D::STEP / LANES) {
         const uint8_t* p = q + i * line + j;
-        if (FIRST) __builtin_prefetch(p + AHEAD, 0, 2);
+        if (FIRST) __builtin_prefetch(p + AHEAD, 0, 3);
         D::right a[2 * PARTS];
         UNROLL for (int part = 0; part < PARTS; part++)
-            decode(a + 2 * part, p + part * LANES, line, WHOLE ? LANES : at_once(line - j));
+            if (BY_LINES && WHOLE) decode_whole(a + 2 * part, p - j, j / LANES + part);
+            else decode(a + 2 * part, p + part * LANES, line, WHOLE ? LANES : at_once(line - j));
         UNROLL for (int row = 0; row < ROWS; row++) {
             const uint32_t step = load_raw<uint32_t>(x + row * c->stride + k + i);
             const D::left xs = (D::left)((bits){} + step);
