@@ -105,6 +105,7 @@ bench: $(STAMP)
 bench-cpu-peers: $(STAMP)
 	$(BIN)/pip install -q -c $(PINS) llama-cpp-python gguf openvino
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_peers.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_peers.py --model 1b --length 1
 
 # A Python that has all that is needed is taken as it is: a machine with a GPU that is lent for
 # minutes may have no network to build .venv from. GPU holds options: make gpu GPU="--limit 1500".

@@ -1,7 +1,7 @@
 """The pictures of README.md, from the committed results: `make pictures` draws them anew.
 
     docs/pictures/cpu.svg    results/cpu_mixed.json: time over the compiled base, with intervals
-    docs/pictures/peers.svg  results/cpu_peers.json: time over llama.cpp
+    docs/pictures/peers.svg  results/cpu_peers_1b.json: time over llama.cpp
 
 Nothing is measured here. matplotlib comes with the extra `plots`.
 """
@@ -70,8 +70,8 @@ def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]
     )
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    target = "cpu" if name == "mixed" else name
-    figure.savefig(PICTURES / f"{target}.svg", metadata={"Date": None})
+    target = PICTURES / f"{name.partition('_')[0].replace('mixed', 'cpu')}.svg"
+    figure.savefig(target, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -81,7 +81,8 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     bars("mixed", MIXED, "the compiled base", "A batch of 8 requests", ("torch", "PEFT"))
     peers = ("torch", "llama.cpp", "OpenVINO")
-    bars("peers", PEERS, "llama.cpp without an adapter", "[requests, tokens of each]", peers)
+    title = "The shape of Llama 3.2 1B, [requests, tokens of each]"
+    bars("peers_1b", PEERS, "llama.cpp without an adapter", title, peers)
 
 
 if __name__ == "__main__":
