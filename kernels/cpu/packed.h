@@ -66,9 +66,9 @@ static const uint8_t LINE_PAIRS[2][64] = {{ALL_LANES(0)}, {ALL_LANES(8)}};
 INLINE void decode_whole(bits* q, const uint8_t* p, long half) {
     const bits lines = load_raw<bits>(p), table = load_raw<bits>(NUMBERS);
     // A lane has four rows of one line, the same of the other, then those of the second half likewise.
-    const bits rows =
-        __builtin_shufflevector(lines, lines, 0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
-    bits a;
+    const bits order = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};
+    bits rows, a;
+    __asm__("vpermd %1, %2, %0" : "=v"(rows) : "v"(lines), "v"(order));
     __asm__("vpshufb %2, %1, %0" : "=v"(a) : "v"(rows), "v"(load_raw<bits>(LINE_PAIRS[half])));
     __asm__("vpermw %1, %2, %0" : "=v"(q[0]) : "v"(table), "v"(a));
     __asm__("vpermw %1, %2, %0" : "=v"(q[1]) : "v"(table), "v"(a >> 4));
