@@ -36,7 +36,8 @@ static void before(void* context, int64_t unit) {
     const int range = unit / PLANE_BLOCKS % RANGES, first = unit % PLANE_BLOCKS * 2 * PLANES;
     const int32_t* chunk = c->starts + unit / PLANE_BLOCKS / RANGES;
     const int rank = rank_of(c->args, c->owner[*chunk], range);
-    const Planes planes = {c, range, first, first + 2 * PLANES < rank ? first + 2 * PLANES : rank};
+    const int most = 2 * PLANES, last = rank - first < most ? rank : first + most;
+    const Planes planes = {c, range, first, last};
     if (first < rank) FOR_TILES(shrink_rows, &planes, chunk[0], chunk[1])
 }
 

@@ -14,9 +14,12 @@ from full_disk import no_file_over
 from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import compiler, delta_kernels
+from lorafx.kernels.cpu import compiler, delta_kernels, dense, dense_attention, stored
 from lorafx.kernels.cpu.compiler import compile_library, load_library
+from lorafx.kernels.cpu.cpu_source import op_source
 from lorafx.kernels.cpu.delta_kernels import build, delta_call
+from lorafx.kernels.cpu.dense_attention import AttentionForm
+from lorafx.kernels.cpu.stored import StoredSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -53,8 +56,27 @@ def test_a_source_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_compiler
+@pytest.mark.parametrize("isa", compiler.ISAS, ids=lambda isa: isa.name)
+def test_nothing_is_narrowed_which_clang_refuses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, isa: compiler.Isa
+) -> None:
+    strict = (*(flag for flag in compiler.BASE_FLAGS if flag != "-w"), "-Werror=narrowing")
+    monkeypatch.setattr(compiler, "BASE_FLAGS", strict)
+    keys = AttentionForm(torch.float32, 64, 2, 64, 64)
+    packed = StoredSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
+    sources = [
+        delta_kernels.source(_spec(16), isa),
+        dense.source(torch.bfloat16, isa),
+        dense_attention.source(keys, isa),
+        stored.source(packed, isa),
+    ]
+    for source in (*sources, *map(op_source, (delta_kernels.DISPATCHER, dense.DENSE_OPS))):
+        compile_library(source, isa.flags)
+
+
+@needs_compiler
 def test_a_refused_source_is_an_error_with_the_compilers_words(folder: Path) -> None:
-    with pytest.raises(LoweringError, match=r"refused a generated kernel:\n.*nonsense"):
+    with pytest.raises(LoweringError, match=r"(?s)refused a generated kernel:\n.*nonsense"):
         compile_library("nonsense;")
     assert list(folder.iterdir()) == []
 
