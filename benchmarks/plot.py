@@ -35,9 +35,11 @@ PEERS: Arms = (
 )
 
 
-def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]) -> None:
-    """Bars of the ratios in results/cpu_`name`.json, and their 95 % intervals."""
-    results = json.loads((ROOT / f"benchmarks/results/cpu_{name}.json").read_text())
+def bars(
+    picture: str, name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]
+) -> None:
+    """Bars of the ratios in results/`name`.json, and their 95 % intervals."""
+    results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
     rows = {(row["case"], row["arm"]): row for row in results["rows"]}
     size = min(1 + 1.75 * len(cases), 11), 3.4
@@ -70,8 +72,7 @@ def bars(name: str, arms: Arms, over: str, title: str, packages: tuple[str, ...]
     )
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    target = PICTURES / f"{name.partition('_')[0].replace('mixed', 'cpu')}.svg"
-    figure.savefig(target, metadata={"Date": None})
+    figure.savefig(PICTURES / f"{picture}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -79,10 +80,11 @@ def main() -> None:
     # The same file from the same results, whenever it is drawn.
     mpl.rcParams["svg.hashsalt"] = "lorafx"
     PICTURES.mkdir(exist_ok=True)
-    bars("mixed", MIXED, "the compiled base", "A batch of 8 requests", ("torch", "PEFT"))
+    mixed = "A batch of 8 requests"
+    bars("cpu", "cpu_mixed", MIXED, "the compiled base", mixed, ("torch", "PEFT"))
     peers = ("torch", "llama.cpp", "OpenVINO")
     title = "The shape of Llama 3.2 1B, [requests, tokens of each]"
-    bars("peers_1b", PEERS, "llama.cpp without an adapter", title, peers)
+    bars("peers", "cpu_peers_1b", PEERS, "llama.cpp without an adapter", title, peers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ static const int GROUP = 24, MOST_GROUPS = 4;
 template <int ROWS, bool FIRST> struct Planes {
     static const bool ONE = FIRST && !STORED && ROWS <= Dot<E, W>::STREAM;
     static const int VALUE = ONE ? 1 : ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
-    static const int AHEAD = ONE ? 8 : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
+    static const int AHEAD = ONE ? STREAM_AHEAD : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
 };
 #endif
 

@@ -90,10 +90,9 @@ __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a
                                              const W::T* next = 0) {
     const bool ONE = ONE_STREAM && ROWS <= Dot<X, W>::STREAM;
     const int N = ONE ? 1 : ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
-    const int AHEAD_PLANES = ONE ? 8 : N;
     int p = first;
     for (; p + N <= rank; p += N) {
-        const long later = p + AHEAD_PLANES;
+        const long later = p + (ONE ? STREAM_AHEAD : N);
         const W::T* ahead = later < rank ? a + later * A_STRIDE
                             : next       ? next + (later - rank) * A_STRIDE
                                          : a + p * A_STRIDE;

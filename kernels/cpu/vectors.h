@@ -164,6 +164,8 @@ INLINE float sum(vec a) {
 
 // ---- one step of a dot product ---------------------------------------------------------------
 
+// How many planes ahead a tile of one plane prefetches.
+static const int STREAM_AHEAD = 8;
 // STREAM: the most rows of a tile with one plane at a time. With few rows memory is what takes the time, and
 // it is read faster in one stream than in several that are 4 KB apart; with more it is the loads of x, which
 // planes side by side share, as they do conversions.
