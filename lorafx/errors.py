@@ -185,10 +185,12 @@ class ReplacedModuleError(CaptureError):
 
 
 class VerifyError(LorafxError):
-    """A pass left a graph that is malformed or computes something else.
+    """A pass left a graph that is malformed or computes something else; or a call's graph and its
+    answer in eager mode differ.
 
     Way out: a fault of lorafx, or of a pass of your own. Options(passes={name: False}) goes without
-    the pass; please report it with the folder that Options(dump=...) writes.
+    the pass, Options(start="compiled") without eager mode; `lorafx.bisect` tells which is wrong.
+    Please report it with the folder that Options(dump=...) writes.
     """
 
 
