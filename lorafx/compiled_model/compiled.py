@@ -67,29 +67,29 @@ if TYPE_CHECKING:
 class AsModule(nn.Module):
     """The part of `CompiledModel` that behaves as the `nn.Module` whose place it takes."""
 
-    model: nn.Module
+    _orig_mod: nn.Module
     _session: Session
 
     def train(self, mode: bool = True) -> Self:
         """As for any module. Warns about training mode, which makes dropout active."""
         if mode:
-            warn_training(self.model, stacklevel=2)
-        self.model.train(mode)
+            warn_training(self._orig_mod, stacklevel=2)
+        self._orig_mod.train(mode)
         self.training = mode
         return self
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
         """As for the model."""
-        self.model.apply(fn)
+        self._orig_mod.apply(fn)
         return self
 
     def get_submodule(self, target: str) -> nn.Module:
         """The module at a path in the model; this object for the empty path."""
-        return self.model.get_submodule(target) if target else self
+        return self._orig_mod.get_submodule(target) if target else self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The `state_dict` of the model, with its names."""
-        return self.model.state_dict(*args, **kwargs)
+        return self._orig_mod.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -110,7 +110,7 @@ class AsModule(nn.Module):
             )
         self._session.refuse_running("load_state_dict()")
         with self._session.weights_lock, self._session.lock:
-            return self.model.load_state_dict(state_dict, strict)
+            return self._orig_mod.load_state_dict(state_dict, strict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`to`, `half`, `cuda` and the like, which change nothing: the model must fit already.
@@ -127,7 +127,7 @@ class AsModule(nn.Module):
                     f"not for {converted.dtype} on {converted.device}: detach() the model, convert "
                     "it, and call lorafx.compile again"
                 )
-        self.model._apply(fn, recurse)
+        self._orig_mod._apply(fn, recurse)
         return self
 
     def compile(self, *_: Any, **__: Any) -> NoReturn:
@@ -146,7 +146,7 @@ class AsModule(nn.Module):
             "a compiled model cannot be copied or pickled: its graphs and locks belong to this "
             "process and to these weights. Copy or save the model that was given to "
             "lorafx.compile, before it is compiled or after detach(); "
-            "lorafx.detach(copy.deepcopy(compiled.model)) is a plain copy of it"
+            "lorafx.detach(copy.deepcopy(compiled._orig_mod)) is a plain copy of it"
         )
 
 
@@ -196,13 +196,14 @@ class ActiveAdapters(tuple[str, ...]):
 class CompiledModel(AsModule):
     """A model that serves its base and many LoRA adapters in one batch.
 
-    `model` is the model that was given; attributes that this object lacks are looked up there.
-    Methods of the model's own class also take `adapter_names`, and use the default of `set_adapter`
-    without it. Parts of the model (`cm.lm_head`) and `model` itself run as the base when they are
-    called directly, and raise where the default adapter changes them. It is for inference only:
-    gradients are off, and `backward` of a loss raises. Calls from several threads wait for one
-    another. Its class is a subclass with the name of the model's class, which transformers'
-    pipelines look at, and with the signature of its forward.
+    `_orig_mod` is the model that was given; attributes that this object lacks are looked up there,
+    and `model` is `_orig_mod` where the model has none. Methods of the model's own class also take
+    `adapter_names`, and use the default of `set_adapter` without it. Parts of the model
+    (`cm.lm_head`) and `_orig_mod` itself run as the base when they are called directly, and raise
+    where the default adapter changes them. It is for inference only: gradients are off, and
+    `backward` of a loss raises. Calls from several threads wait for one another. Its class is a
+    subclass with the name of the model's class, which transformers' pipelines look at, and with the
+    signature of its forward.
     """
 
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
@@ -215,7 +216,7 @@ class CompiledModel(AsModule):
         model = program.model
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Not by __setattr__, which would make the model a child.
-        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
+        vars(self).update({name: vars(model)[name] for name in shared}, _orig_mod=model)
         self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
@@ -268,10 +269,10 @@ class CompiledModel(AsModule):
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._entries.check_attached()
-        refuse_slips(kwargs, self.model.forward, self.model)
+        refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
         requests = requests_of(adapter_names, adapter_slots, self.adapters)
         if requests is None:
-            refuse_pipeline_slips(self.model)
+            refuse_pipeline_slips(self._orig_mod)
 
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
             return self._session.call(partial(self._run_forward, args, kwargs), requests)
@@ -286,9 +287,9 @@ class CompiledModel(AsModule):
         and returned sequences of one prompt keep its adapter. Raises LorafxError if the model has
         no `generate`, and what `forward` raises."""
         self._entries.check_attached()
-        generating = getattr(self.model, "generate", self.model.forward)
-        refuse_slips(kwargs, generating, self.model, BY_ROW)
-        main = getattr(self.model, "main_input_name", "input_ids")
+        generating = getattr(self._orig_mod, "generate", self._orig_mod.forward)
+        refuse_slips(kwargs, generating, self._orig_mod, BY_ROW)
+        main = getattr(self._orig_mod, "main_input_name", "input_ids")
         check_tensors({main: args[0], **kwargs} if args else kwargs)
         requests = requests_of(adapter_names)
         if requests is not None:
@@ -308,7 +309,7 @@ class CompiledModel(AsModule):
         """Run the model's forward for the requests of the running call; or the model itself, if it
         has hooks, which run around its graphs. An attached model was called itself."""
         self._entries.check_attached()  # it may have been detached while the call waited
-        forward, session, model = forward_of(self._entries), self._session, self.model
+        forward, session, model = forward_of(self._entries), self._session, self._orig_mod
         around = session.program.hook_watch.around and not self.attached
         if not around or not any(hooks_of(model)):
             return forward(*args, **kwargs)
@@ -324,7 +325,7 @@ class CompiledModel(AsModule):
         session = self._session
 
         def run_both_ways() -> None:
-            entry = self.entry(self.model)
+            entry = self.entry(self._orig_mod)
             entry(*args, **kwargs)
             session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
 
@@ -593,7 +594,7 @@ class CompiledModel(AsModule):
 
         Until `unmerge`, this adapter serves all calls, whether they name it or nothing; a call that
         names another adapter or the base is refused. Graphs, addresses and the model's own modules
-        stay; `model`, called directly, is the merged model.
+        stay; `_orig_mod`, called directly, is the merged model.
 
         Args:
             requantize: whether to store W + ΔW in the format of W if W is quantised, which loses a
@@ -889,7 +890,7 @@ class CompiledModel(AsModule):
 
         lines = explained(self._session, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
-        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
+        inside = [*lines, f"base model: {type(self._orig_mod).__module__}, as cm._orig_mod", ways]
         return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])
 
     # --- state ---
@@ -911,7 +912,7 @@ class CompiledModel(AsModule):
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
         "disk", "base" parameters, "originals" of merged weights in host memory."""
-        parameter_bytes = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        parameter_bytes = {id(p): p.numel() * p.element_size() for p in self._orig_mod.parameters()}
         merged = merged_of(self._session)
         return {
             **self._session.store.nbytes(),
@@ -936,7 +937,7 @@ class CompiledModel(AsModule):
             leave(session)
             if session.tiers is not None:
                 session.tiers.end()
-        return self.model
+        return self._orig_mod
 
     @property
     def detached(self) -> bool:
@@ -947,7 +948,7 @@ class CompiledModel(AsModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "_orig_mod":
                 raise
         return delegated(self, name)
 
@@ -986,7 +987,7 @@ def compiled_of(model: object) -> CompiledModel | None:
     if isinstance(model, nn.Module):
         model = without_wrappers(unwrapped(model))
     serving = (compiled for compiled in list(_COMPILED) if not compiled.detached)
-    return next((compiled for compiled in serving if compiled.model is model), None)
+    return next((compiled for compiled in serving if compiled._orig_mod is model), None)
 
 
 def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]:
@@ -995,7 +996,7 @@ def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]
     return [
         compiled
         for compiled in attached
-        if not compiled.detached and (among is None or id(compiled.model) in among)
+        if not compiled.detached and (among is None or id(compiled._orig_mod) in among)
     ]
 
 

@@ -38,7 +38,7 @@ def check_same(cm: Any, case: Any, before: torch.Tensor) -> None:
 
 
 def test_forward_has_the_signature_of_the_models_own(cm):
-    model = cm.model
+    model = cm._orig_mod
     for got, own in ((cm.forward, model.forward), (type(cm).forward, type(model).forward)):
         found, wanted = (inspect.signature(method).parameters for method in (got, own))
         assert found.keys() - wanted.keys() == {"adapter_names", "adapter_slots"}
@@ -64,7 +64,7 @@ def test_a_class_of_models_whose_loss_is_asked_for_says_so(small):
 
 
 def test_parameters_modules_and_state_have_the_models_own_names(cm):
-    model = cm.model
+    model = cm._orig_mod
     assert list(cm.state_dict()) == list(model.state_dict())
     for members in ("named_parameters", "named_buffers", "named_children"):
         got, own = (list(getattr(module, members)()) for module in (cm, model))
@@ -80,7 +80,7 @@ def test_parameters_modules_and_state_have_the_models_own_names(cm):
 def test_a_module_around_it_has_its_names_too(cm, shallow):
     around = nn.ModuleDict({"lm": cm})
     state = around.state_dict()
-    assert [key.removeprefix("lm.") for key in state] == list(cm.model.state_dict())
+    assert [key.removeprefix("lm.") for key in state] == list(cm._orig_mod.state_dict())
     assert [f"lm.{name}" for name, _ in cm.named_parameters()] == [
         name for name, _ in around.named_parameters()
     ]
@@ -106,7 +106,7 @@ def test_its_state_is_loaded_into_it_and_into_other_models(shallow):
 
 def test_it_is_saved_as_its_model(cm, tmp_path):
     cm.save_pretrained(tmp_path)
-    saved = type(cm.model).from_pretrained(tmp_path).state_dict()
+    saved = type(cm._orig_mod).from_pretrained(tmp_path).state_dict()
     assert saved.keys() == cm.state_dict().keys()
     assert all(torch.equal(saved[key], value) for key, value in cm.state_dict().items())
 
@@ -114,10 +114,10 @@ def test_it_is_saved_as_its_model(cm, tmp_path):
 def test_training_mode_is_the_models(cm):
     with pytest.warns(lorafx.LorafxWarning, match="training mode"):
         assert cm.train() is cm
-    assert cm.model.training
+    assert cm._orig_mod.training
     assert all(m.training for m in cm.modules())
     cm.eval()
-    assert not any(m.training for m in (cm, *cm.model.modules()))
+    assert not any(m.training for m in (cm, *cm._orig_mod.modules()))
 
 
 @pytest.mark.parametrize(
