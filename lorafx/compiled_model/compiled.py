@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Never, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Never
 
-import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
-from lorafx.compiled_model.names import delegated, refuse_arguments
+from lorafx.compiled_model.as_module import AsModule, refusing_backward, signature_of
+from lorafx.compiled_model.names import refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
 from lorafx.generation.alora import forward_of
@@ -39,13 +39,13 @@ from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
-from lorafx.runtime.marking import warn_training
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Resting, Session, Statistics
 from lorafx.runtime.sharing import join, leave
 from lorafx.runtime.tiers import Status
 from lorafx.torch_internals.compat import untraced
+from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.weights.export_merged import export_merged
 from lorafx.weights.loader import Weights, WeightUpdate, update_weights
 from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
@@ -62,124 +62,6 @@ if TYPE_CHECKING:
     from lorafx.inspection.explanation import Explanation
     from lorafx.inspection.profile import Profile
     from lorafx.inspection.why import Why
-
-
-class AsModule(nn.Module):
-    """The part of `CompiledModel` that behaves as the `nn.Module` whose place it takes."""
-
-    _orig_mod: nn.Module
-    _session: Session
-
-    def train(self, mode: bool = True) -> Self:
-        """As for any module. Warns about training mode, which makes dropout active."""
-        if mode:
-            warn_training(self._orig_mod, stacklevel=2)
-        self._orig_mod.train(mode)
-        self.training = mode
-        return self
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As for the model."""
-        self._orig_mod.apply(fn)
-        return self
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path in the model; this object for the empty path."""
-        return self._orig_mod.get_submodule(target) if target else self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The `state_dict` of the model, with its names."""
-        return self._orig_mod.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """The `load_state_dict` of the model, with its names. `load_weights` also takes other names
-        and checks everything before it writes.
-
-        Raises:
-            ConfigError: `assign`, which would replace the parameters that graphs take.
-            BatchError: a call is running on this thread.
-
-        It also raises what the model's own method raises.
-        """
-        if assign:
-            raise ConfigError(
-                "load_state_dict(assign=True) would replace the parameters that the graphs of this "
-                "compiled model take; leave out assign, which writes into them, or detach() first"
-            )
-        self._session.refuse_running("load_state_dict()")
-        with self._session.weights_lock, self._session.lock:
-            return self._orig_mod.load_state_dict(state_dict, strict)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `half`, `cuda` and the like, which change nothing: the model must fit already.
-
-        Raises:
-            CaptureError: the graphs and banks are for another dtype or device. Nothing has changed.
-        """
-        tensors = [*self.parameters(), *self.buffers()]
-        for dtype, device in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-            converted = fn(torch.empty(0, dtype=dtype, device=device))
-            if (converted.dtype, converted.device) != (dtype, device):
-                raise CaptureError(
-                    f"the graphs and adapters of this compiled model are for {dtype} on {device}, "
-                    f"not for {converted.dtype} on {converted.device}: detach() the model, convert "
-                    "it, and call lorafx.compile again"
-                )
-        self._orig_mod._apply(fn, recurse)
-        return self
-
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CaptureError: this model is compiled already."""
-        raise CaptureError(
-            "lorafx.compile has compiled this model; call it as it is. Settings of the compiler "
-            "are given there: lorafx.compile(model, adapters, mode=..., options={...}). To call "
-            "torch.compile yourself, detach() the model, lorafx.attach(model, adapters), and name "
-            'the backend: torch.compile(model, backend="lorafx")'
-        )
-
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        """Raises CaptureError for copies and pickles: a copy of the graphs would serve the weights
-        of the original."""
-        raise CaptureError(
-            "a compiled model cannot be copied or pickled: its graphs and locks belong to this "
-            "process and to these weights. Copy or save the model that was given to "
-            "lorafx.compile, before it is compiled or after detach(); "
-            "lorafx.detach(copy.deepcopy(compiled._orig_mod)) is a plain copy of it"
-        )
-
-
-def refusing_backward(output: Any) -> Any:
-    """`output` of a model, whose loss requires gradients if they are enabled, as the model's own
-    would; its backward raises CaptureError."""
-    if torch.is_grad_enabled() and isinstance(output, dict):
-        loss = output.get("loss")
-        if isinstance(loss, Tensor) and loss.is_floating_point():
-            leaf = torch.zeros_like(loss).requires_grad_()
-            leaf.register_hook(_refuse_gradient)
-            output["loss"] = loss + leaf
-    return output
-
-
-def _refuse_gradient(_: Tensor) -> NoReturn:
-    raise CaptureError(
-        "a compiled model is for inference, and its loss has no gradients: train with PEFT on the "
-        "plain model, or on what detach() returns, and load what it saves by "
-        "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for none"
-    )
-
-
-def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect.Signature:
-    """The signature of the model's own forward, with the keywords that `forward` adds."""
-    signature = inspect.signature(model.forward)
-    parameters = dict(signature.parameters)
-    open_ended = [name for name, item in parameters.items() if item.kind is item.VAR_KEYWORD]
-    removed = [parameters.pop(name) for name in open_ended]
-    for name, parameter in inspect.signature(forward).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            parameters.setdefault(name, parameter)
-    return signature.replace(parameters=[*parameters.values(), *removed])
 
 
 #: How errors about misspelt keywords say where an engine takes the names of adapters.
@@ -206,17 +88,15 @@ class CompiledModel(AsModule):
     signature of its forward.
     """
 
+    __slots__ = ("_disabling", "_entries", "_generation", "attached")
+
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
         return super().__new__(_class_of(type(program.model), cls))
 
     def __init__(
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
-        super().__init__()
-        model = program.model
-        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Not by __setattr__, which would make the model a child.
-        vars(self).update({name: vars(model)[name] for name in shared}, _orig_mod=model)
+        self._orig_mod = program.model
         self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
@@ -230,8 +110,6 @@ class CompiledModel(AsModule):
             attachment.detach()
             raise
         program.runtime.resting = Resting(self._session)
-        # Not by train(), which never ends if a child refers to its parent.
-        self.training = program.model.training
         _COMPILED.add(self)
 
     # --- calls ---
@@ -268,6 +146,30 @@ class CompiledModel(AsModule):
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
+        running = self._session.running
+        if running.inner and running.here and adapter_names is None and adapter_slots is None:
+            return running.inner(*args, **kwargs)
+        return self._served(forward_of, args, kwargs, adapter_names, adapter_slots)
+
+    @untraced
+    def __call__(
+        self,
+        *args: Any,
+        adapter_names: Sequence[AdapterName] | None = None,
+        adapter_slots: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `forward`, with the hooks of the model around, and what users put in its place."""
+        return self._served(_around_forward_of, args, kwargs, adapter_names, adapter_slots)
+
+    def _served(
+        self,
+        forward: Callable[[CompiledForwards], Callable[..., Any]],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        adapter_names: Sequence[AdapterName] | None,
+        adapter_slots: Tensor | None,
+    ) -> Any:
         self._entries.check_attached()
         refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
         requests = requests_of(adapter_names, adapter_slots, self.adapters)
@@ -275,7 +177,11 @@ class CompiledModel(AsModule):
             refuse_pipeline_slips(self._orig_mod)
 
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
-            return self._session.call(partial(self._run_forward, args, kwargs), requests)
+            def run() -> Any:
+                self._entries.check_attached()  # it may have been detached while the call waited
+                return forward(self._entries)(*args, **kwargs)
+
+            return self._session.call(run, requests)
 
         return refusing_backward(in_waves(self._entries, call, args, kwargs, requests))
 
@@ -304,16 +210,6 @@ class CompiledModel(AsModule):
             return self._session.call(run, requests)
 
         return in_waves(self._entries, call, args, kwargs, requests, generates=True)
-
-    def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run the model's forward for the requests of the running call; or the model itself, if it
-        has hooks, which run around its graphs. An attached model was called itself."""
-        self._entries.check_attached()  # it may have been detached while the call waited
-        forward, session, model = forward_of(self._entries), self._session, self._orig_mod
-        around = session.program.hook_watch.around and not self.attached
-        if not around or not any(hooks_of(model)):
-            return forward(*args, **kwargs)
-        return session.replacements.replacing([(model, "forward", forward)], model, *args, **kwargs)
 
     def entry(self, module: nn.Module, *, method: MethodType | None = None) -> Entry:
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
@@ -944,13 +840,14 @@ class CompiledModel(AsModule):
         """Whether the marks were removed from the model."""
         return self._entries.detached
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_orig_mod":
-                raise
-        return delegated(self, name)
+
+def _around_forward_of(entries: CompiledForwards) -> Callable[..., Any]:
+    """What a call of the compiled model runs: the model's hooks, around what users put in the place
+    of its forward, around the compiled forward."""
+    forward, session, model = entries.in_place(forward_of(entries)), entries.session, entries.model
+    if not session.program.hook_watch.around or not (any(hooks_of(model)) or any_global_hook()):
+        return forward
+    return partial(session.replacements.replacing, [(model, "forward", forward)], model)
 
 
 def _new_backend(session: Session) -> Backend:

@@ -195,6 +195,7 @@ class Sampler(CompiledModel):
     `sync`. `_orig_mod` is a copy of the modules, with the same parameters.
     """
 
+    __slots__ = ("_trained",)
     _trained: Trained
 
     def follow(self, trained: Trained) -> None:

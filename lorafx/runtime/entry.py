@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
+from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable
@@ -379,6 +380,23 @@ class CompiledForwards:
                 self.session, module, function, name, per_token=per_token, packed=packed
             )
         return entry
+
+    def in_place(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, a compiled one of the model, inside of what users put in the place of the
+        compiled model's (`Session.patched`), which is given the names of a call that has any."""
+        session, patched = self.session, self.session.patched
+        if patched is None:
+            return forward
+        requests, named = session.requests, dict[str, Any]()
+        if requests.is_plain and takes(patched, "adapter_names"):
+            named = {"adapter_names": list(requests.names)}
+
+        @functools.wraps(patched)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            running = session.running._replace(inner=forward)
+            return session.note(running, functools.partial(patched, *args, **named, **kwargs))
+
+        return call
 
     @property
     def detached(self) -> bool:

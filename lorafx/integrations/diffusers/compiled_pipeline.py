@@ -378,7 +378,8 @@ def _call_without_views(
         return value.data if isinstance(value, Tensor) and value._is_view() else value
 
     named = {key: without_base(value) for key, value in kwargs.items()}
-    return cm(*map(without_base, args), adapter_names=names, **named)
+    # Not by its call: the model's own call has run the hooks.
+    return cm.forward(*map(without_base, args), adapter_names=names, **named)
 
 
 def _encode(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:

@@ -107,7 +107,7 @@ def _serve(method: Method, requests: Requests, *args: Any, **kwargs: Any) -> Any
             "this call needs gradients through lorafx's LoRA, which is for inference only; call "
             "the model inside torch.no_grad() or torch.inference_mode()"
         )
-    output = compiled(*args, **kwargs, adapter_names=names)
+    output = compiled.forward(*args, **kwargs, adapter_names=names)  # the call has run the hooks
     if any(site.module is method.model for site in compiled.sites):
         compiled._session.returned_from = ""
     return output
