@@ -20,7 +20,6 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from lorafx.compiled_model.names import delegated
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.runtime.marking import warn_training
 from lorafx.runtime.session import Session
@@ -34,18 +33,13 @@ class AsModule(nn.Module):
     _orig_mod: nn.Module
     _session: Session
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._orig_mod)
 
-    @property  # type: ignore[override]
-    def __dict__(self) -> dict[str, Any]:
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
         return vars(self._orig_mod)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_orig_mod":  # not set yet
-            raise AttributeError(name)
-        return delegated(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,13 @@ from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
 from lorafx.compiled_model.as_module import AsModule, refusing_backward, signature_of
-from lorafx.compiled_model.names import refuse_arguments
+from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.interrupts import undisturbed
-from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
@@ -45,7 +44,6 @@ from lorafx.runtime.session import Resting, Session, Statistics
 from lorafx.runtime.sharing import join, leave
 from lorafx.runtime.tiers import Status
 from lorafx.torch_internals.compat import untraced
-from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.weights.export_merged import export_merged
 from lorafx.weights.loader import Weights, WeightUpdate, update_weights
 from lorafx.weights.merge import MergeReport, merge, merged_of, unmerge
@@ -149,7 +147,7 @@ class CompiledModel(AsModule):
         running = self._session.running
         if running.inner and running.here and adapter_names is None and adapter_slots is None:
             return running.inner(*args, **kwargs)
-        return self._served(forward_of, args, kwargs, adapter_names, adapter_slots)
+        return self._served(args, kwargs, adapter_names, adapter_slots, whole=False)
 
     @untraced
     def __call__(
@@ -160,15 +158,16 @@ class CompiledModel(AsModule):
         **kwargs: Any,
     ) -> Any:
         """As `forward`, with the hooks of the model around, and what users put in its place."""
-        return self._served(_around_forward_of, args, kwargs, adapter_names, adapter_slots)
+        return self._served(args, kwargs, adapter_names, adapter_slots, whole=True)
 
     def _served(
         self,
-        forward: Callable[[CompiledForwards], Callable[..., Any]],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         adapter_names: Sequence[AdapterName] | None,
         adapter_slots: Tensor | None,
+        *,
+        whole: bool,
     ) -> Any:
         self._entries.check_attached()
         refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
@@ -179,7 +178,8 @@ class CompiledModel(AsModule):
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
             def run() -> Any:
                 self._entries.check_attached()  # it may have been detached while the call waited
-                return forward(self._entries)(*args, **kwargs)
+                forward = forward_of(self._entries)
+                return (self._entries.whole(forward) if whole else forward)(*args, **kwargs)
 
             return self._session.call(run, requests)
 
@@ -221,9 +221,9 @@ class CompiledModel(AsModule):
         session = self._session
 
         def run_both_ways() -> None:
-            entry = self.entry(self._orig_mod)
-            entry(*args, **kwargs)
-            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
+            forward = self._entries.whole(self.entry(self._orig_mod))
+            forward(*args, **kwargs)
+            session.note(session.running._replace(active=True), lambda: forward(*args, **kwargs))
 
         with session.lock:
             warming = session.running._replace(warming=True)
@@ -781,6 +781,11 @@ class CompiledModel(AsModule):
             )
         return target
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "_orig_mod":  # not set yet
+            raise AttributeError(name)
+        return delegated(self, name)
+
     def __repr__(self) -> str:
         from lorafx.inspection.explanation import explained
 
@@ -839,15 +844,6 @@ class CompiledModel(AsModule):
     def detached(self) -> bool:
         """Whether the marks were removed from the model."""
         return self._entries.detached
-
-
-def _around_forward_of(entries: CompiledForwards) -> Callable[..., Any]:
-    """What a call of the compiled model runs: the model's hooks, around what users put in the place
-    of its forward, around the compiled forward."""
-    forward, session, model = entries.in_place(forward_of(entries)), entries.session, entries.model
-    if not session.program.hook_watch.around or not (any(hooks_of(model)) or any_global_hook()):
-        return forward
-    return partial(session.replacements.replacing, [(model, "forward", forward)], model)
 
 
 def _new_backend(session: Session) -> Backend:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.model.changes_watch import hooks_of
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
@@ -30,6 +31,7 @@ from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:  # imported where used: with the first graph
@@ -397,6 +399,13 @@ class CompiledForwards:
             return session.note(running, functools.partial(patched, *args, **named, **kwargs))
 
         return call
+
+    def whole(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's call with a compiled `forward`: hooks run around what `in_place` returns."""
+        model, session, run = self.model, self.session, self.in_place(forward)
+        if not session.program.hook_watch.around or not (any(hooks_of(model)) or any_global_hook()):
+            return run
+        return functools.partial(session.replacements.replacing, [(model, "forward", run)], model)
 
     @property
     def detached(self) -> bool:
