@@ -181,3 +181,13 @@ def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect
         if parameter.kind is parameter.KEYWORD_ONLY:
             parameters.setdefault(name, parameter)
     return signature.replace(parameters=[*parameters.values(), *removed])
+
+
+def special_methods(model: type[nn.Module]) -> dict[str, Any]:
+    """Methods of a container that the model's class has, which Python looks up in classes."""
+
+    def method(name: str) -> Callable[..., Any]:
+        return lambda self, *args: getattr(self._orig_mod, name)(*args)
+
+    names = ("__len__", "__iter__", "__getitem__", "__contains__")
+    return {name: method(name) for name in names if hasattr(model, name)}

@@ -20,7 +20,12 @@ from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
-from lorafx.compiled_model.as_module import AsModule, refusing_backward, signature_of
+from lorafx.compiled_model.as_module import (
+    AsModule,
+    refusing_backward,
+    signature_of,
+    special_methods,
+)
 from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
@@ -867,7 +872,7 @@ def _class_of(model: type[nn.Module], kind: type[CompiledModel]) -> type[Compile
     if kind not in classes:
         forward = untraced(inspect.unwrap(CompiledModel.forward))
         forward.__signature__ = signature_of(model, forward)
-        attributes = {"__doc__": kind.__doc__, "forward": forward}
+        attributes = {"__doc__": kind.__doc__, "forward": forward, **special_methods(model)}
         classes[kind] = type(model.__name__, (kind,), attributes)
     return classes[kind]
 
