@@ -1,5 +1,7 @@
 """Attributes that a compiled model does not define itself, and names of other libraries.
 
+What is set or deleted under such a name is set or deleted on the model (AsModule).
+
 | name | what happens |
 |---|---|
 | of PEFT, diffusers, vLLM (`ELSEWHERE`), unless the model has it | AttributeError: the way out |
