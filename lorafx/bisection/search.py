@@ -148,7 +148,7 @@ def bisect(
             f"bisect() takes a model from lorafx.compile, and this is a {type(model).__name__}"
         )
     names = _checked_names(compiled, adapter_names)
-    roles = compiled.entry(compiled.model).roles
+    roles = compiled.entry(compiled._orig_mod).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
     if rows != len(names):
@@ -193,7 +193,7 @@ def _reference(
             if name is not None:
                 compiled.merge(name)
             try:
-                outputs[name] = _outputs(compiled.model, inputs, len(names))
+                outputs[name] = _outputs(compiled._orig_mod, inputs, len(names))
             finally:
                 if name is not None:
                     compiled.unmerge()

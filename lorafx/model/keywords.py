@@ -71,6 +71,15 @@ def refuse_slips(
             )
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether `function` itself, and not what it wraps, takes a keyword of this name."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # written in C
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:
     parts = () if model is None else model.modules()
     forwards = {getattr(part.forward, "__func__", part.forward): None for part in parts}

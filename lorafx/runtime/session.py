@@ -187,6 +187,9 @@ class Session:
         #: Looks, before a call, at the model that is trained and whose weights this one shares:
         #: assigned by lorafx.compiled_model.sampler.
         self.follow: Callable[[], None] = lambda: None
+        #: What users put in the place of the compiled model's forward, if anything; it calls that
+        #: as `Running.inner`. Assigned by lorafx.compiled_model.as_module.
+        self.patched: Callable[..., Any] | None = None
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()

@@ -61,7 +61,7 @@ class ServedModel:
         self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self.control = Control(compiled, engine, settings)
         self._created = int(time.time())
-        model: Any = compiled.model
+        model: Any = compiled._orig_mod
         self.text_config = model.config.get_text_config()
         positions = getattr(self.text_config, "max_position_embeddings", None)
         limits = (*limits, positions, settings.max_model_len)
