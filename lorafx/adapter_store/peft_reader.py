@@ -122,7 +122,8 @@ def read_adapter(
         max_rank: largest rank of the banks.
         lora_config: selected the `sites`. If it used adapters' targets, modules that are no sites
             can lack factors too.
-        strict: a targeted module without factors is a problem, not a warning.
+        strict: a targeted module without factors, and factors that are not used, are problems, not
+            warnings.
 
     Raises:
         UnsupportedAdapterError: arithmetic beyond LoRA.
@@ -137,18 +138,29 @@ def read_adapter(
     search = () if reading.unknown else _MissingFactors(reading, lora_config).paths()
     missing = tuple(dict.fromkeys(search))
     total = len(missing) + len(reading.landings) + len(reading.experts.paths)
-    left_out = (
-        f"its configuration targets {total} modules here, but its file has no factors for "
-        f"{len(missing)} of them ({100 * len(missing) / (total or 1):.0f} %): {some(missing, 8)}"
-    )
-    if strict and missing:
-        findings.problems.append(f"{left_out}; strict=True makes this an error")
+    doubts = []
+    if missing:
+        share = 100 * len(missing) / (total or 1)
+        doubts.append(
+            f"its configuration targets {total} modules here, but its file has no factors for "
+            f"{len(missing)} of them ({share:.0f} %): {some(missing, 8)}. These modules keep the "
+            "base weights, which is right if the adapter was trained on only a part of the model; "
+            "otherwise the file is incomplete"
+        )
+    if state.lost:
+        doubts.append(
+            f"diffusers' conversion of its names leaves out {len(state.lost)} of its tensors: "
+            f"{some(state.lost, 8)}. What they would change keeps the base weights; save the "
+            "adapter under diffusers' names for the model"
+        )
+    if strict:
+        findings.problems += [f"{doubt}; strict=True makes this an error" for doubt in doubts]
+        if state.left_out:
+            findings.problems.append(state.left_out_text)
     findings.raise_problems(name)
-    if missing and warn:
+    for doubt in doubts if warn else ():
         warnings.warn(
-            f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
-            "weights, which is right if the adapter was trained on only a part of the "
-            "model; otherwise the file is incomplete. strict=True makes this an error",
+            f"adapter {name!r} in {state.where}: {doubt}. strict=True makes this an error",
             LorafxWarning,
             stacklevel=2,
         )
