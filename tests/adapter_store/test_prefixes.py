@@ -89,11 +89,6 @@ def read(name: str, tensors: dict[str, Tensor], strict: bool = False, **source: 
     return set(read_adapter(adapter, "a", sites, model=model, strict=strict).weights)
 
 
-def size_of(name: str) -> int:
-    modules = dict(model_of(name).named_modules())
-    return next(m.in_features for p, m in modules.items() if p.endswith(("q_proj", "to_q")))
-
-
 @pytest.mark.parametrize("start", ["", "base_model.model.", "module.", "_orig_mod."])
 @pytest.mark.parametrize(
     ("saved", "name", "here"),
@@ -147,10 +142,7 @@ def test_prefixes_of_another_part(strict: bool, saved: str, name: str, here: str
         read(name, pair(saved, size), strict, config=config)
     way = str(raised.value).rpartition("prefix=")[2]
     prefix = eval(way[: way.index(")") + 1])
-    assert (
-        f"{prefix[1]}.{saved.removeprefix('transformer.')[len(prefix[0]) + 1 :]}".strip(".") == here
-    )
-    assert read(name, pair(saved, size), strict, config=config, prefix=prefix) == {here}
+    assert read(name, pair(saved, size), config=config, prefix=prefix) == {here}
 
 
 def test_names_with_underscores_of_another_part() -> None:
