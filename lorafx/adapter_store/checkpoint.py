@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, read_
 from lorafx.errors import (
     CheckpointError,
     ConfigError,
-    LorafxWarning,
     UnsupportedAdapterError,
     nearest,
 )
@@ -129,12 +127,12 @@ def _refuse_other_methods(saved: Saved) -> None:
         )
 
 
-def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
+def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     """Configuration and tensors of `source`, in PEFT's names.
 
     `source` is an `AdapterSource`, a valid `source` of it, or an `AdapterState`, which is returned.
-    `model` resolves flattened names and tells embeddings from linears. `warn` is about factors for
-    other models of a pipeline. Raises CheckpointError and UnsupportedAdapterError.
+    `model` resolves flattened names and tells embeddings from linears. Raises CheckpointError and
+    UnsupportedAdapterError.
     """
     if isinstance(source, AdapterState):
         return source
@@ -142,11 +140,7 @@ def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True
     saved = read_source(adapter)
     state = dialect_of(saved, adapter.dialect).state(saved, model)
     state = with_present_paths(state, adapter, model)
-    if adapter.component is not None:
-        state = replace(state, left_out=())
-    elif warn and state.left_out:
-        warnings.warn(state.left_out_text, LorafxWarning, stacklevel=2)
-    return state
+    return state if adapter.component is None else replace(state, left_out=())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lorafx.adapter_store.saved import AdapterSource, AdapterState
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.saved_names import WRAPPERS, without_compiled
 from lorafx.progress import LOG
-from lorafx.torch_internals.transformers_parts import causal_model_class
+from lorafx.torch_internals.transformers_parts import classes_of
 
 #: What transformers calls the language model in a larger one, as in its `set_decoder`.
 _CONTAINERS = ("language_model", "text_model")
@@ -112,33 +112,19 @@ def _are_one_part(model: nn.Module, old: str, part: nn.Module) -> bool:
     """Whether transformers names `part` of the model, and `old` in the model of an adapter, for the
     same: all of it, or its language model, with a head or without."""
     transformers: Any = sys.modules.get("transformers")
-    if transformers is None:
+    found = () if transformers is None else model.modules()
+    pretrained = [module for module in found if isinstance(module, transformers.PreTrainedModel)]
+    if not pretrained or not set(pretrained) <= set(pretrained[0].modules()):
         return False
-    outermost: list[Any] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(name) for name, _ in outermost)
-        if isinstance(module, transformers.PreTrainedModel) and not inside:
-            outermost.append((path and f"{path}.", module))
-    if len(outermost) != 1:
-        return False
-    whole = outermost[0][1]
-    parts, names = [whole], {*WRAPPERS}
-    text = whole.get_decoder() if hasattr(whole, "get_decoder") else None
-    if isinstance(text, transformers.PreTrainedModel) and _stands_alone(text):
+    parts, names = pretrained[:1], {*WRAPPERS, ""}
+    text = pretrained[0].get_decoder() if hasattr(pretrained[0], "get_decoder") else None
+    alone = transformers.AutoModelForCausalLM  # its models are language models and no more
+    if isinstance(text, transformers.PreTrainedModel) and any(classes_of(alone, text.config)):
         parts.append(text)
         names.update(_CONTAINERS)
     names.update(module.base_model_prefix for module in parts)
     parts += [module.base_model for module in parts]
-    return any(part is module for module in parts) and set(old.split(".")) <= {*names, ""}
-
-
-def _stands_alone(text: Any) -> bool:
-    """Whether there are models that are this language model alone."""
-    try:
-        causal_model_class(text.config)
-    except KeyError:
-        return False
-    return True
+    return any(part is module for module in parts) and names.issuperset(old.split("."))
 
 
 def _same_entries(old: str, new: str) -> bool:

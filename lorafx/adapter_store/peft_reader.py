@@ -130,7 +130,7 @@ def read_adapter(
         CapacityError: all problems are of ranks over `max_rank` or room for replaced weights.
         CheckpointError: otherwise. The error has all problems of the file.
     """
-    state = load_state(source, model, warn=warn)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -153,10 +153,14 @@ def read_adapter(
             f"{some(state.lost, 8)}. What they would change keeps the base weights; save the "
             "adapter under diffusers' names for the model"
         )
+    if state.left_out:
+        doubts.append(
+            f"it has factors for other models of a pipeline too ({', '.join(state.left_out)}), "
+            "which are not used here: load it into those as well, or say AdapterSource(..., "
+            "component=...)"
+        )
     if strict:
         findings.problems += [f"{doubt}; strict=True makes this an error" for doubt in doubts]
-        if state.left_out:
-            findings.problems.append(state.left_out_text)
     findings.raise_problems(name)
     for doubt in doubts if warn else ():
         warnings.warn(

@@ -138,14 +138,6 @@ class AdapterState:
     lost: tuple[str, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def left_out_text(self) -> str:
-        return (
-            f"{self.where} has factors for other models of a pipeline too "
-            f"({', '.join(self.left_out)}), which are not used here: load it into those as well, "
-            "or say AdapterSource(..., component=...)"
-        )
-
 
 class Origin(NamedTuple):
     """Where an adapter can be read again: its absolute path, the settings for reading it, and a

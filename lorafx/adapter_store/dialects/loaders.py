@@ -66,14 +66,12 @@ def _loaders() -> Iterator[tuple[str, Any]]:
 
 
 def _loads_into(loader: type, model: nn.Module) -> bool:
-    """Whether a pipeline with this loader is made of a model of this class. Names alone do not tell
-    one family from another."""
-    conversion = vars(loader)["lora_state_dict"]
-    return any(
-        inspect.getattr_static(pipeline, "lora_state_dict", None) is conversion
-        and isinstance(model, tuple(classes))
-        for pipeline, classes in _pipelines().items()
-    )
+    """Whether a pipeline with this loader is made of a model of this class, or none says what it is
+    made of. Names alone do not tell one family from another."""
+    conversion, pipelines = vars(loader)["lora_state_dict"], _pipelines()
+    own = [p for p in pipelines if inspect.getattr_static(p, "lora_state_dict", None) is conversion]
+    made = any(isinstance(model, tuple(pipelines[pipeline])) for pipeline in own or pipelines)
+    return made if own else not made
 
 
 @cache

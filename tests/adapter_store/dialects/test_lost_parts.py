@@ -49,10 +49,7 @@ def test_a_transformer_alone_names_the_encoders_that_have_parts(pipe: Any, file:
     with pytest.warns(lorafx.LorafxWarning, match=r"too \(text_encoder, text_encoder_2\)"):
         adapter = read(pipe.transformer, file)
     assert adapter.weights.keys() == {"transformer_blocks.0.attn.to_out.0"}
-    with (
-        pytest.warns(lorafx.LorafxWarning),
-        pytest.raises(CheckpointError, match=r"too \(text_encoder, text_encoder_2\)"),
-    ):
+    with pytest.raises(CheckpointError, match=r"too \(text_encoder, text_encoder_2\).* an error"):
         read(pipe.transformer, file, strict=True)
     chosen = lorafx.AdapterSource(file, component="unet")
     with warnings.catch_warnings():
