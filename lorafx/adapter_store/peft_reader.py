@@ -449,7 +449,7 @@ class Reading:
                 0,
                 f"{len(names)} of the {total} modules that it names do not exist in this model, "
                 f"so it was made for another model ({origin}), or they have moved, which "
-                f"AdapterSource(..., key_mapping=...) would say: {examples}",
+                f"AdapterSource(..., prefix=...) or key_mapping= would say: {examples}",
             )
             return
         for i, path in enumerate(names):
