@@ -47,8 +47,8 @@ class LorafxWarning(UserWarning):
     """Something may not be what the caller expects: a module left out, an assumption made.
 
     Way out: the message names the setting that confirms or changes it. Options(strict=True) makes
-    adapters with missing factors an error. `warnings.simplefilter("error", lorafx.LorafxWarning)`
-    stops at each.
+    adapters with missing or unused factors an error. `warnings.simplefilter("error",
+    lorafx.LorafxWarning)` stops at each.
     """
 
 
@@ -72,8 +72,8 @@ class CheckpointError(LorafxError, ValueError):
     """An adapter checkpoint that is absent, truncated, misshapen or for another model.
 
     Way out: `lorafx inspect ADAPTER --model MODEL` shows what it holds and each problem. For
-    modules that moved, AdapterSource(key_mapping=...); otherwise load it with the model that it was
-    trained on, or save it again.
+    modules that moved, AdapterSource(prefix=...) or key_mapping=; otherwise load it with the model
+    that it was trained on, or save it again.
     """
 
 
