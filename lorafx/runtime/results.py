@@ -42,9 +42,11 @@ def refuse_code(result: object, name: str) -> None:
         if _is_code(cls):
             if isinstance(value, Coroutine):
                 value.close()  # Python would warn that nobody has awaited it
+            place = _place(link)
             raise CaptureError(
-                f"the result of {name} holds a {cls.__qualname__}{_place(link)}. It would run "
-                "after the call has ended, without the call's adapters; return what it computes"
+                f"the result of {name} {'holds' if place else 'is'} a {cls.__qualname__}{place}, "
+                "which would run after the call has ended, without its adapters; return what it "
+                "computes"
             )
         parts = (value(),) if isinstance(value, weakref.ref) else gc.get_referents(value)
         links += [(part, link) for part in parts]
