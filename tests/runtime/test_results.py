@@ -22,7 +22,7 @@ from lorafx.errors import CaptureError, MatchError
 from lorafx.runtime.results import refuse_code
 
 K = 6
-Pair = namedtuple("Pair", "first second")  # noqa: PYI024
+Pair = namedtuple("Pair", "first second")
 
 
 @dataclasses.dataclass
