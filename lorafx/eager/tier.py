@@ -102,7 +102,8 @@ class EagerTier:
         kwargs = {name: _counted(value, counted) for name, value in kwargs.items()}
         watched = self._has_unknown_code()
         memory = self._labelled_arguments(counted, watched=watched)
-        undo = Undo((*args, *kwargs.values()), runtime.device)
+        holders = program.model, *args, *kwargs.values()
+        undo = Undo(holders, runtime.device, trusted=not watched)
         self._remembered.begin()
         following = Following(
             memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
