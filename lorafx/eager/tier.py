@@ -81,7 +81,8 @@ class EagerTier:
         with torch.inference_mode(False), torch.no_grad():
             if self._program.runtime.active:
                 return self._followed(target, args, kwargs, read, sites)
-            undo = Undo((*args, *kwargs.values()), self._program.runtime.device)
+            holders = self._program.model, *args, *kwargs.values()
+            undo = Undo(holders, self._program.runtime.device)
             try:
                 following = Following(undo=undo)
                 return read(following.run(partial(target, *args, **kwargs)))
