@@ -7,6 +7,7 @@ not proved is not guessed: everything that the call has changed is restored, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -61,10 +62,11 @@ class EagerTier:
             if not runtime.active:
                 return target(*args, **kwargs)
             # The writes of inference tensors are not counted.
+            inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False), torch.no_grad():
-                return self._followed(target, args, kwargs)
+                return self._followed(target, args, kwargs, inference=inference)
         except IndexError as error:
-            if isinstance(error, OutOfRangeError):
+            if isinstance(error, OutOfRangeError) or not _is_of_call(program, error):
                 raise
             raise OutOfRangeError(_ranges_text(program, error)) from error
 
@@ -78,9 +80,10 @@ class EagerTier:
     ) -> T:
         """What `read` takes from the result of `run`. Everything is then as before the call. The
         outputs of `sites` are noted, which are then computed by the sites' operators alone."""
+        inference = torch.is_inference_mode_enabled()
         with torch.inference_mode(False), torch.no_grad():
             if self._program.runtime.active:
-                return self._followed(target, args, kwargs, read, sites)
+                return self._followed(target, args, kwargs, read, sites, inference=inference)
             holders = self._program.model, *args, *kwargs.values()
             undo = Undo(holders, self._program.runtime.device)
             try:
@@ -96,15 +99,19 @@ class EagerTier:
         kwargs: Mapping[str, Any],
         read: Callable[[Any], Any] | None = None,
         sites: list[tuple[str, Tensor]] | None = None,
+        *,
+        inference: bool,
     ) -> Any:
         program, runtime = self._program, self._program.runtime
         counted: dict[int, Tensor] = {}
         args = tuple(_counted(value, counted) for value in args)
         kwargs = {name: _counted(value, counted) for name, value in kwargs.items()}
         watched = self._has_unknown_code()
+        undo = Undo((*args, *kwargs.values()), runtime.device, trusted=not watched)
+        if inference:
+            undo.exchange(partial(_counted, counted=counted))  # such as those of static caches
         memory = self._labelled_arguments(counted, watched=watched)
-        holders = program.model, *args, *kwargs.values()
-        undo = Undo(holders, runtime.device, trusted=not watched)
+        undo.record((program.model,))
         self._remembered.begin()
         following = Following(
             memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
@@ -164,9 +171,33 @@ def _is_seen(module: nn.Module) -> bool:
 
 def _counted(value: Any, counted: dict[int, Tensor]) -> Any:
     """`value`, or a copy of an inference tensor, whose writes are counted."""
-    if isinstance(value, Tensor) and value.is_inference():
-        value = counted.setdefault(id(value), value.clone())
+    if isinstance(value, Tensor) and value.is_inference() and not isinstance(value, nn.Parameter):
+        if id(value) not in counted:
+            counted[id(value)] = value.clone()
+        return counted[id(value)]
     return value
+
+
+#: torch's messages, with the index where they tell it. Those of lists, say, are the model's own.
+_OUTSIDE = re.compile(
+    r"index out of range in self|(?:index|Target) (-?\d+) is out of bounds(?: for dim|\.$)"
+)
+
+
+def _is_of_call(program: Program, error: IndexError) -> bool:
+    """Whether an operator has raised the error for an index among the call's arguments."""
+    found = _OUTSIDE.search(str(error))
+    named = {} if program.call is None else program.call.named
+    number = None if found is None else found[1]
+    return found is not None and (
+        number is None
+        or any(
+            isinstance(value, Tensor)
+            and not value.is_floating_point()
+            and bool((value == int(number)).any())
+            for value in named.values()
+        )
+    )
 
 
 def _ranges_text(program: Program, error: IndexError) -> str:

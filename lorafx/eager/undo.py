@@ -53,7 +53,12 @@ class Undo:
         numpy: Any = sys.modules.get("numpy.random")
         if numpy is not None:
             self.to_restore(numpy.set_state, numpy.get_state())
-        waiting, seen = list(holders), set[int]()
+        self._trusted, self._seen = trusted, set[int]()
+        self.record(holders)
+
+    def record(self, holders: Iterable[Any]) -> None:
+        """Record these objects, and all that they hold, too."""
+        waiting, seen, trusted = list(holders), self._seen, self._trusted
         while waiting and len(seen) < _MOST_OBJECTS:
             value = waiting.pop()
             look = _look_at(type(value))
@@ -61,6 +66,14 @@ class Undo:
                 continue
             seen.add(id(value))
             waiting += [part for part in look(self, value) if _look_at(type(part)) is not None]
+
+    def exchange(self, exchanged: Callable[[Any], Any]) -> None:
+        """Put what `exchanged` returns into all dicts, lists and attributes recorded so far."""
+        for held, before in zip(self._held, self._before, strict=True):
+            pairs = before.items() if isinstance(before, dict) else enumerate(before)
+            for place, value in () if isinstance(held, set) else pairs:
+                if (other := exchanged(value)) is not value:
+                    _base(held).__setitem__(held, place, other)
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """These tensors from before the call are about to be written."""

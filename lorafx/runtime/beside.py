@@ -41,29 +41,41 @@ def can_fork() -> bool:
 
 class Process:
     """A process that does `work` when its turn comes, and reports the text that this returns, or
-    that of the error that it raises. It is made undisturbed by signals (lorafx.interrupts), so that
-    the one who makes it has noted it."""
+    that of the error that it raises. It does `orphaned` if the serving process ends before it. It
+    is made undisturbed by signals (lorafx.interrupts), so that the one who makes it has noted it.
 
-    def __init__(self, work: Callable[[], str]) -> None:
-        self._work = work
+    Raises:
+        OSError: there is no memory for it, or no file descriptor.
+    """
+
+    def __init__(
+        self, work: Callable[[], str], orphaned: Callable[[], object] = lambda: None
+    ) -> None:
+        self._work, self._orphaned = work, orphaned
         #: What the process reported, or how it ended without; None until it has ended.
         self.outcome: str | None = None
         self.works = self.reported = False
         self._fork()
-        del self._work
+        del self._work, self._orphaned
 
     def _fork(self) -> None:
-        go, told = os.pipe(), os.pipe()
-        os.set_blocking(told[0], False)  # another thread's child may hold the other end
-        parent = os.getpid()
-        with warnings.catch_warnings():  # about other threads: see _STANDSTILL
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
+        ends = list[int]()
+        try:
+            ends += os.pipe()
+            ends += os.pipe()
+            (wait, self._go, self._told, tell), parent = ends, os.getpid()
+            os.set_blocking(self._told, False)  # another thread's child may hold the other end
+            with warnings.catch_warnings():  # about other threads: see _STANDSTILL
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.pid = os.fork()
+        except OSError:
+            for end in ends:
+                os.close(end)
+            raise
         if not self.pid:
-            _serve_turn(self._work, parent, go[0], told[1])
-        os.close(go[0])
-        os.close(told[1])
-        self._go, self._told = go[1], told[0]
+            _serve_turn(self._work, self._orphaned, parent, wait, tell)
+        os.close(wait)
+        os.close(tell)
         with contextlib.suppress(OSError):  # it has done so itself
             os.setpgid(self.pid, self.pid)
 
@@ -120,7 +132,9 @@ class Process:
         os.close(self._told)
 
 
-def _serve_turn(work: Callable[[], str], parent: int, go: int, told: int) -> NoReturn:
+def _serve_turn(
+    work: Callable[[], str], orphaned: Callable[[], object], parent: int, go: int, told: int
+) -> NoReturn:
     """The life of the forked process."""
     try:
         with contextlib.suppress(OSError):
@@ -141,7 +155,7 @@ def _serve_turn(work: Callable[[], str], parent: int, go: int, told: int) -> NoR
         # forking thread would wait for do not exist here.
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        _watch(thread, turn, parent)
+        _watch(thread, turn, parent, orphaned)
     finally:
         os._exit(0)
 
@@ -188,13 +202,18 @@ def _leave_alone(own: set[int]) -> None:
         file.write("500")  # where memory runs out, this process goes first
 
 
-def _watch(thread: threading.Thread, turn: threading.Event, parent: int) -> None:
+def _watch(
+    thread: threading.Thread, turn: threading.Event, parent: int, orphaned: Callable[[], object]
+) -> None:
     """Return when the thread has ended, or stands still. End this process with its serving one."""
     seconds, since = 0.0, time.monotonic()
     while thread.is_alive() and time.monotonic() < since + _STANDSTILL:
         thread.join(_LOOK)
         if os.getppid() != parent:
-            os.killpg(0, signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(0, signal.SIGTERM)  # compilers
+            orphaned()
+            return
         now = sum(os.times()[:4])
         if now > seconds + 0.1 or not turn.is_set():
             seconds, since = now, time.monotonic()

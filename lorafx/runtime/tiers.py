@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lorafx.capture.compiler_failures import NoGraph, Unprepared
+from lorafx.capture.compiler_failures import NoGraph, Unprepared, chain
 from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
@@ -57,6 +58,8 @@ TierName = Literal["eager", "compiling", "ready", "kept eager", "refused"]
 
 #: Precede the path of a saved graph, and why calls are refused, in what a process reports.
 _SAVED, _REFUSED = "saved as ", "refused, since "
+#: How the names of private folders begin, and the age in seconds from which one may be left over.
+_PREFIX, _NEW = "lorafx-graphs-", 60.0
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
 CALLS, _MOST_PROCESSES = 2, 3
 #: The most kinds of calls that are told apart, and the deepest level of containers that is.
@@ -79,7 +82,8 @@ class KindStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """How the kinds of calls so far are answered, and the number of graphs in this process."""
+    """How the kinds of calls so far are answered, and the number of graphs in this process or ready
+    to be loaded."""
 
     kinds: tuple[KindStatus, ...]
     graphs: int
@@ -106,8 +110,9 @@ class Status:
 
 @dataclass(eq=False)
 class _Kind:
-    """A kind of calls. `looked`: the numbers of saved graphs, and of those in this process, among
-    which none served the last call."""
+    """A kind of calls. `saved`: the next call may load a graph; `wrong`: how often the call that a
+    process was forked for raised; `looked`: the numbers of saved graphs, and of those in this
+    process, among which none served the last call."""
 
     name: str
     calls: int = 0
@@ -115,6 +120,8 @@ class _Kind:
     processes: int = 0
     has_graph: bool = False
     here: bool = False
+    saved: bool = False
+    wrong: int = 0
     looked: tuple[int, int] = (0, 0)
     reason: str = ""
     refused: bool = False
@@ -125,7 +132,7 @@ class _Kind:
             return "refused"
         if self.process is not None:
             return "compiling"
-        if self.has_graph or self.here:
+        if self.has_graph or self.here or self.saved:
             return "ready"
         return "kept eager" if self.reason else "eager"
 
@@ -160,15 +167,17 @@ def _shows_graphs(options: Options) -> bool:
 
 class PrivateFolder(os.PathLike[str]):
     """A folder of this process alone, made when it is needed and removed with this object; another
-    one in a child process."""
+    one in a child process. A process that is killed removes none: the process beside does, or the
+    next process that makes one."""
 
     def __init__(self) -> None:
         self._made: tuple[int, str] | None = None
 
     def __fspath__(self) -> str:
         if self._made is None or self._made[0] != os.getpid():
-            self._made = os.getpid(), tempfile.mkdtemp(prefix="lorafx-")
-            weakref.finalize(self, _remove, *self._made)
+            _remove_left()
+            self._made = os.getpid(), tempfile.mkdtemp(prefix=_PREFIX)
+            weakref.finalize(self, _remove, *self._made, _locked(self._made[1]))
         return self._made[1]
 
     def keep(self, folder: str) -> None:
@@ -176,9 +185,37 @@ class PrivateFolder(os.PathLike[str]):
         self._made = os.getpid(), folder
 
 
-def _remove(owner: int, folder: str) -> None:
+def _remove(owner: int, folder: str, lock: int | None) -> None:
     if owner == os.getpid():
         shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _locked(folder: str | Path) -> int | None:
+    """A descriptor that locks a folder until it is closed, as it is when its process and those
+    beside it have ended; None if another process has the lock, or there are none."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+        except OSError:
+            os.close(number)
+    return None
+
+
+def _remove_left() -> None:
+    """Remove the folders of this user's processes that have ended without doing so."""
+    with suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            status = folder.lstat()
+            new = time.time() < status.st_mtime + _NEW  # it may not be locked yet
+            if status.st_uid == os.getuid() and not new and (lock := _locked(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 class Tiers:
@@ -221,12 +258,13 @@ class Tiers:
             except Unprepared as found:
                 _prepare_files(entry.session.program, found.paths)
             except NoGraph:
-                kind.looked = graphs
+                kind.looked, kind.saved = graphs, False
                 if kind.processes >= _MOST_PROCESSES and not kind.has_graph and not kind.reason:
                     self._keep_eager(kind, "the graphs that were compiled serve none of them")
             else:
-                kind.has_graph, kind.reason = True, ""
+                kind.has_graph, kind.saved, kind.reason = True, False, ""
                 return result
+        forked = kind.processes
         if self._is_due(kind) and not entry.session.program.is_placed:
             save = attrgetter("save")
             call = partial(entry.run_graph, args, kwargs, base=base, conversion=save)
@@ -239,6 +277,11 @@ class Tiers:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self._end_process(kind)
             return entry.run_graph(args, kwargs, base=base)
+        except Exception:  # the call's own, which the process beside would report once more
+            if kind.processes > forked:
+                self._end_process(kind)
+                kind.processes, kind.wrong = forked, kind.wrong + 1
+            raise
 
     def _eagerly(self, entry: Entry, run: Callable[[], T]) -> T:
         """Return the result of `run`, a forward in eager mode."""
@@ -251,7 +294,7 @@ class Tiers:
             if all(row < 0 for row in runtime.rows):
                 runtime.active = False
             if self._processes and threads > 1:  # OpenMP's wait for the one that shares its core
-                torch.set_num_threads(threads - 1)
+                _use_threads(threads - 1, of_new=threads)
             with no_grad, session.without_mha_fast_path():
                 return run()
         finally:
@@ -281,7 +324,7 @@ class Tiers:
 
     def _is_due(self, kind: _Kind) -> bool:
         return (
-            kind.calls >= CALLS
+            kind.calls >= CALLS << kind.wrong
             and kind.process is None
             and not kind.reason
             and kind.processes < _MOST_PROCESSES
@@ -293,7 +336,6 @@ class Tiers:
         """Fork a process for the running call."""
         session = self._session()
         assert session is not None
-        private = None if _is_usable(session.program.options.cache) else os.fspath(self.folder)
 
         def compile() -> str:
             if private is not None:
@@ -301,11 +343,21 @@ class Tiers:
             return work()
 
         def begin() -> None:
-            kind.process = Process(compile)
+            kind.process = Process(compile, orphaned)
             self._processes.append(kind.process)
 
+        def orphaned() -> None:
+            if private is not None:
+                shutil.rmtree(private, ignore_errors=True)
+
         kind.processes += 1
-        undisturbed(begin)
+        try:
+            usable = _is_usable(session.program.options.cache)
+            private = None if usable else os.fspath(self.folder)
+            undisturbed(begin)
+        except OSError as error:  # no memory, file descriptors, or place for files
+            self._keep_eager(kind, f"no process that compiles could be started: {error}")
+            return
         if private is None and not _is_prepared():
             _prepare(_import)  # there may be a graph of an earlier process
         self._look()
@@ -339,6 +391,7 @@ class Tiers:
         if outcome.startswith(_SAVED):
             _prepare_files(session.program, [Path(outcome.removeprefix(_SAVED))])
             self._saved += 1
+            kind.saved = True
         elif outcome.startswith(_REFUSED):
             kind.refused, kind.reason = True, outcome.removeprefix(_REFUSED)
         elif session.program.options.fallback == "refuse" and process.reported:
@@ -387,7 +440,8 @@ class Tiers:
             KindStatus(kind.name, kind.calls, kind.tier, kind.reason)
             for kind in list(self._kinds.values())
         )
-        return Status(tuple(kinds), len(session.records))
+        saved = sum(kind.saved for kind in list(self._kinds.values()))
+        return Status(tuple(kinds), len(session.records) + saved)
 
     def busy(self, session: Session) -> bool:
         """Whether a graph is being compiled beside, or what the next call loads is prepared."""
@@ -421,6 +475,15 @@ def _end(processes: list[Process]) -> None:
     processes.clear()
 
 
+def _use_threads(number: int, *, of_new: int) -> None:
+    """Have this thread compute with so many threads of OpenMP, and threads that are born from now
+    on with others: they take the number that was set last, on whichever thread."""
+    torch.set_num_threads(number)
+    setter = threading.Thread(target=torch.set_num_threads, args=(of_new,), daemon=True)
+    setter.start()
+    setter.join()
+
+
 def _compile(entry: Entry, call: Callable[[], Any], compare: Callable[[], tuple[str, str]]) -> str:
     """Compile and save the graph of `call`, in a process for this alone, and `compare` its answer.
     Returns where it is, or why it is not to be taken."""
@@ -441,6 +504,10 @@ def _compile(entry: Entry, call: Callable[[], Any], compare: Callable[[], tuple[
             return f"{_SAVED}{file}"
         file.unlink(missing_ok=True)
         return f"{_REFUSED if verdict == 'refused' else ''}{reason}"
+    except Exception as error:
+        cause = chain(error)[-1]
+        text = " ".join(str(cause).partition("\n\n")[0].split())  # traces of Dynamo follow
+        return f"{type(cause).__name__}: {text}"
     return "a graph of the serving process serves it"
 
 
@@ -503,8 +570,13 @@ def _prepare(action: Callable[[], object]) -> None:
         with suppress(Exception):  # a call that needs it raises it again
             action()
 
-    _preparation = threading.Thread(target=run, name="lorafx prepares", daemon=True)
-    _preparation.start()
+    thread = threading.Thread(target=run, name="lorafx prepares", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the process has as many threads as it may
+        run()
+    else:
+        _preparation = thread
 
 
 def _import() -> None:

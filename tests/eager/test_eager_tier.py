@@ -141,11 +141,12 @@ def test_base_rows_keep_their_bits_beside_a_row_that_overflows(plain: Case) -> N
     assert torch.equal(got[0].isnan(), want[0].isnan())
 
 
-def test_inference_mode(llama: Case) -> None:
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_inference_mode(llama: Case, cache: str | None) -> None:
     cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(3, 5)
     with torch.inference_mode():
         ids = torch.randint(3, VOCAB, (3, 5))
-        tokens = cm.generate(ids, **GREEDY, adapter_names=MIXED[:3])
+        tokens = cm.generate(ids, **GREEDY, cache_implementation=cache, adapter_names=MIXED[:3])
     check(cm, llama, MIXED[:3], inputs)
     assert torch.equal(tokens, cm.generate(ids.clone(), **GREEDY, adapter_names=MIXED[:3]))
     check_eager(cm)
@@ -156,6 +157,30 @@ def test_a_token_that_the_vocabulary_lacks_is_named(llama: Case) -> None:
     for names in (["a0", None], [None, None]):
         with pytest.raises(OutOfRangeError, match=r"input_ids .* holds 5 to 161"):
             cm(input_ids=torch.tensor([[5, 161], [7, 8]]), adapter_names=names)
+
+
+class Indexing(nn.Module):
+    """Raises an IndexError of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.names = nn.Linear(6, 6), ["first"]
+
+    def forward(self, x: Tensor, place: int = 0, column: int = 0) -> dict[str, Tensor]:
+        self.names[place]
+        return {"logits": self.w(x) + x[:, column : column + 1] * x[0, column]}
+
+
+def test_an_index_error_of_the_model_stays_as_it_is(small: Any) -> None:
+    case = small(Indexing, ["w"])
+    cm, x = case.compile(EAGER), torch.randn(3, 6)
+    for names in (["a", None, "b"], [None] * 3):
+        with pytest.raises(IndexError, match="list index") as raised:
+            cm(x=x, place=2, adapter_names=names)
+        assert not isinstance(raised.value, lorafx.LorafxError)
+        with pytest.raises(IndexError, match="index 9 is out of bounds") as raised:
+            cm(x=x, column=9, adapter_names=names)
+        assert not isinstance(raised.value, lorafx.LorafxError)
 
 
 # --- models whose rows move ---
