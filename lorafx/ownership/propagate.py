@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import contractions, indexing, pointwise, reductions, views
+from lorafx.ownership import batched, contractions, indexing, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
@@ -33,7 +33,7 @@ from lorafx.torch_internals.graph_parts import OpOverload
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, views, reductions, contractions, pointwise)
+TABLES = (sites, indexing, views, reductions, batched, contractions, pointwise)
 OPTIONAL = (contractions, reductions, pointwise)
 DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that accept Mixed inputs: the order of all requests' rows is Mixed, and some operators read
@@ -178,6 +178,8 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
     for table in TABLES:
         if packet in table.RULES:
             return table.RULES[packet], table.RULES[packet] in TOLERANT
+    if any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads()):
+        return pointwise.pointwise, False  # torch has not tagged all overloads
     return None, False
 
 
