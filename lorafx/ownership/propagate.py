@@ -158,8 +158,10 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is None:
         return each_output(node, flow.lost(node, "no rule for this operator"))
     label = rule(node, flow)
-    if label is None and rule not in FORGETFUL and any(item is not None for item in labels):
-        return flow.lost(node, "an operand that the rule does not look at depends on requests")
+    shared = label is None or (isinstance(label, tuple) and not any(label))
+    if shared and rule not in FORGETFUL and any(item is not None for item in labels):
+        lost = flow.lost(node, "an operand that the rule does not look at depends on requests")
+        return each_output(node, lost)
     return label
 
 

@@ -121,7 +121,7 @@ def bag_cells(
     func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels
 ) -> Tensor | None:
     """embedding_bag: the common owner of each bag's indices."""
-    if not isinstance(labels[id(named["weight"])], Shared):
+    if not all(isinstance(labels[id(named[name])], Shared) for name in ("weight", "offsets")):
         return None
     indices, offsets = named["indices"], named["offsets"]
     owners = cells_in(indices, labels)
@@ -217,7 +217,11 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     **READ_INDICES,
     **dict.fromkeys(
-        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
+        (
+            aten.cat, aten.stack, aten.flip, aten.roll, aten.rot90, aten.repeat,
+            aten.slice_scatter, aten.select_scatter,
+        ),
+        moved_cells,
     ),
     aten.constant_pad_nd: padded_cells,
 }
@@ -300,14 +304,14 @@ def labels_by_signature(
     rule = rule_for(twin)[0]
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
+    # In a graph rows of no request that are joined with others count as copies for each request.
+    joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
     single = alone(inputs)
-    if single is not None:
+    if single is not None and not (joins_shared and isinstance(single, Alone)):
         return [single] * len(outputs)
     if not outputs or (func._schema.is_mutable and any(map(_is_out, twin._schema.arguments))):
         return [None] * len(outputs)
     known = {id(operand): labels[id(operand)] for operand in operands}
-    # In a graph rows of no request that are joined with others count as copies for each request.
-    joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
     by_rule = None if joins_shared else _by_rule(twin, args, kwargs, results, known)
     if by_rule is not None:
         return by_rule

@@ -159,7 +159,7 @@ def distances(node: fx.Node, flow: Flow) -> Label:
 _ONE_D = (
     aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
-    aten.max_pool1d_with_indices,
+    aten.max_pool1d_with_indices, aten.multinomial,
 )  # fmt: skip
 _TWO_D = (
     aten.avg_pool2d, aten.max_pool2d, aten.max_pool2d_with_indices, aten.adaptive_avg_pool2d,
@@ -170,7 +170,7 @@ _TWO_D = (
     aten.linalg_cholesky, aten.linalg_qr, aten.linalg_eigh, aten._linalg_eigh, aten._linalg_svd,
     aten.linalg_svd, aten._linalg_det, aten.linalg_det, aten.linalg_lu_factor_ex,
     aten.linalg_matrix_exp, aten._linalg_slogdet, aten.cholesky_inverse,
-    aten.linalg_eig, aten.linalg_lu, aten.linalg_ldl_factor_ex,
+    aten.geqrf, aten.linalg_eig, aten.linalg_lu, aten.linalg_ldl_factor_ex,
 )  # fmt: skip
 _THREE_D = (
     aten.avg_pool3d, aten.max_pool3d, aten.max_pool3d_with_indices, aten.adaptive_avg_pool3d,
