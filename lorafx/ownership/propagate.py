@@ -143,7 +143,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
         views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
     rule, tolerant = rule_for(node.target)
-    if rule is not sites.site and all(label is None for label in labels):
+    if rule not in (sites.site, sites.conv_site) and all(label is None for label in labels):
         return each_output(node, None)
     if any(isinstance(label, Pooled) for label in labels):
         return sites.read_of_pool(node, flow, labels, rule)

@@ -34,6 +34,7 @@ from lorafx.ownership.memory import (
     joined,
     label_of_cells,
     same_owners,
+    settled,
 )
 from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
@@ -322,7 +323,7 @@ def labels_by_signature(
     if None not in inputs and rule in (pointwise.pointwise, pointwise.copied):
         cells = _joined_cells(operands, inputs)
         return [label_of_cells(cells.expand(output.shape)) for output in outputs]
-    return [None] * len(outputs)
+    return [alone([settled(label) for label in inputs])] * len(outputs)
 
 
 def labels_by_values(
