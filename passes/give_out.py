@@ -31,7 +31,7 @@ from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.site_rules import COPIES_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
-from lorafx.program.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
+from lorafx.program.context import CONV_OP, EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
 from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx
 
@@ -90,6 +90,8 @@ class Vectorizer:
             call = bound(node)
             copies = [self.copies_of(tensor) for tensor in call["tensors"]]
             return self.emit(node.target, copies, wrap(call["dim"], len(self.flow.shape(node))) + 1)
+        if packet in OF_IMAGES:
+            return self._of_images(node)
         if packet is prims.rev:
             dims = [dim + 1 for dim in bound(node)["dims"]]
             return self.emit(node.target, self.copies[operand(node)], dims)
@@ -108,17 +110,34 @@ class Vectorizer:
     def _batched(self, node: fx.Node, target: Any) -> Copies:
         """The operators that torch.vmap makes of a node, in the graph."""
         operands = list(node.all_input_nodes)
-        copies = [self.copies.get(arg, arg) for arg in operands]
         others = [arg for arg in operands if arg in self.copies and arg is not operand(node)]
         if others and called_by(node) not in contractions.PRODUCTS:
             raise NoCopy(node, "an operand that should be the same for all requests is not")
+        return self._vmapped(node, target, self.copies)
+
+    def _of_images(self, node: fx.Node) -> fx.Node:
+        """An operator on images (1, C, …): its copies (n, 1, C, …) are n images."""
+        image = operand(node)
+        others = [arg for arg in node.all_input_nodes if arg is not image and arg in self.copies]
+        if others or self.flow.shape(image)[0] != ONE:
+            raise NoCopy(node, "several images, or a kernel of each request")
+        images = self.emit(aten.squeeze.dim, self.copies[image], 1)
+        args, kwargs = fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda arg: images if arg is image else arg
+        )
+        return self.emit(aten.unsqueeze.default, self.emit(node.target, *args, **kwargs), 1)
+
+    def _vmapped(self, node: fx.Node, target: Any, by_request: Mapping[fx.Node, Copies]) -> Copies:
+        """target(...) for each request, from (n, …) of the operands in `by_request`."""
+        operands = list(node.all_input_nodes)
+        copies = [by_request.get(arg, arg) for arg in operands]
 
         def single(*values: Any) -> Any:
             value_of = dict(zip(operands, values, strict=True)).__getitem__
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
             return target(*args, **kwargs)
 
-        in_dims = tuple(0 if arg in self.copies else None for arg in operands)
+        in_dims = tuple(0 if arg in by_request else None for arg in operands)
         with enable_python_dispatcher(), self.emitter.fake_mode or nullcontext():
             traced = make_fx(torch.vmap(single, in_dims))(*map(fake_value, copies)).graph
         if any(inner.op == "get_attr" for inner in traced.nodes):
@@ -134,17 +153,23 @@ class Vectorizer:
         x, y = call[name], call["y"]
         if any(arg in self.copies for arg in node.all_input_nodes if arg not in (x, y)):
             raise NoCopy(node, "its factors depend on requests")
-        rows = self.flow.shape(y)[:-1]
-        if self.flow.shape(x)[: len(rows)] != rows:
+        images = op is CONV_OP  # (1, C, …): copies (n, 1, C, …) are n images
+        rows = self.flow.shape(y)[: 1 if images else -1]
+        if self.flow.shape(x)[: len(rows)] != rows or (images and rows != (ONE,)):
             raise NoCopy(node, "x and y have rows of other sizes")
 
         try:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
+            if images:
+                copies = {k: self.emit(aten.squeeze.dim, v, 1) for k, v in copies.items()}
             new = self.emit(op, *in_order(op, call, **copies))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NoCopy(node, _of_copies(error)) from error
         new.meta[COPIES_DIM] = 0
         return new
+
+    def copies_of_site(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        return self.emit(aten.unsqueeze.default, new, 1) if node.target is CONV_OP else new
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
@@ -233,6 +258,60 @@ class Vectorizer:
         sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
         return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
+    def product_by_request(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """(result, replacement) of a product or attention, some of whose operands are copies and
+        others owned: op(copies[b], b's part of what is owned), for each request b."""
+        label, single = self.flow.labels[node], self.flow.labels[node]
+        result: fx.Node = node
+        if isinstance(label, tuple):
+            single, users = label[0], list(node.users)
+            if len(users) != 1 or users[0].target is not operator.getitem or index_of(users[0]):
+                return None
+            result = users[0]
+        rule = rule_for(node.target)[0]
+        if rule not in _PRODUCT_RULES or not isinstance(single, Own) or single.perm is not None:
+            return None
+        masks = [bound(node).get(name) for name in ("attn_mask", "attn_bias")]
+        if all(arg in masks for arg in node.all_input_nodes if arg in self.copies):
+            return None
+        owned = {arg: self.flow.label(arg) for arg in node.all_input_nodes}
+        parts = {
+            arg: self.copies[arg] if arg in self.copies else self._by_request(node, arg, of)
+            for arg, of in owned.items()
+            if arg in self.copies or of is not None
+        }
+        try:
+            new = self._vmapped(node, node.target, parts)
+            new = new if result is node else new[0]
+            shape, dim = self.flow.shape(result), single.dim
+            if not equal(shape[dim], single.rows * self.flow.batch):
+                raise NoCopy(node, f"{shape[dim]} is not proved to be one period of {single}")
+            expected = (self.flow.batch, *shape[:dim], single.rows, *shape[dim + 1 :])
+            if not all(map(equal, self.flow.sizes.shape(fake_value(new)), expected)):
+                raise NoCopy(node, f"its parts came out as {fake_value(new).shape}")
+            order = [*range(1, dim + 1), 0, *range(dim + 1, len(expected))]
+            new = self.emit(aten.permute.default, new, order)
+            kept = (*range(dim), *range(dim + 2, len(expected)))
+            sizes: list[Any] = [self.size_of(new, d) for d in kept]
+            sizes.insert(dim, -1)
+            return result, self.emit(aten.reshape.default, new, sizes)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise NoCopy(node, _of_copies(error)) from error
+
+    def _by_request(self, node: fx.Node, arg: fx.Node, label: Label) -> fx.Node:
+        """The parts (n, …, rows, …) of an owned operand."""
+        shape = self.flow.shape(arg)
+        if not isinstance(label, Own) or label.perm is not None:
+            raise NoCopy(node, f"an operand cannot be taken apart into its requests: {label}")
+        dim, rows = label.dim, self.emitter.size(label.rows, self.before)
+        if rows is None or not equal(shape[dim], label.rows * self.flow.batch):
+            raise NoCopy(node, f"{shape[dim]} is not proved to be one period of {label}")
+        sizes = [self.size_of(arg, d) for d in range(len(shape))]
+        sizes[dim : dim + 1] = [self.count, rows]
+        parts = self.emit(aten.reshape.default, arg, sizes)
+        order = [dim, *range(dim), *range(dim + 1, len(shape) + 1)]
+        return self.emit(aten.permute.default, parts, order)
+
     def operands_by_owner(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """(operand, replacement) pairs for copies that are broadcast along an owner dimension.
         Raises NoCopy for others."""
@@ -308,9 +387,17 @@ BATCHED: Mapping[object, Any] = {
             aten.flip, aten.roll, aten.constant_pad_nd, aten.cumsum, aten.cumprod, aten._softmax,
             aten._log_softmax, aten._safe_softmax, aten.native_layer_norm, aten.sum, aten.mean,
             aten.amax, aten.amin, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp,
+            aten.bmm, aten.baddbmm,
         )
     ),
 }  # fmt: skip
+#: Operators whose first operand has images along its first dimension, which they keep.
+OF_IMAGES = (
+    aten.convolution, aten.avg_pool2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
+    aten.upsample_nearest2d,
+)  # fmt: skip
+#: Products of copies with owned operands are computed for each request.
+_PRODUCT_RULES = frozenset(contractions.RULES.values()) - {contractions.grouped}
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 #: Operators whose results depend on the operand's layout.
 OF_LAYOUT = (
@@ -440,9 +527,10 @@ class Attempt:
             raise NoCopy(node, "it is returned once for all requests")
         label = vectorizer.flow.labels[node]
         if is_site(node):
-            if node.target not in (SITE_OP, EMBEDDING_OP) or label is not None:
+            if node.target not in (SITE_OP, EMBEDDING_OP, CONV_OP) or label is not None:
                 raise NoCopy(node, "no rule copies what this operator computes")
-            vectorizer.copies[node] = self.sites[node] = vectorizer.site(node)
+            new = self.sites[node] = vectorizer.site(node)
+            vectorizer.copies[node] = vectorizer.copies_of_site(node, new)
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
             for arg in shared:  # only its sizes are read
                 copy = vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0)
@@ -452,6 +540,11 @@ class Attempt:
             if y in vectorizer.copies:
                 vectorizer.copies[node] = vectorizer.copies[y]
         elif label is not None and not _is_shared(label):
+            product = vectorizer.product_by_request(node)
+            if product is not None:
+                for user in list(product[0].users):
+                    self._replace_operand(user, *product)
+                return
             for arg, new in vectorizer.operands_by_owner(node):
                 self._replace_operand(node, arg, new)
         else:

@@ -25,7 +25,7 @@ from lorafx.eager.known_labels import WEIGHTS
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
-from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel
+from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel, settled
 from lorafx.program.program import Program
 
 #: Gathering the factors of more rows takes longer than the site's operator.
@@ -205,6 +205,7 @@ class RowDeltas:
         return found
 
     def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+        label = settled(label)
         if isinstance(label, Alone):
             return _Rows((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):

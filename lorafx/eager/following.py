@@ -66,6 +66,8 @@ class Kind(enum.Enum):
     #: A tensor of undefined contents, which belong to nobody known.
     EMPTY = enum.auto()
     WRITE = enum.auto()
+    #: Makes a tensor another view of its memory, which torch counts as a write.
+    TURN = enum.auto()
     #: Writes rows of a paged cache, and returns new tensors.
     PAGES = enum.auto()
     #: Takes over a tensor that torch made of Python's numbers.
@@ -74,6 +76,8 @@ class Kind(enum.Enum):
 
 #: Views, though their schemas do not say so.
 _VIEWS = (aten._unsafe_view, aten._reshape_alias, aten.detach, aten.alias)
+#: Parts of a tensor's memory of which torch counts the writes apart.
+_PARTS = (aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk)
 #: Sums over ranks in place: rows keep their owners.
 _SUMS = (torch.ops.c10d.allreduce_,) if dist.is_available() else ()
 _EMPTY = (
@@ -81,6 +85,8 @@ _EMPTY = (
     aten.empty_permuted,
 )  # fmt: skip
 _LIFTS = (aten.lift_fresh, aten.lift)
+#: Their tensor may have other memory afterwards.
+_OTHER_MEMORY = (aten.set_, aten.resize_, aten.resize_as_)
 
 
 @cache
@@ -92,6 +98,8 @@ def kind_of(func: Any) -> Kind | None:
         return Kind.LIFT
     if func in (PAGED_CACHE, PAGED_ATTENTION):
         return Kind.PAGES
+    if torch.Tag.inplace_view in func.tags and func.overloadpacket not in _OTHER_MEMORY:
+        return Kind.TURN
     if func._schema.is_mutable:
         return Kind.WRITE
     aliases = any(value.alias_info is not None for value in func._schema.returns)
@@ -214,13 +222,15 @@ class Following(TorchDispatchMode):
             signature.extend(named)
             self._sign(tuple(named.values()), signature, operands)
         targets: Sequence[Tensor] = ()
-        if kind is Kind.WRITE:
+        if kind is Kind.WRITE or kind is Kind.TURN:
             targets = written(func, args, named)
             if self._undo is not None:
                 self._undo.note(target for target in targets if not self._is_born(target))
         elif kind is Kind.PAGES and self._undo is not None:
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
+        if func.overloadpacket in _PARTS:
+            results = [part.clone() for part in results]
         if self._weights:
             self._look_at_weights(func, results)
         if self.memory is None:
@@ -231,6 +241,8 @@ class Following(TorchDispatchMode):
             codes: Sequence[int] = (NOBODYS,)
         elif kind is Kind.EMPTY:
             codes = (UNKNOWN,)
+        elif kind is Kind.TURN:
+            codes = (self._remembered.code(self.memory.look(results)),)
         elif func.overloadpacket in _SUMS:
             results[-1].wait()
             codes = [code for _, code in operands]

@@ -82,6 +82,13 @@ def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
     return SHARED if owners[0] == NOBODY else Alone(owners[0])
 
 
+def settled(label: RealLabel | None) -> RealLabel | None:
+    """The label, or Alone(b) if it lists request b and nobody: a row of nobody that a request has
+    joined to its own is the request's."""
+    requests = set(label.owners) - {NOBODY} if isinstance(label, Listed) else ()
+    return Alone(min(requests)) if len(requests) == 1 else label
+
+
 def repeated_owners(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
     """The owner of each of `entries` if every owner has equally many, adjacent; else None."""
     times, remainder = divmod(len(entries), len(owners))
@@ -109,16 +116,23 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
     if not cells.numel():
         return SHARED
     least, most = _least_and_most(cells, range(cells.dim()))
-    if int(cells.amin()) == UNKNOWN:
+    lowest = int(cells.amin())
+    if lowest == UNKNOWN:
         return None
     if int(most) == NOBODY:
         return SHARED
-    if int(least) == int(most):
+    single = int(least) == int(most)
+    if single and lowest != NOBODY:
         return Alone(int(most))
     for dim in range(cells.dim()):
-        least, most = _least_and_most(cells, [d for d in range(cells.dim()) if d != dim])
+        others = [d for d in range(cells.dim()) if d != dim]
+        least, most = _least_and_most(cells, others)
+        if single and others:
+            least = cells.amin(others)  # rows of nobody stay apart, or nothing is gained
         if bool(((least == most) | (most == NOBODY)).all()):
             return Listed(dim, tuple(most.tolist()))
+    if single:
+        return Alone(int(cells.amax()))
     return Patchy(cells.clone())  # a later write into these cells is not one into the label
 
 

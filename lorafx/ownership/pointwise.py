@@ -119,13 +119,17 @@ READS_NO_VALUES = (
 RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
-            aten._to_copy, aten.to, aten.alias, aten.detach, aten.contiguous, aten.lift_fresh,
-            aten.lift_fresh_copy, aten.complex, aten.polar, aten.conj, aten._conj, aten.real,
+            aten._to_copy, aten.to, aten.alias, aten.alias_copy, aten.detach, aten.contiguous,
+            aten.lift_fresh, aten.lift_fresh_copy, aten.complex, aten.polar, aten.conj, aten._conj, aten.real,
             aten.imag, aten.resolve_conj, aten.resolve_neg, aten._neg_view, aten.masked_fill,
             aten._prelu_kernel, aten.floor_divide, aten.fill, aten.native_dropout, aten.dropout,
             aten.rrelu_with_noise, aten.isclose, aten.triu, aten.tril, aten.clip, aten.bernoulli,
             aten.feature_dropout, aten.alpha_dropout, aten.type_as, aten.softplus, aten.copysign,
-            aten.frexp, aten.__or__, aten.__and__, aten.__xor__, prims.abs, prims.maximum,
+            aten.frexp, aten.hardswish, aten.log_sigmoid_forward, aten._add_relu,
+            aten.binary_cross_entropy, aten.binary_cross_entropy_with_logits, aten.mse_loss,
+            aten.huber_loss, aten.smooth_l1_loss, aten.normal, aten.poisson, aten.binomial,
+            aten._standard_gamma, aten.fake_quantize_per_tensor_affine_cachemask,
+            aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams, aten.__or__, aten.__and__, aten.__xor__, prims.abs, prims.maximum,
             prims.minimum, prims.rsqrt,
             prims.convert_element_type, prims.acos, prims.asin, prims.atan, prims.cos, prims.cosh,
             prims.erf,
@@ -139,6 +143,7 @@ RULES: dict[object, Rule] = {
         ),
         pointwise,
     ),
+    aten.fake_quantize_per_channel_affine_cachemask: same_as_first,
     **dict.fromkeys((aten.copy, aten.copy_), copied),
     **dict.fromkeys((aten.bucketize, aten.searchsorted, aten.isin), searched),
     **dict.fromkeys((aten._local_scalar_dense, aten.item, aten.is_nonzero), scalar_read),

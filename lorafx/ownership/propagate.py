@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import contractions, indexing, pointwise, reductions, views
+from lorafx.ownership import batched, contractions, indexing, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
@@ -33,7 +33,7 @@ from lorafx.torch_internals.graph_parts import OpOverload
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, views, reductions, contractions, pointwise)
+TABLES = (sites, indexing, views, reductions, batched, contractions, pointwise)
 OPTIONAL = (contractions, reductions, pointwise)
 DIGIT_TABLES = (indexing, views, pointwise)
 # Rules that accept Mixed inputs: the order of all requests' rows is Mixed, and some operators read
@@ -143,7 +143,7 @@ def called(node: fx.Node, flow: Flow) -> Label:
         views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
     rule, tolerant = rule_for(node.target)
-    if rule is not sites.site and all(label is None for label in labels):
+    if rule not in (sites.site, sites.conv_site) and all(label is None for label in labels):
         return each_output(node, None)
     if any(isinstance(label, Pooled) for label in labels):
         return sites.read_of_pool(node, flow, labels, rule)
@@ -158,8 +158,10 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if rule is None:
         return each_output(node, flow.lost(node, "no rule for this operator"))
     label = rule(node, flow)
-    if label is None and rule not in FORGETFUL and any(item is not None for item in labels):
-        return flow.lost(node, "an operand that the rule does not look at depends on requests")
+    shared = label is None or (isinstance(label, tuple) and not any(label))
+    if shared and rule not in FORGETFUL and any(item is not None for item in labels):
+        lost = flow.lost(node, "an operand that the rule does not look at depends on requests")
+        return each_output(node, lost)
     return label
 
 
@@ -178,6 +180,8 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
     for table in TABLES:
         if packet in table.RULES:
             return table.RULES[packet], table.RULES[packet] in TOLERANT
+    if any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads()):
+        return pointwise.pointwise, False  # torch has not tagged all overloads
     return None, False
 
 

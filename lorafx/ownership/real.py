@@ -34,6 +34,7 @@ from lorafx.ownership.memory import (
     joined,
     label_of_cells,
     same_owners,
+    settled,
 )
 from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
@@ -95,6 +96,57 @@ def scattered_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels:
     return joined(x.masked_scatter(mask, source), mask_cells)
 
 
+def taken_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+    """x.gather(dim, index), x.take(index): as the index, the elements' and the index's owners."""
+    values = {**named, "self": cells_in(named["self"], labels)}
+    return joined(func(**values), cells_in(named["index"], labels))
+
+
+def scattered_along(
+    func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels
+) -> Tensor | None:
+    """x.scatter(dim, index, source): the source's owners at the index, as `put_cells`."""
+    table, dim, index = cells_in(named["self"], labels), named["dim"], named["index"]
+    before, owners = table.gather(dim, index), cells_in(index, labels)
+    source = named.get("src")
+    if isinstance(source, Tensor):
+        cells = cells_in(source, labels)
+        owners = joined(owners, cells[tuple(map(slice, index.shape))])
+    if func.overloadpacket is not aten.scatter or "reduce" in named:
+        owners = joined(before, owners)
+    table = table.scatter(dim, index, owners)
+    return None if bool((table.gather(dim, index) != owners).any()) else table
+
+
+def bag_cells(
+    func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels
+) -> Tensor | None:
+    """embedding_bag: the common owner of each bag's indices."""
+    if not all(isinstance(labels[id(named[name])], Shared) for name in ("weight", "offsets")):
+        return None
+    indices, offsets = named["indices"], named["offsets"]
+    owners = cells_in(indices, labels)
+    if isinstance(weights := named.get("per_sample_weights"), Tensor):
+        owners = joined(owners, cells_in(weights, labels))
+    bag = torch.searchsorted(
+        offsets, torch.arange(len(indices), device=offsets.device, dtype=offsets.dtype), right=True
+    )
+    shape = len(result) + 2  # before the first offset, and behind the last
+    least, most = (
+        torch.full((shape,), NOBODY, dtype=owners.dtype, device=owners.device).scatter_reduce(
+            0, bag, of, how, include_self=False
+        )
+        for of, how in ((owners, "amin"), (owners, "amax"))
+    )
+    return torch.where(least == most, most, UNKNOWN)[1 : len(result) + 1, None]
+
+
+def packed_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
+    """pack_padded_sequence(x, lengths): the rows (time, batch) that lie within their lengths."""
+    cells = cells_in(named["input"], labels).contiguous()
+    return func(**{**named, "input": cells})[0]
+
+
 class Indices:
     """A tensor's indices by dimension, masks as positions, with their owners."""
 
@@ -154,6 +206,10 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
     aten.nonzero: position_cells,
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed_cells),
     aten.masked_scatter: scattered_cells,
+    **dict.fromkeys((aten.gather, aten.take), taken_cells),
+    **dict.fromkeys((aten.scatter, aten.scatter_add), scattered_along),
+    aten._embedding_bag_forward_only: bag_cells,
+    aten._pack_padded_sequence: packed_cells,
     **dict.fromkeys(
         (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), put_cells
     ),
@@ -162,7 +218,11 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
     **READ_INDICES,
     **dict.fromkeys(
-        (aten.cat, aten.stack, aten.flip, aten.roll, aten.repeat, aten.slice_scatter), moved_cells
+        (
+            aten.cat, aten.stack, aten.flip, aten.roll, aten.rot90, aten.repeat,
+            aten.slice_scatter, aten.select_scatter,
+        ),
+        moved_cells,
     ),
     aten.constant_pad_nd: padded_cells,
 }
@@ -198,17 +258,33 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 #: Operators whose result ignores the old contents.
-_OVERWRITING = (aten.copy_, aten.fill_, aten.zero_)
+_OVERWRITING = (
+    aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_, aten.uniform_, aten.normal_,
+    aten.exponential_, aten.random_, aten.geometric_, aten.log_normal_, aten.cauchy_,
+)  # fmt: skip
 
 
 @cache
 def functional(func: Any) -> Any:
-    """The out-of-place form of an operator."""
+    """The out-of-place form of an operator, which takes the same arguments except `out`."""
     if not func._schema.is_mutable:
         return func
     name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
     twin = getattr(aten, name.removesuffix("_"), None)  # torch's convention for in-place names
-    return getattr(twin, func._overloadname, func)
+    same = getattr(twin, func._overloadname, func)
+    if not same._schema.is_mutable:
+        return same
+    taken = [(a.name, str(a.type)) for a in func._schema.arguments if not _is_out(a)]
+    forms = [getattr(func.overloadpacket, form) for form in func.overloadpacket.overloads()]
+    for form in forms:
+        arguments = [(a.name, str(a.type)) for a in form._schema.arguments]
+        if arguments == taken and not form._schema.is_mutable:
+            return form
+    return func
+
+
+def _is_out(argument: Any) -> bool:
+    return argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write
 
 
 def labels_by_signature(
@@ -219,6 +295,9 @@ def labels_by_signature(
     before it ran."""
     outputs, twin = list(tensors_in(results)), functional(func)
     packet = twin.overloadpacket
+    if twin is not func:
+        outs = {a.name for a in func._schema.arguments if _is_out(a)}
+        kwargs = {name: value for name, value in kwargs.items() if name not in outs}
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
     if func.overloadpacket in _OVERWRITING:
         operands = operands[1:]
@@ -226,25 +305,25 @@ def labels_by_signature(
     rule = rule_for(twin)[0]
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
-    single = alone(inputs)
-    if single is not None:
-        return [single] * len(outputs)
-    if "out" in kwargs or not outputs:
-        return [None] * len(outputs)
-    known = {id(operand): labels[id(operand)] for operand in operands}
     # In a graph rows of no request that are joined with others count as copies for each request.
     joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
+    single = alone(inputs)
+    if single is not None and not (joins_shared and isinstance(single, Alone)):
+        return [single] * len(outputs)
+    if not outputs or (func._schema.is_mutable and any(map(_is_out, twin._schema.arguments))):
+        return [None] * len(outputs)
+    known = {id(operand): labels[id(operand)] for operand in operands}
     by_rule = None if joins_shared else _by_rule(twin, args, kwargs, results, known)
     if by_rule is not None:
         return by_rule
     if packet in READ_INDICES or (packet in _SORTS and operands[0].dim() == 1):
         return None
     if packet in MOVES:
-        return _moved(twin, args, kwargs, outputs[0], labels)
+        return _moved(twin, args, kwargs, outputs, labels)
     if None not in inputs and rule in (pointwise.pointwise, pointwise.copied):
         cells = _joined_cells(operands, inputs)
         return [label_of_cells(cells.expand(output.shape)) for output in outputs]
-    return [None] * len(outputs)
+    return [alone([settled(label) for label in inputs])] * len(outputs)
 
 
 def labels_by_values(
@@ -256,14 +335,17 @@ def labels_by_values(
         (keys,) = tensors_in(args)
         order = cells_of(labels[id(keys)], 1, outputs[-1].device).expand(keys.shape)[outputs[-1]]
         return [label_of_cells(order)] * len(outputs)
-    return _moved(twin, args, kwargs, outputs[0], labels)
+    return _moved(twin, args, kwargs, outputs, labels)
 
 
 def _moved(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor, labels: Labels
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor], labels: Labels
 ) -> list[RealLabel | None]:
-    cells = MOVES[func.overloadpacket](func, arguments_by_name(func, args, kwargs), result, labels)
-    return [None if cells is None else label_of_cells(cells.expand(result.shape))]
+    """The label of the first output; nothing is known of others."""
+    named, first = arguments_by_name(func, args, kwargs), outputs[0]
+    cells = MOVES[func.overloadpacket](func, named, first, labels)
+    label = None if cells is None else label_of_cells(cells.expand(first.shape))
+    return [label, *(None for _ in outputs[1:])]
 
 
 def arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

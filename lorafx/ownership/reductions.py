@@ -145,15 +145,6 @@ def batch_first(node: fx.Node, flow: Flow) -> Label:
     return each_output(node, label)
 
 
-def solved(node: fx.Node, flow: Flow) -> Label:
-    """Linear systems: matrices in the last two dimensions, the leading ones broadcast."""
-    n = len(flow.shape(node))
-    label = flow.broadcast(node, node.all_input_nodes, n)
-    if isinstance(label, Own) and label.dim >= n - 2:
-        return flow.lost(node, f"solves over the owner dimension of {label}")
-    return label
-
-
 def distances(node: fx.Node, flow: Flow) -> Label:
     """cdist: (..., P, M) and (..., R, M) -> (..., P, R), leading dimensions broadcast."""
     args, n = bound(node), len(flow.shape(node))
@@ -168,7 +159,7 @@ def distances(node: fx.Node, flow: Flow) -> Label:
 _ONE_D = (
     aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
-    aten.max_pool1d_with_indices,
+    aten.max_pool1d_with_indices, aten.multinomial,
 )  # fmt: skip
 _TWO_D = (
     aten.avg_pool2d, aten.max_pool2d, aten.max_pool2d_with_indices, aten.adaptive_avg_pool2d,
@@ -178,13 +169,15 @@ _TWO_D = (
     aten.linalg_inv_ex, aten.linalg_inv, aten.inverse, aten.linalg_cholesky_ex,
     aten.linalg_cholesky, aten.linalg_qr, aten.linalg_eigh, aten._linalg_eigh, aten._linalg_svd,
     aten.linalg_svd, aten._linalg_det, aten.linalg_det, aten.linalg_lu_factor_ex,
-    aten.linalg_matrix_exp, aten._linalg_slogdet,
+    aten.linalg_matrix_exp, aten._linalg_slogdet, aten.cholesky_inverse,
+    aten.geqrf, aten.linalg_eig, aten.linalg_lu, aten.linalg_ldl_factor_ex,
 )  # fmt: skip
 _THREE_D = (
     aten.avg_pool3d, aten.max_pool3d, aten.max_pool3d_with_indices, aten.adaptive_avg_pool3d,
     aten._adaptive_avg_pool3d, aten.adaptive_max_pool3d, aten.upsample_trilinear3d,
     aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.pixel_shuffle,
     aten.pixel_unshuffle, aten.channel_shuffle, aten.native_channel_shuffle, aten.im2col,
+    aten.fractional_max_pool3d,
 )  # fmt: skip
 
 #: Of images, signals and matrices.
@@ -201,14 +194,18 @@ SPATIAL: dict[object, Rule] = {
         ),
         batch_first,
     ),
-    aten.linalg_solve_triangular: solved,
     **dict.fromkeys((aten.cdist, aten._cdist_forward), distances),
 }  # fmt: skip
 RULES |= SPATIAL
 
-# Inductor's max pool works over as many trailing dimensions as its kernel has.
+# Operators that a version may lack. Inductor's max pool works over as many trailing dimensions as
+# its kernel has.
 OPTIONAL: dict[tuple[str, str], Rule] = {
     ("prims", "_low_memory_max_pool_with_offsets"): in_front_of(
         lambda node: len(bound(node)["kernel_size"])
-    )
+    ),
+    **{
+        ("aten", name): in_front_of(lambda node: 2)
+        for name in ("linalg_matrix_sqrth", "linalg_polar", "_upsample_lanczos2d_aa")
+    },
 }

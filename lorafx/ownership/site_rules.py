@@ -81,7 +81,10 @@ def expert_site(node: fx.Node, flow: Flow) -> Label:
 
 def conv_site(node: fx.Node, flow: Flow) -> Label:
     """conv_site(x, y, ...): y's rows, each plus its delta; rows lie along the first dimension."""
-    label = flow.agree(node, [flow.label(bound(node)[name]) for name in ("y", "x")])
+    x, y = bound(node)["x"], bound(node)["y"]
+    label = flow.agree(node, [flow.label(y), flow.label(x)])
+    if label is None and COPIES_DIM in node.meta:
+        label = copied_per_request(node, flow, x, y)
     if isinstance(label, Own) and label.dim:
         return flow.lost(node, f"a convolution works over the owner dimension of {label}")
     return label

@@ -149,7 +149,10 @@ def factors(expr: sympy.Expr) -> tuple[int, dict[sympy.Expr, int]]:
         if whole.is_Mul or whole.is_Pow:
             return factors(whole)
     if isinstance(expr, FloorDiv):
-        exact = divide(*expr.args)
+        whole, by = expr.args
+        exact = divide(whole, by)
+        if exact is None:  # rounded up, as the number of steps of an iota
+            exact = divide(sympy.expand(whole - by + 1), by)
         if exact is not None:
             return factors(exact)
     return 1, {expr: 1}

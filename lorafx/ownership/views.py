@@ -231,7 +231,9 @@ MOVES: dict[object, tuple[Renumber, str]] = {
     aten.diagonal: (diagonal, "a diagonal over the owner dimension"),
     aten.unfold: (untouched("dimension"), "windows over the owner dimension"),
     **dict.fromkeys((aten.flip, aten.roll), (untouched("dims"), "the owner dimension is moved")),
-    prims.rev: (untouched("dims"), "the owner dimension is reversed"),
+    **dict.fromkeys(
+        (prims.rev, aten.rot90), (untouched("dims"), "the owner dimension is reversed")
+    ),
     aten.constant_pad_nd: (padded, "the owner dimension is padded"),
     **dict.fromkeys(
         (
@@ -379,12 +381,11 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.repeat, aten.tile), repeated),
     aten.repeat_interleave: repeat_interleaved,
     aten.as_strided: as_strided,
-    **dict.fromkeys((aten.slice, aten.narrow, aten.slice_copy), sliced),
+    **dict.fromkeys((aten.slice, aten.narrow), sliced),
     **dict.fromkeys(
         (
             aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.tensor_split,
-            aten.unsafe_split_with_sizes, aten.unsafe_chunk, aten.split_copy,
-            aten.split_with_sizes_copy,
+            aten.unsafe_split_with_sizes, aten.unsafe_chunk,
         ),
         split,
     ),
@@ -393,6 +394,14 @@ RULES: dict[object, Rule] = {
     aten.slice_scatter: slice_written,
     aten.select_scatter: index_written,
     aten.glu: glu_halves,
+}  # fmt: skip
+# Copies in place of views.
+RULES |= {
+    getattr(aten, f"{name}_copy"): RULES[getattr(aten, name)]
+    for name in (
+        "as_strided", "diagonal", "expand", "narrow", "permute", "select", "slice", "split",
+        "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze",
+    )
 }  # fmt: skip
 # Padding, windows and reversals change values by position: no twin for digits.
 DIGITS: dict[object, Callable] = {

@@ -35,6 +35,7 @@ from lorafx.ownership.memory import (
     TensorVersions,
     in_containers,
     repeated_owners,
+    settled,
 )
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
@@ -366,7 +367,7 @@ class Program:
 
     def _only_request(self, tensor: Tensor) -> int | None:
         """The request of a tensor that the running call has computed, if it has only one."""
-        label = None if self.call is None else self.call.memory.look(tensor)
+        label = None if self.call is None else settled(self.call.memory.look(tensor))
         return label.request if isinstance(label, Alone) else None
 
     def is_result(self, tensor: Tensor) -> bool:

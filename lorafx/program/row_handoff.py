@@ -27,6 +27,7 @@ from lorafx.ownership.memory import (
     listed,
     repeated_owners,
     same_owners,
+    settled,
     storage_of,
 )
 from lorafx.ownership.real import alone
@@ -51,6 +52,7 @@ Rows: TypeAlias = OfList | Alone
 
 def role_of(label: RealLabel | None) -> Role | None:
     """The role of a tensor with this label for a new graph."""
+    label = settled(label)
     if isinstance(label, Shared):
         return Role(_RESULT, None)
     if isinstance(label, Listed):
@@ -178,7 +180,8 @@ class Handover:
         labels: dict[int, RealLabel | None] = {}
         for position in (*self.inputs, *self.taken):
             tensor = arguments[position]
-            labels[position] = memory.look(tensor) if isinstance(tensor, Tensor) else None
+            known = memory.look(tensor) if isinstance(tensor, Tensor) else None
+            labels[position] = settled(known)
         request = alone(list(labels.values()))
         if isinstance(request, Alone):
             return request

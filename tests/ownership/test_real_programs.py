@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -140,6 +140,122 @@ def judge(
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(mode, seed, length, dim):
     judge(mode, program(seed, length), dim, seed)
+
+
+ORDER = torch.tensor([2, 0, 1])
+
+
+def label_and_moves(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    dim: int,
+    request: int,
+    shared: Iterable[Tensor] = (),
+) -> tuple[RealLabel | None, Tensor]:
+    """The label of a program's result, and which of its elements move with a request."""
+    memory = Memory()
+    memory.add_shared([ORDER, *shared])
+    memory.note(x, listed(dim, tuple(range(x.shape[dim]))))
+    with torch.no_grad(), Following(memory) as following:
+        before = run(x)
+        label = following.label(before)
+    changed = x.clone()
+    changed.select(dim, request).mul_(-0.5)
+    with torch.no_grad():
+        return label, ~torch.isclose(before, run(changed), rtol=1e-9, atol=1e-9)
+
+
+def in_place_views(x: Tensor) -> Tensor:
+    """A leading dimension that is dropped in place: the sizes do not say which one is owned."""
+    return (x[None] * 2).squeeze_(0).transpose_(0, 1).t_().unsqueeze_(1).squeeze_(1)
+
+
+def restrided(x: Tensor) -> Tensor:
+    pooled = x[:, :, None, None].mean((-1, -2), keepdim=True)
+    return pooled.as_strided_((len(x), x.shape[1], 1, 1), (x.shape[1], 1, 1, 1)).flatten(1)
+
+
+def loop(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    for i in range(len(x)):
+        y[i] = x[i].tanh()
+    return y
+
+
+def in_a_buffer(x: Tensor) -> Tensor:
+    buffer = torch.zeros(7, x.shape[1], dtype=x.dtype)
+    buffer[: len(x)] = x
+    return (buffer * 2)[: len(x)]
+
+
+def in_an_out(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    torch.mul(x, 2, out=y)
+    return torch.sum(y[:, None], 1, out=torch.empty_like(x))
+
+
+#: Programs of x (B, F) that move the requests -> the request of each row of the result.
+MOVING: dict[Callable[[Tensor], Tensor], tuple[int, ...]] = {
+    in_place_views: (0, 1, 2),
+    restrided: (0, 1, 2),
+    loop: (0, 1, 2),
+    in_a_buffer: (0, 1, 2),
+    in_an_out: (0, 1, 2),
+    lambda x: x[ORDER]: (2, 0, 1),
+    lambda x: x.flip(0): (2, 1, 0),
+    lambda x: torch.rot90(x, 2): (2, 1, 0),
+    lambda x: x.roll(1, 0): (2, 0, 1),
+    lambda x: torch.cat(x.chunk(2)[::-1]): (2, 0, 1),
+    lambda x: torch.cat([part * 2 for part in x.split([1, 2])]): (0, 1, 2),
+    lambda x: x.gather(0, ORDER[:, None].expand(3, 3)): (2, 0, 1),
+    lambda x: x.take(ORDER * 3): (2, 0, 1),
+    lambda x: torch.zeros_like(x).scatter(0, ORDER[:, None].expand(3, 3), x): (1, 2, 0),
+    lambda x: x[x.sum(1).argsort()][x.sum(1).argsort().argsort()]: (0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("run", MOVING)
+def test_rows_that_are_moved(run: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for request in range(3):
+        label, moves = label_and_moves(run, x, 0, request)
+        assert label == listed(0, MOVING[run])
+        of_request = torch.tensor(MOVING[run]) == request
+        assert torch.equal(moves.flatten(1).any(1) if moves.dim() > 1 else moves, of_request)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["batch first", "time first", "packed", "states", "last state"])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers(kind: Any, form: str, dtype: torch.dtype) -> None:
+    """As many steps as requests, which sizes cannot tell apart."""
+    torch.manual_seed(0)
+    several = form != "states"
+    dim = int(form == "time first")
+    layer = kind(4, 5, 1 + several, batch_first=not dim, bidirectional=several, dtype=dtype).eval()
+    lengths = torch.tensor([2, 3, 1])
+
+    def run(x: Tensor) -> Tensor:
+        if form == "packed":
+            packed = torch.nn.utils.rnn.pack_padded_sequence(
+                x, lengths, batch_first=True, enforce_sorted=False
+            )
+            result, states = layer(packed)
+            result = torch.nn.utils.rnn.pad_packed_sequence(result, batch_first=True)[0]
+        else:
+            state = x[None, :, 0, :1].expand(1, 3, 5).contiguous()
+            pair = (state, state * 2) if kind is torch.nn.LSTM else state
+            result, states = layer(x, pair) if form == "states" else layer(x)
+        last = states[-1] if isinstance(states, tuple) else states
+        return last if form == "last state" else result
+
+    x = torch.randn(3, 3, 4, dtype=dtype)
+    result_dim = 1 if form == "last state" else dim
+    for request in range(3):
+        label, moves = label_and_moves(run, x, dim, request, [lengths, *layer.parameters()])
+        assert label == listed(result_dim, (0, 1, 2))
+        others = moves.movedim(result_dim, 0)[[i for i in range(3) if i != request]]
+        assert not bool(others.any())
 
 
 @pytest.mark.parametrize("operate", [lambda x: x * 2, lambda x: x.sort()[1], lambda x: x @ x.T])

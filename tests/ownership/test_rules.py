@@ -19,6 +19,8 @@ pytestmark = pytest.mark.quick
 X = torch.arange(3 * 5 * 4, dtype=torch.float64).view(3, 5, 4).sin()  # (B, T, K)
 ROWS = torch.arange(6 * 4, dtype=torch.float64).view(6, 4).cos()
 WEIGHT = torch.arange(4 * 7, dtype=torch.float64).view(4, 7).cos()
+SQUARE = torch.eye(5, dtype=torch.float64) * 2 + 0.1
+TABLE = torch.arange(6, dtype=torch.float64).view(2, 3).sin()
 IDS = torch.tensor([[3, 1, 0, 2, 4], [0, 0, 4, 1, 2], [2, 4, 1, 3, 0]])
 
 
@@ -77,6 +79,29 @@ BATCH_FIRST = {
     "gather_time": (lambda x: x.gather(1, x.argsort(1)), "0:1"),
     "gather_rows": (lambda x: x.gather(0, (x > 0).long()), "gather"),
     "permuted_rows": (lambda x: x[torch.tensor([1, 0, 2])], "index"),
+    # batches of matrices and of others
+    "solve": (lambda x: torch.linalg.solve_ex(SQUARE, x)[0], "0:1"),
+    "solve_rows": (lambda x: torch.linalg.solve_ex(SQUARE, x[:, :, 0].T)[0], "_linalg_solve_ex"),
+    "solve_vectors": (
+        lambda x: torch.linalg.solve_ex(SQUARE.expand(x.shape[0], 5, 5), x[..., 0])[0], "0:1"
+    ),
+    "cholesky": (
+        lambda x: torch.cholesky_solve(x, torch.linalg.cholesky_ex(x @ x.mT + SQUARE)[0]), "0:1"
+    ),
+    "householder": (lambda x: torch.linalg.householder_product(x, x[:, 0]), "0:1"),
+    "cross": (lambda x: torch.linalg.cross(x[..., :3], x[..., 1:]), "0:1"),
+    "bilinear": (lambda x: F.bilinear(x, x, torch.ones(2, 4, 4).double()), "0:1"),
+    "diagonals": (lambda x: torch.diag_embed(x, dim1=0, dim2=2), "1:1"),
+    "diagonal_rows": (lambda x: torch.diag_embed(x.transpose(0, 2)), "3:1"),
+    "bags": (lambda x: F.embedding_bag((x[..., 0] > 0).long(), TABLE, mode="sum"), "0:1"),
+    "bags_of_all": (
+        lambda x: F.embedding_bag((x[..., 0] > 0).long().flatten(), TABLE, torch.tensor([0, 4])),
+        "_embedding_bag_forward_only",
+    ),
+    "hardswish": (F.hardswish, "0:1"),
+    "log_sigmoid": (F.logsigmoid, "0:1"),
+    "losses": (lambda x: F.mse_loss(x, torch.ones(4).double(), reduction="none"), "0:1"),
+    "mean_loss": (lambda x: F.mse_loss(x, torch.ones_like(x)), "mean"),
 }
 
 

@@ -125,7 +125,45 @@ def in_a_mask(x, slots):
     return torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
 
 
-GIVEN = (added, multiplied, repeated, two_layers, windows, several_meet, in_a_mask)
+def queries(x, slots):
+    """Learned queries that meet each request's keys and values, without an expansion."""
+    q, k = lora(SHARED, slots), x @ WEIGHT
+    weights = torch.einsum("qd,bkd->bqk", q, k).softmax(-1)
+    return weights @ k
+
+
+def queries_attend(x, slots):
+    k = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2)
+    q = lora(SHARED, slots).view(1, -1, 2, 3).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, k)
+
+
+def queries_of_one_head(x, slots):
+    k = x @ WEIGHT
+    return torch.matmul(k.flatten(0, 1), lora(SHARED, slots).mT).view(x.shape[0], x.shape[1], -1)
+
+
+def weights(x, slots):
+    """A weight that a delta makes each request's own."""
+    return x @ lora(SHARED[:K], slots)
+
+
+def image_positions(x, slots):
+    """A convolution over positions, one image for all requests, repeated for each."""
+    grid = SHARED.view(1, K, 3, 4)
+    kernel = WEIGHT.t().reshape(N, K, 1, 1)
+    y = torch.nn.functional.conv2d(grid, kernel)
+    y = torch.ops.lorafx.conv_site(
+        grid, y, *BANK, slots, 0, [1, 1], [1, 1], [0, 0, 0, 0], None, None, None
+    )
+    y = torch.nn.functional.conv2d(y * 0.01, torch.ones(N, N, 2, 2, dtype=x.dtype)).tanh()
+    return (x @ WEIGHT).mean(1) + y.repeat(x.shape[0], 1, 1, 1).sum((2, 3))
+
+
+GIVEN = (
+    added, multiplied, repeated, two_layers, windows, several_meet, in_a_mask, queries,
+    queries_attend, queries_of_one_head, weights, image_positions,
+)  # fmt: skip
 
 
 def rewritten(fn, batch=3, time=5):
@@ -175,7 +213,9 @@ KEPT = {
         lambda x, slots: x @ WEIGHT + lora(SHARED, slots).sort(0).values[:1],
         "aten::sort",
     ),
-    "weight of everybody's product": (lambda x, slots: x @ lora(SHARED[:K], slots), "aten::mm"),
+    "operator without a product": (
+        lambda x, slots: torch.cdist(x @ WEIGHT, lora(SHARED[:K], slots)[None]), "aten::"
+    ),
     "copies that are mixed up afterwards": (
         lambda x, slots: (
             x @ WEIGHT + lora(SHARED[:1], slots)[None].expand(x.shape[0], -1, -1).flip(0)
