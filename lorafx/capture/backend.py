@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx
 
@@ -223,7 +223,7 @@ class Backend:
             return self._run_passes_and_lower(traced, inputs, graph)
 
         trace = aot_autograd(
-            fw_compiler=compiler,
+            fw_compiler=_refuse_derivatives,
             inference_compiler=compiler,
             decompositions=self.lowering.decompositions(),
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
@@ -290,6 +290,15 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
+
+
+def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
+    """Raise CaptureError for a graph whose results are to be differentiated after it."""
+    raise CaptureError(
+        "the forward computes derivatives by torch.autograd of what a graph has returned, and graphs "
+        "with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), or keep "
+        "torch.autograd.grad and what it differentiates in one graph, without a graph break"
+    )
 
 
 def _sources(gm: fx.GraphModule) -> list[Any]:

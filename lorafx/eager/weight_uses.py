@@ -16,6 +16,7 @@ from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
+from lorafx.torch_internals.compat import in_backward
 
 
 class WeightUses:
@@ -50,6 +51,8 @@ class WeightUses:
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
+            return
+        if in_backward():  # of a product that was checked, and of the delta of its mark
             return
         sites = list(dict.fromkeys(site for item in operands for site in self._sites_read(item)))
         if not sites:

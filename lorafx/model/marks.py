@@ -37,7 +37,7 @@ from lorafx.model.sites import Group
 from lorafx.model.weight_formats import is_dense
 from lorafx.placements import callers
 from lorafx.registry import Handler, Kind
-from lorafx.torch_internals.compat import tracing
+from lorafx.torch_internals.compat import derives, tracing, transformed
 from lorafx.torch_internals.dynamo import assume_constant_result
 
 
@@ -57,6 +57,12 @@ _WAY_OUT = (
     "export_merged(name, folder) of lorafx.compile writes"
 )
 
+
+_TRANSFORMED = (
+    "Python calls it inside of a transform of torch.func (grad, vmap, jacrev) or of torch.autograd's "
+    "forward mode, where nothing adds a delta. Let lorafx.compile trace the whole transform in one "
+    "graph, without a graph break"
+)
 
 UNPROVED = 0  # the op's `rows` before `provenance`: the rows' requests are not known yet
 
@@ -130,6 +136,10 @@ class SiteMark:
             return None
         if resting is not None:
             resting.refuse_elsewhere()
+        if traced and runtime.graph_passes and not self.stored and derives():
+            return None  # its operators have no derivatives: match adds the delta to each product
+        if not traced and transformed():
+            raise MatchError(f"{self._name(module)}: {_TRANSFORMED}")
         if self.kind == "experts":
             return self._mark_experts(module, output)
         if self.handler is not None:

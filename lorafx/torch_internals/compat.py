@@ -18,10 +18,11 @@ from lorafx.torch_internals.versions import private_names, torch_minor
 with private_names():
     from torch import _C
     from torch._dynamo import config as dynamo_config
-    from torch._dynamo import disable, mark_static
+    from torch._dynamo import assume_constant_result, disable, mark_static
     from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
+    from torch.autograd import forward_ad
     from torch.fx.experimental import _config as shape_config
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
@@ -61,6 +62,8 @@ _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (inductor_config, "freezing", False),
 )
+if hasattr(dynamo_config, "trace_autograd_ops"):
+    _CAPTURE += ((dynamo_config, "trace_autograd_ops", True),)
 if torch_minor() == "2.11":
     _CAPTURE += ((dynamo_config, "skip_tensor_guards_with_matching_dict_tags", False),)
 
@@ -182,6 +185,32 @@ def transform() -> str | None:
     ):
         return "torch.export, make_fx or a FakeTensorMode"
     return None
+
+
+def transformed() -> bool:
+    """Whether this thread is inside of torch.func's transforms, or of forward-mode derivatives."""
+    return _C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents now, which may be zeros without memory."""
+    return bool(forward_ad._current_level >= 0)
+
+
+@assume_constant_result
+def derives() -> bool:
+    """Whether what is being traced may be differentiated, or is inside of a transform."""
+    return torch.is_grad_enabled() or transformed()
+
+
+def wrapped_by_transform(tensor: Tensor) -> bool:
+    """Whether the tensor is one of torch.func's transforms, which has no memory of its own."""
+    return bool(_C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def in_backward() -> bool:
+    """Whether torch.autograd computes a derivative on this thread now."""
+    return _C._current_autograd_node() is not None
 
 
 def tracing() -> bool:
