@@ -17,6 +17,8 @@ from lorafx.torch_internals.versions import private_names, torch_minor
 
 with private_names():
     from torch import _C
+    from torch._C import _any_requires_grad
+    from torch._C import _AutoDispatchBelowAutograd as below_autograd
     from torch._dynamo import config as dynamo_config
     from torch._dynamo import assume_constant_result, disable, mark_static
     from torch._dynamo.exc import FailOnRecompileLimitHit
