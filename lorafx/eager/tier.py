@@ -89,7 +89,7 @@ class EagerTier:
             program.keep_constants(memory)
             return result
         except Exception as error:
-            refusal = following.refusal
+            refusal, error = following.refusal, uses.error or error
             if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
                 refusal = str(error)
             if refusal is None:

@@ -195,6 +195,10 @@ class Entry:
             if uses is not None:
                 uses.refuse()
             return result
+        except Exception:
+            if uses is not None:
+                uses.refuse()
+            raise
         finally:
             self.capturing = len(records) != captured
 
