@@ -50,8 +50,8 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 class Alias:
     """Lists each module once, under its canonical path, with its other paths.
 
-    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, for FSDP2,
-    and for weights that accelerate offloads.
+    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, for
+    FSDP2, and for weights that accelerate offloads.
     """
 
     name: ClassVar[str] = "alias"
@@ -73,9 +73,10 @@ class Alias:
                 )
             if is_offloaded(module):
                 raise CaptureError(
-                    f"the weights of {path or 'the model'} are offloaded by accelerate, which brings "
-                    "them to the device around each call, and neither graphs nor deltas follow them; "
-                    "load the model onto one device, without offloading, or in a quantised format"
+                    f"the weights of {path or 'the model'} are offloaded by accelerate, which "
+                    "brings them to the device around each call, where neither graphs nor deltas "
+                    "follow them; load the model onto one device, without offloading, or in a "
+                    "quantised format"
                 )
             aliases = graph.paths(module)[1:]
             if aliases:

@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import CaptureError, LoweringError
-from lorafx.torch_internals.compat import _any_requires_grad, below_autograd, in_forward_mode, transformed
+from lorafx.torch_internals.compat import (
+    _any_requires_grad,
+    below_autograd,
+    in_forward_mode,
+    transformed,
+)
 from lorafx.torch_internals.graph_parts import guard_or_true
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
@@ -109,8 +114,8 @@ class _Derived(torch.autograd.Function):
 
 def _refuse_derivative(op: _Op) -> NoReturn:
     raise CaptureError(
-        f"{op.run} has no derivative of this kind. Models that lorafx.compile returns serve a forward "
-        "that computes derivatives; to train, use PEFT on the plain model"
+        f"{op.run} has no derivative of this kind. Models that lorafx.compile returns serve a "
+        "forward that computes derivatives; to train, use PEFT on the plain model"
     )
 
 

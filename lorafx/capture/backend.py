@@ -229,7 +229,7 @@ class Backend:
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
             keep_inference_input_mutations=writes_in_place(gm),
         )
-        if not ends_in_break():  # nothing is differentiated after the call
+        if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
             _detach_results(gm)
         with (
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
@@ -297,9 +297,9 @@ class Backend:
 def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
     """Raise CaptureError for a graph whose results are to be differentiated after it."""
     raise CaptureError(
-        "the forward computes derivatives by torch.autograd of what a graph has returned, and graphs "
-        "with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), or keep "
-        "torch.autograd.grad and what it differentiates in one graph, without a graph break"
+        "the forward computes derivatives by torch.autograd of what a graph has returned, and "
+        "graphs with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), "
+        "or keep torch.autograd.grad and what it differentiates in one graph, without a break"
     )
 
 

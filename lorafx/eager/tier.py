@@ -25,6 +25,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
+from lorafx.torch_internals.dynamo import TorchDynamoException
 from lorafx.torch_internals.transformers_parts import cell_of_forward
 
 #: The share of the model's bytes that gathered factors may take.
@@ -32,6 +33,11 @@ _SHARE = 4
 
 #: Packages whose modules write into tensors by operators alone.
 _SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
+
+
+#: What an eager forward may raise where a graph may serve it. Dynamo's: of operators that compile
+#: their bodies, such as while_loop.
+_FOR_A_GRAPH = (NeedsGraph, ProvenanceError, MatchError, TorchDynamoException)
 
 
 class EagerTier:
@@ -79,9 +85,7 @@ class EagerTier:
         self._remembered.begin()
         uses = WeightUses(program)
         uses.near(runtime.slots)  # finds all, before the forward may replace parameters
-        following = Following(
-            memory, uses, remembered=self._remembered, undo=undo, watched=watched
-        )
+        following = Following(memory, uses, remembered=self._remembered, undo=undo, watched=watched)
         runtime.deltas = RowDeltas(program, following, self._gathered)
         try:
             result = following.run(partial(target, *args, **kwargs))
@@ -90,7 +94,7 @@ class EagerTier:
             return result
         except Exception as error:
             refusal, error = following.refusal, uses.error or error
-            if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
+            if refusal is None and isinstance(error, _FOR_A_GRAPH):
                 refusal = str(error)
             if refusal is None:
                 raise

@@ -26,7 +26,7 @@ from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
-from lorafx.runtime.requests import check_inputs, plain_tokens
+from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.torch_internals.versions import saves_graphs
@@ -92,6 +92,7 @@ class Entry:
         runtime = session.program.runtime
         if runtime.active:
             self._refuse_loops()
+            refuse_nested(named)
             return self._run(args, kwargs, base=False)
         warming = self.base_graphs == "warmup" and session.running.warming
         base = warming or self.base_graphs is True

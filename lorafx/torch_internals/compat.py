@@ -20,7 +20,7 @@ with private_names():
     from torch._C import _any_requires_grad
     from torch._C import _AutoDispatchBelowAutograd as below_autograd
     from torch._dynamo import config as dynamo_config
-    from torch._dynamo import assume_constant_result, disable, mark_static
+    from torch._dynamo import disable, mark_static
     from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
@@ -200,12 +200,6 @@ def transformed() -> bool:
 def in_forward_mode() -> bool:
     """Whether tensors may have tangents now, which may be zeros without memory."""
     return bool(forward_ad._current_level >= 0)
-
-
-@assume_constant_result
-def derives() -> bool:
-    """Whether what is being traced may be differentiated, or is inside of a transform."""
-    return torch.is_grad_enabled() or transformed()
 
 
 def wrapped_by_transform(tensor: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""Every op under each transform of torch.func and torch.autograd: what it gives is the derivative of
-its reference, or an error. torch would take zeros for an operator of Python's."""
+"""Every op under each transform of torch.func and torch.autograd: what it gives is the derivative
+of its reference, or an error. torch would take zeros for an operator of Python's."""
 
 from __future__ import annotations
 
