@@ -39,6 +39,7 @@ from lorafx.placements import is_gathered
 from lorafx.program.program import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 from lorafx.torch_internals.dynamo import OptimizedModule
+from lorafx.torch_internals.transformers_parts import is_offloaded
 
 #: Problems that an error lists; a regular expression can name thousands of containers.
 _SHOWN = 20
@@ -49,8 +50,8 @@ _EMPTY = "its weight is empty, so LoRA has nothing to change"
 class Alias:
     """Lists each module once, under its canonical path, with its other paths.
 
-    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, and for
-    FSDP2.
+    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, for
+    FSDP2, and for weights that accelerate offloads.
     """
 
     name: ClassVar[str] = "alias"
@@ -69,6 +70,13 @@ class Alias:
                     f"{path or 'the model'} is wrapped by fully_shard (FSDP2), which gathers its "
                     "weights around each call; give lorafx a model that is not, and push weights "
                     "into it by load_weights"
+                )
+            if is_offloaded(module):
+                raise CaptureError(
+                    f"the weights of {path or 'the model'} are offloaded by accelerate, which "
+                    "brings them to the device around each call, where neither graphs nor deltas "
+                    "follow them; load the model onto one device, without offloading, or in a "
+                    "quantised format"
                 )
             aliases = graph.paths(module)[1:]
             if aliases:

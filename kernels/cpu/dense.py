@@ -242,10 +242,11 @@ def product_and_delta_fake(*arguments: Any) -> Tensor:
 
 for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
     _operands = f"{_first}Tensor x, Tensor weight, int[] sizes"
-    define(f"dense_{_name}({_operands}) -> Tensor", product, product_fake)
+    define(f"dense_{_name}({_operands}) -> Tensor", product, product_fake, lowered=True)
     define(
         f"dense_{_name}_delta({_operands}, {BANK}, SymInt rows, int kernel) -> Tensor",
         *(product_and_delta, product_and_delta_fake),
+        lowered=True,
     )
 DENSE_MM = torch.ops.lorafx.dense_mm.default
 DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default

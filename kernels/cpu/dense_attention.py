@@ -175,5 +175,6 @@ define(
     "-> Tensor",
     attention,
     attention_fake,
+    lowered=True,
 )
 ATTENTION = torch.ops.lorafx.attention.default

@@ -160,9 +160,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     """Of x: the product with the transposed weights. Of the weights: a product per expert."""
     x, weight, offs = ctx.saved_tensors
     of_x = of_weight = None
-    if ctx.needs_input_grad[0]:
+    _, x_needs, weight_needs, _ = ctx.needs_input_grad  # the first is the op itself
+    if x_needs:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
-    if ctx.needs_input_grad[1]:
+    if weight_needs:
         of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in _groups(offs)])
     return of_x, of_weight, None
 

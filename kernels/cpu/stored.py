@@ -262,15 +262,17 @@ def products_and_deltas(
 
 for _name, _first in (("mm", ""), ("addmm", "Tensor bias, ")):
     _operands = f"{_first}Tensor x, Tensor[] weight"
-    define(f"stored_{_name}({_operands}) -> Tensor", product, product_fake)
+    define(f"stored_{_name}({_operands}) -> Tensor", product, product_fake, lowered=True)
     define(
         f"stored_{_name}_delta({_operands}, {BANK}, SymInt rows, int kernel) -> Tensor",
         *(product_and_delta, product_and_delta_fake),
+        lowered=True,
     )
 define(
     f"stored_mms_delta(Tensor x, Tensor[] weights, Tensor[] biases, {BANK}, SymInt rows, "
     "int[] kernels) -> Tensor[]",
     *(products_and_deltas, products_and_deltas),
+    lowered=True,
 )
 STORED_MMS_DELTA = torch.ops.lorafx.stored_mms_delta.default
 STORED_MM = torch.ops.lorafx.stored_mm.default

@@ -15,12 +15,18 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lorafx.errors import LoweringError
+from lorafx.errors import CaptureError, LoweringError
+from lorafx.torch_internals.compat import (
+    _any_requires_grad,
+    below_autograd,
+    in_forward_mode,
+    transformed,
+)
 from lorafx.torch_internals.graph_parts import guard_or_true
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
@@ -56,18 +62,61 @@ def define(
     schema: str,
     eager: Callable[..., object],
     fake: Callable[..., object],
-    backward: Callable[..., object] | None = None,
+    backward: Callable[..., tuple[object, ...]] | None = None,
     setup_context: Callable[..., None] | None = None,
+    *,
+    lowered: bool = False,
 ) -> None:
-    """Define `lorafx::<name>`; `eager` runs on all devices, with gradients only by `backward`."""
+    """Define `lorafx::<name>`; `eager` runs on all devices. It has gradients by `backward`, and all
+    other derivatives raise CaptureError, for torch would take zeros. Not so an op that writes into
+    an argument, or is `lowered`: compiled graphs alone call these, and have no derivatives."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafx::{name}", flat(fake), lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"lorafx::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+    if not (lowered or "!)" in schema):
+        item = _Op(getattr(torch.ops.lorafx, name).default, backward, setup_context)
+        _LIBRARY.impl(name, functools.partial(_derived, item), "Autograd")
+
+
+class _Op(NamedTuple):
+    run: Any
+    backward: Callable[..., tuple[object, ...]] | None
+    setup_context: Callable[..., None] | None
+
+
+def _derived(op: _Op, *arguments: Any) -> Any:
+    asked = torch.is_grad_enabled() and _any_requires_grad(*arguments)
+    if in_forward_mode() or (asked and transformed()):
+        _refuse_derivative(op)
+    if asked:
+        return _Derived.apply(op, *arguments)  # type: ignore[no-untyped-call]
+    with below_autograd():
+        return op.run(*arguments)
+
+
+class _Derived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: _Op, *arguments: Any) -> Any:  # type: ignore[override]
+        ctx.op = op
+        with below_autograd():
+            result = op.run(*arguments)
+        if op.setup_context is not None:
+            op.setup_context(ctx, arguments, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        if ctx.op.backward is None:
+            _refuse_derivative(ctx.op)
+        return (None, *ctx.op.backward(ctx, *gradients))
+
+
+def _refuse_derivative(op: _Op) -> NoReturn:
+    raise CaptureError(
+        f"{op.run} has no derivative of this kind. Models that lorafx.compile returns serve a "
+        "forward that computes derivatives; to train, use PEFT on the plain model"
+    )
 
 
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:

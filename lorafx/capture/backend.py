@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import fx
+from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
@@ -223,12 +223,14 @@ class Backend:
             return self._run_passes_and_lower(traced, inputs, graph)
 
         trace = aot_autograd(
-            fw_compiler=compiler,
+            fw_compiler=_refuse_derivatives,
             inference_compiler=compiler,
             decompositions=self.lowering.decompositions(),
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
             keep_inference_input_mutations=writes_in_place(gm),
         )
+        if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
+            _detach_results(gm)
         with (
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
@@ -290,6 +292,28 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
+
+
+def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
+    """Raise CaptureError for a graph whose results are to be differentiated after it."""
+    raise CaptureError(
+        "the forward computes derivatives by torch.autograd of what a graph has returned, and "
+        "graphs with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), "
+        "or keep torch.autograd.grad and what it differentiates in one graph, without a break"
+    )
+
+
+def _detach_results(gm: fx.GraphModule) -> None:
+    """Detach the results of Dynamo's graph that gradients could reach."""
+    for node in gm.graph.output_node().all_input_nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" or not isinstance(value, Tensor) or not value.requires_grad:
+            continue
+        with gm.graph.inserting_before(gm.graph.output_node()):
+            detached = gm.graph.call_method("detach", (node,))
+        detached.meta = dict(node.meta)
+        gm.graph.output_node().replace_input_with(node, detached)
+    gm.recompile()
 
 
 def _sources(gm: fx.GraphModule) -> list[Any]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
+from lorafx.errors import ProvenanceError
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, geometry_of, storage_of
 from lorafx.ownership.real import (
@@ -39,6 +40,7 @@ from lorafx.ownership.real import (
     written,
 )
 from lorafx.placements import is_placed_class
+from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -159,6 +161,13 @@ class Following(TorchDispatchMode):
         self.refusal = why
         raise NeedsGraph(why)
 
+    def _refuse_transform(self) -> NoReturn:
+        self.refusal = (
+            "Python runs a transform of torch.func or make_fx in this forward, where the rows of "
+            "tensors are not known; let Dynamo trace all of it, without a graph break"
+        )
+        raise ProvenanceError(self.refusal)
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
@@ -235,6 +244,8 @@ class Following(TorchDispatchMode):
             self._look_at_weights(func, results)
         if self.memory is None:
             return results
+        if in_forward_mode():
+            self._refuse_transform()
         if kind is Kind.LIFT:
             if results.numel() > 1:  # a number is as good as Python's
                 return results
@@ -311,6 +322,8 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
+        if wrapped_by_transform(tensor) or makes_graphs():
+            self._refuse_transform()
         touched = None if self._uses is None else self._uses.near(tensor)
         if touched is not None:
             if touched:

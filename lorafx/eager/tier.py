@@ -26,6 +26,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
+from lorafx.torch_internals.dynamo import TorchDynamoException
 from lorafx.torch_internals.transformers_parts import cell_of_forward
 
 T = TypeVar("T")
@@ -35,6 +36,11 @@ _SHARE = 4
 
 #: Packages whose modules write into tensors by operators alone.
 _SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
+
+
+#: What an eager forward may raise where a graph may serve it. Dynamo's: of operators that compile
+#: their bodies, such as while_loop.
+_FOR_A_GRAPH = (NeedsGraph, ProvenanceError, MatchError, TorchDynamoException)
 
 
 class EagerTier:
@@ -113,9 +119,9 @@ class EagerTier:
         memory = self._labelled_arguments(counted, watched=watched)
         undo.record((program.model,))
         self._remembered.begin()
-        following = Following(
-            memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
-        )
+        uses = WeightUses(program)
+        uses.near(runtime.slots)  # finds all, before the forward may replace parameters
+        following = Following(memory, uses, remembered=self._remembered, undo=undo, watched=watched)
         runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
             result = following.run(partial(target, *args, **kwargs))
@@ -126,8 +132,8 @@ class EagerTier:
                 undo.run()
             return result
         except Exception as error:
-            refusal = following.refusal
-            if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
+            refusal, error = following.refusal, uses.error or error
+            if refusal is None and isinstance(error, _FOR_A_GRAPH):
                 refusal = str(error)
             if refusal is None and read is None:
                 raise

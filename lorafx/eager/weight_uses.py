@@ -16,6 +16,7 @@ from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
+from lorafx.torch_internals.compat import in_backward
 
 
 class WeightUses:
@@ -23,7 +24,8 @@ class WeightUses:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._error: MatchError | None = None
+        #: What `look` raised, which the model's code may have caught, or torch.jit replaced.
+        self.error: MatchError | None = None
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
@@ -51,6 +53,8 @@ class WeightUses:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
+        if in_backward():  # of a product that was checked, and of the delta of its mark
+            return
         sites = list(dict.fromkeys(site for item in operands for site in self._sites_read(item)))
         if not sites:
             return
@@ -63,18 +67,18 @@ class WeightUses:
             return
         bypassed = [site.path for site in sites if not self._is_called(site, running)]
         if bypassed:
-            self._error = MatchError(
+            self.error = MatchError(
                 f"LoRA cannot be applied at {', '.join(bypassed)}: {func.overloadpacket} at "
                 f"{line} uses the weight without calling its module, in a function that "
                 "Dynamo does not trace, so the delta would be lost. Call the module there, "
                 "let Dynamo trace the function, or leave the module out by exclude_modules"
             )
-            raise self._error
+            raise self.error
 
     def refuse(self) -> None:
-        """Raise the error of `look` again, which the model's code may have caught."""
-        if self._error is not None:
-            raise self._error
+        """Raise the error of `look` again."""
+        if self.error is not None:
+            raise self.error
 
     def _sites_read(self, tensor: Tensor) -> Iterator[Site]:
         for plain in plain_tensors(tensor):

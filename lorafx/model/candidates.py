@@ -150,6 +150,11 @@ def unsupported(module: nn.Module) -> str | None:
 
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     """Why this module, with its registry `entry`, cannot carry LoRA, and what to do; else None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "torch.jit compiled it, and nothing is added inside of it; give lorafx the module from "
+            f"before torch.jit.script or torch.jit.trace, or {LEAVE}"
+        )
     if entry is None:
         return _unregistered(module)
     ranks = getattr(module, "tp_size", 1)

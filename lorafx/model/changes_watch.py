@@ -15,6 +15,7 @@ A weight that wraps other tensors is the same object as long as what it wraps ha
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -238,7 +239,8 @@ def weight_watch(parameters: Iterable[tuple[nn.Module, str]]) -> ObjectWatch:
 def _methods(module_class: type[nn.Module]) -> Iterator[str]:
     """The names of the methods of a class that its forward may call: those that it has beside its
     forward or in subclasses, but for what `nn.Module` has too, such as constructors."""
-    if module_class.forward is nn.Module.forward:  # a container, which no graph calls
+    # Read statically, for classes of torch.jit compute it. A container: no graph calls it.
+    if inspect.getattr_static(module_class, "forward") is nn.Module.forward:
         return
     yield "forward"
     for base in module_class.__mro__:

@@ -37,8 +37,8 @@ from lorafx.model.sites import Group
 from lorafx.model.weight_formats import is_dense
 from lorafx.placements import callers
 from lorafx.registry import Handler, Kind
-from lorafx.torch_internals.compat import tracing
-from lorafx.torch_internals.dynamo import assume_constant_result
+from lorafx.torch_internals.compat import tracing, transformed
+from lorafx.torch_internals.dynamo import assume_constant_result, derives
 
 
 @assume_constant_result
@@ -57,6 +57,12 @@ _WAY_OUT = (
     "export_merged(name, folder) of lorafx.compile writes"
 )
 
+
+_TRANSFORMED = (
+    "Python calls it inside of a transform of torch.func, as grad or vmap, or in forward mode of "
+    "torch.autograd, where nothing adds a delta; use lorafx.compile, and let Dynamo trace the "
+    "whole transform, without a graph break"
+)
 
 UNPROVED = 0  # the op's `rows` before `provenance`: the rows' requests are not known yet
 
@@ -130,6 +136,12 @@ class SiteMark:
             return None
         if resting is not None:
             resting.refuse_elsewhere()
+        # The mark's operators have no derivatives, and match does not see the bodies of operators:
+        # it adds the delta to each product with the weight, or refuses the site.
+        if traced and runtime.graph_passes and not (self.stored or self.handler) and derives():
+            return None
+        if not traced and transformed():
+            raise MatchError(f"{self._name(module)}: {_TRANSFORMED}")
         if self.kind == "experts":
             return self._mark_experts(module, output)
         if self.handler is not None:

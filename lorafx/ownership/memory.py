@@ -395,10 +395,13 @@ class Memory:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """The storage's id; None for composite tensors."""
+    """The storage's id; None for composite tensors, and for those of torch.func's transforms."""
     if _is_composite(type(tensor)) or tensor.layout is not torch.strided:
         return None
-    return tensor.untyped_storage()._cdata
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return None
 
 
 @cache

@@ -28,7 +28,7 @@ from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
-from lorafx.runtime.requests import check_inputs, plain_tokens
+from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
 from lorafx.runtime.results import refuse_code
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
@@ -96,6 +96,7 @@ class Entry:
         runtime = session.program.runtime
         if runtime.active:
             self._refuse_loops()
+            refuse_nested(named)
             result = self._run(args, kwargs, base=False)
             if self.is_forward or not isinstance(result, nn.Module):  # such as get_decoder's
                 refuse_code(result, self.name)
@@ -194,6 +195,10 @@ class Entry:
             if uses is not None:
                 uses.refuse()
             return result
+        except Exception:
+            if uses is not None:
+                uses.refuse()
+            raise
         finally:
             self.capturing = len(records) != captured
 

@@ -261,6 +261,16 @@ def check_inputs(roles: RoleTable, named: Mapping[str, Any]) -> None:
             return
 
 
+def refuse_nested(named: Mapping[str, Any]) -> None:
+    """Raise BatchError for a nested tensor, whose rows have no common length."""
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value.is_nested:
+            raise BatchError(
+                f"{name} is a nested tensor, whose rows lorafx does not follow; pad them to one "
+                "length, as by torch.nested.to_padded_tensor, and pass a mask"
+            )
+
+
 def check_tensors(named: Mapping[str, Any]) -> None:
     """Raise ConfigError if an argument of a known name is not a tensor, or ids are not integers."""
     for name, value in named.items():

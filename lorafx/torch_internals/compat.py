@@ -17,11 +17,14 @@ from lorafx.torch_internals.versions import private_names, torch_minor
 
 with private_names():
     from torch import _C
+    from torch._C import _any_requires_grad
+    from torch._C import _AutoDispatchBelowAutograd as below_autograd
     from torch._dynamo import config as dynamo_config
     from torch._dynamo import disable, mark_static
     from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
+    from torch.autograd import forward_ad
     from torch.fx.experimental import _config as shape_config
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
@@ -61,6 +64,8 @@ _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (inductor_config, "freezing", False),
 )
+if hasattr(dynamo_config, "trace_autograd_ops"):
+    _CAPTURE += ((dynamo_config, "trace_autograd_ops", True),)
 if torch_minor() == "2.11":
     _CAPTURE += ((dynamo_config, "skip_tensor_guards_with_matching_dict_tags", False),)
 
@@ -175,13 +180,36 @@ def transform() -> str | None:
         return "torch.func (vmap, grad, functionalize)"
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace"
+    return "torch.export, make_fx or a FakeTensorMode" if makes_graphs() else None
+
+
+def makes_graphs() -> bool:
+    """Whether operators are recorded, or run on tensors without values. Takes 0.1 µs."""
     kinds = _C._TorchDispatchModeKey
-    if _C._len_torch_dispatch_stack() and any(
+    return bool(_C._len_torch_dispatch_stack()) and any(
         _C._get_dispatch_mode(kind) is not None
         for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL)
-    ):
-        return "torch.export, make_fx or a FakeTensorMode"
-    return None
+    )
+
+
+def transformed() -> bool:
+    """Whether this thread is inside of torch.func's transforms, or of forward-mode derivatives."""
+    return _C._functorch.peek_interpreter_stack() is not None or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents now, which may be zeros without memory."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def wrapped_by_transform(tensor: Tensor) -> bool:
+    """Whether the tensor is one of torch.func's transforms, which has no memory of its own."""
+    return bool(_C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def in_backward() -> bool:
+    """Whether torch.autograd computes a derivative on this thread now."""
+    return _C._current_autograd_node() is not None
 
 
 def tracing() -> bool:

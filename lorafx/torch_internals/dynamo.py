@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorafx.torch_internals.compat import recorded_outputs
+from lorafx.torch_internals.compat import recorded_outputs, transformed
 from lorafx.torch_internals.versions import private_names
 
 with private_names():
@@ -36,6 +37,7 @@ with private_names():
     )
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import Source
+    from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.trace_rules import check
     from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
     from torch._dynamo.variables import ConstantVariable
@@ -123,6 +125,16 @@ def calls_traced() -> Iterator[None]:
         yield
     finally:
         _STATE.converts = before
+
+
+@assume_constant_result
+def derives() -> bool:
+    """Whether a frame of lorafx is being converted, and the part that is traced may be
+    differentiated, is inside of a transform, or is the body of an operator such as torch.cond."""
+    if not _STATE.converts:
+        return False
+    inside = InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    return inside or torch.is_grad_enabled() or transformed()
 
 
 def _install() -> None:

@@ -68,3 +68,15 @@ def _cell(module: nn.Module, name: str) -> CellType | None:
     names: tuple[str, ...] = code.co_freevars
     cell: CellType | None = forward.__closure__[names.index(name)] if name in names else None
     return cell
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights from elsewhere around each call."""
+    hook, hooks = getattr(module, "_hf_hook", None), sys.modules.get("accelerate.hooks")
+    if hook is None or hooks is None:
+        return False
+    return any(
+        isinstance(item, hooks.CpuOffload)
+        or (isinstance(item, hooks.AlignDevicesHook) and item.offload)
+        for item in getattr(hook, "hooks", (hook,))
+    )
