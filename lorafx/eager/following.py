@@ -13,7 +13,6 @@ used.
 from __future__ import annotations
 
 import enum
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,9 @@ from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
-from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, geometry_of, storage_of
+from lorafx.model.marks import SiteMark
+from lorafx.model.sites import Site
+from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, Shared, geometry_of
 from lorafx.ownership.real import (
     alone,
     arguments_by_name,
@@ -39,6 +40,7 @@ from lorafx.ownership.real import (
     written,
 )
 from lorafx.placements import is_placed_class
+from lorafx.program.argument_roles import tensor_leaves
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -135,10 +137,8 @@ class Following(TorchDispatchMode):
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
         self._uses = uses
-        #: Operands of the running operator that hold weights of touched sites.
-        self._weights: list[Tensor] = []
-        #: Sites whose module has used its weight, and whose mark has not come.
-        self._unmarked: dict[str, None] = {}
+        #: Operands of the running operator that hold weights of touched sites, and these.
+        self._weights: dict[Tensor, list[Site]] = {}
         #: How often torch counts a write, after the mode.
         self._counts = 1
         #: Whether the next operator is the one on DTensors that runs already.
@@ -182,14 +182,20 @@ class Following(TorchDispatchMode):
             self._uses = uses
             _exhaust(above, 0)
 
-    def check(self) -> None:
-        """Raise NeedsGraph, or MatchError, for what the model's code may have caught."""
-        if self._uses is not None:
-            self._uses.refuse()
+    def check(self, results: object) -> None:
+        """Raise NeedsGraph for what the model's code may have caught, and for `results` of the call
+        that eager mode has not followed."""
+        self._weights = {}
+        for tensor in tensor_leaves(results):
+            self.code(tensor)
+        if self._uses is not None and self._uses.refusal is not None:
+            self.refuse(self._uses.refusal)
         if self.refusal is not None:
             raise NeedsGraph(self.refusal)
-        if self._unmarked:
-            self.refuse(f"{', '.join(self._unmarked)}: the forward was called, not the module")
+        if self._uses is not None and (self._weights or self._uses.unmarked):
+            returned = (site.path for sites in self._weights.values() for site in sites)
+            paths = ", ".join([*returned, *self._uses.unmarked])
+            self.refuse(f"{paths}: its weight is returned, or used after its delta was added")
 
     def outside(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, whose operators are not followed."""
@@ -209,6 +215,7 @@ class Following(TorchDispatchMode):
             return func(*args, **named)
         operands: list[tuple[Tensor, int]] = []
         signature: list[Any] = [func]
+        self._weights = {}
         self._sign(args, signature, operands)
         if named:
             signature.extend(named)
@@ -221,14 +228,14 @@ class Following(TorchDispatchMode):
         elif kind is Kind.PAGES and self._undo is not None:
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
-        if self._weights:
-            self._look_at_weights(func, results)
+        used = self._weights
         if self.memory is None:
+            if used and self._uses is not None:
+                self._uses.look(func, used, list(tensors_in(results)), owned=True)
             return results
         if kind is Kind.LIFT:
-            if results.numel() > 1:  # a number is as good as Python's
-                return results
-            codes: Sequence[int] = (NOBODYS,)
+            # A number is as good as Python's; what Python made of several may be rows'.
+            codes: Sequence[int] = (UNKNOWN if results.numel() > 1 else NOBODYS,)
         elif kind is Kind.EMPTY:
             codes = (UNKNOWN,)
         elif func.overloadpacket in _SUMS:
@@ -238,6 +245,9 @@ class Following(TorchDispatchMode):
             key = tuple(signature)
             known = self._remembered.results.get(key)
             codes = self._found(key, args, named, results, operands) if known is None else known
+        made = used and all(isinstance(self._remembered.labels[code], Shared) for code in codes)
+        if used and self._uses is not None:
+            self._uses.look(func, used, list(tensors_in(results)), owned=not made)
         if targets:
             self._note_written(targets, results, codes, operands)
         elif isinstance(results, Tensor):
@@ -245,6 +255,8 @@ class Following(TorchDispatchMode):
         else:
             for output, code in zip(tensors_in(results), codes, strict=True):
                 self.note(output, code)
+        for output in tensors_in(results) if made else ():  # it is looked at where it is used
+            self._known.pop(id(output), None)
         if not operands:
             self._note_made_of_nothing(func, results)
         return results
@@ -299,15 +311,15 @@ class Following(TorchDispatchMode):
         return self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> int:
-        touched = None if self._uses is None else self._uses.near(tensor)
+        uses, touched = self._uses, self._sites_in(tensor)
         if touched is not None:
             if touched:
-                self._weights.append(tensor)
+                self._weights[tensor] = touched
             return WEIGHTS
         if self.memory is None:
             return UNKNOWN
         code, remembered = None, self._remembered
-        block = self.memory.unwritten(tensor)
+        block: Block | None = self.memory.unwritten(tensor)
         if block is not None:
             geometry, label = next(iter(block.views.items()))
             key = remembered.code(label), geometry, geometry_of(tensor)
@@ -320,6 +332,8 @@ class Following(TorchDispatchMode):
         else:
             code = remembered.code(self.memory.look(tensor))
             block = self.memory.block(tensor)
+            if block is None and code == UNKNOWN and uses is not None and tensor.numel() > 1:
+                self.refuse(uses.of_unknown_origin(tensor))
         if block is not None and not self._watched:
             self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
@@ -384,42 +398,31 @@ class Following(TorchDispatchMode):
                 self._remembered.parameters.clear()
             self.memory.write(target, label, uncounted=self._counts)
 
+    def _sites_in(self, tensor: Tensor) -> list[Site] | None:
+        """The touched sites whose weights the tensor holds; None if it holds no site's."""
+        if self._uses is None:
+            return None
+        sites = self._uses.near(tensor)
+        if sites is None and self.memory is not None and self.memory.block(tensor) is None:
+            sites = self._uses.copied(tensor)  # neither made by this call nor an argument
+        return sites
+
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""
         block = None if self.memory is None else self.memory.block(tensor)
         return block is not None and block.born
 
-    def _look_at_weights(self, func: Any, results: Any) -> None:
-        """Check the operands that hold weights of touched sites. Where a module's own forward uses
-        its weight, its mark has to follow."""
-        weights, self._weights = self._weights, []
-        if self._uses is None:
-            return
-        caller = sys._getframe(2).f_locals.get("self")
-        for used in weights:
-            site = next(
-                (
-                    site
-                    for site, weight in self._uses.near(used) or ()
-                    if site.marked is caller and _is_all_of(used, weight)
-                ),
-                None,
-            )
-            if site is None:
-                self._uses.look(func, [used], list(tensors_in(results)))
-            else:
-                self._unmarked[site.path] = None
+    def read_outside(self, reader: str, tensor: Tensor) -> None:
+        """`reader` hands the memory of this tensor to code outside of torch. Raises MatchError for
+        a touched site's weight, past its module's call."""
+        if self._uses is not None and (sites := self._sites_in(tensor)):
+            self._uses.read(reader, sites)
 
-    def marked(self, path: str) -> None:
-        """The mark of the site at `path` adds its delta."""
-        self._unmarked.pop(path, None)
-
-
-def _is_all_of(used: Tensor, weight: Tensor) -> bool:
-    """Whether an operand is this weight, or its transpose; a composite one is taken to be."""
-    if storage_of(used) is None:
-        return True
-    return used.numel() == weight.numel() and used.data_ptr() == weight.data_ptr()
+    def marked(self, mark: SiteMark) -> None:
+        """The mark adds its delta. Raises NeedsGraph if it follows several products."""
+        count = 0 if self._uses is None else self._uses.marked(mark)
+        if count > 1 and not mark.stored and mark.handler is None:
+            self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
 
 
 never_traced(Following.__torch_dispatch__.__code__)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.deltas import GatheredFactors, RowDeltas
-from lorafx.eager.following import Following, NeedsGraph
+from lorafx.eager.following import NeedsGraph
+from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
@@ -25,6 +26,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
+from lorafx.torch_internals.dynamo import raised_by_dynamo
 from lorafx.torch_internals.transformers_parts import cell_of_forward
 
 #: The share of the model's bytes that gathered factors may take.
@@ -77,19 +79,22 @@ class EagerTier:
         memory = self._labelled_arguments(counted, watched=watched)
         undo = Undo((*args, *kwargs.values()), runtime.device)
         self._remembered.begin()
-        following = Following(
-            memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
+        uses = WeightUses(program)
+        following = (WatchedInPython if watched else InPython)(
+            memory, uses, remembered=self._remembered, undo=undo, watched=watched
         )
         runtime.deltas = RowDeltas(program, following, self._gathered)
         try:
             result = following.run(partial(target, *args, **kwargs))
-            following.check()
+            following.check(result)
             program.keep_constants(memory)
             return result
         except Exception as error:
-            refusal = following.refusal
+            refusal = following.refusal or uses.refusal
             if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
                 refusal = str(error)
+            if refusal is None and raised_by_dynamo(error):  # fullgraph=True found no graph
+                refusal = f"a function that is compiled by itself does not run without: {error}"
             if refusal is None:
                 raise
             undo.run()

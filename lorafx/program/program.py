@@ -202,6 +202,17 @@ class Program:
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
+    def weights_of(self, site: Site) -> list[Tensor]:
+        """The tensors of the site's module that hold its weight, or that its weight is made of in
+        each call, by a parametrisation or a hook."""
+        module, name = site.module, site.eligible.weight
+        held = (module._parameters.get(name), module._buffers.get(name), vars(module).get(name))
+        tensors = [item for item in held if isinstance(item, Tensor)]
+        if held[0] is None and held[1] is None:
+            bias = module._parameters.get("bias")
+            tensors += (item for item in module.parameters() if item is not bias)
+        return tensors
+
     def is_touched(self, site: Site) -> bool:
         return site.path in self.batch.touched
 

@@ -12,6 +12,7 @@ from lorafx.torch_internals.versions import private_names
 with private_names():
     from torch import _grouped_mm as grouped_mm
     from torch._C import (
+        DisableTorchFunction,
         DispatchKeySet,
         _dispatch_keys,
         _len_torch_dispatch_stack,
@@ -42,6 +43,7 @@ with private_names():
         _get_current_dispatch_mode_stack,
         is_traceable_wrapper_subclass,
     )
+    from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
     from torch.utils._sympy.functions import (
         CeilToInt,
