@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
+from lorafx.errors import MatchError
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.model.marks import SiteMark
 from lorafx.model.sites import Site
@@ -120,6 +121,8 @@ class Following(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+    #: What is raised where the call is not served.
+    error: Callable[[str], Exception] = MatchError
 
     def __init__(
         self,
@@ -147,9 +150,9 @@ class Following(TorchDispatchMode):
         self.refusal: str | None = None
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise NeedsGraph."""
+        """Raise `error`."""
         self.refusal = why
-        raise NeedsGraph(why)
+        raise self.error(why)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -183,19 +186,19 @@ class Following(TorchDispatchMode):
             _exhaust(above, 0)
 
     def check(self, results: object) -> None:
-        """Raise NeedsGraph for what the model's code may have caught, and for `results` of the call
-        that eager mode has not followed."""
+        """Raise `error` for what the model's code may have caught, and for `results` of the call
+        that were not followed."""
         self._weights = {}
         for tensor in tensor_leaves(results):
             self.code(tensor)
-        if self._uses is not None and self._uses.refusal is not None:
-            self.refuse(self._uses.refusal)
-        if self.refusal is not None:
-            raise NeedsGraph(self.refusal)
-        if self._uses is not None and (self._weights or self._uses.unmarked):
-            returned = (site.path for sites in self._weights.values() for site in sites)
-            paths = ", ".join([*returned, *self._uses.unmarked])
-            self.refuse(f"{paths}: its weight is returned, or used after its delta was added")
+        refusal = self.refusal
+        if refusal is None and self._uses is not None:
+            refusal = self._uses.refusal or self._unmarked()
+        if refusal is not None:
+            self.refuse(refusal)
+
+    def _unmarked(self) -> str | None:
+        """Why the results lack deltas; None if they do not."""
 
     def outside(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, whose operators are not followed."""
@@ -332,7 +335,7 @@ class Following(TorchDispatchMode):
         else:
             code = remembered.code(self.memory.look(tensor))
             block = self.memory.block(tensor)
-            if block is None and code == UNKNOWN and uses is not None and tensor.numel() > 1:
+            if code == UNKNOWN and uses is not None and self._is_foreign(tensor, block):
                 self.refuse(uses.of_unknown_origin(tensor))
         if block is not None and not self._watched:
             self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
@@ -406,6 +409,14 @@ class Following(TorchDispatchMode):
         if sites is None and self.memory is not None and self.memory.block(tensor) is None:
             sites = self._uses.copied(tensor)  # neither made by this call nor an argument
         return sites
+
+    def _is_foreign(self, tensor: Tensor, block: Block | None) -> bool:
+        """Whether code that is not followed has made a tensor with this block, or written it."""
+        if tensor.numel() <= 1 or tensor.is_inference() or self.memory is None:
+            return False
+        if block is not None:
+            return not block.views and not block.exported
+        return not self.memory.shares(tensor)
 
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lorafx.eager.following import Following
+from lorafx.eager.following import Following, NeedsGraph
 from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
 
 T = TypeVar("T")
@@ -24,9 +24,17 @@ _READERS = frozenset(
 class InPython(Following):
     """Functions that the model's code compiles by itself run in Python, where they are followed."""
 
+    error = NeedsGraph
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return False
+
+    def _unmarked(self) -> str | None:
+        assert self._uses is not None
+        returned = (site.path for sites in self._weights.values() for site in sites)
+        paths = ", ".join([*returned, *self._uses.unmarked])
+        return f"{paths}: its weight is returned, or used after its delta" if paths else None
 
 
 class WatchedInPython(InPython):

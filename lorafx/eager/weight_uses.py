@@ -21,7 +21,7 @@ from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import overlap
+from lorafx.program.derived import DISTINCT, overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
@@ -70,7 +70,7 @@ class WeightUses:
 
     def copied(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites of whose weights the tensor has copies; None if it is no copy."""
-        derived = self._program.derived.look(tensor) if tensor.dim() > 1 else None
+        derived = self._program.derived.look(tensor) if tensor.numel() >= DISTINCT else None
         return None if derived is None else list(filter(self._program.is_touched, derived.sites))
 
     def look(

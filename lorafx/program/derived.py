@@ -358,7 +358,7 @@ class DerivedTensors:
                 holder, derived = self._holder(tensor), None
                 if holder is None or not holder.is_own_weight:
                     derived = self._by_storage(tensor, storages)
-                    if derived is None and is_numbers(tensor) and tensor.dim() > 1:
+                    if derived is None and is_numbers(tensor):
                         derived = self._by_value(tensor, holder)
                 self._compared[tensor] = derived
                 if derived is not None:
@@ -428,23 +428,17 @@ class DerivedTensors:
 
     def _copies(self, tensor: Tensor, sites: Iterable[Site]) -> Iterator[Derived]:
         for site in sites:
-            linear = site.eligible.kind == "linear"
-            weight, form = self._program.weight_of(site), None
-            size = site.in_features * site.out_features
-            if linear and (site.in_features not in tensor.shape or tensor.numel() > size):
+            size, form = site.in_features * site.out_features, None
+            rows = site.eligible.kind == "linear" and tensor.dim() > 1
+            weight = self._program.weight_of(site)
+            if rows and site.in_features in tensor.shape and tensor.numel() <= size:
+                weight = dense_weight(site)
+                if weight is not None and weight.device == tensor.device:
+                    form = copied_form(tensor, weight)
+            if weight is None or form is None and not _same_values(tensor, weight):
                 continue
-            if not linear and (weight is None or weight.shape != tensor.shape):
-                continue
-            weight = dense_weight(site) if linear else weight
-            if weight is None or weight.device != tensor.device:
-                continue
-            if linear:
-                form = copied_form(tensor, weight)
-            elif not is_numbers(weight) or not torch.equal(weight.to(tensor.dtype), tensor):
-                continue
-            if form is not None or not linear:
-                shape = (weight.shape[0], weight.numel() // weight.shape[0])
-                yield Derived(self._tied(site), form, shape, copied=True)
+            shape = (weight.shape[0], weight.numel() // weight.shape[0])
+            yield Derived(self._tied(site), form, shape, copied=True)
 
     def _tied(self, site: Site) -> tuple[Site, ...]:
         weight = self._program.weight_of(site)
@@ -453,6 +447,14 @@ class DerivedTensors:
             for other in self._program.sites
             if other is site or (weight is not None and self._program.weight_of(other) is weight)
         )
+
+
+def _same_values(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether all values of a weight of any sizes are those of the tensor, in order."""
+    same = tensor.numel() == weight.numel() and tensor.device == weight.device
+    if not same or not is_numbers(weight):
+        return False
+    return torch.equal(weight.reshape(-1).to(tensor.dtype), tensor.reshape(-1))
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -199,6 +199,11 @@ class Program:
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
+        """The tensor that is the site's weight; None if there is none, or it is made anew whenever
+        it is read (`weights_of`)."""
+        if "parametrizations" in site.module._modules:
+            if site.eligible.weight in site.module.get_submodule("parametrizations")._modules:
+                return None
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
@@ -219,15 +224,14 @@ class Program:
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         sites: dict[int, list[Site]] = {}
         for site in self.sites:
-            weight = self.weight_of(site)
-            for tensor in () if weight is None else {id(weight), id(local(weight))}:
+            weights = self.weights_of(site)
+            for tensor in {*map(id, weights), *map(id, map(local, weights))}:
                 sites.setdefault(tensor, []).append(site)
         return sites
 
     def _is_weight_of(self, site: Site, tensor: Tensor) -> bool:
         """Whether a tensor is the site's weight, or this rank's part of it."""
-        weight = self.weight_of(site)
-        return weight is tensor or (weight is not None and local(weight) is tensor)
+        return any(weight is tensor or local(weight) is tensor for weight in self.weights_of(site))
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
         """The site with this base weight or derived tensor; among tied sites, that at `index`."""
@@ -305,8 +309,10 @@ class Program:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
-            placed = is_placed(self.weight_of(sites[0]))
-            known[key] = FrameInput("weight", label, sites=tuple(sites), placed=placed)
+            weight = self.weight_of(sites[0])
+            made = "" if weight is not None and key in (id(weight), id(local(weight))) else "made of"
+            placed = is_placed(weight)
+            known[key] = FrameInput("weight", label, sites=tuple(sites), part=made, placed=placed)
         for group in self.groups:
             for name, tensor in group.bank.tensors.items():
                 known[id(tensor)] = FrameInput("bank", name, group=group)
