@@ -122,6 +122,16 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
                 break
 
 
+def _constant_weights(ctx: Context) -> Iterator[Refusal]:
+    """Refusals of sites whose weights Python has read, so that their values are constants here."""
+    for node in ctx.graph.find_nodes(op="get_attr"):
+        value = getattr(ctx.graph_module, str(node.target), None)
+        derived = ctx.program.derived.look(value) if isinstance(value, Tensor) else None
+        if derived is not None:
+            reason = f"its values were read, and are constants of the graph ({place(node)})"
+            yield Refusal(derived.sites, "always", reason)
+
+
 def _is_matrix(node: fx.Node) -> bool:
     value = fake_value(node)
     return bool(node.users) and value.dim() > 1 and value.is_floating_point()
@@ -187,7 +197,7 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in _replaced_sites(ctx, seen - whole):
+        for refusal in (*_replaced_sites(ctx, seen - whole), *_constant_weights(ctx)):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
