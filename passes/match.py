@@ -48,7 +48,7 @@ from lorafx.program.context import (
     is_site,
 )
 from lorafx.program.derived import has_numbers, is_near
-from lorafx.program.frame import FrameInput, fake_value
+from lorafx.program.frame import MADE, FrameInput, fake_value
 from lorafx.program.weight_uses import (
     RESHAPES,
     SAME_VALUE,
@@ -271,7 +271,7 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
         reason = f"{item.label} is how it is stored, and this use is outside its module's call"
         return [
             Use("unknown", node, user, stored=True, reason=reason)
-            for user in node.users
+            for user in (_users_of_made(node) if item.part == MADE else node.users)
             if isinstance(fake_value(user), torch.Tensor) or fake_value(user) is None
         ]
     if derived is None:
@@ -286,6 +286,19 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
         "covers; keep views of the weight, or copies of its rows"
     )
     return [Use("unknown", node, user, reason=reason) for user in node.users]
+
+
+def _users_of_made(weight: fx.Node) -> list[fx.Node]:
+    """The users of what a weight is made of, and of all that is made of it and of other inputs
+    that are no data; a hook leaves it on the module for later ones."""
+    made, users = {weight}, []
+    for node in weight.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op != "output" and not is_site(node) and not made.isdisjoint(inputs):
+            users.append(node)
+            if all(item in made or is_constant(item) for item in inputs):
+                made.add(node)
+    return users
 
 
 def _use_with_two_weights(ctx: Context, use: Use, other: Use) -> Use:

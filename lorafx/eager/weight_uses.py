@@ -74,7 +74,12 @@ class WeightUses:
         return None if derived is None else list(filter(self._program.is_touched, derived.sites))
 
     def look(
-        self, func: Any, used: Mapping[Tensor, list[Site]], results: Sequence[Tensor], *, owned: bool
+        self,
+        func: Any,
+        used: Mapping[Tensor, list[Site]],
+        results: Sequence[Tensor],
+        *,
+        owned: bool,
     ) -> None:
         """Note that an operator reads touched sites' weights, in the tensors `used`. `owned`: its
         results may depend on requests, too; else they are the weights again.
@@ -123,9 +128,9 @@ class WeightUses:
     def of_unknown_origin(self, tensor: Tensor) -> str:
         """Why a call with adapters does not use this tensor."""
         return (
-            f"no operator of this call's thread made the tensor {tuple(tensor.shape)} that "
-            f"{python_line()} uses, so what is in it is not known: another thread, numpy or an "
-            "extension may have used weights without their deltas"
+            f"LoRA cannot be applied in this call: torch did not see on its thread what made the "
+            f"tensor {tuple(tensor.shape)} that {python_line()} uses or the model returns. Another "
+            "thread, numpy or an extension may have used weights there without their deltas"
         )
 
     @property

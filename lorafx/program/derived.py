@@ -435,7 +435,7 @@ class DerivedTensors:
                 weight = dense_weight(site)
                 if weight is not None and weight.device == tensor.device:
                     form = copied_form(tensor, weight)
-            if weight is None or form is None and not _same_values(tensor, weight):
+            if weight is None or (form is None and not _same_values(tensor, weight)):
                 continue
             shape = (weight.shape[0], weight.numel() // weight.shape[0])
             yield Derived(self._tied(site), form, shape, copied=True)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
@@ -39,7 +40,7 @@ from lorafx.ownership.memory import (
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
-from lorafx.program.frame import Frame, FrameInput, InputKind
+from lorafx.program.frame import MADE, Frame, FrameInput, InputKind
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.frames import size_source, source_name
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -201,9 +202,8 @@ class Program:
     def weight_of(self, site: Site) -> Tensor | None:
         """The tensor that is the site's weight; None if there is none, or it is made anew whenever
         it is read (`weights_of`)."""
-        if "parametrizations" in site.module._modules:
-            if site.eligible.weight in site.module.get_submodule("parametrizations")._modules:
-                return None
+        if is_parametrized(site.module, site.eligible.weight):
+            return None
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 
@@ -310,7 +310,7 @@ class Program:
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
             weight = self.weight_of(sites[0])
-            made = "" if weight is not None and key in (id(weight), id(local(weight))) else "made of"
+            made = "" if weight is not None and key in (id(weight), id(local(weight))) else MADE
             placed = is_placed(weight)
             known[key] = FrameInput("weight", label, sites=tuple(sites), part=made, placed=placed)
         for group in self.groups:

@@ -37,13 +37,13 @@ with private_names():
         guard_or_true,
         statically_known_true,
     )
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import (
         TorchDispatchMode,
         _get_current_dispatch_mode,
         _get_current_dispatch_mode_stack,
         is_traceable_wrapper_subclass,
     )
-    from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
     from torch.utils._sympy.functions import (
         CeilToInt,
