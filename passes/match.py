@@ -48,7 +48,7 @@ from lorafx.program.context import (
     is_site,
 )
 from lorafx.program.derived import has_numbers, is_near
-from lorafx.program.frame import FrameInput, fake_value
+from lorafx.program.frame import MADE, FrameInput, fake_value
 from lorafx.program.weight_uses import (
     RESHAPES,
     SAME_VALUE,
@@ -122,6 +122,16 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
                 break
 
 
+def _constant_weights(ctx: Context) -> Iterator[Refusal]:
+    """Refusals of sites whose weights Python has read, so that their values are constants here."""
+    for node in ctx.graph.find_nodes(op="get_attr"):
+        value = getattr(ctx.graph_module, str(node.target), None)
+        derived = ctx.program.derived.look(value) if isinstance(value, Tensor) else None
+        if derived is not None:
+            reason = f"its values were read, and are constants of the graph ({place(node)})"
+            yield Refusal(derived.sites, "always", reason)
+
+
 def _is_matrix(node: fx.Node) -> bool:
     value = fake_value(node)
     return bool(node.users) and value.dim() > 1 and value.is_floating_point()
@@ -187,7 +197,7 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in _replaced_sites(ctx, seen - whole):
+        for refusal in (*_replaced_sites(ctx, seen - whole), *_constant_weights(ctx)):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -261,7 +271,7 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
         reason = f"{item.label} is how it is stored, and this use is outside its module's call"
         return [
             Use("unknown", node, user, stored=True, reason=reason)
-            for user in node.users
+            for user in (_users_of_made(node) if item.part == MADE else node.users)
             if isinstance(fake_value(user), torch.Tensor) or fake_value(user) is None
         ]
     if derived is None:
@@ -276,6 +286,19 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
         "covers; keep views of the weight, or copies of its rows"
     )
     return [Use("unknown", node, user, reason=reason) for user in node.users]
+
+
+def _users_of_made(weight: fx.Node) -> list[fx.Node]:
+    """The users of what a weight is made of, and of all that is made of it and of other inputs
+    that are no data; a hook leaves it on the module for later ones."""
+    made, users = {weight}, []
+    for node in weight.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op != "output" and not is_site(node) and not made.isdisjoint(inputs):
+            users.append(node)
+            if all(item in made or is_constant(item) for item in inputs):
+                made.add(node)
+    return users
 
 
 def _use_with_two_weights(ctx: Context, use: Use, other: Use) -> Use:

@@ -138,7 +138,7 @@ class RowDeltas:
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
-        self._following.marked(mark.path)
+        self._following.marked(mark)
         if mark.path not in self._touched:
             return self._noted(mark, y)
         following = self._following

@@ -13,7 +13,6 @@ used.
 from __future__ import annotations
 
 import enum
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +27,11 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
-from lorafx.errors import ProvenanceError
+from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
-from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, geometry_of, storage_of
+from lorafx.model.marks import SiteMark
+from lorafx.model.sites import Site
+from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, Shared, geometry_of
 from lorafx.ownership.real import (
     alone,
     arguments_by_name,
@@ -41,6 +42,7 @@ from lorafx.ownership.real import (
 )
 from lorafx.placements import is_placed_class
 from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
+from lorafx.program.argument_roles import tensor_leaves
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -128,6 +130,8 @@ class Following(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+    #: What is raised where the call is not served.
+    error: Callable[[str], Exception] = MatchError
 
     def __init__(
         self,
@@ -145,10 +149,8 @@ class Following(TorchDispatchMode):
         #: (tensor, its storage's labels and their epoch, its version, code) by identity.
         self._known: dict[int, tuple[weakref.ref[Tensor], Block, int, int, int]] = {}
         self._uses = uses
-        #: Operands of the running operator that hold weights of touched sites.
-        self._weights: list[Tensor] = []
-        #: Sites whose module has used its weight, and whose mark has not come.
-        self._unmarked: dict[str, None] = {}
+        #: Operands of the running operator that hold weights of touched sites, and these.
+        self._weights: dict[Tensor, list[Site]] = {}
         #: How often torch counts a write, after the mode.
         self._counts = 1
         #: Whether the next operator is the one on DTensors that runs already.
@@ -157,9 +159,9 @@ class Following(TorchDispatchMode):
         self.refusal: str | None = None
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise NeedsGraph."""
+        """Raise `error`."""
         self.refusal = why
-        raise NeedsGraph(why)
+        raise self.error(why)
 
     def _refuse_transform(self) -> NoReturn:
         self.refusal = (
@@ -199,14 +201,20 @@ class Following(TorchDispatchMode):
             self._uses = uses
             _exhaust(above, 0)
 
-    def check(self) -> None:
-        """Raise NeedsGraph, or MatchError, for what the model's code may have caught."""
-        if self._uses is not None:
-            self._uses.refuse()
-        if self.refusal is not None:
-            raise NeedsGraph(self.refusal)
-        if self._unmarked:
-            self.refuse(f"{', '.join(self._unmarked)}: the forward was called, not the module")
+    def check(self, results: object) -> None:
+        """Raise `error` for what the model's code may have caught, and for `results` of the call
+        that were not followed."""
+        self._weights = {}
+        for tensor in tensor_leaves(results):
+            self.code(tensor)
+        refusal = self.refusal
+        if refusal is None and self._uses is not None:
+            refusal = self._uses.refusal or self._unmarked()
+        if refusal is not None:
+            self.refuse(refusal)
+
+    def _unmarked(self) -> str | None:
+        """Why the results lack deltas; None if they do not."""
 
     def outside(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, whose operators are not followed."""
@@ -226,6 +234,7 @@ class Following(TorchDispatchMode):
             return func(*args, **named)
         operands: list[tuple[Tensor, int]] = []
         signature: list[Any] = [func]
+        self._weights = {}
         self._sign(args, signature, operands)
         if named:
             signature.extend(named)
@@ -240,16 +249,16 @@ class Following(TorchDispatchMode):
         results = func(*args, **named)
         if func.overloadpacket in _PARTS:
             results = [part.clone() for part in results]
-        if self._weights:
-            self._look_at_weights(func, results)
+        used = self._weights
         if self.memory is None:
+            if used and self._uses is not None:
+                self._uses.look(func, used, list(tensors_in(results)), owned=True)
             return results
         if in_forward_mode():
             self._refuse_transform()
         if kind is Kind.LIFT:
-            if results.numel() > 1:  # a number is as good as Python's
-                return results
-            codes: Sequence[int] = (NOBODYS,)
+            # A number is as good as Python's; what Python made of several may be rows'.
+            codes: Sequence[int] = (UNKNOWN if results.numel() > 1 else NOBODYS,)
         elif kind is Kind.EMPTY:
             codes = (UNKNOWN,)
         elif kind is Kind.TURN:
@@ -261,6 +270,9 @@ class Following(TorchDispatchMode):
             key = tuple(signature)
             known = self._remembered.results.get(key)
             codes = self._found(key, args, named, results, operands) if known is None else known
+        made = used and all(isinstance(self._remembered.labels[code], Shared) for code in codes)
+        if used and self._uses is not None:
+            self._uses.look(func, used, list(tensors_in(results)), owned=not made)
         if targets:
             self._note_written(targets, results, codes, operands)
         elif isinstance(results, Tensor):
@@ -268,6 +280,8 @@ class Following(TorchDispatchMode):
         else:
             for output, code in zip(tensors_in(results), codes, strict=True):
                 self.note(output, code)
+        for output in tensors_in(results) if made else ():  # it is looked at where it is used
+            self._known.pop(id(output), None)
         if not operands:
             self._note_made_of_nothing(func, results)
         return results
@@ -324,15 +338,15 @@ class Following(TorchDispatchMode):
     def _looked_up(self, tensor: Tensor) -> int:
         if wrapped_by_transform(tensor) or makes_graphs():
             self._refuse_transform()
-        touched = None if self._uses is None else self._uses.near(tensor)
+        uses, touched = self._uses, self._sites_in(tensor)
         if touched is not None:
             if touched:
-                self._weights.append(tensor)
+                self._weights[tensor] = touched
             return WEIGHTS
         if self.memory is None:
             return UNKNOWN
         code, remembered = None, self._remembered
-        block = self.memory.unwritten(tensor)
+        block: Block | None = self.memory.unwritten(tensor)
         if block is not None:
             geometry, label = next(iter(block.views.items()))
             key = remembered.code(label), geometry, geometry_of(tensor)
@@ -345,6 +359,8 @@ class Following(TorchDispatchMode):
         else:
             code = remembered.code(self.memory.look(tensor))
             block = self.memory.block(tensor)
+            if code == UNKNOWN and uses is not None and self._is_foreign(tensor, block):
+                self.refuse(uses.of_unknown_origin(tensor))
         if block is not None and not self._watched:
             self._known[id(tensor)] = weakref.ref(tensor), block, block.epoch, tensor._version, code
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
@@ -409,42 +425,39 @@ class Following(TorchDispatchMode):
                 self._remembered.parameters.clear()
             self.memory.write(target, label, uncounted=self._counts)
 
+    def _sites_in(self, tensor: Tensor) -> list[Site] | None:
+        """The touched sites whose weights the tensor holds; None if it holds no site's."""
+        if self._uses is None:
+            return None
+        sites = self._uses.near(tensor)
+        if sites is None and self.memory is not None and self.memory.block(tensor) is None:
+            sites = self._uses.copied(tensor)  # neither made by this call nor an argument
+        return sites
+
+    def _is_foreign(self, tensor: Tensor, block: Block | None) -> bool:
+        """Whether code that is not followed has made a tensor with this block, or written it."""
+        if tensor.numel() <= 1 or tensor.is_inference() or self.memory is None:
+            return False
+        if block is not None:
+            return not block.views and not block.exported
+        return not self.memory.shares(tensor)
+
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""
         block = None if self.memory is None else self.memory.block(tensor)
         return block is not None and block.born
 
-    def _look_at_weights(self, func: Any, results: Any) -> None:
-        """Check the operands that hold weights of touched sites. Where a module's own forward uses
-        its weight, its mark has to follow."""
-        weights, self._weights = self._weights, []
-        if self._uses is None:
-            return
-        caller = sys._getframe(2).f_locals.get("self")
-        for used in weights:
-            site = next(
-                (
-                    site
-                    for site, weight in self._uses.near(used) or ()
-                    if site.marked is caller and _is_all_of(used, weight)
-                ),
-                None,
-            )
-            if site is None:
-                self._uses.look(func, [used], list(tensors_in(results)))
-            else:
-                self._unmarked[site.path] = None
+    def read_outside(self, reader: str, tensor: Tensor) -> None:
+        """`reader` hands the memory of this tensor to code outside of torch. Raises MatchError for
+        a touched site's weight, past its module's call."""
+        if self._uses is not None and (sites := self._sites_in(tensor)):
+            self._uses.read(reader, sites)
 
-    def marked(self, path: str) -> None:
-        """The mark of the site at `path` adds its delta."""
-        self._unmarked.pop(path, None)
-
-
-def _is_all_of(used: Tensor, weight: Tensor) -> bool:
-    """Whether an operand is this weight, or its transpose; a composite one is taken to be."""
-    if storage_of(used) is None:
-        return True
-    return used.numel() == weight.numel() and used.data_ptr() == weight.data_ptr()
+    def marked(self, mark: SiteMark) -> None:
+        """The mark adds its delta. Raises NeedsGraph if it follows several products."""
+        count = 0 if self._uses is None else self._uses.marked(mark)
+        if count > 1 and not mark.stored and mark.handler is None:
+            self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
 
 
 never_traced(Following.__torch_dispatch__.__code__)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.deltas import GatheredFactors, RowDeltas
-from lorafx.eager.following import Following, NeedsGraph
+from lorafx.eager.following import NeedsGraph
+from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
@@ -26,7 +27,7 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
-from lorafx.torch_internals.dynamo import TorchDynamoException
+from lorafx.torch_internals.dynamo import raised_by_dynamo
 from lorafx.torch_internals.transformers_parts import cell_of_forward
 
 T = TypeVar("T")
@@ -36,11 +37,6 @@ _SHARE = 4
 
 #: Packages whose modules write into tensors by operators alone.
 _SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
-
-
-#: What an eager forward may raise where a graph may serve it. Dynamo's: of operators that compile
-#: their bodies, such as while_loop.
-_FOR_A_GRAPH = (NeedsGraph, ProvenanceError, MatchError, TorchDynamoException)
 
 
 class EagerTier:
@@ -121,20 +117,24 @@ class EagerTier:
         self._remembered.begin()
         uses = WeightUses(program)
         uses.near(runtime.slots)  # finds all, before the forward may replace parameters
-        following = Following(memory, uses, remembered=self._remembered, undo=undo, watched=watched)
+        following = (WatchedInPython if watched else InPython)(
+            memory, uses, remembered=self._remembered, undo=undo, watched=watched
+        )
         runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
             result = following.run(partial(target, *args, **kwargs))
-            following.check()
+            following.check(result)
             program.keep_constants(memory)
             if read is not None:
                 result = read(result)
                 undo.run()
             return result
         except Exception as error:
-            refusal, error = following.refusal, uses.error or error
-            if refusal is None and isinstance(error, _FOR_A_GRAPH):
+            refusal = following.refusal or uses.refusal
+            if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
                 refusal = str(error)
+            if refusal is None and raised_by_dynamo(error):  # fullgraph=True, while_loop
+                refusal = f"a function that is compiled by itself does not run without: {error}"
             if refusal is None and read is None:
                 raise
             undo.run()

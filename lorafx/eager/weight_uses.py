@@ -1,31 +1,43 @@
-"""Uses of a site's weight outside of its module's call, where nothing would add the delta."""
+"""Uses of sites' weights in Python, past the module's call, where nothing would add the delta.
+
+A touched site's weight is known by its memory, and copies of it by their values, as in graphs
+(`lorafx.program.derived`). What is made of it alone, by a parametrisation, a hook or a cast, is the
+weight again. A use is served where the site's module is being called and its mark follows; a call
+of a module has one product. All else is refused, wherever the code that uses the weight comes from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.errors import MatchError
+from lorafx.model.marks import SiteMark
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import overlap
+from lorafx.program.derived import DISTINCT, overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
+from lorafx.registry import lookup
 from lorafx.torch_internals.compat import in_backward
 
 
 class WeightUses:
-    """The checks of the operators that a call runs in Python, for uses of sites' weights."""
+    """The uses of touched sites' weights by the operators that a call runs in Python."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        #: What `look` raised, which the model's code may have caught, or torch.jit replaced.
-        self.error: MatchError | None = None
+        self._error: MatchError | None = None
+        #: What was made of weights in this call: the storage, and their sites, by its id.
+        self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
+        #: Products with a site's weight in its module's call since its last mark, by path.
+        self._products: dict[str, int] = {}
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
@@ -33,65 +45,115 @@ class WeightUses:
         untouched ones."""
         sites: dict[int, list[tuple[Site, Tensor]]] = {}
         for site in self._program.sites:
-            weight = self._program.weight_of(site)
-            for part in () if weight is None else plain_tensors(weight):
-                touched = sites.setdefault(storage_of(part) or 0, [])
-                touched += [(site, part)] if self._program.is_touched(site) else []
+            for weight in self._program.weights_of(site):
+                for part in plain_tensors(weight):
+                    touched = sites.setdefault(storage_of(part) or 0, [])
+                    touched += [(site, part)] if self._program.is_touched(site) else []
         return sites
 
-    def near(self, tensor: Tensor) -> list[tuple[Site, Tensor]] | None:
-        """The touched sites with weights in the tensor's memory, and these; None if it holds no
-        site's weight."""
+    def near(self, tensor: Tensor) -> list[Site] | None:
+        """The touched sites with weights in the tensor's memory; None if no site's is there."""
         storage = storage_of(tensor)
         if storage is not None:
-            return self._sites.get(storage)
-        parts = [self._sites.get(storage_of(part) or 0) for part in plain_tensors(tensor)]
+            return self._stored(storage, tensor)
+        parts = (self._stored(storage_of(part) or 0, part) for part in plain_tensors(tensor))
         known = [sites for sites in parts if sites is not None]
-        return [item for sites in known for item in sites] if known else None
+        return [site for sites in known for site in sites] if known else None
 
-    def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Raise MatchError for a touched site's weight read outside of its modules' calls."""
+    def _stored(self, storage: int, tensor: Tensor) -> list[Site] | None:
+        made, known = self._made.get(storage), self._sites.get(storage)
+        if made is not None and not made[0].expired():
+            return made[1]
+        if not known:
+            return None if known is None else []
+        some = tensor.numel() > 0
+        return [site for site, part in known if some and part.numel() and overlap(tensor, part)]
+
+    def copied(self, tensor: Tensor) -> list[Site] | None:
+        """The touched sites of whose weights the tensor has copies; None if it is no copy."""
+        derived = self._program.derived.look(tensor) if tensor.numel() >= DISTINCT else None
+        return None if derived is None else list(filter(self._program.is_touched, derived.sites))
+
+    def look(
+        self,
+        func: Any,
+        used: Mapping[Tensor, list[Site]],
+        results: Sequence[Tensor],
+        *,
+        owned: bool,
+    ) -> None:
+        """Note that an operator reads touched sites' weights, in the tensors `used`. `owned`: its
+        results may depend on requests, too; else they are the weights again.
+
+        Raises:
+            MatchError: outside of the calls of the sites' modules.
+        """
         if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
             return
         if in_backward():  # of a product that was checked, and of the delta of its mark
             return
-        sites = list(dict.fromkeys(site for item in operands for site in self._sites_read(item)))
-        if not sites:
-            return
-        memory = {storage_of(item) for item in operands}
+        memory = set(map(storage_of, used))
         if results and all(storage_of(item) in memory for item in results):
             return  # the results are views
-        running = list(running_modules())
-        line = python_line()
-        if line is None:  # inside another compiler's graph
-            return
-        bypassed = [site.path for site in sites if not self._is_called(site, running)]
+        sites = list(dict.fromkeys(site for each in used.values() for site in each))
+        self.read(str(func.overloadpacket), sites, product=owned)
+        for result in () if owned else results:
+            if (storage := storage_of(result)) is not None:
+                self._made[storage] = StorageWeakRef(result.untyped_storage()), sites
+
+    def read(self, reader: str, sites: Sequence[Site], *, product: bool = True) -> None:
+        """As `look`, for what is named `reader`."""
+        bypassed = []
+        for site in sites:
+            own = self._called(site)
+            if own is None:
+                bypassed.append(site.path or "the model")
+            elif own and product:
+                self._products[site.path] = self._products.get(site.path, 0) + 1
         if bypassed:
-            self.error = MatchError(
-                f"LoRA cannot be applied at {', '.join(bypassed)}: {func.overloadpacket} at "
-                f"{line} uses the weight without calling its module, in a function that "
+            self._error = MatchError(
+                f"LoRA cannot be applied at {', '.join(bypassed)}: {reader} at {python_line()} "
+                "uses the weight without calling its module, in a function that "
                 "Dynamo does not trace, so the delta would be lost. Call the module there, "
                 "let Dynamo trace the function, or leave the module out by exclude_modules"
             )
-            raise self.error
+            raise self._error
+
+    def marked(self, mark: SiteMark) -> int:
+        """The mark adds its delta. Returns how many products it follows."""
+        return self._products.pop(mark.path, 0)
+
+    @property
+    def unmarked(self) -> Collection[str]:
+        """The paths of sites with products that no mark has followed."""
+        return self._products.keys()
+
+    def of_unknown_origin(self, tensor: Tensor) -> str:
+        """Why a call with adapters does not use this tensor."""
+        return (
+            f"LoRA cannot be applied in this call: torch did not see on its thread what made the "
+            f"tensor {tuple(tensor.shape)} that {python_line()} uses or the model returns. Another "
+            "thread, numpy or an extension may have used weights there without their deltas"
+        )
+
+    @property
+    def refusal(self) -> str | None:
+        """What `read` has raised, which the model's code, or TorchScript, may have caught."""
+        return None if self._error is None else str(self._error)
 
     def refuse(self) -> None:
-        """Raise the error of `look` again."""
-        if self.error is not None:
-            raise self.error
+        """Raise the error of `read` again."""
+        if self._error is not None:
+            raise self._error
 
-    def _sites_read(self, tensor: Tensor) -> Iterator[Site]:
-        for plain in plain_tensors(tensor):
-            for site, part in self.near(plain) or ():
-                if plain.numel() and part.numel() and overlap(plain, part):
-                    yield site
-
-    def _is_called(self, site: Site, running: Sequence[nn.Module]) -> bool:
-        """Whether the site's module, whose mark adds the delta, or another with its weight runs."""
-        weight = self._program.weight_of(site)
-        return any(
-            module is site.module
-            or module is site.marked
-            or any(parameter is weight for parameter in module._parameters.values())
-            for module in running
-        )
+    def _called(self, site: Site) -> bool | None:
+        """Whether the site's module is being called, whose mark adds the delta (True), or another
+        one that has the weight as its own (False); None if neither is."""
+        weights = list(map(id, self._program.weights_of(site)))
+        for module in running_modules():
+            if module is site.module or module is site.marked:
+                return True
+            held = module._parameters.values()
+            if lookup(module) is not None and any(id(item) in weights for item in held):
+                return False
+        return None

@@ -327,6 +327,16 @@ class Memory:
             for block in self._blocks.values()
         )
 
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether a tensor from elsewhere, such as DLPack, lies in memory that has labels."""
+        address = tensor.data_ptr()
+        alive = (block for block in self._blocks.values() if not block.ref.expired())
+        storages = (torch.UntypedStorage._new_with_weak_ptr(block.ref.cdata) for block in alive)
+        return any(
+            item is not None and item.data_ptr() <= address < item.data_ptr() + item.nbytes()
+            for item in storages
+        )
+
     def rename(self, requests: Mapping[int, int]) -> None:
         if not requests:
             return

@@ -4,11 +4,12 @@ Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading, as views 
 dequantisation or `contiguous`, as copies. Graphs that multiply by them bypass the weight's module.
 
     views     are found by storage: sizes, strides and offset in the weight's storage
-    copies    are found by value: all rows of the tensor are rows of W at regular distances
+    copies    are found by value: all rows of the tensor are rows of W at regular distances, or all
+              values are those of an embedding's or a convolution's weight
 
 `match` refuses the site of a view without a regular form. Other copies (scaled, rounded, reordered)
-are not recognised; `match` refuses an unused site if such a tensor may replace its weight. The form
-says which entry of W each entry of a tensor is:
+are not recognised; `match` refuses an unused site if such a tensor may replace its weight. Eager
+mode looks for the same tensors. The form says which entry of W each entry of a tensor is:
 
     t[k_0, ..., k_d] = W[o₀ + Σ k_d · out_d,  i₀ + Σ k_d · into_d]
 
@@ -21,8 +22,8 @@ p, as for a broadcast batch dimension and a group dimension viewed as one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -216,9 +217,7 @@ def strided_form(
 def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     """The form of a copy: `tensor` is whole rows W[o] of the (out, in) `weight`, rounded to its
     dtype, at regular distances along its other dimensions. None if it is no copy."""
-    if tensor.numel() > weight.numel():
-        return None
-    weight, columns = weight.to(tensor.dtype), weight.shape[1]
+    columns = weight.shape[1]
     for dim in reversed(range(tensor.dim())):
         if tensor.shape[dim] == columns:
             form = _rows_along(tensor.movedim(dim, -1), weight)
@@ -247,14 +246,14 @@ def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None
             grid = torch.arange(size, device=weight.device) * step
             index = index[..., None] + grid
         inside = len(axes) == len(leading) and int(index.max()) < weight.shape[0]
-        if inside and torch.equal(weight[index], tensor):
+        if inside and torch.equal(weight[index].to(tensor.dtype), tensor):
             return WeightForm((*axes, IN), start, 0)
     return None
 
 
 def _rows_equal_to(row: torch.Tensor, weight: torch.Tensor, limit: int = 4) -> list[int]:
-    candidates = (weight[:, 0] == row[0]).nonzero().squeeze(-1)
-    same = (weight[candidates] == row).all(1)
+    candidates = (weight[:, 0].to(row.dtype) == row[0]).nonzero().squeeze(-1)
+    same = (weight[candidates].to(row.dtype) == row).all(1)
     return candidates[same][:limit].tolist()
 
 
@@ -302,6 +301,7 @@ class DerivedTensors:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
         self._compared = WeakTensorKeyDictionary()
         self._views = WeakTensorKeyDictionary()
+        self._held: dict[int, Holder] = {}
 
     @property
     def _program(self) -> Program:
@@ -322,12 +322,12 @@ class DerivedTensors:
     def look(self, tensor: Tensor) -> Derived | None:
         """The weight in `tensor`, copies included. Each tensor is compared once."""
         if tensor not in self._compared:
-            self._compare([tensor], set())
+            self._compare([tensor])
         return self._compared[tensor]
 
     def of_attribute(self, tensor: Tensor) -> Derived | None:
         """`look`, if a module of the model holds `tensor`."""
-        if tensor not in self._compared and not self._holders({id(tensor)}):
+        if tensor not in self._compared and self._holder(tensor) is None:
             self._compared[tensor] = None
         return self.look(tensor)
 
@@ -345,52 +345,48 @@ class DerivedTensors:
             and not self._program.is_result(example)
             and (id(example) not in known or known[id(example)].kind == "state")
         ]
-        return self._compare(candidates, {id(example) for example in examples})
+        return self._compare(candidates)
 
-    def _compare(self, tensors: Sequence[Tensor], inputs: set[int]) -> dict[int, Derived]:
-        """The weights in tensors of a graph whose inputs have the identities `inputs`."""
+    def _compare(self, tensors: Sequence[Tensor]) -> dict[int, Derived]:
+        """The weights in these tensors, by identity."""
         weights: dict[int, Derived] = {}
         if not tensors:
             return weights
         with unset_fake_temporarily(), torch.no_grad():
-            holders = self._holders({id(tensor) for tensor in tensors})
             storages = self._sites_by_storage()
             for tensor in tensors:
-                holder = holders.get(id(tensor))
-                derived = None
+                holder, derived = self._holder(tensor), None
                 if holder is None or not holder.is_own_weight:
                     derived = self._by_storage(tensor, storages)
-                    if derived is None and is_numbers(tensor) and tensor.dim() > 1:
-                        derived = self._by_value(tensor, self._likely_sites(holder, inputs))
+                    if derived is None and is_numbers(tensor):
+                        derived = self._by_value(tensor, holder)
                 self._compared[tensor] = derived
                 if derived is not None:
                     weights[id(tensor)] = derived
         return weights
 
-    def _holders(self, tensor_ids: set[int]) -> dict[int, Holder]:
-        holders: dict[int, Holder] = {}
-        for path, module in self._program.model.named_modules():
-            for name, value in named_tensors(module):
-                if id(value) in tensor_ids:
-                    holders.setdefault(id(value), Holder(path, module, name))
-        return holders
+    def _holder(self, tensor: Tensor) -> Holder | None:
+        """The first attribute of a module that holds the tensor."""
+        for _ in range(2):  # as it was, and looked at anew
+            holder = self._held.get(id(tensor))
+            if holder is not None and getattr(holder.module, holder.attribute, None) is tensor:
+                return holder
+            self._held = {}
+            for path, module in self._program.model.named_modules():
+                for name, value in named_tensors(module):
+                    self._held.setdefault(id(value), Holder(path, module, name))
+        return None
 
-    def _likely_sites(self, holder: Holder | None, inputs: set[int]) -> Iterator[Site]:
-        """Sites of which a tensor may be a copy: near its holder, or without a weight in
-        `inputs`."""
-        program = self._program
+    def _likely_sites(self, holder: Holder | None) -> Iterator[Site]:
+        """Sites of which a tensor is a copy rather than of others with the same values: its
+        holder's, or a child, a sibling, or a sibling of the parent of the holder."""
         if holder is None:
-            for site in program.sites:
-                if id(program.weight_of(site)) not in inputs:
-                    yield site
             return
-        if lookup(holder.module) is not None:  # its tensors are scales of its own weight
-            yield from (site for site in program.sites if site.module is holder.module)
-            return
-        # The linear is a child of the holder, a sibling, or a sibling of its parent.
-        near = holder.path.rpartition(".")[0]
-        for site in program.sites:
-            if any(is_near(path, near) for path in site.paths):
+        own, near = lookup(holder.module) is not None, holder.path.rpartition(".")[0]
+        for site in self._program.sites:
+            if site.module is holder.module or (
+                not own and any(is_near(path, near) for path in site.paths)
+            ):
                 yield site
 
     def _sites_by_storage(self) -> dict[int, list[Site]]:
@@ -417,20 +413,32 @@ class DerivedTensors:
             return Derived(self._tied(site), form, shape, copied=False)
         return None
 
-    def _by_value(self, tensor: Tensor, sites: Iterator[Site]) -> Derived | None:
+    def _by_value(self, tensor: Tensor, holder: Holder | None) -> Derived | None:
         if not is_varied(tensor):
             return None
+        found = next(self._copies(tensor, self._likely_sites(holder)), None)
+        if found is None:
+            copies = list(self._copies(tensor, self._program.sites))
+            weights = {id(self._program.weight_of(copy.sites[0])) for copy in copies}
+            if len(weights) > 1:  # it may be a copy of either
+                sites = tuple(dict.fromkeys(site for copy in copies for site in copy.sites))
+                return replace(copies[0], sites=sites, form=None)
+            found = copies[0] if copies else None
+        return found
+
+    def _copies(self, tensor: Tensor, sites: Iterable[Site]) -> Iterator[Derived]:
         for site in sites:
-            if site.eligible.kind != "linear":
+            size, form = site.in_features * site.out_features, None
+            rows = site.eligible.kind == "linear" and tensor.dim() > 1
+            weight = self._program.weight_of(site)
+            if rows and site.in_features in tensor.shape and tensor.numel() <= size:
+                weight = dense_weight(site)
+                if weight is not None and weight.device == tensor.device:
+                    form = copied_form(tensor, weight)
+            if weight is None or (form is None and not _same_values(tensor, weight)):
                 continue
-            weight = dense_weight(site)
-            if weight is None or weight.device != tensor.device:
-                continue
-            form = copied_form(tensor, weight)
-            if form is not None:
-                shape = (weight.shape[0], weight.shape[1])
-                return Derived(self._tied(site), form, shape, copied=True)
-        return None
+            shape = (weight.shape[0], weight.numel() // weight.shape[0])
+            yield Derived(self._tied(site), form, shape, copied=True)
 
     def _tied(self, site: Site) -> tuple[Site, ...]:
         weight = self._program.weight_of(site)
@@ -439,6 +447,14 @@ class DerivedTensors:
             for other in self._program.sites
             if other is site or (weight is not None and self._program.weight_of(other) is weight)
         )
+
+
+def _same_values(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether all values of a weight of any sizes are those of the tensor, in order."""
+    same = tensor.numel() == weight.numel() and tensor.device == weight.device
+    if not same or not is_numbers(weight):
+        return False
+    return torch.equal(weight.reshape(-1).to(tensor.dtype), tensor.reshape(-1))
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

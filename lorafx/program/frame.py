@@ -25,6 +25,8 @@ InputKind = Literal[
 ]
 
 
+#: `FrameInput.part` of a tensor of which a module makes its weight in each call.
+MADE = "made"
 #: Slots that the executable looks up: one for each request, or only the first if no input tells the
 #: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"

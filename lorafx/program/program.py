@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
@@ -40,7 +41,7 @@ from lorafx.ownership.memory import (
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors, Holder
-from lorafx.program.frame import Frame, FrameInput, InputKind
+from lorafx.program.frame import MADE, Frame, FrameInput, InputKind
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.frames import size_source, source_name
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -200,8 +201,23 @@ class Program:
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
+        """The tensor that is the site's weight; None if there is none, or it is made anew whenever
+        it is read (`weights_of`)."""
+        if is_parametrized(site.module, site.eligible.weight):
+            return None
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
+
+    def weights_of(self, site: Site) -> list[Tensor]:
+        """The tensors of the site's module that hold its weight, or that its weight is made of in
+        each call, by a parametrisation or a hook."""
+        module, name = site.module, site.eligible.weight
+        held = (module._parameters.get(name), module._buffers.get(name), vars(module).get(name))
+        tensors = [item for item in held if isinstance(item, Tensor)]
+        if held[0] is None and held[1] is None:
+            bias = module._parameters.get("bias")
+            tensors += (item for item in module.parameters() if item is not bias)
+        return tensors
 
     def is_touched(self, site: Site) -> bool:
         return site.path in self.batch.touched
@@ -209,15 +225,14 @@ class Program:
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         sites: dict[int, list[Site]] = {}
         for site in self.sites:
-            weight = self.weight_of(site)
-            for tensor in () if weight is None else {id(weight), id(local(weight))}:
+            weights = self.weights_of(site)
+            for tensor in {*map(id, weights), *map(id, map(local, weights))}:
                 sites.setdefault(tensor, []).append(site)
         return sites
 
     def _is_weight_of(self, site: Site, tensor: Tensor) -> bool:
         """Whether a tensor is the site's weight, or this rank's part of it."""
-        weight = self.weight_of(site)
-        return weight is tensor or (weight is not None and local(weight) is tensor)
+        return any(weight is tensor or local(weight) is tensor for weight in self.weights_of(site))
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
         """The site with this base weight or derived tensor; among tied sites, that at `index`."""
@@ -295,8 +310,10 @@ class Program:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
-            placed = is_placed(self.weight_of(sites[0]))
-            known[key] = FrameInput("weight", label, sites=tuple(sites), placed=placed)
+            weight = self.weight_of(sites[0])
+            made = "" if weight is not None and key in (id(weight), id(local(weight))) else MADE
+            placed = is_placed(weight)
+            known[key] = FrameInput("weight", label, sites=tuple(sites), part=made, placed=placed)
         for group in self.groups:
             for name, tensor in group.bank.tensors.items():
                 known[id(tensor)] = FrameInput("bank", name, group=group)

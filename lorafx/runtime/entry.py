@@ -191,9 +191,10 @@ class Entry:
         try:
             if uses is None and memory is None:
                 return run()
-            result = Following(memory, uses).run(run)
+            following = Following(memory, uses)
+            result = following.run(run)
             if uses is not None:
-                uses.refuse()
+                following.check(result if program.in_pieces else None)
             return result
         except Exception:
             if uses is not None:
@@ -204,16 +205,16 @@ class Entry:
 
     def _owner_memory(self) -> Memory | None:
         """The memory for owners of what the running call computes; None if no graph needs them,
-        since the batch has one adapter, or the model is one graph that is captured already."""
+        since the model is one graph that is captured already."""
         session, program = self.session, self.session.program
         call, rows = program.call, len(program.runtime.rows)
-        mixed = not program.runtime.uniform and program.in_pieces
-        trackable = session.requests.tokens is None and 1 < rows <= MOST_REQUESTS
-        if call is None or call.roles is None or not trackable or not (mixed or self.capturing):
+        pieces = program.in_pieces
+        trackable = session.requests.tokens is None and rows <= MOST_REQUESTS
+        if call is None or call.roles is None or not trackable or not (pieces or self.capturing):
             return None
         call.tracked = True
         label_arguments(call.memory, call.roles, call.named, rows)
-        if mixed:
+        if pieces:
             call.memory.add_shared(program.buffers())
         return call.memory
 

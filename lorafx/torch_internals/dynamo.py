@@ -68,6 +68,14 @@ def in_wrapper_of_dynamo(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") == _WRAPPERS
 
 
+def raised_by_dynamo(error: BaseException) -> bool:
+    """Whether Dynamo's wrapper around a compiled function raised the error itself."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and in_wrapper_of_dynamo(trace.tb_frame)
+
+
 def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     method: Any = getattr(image.value, name, None)
     cached = isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper)

@@ -12,6 +12,7 @@ from lorafx.torch_internals.versions import private_names
 with private_names():
     from torch import _grouped_mm as grouped_mm
     from torch._C import (
+        DisableTorchFunction,
         DispatchKeySet,
         _dispatch_keys,
         _len_torch_dispatch_stack,
@@ -36,6 +37,7 @@ with private_names():
         guard_or_true,
         statically_known_true,
     )
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import (
         TorchDispatchMode,
         _get_current_dispatch_mode,

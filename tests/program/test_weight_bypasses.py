@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from bypasses import BATCHES, PAST, REFUSED, case_of, check, compile_prepared
 from dense_merge import check_mixed, error
 from torch import Tensor, nn
 
@@ -166,3 +167,17 @@ def test_two_modules_over_one_weight_of_which_one_is_selected(small):
     """Told apart by the module whose forward the use is in."""
     case = small(OneWeightTwice, ["w"])
     check_mixed(case.compile(dynamic=False), case, NAMES, features(4, 3))
+
+
+@pytest.mark.parametrize("how", PAST)
+def test_uses_by_copies_hooks_and_numpy_carry_the_delta(small, how):
+    case = case_of(PAST[how], small)
+    check(compile_prepared(case), case, BATCHES[0])
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_uses_that_no_graph_sees_are_refused(small, how):
+    cm = compile_prepared(case_of(REFUSED[how], small))
+    for names in BATCHES[:2]:
+        with pytest.raises(MatchError, match="LoRA cannot be applied"):
+            cm(x=torch.randn(len(names), 3, 16), adapter_names=names)
