@@ -33,10 +33,11 @@ from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import unmergeable, weight_shape
+from lorafx.model.marks import SiteMark, marks_on
 from lorafx.model.module_graph import storage_key, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site
-from lorafx.placements import local
+from lorafx.placements import is_placed, local
 from lorafx.program.derived import Holder, named_tensors, overlap
 from lorafx.registry import lookup
 
@@ -381,6 +382,28 @@ def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
             return "the adapter has a bias of its own"
     if tuple(weight.shape) != delta.shape:
         return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
+    return _changed_input(program, site) if program.options.delta_of == "argument" else None
+
+
+def _changed_input(program: Program, site: Site) -> str | None:
+    """Why W + ΔW would not be what the adapter adds: the module multiplies by something else than
+    its argument. Where no graph shows it, the module is asked."""
+    if site.path in program.changed_inputs:
+        return (
+            "its forward changes its input before it multiplies it by its weight, and the adapter "
+            "adds the delta of its argument, which is no change of the weight; compile with "
+            'Options(delta_of="weight") if W + ΔW is meant'
+        )
+    asked = site.has_own_forward and not site.eligible.inner and site.eligible.handler is None
+    if not asked or site.path in program.reached or is_placed(program.weight_of(site)):
+        return None
+    if any(
+        isinstance(m, SiteMark) and not m.takes_argument(site.module) for m in marks_on(site.marked)
+    ):
+        return (
+            "its class overrides forward, and no graph has shown yet what it multiplies by its "
+            "weight; call the model with this adapter first"
+        )
     return None
 
 
