@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.extras import EXTRAS
+from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
@@ -43,6 +44,7 @@ from lorafx.program.context import (
 from lorafx.program.derived import has_numbers, is_near
 from lorafx.program.expert_sites import insert_expert_sites
 from lorafx.program.frame import FrameInput, fake_value
+from lorafx.program.made_weights import made_outside
 from lorafx.program.module_calls import ModuleCall
 from lorafx.program.weight_uses import (
     RESHAPES,
@@ -68,6 +70,10 @@ _TWICE = (
     "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
     "argument; use a module for each product"
 )
+_MADE = (
+    "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
+    "forward multiplies is not known"
+)
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
@@ -89,7 +95,7 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
         return
     identities, paths = _running_modules(ctx.graph)
     for site in program.sites:
-        if site.eligible.kind != "linear":
+        if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
             continue
         if site.path in program.reached and site not in in_parts:
             continue
@@ -187,7 +193,7 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in _replaced_sites(ctx, seen - whole):
+        for refusal in (*_replaced_sites(ctx, seen - whole), *made_outside(ctx)):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -246,6 +252,8 @@ def _settle_calls(
     for mark, site in marks.items():
         if site.eligible.handler is not None or is_stored(site.module, site.eligible):
             continue
+        if _forward_unknown(site) and maker_of(site.module, site.eligible.weight):
+            ctx.refuse(Refusal((site,), "always", _MADE))
         call = ModuleCall.of(ctx, site, mark, uses.values())
         if call.changes_input and not call.twice:
             ctx.program.note_changed_input(site)

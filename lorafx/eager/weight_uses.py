@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.errors import MatchError
+from lorafx.model.made_weights import maker_of, raw_tensors
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import storage_of
@@ -24,6 +25,8 @@ class WeightUses:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._error: MatchError | None = None
+        #: Sites whose weight a hook makes before each call.
+        self._made: list[Site] = []
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
@@ -31,8 +34,12 @@ class WeightUses:
         untouched ones."""
         sites: dict[int, list[tuple[Site, Tensor]]] = {}
         for site in self._program.sites:
-            weight = self._program.weight_of(site)
-            for part in () if weight is None else plain_tensors(weight):
+            weight, name = self._program.weight_of(site), site.eligible.weight
+            parts = [] if weight is None else list(plain_tensors(weight))
+            if maker_of(site.module, name):
+                parts += raw_tensors(site.module, name)
+                self._made += [site] if weight is not None else []
+            for part in parts:
                 touched = sites.setdefault(storage_of(part) or 0, [])
                 touched += [(site, part)] if self._program.is_touched(site) else []
         return sites
@@ -42,10 +49,17 @@ class WeightUses:
         site's weight."""
         storage = storage_of(tensor)
         if storage is not None:
-            return self._sites.get(storage)
+            found = self._sites.get(storage)
+            return self._made_near(storage) if found is None and self._made else found
         parts = [self._sites.get(storage_of(part) or 0) for part in plain_tensors(tensor)]
         known = [sites for sites in parts if sites is not None]
         return [item for sites in known for item in sites] if known else None
+
+    def _made_near(self, storage: int) -> list[tuple[Site, Tensor]] | None:
+        """As `near`, for weights that hooks have made in this call."""
+        made = [(site, self._program.weight_of(site)) for site in self._made]
+        known = [(site, w) for site, w in made if w is not None and storage_of(w) == storage]
+        return [item for item in known if self._program.is_touched(item[0])] if known else None
 
     def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Raise MatchError for a touched site's weight read outside of its modules' calls."""

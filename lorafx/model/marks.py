@@ -31,6 +31,7 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
+from lorafx.model.made_weights import maker_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
@@ -324,6 +325,8 @@ class SiteMark:
         self, module: nn.Module, x: Tensor, y: Tensor, scale: Tensor | float | None
     ) -> bool:
         """Whether y is x Wᵀ + b or `scale` · W[ids], up to rounding; quantised weights pass."""
+        if maker_of(module, self.weight_name):
+            return False  # as in graphs, where the product is not found
         weight = getattr(module, self.weight_name, None)
         if self.stored or not isinstance(weight, Tensor) or not is_dense(weight):
             return True

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
@@ -218,6 +219,8 @@ class Program:
         return self._home[id(site)]
 
     def weight_of(self, site: Site) -> Tensor | None:
+        if is_parametrized(site.module, site.eligible.weight):
+            return None  # each access makes another
         value = getattr(site.module, site.eligible.weight, None)
         return value if isinstance(value, Tensor) else None
 

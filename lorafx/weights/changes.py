@@ -33,6 +33,7 @@ from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import unmergeable, weight_shape
+from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import SiteMark, marks_on
 from lorafx.model.module_graph import storage_key, writing
 from lorafx.model.quantized import is_stored
@@ -372,8 +373,9 @@ def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
         if weight is not None and len(list(tensors.overlapping(weight))) > 1:
             return "its weight is quantised and tied to another"
         return None
-    if weight is None or not tensors.has(site.module, weight):
-        return "its weight is computed on each access (a parametrisation)"
+    maker = maker_of(site.module, site.eligible.weight)
+    if maker or weight is None or not tensors.has(site.module, weight):
+        return f"its weight is computed anew for each call, by {maker or 'a property'}"
     if delta.own_weight is not None and delta.own_weight.bias is not None:
         bias = getattr(site.module, "bias", None)
         if bias is None:
