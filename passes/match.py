@@ -250,16 +250,18 @@ def _settle_calls(
     with the products of its call. `origins` lose the marks whose delta moves to the product."""
     kept: dict[fx.Node, list[fx.Node]] = {}
     for mark, site in marks.items():
-        if site.eligible.handler is not None or is_stored(site.module, site.eligible):
+        if not _forward_unknown(site) or is_stored(site.module, site.eligible):
             continue
-        if _forward_unknown(site) and maker_of(site.module, site.eligible.weight):
+        if maker_of(site.module, site.eligible.weight):
             ctx.refuse(Refusal((site,), "always", _MADE))
         call = ModuleCall.of(ctx, site, mark, uses.values())
-        if call.changes_input and not call.twice:
-            ctx.program.note_changed_input(site)
-        if call.twice:
+        twice = call.twice and site.may_change_input
+        changes = call.changes_input and site.may_change_input
+        if twice:
             ctx.refuse(Refusal((site,), "always", _TWICE))
-        if call.twice or (call.changes_input and ctx.program.options.delta_of == "argument"):
+        elif changes:
+            ctx.program.note_changed_input(site)
+        if twice or (changes and ctx.program.options.delta_of == "argument"):
             kept[mark] = [use.node for use in call.products]
         elif not call.takes_argument:
             origins[mark] = None

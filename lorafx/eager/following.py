@@ -137,8 +137,9 @@ class Following(TorchDispatchMode):
         self._uses = uses
         #: Operands of the running operator that hold weights of touched sites.
         self._weights: list[Tensor] = []
-        #: Sites whose module has used its weight, and whose mark has not come.
-        self._unmarked: dict[str, None] = {}
+        #: Sites whose module has used its weight, and whose mark has not come: the tensors of its
+        #: last product, and the version of the result.
+        self._unmarked: dict[str, tuple[list[Tensor], Any, int]] = {}
         #: How often torch counts a write, after the mode.
         self._counts = 1
         #: Whether the next operator is the one on DTensors that runs already.
@@ -222,7 +223,7 @@ class Following(TorchDispatchMode):
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
         if self._weights:
-            self._look_at_weights(func, results)
+            self._look_at_weights(func, results, operands)
         if self.memory is None:
             return results
         if kind is Kind.LIFT:
@@ -389,7 +390,9 @@ class Following(TorchDispatchMode):
         block = None if self.memory is None else self.memory.block(tensor)
         return block is not None and block.born
 
-    def _look_at_weights(self, func: Any, results: Any) -> None:
+    def _look_at_weights(
+        self, func: Any, results: Any, operands: Sequence[tuple[Tensor, int]]
+    ) -> None:
         """Check the operands that hold weights of touched sites. Where a module's own forward uses
         its weight, its mark has to follow."""
         weights, self._weights = self._weights, []
@@ -408,11 +411,18 @@ class Following(TorchDispatchMode):
             if site is None:
                 self._uses.look(func, [used], list(tensors_in(results)))
             else:
-                self._unmarked[site.path] = None
+                version = results._version if isinstance(results, Tensor) else 0
+                product = [item for item, _ in operands], results, version
+                if self._unmarked.setdefault(site.path, product) is not product:
+                    self.refuse(f"{site.path}: its forward multiplies by its weight twice")
 
-    def marked(self, path: str) -> None:
-        """The mark of the site at `path` adds its delta."""
-        self._unmarked.pop(path, None)
+    def marked(self, path: str, x: Tensor, y: Tensor) -> bool:
+        """The mark of the site at `path` adds its delta. Returns whether y is, and still holds, the
+        product with x that the module has computed."""
+        operands, result, version = self._unmarked.pop(path, ((), None, 0))
+        if not isinstance(result, Tensor) or result._version != version:
+            return False
+        return _is_all_of(y, result) and any(_is_all_of(x, item) for item in operands)
 
 
 def _is_all_of(used: Tensor, weight: Tensor) -> bool:

@@ -207,6 +207,12 @@ class SiteMark:
         )
 
     @property
+    def own_product(self) -> bool:
+        """Whether an eager call has to show that a forward of another class, of a linear with a
+        dense weight, returns its product."""
+        return self.derived and self.kind == "linear" and not self.stored and self.handler is None
+
+    @property
     def is_plain(self) -> bool:
         """Whether the delta is the low-rank product alone, of a linear."""
         bank = self.bank

@@ -396,8 +396,11 @@ def _changed_input(program: Program, site: Site) -> str | None:
             "adds the delta of its argument, which is no change of the weight; compile with "
             'Options(delta_of="weight") if W + ΔW is meant'
         )
-    asked = site.has_own_forward and not site.eligible.inner and site.eligible.handler is None
-    if not asked or site.path in program.reached or is_placed(program.weight_of(site)):
+    if (
+        not site.may_change_input
+        or site.path in program.reached
+        or is_placed(program.weight_of(site))
+    ):
         return None
     if any(
         isinstance(m, SiteMark) and not m.takes_argument(site.module) for m in marks_on(site.marked)
