@@ -42,7 +42,7 @@ from lorafx.program.context import (
     is_site,
 )
 from lorafx.program.derived import has_numbers, is_near
-from lorafx.program.expert_sites import insert_expert_sites
+from lorafx.program.expert_sites import insert_expert_sites, nonnegative
 from lorafx.program.frame import FrameInput, fake_value
 from lorafx.program.made_weights import made_outside
 from lorafx.program.module_calls import ModuleCall
@@ -412,6 +412,15 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
         if use.swapped:
             x_rows, y_rows = _swapped(ctx, use.x), _swapped(ctx, y)
         call = {**bank, **own_ranges(site)._asdict(), "y": y_rows, "rows": UNPROVED}
+        for gain in use.gains:
+            if use.kind == "embedding":
+                call["scales"] = ctx.emit(aten.mul.Tensor, call["scales"], gain)
+            else:
+                x_rows = ctx.emit(aten.mul.Tensor, x_rows, gain)
+        if use.gains and use.kind == "embedding" and "own" in bank:
+            ctx.refuse(Refusal((site,), "own", "its weight is scaled before it is used"))
+        if use.wraps:
+            x_rows = nonnegative(ctx, x_rows, site.weight_rows)
         if use.kind == "embedding":
             node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":

@@ -124,7 +124,7 @@ def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
     device = fake_value(use.x).device
     if use.kind == "chosen":
         assert use.choice is not None
-        return _nonnegative(ctx, use.choice, site.experts)
+        return nonnegative(ctx, use.choice, site.experts)
     if use.kind == "sorted":
         count = ctx.size(use.x, 0)
         numbers = ctx.numbers(count, torch.int32, device)
@@ -136,7 +136,7 @@ def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
     return ctx.emit(aten.reshape.default, wide, [-1])
 
 
-def _nonnegative(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
+def nonnegative(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
     """The indices in 0 … count - 1, where -1 is the last; those of topk and sort are so already."""
     source = ids
     while source.target in SAME_INDICES or source.target in RANKINGS or _ranked(source) == 0:
