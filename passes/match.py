@@ -270,12 +270,13 @@ def _settle_calls(
 
 def _current(use: Use, moved: Mapping[fx.Node, fx.Node]) -> Use:
     """`use` with the operands that it has by now."""
-    operands = []
-    for node in (use.x, use.bias):
-        while node in moved:
+
+    def now(node: fx.Node | None) -> fx.Node | None:
+        while node is not None and node in moved:
             node = moved[node]
-        operands.append(node)
-    return replace(use, x=operands[0], bias=operands[1])
+        return node
+
+    return replace(use, x=now(use.x), bias=now(use.bias))
 
 
 def _uses(ctx: Context) -> dict[fx.Node, Use]:

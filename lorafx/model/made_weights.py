@@ -5,6 +5,8 @@ They are what torch.nn.utils makes (`parametrize`, `prune`, both `weight_norm`s,
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -20,7 +22,8 @@ def maker_of(module: nn.Module, name: str) -> str:
 def raw_tensors(module: nn.Module, name: str) -> list[Tensor]:
     """The tensors that such a weight is computed of."""
     if is_parametrized(module, name):
-        source = module.parametrizations[name]  # type: ignore[index, union-attr]
+        made: Any = module.parametrizations
+        source = made[name]
         return [*source.parameters(), *source.buffers()]
     named = {**module._parameters, **module._buffers}
     return [item for key, item in named.items() if item is not None and key != "bias"]

@@ -186,9 +186,10 @@ def _interpret(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
     if handler is None:
         return [carrier.unknown(user, f"no rule for {user.target}")]
     outcome = handler(carrier, user)
-    outcomes, stored = outcome if isinstance(outcome, list) else [outcome], carrier.stored
-    known = {"stored": stored, "gains": carrier.gains}
-    return [replace(item, **known) if isinstance(item, Use) else item for item in outcomes]
+    return [
+        replace(item, stored=carrier.stored, gains=carrier.gains) if isinstance(item, Use) else item
+        for item in (outcome if isinstance(outcome, list) else [outcome])
+    ]
 
 
 def _same_value(carrier: _Carrier, user: fx.Node) -> _Carrier:
