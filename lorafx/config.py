@@ -30,6 +30,7 @@ Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 Start = Literal["auto", "eager", "compiled"]
 Fallback = Literal["eager", "refuse"]
+DeltaOf = Literal["argument", "weight"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,10 @@ class Options:
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error, and one with factors that are not used. Otherwise there is one warning, and
             W is kept. Modules that `LoraConfig` does not select do not count.
+        delta_of: what an adapter changes at modules whose own forward changes its input before it
+            multiplies it by the weight, as in `F.linear(self.norm(x), self.weight)`: "argument"
+            adds the delta of the module's argument, x, as PEFT trains it, with one warning, and
+            such adapters cannot be merged; "weight" serves W + ΔW. Elsewhere both are the same.
         shortcuts: names of optimisations by private parts of torch that change no result; [] for
             none; None for all that were tested on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same
@@ -196,6 +201,7 @@ class Options:
     dump: str | None = None
     recompile_limit: int = 64
     strict: bool = False
+    delta_of: DeltaOf = "argument"
     shortcuts: Sequence[str] | None = None
     cache: str | bool | None = "auto"
     overflow: Overflow = "refuse"
@@ -230,6 +236,7 @@ class Options:
             ("base_graphs", ("auto", True, False, "warmup")),
             ("start", ("auto", "eager", "compiled")),
             ("fallback", ("eager", "refuse")),
+            ("delta_of", ("argument", "weight")),
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:

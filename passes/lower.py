@@ -40,7 +40,6 @@ from lorafx.kernels.triton import ops as triton_ops
 from lorafx.kernels.triton.build import CONCAT, plan_of
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
-from lorafx.passes.match import ALIKE
 from lorafx.passes.plan import GENERATED, cpu_spec, delta_spec, strategy_of
 from lorafx.program.context import (
     EMBEDDING_OP,
@@ -52,6 +51,7 @@ from lorafx.program.context import (
     call_in_place,
     written_by,
 )
+from lorafx.program.expert_sites import ALIKE
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import grouped, is_grouped
 from lorafx.torch_internals.graph_parts import (

@@ -3,13 +3,10 @@
 A use already has a mark (the hook's `site` op on y or on y + bias), or is a linear, embedding or
 convolution that bypasses its module's call and gets the op here, or is refused by name. A mark
 after other arithmetic of the module (a scaled embedding, a router's softmax) moves to the use of
-the weight, so that the result is that of W + ΔW. Modules without a plain weight tensor or with a
-registered handler keep their marks. Every product with weights of routed experts gets its op:
-
-    y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
-
-e is the expert of each row, read from the base's dispatch: the ends of the sorted groups, the
-chosen indices, or the place in the batch of matrices.
+the weight, so that the result is that of W + ΔW. A module whose own forward changes its input first
+keeps its mark, the delta of its argument, unless `Options.delta_of` is "weight"; one that
+multiplies by its weight twice is refused. Modules without a plain weight tensor or with a
+registered handler keep their marks. Routed experts are in lorafx.program.expert_sites.
 
 A site is also refused if a graph seems to replace its weight: an unused linear in a module that
 multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
@@ -17,29 +14,26 @@ multiplies by other tensors, such as a product of two weights (lorafx.program.de
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lorafx.model.convolutions import convolution_of
-from lorafx.model.experts import LOOP
 from lorafx.model.extras import EXTRAS
+from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
-from lorafx.op_arguments import bound, in_order, index_of, operand, rebind
+from lorafx.op_arguments import bound, in_order, operand, rebind
 from lorafx.ownership.flow import place, plain_path
 from lorafx.ownership.propagate import ancestors
 from lorafx.program.context import (
     CONV_OP,
     EMBEDDING_OP,
-    EXPERT_MARK,
-    EXPERT_OP,
     GROUPED_OP,
     ROWS_OF,
     SITE_OP,
@@ -48,13 +42,14 @@ from lorafx.program.context import (
     is_site,
 )
 from lorafx.program.derived import has_numbers, is_near
+from lorafx.program.expert_sites import insert_expert_sites, nonnegative
 from lorafx.program.frame import MADE, FrameInput, fake_value
+from lorafx.program.module_calls import ModuleCall
 from lorafx.program.weight_uses import (
     RESHAPES,
     SAME_VALUE,
     Use,
     convolution_uses,
-    expert_uses,
     is_constant,
     uses_of,
 )
@@ -69,6 +64,14 @@ _USED_BEFORE = (
 _COMPILED_APART = (
     "its class overrides forward, and a graph break puts the forward and the mark into separate "
     "graphs"
+)
+_TWICE = (
+    "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
+    "argument; use a module for each product"
+)
+_MADE = (
+    "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
+    "forward multiplies is not known"
 )
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
@@ -91,7 +94,7 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
         return
     identities, paths = _running_modules(ctx.graph)
     for site in program.sites:
-        if site.eligible.kind != "linear":
+        if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
             continue
         if site.path in program.reached and site not in in_parts:
             continue
@@ -191,7 +194,9 @@ class Match:
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
         _refuse_used_bias(ctx, marks, uses)
+        kept = _settle_calls(ctx, marks, origins, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
+        claimed.update(node for nodes in kept.values() for node in nodes)
 
         inputs = [ctx.frame.by_node[use.weight] for use in uses.values()]
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
@@ -201,7 +206,10 @@ class Match:
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
-        for use in uses.values():
+        moved: dict[fx.Node, fx.Node] = {}
+        order = {node: number for number, node in enumerate(gm.graph.nodes)}
+        # In the order of the graph, so that x has its own delta where it is a product, too.
+        for use in sorted(uses.values(), key=lambda use: order[use.node]):
             if use.node in claimed:
                 continue
             marked = _site_with_mark(ctx, use)
@@ -215,15 +223,15 @@ class Match:
             elif owner is not None:
                 if _mark_follows(ctx, owner, use):
                     continue
-                _insert(ctx, owner, use)
+                moved[use.node] = _insert(ctx, owner, _current(use, moved))
                 added.setdefault(id(owner), set()).add(use.node)
                 edits += 1
         edits += insert_expert_sites(ctx)
         for mark, site in marks.items():
-            moved = added.get(id(site))
-            if origins[mark] is not None:
+            nodes = added.get(id(site))
+            if origins[mark] is not None and mark not in kept:
                 continue
-            if not moved or moved.isdisjoint(ancestors([bound(mark)["y"]])):
+            if mark in kept or not nodes or nodes.isdisjoint(ancestors([bound(mark)["y"]])):
                 if site.own_rows and _forward_unknown(site):
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
@@ -231,11 +239,53 @@ class Match:
                 ctx.refuse(Refusal((site,), "always", _USED_BEFORE))
             else:
                 # The delta is now at the weight's use; a second one would count it twice.
-                mark.replace_all_uses_with(bound(mark)["y"])
+                moved[mark] = bound(mark)["y"]
+                mark.replace_all_uses_with(moved[mark])
                 ctx.states.pop(mark)
                 gm.graph.erase_node(mark)
                 edits += 1
+        for state in (state for states in ctx.states.values() for state in states):
+            state.use = state.use and _current(state.use, moved)
         return edits
+
+
+def _settle_calls(
+    ctx: Context,
+    marks: Mapping[fx.Node, Site],
+    origins: dict[fx.Node, Use | None],
+    uses: Mapping[fx.Node, Use],
+) -> dict[fx.Node, list[fx.Node]]:
+    """The marks that stay although their module multiplies something else than its argument, each
+    with the products of its call. `origins` lose the marks whose delta moves to the product."""
+    kept: dict[fx.Node, list[fx.Node]] = {}
+    for mark, site in marks.items():
+        if not _forward_unknown(site) or is_stored(site.module, site.eligible):
+            continue
+        if maker_of(site.module, site.eligible.weight):
+            ctx.refuse(Refusal((site,), "always", _MADE))
+        call = ModuleCall.of(ctx, site, mark, uses.values())
+        twice = call.twice and site.may_change_input
+        changes = call.changes_input and site.may_change_input
+        if twice:
+            ctx.refuse(Refusal((site,), "always", _TWICE))
+        elif changes:
+            ctx.program.note_changed_input(site)
+        if twice or (changes and ctx.program.options.delta_of == "argument"):
+            kept[mark] = [use.node for use in call.products]
+        elif not call.takes_argument:
+            origins[mark] = None
+    return kept
+
+
+def _current(use: Use, moved: Mapping[fx.Node, fx.Node]) -> Use:
+    """`use` with the operands that it has by now."""
+
+    def now(node: fx.Node | None) -> fx.Node | None:
+        while node is not None and node in moved:
+            node = moved[node]
+        return node
+
+    return replace(use, x=now(use.x), bias=now(use.bias))
 
 
 def _uses(ctx: Context) -> dict[fx.Node, Use]:
@@ -374,7 +424,8 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     )
 
 
-def _insert(ctx: Context, site: Site, use: Use) -> None:
+def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
+    """Add the site's op behind a use. Returns the product with its delta."""
     assert use.x is not None
     bank = ctx.bank_inputs(site, use.weight)
     y = use.node
@@ -384,6 +435,15 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
         if use.swapped:
             x_rows, y_rows = _swapped(ctx, use.x), _swapped(ctx, y)
         call = {**bank, **own_ranges(site)._asdict(), "y": y_rows, "rows": UNPROVED}
+        for gain in use.gains:
+            if use.kind == "embedding":
+                call["scales"] = ctx.emit(aten.mul.Tensor, call["scales"], gain)
+            else:
+                x_rows = ctx.emit(aten.mul.Tensor, x_rows, gain)
+        if use.gains and use.kind == "embedding" and "own" in bank:
+            ctx.refuse(Refusal((site,), "own", "its weight is scaled before it is used"))
+        if use.wraps:
+            x_rows = nonnegative(ctx, x_rows, site.weight_rows)
         if use.kind == "embedding":
             node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":
@@ -405,6 +465,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> None:
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
+    return last
 
 
 # An adapter's rows replace those of W and the bias: y must be x Wᵀ plus the module's own bias.
@@ -515,134 +576,3 @@ def _swapped(ctx: Context, node: fx.Node) -> fx.Node:
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
     return ctx.emit(aten.permute.default, node, dims)
-
-
-#: Operators that return values and their indices.
-RANKINGS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
-#: Operators that return entries of their operand, in any order.
-SAME_INDICES = frozenset(
-    {
-        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default),
-        *(aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.select.int),
-        *(aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default),
-        torch.ops.prims.convert_element_type.default,
-    }
-)
-
-#: The bank's field of siblings that share factors.
-ALIKE = "alike"
-
-_NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
-_QUANTISED = (
-    "{} holds the weights of its experts in a quantised format, and the kernels that take "
-    "that format compute their products"
-)
-
-
-def insert_expert_sites(ctx: Context) -> int:
-    """Add an op after each product with a selected expert weight. Returns their number."""
-    edits = 0
-    served: set[int] = set()
-    for node, item in list(ctx.frame.by_node.items()):
-        sites = [s for s in item.sites if s.eligible.kind == "experts"]
-        if item.kind != "weight" or not sites:
-            continue
-        if item.part or not is_dense(fake_value(node)):
-            if id(sites[0]) not in served:  # each part of a tensor subclass is an input
-                ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
-            served.update(map(id, sites))
-            continue
-        for use in expert_uses(node, transposed=sites[0].eligible.transposed):
-            owner = _owner_of_experts(ctx, sites, use)
-            if isinstance(owner, Refusal):
-                ctx.refuse(owner)
-            elif owner is not None:
-                _insert_expert_site(ctx, owner, use)
-                served.add(id(owner))
-                edits += 1
-    for mark in [node for node in ctx.graph.nodes if node.target is EXPERT_MARK]:
-        site = ctx.site_of_mark(mark)
-        if id(site) not in served:
-            ctx.refuse(Refusal((site,), "always", _NOT_CAPTURED))
-        mark.replace_all_uses_with(bound(mark)["y"])
-        ctx.graph.erase_node(mark)
-    return edits
-
-
-def _owner_of_experts(ctx: Context, sites: list[Site], use: Use) -> Site | Refusal | None:
-    if use.kind == "unknown":
-        return ctx.unknown_use(use.weight, use.node, use.reason)
-    owners = ctx.other_owners(use.weight)
-    if len(sites) == 1 and not owners:
-        return sites[0]
-    inside = [site for site in sites if ctx.inside(use.node, site.module)]
-    if len(inside) == 1:
-        return inside[0]
-    if any(ctx.inside(use.node, module) for module in owners):
-        return None
-    return ctx.unknown_use(use.weight, use.node, "several modules share this parameter")
-
-
-def _insert_expert_site(ctx: Context, site: Site, use: Use) -> None:
-    assert use.x is not None
-    bank = ctx.bank_inputs(site, use.weight)
-    if ctx.program.options.lowering == "inductor":
-        ctx.bank_input(site, use.weight, ALIKE)  # `lower` looks for it
-    y = use.node
-    users = list(y.users)
-    with ctx.graph.inserting_before(y.next):
-        x_rows, y_rows = _as_matrix(ctx, use.x, use), _as_matrix(ctx, y, use)
-        experts = _experts_of(ctx, site, use)
-        call = {**bank, **own_ranges(site)._asdict(), "rows": UNPROVED, "count": site.experts}
-        arguments = in_order(EXPERT_OP, call, x=x_rows, y=y_rows, experts=experts)
-        last = node = ctx.emit(EXPERT_OP, *arguments)
-        if y_rows is not y:
-            last = ctx.emit(
-                aten.reshape.default, node, [ctx.size(y, dim) for dim in range(fake_value(y).dim())]
-            )
-    for user in users:
-        user.replace_input_with(y, last)
-    ctx.record(site, node, None, form="rewritten")
-
-
-def _as_matrix(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
-    """A product's operand or result as (rows, F); a "chosen" one has a dimension of size one."""
-    if use.kind != "chosen":
-        return node
-    return ctx.emit(aten.squeeze.dim, node, 2 if use.swapped else 1)
-
-
-def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
-    assert use.x is not None
-    device = fake_value(use.x).device
-    if use.kind == "chosen":
-        assert use.choice is not None
-        return _nonnegative(ctx, use.choice, site.experts)
-    if use.kind == "sorted":
-        count = ctx.size(use.x, 0)
-        numbers = ctx.numbers(count, torch.int32, device)
-        return ctx.emit(aten.searchsorted.Tensor, use.choice, numbers, out_int32=True, right=True)
-    tokens = ctx.size(use.x, 1)
-    numbers = ctx.numbers(site.experts, torch.int32, device)
-    column = ctx.emit(aten.unsqueeze.default, numbers, 1)
-    wide = ctx.emit(aten.expand.default, column, [site.experts, tokens])
-    return ctx.emit(aten.reshape.default, wide, [-1])
-
-
-def _nonnegative(ctx: Context, ids: fx.Node, count: int) -> fx.Node:
-    """The indices in 0 … count - 1, where -1 is the last; those of topk and sort are so already."""
-    source = ids
-    while source.target in SAME_INDICES or source.target in RANKINGS or _ranked(source) == 0:
-        source = operand(source)
-    if _ranked(source) == 1:
-        return ids
-    wrapped = ctx.emit(aten.add.Tensor, ids, count)
-    negative = ctx.emit(aten.lt.Scalar, ids, 0)
-    return ctx.emit(aten.where.self, negative, wrapped, ids)
-
-
-def _ranked(node: fx.Node) -> int | None:
-    """0 for the values of topk and sort, 1 for their indices, None for any other node."""
-    if node.target is not operator.getitem or operand(node).target not in RANKINGS:
-        return None
-    return int(index_of(node))

@@ -138,10 +138,12 @@ class RowDeltas:
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
-        self._following.marked(mark)
+        following = self._following
+        is_product = following.marked(mark, x, y)
         if mark.path not in self._touched:
             return self._noted(mark, y)
-        following = self._following
+        if mark.own_product and not is_product:
+            following.refuse(f"{mark.path}: its forward does more than the product with its weight")
 
         def added() -> Tensor:
             code = following.code(x)

@@ -41,8 +41,8 @@ from lorafx.ownership.real import (
     written,
 )
 from lorafx.placements import is_placed_class
-from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.program.argument_roles import tensor_leaves
+from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     OpOverload,
@@ -252,7 +252,8 @@ class Following(TorchDispatchMode):
         used = self._weights
         if self.memory is None:
             if used and self._uses is not None:
-                self._uses.look(func, used, list(tensors_in(results)), owned=True)
+                read = [item for item, _ in operands]
+                self._uses.look(func, used, read, list(tensors_in(results)), owned=True)
             return results
         if in_forward_mode():
             self._refuse_transform()
@@ -272,7 +273,8 @@ class Following(TorchDispatchMode):
             codes = self._found(key, args, named, results, operands) if known is None else known
         made = used and all(isinstance(self._remembered.labels[code], Shared) for code in codes)
         if used and self._uses is not None:
-            self._uses.look(func, used, list(tensors_in(results)), owned=not made)
+            read = [item for item, _ in operands]
+            self._uses.look(func, used, read, list(tensors_in(results)), owned=not made)
         if targets:
             self._note_written(targets, results, codes, operands)
         elif isinstance(results, Tensor):
@@ -453,11 +455,14 @@ class Following(TorchDispatchMode):
         if self._uses is not None and (sites := self._sites_in(tensor)):
             self._uses.read(reader, sites)
 
-    def marked(self, mark: SiteMark) -> None:
-        """The mark adds its delta. Raises NeedsGraph if it follows several products."""
-        count = 0 if self._uses is None else self._uses.marked(mark)
-        if count > 1 and not mark.stored and mark.handler is None:
+    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
+        """The mark adds its delta. Returns whether y is, and still holds, the product with x that
+        the module has computed. Raises NeedsGraph if the mark follows several products."""
+        products = [] if self._uses is None else self._uses.marked(mark)
+        if len(products) > 1 and not mark.stored and mark.handler is None:
+            count = len(products)
             self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
+        return len(products) == 1 and products[0].is_of(x, y)
 
 
 never_traced(Following.__torch_dispatch__.__code__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,6 +28,37 @@ from lorafx.registry import lookup
 from lorafx.torch_internals.compat import in_backward
 
 
+class Product(NamedTuple):
+    """What an operator computed of a weight: its operands, and its result, if it is one tensor,
+    with the version that it had then."""
+
+    operands: Sequence[Tensor] = ()
+    result: Tensor | None = None
+    version: int = 0
+
+    @classmethod
+    def of(cls, operands: Sequence[Tensor], results: Sequence[Tensor]) -> Product:
+        if len(results) != 1:
+            return _UNSEEN
+        return cls(operands, results[0], results[0]._version)
+
+    def is_of(self, x: Tensor, y: Tensor) -> bool:
+        """Whether y is, and still holds, the product with x."""
+        if self.result is None or self.result._version != self.version:
+            return False
+        return _is_all_of(y, self.result) and any(_is_all_of(x, item) for item in self.operands)
+
+
+_UNSEEN = Product()
+
+
+def _is_all_of(used: Tensor, whole: Tensor) -> bool:
+    """Whether `used` is this tensor, or a view of all of it; a composite one is taken to be."""
+    if storage_of(used) is None:
+        return True
+    return used.numel() == whole.numel() and used.data_ptr() == whole.data_ptr()
+
+
 class WeightUses:
     """The uses of touched sites' weights by the operators that a call runs in Python."""
 
@@ -37,7 +68,7 @@ class WeightUses:
         #: What was made of weights in this call: the storage, and their sites, by its id.
         self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
         #: Products with a site's weight in its module's call since its last mark, by path.
-        self._products: dict[str, int] = {}
+        self._products: dict[str, list[Product]] = {}
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
@@ -78,12 +109,13 @@ class WeightUses:
         self,
         func: Any,
         used: Mapping[Tensor, list[Site]],
+        operands: Sequence[Tensor],
         results: Sequence[Tensor],
         *,
         owned: bool,
     ) -> None:
-        """Note that an operator reads touched sites' weights, in the tensors `used`. `owned`: its
-        results may depend on requests, too; else they are the weights again.
+        """Note that an operator reads touched sites' weights, in those of its operands that are
+        `used`. `owned`: its results may depend on requests, too; else they are the weights again.
 
         Raises:
             MatchError: outside of the calls of the sites' modules.
@@ -96,20 +128,20 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # the results are views
         sites = list(dict.fromkeys(site for each in used.values() for site in each))
-        self.read(str(func.overloadpacket), sites, product=owned)
+        self.read(str(func.overloadpacket), sites, Product.of(operands, results) if owned else None)
         for result in () if owned else results:
             if (storage := storage_of(result)) is not None:
                 self._made[storage] = StorageWeakRef(result.untyped_storage()), sites
 
-    def read(self, reader: str, sites: Sequence[Site], *, product: bool = True) -> None:
-        """As `look`, for what is named `reader`."""
+    def read(self, reader: str, sites: Sequence[Site], product: Product | None = _UNSEEN) -> None:
+        """As `look`, for what is named `reader`; `product` is what it computes of the weights."""
         bypassed = []
         for site in sites:
             own = self._called(site)
             if own is None:
                 bypassed.append(site.path or "the model")
-            elif own and product:
-                self._products[site.path] = self._products.get(site.path, 0) + 1
+            elif own and product is not None:
+                self._products.setdefault(site.path, []).append(product)
         if bypassed:
             self._error = MatchError(
                 f"LoRA cannot be applied at {', '.join(bypassed)}: {reader} at {python_line()} "
@@ -119,9 +151,9 @@ class WeightUses:
             )
             raise self._error
 
-    def marked(self, mark: SiteMark) -> int:
-        """The mark adds its delta. Returns how many products it follows."""
-        return self._products.pop(mark.path, 0)
+    def marked(self, mark: SiteMark) -> list[Product]:
+        """The mark adds its delta. Returns the products that it follows."""
+        return self._products.pop(mark.path, [])
 
     @property
     def unmarked(self) -> Collection[str]:

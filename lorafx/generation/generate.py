@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
+from lorafx.model.targets import input_embedding
 from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
@@ -126,8 +127,7 @@ class CompiledGenerate:
         generating = {id(part) for part, _, _ in self._nested}
         base = getattr(model, "base_model", model)
         children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        if isinstance(embedding, nn.Module):
+        if (embedding := input_embedding(model)) is not None:
             children.append(embedding)
         return [
             (part, "forward", self._direct_forward(part))

@@ -91,7 +91,7 @@ def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, in
         return {}
     graph = ModuleGraph(model)
     if not isinstance(room, Mapping):
-        embedding = _input_embedding(model)
+        embedding = targets.input_embedding(model)
         if embedding is None or not graph.has(embedding):
             raise ConfigError(
                 f"LoraConfig(trainable_tokens={room!r}): {type(model).__name__} does not tell its "
@@ -112,20 +112,11 @@ def token_rooms(room: int | Mapping[str, int], model: nn.Module) -> dict[str, in
     return rooms
 
 
-def _input_embedding(module: nn.Module) -> nn.Module | None:
-    getter = getattr(module, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None
-
-
 def is_input_embedding(graph: ModuleGraph, path: str, module: nn.Module) -> bool:
     """Whether `module` is the input embedding of the outermost module that has one."""
     parents = reversed([*_with_parents(path.rpartition(".")[0])])
     candidates = (graph.root, *map(graph.find, parents))
-    embeddings = (_input_embedding(parent) for parent in candidates if parent is not None)
+    embeddings = (targets.input_embedding(parent) for parent in candidates if parent is not None)
     return next((item for item in embeddings if item is not None), None) is module
 
 

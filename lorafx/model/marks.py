@@ -31,6 +31,7 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
+from lorafx.model.made_weights import maker_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
@@ -152,10 +153,7 @@ class SiteMark:
         y = output[0] if is_tuple and output else output
         scaled = self.kind == "embedding" and self.derived
         scale = self._output_scale(module) if scaled else None
-        # A forward of another class may shift its ids or take something else first (OPT's positions
-        # take the mask): only a pure scale is known to be safe.
-        unknown = traced and scaled and scale is None
-        if unknown or not self._accepts(x, y, None):
+        if not self._accepts(x, y, None):
             # Without a weight in the graph, match would have nothing to add the delta to.
             has_weight = isinstance(getattr(module, self.weight_name, None), Tensor)
             if traced and runtime.graph_passes and has_weight:
@@ -221,6 +219,12 @@ class SiteMark:
         )
 
     @property
+    def own_product(self) -> bool:
+        """Whether an eager call has to show that a forward of another class, of a linear with a
+        dense weight, returns its product."""
+        return self.derived and self.kind == "linear" and not self.stored and self.handler is None
+
+    @property
     def is_plain(self) -> bool:
         """Whether the delta is the low-rank product alone, of a linear."""
         bank = self.bank
@@ -256,7 +260,8 @@ class SiteMark:
             return False
         if self.kind == "embedding":
             all_columns = not start and y.shape[-1] == self.out_features
-            return all_columns and not x.is_floating_point() and x.shape == y.shape[:-1]
+            is_ids = not x.is_floating_point() and x.dtype is not torch.bool
+            return all_columns and is_ids and x.shape == y.shape[:-1]
         if self.window is not None:
             dims = len(self.window.kernel) + 2
             channels = self.in_features // math.prod(self.window.kernel)
@@ -318,10 +323,28 @@ class SiteMark:
         self.checked = True
 
     @torch.no_grad()
+    def takes_argument(self, module: nn.Module) -> bool:
+        """Whether the module multiplies its argument itself, and returns that: by an eager call so
+        far, or by a small one that is made here."""
+        weight = getattr(module, self.weight_name)
+        if self.checked:
+            return True
+        x = torch.linspace(-1, 1, self.in_features, dtype=weight.dtype, device=weight.device)
+        if self.kind == "embedding":
+            x = torch.arange(min(self.in_features, 8), device=weight.device)
+        try:
+            y, scale = module.forward(x[None]), self._output_scale(module)
+        except Exception:  # code of others, which may want another call
+            return False
+        return self._accepts(x[None], y, None) and self._is_product(module, x[None], y, scale)
+
+    @torch.no_grad()
     def _is_product(
         self, module: nn.Module, x: Tensor, y: Tensor, scale: Tensor | float | None
     ) -> bool:
         """Whether y is x Wᵀ + b or `scale` · W[ids], up to rounding; quantised weights pass."""
+        if maker_of(module, self.weight_name):
+            return False  # as in graphs, where the product is not found
         weight = getattr(module, self.weight_name, None)
         if self.stored or not isinstance(weight, Tensor) or not is_dense(weight):
             return True

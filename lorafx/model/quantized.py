@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.errors import ConfigError
 from lorafx.model.convolutions import weight_shape
@@ -167,6 +168,8 @@ class _Weight:
 
 def is_stored(module: nn.Module, entry: Eligible) -> bool:
     """Whether the module stores its weight in a format, or not under the registered name."""
+    if is_parametrized(module, entry.weight):
+        return False  # not read, since each access computes it
     if entry.dequantize is not None or not Plain().holds(module, entry.weight):
         return True
     return any(item.holds(module, entry.weight) for item in LIBRARIES)

@@ -121,6 +121,14 @@ class Site:
         return entry.sharding.product(self.module)
 
     @property
+    def may_change_input(self) -> bool:
+        """Whether its forward may multiply something else than its argument, of which PEFT trains
+        the delta. It trains that of the weight for parameters, and in nn.MultiheadAttention."""
+        entry = self.eligible
+        wrapped = entry.kind != "experts" and not entry.inner and entry.cls is not nn.Module
+        return wrapped and entry.handler is None and self.has_own_forward
+
+    @property
     def has_own_forward(self) -> bool:
         """Whether a subclass or the instance overrides the forward of the registered class."""
         return has_own_forward(self.module, self.eligible)

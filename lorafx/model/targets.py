@@ -81,13 +81,21 @@ def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The module that maps to the vocabulary, for models that declare it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if not callable(getter):
-        return None
+    return _embedding(model, "get_output_embeddings")
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that looks tokens up, for models that declare it (Dia's raises)."""
+    return _embedding(model, "get_input_embeddings")
+
+
+def _embedding(model: nn.Module, name: str) -> nn.Module | None:
+    getter = getattr(model, name, None)
     try:
-        return getter()
-    except NotImplementedError:
+        embedding = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
         return None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def nearest_targets(entry: str, paths: Iterable[str]) -> str:

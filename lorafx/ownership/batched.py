@@ -15,7 +15,7 @@ from torch import fx
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Label, Own, Single
-from lorafx.ownership.symbolic import ONE, equal, is_multiple
+from lorafx.ownership.symbolic import equal, is_multiple
 from lorafx.torch_internals.graph_parts import OpOverload
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -3,6 +3,7 @@ of the passes that prepare it."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from lorafx.adapter_store.saved import AdapterState, Origin
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
+from lorafx.errors import LorafxWarning
 from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
@@ -140,6 +142,8 @@ class Program:
         self.reached: set[str] = set()
         #: Canonical paths of sites that a graph seems to compute without their weight.
         self.replaced: set[str] = set()
+        #: Canonical paths of sites whose own forward changes its input before the product.
+        self.changed_inputs: set[str] = set()
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
@@ -196,6 +200,21 @@ class Program:
         if self.site_watch.needs_look:
             self.look_at_modules()
             self.site_watch.refuse(paths)
+
+    def note_changed_input(self, site: Site) -> None:
+        """Record a site whose own forward changes its input, with a warning if it is a new one."""
+        if site.path in self.changed_inputs:
+            return
+        self.changed_inputs.add(site.path)
+        if self.options.delta_of == "argument":
+            name = f"{site.path or 'the model'} ({type(site.module).__qualname__})"
+            warnings.warn(
+                f"{name} changes its input before it multiplies it by its weight. Its adapters "
+                "add the delta of the module's argument, as PEFT trains them, which is not W + ΔW; "
+                'Options(delta_of="weight") serves W + ΔW',
+                LorafxWarning,
+                stacklevel=2,
+            )
 
     def home(self, site: Site) -> tuple[Group, int]:
         return self._home[id(site)]

@@ -68,6 +68,8 @@ class Use:
         choice: offs or ids of routed experts.
         blocks: of "blocks"; the groups are the first dimension of x.
         stored: the operand is W in its stored format (int8), without the scale.
+        wraps: ids below zero count from the last row.
+        gains: numbers, or nodes without dimensions, by which W was multiplied before.
     """
 
     kind: UseKind
@@ -80,6 +82,8 @@ class Use:
     blocks: Blocks | None = None
     choice: fx.Node | None = None
     stored: bool = False
+    wraps: bool = False
+    gains: tuple[Any, ...] = ()
     reason: str = ""
 
 
@@ -94,6 +98,7 @@ class _Carrier:
     plain: bool
     stored: bool = False
     scales: Collection[fx.Node] = ()
+    gains: tuple[Any, ...] = ()
 
     def as_node(self, node: fx.Node, form: WeightForm, *, plain: bool = False) -> _Carrier:
         return replace(self, node=node, form=form, plain=self.plain and plain)
@@ -181,8 +186,10 @@ def _interpret(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
     if handler is None:
         return [carrier.unknown(user, f"no rule for {user.target}")]
     outcome = handler(carrier, user)
-    outcomes, stored = outcome if isinstance(outcome, list) else [outcome], carrier.stored
-    return [replace(item, stored=stored) if isinstance(item, Use) else item for item in outcomes]
+    return [
+        replace(item, stored=carrier.stored, gains=carrier.gains) if isinstance(item, Use) else item
+        for item in (outcome if isinstance(outcome, list) else [outcome])
+    ]
 
 
 def _same_value(carrier: _Carrier, user: fx.Node) -> _Carrier:
@@ -270,11 +277,27 @@ def _scale(carrier: _Carrier, user: fx.Node) -> _Carrier | Use:
     call = bound(user)
     first, second = call["self"], call["other"]
     other = second if first is carrier.node else first
+    if not carrier.stored and _is_number(other):
+        return replace(carrier, node=user, plain=False, gains=(*carrier.gains, other))
     scale = _input_of(other) if isinstance(other, fx.Node) else None
     same_sizes = _sizes(fake_value(user)) == carrier.sizes
     if not carrier.stored or scale not in carrier.scales or first is second or not same_sizes:
-        return carrier.unknown(user, f"no rule for {user.target}")
+        return carrier.unknown(user, f"no rule for {user.target} of it and a tensor")
     return replace(carrier, node=user, stored=False)
+
+
+def _divide(carrier: _Carrier, user: fx.Node) -> _Carrier | Use:
+    number = -1.0 if user.target is aten.neg.default else bound(user)["other"]
+    if not isinstance(number, (int, float)) or not number:
+        return carrier.unknown(user, f"no rule for {user.target} of it and a tensor")
+    return replace(carrier, node=user, plain=False, gains=(*carrier.gains, 1 / number))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        known = fake_value(value)
+        return is_constant(value) and isinstance(known, torch.Tensor) and known.dim() == 0
+    return isinstance(value, (int, float))
 
 
 def _product(carrier: _Carrier, user: fx.Node) -> Use:
@@ -341,6 +364,15 @@ def _embedding(carrier: _Carrier, user: fx.Node) -> Use:
     return Use("embedding", carrier.weight, user, x=call["indices"], plain=carrier.plain)
 
 
+def _index(carrier: _Carrier, user: fx.Node) -> Use:
+    """W[ids], which may count from the end."""
+    indices = bound(user)["indices"]
+    rows = len(indices) == 1 and indices[0] is not None and not is_boolean(indices[0])
+    if not rows or not carrier.is_whole(out=0, into=1):
+        return carrier.unknown(user, "it is indexed by more than the numbers of its rows")
+    return Use("embedding", carrier.weight, user, x=indices[0], wraps=True)
+
+
 _Handler = Callable[[_Carrier, fx.Node], "_Carrier | Use | list[_Carrier | Use]"]
 _HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(SAME_VALUE, _same_value),
@@ -353,7 +385,9 @@ _HANDLERS: dict[Any, _Handler] = {
     **{op.default: _product for op in contractions.PRODUCTS},
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
     aten.mul.Tensor: _scale,
+    **dict.fromkeys((aten.div.Tensor, aten.neg.default), _divide),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
+from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
 
@@ -168,12 +169,9 @@ def derived_example(model: nn.Module, device: torch.device, rows: int, length: i
 
 def _vocabulary(model: nn.Module) -> int:
     """The number of token ids that the model's input embedding has rows for."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        embedding = None
+    embedding = input_embedding(model)
     entry = None if embedding is None else lookup(embedding)
-    if entry is None or entry.kind != "embedding":
+    if embedding is None or entry is None or entry.kind != "embedding":
         raise ConfigError(
             f"the input embedding of {type(model).__name__} does not tell its vocabulary; "
             "pass the arguments of a call as warmup(example_inputs=...)"

@@ -33,10 +33,12 @@ from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import unmergeable, weight_shape
+from lorafx.model.made_weights import maker_of
+from lorafx.model.marks import SiteMark, marks_on
 from lorafx.model.module_graph import storage_key, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site
-from lorafx.placements import local
+from lorafx.placements import is_placed, local
 from lorafx.program.derived import Holder, named_tensors, overlap
 from lorafx.registry import lookup
 
@@ -371,8 +373,9 @@ def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
         if weight is not None and len(list(tensors.overlapping(weight))) > 1:
             return "its weight is quantised and tied to another"
         return None
-    if weight is None or not tensors.has(site.module, weight):
-        return "its weight is computed on each access (a parametrisation)"
+    maker = maker_of(site.module, site.eligible.weight)
+    if maker or weight is None or not tensors.has(site.module, weight):
+        return f"its weight is computed anew for each call, by {maker or 'a property'}"
     if delta.own_weight is not None and delta.own_weight.bias is not None:
         bias = getattr(site.module, "bias", None)
         if bias is None:
@@ -381,6 +384,31 @@ def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
             return "the adapter has a bias of its own"
     if tuple(weight.shape) != delta.shape:
         return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
+    return _changed_input(program, site) if program.options.delta_of == "argument" else None
+
+
+def _changed_input(program: Program, site: Site) -> str | None:
+    """Why W + ΔW would not be what the adapter adds: the module multiplies by something else than
+    its argument. Where no graph shows it, the module is asked."""
+    if site.path in program.changed_inputs:
+        return (
+            "its forward changes its input before it multiplies it by its weight, and the adapter "
+            "adds the delta of its argument, which is no change of the weight; compile with "
+            'Options(delta_of="weight") if W + ΔW is meant'
+        )
+    if (
+        not site.may_change_input
+        or site.path in program.reached
+        or is_placed(program.weight_of(site))
+    ):
+        return None
+    if any(
+        isinstance(m, SiteMark) and not m.takes_argument(site.module) for m in marks_on(site.marked)
+    ):
+        return (
+            "its class overrides forward, and no graph has shown yet what it multiplies by its "
+            "weight; call the model with this adapter first"
+        )
     return None
 
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from dense_merge import REFERENCE
 from tiny_models import seq2seq_inputs, token_inputs
 
+import lorafx
 from lorafx.errors import BatchError, LorafxError
 
 NEW = 4
@@ -158,3 +161,25 @@ def test_prompt_and_steps_are_one_graph_each(generated):
     """The prompt's keys are laid out as those of the steps behind it: Inductor's own decomposition
     of `torch.cat` copies them as they lie, and the second step would need another graph."""
     assert generated[1] == [True, True]
+
+
+def test_a_model_that_does_not_tell_its_input_embedding() -> None:
+    """Dia's `get_input_embeddings` raises NotImplementedError."""
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    cross = {"cross_num_attention_heads": 2, "cross_num_key_value_heads": 2, "cross_head_dim": 8}
+    config = transformers.DiaConfig(
+        encoder_config=transformers.DiaEncoderConfig(**sizes),
+        decoder_config=transformers.DiaDecoderConfig(
+            **sizes, **cross, cross_hidden_size=16, num_channels=3
+        ),
+        delay_pattern=[0, 1, 2], bos_token_id=37, eos_token_id=36, pad_token_id=35,
+    )  # fmt: skip
+    model = transformers.DiaForConditionalGeneration(config).eval()
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    lora = lorafx.LoraConfig(target_modules=["q_proj"])
+    cm = lorafx.compile(model, lora, options={**REFERENCE, "start": "eager", "cache": None})
+    assert cm.generate(torch.randint(0, 30, (2, 5)), max_new_tokens=3).shape == (2, 4, 3)

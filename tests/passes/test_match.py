@@ -110,9 +110,9 @@ def test_a_mark_behind_other_arithmetic_moves_to_the_weights_use():
     assert error(done.result()[0], 3 * g.merged("up", done.values[0])) <= 1e-5
 
 
-def doubled(g, x):
-    twice = g.call(aten.mul.Tensor, g.weight("up"), 2.0)
-    return g.call(aten.linear.default, x, twice)
+def scaled_by_rows(g, x):
+    gains = g.call(aten.unsqueeze.default, g.weight("up", "bias"), 1)
+    return g.call(aten.linear.default, x, g.call(aten.mul.Tensor, g.weight("up"), gains))
 
 
 def returned(g, x):
@@ -128,7 +128,7 @@ def scaled_product(g, x):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (doubled, "no rule for aten.mul"),
+        (scaled_by_rows, "no rule for aten.mul"),
         (returned, "the weight itself is returned"),
         (scaled_product, "alpha or beta"),
     ],

@@ -51,6 +51,8 @@ BYPASSES: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
     "from the left": lambda w, h: (w.weight @ h.mT).mT + w.bias,
     "einsum": lambda w, h: torch.einsum("btk,nk->btn", h, w.weight),
     "addmm": by_addmm,
+    "scaled": lambda w, h: h @ (0.5 * w.weight * 3).T,
+    "negated and divided": lambda w, h: F.linear(h, -(w.weight / 2), w.bias),
     "called and bypassed": lambda w, h: w(h) + F.linear(h.flip(-1), w.weight),
     "called twice": lambda w, h: w(h) + torch.tanh(w(h * 0.5)),
 }
@@ -66,7 +68,7 @@ def test_weights_used_without_their_module(small, use):
 
 
 UNKNOWN: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
-    "scaled": lambda w, h: h @ (w.weight * 2).T,
+    "scaled by rows": lambda w, h: h @ (w.weight * w.bias[:, None]).T,
     "normed": lambda w, h: w(h) / w.weight.norm(),
     # (W + ΔW)ᵀ (W + ΔW) is not the sum of two deltas.
     "one after another": lambda w, h: h @ (w.weight.T @ w.weight),
@@ -85,6 +87,26 @@ def test_an_unknown_use_is_refused_by_name_where_an_adapter_touches_it(small, us
     check_mixed(cm, case, ["b", None], inputs)
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
     assert "refused (always): w: its weight is used" in str(cm.explain())
+
+
+class Indexed(nn.Module):
+    """Rows of an embedding's weight, also by numbers that count from its end, scaled or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, K)
+        self.register_buffer("gain", torch.tensor(0.7))
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        weight = self.embed.weight
+        chosen = weight.index_select(0, ids.flatten()).view(*ids.shape, K)
+        return {"logits": weight[ids - 4] + torch.tanh((weight * self.gain)[ids] * chosen)}
+
+
+@pytest.mark.quick
+def test_rows_of_an_embedding_by_indexing(small):
+    case = small(Indexed, ["embed"])
+    check_mixed(case.compile(dynamic=False), case, NAMES, tokens(4, 3))
 
 
 class FastPath(nn.Module):

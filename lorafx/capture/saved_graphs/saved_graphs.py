@@ -299,6 +299,7 @@ class _Conversion:
             "parts": replace(parts, lowered=None, kernels={}),
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
+            "changed": self._program.changed_inputs,
         }
         modules = {name: name[len(_MODULE) : -1] for name in names if name.startswith(_MODULE)}
         halves = [dump(half, self._program, names) for half in (compared, loaded)]
@@ -367,6 +368,8 @@ def _load_conversion(
     reached, replaced = loaded["reached"]
     program.reached.update(reached)
     program.replaced.update(replaced)
+    for site in (site for site in program.sites if site.path in loaded["changed"]):
+        program.note_changed_input(site)
     backend.records.append(record)
     compile_id = get_compile_id(arguments[2])
     guarded_code = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError, ConfigError, LorafxError, nearest
+from lorafx.model.targets import input_embedding
 
 #: The ranges of arguments that are numbers. Temperatures become float32.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -141,7 +142,7 @@ def checked_ids(
 
 def checked_prompt(model: Any, input_ids: Iterable[Any]) -> list[int]:
     """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    size = getattr(input_embedding(model), "num_embeddings", None)
     prompt = checked_ids("input_ids", input_ids, size, BatchError)
     if not prompt:
         raise BatchError("input_ids is empty; give at least one token")
