@@ -12,18 +12,24 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MethodType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
+from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.compat import tracing
+
+if TYPE_CHECKING:  # imported where used
+    from lorafx.eager.known_labels import KnownLabels
+    from lorafx.generation.prompt_rows import PromptRows
 
 T = TypeVar("T")
 
@@ -91,9 +97,7 @@ class CompiledGenerate:
         @functools.wraps(run)
         def nested(*args: Any, **kwargs: Any) -> Any:
             refuse_elsewhere(session)
-            repeating = session.running._replace(requests=session.requests._replace(repeats=True))
-            action = functools.partial(self._generate, module, run, *args, **kwargs)
-            return session.note(repeating, action)
+            return self._generate(module, run, *args, **kwargs)
 
         return nested
 
@@ -110,7 +114,39 @@ class CompiledGenerate:
             if encoder is not model:
                 attributes.append((encoder, "forward", entries.of(encoder)))
         attributes += self._parts(model) + _modalities(entries, model, kwargs)
-        return session.replacements.replacing(attributes, run, *args, **kwargs)
+        serve = functools.partial(session.replacements.replacing, attributes, run)
+        requests, begins = session.requests, getattr(forward, "begins", None) or ()
+        if requests.rows is not None:  # it is inside of another `generate`, which follows its rows
+            requests.rows.goes_on = True
+        elif requests.tokens is None:
+            names = tuple(requests.of_rows(len(begins))) if begins else requests.names
+            alike = len(set(names)) == 1 and len(begins) < 2
+            if alike or session.base.merged is not None:
+                requests = requests._replace(names=names[:1], uniform=True)
+            else:
+                rows = self._followed(model, run, len(names), kwargs)
+                requests = requests._replace(names=names, uniform=False, rows=rows)
+                serve = functools.partial(rows.run, serve)
+        running = session.running._replace(requests=requests)
+        return session.note(running, functools.partial(serve, *args, **kwargs))
+
+    def _followed(
+        self, model: nn.Module, run: Callable[..., Any], prompts: int, kwargs: Mapping[str, Any]
+    ) -> PromptRows:
+        """What follows the rows of so many prompts through `run`, the model's `generate`."""
+        from lorafx.generation.prompt_rows import PromptRows
+
+        roles = RoleTable(model, self._session.program.config.row_dims, run)
+        package = str(inspect.unwrap(run).__module__).partition(".")[0]
+        unknown = package != "transformers" or kwargs.get("custom_generate") is not None
+        return PromptRows(self._session, roles, prompts, self._remembered, watched=unknown)
+
+    @functools.cached_property
+    def _remembered(self) -> KnownLabels:
+        """What is known of the operators of `generate` from earlier calls."""
+        from lorafx.eager.known_labels import KnownLabels
+
+        return KnownLabels()
 
     def _parts(self, model: nn.Module) -> list[Replacement]:
         """The parts of the model that a `generate` of its own class may call directly: children,
@@ -124,7 +160,9 @@ class CompiledGenerate:
         generating = {id(part) for part, _, _ in self._nested}
         base = getattr(model, "base_model", model)
         children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding = None
+        with suppress(AttributeError, NotImplementedError):  # it has several, or none
+            embedding = model.get_input_embeddings()  # type: ignore[operator]
         if isinstance(embedding, nn.Module):
             children.append(embedding)
         return [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from types import CellType
-from typing import Any
+from functools import cache
+from types import CellType, CodeType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +39,33 @@ def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
     with private_names():
         found: Any = auto._model_mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
+
+
+class CodeOfGenerate(NamedTuple):
+    """The code of transformers' `generate`, of its loops over tokens, which keep the order of their
+    rows, and of what runs the prompts at the beginning of one."""
+
+    generate: frozenset[CodeType]
+    loops: frozenset[CodeType]
+    prefill: frozenset[CodeType]
+
+
+@cache
+def code_of_generate() -> CodeOfGenerate:
+    """Where this version of transformers has no function of a name, it has no such code."""
+    from transformers import GenerationMixin
+
+    def codes(*names: str) -> frozenset[CodeType]:
+        functions = [getattr(GenerationMixin, name, None) for name in names]
+        plain = [inspect.unwrap(function) for function in functions if function is not None]
+        return frozenset(function.__code__ for function in plain)
+
+    with private_names():
+        return CodeOfGenerate(
+            codes("generate") | {GenerationMixin.generate.__code__},
+            codes("_sample", "_beam_search", "_assisted_decoding"),
+            codes("_prefill"),
+        )
 
 
 def cell_of_forward(module: nn.Module) -> CellType | None:
