@@ -132,7 +132,9 @@ class PromptRows:
             owners = self._proved(forward, named, self._owners if known else None)
             names = session.requests.names
             requests = Requests(tuple(names[owner] for owner in owners), owners=owners)
-            if loop is not None:
+            if loop is None:  # such as a processor of logits does
+                self.goes_on |= self._loop is not None
+            else:
                 self._loop, self._owners, self._requests = loop, owners, requests
         else:
             requests = self._requests
