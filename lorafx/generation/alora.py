@@ -114,9 +114,8 @@ class ActivatedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self._session
         refuse_elsewhere(session)
-        rows = session.requests.rows
-        if rows is not None and rows.depth == session.running.entries:
-            return rows.call(self, args, kwargs)
+        if (serve := session.requests.serve) is not None:
+            return serve(self, args, kwargs)
         names, begins, columns = self._rows_and_columns(self.roles.bind(args, kwargs))
         if len(columns) == 1:
             active = tuple(

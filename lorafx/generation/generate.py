@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
 from lorafx.program.argument_roles import RoleTable
@@ -26,10 +27,6 @@ from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.compat import tracing
-
-if TYPE_CHECKING:  # imported where used
-    from lorafx.eager.known_labels import KnownLabels
-    from lorafx.generation.prompt_rows import PromptRows
 
 T = TypeVar("T")
 
@@ -58,6 +55,8 @@ class CompiledGenerate:
     def __init__(self, entries: CompiledForwards) -> None:
         self._entries = entries
         self._session = entries.session
+        #: What is known of the operators of `generate` from earlier calls.
+        self._remembered = KnownLabels()
         self._direct_forwards: dict[int, tuple[Entry, Callable[..., Any]]] = {}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,37 +115,21 @@ class CompiledGenerate:
         attributes += self._parts(model) + _modalities(entries, model, kwargs)
         serve = functools.partial(session.replacements.replacing, attributes, run)
         requests, begins = session.requests, getattr(forward, "begins", None) or ()
-        if requests.rows is not None:  # it is inside of another `generate`, which follows its rows
-            requests.rows.goes_on = True
-        elif requests.tokens is None:
+        if requests.serve is None and requests.tokens is None:  # not inside of another `generate`
             names = tuple(requests.of_rows(len(begins))) if begins else requests.names
-            alike = len(set(names)) == 1 and len(begins) < 2
-            if alike or session.base.merged is not None:
-                requests = requests._replace(names=names[:1], uniform=True)
-            else:
-                rows = self._followed(model, run, len(names), kwargs)
-                requests = requests._replace(names=names, uniform=False, rows=rows)
+            uniform = (len(set(names)) == 1 and len(begins) < 2) or session.base.merged is not None
+            requests = requests._replace(names=names[:1] if uniform else names, uniform=uniform)
+            if not uniform:
+                from lorafx.generation.prompt_rows import PromptRows
+
+                roles = RoleTable(model, session.program.config.row_dims, run)
+                known = str(inspect.unwrap(run).__module__).startswith("transformers.")
+                watched = not known or kwargs.get("custom_generate") is not None
+                rows = PromptRows(session, roles, len(names), self._remembered, watched=watched)
+                requests = requests._replace(serve=rows.serve)
                 serve = functools.partial(rows.run, serve)
         running = session.running._replace(requests=requests)
         return session.note(running, functools.partial(serve, *args, **kwargs))
-
-    def _followed(
-        self, model: nn.Module, run: Callable[..., Any], prompts: int, kwargs: Mapping[str, Any]
-    ) -> PromptRows:
-        """What follows the rows of so many prompts through `run`, the model's `generate`."""
-        from lorafx.generation.prompt_rows import PromptRows
-
-        roles = RoleTable(model, self._session.program.config.row_dims, run)
-        package = str(inspect.unwrap(run).__module__).partition(".")[0]
-        unknown = package != "transformers" or kwargs.get("custom_generate") is not None
-        return PromptRows(self._session, roles, prompts, self._remembered, watched=unknown)
-
-    @functools.cached_property
-    def _remembered(self) -> KnownLabels:
-        """What is known of the operators of `generate` from earlier calls."""
-        from lorafx.eager.known_labels import KnownLabels
-
-        return KnownLabels()
 
     def _parts(self, model: nn.Module) -> list[Replacement]:
         """The parts of the model that a `generate` of its own class may call directly: children,

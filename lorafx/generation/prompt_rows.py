@@ -12,10 +12,10 @@ nothing but such a loop is left of `generate`, no operator is followed any more.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FrameType
-from typing import Any, Protocol, TypeVar
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,18 +23,11 @@ from torch import Tensor
 from lorafx.eager.following import Following, running
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
-from lorafx.ownership.memory import (
-    NOBODY,
-    Alone,
-    Listed,
-    Memory,
-    RealLabel,
-    Shared,
-    listed,
-    same_owners,
-)
+from lorafx.generation.alora import ActivatedForward
+from lorafx.ownership.memory import NOBODY, Alone, Listed, Memory, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
 from lorafx.program.row_handoff import argument_label
+from lorafx.runtime.entry import Entry
 from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import (
@@ -46,15 +39,7 @@ from lorafx.torch_internals.transformers_parts import code_of_generate
 
 T = TypeVar("T")
 Owners = tuple[int, ...]
-
-
-class Forward(Protocol):
-    """A compiled forward that `generate` calls."""
-
-    name: str
-    roles: RoleTable
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+Forward = Entry | ActivatedForward
 
 
 class PromptRows:
@@ -79,14 +64,12 @@ class PromptRows:
         self._session, self._roles, self._count = session, roles, count
         self._memory = Memory(session.program.shared_in_one_call(), lambda: watched)
         self._mode = Following(self._memory, remembered=remembered, watched=watched)
-        #: Forwards that run inside of others are theirs.
-        self.depth = session.running.entries
-        #: The last loop of transformers, the forwards that it has called, and what was proved.
+        #: The last loop of transformers, and what was proved of its rows.
         self._loop: FrameType | None = None
         self._owners: Owners = ()
         self._requests = Requests(())
-        #: Whether more than the loop that runs is left: code that may call the model again.
-        self.goes_on = False
+        #: Whether other code calls the model beside a loop.
+        self._disturbed = False
         self._follows = True
 
     def run(self, generate: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -113,34 +96,36 @@ class PromptRows:
             finally:
                 self._loop = None  # its frame holds what it has computed
 
-    def call(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def serve(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The result of a forward, in which each row is a request with its prompt's adapter."""
         if not self._follows or running() is not self._mode:
-            return self._call(forward, args, kwargs)
+            return self._serve(forward, args, kwargs)
         _pop_torch_dispatch_stack(None)
         try:
-            return self._call(forward, args, kwargs)
+            return self._serve(forward, args, kwargs)
         finally:
             if self._follows:
                 _push_on_torch_dispatch_stack(self._mode)
 
-    def _call(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _serve(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session, (loop, directly) = self._session, _loop()
         known = loop is not None and loop is self._loop
         if self._follows or not known:
             named = forward.roles.spread(forward.roles.bind(args, kwargs))
             owners = self._proved(forward, named, self._owners if known else None)
             names = session.requests.names
-            requests = Requests(tuple(names[owner] for owner in owners), owners=owners)
+            requests = session.requests._replace(
+                names=tuple(names[owner] for owner in owners), owners=owners, serve=None
+            )
             if loop is None:  # such as a processor of logits does
-                self.goes_on |= self._loop is not None
+                self._disturbed |= self._loop is not None
             else:
                 self._loop, self._owners, self._requests = loop, owners, requests
         else:
             requests = self._requests
         running = session.running._replace(requests=requests)
         result = session.note(running, partial(forward, *args, **kwargs))
-        if self._follows and known and directly and not self.goes_on and _is_last(loop):
+        if self._follows and known and directly and not self._disturbed and _is_last(loop):
             self._follows = False
         if self._follows:
             self._label(result, owners)
@@ -156,18 +141,15 @@ class PromptRows:
                 if tensor.dim() > dim and tensor.shape[dim] == len(owners):
                     self._memory.note(tensor, listed(dim, owners))
 
-    def _proved(
-        self, forward: Forward, named: Mapping[str, Any], known: Owners | None
-    ) -> Owners:
+    def _proved(self, forward: Forward, named: Mapping[str, Any], known: Owners | None) -> Owners:
         """The prompt of each row of a forward with these arguments. `known`: what it is by the loop
         that runs. Raises BatchError where that is not proved."""
         rows = forward.roles.rows(named) or 0
         said = content = (NOBODY,) * rows
         unknown, texts = None, []
-        for name, tensor, dim in _with_rows(forward.roles, named, rows):
-            owners = _by_row(self._memory.look(tensor), dim, rows)
+        for name, shape, owners in self._owners_in(forward.roles, named, rows):
             if owners is None:
-                unknown = unknown or (name in _CONTENT and f"{name} {tuple(tensor.shape)}")
+                unknown = unknown or (name in _CONTENT and f"{name} {shape}")
                 continue
             texts.append(f"{name} {[*owners]}")
             said = said and same_owners((said, owners))
@@ -191,26 +173,22 @@ class PromptRows:
             "generate() once for each adapter, or the model itself with a name for each row"
         )
 
-
-def _with_rows(
-    roles: RoleTable, named: Mapping[str, Any], rows: int
-) -> Iterator[tuple[str, Tensor, int]]:
-    """The tensors that have an entry for each row, the argument of each, and the dimension."""
-    for name, value in named.items():
-        for tensor in tensor_leaves(value):
-            role = roles.role(name, tensor, named)
-            dim = role.dim if role.known else None
-            if dim is not None and tensor.dim() > dim and tensor.shape[dim] == rows:
-                yield name, tensor, dim
-
-
-def _by_row(label: RealLabel | None, dim: int, rows: int) -> Owners | None:
-    """The owner of each index along `dim`; None if unknown, or not one owner each."""
-    if isinstance(label, Listed) and label.dim == dim:
-        return label.owners
-    if isinstance(label, (Alone, Shared)):
-        return (label.request if isinstance(label, Alone) else NOBODY,) * rows
-    return None
+    def _owners_in(
+        self, roles: RoleTable, named: Mapping[str, Any], rows: int
+    ) -> Iterator[tuple[str, tuple[int, ...], Owners | None]]:
+        """The argument, the shape and the owners, if known, of each tensor with an entry a row."""
+        for name, value in named.items():
+            for tensor in tensor_leaves(value):
+                role = roles.role(name, tensor, named)
+                dim = role.dim if role.known else None
+                if dim is None or tensor.dim() <= dim or tensor.shape[dim] != rows:
+                    continue
+                label, owners = self._memory.look(tensor), None
+                if isinstance(label, Listed) and label.dim == dim:
+                    owners = label.owners
+                elif isinstance(label, (Alone, Shared)):
+                    owners = (label.request if isinstance(label, Alone) else NOBODY,) * rows
+                yield name, tuple(tensor.shape), owners
 
 
 #: Arguments with what a row is. Others, such as masks, may be the same for rows of several prompts.
@@ -219,16 +197,21 @@ _CONTENT = (*PRIMARY, *CACHES, "encoder_outputs", "encoder_hidden_states")
 _BETWEEN = ("lorafx", "torch.nn.modules.module")
 
 
+def _code(part: str) -> frozenset[CodeType]:
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    return code_of_generate(mixin, part)
+
+
 def _loop() -> tuple[FrameType | None, bool]:
     """The loop of transformers that calls the forward, and whether it does so by itself: it does
     not at its first one, for the prompts. No loop if other code calls it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _module(frame).startswith(_BETWEEN):
         frame = frame.f_back
-    codes, caller = code_of_generate(), frame
-    while frame is not None and frame.f_code in codes.prefill:
+    caller = frame
+    while frame is not None and frame.f_code in _code("prompts"):
         frame = frame.f_back
-    if frame is None or frame.f_code not in codes.loops:
+    if frame is None or frame.f_code not in _code("loops"):
         return None, False
     return frame, frame is caller
 
@@ -236,9 +219,13 @@ def _loop() -> tuple[FrameType | None, bool]:
 def _is_last(loop: FrameType | None) -> bool:
     """Whether nothing is left but the loop: transformers' `generate` returns what it returns."""
     frame = None if loop is None else loop.f_back
-    while frame is not None and frame.f_code in code_of_generate().generate:
+    while frame is not None and frame.f_code in _code("generate"):
         frame = frame.f_back
-    return frame is not None and _module(frame).startswith("lorafx")
+    while frame is not None and _module(frame).startswith("lorafx"):
+        if frame.f_code is PromptRows.run.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _module(frame: FrameType) -> str:

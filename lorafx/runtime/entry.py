@@ -73,9 +73,8 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         refuse_elsewhere(session)
-        rows = session.requests.rows
-        if rows is not None and rows.depth == session.running.entries:
-            return rows.call(self, args, kwargs)
+        if (serve := session.requests.serve) is not None:
+            return serve(self, args, kwargs)
         running = session.running.in_forward(session.program.runtime.rows)
         return session.run(running, functools.partial(self._serve, *args, **kwargs))
 

@@ -3,10 +3,10 @@ of its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,15 +34,6 @@ def _misfit_error(names: int, rows: int, arguments: str) -> BatchError:
     )
 
 
-class PromptRows(Protocol):
-    """Says which prompt each row of a forward belongs to (lorafx.generation.prompt_rows)."""
-
-    @property
-    def depth(self) -> int: ...
-
-    def call(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
-
-
 class Requests(NamedTuple):
     """The requests of a call, and their adapters.
 
@@ -53,8 +44,9 @@ class Requests(NamedTuple):
         uniform: `names` has a single entry, which is the adapter of every row.
         packed: the tokens, (1, T), are those of several sequences, each of them a request.
         all_tokens: an aLoRA adapter is active for all tokens of its request.
-        rows: says which request each row of a forward is, inside of `generate`.
-        owners: the prompt of each request, inside of `generate`.
+        serve: runs a forward with these arguments inside of `generate`, where requests are prompts,
+            and finds whose its rows are.
+        owners: the prompt of each request of such a forward.
     """
 
     names: tuple[str | None, ...]
@@ -62,7 +54,7 @@ class Requests(NamedTuple):
     uniform: bool = False
     packed: bool = False
     all_tokens: bool = False
-    rows: PromptRows | None = None
+    serve: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] | None = None
     owners: tuple[int, ...] | None = None
 
     @property

@@ -6,7 +6,7 @@ import inspect
 import sys
 from functools import cache
 from types import CellType, CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,31 +41,21 @@ def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-class CodeOfGenerate(NamedTuple):
-    """The code of transformers' `generate`, of its loops over tokens, which keep the order of their
-    rows, and of what runs the prompts at the beginning of one."""
-
-    generate: frozenset[CodeType]
-    loops: frozenset[CodeType]
-    prefill: frozenset[CodeType]
+#: What `code_of_generate` knows -> transformers' functions.
+_OF_GENERATE = {
+    "generate": ("generate",),
+    "loops": ("_sample", "_beam_search", "_assisted_decoding"),
+    "prompts": ("_prefill",),
+}
 
 
 @cache
-def code_of_generate() -> CodeOfGenerate:
-    """Where this version of transformers has no function of a name, it has no such code."""
-    from transformers import GenerationMixin
-
-    def codes(*names: str) -> frozenset[CodeType]:
-        functions = [getattr(GenerationMixin, name, None) for name in names]
-        plain = [inspect.unwrap(function) for function in functions if function is not None]
-        return frozenset(function.__code__ for function in plain)
-
-    with private_names():
-        return CodeOfGenerate(
-            codes("generate") | {GenerationMixin.generate.__code__},
-            codes("_sample", "_beam_search", "_assisted_decoding"),
-            codes("_prefill"),
-        )
+def code_of_generate(mixin: Any, part: str) -> frozenset[CodeType]:
+    """The code of transformers' `generate`, of its "loops" over tokens, which keep the order of
+    their rows, or of what runs the "prompts" at the beginning of one. `mixin` is GenerationMixin; a
+    version of it without a function has no such code."""
+    functions = [getattr(mixin, name) for name in _OF_GENERATE[part] if hasattr(mixin, name)]
+    return frozenset(f.__code__ for each in functions for f in (each, inspect.unwrap(each)))
 
 
 def cell_of_forward(module: nn.Module) -> CellType | None:

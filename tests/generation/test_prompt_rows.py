@@ -132,9 +132,7 @@ def test_rows_of_which_arguments_say_different_things_are_refused(served):
         return model(input_ids=input_ids[:, -1:].flip(0), past_key_values=cache).logits
 
     with pytest.raises(BatchError, match=r"name different prompts for a row: input_ids \[2, 1, 0"):
-        served.generate(
-            prompts()["input_ids"], **FIXED, custom_generate=loop, adapter_names=NAMES
-        )
+        served.generate(prompts()["input_ids"], **FIXED, custom_generate=loop, adapter_names=NAMES)
 
 
 def test_rows_that_a_loop_drops_on_its_way(llama, served):
@@ -304,7 +302,7 @@ def test_music_of_several_codebooks(tmp_path):
     cm = case.compile({"start": "eager"})
     for scale in (1.0, 3.0):
         kwargs = {"do_sample": False, "max_new_tokens": 4, "guidance_scale": scale}
-        with pytest.raises(BatchError, match="by generate.. for 3 prompts with different adapters"):
+        with pytest.raises(BatchError, match=r"by generate\(\) for 3 prompts"):
             cm.generate(**prompts(), **kwargs, adapter_names=NAMES)
         got = cm.generate(**prompts(), **kwargs, adapter_names=["a"] * 3)
         assert torch.equal(got, case.alone("a").generate(**prompts(), **kwargs))
@@ -338,7 +336,7 @@ def test_long_speech_whose_rows_end_at_different_times(tmp_path):
     torch.manual_seed(0)
     inputs = {"input_features": torch.randn(3, 8, 160)}
     mask = torch.ones(3, 160, dtype=torch.long)
-    mask[0, 50:] = mask[1, 120:] = 0
+    mask[0, 50:] = mask[1, 90:] = 0
     kwargs = {"return_timestamps": True, "attention_mask": mask}
     got = cm.generate(**inputs, **kwargs, adapter_names=NAMES)
     base = case.base.generate(**inputs, **kwargs)
