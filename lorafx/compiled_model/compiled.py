@@ -205,7 +205,6 @@ class CompiledModel(AsModule):
         requests = requests_of(adapter_names)
         if requests is not None:
             requests.check_prompts(kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
-            requests = requests._replace(repeats=True)
 
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
             def run() -> Any:

@@ -63,7 +63,7 @@ def generating_forward_of(
     ids = named.get(_IDS) if inputs is None else inputs
     _check_ids(session, module, ids, "generate()")
     assert isinstance(ids, Tensor)
-    names = session.requests.of_rows(ids.shape[0], repeats=True)
+    names = session.requests.of_rows(ids.shape[0])
     return ActivatedForward(entries, module, _first_columns(session, names, ids), ids.shape[1])
 
 
@@ -103,17 +103,20 @@ class ActivatedForward:
         length: int = 0,
     ) -> None:
         self._session, self._module = entries.session, module
-        self._begins, self._length = begins, length
+        self.begins, self._length = begins, length
         #: The number of tokens before the next forward of a generation, those of a cache included.
         self._past = 0
         self._by_row = entries.of(module)
+        self.name, self.roles = self._by_row.name, self._by_row.roles
         self._by_token = entries.of(module, per_token=True)
         functools.update_wrapper(self, module.forward)  # `generate` reads its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self._session
         refuse_elsewhere(session)
-        names, begins, columns = self._rows_and_columns(self._by_row.roles.bind(args, kwargs))
+        if (serve := session.requests.serve) is not None:
+            return serve(self, args, kwargs)
+        names, begins, columns = self._rows_and_columns(self.roles.bind(args, kwargs))
         if len(columns) == 1:
             active = tuple(
                 name if begin is not None and begin <= columns.start else None
@@ -129,16 +132,12 @@ class ActivatedForward:
     def _rows_and_columns(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
         """The adapter of each row, the column where it begins, and the columns of the call."""
         session, ids = self._session, named.get(_IDS)
-        if self._begins is not None:
+        if self.begins is not None:
             tokens = named["inputs_embeds"] if ids is None else ids
             rows, length = tokens.shape[:2]
-            repeats = rows // len(self._begins)  # beams, returned sequences
-            begins = [begin for begin in self._begins for _ in range(repeats)]
-            return (
-                session.requests.of_rows(rows, repeats=True),
-                begins,
-                self._columns(named, length),
-            )
+            owners = session.requests.owners or (0,) * rows
+            begins = [self.begins[owner] for owner in owners]
+            return session.requests.of_rows(rows), begins, self._columns(named, length)
         _check_ids(session, self._module, ids, "this call")
         assert isinstance(ids, Tensor)
         names = session.requests.of_rows(ids.shape[0])

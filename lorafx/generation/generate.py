@@ -18,9 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
 from lorafx.model.targets import input_embedding
+from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
@@ -53,6 +55,8 @@ class CompiledGenerate:
     def __init__(self, entries: CompiledForwards) -> None:
         self._entries = entries
         self._session = entries.session
+        #: What is known of the operators of `generate` from earlier calls.
+        self._remembered = KnownLabels()
         self._direct_forwards: dict[int, tuple[Entry, Callable[..., Any]]] = {}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,9 +96,7 @@ class CompiledGenerate:
         @functools.wraps(run)
         def nested(*args: Any, **kwargs: Any) -> Any:
             refuse_elsewhere(session)
-            repeating = session.running._replace(requests=session.requests._replace(repeats=True))
-            action = functools.partial(self._generate, module, run, *args, **kwargs)
-            return session.note(repeating, action)
+            return self._generate(module, run, *args, **kwargs)
 
         return nested
 
@@ -113,7 +115,23 @@ class CompiledGenerate:
             if encoder is not model:
                 attributes.append((encoder, "forward", entries.of(encoder)))
         attributes += self._parts(model) + _modalities(entries, model, kwargs)
-        return session.replacements.replacing(attributes, run, *args, **kwargs)
+        serve = functools.partial(session.replacements.replacing, attributes, run)
+        requests, begins = session.requests, getattr(forward, "begins", None) or ()
+        if requests.serve is None and requests.tokens is None:  # not inside of another `generate`
+            names = tuple(requests.of_rows(len(begins))) if begins else requests.names
+            uniform = (len(set(names)) == 1 and len(begins) < 2) or session.base.merged is not None
+            requests = requests._replace(names=names[:1] if uniform else names, uniform=uniform)
+            if not uniform:
+                from lorafx.generation.prompt_rows import PromptRows
+
+                roles = RoleTable(model, session.program.config.row_dims, run)
+                known = str(inspect.unwrap(run).__module__).startswith("transformers.")
+                watched = not known or kwargs.get("custom_generate") is not None
+                rows = PromptRows(session, roles, len(names), self._remembered, watched=watched)
+                requests = requests._replace(serve=rows.serve)
+                serve = functools.partial(rows.run, serve)
+        running = session.running._replace(requests=requests)
+        return session.note(running, functools.partial(serve, *args, **kwargs))
 
     def _parts(self, model: nn.Module) -> list[Replacement]:
         """The parts of the model that a `generate` of its own class may call directly: children,

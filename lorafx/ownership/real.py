@@ -151,10 +151,8 @@ class Indices:
     def __init__(self, indices: Sequence[Tensor | None], labels: Labels) -> None:
         self.at: list[Tensor | None] = []
         self.cells: list[Tensor] = []
-        self.masked: list[bool] = []
         for index in indices:
             if index is None:
-                self.masked.append(False)
                 self.at.append(None)
                 self.cells.append(torch.empty(0))
                 continue
@@ -163,10 +161,8 @@ class Indices:
                 positions = index.nonzero().unbind(1)
                 self.at.extend(positions)
                 self.cells.extend([cells[tuple(positions)]] * len(positions))
-                self.masked.extend([True] * len(positions))
             else:
                 self.at.append(index)
-                self.masked.append(False)
                 self.cells.append(cells)
 
     @staticmethod
@@ -183,7 +179,7 @@ class Indices:
     def owned(self, entries: Tensor) -> Tensor:
         """`entries`, the cells of table[indices], joined with the owners of the indices.
 
-        A mask of unknown owners is neutral: it selects rows, in order, and does not change them.
+        An index or a mask of unknown owners is neutral: it picks rows, and does not change them.
         """
         dims = [dim for dim, index in enumerate(self.at) if index is not None]
         adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
@@ -192,8 +188,7 @@ class Indices:
         for dim in dims:
             cells = self.cells[dim]
             cells = cells.reshape(*cells.shape, *[1] * trailing)
-            if self.masked[dim]:
-                cells = torch.where((cells == UNKNOWN) & (entries >= 0), NOBODY, cells)
+            cells = torch.where((cells == UNKNOWN) & (entries >= 0), NOBODY, cells)
             entries = joined(entries, cells)
         return entries
 

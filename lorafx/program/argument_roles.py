@@ -33,7 +33,7 @@ _MASKS_AND_TYPES = (
     *("pixel_attention_mask", "spatial_shapes", "bool_masked_pos", "mask_time_indices"),
     *("perm_mask", "target_mapping", "token_type_ids", "mm_token_type_ids", "query_embeds"),
     *("qformer_input_ids", "qformer_attention_mask", "flattened_patches", "segment_ids", "langs"),
-    *("lengths", "bbox", "labels"),
+    *("lengths", "bbox", "labels", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
 _STATES = (
     *("encoder_hidden_states", "encoder_outputs", "past_key_values", "cache_params"),

@@ -77,6 +77,8 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         refuse_elsewhere(session)
+        if (serve := session.requests.serve) is not None:
+            return serve(self, args, kwargs)
         running = session.running.in_forward(session.program.runtime.rows)
         return session.run(running, functools.partial(self._serve, *args, **kwargs))
 

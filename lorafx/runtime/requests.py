@@ -3,7 +3,7 @@ of its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,19 +41,21 @@ class Requests(NamedTuple):
         names: the adapter of each request; None is the base.
         tokens: (B, T), the index into `names` of each token's adapter, -1 for the base; None where
             all tokens of a request use the same adapter.
-        repeats: each request may have several consecutive rows (beams, returned sequences), as
-            `generate` makes them.
         uniform: `names` has a single entry, which is the adapter of every row.
         packed: the tokens, (1, T), are those of several sequences, each of them a request.
         all_tokens: an aLoRA adapter is active for all tokens of its request.
+        serve: runs a forward with these arguments inside of `generate`, where requests are prompts,
+            and finds whose its rows are.
+        owners: the prompt of each request of such a forward.
     """
 
     names: tuple[str | None, ...]
     tokens: Tensor | None = None
-    repeats: bool = False
     uniform: bool = False
     packed: bool = False
     all_tokens: bool = False
+    serve: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] | None = None
+    owners: tuple[int, ...] | None = None
 
     @property
     def tokens_known(self) -> bool:
@@ -78,11 +80,9 @@ class Requests(NamedTuple):
         if known and len(self.names) != len(prompts):
             raise _misfit_error(len(self.names), len(prompts), "")
 
-    def of_rows(
-        self, rows: int | None, *, repeats: bool = False, call: Call | None = None
-    ) -> Names:
+    def of_rows(self, rows: int | None, *, call: Call | None = None) -> Names:
         """The adapter of each of so many rows; None: no argument of the call carries requests.
-        `repeats` is as the attribute; errors name the arguments of `call`.
+        Errors name the arguments of `call`.
 
         Raises:
             BatchError: names and rows do not fit together.
@@ -98,12 +98,9 @@ class Requests(NamedTuple):
                     f"LoraConfig(row_dims={{argument: dim}}){_sizes_text(call)}"
                 )
             return names[:1]
-        count = len(names)
-        if rows == count:
+        if rows == len(names):
             return names
-        if count and rows % count == 0 and (self.repeats or repeats):
-            return [name for name in names for _ in range(rows // count)]
-        raise _misfit_error(count, rows, _sizes_text(call))
+        raise _misfit_error(len(names), rows, _sizes_text(call))
 
     def used(self) -> dict[int, str | None]:
         """The adapters that tokens use, by their indices into `names`; -1 is the base."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from types import CellType
+from functools import cache
+from types import CellType, CodeType
 from typing import Any
 
 import torch
@@ -37,6 +39,23 @@ def classes_of(auto: Any, config: Any) -> tuple[type, ...]:
     with private_names():
         found: Any = auto._model_mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
+
+
+#: What `code_of_generate` knows -> transformers' functions.
+_OF_GENERATE = {
+    "generate": ("generate",),
+    "loops": ("_sample", "_beam_search", "_assisted_decoding"),
+    "prompts": ("_prefill",),
+}
+
+
+@cache
+def code_of_generate(mixin: Any, part: str) -> frozenset[CodeType]:
+    """The code of transformers' `generate`, of its "loops" over tokens, which keep the order of
+    their rows, or of what runs the "prompts" at the beginning of one. `mixin` is GenerationMixin; a
+    version of it without a function has no such code."""
+    functions = [getattr(mixin, name) for name in _OF_GENERATE[part] if hasattr(mixin, name)]
+    return frozenset(f.__code__ for each in functions for f in (each, inspect.unwrap(each)))
 
 
 def cell_of_forward(module: nn.Module) -> CellType | None:
