@@ -759,9 +759,9 @@ class CompiledModel(AsModule):
         Raises ConfigError if the folder cannot be made, or written to. With `inputs` it also raises
         what a call raises.
         """
-        from lorafx.inspection.replay import with_stages_of
         from lorafx.inspection.report import written_into
         from lorafx.inspection.viewer.dump import Dump
+        from lorafx.runtime.replay import with_stages_of
 
         target = Path(folder)
         with written_into(target), self._session.lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.torch_internals.transformers_parts import cell_of_forward
+
+T = TypeVar("T")
 
 #: The share of the model's bytes that gathered factors may take.
 _SHARE = 4
@@ -66,8 +68,34 @@ class EagerTier:
                 raise
             raise OutOfRangeError(_ranges_text(program, error)) from error
 
+    def look(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        read: Callable[[Any], T],
+        sites: list[tuple[str, Tensor]] | None = None,
+    ) -> T:
+        """What `read` takes from the result of `run`. Everything is then as before the call. The
+        outputs of `sites` are noted, which are then computed by the sites' operators alone."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._program.runtime.active:
+                return self._followed(target, args, kwargs, read, sites)
+            holders = self._program.model, *args, *kwargs.values()
+            undo = Undo(holders, self._program.runtime.device)
+            try:
+                following = Following(undo=undo)
+                return read(following.run(partial(target, *args, **kwargs)))
+            finally:
+                undo.run()
+
     def _followed(
-        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        read: Callable[[Any], Any] | None = None,
+        sites: list[tuple[str, Tensor]] | None = None,
     ) -> Any:
         program, runtime = self._program, self._program.runtime
         counted: dict[int, Tensor] = {}
@@ -75,24 +103,30 @@ class EagerTier:
         kwargs = {name: _counted(value, counted) for name, value in kwargs.items()}
         watched = self._has_unknown_code()
         memory = self._labelled_arguments(counted, watched=watched)
-        undo = Undo((*args, *kwargs.values()), runtime.device)
+        holders = program.model, *args, *kwargs.values()
+        undo = Undo(holders, runtime.device, trusted=not watched)
         self._remembered.begin()
         following = Following(
             memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
         )
-        runtime.deltas = RowDeltas(program, following, self._gathered)
+        runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
             result = following.run(partial(target, *args, **kwargs))
             following.check()
             program.keep_constants(memory)
+            if read is not None:
+                result = read(result)
+                undo.run()
             return result
         except Exception as error:
             refusal = following.refusal
             if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
                 refusal = str(error)
-            if refusal is None:
+            if refusal is None and read is None:
                 raise
             undo.run()
+            if refusal is None:
+                raise
             raise NeedsGraph(refusal) from None
         finally:
             runtime.deltas = None

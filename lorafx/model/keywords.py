@@ -32,6 +32,7 @@ ELSEWHERE: Mapping[str, str] = {
             *("active_adapters", "lora", "loras", "lora_name", "lora_names", "lora_request"),
             *("lora_requests", "lora_path", "lora_paths", "lora_id", "lora_ids", "lora_int_id"),
             *("lora_adapter", "lora_adapters", "lora_scale", "lora_weights"),
+            *("adapter_parameters", "merged_adapters"),
         ),
         "adapter_names",
     ),

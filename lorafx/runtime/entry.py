@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -29,6 +29,7 @@ from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens
+from lorafx.runtime.results import refuse_code
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.torch_internals.dynamo import any_global_hook
@@ -95,7 +96,10 @@ class Entry:
         runtime = session.program.runtime
         if runtime.active:
             self._refuse_loops()
-            return self._run(args, kwargs, base=False)
+            result = self._run(args, kwargs, base=False)
+            if self.is_forward or not isinstance(result, nn.Module):  # such as get_decoder's
+                refuse_code(result, self.name)
+            return result
         warming = self.base_graphs == "warmup" and session.running.warming
         base = warming or self.base_graphs is True
         runtime.active = not base
@@ -135,15 +139,7 @@ class Entry:
                 run = functools.partial(traced.converted_by, conversion(traced), run)
             no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with no_grad, session.without_mha_fast_path():
-                result = self._run_tracked(run)
-            if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
-                if isinstance(result, CoroutineType):
-                    result.close()
-                raise CaptureError(
-                    f"{self.name} is a {type(result).__name__}, whose body runs after the call "
-                    "has ended, without its adapters; return what it yields"
-                )
-            return result
+                return self._run_tracked(run)
         except NoGraph:
             raise
         except BaseException as error:

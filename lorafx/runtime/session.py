@@ -202,7 +202,7 @@ class Session:
     @cached_property
     def backend(self) -> Backend:
         """Compiles the graphs; made with the first one, since what it imports takes a second.
-        lorafx.inspection.replay assigns another one."""
+        lorafx.runtime.replay assigns another one."""
         # An import defines operators, which an interrupted one could not define again.
         return undisturbed(partial(self._new_backend, self))
 

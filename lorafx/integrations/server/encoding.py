@@ -269,7 +269,7 @@ class Encoding:
     async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
         served, record = self._served, current_record()
-        adapter = await served.resolve(body.get("model"))
+        adapter = await served.resolve(body)
         record.asks_for(adapter)
         fields = EncodingFields.read(body)
         task, way = "embed", "/v1/embeddings"

@@ -57,7 +57,7 @@ class Handler:
 
     async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
-        adapter = await self.served.resolve(body.get("model"))
+        adapter = await self.served.resolve(body)
         current_record().asks_for(adapter)
         fields = self.fields.read(body, self.served.settings.max_logprobs)
         arguments = await self.served.arguments(fields)
