@@ -196,7 +196,7 @@ def test_adapters_of_a_part_of_the_model_are_refused(shallow):
         lorafx.compile(outer, options=REFERENCE)
 
 
-@pytest.mark.parametrize("how", ["load_adapter", "get_peft_model"])
+@pytest.mark.parametrize("how", ["load_adapter", "get_peft_model", "of the compiled model"])
 def test_injection_after_compiling_is_refused(shallow, how):
     """All rows would have that adapter, those of the base too."""
     cm = shallow.compile()
@@ -205,7 +205,7 @@ def test_injection_after_compiling_is_refused(shallow, how):
     if how == "load_adapter":
         cm._orig_mod.load_adapter(str(shallow.folders["a1"]), "x")
     else:
-        peft.get_peft_model(cm._orig_mod, config, "x")
+        peft.get_peft_model(cm if how == "of the compiled model" else cm._orig_mod, config, "x")
     for use in (answer, lambda m: answer(m, adapter_names=["a0", None]), lambda m: m.merge("a0")):
         with pytest.raises(CaptureError, match=r"PEFT has put adapters into this Llama.*load_"):
             use(cm)

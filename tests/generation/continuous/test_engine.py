@@ -166,6 +166,30 @@ def test_sequences_of_one_prompt_keep_its_adapter(llama, cm):
     check_logits(llama, seen, outputs, adapters)
 
 
+def test_hooks_and_a_forward_in_place_of_its_own_run_at_each_step(llama, cm):
+    own, seen = cm.forward, []
+
+    def forward(*args, **kwargs):
+        seen.append("forward")
+        output = own(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+
+    call = ([[3, 4, 5, 6], [7, 8]], ["a1", None], None, CONFIG)
+    plain = list(cm.generate_batch(*call, max_new_tokens=1).values())
+    handle = cm.register_forward_hook(lambda *_: seen.append("hook"))
+    cm.forward = forward
+    got = list(cm.generate_batch(*call, max_new_tokens=1).values())
+    handle.remove()
+    del cm.forward
+    assert seen == ["forward", "hook"]
+    for output, other, name in zip(got, plain, ["a1", None], strict=True):
+        ids = torch.tensor([output.prompt_ids])
+        logits = llama.alone(name)(ids).logits[0, -1]
+        assert output.generated_tokens == [int(logits.argmin())]
+        assert other.generated_tokens == [int(logits.argmax())]
+
+
 def test_cancelled_requests_and_calls_between_steps(llama, cm):
     inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:

@@ -248,6 +248,11 @@ def test_the_pipeline_is_what_it_was(pair: Callable[[str], Pair]) -> None:
     assert type(pipe.transformer) is type(both.own.pipe.transformer)
     assert "forward" not in vars(pipe.transformer)
     assert both.cp.scheduler is pipe.scheduler
+    seen: list[Any] = []
+    handle = pipe.transformer.register_forward_hook(lambda module, *_: seen.append(module))
+    both.call(["both", None])
+    handle.remove()
+    assert seen == [pipe.transformer] * tiny.CALL["num_inference_steps"]
     # The adapter that was active is the default, of which the pipeline alone knows nothing.
     assert torch.equal(both.call(None, 2).images, both.call(["both", "both"]).images)
     with pytest.raises(MatchError, match=r"outside the compiled model's own calls.*'both'"):
