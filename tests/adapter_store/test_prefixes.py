@@ -12,6 +12,8 @@ import tiny_pipelines
 import torch
 from dense_merge import random_base
 from diffusers import QwenImageTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llava import llava
 from torch import Tensor, nn
 from transformers import (
@@ -25,7 +27,8 @@ from transformers import (
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.config import LoraConfig
-from lorafx.errors import CheckpointError, ConfigError
+from lorafx.errors import CheckpointError, ConfigError, LorafxError
+from lorafx.model.saved_names import WRAPPERS
 from lorafx.runtime.marking import build_sites
 
 pytestmark = pytest.mark.quick
@@ -173,3 +176,37 @@ def test_a_prefix_that_is_taken_off() -> None:
 def test_prefixes_that_are_wrong(prefix: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read("text", pair(f"model.{Q}", 8), config=CONFIG, prefix=prefix)
+
+
+NAMES = st.sampled_from(["a", "b", "0", "1", "layers", "model", "text_model", "language_model"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4)
+START = st.sampled_from([*sorted(WRAPPERS), "base_model.model", "a", "model"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(PATHS, min_size=1, max_size=3),
+    st.lists(START, max_size=2),
+    st.integers(0, 2),
+    st.integers(0, 2),
+)
+def test_a_file_of_any_tree_loads_where_its_paths_are(paths, start, cut, index) -> None:
+    """Without transformers' names only those of wrappers may come or go."""
+    model = nn.Module()
+    for path in paths:
+        module = model
+        for name in path:
+            if name not in module._modules:
+                module.add_module(name, nn.Linear(4, 4))
+            module = module.get_submodule(name)
+    saved = ".".join([*start, *paths[index % len(paths)][cut:]])
+    if not saved:
+        return
+    _, sites = build_sites(model, LoraConfig(target_modules="all-linear"))
+    source = lorafx.AdapterSource(pair(saved, 4), config={"r": 2, "lora_alpha": 2})
+    try:
+        (loaded,) = read_adapter(source, "a", sites, model=model).weights
+    except LorafxError:
+        return
+    plain = saved.removeprefix("base_model.model.").split(".")
+    assert [name for name in plain if name not in WRAPPERS] == loaded.split(".")

@@ -83,7 +83,7 @@ def _pipelines() -> Mapping[type, Collection[type]]:
         try:
             with _silence():
                 pipeline = getattr(package, name)
-            hints = get_type_hints(pipeline.__init__) if isinstance(pipeline, type) else {}
+            hints = get_type_hints(inspect.getattr_static(pipeline, "__init__"))
         except Exception:  # what a pipeline imports may be absent
             continue
         types = [kind for hint in hints.values() for kind in (hint, *get_args(hint))]
