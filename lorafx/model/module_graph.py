@@ -133,7 +133,8 @@ class ModuleGraph:
         """The instance at `path`, canonical or an alias, "" for the root; None if there is none."""
         module: nn.Module | None = self.root
         for name in path.split(".") if path else ():
-            module = module._modules.get(name) if module is not None else None
+            children = {} if module is None else module._modules
+            module = children[name] if name in children else None  # torch.jit's has no `get`
         return module
 
     def at(self, path: str) -> nn.Module:
