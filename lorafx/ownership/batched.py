@@ -15,7 +15,7 @@ from torch import fx
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Label, Own, Single
-from lorafx.ownership.symbolic import ONE, equal, is_multiple
+from lorafx.ownership.symbolic import equal, is_multiple
 from lorafx.torch_internals.graph_parts import OpOverload
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -192,7 +192,10 @@ def recurrent(node: fx.Node, flow: Flow) -> Label:
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten._linalg_solve_ex, aten.linalg_lstsq), solved),
     **dict.fromkeys(
-        (aten.linalg_solve_triangular, aten.cholesky_solve, aten.triangular_solve, aten.max_unpool2d),
+        (
+            aten.linalg_solve_triangular, aten.cholesky_solve, aten.triangular_solve,
+            aten.max_unpool2d,
+        ),
         batched(2),
     ),
     **dict.fromkeys((aten.linalg_ldl_solve, aten.linalg_lu_solve), batched(2, 1, 2)),

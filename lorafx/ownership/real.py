@@ -124,9 +124,7 @@ def scattered_along(
     return None if bool((table.gather(dim, index) != owners).any()) else table
 
 
-def bag_cells(
-    func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels
-) -> Tensor | None:
+def bag_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
     """embedding_bag: the common owner of each bag's indices."""
     if not all(isinstance(labels[id(named[name])], Shared) for name in ("weight", "offsets")):
         return None
@@ -225,8 +223,14 @@ MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | 
     **READ_INDICES,
     **dict.fromkeys(
         (
-            aten.cat, aten.stack, aten.flip, aten.roll, aten.rot90, aten.repeat,
-            aten.slice_scatter, aten.select_scatter,
+            aten.cat,
+            aten.stack,
+            aten.flip,
+            aten.roll,
+            aten.rot90,
+            aten.repeat,
+            aten.slice_scatter,
+            aten.select_scatter,
         ),
         moved_cells,
     ),
