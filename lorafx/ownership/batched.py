@@ -192,7 +192,10 @@ def recurrent(node: fx.Node, flow: Flow) -> Label:
 RULES: dict[object, Rule] = {
     **dict.fromkeys((aten._linalg_solve_ex, aten.linalg_lstsq), solved),
     **dict.fromkeys(
-        (aten.linalg_solve_triangular, aten.cholesky_solve, aten.triangular_solve, aten.max_unpool2d),
+        (
+            aten.linalg_solve_triangular, aten.cholesky_solve, aten.triangular_solve,
+            aten.max_unpool2d,
+        ),
         batched(2),
     ),
     **dict.fromkeys((aten.linalg_ldl_solve, aten.linalg_lu_solve), batched(2, 1, 2)),

@@ -120,7 +120,8 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
             aten._to_copy, aten.to, aten.alias, aten.alias_copy, aten.detach, aten.contiguous,
-            aten.lift_fresh, aten.lift_fresh_copy, aten.complex, aten.polar, aten.conj, aten._conj, aten.real,
+            aten.lift_fresh, aten.lift_fresh_copy, aten.complex, aten.polar, aten.conj, aten._conj,
+            aten.real,
             aten.imag, aten.resolve_conj, aten.resolve_neg, aten._neg_view, aten.masked_fill,
             aten._prelu_kernel, aten.floor_divide, aten.fill, aten.native_dropout, aten.dropout,
             aten.rrelu_with_noise, aten.isclose, aten.triu, aten.tril, aten.clip, aten.bernoulli,
@@ -129,7 +130,8 @@ RULES: dict[object, Rule] = {
             aten.binary_cross_entropy, aten.binary_cross_entropy_with_logits, aten.mse_loss,
             aten.huber_loss, aten.smooth_l1_loss, aten.normal, aten.poisson, aten.binomial,
             aten._standard_gamma, aten.fake_quantize_per_tensor_affine_cachemask,
-            aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams, aten.__or__, aten.__and__, aten.__xor__, prims.abs, prims.maximum,
+            aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams, aten.__or__,
+            aten.__and__, aten.__xor__, prims.abs, prims.maximum,
             prims.minimum, prims.rsqrt,
             prims.convert_element_type, prims.acos, prims.asin, prims.atan, prims.cos, prims.cosh,
             prims.erf,

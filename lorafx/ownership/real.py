@@ -96,10 +96,16 @@ def scattered_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels:
     return joined(x.masked_scatter(mask, source), mask_cells)
 
 
-def taken_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
-    """x.gather(dim, index), x.take(index): as the index, the elements' and the index's owners."""
-    values = {**named, "self": cells_in(named["self"], labels)}
-    return joined(func(**values), cells_in(named["index"], labels))
+def taken_cells(
+    func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels
+) -> Tensor | None:
+    """x.gather(dim, index), x.take(index): as the index, the elements' and the index's owners; None
+    if a request loses all of its elements to others."""
+    table = cells_in(named["self"], labels)
+    taken = func(**{**named, "self": table})
+    if len(taken.unique()) < len(table.unique()):
+        return None
+    return joined(taken, cells_in(named["index"], labels))
 
 
 def scattered_along(

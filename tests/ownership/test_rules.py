@@ -83,10 +83,12 @@ BATCH_FIRST = {
     "solve": (lambda x: torch.linalg.solve_ex(SQUARE, x)[0], "0:1"),
     "solve_rows": (lambda x: torch.linalg.solve_ex(SQUARE, x[:, :, 0].T)[0], "_linalg_solve_ex"),
     "solve_vectors": (
-        lambda x: torch.linalg.solve_ex(SQUARE.expand(x.shape[0], 5, 5), x[..., 0])[0], "0:1"
+        lambda x: torch.linalg.solve_ex(SQUARE.expand(x.shape[0], 5, 5), x[..., 0])[0],
+        "0:1",
     ),
     "cholesky": (
-        lambda x: torch.cholesky_solve(x, torch.linalg.cholesky_ex(x @ x.mT + SQUARE)[0]), "0:1"
+        lambda x: torch.cholesky_solve(x, torch.linalg.cholesky_ex(x @ x.mT + SQUARE)[0]),
+        "0:1",
     ),
     "householder": (lambda x: torch.linalg.householder_product(x, x[:, 0]), "0:1"),
     "cross": (lambda x: torch.linalg.cross(x[..., :3], x[..., 1:]), "0:1"),

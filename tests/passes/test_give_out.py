@@ -214,7 +214,8 @@ KEPT = {
         "aten::sort",
     ),
     "operator without a product": (
-        lambda x, slots: torch.cdist(x @ WEIGHT, lora(SHARED[:K], slots)[None]), "aten::"
+        lambda x, slots: torch.cdist(x @ WEIGHT, lora(SHARED[:K], slots)[None]),
+        "aten::",
     ),
     "copies that are mixed up afterwards": (
         lambda x, slots: (
