@@ -466,6 +466,7 @@ class Following(TorchDispatchMode):
 
 
 never_traced(Following.__torch_dispatch__.__code__)
+never_traced(Following.outside.__code__)
 
 
 def running() -> Following | None:

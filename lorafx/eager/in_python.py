@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorafx.eager.following import Following, NeedsGraph
+from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
 
 T = TypeVar("T")
@@ -71,3 +72,9 @@ class _Readers(TorchFunctionMode):
         if func in _READERS and not self._following.over:
             self._following.read_outside(func.__name__, args[0])
         return func(*args, **(kwargs or {}))
+
+
+for _method in (
+    WatchedInPython.__torch_dispatch__, WatchedInPython.outside, _Readers.__torch_function__
+):  # fmt: skip
+    never_traced(_method.__code__)
