@@ -190,7 +190,7 @@ def memory() -> dict[str, Any]:
                 max_new_tokens=NEW,
                 return_logprobs=True,
             )
-        shape = sampler.model.config
+        shape = sampler._orig_mod.config
         features = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
         tokens = CACHE["page_size"] * CACHE["num_blocks"]
         cache = 2 * 4 * shape.num_hidden_layers * features * tokens

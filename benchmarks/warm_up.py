@@ -40,7 +40,7 @@ def start(arm: str, layers: int) -> dict[str, Any]:
 
     asked, base_graphs = ARMS[arm]
     cm, _ = start_llama("llama", layers, True, True, base_graphs=base_graphs)
-    ids = torch.randint(0, cm.model.config.vocab_size, (4, 5))
+    ids = torch.randint(0, cm._orig_mod.config.vocab_size, (4, 5))
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     before = [cpu_seconds(item) for item in who]
     begin = time.perf_counter()

@@ -229,7 +229,7 @@ def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
         compiled.set_adapter(dict.fromkeys(active, 1.0))  # a single one is no sum
     except (ConfigError, CapacityError) as error:
         warnings.warn(
-            f"the {type(compiled.model).__name__} applied the adapters {', '.join(active)} at "
+            f"the {type(compiled._orig_mod).__name__} applied the adapters {', '.join(active)} at "
             f"once, and there is no sum of them here: {error}. Calls that name no adapter get the "
             "base model; choose a default by set_adapter",
             LorafxWarning,

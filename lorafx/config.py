@@ -158,8 +158,8 @@ class Options:
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs of one entry; needing more is an error.
         strict: an adapter whose file lacks factors for a module that its own configuration targets
-            is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
-            does not select do not count.
+            is an error, and one with factors that are not used. Otherwise there is one warning, and
+            W is kept. Modules that `LoraConfig` does not select do not count.
         shortcuts: names of optimisations by private parts of torch that change no result; [] for
             none; None for all that were tested on the installed torch (docs/torch_internals.md).
         cache: a folder where graphs are saved, so that the next process that compiles the same

@@ -47,8 +47,8 @@ class LorafxWarning(UserWarning):
     """Something may not be what the caller expects: a module left out, an assumption made.
 
     Way out: the message names the setting that confirms or changes it. Options(strict=True) makes
-    adapters with missing factors an error. `warnings.simplefilter("error", lorafx.LorafxWarning)`
-    stops at each.
+    adapters with missing or unused factors an error. `warnings.simplefilter("error",
+    lorafx.LorafxWarning)` stops at each.
     """
 
 
@@ -72,8 +72,8 @@ class CheckpointError(LorafxError, ValueError):
     """An adapter checkpoint that is absent, truncated, misshapen or for another model.
 
     Way out: `lorafx inspect ADAPTER --model MODEL` shows what it holds and each problem. For
-    modules that moved, AdapterSource(key_mapping=...); otherwise load it with the model that it was
-    trained on, or save it again.
+    modules that moved, AdapterSource(prefix=...) or key_mapping=; otherwise load it with the model
+    that it was trained on, or save it again.
     """
 
 
@@ -185,10 +185,12 @@ class ReplacedModuleError(CaptureError):
 
 
 class VerifyError(LorafxError):
-    """A pass left a graph that is malformed or computes something else.
+    """A pass left a graph that is malformed or computes something else; or a call's graph and its
+    answer in eager mode differ.
 
     Way out: a fault of lorafx, or of a pass of your own. Options(passes={name: False}) goes without
-    the pass; please report it with the folder that Options(dump=...) writes.
+    the pass, Options(start="compiled") without eager mode; `lorafx.bisect` tells which is wrong.
+    Please report it with the folder that Options(dump=...) writes.
     """
 
 

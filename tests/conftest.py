@@ -20,6 +20,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from both_roads import install, one_road
 from dense_merge import REFERENCE, Case, build_case, save_adapter
 from tiny_models import FAMILIES
 from torch import nn
@@ -90,6 +91,20 @@ torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
 def pytest_sessionfinish() -> None:
     """pytest collects garbage five times when it ends, each time among ten million objects."""
     gc.freeze()
+
+
+install()
+
+
+@pytest.fixture(autouse=True)
+def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Calls run in eager mode, too, and are compared, except in tests marked `one_road`: they count
+    what a call does, or put a fault into one road."""
+    if request.node.get_closest_marker("one_road") is None:
+        yield
+    else:
+        with one_road():
+            yield
 
 
 #: Models that were alive after the last collection.

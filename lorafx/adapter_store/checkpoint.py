@@ -1,42 +1,30 @@
 """Converts adapters of any dialect to PEFT's names, for the readers; and reports their contents for
 `lorafx inspect`, without a model.
 
-    source ─▶ Saved ─▶ dialect ─▶ key_mapping, or moved paths ─▶ AdapterState
-
-An adapter of a text model may be meant for a model that contains the text model:
-
-    model.layers.0.self_attn.q_proj   →   model.language_model.layers.0.self_attn.q_proj
-
-Without a `key_mapping`, paths that the model lacks are looked up below another prefix, one for all,
-where the weights have their sizes; several such prefixes are an error.
+    source ─▶ Saved ─▶ dialect ─▶ moved ─▶ AdapterState
 """
 
 from __future__ import annotations
 
-import operator
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
+from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
-from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, read_source
 from lorafx.errors import (
     CheckpointError,
     ConfigError,
-    LorafxWarning,
     UnsupportedAdapterError,
     nearest,
 )
-from lorafx.model.saved_names import without_compiled
-from lorafx.progress import LOG
 
 
 class Dialect(NamedTuple):
@@ -139,125 +127,20 @@ def _refuse_other_methods(saved: Saved) -> None:
         )
 
 
-def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
+def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     """Configuration and tensors of `source`, in PEFT's names.
 
     `source` is an `AdapterSource`, a valid `source` of it, or an `AdapterState`, which is returned.
-    `model` resolves flattened names and tells embeddings from linears. `warn` is about factors for
-    other models of a pipeline. Raises CheckpointError and UnsupportedAdapterError.
+    `model` resolves flattened names and tells embeddings from linears. Raises CheckpointError and
+    UnsupportedAdapterError.
     """
     if isinstance(source, AdapterState):
         return source
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = read_source(adapter)
     state = dialect_of(saved, adapter.dialect).state(saved, model)
-    mapping = adapter.key_mapping or ({} if model is None else _mapping_of_moved(state, model))
-    if mapping:
-        state = _with_mapped_keys(state, mapping)
-    if warn and state.left_out and adapter.component is None:
-        warnings.warn(
-            f"{state.where} has factors for other models of a pipeline too "
-            f"({', '.join(state.left_out)}), which are not used here: load it into those as well, "
-            "or say AdapterSource(..., component=...)",
-            LorafxWarning,
-            stacklevel=2,
-        )
-    return state
-
-
-def _mapping_of_moved(state: AdapterState, model: nn.Module) -> dict[str, str]:
-    """The `key_mapping` of the common prefix of paths that the model lacks to the only prefix below
-    which it has modules of their sizes; {} if there is none. CheckpointError for several."""
-    places = Places((), model)
-    factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.tensors.items():
-        if (factor := parse(key)) is not None:
-            factors.setdefault(without_prefix(factor.module), {})[factor.letter] = tensor
-    lost = {path: pair for path, pair in factors.items() if places.meaning(path) is None}
-    known = {without_compiled(path): module for path, module in model.named_modules()}
-    first_path = next(iter(lost), "").split(".")
-    for cut in range(len(first_path) - 1):
-        old, end = (".".join(part) for part in (first_path[:cut], first_path[cut:]))
-        old_prefix = old and f"{old}."
-        if {path for path in factors if path.startswith(old_prefix)} != lost.keys():
-            continue
-        new_prefixes = [
-            new
-            for new in (path.removesuffix(end) for path in known if path.endswith(f".{end}"))
-            if _same_entries(old, new)
-            and all(_fits(known.get(new + p.removeprefix(old_prefix)), lost[p]) for p in lost)
-        ]
-        labels = [new.removesuffix(".") for new in new_prefixes]
-        if len(new_prefixes) > 1:
-            raise CheckpointError(
-                f"{state.where}: {old or 'the root'} of the model that it was made for may be "
-                f"{' or '.join(labels)} here; say which by AdapterSource(..., key_mapping="
-                f"{{'^{old}': '{labels[0]}'}})"
-            )
-        if new_prefixes:
-            LOG.info("adapter in %s: %s is %s here", state.where, old or "its root", labels[0])
-            return {f"^{re.escape(old_prefix)}": new_prefixes[0]}
-    return {}
-
-
-def _same_entries(old: str, new: str) -> bool:
-    """Whether the numbers in two paths agree, from the end: layer 7 is never layer 0."""
-    first, second = ([p for p in path.split(".") if p.isdecimal()][::-1] for path in (old, new))
-    return all(map(operator.eq, first, second))
-
-
-def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return module is not None
-    sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in factors.items() if f.dim() == 2]
-    return weight.dim() == 2 and all(size in weight.shape for size in sizes)
-
-
-def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
-    rename = _renaming(mapping)
-    tensors: dict[str, Tensor] = {}
-    old_keys: dict[str, str] = {}
-    paths: dict[str, str] = {}
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        owner = key.rpartition(".")[0] if factor is None else factor.module
-        path = without_prefix(owner)
-        target = rename(path)
-        new = f"{target}{key[len(owner) :]}"
-        first = old_keys.setdefault(new, key)
-        if first != key and (target != path or first not in tensors):
-            raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
-        tensors[key if target == path else new] = tensor
-        paths[target] = path
-    if tensors.keys() == state.tensors.keys():
-        first = without_prefix(next(iter(state.tensors), ""))
-        raise ConfigError(
-            f"key_mapping matches no path in {state.where}, whose first key is {first!r}"
-        )
-    scales = {new: state.scales[old] for new, old in paths.items() if old in state.scales}
-    return replace(state, tensors=tensors, scales=scales, paths=paths)
-
-
-def _renaming(mapping: Mapping[str, str]) -> Callable[[str], str]:
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(
-            "key_mapping maps regular expressions to what takes the place of their matches, "
-            f"{{pattern: replacement}}; got {mapping!r:.80}"
-        )
-
-    def rename(path: str) -> str:
-        for pattern, target in mapping.items():
-            try:
-                path = re.sub(pattern, target, path)
-            except (re.error, IndexError, TypeError) as error:
-                raise ConfigError(
-                    f"key_mapping: {pattern!r} is no regular expression, or its matches cannot "
-                    f"become {target!r}: {error}"
-                ) from None
-        return path
-
-    return rename
+    state = with_present_paths(state, adapter, model)
+    return state if adapter.component is None else replace(state, left_out=())
 
 
 @dataclass(frozen=True)

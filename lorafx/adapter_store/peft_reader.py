@@ -122,14 +122,15 @@ def read_adapter(
         max_rank: largest rank of the banks.
         lora_config: selected the `sites`. If it used adapters' targets, modules that are no sites
             can lack factors too.
-        strict: a targeted module without factors is a problem, not a warning.
+        strict: a targeted module without factors, and factors that are not used, are problems, not
+            warnings.
 
     Raises:
         UnsupportedAdapterError: arithmetic beyond LoRA.
         CapacityError: all problems are of ranks over `max_rank` or room for replaced weights.
         CheckpointError: otherwise. The error has all problems of the file.
     """
-    state = load_state(source, model, warn=warn)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -137,18 +138,33 @@ def read_adapter(
     search = () if reading.unknown else _MissingFactors(reading, lora_config).paths()
     missing = tuple(dict.fromkeys(search))
     total = len(missing) + len(reading.landings) + len(reading.experts.paths)
-    left_out = (
-        f"its configuration targets {total} modules here, but its file has no factors for "
-        f"{len(missing)} of them ({100 * len(missing) / (total or 1):.0f} %): {some(missing, 8)}"
-    )
-    if strict and missing:
-        findings.problems.append(f"{left_out}; strict=True makes this an error")
+    doubts = []
+    if missing:
+        share = 100 * len(missing) / (total or 1)
+        doubts.append(
+            f"its configuration targets {total} modules here, but its file has no factors for "
+            f"{len(missing)} of them ({share:.0f} %): {some(missing, 8)}. These modules keep the "
+            "base weights, which is right if the adapter was trained on only a part of the model; "
+            "otherwise the file is incomplete"
+        )
+    if state.lost:
+        doubts.append(
+            f"diffusers' conversion of its names leaves out {len(state.lost)} of its tensors: "
+            f"{some(state.lost, 8)}. What they would change keeps the base weights; save the "
+            "adapter under diffusers' names for the model"
+        )
+    if state.left_out:
+        doubts.append(
+            f"it has factors for other models of a pipeline too ({', '.join(state.left_out)}), "
+            "which are not used here: load it into those as well, or say AdapterSource(..., "
+            "component=...)"
+        )
+    if strict:
+        findings.problems += [f"{doubt}; strict=True makes this an error" for doubt in doubts]
     findings.raise_problems(name)
-    if missing and warn:
+    for doubt in doubts if warn else ():
         warnings.warn(
-            f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
-            "weights, which is right if the adapter was trained on only a part of the "
-            "model; otherwise the file is incomplete. strict=True makes this an error",
+            f"adapter {name!r} in {state.where}: {doubt}. strict=True makes this an error",
             LorafxWarning,
             stacklevel=2,
         )
@@ -433,7 +449,7 @@ class Reading:
                 0,
                 f"{len(names)} of the {total} modules that it names do not exist in this model, "
                 f"so it was made for another model ({origin}), or they have moved, which "
-                f"AdapterSource(..., key_mapping=...) would say: {examples}",
+                f"AdapterSource(..., prefix=...) or key_mapping= would say: {examples}",
             )
             return
         for i, path in enumerate(names):

@@ -78,6 +78,9 @@ class AdapterSource:
         key_mapping: regular expressions and replacements in module paths, applied in order, as in
             transformers' `from_pretrained`.
         revision: branch, tag or commit on the hub.
+        prefix: the path in the files of what this model is, such as "vision_tower"; or such a path
+            and what it is here, ("vision_tower", "encoder"), "" for all. Applied before
+            `key_mapping`.
 
     `config` and `key_mapping` are copied, since an adapter may be read again later.
     """
@@ -88,6 +91,7 @@ class AdapterSource:
     component: str | None = None
     key_mapping: Mapping[str, str] | None = None
     revision: str | None = None
+    prefix: str | tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("config", "key_mapping"):
@@ -121,6 +125,7 @@ class AdapterState:
         where: its name in messages.
         scales: s by module path, overriding the configuration.
         left_out: other components of a pipeline with factors in its file.
+        lost: keys of its file that nothing here was made of.
         paths: module paths as they were saved, which patterns match, by their mapped ones.
     """
 
@@ -130,6 +135,7 @@ class AdapterState:
     scales: Mapping[str, float] = field(default_factory=dict)
     dialect: str = "peft"
     left_out: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)
 
 

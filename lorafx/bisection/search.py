@@ -24,12 +24,12 @@ from lorafx.capture.driver import TOLERANCE, difference
 from lorafx.capture.record import Stage
 from lorafx.compiled_model.compiled import CompiledModel, compiled_of
 from lorafx.errors import BatchError, ConfigError
-from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.report import Report, text_table
 from lorafx.ownership.flow import module_path
 from lorafx.passes.match import Match
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.example_inputs import named_inputs
+from lorafx.runtime.replay import Replay, Run, recorded, replayed
 from lorafx.torch_internals.graph_parts import tree_leaves
 
 #: A node and the index of a result, None for all.
@@ -148,7 +148,7 @@ def bisect(
             f"bisect() takes a model from lorafx.compile, and this is a {type(model).__name__}"
         )
     names = _checked_names(compiled, adapter_names)
-    roles = compiled.entry(compiled.model).roles
+    roles = compiled.entry(compiled._orig_mod).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
     if rows != len(names):
@@ -193,7 +193,7 @@ def _reference(
             if name is not None:
                 compiled.merge(name)
             try:
-                outputs[name] = _outputs(compiled.model, inputs, len(names))
+                outputs[name] = _outputs(compiled._orig_mod, inputs, len(names))
             finally:
                 if name is not None:
                     compiled.unmerge()
@@ -272,44 +272,6 @@ class _Search:
 
 
 # --- the first site ---
-
-
-@dataclass
-class Run:
-    """The values of a stage's nodes in a call of its graph."""
-
-    stage: Stage
-    values: dict[str, Tensor]
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.stage.graph.graph
-
-    @property
-    def returned(self) -> list[fx.Node]:
-        return list(self.graph.output_node().all_input_nodes)
-
-
-class _Values(fx.Interpreter):
-    """Copies the value of each node when it is computed: later operators may overwrite it."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.copies: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "placeholder":
-            self.copies[n.name] = value.clone()
-        return value
-
-
-def recorded(stage: Stage, inputs: Sequence[Any], runs: list[Run]) -> Any:
-    """The results of a stage; appends the values of its nodes to `runs`."""
-    interpreter = _Values(stage.graph)
-    results = interpreter.run(*inputs)
-    runs.append(Run(stage, interpreter.copies))
-    return results
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:

@@ -7,20 +7,25 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Never, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Never
 
-import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
+from lorafx.compiled_model.as_module import (
+    AsModule,
+    refusing_backward,
+    signature_of,
+    special_methods,
+)
 from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
@@ -28,7 +33,6 @@ from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.interrupts import undisturbed
-from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
@@ -39,7 +43,6 @@ from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
-from lorafx.runtime.marking import warn_training
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Resting, Session, Statistics
@@ -64,124 +67,6 @@ if TYPE_CHECKING:
     from lorafx.inspection.why import Why
 
 
-class AsModule(nn.Module):
-    """The part of `CompiledModel` that behaves as the `nn.Module` whose place it takes."""
-
-    model: nn.Module
-    _session: Session
-
-    def train(self, mode: bool = True) -> Self:
-        """As for any module. Warns about training mode, which makes dropout active."""
-        if mode:
-            warn_training(self.model, stacklevel=2)
-        self.model.train(mode)
-        self.training = mode
-        return self
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As for the model."""
-        self.model.apply(fn)
-        return self
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """The module at a path in the model; this object for the empty path."""
-        return self.model.get_submodule(target) if target else self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The `state_dict` of the model, with its names."""
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """The `load_state_dict` of the model, with its names. `load_weights` also takes other names
-        and checks everything before it writes.
-
-        Raises:
-            ConfigError: `assign`, which would replace the parameters that graphs take.
-            BatchError: a call is running on this thread.
-
-        It also raises what the model's own method raises.
-        """
-        if assign:
-            raise ConfigError(
-                "load_state_dict(assign=True) would replace the parameters that the graphs of this "
-                "compiled model take; leave out assign, which writes into them, or detach() first"
-            )
-        self._session.refuse_running("load_state_dict()")
-        with self._session.weights_lock, self._session.lock:
-            return self.model.load_state_dict(state_dict, strict)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `half`, `cuda` and the like, which change nothing: the model must fit already.
-
-        Raises:
-            CaptureError: the graphs and banks are for another dtype or device. Nothing has changed.
-        """
-        tensors = [*self.parameters(), *self.buffers()]
-        for dtype, device in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-            converted = fn(torch.empty(0, dtype=dtype, device=device))
-            if (converted.dtype, converted.device) != (dtype, device):
-                raise CaptureError(
-                    f"the graphs and adapters of this compiled model are for {dtype} on {device}, "
-                    f"not for {converted.dtype} on {converted.device}: detach() the model, convert "
-                    "it, and call lorafx.compile again"
-                )
-        self.model._apply(fn, recurse)
-        return self
-
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CaptureError: this model is compiled already."""
-        raise CaptureError(
-            "lorafx.compile has compiled this model; call it as it is. Settings of the compiler "
-            "are given there: lorafx.compile(model, adapters, mode=..., options={...}). To call "
-            "torch.compile yourself, detach() the model, lorafx.attach(model, adapters), and name "
-            'the backend: torch.compile(model, backend="lorafx")'
-        )
-
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        """Raises CaptureError for copies and pickles: a copy of the graphs would serve the weights
-        of the original."""
-        raise CaptureError(
-            "a compiled model cannot be copied or pickled: its graphs and locks belong to this "
-            "process and to these weights. Copy or save the model that was given to "
-            "lorafx.compile, before it is compiled or after detach(); "
-            "lorafx.detach(copy.deepcopy(compiled.model)) is a plain copy of it"
-        )
-
-
-def refusing_backward(output: Any) -> Any:
-    """`output` of a model, whose loss requires gradients if they are enabled, as the model's own
-    would; its backward raises CaptureError."""
-    if torch.is_grad_enabled() and isinstance(output, dict):
-        loss = output.get("loss")
-        if isinstance(loss, Tensor) and loss.is_floating_point():
-            leaf = torch.zeros_like(loss).requires_grad_()
-            leaf.register_hook(_refuse_gradient)
-            output["loss"] = loss + leaf
-    return output
-
-
-def _refuse_gradient(_: Tensor) -> NoReturn:
-    raise CaptureError(
-        "a compiled model is for inference, and its loss has no gradients: train with PEFT on the "
-        "plain model, or on what detach() returns, and load what it saves by "
-        "load_adapter(folder, name); torch.no_grad() around a call gives a loss that asks for none"
-    )
-
-
-def signature_of(model: type[nn.Module], forward: Callable[..., Any]) -> inspect.Signature:
-    """The signature of the model's own forward, with the keywords that `forward` adds."""
-    signature = inspect.signature(model.forward)
-    parameters = dict(signature.parameters)
-    open_ended = [name for name, item in parameters.items() if item.kind is item.VAR_KEYWORD]
-    removed = [parameters.pop(name) for name in open_ended]
-    for name, parameter in inspect.signature(forward).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            parameters.setdefault(name, parameter)
-    return signature.replace(parameters=[*parameters.values(), *removed])
-
-
 #: How errors about misspelt keywords say where an engine takes the names of adapters.
 _BY_REQUEST = {"adapter": 'the adapter of each request: engine.add_request(ids, adapter="sql")'}
 
@@ -196,14 +81,17 @@ class ActiveAdapters(tuple[str, ...]):
 class CompiledModel(AsModule):
     """A model that serves its base and many LoRA adapters in one batch.
 
-    `model` is the model that was given; attributes that this object lacks are looked up there.
-    Methods of the model's own class also take `adapter_names`, and use the default of `set_adapter`
-    without it. Parts of the model (`cm.lm_head`) and `model` itself run as the base when they are
-    called directly, and raise where the default adapter changes them. It is for inference only:
-    gradients are off, and `backward` of a loss raises. Calls from several threads wait for one
-    another. Its class is a subclass with the name of the model's class, which transformers'
-    pipelines look at, and with the signature of its forward.
+    `_orig_mod` is the model that was given; attributes that this object lacks are looked up there,
+    and `model` is `_orig_mod` where the model has none. Methods of the model's own class also take
+    `adapter_names`, and use the default of `set_adapter` without it. Parts of the model
+    (`cm.lm_head`) and `_orig_mod` itself run as the base when they are called directly, and raise
+    where the default adapter changes them. It is for inference only: gradients are off, and
+    `backward` of a loss raises. Calls from several threads wait for one another. Its class is a
+    subclass with the name of the model's class, which transformers' pipelines look at, and with the
+    signature of its forward.
     """
+
+    __slots__ = ("_disabling", "_entries", "_generation", "attached")
 
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
         return super().__new__(_class_of(type(program.model), cls))
@@ -211,11 +99,7 @@ class CompiledModel(AsModule):
     def __init__(
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
-        super().__init__()
-        model = program.model
-        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Not by __setattr__, which would make the model a child.
-        vars(self).update({name: vars(model)[name] for name in shared}, model=model)
+        self._orig_mod = program.model
         self._session = Session(program, store, _new_backend, dynamic)
         self._entries = CompiledForwards(self._session, attachment)
         self._generation = CompiledGenerate(self._entries)
@@ -229,8 +113,6 @@ class CompiledModel(AsModule):
             attachment.detach()
             raise
         program.runtime.resting = Resting(self._session)
-        # Not by train(), which never ends if a child refers to its parent.
-        self.training = program.model.training
         _COMPILED.add(self)
 
     # --- calls ---
@@ -267,14 +149,44 @@ class CompiledModel(AsModule):
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
+        running = self._session.running
+        if running.inner and running.here and adapter_names is None and adapter_slots is None:
+            return running.inner(*args, **kwargs)
+        return self._served(args, kwargs, adapter_names, adapter_slots, whole=False)
+
+    @untraced
+    def __call__(
+        self,
+        *args: Any,
+        adapter_names: Sequence[AdapterName] | None = None,
+        adapter_slots: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `forward`, with the hooks of the model around, and what users put in its place."""
+        return self._served(args, kwargs, adapter_names, adapter_slots, whole=True)
+
+    def _served(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        adapter_names: Sequence[AdapterName] | None,
+        adapter_slots: Tensor | None,
+        *,
+        whole: bool,
+    ) -> Any:
         self._entries.check_attached()
-        refuse_slips(kwargs, self.model.forward, self.model)
+        refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
         requests = requests_of(adapter_names, adapter_slots, self.adapters)
         if requests is None:
-            refuse_pipeline_slips(self.model)
+            refuse_pipeline_slips(self._orig_mod)
 
         def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
-            return self._session.call(partial(self._run_forward, args, kwargs), requests)
+            def run() -> Any:
+                self._entries.check_attached()  # it may have been detached while the call waited
+                forward = forward_of(self._entries)
+                return (self._entries.whole(forward) if whole else forward)(*args, **kwargs)
+
+            return self._session.call(run, requests)
 
         return refusing_backward(in_waves(self._entries, call, args, kwargs, requests))
 
@@ -286,9 +198,9 @@ class CompiledModel(AsModule):
         and returned sequences of one prompt keep its adapter. Raises LorafxError if the model has
         no `generate`, and what `forward` raises."""
         self._entries.check_attached()
-        generating = getattr(self.model, "generate", self.model.forward)
-        refuse_slips(kwargs, generating, self.model, BY_ROW)
-        main = getattr(self.model, "main_input_name", "input_ids")
+        generating = getattr(self._orig_mod, "generate", self._orig_mod.forward)
+        refuse_slips(kwargs, generating, self._orig_mod, BY_ROW)
+        main = getattr(self._orig_mod, "main_input_name", "input_ids")
         check_tensors({main: args[0], **kwargs} if args else kwargs)
         requests = requests_of(adapter_names)
         if requests is not None:
@@ -304,16 +216,6 @@ class CompiledModel(AsModule):
 
         return in_waves(self._entries, call, args, kwargs, requests, generates=True)
 
-    def _run_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run the model's forward for the requests of the running call; or the model itself, if it
-        has hooks, which run around its graphs. An attached model was called itself."""
-        self._entries.check_attached()  # it may have been detached while the call waited
-        forward, session, model = forward_of(self._entries), self._session, self.model
-        around = session.program.hook_watch.around and not self.attached
-        if not around or not any(hooks_of(model)):
-            return forward(*args, **kwargs)
-        return session.replacements.replacing([(model, "forward", forward)], model, *args, **kwargs)
-
     def entry(self, module: nn.Module, *, method: MethodType | None = None) -> Entry:
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
         return self._entries.of(module, method=method)
@@ -324,9 +226,9 @@ class CompiledModel(AsModule):
         session = self._session
 
         def run_both_ways() -> None:
-            entry = self.entry(self.model)
-            entry(*args, **kwargs)
-            session.note(session.running._replace(active=True), lambda: entry(*args, **kwargs))
+            forward = self._entries.whole(self.entry(self._orig_mod))
+            forward(*args, **kwargs)
+            session.note(session.running._replace(active=True), lambda: forward(*args, **kwargs))
 
         with session.lock:
             warming = session.running._replace(warming=True)
@@ -593,7 +495,7 @@ class CompiledModel(AsModule):
 
         Until `unmerge`, this adapter serves all calls, whether they name it or nothing; a call that
         names another adapter or the base is refused. Graphs, addresses and the model's own modules
-        stay; `model`, called directly, is the merged model.
+        stay; `_orig_mod`, called directly, is the merged model.
 
         Args:
             requantize: whether to store W + ΔW in the format of W if W is quantised, which loses a
@@ -857,9 +759,9 @@ class CompiledModel(AsModule):
         Raises ConfigError if the folder cannot be made, or written to. With `inputs` it also raises
         what a call raises.
         """
-        from lorafx.inspection.replay import with_stages_of
         from lorafx.inspection.report import written_into
         from lorafx.inspection.viewer.dump import Dump
+        from lorafx.runtime.replay import with_stages_of
 
         target = Path(folder)
         with written_into(target), self._session.lock:
@@ -884,12 +786,17 @@ class CompiledModel(AsModule):
             )
         return target
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "_orig_mod":  # not set yet
+            raise AttributeError(name)
+        return delegated(self, name)
+
     def __repr__(self) -> str:
         from lorafx.inspection.explanation import explained
 
         lines = explained(self._session, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
-        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
+        inside = [*lines, f"base model: {type(self._orig_mod).__module__}, as cm._orig_mod", ways]
         return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])
 
     # --- state ---
@@ -911,7 +818,7 @@ class CompiledModel(AsModule):
     def memory(self) -> dict[str, int]:
         """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
         "disk", "base" parameters, "originals" of merged weights in host memory."""
-        parameter_bytes = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        parameter_bytes = {id(p): p.numel() * p.element_size() for p in self._orig_mod.parameters()}
         merged = merged_of(self._session)
         return {
             **self._session.store.nbytes(),
@@ -936,20 +843,12 @@ class CompiledModel(AsModule):
             leave(session)
             if session.tiers is not None:
                 session.tiers.end()
-        return self.model
+        return self._orig_mod
 
     @property
     def detached(self) -> bool:
         """Whether the marks were removed from the model."""
         return self._entries.detached
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-        return delegated(self, name)
 
 
 def _new_backend(session: Session) -> Backend:
@@ -973,7 +872,7 @@ def _class_of(model: type[nn.Module], kind: type[CompiledModel]) -> type[Compile
     if kind not in classes:
         forward = untraced(inspect.unwrap(CompiledModel.forward))
         forward.__signature__ = signature_of(model, forward)
-        attributes = {"__doc__": kind.__doc__, "forward": forward}
+        attributes = {"__doc__": kind.__doc__, "forward": forward, **special_methods(model)}
         classes[kind] = type(model.__name__, (kind,), attributes)
     return classes[kind]
 
@@ -986,7 +885,7 @@ def compiled_of(model: object) -> CompiledModel | None:
     if isinstance(model, nn.Module):
         model = without_wrappers(unwrapped(model))
     serving = (compiled for compiled in list(_COMPILED) if not compiled.detached)
-    return next((compiled for compiled in serving if compiled.model is model), None)
+    return next((compiled for compiled in serving if compiled._orig_mod is model), None)
 
 
 def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]:
@@ -995,7 +894,7 @@ def attached_models(among: Collection[int] | None = None) -> list[CompiledModel]
     return [
         compiled
         for compiled in attached
-        if not compiled.detached and (among is None or id(compiled.model) in among)
+        if not compiled.detached and (among is None or id(compiled._orig_mod) in among)
     ]
 
 

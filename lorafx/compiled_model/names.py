@@ -1,5 +1,7 @@
 """Attributes that a compiled model does not define itself, and names of other libraries.
 
+What is set or deleted under such a name is set or deleted on the model (AsModule).
+
 | name | what happens |
 |---|---|
 | of PEFT, diffusers, vLLM (`ELSEWHERE`), unless the model has it | AttributeError: the way out |
@@ -37,7 +39,7 @@ ELSEWHERE: Mapping[str, str] = {
     "add_weighted_adapter": 'weights by name in calls: adapter_names=[{"sql": 0.7, "chat": 0.3}]',
     "disable_adapter_layers": "disable_adapter(), a block, or set_adapter(None)",
     "enable_adapter_layers": "set_adapter(name)",
-    "get_base_model": "model, or detach(), which returns it without marks",
+    "get_base_model": "_orig_mod, or detach(), which returns it without marks",
     "get_layer_status": "explain(), or why(path) of one module",
     "get_list_adapters": "list_adapters()",
     "get_model_status": "explain(), or get_adapter(name) of one adapter",
@@ -124,9 +126,11 @@ def delegated(compiled: CompiledModel, name: str) -> Any:
     Raises:
         AttributeError: the model does not have it either.
     """
-    if name in ELSEWHERE and not hasattr(compiled.model, name):
+    if name in ELSEWHERE and not hasattr(compiled._orig_mod, name):
         raise AttributeError(f"a compiled model has no {name!r}; use {ELSEWHERE[name]}")
-    value = getattr(compiled.model, name)
+    if name == "model" and not hasattr(compiled._orig_mod, name):
+        return compiled._orig_mod
+    value = getattr(compiled._orig_mod, name)
     if not isinstance(value, MethodType) or not isinstance(value.__self__, nn.Module):
         return value
     owner = value.__self__
@@ -135,7 +139,7 @@ def delegated(compiled: CompiledModel, name: str) -> Any:
             if base is not nn.Module and name in REFUSED:
                 return functools.partial(refuse, name, REFUSED[name])
             return _served(compiled, owner, value) if name in GENERATING else value
-    inside = any(owner is part for part in compiled.model.modules())
+    inside = any(owner is part for part in compiled._orig_mod.modules())
     return _served(compiled, owner, value) if inside else value
 
 

@@ -192,9 +192,10 @@ class Sampler(CompiledModel):
 
     It is a `CompiledModel` for all calls. Base parameters are the trainer's own, so in-place steps
     of an optimiser are served by the next call. Adapters are served in the versions of the last
-    `sync`. `model` is a copy of the modules, with the same parameters.
+    `sync`. `_orig_mod` is a copy of the modules, with the same parameters.
     """
 
+    __slots__ = ("_trained",)
     _trained: Trained
 
     def follow(self, trained: Trained) -> None:

@@ -58,10 +58,10 @@ def warm_up(
     with session.lock:
         if example_inputs is None:
             device = session.program.runtime.device
-            example = derived_example(compiled.model, device, sizes[0][0], sizes[1][0])
+            example = derived_example(compiled._orig_mod, device, sizes[0][0], sizes[1][0])
         else:
-            example = example_of(compiled.entry(compiled.model).roles, example_inputs)
-        settings = _generate_settings(compiled.model, generate)
+            example = example_of(compiled.entry(compiled._orig_mod).roles, example_inputs)
+        settings = _generate_settings(compiled._orig_mod, generate)
         runs: dict[str, Callable[[Example, NameList], None]] = {}
         if generate is None or generate is False:
             runs["forward"] = partial(_forward, compiled)
@@ -155,7 +155,9 @@ def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
 def state_restored(compiled: CompiledModel) -> Iterator[None]:
     """Restores random states and the buffers that the model's forward writes, after the block."""
     device = compiled._session.program.runtime.device
-    buffers = [(buffer, buffer.clone()) for buffer in compiled.model.buffers() if _is_state(buffer)]
+    buffers = [
+        (buffer, buffer.clone()) for buffer in compiled._orig_mod.buffers() if _is_state(buffer)
+    ]
     python_state = random.getstate()
     devices = [] if device.type == "cpu" else [device]
     try:
@@ -219,7 +221,7 @@ def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None
     """Run the call, and one for another token with the cache that it returned."""
     inputs = dict(example.named)
     output = compiled(**inputs, adapter_names=names)
-    following = decode_step(compiled.model, inputs, output)
+    following = decode_step(compiled._orig_mod, inputs, output)
     if following is not None:
         compiled(**following, adapter_names=names)
 

@@ -111,10 +111,17 @@ def _gathered(
 
 
 class RowDeltas:
-    """Adds the deltas of one eager forward (`Runtime.deltas`)."""
+    """Adds the deltas of one eager forward (`Runtime.deltas`). With `sites`, outputs are noted
+    there, and all deltas are those of the sites' operators, as in a graph."""
 
-    def __init__(self, program: Program, following: Following, gathered: GatheredFactors) -> None:
-        self._following, self._gathered = following, gathered
+    def __init__(
+        self,
+        program: Program,
+        following: Following,
+        gathered: GatheredFactors,
+        sites: list[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        self._following, self._gathered, self._sites = following, gathered, sites
         self._touched = program.batch.touched
         self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
         #: Slots by row, by the code of x and its row dimensions.
@@ -133,7 +140,7 @@ class RowDeltas:
         are not known."""
         self._following.marked(mark.path)
         if mark.path not in self._touched:
-            return y
+            return self._noted(mark, y)
         following = self._following
 
         def added() -> Tensor:
@@ -147,7 +154,7 @@ class RowDeltas:
             else:
                 following.refuse(f"{mark.path}: the rows of its output are not those of its input")
             out = None
-            few = rows.leads and len(rows.slots) <= _MOST_ROWS
+            few = self._sites is None and rows.leads and len(rows.slots) <= _MOST_ROWS
             if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
                 out = self._by_products(mark, x, y, rows.slots)
             if out is None:
@@ -155,9 +162,14 @@ class RowDeltas:
                 owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
                 out = mark.with_delta(x, y, scale, ranges, addend, owners)
             following.note(out, code)
-            return out
+            return self._noted(mark, out)
 
         return following.outside(added)
+
+    def _noted(self, mark: SiteMark, out: Tensor) -> Tensor:
+        if self._sites is not None:
+            self._sites.append((mark.path, out.clone()))
+        return out
 
     def _by_products(
         self, mark: SiteMark, x: Tensor, y: Tensor, slots: tuple[int, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.torch_internals.transformers_parts import cell_of_forward
+
+T = TypeVar("T")
 
 #: The share of the model's bytes that gathered factors may take.
 _SHARE = 4
@@ -68,11 +70,35 @@ class EagerTier:
                 raise
             raise OutOfRangeError(_ranges_text(program, error)) from error
 
+    def look(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        read: Callable[[Any], T],
+        sites: list[tuple[str, Tensor]] | None = None,
+    ) -> T:
+        """What `read` takes from the result of `run`. Everything is then as before the call. The
+        outputs of `sites` are noted, which are then computed by the sites' operators alone."""
+        inference = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.no_grad():
+            if self._program.runtime.active:
+                return self._followed(target, args, kwargs, read, sites, inference=inference)
+            holders = self._program.model, *args, *kwargs.values()
+            undo = Undo(holders, self._program.runtime.device)
+            try:
+                following = Following(undo=undo)
+                return read(following.run(partial(target, *args, **kwargs)))
+            finally:
+                undo.run()
+
     def _followed(
         self,
         target: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        read: Callable[[Any], Any] | None = None,
+        sites: list[tuple[str, Tensor]] | None = None,
         *,
         inference: bool,
     ) -> Any:
@@ -90,19 +116,24 @@ class EagerTier:
         following = Following(
             memory, WeightUses(program), remembered=self._remembered, undo=undo, watched=watched
         )
-        runtime.deltas = RowDeltas(program, following, self._gathered)
+        runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
             result = following.run(partial(target, *args, **kwargs))
             following.check()
             program.keep_constants(memory)
+            if read is not None:
+                result = read(result)
+                undo.run()
             return result
         except Exception as error:
             refusal = following.refusal
             if refusal is None and isinstance(error, (NeedsGraph, ProvenanceError, MatchError)):
                 refusal = str(error)
-            if refusal is None:
+            if refusal is None and read is None:
                 raise
             undo.run()
+            if refusal is None:
+                raise
             raise NeedsGraph(refusal) from None
         finally:
             runtime.deltas = None

@@ -104,6 +104,8 @@ class CompiledGenerate:
         kwargs.setdefault("disable_compile", True)
         # Before `replacing`: a compiled forward is made from the module's own one.
         forward = generating_forward_of(entries, model, run, args, kwargs)
+        if model is entries.model:
+            forward = entries.in_place(forward)
         attributes: list[Replacement] = [(model, "forward", forward)]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder: nn.Module = model.get_encoder()  # type: ignore[operator]

@@ -1,1 +1,1 @@
-"""Looking inside: what became of each module, predictions, profiles, replays, the viewer."""
+"""Looking inside: what became of each module, predictions, profiles, the viewer."""

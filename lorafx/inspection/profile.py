@@ -26,7 +26,6 @@ from lorafx.adapter_store.names import BASE
 from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
-from lorafx.inspection.replay import Replay, replayed
 from lorafx.inspection.report import Report, over, text_table
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.module_graph import joined, shape_of
@@ -36,6 +35,7 @@ from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.program.weight_uses import is_grouped
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.example_inputs import named_inputs
+from lorafx.runtime.replay import Replay, replayed
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 

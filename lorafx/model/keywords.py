@@ -32,6 +32,7 @@ ELSEWHERE: Mapping[str, str] = {
             *("active_adapters", "lora", "loras", "lora_name", "lora_names", "lora_request"),
             *("lora_requests", "lora_path", "lora_paths", "lora_id", "lora_ids", "lora_int_id"),
             *("lora_adapter", "lora_adapters", "lora_scale", "lora_weights"),
+            *("adapter_parameters", "merged_adapters"),
         ),
         "adapter_names",
     ),
@@ -69,6 +70,15 @@ def refuse_slips(
                 f"it: it would choose no adapter. Give "
                 f"{ways.get(keyword, next(iter(ways.values())))}"
             )
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether `function` itself, and not what it wraps, takes a keyword of this name."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # written in C
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _declared(name: str, function: Callable[..., Any], model: nn.Module | None) -> bool:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.model.changes_watch import hooks_of
 from lorafx.model.experts import LOOP, loops
+from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable
@@ -30,6 +32,7 @@ from lorafx.runtime.requests import check_inputs, plain_tokens
 from lorafx.runtime.results import refuse_code
 from lorafx.runtime.session import Session, refuse_elsewhere
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
+from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:  # imported where used: with the first graph
@@ -375,6 +378,30 @@ class CompiledForwards:
                 self.session, module, function, name, per_token=per_token, packed=packed
             )
         return entry
+
+    def in_place(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, a compiled one of the model, inside of what users put in the place of the
+        compiled model's (`Session.patched`), which is given the names of a call that has any."""
+        session, patched = self.session, self.session.patched
+        if patched is None:
+            return forward
+        requests, named = session.requests, dict[str, Any]()
+        if requests.is_plain and takes(patched, "adapter_names"):
+            named = {"adapter_names": list(requests.names)}
+
+        @functools.wraps(patched)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            running = session.running._replace(inner=forward)
+            return session.note(running, functools.partial(patched, *args, **named, **kwargs))
+
+        return call
+
+    def whole(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's call with a compiled `forward`: hooks run around what `in_place` returns."""
+        model, session, run = self.model, self.session, self.in_place(forward)
+        if not session.program.hook_watch.around or not (any(hooks_of(model)) or any_global_hook()):
+            return run
+        return functools.partial(session.replacements.replacing, [(model, "forward", run)], model)
 
     @property
     def detached(self) -> bool:

@@ -60,6 +60,11 @@ class Requests(NamedTuple):
         """Whether it is known for which tokens an aLoRA adapter is active."""
         return self.all_tokens or self.tokens is not None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether they are what `adapter_names` of a call says, and no more."""
+        return self.tokens is None and not (self.repeats or self.uniform or self.all_tokens)
+
     def part(self, rows: Sequence[int]) -> Requests:
         """The requests of some rows of the batch."""
         if self.tokens is not None:

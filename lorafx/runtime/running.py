@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +35,8 @@ class Running(NamedTuple):
         warming: calls are made to capture graphs, and their results are not used, so nothing is
             refused that could not be served correctly.
         active: graphs with adapters are captured though no request has one.
+        inner: the compiled forward that this call is to run next, inside of what users put in the
+            place of the compiled model's forward.
     """
 
     requests: Requests | None = None
@@ -45,16 +47,18 @@ class Running(NamedTuple):
     updating: bool = False
     warming: bool = False
     active: bool = False
+    inner: Callable[..., Any] | None = None
 
     def serving(self, requests: Requests) -> Running:
         """The value inside of a call for these requests."""
         thread = threading.get_ident()
-        return self._replace(requests=requests, depth=self.depth + 1, thread=thread)
+        depth = self.depth + 1
+        return self._replace(requests=requests, depth=depth, thread=thread, inner=None)
 
     def in_forward(self, rows: tuple[int, ...]) -> Running:
         """The value inside of a compiled forward; `rows` are the slots of the batch around it."""
         slots = self.slots_in_use.union(rows) if self.entries else self.slots_in_use
-        return self._replace(entries=self.entries + 1, slots_in_use=slots)
+        return self._replace(entries=self.entries + 1, slots_in_use=slots, inner=None)
 
     @property
     def here(self) -> bool:

@@ -187,6 +187,9 @@ class Session:
         #: Looks, before a call, at the model that is trained and whose weights this one shares:
         #: assigned by lorafx.compiled_model.sampler.
         self.follow: Callable[[], None] = lambda: None
+        #: What users put in the place of the compiled model's forward, if anything; it calls that
+        #: as `Running.inner`. Assigned by lorafx.compiled_model.as_module.
+        self.patched: Callable[..., Any] | None = None
         #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
         self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
@@ -199,7 +202,7 @@ class Session:
     @cached_property
     def backend(self) -> Backend:
         """Compiles the graphs; made with the first one, since what it imports takes a second.
-        lorafx.inspection.replay assigns another one."""
+        lorafx.runtime.replay assigns another one."""
         # An import defines operators, which an interrupted one could not define again.
         return undisturbed(partial(self._new_backend, self))
 

@@ -29,7 +29,7 @@ from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
-from lorafx.errors import ConfigError, LorafxWarning
+from lorafx.errors import ConfigError, LorafxWarning, VerifyError
 from lorafx.interrupts import undisturbed
 from lorafx.placements import divides_experts
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
@@ -53,10 +53,11 @@ if TYPE_CHECKING:
     from lorafx.runtime.entry import Entry
     from lorafx.runtime.session import Session
 
-TierName = Literal["eager", "compiling", "ready", "kept eager"]
+T = TypeVar("T")
+TierName = Literal["eager", "compiling", "ready", "kept eager", "refused"]
 
-#: Precedes the path of a saved graph in what a process reports.
-_SAVED = "saved as "
+#: Precede the path of a saved graph, and why calls are refused, in what a process reports.
+_SAVED, _REFUSED = "saved as ", "refused, since "
 #: How the names of private folders begin, and the age in seconds from which one may be left over.
 _PREFIX, _NEW = "lorafx-graphs-", 60.0
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
@@ -123,9 +124,12 @@ class _Kind:
     wrong: int = 0
     looked: tuple[int, int] = (0, 0)
     reason: str = ""
+    refused: bool = False
 
     @property
     def tier(self) -> TierName:
+        if self.refused:
+            return "refused"
         if self.process is not None:
             return "compiling"
         if self.has_graph or self.here or self.saved:
@@ -239,6 +243,8 @@ class Tiers:
         if entry.session.program.is_placed and kind.calls > 1:
             kind.here = True  # on all ranks at the same call, or they would wait for one another
         self._look()
+        if kind.refused:
+            raise VerifyError(f"{kind.name}: {kind.reason}")
         if kind.here:
             return entry.run_graph(args, kwargs, base=base)
         saved, _ = kind.looked
@@ -262,10 +268,11 @@ class Tiers:
         if self._is_due(kind) and not entry.session.program.is_placed:
             save = attrgetter("save")
             call = partial(entry.run_graph, args, kwargs, base=base, conversion=save)
+            compare = partial(self._verdict, entry, args, kwargs, base)
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
-            self._fork(kind, partial(_compile, entry, call))
+            self._fork(kind, partial(_compile, entry, call, compare))
         try:
-            return self._run_eagerly(entry, args, kwargs)
+            return self._eagerly(entry, partial(self._eager.run, entry.target, args, kwargs))
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self._end_process(kind)
@@ -276,7 +283,8 @@ class Tiers:
                 kind.processes, kind.wrong = forked, kind.wrong + 1
             raise
 
-    def _run_eagerly(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _eagerly(self, entry: Entry, run: Callable[[], T]) -> T:
+        """Return the result of `run`, a forward in eager mode."""
         session, runtime = entry.session, entry.session.program.runtime
         if session.requests.tokens is not None and not session.requests.packed:
             raise NeedsGraph("tokens of one request have slots of their own")
@@ -288,12 +296,29 @@ class Tiers:
             if self._processes and threads > 1:  # OpenMP's wait for the one that shares its core
                 _use_threads(threads - 1, of_new=threads)
             with no_grad, session.without_mha_fast_path():
-                return self._eager.run(entry.target, args, kwargs)
+                return run()
         finally:
             runtime.active = active
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             session.program.hook_watch.accept_new()
+
+    def _verdict(
+        self,
+        entry: Entry,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        base: bool,
+    ) -> tuple[str, str]:
+        """`ComparedCall.verdict` of a call, in the process beside."""
+        from lorafx.runtime.comparison import ComparedCall
+
+        def eagerly(read: Callable[[Any], Any], sites: list[tuple[str, Tensor]]) -> Any:
+            look = partial(self._eager.look, entry.target, args, kwargs, read, sites)
+            return self._eagerly(entry, look)
+
+        self._processes.clear()  # they are the serving process's
+        return ComparedCall(entry, args, kwargs, base, eagerly).verdict()
 
     # --- processes ---
 
@@ -367,6 +392,8 @@ class Tiers:
             _prepare_files(session.program, [Path(outcome.removeprefix(_SAVED))])
             self._saved += 1
             kind.saved = True
+        elif outcome.startswith(_REFUSED):
+            kind.refused, kind.reason = True, outcome.removeprefix(_REFUSED)
         elif session.program.options.fallback == "refuse" and process.reported:
             kind.here = True
         elif process.reported or kind.processes >= _MOST_PROCESSES:  # others may have ended it
@@ -457,8 +484,9 @@ def _use_threads(number: int, *, of_new: int) -> None:
     setter.join()
 
 
-def _compile(entry: Entry, call: Callable[[], Any]) -> str:
-    """Compile and save the graph of `call`, in a process for this alone. Returns why it is not."""
+def _compile(entry: Entry, call: Callable[[], Any], compare: Callable[[], tuple[str, str]]) -> str:
+    """Compile and save the graph of `call`, in a process for this alone, and `compare` its answer.
+    Returns where it is, or why it is not to be taken."""
     session = entry.session
     session.locks.calls = threading.RLock()  # that of the serving process is another thread's
     session.running = session.running._replace(thread=threading.get_ident())
@@ -466,7 +494,16 @@ def _compile(entry: Entry, call: Callable[[], Any]) -> str:
         call()
     except NoGraph as end:
         file, reason = end.args
-        return reason if file is None else f"{_SAVED}{file}"
+        if file is None:
+            return reason
+        from lorafx.capture.saved_graphs.saved_graphs import prepare
+
+        prepare(session.program, file)
+        verdict, reason = compare()
+        if not verdict:
+            return f"{_SAVED}{file}"
+        file.unlink(missing_ok=True)
+        return f"{_REFUSED if verdict == 'refused' else ''}{reason}"
     except Exception as error:
         cause = chain(error)[-1]
         text = " ".join(str(cause).partition("\n\n")[0].split())  # traces of Dynamo follow

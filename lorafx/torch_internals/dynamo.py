@@ -48,11 +48,17 @@ with private_names():
     )
     from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvTransposeNd
+    from torch.nn.modules.module import _has_any_global_hook
 
     #: The code of a module's call, and the code that calls it.
     CALL = nn.Module._call_impl.__code__
     CALLS = (CALL, nn.Module._wrapped_call_impl.__code__)
     _WRAPPERS = eval_frame.__name__
+
+
+def any_global_hook() -> bool:
+    """Whether there are hooks of all modules."""
+    return bool(_has_any_global_hook())
 
 
 def in_wrapper_of_dynamo(frame: FrameType) -> bool:

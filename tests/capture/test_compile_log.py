@@ -96,7 +96,7 @@ def test_what_nothing_else_tells_names_the_guard(small) -> None:
     cm = case.compile(options={"lowering": "reference"})
     inputs = {"x": torch.ones(2, 3, 6)}
     cm(**inputs, adapter_names=["a", None])
-    cm.model.scale = 3
+    cm._orig_mod.scale = 3
     cm(**inputs, adapter_names=["a", None])
     reason = cm.explain().graphs[-1].reason
     assert re.fullmatch(r"new: the guard .*scale.* == 2 failed", reason)

@@ -180,7 +180,7 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small):
     case = small(Cached, ["first", "w"])
     cm = serving(case)
     check(cm, case, [(["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 4)])
-    cm.model.kept["bias"].mul_(2)  # by somebody who may have taken it from a request
+    cm._orig_mod.kept["bias"].mul_(2)  # by somebody who may have taken it from a request
     with pytest.raises(ProvenanceError, match=r"at (first, )?w "):
         cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
 

@@ -165,7 +165,7 @@ def test_a_change_is_noticed(case: Case, change: Callable[[Any], None]) -> None:
     assert watched(cm) > 40
     assert watched(plain) == 0
     before = base(X[1:2])
-    for model in (cm.model, plain.model, base):
+    for model in (cm._orig_mod, plain.model, base):
         change(model)
     want = base(X[1:2])
     assert not torch.allclose(before, want)
@@ -184,11 +184,11 @@ def test_a_change_back_has_its_graph(case: Case) -> None:
     cm = compiled(case)
     first = cm(X, adapter_names=NAMES)
     for _ in range(2):
-        cm.model.norm.epsilon = -2.0
-        cm.model.train()
+        cm._orig_mod.norm.epsilon = -2.0
+        cm._orig_mod.train()
         assert not torch.allclose(cm(X, adapter_names=NAMES), first)
-        cm.model.norm.epsilon = 0.5
-        cm.model.eval()
+        cm._orig_mod.norm.epsilon = 0.5
+        cm._orig_mod.eval()
         torch.testing.assert_close(cm(X, adapter_names=NAMES), first)
     assert cm.recompiles == 2
 
@@ -196,9 +196,9 @@ def test_a_change_back_has_its_graph(case: Case) -> None:
 def test_what_no_graph_reads_changes_nothing(case: Case) -> None:
     cm = compiled(case)
     first = cm(X, adapter_names=NAMES)
-    cm.model.unread = cm.model.norm.unread = 3
-    cm.model.norm.epsilon = 1.0
-    cm.model.norm.epsilon = 0.5
+    cm._orig_mod.unread = cm._orig_mod.norm.unread = 3
+    cm._orig_mod.norm.epsilon = 1.0
+    cm._orig_mod.norm.epsilon = 0.5
     compiled(case)  # which adds to tables that all models share
     torch.testing.assert_close(cm(X, adapter_names=NAMES), first)
     cm(X, adapter_names=["b", "b", "a"])
@@ -237,7 +237,7 @@ def test_a_graph_from_a_folder(case: Case, tmp_path) -> None:
     cm, base = served(), case.model()
     assert [record.saved for record in cm._session.records] == ["loaded from the folder"]
     assert watched(cm) > 40
-    for model in (cm.model, base):
+    for model in (cm._orig_mod, base):
         model.norm.epsilon = -2.0
     torch.testing.assert_close(cm(X, adapter_names=NAMES)[1:2], base(X[1:2]))
     assert cm.recompiles == 2

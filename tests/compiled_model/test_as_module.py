@@ -11,9 +11,10 @@ import accelerate
 import pytest
 import torch
 import transformers
-from dense_merge import REFERENCE, check_mixed
+from dense_merge import REFERENCE, check_mixed, error
 from tiny_models import token_inputs
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME as TRAINING_ARGS
 from transformers.utils.generic import can_return_loss, find_labels
 
 import lorafx
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 INPUTS = token_inputs(2, 6)
 NAMES = ["a0", "a1"]
+SHORT = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,170 @@ def check_same(cm: Any, case: Any, before: torch.Tensor) -> None:
     check_mixed(cm, case, NAMES, INPUTS)
 
 
+def alone_of(case: Any, use: Callable[[Any, Any], torch.Tensor]) -> torch.Tensor:
+    """What `use` of a merged model and of its row returns, for all rows."""
+    rows = [{name: value[row : row + 1] for name, value in INPUTS.items()} for row in range(2)]
+    return torch.cat([use(case.alone(name), row) for name, row in zip(NAMES, rows, strict=True)])
+
+
+def test_names_that_it_has_none_of_are_the_models_own(shallow, small):
+    given = shallow.model()
+    cm = lorafx.compile(given, shallow.folders, options=REFERENCE)
+    assert cm._orig_mod is given
+    assert cm.model is given.model
+    assert cm.model.layers[0] is given.model.layers[0]
+    assert isinstance(cm, type(given))
+    assert {"load_adapter", "lm_head", "config"} <= {*dir(cm)}
+    for holder, other in ((cm, given), (given, cm)):
+        holder.own = kept = nn.Linear(2, 2)
+        assert other.own is kept
+        assert "own.weight" in dict(other.named_parameters())
+        del holder.own
+        assert not hasattr(other, "own")
+        holder.note = "kept"
+        assert vars(other)["note"] == "kept"
+        del holder.note
+        holder.register_buffer("count", torch.ones(1))
+        assert other.count is holder.count
+        del holder.count
+    cm.training = True
+    assert given.training
+    with pytest.raises(AttributeError):
+        del cm.adapters
+    plain = small(lambda: nn.Sequential(nn.Linear(6, 7)), ["0"]).compile()
+    assert plain.model is plain._orig_mod
+    assert len(plain) == 1
+    assert plain[0] is plain._orig_mod[0]
+    assert [*plain] == [*plain._orig_mod]
+
+
+def test_settings_are_heard_by_calls_and_generate(shallow):
+    cm = shallow.compile(dynamic=False)
+    cm.generation_config = transformers.GenerationConfig(**{**SHORT, "max_new_tokens": 1})
+    assert cm.generate(**INPUTS, adapter_names=NAMES).shape[1] == INPUTS["input_ids"].shape[1] + 1
+    labels = INPUTS["input_ids"]
+    before = cm(**INPUTS, labels=labels, adapter_names=NAMES).loss
+    cm.loss_function = lambda logits, labels, vocab_size, **_: logits.sum() * 0 + 7
+    assert float(cm(**INPUTS, labels=labels, adapter_names=NAMES).loss) == 7 != float(before)
+
+
+def test_hooks_run_once_for_each_forward(shallow):
+    cm, seen = shallow.compile(dynamic=False), []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        seen.append({*kwargs})
+        return args, {name: value for name, value in kwargs.items() if name != "adapter_names"}
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        seen.append(module)
+        output["logits"] = output["logits"] * -3
+        return output
+
+    def hooked(model: Any) -> list[Any]:
+        first = model.register_forward_pre_hook(before, with_kwargs=True)
+        return [first, model.register_forward_hook(after)]
+
+    def generated(model: Any, row: Any) -> torch.Tensor:
+        handles = hooked(model)
+        ids = model.generate(**row, **SHORT)
+        for handle in handles:
+            handle.remove()
+        return ids
+
+    plain = cm(**INPUTS, adapter_names=NAMES).logits
+    want = alone_of(shallow, generated)
+    handles = hooked(cm)
+    seen.clear()
+    assert torch.equal(cm(**INPUTS, adapter_names=NAMES).logits, plain * -3)
+    assert seen == [{*INPUTS}, cm._orig_mod]
+    seen.clear()
+    assert torch.equal(cm.generate(**INPUTS, **SHORT, adapter_names=NAMES), want)
+    assert seen[1::2] == [cm._orig_mod] * SHORT["max_new_tokens"]
+    seen.clear()
+    assert torch.equal(cm.forward(**INPUTS, adapter_names=NAMES).logits, plain)  # as on a model
+    for handle in handles:
+        handle.remove()
+    check_same(cm, shallow, plain)
+    assert not seen
+    with pytest.raises(CaptureError, match="a backward hook would never run"):
+        cm.register_full_backward_hook(lambda *_: None)
+
+
+def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(shallow):
+    cm, given = shallow.compile(dynamic=False), []
+
+    def times(model: Any, **fixed: Any) -> Callable[..., Any]:
+        own = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given.append(kwargs.get("adapter_names"))
+            output = own(*args, **kwargs | fixed)
+            output["logits"] = output["logits"] * -3
+            return output
+
+        return forward
+
+    def generated(model: Any, row: Any) -> torch.Tensor:
+        model.forward = times(model)
+        ids = model.generate(**row, **SHORT)
+        del model.forward
+        return ids
+
+    plain = cm(**INPUTS, adapter_names=NAMES).logits
+    tokens = cm.generate(**INPUTS, **SHORT, adapter_names=NAMES)
+    own, want = cm.forward, alone_of(shallow, generated)
+    cm.forward = times(cm)
+    given.clear()
+    assert torch.equal(cm(**INPUTS, adapter_names=NAMES).logits, plain * -3)
+    assert given == [NAMES]
+    assert torch.equal(cm.generate(**INPUTS, **SHORT, adapter_names=NAMES), want)
+    assert len(given) == 1 + SHORT["max_new_tokens"]
+    cm.set_adapter("a1")
+    assert error(cm(**INPUTS).logits[1], plain[1] * -3) <= 1e-5
+    cm.set_adapter(None)
+    cm.forward = lambda input_ids, attention_mask: own(input_ids, attention_mask)
+    check_same(cm, shallow, plain)  # which takes no names
+    cm.forward = own
+    cm.forward = times(cm, adapter_names=NAMES[::-1])  # which chooses others
+    got, other = cm(**INPUTS, adapter_names=NAMES).logits, own(**INPUTS, adapter_names=NAMES[::-1])
+    assert torch.equal(got, other.logits * -3)
+    del cm.forward
+    check_same(cm, shallow, plain)
+    assert torch.equal(cm.generate(**INPUTS, **SHORT, adapter_names=NAMES), tokens)
+    assert "forward" not in vars(cm._orig_mod)
+
+
+@pytest.mark.parametrize("start", ["compiled", "eager"])
+def test_functional_call_has_the_weights_of_the_call(shallow, start):
+    cm = shallow.compile({"start": start}, dynamic=False)
+    before = cm(**INPUTS, adapter_names=NAMES).logits
+    own = {name: value.clone() for name, value in cm.state_dict().items()}
+    state = {name: value * 1.25 for name, value in own.items()}
+
+    def changed(model: Any, row: Any) -> torch.Tensor:
+        added = {n: value - own[n] + state[n] for n, value in model.state_dict().items()}
+        return torch.func.functional_call(model, added, (), row).logits
+
+    for _ in range(2):
+        given = {**INPUTS, "adapter_names": NAMES}
+        got = torch.func.functional_call(cm, state, (), given).logits
+        assert error(got, alone_of(shallow, changed)) <= 1e-5
+        assert error(cm(**INPUTS, adapter_names=NAMES).logits, before) <= 1e-6
+
+
+def test_a_copy_by_the_models_own_method_is_refused_too(small):
+    class Copied(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return Copied(*self)
+
+    cm = small(lambda: Copied(nn.Linear(6, 7)), ["0"]).compile()
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(CaptureError, match="cannot be copied"):
+            copied(cm)
+
+
 def test_forward_has_the_signature_of_the_models_own(cm):
-    model = cm.model
+    model = cm._orig_mod
     for got, own in ((cm.forward, model.forward), (type(cm).forward, type(model).forward)):
         found, wanted = (inspect.signature(method).parameters for method in (got, own))
         assert found.keys() - wanted.keys() == {"adapter_names", "adapter_slots"}
@@ -64,7 +228,7 @@ def test_a_class_of_models_whose_loss_is_asked_for_says_so(small):
 
 
 def test_parameters_modules_and_state_have_the_models_own_names(cm):
-    model = cm.model
+    model = cm._orig_mod
     assert list(cm.state_dict()) == list(model.state_dict())
     for members in ("named_parameters", "named_buffers", "named_children"):
         got, own = (list(getattr(module, members)()) for module in (cm, model))
@@ -80,7 +244,7 @@ def test_parameters_modules_and_state_have_the_models_own_names(cm):
 def test_a_module_around_it_has_its_names_too(cm, shallow):
     around = nn.ModuleDict({"lm": cm})
     state = around.state_dict()
-    assert [key.removeprefix("lm.") for key in state] == list(cm.model.state_dict())
+    assert [key.removeprefix("lm.") for key in state] == list(cm._orig_mod.state_dict())
     assert [f"lm.{name}" for name, _ in cm.named_parameters()] == [
         name for name, _ in around.named_parameters()
     ]
@@ -106,7 +270,25 @@ def test_its_state_is_loaded_into_it_and_into_other_models(shallow):
 
 def test_it_is_saved_as_its_model(cm, tmp_path):
     cm.save_pretrained(tmp_path)
-    saved = type(cm.model).from_pretrained(tmp_path).state_dict()
+    saved = type(cm._orig_mod).from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == cm.state_dict().keys()
+    assert all(torch.equal(saved[key], value) for key, value in cm.state_dict().items())
+
+
+def test_trainers_give_it_settings_and_save_it_as_its_model(shallow, tmp_path):
+    cm = shallow.compile(dynamic=False)
+    settings = transformers.GenerationConfig(**SHORT)
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), predict_with_generate=True, generation_config=settings, use_cpu=True
+    )
+    trainer = transformers.Seq2SeqTrainer(cm, arguments)
+    assert cm._orig_mod.generation_config.max_new_tokens == SHORT["max_new_tokens"]
+    trainer.save_model(str(tmp_path / "saved"))
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", TRAINING_ARGS}
+    again = type(cm._orig_mod).from_pretrained(tmp_path / "saved")
+    assert again.generation_config.max_new_tokens == SHORT["max_new_tokens"]
+    saved = again.state_dict()
     assert saved.keys() == cm.state_dict().keys()
     assert all(torch.equal(saved[key], value) for key, value in cm.state_dict().items())
 
@@ -114,10 +296,10 @@ def test_it_is_saved_as_its_model(cm, tmp_path):
 def test_training_mode_is_the_models(cm):
     with pytest.warns(lorafx.LorafxWarning, match="training mode"):
         assert cm.train() is cm
-    assert cm.model.training
+    assert cm._orig_mod.training
     assert all(m.training for m in cm.modules())
     cm.eval()
-    assert not any(m.training for m in (cm, *cm.model.modules()))
+    assert not any(m.training for m in (cm, *cm._orig_mod.modules()))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +348,7 @@ def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
 @pytest.mark.parametrize("prepare", ["prepare", "prepare in half precision", "hook"])
 def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
     cm = shallow.compile(dynamic=False)
-    want = cm(**INPUTS, adapter_names=NAMES).logits
+    want, dtypes = cm(**INPUTS, adapter_names=NAMES).logits, set()
     if prepare == "hook":
         got = accelerate.hooks.add_hook_to_module(cm, accelerate.hooks.ModelHook())
     else:
@@ -179,6 +361,19 @@ def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
     found = got(**INPUTS, adapter_names=NAMES).logits
     assert found.dtype == torch.float32
     assert (found - want).abs().max() <= (0.1 if "half" in prepare else 0) * want.abs().max()
+    if "half" not in prepare:
+        return
+    cm.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        own = alone_of(shallow, lambda model, row: model.generate(**row, **SHORT))
+    assert torch.equal(cm.generate(**INPUTS, **SHORT, adapter_names=NAMES), own)
+    cm(**INPUTS, adapter_names=NAMES)
+    assert dtypes == {torch.bfloat16}
+    assert accelerator.unwrap_model(cm, keep_fp32_wrapper=False) is cm
+    dtypes.clear()
+    check_same(cm, shallow, want)
+    cm.generate(**INPUTS, **SHORT, adapter_names=NAMES)
+    assert dtypes == {torch.float32}
 
 
 def test_a_collator_that_asks_the_model_for_decoder_ids_gets_its_own(case_of):

@@ -83,7 +83,7 @@ def test_state_dict_and_files_are_the_same(case_of, family, tmp_path):
     model.save_pretrained(tmp_path / "before")
     cm = lorafx.compile(model, case.folders, options={"lowering": "reference"})
     model.save_pretrained(tmp_path / "after")
-    assert cm.model is model
+    assert cm._orig_mod is model
     assert [(n, type(m), id(m)) for n, m in model.named_modules()] == names
     assert [(n, id(p), p.shape, p.requires_grad) for n, p in model.named_parameters()] == parameters
     assert list(model.state_dict()) == list(state)
@@ -117,7 +117,7 @@ def test_casting_after_compile_is_refused_where_weights_are_packed(shallow):
     torch.manual_seed(0)
     inputs = token_inputs(2, 4)
     check_mixed(cm, shallow, ["a0", None], inputs)
-    cm.model.to(torch.bfloat16)
+    cm._orig_mod.to(torch.bfloat16)
     with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed"):
         cm(**inputs, adapter_names=["a0", None])
 
@@ -132,7 +132,7 @@ def test_other_weights_loaded_after_compile_are_served(plain, tmp_path):
         twin = plain.model()
         twin.load_state_dict(state)
         oracle = Oracle.of(twin, plain.folders)
-        cm.model.load_state_dict({name: v.clone() for name, v in state.items()}, assign=assign)
+        cm._orig_mod.load_state_dict({name: v.clone() for name, v in state.items()}, assign=assign)
         got = cm(**inputs, adapter_names=names)["logits"]
         assert error(got, oracle.rows(names, inputs)[0]) <= 1e-5
         assert torch.equal(cm(**inputs)["logits"], twin(**inputs)["logits"])

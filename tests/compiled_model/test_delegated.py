@@ -80,8 +80,8 @@ class Head(nn.Module):
 def test_a_method_of_a_module_that_was_added_later_is_served_too(encoder):
     cm = encoder.compile()
     cm.encode(X, adapter_names=MIX)
-    cm.model.head = Head(cm.model.first)
-    cm.model.pooled = cm.model.head.pooled
+    cm._orig_mod.head = Head(cm._orig_mod.first)
+    cm._orig_mod.pooled = cm._orig_mod.head.pooled
     want = rows(encoder, MIX, lambda model, x: model.first(x).mean(1))
     assert error(cm.pooled(X, adapter_names=MIX), want) <= 1e-5
 
@@ -153,9 +153,9 @@ def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
 
     def seen(y: Tensor) -> Tensor:
         inner.append(cm.encode(X[:2], adapter_names=["b", None]))
-        return cm.model.second(y)
+        return cm._orig_mod.second(y)
 
-    cm.model.seen = seen
+    cm._orig_mod.seen = seen
     got = cm.outside(X, adapter_names=["a"] * 3)
     alone = encoder.alone("a")
     assert error(got, alone.second(alone.first(X))) <= 1e-5
@@ -167,8 +167,8 @@ def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
     "use",
     [
         lambda cm: cm.first(X),
-        lambda cm: cm.model(X),
-        lambda cm: cm.model.encode(X),
+        lambda cm: cm._orig_mod(X),
+        lambda cm: cm._orig_mod.encode(X),
         lambda cm: cm.get_submodule("first")(X),
     ],
 )
@@ -181,7 +181,7 @@ def test_parts_by_themselves_are_the_base_s_or_raise(encoder, use):
     cm(X, adapter_names=MIX)
     with pytest.raises(MatchError, match="runs outside"):
         use(cm)
-    copied = copy.deepcopy(cm.model)
+    copied = copy.deepcopy(cm._orig_mod)
     assert torch.equal(copied(X)["logits"], encoder.base(X)["logits"])
     cm.set_adapter(None)
     again = use(cm)
@@ -220,8 +220,8 @@ def test_methods_of_transformers_that_are_refused(shallow, use):
     cm.set_adapter("a1")
     with pytest.raises(CaptureError, match=r"\w+\(\) (runs|starts|is about|compiles).*(use|call) "):
         use(cm, token_inputs(2, 4))
-    assert "generate" not in vars(cm.model)
-    assert "generate_batch" not in vars(cm.model)
+    assert "generate" not in vars(cm._orig_mod)
+    assert "generate_batch" not in vars(cm._orig_mod)
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_an_encoder_by_itself(case_of):
     with pytest.raises(MatchError, match="runs outside"):
         cm.get_encoder()(ids)
     with pytest.raises(MatchError, match="runs outside"):
-        cm.model(**inputs)
+        cm._orig_mod(**inputs)
     want = case.alone("a0").generate(input_ids=ids, **SHORT)
     assert torch.equal(cm.generate(input_ids=ids, **SHORT), want)
 

@@ -191,7 +191,7 @@ def test_generate_of_a_model_inside_of_the_model(built):
     with another_thread_that_compiles():
         assert torch.equal(cm.generate(**batch, **SHORT), want["v"].sequences)
     with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' is the"):
-        cm.model.vision_model(batch["pixel_values"])
+        cm._orig_mod.vision_model(batch["pixel_values"])
 
 
 @pytest.mark.usefixtures("fixed_sizes")
@@ -204,7 +204,7 @@ def test_a_hook_on_a_part_that_generate_calls_by_itself_runs_once(built):
         calls.append(module)
         return output / 2
 
-    for model in (cm.model, alone["v"]):
+    for model in (cm._orig_mod, alone["v"]):
         model.language_projection.register_forward_hook(halve)
     want = alone["v"].generate(**batch, **LOGITS)
     del calls[:]

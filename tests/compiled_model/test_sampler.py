@@ -324,7 +324,7 @@ def test_there_is_no_second_copy_of_the_base():
     with Made() as made:
         sampler = sampler_of(model)
     sampler(**INPUTS, adapter_names=["x", None, None])
-    assert {p.untyped_storage().data_ptr() for p in sampler.model.parameters()} <= own
+    assert {p.untyped_storage().data_ptr() for p in sampler._orig_mod.parameters()} <= own
     assert {p.untyped_storage().data_ptr() for p in model.parameters()} == own
     new = sum(size for address, size in made.alive().items() if address not in own)
     memory = sampler.memory()

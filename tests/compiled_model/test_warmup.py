@@ -150,7 +150,7 @@ def _state(cm: lorafx.CompiledModel) -> tuple[object, ...]:
         torch.get_rng_state().tolist(),
         random.getstate(),
         cm.training,
-        [module.training for module in cm.model.modules()],
+        [module.training for module in cm._orig_mod.modules()],
         torch.is_grad_enabled(),
     )
 
@@ -222,14 +222,14 @@ def test_a_warmup_that_raises_leaves_no_trace(small, batch_sizes: tuple[int, ...
     inputs = {"x": torch.randn(2, 12)}
     names = ["a", None]
     want = cm(**inputs, adapter_names=names)["logits"]
-    calls, before = cm.model.calls.clone(), _state(cm)
+    calls, before = cm._orig_mod.calls.clone(), _state(cm)
     if 3 in batch_sizes:
         with pytest.raises(RuntimeError, match="no batch of three"):
             cm.warmup(inputs, batch_sizes=batch_sizes)
     else:
         cm.warmup(inputs, batch_sizes=batch_sizes)
     assert _state(cm) == before
-    assert torch.equal(cm.model.calls, calls)
+    assert torch.equal(cm._orig_mod.calls, calls)
     assert torch.equal(cm(**inputs, adapter_names=names)["logits"], want)
     assert cm.adapters == ("a", "b")
 

@@ -132,7 +132,7 @@ def test_base_rows_keep_their_bits_beside_a_row_that_overflows(plain: Case) -> N
     cm, model = plain.compile(EAGER), plain.model()
     ids = torch.randint(0, VOCAB, (3, 4))
     with torch.no_grad():
-        for tree in (cm.model, model):
+        for tree in (cm._orig_mod, model):
             tree.embed.weight[ids[0]] = torch.inf
     got = cm(ids=ids, adapter_names=[None, "a1", None])["logits"]
     with torch.no_grad():

@@ -109,8 +109,8 @@ def test_encoder_decoder(case_of):
     for kwargs in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
         got = cm.generate(**inputs, **FIXED, **kwargs, adapter_names=names)
         assert torch.equal(got, oracle_tokens(case, names, inputs, **kwargs))
-    assert "forward" not in vars(cm.model)
-    assert "forward" not in vars(cm.model.get_encoder())
+    assert "forward" not in vars(cm._orig_mod)
+    assert "forward" not in vars(cm._orig_mod.get_encoder())
 
 
 def test_forward_is_put_back(served):

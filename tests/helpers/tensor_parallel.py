@@ -181,11 +181,11 @@ def run_llama(
 
 def run_merged(compiled: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor:
     """Logits with this rank's share of the adapter in its weights, which are put back."""
-    before = {key: value.clone() for key, value in compiled.model.state_dict().items()}
+    before = {key: value.clone() for key, value in compiled._orig_mod.state_dict().items()}
     compiled.merge(name)
     logits = compiled(ids)
     compiled.unmerge()
-    after = compiled.model.state_dict()
+    after = compiled._orig_mod.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     with pytest.raises(
         lorafx.MatchError, match="only a share of its weight; export on a single rank"

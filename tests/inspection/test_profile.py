@@ -16,7 +16,7 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.profile import Profile, _site_nodes
-from lorafx.inspection.replay import replayed
+from lorafx.runtime.replay import replayed
 
 NAMES = ["a1", None, "a3", "a1"]
 

@@ -91,7 +91,7 @@ def test_inputs_that_are_given(looked: Any) -> None:
         found.cm.why("embed", "a3", inputs={"no_such": inputs["ids"]})
     assert not any(
         hook.__qualname__.startswith("change_of")
-        for module in found.cm.model.modules()
+        for module in found.cm._orig_mod.modules()
         for hook in module._forward_hooks.values()
         if hasattr(hook, "__qualname__")
     )

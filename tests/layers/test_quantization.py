@@ -91,7 +91,7 @@ def test_lora_on_quantised_packed_layers(quantised):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cm = lorafx.compile(model, folders, options={"lowering": "reference"}, dynamic=False)
     oracle.assert_close(cm(ids, adapter_names=names), cases.rows(names, {"input_ids": ids}))
-    qkv = cm.model.model.layers[0].self_attn.qkv_proj
+    qkv = cm._orig_mod.model.layers[0].self_attn.qkv_proj
     assert isinstance(qkv, QKVParallelLinear)
     assert isinstance(qkv.quant_method, Int8ChannelLinearMethod)
     assert qkv.weight.dtype == torch.int8

@@ -45,7 +45,7 @@ def check(cm: nn.Module, case: Case) -> None:
     """The compiled model's answers are those of the weights that it has now."""
     now = Case(copy.deepcopy(case.base), case.folders)
     now.base.right.bias = None
-    for name, value in cm.model.named_parameters():
+    for name, value in cm._orig_mod.named_parameters():
         owner, _, last = name.rpartition(".")
         setattr(now.base.get_submodule(owner), last, nn.Parameter(value.clone(), False))
     got = cm(x=X, adapter_names=NAMES)["logits"]
@@ -102,11 +102,11 @@ def test_for_a_while(change: Callable[[nn.Module], object], case: Case) -> None:
     cm = case.compile()
     assert len(cm._session.program.packed) == 1
     check(cm, case)
-    before = {name: value.clone() for name, value in cm.model.state_dict().items()}
-    with change(cm.model):
+    before = {name: value.clone() for name, value in cm._orig_mod.state_dict().items()}
+    with change(cm._orig_mod):
         check(cm, case)
         check(cm, case)
-    after = cm.model.state_dict()
+    after = cm._orig_mod.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     check(cm, case)
@@ -116,20 +116,20 @@ def test_for_a_while(change: Callable[[nn.Module], object], case: Case) -> None:
 def test_memory_that_is_shared_with_other_processes(case: Case) -> None:
     """It is other memory, for the buffer and all that lies in it."""
     cm = case.compile()
-    cm.model.share_memory()
+    cm._orig_mod.share_memory()
     (packed,) = cm._session.program.packed
     check(cm, case)
     assert cm._session.program.pack_watch.intact
     assert packed.weight.is_shared()
-    assert all(parameter.is_shared() for parameter in cm.model.parameters())
+    assert all(parameter.is_shared() for parameter in cm._orig_mod.parameters())
 
 
 def test_before_they_are_packed(case: Case) -> None:
     """An eager call finds what was written; a cast is refused as for packed ones."""
     cm = case.compile({"start": "eager", "cache": None})
-    cm.load_state_dict(other_weights(cm.model))
+    cm.load_state_dict(other_weights(cm._orig_mod))
     check(cm, case)
     assert not cm._session.program.pack_watch.intact
-    cm.model.bfloat16()
+    cm._orig_mod.bfloat16()
     with pytest.raises(CaptureError, match="have changed shape, dtype"):
         check(cm, case)

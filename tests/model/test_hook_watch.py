@@ -72,9 +72,9 @@ def test_hooks_that_come_and_go_after_the_first_call(case, hook, path):
     served = partial(served_as, cm, case, path)
     served()
     graphs = cm.recompiles
-    handle = hook(cm.model.get_submodule(path))
+    handle = hook(cm._orig_mod.get_submodule(path))
     served(hook)
-    also = hook(cm.model.get_submodule(path))
+    also = hook(cm._orig_mod.get_submodule(path))
     served(hook, hook)
     also.remove()
     handle.remove()
@@ -106,7 +106,7 @@ class Scaled:
 
 def test_what_a_hook_holds_is_guarded(case):
     cm, hook = case.compile(), Scaled(2.0)
-    cm.model.act.register_forward_hook(hook)
+    cm._orig_mod.act.register_forward_hook(hook)
     for scale in (2.0, 0.5):
         hook.scale = scale
         served_as(cm, case, "act", lambda module: module.register_forward_hook(Scaled(hook.scale)))

@@ -179,7 +179,7 @@ def test_a_weight_that_another_one_replaces(saved: tuple[nn.Module, dict[str, Pa
     cm = lorafx.compile(copy.deepcopy(first.model), first.folders, options=REFERENCE)
     given, graphs = inputs(), 0
     for case in (first, second, case_of("torchao-int4-groups", saved)):
-        for (_, old), (_, new) in zip(linears(cm.model), linears(case.model), strict=True):
+        for (_, old), (_, new) in zip(linears(cm._orig_mod), linears(case.model), strict=True):
             old.weight = new.weight
         got = cm(**given, adapter_names=NAMES).logits
         assert error(got, case.rows(NAMES, given)) <= 1e-5

@@ -92,7 +92,7 @@ def test_what_is_replaced_is_refused_until_it_is_back(
     case: Case, change: Callable[[Stack], None]
 ) -> None:
     cm = case.compile(dynamic=False)
-    model = cm.model
+    model = cm._orig_mod
     check(cm, case)
     kept = [(module, dict(module._modules)) for module in model.modules()]
     change(model)
@@ -127,7 +127,7 @@ def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
     check(cm, case)
     changed = case.model()
     replacement = frozen(nn.Linear(8, 5))
-    cm.model.head = replacement
+    cm._orig_mod.head = replacement
     changed.head = copy.deepcopy(replacement)
     other = Case(changed, {"b": case.folders["b"]})
     check(cm, other, ["b", None, None, "b"])
@@ -141,7 +141,7 @@ def test_other_modules_may_come_and_change(case: Case) -> None:
     """Their weights are known as weights, and `load_weights` writes to what is there."""
     cm, changed = case.compile(dynamic=False), case.model()
     check(cm, case)
-    for model in (cm.model, changed):
+    for model in (cm._orig_mod, changed):
         torch.manual_seed(7)
         model.side = frozen(nn.Linear(8, 8))
         model.extra = frozen(nn.Linear(8, 8))
@@ -175,10 +175,10 @@ def test_resized_embeddings(tmp_path: Path) -> None:
     cm = case.compile(dynamic=False)
     cm(**batch, adapter_names=["head", None])
     torch.manual_seed(0)
-    cm.model.resize_token_embeddings(136)
+    cm._orig_mod.resize_token_embeddings(136)
     with pytest.raises(ReplacedModuleError, match=r"lm_head, a Linear \(\d+ -> 61\).*136\)"):
         cm(**batch, adapter_names=["head", None])
-    resized = Case(copy.deepcopy(cm.model), folders)
+    resized = Case(copy.deepcopy(cm._orig_mod), folders)
     lorafx.detach(resized.base)
     names = ["layers", None]
     got = cm(**batch, adapter_names=names)["logits"]

@@ -127,7 +127,7 @@ def test_merging(
     x = torch.randn(2, 6, 5)
     with torch.no_grad():
         want = oracle.by_peft(base, folders[name])(x)
-    before = {key: value.clone() for key, value in cm.model.state_dict().items()}
+    before = {key: value.clone() for key, value in cm._orig_mod.state_dict().items()}
     cm.merge(name)
     try:
         with pytest.raises(ConfigError, match="has biases in the place of the base's own"):
@@ -135,7 +135,7 @@ def test_merging(
         oracle.assert_close(cm(x, adapter_names=[name, name]), [want])
     finally:
         cm.unmerge()
-    assert all(torch.equal(before[key], value) for key, value in cm.model.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in cm._orig_mod.state_dict().items())
     cm.export_merged(name, tmp_path)
     exported = tower()
     exported.load_state_dict(load_file(next(tmp_path.glob("*.safetensors"))))

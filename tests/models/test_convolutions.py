@@ -135,7 +135,7 @@ def test_merging(served: Served, name: str) -> None:
     finally:
         served.cm.unmerge()
     for path, parameter in served.base.named_parameters():
-        assert torch.equal(served.cm.model.get_parameter(path), parameter)
+        assert torch.equal(served.cm._orig_mod.get_parameter(path), parameter)
 
 
 #: Of the second convolution: what it has, and what `merge` says of it.

@@ -145,7 +145,7 @@ def test_new_base_weights_are_measured_again(plain):
     torch.manual_seed(7)
     other = Case(copy.deepcopy(plain.base), plain.folders)
     with torch.no_grad():
-        for own, new in zip(cm.model.parameters(), other.base.parameters(), strict=True):
+        for own, new in zip(cm._orig_mod.parameters(), other.base.parameters(), strict=True):
             new.copy_(torch.randn_like(new) * new.std())
             own.copy_(new)
     assert (

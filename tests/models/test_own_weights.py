@@ -155,7 +155,7 @@ def test_a_peft_model_that_is_taken_over(case):
     wrapped.load_adapter(str(case.folders["head"]), "head")
     names = set(dict(wrapped.named_modules()))
     cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
-    assert isinstance(cm.model.lm_head, torch.nn.Linear)
+    assert isinstance(cm._orig_mod.lm_head, torch.nn.Linear)
     check_mixed(cm, case, ["head", "both", None], inputs(3))
     cm.detach()
     assert set(dict(wrapped.named_modules())) == names

@@ -107,7 +107,7 @@ def test_loaded_quantised_then_a_peft_model_of_it(
     with torch.no_grad():
         theirs = wrapped(**given).logits
     cm = lorafx.compile(wrapped, options=REFERENCE, dynamic=False)
-    assert cm.model.model.layers[0].mlp.down_proj is layer.base_layer
+    assert cm._orig_mod.model.layers[0].mlp.down_proj is layer.base_layer
     assert error(cm(**given, adapter_names=["a"] * 4).logits, theirs) <= tolerance
     assert error(cm(**given, adapter_names=NAMES).logits, got) <= tolerance
     cm.detach()

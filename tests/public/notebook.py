@@ -139,7 +139,7 @@ assert cm.recompiles == graphs
 refused(lambda: copy.deepcopy(cm), "before it is compiled", "lorafx.detach(copy.deepcopy(")
 refused(lambda: copy.copy(cm), "cannot be copied")
 refused(lambda: pickle.dumps(cm), "pickled")
-assert same(logits(lorafx.detach(copy.deepcopy(cm.model))), base)
+assert same(logits(lorafx.detach(copy.deepcopy(cm._orig_mod))), base)
 
 # transformers' pipeline.
 tokenizer = transformers.AutoTokenizer.from_pretrained(home / "demo_model")

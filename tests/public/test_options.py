@@ -211,7 +211,7 @@ def test_a_model_in_training_mode_is_warned_about():
     with pytest.warns(lorafx.LorafxWarning, match="Sequential is in training mode") as told:
         assert cm.train() is cm
     assert [each.filename for each in told] == [__file__]
-    assert cm.model.training
+    assert cm._orig_mod.training
 
 
 def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):

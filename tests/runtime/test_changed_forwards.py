@@ -29,7 +29,7 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
     cm, inputs = plain.compile(), plain_inputs(3, 4)
     want, base = plain.expected(NAMES, inputs) * -3, plain.expected([None] * 3, inputs) * -3
     check_mixed(cm, plain, NAMES, inputs)
-    cls = type(cm.model)
+    cls = type(cm._orig_mod)
     patched = tripled(cls.forward)
 
     def check_patched() -> None:
@@ -37,12 +37,12 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
             assert error(cm(**inputs, adapter_names=NAMES)["logits"], want) <= 1e-5
             assert error(cm(**inputs)["logits"], base) <= 1e-5
 
-    cm.model.forward = MethodType(patched, cm.model)
+    cm._orig_mod.forward = MethodType(patched, cm._orig_mod)
     check_patched()
     captured = cm.recompiles
     check_patched()
     assert cm.recompiles == captured
-    del cm.model.forward
+    del cm._orig_mod.forward
     check_mixed(cm, plain, NAMES, inputs)
     with monkeypatch.context() as patch:
         patch.setattr(cls, "forward", patched)
@@ -56,16 +56,16 @@ def test_of_a_model_that_generates(shallow: Case) -> None:
     short = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     before = cm.generate(**inputs, **short, adapter_names=["a1", None])
     models = {"a1": shallow.alone("a1"), None: shallow.base}
-    forward = tripled(type(cm.model).forward)
+    forward = tripled(type(cm._orig_mod).forward)
     try:
-        for model in (cm.model, *models.values()):
+        for model in (cm._orig_mod, *models.values()):
             model.forward = MethodType(forward, model)
         got = cm.generate(**inputs, **short, adapter_names=["a1", None])
         for row, model in enumerate(models.values()):
             one = {name: value[row : row + 1] for name, value in inputs.items()}
             assert torch.equal(got[row : row + 1], model.generate(**one, **short))
         assert not torch.equal(got, before)
-        assert "forward" in vars(cm.model)
+        assert "forward" in vars(cm._orig_mod)
     finally:
         for model in models.values():
             del model.forward

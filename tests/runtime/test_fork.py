@@ -64,7 +64,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     case, x = pausing, rows()
     cm = served(case)
     check(cm, case, MIXED, x)
-    own = {name: value.clone() for name, value in cm.model.state_dict().items()}
+    own = {name: value.clone() for name, value in cm._orig_mod.state_dict().items()}
     there, go = threading.Event(), threading.Event()
 
     def stop() -> None:
@@ -118,7 +118,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     def answer() -> None:
         if what == "generate":
             inputs, names = {"input_ids": torch.ones(2, 4, dtype=torch.long)}, ["a1", None]
-            assert "forward" not in vars(lm.model)
+            assert "forward" not in vars(lm._orig_mod)
             got, want = lm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)
             assert error(got, want) <= 1e-5
             return

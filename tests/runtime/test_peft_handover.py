@@ -67,7 +67,7 @@ def test_a_peft_model_that_was_handed_over_says_so(
         use(pm)
     assert not list(tmp_path.iterdir())
     assert isinstance(pm, peft.PeftModel)
-    assert pm.get_base_model() is cm.model
+    assert pm.get_base_model() is cm._orig_mod
     check_mixed(cm, shallow, ["a0", None], BATCH)
 
 
@@ -97,7 +97,7 @@ def test_adapters_that_transformers_injected_are_taken_over(shallow):
     before, inputs = answer(model), token_inputs(3, 5)
     cm = lorafx.compile(model, options=REFERENCE)
     assert cm.adapters == ("a0", "a1")
-    assert cm.model is model
+    assert cm._orig_mod is model
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not model._hf_peft_config_loaded
     assert not hasattr(model, "peft_config")
@@ -203,9 +203,9 @@ def test_injection_after_compiling_is_refused(shallow, how):
     before = answer(cm)
     config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
     if how == "load_adapter":
-        cm.model.load_adapter(str(shallow.folders["a1"]), "x")
+        cm._orig_mod.load_adapter(str(shallow.folders["a1"]), "x")
     else:
-        peft.get_peft_model(cm.model, config, "x")
+        peft.get_peft_model(cm._orig_mod, config, "x")
     for use in (answer, lambda m: answer(m, adapter_names=["a0", None]), lambda m: m.merge("a0")):
         with pytest.raises(CaptureError, match=r"PEFT has put adapters into this Llama.*load_"):
             use(cm)

@@ -142,11 +142,11 @@ def test_the_model_itself_on_another_thread_is_no_part_of_the_call(pausing, mean
     cm, x = served(pausing), rows()
     check(cm, pausing, MIXED, x)
     found: list[Any] = []
-    meanwhile.append(lambda: found.extend(elsewhere(lambda: cm.model(x=x))))
+    meanwhile.append(lambda: found.extend(elsewhere(lambda: cm._orig_mod(x=x))))
     check(cm, pausing, MIXED, x)
     with pytest.raises(BatchError, match=r"another thread is in a call .* adapter_names=\[None, "):
         raise found[0]
-    (base,) = elsewhere(lambda: cm.model(x=x)["logits"])
+    (base,) = elsewhere(lambda: cm._orig_mod(x=x)["logits"])
     assert error(base, pausing.expected([None] * 3, {"x": x})) <= 1e-5
 
 
@@ -157,13 +157,13 @@ def test_nor_is_it_of_generate(shallow, lm):
 
     class Streamer:
         def put(self, value: Tensor) -> None:
-            found.extend(elsewhere(lambda: cm.model(**inputs)))
+            found.extend(elsewhere(lambda: cm._orig_mod(**inputs)))
 
         def end(self) -> None:
-            found.extend(elsewhere(lambda: cm.model.generate(**inputs, max_new_tokens=1)))
+            found.extend(elsewhere(lambda: cm._orig_mod.generate(**inputs, max_new_tokens=1)))
 
     cm.generate(**inputs, adapter_names=["a0"], max_new_tokens=2, streamer=Streamer())
     assert len(found) >= 3
     assert {type(error) for error in found} == {BatchError}
-    (got,) = elsewhere(lambda: cm.model(**inputs).logits)
+    (got,) = elsewhere(lambda: cm._orig_mod(**inputs).logits)
     assert error(got, shallow.expected([None], inputs)) <= 1e-5

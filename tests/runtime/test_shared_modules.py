@@ -220,7 +220,7 @@ def test_new_base_weights_are_those_of_both(pair: Pair) -> None:
     target, draft = pair.compile()
     check(target, pair.target_case)
     check(draft, pair.draft_case)
-    new = {name: 1.25 * value for name, value in target.model.state_dict().items()}
+    new = {name: 1.25 * value for name, value in target._orig_mod.state_dict().items()}
     target.load_weights(new)
     bases = pair.target_case.model(), pair.draft_case.model()
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_the_model_is_exported_as_calls_have_it(strict: bool, served: SimpleName
     cm, ids = served.cm, plain_inputs(2, 4)["ids"]
 
     def exported() -> torch.Tensor:
-        program = torch.export.export(cm.model, (ids,), strict=strict)
+        program = torch.export.export(cm._orig_mod, (ids,), strict=strict)
         logits: torch.Tensor = program.module()(ids)["logits"]
         return logits
 

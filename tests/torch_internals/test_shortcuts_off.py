@@ -99,7 +99,7 @@ def test_inductor_with_a_static_cache(
     ids = torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
 
     def calls(cm: Any) -> list[Tensor]:
-        past = StaticCache(config=cm.model.config, max_cache_len=9)
+        past = StaticCache(config=cm._orig_mod.config, max_cache_len=9)
         past.early_initialization(3, 2, 6, torch.float32, torch.device("cpu"))
         given = {"past_key_values": past, "adapter_names": NAMES}
         found = [cm(input_ids=part, **given).logits for part in ids.split(1, dim=1)]
@@ -131,9 +131,9 @@ def test_an_attribute_that_changes_after_the_first_call(tmp_path: Path, on: list
 
     def calls(cm: Any) -> list[Tensor]:
         before = cm(**rows(), adapter_names=NAMES)["logits"]
-        constant(cm.model.layers[2])
+        constant(cm._orig_mod.layers[2])
         after = cm(**rows(), adapter_names=NAMES)["logits"]
-        hook(cm.model.layers[1])
+        hook(cm._orig_mod.layers[1])
         return [before, after, cm(**rows(), adapter_names=NAMES)["logits"]]
 
     first, second, third = compare(case, on, calls)

@@ -125,7 +125,7 @@ def check_new(cm: Any, layer: Case, seed: int = 3) -> None:
     graphs = cm.recompiles
     kept = [
         value.data_ptr()
-        for module in cm.model.modules()
+        for module in cm._orig_mod.modules()
         if isinstance(module, AbsorbedAttention)
         for value in (module.w_uk, module.w_uv)
     ]
@@ -134,7 +134,7 @@ def check_new(cm: Any, layer: Case, seed: int = 3) -> None:
     assert cm.recompiles == graphs
     assert kept == [
         value.data_ptr()
-        for module in cm.model.modules()
+        for module in cm._orig_mod.modules()
         if isinstance(module, AbsorbedAttention)
         for value in (module.w_uk, module.w_uv)
     ]
@@ -161,7 +161,7 @@ def test_absorbed_copies_are_refused(layer: Case, kept: str) -> None:
     cm.unmerge()
     name = "self_attn.o_proj.weight"
     cm.load_weights({name: fresh[name]}, strict=False)
-    assert torch.equal(cm.model.self_attn.o_proj.weight, fresh[name])
+    assert torch.equal(cm._orig_mod.self_attn.o_proj.weight, fresh[name])
 
 
 def test_what_inductor_compiled(shallow: Case) -> None:

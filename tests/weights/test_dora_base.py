@@ -50,7 +50,7 @@ def test_merge_and_unmerge(case):
     report = cm.merge(name)
     assert report.error < 1e-5
     with torch.no_grad():
-        got = cm.model(**x)["logits"]
+        got = cm._orig_mod(**x)["logits"]
     assert error(got, case.expected([name] * 3, x)) <= TOLERANCE
     cm.unmerge()
     assert all(torch.equal(value, before[key]) for key, value in bits(cm).items())

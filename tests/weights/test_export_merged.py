@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str, Tensor]) -> Any:
     """The written model gives the oracle's logits, nothing is missing; `cm` is as it was."""
-    before, config = bits(cm.model), cm.model.config.to_dict()
+    before, config = bits(cm._orig_mod), cm._orig_mod.config.to_dict()
     assert cm.export_merged(name, folder) == folder
     rows = len(next(iter(inputs.values())))
-    loaded, report = type(cm.model).from_pretrained(folder, output_loading_info=True)
+    loaded, report = type(cm._orig_mod).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         got = loaded.eval()(**inputs)["logits"]
@@ -41,8 +41,8 @@ def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str,
     assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
     base = case.expected([None] * rows, inputs)
     assert error(valid(inputs, want), valid(inputs, base)) > 100 * TOLERANCE
-    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
-    assert cm.model.config.to_dict() == config
+    assert all(torch.equal(cm._orig_mod.state_dict()[key], value) for key, value in before.items())
+    assert cm._orig_mod.config.to_dict() == config
     assert cm.merged is None
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".safetensors") == [
         "config.json",
@@ -62,11 +62,11 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_transformers_loads_it(family: str, name: str, tmp_path: Path) -> None:
     case = build_case(family, tmp_path / "adapters")
     cm = case.compile()
-    cm.model.generation_config.top_k = 17
-    cm.model.generation_config.do_sample = True
+    cm._orig_mod.generation_config.top_k = 17
+    cm._orig_mod.generation_config.do_sample = True
     loaded = check_export(cm, case, name, tmp_path / "merged", token_inputs(3, 5))
     assert loaded.generation_config.top_k == 17
-    assert loaded.state_dict().keys() == cm.model.state_dict().keys()
+    assert loaded.state_dict().keys() == cm._orig_mod.state_dict().keys()
 
 
 def test_routed_experts_keep_the_names_of_the_hub(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_routed_experts_keep_the_names_of_the_hub(tmp_path: Path) -> None:
     for name in ("params", "older"):
         folder = tmp_path / name
         check_export(cm, case, name, folder, inputs)
-        cm.model.save_pretrained(str(tmp_path / "base"))
+        cm._orig_mod.save_pretrained(str(tmp_path / "base"))
         (file,), (base,) = (list(f.glob("*.safetensors")) for f in (folder, tmp_path / "base"))
         with safe_open(file, "pt") as written, safe_open(base, "pt") as plain:
             assert set(written.keys()) == set(plain.keys())
@@ -89,11 +89,11 @@ def test_tied_weights_that_are_told_apart_are_written_as_two(
 ) -> None:
     """a1 changes the head alone, a3 the embedding alone; a0 neither."""
     cm = gpt2.compile()
-    assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
+    assert cm._orig_mod.lm_head.weight is cm._orig_mod.transformer.wte.weight
     loaded = check_export(cm, gpt2, name, tmp_path, token_inputs(3, 5))
     assert loaded.config.tie_word_embeddings is tied
     assert (loaded.lm_head.weight is loaded.transformer.wte.weight) is tied
-    assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
+    assert cm._orig_mod.lm_head.weight is cm._orig_mod.transformer.wte.weight
 
 
 def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     names = ["a1", None, "a0"]
     want = cm(**inputs, adapter_names=names)["logits"]
     at_work, go_on, order = threading.Event(), threading.Event(), []
-    save = type(cm.model).save_pretrained
+    save = type(cm._orig_mod).save_pretrained
 
     def slow(*args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         at_work.set()
@@ -112,7 +112,7 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         order.append("written")
         return save(*args, state_dict=state_dict, **kwargs)
 
-    monkeypatch.setattr(type(cm.model), "save_pretrained", slow)
+    monkeypatch.setattr(type(cm._orig_mod), "save_pretrained", slow)
     writing = threading.Thread(target=cm.export_merged, args=("a1", tmp_path / "merged"))
     writing.start()
     assert at_work.wait(60)
@@ -130,7 +130,7 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     writing.join(60)
     merging.join(60)
     assert order == ["written", "merged"]
-    loaded = type(cm.model).from_pretrained(tmp_path / "merged").eval()
+    loaded = type(cm._orig_mod).from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         got = loaded(**inputs)["logits"]
     assert error(valid(inputs, got), valid(inputs, case.expected(["a1"] * 3, inputs))) <= TOLERANCE

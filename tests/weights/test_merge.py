@@ -27,11 +27,11 @@ NAMES = ["a0", None, "a1", "a3"]
 
 
 def bits(cm: Any) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in cm.model.state_dict().items()}
+    return {name: value.clone() for name, value in cm._orig_mod.state_dict().items()}
 
 
 def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
-    state = cm.model.state_dict()
+    state = cm._orig_mod.state_dict()
     return all(torch.equal(state[name], value) for name, value in before.items())
 
 
@@ -68,7 +68,7 @@ def cm(served: Any) -> Iterator[Any]:
 
 def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case) -> None:
     inputs, graphs = token_inputs(4, 5), cm.recompiles
-    addresses = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in cm._orig_mod.named_parameters()}
     for name in ("a1", "a3"):
         report = cm.merge(name)
         assert cm.merged == name
@@ -78,7 +78,7 @@ def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case
             assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
         # The model itself, called past lorafx, is the merged model.
         with torch.no_grad():
-            got = cm.model(**inputs)["logits"]
+            got = cm._orig_mod(**inputs)["logits"]
         assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
         assert {weight.name.rpartition(".")[0] for weight in report.weights} == set(
             cm._session.store[name].sites
@@ -88,7 +88,7 @@ def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case
         assert cm.merged is None
         check_mixed(cm, case, NAMES, inputs)
     assert cm.recompiles == graphs
-    assert addresses == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    assert addresses == {name: p.data_ptr() for name, p in cm._orig_mod.named_parameters()}
 
 
 def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_weights_that_others_wrote_are_not_overwritten_unasked(plain: Case) -> N
     cm = plain.compile()
     before = bits(cm)
     cm.merge("a1")
-    cm.model.load_state_dict(before)  # past lorafx
+    cm._orig_mod.load_state_dict(before)  # past lorafx
     with pytest.raises(
         CaptureError, match=r"wrote or replaced these weights since.*load_weights\(\) then"
     ):

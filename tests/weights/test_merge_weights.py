@@ -33,20 +33,22 @@ def check_merges(
     cm: Any, expected: Callable[[str], Tensor], inputs: Mapping[str, Tensor], *names: str
 ) -> None:
     """Each adapter, merged, gives the model the expected logits; unmerged every bit is back."""
-    before = bits(cm.model)
-    held = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    before = bits(cm._orig_mod)
+    held = {name: p.data_ptr() for name, p in cm._orig_mod.named_parameters()}
     for name in names:
         assert cm.merge(name).error < 1e-5
         with torch.no_grad():
-            got = cm.model(**inputs)["logits"]
+            got = cm._orig_mod(**inputs)["logits"]
         want = expected(name)
         assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
         cm.unmerge()
         with torch.no_grad():
-            base = cm.model(**inputs)["logits"]
+            base = cm._orig_mod(**inputs)["logits"]
         assert error(valid(inputs, base), valid(inputs, want)) > 100 * TOLERANCE
-        assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
-    assert held == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+        assert all(
+            torch.equal(cm._orig_mod.state_dict()[key], value) for key, value in before.items()
+        )
+    assert held == {name: p.data_ptr() for name, p in cm._orig_mod.named_parameters()}
     assert all(packed.intact for packed in cm._session.program.packed)
 
 
@@ -83,7 +85,7 @@ def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
 def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
     case = tied_case(tmp_path)
     cm = case.compile()
-    before = bits(cm.model)
+    before = bits(cm._orig_mod)
     with pytest.raises(MatchError, match=r"embed\.weight, head\.weight are one tensor") as caught:
         cm.merge(name)
     assert "export_merged()" in str(caught.value)
@@ -91,7 +93,7 @@ def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
         alone = lorafx.compile(case.model(), {name: case.folders[name]}, options=REFERENCE)
         with pytest.raises(MatchError, match="are one tensor"):
             alone.merge(name)
-    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
+    assert all(torch.equal(cm._orig_mod.state_dict()[key], value) for key, value in before.items())
 
 
 def test_a_tied_weight_that_the_adapter_leaves_alone(tmp_path: Path) -> None:

@@ -65,12 +65,12 @@ def served(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
 def test_round_trip(served: tuple[Any, nn.Module], naming: str) -> None:
     cm, base = served
     assert any(True for _ in experts_modules(base))
-    before = {name: t.data_ptr() for name, t in cm.model.state_dict().items()}
+    before = {name: t.data_ptr() for name, t in cm._orig_mod.state_dict().items()}
     base = new_weights(base, next(SEEDS))
     pairs = list({**DENSE, **EXPERTS}[naming](base).items())
     random.Random(len(pairs)).shuffle(pairs)
     assert not cm.load_weights(pairs).missing
-    after = cm.model.state_dict()
+    after = cm._orig_mod.state_dict()
     for name, tensor in base.state_dict().items():
         assert torch.equal(after[name], tensor), name
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == before
@@ -106,4 +106,4 @@ def test_a_familys_own_conversion_goes_before_the_usual_meaning_of_a_name() -> N
     assert not torch.equal(state[name], fresh.state_dict()[own])
     cm.load_weights(state)
     for own, tensor in fresh.state_dict().items():
-        assert torch.equal(cm.model.state_dict()[own], tensor), own
+        assert torch.equal(cm._orig_mod.state_dict()[own], tensor), own

@@ -51,7 +51,7 @@ ACTIONS: dict[str, Callable[[Any, Path], Any]] = {
 def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
     """A function that yields weights runs inside the update; the old ones stay."""
     cm = served(base(), tmp_path, ["a", "b"])
-    old = {name: value.clone() for name, value in cm.model.state_dict().items()}
+    old = {name: value.clone() for name, value in cm._orig_mod.state_dict().items()}
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
         yield "a.weight", torch.randn(12, 8)
@@ -60,7 +60,7 @@ def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
 
     with pytest.raises(BatchError, match=r"base weights (is running|are being updated)"):
         cm.load_weights(pairs)
-    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in old.items())
+    assert all(torch.equal(cm._orig_mod.state_dict()[name], value) for name, value in old.items())
     cm.merge("own")  # all is as before
     cm.unmerge()
 
@@ -68,20 +68,22 @@ def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
 def test_not_while_an_adapter_is_merged(tmp_path: Path) -> None:
     cm = served(base(), tmp_path, ["a"])
     cm.merge("own")
-    merged = {name: value.clone() for name, value in cm.model.state_dict().items()}
+    merged = {name: value.clone() for name, value in cm._orig_mod.state_dict().items()}
     new = {name: value + 1 for name, value in merged.items()}
     with pytest.raises(ConfigError, match=r"'own' is merged .* unmerge\(\) before load_weights"):
         cm.load_weights(new)
     assert cm.merged == "own"
-    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in merged.items())
+    assert all(
+        torch.equal(cm._orig_mod.state_dict()[name], value) for name, value in merged.items()
+    )
     cm.unmerge()
     cm.load_weights(new)
-    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in new.items())
+    assert all(torch.equal(cm._orig_mod.state_dict()[name], value) for name, value in new.items())
 
 
 def test_writes_through_data_are_seen(tmp_path: Path) -> None:
     cm = served(base(), tmp_path, ["a"])
     cm.merge("own")
-    cm.model.a.weight.data[3, 5] += 1  # torch counts no write
+    cm._orig_mod.a.weight.data[3, 5] += 1  # torch counts no write
     with pytest.raises(CaptureError, match=r"a\.weight: something wrote or replaced these weights"):
         cm.unmerge()

@@ -53,11 +53,11 @@ def served(shallow: Case) -> Any:
 
 
 def values(cm: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in cm.model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in cm._orig_mod.state_dict().items()}
 
 
 def same(cm: Any, before: dict[str, Tensor]) -> bool:
-    return all(torch.equal(t, before[name]) for name, t in cm.model.state_dict().items())
+    return all(torch.equal(t, before[name]) for name, t in cm._orig_mod.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", SOURCES)

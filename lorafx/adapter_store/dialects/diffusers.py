@@ -12,10 +12,8 @@ first implementation are read by the conversion of diffusers whose factors all b
 from __future__ import annotations
 
 import importlib
-import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.dialect import DENOISERS, Translation, alpha_of
+from lorafx.adapter_store.dialects.loaders import conversions
 from lorafx.adapter_store.peft_config import PeftConfig, json_object
 from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import Places
@@ -65,39 +64,45 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
 
 
 def translated(
-    saved: Saved, dialect: str, values: Mapping[str, Tensor | float], model: nn.Module | None
+    saved: Saved,
+    dialect: str,
+    values: Mapping[str, Tensor | float],
+    model: nn.Module | None,
+    component_of: Callable[[str], str] = lambda key: _component_of(key)[0],
 ) -> AdapterState:
     """Factors and α under diffusers' names as `AdapterState`. If the model lacks their modules, and
-    diffusers can convert `saved`, its conversion. Raises as `converted_by_diffusers`."""
+    diffusers can convert `saved`, its conversion; `component_of` the keys that this loses. Raises
+    as `_converted`."""
     state = _translated(saved, dialect, values, model)
     if model is None or _fits(model, state):
         return state
-    return converted_by_diffusers(saved, dialect, model) or state
+    return _converted(saved, dialect, model, component_of) or state
 
 
-def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> AdapterState | None:
+def _converted(
+    saved: Saved, dialect: str, model: nn.Module, component_of: Callable[[str], str]
+) -> AdapterState | None:
     """diffusers' conversion of first implementations' names, if any. Raises CheckpointError for
     ambiguous conversions, UnsupportedAdapterError for incomplete ones."""
     if len(saved.tensors) > _MOST_KEYS:
         return None
     if saved.component in DENOISERS:  # conversions use the pipeline's name
         saved = replace(saved, component=None)
-    config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
-    blocks = config if hasattr(config, "layers_per_block") else None
     states: dict[str, AdapterState] = {}
-    for name, loader in _loaders():
+    for name, converted, lost in conversions(saved.tensors, model):
         try:
-            with _silence():
-                result = loader.lora_state_dict(dict(saved.tensors), unet_config=blocks)
-            tensors, *more = result if isinstance(result, tuple) else (result,)
-            alphas = {key: float(value) for key, value in (more[0] if more else {}).items()}
-            if tensors.keys() == saved.tensors.keys():
-                continue
-            state = _translated(saved, dialect, {**tensors, **alphas}, model)
-        except Exception:  # conversions for other models may raise any exception
+            state = _translated(saved, dialect, converted, model)
+        except Exception:  # of names of other models
             continue
         if _fits(model, state) and not any(_equal(state, other) for other in states.values()):
-            states[name] = state
+            here = {_component_of(key)[0] for key in converted} - set(state.left_out)
+            own = {"", *here, *(DENOISERS if here.intersection(DENOISERS) else ())}
+            elsewhere = {component_of(key) for key in lost} - own
+            states[name] = replace(
+                state,
+                left_out=tuple(sorted({*state.left_out, *elsewhere})),
+                lost=tuple(key for key in lost if component_of(key) in own),
+            )
     if len(states) > 1:
         raise CheckpointError(
             f"diffusers converts these names in different ways for this model ({', '.join(states)}"
@@ -113,30 +118,6 @@ def converted_by_diffusers(saved: Saved, dialect: str, model: nn.Module) -> Adap
         LOG.info("adapter in %s: its names were converted by diffusers", state.where)
         return state
     return None
-
-
-def _loaders() -> Iterator[tuple[str, Any]]:
-    try:
-        pipelines: Any = importlib.import_module("diffusers.loaders.lora_pipeline")
-    except ImportError:
-        return
-    seen: set[Any] = set()
-    for name, loader in vars(pipelines).items():
-        conversion = isinstance(loader, type) and vars(loader).get("lora_state_dict")
-        if conversion and conversion not in seen:
-            seen.add(conversion)
-            yield name, loader
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    log = logging.getLogger("diffusers")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _equal(first: AdapterState, second: AdapterState) -> bool:
@@ -235,11 +216,14 @@ def _groups(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Values by component ("" for none), and by the remaining key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        component, _, name = key.partition(".")
-        if component not in COMPONENTS or not name:
-            component, name = "", key
+        component, name = _component_of(key)
         groups.setdefault(component, {})[name] = value
     return groups
+
+
+def _component_of(key: str) -> tuple[str, str]:
+    component, _, name = key.partition(".")
+    return (component, name) if component in COMPONENTS and name else ("", key)
 
 
 def _renamed(values: Mapping[str, Any], component: str, prefix: bool = False) -> dict[str, Any]:
@@ -258,7 +242,7 @@ def _renamed(values: Mapping[str, Any], component: str, prefix: bool = False) ->
 def _convert_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
     example, target = f"{next(iter(tensors))!r:.200}", component or "this model"
     try:
-        utils: Any = importlib.import_module("diffusers.utils")
+        utils: Any = importlib.import_module("diffusers.utils.state_dict_utils")
     except ImportError:
         raise CheckpointError(
             f"{example} is an older key of diffusers, which its own conversion reads: pip install "
@@ -266,8 +250,8 @@ def _convert_older_keys(tensors: Mapping[str, Any], component: str) -> dict[str,
         ) from None
     try:
         if component.startswith("text_encoder"):
-            old = utils.convert_state_dict_to_diffusers(dict(tensors))
-            converted: dict[str, Any] = utils.convert_state_dict_to_peft(old)
+            old = utils.StateDictType.DIFFUSERS_OLD  # which diffusers tells by outputs alone
+            converted: dict[str, Any] = utils.convert_state_dict_to_peft(dict(tensors), old)
         else:
             converted = utils.convert_unet_state_dict_to_peft(dict(tensors))
     except Exception as error:

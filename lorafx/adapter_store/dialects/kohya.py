@@ -51,8 +51,12 @@ def claims(saved: Saved) -> bool:
 
 
 def components(saved: Saved) -> tuple[str, ...]:
-    matches = map(_PREFIX.match, saved.tensors)
-    return tuple(dict.fromkeys(_COMPONENTS[m[1]] if m else "" for m in matches))
+    return tuple(dict.fromkeys(map(_component_of, saved.tensors)))
+
+
+def _component_of(key: str) -> str:
+    match = _PREFIX.match(key)
+    return _COMPONENTS[match[1]] if match else ""
 
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
@@ -81,7 +85,7 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
         if target in values:
             raise CheckpointError(f"{saved.where} has two keys that mean {target}; keep one")
         values[target] = tensor
-    adapter = diffusers.translated(saved, "kohya", values, model)
+    adapter = diffusers.translated(saved, "kohya", values, model, _component_of)
     lost = [path for path in factor_sizes(adapter.tensors) if "." not in path and path not in flat]
     if model is not None and lost:
         lines = "; ".join(f"{path}{nearest(path, list(flat)[:1000], 1)}" for path in lost[:3])
@@ -111,8 +115,7 @@ def _flattened(model: nn.Module) -> dict[str, list[str]]:
 def _path(saved: Saved, name: str, flat: Mapping[str, list[str]]) -> str:
     """`unet.<module>` for a name. The model may be the whole pipeline, or lack a wrapper with which
     the name begins (`text_model` of CLIP in transformers 5). Unknown names keep underscores."""
-    match = _PREFIX.match(name)
-    component = _COMPONENTS[match[1]] if match else ""
+    match, component = _PREFIX.match(name), _component_of(name)
     flat_name = name[match.end() :] if match else name
     if f"{component}_{flat_name}" in flat:
         return _single(saved, name, flat[f"{component}_{flat_name}"])

@@ -228,8 +228,8 @@ class PackedForward:
 
         def run() -> Any:
             active = session.running._replace(active=True)
-            entry = entries.of(entries.model, packed=True)
-            return session.note(active, lambda: entry(**step.named))
+            forward = entries.whole(entries.of(entries.model, packed=True))
+            return session.note(active, lambda: forward(**step.named))
 
         return session.call(run, Requests(tuple(names), tokens, packed=True))
 

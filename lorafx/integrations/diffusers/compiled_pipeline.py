@@ -205,12 +205,12 @@ class CompiledPipeline:
         mixed = [part for part in names.values() if part is not None and len(set(part)) > 1]
         rows = PromptRows(len(mixed[0])) if mixed else None
         replaced: list[Replacement] = [
-            (cm.model, "forward", partial(_forward_compiled, name, cm, names[name], rows))
+            (cm._orig_mod, "forward", partial(_forward_compiled, name, cm, names[name], rows))
             for name, cm in self.models.items()
         ]
         if rows is None:
             return self._replacements.replacing(replaced, self.pipe, *args, **kwargs)
-        compiled = {id(cm.model) for cm in self.models.values()}
+        compiled = {id(cm._orig_mod) for cm in self.models.values()}
         replaced += [
             (module, "forward", partial(_encode, module.forward, rows))
             for module in self.pipe.components.values()
@@ -238,7 +238,7 @@ class CompiledPipeline:
         Raises what `CompiledModel.load_adapter` raises, and CheckpointError if the adapter has a
         part for a model that is not compiled. After an error no model has changed.
         """
-        models = {component: cm.model for component, cm in self.models.items()}
+        models = {component: cm._orig_mod for component, cm in self.models.items()}
         parts = parts_of(source, self.pipe, models)
         by_session = [(cm._session, parts.get(component)) for component, cm in self.models.items()]
         load_parts(by_session, name, strict)
@@ -274,11 +274,11 @@ class CompiledPipeline:
 
     def _refuse_replaced_models(self) -> None:
         for name, cm in self.models.items():
-            if getattr(self.pipe, name, None) is not cm.model:
+            if getattr(self.pipe, name, None) is not cm._orig_mod:
                 raise ReplacedModuleError(
                     f"{name} of the {type(self.pipe).__name__} is another model than the "
-                    f"{type(cm.model).__name__} that was compiled; put that back, or compile the "
-                    "pipeline again"
+                    f"{type(cm._orig_mod).__name__} that was compiled; put that back, or compile "
+                    "the pipeline again"
                 )
 
     def _check_known(self, names: Names) -> None:
@@ -346,10 +346,10 @@ def _forward_compiled(
     refuse_elsewhere(cm._session)
     if names is None:
         return _call_without_views(cm, None, args, kwargs)
-    roles = cm.entry(cm.model).roles
+    roles = cm.entry(cm._orig_mod).roles
     count = roles.rows(roles.bind(args, kwargs)) or 1
-    title = f"{name} ({type(cm.model).__name__})"
-    encodes = encodes_prompts(cm.model)
+    title = f"{name} ({type(cm._orig_mod).__name__})"
+    encodes = encodes_prompts(cm._orig_mod)
     owners: Sequence[int] | None = None
     if encodes and count == len(names):
         owners = range(count)
@@ -378,7 +378,8 @@ def _call_without_views(
         return value.data if isinstance(value, Tensor) and value._is_view() else value
 
     named = {key: without_base(value) for key, value in kwargs.items()}
-    return cm(*map(without_base, args), adapter_names=names, **named)
+    # Not by its call: the model's own call has run the hooks.
+    return cm.forward(*map(without_base, args), adapter_names=names, **named)
 
 
 def _encode(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:

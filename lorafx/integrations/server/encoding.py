@@ -187,7 +187,7 @@ class EncoderBatches:
         tokens = [torch.tensor(row.tokens) for row in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self._pad)
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-        model: Any = self._compiled.model
+        model: Any = self._compiled._orig_mod
         ids, mask = ids.to(model.device), mask.to(model.device)
         names = [row.adapter for row in rows]
         served = None
@@ -263,13 +263,13 @@ class Encoding:
     def __init__(self, served: ServedModel, path: str) -> None:
         self._served, self._path = served, path
         self._batches: EncoderBatches = served.engine
-        model: Any = served.compiled.model
+        model: Any = served.compiled._orig_mod
         self._config = model.config
 
     async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
         served, record = self._served, current_record()
-        adapter = await served.resolve(body.get("model"))
+        adapter = await served.resolve(body)
         record.asks_for(adapter)
         fields = EncodingFields.read(body)
         task, way = "embed", "/v1/embeddings"

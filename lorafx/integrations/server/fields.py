@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.model.keywords import KEYWORDS, intended_keyword
 from lorafx.progress import LOG
 from lorafx.torch_internals.transformers_parts import response_parts
 
@@ -59,6 +60,30 @@ _INSTEAD = {
     "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
 }
 
+#: Fields by which other servers (TGI, LoRAX, SGLang, vLLM) take the name of an adapter.
+_NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path"
+
+
+def adapters_named(body: Mapping[str, Any]) -> dict[str, str]:
+    """The names of adapters in a body beside `model`, by field. Raises RequestError for a field
+    that would choose adapters in another way: by numbers, folders, weights or rows."""
+    named: dict[str, str] = {}
+    for field, value in body.items():
+        if not _chooses_adapters(field) or value in (None, "", [], {}):
+            continue
+        if field not in _NAMING.split() or not isinstance(value, str):
+            raise RequestError(
+                f"`{field:.80}` of this form chooses no adapter here; the field `model` does: send "
+                'the name of one as `model`, or "BASE:ADAPTER"; GET /v1/models lists all',
+                field,
+            )
+        named[field] = value
+    return named
+
+
+def _chooses_adapters(field: str) -> bool:
+    return field in KEYWORDS or intended_keyword(f"{field:.80}") is not None
+
 
 def _as_many_as_allowed(asked: int | None, info: ValidationInfo) -> int | None:
     most = -1 if info.context is None else info.context["max_logprobs"]
@@ -97,15 +122,15 @@ class Fields(BaseModel):
     def read(cls, body: Mapping[str, Any], max_logprobs: int = 20) -> Self:
         """The fields of a request, with up to `max_logprobs` for a token, -1 for all. Raises
         RequestError if a value is none of its field's, or would not be honoured. Fields that nobody
-        knows are ignored, and logged the first time."""
+        knows are ignored, and logged the first time. `adapters_named` reads those of adapters."""
         sent = {name: value for name, value in body.items() if value is not None}
         choosing = {name: sent.pop(name) for name in sent.keys() & _CHOOSING.split()}
         known = {*cls.model_fields, *_WITHOUT_EFFECT.split()}
         for name in sorted(sent.keys() - known):
             neutral = _NEUTRAL_VALUES.get(name)
-            if neutral is None:
+            if neutral is None and not _chooses_adapters(name):
                 _log_unknown(f"{name:.80}")
-            elif sent.pop(name) not in neutral:
+            elif neutral is not None and sent.pop(name) not in neutral:
                 instead = "".join(f", or send {value!r}" for value in neutral)
                 instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else instead
                 raise RequestError(f"`{name}` is not served here; leave it out{instead}", name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -23,7 +23,7 @@ from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.fields import Fields
+from lorafx.integrations.server.fields import Fields, adapters_named
 from lorafx.integrations.server.grammars import Grammars
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.request_log import current_record
@@ -61,7 +61,7 @@ class ServedModel:
         self.loading, self.queue = AdapterLoading(compiled, settings), Queue(settings.max_queue)
         self.control = Control(compiled, engine, settings)
         self._created = int(time.time())
-        model: Any = compiled.model
+        model: Any = compiled._orig_mod
         self.text_config = model.config.get_text_config()
         positions = getattr(self.text_config, "max_position_embeddings", None)
         limits = (*limits, positions, settings.max_model_len)
@@ -76,12 +76,36 @@ class ServedModel:
             return self.settings.folder_of(adapter) is not None
         return adapter in self.compiled.adapters
 
-    async def resolve(self, model: object) -> str | None:
-        """As `adapter_of`, after the adapter was loaded if it is found only now."""
-        if isinstance(model, str):
-            for adapter in self.settings.may_mean(model):
+    async def resolve(self, body: Mapping[str, Any]) -> str | None:
+        """As `asked_for`, after the adapter was loaded if it is found only now."""
+        for name in (body.get("model"), *adapters_named(body).values()):
+            for adapter in self.settings.may_mean(name) if isinstance(name, str) else ():
                 await self.loading.find(adapter)
-        return self.adapter_of(model)
+        return self.asked_for(body)
+
+    def asked_for(self, body: Mapping[str, Any]) -> str | None:
+        """The adapter that a request names by `model`, or beside the base by a field of other
+        servers; None for the base model. Raises RequestError if it names none, or two."""
+        chosen = self.adapter_of(body.get("model"))
+        for field, name in adapters_named(body).items():
+            adapter = self._meant_by(name)
+            if adapter is None and name not in self.settings.names:
+                raise RequestError(
+                    f"`{field}` {name!r:.200} is no adapter of this server{self._nearest(name)}; "
+                    f"send one as `model`, such as {self.name}:ADAPTER. GET /v1/models lists all",
+                    field,
+                )
+            if chosen not in (None, adapter):
+                raise RequestError(
+                    f"`{field}` {name!r:.200} and {chosen!r} are two models for one request; send "
+                    "one as `model`",
+                    field,
+                )
+            chosen = adapter
+        return chosen
+
+    def _meant_by(self, name: str) -> str | None:
+        return next((a for a in self.settings.may_mean(name) if self._has(a)), None)
 
     def adapter_of(self, model: object) -> str | None:
         """The adapter that a request's field `model` names; None for the base model. Raises
@@ -94,9 +118,9 @@ class ServedModel:
             )
         if model in self.settings.names:
             return None
-        for adapter in self.settings.may_mean(model):
-            if self._has(adapter):
-                return adapter
+        adapter = self._meant_by(model)
+        if adapter is not None:
+            return adapter
         raise RequestError(
             f"there is no model {model!r:.200}{self._nearest(model)}; the base model is "
             f'{self.name!r}, an adapter ADAPTER or "{self.name}:ADAPTER", and GET /v1/models lists '

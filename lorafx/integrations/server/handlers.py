@@ -57,7 +57,7 @@ class Handler:
 
     async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
-        adapter = await self.served.resolve(body.get("model"))
+        adapter = await self.served.resolve(body)
         current_record().asks_for(adapter)
         fields = self.fields.read(body, self.served.settings.max_logprobs)
         arguments = await self.served.arguments(fields)
@@ -116,7 +116,7 @@ class MessageHandler(Handler):
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
     def _parts(self, prompt: Prompt, fields: MessageFields) -> MessageParts:
-        tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled.model)
+        tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled._orig_mod)
         parser = build_response_parser(tokenizer, model, prompt.ids, tools=fields.used_tools)
         return MessageParts(parser, fields.parallel_tool_calls)
 
@@ -175,7 +175,7 @@ def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None
             prompts.append(_encoded(served, prompt, special=special is not False))
             continue
         try:
-            prompts.append(Prompt(checked_prompt(served.compiled.model, prompt)))
+            prompts.append(Prompt(checked_prompt(served.compiled._orig_mod, prompt)))
         except BatchError as error:
             raise RequestError(f"`{field}`: {error}", field) from error
     return prompts
@@ -189,7 +189,7 @@ def _encoded(served: ServedModel, text: str, special: bool) -> Prompt:
 def check_chat(served: ServedModel, fields: MessageFields) -> None:
     """Raise RequestError if the model's tokenizer makes no prompt of messages with these fields, or
     nothing can be parsed that it answers to tools."""
-    tokenizer, model = cast("Any", served.tokenizer), cast("Any", served.compiled.model)
+    tokenizer, model = cast("Any", served.tokenizer), cast("Any", served.compiled._orig_mod)
     if getattr(tokenizer, "chat_template", None) is None:
         raise RequestError(
             f"the tokenizer of {served.name!r} has no chat template; ask /v1/completions with a "

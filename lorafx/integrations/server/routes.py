@@ -89,7 +89,7 @@ def _add_tokenizer(app: FastAPI, completions: Completions, chat: Chat) -> None:
     served = completions.served
 
     def prompt_of(body: dict) -> list[int]:
-        served.adapter_of(body.pop("model", served.name))
+        served.asked_for({"model": served.name, **body})
         route: Handler = chat if "messages" in body else completions
         prompts = route.prompts(route.fields.read(body, served.settings.max_logprobs))
         if len(prompts) > 1:

@@ -125,7 +125,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
 def _generating(
     compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
 ) -> Iterator[ServedModel]:
-    model: Any = compiled.model
+    model: Any = compiled._orig_mod
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
@@ -143,7 +143,7 @@ def _generating(
 def _encoding(
     compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
 ) -> Iterator[ServedModel]:
-    model: Any = compiled.model
+    model: Any = compiled._orig_mod
     pooling = None
     classifies = isinstance(model, classes_of(AutoModelForSequenceClassification, model.config))
     if classifies:

@@ -107,7 +107,7 @@ def _serve(method: Method, requests: Requests, *args: Any, **kwargs: Any) -> Any
             "this call needs gradients through lorafx's LoRA, which is for inference only; call "
             "the model inside torch.no_grad() or torch.inference_mode()"
         )
-    output = compiled(*args, **kwargs, adapter_names=names)
+    output = compiled.forward(*args, **kwargs, adapter_names=names)  # the call has run the hooks
     if any(site.module is method.model for site in compiled.sites):
         compiled._session.returned_from = ""
     return output
@@ -215,7 +215,7 @@ def attach(
         marked = mark(model, lora_config, adapters, options)
         marked.program.pack_watch.pack()
         compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic=True)
-    model, compiled.attached = compiled.model, True
+    model, compiled.attached = compiled._orig_mod, True
     for name in ("forward", "generate"):
         if callable(getattr(model, name, None)):
             if isinstance(first := vars(model).get(name), FirstCall):
@@ -355,7 +355,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
         BatchError: the surrounding block serves it.
     """
     compiled = _attached_or_raise(model)
-    requests = IN_BLOCKS.get().get(id(compiled.model))
+    requests = IN_BLOCKS.get().get(id(compiled._orig_mod))
     served = () if requests is None else requests.names
     if any(request is not None and name in members(request) for request in served):
         raise BatchError(f"{name!r} is being served; unload it after the block")
@@ -378,7 +378,7 @@ def detach(model: nn.Module) -> nn.Module:
         return model
     # A forked child has one thread, and no blocks of the others.
     alive = {thread.ident for thread in threading.enumerate()}
-    if alive.intersection(BLOCK_THREADS.get(compiled.model, ())):
+    if alive.intersection(BLOCK_THREADS.get(compiled._orig_mod, ())):
         raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
     return compiled.detach()
 
@@ -511,9 +511,9 @@ def _refusing_adapters(base: Callable[..., Any], examples: Sequence[Any]) -> Cal
             if any(site is not None and site.path in touched for site in sites):
                 raise CaptureError(
                     f"this graph has no LoRA: it is of a part of this "
-                    f"{type(compiled.model).__name__}, or was captured before LoRA was attached. "
-                    "Call the model that lorafx.attach returned; torch._dynamo.reset() drops "
-                    "earlier graphs"
+                    f"{type(compiled._orig_mod).__name__}, or was captured before LoRA was "
+                    "attached. Call the model that lorafx.attach returned; torch._dynamo.reset() "
+                    "drops earlier graphs"
                 )
         return base(*arguments)
 

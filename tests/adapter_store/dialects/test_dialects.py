@@ -25,7 +25,6 @@ from lorafx.config import LoraConfig
 from lorafx.errors import (
     CheckpointError,
     ConfigError,
-    LorafxWarning,
     UnsupportedAdapterError,
 )
 from lorafx.runtime.marking import build_sites
@@ -121,8 +120,8 @@ def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
     text = {
         k.replace("lora_unet_", "lora_te_").replace("model", "other"): t for k, t in unet.items()
     }
-    with pytest.warns(LorafxWarning, match=r"other models of a pipeline too \(text_encoder\)"):
-        state = load_state({**unet, **text}, case.base)
+    state = load_state({**unet, **text}, case.base)
+    assert state.left_out == ("text_encoder",)
     assert len(state.tensors) == sum("alpha" not in key for key in unet)
     both = {**unet, **{k.replace("lora_unet_", "lora_te_"): t for k, t in unet.items()}}
     with pytest.raises(CheckpointError, match="both fit this model; say which"):

@@ -186,7 +186,7 @@ def engine(llama: Case) -> Iterator[Any]:
 
 
 def drawing(cm: Any) -> Any:
-    generation = copy.deepcopy(cm.model.generation_config)
+    generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.do_sample, generation.temperature, generation.eos_token_id = True, 0.0, EOS
     return generation
 
@@ -545,7 +545,7 @@ def test_what_cannot_be_is_refused_before_it_is_queued(engine, asked, says) -> N
 def test_an_engine_without_a_tokenizer_that_draws_nothing(llama) -> None:
     """It serves what needs neither, and steps in which nobody asks skip the stage."""
     cm = llama.compile()
-    generation = copy.deepcopy(cm.model.generation_config)
+    generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.eos_token_id = EOS
     config = ContinuousBatchingConfig(**PAGES)
     with cm.continuous_batching(generation, config, warmup=False) as engine:

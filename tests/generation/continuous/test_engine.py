@@ -152,7 +152,7 @@ def test_requests_keep_the_version_that_they_were_added_with(llama, with_slots):
 
 
 def test_sequences_of_one_prompt_keep_its_adapter(llama, cm):
-    generation = copy.deepcopy(cm.model.generation_config)
+    generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.num_return_sequences, generation.do_sample = 3, True
     with cm.continuous_batching(generation, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)

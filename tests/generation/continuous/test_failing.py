@@ -40,7 +40,7 @@ def test_requests_that_fail_leave_windows_as_they_were(tmp_path) -> None:
     limit(model, torch.zeros(LIMIT, model.config.hidden_size))
     folders = {**case.folders, "huge": overflowing(case.folders["a0"], tmp_path / "huge")}
     cm = lorafx.compile(model, folders, options=REFERENCE)
-    layer = cm.model.model.layers[0].self_attn
+    layer = cm._orig_mod.model.layers[0].self_attn
     plain = type(layer).forward
 
     class Odd(type(layer)):  # k_proj of a layer with a window is used where LoRA cannot follow
@@ -225,7 +225,7 @@ def test_an_engine_whose_device_is_lost_says_that_it_has_stopped(cm) -> None:
 def sampling(llama: Case) -> Any:
     """An engine whose requests may say how their tokens are chosen."""
     cm = llama.compile()
-    generation = copy.deepcopy(cm.model.generation_config)
+    generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.do_sample, generation.temperature = True, 0.9
     generation.top_k, generation.top_p = 5, 0.9
     config = ContinuousBatchingConfig(**PAGES, per_request_processors=True)

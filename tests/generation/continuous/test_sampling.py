@@ -56,9 +56,9 @@ def test_each_request_has_its_own_choice() -> None:
 def engines(llama: Case) -> Iterator[dict[str, Any]]:
     """One that draws where a request does not say otherwise, and one that never draws."""
     cm = llama.compile()
-    drawing = copy.deepcopy(cm.model.generation_config)
+    drawing = copy.deepcopy(cm._orig_mod.generation_config)
     drawing.do_sample, drawing.temperature = True, 3.0
-    taking = copy.deepcopy(cm.model.generation_config)
+    taking = copy.deepcopy(cm._orig_mod.generation_config)
     with (
         cm.continuous_batching(drawing, CONFIG, warmup=False) as first,
         cm.continuous_batching(taking, CONFIG, warmup=False) as second,

@@ -81,7 +81,7 @@ def test_blocks_of_earlier_base_weights_are_not_shared(llama, cm):
 def test_further_sequences_fail_with_their_request(llama):
     """The model reads what is not known to be of one request."""
     cm = llama.compile(dynamic=False)
-    layer = cm.model.model.layers[0].self_attn
+    layer = cm._orig_mod.model.layers[0].self_attn
     plain = type(layer).forward
 
     class Shuffled(type(layer)):
@@ -89,7 +89,7 @@ def test_further_sequences_fail_with_their_request(llama):
             return plain(self, hidden_states.cumsum(1), *args, **kwargs)
 
     layer.__class__ = Shuffled
-    generation = copy.deepcopy(cm.model.generation_config)
+    generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.num_return_sequences, generation.do_sample = 2, True
     with pytest.warns(LorafxWarning, match="4 of 4 requests failed"):
         outputs = cm.generate_batch(
@@ -199,10 +199,10 @@ def test_eager_attention(family, tmp_path):
         ids = [engine.add_request(p, adapter=a, max_new_tokens=4) for p, a in work]
         if family is GEMMA2:
             check_mixed(cm, case, ["a1", None, "a2"], token_inputs(3, 5))
-        assert cm.model.config._attn_implementation == "paged|eager"
+        assert cm._orig_mod.config._attn_implementation == "paged|eager"
         outputs = answers(engine, ids)
     check_logits(case, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
-    assert cm.model.config._attn_implementation == "eager"
+    assert cm._orig_mod.config._attn_implementation == "eager"
 
 
 EAGER = {**REFERENCE, "start": "eager", "cache": None}

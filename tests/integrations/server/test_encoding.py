@@ -153,6 +153,15 @@ def test_several_inputs_and_forms_of_them(files, server):
     assert error(normalize(raw), torch.tensor(found)) <= TOLERANCE
 
 
+def test_fields_of_other_servers_that_choose_an_adapter(files, server):
+    answer = ask(server, "POST", PATH, **asking(None, "w9 w12"), lora_name="a2").json()
+    got = torch.tensor(answer["data"][0]["embedding"])
+    assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
+    assert error(got, vector(files, None, "w9 w12")) > 100 * TOLERANCE
+    refused = ask(server, "POST", PATH, **asking(None, "w9 w12"), adapters=["a2"])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "adapters")
+
+
 def test_the_client_of_openai(files, server):
     """It asks for base64."""
 

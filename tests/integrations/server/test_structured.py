@@ -51,7 +51,7 @@ def tokenizer(size: int, chat_template: str = TEMPLATE, **others) -> PreTrainedT
 
 def spoken(server, files, **others):
     """The same model with another tokenizer."""
-    made = tokenizer(server.compiled.model.config.vocab_size, **others)
+    made = tokenizer(server.compiled._orig_mod.config.vocab_size, **others)
     return anew(server, files, made)
 
 

@@ -21,6 +21,7 @@ from starlette.routing import Router, get_route_path
 from starlette.websockets import WebSocketClose
 
 from lorafx.integrations.server.errors import Authentication, RequestError, error_response
+from lorafx.integrations.server.fields import adapters_named
 from lorafx.integrations.server.ray.replica import Replica
 from lorafx.integrations.server.settings import ModelSettings
 
@@ -195,10 +196,12 @@ class Ingress:
         """The adapter that a request asks for; "" for the base, and for a request that the
         application will refuse."""
         try:
-            model = json.loads(body).get("model")
-        except (ValueError, AttributeError, RecursionError):
+            fields = json.loads(body)
+            named = [fields.get("model"), *adapters_named(fields).values()]
+        except (ValueError, AttributeError, RecursionError, RequestError):
             return ""
-        asked = self._settings.may_mean(model) if isinstance(model, str) else ()
+        models = [name for name in named if isinstance(name, str)]
+        asked = (adapter for model in models for adapter in self._settings.may_mean(model))
         return next((a for a in asked if self._settings.folder_of(a) is not None), "")
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor, fx
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
@@ -119,3 +121,44 @@ def with_stages_of(entries: CompiledForwards, call: Callable[[], Any]) -> list[G
                 records[index], stages=record.stages, sizes=record.sizes, outlined=record.outlined
             )
     return records
+
+
+# --- the values of a stage ---
+
+
+@dataclass
+class Run:
+    """The values of a stage's nodes in a call of its graph."""
+
+    stage: Stage
+    values: dict[str, Tensor]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.stage.graph.graph
+
+    @property
+    def returned(self) -> list[fx.Node]:
+        return list(self.graph.output_node().all_input_nodes)
+
+
+class _Values(fx.Interpreter):
+    """Copies the value of each node when it is computed: later operators may overwrite it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.copies: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "placeholder":
+            self.copies[n.name] = value.clone()
+        return value
+
+
+def recorded(stage: Stage, inputs: Sequence[Any], runs: list[Run]) -> Any:
+    """The results of a stage; appends the values of its nodes to `runs`."""
+    interpreter = _Values(stage.graph)
+    results = interpreter.run(*inputs)
+    runs.append(Run(stage, interpreter.copies))
+    return results

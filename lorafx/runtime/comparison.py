@@ -1,0 +1,180 @@
+"""Compares the two roads of a call, eager mode and the graph that a process beside has compiled.
+
+    they agree                            the graph is offered
+    the graph alone differs as lowered    calls stay eager
+    it differs by single operators, too   one of the two is wrong: calls of that kind are refused,
+                                          with the first site whose output differs
+
+So no call gets one answer before a graph is there, and another one after. Answers agree within the
+bound of their dtype (`TOLERANCE`). What draws random numbers is not compared: generated code draws
+others. This module is imported in the process beside, which ends afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.driver import TOLERANCE, difference
+from lorafx.errors import LorafxError, ProvenanceError
+from lorafx.passes.provenance import Provenance
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.replay import Replay, Run, recorded
+
+#: The output of each site that a call has passed, by path, in their order.
+SiteOutputs = list[tuple[str, Tensor]]
+
+
+class Answer(NamedTuple):
+    """Copies of the floating-point tensors of a result, without what is padding; or None if random
+    numbers were drawn."""
+
+    tensors: list[Tensor] | None
+
+
+@dataclass(frozen=True)
+class ComparedCall:
+    """A call of an entry. `eagerly` runs it in eager mode, passes its result to a function, undoes
+    all that it has changed, and returns what the function does; it notes the outputs of sites."""
+
+    entry: Entry
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    base: bool
+    eagerly: Callable[[Callable[[Any], Answer], SiteOutputs], Answer]
+
+    def verdict(self) -> tuple[str, str]:
+        """("refused" or "eager", the reason) if the saved graph must not be offered, else two empty
+        texts."""
+        try:
+            sites: SiteOutputs = []
+            eager = self.eagerly(self._reader(), sites)
+        except Exception:  # the serving process meets it too
+            return "", ""
+        try:
+            graph = self._by_graph(attrgetter("load"))
+        except NoGraph:
+            return "", ""
+        except ProvenanceError as error:  # eager mode proves it with the numbers of each call
+            return "eager", f"its graph cannot serve such a batch: {error}"
+        except LorafxError:  # as each call by the graph
+            return "", ""
+        apart = distance(eager, graph)
+        if apart <= 1:
+            return "", ""
+        lowering = self.entry.session.program.options.lowering
+        if self.base:
+            return "eager", _apart(f"the graph of the base, by {lowering!r}, and eager mode", apart)
+        runs: list[Run] = []
+        apart = distance(eager, self._by_operator(runs))
+        if apart <= 1:
+            return "eager", (
+                f"its graph, as lowered by {lowering!r}, gives other numbers than eager mode and "
+                'than the same graph run operator by operator; Options(lowering="reference") runs '
+                "it so"
+            )
+        where = _first_site(sites, runs)
+        return "refused", (
+            f"{_apart('eager mode and the graph of this call', apart)}, first at {where}. One of "
+            "the two is wrong, so calls of this kind are refused. lorafx.bisect(cm, inputs, "
+            "adapter_names) compares the graph with merged weights; if it is right, "
+            'Options(start="compiled") answers by graphs alone'
+        )
+
+    def _reader(self) -> Callable[[Any], Answer]:
+        return partial(answer_of, self.kwargs, torch.get_rng_state())
+
+    def _by_graph(self, conversion: Any = None) -> Answer:
+        read = self._reader()
+        return read(
+            self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
+        )
+
+    def _by_operator(self, runs: list[Run]) -> Answer:
+        """The answer of the graph as `provenance` leaves it, by plain aten."""
+        session = self.entry.session
+        options = session.program.options
+        session.program.options = replace(
+            options, lowering="reference", verify="lint", cache=None, dump=None
+        )
+        replay = Replay(session)
+        session.backend, self.entry.traced = replay.backend, {}
+        with replay.running(Provenance.name, lambda stage, values: recorded(stage, values, runs)):
+            return self._by_graph()
+
+
+def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> Answer:
+    """The answer in a call's result; `random_state` is torch's before the call."""
+    if not torch.equal(random_state, torch.get_rng_state()):
+        return Answer(None)
+    mask = kwargs.get("attention_mask")
+    tensors = []
+    for leaf in _leaves(result):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and leaf.shape[:2] == mask.shape:
+            leaf = leaf[mask.bool()]
+        tensors.append(leaf.detach().clone())
+    return Answer(tensors)
+
+
+def _leaves(result: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in containers and dataclasses. Caches are other objects: their
+    padding is not told apart."""
+    if isinstance(result, Tensor):
+        if result.is_floating_point() and result.layout == torch.strided:
+            yield result
+        return
+    if isinstance(result, Mapping):
+        inner: Sequence[Any] = list(result.values())
+    elif isinstance(result, (list, tuple)):
+        inner = result
+    elif is_dataclass(result) and not isinstance(result, type):
+        inner = [getattr(result, field.name) for field in fields(result)]
+    else:
+        return
+    for item in inner:
+        yield from _leaves(item)
+
+
+def distance(eager: Answer, graph: Answer) -> float:
+    """The largest difference of two answers, by the bound of its dtype; 0 if they are not to be
+    compared."""
+    if eager.tensors is None or graph.tensors is None:
+        return 0.0
+    if len(eager.tensors) != len(graph.tensors):
+        return float("inf")
+    return max(map(_distance, graph.tensors, eager.tensors), default=0.0)
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    if got.shape == want.shape:  # numbers that are infinite, or none, in both are equal
+        odd = ~want.isfinite() & ((got == want) | (got.isnan() & want.isnan()))
+        got, want = got.masked_fill(odd, 0), want.masked_fill(odd, 0)
+    return difference(got, want) / TOLERANCE.get(want.dtype, TOLERANCE[torch.float32])
+
+
+def _apart(what: str, apart: float) -> str:
+    return f"{what} give numbers that differ by {apart:.2g} times what rounding explains"
+
+
+def _first_site(sites: SiteOutputs, runs: Sequence[Run]) -> str:
+    """The first site of eager mode whose output differs from that in the graph."""
+    outputs: dict[str, list[Tensor]] = {}
+    for run in runs:
+        for node in run.graph.nodes:
+            for path in run.stage.paths(node):
+                outputs.setdefault(path, []).append(run.values[node.name])
+    for path, eager in sites:
+        graph = outputs.get(path)
+        if not graph:
+            return f"{path}, which the graph does not have"
+        if _distance(graph.pop(0), eager) > 1:
+            return path
+    missing = [path for path, left in outputs.items() if left]
+    return f"{missing[0]}, which eager mode did not pass" if missing else "what follows all sites"

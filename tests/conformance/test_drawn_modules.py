@@ -1,0 +1,73 @@
+"""Drawn modules are right or refused, on both roads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from both_roads import one_road
+from drawn_modules import BLOCKS, INPUTS, Program, judged, random_program
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+#: Programs that once found something.
+KEPT: tuple[Program, ...] = ()
+
+programs = st.builds(
+    Program,
+    blocks=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4).map(tuple),
+    carried=st.lists(st.sampled_from(("a", "b", "ab", "")), min_size=3, max_size=3).map(tuple),
+    names=st.lists(st.sampled_from(("a", "b", None)), min_size=1, max_size=4).map(tuple),
+    form=st.sampled_from(sorted(INPUTS)),
+    dynamic=st.sampled_from((False, False, False, True)),
+    seed=st.integers(0, 1 << 16),
+)
+drawn = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def _each_road_by_itself() -> Iterator[None]:
+    with one_road():
+        yield
+
+
+@pytest.mark.parametrize("block", sorted(BLOCKS))
+def test_each_block(block: str) -> None:
+    for start in ("eager", "compiled"):
+        judged(Program((block,), ("ab",), ("a", None, "b")), start)
+    judged(Program((block,), ("ab",), ("a",)), "eager")
+
+
+@drawn.__class__(drawn, max_examples=200)
+@given(programs)
+def test_in_eager_mode(program: Program) -> None:
+    judged(program, "eager")
+
+
+@drawn.__class__(drawn, max_examples=60)
+@given(programs)
+def test_compiled(program: Program) -> None:
+    torch._dynamo.reset()
+    judged(program, "compiled")
+
+
+@pytest.mark.parametrize("program", KEPT, ids=str)
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_what_found_something(program: Program, start: str) -> None:
+    judged(program, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "count"), [("eager", 20_000), ("compiled", 2_000)])
+def test_many(start: str, count: int) -> None:
+    wrong = []
+    for seed in range(count):
+        torch._dynamo.reset()
+        program = random_program(random.Random(seed))
+        try:
+            judged(program, start)
+        except Exception as error:
+            wrong.append(f"{program}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)

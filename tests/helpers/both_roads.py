@@ -1,0 +1,103 @@
+"""Each call that a graph serves also runs in eager mode, before it, and both answers are compared.
+
+Eager mode answers what it can prove, or asks for a graph; all that it changed is undone. So every
+model of the tests goes both roads, against the same oracle: the test's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lorafx.eager.following import NeedsGraph
+from lorafx.errors import LorafxError, MatchError
+from lorafx.runtime.comparison import Answer, answer_of, distance
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.session import Session
+from lorafx.runtime.tiers import Tiers
+
+#: The most calls of a kind, with the same adapters, that are compared.
+_CALLS = 2
+
+_by_graph = Entry._run
+_tiers: WeakKeyDictionary[Session, Tiers] = WeakKeyDictionary()
+_compared: WeakKeyDictionary[Session, dict[object, int]] = WeakKeyDictionary()
+_switch = {"on": True}
+
+
+@contextmanager
+def one_road() -> Iterator[None]:
+    """Inside the block calls are only run as they are asked for."""
+    before = _switch["on"]
+    _switch["on"] = False
+    try:
+        yield
+    finally:
+        _switch["on"] = before
+
+
+class Raised:
+    """The error of eager mode."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
+    session = self.session
+    by_graph = partial(_by_graph, self, args, kwargs, base=base)
+    if not _switch["on"] or session.tiers is not None or session.running.warming:
+        return by_graph()
+    if session.replays or not _is_due(self, args, kwargs, base):
+        return by_graph()
+    read = partial(answer_of, kwargs, torch.get_rng_state())
+    eager = _eagerly(self, args, kwargs, read)
+    try:
+        result = by_graph()
+    except MatchError as error:
+        if isinstance(eager, Answer) and eager.tensors:
+            raise AssertionError(f"eager mode answers what a graph refuses: {error}") from error
+        raise
+    if isinstance(eager, Raised) and not isinstance(eager.error, LorafxError):
+        raise AssertionError(f"eager mode raises {eager.error!r}") from eager.error
+    if isinstance(eager, Answer):
+        apart = distance(eager, read(result))
+        assert apart <= 1, f"eager mode and the graph differ by {apart:.2g} times the bound"
+    return result
+
+
+def _is_due(entry: Entry, args: Any, kwargs: Mapping[str, Any], base: bool) -> bool:
+    session = entry.session
+    counts = _compared.setdefault(session, {})
+    kind = _tiers_of(session)._kind(entry, args, kwargs, base)
+    key = id(kind), tuple(session.program.runtime.rows), session.counts.writes
+    counts[key] = counts.get(key, 0) + 1
+    return counts[key] <= _CALLS
+
+
+def _tiers_of(session: Session) -> Tiers:
+    tiers = _tiers.get(session)
+    if tiers is None:
+        tiers = _tiers[session] = Tiers(session)
+    return tiers
+
+
+def _eagerly(entry: Entry, args: Any, kwargs: Mapping[str, Any], read: Any) -> Any:
+    """The answer of eager mode; None if it asks for a graph."""
+    tiers = _tiers_of(entry.session)
+    try:
+        return tiers._eagerly(entry, partial(tiers._eager.look, entry.target, args, kwargs, read))
+    except NeedsGraph:
+        return None
+    except Exception as error:
+        return Raised(error)
+
+
+def install() -> None:
+    """Have all calls of this process compared."""
+    Entry._run = _run  # type: ignore[method-assign]
