@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.deltas import GatheredFactors, RowDeltas
-from lorafx.eager.following import NeedsGraph
+from lorafx.eager.following import Following, NeedsGraph
 from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.eager.undo import Undo
