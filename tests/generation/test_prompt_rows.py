@@ -190,7 +190,6 @@ def test_guidance_by_negative_prompts(llama, served):
 
 def test_operators_are_followed_at_the_beginning_alone(served):
     """And under inference mode, whose tensors have no counts of writes."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     modes: list[bool] = []
 
