@@ -194,9 +194,9 @@ class CompiledModel(AsModule):
     def generate(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' `generate` with an adapter for each prompt, named as in `forward`. Beams
-        and returned sequences of one prompt keep its adapter. Raises LorafxError if the model has
-        no `generate`, and what `forward` raises."""
+        """transformers' `generate` with an adapter for each prompt, named as in `forward`, for all
+        rows that come from it. Raises LorafxError if the model has no `generate`, BatchError if it
+        is not proved from which prompt a row comes, and what `forward` raises."""
         self._entries.check_attached()
         generating = getattr(self._orig_mod, "generate", self._orig_mod.forward)
         refuse_slips(kwargs, generating, self._orig_mod, BY_ROW)

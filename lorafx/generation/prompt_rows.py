@@ -145,8 +145,8 @@ class PromptRows:
         """The prompt of each row of a forward with these arguments. `known`: what it is by the loop
         that runs. Raises BatchError where that is not proved."""
         rows = forward.roles.rows(named) or 0
-        said = content = (NOBODY,) * rows
-        unknown, texts = None, []
+        said: Owners | None = (NOBODY,) * rows
+        content, unknown, texts = said, None, []
         for name, shape, owners in self._owners_in(forward.roles, named, rows):
             if owners is None:
                 unknown = unknown or (name in _CONTENT and f"{name} {shape}")

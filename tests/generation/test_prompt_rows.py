@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import lorafx
+from lorafx.eager.following import running
 from lorafx.errors import BatchError
 
 NAMES = ["a", None, "b"]
@@ -55,9 +56,14 @@ def llama(tmp_path_factory):
     return case_by_patterns(base, tmp_path_factory.mktemp("rows"), patterns)
 
 
+@pytest.fixture(scope="module")
+def served(llama):
+    return llama.compile({"start": "eager"})
+
+
 @pytest.fixture(scope="module", params=["compiled", "eager"])
-def served(request, llama):
-    return llama.compile({"start": request.param})
+def on_both_roads(request, llama, served):
+    return served if request.param == "eager" else llama.compile()
 
 
 def prompts(rows: int = 3, length: int = 5) -> dict[str, Tensor]:
@@ -100,12 +106,13 @@ def interleaved(ids: Tensor) -> Tensor:
     ids=["cat", "stacked", "indexed", "flipped", "dropped", "sorted", "repeated"],
 )
 def test_rows_that_a_custom_loop_stacks_or_moves_keep_their_prompts_adapters(
-    llama, served, change, owners
+    llama, on_both_roads, change, owners
 ):
     ids = prompts()["input_ids"]
     if owners is None:
         owners = ids[:, 0].argsort().tolist()
-    got = served.generate(ids, **FIXED, custom_generate=custom(change), adapter_names=NAMES)
+    call = {**FIXED, "custom_generate": custom(change)}
+    got = on_both_roads.generate(ids, **call, adapter_names=NAMES)
     start = change(ids)
     for row, owner in enumerate(owners):
         want = steps(llama.alone(NAMES[owner]), start[row : row + 1])
@@ -153,7 +160,7 @@ def test_rows_that_a_loop_drops_on_its_way(llama, served):
         assert torch.equal(got[row : row + 1], want)
 
 
-def test_a_loop_of_its_own_around_that_of_transformers(llama, served):
+def test_a_loop_of_its_own_around_that_of_transformers(llama, on_both_roads):
     """What a loop of transformers returned is followed where code goes on with it."""
 
     def twice(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -164,7 +171,7 @@ def test_a_loop_of_its_own_around_that_of_transformers(llama, served):
         return go_on(go_on(input_ids).flip(0))
 
     ids = prompts()["input_ids"]
-    got = served.generate(ids, **FIXED, custom_generate=twice, adapter_names=NAMES)
+    got = on_both_roads.generate(ids, **FIXED, custom_generate=twice, adapter_names=NAMES)
     for row, owner in enumerate((2, 1, 0)):
         one = ids[owner : owner + 1]
         want = llama.alone(NAMES[owner]).generate(one, **{**FIXED, "max_new_tokens": 4})
@@ -183,12 +190,11 @@ def test_guidance_by_negative_prompts(llama, served):
 
 def test_operators_are_followed_at_the_beginning_alone(served):
     """And under inference mode, whose tensors have no counts of writes."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     modes: list[bool] = []
 
     def look(ids: Tensor, scores: Tensor) -> Tensor:
-        modes.append(_get_current_dispatch_mode() is not None)
+        modes.append(running() is not None)
         return scores
 
     with torch.inference_mode():

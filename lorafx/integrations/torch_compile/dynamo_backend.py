@@ -279,7 +279,7 @@ def adapters(
         adapter_names: one name per request, in the order of the batch, where None or "__base__" is
             the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
             scale; or a single name, or sum, for all requests. Inside the model's own `generate`
-            several consecutive rows may belong to one request, as beams and returned sequences do.
+            each row has the adapter of the prompt that it comes from.
 
     Raises:
         ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
