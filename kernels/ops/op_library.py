@@ -90,14 +90,14 @@ def _derived(op: _Op, *arguments: Any) -> Any:
     if in_forward_mode() or (asked and transformed()):
         _refuse_derivative(op)
     if asked:
-        return _Derived.apply(op, *arguments)  # type: ignore[no-untyped-call]
+        return _Derived.apply(op, *arguments)
     with below_autograd():
         return op.run(*arguments)
 
 
 class _Derived(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: _Op, *arguments: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, op: _Op, *arguments: Any) -> Any:
         ctx.op = op
         with below_autograd():
             result = op.run(*arguments)

@@ -134,7 +134,7 @@ class ModuleGraph:
         module: nn.Module | None = self.root
         for name in path.split(".") if path else ():
             children = {} if module is None else module._modules
-            module = dict(children).get(name)  # torch.jit's has no `get`
+            module = children[name] if name in children else None  # noqa: SIM401  torch.jit's
         return module
 
     def at(self, path: str) -> nn.Module:

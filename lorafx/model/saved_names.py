@@ -83,11 +83,12 @@ class SavedNames:
         module, path = self._model, ""
         remaining = name.split(".") if name else []
         while remaining:
-            child = module._modules.get(remaining[0])
+            children = dict(module._modules.items())  # torch.jit's has no `get`
+            child = children.get(remaining[0])
             if child is not None:
                 module, path = child, join(path, remaining.pop(0))
                 continue
-            wrapped = module._modules.get(COMPILED)
+            wrapped = children.get(COMPILED)
             if wrapped is not None:
                 module, path = wrapped, join(path, COMPILED)
             elif remaining[0] in WRAPPERS and not WRAPPERS.issuperset(remaining):
