@@ -441,7 +441,7 @@ class Following(TorchDispatchMode):
         if tensor.numel() <= 1 or tensor.is_inference() or self.memory is None:
             return False
         if block is not None:
-            return not block.views and not block.exported
+            return block.rewritten and not block.views
         return not self.memory.shares(tensor)
 
     def _is_born(self, tensor: Tensor) -> bool:

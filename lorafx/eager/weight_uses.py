@@ -181,10 +181,11 @@ class WeightUses:
     def _called(self, site: Site) -> bool | None:
         """Whether the site's module is being called, whose mark adds the delta (True), or another
         one that has the weight as its own (False); None if neither is."""
-        weights = list(map(id, self._program.weights_of(site)))
+        weights: list[int] = []
         for module in running_modules():
             if module is site.module or module is site.marked:
                 return True
+            weights = weights or list(map(id, self._program.weights_of(site)))
             held = module._parameters.values()
             if lookup(module) is not None and any(id(item) in weights for item in held):
                 return False

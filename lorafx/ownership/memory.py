@@ -198,6 +198,8 @@ class Block:
     state: MemoryState
     itemsize: int
     exported: bool = False
+    #: Operators that were not seen have written it.
+    rewritten: bool = False
     born: bool = False
     views: dict[Geometry, RealLabel | None] = field(default_factory=dict)
     #: Grows with every write; labels that were looked up before are no longer valid.
@@ -367,6 +369,7 @@ class Memory:
         if state == block.state:
             return block.itemsize == tensor.element_size()
         self.unseen, block.exported = True, state.open != block.state.open
+        block.rewritten = state.version != block.state.version
         block.views, block.cells = {}, None
         return False
 

@@ -218,6 +218,10 @@ class Entry:
         label_arguments(call.memory, call.roles, call.named, rows)
         if pieces:
             call.memory.add_shared(program.buffers())
+        if program.runtime.uniform:  # what marks read that run between graphs
+            call.memory.add_shared([program.runtime.slots])
+            for group in program.groups:
+                call.memory.add_shared(group.bank.tensors.values())
         return call.memory
 
     def _base_sentence(self, *, base: bool) -> str:

@@ -59,7 +59,6 @@ UNPROVED = {
     "pruned beside the call": past(beside, lambda m: prune.identity(m.w, "weight")),
     "forward alone": past(lambda m, h: m.w.forward(h)),
     "returned": past(lambda m, h: m.w.weight),
-    "cond": past(lambda m, h: torch.cond(h.sum() > 0, m.w, m.w, (h,))),
 }
 
 
