@@ -65,9 +65,7 @@ class Requests(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether they are what `adapter_names` of a call says, and no more."""
-        return self.tokens is None and not (
-            self.uniform or self.all_tokens or self.serve
-        )
+        return self.tokens is None and not (self.uniform or self.all_tokens or self.serve)
 
     def part(self, rows: Sequence[int]) -> Requests:
         """The requests of some rows of the batch."""

@@ -21,7 +21,7 @@ from lorafx.errors import CaptureError
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
 #: Values, and what a result may refer to without calling it.
 _PLAIN = (*_VALUES, type(None), type, ModuleType, Enum, logging.Logger)
-_CODE = (Callable, Generator, AsyncGenerator, Coroutine)
+_CODE: tuple[Any, ...] = (Callable, Generator, AsyncGenerator, Coroutine)
 #: Callables that compute by what they hold alone, which is looked at.
 _LOOKED_THROUGH = (partial, BuiltinFunctionType, weakref.ref, Transform)
 
@@ -35,7 +35,8 @@ def refuse_code(result: object, name: str) -> None:
     seen: set[int] = set()
     while links:
         link = links.pop()
-        value, cls = link[0], type(link[0])
+        value = link[0]
+        cls: Any = type(value)
         if _is_plain(cls) or id(value) in seen:
             continue
         seen.add(id(value))
