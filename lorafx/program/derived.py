@@ -301,6 +301,7 @@ class DerivedTensors:
         self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
         self._compared = WeakTensorKeyDictionary()
         self._views = WeakTensorKeyDictionary()
+        self._parts = WeakTensorKeyDictionary()
         self._held: dict[int, Holder] = {}
 
     @property
@@ -320,7 +321,22 @@ class DerivedTensors:
         return self._views[tensor]
 
     def look(self, tensor: Tensor) -> Derived | None:
-        """The weight in `tensor`, copies included. Each tensor is compared once."""
+        """The weight in `tensor`, copies included. Each tensor is compared once, and so is each
+        view of one: a forward makes new views in every call."""
+        whole = tensor._base
+        if whole is None:
+            return self._look(tensor)
+        if isinstance(whole, nn.Parameter):
+            holder = self._holder(whole)
+            if holder is not None and holder.is_own_weight:
+                return self._look(whole)
+        parts = self._parts.setdefault(whole, {})
+        key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        if key not in parts:
+            parts[key] = self._look(tensor)
+        return parts[key]
+
+    def _look(self, tensor: Tensor) -> Derived | None:
         if tensor not in self._compared:
             self._compare([tensor])
         return self._compared[tensor]
@@ -329,7 +345,7 @@ class DerivedTensors:
         """`look`, if a module of the model holds `tensor`."""
         if tensor not in self._compared and self._holder(tensor) is None:
             self._compared[tensor] = None
-        return self.look(tensor)
+        return self._look(tensor)
 
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
