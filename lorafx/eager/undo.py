@@ -117,7 +117,8 @@ def _look_at(cls: type) -> _Look | None:
 
 def _is_torchs(value: object) -> bool:
     """Whether this is a module without parts whose forward is torch's."""
-    return isinstance(value, nn.Module) and not value._modules and _has_torchs_forward(type(value))
+    cls: Any = type(value)
+    return isinstance(value, nn.Module) and not value._modules and _has_torchs_forward(cls)
 
 
 @lru_cache(1024)
@@ -148,7 +149,8 @@ def _object(undo: Undo, value: Any) -> Iterable[Any]:
     attributes: dict[str, Any] = getattr(value, "__dict__", _NOTHING)
     if attributes is not _NOTHING:
         undo.to_refill(attributes, attributes.copy())
-    slots = [slot for slot in _slots(type(value)) if hasattr(value, slot.__name__)]
+    cls: Any = type(value)
+    slots = [slot for slot in _slots(cls) if hasattr(value, slot.__name__)]
     held = [slot.__get__(value) for slot in slots]
     for slot, item in zip(slots, held, strict=True):
         undo.to_restore(slot.__set__, value, item)
