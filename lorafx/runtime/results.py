@@ -19,6 +19,8 @@ from torch.distributions import Transform
 from lorafx.errors import CaptureError
 
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
+#: `type`, of whose results mypy does not know that they are hashable.
+_class_of: Callable[[object], Any] = type
 #: Values, and what a result may refer to without calling it.
 _PLAIN = (*_VALUES, type(None), type, ModuleType, Enum, logging.Logger)
 _CODE = (Callable, Generator, AsyncGenerator, Coroutine)
@@ -35,7 +37,7 @@ def refuse_code(result: object, name: str) -> None:
     seen: set[int] = set()
     while links:
         link = links.pop()
-        value, cls = link[0], type(link[0])
+        value, cls = link[0], _class_of(link[0])
         if _is_plain(cls) or id(value) in seen:
             continue
         seen.add(id(value))
