@@ -23,7 +23,7 @@ _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
 _class_of: Callable[[object], Any] = type
 #: Values, and what a result may refer to without calling it.
 _PLAIN = (*_VALUES, type(None), type, ModuleType, Enum, logging.Logger)
-_CODE = (Callable, Generator, AsyncGenerator, Coroutine)
+_CODE: Any = (Callable, Generator, AsyncGenerator, Coroutine)
 #: Callables that compute by what they hold alone, which is looked at.
 _LOOKED_THROUGH = (partial, BuiltinFunctionType, weakref.ref, Transform)
 
