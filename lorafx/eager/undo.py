@@ -13,13 +13,13 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
 from operator import is_not
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 #: Records an object, and returns those that it holds.
 _Look = Callable[["Undo", Any], Iterable[Any]]
 
+#: `type`, of whose results mypy does not know that they are hashable.
+_class_of: Callable[[object], Any] = type
 #: The most objects that are looked at, and the largest array of numpy that is copied, in bytes.
 _MOST_OBJECTS, _LARGEST_ARRAY = 100_000, 1 << 20
 
@@ -61,11 +63,11 @@ class Undo:
         waiting, seen, trusted = list(holders), self._seen, self._trusted
         while waiting and len(seen) < _MOST_OBJECTS:
             value = waiting.pop()
-            look = _look_of(value)
+            look = _look_at(_class_of(value))
             if look is None or id(value) in seen or (trusted and _is_torchs(value)):
                 continue
             seen.add(id(value))
-            waiting += [part for part in look(self, value) if _look_of(part) is not None]
+            waiting += [part for part in look(self, value) if _look_at(_class_of(part)) is not None]
 
     def exchange(self, exchanged: Callable[[Any], Any]) -> None:
         """Put what `exchanged` returns into all dicts, lists and attributes recorded so far."""
@@ -106,10 +108,6 @@ class Undo:
 # --- how objects are recorded ---
 
 
-def _look_of(value: Any) -> _Look | None:
-    return _look_at(cast("Hashable", type(value)))
-
-
 @lru_cache(1024)
 def _look_at(cls: Any) -> _Look | None:
     """How instances of a class are recorded; None for those that a forward does not change."""
@@ -121,11 +119,8 @@ def _look_at(cls: Any) -> _Look | None:
 
 def _is_torchs(value: object) -> bool:
     """Whether this is a module without parts whose forward is torch's."""
-    return (
-        isinstance(value, nn.Module)
-        and not value._modules
-        and _has_torchs_forward(cast("Hashable", type(value)))
-    )
+    is_part = isinstance(value, nn.Module) and not value._modules
+    return is_part and _has_torchs_forward(_class_of(value))
 
 
 @lru_cache(1024)
@@ -156,9 +151,7 @@ def _object(undo: Undo, value: Any) -> Iterable[Any]:
     attributes: dict[str, Any] = getattr(value, "__dict__", _NOTHING)
     if attributes is not _NOTHING:
         undo.to_refill(attributes, attributes.copy())
-    slots = [
-        slot for slot in _slots(cast("Hashable", type(value))) if hasattr(value, slot.__name__)
-    ]
+    slots = [slot for slot in _slots(_class_of(value)) if hasattr(value, slot.__name__)]
     held = [slot.__get__(value) for slot in slots]
     for slot, item in zip(slots, held, strict=True):
         undo.to_restore(slot.__set__, value, item)

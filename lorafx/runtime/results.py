@@ -19,9 +19,11 @@ from torch.distributions import Transform
 from lorafx.errors import CaptureError
 
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
+#: `type`, of whose results mypy does not know that they are hashable.
+_class_of: Callable[[object], Any] = type
 #: Values, and what a result may refer to without calling it.
 _PLAIN = (*_VALUES, type(None), type, ModuleType, Enum, logging.Logger)
-_CODE: tuple[Any, ...] = (Callable, Generator, AsyncGenerator, Coroutine)
+_CODE: Any = (Callable, Generator, AsyncGenerator, Coroutine)
 #: Callables that compute by what they hold alone, which is looked at.
 _LOOKED_THROUGH = (partial, BuiltinFunctionType, weakref.ref, Transform)
 
@@ -35,8 +37,7 @@ def refuse_code(result: object, name: str) -> None:
     seen: set[int] = set()
     while links:
         link = links.pop()
-        value = link[0]
-        cls: Any = type(value)
+        value, cls = link[0], _class_of(link[0])
         if _is_plain(cls) or id(value) in seen:
             continue
         seen.add(id(value))

@@ -139,8 +139,8 @@ def test_methods_while_an_adapter_is_merged(encoder):
 def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
     cm = encoder.compile()
     cm.set_adapter("a")
-    late = rf"result of the {name} of Encoder is a (generator|coroutine)"
-    with pytest.raises(CaptureError, match=late):
+    message = rf"result of the {name} of Encoder is a (generator|coroutine)"
+    with pytest.raises(CaptureError, match=message):
         getattr(cm, name)(X)
     cm.set_adapter(None)
     getattr(cm, name)(X).close()
