@@ -429,11 +429,12 @@ class Following(TorchDispatchMode):
 
     def _sites_in(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites whose weights the tensor holds; None if it holds no site's."""
-        if self._uses is None:
+        uses, block = self._uses, None if self.memory is None else self.memory.block(tensor)
+        if uses is None or (block is not None and block.born and not uses.makes_weights):
             return None
-        sites = self._uses.near(tensor)
-        if sites is None and self.memory is not None and self.memory.block(tensor) is None:
-            sites = self._uses.copied(tensor)  # neither made by this call nor an argument
+        sites = uses.near(tensor)
+        if sites is None and self.memory is not None and block is None:
+            sites = uses.copied(tensor)  # neither made by this call nor an argument
         return sites
 
     def _is_foreign(self, tensor: Tensor, block: Block | None) -> bool:

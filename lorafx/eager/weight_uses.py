@@ -82,6 +82,11 @@ class WeightUses:
                     touched += [(site, part)] if self._program.is_touched(site) else []
         return sites
 
+    @property
+    def makes_weights(self) -> bool:
+        """Whether the call has made something of weights alone."""
+        return bool(self._made)
+
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
         storage = storage_of(tensor)
