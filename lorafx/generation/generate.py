@@ -122,12 +122,12 @@ class CompiledGenerate:
             uniform = (len(set(names)) == 1 and len(begins) < 2) or session.base.merged is not None
             requests = requests._replace(names=names[:1] if uniform else names, uniform=uniform)
             if not uniform:
-                from lorafx.generation.prompt_rows import PromptRows
+                from lorafx.generation.prompt_rows import GeneratedRows
 
                 roles = RoleTable(model, session.program.config.row_dims, run)
                 known = str(inspect.unwrap(run).__module__).startswith("transformers.")
                 watched = not known or kwargs.get("custom_generate") is not None
-                rows = PromptRows(session, roles, len(names), self._remembered, watched=watched)
+                rows = GeneratedRows(session, roles, len(names), self._remembered, watched=watched)
                 requests = requests._replace(serve=rows.serve)
                 serve = functools.partial(rows.run, serve)
         running = session.running._replace(requests=requests)

@@ -32,7 +32,7 @@ from lorafx.runtime.replay import Replay, Run, recorded
 SiteOutputs = list[tuple[str, Tensor]]
 
 
-class Answer(NamedTuple):
+class RoadAnswer(NamedTuple):
     """Copies of the floating-point tensors of a result, without what is padding; or None if random
     numbers were drawn."""
 
@@ -48,7 +48,7 @@ class ComparedCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     base: bool
-    eagerly: Callable[[Callable[[Any], Answer], SiteOutputs], Answer]
+    eagerly: Callable[[Callable[[Any], RoadAnswer], SiteOutputs], RoadAnswer]
 
     def verdict(self) -> tuple[str, str]:
         """("refused" or "eager", the reason) if the saved graph must not be offered, else two empty
@@ -88,16 +88,16 @@ class ComparedCall:
             'Options(start="compiled") answers by graphs alone'
         )
 
-    def _reader(self) -> Callable[[Any], Answer]:
+    def _reader(self) -> Callable[[Any], RoadAnswer]:
         return partial(answer_of, self.kwargs, torch.get_rng_state())
 
-    def _by_graph(self, conversion: Any = None) -> Answer:
+    def _by_graph(self, conversion: Any = None) -> RoadAnswer:
         read = self._reader()
         return read(
             self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
         )
 
-    def _by_operator(self, runs: list[Run]) -> Answer:
+    def _by_operator(self, runs: list[Run]) -> RoadAnswer:
         """The answer of the graph as `provenance` leaves it, by plain aten."""
         session = self.entry.session
         options = session.program.options
@@ -110,17 +110,17 @@ class ComparedCall:
             return self._by_graph()
 
 
-def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> Answer:
+def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> RoadAnswer:
     """The answer in a call's result; `random_state` is torch's before the call."""
     if not torch.equal(random_state, torch.get_rng_state()):
-        return Answer(None)
+        return RoadAnswer(None)
     mask = kwargs.get("attention_mask")
     tensors = []
     for leaf in _leaves(result):
         if isinstance(mask, Tensor) and mask.dim() == 2 and leaf.shape[:2] == mask.shape:
             leaf = leaf[mask.bool()]
         tensors.append(leaf.detach().clone())
-    return Answer(tensors)
+    return RoadAnswer(tensors)
 
 
 def _leaves(result: Any) -> Iterator[Tensor]:
@@ -142,7 +142,7 @@ def _leaves(result: Any) -> Iterator[Tensor]:
         yield from _leaves(item)
 
 
-def distance(eager: Answer, graph: Answer) -> float:
+def distance(eager: RoadAnswer, graph: RoadAnswer) -> float:
     """The largest difference of two answers, by the bound of its dtype; 0 if they are not to be
     compared."""
     if eager.tensors is None or graph.tensors is None:

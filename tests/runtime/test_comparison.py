@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
 from lorafx.errors import LorafxWarning, VerifyError
-from lorafx.runtime.comparison import Answer, answer_of, distance
+from lorafx.runtime.comparison import RoadAnswer, answer_of, distance
 from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -130,4 +130,4 @@ def test_padding_and_numbers_that_are_none_do_not_count() -> None:
     assert distance(one, two) == 0
     padded[1, 3] += 1
     assert distance(one, answer_of(inputs, state, {"logits": padded})) > 1
-    assert distance(one, Answer([])) == float("inf")
+    assert distance(one, RoadAnswer([])) == float("inf")
