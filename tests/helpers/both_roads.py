@@ -16,7 +16,7 @@ import torch
 
 from lorafx.eager.following import NeedsGraph
 from lorafx.errors import LorafxError, MatchError
-from lorafx.runtime.comparison import RoadAnswer, answer_of, distance
+from lorafx.runtime.comparison import RoadAnswer, answer_of, bound_of, distance
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.session import Session
 from lorafx.runtime.tiers import Tiers
@@ -52,7 +52,7 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     by_graph = partial(_by_graph, self, args, kwargs, base=base)
     if not _switch["on"] or session.tiers is not None or session.running.warming:
         return by_graph()
-    own_passes = any(callable(item) for item in session.program.options.passes.values())
+    own_passes = any(not isinstance(item, bool) for item in session.program.options.passes.values())
     if own_passes:  # which tests have do wrong on purpose
         return by_graph()
     if session.replays or not _is_due(self, args, kwargs, base):
@@ -68,7 +68,7 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     if isinstance(eager, Raised) and not isinstance(eager.error, LorafxError):
         raise AssertionError(f"eager mode raises {eager.error!r}") from eager.error
     if isinstance(eager, RoadAnswer):
-        apart = distance(eager, read(result))
+        apart = distance(eager, read(result), bound_of(session.program))
         assert apart <= 1, f"eager mode and the graph differ by {apart:.2g} times the bound"
     return result
 
