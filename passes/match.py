@@ -319,6 +319,10 @@ def _input_uses(node: fx.Node, item: FrameInput, inputs: Mapping[int, Set[fx.Nod
         return convolution_uses(node)
     if derived is None and (item.part or fake_value(node).dim() != 2):
         reason = f"{item.label} is how it is stored, and this use is outside its module's call"
+        if item.part == MADE:
+            site = item.sites[0]
+            maker = maker_of(site.module, site.eligible.weight) or "its module"
+            reason = f"{maker} computes its weight, which is used outside its module's call"
         return [
             Use("unknown", node, user, stored=True, reason=reason)
             for user in (_users_of_made(node) if item.part == MADE else node.users)

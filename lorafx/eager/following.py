@@ -500,6 +500,20 @@ def unfollowed(action: Callable[[Following | None], T]) -> T:
                 _push_on_torch_dispatch_stack(mode)
 
 
+def inner_call(call: Callable[[], T]) -> T:
+    """The result of `call`, one of a compiled model inside of a forward that is followed. It has
+    requests of its own, so this forward does not know whose rows it returns."""
+
+    def run(mode: Following | None) -> T:
+        result = call()
+        if mode is not None and mode.memory is not None:
+            for tensor in tensor_leaves(result):
+                mode.note(tensor, UNKNOWN)
+        return result
+
+    return unfollowed(run)
+
+
 #: Exhausts an iterator, in C.
 _exhaust: Callable[[Iterator[Any], int], object] = deque
 

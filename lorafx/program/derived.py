@@ -322,7 +322,8 @@ class DerivedTensors:
 
     def look(self, tensor: Tensor) -> Derived | None:
         """The weight in `tensor`, copies included. Each tensor is compared once, and so is each
-        view of one: a forward makes new views in every call."""
+        view of one: a forward makes new views in every call. A view of a copy counts as one: eager
+        mode sees no attribute, only what is made of it, such as its broadcast by `matmul`."""
         whole = tensor._base
         if whole is None:
             return self._look(tensor)
@@ -333,7 +334,8 @@ class DerivedTensors:
         parts = self._parts.setdefault(whole, {})
         key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
         if key not in parts:
-            parts[key] = self._look(tensor)
+            once = [slice(1) if not stride else slice(None) for stride in tensor.stride()]
+            parts[key] = self._look(tensor[tuple(once)].squeeze()) or self._look(whole)
         return parts[key]
 
     def _look(self, tensor: Tensor) -> Derived | None:

@@ -41,12 +41,13 @@ class ModuleCall:
         x = _source(call.get("x", call.get("ids")))
         inside = _made_inside(ctx, site, x)
         made, by_node = inside(call["y"]), ctx.frame.by_node
-        products = [u for u in uses if u.node in made and site in by_node[u.weight].sites]
+        found = (use for use in uses if use.node in made and use.x is not None)
+        products = [use for use in found if site in by_node[use.weight].sites]
         whole = [use for use in products if use.kind != "blocks"]
         operands = [_source(use.x) for use in products]
         above = [inside(item) for item in operands]
-        again = any(use.node in found for use in products for found in above)
-        changes = any(x in found and i is not x for i, found in zip(operands, above, strict=True))
+        again = any(use.node in nodes for use in products for nodes in above)
+        changes = any(x in nodes and i is not x for i, nodes in zip(operands, above, strict=True))
         straight = all(item is x for item in operands)
         return cls(tuple(products), changes, straight, twice=again or len(whole) > 1)
 

@@ -74,10 +74,10 @@ def _place(link: tuple[Any, Any]) -> str:
     value, holder = link
     if holder is None:
         return ""
+    if holder[1] is not None and holder[0] is getattr(holder[1][0], "__dict__", None):
+        holder = holder[1]  # whose attributes they are
     outer, held_by = _place(holder) or " at ", holder[0]
     attributes = getattr(held_by, "__dict__", {})
-    if value is attributes:
-        return outer
     items: Any = ()
     if isinstance(held_by, Mapping):
         items = held_by.items()

@@ -50,6 +50,7 @@ from lorafx.runtime.running import (
     refuse_transformed,
 )
 from lorafx.torch_internals.compat import no_mha_fast_path
+from lorafx.torch_internals.graph_parts import _len_torch_dispatch_stack
 from lorafx.torch_internals.versions import unsupported
 
 if TYPE_CHECKING:  # imported with the first graph
@@ -295,6 +296,12 @@ class Session:
         """
         try:  # not a context manager, which would take a microsecond
             refuse_transformed()
+            if _len_torch_dispatch_stack():
+                from lorafx.eager.following import inner_call
+                from lorafx.eager.following import running as followed
+
+                if followed() is not None:
+                    return inner_call(partial(self.call, function, requests))
             fetched = self.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
             with self.locks.calls:
                 running, merged = self.running, self.base.merged
@@ -353,10 +360,10 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        at_rest = self.active_at_rest
+        at_rest, deltas = self.active_at_rest, runtime.deltas
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
-            self.running = running
+            self.running, runtime.deltas = running, None
             if running.entries > before.entries:  # the marks of other models must add nothing
                 resting = [(o.program.runtime, o.program.runtime.active) for o in self.neighbours]
                 for other, _ in resting:
@@ -365,6 +372,7 @@ class Session:
         finally:
             # No call among these: an interrupt where one begins would leave the update's state.
             self.running, program.batch, runtime.active = before, batch, at_rest
+            runtime.deltas = deltas
             for other, was_active in resting:
                 other.active = was_active
             if before.entries:  # the forward around this one goes on with its own batch

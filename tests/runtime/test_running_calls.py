@@ -73,6 +73,7 @@ def test_refused_inside_of_a_forward(pausing, meanwhile):
     check(cm, pausing, MIXED, x)
 
 
+@pytest.mark.one_road  # what runs meanwhile runs once
 def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
     cm, x = served(pausing), rows()
     check(cm, pausing, MIXED, x)
