@@ -45,6 +45,7 @@ from lorafx.program.argument_roles import tensor_leaves
 from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
+    HigherOrderOperator,
     OpOverload,
     TorchDispatchMode,
     _get_current_dispatch_mode,
@@ -231,6 +232,8 @@ class Following(TorchDispatchMode):
             return self._on_this_rank(func, args, kwargs or {})
         kind, named = kind_of(func), kwargs or {}
         if kind is Kind.VIEW or kind is None or self.over:
+            if isinstance(func, HigherOrderOperator):
+                self._look_at_bodies(func)
             return func(*args, **named)
         operands: list[tuple[Tensor, int]] = []
         signature: list[Any] = [func]
@@ -289,6 +292,12 @@ class Following(TorchDispatchMode):
         return results
 
     def _note_made_of_nothing(self, func: OpOverload, results: object) -> None: ...
+
+    def _look_at_bodies(self, func: HigherOrderOperator) -> None:
+        """Refuse an operator such as cond, whose bodies would run without being followed."""
+        followed = self.memory is not None and self._uses is not None and not self.over
+        if followed and not makes_graphs():
+            self.refuse(f"no rule for {func.name()}, whose bodies are not followed")
 
     def _on_this_rank(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run an operator on DTensors. What it makes of this rank's tensors is followed; there
