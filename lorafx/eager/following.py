@@ -42,6 +42,7 @@ from lorafx.ownership.real import (
 )
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
+from lorafx.program.derived import is_numbers, is_varied
 from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
@@ -133,6 +134,8 @@ class Following(TorchDispatchMode):
     supports_higher_order_operators = True
     #: What is raised where the call is not served.
     error: Callable[[str], Exception] = MatchError
+    #: Whether weights are looked for, too, where Python takes numbers out of tensors.
+    sees_readers = False
 
     def __init__(
         self,
@@ -253,6 +256,9 @@ class Following(TorchDispatchMode):
         if func.overloadpacket in _PARTS:
             results = [part.clone() for part in results]
         used = self._weights
+        if kind is Kind.LIFT and self._uses is not None and not self.sees_readers:
+            if is_numbers(results) and is_varied(results):  # as those of a weight's tolist()
+                self.refuse(self._uses.of_unknown_origin(results))
         if self.memory is None:
             if used and self._uses is not None:
                 read = [item for item, _ in operands]

@@ -26,6 +26,7 @@ class InPython(Following):
     """Functions that the model's code compiles by itself run in Python, where they are followed."""
 
     error = NeedsGraph
+    sees_readers = True  # or its code is known
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

@@ -72,11 +72,15 @@ class WeightUses:
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
-        """The touched sites, with the plain tensors that hold their weights, by storage; none for
-        untouched ones."""
+        """The touched sites, with the plain tensors that hold their weights, and the biases that
+        adapters change, by storage; none for untouched ones."""
         sites: dict[int, list[tuple[Site, Tensor]]] = {}
+        extras = self._program.batch.extras
+        changed = {*extras.get("own", ()), *extras.get("bias", ())}
         for site in self._program.sites:
-            for weight in self._program.weights_of(site):
+            bias = getattr(site.module, "bias", None) if site.path in changed else None
+            biases = [bias] if isinstance(bias, Tensor) else []
+            for weight in (*self._program.weights_of(site), *biases):
                 for part in plain_tensors(weight):
                     touched = sites.setdefault(storage_of(part) or 0, [])
                     touched += [(site, part)] if self._program.is_touched(site) else []
@@ -174,7 +178,7 @@ class WeightUses:
         return (
             f"LoRA cannot be applied in this call: torch did not see on its thread what made the "
             f"tensor {tuple(tensor.shape)} that {python_line()} uses or the model returns. Another "
-            "thread, numpy or an extension may have used weights there without their deltas"
+            "thread, numpy, a list of numbers or an extension may have used weights there without their deltas"
         )
 
     @property

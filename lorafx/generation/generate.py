@@ -95,8 +95,10 @@ class CompiledGenerate:
 
         @functools.wraps(run)
         def nested(*args: Any, **kwargs: Any) -> Any:
+            from lorafx.eager.following import inner_call
+
             refuse_elsewhere(session)
-            return self._generate(module, run, *args, **kwargs)
+            return inner_call(functools.partial(self._generate, module, run, *args, **kwargs))
 
         return nested
 

@@ -77,17 +77,19 @@ def test_refused_inside_of_a_forward(pausing, meanwhile):
 def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
     cm, x = served(pausing), rows()
     check(cm, pausing, MIXED, x)
-    ran: list[bool] = []
+    ran: list[Tensor] = []
+    inside = rows(2)
+    want = pausing.expected(["b", None], {"x": inside})
 
     def act() -> None:
-        check(cm, pausing, ["b", None], rows(2))
+        got = cm(x=inside, adapter_names=["b", None])["logits"]
         with pytest.raises(CapacityError, match="a, b are pinned, or used by the call around"):
             cm(x=rows(1), adapter_names=["c"])
-        ran.append(True)
+        ran.append(got)
 
     meanwhile.append(act)
     check(cm, pausing, MIXED, x)
-    assert ran
+    assert error(ran[0], want) <= 1e-5
     check(cm, pausing, ["c", None, "b"], x)
 
 
