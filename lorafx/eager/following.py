@@ -42,12 +42,6 @@ from lorafx.ownership.real import (
 )
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
-from lorafx.torch_internals.compat import (
-    in_backward,
-    in_forward_mode,
-    makes_graphs,
-    wrapped_by_transform,
-)
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     HigherOrderOperator,
@@ -58,6 +52,12 @@ from lorafx.torch_internals.graph_parts import (
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
+)
+from lorafx.torch_internals.transforms import (
+    in_backward,
+    in_forward_mode,
+    makes_graphs,
+    wrapped_by_transform,
 )
 
 aten = torch.ops.aten
