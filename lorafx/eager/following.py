@@ -43,7 +43,6 @@ from lorafx.ownership.real import (
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.derived import is_numbers, is_varied
-from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
     HigherOrderOperator,
@@ -54,6 +53,12 @@ from lorafx.torch_internals.graph_parts import (
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
+)
+from lorafx.torch_internals.transforms import (
+    in_backward,
+    in_forward_mode,
+    makes_graphs,
+    wrapped_by_transform,
 )
 
 aten = torch.ops.aten
@@ -458,7 +463,8 @@ class Following(TorchDispatchMode):
             return False
         if block is not None:
             return block.rewritten and not block.views
-        return not self.memory.shares(tensor)
+        # What a derivative reads may be a delta's factors, which were made unseen.
+        return not in_backward() and not self.memory.shares(tensor)
 
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""

@@ -25,7 +25,7 @@ from lorafx.program.derived import DISTINCT, overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
-from lorafx.torch_internals.compat import in_backward
+from lorafx.torch_internals.transforms import in_backward
 
 
 class WeightProduct(NamedTuple):

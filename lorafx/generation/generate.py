@@ -26,7 +26,7 @@ from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
-from lorafx.torch_internals.compat import tracing
+from lorafx.torch_internals.transforms import tracing
 
 T = TypeVar("T")
 
