@@ -261,8 +261,9 @@ class Following(TorchDispatchMode):
         if func.overloadpacket in _PARTS:
             results = [part.clone() for part in results]
         used = self._weights
-        if kind is Kind.LIFT and self._uses is not None and not self.sees_readers:
-            if is_numbers(results) and is_varied(results):  # as those of a weight's tolist()
+        if kind is Kind.LIFT and self._uses is not None:
+            unseen = not self.sees_readers and is_numbers(results) and is_varied(results)
+            if unseen:  # as the numbers of a weight's tolist()
                 self.refuse(self._uses.of_unknown_origin(results))
         if self.memory is None:
             if used and self._uses is not None:
