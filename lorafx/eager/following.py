@@ -273,8 +273,11 @@ class Following(TorchDispatchMode):
         if in_forward_mode():
             self._refuse_transform()
         if kind is Kind.LIFT:
-            # A number is as good as Python's; what Python made of several may be rows'.
-            codes: Sequence[int] = (UNKNOWN if results.numel() > 1 else NOBODYS,)
+            # A number is as good as Python's; several are of an origin that is not known.
+            several = results.numel() > 1
+            codes: Sequence[int] = (
+                self._remembered.code(self.memory.look(results)) if several else NOBODYS,
+            )
         elif kind is Kind.EMPTY:
             codes = (UNKNOWN,)
         elif kind is Kind.TURN:

@@ -157,8 +157,10 @@ class Indices:
     def __init__(self, indices: Sequence[Tensor | None], labels: Labels) -> None:
         self.at: list[Tensor | None] = []
         self.cells: list[Tensor] = []
+        self.masked: list[bool] = []
         for index in indices:
             if index is None:
+                self.masked.append(False)
                 self.at.append(None)
                 self.cells.append(torch.empty(0))
                 continue
@@ -167,8 +169,10 @@ class Indices:
                 positions = index.nonzero().unbind(1)
                 self.at.extend(positions)
                 self.cells.extend([cells[tuple(positions)]] * len(positions))
+                self.masked.extend([True] * len(positions))
             else:
                 self.at.append(index)
+                self.masked.append(False)
                 self.cells.append(cells)
 
     @staticmethod
@@ -185,7 +189,7 @@ class Indices:
     def owned(self, entries: Tensor) -> Tensor:
         """`entries`, the cells of table[indices], joined with the owners of the indices.
 
-        An index or a mask of unknown owners is neutral: it picks rows, and does not change them.
+        A mask of unknown owners is neutral: it selects rows, in order, and does not change them.
         """
         dims = [dim for dim, index in enumerate(self.at) if index is not None]
         adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
@@ -194,7 +198,8 @@ class Indices:
         for dim in dims:
             cells = self.cells[dim]
             cells = cells.reshape(*cells.shape, *[1] * trailing)
-            cells = torch.where((cells == UNKNOWN) & (entries >= 0), NOBODY, cells)
+            if self.masked[dim]:
+                cells = torch.where((cells == UNKNOWN) & (entries >= 0), NOBODY, cells)
             entries = joined(entries, cells)
         return entries
 

@@ -97,7 +97,7 @@ def interleaved(ids: Tensor) -> Tensor:
     [
         (lambda ids: torch.cat([ids, ids.flip(1)]), [0, 1, 2, 0, 1, 2]),
         (interleaved, [0, 0, 1, 1, 2, 2]),
-        (lambda ids: ids[torch.tensor([2, 0, 1])], [2, 0, 1]),
+        (lambda ids: ids[torch.arange(len(ids)).roll(1)], [2, 0, 1]),
         (lambda ids: ids.flip(0), [2, 1, 0]),
         (lambda ids: ids[1:], [1, 2]),
         (lambda ids: ids[ids[:, 0].argsort()], None),
