@@ -174,7 +174,8 @@ class WeightUses:
         return (
             f"LoRA cannot be applied in this call: torch did not see on its thread what made the "
             f"tensor {tuple(tensor.shape)} that {python_line()} uses or the model returns. Another "
-            "thread, numpy, a list of numbers or an extension may have used weights there without their deltas"
+            "thread, numpy, a list of numbers or an extension may have used weights there without "
+            "their deltas"
         )
 
     @property
