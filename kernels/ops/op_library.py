@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import CaptureError, LoweringError
-from lorafx.torch_internals.compat import (
+from lorafx.torch_internals.graph_parts import guard_or_true
+from lorafx.torch_internals.transforms import (
     _any_requires_grad,
     below_autograd,
     in_forward_mode,
     transformed,
 )
-from lorafx.torch_internals.graph_parts import guard_or_true
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 

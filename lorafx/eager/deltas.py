@@ -134,7 +134,7 @@ class RowDeltas:
         y: Tensor,
         scale: Tensor | float | None,
         ranges: Sequence[Sequence[int]],
-        addend: Tensor | None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""

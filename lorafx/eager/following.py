@@ -43,9 +43,9 @@ from lorafx.ownership.real import (
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.derived import is_numbers, is_varied
-from lorafx.torch_internals.compat import in_forward_mode, makes_graphs, wrapped_by_transform
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import (
+    HigherOrderOperator,
     OpOverload,
     TorchDispatchMode,
     _get_current_dispatch_mode,
@@ -53,6 +53,12 @@ from lorafx.torch_internals.graph_parts import (
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
+)
+from lorafx.torch_internals.transforms import (
+    in_backward,
+    in_forward_mode,
+    makes_graphs,
+    wrapped_by_transform,
 )
 
 aten = torch.ops.aten
@@ -234,6 +240,8 @@ class Following(TorchDispatchMode):
             return self._on_this_rank(func, args, kwargs or {})
         kind, named = kind_of(func), kwargs or {}
         if kind is Kind.VIEW or kind is None or self.over:
+            if isinstance(func, HigherOrderOperator):
+                self._look_at_bodies(func)
             return func(*args, **named)
         operands: list[tuple[Tensor, int]] = []
         signature: list[Any] = [func]
@@ -302,6 +310,12 @@ class Following(TorchDispatchMode):
             self.refuse(self._uses.of_unknown_origin(tensor))
 
     def _note_made_of_nothing(self, func: OpOverload, results: object) -> None: ...
+
+    def _look_at_bodies(self, func: HigherOrderOperator) -> None:
+        """Refuse an operator such as cond, whose bodies would run without being followed."""
+        followed = self.memory is not None and self._uses is not None and not self.over
+        if followed and not makes_graphs():
+            self.refuse(f"no rule for {func.name()}, whose bodies are not followed")
 
     def _on_this_rank(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run an operator on DTensors. What it makes of this rank's tensors is followed; there
@@ -456,7 +470,8 @@ class Following(TorchDispatchMode):
             return False
         if block is not None:
             return block.rewritten and not block.views
-        return not self.memory.shares(tensor)
+        # What a derivative reads may be a delta's factors, which were made unseen.
+        return not in_backward() and not self.memory.shares(tensor)
 
     def _is_born(self, tensor: Tensor) -> bool:
         """Whether this call has allocated the tensor."""

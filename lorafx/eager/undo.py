@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafx.ownership.memory import Geometry, geometry_of
+
 #: Records an object, and returns those that it holds.
 _Look = Callable[["Undo", Any], Iterable[Any]]
 
@@ -79,7 +81,9 @@ class Undo:
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """These tensors from before the call are about to be written."""
-        self._restore += [partial(tensor.copy_, tensor.clone()) for tensor in tensors]
+        for tensor in tensors:
+            geometry = geometry_of(tensor) if tensor.layout is torch.strided else None
+            self.to_restore(_write_back, tensor, tensor.clone(), geometry)
 
     def note_rows(self, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
         """These rows of tables from before the call are about to be written."""
@@ -131,7 +135,8 @@ def _has_torchs_forward(cls: Any) -> bool:
 def _module(undo: Undo, value: nn.Module) -> Iterable[Any]:
     attributes = vars(value)
     for table in (attributes, value._buffers, value._parameters, value._modules):
-        undo.to_refill(table, table.copy() if table else _NOTHING)
+        if isinstance(table, dict):  # torch.jit's modules hold theirs in C++
+            undo.to_refill(table, table.copy() if table else _NOTHING)
     first = len(_OF_TORCH) if tuple(islice(attributes, len(_OF_TORCH))) == _OF_TORCH else 0
     parts = [*islice(attributes.values(), first, None)]
     for held in (value._modules, value._forward_hooks, value._forward_pre_hooks):
@@ -223,6 +228,12 @@ def _slots(cls: type) -> tuple[MemberDescriptorType, ...]:
     classes = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
     held = (value for names in classes for value in names.values())
     return tuple(value for value in held if isinstance(value, MemberDescriptorType))
+
+
+def _write_back(tensor: Tensor, before: Tensor, geometry: Geometry | None) -> None:
+    if geometry is not None and geometry_of(tensor) != geometry:  # such as after `t_`
+        tensor.as_strided_(*geometry)
+    tensor.copy_(before)
 
 
 def _base(value: Any) -> Any:

@@ -25,10 +25,10 @@ from lorafx.program.derived import DISTINCT, overlap
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
-from lorafx.torch_internals.compat import in_backward
+from lorafx.torch_internals.transforms import in_backward
 
 
-class Product(NamedTuple):
+class WeightProduct(NamedTuple):
     """What an operator computed of a weight: its operands, and its result, if it is one tensor,
     with the version that it had then."""
 
@@ -37,7 +37,7 @@ class Product(NamedTuple):
     version: int = 0
 
     @classmethod
-    def of(cls, operands: Sequence[Tensor], results: Sequence[Tensor]) -> Product:
+    def of(cls, operands: Sequence[Tensor], results: Sequence[Tensor]) -> WeightProduct:
         if len(results) != 1:
             return _UNSEEN
         return cls(operands, results[0], results[0]._version)
@@ -49,7 +49,7 @@ class Product(NamedTuple):
         return _is_all_of(y, self.result) and any(_is_all_of(x, item) for item in self.operands)
 
 
-_UNSEEN = Product()
+_UNSEEN = WeightProduct()
 
 
 def _is_all_of(used: Tensor, whole: Tensor) -> bool:
@@ -68,7 +68,7 @@ class WeightUses:
         #: What was made of weights in this call: the storage, and their sites, by its id.
         self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
         #: Products with a site's weight in its module's call since its last mark, by path.
-        self._products: dict[str, list[Product]] = {}
+        self._products: dict[str, list[WeightProduct]] = {}
 
     @cached_property
     def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
@@ -137,12 +137,16 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # the results are views
         sites = list(dict.fromkeys(site for each in used.values() for site in each))
-        self.read(str(func.overloadpacket), sites, Product.of(operands, results) if owned else None)
+        self.read(
+            str(func.overloadpacket), sites, WeightProduct.of(operands, results) if owned else None
+        )
         for result in () if owned else results:
             if (storage := storage_of(result)) is not None:
                 self._made[storage] = StorageWeakRef(result.untyped_storage()), sites
 
-    def read(self, reader: str, sites: Sequence[Site], product: Product | None = _UNSEEN) -> None:
+    def read(
+        self, reader: str, sites: Sequence[Site], product: WeightProduct | None = _UNSEEN
+    ) -> None:
         """As `look`, for what is named `reader`; `product` is what it computes of the weights."""
         bypassed = []
         for site in sites:
@@ -160,7 +164,7 @@ class WeightUses:
             )
             raise self._error
 
-    def marked(self, mark: SiteMark) -> list[Product]:
+    def marked(self, mark: SiteMark) -> list[WeightProduct]:
         """The mark adds its delta. Returns the products that it follows."""
         return self._products.pop(mark.path, [])
 

@@ -26,7 +26,7 @@ from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
-from lorafx.torch_internals.compat import tracing
+from lorafx.torch_internals.transforms import tracing
 
 T = TypeVar("T")
 
@@ -124,12 +124,12 @@ class CompiledGenerate:
             uniform = (len(set(names)) == 1 and len(begins) < 2) or session.base.merged is not None
             requests = requests._replace(names=names[:1] if uniform else names, uniform=uniform)
             if not uniform:
-                from lorafx.generation.prompt_rows import PromptRows
+                from lorafx.generation.prompt_rows import GeneratedRows
 
                 roles = RoleTable(model, session.program.config.row_dims, run)
                 known = str(inspect.unwrap(run).__module__).startswith("transformers.")
                 watched = not known or kwargs.get("custom_generate") is not None
-                rows = PromptRows(session, roles, len(names), self._remembered, watched=watched)
+                rows = GeneratedRows(session, roles, len(names), self._remembered, watched=watched)
                 requests = requests._replace(serve=rows.serve)
                 serve = functools.partial(rows.run, serve)
         running = session.running._replace(requests=requests)

@@ -42,7 +42,7 @@ Owners = tuple[int, ...]
 Forward = Entry | ActivatedForward
 
 
-class PromptRows:
+class GeneratedRows:
     """Follows the rows of `count` prompts through one `generate`.
 
     Args:
@@ -222,7 +222,7 @@ def _is_last(loop: FrameType | None) -> bool:
     while frame is not None and frame.f_code in _code("generate"):
         frame = frame.f_back
     while frame is not None and _module(frame).startswith("lorafx"):
-        if frame.f_code is PromptRows.run.__code__:
+        if frame.f_code is GeneratedRows.run.__code__:
             return True
         frame = frame.f_back
     return False

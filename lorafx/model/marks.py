@@ -38,8 +38,8 @@ from lorafx.model.sites import Group
 from lorafx.model.weight_formats import is_dense
 from lorafx.placements import callers
 from lorafx.registry import Handler, Kind
-from lorafx.torch_internals.compat import tracing, transformed
 from lorafx.torch_internals.dynamo import assume_constant_result, derives
+from lorafx.torch_internals.transforms import tracing, transformed
 
 
 @assume_constant_result

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
+from lorafx.torch_internals.graph_parts import storage_of_weak
+
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 
@@ -333,7 +335,7 @@ class Memory:
         """Whether a tensor from elsewhere, such as DLPack, lies in memory that has labels."""
         address = tensor.data_ptr()
         alive = (block for block in self._blocks.values() if not block.ref.expired())
-        storages = (torch.UntypedStorage._new_with_weak_ptr(block.ref.cdata) for block in alive)
+        storages = (storage_of_weak(block.ref.cdata) for block in alive)
         return any(
             item is not None and item.data_ptr() <= address < item.data_ptr() + item.nbytes()
             for item in storages

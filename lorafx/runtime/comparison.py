@@ -25,6 +25,7 @@ from lorafx.capture.compiler_failures import NoGraph
 from lorafx.capture.driver import TOLERANCE, difference
 from lorafx.errors import LorafxError, ProvenanceError
 from lorafx.passes.provenance import Provenance
+from lorafx.program.program import Program
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.replay import Replay, Run, recorded
 
@@ -32,7 +33,7 @@ from lorafx.runtime.replay import Replay, Run, recorded
 SiteOutputs = list[tuple[str, Tensor]]
 
 
-class Answer(NamedTuple):
+class RoadAnswer(NamedTuple):
     """Copies of the floating-point tensors of a result, without what is padding; or None if random
     numbers were drawn."""
 
@@ -48,7 +49,7 @@ class ComparedCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     base: bool
-    eagerly: Callable[[Callable[[Any], Answer], SiteOutputs], Answer]
+    eagerly: Callable[[Callable[[Any], RoadAnswer], SiteOutputs], RoadAnswer]
 
     def verdict(self) -> tuple[str, str]:
         """("refused" or "eager", the reason) if the saved graph must not be offered, else two empty
@@ -66,21 +67,22 @@ class ComparedCall:
             return "eager", f"its graph cannot serve such a batch: {error}"
         except LorafxError:  # as each call by the graph
             return "", ""
-        apart = distance(eager, graph)
+        bound = bound_of(self.entry.session.program)
+        apart = distance(eager, graph, bound)
         if apart <= 1:
             return "", ""
         lowering = self.entry.session.program.options.lowering
         if self.base:
             return "eager", _apart(f"the graph of the base, by {lowering!r}, and eager mode", apart)
         runs: list[Run] = []
-        apart = distance(eager, self._by_operator(runs))
+        apart = distance(eager, self._by_operator(runs), bound)
         if apart <= 1:
             return "eager", (
                 f"its graph, as lowered by {lowering!r}, gives other numbers than eager mode and "
                 'than the same graph run operator by operator; Options(lowering="reference") runs '
                 "it so"
             )
-        where = _first_site(sites, runs)
+        where = _first_site(sites, runs, bound)
         return "refused", (
             f"{_apart('eager mode and the graph of this call', apart)}, first at {where}. One of "
             "the two is wrong, so calls of this kind are refused. lorafx.bisect(cm, inputs, "
@@ -88,16 +90,16 @@ class ComparedCall:
             'Options(start="compiled") answers by graphs alone'
         )
 
-    def _reader(self) -> Callable[[Any], Answer]:
+    def _reader(self) -> Callable[[Any], RoadAnswer]:
         return partial(answer_of, self.kwargs, torch.get_rng_state())
 
-    def _by_graph(self, conversion: Any = None) -> Answer:
+    def _by_graph(self, conversion: Any = None) -> RoadAnswer:
         read = self._reader()
         return read(
             self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
         )
 
-    def _by_operator(self, runs: list[Run]) -> Answer:
+    def _by_operator(self, runs: list[Run]) -> RoadAnswer:
         """The answer of the graph as `provenance` leaves it, by plain aten."""
         session = self.entry.session
         options = session.program.options
@@ -110,17 +112,17 @@ class ComparedCall:
             return self._by_graph()
 
 
-def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> Answer:
+def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> RoadAnswer:
     """The answer in a call's result; `random_state` is torch's before the call."""
     if not torch.equal(random_state, torch.get_rng_state()):
-        return Answer(None)
+        return RoadAnswer(None)
     mask = kwargs.get("attention_mask")
     tensors = []
     for leaf in _leaves(result):
         if isinstance(mask, Tensor) and mask.dim() == 2 and leaf.shape[:2] == mask.shape:
             leaf = leaf[mask.bool()]
         tensors.append(leaf.detach().clone())
-    return Answer(tensors)
+    return RoadAnswer(tensors)
 
 
 def _leaves(result: Any) -> Iterator[Tensor]:
@@ -142,28 +144,38 @@ def _leaves(result: Any) -> Iterator[Tensor]:
         yield from _leaves(item)
 
 
-def distance(eager: Answer, graph: Answer) -> float:
-    """The largest difference of two answers, by the bound of its dtype; 0 if they are not to be
-    compared."""
+def bound_of(program: Program) -> float:
+    """The largest `difference` that rounding explains: by the dtypes that the model computes in,
+    which may be narrower than those of its results."""
+    dtypes = {tensor.dtype for tensor in program.model.parameters()}
+    if torch.is_autocast_enabled("cpu"):
+        dtypes.add(torch.get_autocast_dtype("cpu"))
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=0.0)
+
+
+def distance(eager: RoadAnswer, graph: RoadAnswer, bound: float = 0.0) -> float:
+    """The largest difference of two answers, by the bound of its dtype, or by `bound` if that is
+    larger; 0 if they are not to be compared."""
     if eager.tensors is None or graph.tensors is None:
         return 0.0
     if len(eager.tensors) != len(graph.tensors):
         return float("inf")
-    return max(map(_distance, graph.tensors, eager.tensors), default=0.0)
+    pairs = zip(graph.tensors, eager.tensors, strict=True)
+    return max((_distance(got, want, bound) for got, want in pairs), default=0.0)
 
 
-def _distance(got: Tensor, want: Tensor) -> float:
+def _distance(got: Tensor, want: Tensor, bound: float) -> float:
     if got.shape == want.shape:  # numbers that are infinite, or none, in both are equal
         odd = ~want.isfinite() & ((got == want) | (got.isnan() & want.isnan()))
         got, want = got.masked_fill(odd, 0), want.masked_fill(odd, 0)
-    return difference(got, want) / TOLERANCE.get(want.dtype, TOLERANCE[torch.float32])
+    return difference(got, want) / max(bound, TOLERANCE.get(want.dtype, TOLERANCE[torch.float32]))
 
 
 def _apart(what: str, apart: float) -> str:
     return f"{what} give numbers that differ by {apart:.2g} times what rounding explains"
 
 
-def _first_site(sites: SiteOutputs, runs: Sequence[Run]) -> str:
+def _first_site(sites: SiteOutputs, runs: Sequence[Run], bound: float) -> str:
     """The first site of eager mode whose output differs from that in the graph."""
     outputs: dict[str, list[Tensor]] = {}
     for run in runs:
@@ -174,7 +186,7 @@ def _first_site(sites: SiteOutputs, runs: Sequence[Run]) -> str:
         graph = outputs.get(path)
         if not graph:
             return f"{path}, which the graph does not have"
-        if _distance(graph.pop(0), eager) > 1:
+        if _distance(graph.pop(0), eager, bound) > 1:
             return path
     missing = [path for path, left in outputs.items() if left]
     return f"{missing[0]}, which eager mode did not pass" if missing else "what follows all sites"

@@ -82,6 +82,10 @@ class Entry:
         running = session.running.in_forward(session.program.runtime.rows)
         return session.run(running, functools.partial(self._serve, *args, **kwargs))
 
+    def in_python(self, *args: Any, **kwargs: Any) -> Any:
+        """`target`, called in a frame in which a call that does not fit it is told."""
+        return self.target(*args, **kwargs)
+
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
@@ -194,7 +198,7 @@ class Entry:
             if uses is None and memory is None:
                 return run()
             following = Following(memory, uses)
-            result = following.run(run)
+            result = following.run(lambda: run())  # a frame here, in which a wrong call is told
             if uses is not None:
                 following.check(result if program.in_pieces else None)
             return result

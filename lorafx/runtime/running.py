@@ -16,7 +16,7 @@ import torch
 from lorafx.errors import CaptureError
 from lorafx.interrupts import free_after_fork
 from lorafx.runtime.requests import Requests
-from lorafx.torch_internals.compat import transform
+from lorafx.torch_internals.transforms import transform
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Group

@@ -272,7 +272,7 @@ class Tiers:
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call, compare))
         try:
-            return self._eagerly(entry, partial(self._eager.run, entry.target, args, kwargs))
+            return self._eagerly(entry, partial(self._eager.run, entry.in_python, args, kwargs))
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self._end_process(kind)
@@ -314,7 +314,7 @@ class Tiers:
         from lorafx.runtime.comparison import ComparedCall
 
         def eagerly(read: Callable[[Any], Any], sites: list[tuple[str, Tensor]]) -> Any:
-            look = partial(self._eager.look, entry.target, args, kwargs, read, sites)
+            look = partial(self._eager.look, entry.in_python, args, kwargs, read, sites)
             return self._eagerly(entry, look)
 
         self._processes.clear()  # they are the serving process's

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.torch_internals.compat import recorded_outputs, transformed
+from lorafx.torch_internals.compat import recorded_outputs
+from lorafx.torch_internals.transforms import transformed
 from lorafx.torch_internals.versions import private_names
 
 with private_names():

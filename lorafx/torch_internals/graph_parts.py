@@ -61,5 +61,6 @@ with private_names():
         # Registers the fake implementations of the functional collectives.
         import torch.distributed._functional_collectives
 
+    storage_of_weak = torch.UntypedStorage._new_with_weak_ptr
     assert_async = torch.ops.aten._assert_async.msg
     c10d = torch.ops._c10d_functional

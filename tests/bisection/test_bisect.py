@@ -143,6 +143,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> lorafx.CompiledModel:
 X, ROWS = {"x": torch.randn(3, 6)}, ["a", None, "b"]
 
 
+@pytest.mark.one_road
 def test_a_wrong_product_is_found(compiled: lorafx.CompiledModel) -> None:
     torch._dynamo.reset()
     with config.patch(post_grad_custom_pre_pass=Twice()):

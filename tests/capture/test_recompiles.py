@@ -120,6 +120,7 @@ class Warns(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.one_road  # it counts messages
 def test_a_message_that_is_logged_once_breaks_no_graph(small, monkeypatch):
     """Rows stay proved behind it."""
     cm = small(Warns, ["linear"]).compile(REFERENCE)

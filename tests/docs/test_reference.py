@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 #: What the rest of lorafx uses of a compiled model, and what is refused.
-NOT_FOR_USERS = {"by_itself", "capture", "compile", "entry", "generates"}
+NOT_FOR_USERS = {"attached", "by_itself", "capture", "compile", "entry", "generates"}
 
 
 def shown(page: str) -> set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
 from lorafx.errors import LorafxWarning, VerifyError
-from lorafx.runtime.comparison import Answer, answer_of, distance
+from lorafx.runtime.comparison import RoadAnswer, answer_of, bound_of, distance
 from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -130,4 +130,13 @@ def test_padding_and_numbers_that_are_none_do_not_count() -> None:
     assert distance(one, two) == 0
     padded[1, 3] += 1
     assert distance(one, answer_of(inputs, state, {"logits": padded})) > 1
-    assert distance(one, Answer([])) == float("inf")
+    assert distance(one, RoadAnswer([])) == float("inf")
+
+
+def test_a_result_that_is_wider_than_the_weights_has_their_bound(plain: Case) -> None:
+    program = started(plain)._session.program
+    program.model.bfloat16()
+    want = torch.randn(3, 4)
+    got = RoadAnswer([want.bfloat16().float()])
+    assert distance(RoadAnswer([want]), got) > 1
+    assert distance(RoadAnswer([want]), got, bound_of(program)) <= 1

@@ -182,7 +182,7 @@ def test_safetensors_files(served: Any, shallow: Case, tmp_path: Path) -> None:
         save_file({n: state[n].contiguous() for n in part}, tmp_path / f"{index}.safetensors")
     served.load_weights(tmp_path)
     assert same(served, state)
-    served.model.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
+    served._orig_mod.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
     assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
     served.load_weights(str(tmp_path / "saved"))
     assert same(served, state)
@@ -202,9 +202,9 @@ def test_no_weights_at_all(served: Any, given: Any) -> None:
 def test_its_own_tensors(served: Any) -> None:
     """Weights that change places: what is written first would be what is read next."""
     before = values(served)
-    served.load_weights(served.model.state_dict())
+    served.load_weights(served._orig_mod.state_dict())
     assert same(served, before)
-    state = dict(served.model.state_dict())
+    state = dict(served._orig_mod.state_dict())
     k, v = (f"model.layers.0.self_attn.{letter}_proj.weight" for letter in "kv")
     state[k], state[v] = state[v], state[k]
     with pytest.raises(BaseWeightsError, match="shares memory with the weights of this model"):

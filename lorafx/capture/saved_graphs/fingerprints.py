@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorafx.model.weight_formats import is_wrapped
+from lorafx.torch_internals.dynamo import derives
 from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket, _dispatch_keys
 
 #: Classes whose `repr` identifies the value.
@@ -48,6 +49,8 @@ _SIZE_MARKS = (
     *("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices"),
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
+#: What they read follows from the place in the graph and the gradient mode, which is guarded.
+_OWN_CONSTANTS = (derives,)
 _MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 
 
@@ -161,7 +164,7 @@ class Fingerprints:
         )
 
     def _function_parts(self, function: types.FunctionType, depth: int) -> Iterable[str]:
-        if getattr(function, "_dynamo_marked_constant", False):
+        if getattr(function, "_dynamo_marked_constant", False) and function not in _OWN_CONSTANTS:
             # Dynamo called it without guards on what it read.
             raise Undescribed(f"{function.__qualname__}, whose result is taken for a constant")
         yield self.of_code(function.__code__)
