@@ -261,10 +261,8 @@ class Following(TorchDispatchMode):
         if func.overloadpacket in _PARTS:
             results = [part.clone() for part in results]
         used = self._weights
-        if kind is Kind.LIFT and self._uses is not None:
-            unseen = not self.sees_readers and is_numbers(results) and is_varied(results)
-            if unseen:  # as the numbers of a weight's tolist()
-                self.refuse(self._uses.of_unknown_origin(results))
+        if kind is Kind.LIFT and not self.sees_readers:
+            self._refuse_numbers(results)
         if self.memory is None:
             if used and self._uses is not None:
                 read = [item for item, _ in operands]
@@ -305,6 +303,14 @@ class Following(TorchDispatchMode):
         if not operands:
             self._note_made_of_nothing(func, results)
         return results
+
+    def _refuse_numbers(self, tensor: Tensor) -> None:
+        """Refuse a tensor of many of Python's numbers, such as a weight's `tolist()`. One of
+        numpy's memory is known by that."""
+        if self._uses is None or not is_numbers(tensor) or not is_varied(tensor):
+            return
+        if tensor.untyped_storage().resizable():
+            self.refuse(self._uses.of_unknown_origin(tensor))
 
     def _note_made_of_nothing(self, func: OpOverload, results: object) -> None: ...
 
