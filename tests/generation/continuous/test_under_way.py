@@ -19,7 +19,7 @@ import lorafx
 from lorafx import BatchError, LorafxWarning
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+pytestmark = [pytest.mark.usefixtures("earlier_objects_frozen"), pytest.mark.one_road]
 
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)

@@ -32,7 +32,8 @@ from lorafx.errors import (
 )
 from lorafx.runtime.loading import load_parts
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+#: Eager mode beside moves what a pipeline has between two calls of its models.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.one_road]
 
 PARTS = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),
