@@ -12,7 +12,7 @@ again when a bank has been written. All other deltas are those of the sites' ope
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +167,10 @@ class RowDeltas:
             return self._noted(mark, out)
 
         return following.outside(added)
+
+    def outside(self, action: Callable[[], bool]) -> bool:
+        """The result of `action`, whose operators are not followed."""
+        return self._following.outside(action)
 
     def _noted(self, mark: SiteMark, out: Tensor) -> Tensor:
         if self._sites is not None:
