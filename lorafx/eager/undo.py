@@ -66,7 +66,10 @@ class Undo:
         while waiting and len(seen) < _MOST_OBJECTS:
             value = waiting.pop()
             look = _look_at(_class_of(value))
-            if look is None or id(value) in seen or (trusted and _is_torchs(value)):
+            if look is None or id(value) in seen:
+                continue
+            if trusted and _is_torchs(value):
+                _hooks(self, value)
                 continue
             seen.add(id(value))
             waiting += [part for part in look(self, value) if _look_at(_class_of(part)) is not None]
@@ -137,12 +140,19 @@ def _module(undo: Undo, value: nn.Module) -> Iterable[Any]:
     for table in (attributes, value._buffers, value._parameters, value._modules):
         if isinstance(table, dict):  # torch.jit's modules hold theirs in C++
             undo.to_refill(table, table.copy() if table else _NOTHING)
+    _hooks(undo, value)
     first = len(_OF_TORCH) if tuple(islice(attributes, len(_OF_TORCH))) == _OF_TORCH else 0
     parts = [*islice(attributes.values(), first, None)]
     for held in (value._modules, value._forward_hooks, value._forward_pre_hooks):
         if held:
             parts += held.values()
     return parts
+
+
+def _hooks(undo: Undo, value: nn.Module) -> None:
+    """Those of forwards: transformers, say, registers some in the call that first needs them."""
+    for held in (value._forward_hooks, value._forward_pre_hooks):
+        undo.to_refill(held, held.copy() if held else _NOTHING)
 
 
 def _container(undo: Undo, value: Any) -> Iterable[Any]:

@@ -188,3 +188,19 @@ def test_what_a_forward_has_changed_is_undone_after_it_too() -> None:
     assert torch.equal(model.b, buffer)
     assert state_of(model) == before
     assert OrderedDict(outputs) == {"last_hidden_state": outputs.last_hidden_state}
+
+
+def test_hooks_that_a_forward_registers_are_undone_with_what_tells_of_them() -> None:
+    """transformers registers hooks in the first call that records outputs, and notes that it has:
+    hooks that stayed without the note would record each output twice."""
+    model = nn.Sequential(nn.Linear(K, K), Calls())
+    model[0].register_forward_hook(lambda *_: None)
+    modules = [model, *model, model[1].w]
+    before = [len(module._forward_hooks) for module in modules]
+    undo = Undo((model,), CPU, trusted=True)
+    for module in modules:
+        module.register_forward_hook(lambda *_: None)
+        module.register_forward_pre_hook(lambda *_: None)
+    undo.run()
+    assert [len(module._forward_hooks) for module in modules] == before
+    assert not any(module._forward_pre_hooks for module in modules)

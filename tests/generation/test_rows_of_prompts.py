@@ -147,7 +147,7 @@ def test_rows_that_a_loop_drops_on_its_way(llama, served):
 
     def loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
         output = model(input_ids=input_ids)
-        kept, cache = torch.tensor([0, 2]), output.past_key_values
+        kept, cache = torch.arange(0, 3, 2), output.past_key_values
         tokens = output.logits[:, -1].argmax(-1)[kept]
         cache.batch_select_indices(kept)
         last = model(input_ids=tokens[:, None], past_key_values=cache).logits[:, -1].argmax(-1)

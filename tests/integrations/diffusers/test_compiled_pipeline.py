@@ -33,7 +33,7 @@ from lorafx.errors import (
 from lorafx.runtime.loading import load_parts
 
 #: Eager mode beside moves what a pipeline has between two calls of its models.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.one_road]
+pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 PARTS = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),
