@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import LorafxError, UnsupportedVersionError
-from lorafx.torch_internals import compat, shortcuts, versions
+from lorafx.torch_internals import shortcuts, transforms, versions
 
 pytestmark = pytest.mark.quick
 
@@ -166,7 +166,7 @@ def test_of_private_ground(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     cm = compiled(nn.Sequential(nn.Linear(4, 4)))
-    monkeypatch.setattr(compat, "_C", _Gone())
+    monkeypatch.setattr(transforms, "_C", _Gone())
     with pytest.raises(UnsupportedVersionError, match="_functorch"):
         cm(torch.randn(2, 4))
     with pytest.raises(UnsupportedVersionError, match="_functorch"):
