@@ -127,8 +127,6 @@ def _torch_state() -> Iterator[None]:
     torch.set_grad_enabled(gradients)
     for config, name, value in settings:
         setattr(config, name, value)
-    # A trace of torch.func that ends in an error may leave them disabled.
-    torch._C._autograd._saved_tensors_hooks_enable()
     while torch._C._len_torch_dispatch_stack():
         torch._C._pop_torch_dispatch_stack(None)
     for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):

@@ -62,6 +62,7 @@ from lorafx.torch_internals.frames import (
     places_in_order,
 )
 from lorafx.torch_internals.shortcuts import chosen
+from lorafx.torch_internals.transforms import saved_tensors_hooks_kept
 
 
 class Backend:
@@ -232,6 +233,7 @@ class Backend:
         if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
             _detach_results(gm)
         with (
+            saved_tensors_hooks_kept(),
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
         ):

@@ -4,6 +4,9 @@ it imports neither Dynamo nor Inductor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -59,3 +62,16 @@ def tracing() -> bool:
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and transform() is not None
     )
+
+
+@contextmanager
+def saved_tensors_hooks_kept() -> Iterator[None]:
+    """Enables them again if the block fails and they were before: a graph of torch.func.grad that
+    is traced switches them off at its beginning, and on at its end."""
+    enabled = _C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    try:
+        yield
+    except BaseException:
+        if enabled:
+            _C._autograd._saved_tensors_hooks_enable()
+        raise
