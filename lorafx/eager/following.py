@@ -264,9 +264,7 @@ class Following(TorchDispatchMode):
         if kind is Kind.LIFT and not self.sees_readers:
             self._refuse_numbers(results)
         if self.memory is None:
-            if used and self._uses is not None:
-                read = [item for item, _ in operands]
-                self._uses.look(func, used, read, list(tensors_in(results)), owned=True)
+            self._look_at_uses(func, used, operands, results, owned=True)
             return results
         if in_forward_mode():
             self._refuse_transform()
@@ -290,9 +288,7 @@ class Following(TorchDispatchMode):
             known = self._remembered.results.get(key)
             codes = self._found(key, args, named, results, operands) if known is None else known
         made = used and all(isinstance(self._remembered.labels[code], Shared) for code in codes)
-        if used and self._uses is not None:
-            read = [item for item, _ in operands]
-            self._uses.look(func, used, read, list(tensors_in(results)), owned=not made)
+        self._look_at_uses(func, used, operands, results, owned=not made)
         if targets:
             self._note_written(targets, results, codes, operands)
         elif isinstance(results, Tensor):
@@ -305,6 +301,19 @@ class Following(TorchDispatchMode):
         if not operands:
             self._note_made_of_nothing(func, results)
         return results
+
+    def _look_at_uses(
+        self,
+        func: OpOverload,
+        used: Mapping[Tensor, list[Site]],
+        operands: Sequence[tuple[Tensor, int]],
+        results: Any,
+        *,
+        owned: bool,
+    ) -> None:
+        if used and self._uses is not None:
+            read = [item for item, _ in operands]
+            self._uses.look(func, used, read, list(tensors_in(results)), owned=owned)
 
     def _refuse_numbers(self, tensor: Tensor) -> None:
         """Refuse a tensor of many of Python's numbers, such as a weight's `tolist()`. One of

@@ -30,7 +30,7 @@ from lorafx.ownership.memory import Geometry, geometry_of
 _Look = Callable[["Undo", Any], Iterable[Any]]
 
 #: `type`, of whose results mypy does not know that they are hashable.
-_class_of: Callable[[object], Any] = type
+class_of: Callable[[object], Any] = type
 #: The most objects that are looked at, and the largest array of numpy that is copied, in bytes.
 _MOST_OBJECTS, _LARGEST_ARRAY = 100_000, 1 << 20
 
@@ -65,14 +65,14 @@ class Undo:
         waiting, seen, trusted = list(holders), self._seen, self._trusted
         while waiting and len(seen) < _MOST_OBJECTS:
             value = waiting.pop()
-            look = _look_at(_class_of(value))
+            look = _look_at(class_of(value))
             if look is None or id(value) in seen:
                 continue
             if trusted and _is_torchs(value):
                 _hooks(self, value)
                 continue
             seen.add(id(value))
-            waiting += [part for part in look(self, value) if _look_at(_class_of(part)) is not None]
+            waiting += [part for part in look(self, value) if _look_at(class_of(part)) is not None]
 
     def exchange(self, exchanged: Callable[[Any], Any]) -> None:
         """Put what `exchanged` returns into all dicts, lists and attributes recorded so far."""
@@ -127,7 +127,7 @@ def _look_at(cls: Any) -> _Look | None:
 def _is_torchs(value: object) -> bool:
     """Whether this is a module without parts whose forward is torch's."""
     is_part = isinstance(value, nn.Module) and not value._modules
-    return is_part and _has_torchs_forward(_class_of(value))
+    return is_part and _has_torchs_forward(class_of(value))
 
 
 @lru_cache(1024)
@@ -166,7 +166,7 @@ def _object(undo: Undo, value: Any) -> Iterable[Any]:
     attributes: dict[str, Any] = getattr(value, "__dict__", _NOTHING)
     if attributes is not _NOTHING:
         undo.to_refill(attributes, attributes.copy())
-    slots = [slot for slot in _slots(_class_of(value)) if hasattr(value, slot.__name__)]
+    slots = [slot for slot in _slots(class_of(value)) if hasattr(value, slot.__name__)]
     held = [slot.__get__(value) for slot in slots]
     for slot, item in zip(slots, held, strict=True):
         undo.to_restore(slot.__set__, value, item)

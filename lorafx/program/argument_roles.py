@@ -281,8 +281,9 @@ class RoleTable:
 _DEPTH = 8  # of nested containers; cache objects refer to much else besides tensors
 
 
-def tensor_leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument, in containers, dataclasses and cache objects, but not modules."""
+def tensor_leaves(value: Any, *, objects: bool = True) -> Iterator[Tensor]:
+    """The tensors in an argument, in containers, dataclasses and, with `objects`, in others such as
+    caches, but not in modules."""
     seen: set[int] = set()
 
     def walk(item: Any, depth: int) -> Iterator[Tensor]:
@@ -299,7 +300,7 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
         elif is_dataclass(item) and not isinstance(item, type):
             children = [getattr(item, field.name) for field in fields(item)]
         else:
-            children = list(getattr(item, "__dict__", {}).values())
+            children = list(getattr(item, "__dict__", {}).values()) if objects else []
         for child in children:
             yield from walk(child, depth - 1)
 

@@ -12,32 +12,32 @@ others. This module is imported in the process beside, which ends afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lorafx.capture.compiler_failures import NoGraph
 from lorafx.capture.driver import TOLERANCE, difference
+from lorafx.eager.undo import Undo
 from lorafx.errors import LorafxError, ProvenanceError
 from lorafx.passes.provenance import Provenance
+from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.program import Program
 from lorafx.runtime.entry import Entry
-from lorafx.runtime.replay import Replay, Run, recorded
+from lorafx.runtime.replay import Replay, Run, options_of_replays, recorded
 
 #: The output of each site that a call has passed, by path, in their order.
 SiteOutputs = list[tuple[str, Tensor]]
 
 
-class RoadAnswer(NamedTuple):
-    """Copies of the floating-point tensors of a result, without what is padding; or None if random
-    numbers were drawn."""
-
-    tensors: list[Tensor] | None
+#: Copies of the floating-point tensors of a result, without what is padding; None if random numbers
+#: were drawn.
+RoadAnswer: TypeAlias = "list[Tensor] | None"
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,23 @@ class ComparedCall:
         return partial(answer_of, self.kwargs, torch.get_rng_state())
 
     def _by_graph(self, conversion: Any = None) -> RoadAnswer:
-        read = self._reader()
-        return read(
-            self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
-        )
+        """The answer of a graph. What it has written is then as before: a call has two of them."""
+        program, read = self.entry.session.program, self._reader()
+        held = (*self.args, *self.kwargs.values())
+        undo = Undo((program.model, *held), program.runtime.device)
+        undo.note([*tensor_leaves(held), *program.buffers()])
+        try:
+            return read(
+                self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
+            )
+        finally:
+            undo.run()
 
     def _by_operator(self, runs: list[Run]) -> RoadAnswer:
         """The answer of the graph as `provenance` leaves it, by plain aten."""
         session = self.entry.session
-        options = session.program.options
         session.program.options = replace(
-            options, lowering="reference", verify="lint", cache=None, dump=None
+            options_of_replays(session.program.options), lowering="reference"
         )
         replay = Replay(session)
         session.backend, self.entry.traced = replay.backend, {}
@@ -115,33 +121,16 @@ class ComparedCall:
 def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> RoadAnswer:
     """The answer in a call's result; `random_state` is torch's before the call."""
     if not torch.equal(random_state, torch.get_rng_state()):
-        return RoadAnswer(None)
+        return None
     mask = kwargs.get("attention_mask")
     tensors = []
-    for leaf in _leaves(result):
+    for leaf in tensor_leaves(result, objects=False):  # the padding of caches is not told apart
+        if not leaf.is_floating_point() or leaf.layout is not torch.strided:
+            continue
         if isinstance(mask, Tensor) and mask.dim() == 2 and leaf.shape[:2] == mask.shape:
             leaf = leaf[mask.bool()]
         tensors.append(leaf.detach().clone())
-    return RoadAnswer(tensors)
-
-
-def _leaves(result: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in containers and dataclasses. Caches are other objects: their
-    padding is not told apart."""
-    if isinstance(result, Tensor):
-        if result.is_floating_point() and result.layout == torch.strided:
-            yield result
-        return
-    if isinstance(result, Mapping):
-        inner: Sequence[Any] = list(result.values())
-    elif isinstance(result, (list, tuple)):
-        inner = result
-    elif is_dataclass(result) and not isinstance(result, type):
-        inner = [getattr(result, field.name) for field in fields(result)]
-    else:
-        return
-    for item in inner:
-        yield from _leaves(item)
+    return tensors
 
 
 def bound_of(program: Program) -> float:
@@ -156,11 +145,11 @@ def bound_of(program: Program) -> float:
 def distance(eager: RoadAnswer, graph: RoadAnswer, bound: float = 0.0) -> float:
     """The largest difference of two answers, by the bound of its dtype, or by `bound` if that is
     larger; 0 if they are not to be compared."""
-    if eager.tensors is None or graph.tensors is None:
+    if eager is None or graph is None:
         return 0.0
-    if len(eager.tensors) != len(graph.tensors):
+    if len(eager) != len(graph):
         return float("inf")
-    pairs = zip(graph.tensors, eager.tensors, strict=True)
+    pairs = zip(graph, eager, strict=True)
     return max((_distance(got, want, bound) for got, want in pairs), default=0.0)
 
 

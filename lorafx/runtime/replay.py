@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
 from lorafx.capture.record import GraphRecord, Stage
+from lorafx.config import Options
 from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
@@ -85,6 +86,11 @@ class _StageLowering(ReferenceLowering):
         return self._lowering.decompositions()
 
 
+def options_of_replays(options: Options) -> Options:
+    """The options with which graphs are captured once more."""
+    return replace(options, verify="lint", cache=None, dump=None)
+
+
 @contextmanager
 def replayed(entries: CompiledForwards) -> Iterator[Replay]:
     """Inside the block, which holds the session's lock, calls of the model run the current stage.
@@ -94,7 +100,7 @@ def replayed(entries: CompiledForwards) -> Iterator[Replay]:
         former = session.backend, entries.made, program.options
         replay = Replay(session)
         try:
-            program.options = replace(program.options, verify="lint", cache=None, dump=None)
+            program.options = options_of_replays(program.options)
             session.backend, entries.made = replay.backend, {}
             yield replay
         finally:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from lorafx.eager.undo import class_of
 from lorafx.errors import CaptureError
 
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
-#: `type`, of whose results mypy does not know that they are hashable.
-_class_of: Callable[[object], Any] = type
 #: Values, and what a result may refer to without calling it.
 _PLAIN = (*_VALUES, type(None), type, ModuleType, Enum, logging.Logger)
 _CODE: Any = (Callable, Generator, AsyncGenerator, Coroutine)
@@ -37,7 +36,7 @@ def refuse_code(result: object, name: str) -> None:
     seen: set[int] = set()
     while links:
         link = links.pop()
-        value, cls = link[0], _class_of(link[0])
+        value, cls = link[0], class_of(link[0])
         if _is_plain(cls) or id(value) in seen:
             continue
         seen.add(id(value))

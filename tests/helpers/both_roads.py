@@ -16,7 +16,7 @@ import torch
 
 from lorafx.eager.following import NeedsGraph
 from lorafx.errors import LorafxError, MatchError
-from lorafx.runtime.comparison import RoadAnswer, answer_of, bound_of, distance
+from lorafx.runtime.comparison import answer_of, bound_of, distance
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.session import Session
 from lorafx.runtime.tiers import Tiers
@@ -62,12 +62,12 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     try:
         result = by_graph()
     except MatchError as error:
-        if isinstance(eager, RoadAnswer) and eager.tensors:
+        if isinstance(eager, list) and eager:
             raise AssertionError(f"eager mode answers what a graph refuses: {error}") from error
         raise
     if isinstance(eager, Raised) and not isinstance(eager.error, LorafxError):
         raise AssertionError(f"eager mode raises {eager.error!r}") from eager.error
-    if isinstance(eager, RoadAnswer):
+    if isinstance(eager, list):
         apart = distance(eager, read(result), bound_of(session.program))
         assert apart <= 1, f"eager mode and the graph differ by {apart:.2g} times the bound"
     return result
