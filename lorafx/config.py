@@ -55,8 +55,8 @@ class LoraConfig:
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict or dataclass, "batch.0" for one of a list or tuple;
             None for an argument that all requests share, "items" for a list with an item for each
-            request. It overrides the table of roles. In models that declare no roles (no `main_input_name`),
-            dimension 0 holds the requests of arguments that neither names.
+            request. It overrides the table of roles. In models that declare no roles (no
+            `main_input_name`), dimension 0 holds the requests of arguments that neither names.
         packed_modules: the modules that a packed one replaces, as in `{"qkv_proj": ["q_proj",
             "k_proj", "v_proj"]}`, one name per output slice, or with slices, `{"in_proj_qkvz":
             {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. It takes precedence over the model's

@@ -10,7 +10,6 @@ list or tuple is "batch.0". Of a list that `row_dims` declares as "items", item 
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
