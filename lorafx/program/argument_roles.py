@@ -325,12 +325,12 @@ def _role_of_item(argument: str, tensor: Tensor, items: Any) -> Role:
 
 def items_of(value: Any) -> dict[Any, Any] | None:
     """The items of a dict, dataclass, list or tuple by key, field or index; None for anything else,
-    and for a list of numbers or texts."""
+    and for a list without tensors or such items."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (list, tuple)):
-        plain = all(item is None or isinstance(item, (int, float, str, bytes)) for item in value)
-        return None if plain else dict(enumerate(value))
+        holds = any(isinstance(item, Tensor) or items_of(item) is not None for item in value)
+        return dict(enumerate(value)) if holds else None
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return None
@@ -354,7 +354,7 @@ def tensor_leaves(value: Any, *, objects: bool = True) -> Iterator[Tensor]:
         items = items_of(item)
         if items is not None:
             children = list(items.values())
-        elif isinstance(item, set):
+        elif isinstance(item, (list, tuple, set)):
             children = list(item)
         else:
             children = list(getattr(item, "__dict__", {}).values()) if objects else []
