@@ -344,7 +344,10 @@ class Explanation(Report):
             parts.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
             parts.append(f"{_count(len(self.replaced), 'site')} replaced since")
-        return "; ".join(filter(None, parts)) or "which sites are refused is known when there is a graph"
+        return (
+            "; ".join(filter(None, parts))
+            or "which sites are refused is known when there is a graph"
+        )
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:

@@ -190,8 +190,8 @@ def _refuse(misfit: PackedGroup | None) -> None:
         raise CaptureError(
             f"the weights of {misfit.group.sites[0].path} and its siblings have changed "
             "shape, dtype, device or format, or were removed, after lorafx was given the "
-            f"model. Graphs and banks are for {misfit.weight.dtype}: convert the model back, or detach() "
-            "it and call lorafx.compile on the changed model. cm.to() refuses to convert"
+            f"model. Graphs and banks are for {misfit.weight.dtype}: convert the model back, or "
+            "detach() it and call lorafx.compile on the changed model; cm.to() converts nothing"
         )
 
 

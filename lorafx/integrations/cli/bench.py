@@ -42,8 +42,8 @@ def bench(
     """Measure MODEL with your adapters: time over that of the base compiled by torch.compile.
 
     Each length is one forward without a cache, of a batch whose requests take turns with the
-    adapters. lorafx compiles first; PEFT runs the same mixed batch in eager mode. All ratios are of one run, with the 95 %
-    interval; the line "base" is the base against itself, the noise.
+    adapters. lorafx compiles first; PEFT runs the same mixed batch in eager mode. All ratios are of
+    one run, with the 95 % interval; the line "base" is the base against itself, the noise.
 
     Example: lorafx bench meta-llama/Llama-3.2-1B --adapters ./adapters --batch 8 --length 128
     """

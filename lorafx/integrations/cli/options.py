@@ -175,7 +175,7 @@ def _class_and_config(model: str) -> tuple[Any, Any]:
     from lorafx.adapter_store.saved import is_hub_name
 
     if "/" in model and not Path(model).exists() and not is_hub_name(model):
-        raise ConfigError(f"the folder {model} does not exist")
+        raise ConfigError(f"{model} cannot be loaded: there is no such folder")
     file = Path(model) / "config.json"
     fields = json.loads(file.read_text()) if file.is_file() else {}
     if "_class_name" in fields:

@@ -171,8 +171,9 @@ def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
         raise ConfigError(
-            f"{settings.model} has no tokenizer that can be read ({' '.join(str(error).split()):.160}); "
+            f"{settings.model} has no tokenizer that can be read ({why:.160}); "
             "save it beside the model: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         ) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
