@@ -22,7 +22,8 @@ import torch
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torch_function
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: Integers, which become floats in registers.
