@@ -7,47 +7,89 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import factor_sizes
+from lorafx.adapter_store.peft_keys import factor_sizes, parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
+from lorafx.model.module_graph import join
+from lorafx.model.saved_names import without_compiled
 from lorafx.registry import lookup
 
-#: Names in files of a pipeline's denoising model.
-DENOISERS = ("unet", "transformer", "diffusion_model")
 _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
+
+
+class Names:
+    """Paths of modules in a model, also with underscores in place of dots."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._places = model, Places((), model)
+
+    def module(self, path: str) -> nn.Module | None:
+        return self._places.module(path)
+
+    def has(self, path: str) -> bool:
+        return self.module(path) is not None
+
+    def lost(self, state: AdapterState) -> list[str]:
+        """The paths with factors that the model lacks."""
+        factors = [factor for key in state.tensors if (factor := parse(key)) is not None]
+        paths = dict.fromkeys(factor.module for factor in factors)
+        return [path for path in paths if not self.has(path)]
+
+    def path(self, name: str, flat: bool) -> str:
+        """The model's path for `name`, whose dots may be underscores. A `flat` name may begin with
+        a wrapper that the model lacks (`text_model` of CLIP in transformers 5). Unknown names stay.
+        CheckpointError for one that several modules have."""
+        if not flat and self.has(name):
+            return name
+        underscored = name.replace(".", "_")
+        for cut in range(3 if flat else 1):
+            inner = underscored.split("_", cut)[-1]
+            paths = self.flat.get(inner, [])
+            if len(paths) > 1:
+                raise CheckpointError(
+                    f"{name} may be {' or '.join(paths)}, which are spelt alike without dots; save "
+                    "the adapter in another dialect (diffusers, PEFT)"
+                )
+            for path in paths:
+                return join(underscored.removesuffix(inner).removesuffix("_"), path)
+        return name
+
+    @cached_property
+    def flat(self) -> Mapping[str, list[str]]:
+        """Paths of modules with weights by their flattened forms."""
+        paths: dict[str, list[str]] = {}
+        for name, module in self._model.named_modules():
+            if name and module._parameters:
+                path = without_compiled(name)
+                paths.setdefault(path.replace(".", "_"), []).append(path)
+        return paths
 
 
 class Translation:
     """Collects factors under PEFT's names."""
 
-    def __init__(self, saved: Saved, dialect: str, model: nn.Module | None) -> None:
-        self.saved, self.dialect = saved, dialect
+    def __init__(self, saved: Saved, dialect: str, names: Names | None) -> None:
+        self.saved, self.dialect, self.names = saved, dialect, names
         self.tensors: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
         self.left_out: tuple[str, ...] = ()
-        self._places = None if model is None else Places((), model)
 
-    def module(self, path: str) -> nn.Module | None:
-        return None if self._places is None else self._places.module(path)
-
-    def exists(self, path: str) -> bool:
-        return self.module(path) is not None
-
-    def add(self, path: str, letter: str, tensor: Tensor) -> None:
+    def add(self, path: str, letter: str, tensor: Tensor, embedding: bool = False) -> None:
         """Add "A" (r, K), "B" (N, r), DoRA's "m" (N,) or B's bias "b" (N,). Raises as `put`."""
         if letter in _VECTORS:
-            self.put(f"{path}.{_VECTORS[letter]}", tensor)
+            self.put(join(path, _VECTORS[letter]), tensor)
             return
-        module = self.module(path)
+        module = None if self.names is None else self.names.module(path)
         entry = None if module is None else lookup(module)
-        if entry is not None and entry.kind == "embedding":
-            self.put(f"{path}.lora_embedding_{letter}", tensor)
+        if embedding or (entry is not None and entry.kind == "embedding"):
+            self.put(join(path, f"lora_embedding_{letter}"), tensor)
             return
         weight = getattr(module, "weight", None)
         dims = weight.dim() if isinstance(weight, Tensor) else 0
@@ -55,16 +97,13 @@ class Translation:
             tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
         elif tensor.dim() == 2 and dims == 4:
             tensor = tensor[..., None, None]
-        self.put(f"{path}.lora_{letter}.weight", tensor)
+        self.put(join(path, f"lora_{letter}.weight"), tensor)
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Add a tensor under its PEFT key. Raises CheckpointError for a duplicate."""
         if key in self.tensors:
             raise CheckpointError(f"{self.saved.where} has two keys that mean {key}; keep one")
         self.tensors[key] = tensor
-
-    def keep(self, key: str) -> None:
-        self.put(key, self.saved.tensors[key])
 
     def state(self, config: PeftConfig | None = None, *, dora: bool = False) -> AdapterState:
         """The adapter. Without a `config` of its files, `dora` or its keys say that it is DoRA, and

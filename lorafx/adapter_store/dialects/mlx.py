@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.dialects.dialect import Translation, raw
+from lorafx.adapter_store.dialects.dialect import Names, Translation, raw
 from lorafx.adapter_store.peft_config import is_number, short
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
@@ -42,11 +42,11 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
             "fuse it into the base model (mlx_lm.fuse) and load that"
         )
-    translation = Translation(saved, "mlx", model)
+    translation = Translation(saved, "mlx", None if model is None else Names(model))
     for key, tensor in saved.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None or (match["factor"] == "m" and kind != "dora"):
-            translation.keep(key)
+            translation.put(key, tensor)
             continue
         path, letter = match["module"] or "", match["factor"][-1]
         before, of_experts, projection = path.partition(".switch_mlp.")
