@@ -38,8 +38,13 @@ DIALECTS: Mapping[str, str] = {
 
 #: The last parts of keys -> the other method that uses them.
 _METHODS: Mapping[str, str] = {
-    r"hada_[wt][12](_[ab])?": "LoHa: a product of two low-rank matrices, element by element",
-    r"lokr_[wt][12](_[ab])?": "LoKr: a Kronecker product",
+    r"hada_[wt][12](_[ab])?(\..+)?": "LoHa: a product of two low-rank matrices, element by element",
+    r"lokr_[wt][12](_[ab])?(\..+)?": "LoKr: a Kronecker product",
+    r"[ab][12]\.weight|glora_[A-E](\..+)?": "GLoRA: products of the base weight with factors",
+    r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
+        "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
+    ),
+    r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
     r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
     r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
     r"ia3_l(\..+)?": "IA³: scales of activations",

@@ -10,22 +10,24 @@ conversion of diffusers whose factors all belong to modules.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects import loaders
-from lorafx.adapter_store.dialects.dialect import Names, Translation, alpha_of
-from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, spelt
+from lorafx.adapter_store.dialects.names import Names
+from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
 from lorafx.adapter_store.peft_config import PeftConfig, json_object
-from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes
+from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, nearest, some
 from lorafx.model.module_graph import join
 from lorafx.progress import LOG
+from lorafx.registry import lookup
 
 #: Leaves that only files of pipelines have.
 _OF_PIPELINES = {"kohya", "diffusers"}
@@ -71,15 +73,16 @@ def state(
     dialect = dialect_of(parts, dialect, denoiser)
     scales = _scales(saved, parts, denoiser, names is None)
     factors = [part for part in parts if part.letter != "alpha"]
-    assemble = partial(_assembled, saved, dialect, names=names)
+    assemble = partial(assembled, saved, dialect, names=names)
     direct = assemble(factors, scales)
-    if names is None or model is None or not names.lost(direct):
+    if names is None or not names.lost(direct):
         return direct
-    if converted := loaders.converted(factors, scales, model, direct, assemble):
+    converted = denoiser and loaders.converted(factors, scales, model, names, direct, assemble)
+    if converted:
         return converted
     here = [part for part in factors if part.flat and part.component not in direct.left_out]
-    unknown = {p.module: None for p in here if names.path(p.module, flat=True) == p.module}
-    if unknown := [name for name in unknown if not names.has(name)]:
+    here = [part for part in here if names.path(part.module, flat=True) == part.module]
+    if unknown := list(dict.fromkeys(p.module for p in here if not names.has(p.module))):
         lines = "; ".join(f"{n}{nearest(n, list(names.flat)[:1000], 1)}" for n in unknown[:3])
         raise CheckpointError(
             f"{saved.where} ({dialect}): {len(unknown)} of its names are of no module of this "
@@ -93,24 +96,17 @@ def _is_of_diffusers(model: nn.Module) -> bool:
     return diffusers is not None and isinstance(model, diffusers.ModelMixin)
 
 
-def _sizes(parts: Iterable[Part]) -> dict[str, FactorSizes]:
-    """The sizes of factors by `Part.place`."""
-    pairs = {f"{p.place}.lora_{p.letter}.weight": p.tensor for p in parts if p.letter in "AB"}
-    return factor_sizes(pairs)
-
-
-def _scales(
-    saved: Saved, parts: Sequence[Part], denoiser: bool, anywhere: bool
-) -> dict[str, float | None]:
+def _scales(saved: Saved, parts: Sequence[Part], denoiser: bool, anywhere: bool) -> Scales:
     """s of each place with factors; None where a configuration has it, or α is r. `anywhere`: for
     no model in particular."""
     alphas = {
-        part.place: alpha_of(f"{saved.where}: {part.key}", part.tensor)
+        part.place: _alpha_of(f"{saved.where}: {part.key}", part.tensor)
         for part in parts
         if part.letter == "alpha"
     }
     scales: dict[str, float | None] = {}
-    for place, sizes in _sizes(parts).items():
+    pairs = {f"{p.place}.lora_{p.letter}": p.tensor for p in parts if p.letter in ("A", "B")}
+    for place, sizes in factor_sizes(pairs).items():
         alpha = alphas.pop(place, None) if sizes.rank else None
         scales[place] = None if alpha is None else alpha / sizes.rank
     if alphas:
@@ -130,54 +126,67 @@ def _scales(
     return scales
 
 
-def _assembled(
-    saved: Saved,
-    dialect: str,
-    parts: Sequence[Part],
-    scales: Mapping[str, float | None],
-    names: Names | None,
+def assembled(
+    saved: Saved, dialect: str, parts: Sequence[Part], scales: Scales, names: Names | None
 ) -> AdapterState:
     """The parts of the component that the model is, or of all of a pipeline, by PEFT's names."""
-    translation = Translation(saved, dialect, names)
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.component, []).append(part)
     component = None
     if names is not None and groups and not _is_whole_pipeline(saved, names, groups, scales):
         component = _component(saved, groups, names)
-        translation.left_out = tuple(sorted(groups.keys() - {component}))
+    left_out = () if component is None else tuple(sorted(groups.keys() - {component}))
     config = _config(saved, component or "")
-    scale_of: dict[str, float | None] = {}
-    for part in parts if component is None else groups[component]:
-        module = join(part.component, part.module) if component is None else part.module
-        if not part.letter:
-            translation.put(module, part.tensor)
-            continue
-        path = module if names is None else names.path(module, part.flat)
-        scale_of[path] = scales.get(part.place)
-        tensor = part.tensor
-        if part.leaf == "dora" and tensor.dim() > 1 and tensor.numel() != len(tensor):
-            raise UnsupportedAdapterError(
-                f"{saved.where}: {part.key} has shape {tuple(tensor.shape)}, a scale for each "
-                "input; DoRA here scales outputs (train with wd_on_output), or merge it into a "
-                "copy of the base model"
-            )
-        tensor = tensor.flatten() if part.letter == "m" else tensor
-        translation.add(path, part.letter, tensor, part.embedding)
-    for path in factor_sizes(translation.tensors):
-        scale = scale_of[path]
-        if scale is None and config is None:
-            scale = 1.0
-        if scale is not None:
-            translation.scales[path] = scale
-    _refuse_slices(saved, translation.tensors, parts)
-    return translation.state(config)
+    tensors: dict[str, Tensor] = {}
+    scale_of: dict[str, float] = {}
+    chosen = parts if component is None else groups[component]
+    for part in chosen:
+        name = join(part.component, part.module) if component is None else part.module
+        path = names.path(name, part.flat) if names and part.letter else name
+        key, tensor = _peft(saved, part, path, None if names is None else names.module(path))
+        if key in tensors:
+            raise CheckpointError(f"{saved.where} has two keys that mean {key}; keep one")
+        tensors[key] = tensor
+        scale = scales.get(part.place)
+        if part.letter and (scale is not None or config is None):
+            scale_of[path] = 1.0 if scale is None else scale
+    if any(part.leaf == "loralib" for part in parts):
+        _refuse_slices(saved, tensors)
+    if config is None:
+        letters = {part.letter for part in chosen}
+        config = PeftConfig(use_dora="m" in letters, lora_bias="b" in letters)
+    return AdapterState(config, tensors, f"{saved.where} ({dialect})", scale_of, dialect, left_out)
 
 
-def _refuse_slices(saved: Saved, tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> None:
+def _peft(saved: Saved, part: Part, path: str, module: nn.Module | None) -> tuple[str, Tensor]:
+    """A part by PEFT's key, in the dimensions of the weight of `module`."""
+    tensor, entry = part.tensor, None if module is None else lookup(module)
+    if not part.letter:
+        return path, tensor
+    if part.leaf == "dora" and tensor.dim() > 1 and tensor.numel() != len(tensor):
+        raise UnsupportedAdapterError(
+            f"{saved.where}: {part.key} has shape {tuple(tensor.shape)}, a scale for each "
+            "input; DoRA here scales outputs (train with wd_on_output), or merge it into a "
+            "copy of the base model"
+        )
+    if part.letter == "m":
+        return join(path, "lora_magnitude_vector"), tensor.flatten()
+    if part.letter == "b":
+        return join(path, "lora_B.bias"), tensor
+    if part.embedding or (entry is not None and entry.kind == "embedding"):
+        return join(path, f"lora_embedding_{part.letter}"), tensor
+    weight = getattr(module, "weight", None)
+    dims = weight.dim() if isinstance(weight, Tensor) else 0
+    if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and dims == 2:
+        tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
+    elif tensor.dim() == 2 and dims == 4:
+        tensor = tensor[..., None, None]
+    return join(path, f"lora_{part.letter}.weight"), tensor
+
+
+def _refuse_slices(saved: Saved, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnsupportedAdapterError for factors (G·r, K) and (N, r) of loralib's MergedLinear."""
-    if not any(part.leaf == "loralib" for part in parts):
-        return
     for path, (_, _, rank) in factor_sizes(tensors).items():
         b = tensors.get(join(path, "lora_B.weight"))
         columns = b.shape[1] if b is not None and b.dim() > 1 else 0
@@ -247,3 +256,16 @@ def _component(saved: Saved, groups: Mapping[str, Sequence[Part]], names: Names)
             f"say which by AdapterSource(..., component={fitting[0]!r})"
         )
     return fitting[0] if fitting else None
+
+
+def _alpha_of(key: str, tensor: Tensor) -> float:
+    """α from the tensor `key`; CheckpointError unless it is one finite number."""
+    value = float("nan")
+    if tensor.numel() == 1 and not tensor.is_complex():
+        value = float(tensor.item())
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{key} must be one finite number, it has shape {tuple(tensor.shape)} and dtype "
+            f"{tensor.dtype}"
+        )
+    return value

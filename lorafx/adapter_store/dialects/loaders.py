@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafx.adapter_store.dialects.dialect import Names
-from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, spelt
+from lorafx.adapter_store.dialects.names import Names
+from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, some
@@ -35,14 +35,13 @@ _EXPECTED = (
     ("diffusion_model.", {"A": "lora_A", "B": "lora_B"}),
     ("lora_unet_", {"A": "lora_down", "B": "lora_up"}),
 )
-#: s by `Part.place`, None where a configuration has it, or α is r.
-Scales = Mapping[str, float | None]
 
 
 def converted(
     parts: Sequence[Part],
     scales: Scales,
-    model: nn.Module,
+    model: Any,
+    names: Names,
     direct: AdapterState,
     assemble: Callable[[Sequence[Part], Scales], AdapterState],
 ) -> AdapterState | None:
@@ -51,7 +50,6 @@ def converted(
     and for modules that the model lacks; UnsupportedAdapterError for incomplete ones."""
     own = [part for part in parts if part.component in ("", *DENOISERS)]
     elsewhere = {part.component for part in parts} - {part.component for part in own}
-    names, where = Names(model), direct.where
     states: dict[str, AdapterState] = {}
     best, foreign = _fitting(direct, names), ""
     for variant in _variants(own) if 0 < len(own) <= _MOST_KEYS else ():
@@ -85,12 +83,12 @@ def converted(
         )
     if foreign and not states:
         raise CheckpointError(
-            f"{where}: diffusers' conversion of its names makes factors for {best} modules of this "
-            f"model, and for some that it does not have: {foreign}. Load it into the model that it "
-            "was made for, or leave these out by AdapterSource(..., ignore=[...])"
+            f"{direct.where}: diffusers' conversion of its names makes factors for {best} modules "
+            f"of this model, and for some that it does not have: {foreign}. Load it into the model "
+            "that it was made for, or leave these out by AdapterSource(..., ignore=[...])"
         )
     for state in states.values():
-        LOG.info("adapter in %s: its names were converted by diffusers", where)
+        LOG.info("adapter in %s: its names were converted by diffusers", direct.where)
         return state
     return None
 
@@ -144,14 +142,14 @@ def _parts(
 
 
 def _conversions(
-    variant: Mapping[str, Part], model: nn.Module
+    variant: Mapping[str, Part], model: Any
 ) -> Iterator[tuple[str, dict[str, tuple[Tensor, Sequence[Part]]], tuple[str, ...]]]:
     """What the loaders of pipelines with a model of this class make of these factors: the loader,
     its tensors and what they were made of by diffusers' keys, and the keys of the file whose
     tensors are lost. Conversions that fail, or that change no name, are left out."""
     config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
-    for name, loader in _loaders_of(type(model)):
+    for name, loader in _loaders_of(model.__class__):
         # Some scale in place.
         sources = {key: part.tensor.clone() for key, part in variant.items()}
         try:
@@ -172,7 +170,7 @@ def _conversions(
 
 
 @cache
-def _loaders_of(model: type) -> Sequence[tuple[str, Any]]:
+def _loaders_of(model: Any) -> Sequence[tuple[str, Any]]:
     """The loaders of pipelines with such a model, and those of which none says what it is made of.
     Names alone do not tell one family from another."""
     try:

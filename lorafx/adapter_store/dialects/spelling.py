@@ -1,4 +1,4 @@
-"""Names of tensors in adapters' files, by three tables: any prefix, any spelling of a path, any leaf.
+"""Names of tensors in adapters' files, by three tables: prefix, spelling of the module, leaf.
 
     prefix               path of a module                          leaf
     base_model.model.    model.layers.0.self_attn.q_proj           .lora_A.weight
@@ -57,6 +57,10 @@ _LEAF = re.compile(
 )
 _LETTERS = {"down": "A", "a": "A", "up": "B", "b": "B", "alpha": "alpha", "dora_scale": "m"}
 _PREFIX = re.compile("|".join(sorted(map(re.escape, PREFIXES), key=len, reverse=True)))
+
+
+#: s by `Part.place`, None where a configuration has it, or α is r.
+Scales = Mapping[str, float | None]
 
 
 class Part(NamedTuple):
