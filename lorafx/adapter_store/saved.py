@@ -74,7 +74,8 @@ class AdapterSource:
             hub ("owner/name"); the bytes of a file; or tensors by name.
         config: the fields of its dialect's configuration (adapter_config.json's) or a
             `peft.LoraConfig`; default: the one beside the tensors, or in safetensors metadata.
-        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; default: told by the keys.
+        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; default: told by the keys. Of
+            diffusers' and kohya's, dotted prefixes name components even beside a configuration.
         component: the component of a pipeline that this model is ("unet", "transformer",
             "text_encoder", ...); default: told by the names.
         key_mapping: regular expressions and replacements in module paths, applied in order, as in
