@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, operand
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
-from lorafx.program.weight_uses import RESHAPES, SAME_VALUE, Use
+from lorafx.program.weight_uses import PERMUTATIONS, RESHAPES, SAME_VALUE, Use
+
+#: They leave the argument's numbers as they are.
+_VIEWS = SAME_VALUE | RESHAPES | PERMUTATIONS | {torch.ops.aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class ModuleCall:
 
 def _source(node: Any) -> Any:
     """The node that a view or a cast, or several, have their values of."""
-    while isinstance(node, fx.Node) and (node.target in SAME_VALUE or node.target in RESHAPES):
+    while isinstance(node, fx.Node) and node.target in _VIEWS:
         node = operand(node)
     return node
 

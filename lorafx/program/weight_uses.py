@@ -53,6 +53,7 @@ RESHAPES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim}
     | {aten.squeeze.default, aten.squeeze.dims, aten.unsqueeze.default}
 )
+PERMUTATIONS = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def _index(carrier: _Carrier, user: fx.Node) -> Use:
 _Handler = Callable[[_Carrier, fx.Node], "_Carrier | Use | list[_Carrier | Use]"]
 _HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(SAME_VALUE, _same_value),
-    **dict.fromkeys((aten.t.default, aten.permute.default, aten.transpose.int), _permute),
+    **dict.fromkeys(PERMUTATIONS, _permute),
     aten.expand.default: _expand,
     **dict.fromkeys(RESHAPES, _reshape),
     aten.slice.Tensor: _slice,
