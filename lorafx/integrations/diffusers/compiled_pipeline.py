@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx import api
-from lorafx.adapter_store.checkpoint import dialect_of
-from lorafx.adapter_store.dialects.dialect import DENOISERS
+from lorafx.adapter_store.checkpoint import components as components_of
+from lorafx.adapter_store.dialects.spelling import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
 from lorafx.adapter_store.saved import AdapterSource, Source, read_source
 from lorafx.compiled_model.compiled import CompiledModel
@@ -436,7 +436,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     if it has a part for a model that is not compiled, or that the pipeline does not have."""
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = read_source(adapter)
-    in_files = dialect_of(saved, adapter.dialect).components(saved)
+    in_files = components_of(saved, adapter.dialect)
     components = getattr(pipe, "components", {})
     parts: dict[str, AdapterSource] = {}
     for name in in_files if adapter.component is None else (adapter.component,):
