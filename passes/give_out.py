@@ -24,10 +24,10 @@ from torch import fx
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import contractions, pointwise
-from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
+from lorafx.ownership.flow import Flow, called_by, operator_name, outputs, place, wrap
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
-from lorafx.ownership.propagate import called_by, flow_through, rule_for
+from lorafx.ownership.propagate import flow_through, rule_for
 from lorafx.ownership.site_rules import COPIES_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of

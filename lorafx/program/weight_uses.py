@@ -33,8 +33,8 @@ from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
+from lorafx.ownership.flow import called_by
 from lorafx.ownership.indexing import is_boolean
-from lorafx.ownership.propagate import called_by
 from lorafx.program.derived import FIXED, Axis, WeightForm, same_size
 from lorafx.program.frame import fake_value
 
