@@ -160,9 +160,10 @@ class MatchError(LorafxError):
 class ProvenanceError(LorafxError):
     """It cannot be proved which request a row belongs to, and the batch mixes adapters.
 
-    Way out: one adapter per batch is served. Declare the roles of arguments with
-    LoraConfig(row_dims=...); the message names the operator at which the proof ends, which the
-    model may avoid for rows of several requests.
+    Way out: one adapter per batch is served. Options(start="eager") follows rows by their values,
+    such as those of an index. Declare the roles of arguments with LoraConfig(row_dims=...); the
+    message names the operator at which the proof ends, which the model may avoid for rows of
+    several requests.
     """
 
 

@@ -389,6 +389,15 @@ def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
     assert dtypes == {torch.float32}
 
 
+def test_a_model_that_accelerate_offloads_is_refused_before_anything_changes(case_of):
+    model = case_of("llama").model()
+    accelerate.cpu_offload(model)
+    hooks = {path: getattr(m, "_hf_hook", None) for path, m in model.named_modules()}
+    with pytest.raises(CaptureError, match=r"weights of \S+ are offloaded by accelerate.*load the"):
+        lorafx.compile(model, options=REFERENCE)
+    assert hooks == {path: getattr(m, "_hf_hook", None) for path, m in model.named_modules()}
+
+
 def test_a_collator_that_asks_the_model_for_decoder_ids_gets_its_own(case_of):
     case = case_of("t5")
     cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
