@@ -115,6 +115,9 @@ def _ends(graph: fx.Graph) -> list[fx.Node]:
 def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
     # Entry i of a vector t in `picks` is the request of row i of x[:, t].
     flow.digits.update({node: Digit(0, ONE, flow.batch, node) for node in flow.picks})
+    for value in (value for node in graph.nodes for value in outputs(node)):
+        if isinstance(value, torch.Tensor):
+            flow.sizes.compare(value)
     for node in graph.nodes:
         if node in seeds:
             label = seeds[node]
