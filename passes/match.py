@@ -136,8 +136,9 @@ def _lost_calls(ctx: Context, seen: Set[Site]) -> Iterator[Refusal]:
 def _is_shared(item: FrameInput) -> bool:
     """Whether it is a tensor of the model, such as one in a dict, which counts as a result."""
     role = item.role
-    result = item.kind == "result" and role is not None and role.dim is None
-    return item.kind == "state" or (result and role.request is None)
+    if item.kind != "result" or role is None:
+        return item.kind == "state"
+    return role.dim is None and role.request is None
 
 
 def _multiplies(node: fx.Node) -> bool:

@@ -98,6 +98,18 @@ class EqualisedSubclass(Block):
         return self.a(h)
 
 
+class TransposingSubclass(Block):
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.weight @ x.transpose(1, 2)).transpose(1, 2)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
 class TwiceCalled(Block):
     def forward(self, h: Tensor) -> Tensor:
         return self.a(torch.tanh(self.a(h)))
