@@ -276,8 +276,8 @@ class Following(TorchDispatchMode):
         if kind is Kind.LIFT:
             # A number is as good as Python's; several are of an origin that is not known.
             several = results.numel() > 1
-            if several and self._uses is None:
-                return results
+            if used or (several and self._uses is None):
+                return results  # it is looked at where it is used
             codes: Sequence[int] = (
                 self._remembered.code(self.memory.look(results)) if several else NOBODYS,
             )

@@ -8,11 +8,11 @@ of a module has one product. All else is refused, wherever the code that uses th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.errors import MatchError
@@ -20,9 +20,9 @@ from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ByStorage, storage_key
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
-from lorafx.ownership.memory import storage_of
+from lorafx.ownership.memory import in_containers, storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import DISTINCT
+from lorafx.program.derived import DISTINCT, Holder, named_tensors, replaces
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
@@ -60,6 +60,14 @@ def _is_all_of(used: Tensor, whole: Tensor) -> bool:
     return used.numel() == whole.numel() and used.data_ptr() == whole.data_ptr()
 
 
+def _tensors_near(near: str, parent: nn.Module) -> Iterator[tuple[Tensor, Holder | None]]:
+    """Tensors that the module at `near` or a child holds, and where, if not in a container."""
+    for name, module in (("", parent), *parent.named_children()):
+        for attribute, value in named_tensors(module):
+            yield value, Holder(f"{near}.{name}".strip("."), module, attribute)
+    yield from ((value, None) for value in in_containers(parent))
+
+
 class WeightUses:
     """The uses of touched sites' weights by the operators that a call runs in Python."""
 
@@ -70,6 +78,8 @@ class WeightUses:
         self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
         #: Products with a site's weight in its module's call since its last mark, by path.
         self._products: dict[str, list[WeightProduct]] = {}
+        #: The paths of sites whose marks have added deltas.
+        self._marked: set[str] = set()
 
     @cached_property
     def _sites(self) -> ByStorage[Site]:
@@ -162,12 +172,28 @@ class WeightUses:
 
     def marked(self, mark: SiteMark) -> list[WeightProduct]:
         """The mark adds its delta. Returns the products that it follows."""
+        self._marked.add(mark.path)
         return self._products.pop(mark.path, [])
 
     @property
     def unmarked(self) -> Collection[str]:
         """The paths of sites with products that no mark has followed."""
         return self._products.keys()
+
+    @property
+    def replaced(self) -> str | None:
+        """Why a touched linear that nothing has used may have been computed without its weight, as
+        `match` finds it in graphs."""
+        unused: dict[str, list[Site]] = {}
+        for site in self._program.sites:
+            if site.path not in self._marked and self._program.is_touched(site):
+                unused.setdefault(site.path.rpartition(".")[0], []).append(site)
+        for near, sites in unused.items():
+            for value, holder in _tensors_near(near, self._program.graph.at(near)):
+                for site in sites:
+                    if replaces(site, near, value, value, holder):
+                        return f"{site.path}: nothing uses its weight, {holder or near} may hold it"
+        return None
 
     def of_unknown_origin(self, tensor: Tensor) -> str:
         """Why a call with adapters does not use this tensor."""
@@ -197,6 +223,7 @@ class WeightUses:
                 return True
             weights = weights or list(map(id, self._program.weights_of(site)))
             held = module._parameters.values()
-            if lookup(module) is not None and any(id(item) in weights for item in held):
+            known = lookup(module) is not None and self._program.graph.has(module)
+            if known and any(id(item) in weights for item in held):
                 return False
         return None

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, MatchError
+from lorafx.model.made_weights import maker_of
 from lorafx.model.module_graph import ByStorage
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
@@ -38,6 +39,7 @@ from lorafx.model.weight_formats import is_dense
 from lorafx.placements import local
 from lorafx.registry import lookup
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
+from lorafx.torch_internals.transforms import wrapped_by_transform
 
 if TYPE_CHECKING:
     from lorafx.program.frame import FrameInput
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 AnySize = Any  # int or SymInt
 #: How many distinct values a tensor needs to be compared with weights.
 DISTINCT = 16
+_ROUNDED = (torch.int8, torch.uint8)
 
 
 class Axis(NamedTuple):
@@ -446,6 +449,8 @@ class DerivedTensors:
             size, form = site.in_features * site.out_features, None
             rows = site.eligible.kind == "linear" and tensor.dim() > 1
             weight = self._program.weight_of(site)
+            if weight is not None and wrapped_by_transform(weight):
+                raise MatchError(f"{site.path}: its weight is another's in a transform")
             if rows and site.in_features in tensor.shape and tensor.numel() <= size:
                 weight = dense_weight(site)
                 if weight is not None and weight.device == tensor.device:
@@ -484,6 +489,20 @@ def is_near(path: str, module: str) -> bool:
     """Whether `path` is a child or a grandchild of `module`."""
     inside = not module or path.startswith(f"{module}.")
     return inside and path[len(module) + bool(module) :].count(".") <= 1
+
+
+def replaces(site: Site, near: str, tensor: Tensor, value: Tensor, holder: Holder | None) -> bool:
+    """Whether a forward of the module at `near` may compute with this tensor in the place of its
+    child `site`: with any matrix if the weight is unreadable, else with an attribute, a buffer or
+    an item of a container of as many columns. `value` has its sizes and dtype."""
+    if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
+        return False
+    if value.dim() < 2 or not (value.is_floating_point() or value.dtype in _ROUNDED):
+        return False
+    if holder is not None and (holder.is_own_weight or not is_near(str(holder), near)):
+        return False
+    fits = not isinstance(tensor, nn.Parameter) and site.in_features in value.shape
+    return fits or not has_numbers(site)
 
 
 def is_numbers(tensor: Tensor) -> bool:
