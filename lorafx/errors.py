@@ -205,6 +205,8 @@ class LoweringError(LorafxError):
 
 #: Least similarity of two near names by difflib, from 0 to 1. At 0.4 "conv" was near "fc_in".
 _SIMILARITY = 0.6
+#: Longer names are near none: the time of a comparison grows with their length.
+_LONGEST = 1024
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
@@ -224,6 +226,8 @@ def nearest(
 ) -> str:
     """A sentence fragment naming the candidates closest to `name`, with `prefix` before each; empty
     if none has a similarity of `cutoff` or differs in one character."""
+    if len(name) > _LONGEST:
+        return ""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     typos = {other for other in known if other not in close and _one_typo_apart(name, other)}

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.extras import EXTRAS
@@ -29,8 +30,9 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, in_order, operand, rebind
+from lorafx.ownership.contractions import PRODUCTS
 from lorafx.ownership.flow import place, plain_path
-from lorafx.ownership.propagate import ancestors
+from lorafx.ownership.propagate import ancestors, called_by
 from lorafx.program.context import (
     CONV_OP,
     EMBEDDING_OP,
@@ -41,7 +43,7 @@ from lorafx.program.context import (
     Refusal,
     is_site,
 )
-from lorafx.program.derived import has_numbers, is_near
+from lorafx.program.derived import replaces
 from lorafx.program.expert_sites import insert_expert_sites, nonnegative
 from lorafx.program.frame import MADE, FrameInput, fake_value
 from lorafx.program.module_calls import ModuleCall
@@ -73,6 +75,8 @@ _MADE = (
     "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
     "forward multiplies is not known"
 )
+_OTHER_WEIGHT = "its module is called with another weight, in a transform of torch.func"
+_PRODUCTS = {*PRODUCTS, aten.linear, aten.embedding, aten.convolution}
 _USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
@@ -80,22 +84,14 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute without their weight.
 
     No graph has used the site yet, or this one uses only parts of its weight (`in_parts`), and its
-    parent computes with another tensor: with any matrix if the weight is unreadable, else with an
-    attribute or buffer of as many columns.
+    parent computes with another tensor (`replaces`).
     """
     frame, program = ctx.frame, ctx.program
-    matrices = [
-        (node, item.holder)
-        for node, item in frame.by_node.items()
-        if item.kind == "state" and item.holder is not None and _is_matrix(node)
-        if not item.holder.is_own_weight
-    ]
-    if not matrices:
+    states = [(n, item) for n, item in frame.by_node.items() if _is_shared(item) and n.users]
+    if not states:
         return
     identities, paths = _running_modules(ctx.graph)
     for site in program.sites:
-        if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
-            continue
         if site.path in program.reached and site not in in_parts:
             continue
         near = site.path.rpartition(".")[0]
@@ -107,11 +103,10 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
             runs = runs and id(parent) not in frame.callers
         if not runs:
             continue
-        readable = has_numbers(site)
-        for node, holder in matrices:
-            value = fake_value(node)
-            fits = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
-            if is_near(str(holder), near) and (fits or not readable):
+        for node, item in states:
+            value, holder = fake_value(node), item.holder
+            tensor = value if holder is None else holder.tensor
+            if replaces(site, near, tensor, value, holder):
                 program.reached.add(site.path)
                 program.replaced.add(site.path)
                 parts = site in in_parts
@@ -119,10 +114,35 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
                 yield Refusal(
                     (site,),
                     "always",
-                    f"{used}, but {near or 'the model'} computes with {holder}, which may have "
-                    "been made from it",
+                    f"{used}, but {near or 'the model'} computes with {item.label}, which may "
+                    "have been made from it",
                 )
                 break
+
+
+def _lost_calls(ctx: Context, seen: Set[Site]) -> Iterator[Refusal]:
+    """Refusals of sites whose modules are called here without their weight or mark, such as by
+    `torch.func.functional_call` under `vmap`."""
+    identities, _ = _running_modules(ctx.graph)
+    for site in ctx.program.sites:
+        called = str(id(site.module)) in identities and id(site.module) not in ctx.frame.callers
+        plain = site.eligible.kind in _USE_KINDS.values() and not site.has_own_forward
+        if not called or not plain or site in seen:
+            continue
+        if any(_multiplies(node) and ctx.inside(node, site.module) for node in ctx.graph.nodes):
+            yield Refusal((site,), "always", _OTHER_WEIGHT)
+
+
+def _is_shared(item: FrameInput) -> bool:
+    """Whether it is a tensor of the model, such as one in a dict, which counts as a result."""
+    role = item.role
+    if item.kind != "result" or role is None:
+        return item.kind == "state"
+    return role.dim is None and role.request is None
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return node.op == "call_function" and called_by(node) in _PRODUCTS
 
 
 def _constant_weights(ctx: Context) -> Iterator[Refusal]:
@@ -133,11 +153,6 @@ def _constant_weights(ctx: Context) -> Iterator[Refusal]:
         if derived is not None:
             reason = f"its values were read, and are constants of the graph ({place(node)})"
             yield Refusal(derived.sites, "always", reason)
-
-
-def _is_matrix(node: fx.Node) -> bool:
-    value = fake_value(node)
-    return bool(node.users) and value.dim() > 1 and value.is_floating_point()
 
 
 def _running_modules(graph: fx.Graph) -> tuple[set[str], set[str]]:
@@ -183,7 +198,7 @@ class Match:
         uses = _uses(ctx)
         # A module that multiplies by blocks of W may return anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: _use_behind(bound(mark)["y"], products)[0] for mark in marks}
+        origins = {mark: _origin(mark, products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
@@ -202,7 +217,8 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        for refusal in (*_replaced_sites(ctx, seen - whole), *_constant_weights(ctx)):
+        found = _replaced_sites(ctx, seen - whole), _lost_calls(ctx, seen), _constant_weights(ctx)
+        for refusal in chain.from_iterable(found):
             ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
@@ -247,6 +263,13 @@ class Match:
         for state in (state for states in ctx.states.values() for state in states):
             state.use = state.use and _current(state.use, moved)
         return edits
+
+
+def _origin(mark: fx.Node, products: dict[fx.Node, Use]) -> Use | None:
+    """The use whose result the mark adds its delta to. That of W times a number has a delta times
+    the number, so the delta moves there."""
+    use, _ = _use_behind(bound(mark)["y"], products)
+    return None if use is None or use.gains else use
 
 
 def _settle_calls(

@@ -36,6 +36,7 @@ from lorafx.kernels.ops.op_library import flat
 from lorafx.kernels.triton.source import KERNELS, Spec, generator_hash, source
 from lorafx.kernels.triton.tiles import Architecture, Tiles
 from lorafx.torch_internals import triton_compat
+from lorafx.torch_internals.versions import check_triton
 
 #: Kernels that launch first and whose result another kernel reads.
 FIRST = ("shrink", "shrink_rows", "split")
@@ -70,6 +71,7 @@ def key_of(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> 
 
 
 def load(kernel: str, spec: Spec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
+    check_triton()
     key = key_of(kernel, spec, tiles, arch)
     folder = cache_folder() / "triton"
     path = folder / f"{kernel}_{key}.py"

@@ -36,7 +36,9 @@ class InPython(Following):
         assert self._uses is not None
         returned = (site.path for sites in self._weights.values() for site in sites)
         paths = ", ".join([*returned, *self._uses.unmarked])
-        return f"{paths}: its weight is returned, or used after its delta" if paths else None
+        if paths:
+            return f"{paths}: its weight is returned, or used after its delta"
+        return self._uses.replaced
 
 
 class WatchedInPython(InPython):

@@ -8,20 +8,21 @@ of a module has one product. All else is refused, wherever the code that uses th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.errors import MatchError
 from lorafx.model.marks import SiteMark
+from lorafx.model.module_graph import ByStorage, storage_key
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
-from lorafx.ownership.memory import storage_of
+from lorafx.ownership.memory import in_containers, storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import DISTINCT, overlap
+from lorafx.program.derived import DISTINCT, Holder, named_tensors, replaces
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
@@ -59,6 +60,14 @@ def _is_all_of(used: Tensor, whole: Tensor) -> bool:
     return used.numel() == whole.numel() and used.data_ptr() == whole.data_ptr()
 
 
+def _tensors_near(near: str, parent: nn.Module) -> Iterator[tuple[Tensor, Holder | None]]:
+    """Tensors that the module at `near` or a child holds, and where, if not in a container."""
+    for name, module in (("", parent), *parent.named_children()):
+        for attribute, value in named_tensors(module):
+            yield value, Holder(f"{near}.{name}".strip("."), module, attribute)
+    yield from ((value, None) for value in in_containers(parent))
+
+
 class WeightUses:
     """The uses of touched sites' weights by the operators that a call runs in Python."""
 
@@ -69,22 +78,22 @@ class WeightUses:
         self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
         #: Products with a site's weight in its module's call since its last mark, by path.
         self._products: dict[str, list[WeightProduct]] = {}
+        #: The paths of sites whose marks have added deltas.
+        self._marked: set[str] = set()
 
     @cached_property
-    def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
-        """The touched sites, with the plain tensors that hold their weights, and the biases that
-        adapters change, by storage; none for untouched ones."""
-        sites: dict[int, list[tuple[Site, Tensor]]] = {}
+    def _sites(self) -> ByStorage[Site]:
+        """The sites by the plain tensors that hold their weights, and the biases that adapters
+        change."""
+        sites: list[tuple[Site, Tensor]] = []
         extras = self._program.batch.extras
         changed = {*extras.get("own", ()), *extras.get("bias", ())}
         for site in self._program.sites:
             bias = getattr(site.module, "bias", None) if site.path in changed else None
             biases = [bias] if isinstance(bias, Tensor) else []
             for weight in (*self._program.weights_of(site), *biases):
-                for part in plain_tensors(weight):
-                    touched = sites.setdefault(storage_of(part) or 0, [])
-                    touched += [(site, part)] if self._program.is_touched(site) else []
-        return sites
+                sites += ((site, part) for part in plain_tensors(weight))
+        return ByStorage(sites)
 
     @property
     def makes_weights(self) -> bool:
@@ -93,21 +102,18 @@ class WeightUses:
 
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
-        storage = storage_of(tensor)
-        if storage is not None:
-            return self._stored(storage, tensor)
-        parts = (self._stored(storage_of(part) or 0, part) for part in plain_tensors(tensor))
-        known = [sites for sites in parts if sites is not None]
+        parts = [tensor] if storage_of(tensor) is not None else plain_tensors(tensor)
+        known = [sites for sites in map(self._stored, parts) if sites is not None]
         return [site for sites in known for site in sites] if known else None
 
-    def _stored(self, storage: int, tensor: Tensor) -> list[Site] | None:
-        made, known = self._made.get(storage), self._sites.get(storage)
+    def _stored(self, tensor: Tensor) -> list[Site] | None:
+        made = self._made.get(storage_key(tensor))
         if made is not None and not made[0].expired():
             return made[1]
-        if not known:
-            return None if known is None else []
-        some = tensor.numel() > 0
-        return [site for site, part in known if some and part.numel() and overlap(tensor, part)]
+        if not self._sites.beside(tensor):
+            return None
+        sites = (site for site, _ in self._sites.overlapping(tensor))
+        return list(filter(self._program.is_touched, sites))
 
     def copied(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites of whose weights the tensor has copies; None if it is no copy."""
@@ -166,12 +172,28 @@ class WeightUses:
 
     def marked(self, mark: SiteMark) -> list[WeightProduct]:
         """The mark adds its delta. Returns the products that it follows."""
+        self._marked.add(mark.path)
         return self._products.pop(mark.path, [])
 
     @property
     def unmarked(self) -> Collection[str]:
         """The paths of sites with products that no mark has followed."""
         return self._products.keys()
+
+    @property
+    def replaced(self) -> str | None:
+        """Why a touched linear that nothing has used may have been computed without its weight, as
+        `match` finds it in graphs."""
+        unused: dict[str, list[Site]] = {}
+        for site in self._program.sites:
+            if site.path not in self._marked and self._program.is_touched(site):
+                unused.setdefault(site.path.rpartition(".")[0], []).append(site)
+        for near, sites in unused.items():
+            for value, holder in _tensors_near(near, self._program.graph.at(near)):
+                for site in sites:
+                    if replaces(site, near, value, value, holder):
+                        return f"{site.path}: nothing uses its weight, {holder or near} may hold it"
+        return None
 
     def of_unknown_origin(self, tensor: Tensor) -> str:
         """Why a call with adapters does not use this tensor."""
@@ -201,6 +223,7 @@ class WeightUses:
                 return True
             weights = weights or list(map(id, self._program.weights_of(site)))
             held = module._parameters.values()
-            if lookup(module) is not None and any(id(item) in weights for item in held):
+            known = lookup(module) is not None and self._program.graph.has(module)
+            if known and any(id(item) in weights for item in held):
                 return False
         return None

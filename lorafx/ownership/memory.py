@@ -541,7 +541,7 @@ class TensorVersions:
         self._known = {
             id(tensor): (weakref.ref(tensor), state_of(tensor, digested=False))
             for tensor in tensors
-            if not tensor.is_inference()
+            if not tensor.is_inference() and storage_of(tensor) is not None
         }
 
     def unwritten(self, tensor: object) -> bool:

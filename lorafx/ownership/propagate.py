@@ -15,7 +15,7 @@ Where Python took the batch apart, tensors belong to a single request:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import sympy
@@ -90,15 +90,17 @@ def flow_through(
         withheld |= spoilt
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they are computed from."""
+def ancestors(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] = lambda _: True
+) -> set[fx.Node]:
+    """The nodes, and all that they are computed from; up to those for which `through` is false."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(node.all_input_nodes if through(node) else ())
     return found
 
 
@@ -113,6 +115,9 @@ def _ends(graph: fx.Graph) -> list[fx.Node]:
 def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
     # Entry i of a vector t in `picks` is the request of row i of x[:, t].
     flow.digits.update({node: Digit(0, ONE, flow.batch, node) for node in flow.picks})
+    for value in (value for node in graph.nodes for value in outputs(node)):
+        if isinstance(value, torch.Tensor):
+            flow.sizes.compare(value)
     for node in graph.nodes:
         if node in seeds:
             label = seeds[node]

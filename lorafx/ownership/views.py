@@ -172,7 +172,9 @@ def selected(node: fx.Node, flow: Flow, dim: int) -> int | None:
 def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
     args, n = bound(node), ndim(node, flow)
     a, b = sorted(wrap(args[k], n) for k in ("dim1", "dim2"))
-    return None if dim in (a, b) else dim - (dim > a) - (dim > b)
+    if dim in (a, b):  # its index goes along the result's last dimension
+        return None if args["offset"] else n - 2
+    return dim - (dim > a) - (dim > b)
 
 
 def untouched(name: str) -> Renumber:

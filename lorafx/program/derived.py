@@ -30,14 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafx.errors import ConfigError
-from lorafx.model.module_graph import storage_key
+from lorafx.errors import ConfigError, MatchError
+from lorafx.model.made_weights import maker_of
+from lorafx.model.module_graph import ByStorage
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
 from lorafx.placements import local
 from lorafx.registry import lookup
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily
+from lorafx.torch_internals.transforms import wrapped_by_transform
 
 if TYPE_CHECKING:
     from lorafx.program.frame import FrameInput
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 AnySize = Any  # int or SymInt
 #: How many distinct values a tensor needs to be compared with weights.
 DISTINCT = 16
+_ROUNDED = (torch.int8, torch.uint8)
 
 
 class Axis(NamedTuple):
@@ -279,8 +282,9 @@ class Holder:
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
     @property
-    def tensor(self) -> Tensor:
-        return getattr(self.module, self.attribute)
+    def tensor(self) -> Any:
+        """What it holds now; None if the attribute is gone."""
+        return getattr(self.module, self.attribute, None)
 
     @property
     def local(self) -> Tensor:
@@ -407,20 +411,16 @@ class DerivedTensors:
             ):
                 yield site
 
-    def _sites_by_storage(self) -> dict[int, list[Site]]:
-        sites: dict[int, list[Site]] = {}
-        for site in self._program.sites:
-            weight = self._program.weight_of(site)
-            if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv"):
-                sites.setdefault(storage_key(weight), []).append(site)
-        return sites
+    def _sites_by_storage(self) -> ByStorage[Site]:
+        weights = ((site, self._program.weight_of(site)) for site in self._program.sites)
+        return ByStorage(
+            (site, weight)
+            for site, weight in weights
+            if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv")
+        )
 
-    def _by_storage(self, tensor: Tensor, sites: Mapping[int, list[Site]]) -> Derived | None:
-        for site in sites.get(storage_key(tensor), ()):
-            weight = self._program.weight_of(site)
-            assert weight is not None
-            if not overlap(tensor, weight):
-                continue  # packed siblings share a storage
+    def _by_storage(self, tensor: Tensor, sites: ByStorage[Site]) -> Derived | None:
+        for site, weight in sites.overlapping(tensor):
             transposed = site.eligible.transposed
             form = None
             if tensor.dtype == weight.dtype and weight.dim() == 2:
@@ -449,6 +449,8 @@ class DerivedTensors:
             size, form = site.in_features * site.out_features, None
             rows = site.eligible.kind == "linear" and tensor.dim() > 1
             weight = self._program.weight_of(site)
+            if weight is not None and wrapped_by_transform(weight):
+                raise MatchError(f"{site.path}: its weight is another's in a transform")
             if rows and site.in_features in tensor.shape and tensor.numel() <= size:
                 weight = dense_weight(site)
                 if weight is not None and weight.device == tensor.device:
@@ -489,6 +491,20 @@ def is_near(path: str, module: str) -> bool:
     return inside and path[len(module) + bool(module) :].count(".") <= 1
 
 
+def replaces(site: Site, near: str, tensor: Tensor, value: Tensor, holder: Holder | None) -> bool:
+    """Whether a forward of the module at `near` may compute with this tensor in the place of its
+    child `site`: with any matrix if the weight is unreadable, else with an attribute, a buffer or
+    an item of a container of as many columns. `value` has its sizes and dtype."""
+    if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
+        return False
+    if value.dim() < 2 or not (value.is_floating_point() or value.dtype in _ROUNDED):
+        return False
+    if holder is not None and (holder.is_own_weight or not is_near(str(holder), near)):
+        return False
+    fits = not isinstance(tensor, nn.Parameter) and site.in_features in value.shape
+    return fits or not has_numbers(site)
+
+
 def is_numbers(tensor: Tensor) -> bool:
     """Whether a tensor holds plain, dense floating-point numbers."""
     return is_dense(tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
@@ -520,16 +536,3 @@ def is_varied(tensor: Tensor) -> bool:
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // (8 * DISTINCT))
     return len(flat[::step].unique()) >= DISTINCT
-
-
-def overlap(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether the byte ranges of two tensors of a storage overlap."""
-    (start, stop), (other_start, other_stop) = _byte_range(tensor), _byte_range(weight)
-    return start < other_stop and other_start < stop
-
-
-def _byte_range(tensor: Tensor) -> tuple[int, int]:
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = sum((size - 1) * stride for size, stride in pairs if size)
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + (extent + 1) * tensor.element_size()

@@ -47,6 +47,7 @@ from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program
 from lorafx.runtime.collection import collection_paused
 from lorafx.runtime.session import sessions
+from lorafx.torch_internals.versions import check_triton
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,11 @@ def _mark(
 
 def _resolved(options: Options, device: torch.device) -> Options:
     """`options` with "auto" resolved: Triton on CUDA and ROCm devices, else Inductor; on a CPU
-    without a C++ compiler plain aten, with a warning."""
+    without a C++ compiler plain aten, with a warning. Raises UnsupportedVersionError for a triton
+    that is not torch's own where its kernels run."""
+    if options.lowering == "triton" or (options.lowering == "auto" and device.type == "cuda"):
+        check_triton()
+        return replace(options, lowering="triton")
     if options.lowering != "auto":
         return options
     if device.type == "cpu":
@@ -173,7 +178,7 @@ def _resolved(options: Options, device: torch.device) -> Options:
         except LoweringError as error:
             warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=4)
             return replace(options, lowering="reference")
-    return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
+    return replace(options, lowering="inductor")
 
 
 # --- the user's request ---

@@ -85,8 +85,8 @@ def triton_of_torch() -> str | None:
 
 @cache
 def check() -> None:
-    """Warn of a torch that is newer than tested. Raises UnsupportedVersionError if a package is too
-    old, triton is not that of torch, or torch is not installed."""
+    """Warn of a torch that is newer than tested, and of a triton that is not torch's own. Raises
+    UnsupportedVersionError if a package is too old, or torch is not installed."""
     if installed("torch") is None:
         raise UnsupportedVersionError(
             f'lorafx needs torch: pip install "torch=={TESTED["torch"][-2]}.*"'
@@ -106,12 +106,25 @@ def check() -> None:
                 "is left out, so compiling may take longer; `lorafx doctor` shows what works",
                 *(version, tested[0], tested[-1]),
             )
+    if (mismatch := _triton_mismatch()) is not None:
+        LOG.warning("%s. On a CPU no kernel of Triton's needs it", mismatch)
+
+
+def _triton_mismatch() -> str | None:
     own, needed = installed("triton"), triton_of_torch()
-    if own is not None and needed is not None and numbers(own) != numbers(needed):
-        raise UnsupportedVersionError(
-            f"torch {installed('torch')} was built with triton {needed}, and this is triton {own}: "
-            f'pip install "triton=={".".join(map(str, numbers(needed)))}.*"'
-        )
+    if own is None or needed is None or numbers(own) == numbers(needed):
+        return None
+    return (
+        f"torch {installed('torch')} was built with triton {needed}, and this is triton {own}: "
+        f'pip install "triton=={".".join(map(str, numbers(needed)))}.*"'
+    )
+
+
+@cache
+def check_triton() -> None:
+    """Raises UnsupportedVersionError if Triton's kernels cannot run: triton is not torch's own."""
+    if (mismatch := _triton_mismatch()) is not None:
+        raise UnsupportedVersionError(mismatch)
 
 
 @contextmanager

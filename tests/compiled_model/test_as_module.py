@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -298,8 +299,19 @@ def test_training_mode_is_the_models(cm):
         assert cm.train() is cm
     assert cm._orig_mod.training
     assert all(m.training for m in cm.modules())
-    cm.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lorafx.LorafxWarning)
+        cm.train()  # once
+        cm.eval()
     assert not any(m.training for m in (cm, *cm._orig_mod.modules()))
+    cm._orig_mod.train()
+    ids = torch.tensor([[5, 6]])
+    with pytest.warns(lorafx.LorafxWarning, match="dropout is active"):
+        cm(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lorafx.LorafxWarning)
+        cm(ids)
+    cm.eval()
 
 
 @pytest.mark.parametrize(
@@ -375,6 +387,15 @@ def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
     check_same(cm, shallow, want)
     cm.generate(**INPUTS, **SHORT, adapter_names=NAMES)
     assert dtypes == {torch.float32}
+
+
+def test_a_model_that_accelerate_offloads_is_refused_before_anything_changes(case_of):
+    model = case_of("llama").model()
+    accelerate.cpu_offload(model)
+    hooks = {path: getattr(m, "_hf_hook", None) for path, m in model.named_modules()}
+    with pytest.raises(CaptureError, match=r"weights of \S+ are offloaded by accelerate.*load the"):
+        lorafx.compile(model, options=REFERENCE)
+    assert hooks == {path: getattr(m, "_hf_hook", None) for path, m in model.named_modules()}
 
 
 def test_a_collator_that_asks_the_model_for_decoder_ids_gets_its_own(case_of):

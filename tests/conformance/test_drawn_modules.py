@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 #: Programs that once found something.
-KEPT: tuple[Program, ...] = ()
+KEPT: tuple[Program, ...] = (
+    Program(("SequenceFirst", "ActingSubclass"), ("", "b"), ("b", "b")),  # a product expands x
+)
 
 programs = st.builds(
     Program,

@@ -86,6 +86,30 @@ class ActingSubclass(Block):
         return self.a(h)
 
 
+class EqualisedSubclass(Block):
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 0.3, self.bias)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
+class TransposingSubclass(Block):
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.weight @ x.transpose(1, 2)).transpose(1, 2)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
 class TwiceCalled(Block):
     def forward(self, h: Tensor) -> Tensor:
         return self.a(torch.tanh(self.a(h)))
@@ -291,6 +315,69 @@ class CopiedIntoClosure(Block):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.product(h)
+
+
+class ScaledCopy(Block):
+    """No copy of rows, so it is refused."""
+
+    def derive(self) -> None:
+        self.copy = self.a.weight.detach() * 3
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.copy)
+
+
+class ScaledCopyInDict(Block):
+    def derive(self) -> None:
+        self.held = {"weight": self.a.weight.detach() * 3}
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.held["weight"])
+
+
+class RoundedCopy(Block):
+    def derive(self) -> None:
+        self.scale = self.a.weight.detach().abs().amax() / 127
+        self.copy = (self.a.weight.detach() / self.scale).round().to(torch.int8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.copy.to(h.dtype) * self.scale)
+
+
+class CopiedByNumpy(Block):
+    def derive(self) -> None:
+        self.copy = self.a.weight.detach().numpy().copy()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, torch.from_numpy(self.copy))
+
+
+class HeldOutside(Block):
+    """A module that the model does not list as its own has the parameter, too."""
+
+    def derive(self) -> None:
+        linear = nn.Linear(D, D, bias=False)
+        linear.weight = self.a.weight
+        self.held = [linear]
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.held[0](h)
+
+
+class StackedState(Block):
+    """An ensemble, as in torch's tutorial on it."""
+
+    def make(self) -> None:
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+    def derive(self) -> None:
+        self.weights, _ = torch.func.stack_module_state([self.a, self.b])
+
+    def forward(self, h: Tensor) -> Tensor:
+        def run(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.a, weights, (h,))
+
+        return torch.vmap(run)(self.weights).sum(0)
 
 
 class Viewed(Block):

@@ -224,7 +224,26 @@ class Plain(Deep):
         return F.linear(x.reshape(-1, K), self.weight, self.bias).view(*x.shape[:-1], N)
 
 
-@pytest.mark.parametrize("cls", [Plain, Positions])
+class SequenceFirst(Deep):
+    """A product of a view that is not contiguous, which torch expands first."""
+
+    def __init__(self) -> None:
+        super().__init__(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return torch.relu(F.linear(x, self.weight, self.bias))
+
+
+class ByColumns(Deep):
+    def __init__(self) -> None:
+        super().__init__(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.weight @ x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("cls", [Plain, Positions, SequenceFirst, ByColumns])
 def test_views_and_other_operands_change_no_input(tmp_path: Path, cls: Any) -> None:
     case, x = changing_case(cls, tmp_path)
     with warnings.catch_warnings():

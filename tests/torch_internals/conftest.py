@@ -12,7 +12,7 @@ from lorafx.torch_internals import shortcuts, versions
 @pytest.fixture
 def unlearnt() -> Iterator[None]:
     """What was found out about what is installed is not known, before and after the test."""
-    caches = (versions.check, shortcuts._on_by_default)
+    caches = (versions.check, versions.check_triton, shortcuts._on_by_default)
     for cache in caches:
         cache.cache_clear()
     yield

@@ -67,7 +67,7 @@ def test_the_text_has_a_line_for_each_part_and_shortcut(run, batch, faked) -> No
     ("found", "wrong"),
     [
         ({"torch": "2.10.0"}, "lorafx needs torch 2.11 or later, and this is torch 2.10.0: "),
-        ({"triton": "2.0.1"}, ", and this is triton 2.0.1: pip install "),
+        ({"transformers": "4.57.1"}, "lorafx needs transformers 5.0 or later, and this is "),
     ],
 )
 def test_a_version_that_is_refused_is_a_fault(run, faked, batch, found, wrong: str) -> None:

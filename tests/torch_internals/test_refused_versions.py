@@ -50,6 +50,16 @@ def test_a_version_that_is_refused_is_one_sentence(
     assert issubclass(lorafx.UnsupportedVersionError, lorafx.LorafxError)
 
 
+def test_another_triton_is_refused_only_where_its_kernels_run(
+    faked: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    faked(triton="2.0.1")
+    small()
+    assert [r.getMessage() for r in caplog.records if "this is triton 2.0.1" in r.getMessage()]
+    with pytest.raises(UnsupportedVersionError, match=r"and this is triton 2\.0\.1: pip install"):
+        small(lowering="triton")
+
+
 def test_it_is_said_before_torch_is_imported() -> None:
     program = (
         "import sys, importlib.metadata as m; real = m.version\n"

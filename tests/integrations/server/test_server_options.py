@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import os
 import re
+import shutil
 import signal
 import ssl
 import sys
@@ -187,3 +189,13 @@ def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd)
     assert plain(PATH, talking.result()).strip() == files.text("a2", ids, 5)
     shown = capfd.readouterr()
     assert re.search(rf"serving 'one' and 2 adapters on https://\S+:{port}/v1", shown.out)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(files, tmp_path):
+    model = tmp_path / "no words"
+    shutil.copytree(files.model, model)
+    for file in model.glob("*token*"):
+        file.unlink()
+    refused = pytest.raises(ConfigError, match=r"no words has no tokenizer that can be read")
+    with refused, serving(dataclasses.replace(files, model=model)):
+        pass
