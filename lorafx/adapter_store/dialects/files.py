@@ -77,9 +77,10 @@ def state(
     direct = assemble(factors, scales)
     if names is None or not names.lost(direct):
         return direct
-    converted = denoiser and loaders.converted(factors, scales, model, names, direct, assemble)
-    if converted:
-        return converted
+    if denoiser:
+        direct = loaders.converted(factors, scales, model, names, direct, assemble)
+    if not names.lost(direct):
+        return direct
     here = [part for part in factors if part.flat and part.component not in direct.left_out]
     here = [part for part in here if names.path(part.module, flat=True) == part.module]
     if unknown := list(dict.fromkeys(p.module for p in here if not names.has(p.module))):
