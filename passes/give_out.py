@@ -24,16 +24,16 @@ from torch import fx
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import contractions, pointwise
-from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
+from lorafx.ownership.flow import Flow, called_by, operator_name, outputs, place, wrap
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
-from lorafx.ownership.propagate import called_by, flow_through, rule_for
+from lorafx.ownership.propagate import flow_through, rule_for
 from lorafx.ownership.site_rules import COPIES_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
-from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx
+from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx, tree_leaves
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -116,16 +116,24 @@ class Vectorizer:
         return self._vmapped(node, target, self.copies)
 
     def _of_images(self, node: fx.Node) -> fx.Node:
-        """An operator on images (1, C, …): its copies (n, 1, C, …) are n images."""
+        """An operator on images (k, C, …): its copies (n, k, C, …) are n·k images."""
         image = operand(node)
-        others = [arg for arg in node.all_input_nodes if arg is not image and arg in self.copies]
-        if others or self.flow.shape(image)[0] != ONE:
-            raise NoCopy(node, "several images, or a kernel of each request")
-        images = self.emit(aten.squeeze.dim, self.copies[image], 1)
+        if any(arg is not image and arg in self.copies for arg in node.all_input_nodes):
+            raise NoCopy(node, "a kernel of each request")
+        images = self._as_images(self.copies[image])
         args, kwargs = fx.node.map_arg(
             (node.args, dict(node.kwargs)), lambda arg: images if arg is image else arg
         )
-        return self.emit(aten.unsqueeze.default, self.emit(node.target, *args, **kwargs), 1)
+        return self.of_requests(self.emit(node.target, *args, **kwargs))
+
+    def _as_images(self, copies: fx.Node) -> fx.Node:
+        sizes = [self.size_of(copies, d) for d in range(2, fake_value(copies).dim())]
+        return self.emit(aten.reshape.default, copies, [-1, *sizes])
+
+    def of_requests(self, images: fx.Node) -> fx.Node:
+        """Copies (n, k, C, …) of n·k images."""
+        sizes = [self.size_of(images, d) for d in range(1, fake_value(images).dim())]
+        return self.emit(aten.reshape.default, images, [self.count, -1, *sizes])
 
     def _vmapped(self, node: fx.Node, target: Any, by_request: Mapping[fx.Node, Copies]) -> Copies:
         """target(...) for each request, from (n, …) of the operands in `by_request`."""
@@ -153,23 +161,20 @@ class Vectorizer:
         x, y = call[name], call["y"]
         if any(arg in self.copies for arg in node.all_input_nodes if arg not in (x, y)):
             raise NoCopy(node, "its factors depend on requests")
-        images = op is CONV_OP  # (1, C, …): copies (n, 1, C, …) are n images
+        images = op is CONV_OP
         rows = self.flow.shape(y)[: 1 if images else -1]
-        if self.flow.shape(x)[: len(rows)] != rows or (images and rows != (ONE,)):
+        if self.flow.shape(x)[: len(rows)] != rows:
             raise NoCopy(node, "x and y have rows of other sizes")
 
         try:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
             if images:
-                copies = {k: self.emit(aten.squeeze.dim, v, 1) for k, v in copies.items()}
+                copies = {k: self._as_images(v) for k, v in copies.items()}
             new = self.emit(op, *in_order(op, call, **copies))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NoCopy(node, _of_copies(error)) from error
         new.meta[COPIES_DIM] = 0
         return new
-
-    def copies_of_site(self, node: fx.Node, new: fx.Node) -> fx.Node:
-        return self.emit(aten.unsqueeze.default, new, 1) if node.target is CONV_OP else new
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
@@ -253,10 +258,15 @@ class Vectorizer:
         repeats[d] = 1
         if any(flow.size(times) != ONE for times in repeats):
             copies = self.emit(aten.repeat.default, copies, [1, *repeats])
-        order = [*range(1, d + 1), 0, *range(d + 1, n + 1)]
-        copies = self.emit(aten.permute.default, copies, order)
-        sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
-        return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
+        return self._side_by_side(copies, d)
+
+    def _side_by_side(self, copies: fx.Node, dim: int) -> fx.Node:
+        """Copies (n, …) as parts of dimension `dim`, one behind the other."""
+        ndim = fake_value(copies).dim()
+        order = [*range(1, dim + 1), 0, *range(dim + 1, ndim)]
+        moved = self.emit(aten.permute.default, copies, order)
+        sizes = [self.size_of(moved, d) for d in range(ndim) if d not in (dim, dim + 1)]
+        return self.emit(aten.reshape.default, moved, [*sizes[:dim], -1, *sizes[dim:]])
 
     def product_by_request(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(result, replacement) of a product or attention, some of whose operands are copies and
@@ -276,7 +286,9 @@ class Vectorizer:
             return None
         owned = {arg: self.flow.label(arg) for arg in node.all_input_nodes}
         parts = {
-            arg: self.copies[arg] if arg in self.copies else self._by_request(node, arg, of)
+            arg: self._part_of_copies(node, arg, single)
+            if arg in self.copies
+            else self._by_request(node, arg, of)
             for arg, of in owned.items()
             if arg in self.copies or of is not None
         }
@@ -289,14 +301,22 @@ class Vectorizer:
             expected = (self.flow.batch, *shape[:dim], single.rows, *shape[dim + 1 :])
             if not all(map(equal, self.flow.sizes.shape(fake_value(new)), expected)):
                 raise NoCopy(node, f"its parts came out as {fake_value(new).shape}")
-            order = [*range(1, dim + 1), 0, *range(dim + 1, len(expected))]
-            new = self.emit(aten.permute.default, new, order)
-            kept = (*range(dim), *range(dim + 2, len(expected)))
-            sizes: list[Any] = [self.size_of(new, d) for d in kept]
-            sizes.insert(dim, -1)
-            return result, self.emit(aten.reshape.default, new, sizes)
+            return result, self._side_by_side(new, dim)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NoCopy(node, _of_copies(error)) from error
+
+    def _part_of_copies(self, node: fx.Node, arg: fx.Node, label: Own) -> fx.Node:
+        """Each request's copy of an operand, or that of its own rows, if the operand has the rows
+        of all requests along the dimension by which products are batched."""
+        rule, shape = rule_for(node.target)[0], self.flow.shape(arg)
+        batched = rule is contractions.attention or called_by(node) in (aten.bmm, aten.baddbmm)
+        rows = self.emitter.size(label.rows, self.before)
+        if label.dim or not batched or len(shape) < 3 or rows is None:
+            return self.copies[arg]
+        if not equal(shape[0], label.rows * self.flow.batch):
+            return self.copies[arg]
+        copies = self._rows_by_owner(arg, len(shape), 0, [1, self.count, rows])
+        return self.emit(aten.squeeze.dim, copies, 0)
 
     def _by_request(self, node: fx.Node, arg: fx.Node, label: Label) -> fx.Node:
         """The parts (n, …, rows, …) of an owned operand."""
@@ -329,6 +349,9 @@ class Vectorizer:
             shape = (*query[:3], key[2])
             if any(arg not in masks for arg in operands):
                 raise NoCopy(node, "it attends to something that all requests share")
+        elif called_by(node) is aten.cat:
+            if not isinstance(single, Own) or single.dim == wrap(bound(node)["dim"], len(shape)):
+                raise NoCopy(node, "no rule gives each request its copy here")
         elif rule is not pointwise.pointwise or isinstance(label, tuple):
             raise NoCopy(node, "no rule gives each request its copy here")
         if not isinstance(single, Own) or single.perm is not None:
@@ -337,26 +360,41 @@ class Vectorizer:
 
     def _copy_by_owner(self, node: fx.Node, arg: fx.Node, shape: Shape, label: Own) -> fx.Node:
         flow, dim = self.flow, label.dim
-        if self._size_at(arg, dim, len(shape)) != ONE:
+        size = self._size_at(arg, dim, len(shape))
+        if size != ONE and not equal(size, shape[dim]):
             raise NoCopy(node, f"sizes {flow.shape(arg)} are not broadcast along dimension {dim}")
         periods = divide(shape[dim], label.rows * flow.batch)
         if periods is None:
             raise NoCopy(node, f"{shape[dim]} is not proved to hold whole periods of {label}")
-        copies = self._copies_along(arg, len(shape), dim)
-        if label.rows == ONE and periods == ONE:
-            return copies
         # (…, periods, n, rows, …) in row-major order is the owner's dimension.
         times, rows = (self.emitter.size(size, self.before) for size in (periods, label.rows))
         if times is None or rows is None:
             raise NoCopy(node, f"the graph cannot compute the sizes of {label}")
-        copies = self.emit(aten.unsqueeze.default, copies, dim)
-        copies = self.emit(aten.unsqueeze.default, copies, dim + 2)
-        sizes: list[Any] = [-1] * (len(shape) + 2)
-        sizes[dim], sizes[dim + 2] = times, rows
-        copies = self.emit(aten.expand.default, copies, sizes)
+        if size != ONE:
+            copies = self._rows_by_owner(arg, len(shape), dim, [times, self.count, rows])
+        else:
+            copies = self._copies_along(arg, len(shape), dim)
+            if label.rows == ONE and periods == ONE:
+                return copies
+            copies = self.emit(aten.unsqueeze.default, copies, dim)
+            copies = self.emit(aten.unsqueeze.default, copies, dim + 2)
+            sizes: list[Any] = [-1] * (len(shape) + 2)
+            sizes[dim], sizes[dim + 2] = times, rows
+            copies = self.emit(aten.expand.default, copies, sizes)
         dims = (*range(dim), *range(dim + 3, len(shape) + 2))
         others: list[Any] = [self.size_of(copies, d) for d in dims]
         return self.emit(aten.reshape.default, copies, [*others[:dim], -1, *others[dim:]])
+
+    def _rows_by_owner(self, arg: fx.Node, ndim: int, dim: int, parts: list[Any]) -> fx.Node:
+        """Rows of `arg` along `dim` as (…, periods, n, rows, …), each of its owner's copy; `parts`
+        are these three sizes."""
+        copies = self.unsqueezed(arg, ndim)
+        sizes: list[Any] = [self.size_of(copies, d) for d in range(ndim + 1)]
+        sizes[dim + 1 : dim + 2] = parts
+        copies = self.emit(aten.reshape.default, copies, sizes)
+        copies = self.emit(aten.diagonal.default, copies, 0, 0, dim + 2)  # (…, n)
+        order = [*range(dim + 1), ndim + 1, *range(dim + 1, ndim + 1)]
+        return self.emit(aten.permute.default, copies, order)
 
     def _copies_along(self, node: fx.Node, ndim: int, dim: int) -> fx.Node:
         """Copies of `node` in `ndim` dimensions, along `dim`, where `node` has size one."""
@@ -530,7 +568,8 @@ class Attempt:
             if node.target not in (SITE_OP, EMBEDDING_OP, CONV_OP) or label is not None:
                 raise NoCopy(node, "no rule copies what this operator computes")
             new = self.sites[node] = vectorizer.site(node)
-            vectorizer.copies[node] = vectorizer.copies_of_site(node, new)
+            images = node.target is CONV_OP
+            vectorizer.copies[node] = vectorizer.of_requests(new) if images else new
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
             for arg in shared:  # only its sizes are read
                 copy = vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0)
@@ -563,7 +602,11 @@ class Attempt:
 
     def _update_values(self) -> None:
         """Update later nodes' fake values; views that need the old strides become reshapes."""
-        changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
+        changed = {
+            new
+            for _, old, new in self._inputs
+            if _layouts(new.meta["val"]) != _layouts(old.meta["val"])
+        }
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
                 continue
@@ -621,18 +664,9 @@ def _is_shared(label: Label) -> bool:
 
 
 def _types(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return [_types(output) for output in value]
-    return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _layout(node: fx.Node) -> object:
-    return _layouts(fake_value(node))
+    return [getattr(output, "dtype", None) for output in tree_leaves(value)]
 
 
 def _layouts(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return [_layouts(output) for output in value]
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+    tensors = (output for output in tree_leaves(value) if isinstance(output, torch.Tensor))
+    return [(tuple(map(str, t.shape)), tuple(map(str, t.stride()))) for t in tensors]

@@ -29,6 +29,7 @@ from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
+from lorafx.ownership.symbolic import Shape, divide
 
 #: In the `meta` of a site whose x holds a copy for each request: the dimension of the copies.
 COPIES_DIM = "lorafx_copies_dim"
@@ -61,7 +62,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
     x, y = input_of(node), bound(node)["y"]
     label = flow.label(x)
     if label is None:
-        label = copied_per_request(node, flow, x, y)
+        label = copied_per_request(node, flow, x, flow.shape(y)[:-1])
     if isinstance(label, Own) and label.dim >= len(flow.shape(y)) - 1:
         return flow.lost(node, f"the feature dimension is the owner dimension of {label}")
     return flow.agree(node, [flow.label(y), label])
@@ -83,23 +84,25 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
     """conv_site(x, y, ...): y's rows, each plus its delta; rows lie along the first dimension."""
     x, y = bound(node)["x"], bound(node)["y"]
     label = flow.agree(node, [flow.label(y), flow.label(x)])
-    if label is None and COPIES_DIM in node.meta:
-        label = copied_per_request(node, flow, x, y)
+    if label is None:
+        label = copied_per_request(node, flow, x, flow.shape(y)[:1])
     if isinstance(label, Own) and label.dim:
         return flow.lost(node, f"a convolution works over the owner dimension of {label}")
     return label
 
 
-def copied_per_request(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
+def copied_per_request(node: fx.Node, flow: Flow, x: fx.Node, shape: Shape) -> Own | None:
     """The label of a site whose shared x holds a copy for each request: `give_out` made the copies,
-    or exactly one row dimension of x has B entries. `flow_through` withdraws it if later nodes
-    disagree."""
+    or exactly one row dimension of x has B entries. `shape` are the sizes of y's row dimensions.
+    `flow_through` withdraws the label if later nodes disagree."""
     if not flow.copies or node in flow.withheld:
         return None
     if COPIES_DIM in node.meta:
+        rows = divide(shape[node.meta[COPIES_DIM]], flow.batch)
+        if rows is None:
+            return None
         flow.copied_sites.append(node)
-        return Own(node.meta[COPIES_DIM])
-    shape = flow.shape(y)[:-1]
+        return Own(node.meta[COPIES_DIM], rows)
     dims = [d for d, size in enumerate(shape) if size == flow.batch]
     if not flow.batch.is_Symbol or len(dims) != 1:
         return None

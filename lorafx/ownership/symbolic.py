@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
-from lorafx.torch_internals.graph_parts import FloorDiv
+from lorafx.torch_internals.graph_parts import FloorDiv, statically_known_true
 
 Shape = tuple[sympy.Expr, ...]
 ONE = sympy.Integer(1)
@@ -84,6 +84,8 @@ class Sizes:
             self._unify |= {size: same for size in batch.alike if size.is_Symbol and size != same}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
+        #: Sizes that are sums or quotients, by their expressions.
+        self._composed: dict[sympy.Expr, int | torch.SymInt] = {}
         #: By identity; tensors and their shapes, which rules read repeatedly.
         self._shapes: dict[int, tuple[torch.Tensor, Shape]] = {}
 
@@ -128,6 +130,19 @@ class Sizes:
             found = tuple(self.unify(as_expr(size)) for size in value.shape)
             known = self._shapes[id(value)] = value, found
         return known[1]
+
+    def compare(self, value: torch.Tensor) -> None:
+        """Learn which of the tensor's sizes are earlier ones in other words, by what torch has
+        guarded on: with an even s, s // 2 of a view is (s − 1) // 2 + 1 of a convolution."""
+        for size in value.shape:
+            expr = as_expr(size)
+            if not (expr.is_Add or isinstance(expr, FloorDiv)) or expr in self._composed:
+                continue
+            for other, same in self._composed.items():
+                if statically_known_true(size == same):
+                    pair = self.unify(expr), self.unify(other)
+                    self.learn(*sorted(pair, key=sympy.count_ops, reverse=True))
+            self._composed[expr] = size
 
     def strides(self, value: torch.Tensor) -> Shape:
         return tuple(self.unify(as_expr(stride)) for stride in value.stride())

@@ -138,6 +138,13 @@ def queries_attend(x, slots):
     return torch.nn.functional.scaled_dot_product_attention(q.expand(x.shape[0], -1, -1, -1), k, k)
 
 
+def repeated_queries(x, slots):
+    """Queries of a model that repeats them for each request first."""
+    k = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2)
+    q = lora(SHARED[:4].repeat(x.shape[0], 1), slots).view(x.shape[0], -1, 2, 3).transpose(1, 2)
+    return torch.einsum("bhid,bhjd->bhij", q, k)
+
+
 def queries_of_one_head(x, slots):
     k = x @ WEIGHT
     return torch.matmul(k.flatten(0, 1), lora(SHARED, slots).mT).view(x.shape[0], x.shape[1], -1)
@@ -160,9 +167,32 @@ def image_positions(x, slots):
     return (x @ WEIGHT).mean(1) + y.repeat(x.shape[0], 1, 1, 1).sum((2, 3))
 
 
+def first_states(x, slots):
+    """A cell's states, which begin alike in all rows; the batch holds each request both ways."""
+    both = torch.cat([x, x.flip(1)]) @ WEIGHT
+    state = lora(SHARED[:1].repeat(both.shape[0], 1), slots).tanh()
+    state = second((both[:, 0] + state).tanh(), slots) + both[:, -1]
+    return state.view(2, x.shape[0], N).sum(0)
+
+
+def coordinates(x, slots):
+    """RAFT's first flow: an image for each row of the batch, alike in all, joined with theirs."""
+    images = (x @ WEIGHT).mean(1)[:, :, None, None].expand(-1, -1, 3, 4)
+    grid = SHARED.view(1, K, 3, 4).repeat(2 * x.shape[0], 1, 1, 1)
+    y = torch.nn.functional.conv2d(grid, WEIGHT.t().reshape(N, K, 1, 1))
+    y = torch.ops.lorafx.conv_site(
+        grid, y, *BANK, slots, 0, [1, 1], [1, 1], [0, 0, 0, 0], None, None, None
+    )
+    y = torch.nn.functional.conv2d(y * 0.01, torch.ones(N, N, 2, 2, dtype=x.dtype)).tanh()
+    return (
+        torch.cat([torch.cat([images, -images])[..., 1:, 1:], y], 1).view(2, x.shape[0], -1).sum(0)
+    )
+
+
 GIVEN = (
     added, multiplied, repeated, two_layers, windows, several_meet, in_a_mask, queries,
-    queries_attend, queries_of_one_head, weights, image_positions,
+    queries_attend, queries_of_one_head, weights, image_positions, first_states,
+    repeated_queries, coordinates,
 )  # fmt: skip
 
 
