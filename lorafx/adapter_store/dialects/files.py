@@ -45,11 +45,8 @@ def parts_of(saved: Saved, dialect: str | None = None) -> list[Part]:
     return parts if dotted else [spelt(part.key, part.tensor, dotted=False) for part in parts]
 
 
-def dialect_of(parts: Sequence[Part], dialect: str | None, denoiser: bool) -> str:
-    """`dialect`, or what these keys are spelt in."""
+def _dialect_of(parts: Sequence[Part], denoiser: bool) -> str:
     leaves = {part.leaf for part in parts}
-    if dialect is not None:
-        return dialect
     if "kohya" in leaves or any(part.flat for part in parts):
         return "kohya"
     if denoiser or "diffusers" in leaves or any(part.component for part in parts):
@@ -70,7 +67,7 @@ def state(
     if plain and saved.fields is not None:
         config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
         return AdapterState(config, saved.tensors, saved.where)
-    dialect = dialect_of(parts, dialect, denoiser)
+    dialect = dialect or _dialect_of(parts, denoiser)
     scales = _scales(saved, parts, denoiser, names is None)
     factors = [part for part in parts if part.letter != "alpha"]
     assemble = partial(assembled, saved, dialect, names=names)
@@ -261,10 +258,8 @@ def _component(saved: Saved, groups: Mapping[str, Sequence[Part]], names: Names)
 
 def _alpha_of(key: str, tensor: Tensor) -> float:
     """α from the tensor `key`; CheckpointError unless it is one finite number."""
-    value = float("nan")
-    if tensor.numel() == 1 and not tensor.is_complex():
-        value = float(tensor.item())
-    if not math.isfinite(value):
+    single = tensor.numel() == 1 and not tensor.is_complex()
+    if not (single and math.isfinite(value := float(tensor.item()))):
         raise CheckpointError(
             f"{key} must be one finite number, it has shape {tuple(tensor.shape)} and dtype "
             f"{tensor.dtype}"

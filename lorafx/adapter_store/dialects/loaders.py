@@ -55,8 +55,12 @@ def converted(
     for variant in _variants(own) if 0 < len(own) <= _MOST_KEYS else ():
         for loader, made, lost in _conversions(variant, model):
             sources = _sources(made)
+            scale_of = {place: {scales.get(p.place) for p in of} for place, of in sources.items()}
+            if any(len(found) > 1 for found in scale_of.values()):
+                continue  # factors with different scales are made into one
+            single = {place: next(iter(found), None) for place, found in scale_of.items()}
             try:
-                state = assemble([part for part, _ in made], _scales(sources, scales))
+                state = assemble([part for part, _ in made], single)
             except Exception:  # of names of other models
                 continue
             missing, fitting = names.lost(state), _fitting(state, names)
@@ -131,13 +135,6 @@ def _sources(made: Sequence[tuple[Part, Sequence[Part]]]) -> dict[str, list[Part
     for part, of in made:
         sources.setdefault(part.place, {}).update((source.place, source) for source in of)
     return {place: list(of.values()) for place, of in sources.items()}
-
-
-def _scales(sources: Mapping[str, Sequence[Part]], scales: Scales) -> Scales:
-    found = {place: {scales.get(p.place) for p in of} for place, of in sources.items()}
-    if any(len(different) > 1 for different in found.values()):
-        raise CheckpointError("factors with different scales are made into one")
-    return {place: next(iter(scale), None) for place, scale in found.items()}
 
 
 def _conversions(

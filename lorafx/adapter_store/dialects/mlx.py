@@ -35,8 +35,7 @@ def claims(saved: Saved) -> bool:
 
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
-    configured = saved.fields is not None and not isinstance(saved.fields, PeftConfig)
-    fields: Any = saved.fields if configured else {}
+    fields: Any = {} if isinstance(saved.fields, PeftConfig) else saved.fields or {}
     scale = _scale(fields, saved.where)
     kind = fields.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
