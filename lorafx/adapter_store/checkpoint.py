@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects import files, mlx
-from lorafx.adapter_store.dialects.spelling import Part
+from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
@@ -57,7 +57,7 @@ def components(saved: Saved, dialect: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.component for part in _parts(saved, dialect)))
 
 
-def _parts(saved: Saved, dialect: str | None) -> list[Part]:
+def _parts(saved: Saved, dialect: str | None) -> list[NamedTensor]:
     """The tensors by `spelling`. Raises ConfigError for an unknown `dialect`,
     UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
     if dialect not in (None, *DIALECTS):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafx.adapter_store.dialects.names import Names
-from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
+from lorafx.adapter_store.dialects.module_paths import ModulePaths
+from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scales, spelt
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, some
@@ -38,12 +38,12 @@ _EXPECTED = (
 
 
 def converted(
-    parts: Sequence[Part],
+    parts: Sequence[NamedTensor],
     scales: Scales,
     model: Any,
-    names: Names,
+    names: ModulePaths,
     direct: AdapterState,
-    assemble: Callable[[Sequence[Part], Scales], AdapterState],
+    assemble: Callable[[Sequence[NamedTensor], Scales], AdapterState],
 ) -> AdapterState:
     """diffusers' conversion of the factors `parts`, if it makes factors of modules of `model` only;
     `direct` if none makes more of these than it has. CheckpointError for ambiguous conversions,
@@ -99,7 +99,7 @@ def converted(
     return direct
 
 
-def _fitting(state: AdapterState, names: Names) -> int:
+def _fitting(state: AdapterState, names: ModulePaths) -> int:
     """The number of modules with factors that the model has."""
     return len(factor_sizes(state.tensors)) - len(names.lost(state))
 
@@ -110,7 +110,7 @@ def _equal(first: AdapterState, second: AdapterState) -> bool:
     return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
 
 
-def _variants(parts: Sequence[Part]) -> Iterator[dict[str, Part]]:
+def _variants(parts: Sequence[NamedTensor]) -> Iterator[dict[str, NamedTensor]]:
     """The factors by their own keys, and by those that conversions expect, of which some need α:
     it is r, so that they scale nothing."""
     alphas = [
@@ -129,17 +129,19 @@ def _variants(parts: Sequence[Part]) -> Iterator[dict[str, Part]]:
             yield keys
 
 
-def _sources(made: Sequence[tuple[Part, Sequence[Part]]]) -> dict[str, list[Part]]:
+def _sources(
+    made: Sequence[tuple[NamedTensor, Sequence[NamedTensor]]],
+) -> dict[str, list[NamedTensor]]:
     """What the factors of each place were made of, a module once."""
-    sources: dict[str, dict[str, Part]] = {}
+    sources: dict[str, dict[str, NamedTensor]] = {}
     for part, of in made:
         sources.setdefault(part.place, {}).update((source.place, source) for source in of)
     return {place: list(of.values()) for place, of in sources.items()}
 
 
 def _conversions(
-    variant: Mapping[str, Part], model: Any
-) -> Iterator[tuple[str, list[tuple[Part, list[Part]]], tuple[str, ...]]]:
+    variant: Mapping[str, NamedTensor], model: Any
+) -> Iterator[tuple[str, list[tuple[NamedTensor, list[NamedTensor]]], tuple[str, ...]]]:
     """What the loaders of pipelines with a model of this class make of these factors: the loader,
     its factors with what they were made of, and the keys of the file whose tensors are lost.
     Conversions that fail, or that change no name, are left out."""
