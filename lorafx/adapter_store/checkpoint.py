@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects import files, mlx
-from lorafx.adapter_store.dialects.spelling import Part
+from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
@@ -27,15 +27,8 @@ from lorafx.errors import (
     nearest,
 )
 
-#: An example of the keys of each dialect, by its name in `AdapterSource.dialect`.
-DIALECTS: Mapping[str, str] = {
-    "mlx": "<module>.lora_a",
-    "kohya": "lora_unet_<module with underscores>.lora_down.weight",
-    "diffusers": "unet.<module>.lora_A.weight or .lora.down.weight",
-    "loralib": "<module>.lora_A",
-    "peft": "<module>.lora_A.weight",
-}
-
+#: The names of dialects in `AdapterSource.dialect`.
+DIALECTS = ("mlx", "kohya", "diffusers", "loralib", "peft")
 #: The last parts of keys -> the other method that uses them.
 _METHODS: Mapping[str, str] = {
     r"hada_[wt][12](_[ab])?(\..+)?": "LoHa: a product of two low-rank matrices, element by element",
@@ -64,7 +57,7 @@ def components(saved: Saved, dialect: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.component for part in _parts(saved, dialect)))
 
 
-def _parts(saved: Saved, dialect: str | None) -> list[Part]:
+def _parts(saved: Saved, dialect: str | None) -> list[NamedTensor]:
     """The tensors by `spelling`. Raises ConfigError for an unknown `dialect`,
     UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
     if dialect not in (None, *DIALECTS):
@@ -77,9 +70,9 @@ def _parts(saved: Saved, dialect: str | None) -> list[Part]:
     parts = files.parts_of(saved, dialect)
     if dialect is saved.fields is None and not any(part.letter for part in parts):
         first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
-        expected = "; ".join(f"{name}: {keys}" for name, keys in DIALECTS.items())
         raise CheckpointError(
-            f"{saved.where} has keys of no known dialect ({first}). Dialects are {expected}"
+            f"{saved.where} has keys of no known dialect ({first}); those of factors end in "
+            ".lora_A.weight, .lora.down.weight, .lora_down.weight, .lora_a.weight or .lora_a"
         )
     return parts
 

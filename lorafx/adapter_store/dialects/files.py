@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects import loaders
-from lorafx.adapter_store.dialects.names import Names
-from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
+from lorafx.adapter_store.dialects.module_paths import ModulePaths
+from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scales, spelt
 from lorafx.adapter_store.peft_config import PeftConfig, json_object
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
@@ -34,7 +34,7 @@ _OF_PIPELINES = {"kohya", "diffusers"}
 _METADATA = "lora_adapter_metadata"
 
 
-def parts_of(saved: Saved, dialect: str | None = None) -> list[Part]:
+def parts_of(saved: Saved, dialect: str | None = None) -> list[NamedTensor]:
     """The tensors by component and module. Prefixes with dots are those of components if there is
     no configuration of PEFT's, if a leaf is another than PEFT's, or if `dialect` says so."""
     parts = [spelt(key, tensor) for key, tensor in saved.tensors.items()]
@@ -45,11 +45,8 @@ def parts_of(saved: Saved, dialect: str | None = None) -> list[Part]:
     return parts if dotted else [spelt(part.key, part.tensor, dotted=False) for part in parts]
 
 
-def dialect_of(parts: Sequence[Part], dialect: str | None, denoiser: bool) -> str:
-    """`dialect`, or what these keys are spelt in."""
+def _dialect_of(parts: Sequence[NamedTensor], denoiser: bool) -> str:
     leaves = {part.leaf for part in parts}
-    if dialect is not None:
-        return dialect
     if "kohya" in leaves or any(part.flat for part in parts):
         return "kohya"
     if denoiser or "diffusers" in leaves or any(part.component for part in parts):
@@ -58,11 +55,11 @@ def dialect_of(parts: Sequence[Part], dialect: str | None, denoiser: bool) -> st
 
 
 def state(
-    saved: Saved, parts: Sequence[Part], model: nn.Module | None, dialect: str | None
+    saved: Saved, parts: Sequence[NamedTensor], model: nn.Module | None, dialect: str | None
 ) -> AdapterState:
     """`parts` of `saved` in PEFT's names. Raises CheckpointError for names and scales that are not
     certain, UnsupportedAdapterError for what diffusers' conversion leaves out."""
-    names = None if model is None else Names(model)
+    names = None if model is None else ModulePaths(model)
     denoiser = model is not None and _is_of_diffusers(model)
     if denoiser and names is not None and not names.has("model"):
         parts = [part._replace(module=part.module.removeprefix("model.")) for part in parts]
@@ -70,16 +67,17 @@ def state(
     if plain and saved.fields is not None:
         config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
         return AdapterState(config, saved.tensors, saved.where)
-    dialect = dialect_of(parts, dialect, denoiser)
+    dialect = dialect or _dialect_of(parts, denoiser)
     scales = _scales(saved, parts, denoiser, names is None)
     factors = [part for part in parts if part.letter != "alpha"]
     assemble = partial(assembled, saved, dialect, names=names)
     direct = assemble(factors, scales)
     if names is None or not names.lost(direct):
         return direct
-    converted = denoiser and loaders.converted(factors, scales, model, names, direct, assemble)
-    if converted:
-        return converted
+    if denoiser:
+        direct = loaders.converted(factors, scales, model, names, direct, assemble)
+    if not names.lost(direct):
+        return direct
     here = [part for part in factors if part.flat and part.component not in direct.left_out]
     here = [part for part in here if names.path(part.module, flat=True) == part.module]
     if unknown := list(dict.fromkeys(p.module for p in here if not names.has(p.module))):
@@ -96,7 +94,7 @@ def _is_of_diffusers(model: nn.Module) -> bool:
     return diffusers is not None and isinstance(model, diffusers.ModelMixin)
 
 
-def _scales(saved: Saved, parts: Sequence[Part], denoiser: bool, anywhere: bool) -> Scales:
+def _scales(saved: Saved, parts: Sequence[NamedTensor], denoiser: bool, anywhere: bool) -> Scales:
     """s of each place with factors; None where a configuration has it, or α is r. `anywhere`: for
     no model in particular."""
     alphas = {
@@ -127,10 +125,14 @@ def _scales(saved: Saved, parts: Sequence[Part], denoiser: bool, anywhere: bool)
 
 
 def assembled(
-    saved: Saved, dialect: str, parts: Sequence[Part], scales: Scales, names: Names | None
+    saved: Saved,
+    dialect: str,
+    parts: Sequence[NamedTensor],
+    scales: Scales,
+    names: ModulePaths | None,
 ) -> AdapterState:
     """The parts of the component that the model is, or of all of a pipeline, by PEFT's names."""
-    groups: dict[str, list[Part]] = {}
+    groups: dict[str, list[NamedTensor]] = {}
     for part in parts:
         groups.setdefault(part.component, []).append(part)
     component = None
@@ -159,7 +161,9 @@ def assembled(
     return AdapterState(config, tensors, f"{saved.where} ({dialect})", scale_of, dialect, left_out)
 
 
-def _peft(saved: Saved, part: Part, path: str, module: nn.Module | None) -> tuple[str, Tensor]:
+def _peft(
+    saved: Saved, part: NamedTensor, path: str, module: nn.Module | None
+) -> tuple[str, Tensor]:
     """A part by PEFT's key, in the dimensions of the weight of `module`."""
     tensor, entry = part.tensor, None if module is None else lookup(module)
     if not part.letter:
@@ -211,7 +215,10 @@ def _config(saved: Saved, component: str) -> PeftConfig | None:
 
 
 def _is_whole_pipeline(
-    saved: Saved, names: Names, groups: Mapping[str, Sequence[Part]], scales: Mapping[str, Any]
+    saved: Saved,
+    names: ModulePaths,
+    groups: Mapping[str, Sequence[NamedTensor]],
+    scales: Mapping[str, Any],
 ) -> bool:
     """Whether the model has the file's components as children; α = r is not implied then."""
     if saved.component is not None:
@@ -228,7 +235,9 @@ def _is_whole_pipeline(
     return all(map(names.has, groups)) or not any(groups)
 
 
-def _component(saved: Saved, groups: Mapping[str, Sequence[Part]], names: Names) -> str | None:
+def _component(
+    saved: Saved, groups: Mapping[str, Sequence[NamedTensor]], names: ModulePaths
+) -> str | None:
     """The component that the model is: `saved.component`, a denoiser by any of its names, the only
     one, or the one whose paths the model has. Raises CheckpointError if several fit, or if the file
     lacks `saved.component`."""
@@ -260,10 +269,8 @@ def _component(saved: Saved, groups: Mapping[str, Sequence[Part]], names: Names)
 
 def _alpha_of(key: str, tensor: Tensor) -> float:
     """α from the tensor `key`; CheckpointError unless it is one finite number."""
-    value = float("nan")
-    if tensor.numel() == 1 and not tensor.is_complex():
-        value = float(tensor.item())
-    if not math.isfinite(value):
+    single = tensor.numel() == 1 and not tensor.is_complex()
+    if not (single and math.isfinite(value := float(tensor.item()))):
         raise CheckpointError(
             f"{key} must be one finite number, it has shape {tuple(tensor.shape)} and dtype "
             f"{tensor.dtype}"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafx.adapter_store.dialects.names import Names
-from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
+from lorafx.adapter_store.dialects.module_paths import ModulePaths
+from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scales, spelt
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, some
@@ -32,21 +32,21 @@ from lorafx.torch_internals.graph_parts import tree_leaves
 _MOST_KEYS = 20_000
 #: The spellings that conversions expect: prefix, leaves of A and B.
 _EXPECTED = (
-    ("diffusion_model.", {"A": "lora_A", "B": "lora_B"}),
-    ("lora_unet_", {"A": "lora_down", "B": "lora_up"}),
+    ("diffusion_model.", {"A": "lora_A.weight", "B": "lora_B.weight"}),
+    ("lora_unet_", {"A": "lora_down.weight", "B": "lora_up.weight"}),
 )
 
 
 def converted(
-    parts: Sequence[Part],
+    parts: Sequence[NamedTensor],
     scales: Scales,
     model: Any,
-    names: Names,
+    names: ModulePaths,
     direct: AdapterState,
-    assemble: Callable[[Sequence[Part], Scales], AdapterState],
-) -> AdapterState | None:
+    assemble: Callable[[Sequence[NamedTensor], Scales], AdapterState],
+) -> AdapterState:
     """diffusers' conversion of the factors `parts`, if it makes factors of modules of `model` only;
-    None if none makes more of these than `direct` has. CheckpointError for ambiguous conversions,
+    `direct` if none makes more of these than it has. CheckpointError for ambiguous conversions,
     and for modules that the model lacks; UnsupportedAdapterError for incomplete ones."""
     own = [part for part in parts if part.component in ("", *DENOISERS)]
     elsewhere = {part.component for part in parts} - {part.component for part in own}
@@ -54,14 +54,20 @@ def converted(
     best, foreign = _fitting(direct, names), ""
     for variant in _variants(own) if 0 < len(own) <= _MOST_KEYS else ():
         for loader, made, lost in _conversions(variant, model):
+            sources = _sources(made)
+            scale_of = {place: {scales.get(p.place) for p in of} for place, of in sources.items()}
+            if any(len(found) > 1 for found in scale_of.values()):
+                continue  # factors with different scales are made into one
+            single = {place: next(iter(found), None) for place, found in scale_of.items()}
             try:
-                new, scale_of, saved_as = _parts(made, scales)
-                state = assemble(new, scale_of)
+                state = assemble([part for part, _ in made], single)
             except Exception:  # of names of other models
                 continue
             missing, fitting = names.lost(state), _fitting(state, names)
             if missing and fitting > best:
-                foreign = some([f"{path} ({saved_as.get(path)})" for path in missing])
+                saved = {p.module: p.place for p, _ in made}
+                of = {path: some(p.module for p in sources[saved[path]]) for path in missing}
+                foreign = some(f"{path} ({name})" for path, name in of.items())
                 best = fitting
             elif fitting and not missing and not any(_equal(state, s) for s in states.values()):
                 left_out = tuple(sorted({*state.left_out, *elsewhere}))
@@ -90,10 +96,10 @@ def converted(
     for state in states.values():
         LOG.info("adapter in %s: its names were converted by diffusers", direct.where)
         return state
-    return None
+    return direct
 
 
-def _fitting(state: AdapterState, names: Names) -> int:
+def _fitting(state: AdapterState, names: ModulePaths) -> int:
     """The number of modules with factors that the model has."""
     return len(factor_sizes(state.tensors)) - len(names.lost(state))
 
@@ -104,7 +110,7 @@ def _equal(first: AdapterState, second: AdapterState) -> bool:
     return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
 
 
-def _variants(parts: Sequence[Part]) -> Iterator[dict[str, Part]]:
+def _variants(parts: Sequence[NamedTensor]) -> Iterator[dict[str, NamedTensor]]:
     """The factors by their own keys, and by those that conversions expect, of which some need α:
     it is r, so that they scale nothing."""
     alphas = [
@@ -114,39 +120,31 @@ def _variants(parts: Sequence[Part]) -> Iterator[dict[str, Part]]:
     ]
     yield {part.key: part for part in parts}
     for prefix, leaves in _EXPECTED:
-        keys = {}
-        for part in (*parts, *alphas) if prefix.endswith("_") else parts:
-            path = part.module.replace(".", "_") if prefix.endswith("_") else part.module
-            leaf = leaves.get(part.letter)
-            end = part.letter if leaf is None else f"{leaf}.weight"
-            keys[f"{prefix}{path}.{end}"] = part
-        yield keys
+        flat, keys = prefix.endswith("_"), {}
+        for part in (*parts, *alphas) if flat else parts:
+            path = part.module.replace(".", "_") if flat else part.module
+            leaf = leaves.get(part.letter, part.letter)
+            keys[f"{prefix}{path}.{leaf}"] = part
+        if len(keys) == len(parts) + flat * len(alphas):  # else two keys have become one
+            yield keys
 
 
-def _parts(
-    made: Mapping[str, tuple[Tensor, Sequence[Part]]], scales: Scales
-) -> tuple[list[Part], Scales, dict[str, str]]:
-    """What a conversion has made, with the scales and the names of what it was made of."""
-    parts = [spelt(key, tensor) for key, (tensor, _) in made.items()]
-    sources: dict[str, list[Part]] = {}
-    for part, (_, of) in zip(parts, made.values(), strict=True):
-        sources.setdefault(part.place, []).extend(of)
-    scale_of: dict[str, float | None] = {}
-    for place, of in sources.items():
-        found = {scales.get(part.place) for part in of}
-        if len(found) > 1:
-            raise CheckpointError(f"{place} is made of factors with different scales")
-        scale_of.update(dict.fromkeys([place], *found))
-    saved_as = {p.module: some(dict.fromkeys(o.module for o in sources[p.place])) for p in parts}
-    return parts, scale_of, saved_as
+def _sources(
+    made: Sequence[tuple[NamedTensor, Sequence[NamedTensor]]],
+) -> dict[str, list[NamedTensor]]:
+    """What the factors of each place were made of, a module once."""
+    sources: dict[str, dict[str, NamedTensor]] = {}
+    for part, of in made:
+        sources.setdefault(part.place, {}).update((source.place, source) for source in of)
+    return {place: list(of.values()) for place, of in sources.items()}
 
 
 def _conversions(
-    variant: Mapping[str, Part], model: Any
-) -> Iterator[tuple[str, dict[str, tuple[Tensor, Sequence[Part]]], tuple[str, ...]]]:
+    variant: Mapping[str, NamedTensor], model: Any
+) -> Iterator[tuple[str, list[tuple[NamedTensor, list[NamedTensor]]], tuple[str, ...]]]:
     """What the loaders of pipelines with a model of this class make of these factors: the loader,
-    its tensors and what they were made of by diffusers' keys, and the keys of the file whose
-    tensors are lost. Conversions that fail, or that change no name, are left out."""
+    its factors with what they were made of, and the keys of the file whose tensors are lost.
+    Conversions that fail, or that change no name, are left out."""
     config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
     for name, loader in _loaders_of(model.__class__):
@@ -160,13 +158,11 @@ def _conversions(
         except Exception:  # conversions for other models may raise any exception
             continue
         if converted.keys() != variant.keys():
-            lost = variant.keys() - frozenset().union(*of.values())
-            lost_parts = (variant[key] for key in sorted(lost))
-            yield (
-                name,
-                {k: (t, [variant[source] for source in of[k]]) for k, t in converted.items()},
-                tuple(part.key for part in lost_parts if part.letter != "alpha"),
-            )
+            made = [
+                (spelt(k, t), [variant[source] for source in of[k]]) for k, t in converted.items()
+            ]
+            lost = sorted(variant.keys() - frozenset().union(*of.values()))
+            yield name, made, tuple(variant[k].key for k in lost if variant[k].letter != "alpha")
 
 
 @cache

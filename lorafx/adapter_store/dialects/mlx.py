@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.files import assembled
-from lorafx.adapter_store.dialects.names import Names
-from lorafx.adapter_store.dialects.spelling import Part
+from lorafx.adapter_store.dialects.module_paths import ModulePaths
+from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.peft_config import PeftConfig, is_number, short
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -35,8 +35,7 @@ def claims(saved: Saved) -> bool:
 
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
-    configured = saved.fields is not None and not isinstance(saved.fields, PeftConfig)
-    fields: Any = saved.fields if configured else {}
+    fields: Any = {} if isinstance(saved.fields, PeftConfig) else saved.fields or {}
     scale = _scale(fields, saved.where)
     kind = fields.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -48,30 +47,30 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
     if kind == "dora" and not any(part.letter == "m" for part in parts):
         raise CheckpointError(f"{saved.where} has fine_tune_type = 'dora', and no magnitudes m")
     scales = {part.place: scale for part in parts}
-    names = None if model is None else Names(model)
+    names = None if model is None else ModulePaths(model)
     return assembled(replace(saved, fields=None), "mlx", parts, scales, names)
 
 
-def _parts(saved: Saved, key: str, tensor: Tensor, kind: str) -> Iterator[Part]:
+def _parts(saved: Saved, key: str, tensor: Tensor, kind: str) -> Iterator[NamedTensor]:
     match = _FACTOR.fullmatch(key)
     if match is None or (match["factor"] == "m" and kind != "dora"):
-        yield Part(key, tensor, "", key, "")
+        yield NamedTensor(key, tensor, "", key, "")
         return
     path, letter = match["module"] or "", match["factor"][-1]
     before, of_experts, projection = path.partition(".switch_mlp.")
     if letter == "m" and not of_experts:
-        yield Part(key, tensor, "", path, letter)
+        yield NamedTensor(key, tensor, "", path, letter)
     elif letter == "m" or tensor.dim() != (3 if of_experts else 2):
         raise CheckpointError(
             f"{saved.where}: {key} has shape {tuple(tensor.shape)}; factors are (K, r) and "
             "(r, N), of routed experts (E, r, K) and (E, N, r)"
         )
     elif not of_experts:
-        yield Part(key, tensor.mT, "", path, letter.upper())
+        yield NamedTensor(key, tensor.mT, "", path, letter.upper())
     else:
         for expert, factor in enumerate(tensor):
             module = f"{before}.experts.{expert}.{projection}"
-            yield Part(key, factor, "", module, letter.upper())
+            yield NamedTensor(key, factor, "", module, letter.upper())
 
 
 def _scale(fields: Any, where: str) -> float:

@@ -59,11 +59,11 @@ _LETTERS = {"down": "A", "a": "A", "up": "B", "b": "B", "alpha": "alpha", "dora_
 _PREFIX = re.compile("|".join(sorted(map(re.escape, PREFIXES), key=len, reverse=True)))
 
 
-#: s by `Part.place`, None where a configuration has it, or α is r.
+#: s by `NamedTensor.place`, None where a configuration has it, or α is r.
 Scales = Mapping[str, float | None]
 
 
-class Part(NamedTuple):
+class NamedTensor(NamedTuple):
     """A tensor of a file: the `component` that its key names, the `module` behind the prefix, and
     its `letter`: "A", "B", DoRA's "m", B's bias "b", "alpha"; "" where it is no factor.
 
@@ -87,7 +87,7 @@ class Part(NamedTuple):
         return f"{self.component}:{self.module}"
 
 
-def spelt(key: str, tensor: Tensor, dotted: bool = True) -> Part:
+def spelt(key: str, tensor: Tensor, dotted: bool = True) -> NamedTensor:
     """The meaning of a key. `dotted`: whether a prefix that ends in a dot may name a component."""
     rest, component, flat = key.removeprefix(PREFIX), "", False
     prefix = _PREFIX.match(rest)
@@ -97,12 +97,14 @@ def spelt(key: str, tensor: Tensor, dotted: bool = True) -> Part:
     leaf = _LEAF.fullmatch(rest)
     if leaf is not None and leaf.lastgroup is not None:
         module, letter = _current(leaf["module"], component), _LETTERS[leaf[leaf.lastgroup]]
-        return Part(key, tensor, component, module, letter, flat, leaf.lastgroup)
+        return NamedTensor(key, tensor, component, module, letter, flat, leaf.lastgroup)
     factor = parse(rest)
     if factor is None:
-        return Part(key, tensor, component, rest, "", flat)
+        return NamedTensor(key, tensor, component, rest, "", flat)
     bare = "loralib" if rest.rpartition(".")[2] in ("lora_A", "lora_B") else ""
-    return Part(key, tensor, component, factor.module, factor.letter, flat, bare, factor.embedding)
+    return NamedTensor(
+        key, tensor, component, factor.module, factor.letter, flat, bare, factor.embedding
+    )
 
 
 def _current(module: str, component: str) -> str:

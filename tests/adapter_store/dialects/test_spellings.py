@@ -274,3 +274,11 @@ def test_a_configuration_that_names_another_class(name: Any, module: Any, warns:
     if warns:
         with pytest.raises(CheckpointError, match="was trained on a Qwen2"):
             deltas("llama", source, strict=True)
+
+
+def test_two_names_of_one_module_are_never_one() -> None:
+    """Conversions would keep the last."""
+    name = "double_blocks.0.img_attn.proj"
+    file = pair(f"transformer.{name}", 16, 16) | pair(f"unet.{name}", 16, 16)
+    with pytest.raises(CheckpointError, match=r"img_attn"):
+        deltas("flux", file)

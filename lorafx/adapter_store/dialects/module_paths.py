@@ -15,7 +15,7 @@ from lorafx.model.module_graph import join
 from lorafx.model.saved_names import without_compiled
 
 
-class Names:
+class ModulePaths:
     """Paths of modules in a model, also with underscores in place of dots."""
 
     def __init__(self, model: nn.Module) -> None:
