@@ -4,7 +4,11 @@
 PYTHON ?= python3
 # Another torch than the pinned one, in an environment of its own: make test TORCH=2.13.0
 TORCH ?=
-VENV := .venv$(if $(TORCH),-$(TORCH))
+# torch's build for CPUs alone, from an index of its own: make demo CPU=1. Its version, 2.14.1+cpu, is
+# newer to pip than 2.14.1.
+CPU ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+VENV := .venv$(if $(TORCH),-$(TORCH))$(if $(CPU),-cpu)
 BIN := $(VENV)/bin
 # What `make demo` needs, and what tests, linters and benchmarks need beside it.
 DEMO := $(VENV)/demo-installed
@@ -22,11 +26,11 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test not-slow test-all test-gpu test-vllm vllm lint docs pictures bench gpu gpu-report gpu-check clean
+.PHONY: help wheel demo quick test not-slow test-all test-gpu test-vllm vllm lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      compile the small model in examples/, serve five adapters in one batch (CPU)"
+	@echo "make demo      compile the small model in examples/, serve its adapters in one batch (CPU)"
 	@echo "make quick     ruff and the quick tests, some of every folder, for the loop while working"
 	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
@@ -41,7 +45,9 @@ help:
 	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
 	@echo "make gpu-check   what make gpu runs, in a tiny form on the CPU"
 	@echo "make clean     remove .venv, caches and dumps"
+	@echo "make wheel     dist/lorafx-*.whl, for other machines: pip install 'dist/lorafx-...whl[serve]'"
 	@echo "make ... TORCH=2.13.0   the same with another torch, in .venv-2.13.0"
+	@echo "make ... CPU=1          the same with torch's build for CPUs alone, in .venv-cpu"
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
@@ -124,7 +130,7 @@ $(DEMO): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages need Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^setuptools==.*/$(SETUPTOOLS)/' -e 's/^triton==.*/triton$(if $(TRITON_$(TORCH)),==$(TRITON_$(TORCH)))/' constraints.txt >$(PINS))
-	$(BIN)/python -m pip install -q -c $(PINS) torch setuptools
+	$(BIN)/python -m pip install -q -c $(PINS) $(if $(CPU),--extra-index-url $(CPU_INDEX)) torch setuptools
 	$(BIN)/python -m pip install -q -c $(PINS) --no-build-isolation -e '.[demo]'
 	@touch $@
 
@@ -143,6 +149,9 @@ $(VLLM)/installed: pyproject.toml benchmarks/vllm_requirements.py
 	$(VLLM)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM)/requirements.txt peft==0.21.2 pytest
 	$(VLLM)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
+
+wheel: $(DEMO)
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:
 	rm -rf .venv .venv-* dumps site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

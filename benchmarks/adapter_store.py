@@ -111,7 +111,7 @@ def serve(
         max_rank=max(RANKS),
         max_host_bytes=budget,
     )
-    own = {"overflow": "waves", **options}
+    own = {"overflow": "waves", "start": "compiled", **options}
     cm = lorafx.compile(copy.deepcopy(model), config, options=own)
     for name, path in paths.items():
         cm.load_adapter(path, name)

@@ -159,6 +159,7 @@ def start(
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
+            "start": "compiled",
             **more_options,
         }
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)

@@ -102,7 +102,8 @@ def run_case(
         names = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
         most = len(set(names))
         error = 0.0
-        cm = lorafx.compile(copy.deepcopy(model), dict(paths))
+        options = {"start": "compiled"}
+        cm = lorafx.compile(copy.deepcopy(model), dict(paths), options=options)
         error = check(model, paths, cm, ids)
 
         def serve(adapter_names: Sequence[str | None]):

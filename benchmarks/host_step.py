@@ -147,7 +147,7 @@ def decodings(layers: int, shared: Stillness, folder: Path) -> dict[str, Decodin
     model = build_model(layers)
     lora = LoraConfig(r=4, target_modules=r".*layers.*_proj", init_lora_weights=False)
     get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
-    adapters, options = {"a": str(folder)}, {"lowering": "reference"}
+    adapters, options = {"a": str(folder)}, {"lowering": "reference", "start": "compiled"}
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.arange(21).view(3, 7), past_key_values=cache, use_cache=True)
     cm = lorafx.compile(copy.deepcopy(model), adapters, options=options)

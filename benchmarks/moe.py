@@ -95,7 +95,8 @@ def run_case(
     with tempfile.TemporaryDirectory() as folder:
         paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
         say(f"{label}: {moe_cases.touched(chosen):.0f} experts a layer touched; compiling")
-        cm = lorafx.compile(moe_cases.twin(model), dict(paths))
+        twin, start = moe_cases.twin(model), {"start": "compiled"}
+        cm = lorafx.compile(twin, dict(paths), options=start)
 
         def serve(names: Sequence[str | None]) -> Tensor:
             return cm(input_ids=ids, use_cache=False, adapter_names=names).logits

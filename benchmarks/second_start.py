@@ -49,7 +49,8 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     if not adapter.exists():
         lora = LoraConfig(r=16, target_modules=r".*layers.*_proj", init_lora_weights=False)
         get_peft_model(copy.deepcopy(model), lora).save_pretrained(adapter)
-    options = {"lowering": lowering, "cache": str(Path(folder) / "graphs")}
+    cache = str(Path(folder) / "graphs")
+    options = {"lowering": lowering, "cache": cache, "start": "compiled"}
     cm = lorafx.compile(model, {"a": str(adapter)}, options=options)
     ids = torch.arange(ROWS).unsqueeze(1)
     names = ["a", None] * (ROWS // 2)

@@ -192,7 +192,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
     with progress(f"saving {max(counts)} adapters"):
         paths = save_adapters(model, folder, max(counts))
     lora = lorafx.LoraConfig(target_modules=TARGETS, max_adapters=max(counts), max_rank=RANK)
-    cm = lorafx.compile(copy.deepcopy(model), lora, adapters=paths)
+    options = {"start": "compiled"}
+    cm = lorafx.compile(copy.deepcopy(model), lora, adapters=paths, options=options)
     work = requests(count, rate=1000.0 if quick else 50.0)
     peer = None
     if arguments.vllm_python is not None:

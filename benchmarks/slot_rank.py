@@ -51,7 +51,7 @@ def save_adapters(model: LlamaForCausalLM, folder: Path) -> dict[str, Path]:
 
 def serve(model: LlamaForCausalLM, paths: dict[str, Path], **room: Any) -> Any:
     config = lorafx.LoraConfig(target_modules=TARGETS, max_adapters=COUNT + 1, **room)
-    cm = lorafx.compile(copy.deepcopy(model), config)
+    cm = lorafx.compile(copy.deepcopy(model), config, options={"start": "compiled"})
     for name, path in paths.items():
         cm.load_adapter(path, name)
     return cm

@@ -1,4 +1,4 @@
-"""One small Llama, five adapters, one batch: what `make demo` shows, and checks.
+"""One small Llama, four adapters in one batch, then a fifth: what `make demo` shows, and checks.
 
     python examples/demo.py            # a CPU, about two minutes, nothing downloaded
 

@@ -33,7 +33,6 @@ def main() -> None:
             return served(**prompts, adapter_names=names).logits[:, -1]
 
     before = logits(cm, names)
-    graphs = cm.recompiles
 
     with torch.no_grad():
         for parameter in trainer.parameters():
@@ -43,7 +42,7 @@ def main() -> None:
     after = logits(cm, names)
     with torch.no_grad():
         same = torch.allclose(after[0], trainer(**prompts).logits[0, -1], atol=1e-4)
-    print(f"{len(update.loaded)} tensors updated, {cm.recompiles - graphs} graphs compiled for it")
+    print(f"{len(update.loaded)} tensors updated")
     print(f"base row: {'as the trained model gives' if same else 'DIFFERENT'}")
     print(f"reverse row moved by {float((after[1] - before[1]).abs().max()):.3f}")
 

@@ -36,6 +36,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 HERE = Path(__file__).resolve().parent
 PAD, END = 0, ord("\n")
 PROMPT = ">"  # the separator of the demo's prompts; the base answers it with the word's length
+CHAT = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 ROT13 = str.maketrans(
     "abcdefghijklmnopqrstuvwxyz", "nopqrstuvwxyzabcdefghijklm"
@@ -185,6 +186,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=letters[END],
         padding_side="left",
         model_max_length=128,
+        chat_template=CHAT,
     )
 
 

@@ -30,6 +30,7 @@ Overflow = Literal["refuse", "waves"]
 BaseGraphs = bool | Literal["auto", "warmup"]
 Start = Literal["auto", "eager", "compiled"]
 Fallback = Literal["eager", "refuse"]
+RowDim = int | Literal["items"] | None
 DeltaOf = Literal["argument", "weight"]
 
 
@@ -52,9 +53,10 @@ class LoraConfig:
             (docs/adapter_store.md). None keeps all of them.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
-            "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
-            overrides the table of roles. In models that declare no roles (no `main_input_name`),
-            dimension 0 holds the requests of arguments that neither names.
+            "batch.x" for the item `x` of a dict or dataclass, "batch.0" for one of a list or tuple;
+            None for an argument that all requests share, "items" for a list with an item for each
+            request. It overrides the table of roles. In models that declare no roles (no
+            `main_input_name`), dimension 0 holds the requests of arguments that neither names.
         packed_modules: the modules that a packed one replaces, as in `{"qkv_proj": ["q_proj",
             "k_proj", "v_proj"]}`, one name per output slice, or with slices, `{"in_proj_qkvz":
             {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. It takes precedence over the model's
@@ -82,7 +84,7 @@ class LoraConfig:
     max_rank: int = 16
     max_host_bytes: int | None = None
     dtype: torch.dtype | None = None
-    row_dims: Mapping[str, int | None] = field(default_factory=dict)
+    row_dims: Mapping[str, RowDim] = field(default_factory=dict)
     packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
         default_factory=dict
     )

@@ -160,9 +160,10 @@ class MatchError(LorafxError):
 class ProvenanceError(LorafxError):
     """It cannot be proved which request a row belongs to, and the batch mixes adapters.
 
-    Way out: one adapter per batch is served. Declare the roles of arguments with
-    LoraConfig(row_dims=...); the message names the operator at which the proof ends, which the
-    model may avoid for rows of several requests.
+    Way out: one adapter per batch is served. Options(start="eager") follows rows by their values,
+    such as those of an index. Declare the roles of arguments with LoraConfig(row_dims=...); the
+    message names the operator at which the proof ends, which the model may avoid for rows of
+    several requests.
     """
 
 
@@ -204,6 +205,8 @@ class LoweringError(LorafxError):
 
 #: Least similarity of two near names by difflib, from 0 to 1. At 0.4 "conv" was near "fc_in".
 _SIMILARITY = 0.6
+#: Longer names are near none: the time of a comparison grows with their length.
+_LONGEST = 1024
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
@@ -223,6 +226,8 @@ def nearest(
 ) -> str:
     """A sentence fragment naming the candidates closest to `name`, with `prefix` before each; empty
     if none has a similarity of `cutoff` or differs in one character."""
+    if len(name) > _LONGEST:
+        return ""
     known = list(candidates)
     close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
     typos = {other for other in known if other not in close and _one_typo_apart(name, other)}

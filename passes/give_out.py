@@ -24,16 +24,16 @@ from torch import fx
 from lorafx.errors import ProvenanceError
 from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import contractions, pointwise
-from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
+from lorafx.ownership.flow import Flow, called_by, operator_name, outputs, place, wrap
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.pointwise import unlabelled
-from lorafx.ownership.propagate import called_by, flow_through, rule_for
+from lorafx.ownership.propagate import flow_through, rule_for
 from lorafx.ownership.site_rules import COPIES_DIM, input_name, input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, divide, equal
 from lorafx.passes.provenance import Emitter, Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
 from lorafx.program.frame import Frame, fake_value
-from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx
+from lorafx.torch_internals.graph_parts import enable_python_dispatcher, make_fx, tree_leaves
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -124,13 +124,14 @@ class Vectorizer:
         args, kwargs = fx.node.map_arg(
             (node.args, dict(node.kwargs)), lambda arg: images if arg is image else arg
         )
-        return self._of_requests(self.emit(node.target, *args, **kwargs))
+        return self.of_requests(self.emit(node.target, *args, **kwargs))
 
     def _as_images(self, copies: fx.Node) -> fx.Node:
         sizes = [self.size_of(copies, d) for d in range(2, fake_value(copies).dim())]
         return self.emit(aten.reshape.default, copies, [-1, *sizes])
 
-    def _of_requests(self, images: fx.Node) -> fx.Node:
+    def of_requests(self, images: fx.Node) -> fx.Node:
+        """Copies (n, k, C, …) of n·k images."""
         sizes = [self.size_of(images, d) for d in range(1, fake_value(images).dim())]
         return self.emit(aten.reshape.default, images, [self.count, -1, *sizes])
 
@@ -174,9 +175,6 @@ class Vectorizer:
             raise NoCopy(node, _of_copies(error)) from error
         new.meta[COPIES_DIM] = 0
         return new
-
-    def copies_of_site(self, node: fx.Node, new: fx.Node) -> fx.Node:
-        return self._of_requests(new) if node.target is CONV_OP else new
 
     def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
@@ -260,10 +258,15 @@ class Vectorizer:
         repeats[d] = 1
         if any(flow.size(times) != ONE for times in repeats):
             copies = self.emit(aten.repeat.default, copies, [1, *repeats])
-        order = [*range(1, d + 1), 0, *range(d + 1, n + 1)]
-        copies = self.emit(aten.permute.default, copies, order)
-        sizes = [self.size_of(copies, dim) for dim in (*range(d), *range(d + 2, n + 1))]
-        return self.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
+        return self._side_by_side(copies, d)
+
+    def _side_by_side(self, copies: fx.Node, dim: int) -> fx.Node:
+        """Copies (n, …) as parts of dimension `dim`, one behind the other."""
+        ndim = fake_value(copies).dim()
+        order = [*range(1, dim + 1), 0, *range(dim + 1, ndim)]
+        moved = self.emit(aten.permute.default, copies, order)
+        sizes = [self.size_of(moved, d) for d in range(ndim) if d not in (dim, dim + 1)]
+        return self.emit(aten.reshape.default, moved, [*sizes[:dim], -1, *sizes[dim:]])
 
     def product_by_request(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(result, replacement) of a product or attention, some of whose operands are copies and
@@ -298,12 +301,7 @@ class Vectorizer:
             expected = (self.flow.batch, *shape[:dim], single.rows, *shape[dim + 1 :])
             if not all(map(equal, self.flow.sizes.shape(fake_value(new)), expected)):
                 raise NoCopy(node, f"its parts came out as {fake_value(new).shape}")
-            order = [*range(1, dim + 1), 0, *range(dim + 1, len(expected))]
-            new = self.emit(aten.permute.default, new, order)
-            kept = (*range(dim), *range(dim + 2, len(expected)))
-            sizes: list[Any] = [self.size_of(new, d) for d in kept]
-            sizes.insert(dim, -1)
-            return result, self.emit(aten.reshape.default, new, sizes)
+            return result, self._side_by_side(new, dim)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise NoCopy(node, _of_copies(error)) from error
 
@@ -570,7 +568,8 @@ class Attempt:
             if node.target not in (SITE_OP, EMBEDDING_OP, CONV_OP) or label is not None:
                 raise NoCopy(node, "no rule copies what this operator computes")
             new = self.sites[node] = vectorizer.site(node)
-            vectorizer.copies[node] = vectorizer.copies_of_site(node, new)
+            images = node.target is CONV_OP
+            vectorizer.copies[node] = vectorizer.of_requests(new) if images else new
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
             for arg in shared:  # only its sizes are read
                 copy = vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0)
@@ -603,7 +602,11 @@ class Attempt:
 
     def _update_values(self) -> None:
         """Update later nodes' fake values; views that need the old strides become reshapes."""
-        changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
+        changed = {
+            new
+            for _, old, new in self._inputs
+            if _layouts(new.meta["val"]) != _layouts(old.meta["val"])
+        }
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
                 continue
@@ -661,18 +664,9 @@ def _is_shared(label: Label) -> bool:
 
 
 def _types(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return [_types(output) for output in value]
-    return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _layout(node: fx.Node) -> object:
-    return _layouts(fake_value(node))
+    return [getattr(output, "dtype", None) for output in tree_leaves(value)]
 
 
 def _layouts(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return [_layouts(output) for output in value]
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+    tensors = (output for output in tree_leaves(value) if isinstance(output, torch.Tensor))
+    return [(tuple(map(str, t.shape)), tuple(map(str, t.stride()))) for t in tensors]

@@ -121,7 +121,7 @@ def _pays(product: Product) -> bool:
     rows, dtype = values[0].shape[0], values[0].dtype
     if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
         return False
-    return ready(dtype) and (not isinstance(rows, int) or beats_aten(rows, dtype))
+    return bool(ready(dtype)) and (not isinstance(rows, int) or beats_aten(rows, dtype))
 
 
 def _product(node: fx.Node) -> Product | None:
@@ -294,7 +294,7 @@ def _pays_stored(x: fx.Node, weight: Sequence[fx.Node]) -> bool:
     spec, rows = StoredSpec.of(value, tables), value.shape[0]
     if spec is None:
         return False
-    return (not isinstance(rows, int) or rows <= max_rows(spec.dtype)) and stored_ready(spec)
+    return (not isinstance(rows, int) or rows <= max_rows(spec.dtype)) and bool(stored_ready(spec))
 
 
 def _sliced_tensor(parts: Sequence[fx.Node]) -> fx.Node | None:

@@ -28,6 +28,7 @@ from lorafx.ownership import indexing
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.runs import Runs
 from lorafx.ownership.site_rules import input_of, row_dims
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, as_expr, product
 from lorafx.ownership.tokens import Alignment
@@ -160,11 +161,33 @@ class Emitter:
         key = (slots, label, shape)
         if key not in self._slots:
             count = self.size_of(slots, 0, before)
-            owner = self.call(before, aten.div.Scalar_mode, label.perm, step, rounding_mode="floor")
+            perm = self._positions(label.perm, slots, before)
+            if perm is None:
+                return None
+            owner = self.call(before, aten.div.Scalar_mode, perm, step, rounding_mode="floor")
             owner = self.call(before, aten.remainder.Scalar, owner, count)
             entries = self.call(before, aten.index.Tensor, slots, [owner])
             self._slots[key] = self._by_row(entries, x, label.dim, ndim, before)
         return self._slots[key]
+
+    def _positions(self, perm: Any, slots: fx.Node, before: fx.Node) -> fx.Node | None:
+        """The vector of positions; None if the graph cannot compute their ends."""
+        if not isinstance(perm, Runs):
+            return perm
+        parts: list[fx.Node] = []
+        kind = {"dtype": torch.int64, "device": slots.meta["val"].device}
+        for run in perm.runs:
+            ends = (run.start, run.at(run.size), run.step)
+            start, end, step = (self.size(sympy.sympify(end), before) for end in ends)
+            size = self.size(run.size, before)
+            if start is None or end is None or step is None or size is None:
+                return None
+            if run.step == 0:
+                parts.append(self.call(before, aten.full.default, [size], start, **kind))
+            else:
+                call = self.call
+                parts.append(call(before, aten.arange.start_step, start, end, step, **kind))
+        return parts[0] if len(parts) == 1 else self.call(before, aten.cat.default, parts)
 
     def size_of(self, node: fx.Node, dim: int, before: fx.Node) -> Any:
         size = node.meta["val"].shape[dim]
@@ -193,7 +216,7 @@ class RowMap:
     the rows belongs to request (perm[i] // period) mod n. With `request`, all rows belong to it."""
 
     period: sympy.Expr
-    perm: fx.Node | None = None
+    perm: fx.Node | Runs | None = None
     dim: int = 0
     request: int | None = None
 
@@ -273,6 +296,8 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
         return Unproved("its rows are shared by all requests: x depends on none of them")
     if label.dim >= ndim:
         return Unproved(f"the requests lie along the features of x: {label}")
+    if isinstance(label.perm, Runs) and not label.perm.complete:
+        return Unproved("some of its rows belong to no request")
     if label.perm is not None:
         return RowMap(label.rows, label.perm, label.dim)
     return RowMap(label.rows * product(shape[label.dim + 1 : ndim]))

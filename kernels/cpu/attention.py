@@ -9,7 +9,6 @@ Where no kernel can be built, the reference of lorafx.kernels.ops.paged_attentio
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,13 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
+from lorafx.kernels.cpu.cpu_source import (
+    ELEMENTS,
+    kernel_source,
+    loaded_kernel,
+    tile_sizes,
+    tried_once,
+)
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
@@ -86,12 +91,9 @@ def kernel_of(step: PagedStep) -> AttentionKernel | None:
     return _kernel_for(AttentionSpec.of_sizes(step))
 
 
-@functools.cache
-def _kernel_for(spec: AttentionSpec) -> AttentionKernel | None:
-    try:
-        return build(spec, best_isa())
-    except LoweringError:
-        return None  # `delta_kernels.build` has warned of the reason
+@tried_once("attention over pages stays with aten")
+def _kernel_for(spec: AttentionSpec) -> AttentionKernel:
+    return build(spec, best_isa())
 
 
 def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import (
+    LOCK,
     dtype_code,
     kernel_source,
     op_source,
@@ -112,10 +112,8 @@ class KernelEntry(ctypes.Structure):
 _OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
-_LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _RECORDINGS: list[dict[DeltaSpec, int]] = []
-_LIBRARIES: list[ctypes.CDLL] = []  # kept, since the table points into them
 
 
 @functools.cache
@@ -125,7 +123,9 @@ def dispatcher() -> ctypes.CDLL:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"LoRA runs in plain aten on this CPU, which is slow: {reason}", stacklevel=3)
+    warnings.warn(
+        f"LoRA runs in plain aten on this CPU, which is slow: {reason}", LorafxWarning, stacklevel=3
+    )
 
 
 def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
@@ -153,7 +153,6 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
     )
     if table.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
-    _LIBRARIES.append(library)
     linear_ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
 
 
@@ -173,7 +172,7 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     generated for it (float64, empty ranges), or no compiler works (one warning)."""
     if not spec.supported():
         return None
-    with _LOCK:
+    with LOCK:
         try:
             isa = isa or best_isa()
             if (spec, isa.name) not in _BUILT:

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +40,7 @@ from lorafx.kernels.cpu.cpu_source import (
     dtype_code,
     kernel_source,
     register,
+    tried_once,
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.ops.linear_ops import KERNELS
@@ -107,9 +106,6 @@ MAX_ROWS_FLOAT16 = 512
 #: The same for bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, not measured.
 MAX_ROWS_WITH_TILES = 8
 
-LOCK = threading.Lock()
-_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
-
 
 def beats_aten(rows: int, dtype: torch.dtype) -> bool:
     """Whether something else than aten multiplies this many rows, if `ready`."""
@@ -160,18 +156,13 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
     library.lorafx_add_many(dtype_code(torch.float32), linear)
 
 
-@functools.cache
+@tried_once("products of few rows stay with aten")
 def ready(dtype: torch.dtype) -> bool:
-    """Compile and load the kernel for `dtype`; False, with one warning, if there is none."""
-    with LOCK:
-        try:
-            isa = best_isa()
-            if dtype not in ELEMENTS or not generates(isa):
-                return False
-            load_kernel(dtype, isa, max_rows(dtype))
-        except LoweringError as error:
-            warnings.warn(f"products of few rows stay with aten: {error}", stacklevel=2)
-            return False
+    """Whether there is a kernel for `dtype`, which is compiled and loaded."""
+    isa = best_isa()
+    if dtype not in ELEMENTS or not generates(isa):
+        return False
+    load_kernel(dtype, isa, max_rows(dtype))
     return True
 
 
@@ -184,7 +175,6 @@ def load_kernel(dtype: torch.dtype, isa: Isa, rows: int) -> None:
     """Load the kernel of `dtype` for `isa`, which the ops use for up to `rows` rows from now on."""
     library = load_library(compile_library(source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
-    _LIBRARIES.append(library)
     op_library().lorafx_add(dtype_code(dtype), rows, kernel)
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -29,13 +27,10 @@ from torch import Tensor
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.attention import ATTENTION_FILES, attention_sizes
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register, tried_once
 from lorafx.kernels.cpu.dense import generates
 from lorafx.kernels.ops.op_library import define, require
 from lorafx.torch_internals.graph_parts import guard_or_false
-
-_LOCK = threading.Lock()
-_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
 
 
 @dataclass(frozen=True)
@@ -118,24 +113,17 @@ def _LOAD(wanted: Any) -> int:
     return int(not any(ready(AttentionForm(dtype, *sizes)) for dtype in known))
 
 
-@functools.cache
+@tried_once("attention stays with aten")
 def ready(form: AttentionForm) -> bool:
-    """Compile and load the kernel of `form`; False, with one warning, if there is none."""
-    with _LOCK:
-        try:
-            isa = best_isa()
-            if not generates(isa):
-                return False
-            load_kernel(form, isa)
-        except LoweringError as error:
-            warnings.warn(f"attention stays with aten: {error}", stacklevel=2)
-            return False
+    """Whether there is a kernel of `form`, which is compiled and loaded."""
+    if not generates(best_isa()):
+        return False
+    load_kernel(form, best_isa())
     return True
 
 
 def load_kernel(form: AttentionForm, isa: Isa) -> None:
     library = load_library(compile_library(source(form, isa), isa.flags))
-    _LIBRARIES.append(library)
     run = ctypes.cast(library.lorafx_attention, ctypes.c_void_p)
     dtype, *sizes = astuple(form)
     if op_library().lorafx_add(Kernel(dtype_code(dtype), *sizes, run)):

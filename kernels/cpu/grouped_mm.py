@@ -12,7 +12,6 @@ does not take, it is a loop over the experts that have rows, and the host waits 
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,13 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, loaded_kernel, tile_sizes
+from lorafx.kernels.cpu.cpu_source import (
+    ELEMENTS,
+    kernel_source,
+    loaded_kernel,
+    tile_sizes,
+    tried_once,
+)
 from lorafx.kernels.ops.op_library import define, require
 
 # Columns of a unit of work, whose weights stay in a cache while the expert's rows are multiplied.
@@ -90,12 +95,9 @@ def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
     return None if spec is None else _kernel_for(spec)
 
 
-@functools.cache
-def _kernel_for(spec: ProductSpec) -> GroupedKernel | None:
-    try:
-        return build(spec, best_isa())
-    except LoweringError:
-        return None  # `delta_kernels.build` has warned of the reason
+@tried_once("products with the weights of experts stay with aten")
+def _kernel_for(spec: ProductSpec) -> GroupedKernel:
+    return build(spec, best_isa())
 
 
 def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,7 @@ from torch import Tensor
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code, tried_once
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, check_bank, check_rows, define, require
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -129,9 +128,6 @@ def source(spec: StoredSpec, isa: Isa) -> str:
     return dense.source_with(spec, spec.dtype, isa, step, defines)
 
 
-_LIBRARIES: list[ctypes.CDLL] = []  # the table points into them
-
-
 @functools.cache
 def op_library() -> ctypes.CDLL:
     library = dense.op_library()
@@ -149,18 +145,13 @@ def _LOAD(key: int) -> int:
     return int(not ready(StoredSpec.of_key(key)))
 
 
-@functools.cache
+@tried_once("products with integers stay with aten")
 def ready(spec: StoredSpec) -> bool:
-    """Compile and load the kernel of `spec`, and that of its dtype, which multiplies many rows;
-    False, with one warning, if there is none."""
+    """Whether there is a kernel of `spec`, and one of its dtype, which multiplies many rows; both
+    are compiled and loaded."""
     if not dense.ready(spec.dtype):
         return False
-    with dense.LOCK:
-        try:
-            load_kernel(spec, best_isa(), dense.max_rows(spec.dtype))
-        except LoweringError as error:
-            warnings.warn(f"products with integers stay with aten: {error}", stacklevel=2)
-            return False
+    load_kernel(spec, best_isa(), dense.max_rows(spec.dtype))
     return True
 
 
@@ -169,7 +160,6 @@ def load_kernel(spec: StoredSpec, isa: Isa, rows: int) -> None:
     library = load_library(compile_library(source(spec, isa), isa.flags))
     functions = library.lorafx_kernel, library.lorafx_widen
     pointers = (ctypes.cast(function, ctypes.c_void_p) for function in functions)
-    _LIBRARIES.append(library)
     if op_library().lorafx_add_stored(spec.key, rows, *pointers):
         raise LoweringError("the table of generated CPU kernels is full")
 

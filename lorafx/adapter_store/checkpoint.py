@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.dialects import diffusers, kohya, loralib, mlx
+from lorafx.adapter_store.dialects import files, mlx
+from lorafx.adapter_store.dialects.spelling import Part
 from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
@@ -26,50 +27,24 @@ from lorafx.errors import (
     nearest,
 )
 
-
-class Dialect(NamedTuple):
-    """A way to save adapters.
-
-    Attributes:
-        name: its name in `AdapterSource.dialect`.
-        keys: an example of its keys, for messages.
-        claims: whether the keys of a file are of this dialect.
-        state: converts a file to PEFT's names, with views of its tensors; unknown keys are left for
-            the reader to refuse. Raises CheckpointError and UnsupportedAdapterError.
-        components: the models of a pipeline with factors in a file; "" if the keys name none.
-    """
-
-    name: str
-    keys: str
-    claims: Callable[[Saved], bool]
-    state: Callable[[Saved, nn.Module | None], AdapterState]
-    components: Callable[[Saved], tuple[str, ...]] = lambda _: ("",)
-
-
-def _peft(saved: Saved, _: nn.Module | None) -> AdapterState:
-    if saved.fields is None:
-        raise CheckpointError(
-            f"{saved.where} has no configuration, and without α (lora_alpha) the scale of its "
-            "factors is not known; give AdapterSource(..., config={'r': ..., 'lora_alpha': "
-            "...}), or the folder with its adapter_config.json"
-        )
-    config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
-    return AdapterState(config, saved.tensors, saved.where)
-
-
-#: The first that claims a file reads it.
-DIALECTS = (
-    Dialect("mlx", mlx.KEYS, mlx.claims, mlx.state),
-    Dialect("kohya", kohya.KEYS, kohya.claims, kohya.state, kohya.components),
-    Dialect("diffusers", diffusers.KEYS, diffusers.claims, diffusers.state, diffusers.components),
-    Dialect("loralib", loralib.KEYS, loralib.claims, loralib.state),
-    Dialect("peft", "<module>.lora_A.weight", lambda saved: any(map(parse, saved.tensors)), _peft),
-)
+#: An example of the keys of each dialect, by its name in `AdapterSource.dialect`.
+DIALECTS: Mapping[str, str] = {
+    "mlx": "<module>.lora_a",
+    "kohya": "lora_unet_<module with underscores>.lora_down.weight",
+    "diffusers": "unet.<module>.lora_A.weight or .lora.down.weight",
+    "loralib": "<module>.lora_A",
+    "peft": "<module>.lora_A.weight",
+}
 
 #: The last parts of keys -> the other method that uses them.
 _METHODS: Mapping[str, str] = {
-    r"hada_[wt][12](_[ab])?": "LoHa: a product of two low-rank matrices, element by element",
-    r"lokr_[wt][12](_[ab])?": "LoKr: a Kronecker product",
+    r"hada_[wt][12](_[ab])?(\..+)?": "LoHa: a product of two low-rank matrices, element by element",
+    r"lokr_[wt][12](_[ab])?(\..+)?": "LoKr: a Kronecker product",
+    r"[ab][12]\.weight|glora_[A-E](\..+)?": "GLoRA: products of the base weight with factors",
+    r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
+        "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
+    ),
+    r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
     r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
     r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
     r"ia3_l(\..+)?": "IA³: scales of activations",
@@ -84,30 +59,29 @@ _METHODS: Mapping[str, str] = {
 _PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
 
 
-def dialect_of(saved: Saved, name: str | None = None) -> Dialect:
-    """The dialect `name`, or that of `saved`. Raises ConfigError for an unknown name,
+def components(saved: Saved, dialect: str | None) -> tuple[str, ...]:
+    """The models of a pipeline that the keys name, "" for none. Raises as `load_state`."""
+    return tuple(dict.fromkeys(part.component for part in _parts(saved, dialect)))
+
+
+def _parts(saved: Saved, dialect: str | None) -> list[Part]:
+    """The tensors by `spelling`. Raises ConfigError for an unknown `dialect`,
     UnsupportedAdapterError for keys of another method, CheckpointError for unknown keys."""
-    known = {dialect.name: dialect for dialect in DIALECTS}
-    if name is not None:
-        if name not in known:
-            raise ConfigError(
-                f"there is no dialect {name!r}{nearest(str(name), known)}; dialects are "
-                f"{', '.join(known)}"
-            )
-        return known[name]
-    if isinstance(saved.fields, PeftConfig):
-        return known["peft"]
-    _refuse_other_methods(saved)
-    for dialect in DIALECTS:
-        if dialect.claims(saved):
-            return dialect
-    if saved.fields is not None:
-        return known["peft"]  # its errors name each key
-    first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
-    expected = "; ".join(f"{dialect.name}: {dialect.keys}" for dialect in DIALECTS)
-    raise CheckpointError(
-        f"{saved.where} has keys of no known dialect ({first}). Dialects are {expected}"
-    )
+    if dialect not in (None, *DIALECTS):
+        raise ConfigError(
+            f"there is no dialect {dialect!r}{nearest(str(dialect), DIALECTS)}; dialects are "
+            f"{', '.join(DIALECTS)}"
+        )
+    if dialect is None and not isinstance(saved.fields, PeftConfig):
+        _refuse_other_methods(saved)
+    parts = files.parts_of(saved, dialect)
+    if dialect is saved.fields is None and not any(part.letter for part in parts):
+        first = ", ".join(repr(key[:100]) for key in list(saved.tensors)[:3]) or "no tensors"
+        expected = "; ".join(f"{name}: {keys}" for name, keys in DIALECTS.items())
+        raise CheckpointError(
+            f"{saved.where} has keys of no known dialect ({first}). Dialects are {expected}"
+        )
+    return parts
 
 
 def _refuse_other_methods(saved: Saved) -> None:
@@ -138,7 +112,10 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
         return source
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = read_source(adapter)
-    state = dialect_of(saved, adapter.dialect).state(saved, model)
+    if adapter.dialect == "mlx" or (adapter.dialect is None and mlx.claims(saved)):
+        state = mlx.state(saved, model)
+    else:
+        state = files.state(saved, _parts(saved, adapter.dialect), model, adapter.dialect)
     state = with_present_paths(state, adapter, model)
     return state if adapter.component is None else replace(state, left_out=())
 

@@ -120,7 +120,10 @@ class Findings:
 def check_sound(key: str, tensor: Tensor) -> None:
     """Raise `Problem` unless `tensor` holds finite floating-point numbers."""
     if tensor.dtype not in DTYPES:
-        raise Problem(f"{key} is {tensor.dtype}; factors must be floating point")
+        raise Problem(
+            f"{key} is {tensor.dtype}; factors are read in float16, bfloat16, float32, float64, "
+            "float8_e4m3fn and float8_e5m2"
+        )
     unsound = int((~torch.isfinite(tensor)).sum())
     if unsound:
         raise Problem(f"{key} holds {unsound} NaN or infinite values")

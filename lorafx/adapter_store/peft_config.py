@@ -278,7 +278,7 @@ _EXPORT = (
 #: after an exact export; `velora_config` changes gradients only.
 _NO_ARITHMETIC = frozenset(
     {
-        *("task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout"),
+        *("task_type", "revision", "inference_mode", "lora_dropout"),
         *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
         *("corda_config", "lora_ga_config", "velora_config", "peft_type", "init_lora_weights"),
     }
@@ -312,6 +312,12 @@ def _version(name: str, value: Any) -> tuple[int, ...] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
+def _class(name: str, value: Any) -> tuple[str, str] | None:
+    fields = value if isinstance(value, Mapping) else {}
+    cls, module = fields.get("base_model_class"), fields.get("parent_library")
+    return (cls, module) if isinstance(cls, str) and isinstance(module, str) else None
+
+
 def _checked_field(check: Check, default: Any = None, name: str = "") -> Any:
     """A dataclass field with its check, and its name in the file if that differs."""
     return field(default_factory=lambda: default, metadata={"check": check, "name": name})
@@ -337,6 +343,7 @@ class PeftConfig:
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
         invocation: `alora_invocation_tokens` of an aLoRA adapter, which is active from their last
             occurrence in a sequence on; else empty.
+        trained_class: the name and the Python module of the class that it was trained on.
         peft_version: PEFT's release that wrote the file, such as (0, 19).
     """
 
@@ -359,6 +366,7 @@ class PeftConfig:
     fan_in_fan_out: bool = _checked_field(_flag, False)
     invocation: tuple[int, ...] = _checked_field(_tokens, (), "alora_invocation_tokens")
     base_model: str | None = _checked_field(_text, None, "base_model_name_or_path")
+    trained_class: tuple[str, str] | None = _checked_field(_class, None, "auto_mapping")
     peft_version: tuple[int, ...] | None = _checked_field(_version)
 
     @classmethod

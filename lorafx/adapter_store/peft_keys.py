@@ -9,7 +9,7 @@
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
 
-An adapter's name may remain (`lora_A.default.weight`). lorafx.model.saved_names resolves paths.
+Names of adapters may remain (`lora_A.default.weight`). lorafx.model.saved_names resolves paths.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from lorafx.model.saved_names import PREFIX, without_compiled
 
 Letter = Literal["A", "B", "m", "b"]
 
+#: Names of adapters that remain, one in another.
+_NAMES = r"(?:\.(?!(?:weight|bias|alpha)(?:\.|$))[^.]+){0,2}?"
 _FACTOR = re.compile(
     r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
-    r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
+    rf"{_NAMES}(?:\.weight)?$"
 )
-_BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
+_BIAS = re.compile(rf"^(?:(?P<module>.+)\.)?lora_B{_NAMES}\.bias$")
 _VECTORS: Mapping[str, Letter] = {"lora_magnitude_vector": "m", "lora_bias": "b"}
 #: Tensors used in training only: VeLoRA compresses activations with them.
 TRAINING_KEYS = (".lora_velora_embed",)

@@ -122,8 +122,8 @@ def read_adapter(
         max_rank: largest rank of the banks.
         lora_config: selected the `sites`. If it used adapters' targets, modules that are no sites
             can lack factors too.
-        strict: a targeted module without factors, and factors that are not used, are problems, not
-            warnings.
+        strict: a targeted module without factors, factors that are not used, and another class of
+            model in the configuration are problems, not warnings.
 
     Raises:
         UnsupportedAdapterError: arithmetic beyond LoRA.
@@ -146,6 +146,12 @@ def read_adapter(
             f"{len(missing)} of them ({share:.0f} %): {some(missing, 8)}. These modules keep the "
             "base weights, which is right if the adapter was trained on only a part of the model; "
             "otherwise the file is incomplete"
+        )
+    if _is_of_another_class(state.config, model):
+        doubts.append(
+            f"it was trained on a {' of '.join(state.config.trained_class or ())}, and here is a "
+            f"{type(model).__name__} without one, whose modules have its names; load it with the "
+            "model that it was made for"
         )
     if state.lost:
         doubts.append(
@@ -178,6 +184,17 @@ def read_adapter(
         compared=reading.compared,
         invocation=state.config.invocation,
     )
+
+
+def _is_of_another_class(config: PeftConfig, model: nn.Module) -> bool:
+    """Whether the configuration names a class of the same library that is not in the model."""
+    if config.trained_class is None:
+        return False
+    name, module = config.trained_class
+    classes = [cls for part in model.modules() for cls in type(part).__mro__]
+    if any(cls.__name__ == name or cls.__module__ == module for cls in classes):
+        return False
+    return module.partition(".")[0] == type(model).__module__.partition(".")[0]
 
 
 def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
@@ -59,6 +59,8 @@ _DOWNLOADED = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*
 _Contents = tuple[dict[str, Tensor], dict[str, str]]
 #: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
 Stamp: TypeAlias = tuple[int, int, int]
+#: Read as float32, which has all their values.
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -72,7 +74,8 @@ class AdapterSource:
             hub ("owner/name"); the bytes of a file; or tensors by name.
         config: the fields of its dialect's configuration (adapter_config.json's) or a
             `peft.LoraConfig`; default: the one beside the tensors, or in safetensors metadata.
-        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; default: told by the keys.
+        dialect: "peft", "diffusers", "kohya", "mlx" or "loralib"; default: told by the keys. Of
+            diffusers' and kohya's, dotted prefixes name components even beside a configuration.
         component: the component of a pipeline that this model is ("unet", "transformer",
             "text_encoder", ...); default: told by the names.
         key_mapping: regular expressions and replacements in module paths, applied in order, as in
@@ -81,8 +84,9 @@ class AdapterSource:
         prefix: the path in the files of what this model is, such as "vision_tower"; or such a path
             and what it is here, ("vision_tower", "encoder"), "" for all. Applied before
             `key_mapping`.
+        ignore: regular expressions; tensors with a match in their keys are left out.
 
-    `config` and `key_mapping` are copied, since an adapter may be read again later.
+    `config`, `key_mapping` and `ignore` are copied, since an adapter may be read again later.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor] | Saved
@@ -92,13 +96,14 @@ class AdapterSource:
     key_mapping: Mapping[str, str] | None = None
     revision: str | None = None
     prefix: str | tuple[str, str] | None = None
+    ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("config", "key_mapping"):
+        for name in ("config", "key_mapping", "ignore"):
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, deepcopy(dict(value)))
-            elif is_dataclass(value):  # PEFT's
+            elif is_dataclass(value) or name == "ignore":  # a configuration of PEFT's
                 object.__setattr__(self, name, deepcopy(value))
 
 
@@ -281,6 +286,10 @@ def _parse_if_peft(fields: dict[str, Any], where: str) -> PeftConfig | dict[str,
 
 def _saved(adapter: AdapterSource, contents: _Contents, where: str, fields: Any) -> Saved:
     tensors, metadata = contents
+    tensors = {
+        key: tensor.float() if tensor.dtype in _FLOAT8 else tensor
+        for key, tensor in _without_ignored(tensors, adapter.ignore, where).items()
+    }
     # Long names take long to compare with the model's.
     longest = max(tensors, key=len, default="")
     if len(longest) > _LONGEST_NAME:
@@ -298,6 +307,22 @@ def _saved(adapter: AdapterSource, contents: _Contents, where: str, fields: Any)
             what = f"{key} in the metadata of {where}"
             fields = _parse_if_peft(json_object(metadata[key], what), what)
     return Saved(tensors, fields, metadata, where, adapter.component)
+
+
+def _without_ignored(tensors: dict[str, Tensor], ignore: Any, where: str) -> dict[str, Tensor]:
+    """The tensors that no pattern matches; ConfigError for a pattern that none has."""
+    for pattern in ignore if isinstance(ignore, list | tuple | set) else [ignore]:
+        try:
+            kept = {key: t for key, t in tensors.items() if not re.search(pattern, key)}
+        except (re.error, TypeError) as error:
+            raise ConfigError(
+                f"ignore: {pattern!r:.80} is no regular expression: {error}"
+            ) from None
+        if len(kept) == len(tensors):
+            first = f"{next(iter(tensors), '')!r:.200}"
+            raise ConfigError(f"ignore: {pattern!r} matches no key in {where}, such as {first}")
+        tensors = kept
+    return tensors
 
 
 def _dense_tensors(tensors: Any, where: str) -> dict[str, Tensor]:

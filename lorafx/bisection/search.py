@@ -225,6 +225,7 @@ class _Search:
 
     def run(self) -> Bisection:
         notes: list[str] = []
+        self.compiled._session.compile_for(self._call)  # or eager mode would answer
         served = self._error()
         first, site = None, None
         with replayed(self.compiled._entries) as replay:

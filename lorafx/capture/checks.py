@@ -53,8 +53,9 @@ class RefusedSites:
         return ProvenanceError(
             f"this batch mixes adapters, and at {names} it is not proved which request a row "
             f"belongs to: {_UNSEEN if unseen else self.reason}. Run one adapter per batch, "
-            "declare which dimension of an argument holds the requests by LoraConfig("
-            "row_dims=...), or leave the module out by exclude_modules"
+            "use Options(start='eager'), which follows rows by their values, declare which "
+            "dimension of an argument holds the requests by LoraConfig(row_dims=...), or leave "
+            "the module out by exclude_modules"
         )
 
 

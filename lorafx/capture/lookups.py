@@ -22,6 +22,7 @@ from torch.nn import functional
 from lorafx.errors import some
 from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
+from lorafx.ownership.propagate import ancestors
 from lorafx.placements import is_placed
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.torch_internals.frames import size_expression
@@ -98,14 +99,8 @@ class _Sources:
         """What an error calls the index; `{}` stands for the position of an entry."""
         if index in self.inputs:
             return f"{_input_name(self.inputs[index])}{{}}"
-        ancestors: set[fx.Node] = set()
-        pending = [index]
-        while pending:
-            node = pending.pop()
-            if node in self.of_call and node not in ancestors:
-                ancestors.add(node)
-                pending += node.all_input_nodes
-        tensors = [n for n in self.inputs if n in ancestors and isinstance(_fake(n), Tensor)]
+        made_of = self.of_call & ancestors([index], self.of_call.__contains__)
+        tensors = [n for n in self.inputs if n in made_of and isinstance(_fake(n), Tensor)]
         names = some(dict.fromkeys(_input_name(self.inputs[node]) for node in tensors))
         return f"the index {{}} that the model makes of {names or 'the sizes of this call'}"
 

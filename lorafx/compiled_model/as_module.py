@@ -61,9 +61,10 @@ class AsModule(nn.Module):
         return sorted({*dir(type(self)), *dir(self._orig_mod)})
 
     def train(self, mode: bool = True) -> Self:
-        """As for any module. Warns about training mode, which makes dropout active."""
-        if mode:
+        """As for any module. Warns where training mode begins, which makes dropout active."""
+        if mode and not self._orig_mod.training:
             warn_training(self._orig_mod, stacklevel=2)
+        self._session.trains = mode
         self._orig_mod.train(mode)
         return self
 

@@ -277,7 +277,9 @@ class CompiledModel(AsModule):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no graph is being compiled beside the calls (`Options.start`). Returns whether
-        that is so; False if `timeout` seconds have passed. Calls go on meanwhile."""
+        that is so; False if `timeout` seconds have passed. Calls go on meanwhile. A graph is
+        compiled from the second call of its kind on: a kind that was called once is not waited for.
+        """
         last = None if timeout is None else time.monotonic() + timeout
         tiers = self._session.tiers
         while tiers is not None and tiers.busy(self._session):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.stored import Adapter, LoraWeights
+from lorafx.eager.undo import Undo
 from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
 from lorafx.generation.alora import any_begins
 from lorafx.model.sites import Site
@@ -154,21 +154,13 @@ def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
 @contextmanager
 def state_restored(compiled: CompiledModel) -> Iterator[None]:
     """Restores random states and the buffers that the model's forward writes, after the block."""
-    device = compiled._session.program.runtime.device
-    buffers = [
-        (buffer, buffer.clone()) for buffer in compiled._orig_mod.buffers() if _is_state(buffer)
-    ]
-    python_state = random.getstate()
-    devices = [] if device.type == "cpu" else [device]
+    undo = Undo((), compiled._session.program.runtime.device)
+    undo.note(filter(_is_state, compiled._orig_mod.buffers()))
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            yield
+        yield
     finally:
-        random.setstate(python_state)
-        with torch.no_grad(), torch.inference_mode(False):
-            for buffer, copy in buffers:
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
+        with torch.inference_mode(False):
+            undo.run()
 
 
 def _is_state(buffer: Tensor) -> bool:

@@ -16,7 +16,8 @@ import enum
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from itertools import compress, repeat, takewhile
 from typing import Any, NoReturn, TypeVar
 
@@ -53,6 +54,7 @@ from lorafx.torch_internals.graph_parts import (
     _len_torch_dispatch_stack,
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
+    tree_map_only,
 )
 from lorafx.torch_internals.transforms import (
     in_backward,
@@ -190,25 +192,28 @@ class Following(TorchDispatchMode):
     def run(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, with its operators followed."""
         _pop_ended()
+        try:
+            return self._pushed(action)
+        finally:
+            self.over = True
+
+    def _pushed(self, action: Callable[[], T]) -> T:
         above = _popping(_len_torch_dispatch_stack())
         try:
             _push_on_torch_dispatch_stack(self)
             return action()
         finally:
             # One call of C: Python handles signals only where a Python function begins or returns.
-            self.over = True
             _exhaust(above, 0)
 
     def in_graph(self, action: Callable[[], T]) -> T:
         """Run `action`, a graph's operators, whose uses of weights `match` knows."""
-        above, uses = _popping(_len_torch_dispatch_stack()), self._uses
+        uses = self._uses
         try:
             self._uses = None
-            _push_on_torch_dispatch_stack(self)
-            return action()
+            return self._pushed(action)
         finally:
             self._uses = uses
-            _exhaust(above, 0)
 
     def check(self, results: object) -> None:
         """Raise `error` for what the model's code may have caught, and for `results` of the call
@@ -337,14 +342,12 @@ class Following(TorchDispatchMode):
         if self._enters:
             self._enters = False
             return NotImplemented  # DTensor takes over, with this mode on the stack
-        above, counts = _popping(_len_torch_dispatch_stack()), self._counts
+        counts = self._counts
         try:
             self._counts, self._enters = 0, True
-            _push_on_torch_dispatch_stack(self)
-            return func(*args, **named)
+            return self._pushed(partial(func, *args, **named))
         finally:
             self._counts, self._enters = counts, False
-            _exhaust(above, 0)
 
     def _sign(
         self, values: Sequence[Any], signature: list[Any], operands: list[tuple[Tensor, int]]
@@ -540,6 +543,14 @@ def unfollowed(action: Callable[[Following | None], T]) -> T:
         for mode in reversed(removed):
             if not mode.over:
                 _push_on_torch_dispatch_stack(mode)
+
+
+@contextmanager
+def counted(values: T) -> Iterator[T]:
+    """A block in which torch counts all writes, for `values` with copies of the tensors that were
+    made in inference mode: the writes into such a one are not counted."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, values)
 
 
 def inner_call(call: Callable[[], T]) -> T:

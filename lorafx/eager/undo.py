@@ -243,7 +243,8 @@ def _slots(cls: type) -> tuple[MemberDescriptorType, ...]:
 def _write_back(tensor: Tensor, before: Tensor, geometry: Geometry | None) -> None:
     if geometry is not None and geometry_of(tensor) != geometry:  # such as after `t_`
         tensor.as_strided_(*geometry)
-    tensor.copy_(before)
+    if geometry is None or not torch.equal(tensor, before):  # a write counts as a change
+        tensor.copy_(before)
 
 
 def _base(value: Any) -> Any:

@@ -17,11 +17,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.errors import MatchError
 from lorafx.model.marks import SiteMark
+from lorafx.model.module_graph import ByStorage, storage_key
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import DISTINCT, overlap
+from lorafx.program.derived import DISTINCT
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.registry import lookup
@@ -71,20 +72,18 @@ class WeightUses:
         self._products: dict[str, list[WeightProduct]] = {}
 
     @cached_property
-    def _sites(self) -> dict[int, list[tuple[Site, Tensor]]]:
-        """The touched sites, with the plain tensors that hold their weights, and the biases that
-        adapters change, by storage; none for untouched ones."""
-        sites: dict[int, list[tuple[Site, Tensor]]] = {}
+    def _sites(self) -> ByStorage[Site]:
+        """The sites by the plain tensors that hold their weights, and the biases that adapters
+        change."""
+        sites: list[tuple[Site, Tensor]] = []
         extras = self._program.batch.extras
         changed = {*extras.get("own", ()), *extras.get("bias", ())}
         for site in self._program.sites:
             bias = getattr(site.module, "bias", None) if site.path in changed else None
             biases = [bias] if isinstance(bias, Tensor) else []
             for weight in (*self._program.weights_of(site), *biases):
-                for part in plain_tensors(weight):
-                    touched = sites.setdefault(storage_of(part) or 0, [])
-                    touched += [(site, part)] if self._program.is_touched(site) else []
-        return sites
+                sites += ((site, part) for part in plain_tensors(weight))
+        return ByStorage(sites)
 
     @property
     def makes_weights(self) -> bool:
@@ -93,21 +92,18 @@ class WeightUses:
 
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
-        storage = storage_of(tensor)
-        if storage is not None:
-            return self._stored(storage, tensor)
-        parts = (self._stored(storage_of(part) or 0, part) for part in plain_tensors(tensor))
-        known = [sites for sites in parts if sites is not None]
+        parts = [tensor] if storage_of(tensor) is not None else plain_tensors(tensor)
+        known = [sites for sites in map(self._stored, parts) if sites is not None]
         return [site for sites in known for site in sites] if known else None
 
-    def _stored(self, storage: int, tensor: Tensor) -> list[Site] | None:
-        made, known = self._made.get(storage), self._sites.get(storage)
+    def _stored(self, tensor: Tensor) -> list[Site] | None:
+        made = self._made.get(storage_key(tensor))
         if made is not None and not made[0].expired():
             return made[1]
-        if not known:
-            return None if known is None else []
-        some = tensor.numel() > 0
-        return [site for site, part in known if some and part.numel() and overlap(tensor, part)]
+        if not self._sites.beside(tensor):
+            return None
+        sites = (site for site, _ in self._sites.overlapping(tensor))
+        return list(filter(self._program.is_touched, sites))
 
     def copied(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites of whose weights the tensor has copies; None if it is no copy."""

@@ -17,24 +17,18 @@ from functools import partial
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from lorafx.eager.following import Following, running
+from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
 from lorafx.generation.alora import ActivatedForward
 from lorafx.ownership.memory import NOBODY, Alone, Listed, Memory, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
-from lorafx.program.row_handoff import argument_label
+from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session
-from lorafx.torch_internals.graph_parts import (
-    _pop_torch_dispatch_stack,
-    _push_on_torch_dispatch_stack,
-    tree_map_only,
-)
 from lorafx.torch_internals.transformers_parts import code_of_generate
 
 T = TypeVar("T")
@@ -70,27 +64,18 @@ class GeneratedRows:
         self._requests = Requests(())
         #: Whether other code calls the model beside a loop.
         self._disturbed = False
-        self._follows = True
 
     def run(self, generate: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return the result of `generate`."""
-        outer = running()  # of a forward that calls `generate`
-        memory = None if outer is None else outer.memory
-        with torch.inference_mode(False), torch.no_grad():
-            # torch does not count the writes into what was made in inference mode.
-            args, kwargs = tree_map_only(
-                Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs)
-            )
+        with counted((args, kwargs)) as (args, kwargs):
             named = self._roles.bind(args, kwargs)
             main = getattr(self._session.program.model, "main_input_name", "inputs")
-            for name, value in named.items():
-                name = main if name == "inputs" else name
-                if isinstance(value, (Tensor, Mapping)) or name in ROW_DIMS:
-                    for tensor in tensor_leaves(value):
-                        role = self._roles.role(name, tensor, named)
-                        label = argument_label(role, tensor, self._count)
-                        label = label if memory is None else memory.look(tensor)
-                        self._memory.set_label(tensor, label)
+            named = {
+                main if name == "inputs" else name: value
+                for name, value in named.items()
+                if isinstance(value, (Tensor, Mapping)) or name in ROW_DIMS
+            }
+            label_arguments(self._memory, self._roles, named, self._count)
             try:
                 return self._mode.run(partial(generate, *args, **kwargs))
             finally:
@@ -98,19 +83,12 @@ class GeneratedRows:
 
     def serve(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The result of a forward, in which each row is a request with its prompt's adapter."""
-        if not self._follows or running() is not self._mode:
-            return self._serve(forward, args, kwargs)
-        _pop_torch_dispatch_stack(None)
-        try:
-            return self._serve(forward, args, kwargs)
-        finally:
-            if self._follows:
-                _push_on_torch_dispatch_stack(self._mode)
+        return unfollowed(lambda _: self._serve(forward, args, kwargs))
 
     def _serve(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session, (loop, directly) = self._session, _loop()
         known = loop is not None and loop is self._loop
-        if self._follows or not known:
+        if not (self._mode.over and known):
             named = forward.roles.spread(forward.roles.bind(args, kwargs))
             owners = self._proved(forward, named, self._owners if known else None)
             names = session.requests.names
@@ -125,9 +103,11 @@ class GeneratedRows:
             requests = self._requests
         running = session.running._replace(requests=requests)
         result = session.note(running, partial(forward, *args, **kwargs))
-        if self._follows and known and directly and not self._disturbed and _is_last(loop):
-            self._follows = False
-        if self._follows:
+        if self._mode.over:
+            return result
+        if known and directly and not self._disturbed and _is_last(loop):
+            self._mode.over = True
+        else:
             self._label(result, owners)
             self._label({name: named[name] for name in CACHES if name in named}, owners)
         return result

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.config import RowDim
 from lorafx.errors import BatchError
 from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.entry import CompiledForwards
@@ -150,7 +151,7 @@ def _padding_token(bound: Mapping[str, Any], settings: Any) -> int:
 
 def _part(
     table: RoleTable,
-    row_dims: Mapping[str, int | None],
+    row_dims: Mapping[str, RowDim],
     call: Mapping[str, Any],
     name: str,
     value: Any,
@@ -179,14 +180,14 @@ def _part(
         with torch.no_grad():
             return value.index_select(role.dim, rows.to(value.device))
     items = _items(value)
+    if items is not None and table.of_items(name, value):
+        return _rebuilt(value, [items[row] for row in rows.tolist()])
     if items is None or any(isinstance(item, _PLAIN) and item is not None for item in items):
         _refuse(
             f"argument {name!r} is a {type(value).__name__}, which cannot be split into the rows "
             "of its requests"
         )
-    labels = [name] * len(items)
-    if table.spreads(name, value):  # each item is an argument
-        labels = [f"{name}.{key}" for key in value]
+    labels = table.parts(name, value) or [name] * len(items)
     pairs = zip(labels, items, strict=True)
     return _rebuilt(value, [_part(table, row_dims, call, n, item, rows) for n, item in pairs])
 

@@ -310,6 +310,8 @@ class Explanation(Report):
         return line + (f"; without effect: {some(idle, _MOST)}" if idle else "")
 
     def _graphs_line(self) -> str:
+        if not self.graphs and self.calls:
+            return "no graph is in use yet: calls are answered eagerly, as listed below"
         if not self.graphs:
             return "no graph is compiled yet: the first calls do that, or warmup()"
         lora = sum(graph.lora for graph in self.graphs)
@@ -342,7 +344,10 @@ class Explanation(Report):
             parts.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
             parts.append(f"{_count(len(self.replaced), 'site')} replaced since")
-        return "; ".join(filter(None, parts)) or "no call has been made"
+        return (
+            "; ".join(filter(None, parts))
+            or "which sites are refused is known when there is a graph"
+        )
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:

@@ -91,6 +91,7 @@ class Profile(Report):
         rows, adapters: requests of the batch, and its distinct adapters.
         calls: the number of averaged calls.
         served: median wall time of a served call.
+        way: how these calls were served, "compiled" or "eager".
         operators: the graphs run operator by operator, without Python's overhead.
         others: the part of `operators` that belongs to no site.
         unreached: sites that this call does not run.
@@ -104,6 +105,7 @@ class Profile(Report):
     adapters: int
     calls: int
     served: float
+    way: str
     operators: float
     others: float
     nodes: tuple[ProfiledNode, ...]
@@ -132,7 +134,7 @@ class Profile(Report):
     def heading(self) -> str:
         return (
             f"{self.model}, {self.rows} requests with {self.adapters} adapters, {self.device}, "
-            f"{self.lowering}: {_ms(self.served)} ms as served; operator by operator "
+            f"{self.lowering}: {_ms(self.served)} ms as served ({self.way}); operator by operator "
             f"{_ms(self.operators)} ms, sites {_ms(self.sites)}, others {_ms(self.others)}"
         )
 
@@ -252,7 +254,11 @@ def profiled(
     def call(kwargs: Mapping[str, Any]) -> None:
         serve(**kwargs, adapter_names=list(names))
 
+    entries.session.compile_for(lambda: call(copy.deepcopy(named)))
+    tiers = entries.session.tiers
+    before = tiers.eager_calls if tiers is not None else 0
     served = _time_served(call, named, device, calls)
+    eager = tiers is not None and tiers.eager_calls > before
     with replayed(entries) as replay:
         graphs = _time_operators(call, named, replay, device, calls)
         floors = _Floors(entries.session, adapters)
@@ -267,6 +273,7 @@ def profiled(
         adapters=len(adapters),
         calls=calls,
         served=served,
+        way="eager" if eager else "compiled",
         operators=operators,
         others=operators - sum(node.whole for node in nodes),
         nodes=tuple(nodes),
@@ -284,16 +291,16 @@ def _notes(nodes: Sequence[ProfiledNode]) -> Iterator[str]:
 
 
 def _time_served(call: _Call, inputs: Mapping[str, Any], device: torch.device, calls: int) -> float:
-    """Median seconds of a call, after one that compiles."""
+    """Median seconds of a call."""
     times = []
-    for _ in range(calls + 1):
+    for _ in range(calls):
         kwargs = copy.deepcopy(inputs)
         _synchronize(device)
         start = time.perf_counter()
         call(kwargs)
         _synchronize(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -12,14 +12,16 @@ of which `paths` lists at most `MAX_PATHS`, while `find` and `at` accept all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.errors import LorafxError, nearest
+
+T = TypeVar("T")
 
 # ALBERT-like models reach one layer by 12 to 48 paths; beyond this it is a combinatorial product.
 MAX_PATHS = 64
@@ -39,6 +41,37 @@ def storage_key(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
         return -id(tensor)
+
+
+class ByStorage(Generic[T]):
+    """Finds items by the storages of their tensors."""
+
+    def __init__(self, items: Iterable[tuple[T, Tensor]]) -> None:
+        self._items: dict[int, list[tuple[T, Tensor]]] = {}
+        for item, tensor in items:
+            self._items.setdefault(storage_key(tensor), []).append((item, tensor))
+
+    def beside(self, tensor: Tensor) -> Sequence[tuple[T, Tensor]]:
+        """The items with the storage of this tensor, and their tensors."""
+        return self._items.get(storage_key(tensor), ())
+
+    def overlapping(self, tensor: Tensor) -> list[tuple[T, Tensor]]:
+        """Those whose bytes lie between the first and the last of this tensor's: siblings that are
+        packed have one storage."""
+        start, stop = _byte_range(tensor)
+        ranges = ((pair, _byte_range(pair[1])) for pair in self.beside(tensor))
+        return [
+            pair
+            for pair, (first, last) in ranges
+            if pair[1] is tensor or (start < last and first < stop)
+        ]
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = sum((size - 1) * stride for size, stride in pairs if size)
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (extent + 1) * tensor.element_size() * bool(tensor.numel())
 
 
 @contextmanager

@@ -190,7 +190,8 @@ def _refuse(misfit: PackedGroup | None) -> None:
         raise CaptureError(
             f"the weights of {misfit.group.sites[0].path} and its siblings have changed "
             "shape, dtype, device or format, or were removed, after lorafx was given the "
-            "model; make such changes first and give lorafx the changed model"
+            f"model. Graphs and banks are for {misfit.weight.dtype}: convert the model back, or "
+            "detach() it and call lorafx.compile on the changed model; cm.to() converts nothing"
         )
 
 

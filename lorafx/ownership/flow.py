@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import operand
-from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
-from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
+from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Single
+from lorafx.ownership.runs import Run, Runs
+from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, Sizes, divide, is_multiple
 from lorafx.torch_internals.graph_parts import OpOverload
 
 Rule = Callable[[fx.Node, "Flow"], Label]
@@ -80,6 +81,47 @@ class Flow:
         """Whether `size` is a whole number of the label's periods rows·B."""
         return is_multiple(size, label.rows * self.batch)
 
+    def positions(self, label: Single, size: sympy.Expr, rows: sympy.Expr) -> Runs | None:
+        """The positions of `size` entries with this label, of which `rows` are a request's; None if
+        they are not known without a vector of the graph."""
+        if isinstance(label, One):
+            return Runs((Run(label.request * rows, size, sympy.S.Zero),))
+        if not isinstance(label, Own) or label.rows != rows:
+            return None
+        if label.perm is None:
+            return Runs((Run(sympy.S.Zero, size),))
+        return label.perm if isinstance(label.perm, Runs) else None
+
+    def only(self, runs: Runs, rows: sympy.Expr, *, one_period: bool = False) -> int | None:
+        """The request of all these positions, if it is one; `one_period`: they are below rows·B."""
+        run = runs.runs[0]
+        if len(runs.runs) > 1 or not runs.complete:
+            return None
+        if run.step == 0:
+            request = divide(run.start, rows)
+            return int(request) if request is not None and request.is_Integer else None
+        ends, bound = (run.start, run.at(run.size - 1)), ONE if one_period else self.batch
+        if not all(n.is_Integer for n in (*ends, rows, bound)):
+            return None
+        first, last = (int(end) // int(rows) for end in ends)
+        if first != last or first < 0:
+            return None
+        return first if one_period else first % int(bound)
+
+    def placed(self, dim: int, rows: sympy.Expr, runs: Runs) -> Single:
+        """The simplest label of entries along `dim` at these positions."""
+        request, first = self.only(runs, rows), runs.runs[0]
+        if request is not None:
+            return One(request)
+        label = Own(dim, rows)
+        whole = len(runs.runs) == 1 and self.whole(first.start, label)
+        if whole and first.step == ONE and self.whole(first.size, label):
+            return label
+        in_turn = [Run(b * rows, first.size, sympy.S.Zero) for b in range(len(runs.runs))]
+        if len(in_turn) == self.batch and in_turn == list(runs.runs):
+            return Own(dim, first.size)
+        return Own(dim, rows, runs)
+
     def lost(self, node: fx.Node, why: str) -> Mixed:
         return Mixed(f"{operator_name(node)}: {why} ({place(node)})")
 
@@ -106,6 +148,11 @@ class Flow:
         if not isinstance(label, Own):
             return label
         return label.at(label.dim + ndim - len(self.shape(arg)))
+
+
+def called_by(node: fx.Node) -> object:
+    """The operator of a node without its overload."""
+    return getattr(node.target, "overloadpacket", None)
 
 
 def outputs(node: fx.Node) -> Sequence[torch.Tensor | None]:

@@ -214,16 +214,25 @@ def indexed(node: fx.Node, flow: Flow) -> Label:
     elif isinstance(owner, Own):
         digit = flow.digit(through)
         composed = compose(flow, owner, digit, flow.batch) if digit is not None else None
-        if digit is None or composed is None:
+        if digit is not None and composed is not None:
+            j = digit.dim + dims.count - len(flow.shape(through))
+            labels.append(Own(dims.of_index(j), *composed))
+        elif is_shared_vector(through, flow) and owner.perm is None:
+            # Row i is row t[i], whatever that is: -1 is the last, of request -1 mod B, too.
+            labels.append(Own(dims.of_index(dims.count - 1), owner.rows, through))
+        else:
             return flow.lost(node, f"{owner} is indexed by values that are not known")
-        j = digit.dim + dims.count - len(flow.shape(through))
-        labels.append(Own(dims.of_index(j), *composed))
     for t in dims.at.values():
         if t is through:
             continue
         label = flow.aligned(t, dims.count)
         labels.append(label.at(dims.of_index(label.dim)) if isinstance(label, Own) else label)
     return flow.agree(node, labels)
+
+
+def is_shared_vector(t: fx.Node | None, flow: Flow) -> bool:
+    """Whether t is a vector that depends on no request."""
+    return len(flow.shape(t)) == 1 and flow.label(t) is None
 
 
 def indices_of(node: fx.Node, flow: Flow) -> list[Any]:
@@ -286,6 +295,8 @@ def in_dims_of_x(
         return label.at(dim)
     for d, t in dims.at.items():
         digit = flow.digit(t)
+        if label.perm is t and flow.whole(flow.shape(x)[d], Own(d, label.rows)):
+            return Own(d, label.rows)
         if digit is None or digit.dim + dims.count - len(flow.shape(t)) != dim:
             continue
         rows = divide(label.rows, digit.rows)

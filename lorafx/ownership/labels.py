@@ -4,14 +4,15 @@ With B requests in the batch, a tensor t has one of the labels
 
     None                   t depends on no request (weights, position tables, iotas)
     Own(dim, rows, perm)   t[..., i, ...] (i along `dim`) depends on one request only, namely
-                           ((perm[i] if perm else i) // rows) mod B
+                           ((perm[i] if perm else i) // rows) mod B; perm is a vector of the graph,
+                           or what is known of positions without one (`Runs`)
     One(request)           t depends on this request only
     Pooled()               entries of all requests, of which a mask shows each query its own
     Mixed(reason)          nothing is proved
 
-The size of an owned dimension is always a whole number of periods rows·B. Labels are canonical
-(`dim` is not negative, `rows` is a positive sympy expression), so equal labels are equal maps.
-Labels state ownership, not information flow: a router that sorts the tokens of all requests
+Without perm the size of an owned dimension is a whole number of periods rows·B. Labels are
+canonical (`dim` is not negative, `rows` is a positive sympy expression), so equal labels are equal
+maps. Labels state ownership, not information flow: a router that sorts the tokens of all requests
 together only moves rows (`perm`).
 """
 
@@ -23,6 +24,8 @@ from typing import TypeAlias
 import sympy
 from torch import fx
 
+from lorafx.ownership.runs import Runs
+
 
 @dataclass(frozen=True)
 class Own:
@@ -30,7 +33,7 @@ class Own:
 
     dim: int
     rows: sympy.Expr = sympy.S.One
-    perm: fx.Node | None = None
+    perm: fx.Node | Runs | None = None
 
     def at(self, dim: int) -> Own:
         return replace(self, dim=dim)

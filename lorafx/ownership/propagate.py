@@ -15,7 +15,7 @@ Where Python took the batch apart, tensors belong to a single request:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import sympy
@@ -25,8 +25,9 @@ from torch import fx
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership import batched, contractions, indexing, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
-from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
+from lorafx.ownership.flow import Flow, Rule, called_by, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
+from lorafx.ownership.runs import Runs
 from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 from lorafx.torch_internals.graph_parts import OpOverload
 
@@ -58,6 +59,7 @@ CUTS = (
     aten.tensor_split,
 )  # fmt: skip
 JOINS = (aten.cat, aten.concat, prims.cat, aten.stack)
+LAID = (aten.select_scatter, aten.slice_scatter)
 
 
 def flow_through(
@@ -88,15 +90,17 @@ def flow_through(
         withheld |= spoilt
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they are computed from."""
+def ancestors(
+    nodes: Iterable[fx.Node], through: Callable[[fx.Node], bool] = lambda _: True
+) -> set[fx.Node]:
+    """The nodes, and all that they are computed from; up to those for which `through` is false."""
     found: set[fx.Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(node.all_input_nodes if through(node) else ())
     return found
 
 
@@ -106,11 +110,6 @@ def _ends(graph: fx.Graph) -> list[fx.Node]:
     ends = [node for node, rule in rules.items() if rule not in (None, sites.rows_of)]
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     return [*ends, *output.all_input_nodes]
-
-
-def called_by(node: fx.Node) -> object:
-    """The operator of a node without its overload."""
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
@@ -217,20 +216,28 @@ def _checked(node: fx.Node, flow: Flow, value: object, label: Single) -> Single:
     shape = flow.sizes.shape(value) if isinstance(value, torch.Tensor) else ()
     if label.dim < len(shape):
         size = shape[label.dim]
-        picked = label.perm in flow.picks and equal(size, flow.shape(label.perm)[0])
-        if picked or flow.whole(size, label):
+        if isinstance(label.perm, Runs):
+            known = equal(size, label.perm.size)
+        else:
+            vector = label.perm is not None and len(flow.shape(label.perm)) == 1
+            known = vector and equal(size, flow.shape(label.perm)[0])
+        if known or flow.whole(size, label):
             return label
     return flow.lost(node, f"sizes {shape} are not proved to hold whole periods of {label}")
 
 
-def request_of(flow: Flow, label: Own, first: sympy.Expr, size: sympy.Expr = ONE) -> One | None:
-    """The request of entries [first, first + size) of the owner dimension, if only one."""
-    numbers = (first, size, label.rows, flow.batch)
-    if label.perm is not None or not all(n.is_Integer for n in numbers):
+def request_of(
+    flow: Flow, label: Own, length: sympy.Expr, first: sympy.Expr, size: sympy.Expr = ONE
+) -> One | None:
+    """The request of entries [first, first + size) of the owner dimension, which has `length`, if
+    it is only one."""
+    runs = flow.positions(label, length, label.rows)
+    part = runs.part(first, size) if runs is not None and not first.is_negative else None
+    if part is None or size == 0:
         return None
-    begin, count, rows, batch = (int(n) for n in numbers)
-    owners = {(begin + i) // rows % batch for i in range(count)}
-    return One(owners.pop()) if begin >= 0 and len(owners) == 1 else None
+    one_period = label.perm is None and equal(length, label.rows * flow.batch)
+    request = flow.only(part, label.rows, one_period=one_period)
+    return None if request is None else One(request)
 
 
 def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
@@ -248,17 +255,17 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
         stepped = args.get("step", 1) != 1 or equal(flow.shape(node)[label.dim], length)
         if stepped or first is None:
             return None
-        return request_of(flow, label, first, flow.shape(node)[label.dim])
+        return request_of(flow, label, length, first, flow.shape(node)[label.dim])
     if packet is aten.select:
         index = flow.size(args["index"])
-        if index is None or not (index.is_Integer and length.is_Integer):
+        if index is None:
             return None
-        return request_of(flow, label, index if index >= 0 else index + length)
+        return request_of(flow, label, length, index + length if index.is_negative else index)
     found: list[Single] = []
     at: sympy.Expr = sympy.S.Zero
     for out in outputs(node):
         size = ONE if packet is aten.unbind else flow.sizes.shape(out)[label.dim]  # type: ignore[arg-type]
-        request = request_of(flow, label, at, size)
+        request = request_of(flow, label, length, at, size)
         if request is None:
             return None
         found.append(request)
@@ -271,31 +278,10 @@ def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:
     known = {label for label in labels if label is not None}
     if len(known) == 1:
         return each_output(node, known.pop())
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in JOINS and all(isinstance(label, One) for label in labels):
-        joined = _joined(node, flow, packet is aten.stack)
-        if joined is not None:
-            return joined
+    if called_by(node) in (*JOINS, *LAID):
+        placed = views.laid(node, flow) if called_by(node) in LAID else views.joined(node, flow)
+        if placed is not None:
+            return placed
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     why = "tensors of single requests meet others"
     return each_output(node, flow.lost(node, why) if mixed is None else mixed)
-
-
-def _joined(node: fx.Node, flow: Flow, stacked: bool) -> Own | None:
-    """All requests' parts joined in order, of equal length."""
-    args = bound(node)
-    dim = wrap(args.get("dim", 0), len(flow.shape(node)))
-    lengths: dict[int, sympy.Expr] = {}
-    order: list[int] = []
-    for tensor in args["tensors"]:
-        shape, label = flow.shape(tensor), flow.label(tensor)
-        if not isinstance(label, One) or (not stacked and len(shape) != len(flow.shape(node))):
-            return None
-        if not order or order[-1] != label.request:
-            order.append(label.request)
-        size = ONE if stacked else shape[dim]
-        lengths[label.request] = lengths.get(label.request, sympy.S.Zero) + size
-    if not flow.batch.is_Integer or order != list(range(int(flow.batch))):
-        return None
-    rows = lengths[0]
-    return Own(dim, rows) if all(equal(rows, other) for other in lengths.values()) else None

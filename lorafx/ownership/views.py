@@ -1,13 +1,15 @@
 """Rules for operators that move, cut and join positions without reading values.
 
 Views relocate the digit of the position (`symbolic.reshaped`); permutations renumber dimensions;
-pads, rolls and flips must not touch the owner dimension, and a piece of it must start at a whole
-number of periods rows·B and be a whole number of them long: then index i of the piece still belongs
-to request (i // rows) mod B. The rules serve ownership and known index values (`Digit`).
+pads and rolls must not touch the owner dimension. A piece of it that starts at a whole number of
+periods rows·B, and is a whole number of them long, keeps the label: index i of it still belongs to
+request (i // rows) mod B. Other pieces, flips and joins of pieces are known by their positions
+(`Runs`). The rules serve ownership and known index values (`Digit`).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -17,8 +19,18 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, index_of, operand
-from lorafx.ownership.flow import Flow, Rule, each_output, of_owned, outputs, wrap, wrap_all
-from lorafx.ownership.labels import Digit, Label, Own, Single
+from lorafx.ownership.flow import (
+    Flow,
+    Rule,
+    called_by,
+    each_output,
+    of_owned,
+    outputs,
+    wrap,
+    wrap_all,
+)
+from lorafx.ownership.labels import Digit, Label, One, Own, Single
+from lorafx.ownership.runs import NOBODY, Run, Runs
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -39,10 +51,27 @@ def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
 @of_owned
 def view(node: fx.Node, flow: Flow, label: Own) -> Label:
     moved = view_of(node, flow, label)
+    if moved is None and isinstance(label.perm, Runs):
+        moved = view_of_runs(node, flow, label, label.perm)
     if moved is None:
         old, new = flow.shape(operand(node)), flow.shape(node)
         return flow.lost(node, f"{label} cannot be followed from sizes {old} to {new}")
     return moved
+
+
+def view_of_runs(node: fx.Node, flow: Flow, label: Own, runs: Runs) -> Single:
+    """Merging the owner dimension with those behind it, or splitting it; None for other views."""
+    old, new = flow.shape(operand(node)), flow.shape(node)
+    for dim, size in enumerate(new):
+        if not equal(product(new[:dim]), product(old[: label.dim])):
+            continue
+        if (m := divide(size, old[label.dim])) is not None:
+            scaled = runs.scaled(m)
+            return flow.placed(dim, label.rows * m, scaled) if scaled is not None else None
+        if (m := divide(old[label.dim], size)) is not None:
+            grouped = runs.grouped(m, label.rows)
+            return flow.placed(dim, *grouped) if grouped is not None else None
+    return None
 
 
 def learn_sizes(node: fx.Node, flow: Flow) -> None:
@@ -195,6 +224,17 @@ def repeat_interleaved(node: fx.Node, flow: Flow, label: Own) -> Label:
 
 
 @of_owned
+def flipped(node: fx.Node, flow: Flow, label: Own) -> Label:
+    args, sizes = bound(node), flow.shape(node)
+    if label.dim not in wrap_all(args["dims"], len(sizes)):
+        return label
+    runs = flow.positions(label, sizes[label.dim], label.rows)
+    if runs is None:
+        return flow.lost(node, "rows in an order that is not known are reversed")
+    return flow.placed(label.dim, label.rows, runs.reversed())
+
+
+@of_owned
 def as_strided(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Only windows of a dense input inside a step of its leading owner dimension."""
     args = bound(node)
@@ -253,11 +293,23 @@ VIEWS: Sequence[object] = (
 )  # fmt: skip
 
 
-def piece(node: fx.Node, flow: Flow, label: Own, start: sympy.Expr, size: sympy.Expr) -> Single:
-    """The label of entries [start, start + size) of the owner dimension."""
-    if label.perm is None and flow.whole(start, label) and flow.whole(size, label):
+def piece(
+    node: fx.Node,
+    flow: Flow,
+    label: Own,
+    start: sympy.Expr,
+    size: sympy.Expr,
+    step: sympy.Expr = ONE,
+) -> Single:
+    """The label of `size` entries start, start + step, ... of the owner dimension."""
+    whole = label.perm is None and step == ONE
+    if whole and flow.whole(start, label) and flow.whole(size, label):
         return label
-    return flow.lost(node, f"a part of the owner dimension that is not a whole period of {label}")
+    runs = flow.positions(label, flow.shape(operand(node))[label.dim], label.rows)
+    part = runs.part(start, size, step) if runs is not None and size != 0 else None
+    if part is None:
+        return flow.lost(node, f"a part of the owner dimension of {label} that is not known")
+    return flow.placed(label.dim, label.rows, part)
 
 
 def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:
@@ -275,6 +327,8 @@ def sliced(node: fx.Node, flow: Flow, label: Own) -> Label:
         return label
     first = flow.size(0 if start is None else start)
     size, stride = flow.shape(node)[dim], flow.size(step)
+    if first is not None and first.is_negative and args.get("end") in (None, sys.maxsize):
+        first = flow.shape(operand(node))[dim] - size  # the last entries
     if first is None or stride is None or first.is_negative:
         return flow.lost(node, "a part of the owner dimension")
     if stride == ONE:
@@ -282,7 +336,7 @@ def sliced(node: fx.Node, flow: Flow, label: Own) -> Label:
     # (start + step·i) // rows = i // (rows / step) where step divides rows and start < step.
     rows = divide(label.rows, stride)
     if rows is None or label.perm is not None or (first < stride) != sympy.true:
-        return flow.lost(node, "a strided part of the owner dimension")
+        return piece(node, flow, label, first, size, stride)
     return Own(dim, rows)
 
 
@@ -319,6 +373,9 @@ def item_of(node: fx.Node, flow: Flow) -> Label:
 
 def concatenated(node: fx.Node, flow: Flow) -> Label:
     """cat: pieces agree; along the owner dimension unowned pieces are whole periods too."""
+    placed = joined(node, flow)
+    if placed is not None:
+        return placed
     args = bound(node)
     # aten.cat skips legacy empty one-dimensional tensors.
     tensors: Sequence[fx.Node] = [
@@ -332,6 +389,28 @@ def concatenated(node: fx.Node, flow: Flow) -> Label:
     if whole and (label.perm is None or len(tensors) == 1):
         return label
     return flow.lost(node, "joined along the owner dimension by parts that are not whole periods")
+
+
+def joined(node: fx.Node, flow: Flow) -> Single:
+    """The label of a cat or stack along the requests' dimension, of parts of the batch or of single
+    requests; None where that is not so, or no positions changed."""
+    args = bound(node)
+    stack, dim = (
+        called_by(node) is aten.stack,
+        wrap(args.get("dim", 0), len(flow.shape(node))),
+    )
+    tensors = [t for t in args["tensors"] if len(flow.shape(t)) + stack == len(flow.shape(node))]
+    labels = [flow.label(t) for t in tensors]
+    owned = {label.rows for label in labels if isinstance(label, Own)}
+    moved = any(isinstance(label, One) or getattr(label, "perm", None) for label in labels)
+    misplaced = any(isinstance(label, Own) and (stack or label.dim != dim) for label in labels)
+    if not moved or misplaced or len(owned) > 1:
+        return None
+    rows = owned.pop() if owned else ONE
+    sizes = [ONE if stack else flow.shape(t)[dim] for t in tensors]
+    found = [flow.positions(label, size, rows) for label, size in zip(labels, sizes, strict=True)]
+    parts = [runs for runs in found if runs is not None]
+    return flow.placed(dim, rows, Runs.joined(parts)) if len(parts) == len(found) else None
 
 
 def stacked(node: fx.Node, flow: Flow) -> Label:
@@ -353,7 +432,49 @@ def slice_written(node: fx.Node, flow: Flow) -> Label:
         part = piece(node, flow, label, start, flow.shape(src)[dim])
         if part == label and flow.whole(shape[dim], label):
             return label
-    return flow.lost(node, "a part of the owner dimension is overwritten")
+    return laid(node, flow) or flow.lost(node, "a part of the owner dimension is overwritten")
+
+
+def laid(node: fx.Node, flow: Flow) -> Single:
+    """The label of a buffer into which parts of the batch, or single requests, are laid along the
+    requests' dimension by slice_scatter or select_scatter; None if it is not known."""
+    args = bound(node)
+    of_src, dim = flow.label(args["src"]), wrap(args["dim"], len(flow.shape(node)))
+    rows = of_src.rows if isinstance(of_src, Own) else ONE
+    runs = _laid(node, flow, dim, rows)
+    return flow.placed(dim, rows, runs) if runs is not None else None
+
+
+def _laid(node: fx.Node, flow: Flow, dim: int, rows: sympy.Expr) -> Runs | None:
+    args = bound(node)
+    source, of_src, length = args["src"], flow.label(args["src"]), flow.shape(node)[dim]
+    one = called_by(node) is aten.select_scatter
+    start = flow.size(args["index"] if one else args["start"] or 0)
+    misplaced = isinstance(of_src, Own) and (one or of_src.dim != dim)
+    if start is None or misplaced or args.get("step", 1) != 1:
+        return None
+    start = start + length if start.is_negative else start
+    size = ONE if one else flow.shape(source)[dim]
+    new, under = flow.positions(of_src, size, rows), _under(args["self"], flow, dim, rows)
+    if new is None or under is None:
+        return None
+    before, after = under.part(sympy.S.Zero, start), under.part(start + size, length - start - size)
+    return Runs.joined([before, new, after]) if before and after else None
+
+
+def _under(buffer: fx.Node, flow: Flow, dim: int, rows: sympy.Expr) -> Runs | None:
+    """The positions in a buffer, in part of which only one request's rows may lie yet."""
+    label, size = flow.label(buffer), flow.shape(buffer)[dim]
+    if label is None:
+        return Runs((Run(NOBODY, size, sympy.S.Zero),))
+    written = called_by(buffer) in (aten.select_scatter, aten.slice_scatter)
+    if (
+        isinstance(label, One)
+        and written
+        and wrap(bound(buffer)["dim"], len(flow.shape(buffer))) == dim
+    ):
+        return _laid(buffer, flow, dim, rows)
+    return flow.positions(label, size, rows) if getattr(label, "dim", dim) == dim else None
 
 
 def index_written(node: fx.Node, flow: Flow) -> Label:
@@ -374,7 +495,9 @@ def glu_halves(node: fx.Node, flow: Flow, label: Own) -> Label:
     """glu(dim): the two halves of a dimension meet."""
     half = flow.shape(node)[label.dim]
     dim = wrap(bound(node)["dim"], len(flow.shape(node)))
-    return piece(node, flow, label, half, half) if label.dim == dim else label
+    if label.dim != dim or piece(node, flow, label, half, half) == label:
+        return label
+    return flow.lost(node, "the halves of the owner dimension meet")
 
 
 RULES: dict[object, Rule] = {
@@ -383,6 +506,7 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.repeat, aten.tile), repeated),
     aten.repeat_interleave: repeat_interleaved,
     aten.as_strided: as_strided,
+    **dict.fromkeys((aten.flip, prims.rev), flipped),
     **dict.fromkeys((aten.slice, aten.narrow), sliced),
     **dict.fromkeys(
         (

@@ -3,13 +3,13 @@
 Index b along that dimension belongs to request b. The dimension comes from `LoraConfig.row_dims`,
 from the tables below of names in transformers' forwards, or, for models that declare no roles, from
 the convention that dimension 0 is the batch; it is never guessed from sizes. An item `x` of a dict
-`batch` is "batch.x", and has the role of "x" unless another is declared.
+or dataclass `batch` is "batch.x", and has the role of "x" unless another is declared; an item of a
+list or tuple is "batch.0". Of a list that `row_dims` declares as "items", item b is request b's.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafx.config import RowDim
 from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
 
 #: The dimension of requests by convention.
@@ -170,13 +171,13 @@ class RoleTable:
     def __init__(
         self,
         module: nn.Module,
-        row_dims: Mapping[str, int | None],
+        row_dims: Mapping[str, RowDim],
         function: Callable[..., Any] | None = None,
         *,
         packed: bool = False,
     ) -> None:
         self._signature = inspect.signature(module.forward if function is None else function)
-        self._row_dims = dict(PACKED_DIMS if packed else row_dims)
+        self._row_dims: dict[str, RowDim] = dict(PACKED_DIMS if packed else row_dims)
         self.packed = packed
         #: Arguments already warned about.
         self._warned: set[str] = set()
@@ -184,17 +185,24 @@ class RoleTable:
         self.declares_roles = hasattr(module, "main_input_name")
 
     def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """`named`, with the items ("batch.x") of dicts that have no role themselves."""
+        """`named`, with the items ("batch.x") of containers that have no role themselves."""
         items: dict[str, Any] = {}
         for name, value in named.items():
-            if self.spreads(name, value):
-                items.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
-            else:
-                items[name] = value
+            parts = self.parts(name, value)
+            items.update({name: value} if parts is None else self.spread(parts))
         return items
 
-    def spreads(self, name: str, value: Any) -> bool:
-        return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
+    def parts(self, name: str, value: Any) -> dict[str, Any] | None:
+        """The items of an argument, each an argument itself; None if it is not taken apart."""
+        known = name in self._row_dims or name.rpartition(".")[2] in ROW_DIMS
+        if known or name.count(".") == _DEPTH:
+            return None
+        items = items_of(value)
+        return None if items is None else {f"{name}.{key}": item for key, item in items.items()}
+
+    def of_items(self, name: str, value: Any) -> bool:
+        """Whether an argument is declared to have an item for each request."""
+        return self._row_dims.get(name) == "items" and isinstance(value, (list, tuple))
 
     def by_name(self, args: tuple[Any, ...]) -> bool:
         kinds = [parameter.kind for parameter in self._signature.parameters.values()]
@@ -235,8 +243,12 @@ class RoleTable:
     def role(self, argument: str, tensor: Tensor, call: Mapping[str, Any]) -> Role:
         """The role of `tensor`, found in `argument` (or in a container) of `call`."""
         if argument in self._row_dims:
+            dim = self._row_dims[argument]
+            if self.of_items(argument, call.get(argument)):
+                return _role_of_item(argument, tensor, call[argument])
+            dim = BATCH_FIRST if dim == "items" else dim
             picks = self.packed and argument in PICKS and tensor.dim() == 1
-            return Role(argument, self._row_dims[argument], picks=picks)
+            return Role(argument, dim, picks=picks)
         if tensor.dim() == 0:
             return Role(argument, None)
         name = argument.rpartition(".")[2]
@@ -255,27 +267,73 @@ class RoleTable:
         """Raise BatchError for an argument with neither `rows` requests nor one, and warn if the
         dimension of requests is ambiguous."""
         named = self.spread(named)
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                continue
+        for name, value in self._tensors(named):
             role = self.role(name, value, named)
+            if role.request is not None and role.requests != rows:
+                raise BatchError(
+                    f"argument {name!r} has {role.requests} items, and LoraConfig(row_dims={{"
+                    f"{name!r}: 'items'}}) says that each is a request's; the call has {rows} "
+                    f"requests{sizes_of(named)}"
+                )
             if not role.known or role.dim is None:
                 continue
             check_requests(name, value.shape, role.dim, rows, named)
-            if role.assumed and name not in self._warned and warn_ambiguous(name, value, rows):
-                self._warned.add(name)
+            if not role.assumed or name in self._warned:
+                continue
+            if self._is_list_of(rows, name, named):
+                warn_items(name.rpartition(".")[0], rows)
+            elif not warn_ambiguous(name, value, rows):
+                continue
+            self._warned.add(name)
+
+    def _is_list_of(self, rows: int, name: str, named: Mapping[str, Any]) -> bool:
+        """Whether `name` is the first item of a list or tuple with as many items as requests."""
+        parent, _, key = name.rpartition(".")
+        parameter = self._signature.parameters.get(parent)
+        if key != "0" or (parameter and parameter.kind is inspect.Parameter.VAR_POSITIONAL):
+            return False
+        return rows > 1 and f"{parent}.{rows - 1}" in named and f"{parent}.{rows}" not in named
+
+    def _tensors(self, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among arguments, and in containers whose dimension is declared."""
+        for name, value in named.items():
+            if isinstance(value, Tensor) or name in self._row_dims:
+                yield from ((name, tensor) for tensor in tensor_leaves(value))
 
     def rows(self, named: Mapping[str, Any]) -> int | None:
         """The number of requests in the call; None if no argument carries any."""
         named = self.spread(named)
+        for name, value in named.items():
+            if self.of_items(name, value):
+                return len(value)
         primary = (key for main in PRIMARY for key in named if key.rpartition(".")[2] == main)
-        for name in itertools.chain(primary, named):
-            value = named[name]
-            if isinstance(value, Tensor):
-                role = self.role(name, value, named)
-                if role.known and role.dim is not None and value.dim() > role.dim:
-                    return value.shape[role.dim]
+        first = {name: named[name] for name in primary}
+        for name, tensor in self._tensors({**first, **named}):
+            role = self.role(name, tensor, named)
+            if role.known and role.dim is not None and tensor.dim() > role.dim:
+                return tensor.shape[role.dim]
         return None
+
+
+def _role_of_item(argument: str, tensor: Tensor, items: Any) -> Role:
+    """The role of a tensor in a list with an item for each request; unknown if several have it."""
+    owners = [i for i, item in enumerate(items) if any(t is tensor for t in tensor_leaves(item))]
+    if len(owners) != 1:
+        return Role(argument, None, known=False)
+    return Role(argument, None, request=owners[0], requests=len(items))
+
+
+def items_of(value: Any) -> dict[Any, Any] | None:
+    """The items of a dict, dataclass, list or tuple by key, field or index; None for anything else,
+    and for a list of numbers or texts."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        plain = all(item is None or isinstance(item, (int, float, str, bytes)) for item in value)
+        return None if plain else dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
 
 
 _DEPTH = 8  # of nested containers; cache objects refer to much else besides tensors
@@ -293,12 +351,11 @@ def tensor_leaves(value: Any, *, objects: bool = True) -> Iterator[Tensor]:
         if depth == 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, nn.Module)):
             return
         seen.add(id(item))
-        if isinstance(item, Mapping):
-            children: list[Any] = list(item.values())
-        elif isinstance(item, (list, tuple, set)):
+        items = items_of(item)
+        if items is not None:
+            children = list(items.values())
+        elif isinstance(item, set):
             children = list(item)
-        elif is_dataclass(item) and not isinstance(item, type):
-            children = [getattr(item, field.name) for field in fields(item)]
         else:
             children = list(getattr(item, "__dict__", {}).values()) if objects else []
         for child in children:
@@ -352,6 +409,18 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
         stacklevel=2,
     )
     return True
+
+
+def warn_items(name: str, rows: int) -> None:
+    """Warn that a list may have an item for each request."""
+    warnings.warn(
+        f"argument {name!r} has {rows} items, as many as requests, and dimension 0 of each item is "
+        "taken for the requests. If each item belongs to one request, declare it with "
+        f"LoraConfig(row_dims={{{name!r}: 'items'}}), or confirm dimension 0 with "
+        f"row_dims={{{name!r}: 0}}",
+        LorafxWarning,
+        stacklevel=2,
+    )
 
 
 def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:

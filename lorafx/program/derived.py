@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafx.errors import ConfigError
-from lorafx.model.module_graph import storage_key
+from lorafx.model.module_graph import ByStorage
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
@@ -279,8 +279,9 @@ class Holder:
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
     @property
-    def tensor(self) -> Tensor:
-        return getattr(self.module, self.attribute)
+    def tensor(self) -> Any:
+        """What it holds now; None if the attribute is gone."""
+        return getattr(self.module, self.attribute, None)
 
     @property
     def local(self) -> Tensor:
@@ -407,20 +408,16 @@ class DerivedTensors:
             ):
                 yield site
 
-    def _sites_by_storage(self) -> dict[int, list[Site]]:
-        sites: dict[int, list[Site]] = {}
-        for site in self._program.sites:
-            weight = self._program.weight_of(site)
-            if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv"):
-                sites.setdefault(storage_key(weight), []).append(site)
-        return sites
+    def _sites_by_storage(self) -> ByStorage[Site]:
+        weights = ((site, self._program.weight_of(site)) for site in self._program.sites)
+        return ByStorage(
+            (site, weight)
+            for site, weight in weights
+            if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv")
+        )
 
-    def _by_storage(self, tensor: Tensor, sites: Mapping[int, list[Site]]) -> Derived | None:
-        for site in sites.get(storage_key(tensor), ()):
-            weight = self._program.weight_of(site)
-            assert weight is not None
-            if not overlap(tensor, weight):
-                continue  # packed siblings share a storage
+    def _by_storage(self, tensor: Tensor, sites: ByStorage[Site]) -> Derived | None:
+        for site, weight in sites.overlapping(tensor):
             transposed = site.eligible.transposed
             form = None
             if tensor.dtype == weight.dtype and weight.dim() == 2:
@@ -520,16 +517,3 @@ def is_varied(tensor: Tensor) -> bool:
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // (8 * DISTINCT))
     return len(flat[::step].unique()) >= DISTINCT
-
-
-def overlap(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether the byte ranges of two tensors of a storage overlap."""
-    (start, stop), (other_start, other_stop) = _byte_range(tensor), _byte_range(weight)
-    return start < other_stop and other_start < stop
-
-
-def _byte_range(tensor: Tensor) -> tuple[int, int]:
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = sum((size - 1) * stride for size, stride in pairs if size)
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + (extent + 1) * tensor.element_size()

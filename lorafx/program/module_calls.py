@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, operand
+from lorafx.ownership.propagate import ancestors
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.program.weight_uses import PERMUTATIONS, RESHAPES, SAME_VALUE, Use
@@ -66,17 +67,9 @@ def _source(node: Any) -> Any:
 def _made_inside(ctx: Context, site: Site, x: Any) -> Callable[[Any], set[fx.Node]]:
     """A function that finds what a node is computed of inside of the site's module, up to x."""
 
-    def found(start: Any) -> set[fx.Node]:
-        nodes: set[fx.Node] = set()
-        pending = [start]
-        while pending:
-            node = pending.pop()
-            if node in nodes or not isinstance(fake_value(node), (Tensor, tuple, list)):
-                continue
-            nodes.add(node)
-            known = node.meta.get("nn_module_stack")
-            if node is not x and (not known or ctx.inside(node, site.module)):
-                pending.extend(node.all_input_nodes)
-        return nodes
+    def inside(node: fx.Node) -> bool:
+        known = node.meta.get("nn_module_stack")
+        own = node is not x and isinstance(fake_value(node), (Tensor, tuple, list))
+        return own and (not known or ctx.inside(node, site.module))
 
-    return found
+    return lambda start: ancestors([start], inside)

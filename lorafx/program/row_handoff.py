@@ -64,6 +64,8 @@ def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | Non
     """The label of an argument by its role."""
     if not role.known:
         return None
+    if role.request is not None:
+        return Alone(role.request)
     if role.dim is None:
         return SHARED
     size = tensor.shape[role.dim] if role.dim < tensor.dim() else 0

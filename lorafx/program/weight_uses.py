@@ -20,7 +20,7 @@ transposes:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -33,15 +33,15 @@ from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
+from lorafx.ownership.flow import called_by
 from lorafx.ownership.indexing import is_boolean
-from lorafx.ownership.propagate import called_by
 from lorafx.program.derived import FIXED, Axis, WeightForm, same_size
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-T = TypeVar("T")
+T = TypeVar("T", bound="_Whole")
 UseKind = Literal["linear", "blocks", "embedding", "conv", "sorted", "chosen", "all", "unknown"]
 
 #: Operators that keep values and sizes.
@@ -89,23 +89,32 @@ class Use:
 
 
 @dataclass(frozen=True)
-class _Carrier:
-    """A node that is W or a part of it; `stored` numbers become W by a product with `scales`."""
+class _Whole:
+    """A node that is W, or W[ids] of routed experts; its last dimensions are (in, out) if
+    `in_first`."""
 
     weight: fx.Node
-    shape: tuple[Any, Any]
     node: fx.Node
-    form: WeightForm
-    plain: bool
+    in_first: bool = False
+    ids: fx.Node | None = None
     stored: bool = False
-    scales: Collection[fx.Node] = ()
     gains: tuple[Any, ...] = ()
-
-    def as_node(self, node: fx.Node, form: WeightForm, *, plain: bool = False) -> _Carrier:
-        return replace(self, node=node, form=form, plain=self.plain and plain)
 
     def unknown(self, user: fx.Node, reason: str) -> Use:
         return Use("unknown", self.weight, user, stored=self.stored, reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Carrier(_Whole):
+    """A node that is W or a part of it; `stored` numbers become W by a product with `scales`."""
+
+    shape: tuple[Any, Any]
+    form: WeightForm
+    plain: bool
+    scales: Collection[fx.Node] = ()
+
+    def as_node(self, node: fx.Node, form: WeightForm, *, plain: bool = False) -> _Carrier:
+        return replace(self, node=node, form=form, plain=self.plain and plain)
 
     @property
     def sizes(self) -> Any:
@@ -150,19 +159,20 @@ def uses_of(
             int(size)  # a guard: an attribute's sizes may be symbols, the weight's are not
     stored = not is_dense(fake_value(weight))
     plain = part is None and not stored
-    return _follow(_Carrier(weight, shape, weight, form, plain, stored, scales), _interpret)
+    start = _Carrier(weight, weight, shape=shape, form=form, plain=plain, scales=scales)
+    return _follow(replace(start, stored=stored), _HANDLERS)
 
 
-def _follow(start: T, interpret: Callable[[T, fx.Node], list[T | Use]]) -> list[Use]:
-    """All uses of the weight in `start`; `interpret` maps a user to further carriers and uses."""
+def _follow(start: T, handlers: Mapping[Any, _Handler]) -> list[Use]:
+    """All uses of the weight in `start`; handlers map a user to further carriers and uses."""
     uses: list[Use] = []
     pending = [start]
     while pending:
         carrier = pending.pop()
-        for user in list(carrier.node.users):  # type: ignore[attr-defined]
-            for outcome in interpret(carrier, user):
+        for user in list(carrier.node.users):
+            for outcome in _interpret(carrier, user, handlers):
                 if isinstance(outcome, Use):
-                    uses.append(outcome)
+                    uses.append(replace(outcome, stored=carrier.stored, gains=carrier.gains))
                 else:
                     pending.append(outcome)
     return uses
@@ -177,20 +187,17 @@ def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def _interpret(carrier: _Carrier, user: fx.Node) -> list[_Carrier | Use]:
+def _interpret(carrier: T, user: fx.Node, handlers: Mapping[Any, _Handler]) -> Sequence[T | Use]:
     if user.op == "output":
         return [carrier.unknown(user, "the weight itself is returned")]
     value = fake_value(user)
     if value is None or isinstance(value, (int, torch.SymInt)):
-        return []
-    handler = _HANDLERS.get(user.target)
+        return []  # only its sizes are read
+    handler = handlers.get(GROUPED_MM if is_grouped(user) else user.target)
     if handler is None:
         return [carrier.unknown(user, f"no rule for {user.target}")]
     outcome = handler(carrier, user)
-    return [
-        replace(item, stored=carrier.stored, gains=carrier.gains) if isinstance(item, Use) else item
-        for item in (outcome if isinstance(outcome, list) else [outcome])
-    ]
+    return outcome if isinstance(outcome, list) else [outcome]
 
 
 def _same_value(carrier: _Carrier, user: fx.Node) -> _Carrier:
@@ -374,7 +381,7 @@ def _index(carrier: _Carrier, user: fx.Node) -> Use:
     return Use("embedding", carrier.weight, user, x=indices[0], wraps=True)
 
 
-_Handler = Callable[[_Carrier, fx.Node], "_Carrier | Use | list[_Carrier | Use]"]
+_Handler = Callable[[Any, fx.Node], Any]
 _HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(SAME_VALUE, _same_value),
     **dict.fromkeys(PERMUTATIONS, _permute),
@@ -409,68 +416,49 @@ def _input_of(node: fx.Node) -> fx.Node | None:
 CONVOLUTION = torch.ops.aten.convolution.default
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A node that is W or W[ids]; its last dimensions are (in, out) if `in_first`."""
+def _kept(carrier: _Whole, user: fx.Node) -> _Whole:
+    return replace(carrier, node=user)
 
-    weight: fx.Node
-    node: fx.Node
-    in_first: bool = False
-    ids: fx.Node | None = None
 
-    def unknown(self, user: fx.Node, reason: str) -> Use:
-        return Use("unknown", self.weight, user, reason=reason)
+def _convolved(carrier: _Whole, user: fx.Node) -> Use:
+    call = bound(user)
+    if call["weight"] is not carrier.node or carrier.node in (call["input"], call["bias"]):
+        return carrier.unknown(user, "a convolution of it, or with it as the bias")
+    return Use("conv", carrier.weight, user, x=call["input"], bias=call["bias"])
 
 
 def convolution_uses(weight: fx.Node) -> list[Use]:
     """All convolutions with `weight`."""
-    return _follow(_Whole(weight, weight), _interpret_convolution)
-
-
-def _interpret_convolution(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
-    if isinstance(fake_value(user), (int, torch.SymInt)):
-        return []  # only its sizes are read
-    if user.target in SAME_VALUE:
-        return [replace(carrier, node=user)]
-    call = bound(user) if user.target is CONVOLUTION else {}
-    if call.get("weight") is carrier.node and carrier.node not in (call["input"], call["bias"]):
-        return [Use("conv", carrier.weight, user, x=call["input"], bias=call["bias"])]
-    return [carrier.unknown(user, f"no rule for {user.target}")]
+    handlers = {**dict.fromkeys(SAME_VALUE, _kept), CONVOLUTION: _convolved}
+    return _follow(_Whole(weight, weight), handlers)
 
 
 def expert_uses(weight: fx.Node, *, transposed: bool) -> list[Use]:
     """All uses of the 3-D `weight` of routed experts; `transposed` if stored (E, K, N)."""
-    return _follow(_Whole(weight, weight, transposed), _interpret_experts)
+    return _follow(_Whole(weight, weight, transposed), _OF_EXPERTS)
 
 
-def _interpret_experts(carrier: _Whole, user: fx.Node) -> list[_Whole | Use]:
-    if user.op == "output":
-        return [carrier.unknown(user, "the weight itself is returned")]
-    value = fake_value(user)
-    if value is None or isinstance(value, (int, torch.SymInt)):
-        return []
-    if user.target in SAME_VALUE:
-        return [replace(carrier, node=user)]
-    if user.target in (aten.transpose.int, aten.permute.default):
-        order = order_of(user, 3)
-        if order[0] != 0:
-            return [carrier.unknown(user, "its dimensions are permuted")]
-        return [replace(carrier, node=user, in_first=carrier.in_first != (order == [0, 2, 1]))]
-    if user.target is aten.index.Tensor and carrier.ids is None:
-        by_dim = bound(user)["indices"]
-        indices = [index for index in by_dim if index is not None]
-        first = len(indices) == 1 and by_dim[0] is indices[0]
-        if first and fake_value(indices[0]).dim() == 1 and not is_boolean(indices[0]):
-            return [replace(carrier, node=user, ids=indices[0])]
-        return [carrier.unknown(user, "it is not indexed by one expert per row")]
-    if is_grouped(user):
-        x, right, offs, _ = grouped(user)
-        if right is carrier.node and carrier.in_first and carrier.ids is None and offs is not None:
-            return [Use("sorted", carrier.weight, user, x, choice=offs)]
-        return [carrier.unknown(user, "a grouped product with x W in place of x Wᵀ")]
-    if user.target is aten.bmm.default:
-        return [_batched(carrier, user)]
-    return [carrier.unknown(user, f"no rule for {user.target}")]
+def _transposed(carrier: _Whole, user: fx.Node) -> _Whole | Use:
+    order = order_of(user, 3)
+    if order[0] != 0:
+        return carrier.unknown(user, "its dimensions are permuted")
+    return replace(carrier, node=user, in_first=carrier.in_first != (order == [0, 2, 1]))
+
+
+def _chosen(carrier: _Whole, user: fx.Node) -> _Whole | Use:
+    by_dim = bound(user)["indices"]
+    indices = [index for index in by_dim if index is not None]
+    first = carrier.ids is None and len(indices) == 1 and by_dim[0] is indices[0]
+    if first and fake_value(indices[0]).dim() == 1 and not is_boolean(indices[0]):
+        return replace(carrier, node=user, ids=indices[0])
+    return carrier.unknown(user, "it is not indexed by one expert per row")
+
+
+def _sorted(carrier: _Whole, user: fx.Node) -> Use:
+    x, right, offs, _ = grouped(user)
+    if right is carrier.node and carrier.in_first and carrier.ids is None and offs is not None:
+        return Use("sorted", carrier.weight, user, x, choice=offs)
+    return carrier.unknown(user, "a grouped product with x W in place of x Wᵀ")
 
 
 def _batched(carrier: _Whole, user: fx.Node) -> Use:
@@ -484,6 +472,15 @@ def _batched(carrier: _Whole, user: fx.Node) -> Use:
     if swapped and kind == "chosen" and same_size(fake_value(right).shape[2], 1):
         return Use(kind, carrier.weight, user, right, choice=carrier.ids, swapped=True)
     return carrier.unknown(user, "a product with x W in place of x Wᵀ")
+
+
+_OF_EXPERTS: dict[Any, _Handler] = {
+    **dict.fromkeys(SAME_VALUE, _kept),
+    **dict.fromkeys((aten.transpose.int, aten.permute.default), _transposed),
+    aten.index.Tensor: _chosen,
+    GROUPED_MM: _sorted,
+    aten.bmm.default: _batched,
+}
 
 
 def is_grouped(node: fx.Node) -> bool:

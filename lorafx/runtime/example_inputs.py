@@ -77,7 +77,7 @@ class Example:
         """The example, then one for each other number of requests and of tokens."""
         yield self
         if any(list(tensor_leaves(v)) for v in self.named.values() if not isinstance(v, Tensor)):
-            return  # which dimension of tensors in containers holds requests is not known
+            return  # containers, such as caches, are not resized
         seen = {(self.rows, self.length)}
         for rows in batch_sizes if self.roles.rows(self.named) else (self.rows,):
             for length in lengths if self.length is not None else (None,):

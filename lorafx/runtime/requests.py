@@ -30,7 +30,8 @@ def _misfit_error(names: int, rows: int, arguments: str) -> BatchError:
     return BatchError(
         f"adapter_names has {names} entries, but the batch has {rows} rows; give one "
         "name, or None for the base model, per row, or declare which dimension holds the "
-        f"requests with LoraConfig(row_dims={{argument: dim}}){arguments}"
+        "requests with LoraConfig(row_dims={argument: dim}), 'items' for a list of one tensor per "
+        f"request{arguments}"
     )
 
 

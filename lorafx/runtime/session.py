@@ -196,6 +196,8 @@ class Session:
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # assigned by `set_batch`, as is the next one
         self._called = False
+        #: Whether the model was in training mode when that was last looked at, and warned about.
+        self.trains = program.model.training
         # Warnings were given when the adapter was loaded.
         store.read_with(partial(read_for, program, warn=False))
         _SESSIONS[id(self)] = self
@@ -410,6 +412,12 @@ class Session:
             names = tuple(used.values())
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
+        if program.model.training is not self.trains:
+            self.trains = program.model.training
+            if self.trains:
+                from lorafx.runtime.marking import warn_training
+
+                warn_training(program.model, stacklevel=2)
         if not self._called:
             program.note_constants()
             self._called = True
@@ -428,6 +436,11 @@ class Session:
         program.refuse_missing(program.batch.touched)
         if rows is not None and not program.runtime.uniform:
             roles.check_rows(named, rows)
+
+    def compile_for(self, call: Callable[[], object]) -> None:
+        """Make a call whose graph is compiled here where there is none, and drop its result."""
+        with self.lock:
+            self.note(self.running._replace(warming=True), call)
 
     def forget_served(self) -> None:
         """Drop the references to the adapters of the last batch."""

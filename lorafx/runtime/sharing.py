@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
 from lorafx.model.marks import sessions_of_marks
-from lorafx.model.module_graph import storage_key
-from lorafx.program.derived import overlap
+from lorafx.model.module_graph import ByStorage
 from lorafx.runtime.session import Session, sessions
 
 
@@ -52,23 +51,20 @@ def leave(session: Session) -> None:
 
 def places_in_other_models(session: Session, tensors: Sequence[Tensor]) -> list[str]:
     """The places of these tensors, or of tensors that overlap them, in other served models."""
-    by_memory: dict[int, list[Tensor]] = {}
-    for tensor in tensors:
-        by_memory.setdefault(storage_key(tensor), []).append(tensor)
+    known = ByStorage((None, tensor) for tensor in tensors)
     return [
         f"{path} of another {_model_name(other)}"
         for other in _other_sessions(session)
         for path, tensor in _named_tensors(other.program.model)
-        for candidate in by_memory.get(storage_key(tensor), ())
-        if tensor is candidate or overlap(tensor, candidate)
+        if known.overlapping(tensor)
     ]
 
 
 def refresh_other_models(session: Session) -> None:
     """Update what other models derive from weights of this one that were written."""
-    memory = {storage_key(tensor) for _, tensor in _named_tensors(session.program.model)}
+    known = ByStorage(_named_tensors(session.program.model))
     for other in _other_sessions(session):
-        if any(storage_key(tensor) in memory for _, tensor in _named_tensors(other.program.model)):
+        if any(known.beside(tensor) for _, tensor in _named_tensors(other.program.model)):
             with other.lock:
                 other.locks.streams.follow(other.accelerators)
                 other.counts.writes += 1
@@ -76,14 +72,13 @@ def refresh_other_models(session: Session) -> None:
 
 
 def _refuse_merged_weights(session: Session) -> None:
-    paths = {storage_key(tensor): path for path, tensor in _named_tensors(session.program.model)}
+    known = ByStorage(_named_tensors(session.program.model))
     for other in _other_sessions(session):
         merged = other.base.merged
         if merged is None:
             continue
         for _, tensor in _named_tensors(other.program.model):
-            path = paths.get(storage_key(tensor))
-            if path is not None:
+            for path, _ in known.beside(tensor):
                 raise CaptureError(
                     f"{path} is shared with a {_model_name(other)} into which {merged.name!r} is "
                     f"merged; call unmerge() there before giving this {_model_name(session)} to "

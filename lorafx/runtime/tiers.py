@@ -76,8 +76,11 @@ class KindStatus:
     reason: str = ""
 
     def __str__(self) -> str:
-        why = f": {self.reason}" if self.reason else ""
-        return f"{self.kind}, {self.calls} calls: {self.tier}{why}"
+        why = self.reason
+        if self.tier == "eager" and self.calls < CALLS:
+            why = "its graph is compiled from its second call on"
+        times = "1 call" if self.calls == 1 else f"{self.calls} calls"
+        return f"{self.kind}, {times}: {self.tier}{why and f': {why}'}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Status:
         return sum(kind.tier == tier for kind in self.kinds)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.graphs} graphs", *map(str, self.kinds)])
+        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        return "\n".join([graphs, *map(str, self.kinds)])
 
 
 @dataclass(eq=False)
@@ -232,6 +236,8 @@ class Tiers:
         self._shown: LongWork | None = None
         self._said: set[str] = set()
         self._processes: list[Process] = []
+        #: Calls that were answered eagerly.
+        self.eager_calls = 0
         weakref.finalize(self, _end, self._processes)
 
     def run(
@@ -272,7 +278,9 @@ class Tiers:
             entry.session.program.pack_watch.pack()  # so that the process shares the packs
             self._fork(kind, partial(_compile, entry, call, compare))
         try:
-            return self._eagerly(entry, partial(self._eager.run, entry.in_python, args, kwargs))
+            result = self._eagerly(entry, partial(self._eager.run, entry.in_python, args, kwargs))
+            self.eager_calls += 1
+            return result
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self._end_process(kind)

@@ -27,7 +27,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
@@ -35,11 +35,11 @@ from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import unmergeable, weight_shape
 from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import SiteMark, marks_on
-from lorafx.model.module_graph import storage_key, writing
+from lorafx.model.module_graph import ByStorage, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site
 from lorafx.placements import is_placed, local
-from lorafx.program.derived import Holder, named_tensors, overlap
+from lorafx.program.derived import Holder, named_tensors
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -275,23 +275,10 @@ class Change:
         )
 
 
-class _Tensors:
-    def __init__(self, program: Program) -> None:
-        self._by_storage: dict[int, list[tuple[Holder, Tensor]]] = {}
-        for path, module in program.graph.modules():
-            for name, value in named_tensors(module):
-                item = Holder(path, module, name), local(value)
-                self._by_storage.setdefault(storage_key(item[1]), []).append(item)
-
-    def has(self, module: nn.Module, tensor: Tensor) -> bool:
-        """Whether the module itself holds the tensor, and does not compute it on each access."""
-        items = self._by_storage.get(storage_key(tensor), ())
-        return any(holder.module is module and value is tensor for holder, value in items)
-
-    def overlapping(self, weight: Tensor) -> Iterator[tuple[Holder, Tensor]]:
-        for holder, tensor in self._by_storage.get(storage_key(weight), ()):
-            if tensor is weight or overlap(tensor, weight):
-                yield holder, tensor
+def _held(program: Program) -> Iterator[tuple[Holder, Tensor]]:
+    for path, module in program.graph.modules():
+        for name, value in named_tensors(module):
+            yield Holder(path, module, name), local(value)
 
 
 def changes_of(
@@ -308,7 +295,7 @@ def changes_of(
     order = {id(site): number for number, site in enumerate(program.sites)}
     deltas = deltas_of(program.groups, store[name])
     deltas.sort(key=lambda delta: order[id(delta.site)])
-    tensors, problems = _Tensors(program), list[str]()
+    tensors, problems = ByStorage(_held(program)), list[str]()
     for delta in deltas:
         problem = _refusal(program, tensors, delta, requantize=requantize)
         if problem:
@@ -352,7 +339,9 @@ def _holder(site: Site) -> Holder:
     return Holder(path, site.module, site.eligible.weight)
 
 
-def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: bool) -> str | None:
+def _refusal(
+    program: Program, tensors: ByStorage[Holder], delta: Delta, *, requantize: bool
+) -> str | None:
     site = delta.site
     weight = program.weight_of(site)
     weight = None if weight is None else local(weight)
@@ -370,11 +359,13 @@ def _refusal(program: Program, tensors: _Tensors, delta: Delta, *, requantize: b
                 "its weight is quantised; merge(name, requantize=True) stores W + ΔW in "
                 "that format and reports how much of ΔW is lost"
             )
-        if weight is not None and len(list(tensors.overlapping(weight))) > 1:
+        if weight is not None and len(tensors.overlapping(weight)) > 1:
             return "its weight is quantised and tied to another"
         return None
     maker = maker_of(site.module, site.eligible.weight)
-    if maker or weight is None or not tensors.has(site.module, weight):
+    holders = () if weight is None else tensors.beside(weight)
+    held = any(h.module is site.module and tensor is weight for h, tensor in holders)
+    if maker or weight is None or not held:
         return f"its weight is computed anew for each call, by {maker or 'a property'}"
     if delta.own_weight is not None and delta.own_weight.bias is not None:
         bias = getattr(site.module, "bias", None)
@@ -412,7 +403,7 @@ def _changed_input(program: Program, site: Site) -> str | None:
     return None
 
 
-def _bias_refusal(tensors: _Tensors, site: Site) -> str | None:
+def _bias_refusal(tensors: ByStorage[Holder], site: Site) -> str | None:
     bias = site.module._parameters.get("bias")
     if bias is None:
         return "the base has no parameter to merge it into"
@@ -421,7 +412,10 @@ def _bias_refusal(tensors: _Tensors, site: Site) -> str | None:
 
 
 def _ends(
-    program: Program, tensors: _Tensors, holder: Holder, by_end: Mapping[tuple[int, str], Delta]
+    program: Program,
+    tensors: ByStorage[Holder],
+    holder: Holder,
+    by_end: Mapping[tuple[int, str], Delta],
 ) -> tuple[tuple[Holder, Delta | None], ...]:
     """The holders that use the tensor of `holder` as a weight, each with its ΔW."""
     site_keys = {key_of(_holder(site)) for site in program.sites}

@@ -10,13 +10,13 @@ routed experts stored as (E, A, B).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.model.experts import expert_weights
-from lorafx.model.module_graph import storage_key
+from lorafx.model.module_graph import ByStorage, storage_key
 from lorafx.program.derived import (
     Holder,
     copied_form,
@@ -25,7 +25,6 @@ from lorafx.program.derived import (
     is_varied,
     named_tensors,
     numbers_of,
-    overlap,
 )
 from lorafx.registry import lookup
 
@@ -33,22 +32,13 @@ if TYPE_CHECKING:
     from lorafx.program.program import Program
 
 
-class _Weight(NamedTuple):
-    holder: Holder
-    kind: str
-
-    def dense(self) -> Tensor | None:
-        """W (rows, columns), dequantised if it is quantised; None if it cannot be read."""
-        name = self.holder.attribute if self.kind == "experts" else None
-        dense = numbers_of(self.holder.module, name)
-        if dense is None or not dense.numel() or dense.dim() < 2:
-            return None
-        return dense.flatten(0, -2)
-
-    @property
-    def tensor(self) -> Tensor | None:
-        value = getattr(self.holder.module, self.holder.attribute, None)
-        return value if isinstance(value, Tensor) else None
+def _dense(weight: Holder) -> Tensor | None:
+    """W (rows, columns), dequantised if it is quantised; None if it cannot be read."""
+    name = None if weight.is_own_weight else weight.attribute
+    dense = numbers_of(weight.module, name)
+    if dense is None or not dense.numel() or dense.dim() < 2:
+        return None
+    return dense.flatten(0, -2)
 
 
 @torch.no_grad()
@@ -58,29 +48,24 @@ def outdated_copies(
     """Why the tensors `changed` cannot be written: a message for each other tensor that has, or may
     have, copies of their numbers, except in the modules `renewed`, which compute theirs again."""
     modules = {id(holder.module) for holder in changed}
-    values = (getattr(holder.module, holder.attribute, None) for holder in changed)
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    written = {id(tensor) for tensor in tensors}
+    tensors = [holder.tensor for holder in changed if isinstance(holder.tensor, Tensor)]
+    written, in_place = {id(t) for t in tensors}, ByStorage((t, t) for t in tensors)
 
-    def is_changed(weight: _Weight) -> bool:
-        return id(weight.holder.module) in modules or id(weight.tensor) in written
-
-    def is_view(tensor: Tensor) -> bool:
-        same_storage = [t for t in tensors if storage_key(t) == storage_key(tensor)]
-        return any(overlap(t, tensor) for t in same_storage)
+    def is_changed(weight: Holder) -> bool:
+        return id(weight.module) in modules or id(weight.tensor) in written
 
     weights = list(_weights(program.model))
     problems = []
     for copy, tensor in _tensors(program.model):
         parent = copy.path.rpartition(".")[0]
-        near = [weight for weight in weights if is_near(weight.holder.path, parent)]
-        if not any(map(is_changed, near)) or id(tensor) in written or is_view(tensor):
+        near = [weight for weight in weights if is_near(weight.path, parent)]
+        if not any(map(is_changed, near)) or in_place.overlapping(tensor):
             continue
         if copy.module in renewed:
             continue
         sources = [weight for weight in _sources(program, copy, tensor, near) if is_changed(weight)]
         if sources:
-            names = ", ".join(str(weight.holder) for weight in sources)
+            names = ", ".join(map(str, sources))
             problems.append(
                 f"{names}: {copy} repeats its numbers or may have been made from it, and would "
                 "keep the old ones, since only views of a weight change with it"
@@ -89,17 +74,18 @@ def outdated_copies(
 
 
 def _sources(
-    program: Program, copy: Holder, tensor: Tensor, near: Sequence[_Weight]
-) -> list[_Weight]:
+    program: Program, copy: Holder, tensor: Tensor, near: Sequence[Holder]
+) -> list[Holder]:
     """The weight of which `tensor` is a copy, or all from which it may have been made."""
     parameter = isinstance(tensor, nn.Parameter)
     if not is_varied(tensor):
         return []
     candidates = []
     for weight in near:
-        if parameter and weight.kind != "linear":
+        entry = lookup(weight.module)
+        if parameter and (entry is None or entry.kind != "linear"):
             continue
-        dense = weight.dense()
+        dense = _dense(weight)
         if dense is None or dense.device != tensor.device:
             continue
         if copied_form(tensor, dense) is not None:
@@ -112,14 +98,13 @@ def _sources(
     return [weight for weight in candidates if _is_bypassed(program, weight)]
 
 
-def _is_bypassed(program: Program, weight: _Weight) -> bool:
+def _is_bypassed(program: Program, weight: Holder) -> bool:
     """Whether no graph has been seen to use this weight at a site that has it, maybe tied."""
-    tensor = weight.tensor
     for site in program.sites:
         used = site.path in program.reached and site.path not in program.replaced
         name = site.eligible.weight
-        is_own = site.module is weight.holder.module and name == weight.holder.attribute
-        is_tied = tensor is not None and getattr(site.module, name, None) is tensor
+        is_own = site.module is weight.module and name == weight.attribute
+        is_tied = weight.tensor is not None and getattr(site.module, name, None) is weight.tensor
         if not used and (is_own or is_tied):
             return True
     return False
@@ -151,10 +136,10 @@ def _is_saved(holder: Holder) -> bool:
     return name in module._buffers and name not in module._non_persistent_buffers_set
 
 
-def _weights(model: nn.Module) -> Iterator[_Weight]:
+def _weights(model: nn.Module) -> Iterator[Holder]:
     for path, module in model.named_modules():
         entry = lookup(module)
         if entry is not None and entry.kind in ("linear", "embedding"):
-            yield _Weight(Holder(path, module, entry.weight), entry.kind)
+            yield Holder(path, module, entry.weight)
         for weight in expert_weights(module) or ():
-            yield _Weight(Holder(path, module, weight.name), "experts")
+            yield Holder(path, module, weight.name)

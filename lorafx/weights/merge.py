@@ -205,9 +205,12 @@ def _refuse_shared(session: Session, name: str, changes: Sequence[Change]) -> No
         if change.tied_apart:
             ends = ", ".join(str(holder) for holder, _ in change.ends)
             changed = [str(holder) for holder, delta in change.ends if delta is not None]
+            how = "each of them by another update"
+            if len(changed) < len(change.ends):
+                how = f"only {', '.join(changed)}"
             problems.append(
-                f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or "
-                "each end differently; export_merged() writes them as two"
+                f"{ends} are one tensor, but the adapter changes {how}; export_merged() writes "
+                "them as two"
             )
     if problems:
         raise not_mergeable(name, problems)

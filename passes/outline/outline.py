@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import plain_path
+from lorafx.ownership.propagate import ancestors
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.context import Context, Outlined
@@ -143,19 +144,15 @@ def hoist_shared(graph: fx.Graph) -> int:
     """Move values without activations that leave their region to the front; return the number."""
     _resolve_sizes(graph)
     invariant = _without_activations(graph)
-    hoisted: set[fx.Node] = set()
+    leaving: list[fx.Node] = []
     for region in regions_of(graph):
         inside = set(region.nodes)
-        pending = [
+        leaving += (
             node
             for node in region.nodes
             if node in invariant and any(user not in inside for user in node.users)
-        ]
-        while pending:
-            node = pending.pop()
-            if node not in hoisted and node.op != "placeholder":
-                hoisted.add(node)
-                pending.extend(node.all_input_nodes)
+        )
+    hoisted = {node for node in ancestors(leaving) if node.op != "placeholder"}
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in [node for node in graph.nodes if node in hoisted]:
         node.meta.pop("nn_module_stack", None)  # it belongs to no region now
@@ -305,19 +302,10 @@ class _Member:
     @classmethod
     def of(cls, stretch: Stretch) -> _Member:
         position = {node: index for index, node in enumerate(stretch.nodes)}
-        results: set[int] = set()
-        free: set[fx.Node] = set()
-        pending = [n for n in stretch.nodes if any(user not in position for user in n.users)]
-        while pending:
-            node = pending.pop()
-            if node not in position or node in free:
-                continue
-            if is_free(node):
-                free.add(node)
-                pending.extend(node.all_input_nodes)
-            else:
-                results.add(position[node])
-        return cls(stretch, frozenset(results), tuple(n for n in stretch.nodes if n in free))
+        leaving = [n for n in stretch.nodes if any(user not in position for user in n.users)]
+        reached = ancestors(leaving, lambda n: n in position and is_free(n)).intersection(position)
+        free = tuple(n for n in stretch.nodes if n in reached and is_free(n))
+        return cls(stretch, frozenset(position[n] for n in reached.difference(free)), free)
 
     @property
     def possible(self) -> bool:

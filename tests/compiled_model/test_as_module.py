@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -298,8 +299,19 @@ def test_training_mode_is_the_models(cm):
         assert cm.train() is cm
     assert cm._orig_mod.training
     assert all(m.training for m in cm.modules())
-    cm.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lorafx.LorafxWarning)
+        cm.train()  # once
+        cm.eval()
     assert not any(m.training for m in (cm, *cm._orig_mod.modules()))
+    cm._orig_mod.train()
+    ids = torch.tensor([[5, 6]])
+    with pytest.warns(lorafx.LorafxWarning, match="dropout is active"):
+        cm(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lorafx.LorafxWarning)
+        cm(ids)
+    cm.eval()
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_page(
     plain_aten: None,
 ) -> None:
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run(page(path))
@@ -114,6 +115,16 @@ def test_every_python_block_is_run_or_left_out_with_a_reason(path: Path) -> None
     assert all(action == "next" and reason for action, reason in skips)
     starts = [document.text[e.region.start :].lstrip()[:9] for e in document.examples()]
     assert fences.count("```python") == len(fences) == starts.count("```python")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_first_block_of_a_page_shows_its_set_up(path: Path) -> None:
+    """Else it raises NameError for a reader. A guide may say in words what it stands for; layers.md
+    begins with lines out of a model's forward."""
+    before, _, _ = path.read_text().partition("```python")
+    stands_for = path.name == "layers.md" or path.parent.name == "guides"
+    assert stands_for or "invisible-code-block" not in before
 
 
 def test_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@ EXPECTTEST_ACCEPT=1 writes them."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,9 @@ from lorafx.torch_internals.shortcuts import SHORTCUTS
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
+#: A field's name and text in a docstring; a page that it names.
+FIELD = re.compile(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", re.DOTALL | re.MULTILINE)
+PAGE = re.compile(r"docs/(\w+\.md)")
 END, WAY_OUT = "<!-- end -->", "Way out: "
 
 
@@ -61,6 +67,20 @@ def shortcuts() -> str:
     )
 
 
+def fields_of(cls: type) -> str:
+    """The fields of a dataclass, with their defaults and what its docstring says of them."""
+    said = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    texts = {m[1]: " ".join(m[2].split()) for m in FIELD.finditer(said)}
+    rows = []
+    for field in dataclasses.fields(cls):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        text = PAGE.sub(r"[docs/\1](../\1)", texts.pop(field.name)).replace("|", "\\|")
+        rows.append((f"`{field.name}`", f"`{default!r}`", text))
+    assert not texts
+    return table(("field", "default", "what it says"), rows)
+
+
 def listed(names: Sequence[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last}"
@@ -78,6 +98,8 @@ def versions_tested() -> str:
     [
         ("errors.md", "table", of_errors),
         ("guides/vllm.md", "patches", patches),
+        ("reference/configuration.md", "lora_config", partial(fields_of, lorafx.LoraConfig)),
+        ("reference/configuration.md", "options", partial(fields_of, lorafx.Options)),
         ("torch_internals.md", "versions", versions_tested),
         ("torch_internals.md", "shortcuts", shortcuts),
     ],

@@ -56,6 +56,15 @@ def test_mixed_batches_are_right_before_there_is_a_graph(family: str, tmp_path: 
     check_eager(cm)
 
 
+def test_reports_tell_of_calls_that_were_answered_eagerly(llama: Case) -> None:
+    cm = llama.compile(EAGER)
+    check(cm, llama, MIXED, FAMILIES["llama"].inputs(5, 6))
+    assert "1 call: eager: its graph is compiled from its second call on" in str(cm.status())
+    told = str(cm.explain())
+    assert "calls are answered eagerly, as listed below" in told
+    assert "no call has been made" not in told
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beams: int) -> None:

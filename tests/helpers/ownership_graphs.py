@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.runs import Runs
 from lorafx.ownership.symbolic import BatchSymbols, as_expr
 
 
@@ -121,7 +122,10 @@ def taint(
         for one, a, b in zip(labels, values, others, strict=True):
             if isinstance(a, torch.Tensor) and not isinstance(one, Mixed):
                 perm = one.perm if isinstance(one, Own) else None
-                orders = (before.values[perm], after.values[perm]) if perm is not None else None
+                if isinstance(perm, Runs):
+                    orders = (_positions(perm, known),) * 2
+                else:
+                    orders = (before.values[perm], after.values[perm]) if perm is not None else None
                 if _contradicted(one, a, b, orders, known, request, requests, tolerance):
                     found.append(f"{node.name} ({node.target}): {one}")
     return found
@@ -139,6 +143,14 @@ def _sizes(flow: Flow, values: dict[fx.Node, Any]) -> dict[sympy.Expr, sympy.Exp
     return known
 
 
+def _positions(runs: Runs, known: dict[sympy.Expr, sympy.Expr]) -> torch.Tensor:
+    ends = [
+        [int(sympy.sympify(end).xreplace(known)) for end in (r.start, r.size, r.step)]
+        for r in runs.runs
+    ]
+    return torch.cat([start + step * torch.arange(size) for start, size, step in ends])
+
+
 def _contradicted(label, a, b, orders, known, request, requests, tolerance) -> bool:
     if a.shape != b.shape:
         return True
@@ -147,12 +159,17 @@ def _contradicted(label, a, b, orders, known, request, requests, tolerance) -> b
     if isinstance(label, One):
         return label.request != request and bool(_moved(a, b, tolerance).any())
     rows, count = int(label.rows.xreplace(known)), a.shape[label.dim]
-    if count % (rows * requests):
+    positions = torch.arange(count)
+    if orders is not None and orders[0].equal(orders[1]):
+        positions = orders[0]
+        if len(positions) != count:
+            return True
+    elif count % (rows * requests):
         return True
-    if orders is not None:
+    elif orders is not None:
         a = a.index_select(label.dim, torch.argsort(orders[0]))
         b = b.index_select(label.dim, torch.argsort(orders[1]))
-    owner = (torch.arange(count) // rows) % requests
+    owner = (positions // rows) % requests
     moved = _moved(a, b, tolerance).movedim(label.dim, 0).reshape(count, -1).any(1)
     return bool((moved & (owner != request)).any())
 

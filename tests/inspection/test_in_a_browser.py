@@ -220,6 +220,12 @@ def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None
     assert window.run("return [viewer.tab, viewer.stage.name]") == ["graph", "fuse"]
 
 
+def test_it_opens_at_the_last_pass_that_changed_something(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0")
+    assert not window.run("return viewer.graph.stages[viewer.at].idle")
+    assert window.run("return viewer.graph.stages.slice(viewer.at + 1).every((s) => s.idle)")
+
+
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
     page = write_page(tmp_path / "index.html", HOSTILE, by_hand())
     for tab in ("graph", "diff", "nodes", "sites", "model", "files"):

@@ -127,6 +127,21 @@ def test_what_cannot_be_profiled(made: Made) -> None:
         cm.profile(inputs, ["nobody"] * 4)
 
 
+def test_the_graph_is_measured_where_calls_are_answered_eagerly(
+    case_of: Callable[..., Case],
+) -> None:
+    """It is compiled first, and the report says how the calls were served."""
+    case, inputs = case_of("plain"), FAMILIES["plain"].inputs(len(NAMES), 5)
+    cm = case.compile({**REFERENCE, "start": "eager"})
+    check_mixed(cm, case, NAMES, inputs)
+    assert cm.recompiles == 0
+    profile = cm.profile(inputs, NAMES, calls=1)
+    assert profile.way == "compiled"
+    assert "as served (compiled)" in str(profile)
+    assert cm.recompiles == 1
+    assert lorafx.bisect(cm, inputs, NAMES).first is None
+
+
 class InPieces(PlainModel):
     """Dynamo gives its loop up, so Python runs between the graphs."""
 

@@ -78,14 +78,26 @@ def half(x):
     return x[1].relu() @ torch.ones(K, K, dtype=x.dtype)
 
 
+def laid(x):
+    y = torch.zeros_like(x)
+    for i in range(len(x)):
+        y[-1 - i] = x[-1 - i].tanh()
+    return y
+
+
 SINGLES = {
     "one row": (half, One(1)),
     "part": (lambda x: x.flatten(0, 1)[T : 2 * T - 1], One(1)),
-    "over the edge": (lambda x: x.flatten(0, 1)[T - 1 : T + 1], Mixed),
+    "over the edge": (lambda x: x.flatten(0, 1)[T - 1 : T + 1], Own),
     "joined": (lambda x: torch.cat(list(x)), Own(0, rows=T)),
     "split": (lambda x: torch.cat([p * 2 for p in x.flatten(0, 1).split(T)]), Own(0, rows=T)),
-    "turned round": (lambda x: torch.cat([x[1], x[0], x[2]]), Mixed),
-    "one is missing": (lambda x: torch.cat([x[0], x[1]]), Mixed),
+    "turned round": (lambda x: torch.cat([x[1], x[0], x[2]]), Own),
+    "one is missing": (lambda x: torch.cat([x[0], x[1]]), Own),
+    "ragged": (lambda x: torch.cat([x[1][:1], x[0]]).split([1, T])[0], One(1)),
+    "of unequal lengths": (lambda x: torch.cat([x[0][1:], x[1], x[2][:2]]), Own),
+    "stacked": (lambda x: torch.stack([x[2], x[1]]), Own),
+    "laid one by one": (laid, Own(0)),
+    "padded": (lambda x: nn.utils.rnn.pad_sequence([x[0], x[1][:1], x[2][1:]], True), Own(0)),
     "met by all": (lambda x: x + x[1], Mixed),
 }
 
@@ -95,11 +107,18 @@ def test_tensors_of_one_request(name):
     """The number of requests is known as a number."""
     fn, expected = SINGLES[name]
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,))
-    assert isinstance(label, Mixed) if expected is Mixed else label == expected
+    assert isinstance(label, expected) if isinstance(expected, type) else label == expected
     for request in range(B):
         changed = X.clone()
         changed[request] += 1.5
         assert taint(gm, flow, [X], [changed], request, B) == []
+
+
+@pytest.mark.parametrize("request_", [0, 2])
+def test_a_constant_index_is_one_request_of_any_number(request_):
+    assert labelled(lambda x: x[request_].tanh(), [X], [Own(0)])[0] == One(request_)
+    tiled = labelled(lambda x: x.repeat(2, 1, 1)[request_], [X], [Own(0)])[0]
+    assert isinstance(tiled, Mixed)  # of two requests, row 2 is the first's again
 
 
 def test_masks_are_asked_about_mixed_batches_alone():

@@ -34,6 +34,21 @@ def rows_of(label: object) -> str | None:
     return f"{label.dim}:{label.rows}{'p' if label.perm is not None else ''}"
 
 
+def _exchanged(x):
+    return torch.cat([x[1:], x[:1]])
+
+
+def _back(x):
+    return torch.cat([x[-1:], x[:-1]])
+
+
+def _ordered_and_back(x):
+    order = torch.arange(len(x)).roll(1)
+    out = torch.zeros_like(x)
+    out[order] = x[order].tanh()
+    return x + out
+
+
 BATCH_FIRST = {
     # pointwise and broadcasting
     "add_shared": (lambda x: x + torch.ones(4), "0:1"),
@@ -47,7 +62,14 @@ BATCH_FIRST = {
     "expand": (lambda x: x[:, :, None].expand(-1, -1, 6, -1), "0:1"),
     "windows": (lambda x: x.as_strided((x.shape[0], 3, 2, 4), (20, 4, 4, 1)), "0:1"),
     # pieces
-    "narrow_rows": (lambda x: x[1:], "slice"),
+    "narrow_rows": (lambda x: x[1:], "0:1p"),
+    "last_rows": (lambda x: x[-2:], "0:1p"),
+    "strided_rows": (lambda x: x[1::2], "0:1p"),
+    "halves_joined": (lambda x: torch.cat([x[:1].relu(), x[1:].tanh()]), "0:1"),
+    "halves_exchanged": (lambda x: torch.cat([x[1:], x[:1]]), "0:1p"),
+    "halves_exchanged_twice": (lambda x: x + _back(_exchanged(x).tanh()), "0:1"),
+    "a_part_as_one_dim": (lambda x: x[1:].flatten(0, 1).tanh().view(-1, *x.shape[1:]), "0:1p"),
+    "of_copies": (lambda x: x.repeat_interleave(2, 0)[1:-1], "0:2p"),
     "last_token": (lambda x: x[:, -1], "0:1"),
     "every_other_copy": (lambda x: x.repeat_interleave(2, 0)[0::2], "0:1"),
     "cat_rows": (lambda x: torch.cat([x, 2 * x]), "0:1"),
@@ -55,8 +77,11 @@ BATCH_FIRST = {
     "stack_front": (lambda x: torch.stack([x, x]), "1:1"),
     "pad_rows": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), "constant_pad_nd"),
     "shift_time": (lambda x: x.roll(1, 1), "0:1"),
-    "shift_rows": (lambda x: x.roll(1, 0), None),  # decomposed: what is lost is checked below
-    "flip_rows": (lambda x: x.flip(0), "rev"),
+    "shift_rows": (lambda x: x.roll(1, 0), "0:1p"),  # decomposed
+    "flip_rows": (lambda x: x.flip(0), "0:1p"),
+    "flip_rows_twice": (lambda x: x + x.flip(0).tanh().flip(0), "0:1"),
+    "flip_a_part": (lambda x: x[1:].flip(0)[:1], "0:1p"),
+    "flipped_and_met": (lambda x: x + x.flip(0), "add"),
     # along dimensions
     "softmax": (lambda x: x.softmax(-1), "0:1"),
     "mean_time": (lambda x: x.mean(1), "0:1"),
@@ -78,7 +103,10 @@ BATCH_FIRST = {
     "last_real_token": (lambda x: x[torch.arange(x.shape[0]), x.argmax(1)[:, 0]], "0:1"),
     "gather_time": (lambda x: x.gather(1, x.argsort(1)), "0:1"),
     "gather_rows": (lambda x: x.gather(0, (x > 0).long()), "gather"),
-    "permuted_rows": (lambda x: x[torch.tensor([1, 0, 2])], "index"),
+    "permuted_rows": (lambda x: x[torch.tensor([1, 0, -1])], "0:1p"),
+    "chosen_rows": (lambda x: x.index_select(0, torch.tensor([1, 1, 0, 2])), "0:1p"),
+    "permuted_and_back": (_ordered_and_back, "0:1"),
+    "chosen_by_rows": (lambda x: x[x[:, 0, 0].long()], "index"),
     # batches of matrices and of others
     "solve": (lambda x: torch.linalg.solve_ex(SQUARE, x)[0], "0:1"),
     "solve_rows": (lambda x: torch.linalg.solve_ex(SQUARE, x[:, :, 0].T)[0], "_linalg_solve_ex"),
@@ -125,9 +153,7 @@ def relabelled(gm: fx.GraphModule, flow: Flow) -> Flow:
 def test_batch_first(name):
     fn, expected = BATCH_FIRST[name]
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,) if "windows" in name else ())
-    if name == "shift_rows":
-        assert isinstance(label, Mixed)
-    elif isinstance(label, Mixed):
+    if isinstance(label, Mixed):
         assert expected is not None
         assert f"::{expected}" in label.reason
         assert "no rule for this operator" not in label.reason

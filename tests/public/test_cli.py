@@ -80,6 +80,8 @@ def test_an_absent_model_is_a_line(run, name: str) -> None:
         said = json.loads(run(*command, "--json", code=1))
         assert said["error"] == "ConfigError"
         assert said["message"].startswith(f"{name} cannot be loaded: ")
+        is_path = name not in ("nope", "owner/nope")  # which may be names on the hub
+        assert ("there is no such folder" in said["message"]) == is_path
 
 
 def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str]) -> None:

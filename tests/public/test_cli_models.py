@@ -126,6 +126,8 @@ def test_bench_measures_all_arms_in_one_run(run, monkeypatch: pytest.MonkeyPatch
         "lorafx, 2 adapters",
         "PEFT, 2 adapters",
     ]
+    served = [arm["served"] for arm in case["arms"]]
+    assert served == ["eager", "compiled", "compiled", "compiled", "eager"]
     assert all(0 < arm["low"] <= arm["ratio"] <= arm["high"] for arm in case["arms"])
     assert case["difference"] <= 1e-5
     assert said["adapters"] == "upper, copy"
@@ -167,6 +169,7 @@ def test_profile_has_a_row_for_each_site(run, tiny: Files) -> None:
     asked = ("profile", tiny.model, *adapters, "--length", 4, "--calls", 1)
     said = run(*asked, "--batch", 3, "--lowering", "reference")
     assert (said["rows"], said["adapters"], said["calls"]) == (3, 2, 1)
+    assert said["way"] == "compiled"
     fits = ("--adapter", folders[0], "--adapter", folders[1])
     explained = run("explain", tiny.model, *fits)["report"]["sites"]
     sites = {row["path"] for row in explained}

@@ -145,6 +145,14 @@ def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
         cm.merge("head")
 
 
+def test_a_tied_weight_whose_ends_change_unlike(tmp_path: Path) -> None:
+    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    plans = {"both": {"target_modules": ["embed_tokens", "lm_head"]}}
+    cm = own_case(base, tmp_path, plans).compile()
+    with pytest.raises(MatchError, match="the adapter changes each of them by another update"):
+        cm.merge("both")
+
+
 # What was made of a weight
 
 

@@ -1,77 +1,193 @@
 """diffusers' conversions of the names of a model's first implementation, and what they leave out.
 
-saved tensors ─▶ a loader's `lora_state_dict` ─▶ tensors and α under diffusers' names
-    └─ which of them each operation reads ─▶ those that no result was made of
+factors ─▶ a loader's `lora_state_dict` ─▶ factors under diffusers' names
+    └─ which of them each operation reads ─▶ s of each result, and those that none was made of
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, get_args, get_type_hints
+from inspect import getattr_static
+from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorafx.adapter_store.dialects.names import Names
+from lorafx.adapter_store.dialects.spelling import DENOISERS, Part, Scales, spelt
+from lorafx.adapter_store.peft_keys import factor_sizes
+from lorafx.adapter_store.saved import AdapterState
+from lorafx.errors import CheckpointError, UnsupportedAdapterError, some
+from lorafx.progress import LOG
 from lorafx.torch_internals.graph_parts import tree_leaves
 
+#: Conversions scan all keys, some once per key.
+_MOST_KEYS = 20_000
+#: The spellings that conversions expect: prefix, leaves of A and B.
+_EXPECTED = (
+    ("diffusion_model.", {"A": "lora_A", "B": "lora_B"}),
+    ("lora_unet_", {"A": "lora_down", "B": "lora_up"}),
+)
 
-class Conversion(NamedTuple):
-    """What a loader makes of a file: `values` by diffusers' keys, and the keys of the file whose
-    tensors are `lost`, none of which is an α."""
 
-    loader: str
-    values: dict[str, Tensor | float]
-    lost: tuple[str, ...]
+def converted(
+    parts: Sequence[Part],
+    scales: Scales,
+    model: Any,
+    names: Names,
+    direct: AdapterState,
+    assemble: Callable[[Sequence[Part], Scales], AdapterState],
+) -> AdapterState | None:
+    """diffusers' conversion of the factors `parts`, if it makes factors of modules of `model` only;
+    None if none makes more of these than `direct` has. CheckpointError for ambiguous conversions,
+    and for modules that the model lacks; UnsupportedAdapterError for incomplete ones."""
+    own = [part for part in parts if part.component in ("", *DENOISERS)]
+    elsewhere = {part.component for part in parts} - {part.component for part in own}
+    states: dict[str, AdapterState] = {}
+    best, foreign = _fitting(direct, names), ""
+    for variant in _variants(own) if 0 < len(own) <= _MOST_KEYS else ():
+        for loader, made, lost in _conversions(variant, model):
+            try:
+                new, scale_of, saved_as = _parts(made, scales)
+                state = assemble(new, scale_of)
+            except Exception:  # of names of other models
+                continue
+            missing, fitting = names.lost(state), _fitting(state, names)
+            if missing and fitting > best:
+                foreign = some([f"{path} ({saved_as.get(path)})" for path in missing])
+                best = fitting
+            elif fitting and not missing and not any(_equal(state, s) for s in states.values()):
+                left_out = tuple(sorted({*state.left_out, *elsewhere}))
+                states[loader] = replace(state, left_out=left_out, lost=lost)
+        if any(not state.lost for state in states.values()):
+            break
+    fewest = min((len(state.lost) for state in states.values()), default=0)
+    states = {name: state for name, state in states.items() if len(state.lost) == fewest}
+    if len(states) > 1:
+        raise CheckpointError(
+            f"diffusers converts these names in different ways for this model ({', '.join(states)}"
+            "); convert the adapter by the pipeline that it is for, and save it again"
+        )
+    dora = next((part.key for part in own if part.letter == "m"), None)
+    if states and dora is not None:
+        raise UnsupportedAdapterError(
+            f"{dora} belongs to DoRA, which diffusers' conversion of these names leaves out; save "
+            "the adapter under the names that diffusers has for the model"
+        )
+    if foreign and not states:
+        raise CheckpointError(
+            f"{direct.where}: diffusers' conversion of its names makes factors for {best} modules "
+            f"of this model, and for some that it does not have: {foreign}. Load it into the model "
+            "that it was made for, or leave these out by AdapterSource(..., ignore=[...])"
+        )
+    for state in states.values():
+        LOG.info("adapter in %s: its names were converted by diffusers", direct.where)
+        return state
+    return None
 
 
-def conversions(tensors: Mapping[str, Tensor], model: nn.Module) -> Iterator[Conversion]:
-    """What the loaders of pipelines with a model of this class make of `tensors`. Conversions that
-    fail, or that change no name, are left out."""
+def _fitting(state: AdapterState, names: Names) -> int:
+    """The number of modules with factors that the model has."""
+    return len(factor_sizes(state.tensors)) - len(names.lost(state))
+
+
+def _equal(first: AdapterState, second: AdapterState) -> bool:
+    if first.tensors.keys() != second.tensors.keys() or first.scales != second.scales:
+        return False
+    return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
+
+
+def _variants(parts: Sequence[Part]) -> Iterator[dict[str, Part]]:
+    """The factors by their own keys, and by those that conversions expect, of which some need α:
+    it is r, so that they scale nothing."""
+    alphas = [
+        part._replace(letter="alpha", tensor=torch.tensor(float(len(part.tensor))))
+        for part in parts
+        if part.letter == "A" and part.tensor.dim()
+    ]
+    yield {part.key: part for part in parts}
+    for prefix, leaves in _EXPECTED:
+        keys = {}
+        for part in (*parts, *alphas) if prefix.endswith("_") else parts:
+            path = part.module.replace(".", "_") if prefix.endswith("_") else part.module
+            leaf = leaves.get(part.letter)
+            end = part.letter if leaf is None else f"{leaf}.weight"
+            keys[f"{prefix}{path}.{end}"] = part
+        yield keys
+
+
+def _parts(
+    made: Mapping[str, tuple[Tensor, Sequence[Part]]], scales: Scales
+) -> tuple[list[Part], Scales, dict[str, str]]:
+    """What a conversion has made, with the scales and the names of what it was made of."""
+    parts = [spelt(key, tensor) for key, (tensor, _) in made.items()]
+    sources: dict[str, list[Part]] = {}
+    for part, (_, of) in zip(parts, made.values(), strict=True):
+        sources.setdefault(part.place, []).extend(of)
+    scale_of: dict[str, float | None] = {}
+    for place, of in sources.items():
+        found = {scales.get(part.place) for part in of}
+        if len(found) > 1:
+            raise CheckpointError(f"{place} is made of factors with different scales")
+        scale_of.update(dict.fromkeys([place], *found))
+    saved_as = {p.module: some(dict.fromkeys(o.module for o in sources[p.place])) for p in parts}
+    return parts, scale_of, saved_as
+
+
+def _conversions(
+    variant: Mapping[str, Part], model: Any
+) -> Iterator[tuple[str, dict[str, tuple[Tensor, Sequence[Part]]], tuple[str, ...]]]:
+    """What the loaders of pipelines with a model of this class make of these factors: the loader,
+    its tensors and what they were made of by diffusers' keys, and the keys of the file whose
+    tensors are lost. Conversions that fail, or that change no name, are left out."""
     config = getattr(model, "config", None)  # a UNet's decides the numbers of blocks
     blocks = config if hasattr(config, "layers_per_block") else None
-    for name, loader in _loaders():
-        if not _loads_into(loader, model):
-            continue
-        sources = {key: tensor.clone() for key, tensor in tensors.items()}  # some scale in place
+    for name, loader in _loaders_of(model.__class__):
+        # Some scale in place.
+        sources = {key: part.tensor.clone() for key, part in variant.items()}
         try:
             with _silence(), _Following(sources) as following:
                 result = loader.lora_state_dict(dict(sources), unet_config=blocks)
-            converted, *more = result if isinstance(result, tuple) else (result,)
-            alphas = {key: float(value) for key, value in (more[0] if more else {}).items()}
-            arrived = following.sources(list(converted.values()))
+            converted = result[0] if isinstance(result, tuple) else result
+            of = {key: following.sources(tensor) for key, tensor in converted.items()}
         except Exception:  # conversions for other models may raise any exception
             continue
-        lost = (key for key in tensors.keys() - arrived if not key.endswith("alpha"))
-        if converted.keys() != tensors.keys():
-            yield Conversion(name, {**converted, **alphas}, tuple(sorted(lost)))
+        if converted.keys() != variant.keys():
+            lost = variant.keys() - frozenset().union(*of.values())
+            lost_parts = (variant[key] for key in sorted(lost))
+            yield (
+                name,
+                {k: (t, [variant[source] for source in of[k]]) for k, t in converted.items()},
+                tuple(part.key for part in lost_parts if part.letter != "alpha"),
+            )
 
 
-def _loaders() -> Iterator[tuple[str, Any]]:
+@cache
+def _loaders_of(model: Any) -> Sequence[tuple[str, Any]]:
+    """The loaders of pipelines with such a model, and those of which none says what it is made of.
+    Names alone do not tell one family from another."""
     try:
-        pipelines: Any = importlib.import_module("diffusers.loaders.lora_pipeline")
+        loaders: Any = importlib.import_module("diffusers.loaders.lora_pipeline")
     except ImportError:
-        return
-    seen: set[Any] = set()
-    for name, loader in vars(pipelines).items():
+        return ()
+    pipelines = _pipelines()
+    found: dict[Any, tuple[str, Any]] = {}
+    for name, loader in vars(loaders).items():
         conversion = isinstance(loader, type) and vars(loader).get("lora_state_dict")
-        if conversion and conversion not in seen:
-            seen.add(conversion)
-            yield name, loader
-
-
-def _loads_into(loader: type, model: nn.Module) -> bool:
-    """Whether a pipeline with this loader is made of a model of this class, or none says what it is
-    made of. Names alone do not tell one family from another."""
-    conversion, pipelines = vars(loader)["lora_state_dict"], _pipelines()
-    own = [p for p in pipelines if inspect.getattr_static(p, "lora_state_dict", None) is conversion]
-    made = any(isinstance(model, tuple(pipelines[pipeline])) for pipeline in own or pipelines)
-    return made if own else not made
+        if not conversion:
+            continue
+        of = [p for p in pipelines if getattr_static(p, "lora_state_dict", None) is conversion]
+        made = any(issubclass(model, tuple(pipelines[p])) for p in of or pipelines)
+        if made == bool(of):
+            found.setdefault(conversion, (name, loader))
+    return tuple(found.values())
 
 
 @cache
@@ -83,7 +199,7 @@ def _pipelines() -> Mapping[type, Collection[type]]:
         try:
             with _silence():
                 pipeline = getattr(package, name)
-            hints = get_type_hints(inspect.getattr_static(pipeline, "__init__"))
+            hints = get_type_hints(getattr_static(pipeline, "__init__"))
         except Exception:  # what a pipeline imports may be absent
             continue
         types = [kind for hint in hints.values() for kind in (hint, *get_args(hint))]

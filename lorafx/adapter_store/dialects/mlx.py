@@ -10,18 +10,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.dialect import Translation, raw
-from lorafx.adapter_store.peft_config import is_number, short
-from lorafx.adapter_store.peft_keys import factor_sizes
+from lorafx.adapter_store.dialects.files import assembled
+from lorafx.adapter_store.dialects.names import Names
+from lorafx.adapter_store.dialects.spelling import Part
+from lorafx.adapter_store.peft_config import PeftConfig, is_number, short
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
-KEYS = "<module>.lora_a"
 _FACTOR = re.compile(r"(?:(?P<module>.+)\.)?(?P<factor>lora_[ab]|m)")
 
 
@@ -34,7 +35,8 @@ def claims(saved: Saved) -> bool:
 
 
 def state(saved: Saved, model: nn.Module | None) -> AdapterState:
-    fields = raw(saved.fields)
+    configured = saved.fields is not None and not isinstance(saved.fields, PeftConfig)
+    fields: Any = saved.fields if configured else {}
     scale = _scale(fields, saved.where)
     kind = fields.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -42,31 +44,34 @@ def state(saved: Saved, model: nn.Module | None) -> AdapterState:
             f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
             "fuse it into the base model (mlx_lm.fuse) and load that"
         )
-    translation = Translation(saved, "mlx", model)
-    for key, tensor in saved.tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if match is None or (match["factor"] == "m" and kind != "dora"):
-            translation.keep(key)
-            continue
-        path, letter = match["module"] or "", match["factor"][-1]
-        before, of_experts, projection = path.partition(".switch_mlp.")
-        if letter == "m" and not of_experts:
-            translation.add(path, letter, tensor)
-            continue
-        if letter == "m" or tensor.dim() != (3 if of_experts else 2):
-            raise CheckpointError(
-                f"{saved.where}: {key} has shape {tuple(tensor.shape)}; factors are (K, r) and "
-                "(r, N), of routed experts (E, r, K) and (E, N, r)"
-            )
-        if of_experts:
-            for expert, factor in enumerate(tensor):
-                translation.put(
-                    f"{before}.experts.{expert}.{projection}.lora_{letter.upper()}.weight", factor
-                )
-        else:
-            translation.add(path, letter.upper(), tensor.mT)
-    translation.scales.update(dict.fromkeys(factor_sizes(translation.tensors), scale))
-    return translation.state(dora=kind == "dora")
+    parts = [part for item in saved.tensors.items() for part in _parts(saved, *item, kind)]
+    if kind == "dora" and not any(part.letter == "m" for part in parts):
+        raise CheckpointError(f"{saved.where} has fine_tune_type = 'dora', and no magnitudes m")
+    scales = {part.place: scale for part in parts}
+    names = None if model is None else Names(model)
+    return assembled(replace(saved, fields=None), "mlx", parts, scales, names)
+
+
+def _parts(saved: Saved, key: str, tensor: Tensor, kind: str) -> Iterator[Part]:
+    match = _FACTOR.fullmatch(key)
+    if match is None or (match["factor"] == "m" and kind != "dora"):
+        yield Part(key, tensor, "", key, "")
+        return
+    path, letter = match["module"] or "", match["factor"][-1]
+    before, of_experts, projection = path.partition(".switch_mlp.")
+    if letter == "m" and not of_experts:
+        yield Part(key, tensor, "", path, letter)
+    elif letter == "m" or tensor.dim() != (3 if of_experts else 2):
+        raise CheckpointError(
+            f"{saved.where}: {key} has shape {tuple(tensor.shape)}; factors are (K, r) and "
+            "(r, N), of routed experts (E, r, K) and (E, N, r)"
+        )
+    elif not of_experts:
+        yield Part(key, tensor.mT, "", path, letter.upper())
+    else:
+        for expert, factor in enumerate(tensor):
+            module = f"{before}.experts.{expert}.{projection}"
+            yield Part(key, factor, "", module, letter.upper())
 
 
 def _scale(fields: Any, where: str) -> float:

@@ -72,6 +72,7 @@ class SequenceOutput(GenerationOutput):
         adapter_version: that of its adapter, as in `CompiledModel.adapter_versions`; None for the
             base.
         weights_version: how often the base weights had been updated when it began.
+        refused: whether it failed by what it asked for, such as a grammar that leaves no token.
     """
 
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -80,6 +81,7 @@ class SequenceOutput(GenerationOutput):
     stop_reason: int | str | None = None
     adapter_version: int | None = None
     weights_version: int = 0
+    refused: bool = False
 
 
 @dataclass
@@ -97,6 +99,7 @@ class AdapterRequest(RequestState):
         newest, chosen_logprob: the log-probability of the token that this step has chosen, by the
             model's logits and as it was chosen.
         ends: whether it ends with that token, for the reason `stop_reason`.
+        refused: as in `SequenceOutput`.
     """
 
     hold: Hold | None = None
@@ -112,6 +115,7 @@ class AdapterRequest(RequestState):
     chosen_logprob: float | None = None
     ends: bool = False
     stop_reason: int | str | None = None
+    refused: bool = False
     _counts: dict[int, int] | None = None
 
     @property
@@ -190,6 +194,7 @@ class AdapterRequest(RequestState):
             stop_reason=self.stop_reason if finished else None,
             adapter_version=None if self.hold is None else self.hold.stored.version,
             weights_version=self.weights >> 1,
+            refused=self.refused,
         )
 
     def create_equivalent_initial_request(self) -> AdapterRequest:

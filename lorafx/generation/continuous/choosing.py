@@ -114,7 +114,7 @@ class Choosing(LogitsProcessor):
                     mask = state.grammar.bitmask(state.generated)[:size].cpu().bool()
                     masks[row] = torch.nn.functional.pad(mask, (0, size - len(mask)))
                 except Exception as error:
-                    self._fail(state, f"its grammar raised {type(error).__name__}: {error}")
+                    self._refuse(state, f"its grammar raised {type(error).__name__}: {error}")
         if excluded:
             rows, tokens = zip(*excluded, strict=True)
             scores[_places(rows, tokens, scores)] = -torch.inf
@@ -126,8 +126,13 @@ class Choosing(LogitsProcessor):
             if row not in masks and many[row] < scores.shape[-1]:
                 continue
             if scores[row].amax() == -torch.inf:
-                self._fail(state, "bad_words, min_tokens and its grammar leave no token")
+                self._refuse(state, "bad_words, min_tokens and its grammar leave no token")
                 scores[row] = 0.0  # a token of this row is chosen, too
+
+    def _refuse(self, state: AdapterRequest, why: str) -> None:
+        """Fail a request by what it asked for."""
+        state.refused = True
+        self._fail(state, why)
 
     def _fail(self, state: AdapterRequest, why: str) -> None:
         self._packed.failed[state.request_id] = BatchError(f"this request failed: {why}")
@@ -159,7 +164,9 @@ class Choosing(LogitsProcessor):
             try:
                 state.ends, state.stop_reason = self._ending(state, asked, tokens[row])
             except Exception as error:
-                self._fail(state, f"its stop or its grammar raised {type(error).__name__}: {error}")
+                self._refuse(
+                    state, f"its stop or its grammar raised {type(error).__name__}: {error}"
+                )
 
     def _ending(
         self, state: AdapterRequest, asked: TokenParameters, token: int

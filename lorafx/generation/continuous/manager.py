@@ -211,6 +211,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         refuse_slips(parameters, self.add_request, ways=_WAYS)
         if request_id is not None and not isinstance(request_id, str):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
+        if not isinstance(ignore_eos, bool):
+            raise ConfigError(f"ignore_eos is true or false; got {ignore_eos!r:.80}")
         config, size = self.generation_config, self._vocabulary()
         if max_new_tokens is None:
             max_new_tokens = config.max_new_tokens

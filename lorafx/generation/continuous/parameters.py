@@ -194,7 +194,7 @@ def checked_parameters(
     stop_ids = checked_ids("stop_token_ids", given.pop("stop_token_ids", ()), size)
     bias = given.pop("logit_bias", {})
     if not isinstance(bias, Mapping):
-        raise ConfigError(f"logit_bias has a number for each of some token ids; got {bias!r}")
+        raise ConfigError(f"logit_bias has a number for each of some token ids; got {bias!r:.80}")
     numbers = [checked_number("logit_bias", number) for number in bias.values()]
     values: dict[str, Any] = {name: checked_number(name, value) for name, value in given.items()}
     reasons: dict[int, int | str] = {token: token for token in stop_ids}
@@ -217,7 +217,7 @@ def checked_parameters(
 def _strings(name: str, value: Any, tokenizer: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise ConfigError(f"{name} is a list of strings, none of them empty; got {value!r}")
+        raise ConfigError(f"{name} is a list of strings, none of them empty; got {value!r:.80}")
     if len(strings) > MOST_STRINGS:
         raise ConfigError(f"{name} has at most {MOST_STRINGS} strings; got {len(strings)}")
     if strings and tokenizer is None:

@@ -156,6 +156,13 @@ def serve(
     max_logprobs: Annotated[
         int, typer.Option(help="Likeliest tokens that a request may ask for; -1 for all.")
     ] = 20,
+    max_fields: Annotated[int, typer.Option(help="The most fields of a request.")] = 128,
+    max_items: Annotated[
+        int, typer.Option(help="The most entries of a field that is a list or an object.")
+    ] = 1024,
+    max_field_size: Annotated[
+        int, typer.Option(help="The most letters and entries of a field, but of prompts.")
+    ] = 1 << 17,
     max_queue: Annotated[
         int, typer.Option(help="Sequences under way; further requests get 429.")
     ] = 1024,

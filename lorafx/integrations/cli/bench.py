@@ -42,8 +42,8 @@ def bench(
     """Measure MODEL with your adapters: time over that of the base compiled by torch.compile.
 
     Each length is one forward without a cache, of a batch whose requests take turns with the
-    adapters. PEFT runs the same mixed batch in eager mode. All ratios are of one run, with the 95 %
-    interval; the line "base" is the base against itself, the noise.
+    adapters. lorafx compiles first; PEFT runs the same mixed batch in eager mode. All ratios are of
+    one run, with the 95 % interval; the line "base" is the base against itself, the noise.
 
     Example: lorafx bench meta-llama/Llama-3.2-1B --adapters ./adapters --batch 8 --length 128
     """
@@ -64,7 +64,7 @@ def bench(
             f"{type(module).__name__} takes no token ids; bench is for language models"
         )
     with progress(f"adding {len(sources)} adapters"):
-        options = {"lowering": lowering}
+        options = {"lowering": lowering, "start": "compiled"}
         compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
     names = list(sources)
     mixed = [names[row % len(names)] for row in range(batch)]
@@ -80,6 +80,7 @@ def bench(
     if peft_model is not None:
         arms[f"PEFT, {several}"] = (peft_model, mixed)
     base_model = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
+    eager = {f"PEFT, {several}", *(["base"] if lowering == "reference" else [])}
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
         title = f"{batch} requests of {tokens} tokens"
@@ -89,6 +90,7 @@ def bench(
         ratios = compare(base, calls, blocks=blocks, seconds=seconds, itself="base", title=title)
         rows = [
             {"ratio" if k == "median" else k: v for k, v in asdict(ratio).items()}
+            | {"served": "eager" if ratio.arm in eager else "compiled"}
             for ratio in ratios
         ]
         case: dict[str, Any] = {"batch": batch, "tokens": tokens, "arms": rows}
@@ -104,6 +106,7 @@ def bench(
         cells = [
             (
                 arm["arm"],
+                arm["served"],
                 f"{arm['milliseconds']:.2f}",
                 f"{arm['ratio']:.3f}",
                 f"{arm['low']:.3f} - {arm['high']:.3f}",
@@ -111,7 +114,7 @@ def bench(
             for arm in case["arms"]
         ]
         title = f"{case['batch']} requests of {case['tokens']} tokens"
-        show_table(title, ("what", "ms", "over base", "95 %"), cells)
+        show_table(title, ("what", "served", "ms", "over base", "95 %"), cells)
         if "difference" in case:
             print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
     print(*(f"{name}: {value}" for name, value in machine.items()), sep="\n")

@@ -161,5 +161,7 @@ def _compiled(
     module = loaded(model, dtype)
     rows = len(sources) + 1 if batch is None else batch
     inputs = dict(derived_example(module, module.device, rows, length).named)
-    compiled = lorafx.compile(module, dict(sources), options={"lowering": lowering})
+    compiled = lorafx.compile(
+        module, dict(sources), options={"lowering": lowering, "start": "compiled"}
+    )
     return compiled, inputs, list(sources)

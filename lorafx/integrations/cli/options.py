@@ -172,6 +172,10 @@ def _readable(model: str) -> Iterator[None]:
 def _class_and_config(model: str) -> tuple[Any, Any]:
     """The class that the configuration names, and the configuration: transformers' object, or for a
     model of diffusers a dict."""
+    from lorafx.adapter_store.saved import is_hub_name
+
+    if "/" in model and not Path(model).exists() and not is_hub_name(model):
+        raise ConfigError(f"{model} cannot be loaded: there is no such folder")
     file = Path(model) / "config.json"
     fields = json.loads(file.read_text()) if file.is_file() else {}
     if "_class_name" in fields:

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafx import api
-from lorafx.adapter_store.checkpoint import dialect_of
-from lorafx.adapter_store.dialects.dialect import DENOISERS
+from lorafx.adapter_store.checkpoint import components as components_of
+from lorafx.adapter_store.dialects.spelling import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
 from lorafx.adapter_store.saved import AdapterSource, Source, read_source
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
 from lorafx.config import LoraConfig, Options
-from lorafx.eager.following import Following, unfollowed
+from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.errors import (
     BatchError,
     CaptureError,
@@ -60,7 +60,7 @@ from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.session import refuse_elsewhere
-from lorafx.torch_internals.graph_parts import OpOverload, tree_map_only
+from lorafx.torch_internals.graph_parts import OpOverload
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
@@ -216,12 +216,7 @@ class CompiledPipeline:
             for module in self.pipe.components.values()
             if encodes_prompts(module) and id(module) not in compiled
         ]
-        with torch.inference_mode(False), torch.no_grad():
-            # Copies of what was made in inference mode: torch does not count the writes into such a
-            # tensor, so its labels could be stale.
-            args, kwargs = tree_map_only(
-                Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs)
-            )
+        with counted((args, kwargs)) as (args, kwargs):
             for name, value in _bind(self.pipe, args, kwargs).items():
                 rows.label_argument(name, value)
             call = partial(self._replacements.replacing, replaced, self.pipe, *args, **kwargs)
@@ -441,7 +436,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
     if it has a part for a model that is not compiled, or that the pipeline does not have."""
     adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = read_source(adapter)
-    in_files = dialect_of(saved, adapter.dialect).components(saved)
+    in_files = components_of(saved, adapter.dialect)
     components = getattr(pipe, "components", {})
     parts: dict[str, AdapterSource] = {}
     for name in in_files if adapter.component is None else (adapter.component,):

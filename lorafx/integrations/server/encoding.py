@@ -30,7 +30,7 @@ from lorafx.generation.continuous.failures import StepHealth
 from lorafx.integrations.server.answers import versions_of
 from lorafx.integrations.server.choices import Prompt
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.fields import Fields
+from lorafx.integrations.server.fields import Fields, prompts_in
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.handlers import prompts_of
 from lorafx.integrations.server.request_log import current_record
@@ -256,6 +256,10 @@ class EncodingFields(Fields):
     dimensions: None = None
     task: Literal["embed", "classify"] | None = None
 
+    @property
+    def sequences(self) -> int:
+        return prompts_in(self.input)
+
 
 class Encoding:
     """Answers the requests of one of the routes `ENCODING`."""
@@ -277,8 +281,8 @@ class Encoding:
             task, way = "classify", "/classify"
         if self._path not in (way, "/pooling") or fields.task not in (None, task):
             raise RequestError(f"{served.name!r} has no vectors for that; ask {way} or /pooling")
+        served.queue.take(fields.sequences, had=1)
         sequences = await asyncio.to_thread(self._sequences, fields)
-        served.queue.take(len(sequences), had=1)
         record.prompt_tokens = sum(map(len, sequences))
         await served.control.admitted()
         vectors = await self._batches.vectors(sequences, adapter)

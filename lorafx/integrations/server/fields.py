@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import HTTPException
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.settings import ModelSettings
 from lorafx.model.keywords import KEYWORDS, intended_keyword
 from lorafx.progress import LOG
 from lorafx.torch_internals.transformers_parts import response_parts
@@ -62,6 +64,51 @@ _INSTEAD = {
 
 #: Fields by which other servers (TGI, LoRAX, SGLang, vLLM) take the name of an adapter.
 _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path"
+
+
+#: What prompts are made of. --max-body-bytes and the model's positions bound them.
+_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "tokens"))
+
+
+def check_bounds(body: Mapping[str, Any], settings: ModelSettings) -> None:
+    """Raise RequestError for more fields, or a larger field, than `settings` allow. It takes no
+    longer for a field that is larger."""
+    if len(body) > settings.max_fields:
+        raise RequestError(
+            f"the body has {len(body)} fields, and --max-fields allows {settings.max_fields}"
+        )
+    for name, value in body.items():
+        if name in _PROMPTS:
+            continue
+        if isinstance(value, list | dict) and len(value) > settings.max_items:
+            raise RequestError(
+                f"`{name:.80}` has at most {settings.max_items} entries, as --max-items says; got "
+                f"{len(value)}",
+                f"{name:.80}",
+            )
+        if _exceeds(value, settings.max_field_size):
+            raise RequestError(
+                f"`{name:.80}` has more letters and entries than --max-field-size allows, which "
+                f"are {settings.max_field_size}",
+                f"{name:.80}",
+            )
+
+
+def _exceeds(value: Any, most: int) -> bool:
+    """Whether a value of JSON has more than `most` letters and entries, at all depths."""
+    pending = [value]
+    while pending and most >= 0:
+        item = pending.pop()
+        most -= len(item) if isinstance(item, str | list | dict) else 0
+        if most >= 0 and isinstance(item, list | dict):
+            pending += item if isinstance(item, list) else chain(item, item.values())
+    return most < 0
+
+
+def prompts_in(asked: Any) -> int:
+    """How many prompts the value of a field holds, which may be none of them."""
+    several = isinstance(asked, list) and asked and isinstance(asked[0], str | list)
+    return len(asked) if several else 1
 
 
 def adapters_named(body: Mapping[str, Any]) -> dict[str, str]:
@@ -161,6 +208,11 @@ class Fields(BaseModel):
         """The most tokens of a sequence; None up to the end of the context."""
         raise NotImplementedError
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences the request asks for."""
+        return 1
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of the engine's `add_request`."""
         return {**self.choosing, "logit_bias": self.logit_bias}
@@ -181,6 +233,10 @@ class SequenceFields(Fields):
     return_tokens_as_token_ids: bool = False
     response_format: dict[str, Any] = {"type": "text"}
     structured_outputs: dict[str, Any] = {}
+
+    @property
+    def sequences(self) -> int:
+        return self.n
 
     @property
     def stops(self) -> list[str]:
@@ -235,6 +291,10 @@ class CompletionFields(SequenceFields):
     @property
     def length(self) -> int:
         return self.max_tokens
+
+    @property
+    def sequences(self) -> int:
+        return self.n * prompts_in(self.prompt)
 
     @property
     def of_tokens(self) -> int | None:

@@ -23,11 +23,14 @@ from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.fields import Fields, adapters_named
+from lorafx.integrations.server.fields import Fields, adapters_named, check_bounds
 from lorafx.integrations.server.grammars import Grammars
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
+
+#: With how many adapters a name that is none is compared, to name the nearest.
+_COMPARED = 1000
 
 
 class ServedModel:
@@ -78,6 +81,7 @@ class ServedModel:
 
     async def resolve(self, body: Mapping[str, Any]) -> str | None:
         """As `asked_for`, after the adapter was loaded if it is found only now."""
+        check_bounds(body, self.settings)
         for name in (body.get("model"), *adapters_named(body).values()):
             for adapter in self.settings.may_mean(name) if isinstance(name, str) else ():
                 await self.loading.find(adapter)
@@ -85,7 +89,9 @@ class ServedModel:
 
     def asked_for(self, body: Mapping[str, Any]) -> str | None:
         """The adapter that a request names by `model`, or beside the base by a field of other
-        servers; None for the base model. Raises RequestError if it names none, or two."""
+        servers; None for the base model. Raises RequestError if it names none, or two, and what
+        `check_bounds` raises."""
+        check_bounds(body, self.settings)
         chosen = self.adapter_of(body.get("model"))
         for field, name in adapters_named(body).items():
             adapter = self._meant_by(name)
@@ -113,7 +119,7 @@ class ServedModel:
         if not isinstance(model, str) or not model:
             raise RequestError(
                 f"the field `model` chooses the adapter: {self.name!r} for the base model, "
-                f'"{self.name}:ADAPTER" for an adapter; got {model!r}',
+                f'"{self.name}:ADAPTER" for an adapter; got {model!r:.80}',
                 "model",
             )
         if model in self.settings.names:
@@ -135,8 +141,9 @@ class ServedModel:
         adapter = model.partition(":")[2] or model
         if self._has(adapter):
             return f"; nearest: {self.name}:{adapter}"
-        names = [entry["id"] for entry in self.listed()]
-        return nearest(model, names) or nearest(adapter, self.adapters(), prefix=f"{self.name}:")
+        adapters = self.adapters()[:_COMPARED]
+        names = (*self.settings.names, *(f"{self.name}:{a}" for a in adapters), *adapters)
+        return nearest(model, names) or nearest(adapter, adapters, prefix=f"{self.name}:")
 
     def listed(self) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
@@ -235,7 +242,7 @@ class Sequences:
             for index, output in sorted(latest.items()):
                 if output.error is not None:
                     ended = self._served.engine.background_thread_status.fatal_error
-                    status = 500 if ended is None else 503
+                    status = 400 if output.refused else 500 if ended is None else 503
                     raise RequestError(f"the generation failed: {output.error}", status=status)
                 yield index, output
 

@@ -60,10 +60,10 @@ class Handler:
         adapter = await self.served.resolve(body)
         current_record().asks_for(adapter)
         fields = self.fields.read(body, self.served.settings.max_logprobs)
+        self.served.queue.take(fields.sequences, had=1)
         arguments = await self.served.arguments(fields)
         large = len(await request.body()) > _LARGE
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
-        self.served.queue.take(len(prompts) * arguments.get("n", 1), had=1)
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
         await self.served.control.admitted()
         sequences = Sequences(self.served, adapter)

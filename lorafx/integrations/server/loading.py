@@ -38,12 +38,12 @@ class AdapterLoading:
         root = None if content is not None else self._folder_or_refuse()
         name, path = _text(body, "lora_name"), root and _text(body, "lora_path")
         if not name.isprintable():
-            raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r}", "lora_name")
+            raise RequestError(f"`lora_name` {UNPRINTABLE}; got {name!r:.200}", "lora_name")
         if name in (BASE, *self._settings.names):  # requests for it would get the base's answer
             raise RequestError(f"{name!r} is the base model", "lora_name")
         if name in self._compiled.adapters and body.get("load_inplace") is not True:
             raise RequestError(
-                f"an adapter {name!r} is loaded; unload it first, or send "
+                f"an adapter {name!r:.200} is loaded; unload it first, or send "
                 '"load_inplace": true to replace it',
                 "lora_name",
             )
@@ -64,7 +64,9 @@ class AdapterLoading:
             self._folder_or_refuse()
         name, loaded = _text(body, "lora_name"), self._compiled.adapters
         if name not in loaded:
-            raise RequestError(f"no adapter {name!r} is loaded{nearest(name, loaded)}", status=404)
+            raise RequestError(
+                f"no adapter {name!r:.200} is loaded{nearest(name, loaded)}", status=404
+            )
         self._compiled.unload_adapter(name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
@@ -90,9 +92,9 @@ class AdapterLoading:
         await asyncio.shield(reading)  # others may wait for it when this client goes away
 
     async def _read(self, root: Path, name: str) -> None:
-        folder = _folder_inside(root, name)
         async with self._limit:
             try:
+                folder = await asyncio.to_thread(_folder_inside, root, name)
                 await asyncio.to_thread(self._compiled.load_adapter, folder, name)
             except LorafxError as error:
                 raise RequestError(
@@ -104,7 +106,7 @@ class AdapterLoading:
 def _text(body: dict[str, Any], field: str) -> str:
     value = body.get(field)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise RequestError(f"`{field}` is a non-empty string; got {value!r}", field)
+        raise RequestError(f"`{field}` is a non-empty string; got {value!r:.80}", field)
     return value
 
 
@@ -112,14 +114,16 @@ def _folder_inside(root: Path, path: str) -> Path:
     """The folder `path`, relative to `root`. Raises RequestError unless it and its files are in
     `root` after all links have been followed; the error does not tell what is elsewhere."""
     outside = RequestError(
-        f"{path!r} is not inside the folder that adapters are loaded from", "lora_path", status=403
+        f"{path!r:.200} is not inside the folder that adapters are loaded from",
+        "lora_path",
+        status=403,
     )
     try:
         folder = (root / path).resolve()
         if not folder.is_relative_to(root):
             raise outside
         if not folder.is_dir():
-            raise RequestError(f"there is no folder {path!r}", "lora_path", status=404)
+            raise RequestError(f"there is no folder {path!r:.200}", "lora_path", status=404)
         if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
             raise outside
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a loop, a long name

@@ -168,7 +168,14 @@ def _encoding(
 def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     with _readable(settings.model):
         config = AutoConfig.from_pretrained(settings.model)
+    try:
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"{settings.model} has no tokenizer that can be read ({why:.160}); "
+            "save it beside the model: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        ) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and (settings.max_model_len or 0) > positions:
         raise ConfigError(

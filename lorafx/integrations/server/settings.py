@@ -55,6 +55,9 @@ class ModelSettings(BaseModel):
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
     max_model_len: _Count = None
     max_logprobs: int = Field(default=20, ge=-1)
+    max_fields: int = Field(default=128, ge=1)
+    max_items: int = Field(default=1024, ge=1)
+    max_field_size: int = Field(default=1 << 17, ge=1)
     max_queue: _Count = None
     max_body_bytes: _Count = None
     runner: Literal["auto", "generate", "pooling"] = "auto"

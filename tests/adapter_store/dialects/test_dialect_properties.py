@@ -101,8 +101,10 @@ ENDS = [
     *("lora_down.weight", "lora_up.weight", "lora.down.weight", "lora.up.weight", "dora_scale"),
     *("lora_magnitude_vector", "to_q_lora.down.weight", "lora_linear_layer.up.weight", "weight"),
     *("lora_embedding_A", "lora_embedding_B", "lora_A.weight.alpha", "lora.down.weight.alpha"),
+    *("lora_A.a.default.weight", "lora_b.weight", "qkv_lora1.down.weight", "lora_B.bias", "diff"),
 ]
 STARTS = ["", "unet.", "text_encoder.", "lora_unet_", "lora_te2_", "base_model.model.", "a.unet."]
+STARTS += ["model.", "lycoris_", "clip_l.", "model.diffusion_model."]
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 CONFIGS = st.sampled_from(
     [

@@ -17,10 +17,8 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.dialects.dialect import Translation
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.saved import read_source
 from lorafx.config import LoraConfig
 from lorafx.errors import (
     CheckpointError,
@@ -178,13 +176,6 @@ def test_loralib_takes_all_fields_of_its_configuration() -> None:
         load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3, "foo": 1}))
 
 
-def test_a_dialect_that_gives_no_scale_is_refused() -> None:
-    found = Translation(read_source(lorafx.AdapterSource({})), "new", None)
-    found.add("up", "A", torch.randn(2, 5))
-    with pytest.raises(CheckpointError, match="has factors for up, and nothing gives their scale"):
-        found.state()
-
-
 def test_mlx_dora(case: Case, tmp_path: Path) -> None:
     folder = save_adapter(
         case.base, tmp_path / "dora", rank=2, targets=["q_proj"], use_dora=True, lora_alpha=3
@@ -234,6 +225,10 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
         ("base_model.model.a.oft_r.weight", "OFT"),
         ("lora_unet_a.diff", "whole difference"),
         ("lora_unet_a.lora_mid.weight", "Tucker"),
+        ("base_model.model.a.lokr_w1.default", "LoKr"),
+        ("lora_unet_a.b1.weight", "GLoRA"),
+        ("bundle_emb.style.string_to_param.*", "textual inversion"),
+        ("model.layers.0.mlp.experts.lora_gate_and_up_A", "grouped experts"),
     ],
 )
 def test_other_methods_are_refused_by_name(key: str, method: str, case: Case) -> None:

@@ -57,7 +57,7 @@ def test_found_on_the_first_request(files, finder):
     answer = ask(finder, "POST", PATH, **asking("tiny:broken"))
     assert answer.status_code == 400
     assert "'broken' has a folder and is not served" in answer.json()["error"]["message"]
-    assert ask(finder, "POST", PATH, **asking("tiny:linked")).status_code == 403
+    assert ask(finder, "POST", PATH, **asking("tiny:linked")).status_code == 400
     assert finder.compiled.adapters == ("a1", "a2")
     named = ask(finder, "POST", PATH, **asking("tiny"), adapter_id="a3")
     assert plain(PATH, named.json()).strip() == files.text("a3", ids, 5)

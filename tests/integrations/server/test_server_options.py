@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import os
 import re
+import shutil
 import signal
 import ssl
 import sys
@@ -38,6 +40,16 @@ PATH = "/v1/completions"
         ("m --adapters x --max-rank 8", "m --adapters x --max-rank 8"),
     ],
 )
+def test_a_folder_without_a_tokenizer_is_refused_by_name(files, tmp_path):
+    model = tmp_path / "no words"
+    shutil.copytree(files.model, model)
+    for file in model.glob("*token*"):
+        file.unlink()
+    refused = pytest.raises(ConfigError, match=r"no words has no tokenizer that can be read")
+    with refused, serving(dataclasses.replace(files, model=model)):
+        pass
+
+
 def test_command_lines_of_vllm(given, ours):
     assert [*translated(given.split())] == ours.split()
 

@@ -175,11 +175,39 @@ def test_thousands_of_alternatives(speaker):
     assert text in choice
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"grammar": "start: " + " | ".join(f'"word{i}"' for i in range(3000))},
+        {"json": {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}}},
+    ],
+    ids=["grammar", "json"],
+)
+def test_a_grammar_that_is_too_large_never_comes_to_the_engine(speaker, monkeypatch, asked):
+    """Its first mask is computed when the request is read."""
+    monkeypatch.setattr(speaker.engine, "add_request", None)
+    body = question(COMPLETIONS, "a", 9, structured_outputs=asked)
+    answer = ask(speaker, "POST", COMPLETIONS, model="tiny", **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "structured_outputs"
+
+
+def test_a_grammar_whose_words_are_banned(speaker):
+    """What the request asked for left no token: a refusal of the request, not a failed server."""
+    fields = {"structured_outputs": {"choice": ["a"]}, "bad_words": ["a"]}
+    answer = ask(
+        speaker, "POST", COMPLETIONS, model="tiny", **question(COMPLETIONS, "b", 9, **fields)
+    )
+    assert answer.status_code == 400
+    assert "leave no token" in answer.json()["error"]["message"]
+    assert texts(speaker, COMPLETIONS, structured_outputs={"choice": ["a"]}) == ["a"]
+
+
 def test_a_grammar_that_fails_is_not_repeated(speaker):
     rule = "start: " + " | ".join(f'"word{i}"' for i in range(3000))
     fields = question(COMPLETIONS, "a", 9, structured_outputs={"grammar": rule})
     answer = ask(speaker, "POST", COMPLETIONS, model="tiny", **fields)
-    assert answer.status_code == 500
+    assert answer.status_code == 400
     assert "3001 items" in answer.json()["error"]["message"]
     assert "word1" not in answer.text
 

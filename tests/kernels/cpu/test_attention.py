@@ -8,11 +8,11 @@ import pytest
 import torch
 from dense_merge import error
 from paged_steps import TOLERANCE, paged_step
-from toolchain import needs_compiler
+from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 from torch.library import opcheck
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.cpu.compiler import runnable_isas
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep, paged_cache
@@ -79,6 +79,14 @@ def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPat
     if not compiles:
         monkeypatch.setattr(module, "kernel_of", lambda *_: None)
     check(step(**CASES[case], cap=0.5, sinks=True))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "best_isa", no_compiler)
+    module._kernel_for.cache_clear()
+    with pytest.warns(LorafxWarning, match="stays with aten: no C\\+\\+ compiler"):
+        check(step(**CASES["of several heads"]))
+    module._kernel_for.cache_clear()
 
 
 @needs_compiler

@@ -11,7 +11,7 @@ import torch
 from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 
@@ -128,7 +128,7 @@ def test_without_a_compiler(monkeypatch) -> None:
     monkeypatch.setattr(dense, "best_isa", no_compiler)
     dense.ready.cache_clear()
     bias, x, weight = operands(3, 5, 9, torch.float32)
-    with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
+    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
         check(dense.product(x, weight, []), x, weight)
     check(dense.product(bias, x, weight, [4, 5]), x, weight, bias)
     dense.ready.cache_clear()

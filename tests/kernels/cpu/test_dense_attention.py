@@ -14,7 +14,7 @@ from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 from torch.library import opcheck
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import dense, dense_attention
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.dense_attention import ATTENTION, AttentionForm
@@ -135,7 +135,7 @@ def test_without_a_kernel(dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(dense_attention, "best_isa", no_compiler)
     operands = tensors(*SIZES[0], dtype)
     with (
-        pytest.warns(UserWarning, match="attention stays with aten: no C\\+\\+ compiler")
+        pytest.warns(LorafxWarning, match="attention stays with aten: no C\\+\\+ compiler")
         if (dtype in DTYPES)
         else nullcontext()
     ):

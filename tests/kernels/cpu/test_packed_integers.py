@@ -11,7 +11,7 @@ from delta_oracle import assert_delta_joins, assert_product, random_problem
 from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import delta_kernels, dense, stored
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.stored import StoredSpec
@@ -121,7 +121,7 @@ def test_without_a_compiler(monkeypatch) -> None:
     monkeypatch.setattr(stored, "best_isa", no_compiler)
     stored.ready.cache_clear()
     bias, x, weight = operands(3, 128, 16, 32, torch.bfloat16)
-    with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
+    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
         y = stored.product(x, weight)
     assert torch.equal(y, by_torch(x, weight))
     assert torch.equal(stored.product(bias, x, weight), y + bias)

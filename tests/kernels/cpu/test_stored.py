@@ -12,7 +12,7 @@ from delta_oracle import assert_delta_joins, assert_product, random_problem
 from toolchain import needs_compiler, no_compiler
 from torch import Tensor
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import delta_kernels, dense, stored
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.stored import StoredSpec
@@ -193,7 +193,7 @@ def test_without_a_compiler(monkeypatch) -> None:
     stored.ready.cache_clear()
     for form in FORMS:
         bias, x, weight = operands(3, 128, 9, form)
-        with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
+        with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
             y = stored.product(x, weight)
         assert torch.allclose(y.float(), (x @ stored.widened(weight, x.dtype).T).float())
         check(stored.product(bias, x, weight), x, weight, bias)

@@ -92,7 +92,8 @@ class Viewer {
     this.tab = stages.length ? wanted.get("tab") || this.tab || "graph" : "files";
     const at = names.indexOf(wanted.get("stage"));
     if (stages.length) {
-      this.showStage(at < 0 ? names.length - 1 : at, wanted.get("node"));
+      const last = stages.findLastIndex((stage) => !stage.idle); // of those that changed something
+      this.showStage(at < 0 ? Math.max(last, 0) : at, wanted.get("node"));
       return;
     }
     this.stage = null;

@@ -4,6 +4,7 @@
 
 const NODE = { width: 176, height: 40 };
 const BOX = { width: 320, height: 52 }; // closed
+const LETTER = 6.5; // the width of one
 const WHOLE = 60; // nodes of a graph that is opened as a whole
 const COLORS = { site: "#cfe3ff", pack: "#e5d5ff", refused: "#ffd0cc", input: "#dfe5ec" };
 const STYLE = [
@@ -25,6 +26,12 @@ const STYLE = [
   { selector: ".faded", style: { opacity: 0.25 } },
   { selector: ".picked", style: { "border-color": "#1558d6", "border-width": 4 } },
 ];
+
+/** A line that fits into a box; the panel of the node has all of it. */
+function cut(line, { width }) {
+  const most = Math.floor(width / LETTER);
+  return line.length > most ? `${line.slice(0, most - 1)}…` : line;
+}
 
 class Picture {
   /** `picked(entry)` is called with the entry that was clicked, or null. */
@@ -63,11 +70,11 @@ class Picture {
       const inside = this.stage.entries.filter((entry) => entry.box === box);
       const open = this.open.has(box);
       const kind = open ? "" : ["refused", "pack", "site"].find((mark) => inside.some((entry) => entry.mark === mark));
-      add(`box ${box}`, { label: `${label}${open ? "" : `\n${inside.length} nodes`}` }, ["box", open ? "open" : "closed", kind], { box });
+      add(`box ${box}`, { label: open ? label : `${cut(label, BOX)}\n${inside.length} nodes` }, ["box", open ? "open" : "closed", kind], { box });
       for (const entry of open ? inside : []) {
         const { name, operator, value, kind: input } = entry.node;
         const classes = [entry.mark || (input && "input"), entry.changed && "changed"];
-        add(entry.key, { parent: `box ${box}`, label: `${name}\n${operator} ${value}` }, classes, { entry });
+        add(entry.key, { parent: `box ${box}`, label: `${cut(name, NODE)}\n${cut(`${operator} ${value}`, NODE)}` }, classes, { entry });
       }
     });
     for (const entry of this.stage.entries) {
