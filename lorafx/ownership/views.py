@@ -50,7 +50,7 @@ def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
 
 @of_owned
 def view(node: fx.Node, flow: Flow, label: Own) -> Label:
-    moved = view_of(node, flow, label)
+    moved: Single = view_of(node, flow, label)
     if moved is None and isinstance(label.perm, Runs):
         moved = view_of_runs(node, flow, label, label.perm)
     if moved is None:
