@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ownership_graphs import by_keyword, labelled, taint
+from ownership_graphs import by_keyword, label_graph, labelled, output_label, taint, trace
 from torch import fx
 
 from lorafx.ownership.flow import Flow
@@ -174,6 +174,21 @@ def mystery(x: torch.Tensor) -> torch.Tensor:
 
 
 mystery.register_fake(torch.empty_like)
+
+
+def test_sizes_that_torch_knows_to_be_equal_are_one():
+    """s // 2 of a view and (s − 1) // 2 + 1 of a convolution, as in RAFT."""
+
+    def fn(x):
+        requests, time, _ = x.shape
+        halves = x.view(requests, time // 2, 2, 4)[:, :, 0]
+        convolved = F.conv1d(x.mT, x.new_ones(4, 4, 3), stride=2, padding=1).mT
+        both = halves + convolved  # here torch guards on it
+        return both.flatten(0, 1) + halves.flatten(0, 1) + convolved.flatten(0, 1)
+
+    gm = trace(fn, [torch.randn(3, 6, 4, dtype=torch.float64)])
+    label = output_label(label_graph(gm, [Own(0)]), gm)
+    assert isinstance(label, Own), label
 
 
 def test_unknown_operator_is_loud():

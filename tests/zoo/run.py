@@ -35,13 +35,12 @@ TOLERANCE, TIMES = 1e-5, 4
 
 
 class Case(NamedTuple):
-    """A model's name, a function that makes it, one that makes its input (or inputs) for so many
-    rows, and what is passed to `compile` as `dynamic`."""
+    """A model's name, a function that makes it, one that makes its input for so many
+    rows."""
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[int], Tensor | tuple[Tensor, ...]]
-    dynamic: bool = False
+    inputs: Callable[[int], Tensor]
 
 
 class Verdict(NamedTuple):
@@ -108,10 +107,6 @@ def torchvision() -> Iterator[Case]:
             return torch.randn(rows, 3, 16, size, size)
 
         yield Case(name, lambda name=name: make(name), clips)
-    raft = partial(models.get_model, "raft_small", weights=None)
-    for dynamic in (False, True):
-        pair = lambda rows: (images(128)(rows), images(128)(rows))  # noqa: E731
-        yield Case(f"raft_small, {dynamic=}", raft, pair, dynamic)
 
 
 def monai() -> Iterator[Case]:
@@ -403,7 +398,7 @@ def on_road(
     config = lorafx.LoraConfig(max_rank=3, max_adapters=2)
     start = time.perf_counter()
     try:
-        cm = lorafx.compile(model, config, adapters=sources, options=options, dynamic=case.dynamic)
+        cm = lorafx.compile(model, config, adapters=sources, options=options, dynamic=False)
         got = tensors_of(cm(*x, adapter_names=NAMES))
     except lorafx.LorafxError as error:
         right = isinstance(error, lorafx.ProvenanceError) and want.mixed > TOLERANCE
