@@ -28,6 +28,7 @@ from lorafx.interrupts import Rollback
 from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
+from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import Attachment, RowMark, SiteMark, marks_on
 from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
@@ -205,6 +206,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         derived=site.has_own_forward,
         handler=site.eligible.handler,
         stored=is_stored(site.module, site.eligible),
+        made=bool(maker_of(site.module, site.eligible.weight)),
         window=window_of(site.module) if site.eligible.kind == "conv" else None,
     )
 

@@ -503,11 +503,15 @@ class Following(TorchDispatchMode):
 
     def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
         """The mark adds its delta. Returns whether y is, and still holds, the product with x that
-        the module has computed. Raises NeedsGraph if the mark follows several products."""
+        the module has computed. Raises NeedsGraph if the mark follows several products, or one with
+        other values than the weight's."""
         products = [] if self._uses is None else self._uses.marked(mark)
-        if len(products) > 1 and not mark.stored and mark.handler is None:
-            count = len(products)
-            self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
+        if not mark.stored and mark.handler is None:
+            if len(products) > 1:
+                count = len(products)
+                self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
+            if not mark.made and any(product.changed for product in products):
+                self.refuse(f"{mark.path}: its module multiplies by what was made of its weight")
         return len(products) == 1 and products[0].is_of(x, y)
 
 

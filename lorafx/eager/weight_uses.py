@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -25,23 +26,27 @@ from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import DISTINCT, Holder, named_tensors, replaces
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
+from lorafx.program.weight_uses import SAME_VALUE
 from lorafx.registry import lookup
 from lorafx.torch_internals.transforms import in_backward
 
 
 class WeightProduct(NamedTuple):
     """What an operator computed of a weight: its operands, and its result, if it is one tensor,
-    with the version that it had then."""
+    with the version that it had then; and whether the weight had other values than its own."""
 
     operands: Sequence[Tensor] = ()
     result: Tensor | None = None
     version: int = 0
+    changed: bool = False
 
     @classmethod
-    def of(cls, operands: Sequence[Tensor], results: Sequence[Tensor]) -> WeightProduct:
+    def of(
+        cls, operands: Sequence[Tensor], results: Sequence[Tensor], *, changed: bool
+    ) -> WeightProduct:
         if len(results) != 1:
-            return _UNSEEN
-        return cls(operands, results[0], results[0]._version)
+            return cls(changed=changed)
+        return cls(operands, results[0], results[0]._version, changed)
 
     def is_of(self, x: Tensor, y: Tensor) -> bool:
         """Whether y is, and still holds, the product with x."""
@@ -74,8 +79,9 @@ class WeightUses:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._error: MatchError | None = None
-        #: What was made of weights in this call: the storage, and their sites, by its id.
-        self._made: dict[int, tuple[StorageWeakRef, list[Site]]] = {}
+        #: What was made of weights in this call: the storage, their sites, and whether it has
+        #: other values, by its id.
+        self._made: dict[int, tuple[StorageWeakRef, list[Site], bool]] = {}
         #: Products with a site's weight in its module's call since its last mark, by path.
         self._products: dict[str, list[WeightProduct]] = {}
         #: The paths of sites whose marks have added deltas.
@@ -117,6 +123,11 @@ class WeightUses:
 
     def copied(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites of whose weights the tensor has copies; None if it is no copy."""
+        if tensor.layout is not torch.strided:  # by its sizes: its numbers are not compared
+            touched = filter(self._program.is_touched, self._program.sites)
+            sizes = sorted(tensor.shape)
+            alike = (s for s in touched if sorted((s.out_features, s.in_features)) == sizes)
+            return list(alike) or None
         derived = self._program.derived.look(tensor) if tensor.numel() >= DISTINCT else None
         return None if derived is None else list(filter(self._program.is_touched, derived.sites))
 
@@ -143,12 +154,13 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # the results are views
         sites = list(dict.fromkeys(site for each in used.values() for site in each))
-        self.read(
-            str(func.overloadpacket), sites, WeightProduct.of(operands, results) if owned else None
-        )
+        changed = any(self._made[item][2] for item in memory & self._made.keys())
+        product = WeightProduct.of(operands, results, changed=changed) if owned else None
+        self.read(str(func.overloadpacket), sites, product)
+        changed = changed or func not in SAME_VALUE
         for result in () if owned else results:
             if (storage := storage_of(result)) is not None:
-                self._made[storage] = StorageWeakRef(result.untyped_storage()), sites
+                self._made[storage] = StorageWeakRef(result.untyped_storage()), sites, changed
 
     def read(
         self, reader: str, sites: Sequence[Site], product: WeightProduct | None = _UNSEEN

@@ -89,6 +89,7 @@ class SiteMark:
             compares its output with the product.
         handler: says what x and y are where input and output do not have the site's sizes; trusted.
         stored: the weight is in a format, so that only the whole call is known to compute x Wᵀ.
+        made: a parametrisation or a hook computes the weight.
         weight, bias: packed base weight and bias of the group, set by the pack step.
     """
 
@@ -106,6 +107,7 @@ class SiteMark:
     derived: bool = False
     handler: Handler | None = None
     stored: bool = False
+    made: bool = False
     weight: Tensor | None = None
     bias: Tensor | None = None
     checked: bool = False

@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.op_arguments import operand
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Single
-from lorafx.ownership.runs import Run, Runs
+from lorafx.ownership.runs import RowRun, Runs
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Shape, Sizes, divide, is_multiple
 from lorafx.torch_internals.graph_parts import OpOverload
 
@@ -85,11 +85,11 @@ class Flow:
         """The positions of `size` entries with this label, of which `rows` are a request's; None if
         they are not known without a vector of the graph."""
         if isinstance(label, One):
-            return Runs((Run(label.request * rows, size, sympy.S.Zero),))
+            return Runs((RowRun(label.request * rows, size, sympy.S.Zero),))
         if not isinstance(label, Own) or label.rows != rows:
             return None
         if label.perm is None:
-            return Runs((Run(sympy.S.Zero, size),))
+            return Runs((RowRun(sympy.S.Zero, size),))
         return label.perm if isinstance(label.perm, Runs) else None
 
     def only(self, runs: Runs, rows: sympy.Expr, *, one_period: bool = False) -> int | None:
@@ -117,7 +117,7 @@ class Flow:
         whole = len(runs.runs) == 1 and self.whole(first.start, label)
         if whole and first.step == ONE and self.whole(first.size, label):
             return label
-        in_turn = [Run(b * rows, first.size, sympy.S.Zero) for b in range(len(runs.runs))]
+        in_turn = [RowRun(b * rows, first.size, sympy.S.Zero) for b in range(len(runs.runs))]
         if len(in_turn) == self.batch and in_turn == list(runs.runs):
             return Own(dim, first.size)
         return Own(dim, rows, runs)

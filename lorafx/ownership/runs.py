@@ -1,6 +1,6 @@
 """Positions along a dimension that was cut, reversed or joined, as runs with symbolic ends.
 
-    Runs(Run(s, n, t), ...)      s, s + t, ..., s + t·(n - 1) of each run, one run after the other
+    Runs(RowRun(s, n, t), ...)    s, s + t, ..., s + t·(n - 1) of each run, one run after the other
 
 A run of step 0 repeats one position: n rows of one request. `NOBODY` is the position of rows that
 belong to no request, in a buffer that is not filled yet.
@@ -19,7 +19,7 @@ NOBODY = sympy.Integer(-1)
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     start: sympy.Expr
     size: sympy.Expr
     step: sympy.Expr = ONE
@@ -27,23 +27,23 @@ class Run:
     def at(self, index: sympy.Expr) -> sympy.Expr:
         return self.start + self.step * index
 
-    def and_then(self, other: Run) -> Run | None:
+    def and_then(self, other: RowRun) -> RowRun | None:
         """The run of both, if there is one; a single position has any step."""
         if (self.start == NOBODY) != (other.start == NOBODY):
             return None
         if self.size == other.size == 1:
-            return Run(self.start, self.size + 1, other.start - self.start)
+            return RowRun(self.start, self.size + 1, other.start - self.start)
         step = other.step if self.size == 1 else self.step
         alike = other.size == 1 or other.step == step
         follows = alike and self.start + step * self.size == other.start
-        return Run(self.start, self.size + other.size, step) if follows else None
+        return RowRun(self.start, self.size + other.size, step) if follows else None
 
 
 @dataclass(frozen=True)
 class Runs:
     """The position of each row, for `Own.perm`."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Runs:
     @staticmethod
     def joined(parts: Iterable[Runs]) -> Runs:
         """The positions of one part after the other; runs that continue each other are one."""
-        found: list[Run] = []
+        found: list[RowRun] = []
         for run in (run for part in parts for run in part.runs if run.size != 0):
             longer = found[-1].and_then(run) if found else None
             found[-1:] = [longer] if longer is not None else [*found[-1:], run]
@@ -69,24 +69,24 @@ class Runs:
 
     def reversed(self) -> Runs:
         """The positions from the last to the first."""
-        return Runs(tuple(Run(r.at(r.size - 1), r.size, -r.step) for r in self.runs[::-1]))
+        return Runs(tuple(RowRun(r.at(r.size - 1), r.size, -r.step) for r in self.runs[::-1]))
 
     def scaled(self, m: sympy.Expr) -> Runs | None:
         """The positions when m entries take the place of each one; None if those are no runs."""
         if not self.complete or any(run.step not in (0, 1) for run in self.runs):
             return None
-        return Runs(tuple(Run(run.start * m, run.size * m, run.step) for run in self.runs))
+        return Runs(tuple(RowRun(run.start * m, run.size * m, run.step) for run in self.runs))
 
     def grouped(self, m: sympy.Expr, rows: sympy.Expr) -> tuple[sympy.Expr, Runs] | None:
         """(rows, positions) when one entry takes the place of m that follow each other, all of one
         request of `rows` positions; None if that is not known."""
         still = all(run.step == 0 for run in self.runs)
-        found: list[Run] = []
+        found: list[RowRun] = []
         for run in self.runs:
             start, size = divide(run.start, rows if still else m), divide(run.size, m)
             if start is None or size is None or run.step not in (0, 1) or not self.complete:
                 return None
-            found.append(Run(start, size, run.step))
+            found.append(RowRun(start, size, run.step))
         left = ONE if still else divide(rows, m)
         return None if left is None else (left, Runs(tuple(found)))
 
@@ -95,7 +95,7 @@ class Runs:
         they are."""
         if len(self.runs) == 1:
             (run,) = self.runs
-            return Runs((Run(run.at(start), size, run.step * step),))
+            return Runs((RowRun(run.at(start), size, run.step * step),))
         found, left = [], size
         for run in self.runs:
             if left == 0:
@@ -111,6 +111,6 @@ class Runs:
                 taken = run.size - start
             else:
                 return None
-            found.append(Run(run.at(start), taken, run.step))
+            found.append(RowRun(run.at(start), taken, run.step))
             start, left = sympy.S.Zero, left - taken
         return Runs(tuple(found)) if left == 0 and step == ONE else None

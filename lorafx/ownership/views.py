@@ -30,7 +30,7 @@ from lorafx.ownership.flow import (
     wrap_all,
 )
 from lorafx.ownership.labels import Digit, Label, One, Own, Single
-from lorafx.ownership.runs import NOBODY, Run, Runs
+from lorafx.ownership.runs import NOBODY, RowRun, Runs
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -466,7 +466,7 @@ def _under(buffer: fx.Node, flow: Flow, dim: int, rows: sympy.Expr) -> Runs | No
     """The positions in a buffer, in part of which only one request's rows may lie yet."""
     label, size = flow.label(buffer), flow.shape(buffer)[dim]
     if label is None:
-        return Runs((Run(NOBODY, size, sympy.S.Zero),))
+        return Runs((RowRun(NOBODY, size, sympy.S.Zero),))
     written = called_by(buffer) in (aten.select_scatter, aten.slice_scatter)
     if (
         isinstance(label, One)

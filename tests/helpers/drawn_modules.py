@@ -364,6 +364,14 @@ class HeldOutside(Block):
         return self.held[0](h)
 
 
+class SparseCopy(Block):
+    def derive(self) -> None:
+        self.w = self.a.weight.detach().to_sparse()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sparse.mm(self.w, h.reshape(-1, D).t()).t().reshape(h.shape)
+
+
 class StackedState(Block):
     """An ensemble, as in torch's tutorial on it."""
 

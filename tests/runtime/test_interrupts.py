@@ -180,6 +180,8 @@ def test_interrupted_anywhere(world: World, what: str, thorough: bool) -> None:
     step = max(1, act.step // 20) if thorough else act.step
     for place, stopped in every_place(lambda: act.run(world), step):
         assert stopped is None or isinstance(stopped, KeyboardInterrupt), (place, stopped)
+        if stopped is None:  # inside of a guard Dynamo takes it for one that fails
+            graphs = world.cm.recompiles
         if world.cm._session.base.broken:
             # Written in part, and said so: a push keeps no second copy of all weights.
             assert what.startswith("push")
