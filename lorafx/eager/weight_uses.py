@@ -154,7 +154,7 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # the results are views
         sites = list(dict.fromkeys(site for each in used.values() for site in each))
-        changed = any(self._made[item][2] for item in memory & self._made.keys())
+        changed = any(made[2] for storage, made in self._made.items() if storage in memory)
         product = WeightProduct.of(operands, results, changed=changed) if owned else None
         self.read(str(func.overloadpacket), sites, product)
         changed = changed or func not in SAME_VALUE
