@@ -197,8 +197,9 @@ class WeightUses:
         """Why a touched linear that nothing has used may have been computed without its weight, as
         `match` finds it in graphs."""
         unused: dict[str, list[Site]] = {}
-        for site in self._program.sites:
-            if site.path not in self._marked and self._program.is_touched(site):
+        paths = self._program.batch.touched - self._marked
+        for site in self._program.sites if paths else ():  # each call comes here
+            if site.path in paths:
                 unused.setdefault(site.path.rpartition(".")[0], []).append(site)
         for near, sites in unused.items():
             for value, holder in _tensors_near(near, self._program.graph.at(near)):
