@@ -122,6 +122,7 @@ def _torch_state() -> Iterator[None]:
     """Tests that interrupt leave nothing of that to others. An interrupt inside of torch's own code
     may leave gradients off, its settings changed, or its dispatcher in a mode that has ended."""
     gradients = torch.is_grad_enabled()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
     settings = [(config, name, getattr(config, name)) for config, name in _SETTINGS]
     yield
     torch.set_grad_enabled(gradients)
@@ -131,6 +132,7 @@ def _torch_state() -> Iterator[None]:
         torch._C._pop_torch_dispatch_stack(None)
     for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
         torch._C._dispatch_tls_set_dispatch_key_included(key, False)
+    assert torch._C._dispatch_tls_local_exclude_set() == excluded  # else operators lose gradients
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -25,6 +25,7 @@ from lorafx.torch_internals.dynamo import (
     optimize,
 )
 from lorafx.torch_internals.frames import guard_filter
+from lorafx.torch_internals.transforms import printing_ends
 
 if TYPE_CHECKING:  # imported where used: torch may lack what it needs
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
@@ -100,7 +101,7 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, calls_traced(), conversion(self._name):
+                with settings, calls_traced(), conversion(self._name), printing_ends():
                     if self._conversion is not None and frame.f_code is self._code:
                         return self._conversion(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from lorafx.torch_internals.versions import private_names
 
 with private_names():
-    from torch import _C
+    from torch import _C, _tensor_str
     from torch._C import _any_requires_grad
     from torch._C import _AutoDispatchBelowAutograd as below_autograd
     from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import _disable_current_modes
 
 
 def transform() -> str | None:
@@ -75,3 +77,21 @@ def saved_tensors_hooks_kept() -> Iterator[None]:
         if enabled:
             _C._autograd._saved_tensors_hooks_enable()
         raise
+
+
+@contextmanager
+def printing_ends() -> Iterator[None]:
+    """`Tensor.__repr__` of torch keeps a guard in a local. Where it fails, as it may within
+    torch.func's transforms, the guard lives as long as the error's frames. When these are collected
+    it puts back the dispatch keys of its birth: gradients are off in this thread from then on."""
+    of_torch = _tensor_str._str
+
+    def printed(tensor: Any, *, tensor_contents: str | None = None) -> str:
+        with _disable_current_modes(), _C._DisableFuncTorch(), torch.no_grad():
+            return _tensor_str._str_intern(tensor, tensor_contents=tensor_contents)
+
+    try:
+        _tensor_str._str = printed
+        yield
+    finally:
+        _tensor_str._str = of_torch
