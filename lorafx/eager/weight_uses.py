@@ -193,6 +193,15 @@ class WeightUses:
         return self._products.keys()
 
     @property
+    def suspected(self) -> str | None:
+        """Why a touched site that no graph has used may have been computed without its weight."""
+        program = self._program
+        for path, reason in program.suspects.items():
+            if path in program.batch.touched - self._marked - program.reached:
+                return str(MatchError.at(path, reason))
+        return None
+
+    @property
     def replaced(self) -> str | None:
         """Why a touched linear that nothing has used may have been computed without its weight, as
         `match` finds it in graphs."""
