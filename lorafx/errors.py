@@ -156,14 +156,6 @@ class MatchError(LorafxError):
     (`lorafx.register(handler=...)`). Calls without such an adapter are served.
     """
 
-    @classmethod
-    def at(cls, paths: str, reason: str) -> MatchError:
-        """The error of calls with adapters on the modules at these paths."""
-        return cls(
-            f"LoRA cannot be applied at {paths}: {reason}. Leave the module out by "
-            "exclude_modules, or unload the adapters that touch it"
-        )
-
 
 class ProvenanceError(LorafxError):
     """It cannot be proved which request a row belongs to, and the batch mixes adapters.

@@ -96,31 +96,27 @@ def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
             continue
         near = site.path.rpartition(".")[0]
         parent = program.graph.at(near)
-        inside = id(parent) in frame.callers
         if parent is program.model:
-            whole = frame.begins_call
-        else:
-            whole = (str(id(parent)) in identities or near in paths) and not inside
-        if not whole and not inside:
+            runs = frame.begins_call
+        else:  # the whole forward: a later graph may use the weight if only a part runs here
+            runs = str(id(parent)) in identities or near in paths
+            runs = runs and id(parent) not in frame.callers
+        if not runs:
             continue
         for node, item in states:
             value, holder = fake_value(node), item.holder
             tensor = value if holder is None else holder.tensor
             if replaces(site, near, tensor, value, holder):
+                program.reached.add(site.path)
+                program.replaced.add(site.path)
                 parts = site in in_parts
                 used = "parts of its weight are used" if parts else "nothing uses its weight"
-                refusal = Refusal(
+                yield Refusal(
                     (site,),
                     "always",
                     f"{used}, but {near or 'the model'} computes with {item.label}, which may "
                     "have been made from it",
                 )
-                if whole:
-                    program.reached.add(site.path)
-                    program.replaced.add(site.path)
-                    yield refusal
-                else:  # a part of a forward: a later graph may use the weight
-                    program.suspects[site.path] = refusal.reason
                 break
 
 

@@ -46,7 +46,10 @@ class RefusedSites:
                 f"the base model, or train it without {extra.training}"
             )
         if self.when == "always":
-            return MatchError.at(names, self.reason)
+            return MatchError(
+                f"LoRA cannot be applied at {names}: {self.reason}. Leave the module out by "
+                "exclude_modules, or unload the adapters that touch it"
+            )
         return ProvenanceError(
             f"this batch mixes adapters, and at {names} it is not proved which request a row "
             f"belongs to: {_UNSEEN if unseen else self.reason}. Run one adapter per batch, "

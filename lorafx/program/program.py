@@ -142,8 +142,6 @@ class Program:
         self.reached: set[str] = set()
         #: Canonical paths of sites that a graph seems to compute without their weight.
         self.replaced: set[str] = set()
-        #: The same of graphs of a part of a forward, of which another may use the weight -> why.
-        self.suspects: dict[str, str] = {}
         #: Canonical paths of sites whose own forward changes its input before the product.
         self.changed_inputs: set[str] = set()
         self.derived = DerivedTensors(self)
