@@ -154,12 +154,12 @@ def starts_eagerly(program: Program) -> bool:
     return start == "eager" and not any(map(divides_experts, program.model.parameters()))
 
 
-def _is_usable(cache: str | bool | None) -> bool:
-    """Whether the value of `Options.cache` has a folder."""
+def _usable(cache: str | bool | None) -> Path | None:
+    """The folder of the value of `Options.cache`."""
     try:
-        return folder_of(cache).is_dir() if cache else False
+        return folder_of(cache) if cache else None
     except ConfigError:
-        return False
+        return None
 
 
 def _shows_graphs(options: Options) -> bool:
@@ -360,13 +360,13 @@ class Tiers:
 
         kind.processes += 1
         try:
-            usable = _is_usable(session.program.options.cache)
-            private = None if usable else os.fspath(self.folder)
+            folder = _usable(session.program.options.cache)
+            private = os.fspath(self.folder) if folder is None else None
             undisturbed(begin)
         except OSError as error:  # no memory, file descriptors, or place for files
             self._keep_eager(kind, f"no process that compiles could be started: {error}")
             return
-        if private is None and not _is_prepared():
+        if folder is not None and any(folder.glob("*/*.graph")) and not _is_prepared():
             _prepare(_import)  # there may be a graph of an earlier process
         self._look()
 
