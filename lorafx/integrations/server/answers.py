@@ -24,6 +24,9 @@ from lorafx.integrations.server.generating import Sequences
 from lorafx.integrations.server.texts import MessageParts, SequenceText
 from lorafx.torch_internals.transformers_parts import response_parts
 
+#: Events that end an item of a response, and a response.
+_ENDS = ("response.output_item.done", "response.completed")
+
 
 class ChoicesAnswer:
     """An answer with a choice for each sequence. Its `head` is what all chunks of a stream have in
@@ -117,7 +120,7 @@ class ResponseAnswer:
         builder, events, ended = self._builder, list[str](), output.is_finished()
         self._head |= versions_of(output)
         text, _ = self._text.put(output)
-        for part in self._parts.put(text, ended):
+        for part in self._parts.put(text, output):
             if isinstance(part, ToolCall):
                 events += self._end_text()
                 events += builder.tool_call(f"call_{uuid4().hex}", part.name, part.arguments)
@@ -129,17 +132,35 @@ class ResponseAnswer:
                 events += [] if builder.message_open else builder.start_message()
                 events += builder.text_delta(part)
         if ended:
-            events += self._end_text()
-            if builder.message_item is None:  # an answer always has one
-                events += [*builder.start_message(), *builder.finish_message()]
-            usage = compute_usage(len(self._prompt.ids), self._text.count)
-            events += builder.completed(usage)
+            events += self._end(cut=output.finish_reason == "length")
         return events
+
+    def _end(self, cut: bool) -> list[str]:
+        """The last events."""
+        builder, events = self._builder, self._end_text()
+        if builder.message_item is None:  # an answer always has one
+            events += [*builder.start_message(), *builder.finish_message()]
+        events += builder.completed(compute_usage(len(self._prompt.ids), self._text.count))
+        return _of_cut(events) if cut else events
 
     def _end_text(self) -> list[str]:
         builder = self._builder
         events: list[str] = builder.finish_reasoning() if builder.reasoning_open else []
         return events + (builder.finish_message() if builder.message_open else [])
+
+
+def _of_cut(events: Sequence[str]) -> list[str]:
+    """The last events of an answer that was cut, made of those of one that ended by itself, since
+    transformers has no others."""
+    made = [json.loads(event.removeprefix("data: ")) for event in events]
+    *items, last = [event for event in made if event["type"] in _ENDS]
+    cut = {event["item"]["id"] for event in items}
+    last["type"], response = "response.incomplete", last["response"]
+    response["status"] = "incomplete"
+    response["incomplete_details"] = {"reason": "max_output_tokens"}
+    for item in (*(event["item"] for event in items), *response["output"]):
+        item["status"] = "incomplete" if item["id"] in cut else item["status"]
+    return [f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in made]
 
 
 def versions_of(output: Any) -> dict[str, Any]:

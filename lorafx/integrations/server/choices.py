@@ -43,7 +43,7 @@ class Choice:
         self.text = SequenceText(
             self._tokenizer,
             fields.stops,
-            () if special else ends,
+            ends,
             skip_special_tokens=fields.skip_special_tokens and not special,
             with_stop=fields.include_stop_str_in_output,
         )
@@ -171,7 +171,7 @@ class ChatChoice(Choice):
 
     def _content(self, text: str, output: SequenceOutput, whole: bool) -> dict[str, Any]:
         before = self._parts.calls
-        found = self._parts.put(text, output.is_finished())
+        found = self._parts.put(text, output)
         calls = [part for part in found if isinstance(part, ToolCall)]
         texts = [part for part in found if isinstance(part, str)]
         reasoning = "".join(part for part in texts if isinstance(part, ReasoningText))

@@ -364,10 +364,12 @@ class ResponseFields(MessageFields):
         are none."""
         _, to_messages, _ = response_parts()
         try:
-            messages: list[dict[str, Any]] = to_messages(self.model_dump())
+            messages: list[dict[str, Any]] = to_messages({"input": self.input})
         except (AttributeError, HTTPException, KeyError, TypeError) as error:
             why = f"`input` is a string or a list of items: {error!r}"
             raise RequestError(why, "input") from error
+        if self.instructions:  # transformers' function would put them in a system message's place
+            messages.insert(0, {"role": "system", "content": self.instructions})
         return messages
 
     @property

@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from jinja2 import TemplateError
-from transformers.cli.serving.utils import (
-    BaseHandler,
-    Modality,
-    build_response_parser,
-    get_response_template,
-)
+from transformers.cli.serving.utils import get_response_template
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.parameters import checked_prompt
@@ -31,12 +27,13 @@ from lorafx.integrations.server.fields import (
     ResponseFields,
 )
 from lorafx.integrations.server.generating import GeneratingModel, Sequences, ServedModel
+from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
-from lorafx.integrations.server.texts import MessageParts, SequenceText
+from lorafx.integrations.server.texts import MessageParts, SequenceText, opened_reasoning
+from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
 #: Prompts of bodies with more bytes are made in a thread: millions of tokens take seconds.
 _LARGE = 1 << 16
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Handler:
@@ -101,23 +98,30 @@ class MessageHandler(Handler):
     def prompts(self, fields: Any) -> list[Prompt]:
         check_chat(self.served, fields)
         messages = text_messages(fields.messages)
-        tokenizer: Any = self.served.tokenizer
-        try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                tools=fields.used_tools,
-                add_generation_prompt=fields.add_generation_prompt,
-                continue_final_message=fields.continue_final_message,
-                tokenize=False,
-                **fields.chat_template_kwargs,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise _refused_by_template(error, self.asked) from error
+        text = _rendered(
+            self.served,
+            messages,
+            self.asked,
+            tools=fields.used_tools,
+            add_generation_prompt=fields.add_generation_prompt,
+            continue_final_message=fields.continue_final_message,
+            **fields.chat_template_kwargs,
+        )
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
-    def _parts(self, prompt: Prompt, fields: MessageFields) -> MessageParts:
+    def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
         tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled._orig_mod)
-        parser = build_response_parser(tokenizer, model, prompt.ids, tools=fields.used_tools)
+        saved = get_response_template(tokenizer, model)
+        if saved is None:
+            return MessageParts(None, fields.parallel_tool_calls)
+        template, begun = load_response_template(saved), ""
+        if not fields.used_tools:  # what looks like a call is text
+            kept = {name: field for name, field in template.fields.items() if name != CALLS}
+            template = replace(template, fields=kept)
+        if fields.continue_final_message:
+            begun = text_messages(fields.messages)[-1]["content"]
+        opened = opened_reasoning(template, prompt.text or "", begun)
+        parser = AnswerParser(template, fields.used_tools, opened)
         return MessageParts(parser, fields.parallel_tool_calls)
 
 
@@ -151,7 +155,7 @@ class Responses(MessageHandler):
         text = SequenceText(
             self.served.tokenizer.backend_tokenizer,
             stops=(),
-            ends=() if parts.special else self.served.ends,
+            ends=self.served.ends,
             skip_special_tokens=not parts.special,
         )
         return ResponseAnswer(prompt, text, parts, name, model)
@@ -210,37 +214,19 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
             "which calls are found in an answer",
             "tools",
         )
-    prompt = partial(tokenizer.apply_chat_template, [{"role": "user", "content": ""}])
-    try:
-        used = prompt(tools=fields.used_tools, tokenize=False) != prompt(tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _refused_by_template(error, "tools") from error
-    if not used:
+    prompt = partial(_rendered, served, [{"role": "user", "content": ""}], "tools")
+    if prompt(tools=fields.used_tools) == prompt():
         raise RequestError("`tools` are not in this model's chat template", "tools")
 
 
-def text_messages(messages: Any) -> list[dict]:
-    """A request's messages in transformers' form. Raises RequestError unless they are text."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("`messages` is a list of messages, at least one", "messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(f"a message is an object with a `role`; got {message!r:.80}")
-        content = message.get("content")
-        if content is None or isinstance(content, str):
-            continue
-        for part in content if isinstance(content, list) else [content]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise RequestError(
-                    "the content of a message is text: a string, or parts of the types "
-                    f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
-                )
+def _rendered(
+    served: ServedModel, messages: list[dict[str, Any]], field: str, /, **variables: Any
+) -> str:
+    """The text that the tokenizer's chat template makes of messages. Raises RequestError if it
+    refuses them."""
+    tokenizer: Any = served.tokenizer
     try:
-        return BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of calls of tools
-        raise RequestError(f"the `tool_calls` of a message cannot be read: {error!r}") from error
-
-
-def _refused_by_template(error: Exception, field: str) -> RequestError:
-    return RequestError(f"the chat template refuses the `{field}`: {error}", field)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+    except Exception as error:  # a template may do anything with what was sent
+        raise RequestError(f"the chat template refuses the `{field}`: {error}", field) from error
+    return text

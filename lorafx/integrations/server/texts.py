@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers.cli.serving.utils import ToolCall, response_events_to_chunks
-from transformers.utils.chat_parsing import ResponseParser
+from transformers.cli.serving.utils import ReasoningText
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, TokenLogprobs
-from lorafx.integrations.server.errors import RequestError
-from lorafx.progress import LOG
+from lorafx.torch_internals.response_parser import CALLS, AnswerParser
+
+#: The fields of a response template that have reasoning.
+REASONING = frozenset(("reasoning_content", "reasoning", "thinking"))
 
 
 class Decoder:
@@ -132,41 +134,51 @@ class SequenceText:
 
 
 class MessageParts:
-    """What `parser`, transformers' parser of a model's answers, finds in the text of one: `str`,
-    `ReasoningText` and `ToolCall`, of those only the first unless `parallel`. Without a parser all
-    is text.
+    """What `parser` finds in the text of an answer: `str`, `ReasoningText` and `ToolCall`, of those
+    only the first unless `parallel`. Without a parser all is text.
 
     Attributes:
-        special: whether it looks for special tokens, and for those that end an answer.
+        special: whether it looks for special tokens.
         calls: the number of calls so far.
     """
 
-    def __init__(self, parser: ResponseParser | None, parallel: bool) -> None:
+    def __init__(self, parser: AnswerParser | None, parallel: bool) -> None:
         self._parser, self._most = parser, sys.maxsize if parallel else 1
         self.special = parser is not None
-        self._first = [] if parser is None else [*parser.initial_events]
         self.calls = 0
 
-    def put(self, text: str, ended: bool) -> list[Any]:
-        """The parts that are complete with this text, which is the last one if it has `ended`."""
+    def put(self, text: str, output: SequenceOutput) -> list[Any]:
+        """The parts that are complete with this text, which is what `output` has brought."""
         if self._parser is None:
             return [text] if text else []
-        events, self._first = self._first, []
-        try:
-            events += self._parser.feed(text)
-        except Exception as error:  # of a template's patterns: only this answer fails
-            why = f"the answer does not have the form of the model's template: {error}"
-            raise RequestError(why, status=500) from error
-        if ended:
-            try:
-                events += self._parser.finalize()[1]
-            except (ValueError, RuntimeError) as error:  # the answer ended within a call
-                LOG.warning("the end of an answer cannot be parsed, and is left out: %s", error)
-        parts = []
-        for part in response_events_to_chunks(events):
-            if isinstance(part, ToolCall):
-                if self.calls == self._most:
-                    continue
-                self.calls += 1
-            parts.append(part)
+        events = self._parser.feed(text)
+        if output.is_finished():
+            by_itself = output.finish_reason == "stop" and output.stop_reason is None
+            events += self._parser.end(cut=not by_itself)
+        parts = list[Any]()
+        for event in events:
+            kind, field = event["type"], event["field"]
+            if kind == "region_chunk" and field == "content":
+                parts.append(event["text"])
+            elif kind == "region_chunk" and field in REASONING:
+                parts.append(ReasoningText(event["text"]))
+            elif kind == "region_close" and field == CALLS:
+                calls = event["value"][: self._most - self.calls]
+                self.calls += len(calls)
+                parts += calls
         return parts
+
+
+def opened_reasoning(template: ResponseTemplate, prompt: str, begun: str) -> str:
+    """The mark of the block of reasoning in which a prompt ends; "" if it ends in none. `begun` is
+    the answer's own beginning if the prompt has one, whose block may have text. Of another prompt
+    the mark is the end: before it may stand anything that users write."""
+    text = begun or f"{prompt}\n"  # some marks end with a newline, which templates may strip
+    for name in REASONING & template.fields.keys():
+        field = template.fields[name]
+        marks = [] if field.open_re is None else [*field.open_re.finditer(text)]
+        rest = text[marks[-1].end() :] if marks else ""
+        closed = bool(begun and field.close_re and field.close_re.search(rest))
+        if marks and not closed and (begun or not rest.strip()):
+            return str(marks[-1].group())
+    return ""

@@ -258,26 +258,6 @@ def test_calls_of_tools(caller, parallel):
     assert deltas[-1]["finish_reason"] == "tool_calls"
 
 
-def test_an_answer_that_ends_within_a_call(caller):
-    """What cannot be parsed is left out."""
-    fields = {"tools": TOOLS, "structured_outputs": {"choice": ["so" + call(1)]}}
-    answer = ask(caller, "POST", CHAT, model="tiny", **question(CHAT, "a", 15, **fields)).json()
-    (choice,) = answer["choices"]
-    assert choice["finish_reason"] == "length"
-    assert choice["message"] == {"role": "assistant", "content": "so"}
-
-
-def test_a_call_that_is_no_json(caller):
-    fields = {"tools": TOOLS, "structured_outputs": {"choice": ["<call>{</call>"]}}
-    answer = ask(caller, "POST", CHAT, model="tiny", **question(CHAT, "a", 99, **fields))
-    assert answer.status_code == 500
-    assert "template" in answer.json()["error"]["message"]
-    body = question(CHAT, "a", 99, stream=True, **fields)
-    (*_, last) = events(ask(caller, "POST", CHAT, model="tiny", **body).text)
-    assert last["error"]["type"] == "server_error"
-    assert not caller.engine.output_router.result_handlers
-
-
 def test_tools_that_may_not_be_called(caller):
     fields = {"tools": TOOLS, "tool_choice": "none", "max_tokens": 3}
     with_tools = texts(caller, CHAT, new=3, **fields)
