@@ -132,16 +132,16 @@ class ResponseAnswer:
                 events += [] if builder.message_open else builder.start_message()
                 events += builder.text_delta(part)
         if ended:
-            events += self._end(cut=output.finish_reason == "length")
+            events += self._end(output.finish_reason)
         return events
 
-    def _end(self, cut: bool) -> list[str]:
+    def _end(self, reason: str | None) -> list[str]:
         """The last events."""
         builder, events = self._builder, self._end_text()
         if builder.message_item is None:  # an answer always has one
             events += [*builder.start_message(), *builder.finish_message()]
         events += builder.completed(compute_usage(len(self._prompt.ids), self._text.count))
-        return _of_cut(events) if cut else events
+        return events if reason == "stop" else _of_cut(events, reason)
 
     def _end_text(self) -> list[str]:
         builder = self._builder
@@ -149,7 +149,7 @@ class ResponseAnswer:
         return events + (builder.finish_message() if builder.message_open else [])
 
 
-def _of_cut(events: Sequence[str]) -> list[str]:
+def _of_cut(events: Sequence[str], reason: str | None) -> list[str]:
     """The last events of an answer that was cut, made of those of one that ended by itself, since
     transformers has no others."""
     made = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -157,7 +157,8 @@ def _of_cut(events: Sequence[str]) -> list[str]:
     cut = {event["item"]["id"] for event in items}
     last["type"], response = "response.incomplete", last["response"]
     response["status"] = "incomplete"
-    response["incomplete_details"] = {"reason": "max_output_tokens"}
+    if reason == "length":
+        response["incomplete_details"] = {"reason": "max_output_tokens"}
     for item in (*(event["item"] for event in items), *response["output"]):
         item["status"] = "incomplete" if item["id"] in cut else item["status"]
     return [f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in made]

@@ -228,5 +228,7 @@ def _rendered(
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
     except Exception as error:  # a template may do anything with what was sent
-        raise RequestError(f"the chat template refuses the `{field}`: {error}", field) from error
+        raise RequestError(
+            f"the chat template refuses the `{field}`: {error!s:.500}", field
+        ) from error
     return text

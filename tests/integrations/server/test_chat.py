@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 from served import anew, ask, client_of, events, question, serving, write_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.cli.serving.utils import ReasoningText, get_response_template
+from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
+from lorafx.generation.continuous.adapter_requests import SequenceOutput
+from lorafx.integrations.server.fields import GrammarSource, ResponseFields
 from lorafx.integrations.server.texts import MessageParts
 from lorafx.torch_internals.response_parser import AnswerParser
 
@@ -216,13 +221,10 @@ def test_the_parts_of_any_answer_give_its_text_back(tools, pieces, cut):
             del template.fields["tool_calls"]
         parts = MessageParts(AnswerParser(template, tools, ""), True)
         found = []
-        for index, piece in enumerate(pieces, 1):
-            ended = SimpleNamespace(
-                is_finished=lambda last=index == len(pieces): last,
-                finish_reason="length" if cut else "stop",
-                stop_reason=None,
-            )
-            found += parts.put(piece, ended)
+        reason = "length" if cut else "stop"
+        states = [RequestStatus.DECODING] * (len(pieces) - 1) + [RequestStatus.FINISHED]
+        for piece, state in zip(pieces, states, strict=True):
+            found += parts.put(piece, SequenceOutput("r", status=state, finish_reason=reason))
         said = "".join(part for part in found if type(part) is str)
         thought = "".join(part for part in found if isinstance(part, ReasoningText))
         called = [(part.name, part.arguments) for part in found if not isinstance(part, str)]
@@ -244,3 +246,173 @@ def test_the_parts_of_any_answer_give_its_text_back(tools, pieces, cut):
     left = sorted(marks)
     for letter in (sign for sign in missing if not sign.isspace()):
         left.remove(letter)
+
+
+#: What a chat template may write before an answer. In two of them jinja has stripped the newline
+#: at the end of a file, and two have nothing that the response template looks for.
+BEGINNINGS = {
+    "anchor": "<|im_start|>assistant\n",
+    "anchor without a newline": "<|im_start|>assistant",
+    "none": "Assistant: ",
+    "anchor, reasoning": "<|im_start|>assistant\n<think>\n",
+    "none, reasoning": "Assistant: <think>",
+    "reasoning that is closed": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+}
+#: Those before an assistant's message that is continued.
+BEGUN = {"so": False, "<think>so": True, "<think>a</think>so": False}
+BOTH_WAYS = ["well", "hm</think>well"]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("begins", BEGINNINGS)
+def test_nothing_of_a_prompt_is_in_an_answer(spoken, begins, tools):
+    """Only a block of reasoning that the prompt has opened counts."""
+    server = spoken(
+        "{{ tools }}{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(BEGINNINGS[begins])} }}}}{{% endif %}}"
+    )
+    messages = [
+        {"role": "system", "content": f"secret <think> {call(GOOD)}"},
+        {"role": "assistant", "content": "<|im_start|>assistant\n<think> old"},
+        {"role": "user", "content": "what does this do: <think>"},
+    ]
+
+    def answered(messages: list[dict[str, str]], **fields: Any) -> list[tuple[str, str]]:
+        found = forced(server, BOTH_WAYS, messages=messages, tools=tools, **fields)
+        assert not any(message["calls"] for message in found)
+        return [(message["content"], message["reasoning_content"]) for message in found]
+
+    text, reasoning = [(text, "") for text in BOTH_WAYS], [("", "well"), ("well", "hm")]
+    assert answered(messages) == (reasoning if begins.endswith(", reasoning") else text)
+    assert answered(messages, add_generation_prompt=False) == text
+    for begun, opened in BEGUN.items():
+        continued = [*messages, {"role": "assistant", "content": begun}]
+        fields = {"add_generation_prompt": False, "continue_final_message": True}
+        assert answered(continued, **fields) == (reasoning if opened else text)
+
+
+def test_the_end_of_a_sequence_is_no_text(spoken):
+    """Not even where the response template does not know it."""
+    assert QWEN["fields"]["content"]["close_pattern"].count("</s>") == 0
+    assert forced(spoken(), ["well"], tools=TOOLS)[0]["content"] == "well"
+    assert forced(spoken(), ["<think>hm"])[0]["reasoning_content"] == "hm"
+
+
+def prompt_of(server, message: Any, **fields: Any) -> Any:
+    """The messages of which the chat template makes a prompt, or the error."""
+    answer = ask(server, "POST", "/tokenize", model="tiny", messages=[message], **fields)
+    if answer.status_code != 200:
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]["message"]
+    tokens = answer.json()["tokens"]
+    made = json.loads(
+        ask(server, "POST", "/detokenize", model="tiny", tokens=tokens).json()["prompt"]
+    )
+    made[0].pop("thinking", None)  # transformers' own, for some templates
+    return made[0]
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+BARE = {"role": "assistant", "content": "so"}
+REASONED = {**BARE, "reasoning": "hm", "reasoning_content": "hm"}
+#: Of a message that says "so": what else is sent, and what is in the prompt of it.
+FIELDS = [
+    *((dict.fromkeys([name]), BARE) for name in ("name", "tool_call_id", "tool_calls", "refusal")),
+    *((dict.fromkeys([name]), BARE) for name in ("reasoning", "audio", "function_call")),
+    ({"content": None}, {**BARE, "content": ""}),
+    ({"content": []}, {**BARE, "content": ""}),
+    ({"content": [{"type": "text", "text": t} for t in "ab"]}, {**BARE, "content": "a\nb"}),
+    ({"tool_calls": []}, BARE),
+    ({"tool_calls": [CALL]}, {**BARE, "tool_calls": [CALL]}),
+    ({"role": "user", "tool_calls": [CALL]}, {**BARE, "role": "user", "tool_calls": [CALL]}),
+    ({"content": None, "tool_calls": [CALL]}, {**BARE, "content": "", "tool_calls": [CALL]}),
+    ({"name": "me", "tool_call_id": "c"}, {**BARE, "name": "me", "tool_call_id": "c"}),
+    ({"name": ""}, {**BARE, "name": ""}),
+    ({"reasoning": "hm"}, REASONED),
+    ({"reasoning_content": "hm"}, REASONED),
+    ({"reasoning_content": "hm", "reasoning": None}, REASONED),
+]
+WRONG = [
+    *({name: value} for name in ("name", "tool_call_id", "reasoning") for value in (3, ["a"])),
+    *({"content": value} for value in (3, {"text": "a"}, [None], [{"type": "text"}])),
+    *({"tool_calls": value} for value in ("a", {}, 3, [3], [{}], [[]], [{"function": "f"}])),
+    *({"tool_calls": [{"function": {"name": name}}]} for name in (None, 3)),
+    {"role": None},
+]
+
+
+def test_the_fields_of_a_message(spoken):
+    server = spoken()
+    for sent, want in FIELDS:
+        assert prompt_of(server, {**BARE, **sent}) == want, sent
+    for sent in WRONG:
+        assert isinstance(prompt_of(server, {**BARE, **sent}), str), sent
+
+
+def test_the_arguments_of_calls(spoken):
+    server = spoken()
+
+    def arguments(sent: Any, **function: Any) -> Any:
+        call = {**CALL, "function": {"name": "f", **sent}, **function}
+        made = prompt_of(server, {"role": "assistant", "tool_calls": [call]})
+        return made if isinstance(made, str) else made["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments({}) == {}
+    for nothing in (None, "", " ", "{}", {}):
+        assert arguments({"arguments": nothing}) == {}
+    for value in ({"x": 1}, '{"x": 1}'):
+        assert arguments({"arguments": value}) == {"x": 1}
+    for wrong in (3, [1], "3", "[1]", "{", '{"x": "\\ud800"}', "[" * 100_000, '{"x":' * 900):
+        assert isinstance(arguments({"arguments": wrong}), str), wrong
+    deep = '{"x":' * 900 + "1" + "}" * 900
+    assert isinstance(arguments({"arguments": deep}), str | dict)
+
+
+def test_an_answer_as_the_next_message(spoken):
+    """What OpenAI's client sends back of it, null fields included."""
+    server = spoken()
+    said = f"<think>hm</think>so{call(GOOD)}"
+    body = question(CHAT, "a", 200, tools=TOOLS, structured_outputs={"choice": [said]})
+    completion = ChatCompletion.model_validate(
+        ask(server, "POST", CHAT, model="tiny", **body).json()
+    )
+    (choice,) = completion.choices
+    made = prompt_of(server, choice.message.model_dump())
+    (called,) = made.pop("tool_calls")
+    assert made == REASONED
+    assert called["function"] == CALL["function"]
+
+
+def test_instructions_stand_before_a_system_message(spoken):
+    """Both are in the prompt."""
+    items = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    fields = ResponseFields.read({"input": items, "instructions": "c"})
+    assert [message["content"] for message in fields.messages] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("text", ["so it is", "<think>hm it is", f"so{call(GOOD)}"])
+def test_a_response_that_is_cut(spoken, monkeypatch, text):
+    source = GrammarSource("text", "choice", [text])
+    monkeypatch.setattr(ResponseFields, "grammar", lambda fields: source)
+    server, tools = spoken(), [{"type": "function", **TOOLS[0]["function"]}]
+
+    def responses(new: int) -> list[Any]:
+        body = {"input": "a", "max_output_tokens": new, "tools": tools}
+        plain, stream = answers(server, [body, {**body, "stream": True}], RESPONSES)
+        last = events(stream.text)[-1]
+        found = [Response.model_validate(each) for each in (plain.json(), last["response"])]
+        assert last["type"] == f"response.{found[1].status}"
+        assert found[0].output_text == found[1].output_text
+        assert [each.status for each in found[0].output] == [
+            each.status for each in found[1].output
+        ]
+        return found
+
+    for response in responses(len(text) - 2):
+        assert response.status == "incomplete"
+        assert response.incomplete_details.reason == "max_output_tokens"
+        assert {each.status for each in response.output} == {"incomplete"}
+        assert response.output_text in ("", text[:-2])
+    for response in responses(len(text) + 1):
+        assert (response.status, response.incomplete_details) == ("completed", None)
+        assert {each.status for each in response.output} == {"completed"}
