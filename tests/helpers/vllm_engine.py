@@ -245,9 +245,7 @@ class Worker:
             step += 1
         return [tokens[str(number)] for number in range(len(requests))]
 
-    def classify(
-        self, requests: list[tuple[list[int], str | None]], task: str
-    ) -> list[list[Any]]:
+    def classify(self, requests: list[tuple[list[int], str | None]], task: str) -> list[list[Any]]:
         from vllm import PoolingParams
 
         for number, (prompt, folder) in enumerate(requests):

@@ -75,8 +75,8 @@ class LoraWrapper:
     def add_shrink(
         self, y: Tensor, x: Tensor, weights: Sequence[Tensor], scale: float, **_: Any
     ) -> None:
-        """y (1, M, N) += scale · x Wᵀ, W the weight (S, 1, N, K) that the adapter of a token has for
-        its head."""
+        """y (1, M, N) += scale · x Wᵀ, for the weights (S, 1, N, K) that adapters have for the head
+        of a classifier of tokens."""
         W = weights[0]
         identity = torch.eye(W.shape[2], dtype=W.dtype, device=W.device)
         _add(y[0], x, W, identity.expand(len(W), 1, -1, -1), scale, self.tokens.slots)

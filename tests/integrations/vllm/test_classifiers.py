@@ -36,9 +36,7 @@ def of_tokens() -> PreTrainedModel:
     return BertForTokenClassification(config)
 
 
-def saved(
-    folder: Path, model: PreTrainedModel, linears: tuple[str, ...], head: str
-) -> list[Path]:
+def saved(folder: Path, model: PreTrainedModel, linears: tuple[str, ...], head: str) -> list[Path]:
     """The model, and adapters: of its trunk, with a head of its own, of the head by LoRA."""
     randomise(model, 0.1)
     model.save_pretrained(folder / "model")

@@ -8,6 +8,7 @@ import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm_engine import Served, VllmEngine, prompts, tiny_llama
 
 import lorafx
 from lorafx.integrations.vllm import patches, plugin
+from lorafx.integrations.vllm.checking import _layers_by_name
 from lorafx.integrations.vllm.patches import PATCHES
 
 pytest.importorskip("vllm")
@@ -101,6 +103,26 @@ def test_adapters_that_vllm_reads_otherwise(
     assert named in error
     requests = [(prompt, served.adapters[0]) for prompt in prompts(1)] + [(prompts(1)[0], None)]
     assert engine.run(requests) == served.expected(requests)
+
+
+def test_adapters_of_the_text_model_of_a_multimodal_one() -> None:
+    """vLLM 0.33 reads them without the prefix of that part; until then their keys match nothing."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    manager = LoRAModelManager.__new__(LoRAModelManager)
+    manager.supports_mm, layer = True, object()
+    manager.mm_mapping = SimpleNamespace(language_model=["language_model."])
+    path = "model.layers.0.self_attn"
+    manager.modules = {f"language_model.{path}.qkv_proj": layer}
+    manager.packed_modules = {
+        f"language_model.{path}.qkv_proj": [f"language_model.{path}.{each}_proj" for each in "qkv"]
+    }
+    layers = _layers_by_name(manager)
+    assert layers[f"language_model.{path}.k_proj"] == (layer, 1)
+    if hasattr(manager, "_get_text_lora_names"):
+        assert layers[f"{path}.k_proj"] == (layer, 1)
+    else:
+        assert f"{path}.k_proj" not in layers
 
 
 @pytest.fixture
