@@ -36,10 +36,9 @@ _MASKS_AND_TYPES = (
     *("qformer_input_ids", "qformer_attention_mask", "flattened_patches", "segment_ids", "langs"),
     *("lengths", "bbox", "labels", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
-_STATES = (
-    *("encoder_hidden_states", "encoder_outputs", "past_key_values", "cache_params"),
-    *("past_buckets_states", "state"),
-)
+#: Arguments that keep earlier tokens. From transformers 5.24 on, models call theirs "cache".
+CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+_STATES = ("encoder_hidden_states", "encoder_outputs", *CACHES)
 _SHARED = (
     *("cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"),
     *("logits_to_keep", "num_logits_to_keep"),
@@ -91,9 +90,6 @@ IMAGES = ("pixel_values",)
 TOKEN_DIMS: Mapping[str, int] = dict.fromkeys(
     ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"), 1
 )
-
-#: Arguments that keep earlier tokens.
-CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
 
 
 def caches(named: Mapping[str, Any]) -> list[Any]:

@@ -16,10 +16,10 @@ from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
 
-#: Arguments that `generate` makes itself.
-_MADE_BY_GENERATE = ("labels", "position_ids", "cache_position", "past_key_values", "cache_params")
 #: The names of the cache, both in a model's output and among its arguments.
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("cache", "past_key_values", "cache_params")
+#: Arguments that `generate` makes itself.
+_MADE_BY_GENERATE = ("labels", "position_ids", "cache_position", *_CACHES)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
-from lorafx.errors import ConfigError, LorafxWarning, VerifyError
+from lorafx.errors import ConfigError, LorafxWarning, VerifyError, numbered
 from lorafx.interrupts import undisturbed
 from lorafx.placements import divides_experts
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
@@ -79,8 +79,7 @@ class KindStatus:
         why = self.reason
         if self.tier == "eager" and self.calls < CALLS:
             why = "its graph is compiled from its second call on"
-        times = "1 call" if self.calls == 1 else f"{self.calls} calls"
-        return f"{self.kind}, {times}: {self.tier}{why and f': {why}'}"
+        return f"{self.kind}, {numbered(self.calls, 'call')}: {self.tier}{why and f': {why}'}"
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ class Status:
         return sum(kind.tier == tier for kind in self.kinds)
 
     def __str__(self) -> str:
-        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
-        return "\n".join([graphs, *map(str, self.kinds)])
+        return "\n".join([numbered(self.graphs, "graph"), *map(str, self.kinds)])
 
 
 @dataclass(eq=False)

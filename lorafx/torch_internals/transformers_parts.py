@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+from collections.abc import Iterator
 from functools import cache
 from types import CellType, CodeType
 from typing import Any
@@ -55,7 +55,14 @@ def code_of_generate(mixin: Any, part: str) -> frozenset[CodeType]:
     their rows, or of what runs the "prompts" at the beginning of one. `mixin` is GenerationMixin; a
     version of it without a function has no such code."""
     functions = [getattr(mixin, name) for name in _OF_GENERATE[part] if hasattr(mixin, name)]
-    return frozenset(f.__code__ for each in functions for f in (each, inspect.unwrap(each)))
+    return frozenset(code for each in functions for code in _codes(each))
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """The code of a function's decorators, and its own."""
+    while function is not None:
+        yield function.__code__
+        function = getattr(function, "__wrapped__", None)
 
 
 def cell_of_forward(module: nn.Module) -> CellType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 
@@ -14,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import lorafx
 from lorafx.errors import ConfigError
+from lorafx.program.argument_roles import CACHES
 from lorafx.runtime.example_inputs import derived_example
 
 FEED = FAMILIES["plain"].inputs
@@ -55,6 +57,7 @@ def warm(shallow: Case) -> Warm:
 def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
     """One request and several, prompts and single tokens with a cache, any mix and none."""
     cm = warm.served
+    cache = next(n for n in CACHES if n in inspect.signature(shallow.base.forward).parameters)
     captured = Captured(cm)
     assert warm.graphs == 8  # {prompt, decode} × {base, adapters} × {one request, several}
     torch.manual_seed(0)
@@ -66,7 +69,7 @@ def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
         cm(
             input_ids=inputs["input_ids"][:, -1:],
             attention_mask=longer,
-            past_key_values=output.past_key_values,
+            **{cache: output[cache]},
             adapter_names=names,
         )
     check_mixed(cm, shallow, ["a0", None, "a1"], token_inputs(3, 5))

@@ -132,6 +132,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swinv2": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
     "cohere_compass_text": FULL_ROPE,
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {
+        **{"num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
+        **{"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
@@ -222,6 +226,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_rate": "2/4",
     },
     "hunyuan_vl": {"text_config": {**mrope(MROPE_SECTION)["text_config"], "head_dim": HEAD_DIM}},
+    "apertus1p5": {
+        "text_config": {"vocab_size": 2 * VOCAB},
+        "vision_config": {"codebook_size": 64, "embed_dim": 32, "base_channels": 32},
+        "audio_config": {"codebook_size": 16, "codebook_dim": HIDDEN},
+        **{"image_token_offset": 144, "audio_token_offset": 208},
+        **{"image_token_id": IMAGE_TOKEN, "audio_token_id": IMAGE_TOKEN + 2},
+    },
     "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
     "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64}},
     "mistral4": {
@@ -246,7 +257,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr"), mrope(MROPE_SECTION)),
     **dict.fromkeys(("paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), mrope(MROPE_SECTION)),
-    "glm4v_moe": mrope([1, 1, 2]),
+    **dict.fromkeys(("glm4v_moe", "hy_v4_vl"), mrope([1, 1, 2])),
     "qwen2_5_omni_thinker": {
         "vision_start_token_id": IMAGE_TOKEN + 3,
         **mrope(MROPE_SECTION),

@@ -78,10 +78,13 @@ class VllmEngine:
         assert isinstance(found, list), found
         return found
 
-    def classify(self, requests: Sequence[tuple[Sequence[int], Path | None]]) -> list[list[float]]:
-        """The logits of each (prompt, adapter), all in one batch."""
+    def classify(
+        self, requests: Sequence[tuple[Sequence[int], Path | None]], task: str = "classify"
+    ) -> list[list[Any]]:
+        """The logits of each (prompt, adapter), or of its tokens, all in one batch."""
         found = self.ask(
             do="classify",
+            task=task,
             requests=[(list(prompt), folder and str(folder)) for prompt, folder in requests],
         )
         assert isinstance(found, list), found
@@ -242,13 +245,13 @@ class Worker:
             step += 1
         return [tokens[str(number)] for number in range(len(requests))]
 
-    def classify(self, requests: list[tuple[list[int], str | None]]) -> list[list[float]]:
+    def classify(self, requests: list[tuple[list[int], str | None]], task: str) -> list[list[Any]]:
         from vllm import PoolingParams
 
         for number, (prompt, folder) in enumerate(requests):
             self.engine.add_request(
                 *(str(number), {"prompt_token_ids": prompt}),
-                PoolingParams(task="classify", use_activation=False),
+                PoolingParams(task=task, use_activation=False),
                 lora_request=None if folder is None else self.request(folder),
             )
         logits: dict[str, list[float]] = {}

@@ -16,6 +16,8 @@ from own_weights import own_case
 from tiny_models import VOCAB, Family, token_inputs
 from torch import Tensor, nn
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PatchTSTConfig,
     PatchTSTForPrediction,
     VisualBertConfig,
@@ -82,6 +84,32 @@ def test_requests_are_known(
 SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "pad_token_id": 0} | {
     "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 66
 }  # fmt: skip
+
+
+class CallsItCache(LlamaForCausalLM):
+    """As models of transformers do from 5.24 on."""
+
+    def forward(self, input_ids: Tensor, cache: Any = None) -> Any:
+        return super().forward(input_ids, None, None, cache, use_cache=True)
+
+
+def test_earlier_tokens_are_known_as_cache(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4}
+    base = random_base(Family(lambda **_: CallsItCache(LlamaConfig(**sizes, **heads)), ()))
+    folders = {
+        name: save_adapter(base, tmp_path / name, rank=rank, targets="all-linear", seed=rank)
+        for name, rank in (("a", 2), ("b", 3))
+    }
+    case, names = Case(base, folders), ["a", None, "b"]
+    ids = token_inputs(3, 6)["input_ids"]
+    cm = case.compile(dynamic=False)
+    cache = cm(ids[:, :4], adapter_names=names).past_key_values
+    got = cm(ids[:, 4:], cache=cache, adapter_names=names).logits
+    for row, name in enumerate(names):
+        with torch.no_grad():
+            want = case.alone(name)(ids[row : row + 1]).logits[:, 4:]
+        assert error(got[row : row + 1], want) <= TOLERANCE
 
 
 def chosen(rows: int, choices: int, length: int) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from dense_merge import REFERENCE, check_mixed, error
+from peft_in_transformers import needs_its_peft
 from tiny_models import token_inputs
 
 import lorafx
@@ -91,6 +92,7 @@ def test_a_peft_model_that_was_given_back_is_what_it_was(shallow, back):
     pm.merge_and_unload()
 
 
+@needs_its_peft
 def test_adapters_that_transformers_injected_are_taken_over(shallow):
     model = injected(shallow, "a0", "a1")
     model.set_adapter("a0")
@@ -112,6 +114,7 @@ def test_adapters_that_transformers_injected_are_taken_over(shallow):
     assert error(answer(model), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
 
 
+@needs_its_peft
 def test_several_active_adapters_are_a_sum(shallow):
     model = injected(shallow, "a0", "a1")
     model.set_adapter(["a0", "a1"])
@@ -140,6 +143,7 @@ FEATURES = {
 }
 
 
+@needs_its_peft
 def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
     """Each by transformers' own methods; what they compute is compared while they are in it."""
     model = shallow.model().train()

@@ -51,13 +51,15 @@ def check_reading(loaded: Any, folder: str, manager: Any) -> None:
 
 
 def _layers_by_name(manager: Any) -> Mapping[str, tuple[Any, int | None]]:
-    """Each layer with LoRA, and where it is packed, each of its slices by the names of adapters."""
+    """Each layer with LoRA, and where it is packed, each of its slices by the names of adapters. An
+    adapter of the text model may leave out the prefix that a multimodal model has (vLLM 0.33)."""
     found: dict[str, tuple[Any, int | None]] = {}
     for name, layer in manager.modules.items():
         found[name] = found[f"{name}.base_layer"] = (layer, None)
         for part, packed in enumerate(manager.packed_modules.get(name, ())):
             found[packed] = (layer, part)
-    return found
+    text_names = getattr(manager, "_get_text_lora_names", lambda _: ())
+    return {text: each for name, each in found.items() for text in text_names(name)} | found
 
 
 def _check_layer(

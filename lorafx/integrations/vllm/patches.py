@@ -128,7 +128,9 @@ def site_of(layer: Any, wrapper: Any) -> Any:
         known.MergedQKVParallelLinearWithShardedLoRA,
         known.RowParallelLinearWithShardedLoRA,
     )
-    if isinstance(layer, known.ClassificationHeadWithLoRA):
+    # vLLM 0.33 has a class for heads of tokens too, beside the one for heads of requests.
+    head = getattr(known, "BaseClassificationHeadWithLoRA", known.ClassificationHeadWithLoRA)
+    if isinstance(layer, head):
         return wrapper
     for classes, make in (
         (sharded, sites.ShardedSite),

@@ -18,7 +18,7 @@ from lorafx.progress import LOG
 VARIABLE = "LORAFX_VLLM"
 MODES = ("on", "fallback", "off")
 #: The versions of vLLM that patches.py was written for and tested with.
-TESTED = ("0.32.0",)
+TESTED = ("0.32.0", "0.33.0")
 
 
 def register() -> None:

@@ -22,6 +22,7 @@ class SlotTable:
     def __init__(self, rows: int, device: torch.device | str) -> None:
         with torch.inference_mode(False):
             self.slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self.written = 0
 
     def write(self, slots: Sequence[int]) -> None:
         rest = len(self.slots) - len(slots)
@@ -29,6 +30,7 @@ class SlotTable:
             raise BatchError(
                 f"a step of {len(slots)} rows, but vLLM said {len(self.slots)} at most"
             )
+        self.written = len(slots)
         on_host = torch.tensor([*slots, *[-1] * rest], dtype=torch.int32, device="cpu")
         on_device = self.slots.device.type != "cpu"
         self.slots.copy_(on_host.pin_memory() if on_device else on_host, non_blocking=on_device)
@@ -44,7 +46,6 @@ class LoraWrapper:
         self.device = device
         self.tokens = SlotTable(max_num_batched_tokens, device)
         self.samples = SlotTable(max_num_batched_tokens, device)
-        self.sampled = 0
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any, **__: Any
@@ -53,25 +54,32 @@ class LoraWrapper:
         slots = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter}
         self.tokens.write([slots[a] if a > 0 else -1 for a in mapping.index_mapping])
         self.samples.write([slots[a] if a > 0 else -1 for a in mapping.prompt_mapping])
-        self.sampled = len(mapping.prompt_mapping)
+
+    @property
+    def token_lora_indices(self) -> Tensor:
+        """The slots of the step's tokens, for the head of a classifier of tokens."""
+        return self.tokens.slots[: self.tokens.written].long()
 
     def add_lora_logits(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        **_: Any,
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, **_: Any
     ) -> Tensor:
         """y += scale · (x Aᵀ) Bᵀ, for the head of a classifier."""
-        A, B = lora_a_stacked[:, 0], lora_b_stacked[:, 0].transpose(1, 2)
-        capacity, rank, columns = B.shape
-        ranks = torch.full((capacity, 1), rank, dtype=torch.int32, device=y.device)
-        scales = torch.full((capacity, 1), scale, device=y.device)
-        bank = A, B, ranks, scales, self.samples.slots
-        ADD_DELTA(y, x, *bank, [0], [0], [columns], 1)
-        return y
+        return _add(y, x, A, B, scale, self.samples.slots)
+
+    def add_lora_linear(
+        self, y: Tensor, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float, *_: Any
+    ) -> Tensor:
+        """The same for the head of a classifier of tokens, which has one slice."""
+        return _add(y, x, A[0], B[0], scale, self.tokens.slots)
+
+    def add_shrink(
+        self, y: Tensor, x: Tensor, weights: Sequence[Tensor], scale: float, **_: Any
+    ) -> None:
+        """y (1, M, N) += scale · x Wᵀ, for the weights (S, 1, N, K) that adapters have for the head
+        of a classifier of tokens."""
+        W = weights[0]
+        identity = torch.eye(W.shape[2], dtype=W.dtype, device=W.device)
+        _add(y[0], x, W, identity.expand(len(W), 1, -1, -1), scale, self.tokens.slots)
 
     def apply_lora_full_linear(
         self,
@@ -82,9 +90,19 @@ class LoraWrapper:
         module_enabled: Tensor,
     ) -> Tensor:
         """Rows whose adapter has a classifier of its own are computed with it."""
-        slots = self.samples.slots[: self.sampled].long()
+        slots = self.samples.slots[: self.samples.written].long()
         own, at = slots >= 0, slots.clamp(min=0)
         weights = weight_stacked[at, 0].float()
         replaced = torch.einsum("mk,mnk->mn", x.float(), weights) + bias_stacked[at].float()
         own = own & module_enabled[at]
         return y.copy_(torch.where(own.unsqueeze(-1), replaced.to(y.dtype), y))
+
+
+def _add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, slots: Tensor) -> Tensor:
+    """y (M, N) += scale · (x Aᵀ) Bᵀ, for stacked A (S, 1, R, K) and B (S, 1, N, R)."""
+    A, B = A[:, 0], B[:, 0].transpose(1, 2)
+    capacity, rank, columns = B.shape
+    ranks = torch.full((capacity, 1), rank, dtype=torch.int32, device=y.device)
+    scales = torch.full((capacity, 1), scale, device=y.device)
+    ADD_DELTA(y, x, A, B, ranks, scales, slots, [0], [0], [columns], 1)
+    return y

@@ -8,6 +8,7 @@ import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm_engine import Served, VllmEngine, prompts, tiny_llama
 
 import lorafx
 from lorafx.integrations.vllm import patches, plugin
+from lorafx.integrations.vllm.checking import _layers_by_name
 from lorafx.integrations.vllm.patches import PATCHES
 
 pytest.importorskip("vllm")
@@ -103,6 +105,26 @@ def test_adapters_that_vllm_reads_otherwise(
     assert engine.run(requests) == served.expected(requests)
 
 
+def test_adapters_of_the_text_model_of_a_multimodal_one() -> None:
+    """vLLM 0.33 reads them without the prefix of that part; until then their keys match nothing."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    manager = LoRAModelManager.__new__(LoRAModelManager)
+    manager.supports_mm, layer = True, object()
+    manager.mm_mapping = SimpleNamespace(language_model=["language_model."])
+    path = "model.layers.0.self_attn"
+    manager.modules = {f"language_model.{path}.qkv_proj": layer}
+    manager.packed_modules = {
+        f"language_model.{path}.qkv_proj": [f"language_model.{path}.{each}_proj" for each in "qkv"]
+    }
+    layers = _layers_by_name(manager)
+    assert layers[f"language_model.{path}.k_proj"] == (layer, 1)
+    if hasattr(manager, "_get_text_lora_names"):
+        assert layers[f"{path}.k_proj"] == (layer, 1)
+    else:
+        assert f"{path}.k_proj" not in layers
+
+
 @pytest.fixture
 def restored() -> Iterator[Callable[[], list[object]]]:
     """What stands where patches are put. Afterwards vLLM is as it was before."""
@@ -133,15 +155,18 @@ def test_loading_the_plugin_again_changes_nothing(
 def test_graphs_on_disk_are_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM finds its compiled graphs by its configuration, which names the kernels."""
     from vllm.config import LoRAConfig, VllmConfig
+    from vllm.platforms import current_platform
 
     plugin.register()
-    plain = VllmConfig()
-    assert "lorafx" not in plain.additional_config
-    with_lora = VllmConfig(lora_config=LoRAConfig(lora_dtype="float16"))
-    assert with_lora.lora_config is not None
-    first = with_lora.compute_hash()
+    config = VllmConfig()
+    assert "lorafx" not in config.additional_config
+    config.lora_config = LoRAConfig(lora_dtype="float16")
+    current_platform.check_and_update_config(config)
+    assert config.lora_config is not None
+    first = config.compute_hash()
     monkeypatch.setattr(patches, "generators", lambda: "others")
-    assert VllmConfig(lora_config=LoRAConfig(lora_dtype="float16")).compute_hash() != first
+    current_platform.check_and_update_config(config)
+    assert config.compute_hash() != first
 
 
 def _asked_for_lora() -> Any:
@@ -153,13 +178,15 @@ def _asked_for_lora() -> Any:
 @pytest.mark.usefixtures("restored")
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where LoRA is on, not before; or it computes LoRA itself, if asked to."""
+    from vllm.version import __version__ as version
+
     monkeypatch.setattr(plugin, "TESTED", ("0.0.1",))
     monkeypatch.setenv(plugin.VARIABLE, "fallback")
     plugin.register()
     assert _asked_for_lora().endswith("PunicaWrapperCPU")
     monkeypatch.delenv(plugin.VARIABLE)
     plugin.register()
-    with pytest.raises(lorafx.errors.UnsupportedVersionError, match=r"0\.32\.0.*LORAFX_VLLM=off"):
+    with pytest.raises(lorafx.errors.UnsupportedVersionError, match=f"{version}.*LORAFX_VLLM=off"):
         _asked_for_lora()
 
 
