@@ -161,7 +161,8 @@ def _of_cut(events: Sequence[str], reason: str | None) -> list[str]:
         response["incomplete_details"] = {"reason": "max_output_tokens"}
     for item in (*(event["item"] for event in items), *response["output"]):
         item["status"] = "incomplete" if item["id"] in cut else item["status"]
-    return [f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in made]
+    texts = (json.dumps(event, ensure_ascii=False, separators=(",", ":")) for event in made)
+    return [f"data: {text}\n\n" for text in texts]
 
 
 def versions_of(output: Any) -> dict[str, Any]:

@@ -364,7 +364,7 @@ class ResponseFields(MessageFields):
         are none."""
         _, to_messages, _ = response_parts()
         try:
-            messages: list[dict[str, Any]] = to_messages({"input": self.input})
+            messages: list[dict[str, Any]] = to_messages({"input": _with_turns(self.input)})
         except (AttributeError, HTTPException, KeyError, TypeError) as error:
             why = f"`input` is a string or a list of items: {error!r}"
             raise RequestError(why, "input") from error
@@ -381,6 +381,18 @@ class ResponseFields(MessageFields):
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})
+
+
+def _with_turns(asked: Any) -> Any:
+    """The field `input` with an empty message between reasoning and the call that follows it:
+    transformers' function would give the reasoning to a later message."""
+    items: list[Any] = []
+    for item in asked if isinstance(asked, list) else ():
+        last = [each.get("type") for each in (*items[-1:], item) if isinstance(each, dict)]
+        if last == ["reasoning", "function_call"]:
+            items.append({"role": "assistant", "content": ""})
+        items.append(item)
+    return items or asked
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:

@@ -23,6 +23,7 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput
 from lorafx.integrations.server.fields import GrammarSource, ResponseFields
+from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.texts import MessageParts
 from lorafx.torch_internals.response_parser import AnswerParser
 
@@ -388,6 +389,26 @@ def test_instructions_stand_before_a_system_message(spoken):
     items = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     fields = ResponseFields.read({"input": items, "instructions": "c"})
     assert [message["content"] for message in fields.messages] == ["c", "a", "b"]
+
+
+def test_the_turns_of_a_response():
+    """Reasoning before a call is that of the call's message."""
+    function = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": "a"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
+        function,
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
+    asked, called, result, said = text_messages(ResponseFields.read({"input": items}).messages)
+    assert (called["reasoning_content"], called["content"], len(called["tool_calls"])) == (
+        "hm",
+        "",
+        1,
+    )
+    assert (asked["content"], result["content"]) == ("a", "1")
+    assert said == {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize("text", ["so it is", "<think>hm it is", f"so{call(GOOD)}"])

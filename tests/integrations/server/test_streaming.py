@@ -69,7 +69,7 @@ def test_a_stream_is_the_plain_answer(speaker, path):
     for whole, streamed in found:
         assert said(path, streamed) == whole
         ends = streamed.endswith("data: [DONE]\n\n")
-        assert ends == (path != RESPONSES)  # whose last event is response.completed
+        assert ends == (path != RESPONSES)  # whose last event is its `completed` or `incomplete`
 
 
 @pytest.mark.quick
@@ -192,7 +192,7 @@ def test_the_bytes_of_a_response(files, url):
         *("response.output_item.added", "response.content_part.added"),
         *("response.output_text.delta", "response.output_text.done"),
         "response.content_part.done",
-        *("response.output_item.done", "response.completed"),
+        *("response.output_item.done", "response.incomplete"),
     ]
     word = files.text("a1", files.chat_ids("w9 w12"), 1)
     assert [event["delta"] for event in found if "delta" in event] == [word]
