@@ -65,6 +65,22 @@ def test_reports_tell_of_calls_that_were_answered_eagerly(llama: Case) -> None:
     assert "no call has been made" not in told
 
 
+def test_weights_that_autocast_casts(llama: Case) -> None:
+    """Here an input has as many elements as a weight, beside a hook of the model's user."""
+    cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(4, 6)
+    cm._orig_mod.model.norm.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = cm(**inputs, adapter_names=MIXED[:4])["logits"], llama.expected(MIXED[:4], inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= 0.06
+    check_eager(cm)
+
+
+def test_the_first_call_by_generate_knows_the_models_code(llama: Case) -> None:
+    cm = llama.compile(EAGER)
+    cm.generate(torch.randint(3, VOCAB, (4, 6)), **GREEDY, adapter_names=MIXED[:4])
+    assert not cm._session.tiers._eager._has_unknown_code()
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beams: int) -> None:
