@@ -18,6 +18,11 @@ _SETTING = re.compile(
 )
 
 
+def numbered(number: int, one: str, many: str = "") -> str:
+    """Such as "1 entry" and "2 entries"; `many` is `one` with an s by default."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def way_out_by(field: str, value: object, *, given: bool = False) -> str:
     """A sentence fragment: LoraConfig needs this value; `given`: or the adapter when compiling."""
     text = f"compile with LoraConfig({field}={value!r})"

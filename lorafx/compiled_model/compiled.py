@@ -28,7 +28,7 @@ from lorafx.compiled_model.as_module import (
 )
 from lorafx.compiled_model.names import delegated, refuse_arguments
 from lorafx.compiled_model.warmup import state_restored, warm_up
-from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, some
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxWarning, numbered, some
 from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
@@ -654,8 +654,9 @@ class CompiledModel(AsModule):
         names = checked_names(adapter_names)
         if names is not None and len(names) != len(inputs):
             raise BatchError(
-                f"adapter_names has {len(names)} entries, but there are {len(inputs)} prompts; "
-                "give one name, or None for the base model, per prompt"
+                f"adapter_names has {numbered(len(names), 'entry', 'entries')} for "
+                f"{numbered(len(inputs), 'prompt')}; give one name, or None for the "
+                "base model, per prompt"
             )
         for name in dict.fromkeys(names or ()):
             if name is not None:

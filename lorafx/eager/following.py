@@ -229,6 +229,8 @@ class Following(TorchDispatchMode):
 
     def _unmarked(self) -> str | None:
         """Why the results lack deltas; None if they do not."""
+        assert self._uses is not None
+        return self._uses.replaced_between_graphs
 
     def outside(self, action: Callable[[], T]) -> T:
         """Return the result of `action`, whose operators are not followed."""

@@ -39,7 +39,7 @@ class InPython(Following):
         paths = ", ".join([*returned, *self._uses.unmarked])
         if paths:
             return f"{paths}: its weight is returned, or used after its delta"
-        return self._uses.replaced
+        return self._uses.replaced()
 
 
 class WatchedInPython(InPython):

@@ -8,7 +8,7 @@ of a module has one product. All else is refused, wherever the code that uses th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -193,11 +193,17 @@ class WeightUses:
         return self._products.keys()
 
     @property
-    def replaced(self) -> str | None:
+    def replaced_between_graphs(self) -> str | None:
+        """As `replaced`, of sites that no graph has reached, where Python runs parts of calls."""
+        program = self._program
+        why = self.replaced(program.reached) if program.in_pieces or not program.reached else None
+        return why and f"LoRA cannot be applied at {why}. Leave the module out by exclude_modules"
+
+    def replaced(self, reached: Set[str] = frozenset()) -> str | None:
         """Why a touched linear that nothing has used may have been computed without its weight, as
-        `match` finds it in graphs."""
+        `match` finds it in graphs. `reached`: paths of sites that `match` has looked at."""
         unused: dict[str, list[Site]] = {}
-        paths = self._program.batch.touched - self._marked
+        paths = self._program.batch.touched - self._marked - reached
         for site in self._program.sites if paths else ():  # each call comes here
             if site.path in paths:
                 unused.setdefault(site.path.rpartition(".")[0], []).append(site)

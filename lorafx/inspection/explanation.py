@@ -21,7 +21,7 @@ from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.capture.checks import RefusedSites
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import some
+from lorafx.errors import numbered, some
 from lorafx.inspection.report import Report, size
 from lorafx.kernels.cost.roofline import factor_elements
 from lorafx.model.bank import Factors
@@ -180,7 +180,7 @@ class GraphReport:
             like_it = f" and {len(parents) - 1} more like it" if len(parents) > 1 else ""
             lines.append(f"pack {parents[0]}: [{names}]{like_it}")
         for (strategy, rows), count in plans.items():
-            lines.append(f"plan: {strategy} at {_count(count, 'site')}, {rows}")
+            lines.append(f"plan: {strategy} at {numbered(count, 'site')}, {rows}")
         lines += [f"outline: {item}" for item in self.outlined]
         for refusal in self.refusals:
             paths = ", ".join(path or "(root)" for path in refusal.sites)
@@ -241,9 +241,9 @@ class Explanation(Report):
     def summary(self) -> tuple[str, ...]:
         """Five lines: the model, adapters, graphs, computation of deltas, refusals."""
         return (
-            f"{self.model}: {_count(len(self.sites), 'site')} (modules that carry LoRA), "
+            f"{self.model}: {numbered(len(self.sites), 'site')} (modules that carry LoRA), "
             f"{self.slots} slots for adapters of rank up to {self.max_rank}, "
-            f"{_count(len(self.banks), 'bank')} of {self._bank_bytes:,} bytes in all",
+            f"{numbered(len(self.banks), 'bank')} of {self._bank_bytes:,} bytes in all",
             self._adapters_line(),
             self._graphs_line(),
             self._deltas_line(),
@@ -316,7 +316,7 @@ class Explanation(Report):
             return "no graph is compiled yet: the first calls do that, or warmup()"
         lora = sum(graph.lora for graph in self.graphs)
         return (
-            f"compiled: {_count(len(self.graphs), 'graph')}, {lora} of them with adapters, in "
+            f"compiled: {numbered(len(self.graphs), 'graph')}, {lora} of them with adapters, in "
             f"{seconds_line(self.seconds)}"
         )
 
@@ -328,8 +328,8 @@ class Explanation(Report):
         packed = sum(node.form == "packed" for node in nodes)
         strategies = ", ".join(f"{count} {strategy}" for strategy, count in counts.items())
         return (
-            f"lowering: {self.lowering}; {_count(len(nodes), 'node')} with deltas ({strategies}), "
-            f"{packed} of them packs of siblings"
+            f"lowering: {self.lowering}; {numbered(len(nodes), 'node')} with deltas "
+            f"({strategies}), {packed} of them packs of siblings"
         )
 
     def _refusals_line(self) -> str:
@@ -343,7 +343,7 @@ class Explanation(Report):
         if self.unreached:
             parts.append(f"not reached by a graph yet: {some(self.unreached, _MOST)}")
         if self.replaced:
-            parts.append(f"{_count(len(self.replaced), 'site')} replaced since")
+            parts.append(f"{numbered(len(self.replaced), 'site')} replaced since")
         return (
             "; ".join(filter(None, parts))
             or "which sites are refused is known when there is a graph"
@@ -354,10 +354,6 @@ def seconds_line(seconds: Mapping[str, float]) -> str:
     """Compile times in words."""
     parts = ", ".join(f"{_PHASES.get(name, name)} {value:.1f}" for name, value in seconds.items())
     return f"{sum(seconds.values()):.1f} s" + (f": {parts}" if parts else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def predicted(model: nn.Module, config: LoraConfig, options: Options) -> Explanation:

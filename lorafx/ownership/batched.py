@@ -88,7 +88,7 @@ def crossed(node: fx.Node, flow: Flow) -> Label:
     n = len(flow.shape(node))
     label = flow.broadcast(node, node.all_input_nodes, n)
     if isinstance(label, Own) and label.dim == wrap(bound(node)["dim"], n):
-        return flow.lost(node, f"vectors along the owner dimension of {label}")
+        return flow.lost(node, f"vectors along {label}")
     return label
 
 
@@ -103,7 +103,7 @@ def trilinear(node: fx.Node, flow: Flow) -> Label:
             n = len(flow.shape(args[name])) + len(args[expand])
             dim = [d for d in range(n) if d not in args[expand]][label.dim]
             if dim in summed:
-                return flow.lost(node, f"summed over the owner dimension of {label}")
+                return flow.lost(node, f"summed over {label}")
             label = label.at(dim - sum(d < dim for d in summed))
         labels.append(label)
     return flow.agree(node, labels)
@@ -159,7 +159,7 @@ def diagonals(node: fx.Node, flow: Flow) -> Label:
     args = bound(node)
     planes = {wrap(args[name], n) for name in ("dim1", "dim2")}
     if label.dim == n - 2:
-        return flow.lost(node, f"a diagonal along the owner dimension of {label}")
+        return flow.lost(node, f"a diagonal along {label}")
     return label.at([d for d in range(n) if d not in planes][label.dim])
 
 

@@ -38,7 +38,7 @@ def lettered(
         if isinstance(label, Own):
             letter = letters[label.dim]
             if letter not in out:
-                return flow.lost(node, f"contracted over the owner dimension of {label}")
+                return flow.lost(node, f"contracted over {label}")
             label = label.at(out.index(letter))
         labels.append(label)
     return flow.agree(node, labels + [flow.aligned(arg, len(out)) for arg in bias])

@@ -361,7 +361,7 @@ def elementwise_index(node: fx.Node, flow: Flow) -> Label:
     label = flow.agree(node, labels)
     if isinstance(label, Own):
         if label.dim == dim:
-            return flow.lost(node, f"picks along the owner dimension of {label}")
+            return flow.lost(node, f"picks among {label}")
         sizes = [flow.shape(t)[label.dim] for t in (x, index, src) if len(flow.shape(t)) == n]
         if not all(flow.whole(size, label) for size in sizes):
             return flow.lost(node, "picks a part of the owner dimension")

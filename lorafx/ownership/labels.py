@@ -39,8 +39,9 @@ class Own:
         return replace(self, dim=dim)
 
     def __str__(self) -> str:
-        perm = f", perm={self.perm.name}" if self.perm is not None else ""
-        return f"Own(dim={self.dim}, rows={self.rows}{perm})"
+        each = "" if self.rows == 1 else f", {self.rows} rows each"
+        order = "" if self.perm is None else f", in the order of {self.perm.name}"
+        return f"the requests along dimension {self.dim}{each}{order}"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,16 @@ class One:
 
     request: int
 
+    def __str__(self) -> str:
+        return f"request {self.request}"
+
 
 @dataclass(frozen=True)
 class Pooled:
     """A paged cache's keys or values of all requests; a mask restricts each query."""
+
+    def __str__(self) -> str:
+        return "keys or values of all requests"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def not_over(worked: Callable[[fx.Node, Flow, int], bool], leading: bool = True)
         if not isinstance(first, Own):
             return label
         if worked(node, flow, first.dim):
-            return each_output(node, flow.lost(node, f"works over the owner dimension of {first}"))
+            return each_output(node, flow.lost(node, f"works over {first}"))
         if leading or not isinstance(label, tuple):
             return label
         lost = flow.lost(node, "statistics of several requests")

@@ -30,7 +30,7 @@ def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
     n = len(flow.shape(operand(node)))
     dims = wrap_all(args.get("dim", args.get("dims")), n)
     if label.dim in dims:
-        return each_output(node, flow.lost(node, f"reduced over the owner dimension of {label}"))
+        return each_output(node, flow.lost(node, f"reduced over {label}"))
     kept = args.get("keepdim", args.get("keepdims", False))
     return each_output(
         node, label if kept else label.at(label.dim - sum(d < label.dim for d in dims))
@@ -41,7 +41,7 @@ def reduced(node: fx.Node, flow: Flow, label: Own) -> Label:
 def scanned(node: fx.Node, flow: Flow, label: Own) -> Label:
     """Softmax, cumulative sums, fft, top-k: work along `dim`, and keep all dimensions."""
     if label.dim in wrap_all(bound(node).get("dim"), len(flow.shape(operand(node)))):
-        return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
+        return each_output(node, flow.lost(node, f"works along {label}"))
     return each_output(node, label)
 
 
@@ -141,7 +141,7 @@ def batch_first(node: fx.Node, flow: Flow) -> Label:
     """Every tensor leads with the batch: grid sampling, affine grids."""
     label = flow.agree(node, [flow.label(arg) for arg in node.all_input_nodes])
     if isinstance(label, Own) and label.dim != 0:
-        return each_output(node, flow.lost(node, f"works over the owner dimension of {label}"))
+        return each_output(node, flow.lost(node, f"works over {label}"))
     return each_output(node, label)
 
 

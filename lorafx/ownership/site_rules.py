@@ -64,7 +64,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
     if label is None:
         label = copied_per_request(node, flow, x, flow.shape(y)[:-1])
     if isinstance(label, Own) and label.dim >= len(flow.shape(y)) - 1:
-        return flow.lost(node, f"the feature dimension is the owner dimension of {label}")
+        return flow.lost(node, f"the feature dimension is {label}")
     return flow.agree(node, [flow.label(y), label])
 
 
@@ -76,7 +76,7 @@ def expert_site(node: fx.Node, flow: Flow) -> Label:
     if mixed is not None:
         return mixed
     if any(isinstance(item, Own) and item.dim >= len(flow.shape(args["x"])) - 1 for item in labels):
-        return flow.lost(node, f"the feature dimension is the owner dimension of {labels[0]}")
+        return flow.lost(node, f"the feature dimension is {labels[0]}")
     return flow.agree(node, labels)
 
 
@@ -87,7 +87,7 @@ def conv_site(node: fx.Node, flow: Flow) -> Label:
     if label is None:
         label = copied_per_request(node, flow, x, flow.shape(y)[:1])
     if isinstance(label, Own) and label.dim:
-        return flow.lost(node, f"a convolution works over the owner dimension of {label}")
+        return flow.lost(node, f"a convolution works over {label}")
     return label
 
 

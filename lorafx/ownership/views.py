@@ -308,7 +308,7 @@ def piece(
     runs = flow.positions(label, flow.shape(operand(node))[label.dim], label.rows)
     part = runs.part(start, size, step) if runs is not None and size != 0 else None
     if part is None:
-        return flow.lost(node, f"a part of the owner dimension of {label} that is not known")
+        return flow.lost(node, f"a part of {label} that is not known")
     return flow.placed(label.dim, label.rows, part)
 
 

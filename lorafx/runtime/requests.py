@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
-from lorafx.errors import BatchError, ConfigError
+from lorafx.errors import BatchError, ConfigError, numbered
 from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, new_tokens, sizes_of
 from lorafx.program.program import Call
 
@@ -28,10 +28,10 @@ _TOKENS = (*TOKEN_DIMS, "labels")
 
 def _misfit_error(names: int, rows: int, arguments: str) -> BatchError:
     return BatchError(
-        f"adapter_names has {names} entries, but the batch has {rows} rows; give one "
-        "name, or None for the base model, per row, or declare which dimension holds the "
-        "requests with LoraConfig(row_dims={argument: dim}), 'items' for a list of one tensor per "
-        f"request{arguments}"
+        f"adapter_names has {numbered(names, 'entry', 'entries')}, but the batch has "
+        f"{numbered(rows, 'row')}; give one name, or None for the base model, per row, or declare "
+        "which dimension holds the requests with LoraConfig(row_dims={argument: dim}), 'items' for "
+        f"a list of one tensor per request{arguments}"
     )
 
 

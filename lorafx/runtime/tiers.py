@@ -39,7 +39,7 @@ from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.config import Options
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
-from lorafx.errors import ConfigError, LorafxWarning, VerifyError
+from lorafx.errors import ConfigError, LorafxWarning, VerifyError, numbered
 from lorafx.interrupts import undisturbed
 from lorafx.placements import divides_experts
 from lorafx.program.argument_roles import PRIMARY, tensor_leaves
@@ -79,8 +79,7 @@ class KindStatus:
         why = self.reason
         if self.tier == "eager" and self.calls < CALLS:
             why = "its graph is compiled from its second call on"
-        times = "1 call" if self.calls == 1 else f"{self.calls} calls"
-        return f"{self.kind}, {times}: {self.tier}{why and f': {why}'}"
+        return f"{self.kind}, {numbered(self.calls, 'call')}: {self.tier}{why and f': {why}'}"
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ class Status:
         return sum(kind.tier == tier for kind in self.kinds)
 
     def __str__(self) -> str:
-        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
-        return "\n".join([graphs, *map(str, self.kinds)])
+        return "\n".join([numbered(self.graphs, "graph"), *map(str, self.kinds)])
 
 
 @dataclass(eq=False)
@@ -154,12 +152,12 @@ def starts_eagerly(program: Program) -> bool:
     return start == "eager" and not any(map(divides_experts, program.model.parameters()))
 
 
-def _is_usable(cache: str | bool | None) -> bool:
-    """Whether the value of `Options.cache` has a folder."""
+def _usable(cache: str | bool | None) -> Path | None:
+    """The folder of the value of `Options.cache`."""
     try:
-        return folder_of(cache).is_dir() if cache else False
+        return folder_of(cache) if cache else None
     except ConfigError:
-        return False
+        return None
 
 
 def _shows_graphs(options: Options) -> bool:
@@ -360,13 +358,13 @@ class Tiers:
 
         kind.processes += 1
         try:
-            usable = _is_usable(session.program.options.cache)
-            private = None if usable else os.fspath(self.folder)
+            folder = _usable(session.program.options.cache)
+            private = os.fspath(self.folder) if folder is None else None
             undisturbed(begin)
         except OSError as error:  # no memory, file descriptors, or place for files
             self._keep_eager(kind, f"no process that compiles could be started: {error}")
             return
-        if private is None and not _is_prepared():
+        if folder is not None and any(folder.glob("*/*.graph")) and not _is_prepared():
             _prepare(_import)  # there may be a graph of an earlier process
         self._look()
 

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 #: Programs that once found something.
 KEPT: tuple[Program, ...] = (
     Program(("SequenceFirst", "ActingSubclass"), ("", "b"), ("b", "b")),  # a product expands x
+    # Behind a graph break, and where Dynamo makes no graph, a copy is used and its module is not.
+    Program(("Recurrent", "RoundedCopy"), ("a", "b"), (None, "a", "b", "a"), seed=24846),
+    Program(("StackedState",), ("", "b"), ("b", "b"), dynamic=True),
 )
 
 programs = st.builds(

@@ -141,7 +141,7 @@ def test_sums_of_adapters(fresh: lorafx.Package, shallow: Case) -> None:
             lorafx.ConfigError,
             "unexpected keyword argument 'labels'",
         ),
-        ({"adapter_names": ["a0"]}, lorafx.BatchError, "1 entries, but the batch has 2"),
+        ({"adapter_names": ["a0"]}, lorafx.BatchError, "1 entry, but the batch has 2"),
         ({"adapter_names": []}, lorafx.BatchError, "adapter_names is empty"),
         ({"adapter_names": "a0"}, lorafx.ConfigError, "must be a list"),
         ({"adapter_names": ["a0", "sql"]}, lorafx.UnknownAdapterError, "no adapter named 'sql'"),

@@ -13,7 +13,7 @@ from tiny_models import token_inputs
 from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
 import lorafx
-from lorafx.errors import BatchError, ConfigError
+from lorafx.errors import BatchError, ConfigError, numbered
 
 pytestmark = pytest.mark.quick
 
@@ -89,10 +89,10 @@ def test_as_many_names_as_prompts(shallow: Case) -> None:
     """In a call, in `generate` and in `generate_batch` alike: none is for several rows."""
     cm, inputs = shallow.compile(), token_inputs(4, 4)
     for names in (["a0"], ["a0"] * 2, ["a0"] * 5):
-        said = f"adapter_names has {len(names)} entries, but the"
-        with pytest.raises(BatchError, match=f"{said} batch has 4 rows"):
+        said = f"adapter_names has {numbered(len(names), 'entry', 'entries')}"
+        with pytest.raises(BatchError, match=f"{said}, but the batch has 4 rows"):
             cm(**inputs, adapter_names=names)
-        with pytest.raises(BatchError, match=f"{said} batch has 4 rows"):
+        with pytest.raises(BatchError, match=f"{said}, but the batch has 4 rows"):
             cm.generate(**inputs, adapter_names=names, max_new_tokens=2)
-        with pytest.raises(BatchError, match=f"{said}re are 4 prompts"):
+        with pytest.raises(BatchError, match=f"{said} for 4 prompts"):
             cm.generate_batch([[1, 2]] * 4, names, max_new_tokens=2)

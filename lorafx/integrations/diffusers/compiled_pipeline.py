@@ -40,6 +40,7 @@ from lorafx.errors import (
     ReplacedModuleError,
     UnknownAdapterError,
     nearest,
+    numbered,
 )
 from lorafx.inspection.explanation import Explanation
 from lorafx.model.keywords import refuse_slips
@@ -325,8 +326,8 @@ def _check_count_of_prompts(arguments: Mapping[str, Any], count: int) -> None:
             continue  # any other string is for all prompts
         if entries != count:
             raise BatchError(
-                f"adapter_names has {count} entries, but {name} has {entries}; give one name, or "
-                "None for the base model, per prompt"
+                f"adapter_names has {numbered(count, 'entry', 'entries')}, but {name} has "
+                f"{entries}; give one name, or None for the base model, per prompt"
             )
 
 

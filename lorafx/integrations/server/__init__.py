@@ -20,6 +20,6 @@ def check_requirements() -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(
-                f"lorafx serve needs {name} ({error}): pip install 'lorafx[serve]' "
-                "'transformers>=5.23'"
+                f"lorafx serve needs {name} ({error}): in a checkout of lorafx, pip install "
+                "'.[serve]' 'transformers>=5.23'"
             ) from error

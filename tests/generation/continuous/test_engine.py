@@ -240,7 +240,7 @@ def test_generate_batch(llama, cm):
     ).values()
     assert output.generated_tokens == next(iter(outputs.values())).generated_tokens
     assert cm.generate_batch([]) == {}
-    with pytest.raises(BatchError, match="2 entries, but there are 1 prompts"):
+    with pytest.raises(BatchError, match="2 entries for 1 prompt;"):
         cm.generate_batch([[3]], ["a1", "a2"])
     with pytest.raises(UnknownAdapterError, match="'a11'; nearest: a1"):
         cm.generate_batch([[3]], ["a11"])

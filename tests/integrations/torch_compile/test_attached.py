@@ -89,7 +89,7 @@ def test_names_that_do_not_fit_the_batch(plain: Case) -> None:
     )
     for names, rows, kind, message in (
         (["a0", "a1"], 4, BatchError, "adapter_names has 2 entries, but the batch has 4 rows"),
-        (["a0", "a1"], 1, BatchError, "adapter_names has 2 entries, but the batch has 1 rows"),
+        (["a0", "a1"], 1, BatchError, "adapter_names has 2 entries, but the batch has 1 row;"),
         (7, 1, ConfigError, "adapter_names must be a list"),
         ([], 1, BatchError, "adapter_names is empty"),
         (["a0", "a1"], 2, CapacityError, "2 distinct adapters"),
