@@ -170,7 +170,7 @@ class EagerTier:
 def _is_seen(module: nn.Module) -> bool:
     """Whether the module's forward and hooks are code of the `_SEEN` packages."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    forward = vars(module).get("forward")
+    forward: Any = vars(module).get("forward")
     if type(forward).__module__.startswith("lorafx."):  # such as `generate`'s, around another one
         forward = forward.__wrapped__
     own = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
