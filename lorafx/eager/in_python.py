@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorafx.eager.following import Following, NeedsGraph
+from lorafx.model.marks import SiteMark
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
 
@@ -60,6 +61,10 @@ class WatchedInPython(InPython):
     def outside(self, action: Callable[[], T]) -> T:
         with DisableTorchFunction():
             return super().outside(action)
+
+    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
+        with DisableTorchFunction():
+            return super().marked(mark, x, y)
 
 
 class _Readers(TorchFunctionMode):

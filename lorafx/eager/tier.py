@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -169,7 +170,11 @@ class EagerTier:
 def _is_seen(module: nn.Module) -> bool:
     """Whether the module's forward and hooks are code of the `_SEEN` packages."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if "forward" in vars(module) and cell_of_forward(module) is None:
+    forward: Any = vars(module).get("forward")
+    if type(forward).__module__.startswith("lorafx."):  # such as `generate`'s, around another one
+        forward = forward.__wrapped__
+    own = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    if forward is not None and not own and cell_of_forward(module) is None:
         return False
     code = (type(module), *(hook if callable(hook) else type(hook) for hook in hooks))
     return all(str(item.__module__).partition(".")[0] in _SEEN for item in code)

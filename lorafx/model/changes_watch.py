@@ -159,7 +159,7 @@ class HookWatch:
         self._root = root
         self.around = all(site.module is not root for site in sites)
         self._states = itertools.count(1)
-        self._accepted = frozenset[int]()
+        self._accepted, self._told = frozenset[int](), frozenset[int]()
         self._initial = self._current = self._hook_numbers()
         self.state = 0
 
@@ -172,6 +172,13 @@ class HookWatch:
                 self._current = numbers
                 self.state = 0 if numbers == self._initial else next(self._states)
         return self.state
+
+    def new(self) -> list[Any]:
+        """The hooks that users have registered since the last call of this method."""
+        self.look()
+        told = self._told | self._accepted
+        self._told = frozenset(number for number, _ in self._hooks)
+        return [hooks[number] for number, hooks in self._hooks if number not in told]
 
     def accept_new(self) -> None:
         """Ignore hooks that the call has registered, as transformers does for hidden states."""

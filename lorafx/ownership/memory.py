@@ -23,8 +23,11 @@ import ctypes
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,6 +38,8 @@ from torch.utils.weak import WeakIdRef
 from lorafx.torch_internals.graph_parts import storage_of_weak
 
 NOBODY, UNKNOWN = -1, -2
+#: The most items of a container that `in_code` looks at.
+_MOST_ITEMS = 4096
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 
 
@@ -532,6 +537,36 @@ def in_containers(model: nn.Module) -> Iterator[Tensor]:
             items = value.values() if isinstance(value, Mapping) else value
             if isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes)):
                 yield from (item for item in items if isinstance(item, Tensor))
+
+
+def in_code(value: object, seen: set[int], depth: int = 5) -> Iterator[Tensor]:
+    """Parameters, and vectors that are no views, which a hook holds in closures, globals, arguments
+    and attributes: the same for all rows, if they existed when it was registered."""
+    if id(value) in seen or not depth:
+        return
+    seen.add(id(value))
+    items: Iterable[object] = ()
+    if isinstance(value, Tensor):
+        vector = value.numel() == max(value.shape, default=1)
+        if isinstance(value, nn.Parameter) or (vector and _elements(value) == value.numel()):
+            yield value
+    elif isinstance(value, nn.Module):
+        items = (*value.parameters(), *value.buffers())
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = value.values() if isinstance(value, Mapping) else value
+    elif isinstance(value, partial):
+        items = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        items = (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        used = map(value.__globals__.get, value.__code__.co_names)
+        with suppress(ValueError):  # a cell may be empty
+            items = [cell.cell_contents for cell in value.__closure__ or ()]
+        items = (*items, *used, *(value.__defaults__ or ()))
+    elif not isinstance(value, (type, ModuleType)):
+        items = getattr(value, "__dict__", {}).values()
+    for item in islice(items, _MOST_ITEMS):
+        yield from in_code(item, seen, depth - 1)
 
 
 class TensorVersions:

@@ -36,6 +36,7 @@ from lorafx.ownership.memory import (
     ModelMemory,
     Remembered,
     TensorVersions,
+    in_code,
     in_containers,
     repeated_owners,
     settled,
@@ -135,6 +136,7 @@ class Program:
     constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.remembered = Remembered()
         self.note_constants()
         #: Whether some graph takes results of another, so that results get labels.
         self.in_pieces = False
@@ -173,7 +175,6 @@ class Program:
 
     def note_constants(self) -> None:
         """Record the modules' tensor attributes as constants, before the first call."""
-        self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
         self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
@@ -378,6 +379,8 @@ class Program:
 
     def shared_in_one_call(self) -> Callable[[Tensor], bool]:
         """A predicate that is valid for one call: whether a tensor is the model's."""
+        if hooks := self.hook_watch.new():
+            self.remembered.keep(item for hook in hooks for item in in_code(hook, set()))
         in_model = self.model_memory.in_one_call()
         return lambda tensor: self.remembered.holds(tensor) or in_model(tensor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,23 @@ def test_reports_tell_of_calls_that_were_answered_eagerly(llama: Case) -> None:
     told = str(cm.explain())
     assert "calls are answered eagerly, as listed below" in told
     assert "no call has been made" not in told
+
+
+def test_weights_that_autocast_casts(llama: Case) -> None:
+    """Here an input has as many elements as a weight, beside a hook of the model's user."""
+    cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(4, 6)
+    cm._orig_mod.model.norm.register_forward_hook(lambda *_: None)
+    want = llama.expected(MIXED[:4], inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cm(**inputs, adapter_names=MIXED[:4])["logits"]
+    assert error(valid(inputs, got).float(), valid(inputs, want)) <= 0.06
+    check_eager(cm)
+
+
+def test_the_first_call_by_generate_knows_the_models_code(llama: Case) -> None:
+    cm = llama.compile(EAGER)
+    cm.generate(torch.randint(3, VOCAB, (4, 6)), **GREEDY, adapter_names=MIXED[:4])
+    assert not cm._session.tiers._eager._has_unknown_code()
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -370,3 +388,55 @@ def test_adapters_and_mixes_are_remembered_in_bounds(llama: Case) -> None:
     known = len(remembered.results)
     assert known < 400
     check(cm, llama, ["a2", "a0", None], FAMILIES["llama"].inputs(3, 7))
+
+
+class Probe(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(24, 5), nn.Linear(5, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.relu(self.down(x)))
+
+
+def steering(held: str) -> Any:
+    """A hook that changes what a layer returns, by what its user has made before."""
+    generator = torch.Generator().manual_seed(0)
+    vector, probe = torch.randn(24, generator=generator), Probe().requires_grad_(False)
+    if held == "direction":
+        return lambda module, args, y: y - (y @ vector)[..., None] * vector / vector.norm()
+    if held == "module":
+        return lambda module, args, y: y + probe(y)
+    last = [torch.zeros(24)]
+
+    def of_last_call(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        before, last[0] = last[0], y[0, -1].clone()
+        return y + before
+
+    return of_last_call
+
+
+@pytest.mark.parametrize("held", ["direction", "module"])
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) -> None:
+    cm, inputs, hook = llama.compile({**EAGER, "start": start}), {}, steering(held)
+    inputs["input_ids"] = torch.randint(3, VOCAB, (4, 6))
+    want = []
+    for row, name in enumerate(MIXED[:4]):
+        alone = copy.deepcopy(llama.alone(name))
+        alone.model.layers[0].register_forward_hook(hook)
+        want.append(alone(inputs["input_ids"][row : row + 1]).logits)
+    if start == "eager":
+        cm.generate(**inputs, **GREEDY, adapter_names=MIXED[:4])
+    cm._orig_mod.model.layers[0].register_forward_hook(hook)
+    assert error(cm(**inputs, adapter_names=MIXED[:4])["logits"], torch.cat(want)) <= TOLERANCE
+    if start == "eager":
+        check_eager(cm)
+
+
+def test_what_a_hook_keeps_of_a_call_belongs_to_its_requests(llama: Case) -> None:
+    cm, ids = llama.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
+    cm._orig_mod.model.layers[0].register_forward_hook(steering("last call"))
+    cm(ids, adapter_names=MIXED[:4])
+    with pytest.raises(ProvenanceError, match="it is not known which requests"):
+        cm(ids, adapter_names=MIXED[:4])
