@@ -220,7 +220,7 @@ def test_several_processes_of_torchrun_are_refused(files, monkeypatch):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ConfigError, match=r"uvicorn.*pip install 'lorafx\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"uvicorn.*pip install '\.\[serve\]'"):
         check_requirements()
 
 
