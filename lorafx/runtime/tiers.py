@@ -152,7 +152,7 @@ def starts_eagerly(program: Program) -> bool:
     return start == "eager" and not any(map(divides_experts, program.model.parameters()))
 
 
-def _usable(cache: str | bool | None) -> Path | None:
+def _usable_folder(cache: str | bool | None) -> Path | None:
     """The folder of the value of `Options.cache`."""
     try:
         return folder_of(cache) if cache else None
@@ -358,13 +358,13 @@ class Tiers:
 
         kind.processes += 1
         try:
-            folder = _usable(session.program.options.cache)
+            folder = _usable_folder(session.program.options.cache)
             private = os.fspath(self.folder) if folder is None else None
             undisturbed(begin)
         except OSError as error:  # no memory, file descriptors, or place for files
             self._keep_eager(kind, f"no process that compiles could be started: {error}")
             return
-        if folder is not None and any(folder.glob("*/*.graph")) and not _is_prepared():
+        if folder is not None and not _is_prepared() and any(folder.glob("*/*.graph")):
             _prepare(_import)  # there may be a graph of an earlier process
         self._look()
 
