@@ -300,8 +300,9 @@ class Memory:
 
     def unwritten(self, block: Block | None, tensor: Tensor) -> bool:
         """Whether the labels of the tensor's storage, `block`, all follow from the first one's."""
-        fresh = block is not None and block.born and not block.epoch
-        return fresh and self._intact(block, tensor)
+        if block is None or block.epoch or not block.born:
+            return False
+        return self._intact(block, tensor)
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
