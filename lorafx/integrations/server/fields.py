@@ -33,22 +33,32 @@ _CHOOSING = (
 #: Fields without an effect on an answer.
 _WITHOUT_EFFECT = (
     "cache_salt include_reasoning metadata model moderation prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention request_id safety_identifier service_tier store user"
+    "prompt_cache_retention request_id safety_identifier service_tier session_id store "
+    "stream_interval user"
 )
-_GUIDED = "guided_choice guided_grammar guided_json guided_regex"
+_GUIDED = "ebnf guided_choice guided_grammar guided_json guided_regex json_schema regex"
 #: Neutral values, and the fields of OpenAI and vLLM that are accepted with these only.
 _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
-        f"{_GUIDED} allowed_token_ids audio chat_template conversation generation_config "
-        "kv_transfer_params max_tool_calls mm_processor_kwargs prediction previous_response_id "
-        "prompt_embeds reasoning reasoning_effort truncate_prompt_tokens vllm_xargs "
+        f"{_GUIDED} access_programs allowed_token_ids audio background_options chat_template "
+        "context_management conversation custom_logit_processor ec_transfer_params enable_thinking "
+        "generation_config image kv_transfer_params logprob_token_ids max_new_tokens "
+        "max_tool_calls media_io_kwargs mm_processor_kwargs prediction previous_input_messages "
+        "previous_response_id prompt_embeds reasoning reasoning_effort repetition_detection "
+        "stop_regex thinking_token_budget truncate_prompt_tokens truncation_side vllm_xargs "
         "web_search_options",
     ),
-    ((False,), "background use_beam_search"),
-    ((0,), "priority"),
+    (
+        (False,),
+        "background enable_response_messages return_hidden_states return_mm_kwargs "
+        "return_prompt_text return_token_offsets return_weight_versions use_beam_search "
+        "watermarking",
+    ),
+    ((0,), "priority routed_experts_prompt_start top_logprobs"),
     (([],), "documents functions include logits_processors"),
     ((1,), "length_penalty typical_p"),
+    (("tensors",), "mm_payload"),
     ((True,), "spaces_between_special_tokens"),
     (("auto", "none"), "function_call"),
     ((["text"],), "modalities"),
@@ -59,7 +69,12 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
 _INSTEAD = {
     **dict.fromkeys(_GUIDED.split(), "send `structured_outputs`"),
     "chat_template": "start the server with it",
+    "enable_thinking": "send it in `chat_template_kwargs`",
+    "logprob_token_ids": "ask for the likeliest tokens, by `top_logprobs` or `logprobs`",
+    "max_new_tokens": "send `max_tokens`",
     "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
+    "repetition_detection": "send a `repetition_penalty` or `frequency_penalty`",
+    "thinking_token_budget": "bound the whole answer, by `max_tokens`",
 }
 
 #: Fields by which other servers (TGI, LoRAX, SGLang, vLLM) take the name of an adapter.
