@@ -161,8 +161,8 @@ _Length = Annotated[int | None, Field(ge=1)]
 
 
 class GrammarSource(NamedTuple):
-    """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice" or "grammar";
-    `field` asked for it."""
+    """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice", "grammar" or
+    "calls" (what makes one of the special tokens); `field` asked for it."""
 
     field: str
     kind: str
@@ -330,15 +330,51 @@ class MessageFields(Fields):
 
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] = []
-    tool_choice: Literal["auto", "none"] = "auto"  # calls are not forced
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
     @property
+    def choice(self) -> tuple[str, frozenset[str] | None]:
+        """How calls are made ("auto", "none", "required", or "named": one call of one tool), and of
+        which tools, all if that is None. Raises RequestError if `tool_choice` does not say so."""
+        asked = self.tool_choice
+        if isinstance(asked, str):
+            return asked, None
+        inner = asked.get("allowed_tools", asked)  # chats nest what responses do not
+        try:
+            if asked["type"] == "allowed_tools" and inner["mode"] in ("auto", "required"):
+                return inner["mode"], frozenset(map(_name_of, inner["tools"]))
+            if asked["type"] == "function":
+                return "named", frozenset([_name_of(asked)])
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise RequestError(
+            "`tool_choice` is auto, none, required, a function by its name, or allowed_tools with "
+            f"their mode; got {asked!r:.80}",
+            "tool_choice",
+        )
+
+    @property
     def used_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call."""
-        return self.tools if self.tools and self.tool_choice != "none" else None
+        """The tools that the model may call, in the form of a chat's. Raises RequestError if they
+        are no functions, or `tool_choice` has others."""
+        mode, chosen = self.choice
+        for tool in self.tools:
+            if tool.get("type", "function") != "function" or not _name_of(tool):
+                raise RequestError(
+                    f"`tools` are functions with a name, which the client runs; {tool!r:.80} is "
+                    "not served: leave it out, or describe it as a function",
+                    "tools",
+                )
+        names = {_name_of(tool) for tool in self.tools}
+        if missing := (chosen or frozenset()) - names or (mode == "required" and not names):
+            which = sorted(missing) if isinstance(missing, frozenset) else "any"
+            raise RequestError(f"`tool_choice` needs {which} among `tools`", "tool_choice")
+        used = () if mode == "none" else self.tools
+        tools = [tool for tool in used if chosen is None or _name_of(tool) in chosen]
+        return [{"type": "function", "function": _function(tool)} for tool in tools] or None
 
 
 class ChatFields(SequenceFields, MessageFields):
@@ -387,15 +423,20 @@ class ResponseFields(MessageFields):
             messages.insert(0, {"role": "system", "content": self.instructions})
         return messages
 
-    @property
-    def used_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call, in the form of a chat's."""
-        _, _, as_in_chats = response_parts()
-        tools: list[dict[str, Any]] | None = as_in_chats(super().used_tools)
-        return tools
-
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool says of its function, in the form of a response's tool or of a chat's."""
+    return tool.get("function") or {k: value for k, value in tool.items() if k != "type"}
+
+
+def _name_of(tool: Mapping[str, Any]) -> str:
+    """The name of a tool's function; "" if it has none."""
+    function = _function(tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _with_turns(asked: Any) -> Any:
