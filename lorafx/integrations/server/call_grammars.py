@@ -24,9 +24,13 @@ _GROUP = regex.compile(r"\(\?P?<(\w+)>((?:[^][()\\]|\\.|\[(?:[^]\\]|\\.)*\])*)\)
 _TEXT, _SPACE = "(?s:.*)", r"/[ \t\r\n]{0,2}/"
 #: How many values a tool may have with all of its schemas in their places.
 _MOST = 2_000
-#: Keywords of a schema that hold nothing; and those of a string that are held in tags.
+#: Keywords of a schema that hold nothing; and those that are held where values are no JSON.
 _NOTES = {"$defs", "$schema", "default", "description", "examples", "title", "type"}
-_HELD = {"enum", "const", "minLength", "maxLength"}
+_HELD = {
+    "array": {"items", "minItems", "maxItems"},
+    "object": {"properties", "required", "additionalProperties"},
+    "string": {"enum", "const", "minLength", "maxLength"},
+}
 
 
 def answer_grammar(
@@ -151,6 +155,7 @@ class _CallForm:
         function = _inside(field.transform or "{content}", "function")
         places = (_inside(function, part)[1:-1].split(".")[1:] for part in ("name", "arguments"))
         self._of_name, self._of_arguments = places
+        self._marks = next(iter(self._args.get("string_delims") or ()), None)
 
     def call(self, tool: dict[str, Any], *, hold: bool) -> str:
         """The rule of a call behind `head`, whose arguments `hold` to the tool's schema. Those of a
@@ -162,10 +167,9 @@ class _CallForm:
         begin = rules.pattern(_named(name, self._name) + self._rest) if self._name else ""
         if self._name and not hold:
             return rules.rule(f"{begin} {rules.beyond(self._close)}")
-        quotes = {"string_delims", "unquoted_keys"} & self._args.keys()
-        if quotes or kind not in ("json", "xml-inline"):
-            raise ValueError(f"they are {kind!r}, with {sorted(quotes)}")
-        body = _json(self._whole(name, schema)) if kind == "json" else self._tags(schema)
+        if kind not in ("json", "xml-inline"):
+            raise ValueError(f"they are {kind!r}")
+        body = self._value(self._whole(name, schema)) if kind == "json" else self._tags(schema)
         return rules.rule(f"{begin} {_SPACE} {body} {_SPACE} {rules.pattern(self._close)}")
 
     def _whole(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +202,48 @@ class _CallForm:
             tag = f"({_SPACE} {rules.pattern(begin + _named(name, key) + between)} {inside})"
             tags.append(tag if name in schema.get("required", ()) else f"{tag}?")
         return " ".join(tags)
+
+    def _value(self, schema: dict[str, Any]) -> str:
+        """JSON by a schema, or what the model has in its place, with other marks of strings."""
+        if self._marks:
+            return f"({' | '.join(map(self._unquoted, _alternatives(schema)))})"
+        if self._args.get("unquoted_keys"):
+            raise ValueError("strings may look like keys")
+        return _json(schema)
+
+    def _unquoted(self, schema: dict[str, Any]) -> str:
+        """What keeps to a schema of one type, and need not be all that does."""
+        kind, rules = _kind(schema), self._rules
+        if kind == "string":
+            return self._string(_text(schema))
+        if kind not in _HELD:  # a number, true, false or null
+            return _json(schema)
+        _check_held(schema, kind)
+        if kind == "array":
+            item = rules.rule(self._value(schema["items"]))
+            least, most = schema.get("minItems", 0), schema.get("maxItems", "")
+            more = f'("," {item}){{{max(least - 1, 0)},{most and most - 1}}}'
+            return f'"[" ({item} {more}){"" if least else "?"} "]"'
+        members, needed = schema["properties"], schema.get("required", ())
+        made = {name: rules.rule(self._member(name, members[name])) for name in members}
+        # Those that are required come first. Any of the others may begin if there are none.
+        begun = ['"," '.join(f"{made[name]} " for name in needed)] if needed else list[str]()
+        rest = ""
+        for name in reversed([name for name in members if name not in needed]):
+            begun = begun if needed else [f"{made[name]} {rest}", *begun]
+            rest = rules.rule(f'("," {made[name]})? {rest}')
+        if needed:
+            return f'"{{" {begun[0]} {rest} "}}"'
+        return f'"{{" ({" | ".join(begun)})? "}}"' if begun else '"{}"'
+
+    def _member(self, name: str, schema: dict[str, Any]) -> str:
+        bare = self._args.get("unquoted_keys") and regex.fullmatch(r"\w+", name)
+        key = self._rules.pattern(name) if bare else self._string(regex.escape(name))
+        return f'{key} ":" {self._value(schema)}'
+
+    def _string(self, text: str) -> str:
+        begin, end = map(regex.escape, self._marks or ())
+        return f"{self._rules.pattern(begin)} {self._rules.until(end, text)}"
 
 
 def _reasoning(template: ResponseTemplate, rules: _Rules, opened: str) -> str:
@@ -232,10 +278,14 @@ def _kind(schema: dict[str, Any]) -> str:
     return "string" if texts else str(schema["type"])
 
 
+def _check_held(schema: dict[str, Any], kind: str) -> None:
+    if unheld := schema.keys() - _HELD[kind] - _NOTES:
+        raise ValueError(f"no place for the `{min(unheld)}` of a schema")
+
+
 def _text(schema: dict[str, Any]) -> str:
     """The regular expression of the letters of strings."""
-    if unheld := schema.keys() - _HELD - _NOTES:
-        raise ValueError(f"no place for the `{min(unheld)}` of a schema")
+    _check_held(schema, "string")
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return "|".join(regex.escape(value) for value in values if isinstance(value, str))

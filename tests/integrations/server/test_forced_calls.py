@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletion
 from served import ask, events, question
-from spoken import CHAT, QWEN, QWEN_XML, RESPONSES, answers, tokenizer
+from spoken import CHAT, GEMMA, QWEN, QWEN_XML, RESPONSES, answers, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ from lorafx.integrations.server.grammars import Grammars
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
 GEMMAS, THOUGHT = "JSON of Gemma", "<|channel>thought\n"
-TEMPLATES = {"JSON": QWEN, "tags": QWEN_XML}
+TEMPLATES = {"JSON": QWEN, "tags": QWEN_XML, GEMMAS: GEMMA}
 #: What stands between the marks of each, which some tokenizers have as tokens that are no text.
 MARKS = {
     "JSON": ["<tool_call>", "</tool_call>", "<think>", "</think>"],
@@ -220,6 +220,9 @@ def with_calls(form: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("form", "tools"),
     [
+        (GEMMAS, tool("f", TREE)),
+        (GEMMAS, tool("get-weather")),
+        (GEMMAS, tool("f", {"type": "object"})),
         ("tags", tool("f", {"type": "object", "properties": {"a>b": {"type": "string"}}})),
         ("tags", tool("f", {"type": "object", "properties": {"a": {"format": "date"}}})),
         ("JSON", tool("f", {"type": "object", "properties": {"a": {"type": "nothing"}}})),
