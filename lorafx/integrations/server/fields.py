@@ -429,13 +429,13 @@ class ResponseFields(MessageFields):
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     """What a tool says of its function, in the form of a response's tool or of a chat's."""
-    return tool.get("function") or {k: value for k, value in tool.items() if k != "type"}
+    nested = tool.get("function")
+    return nested if isinstance(nested, dict) else {k: v for k, v in tool.items() if k != "type"}
 
 
 def _name_of(tool: Mapping[str, Any]) -> str:
     """The name of a tool's function; "" if it has none."""
-    function = _function(tool)
-    name = function.get("name") if isinstance(function, dict) else None
+    name = _function(tool).get("name")
     return name if isinstance(name, str) else ""
 
 
