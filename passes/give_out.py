@@ -12,7 +12,7 @@ or `provenance` cannot prove the sites' rows, the graph stays unchanged.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -457,7 +457,7 @@ class GiveOut:
             return 0
         seeds = seeds_of(ctx.frame.by_node, batch)
         assume = slots_of(ctx.frame) is not None
-        sites, kept = give_out(gm.graph, seeds, batch, ctx.take_edit, assume=assume)
+        sites, kept = give_out(gm.graph, seeds, batch, assume=assume)
         for old, new in sites.items():
             ctx.merge([old], new, ctx.states[old][0].form)
         ctx.kept_shared.update(kept)
@@ -468,14 +468,13 @@ def give_out(
     graph: fx.Graph,
     seeds: Mapping[fx.Node, Label],
     batch: BatchSymbols,
-    allowed: Callable[[], bool] = lambda: True,
     *,
     assume: bool = False,
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
     """Copy, for each request, the results of sites whose x all requests share.
 
-    `allowed` is called for each site; `assume` as in `flow_through`. Returns replaced sites ->
-    replacements, and unchanged sites -> reasons.
+    `assume` as in `flow_through`. Returns replaced sites -> replacements, and unchanged sites ->
+    reasons.
     """
     if not _without_requests(graph, seeds):
         return {}, {}
@@ -485,7 +484,6 @@ def give_out(
         for node in graph.nodes
         if is_site(node) and node not in flow.copied_sites and flow.label(input_of(node)) is None
     }
-    roots = {node for node in roots if allowed()}
     while roots:
         attempt = Attempt(graph, flow, batch, roots)
         failed = attempt.run()

@@ -443,9 +443,6 @@ class Provenance:
                 proofs, ctx.handover, fits = proved
                 if slots is not None:
                     check(gm.graph, fits, slots, batch)
-            for node, proof in proofs.items():
-                if isinstance(proof, RowMap) and not ctx.take_edit():
-                    proofs[node] = Unproved("Options.max_edits allows no more edits")
             proofs = apply(gm.graph, proofs, batch)
         if not ctx.frame.per_token:
             ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed

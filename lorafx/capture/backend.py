@@ -247,7 +247,7 @@ class Backend:
         if self.noted is not None:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
-        ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
+        ctx = Context(program, frame, gm)
         # The rows of a graph inside a call may be some of the batch's, in another order: it looks
         # their slots up. Slots per token are in the order of the call's arguments.
         if not (frame.begins_call or frame.per_token):

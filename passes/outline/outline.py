@@ -255,7 +255,7 @@ class Outline:
         edits = 0
         for regions, stretches in repeats(gm, claimed, self.min_nodes):
             members = [_Member.of(stretch) for stretch in stretches]
-            if all(member.possible for member in members) and ctx.take_edit():
+            if all(member.possible for member in members):
                 name = f"{self.name}d_{edits}"
                 _outline(gm, ctx, members, name, replaced)
                 claimed.update(node for region in regions for node in region.nodes)

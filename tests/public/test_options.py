@@ -67,22 +67,6 @@ def test_without_provenance_mixed_batches_are_refused(plain, inputs):
         cm(**inputs, adapter_names=NAMES)
 
 
-def test_max_edits_stops_rewriting(plain, inputs):
-    """Each budget gives the same numbers for one adapter; the first that does not is the edit to
-    blame."""
-    full = plain.compile()
-    check_mixed(full, plain, ["a1"] * 4, inputs)
-    done = []
-    for budget in (0, 3, 10, 1000):
-        cm = plain.compile(options={"max_edits": budget})
-        check_mixed(cm, plain, ["a1"] * 4, inputs)
-        done.append(sum(edits(cm)[name] for name in ("provenance", "fuse", "pack")))
-    assert done[0] == 0
-    assert done == sorted(done)
-    assert done[-1] == sum(edits(full)[name] for name in ("provenance", "fuse", "pack"))
-    assert done[1] == 3
-
-
 # Dumps
 
 
@@ -144,13 +128,9 @@ def test_explain(plain, inputs):
 
 
 def test_explain_tells_of_refusals(plain, inputs):
-    cm = plain.compile(options={"max_edits": 0})
+    cm = plain.compile(options={"passes": {"provenance": False}})
     cm(**inputs, adapter_names=["a1"] * 4)
-    text = str(cm.explain())
-    assert "no row map: Options.max_edits allows no more edits" in text
-    assert "refused (mixed): up: Options.max_edits allows no more edits" in text
-    with pytest.raises(ProvenanceError, match=r"Options\.max_edits allows no more edits"):
-        cm(**inputs, adapter_names=NAMES)
+    assert "refused (mixed): up: not proved" in str(cm.explain())
 
 
 # Forms of the configuration
