@@ -47,8 +47,8 @@ from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.pass_order import pipeline
-from lorafx.passes.write_in_place import writes_in_place
 from lorafx.placements import is_placed
+from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -228,7 +228,7 @@ class Backend:
             inference_compiler=compiler,
             decompositions=self.lowering.decompositions(),
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
-            keep_inference_input_mutations=writes_in_place(gm),
+            keep_inference_input_mutations=writes_caches(gm),
         )
         if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
             _detach_results(gm)

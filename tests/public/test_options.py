@@ -11,9 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, check_mixed, error
+from dense_merge import REFERENCE, Case, check_mixed, error, save_adapter
 from tiny_models import FAMILIES
-from torch import fx
+from torch import fx, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError, VerifyError
@@ -127,10 +127,27 @@ def test_explain(plain, inputs):
     assert "refused" not in text
 
 
-def test_explain_tells_of_refusals(plain, inputs):
-    cm = plain.compile(options={"passes": {"provenance": False}})
-    cm(**inputs, adapter_names=["a1"] * 4)
-    assert "refused (mixed): up: not proved" in str(cm.explain())
+class Chosen(nn.Module):
+    """Rows in an order that the caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        return self.up(x[order])
+
+
+def test_explain_tells_of_refusals(tmp_path):
+    folder = save_adapter(Chosen(), tmp_path / "a", rank=2, targets=["up"])
+    cm = lorafx.compile(Chosen(), {"a": folder}, options=REFERENCE)
+    x, order = torch.randn(3, 4), torch.tensor([2, 0, 1])
+    cm(x, order, adapter_names=["a"] * 3)
+    text = str(cm.explain())
+    assert "no row map: " in text
+    assert "refused (mixed): up: " in text
+    with pytest.raises(ProvenanceError, match="at up it is not proved"):
+        cm(x, order, adapter_names=["a", None, "a"])
 
 
 # Forms of the configuration
