@@ -45,15 +45,9 @@ def section(page: str, start: str, end: str) -> str:
     return text.partition(start)[2].partition(end)[0]
 
 
-def test_readme_has_the_passes_in_their_order() -> None:
-    listed = section("README.md", "    model   ", "\n\n")
-    model, graph = (line.split(" → ") for line in listed.split("\n    graph   "))
-    assert (model, graph) == (MODEL, ["capture", *GRAPH])
-
-
-def test_readme_says_which_passes_can_be_switched_off() -> None:
+def test_architecture_says_which_passes_can_be_switched_off() -> None:
     said = re.findall(
-        r"`(\w+)`", section("README.md", "From then on the graph is right: ", " only ")
+        r"`(\w+)`", section("docs/architecture.md", "From then on the graph is right: ", " only ")
     )
     proved = GRAPH.index("attend")  # what stands before makes the graph right
     optional = [item.name for item in GRAPH_PASSES[proved:] if not item.required]
