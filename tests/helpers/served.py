@@ -207,9 +207,14 @@ def free_port() -> int:
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The events of a stream."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.strip()]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
+    """The events of a stream. Where they have names, these are their types."""
+    found = []
+    for event in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in event.split("\n") if line)
+        if fields.get("data", "[DONE]") != "[DONE]":
+            found.append(json.loads(fields["data"]))
+            assert fields.get("event") in (None, found[-1].get("type"))
+    return found
 
 
 def said(path: str, text: str) -> str:

@@ -9,7 +9,6 @@ from functools import lru_cache
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from fastapi import HTTPException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,10 +19,10 @@ from pydantic import (
 )
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.messages import input_messages
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.model.keywords import KEYWORDS, intended_keyword
 from lorafx.progress import LOG
-from lorafx.torch_internals.transformers_parts import response_parts
 
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
@@ -352,7 +351,8 @@ class ResponseFields(MessageFields):
     input: Any
     instructions: str | None = None
     max_output_tokens: _Length = None
-    text: dict[str, Any] = {}
+    text: dict[str, Any] = {"format": {"type": "text"}}
+    metadata: dict[str, str] = {}
 
     @property
     def length(self) -> int | None:
@@ -362,37 +362,30 @@ class ResponseFields(MessageFields):
     def messages(self) -> list[dict[str, Any]]:
         """The messages of a chat that `instructions` and `input` are. Raises RequestError if they
         are none."""
-        _, to_messages, _ = response_parts()
-        try:
-            messages: list[dict[str, Any]] = to_messages({"input": _with_turns(self.input)})
-        except (AttributeError, HTTPException, KeyError, TypeError) as error:
-            why = f"`input` is a string or a list of items: {error!r}"
-            raise RequestError(why, "input") from error
-        if self.instructions:  # transformers' function would put them in a system message's place
-            messages.insert(0, {"role": "system", "content": self.instructions})
-        return messages
+        before = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return before + input_messages(self.input)
 
     @property
     def used_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call, in the form of a chat's."""
-        _, _, as_in_chats = response_parts()
-        tools: list[dict[str, Any]] | None = as_in_chats(super().used_tools)
-        return tools
+        tools = super().used_tools
+        return tools and [{"type": "function", "function": _function(tool)} for tool in tools]
+
+    def echoed(self) -> dict[str, Any]:
+        """The fields of a response that say what was asked for."""
+        tools = [{"strict": None, **_function(tool), "type": "function"} for tool in self.tools]
+        names = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "text")
+        chosen = {name: self.choosing.get(name) for name in ("temperature", "top_p")}
+        asked = {name: getattr(self, name) for name in (*names, "tool_choice")}
+        return {**asked, **chosen, "tools": tools, "truncation": "disabled"}
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})
 
 
-def _with_turns(asked: Any) -> Any:
-    """The field `input` with an empty message between reasoning and the call that follows it:
-    transformers' function would give the reasoning to a later message."""
-    items: list[Any] = []
-    for item in asked if isinstance(asked, list) else ():
-        last = [each.get("type") for each in (*items[-1:], item) if isinstance(each, dict)]
-        if last == ["reasoning", "function_call"]:
-            items.append({"role": "assistant", "content": ""})
-        items.append(item)
-    return items or asked
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool says of its function, in the form of a response's tool or of a chat's."""
+    return tool.get("function") or {k: value for k, value in tool.items() if k != "type"}
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:

@@ -7,7 +7,7 @@ import asyncio
 import inspect
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -16,7 +16,7 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.parameters import checked_prompt
-from lorafx.integrations.server.answers import Answer, ChoicesAnswer, ResponseAnswer
+from lorafx.integrations.server.answers import ChoicesAnswer
 from lorafx.integrations.server.choices import ChatChoice, CompletionChoice, Prompt
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import (
@@ -29,9 +29,11 @@ from lorafx.integrations.server.fields import (
 from lorafx.integrations.server.generating import GeneratingModel, Sequences, ServedModel
 from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
+from lorafx.integrations.server.responses import ResponseAnswer
 from lorafx.integrations.server.texts import MessageParts, SequenceText, opened_reasoning
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
+Answer: TypeAlias = ChoicesAnswer | ResponseAnswer
 #: Prompts of bodies with more bytes are made in a thread: millions of tokens take seconds.
 _LARGE = 1 << 16
 
@@ -158,7 +160,7 @@ class Responses(MessageHandler):
             ends=self.served.ends,
             skip_special_tokens=not parts.special,
         )
-        return ResponseAnswer(prompt, text, parts, name, model)
+        return ResponseAnswer(fields, prompt, text, parts, name, model)
 
 
 def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:

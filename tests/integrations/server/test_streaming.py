@@ -184,8 +184,8 @@ def test_the_bytes_of_a_response(files, url):
         url + RESPONSES, model="tiny:a1", **question(RESPONSES, "w9 w12", 1, stream=True)
     )
     found = events(text)
-    compact = (json.dumps(event, separators=(",", ":")) for event in found)
-    assert text == "".join(f"data: {event}\n\n" for event in compact)
+    lines = (f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in found)
+    assert text == "".join(lines)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     assert [event["type"] for event in found] == [
         *("response.created", "response.in_progress"),
