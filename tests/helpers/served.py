@@ -122,7 +122,8 @@ async def client_of(server: Opened) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 def ask(server: Opened, method: str, path: str, *, key: str | None = None, **body: Any) -> Any:
-    """The answer to one request, in ASCII, in which it may hold half of a surrogate pair."""
+    """The answer to one request, in ASCII, in which it may hold half of a surrogate pair. Its
+    status is one that the application describes for the route."""
 
     async def once() -> Any:
         headers = {"content-type": "application/json"}
@@ -132,7 +133,10 @@ def ask(server: Opened, method: str, path: str, *, key: str | None = None, **bod
         async with client_of(server) as client:
             return await client.request(method, path, content=content, headers=headers)
 
-    return asyncio.run(once())
+    answer = asyncio.run(once())
+    route = server.app.openapi()["paths"].get(path, {}).get(method.lower())
+    assert route is None or str(answer.status_code) in route["responses"], answer.text
+    return answer
 
 
 class Gated:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -158,6 +158,8 @@ class Fields(BaseModel):
     takes. A field whose value is null is one that was not sent."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    #: Whether the route generates.
+    generates: ClassVar = True
 
     choosing: Mapping[str, Any] = {}
     stream: bool = False
@@ -197,6 +199,16 @@ class Fields(BaseModel):
                 raise RequestError(f"`{name}` is missing", name) from error
             why = ", or ".join(dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name))
             raise RequestError(f"`{name}`: {why}; got {sent[name]!r:.80}", name) from error
+
+    @classmethod
+    def schema_of_body(cls, *, named: bool = True) -> dict[str, Any]:
+        """The JSON schema of a body, which has to have a `model` if it is `named`."""
+        schema = cls.model_json_schema()
+        fields = {"model": {"type": "string"}, **schema["properties"]}
+        if fields.pop("choosing") and cls.generates:
+            fields |= {name: {} for name in _CHOOSING.split()}
+        required = [*schema.get("required", ()), *["model"] * named]
+        return {"properties": fields, "required": required}
 
     def grammar(self) -> GrammarSource | None:
         """What the answer has to keep to. Raises RequestError if that is of no known form."""
@@ -385,7 +397,8 @@ class ResponseFields(MessageFields):
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     """What a tool says of its function, in the form of a response's tool or of a chat's."""
-    return tool.get("function") or {k: value for k, value in tool.items() if k != "type"}
+    nested = tool.get("function")
+    return nested if isinstance(nested, dict) else {k: v for k, v in tool.items() if k != "type"}
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:

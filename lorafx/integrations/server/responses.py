@@ -41,12 +41,9 @@ class _Form(NamedTuple):
     of_text: dict[str, Any]
 
 
-_MESSAGE = _Form(
-    *("message", "msg", "output_text"),
-    {"role": "assistant"},
-    {"annotations": [], "logprobs": []},
-    {"logprobs": []},
-)
+_NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
+_OF_TEXT = {"annotations": [], **_NO_LOGPROBS}
+_MESSAGE = _Form("message", "msg", "output_text", {"role": "assistant"}, _OF_TEXT, _NO_LOGPROBS)
 _REASONING = _Form("reasoning", "rs", "reasoning_text", {"summary": []}, {}, {})
 
 
@@ -70,27 +67,24 @@ class Items:
 
     def put(self, part: Any) -> Iterator[_Event]:
         """The events of a part of the answer: text, reasoning or a call."""
+        form = _REASONING if isinstance(part, ReasoningText) else _MESSAGE
         if isinstance(part, ToolCall):
             yield from self.end()
             yield from self._call(part)
             return
-        form = _REASONING if isinstance(part, ReasoningText) else _MESSAGE
         if form is not self._form:
             yield from self.end()
             yield from self._begin(form)
         self._text += part
-        yield self._of_item(f"{form.part}.delta", content_index=0, delta=part, **form.of_text)
+        yield self._of_text("delta", form, delta=part)
 
     def end(self, status: str = "completed") -> Iterator[_Event]:
         """End the item whose text has come so far, if there is one."""
-        form, text = self._form, self._text
-        if form is None:
-            return
-        self._form = None
-        part = {"type": form.part, "text": text, **form.of_part}
-        yield self._of_item(f"{form.part}.done", content_index=0, text=text, **form.of_text)
-        yield self._of_item("content_part.done", content_index=0, part=part)
-        yield self._done(self._item(form, status, [part]))
+        form, self._form = self._form, None
+        if form is not None:
+            yield self._of_text("done", form, text=self._text)
+            yield self._of_part("done", form)
+            yield self._of_item("done", form, status)
 
     def end_all(self, status: str) -> Iterator[_Event]:
         """End the answer, which has at least one item: an empty message."""
@@ -100,35 +94,41 @@ class Items:
 
     def _begin(self, form: _Form) -> Iterator[_Event]:
         self._form, self._id, self._text = form, f"{form.prefix}_{uuid4().hex}", ""
-        part = {"type": form.part, "text": "", **form.of_part}
-        yield self._added(self._item(form, "in_progress", []))
-        yield self._of_item("content_part.added", content_index=0, part=part)
+        yield self._of_item("added", form, "in_progress")
+        yield self._of_part("added", form)
 
     def _call(self, call: ToolCall) -> Iterator[_Event]:
-        self._id, name = f"fc_{uuid4().hex}", {"name": call.name}
-        ids = {"id": self._id, "call_id": f"call_{uuid4().hex}"}
-        item = {"type": "function_call", **ids, **name, "arguments": "", "status": "in_progress"}
-        kind, arguments = "function_call_arguments", {"arguments": call.arguments}
-        yield self._added(item)
-        yield self._of_item(f"{kind}.delta", delta=call.arguments)
-        yield self._of_item(f"{kind}.done", **name, **arguments)
-        yield self._done({**item, **arguments, "status": "completed"})
+        self._id, kind = f"fc_{uuid4().hex}", "response.function_call_arguments"
+        item = {"type": "function_call", "id": self._id, "call_id": f"call_{uuid4().hex}"}
+        said, place = {"name": call.name, "arguments": call.arguments}, self._place()
+        yield self._of_output("added", {**item, **said, "arguments": "", "status": "in_progress"})
+        yield self.event(f"{kind}.delta", **place, delta=call.arguments)
+        yield self.event(f"{kind}.done", **place, **said)
+        yield self._of_output("done", {**item, **said, "status": "completed"})
 
-    def _item(self, form: _Form, status: str, content: list[Any]) -> dict[str, Any]:
+    def _of_output(self, kind: str, item: dict[str, Any]) -> _Event:
+        place = len(self.output)
+        self.output += [item] if kind == "done" else []
+        return self.event(f"response.output_item.{kind}", output_index=place, item=item)
+
+    def _of_item(self, kind: str, form: _Form, status: str) -> _Event:
+        content = [self._part(form)] if kind == "done" else []
         item = {"type": form.type, "id": self._id, "status": status, "content": content}
-        return {**item, **form.of_item}
+        return self._of_output(kind, {**item, **form.of_item})
 
-    def _added(self, item: dict[str, Any]) -> _Event:
-        return self.event("response.output_item.added", output_index=len(self.output), item=item)
+    def _of_part(self, kind: str, form: _Form) -> _Event:
+        place = {**self._place(), "content_index": 0}
+        return self.event(f"response.content_part.{kind}", **place, part=self._part(form))
 
-    def _done(self, item: dict[str, Any]) -> _Event:
-        self.output.append(item)
-        index = len(self.output) - 1
-        return self.event("response.output_item.done", output_index=index, item=item)
+    def _of_text(self, kind: str, form: _Form, **text: str) -> _Event:
+        place = {**self._place(), "content_index": 0}
+        return self.event(f"response.{form.part}.{kind}", **place, **text, **form.of_text)
 
-    def _of_item(self, kind: str, **fields: Any) -> _Event:
-        place = {"item_id": self._id, "output_index": len(self.output)}
-        return self.event(f"response.{kind}", **place, **fields)
+    def _part(self, form: _Form) -> dict[str, Any]:
+        return {"type": form.part, "text": self._text, **form.of_part}
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._id, "output_index": len(self.output)}
 
 
 class ResponseAnswer:
