@@ -1,5 +1,5 @@
 """Answers to errors in OpenAI's form, {"error": {"message", "type", "param", "code"}}; and the
-check of the key, which OpenAI's clients send as a bearer token."""
+check of the key, which OpenAI's clients send as a bearer token, and Anthropic's as X-Api-Key."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ class Authentication:
         if self._key is None or scope["type"] != "http" or get_route_path(scope) in OPEN_ROUTES:
             await self._app(scope, receive, send)
             return
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if not scheme and "x-api-key" in headers:
+            scheme, token = "bearer", headers["x-api-key"]
         if scheme.lower() != "bearer":
             text = "this server asks for its key, as `Authorization: Bearer KEY`"
         elif not hmac.compare_digest(token.strip().encode(), self._key):

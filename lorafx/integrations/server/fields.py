@@ -66,7 +66,7 @@ _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path
 
 
 #: What prompts are made of. --max-body-bytes and the model's positions bound them.
-_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "tokens"))
+_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "system", "tokens"))
 
 
 def check_bounds(body: Mapping[str, Any], settings: ModelSettings) -> None:

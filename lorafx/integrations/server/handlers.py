@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -33,7 +34,17 @@ from lorafx.integrations.server.responses import ResponseAnswer
 from lorafx.integrations.server.texts import MessageParts, SequenceText, opened_reasoning
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
-Answer: TypeAlias = ChoicesAnswer | ResponseAnswer
+
+class Answer(Protocol):
+    """The answer to a request."""
+
+    async def whole(self, sequences: Sequences) -> dict[str, Any]:
+        """The answer when all sequences have ended."""
+
+    def events(self, sequences: Sequences) -> AsyncIterator[str]:
+        """The events of a stream."""
+
+
 #: Prompts of bodies with more bytes are made in a thread: millions of tokens take seconds.
 _LARGE = 1 << 16
 
@@ -45,6 +56,10 @@ class Handler:
 
     def __init__(self, served: GeneratingModel) -> None:
         self.served = served
+
+    def read(self, body: Mapping[str, Any]) -> Any:
+        """The fields of a request. Raises RequestError if one is not served."""
+        return self.fields.read(body, self.served.settings.max_logprobs)
 
     def prompts(self, fields: Any) -> list[Prompt]:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
@@ -58,7 +73,7 @@ class Handler:
         """Answer a request. Raises RequestError if it is refused."""
         adapter = await self.served.resolve(body)
         current_record().asks_for(adapter)
-        fields = self.fields.read(body, self.served.settings.max_logprobs)
+        fields = self.read(body)
         self.served.queue.take(fields.sequences, had=1)
         arguments = await self.served.arguments(fields)
         large = len(await request.body()) > _LARGE
@@ -111,6 +126,15 @@ class MessageHandler(Handler):
         )
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
+    def sequence(
+        self, prompt: Prompt, fields: ChatFields | ResponseFields
+    ) -> tuple[Prompt, SequenceText, MessageParts]:
+        """The prompt, the text and its parts of an answer that has one sequence."""
+        parts, stops = self._parts(prompt, fields), getattr(fields, "stops", ())
+        tokenizer: Any = self.served.tokenizer.backend_tokenizer
+        special = {"skip_special_tokens": not parts.special}
+        return prompt, SequenceText(tokenizer, stops, self.served.ends, **special), parts
+
     def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
         tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled._orig_mod)
         saved = get_response_template(tokenizer, model)
@@ -153,14 +177,7 @@ class Responses(MessageHandler):
     def answer(
         self, fields: ResponseFields, prompts: list[Prompt], name: str, model: str
     ) -> ResponseAnswer:
-        (prompt,), parts = prompts, self._parts(prompts[0], fields)
-        text = SequenceText(
-            self.served.tokenizer.backend_tokenizer,
-            stops=(),
-            ends=self.served.ends,
-            skip_special_tokens=not parts.special,
-        )
-        return ResponseAnswer(fields, prompt, text, parts, name, model)
+        return ResponseAnswer(fields, *self.sequence(prompts[0], fields), name, model)
 
 
 def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:

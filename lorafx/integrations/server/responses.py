@@ -160,15 +160,15 @@ class ResponseAnswer:
         """The events of a stream."""
         try:
             for kind in ("created", "in_progress"):
-                yield _line(self._response(kind, "in_progress"))
+                yield event_line(self._response(kind, "in_progress"))
             async for _, output in sequences.outputs():
                 if events := [*self._put(output)]:
-                    yield "".join(map(_line, events))
+                    yield "".join(map(event_line, events))
         except LorafxError as error:
             why = {"code": "server_error", "message": message_of(error)}
-            yield _line(self._items.event("error", **why, param=None))
+            yield event_line(self._items.event("error", **why, param=None))
             ended = [*self._items.end("incomplete"), self._response("failed", error=why)]
-            yield "".join(map(_line, ended))
+            yield "".join(map(event_line, ended))
 
     def _put(self, output: SequenceOutput) -> Iterator[_Event]:
         """The events that are new after an output."""
@@ -203,6 +203,6 @@ class ResponseAnswer:
         }
 
 
-def _line(event: _Event) -> str:
+def event_line(event: dict[str, Any]) -> str:
     """An event as server-sent events have it."""
     return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"

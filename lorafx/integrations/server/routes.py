@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Match, get_route_path
 import lorafx
 from lorafx.errors import nearest
 from lorafx.integrations.server.admission import BINARY, UPLOADS, Admission, is_upload
+from lorafx.integrations.server.anthropic import Messages
 from lorafx.integrations.server.control import PauseMode
 from lorafx.integrations.server.encoding import Encoding, EncodingFields
 from lorafx.integrations.server.errors import (
@@ -47,10 +48,13 @@ def build_app(served: ServedModel) -> FastAPI:
     app = _App(title="lorafx", version=lorafx.__version__, redoc_url=None, responses=always)
     if isinstance(served, GeneratingModel):
         chat, completions = Chat(served), Completions(served)
-        handlers = chat, completions, Responses(served)
+        messages = Messages(served)
+        handlers = chat, completions, Responses(served), messages
         for path, handler in zip(GENERATING, handlers, strict=True):
             described = _described(handler.fields.schema_of_body(), *_RUN)
             app.post(path, name=type(handler).__name__, **described)(handler.handle)
+        counted = _described(messages.fields.schema_of_body(), 404)
+        app.post(f"{GENERATING[-1]}/count_tokens", name="Count tokens", **counted)(messages.count)
         _add_tokenizer(app, completions, chat)
     else:
         for path in ENCODING:
@@ -165,7 +169,7 @@ def _add_tokenizer(app: FastAPI, completions: Completions, chat: Chat) -> None:
     def prompt_of(body: dict) -> list[int]:
         served.asked_for({"model": served.name, **body})
         route: Handler = chat if "messages" in body else completions
-        prompts = route.prompts(route.fields.read(body, served.settings.max_logprobs))
+        prompts = route.prompts(route.read(body))
         if len(prompts) > 1:
             raise RequestError("there is one prompt here, not a list of them", "prompt")
         return prompts[0].ids
