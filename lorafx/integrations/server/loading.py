@@ -22,13 +22,13 @@ class UnloadFields(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    lora_name: str
+    lora_name: str = ""
 
 
 class LoadFields(UnloadFields):
     """The fields of /v1/load_lora_adapter."""
 
-    lora_path: str
+    lora_path: str = ""
     load_inplace: bool | None = None
 
 

@@ -207,9 +207,9 @@ def _add_loading(app: FastAPI, loading: AdapterLoading) -> None:
 
 
 class TokenFields(BaseModel):
-    """The fields of /detokenize."""
+    """The fields of /detokenize, and those that choose an adapter."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     tokens: list[int]
     model: str | None = None
