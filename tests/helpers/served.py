@@ -222,18 +222,22 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 def said(path: str, text: str) -> str:
-    """The words of a stream of one of the three routes."""
+    """The words of a stream of one of the routes."""
     found = events(text)
     assert not any("error" in event and event["error"] for event in found), found
     if path == "/v1/responses":
         return "".join(e["delta"] for e in found if e["type"] == "response.output_text.delta")
+    if path == "/v1/messages":
+        return "".join(e["delta"].get("text", "") for e in found if "delta" in e)
     if path == "/v1/completions":
         return "".join(e["choices"][0]["text"] for e in found)
     return "".join(e["choices"][0]["delta"].get("content") or "" for e in found)
 
 
 def plain(path: str, answer: dict[str, Any]) -> str:
-    """The words of an answer of one of the three routes that is no stream."""
+    """The words of an answer of one of the routes that is no stream."""
+    if path == "/v1/messages":
+        return "".join(block["text"] for block in answer["content"])
     if path == "/v1/responses":
         return str(answer["output"][0]["content"][0]["text"])
     choice = answer["choices"][0]
@@ -241,10 +245,12 @@ def plain(path: str, answer: dict[str, Any]) -> str:
 
 
 def question(path: str, words: str, new: int, **others: Any) -> Mapping[str, Any]:
-    """The body of a request of one of the three routes."""
+    """The body of a request of one of the routes."""
     if path == "/v1/completions":
         return {"prompt": words, "max_tokens": new, **others}
     if path == "/v1/responses":
         return {"input": words, "max_output_tokens": new, **others}
     messages = [{"role": "user", "content": words}]
+    if path == "/v1/messages":
+        return {"messages": messages, "max_tokens": new, **others}
     return {"messages": messages, "max_completion_tokens": new, **others}

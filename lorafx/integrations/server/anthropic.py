@@ -6,6 +6,7 @@ body ─▶ AnthropicFields ─▶ ChatFields ─▶ prompt ─▶ sequence ─�
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -179,8 +180,7 @@ class MessagesAnswer:
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
         """The answer when its sequence has ended."""
         async for _, output in sequences.outputs():
-            for _ in self._put(output):
-                pass
+            deque(self._put(output), maxlen=0)
         return {**self._head, "content": self._blocks, "usage": self._usage()}
 
     async def events(self, sequences: Sequences) -> AsyncIterator[str]:
@@ -189,7 +189,8 @@ class MessagesAnswer:
         try:
             yield event_line({"type": "message_start", "message": message})
             async for _, output in sequences.outputs():
-                yield "".join(map(event_line, self._put(output)))
+                if events := [*self._put(output)]:
+                    yield "".join(map(event_line, events))
         except LorafxError as error:
             why = {"type": "api_error", "message": message_of(error)}
             yield event_line({"type": "error", "error": why})
@@ -205,9 +206,8 @@ class MessagesAnswer:
             stop = output.stop_reason if isinstance(output.stop_reason, str) else None
             ended = {"stop_reason": self._reason(output), "stop_sequence": stop}
             self._head |= ended
-            versions = versions_of(output)
-            yield {"type": "message_delta", "delta": ended, "usage": self._usage(), **versions}
-            yield {"type": "message_stop"}
+            yield {"type": "message_delta", "delta": ended, "usage": self._usage()}
+            yield {"type": "message_stop", **versions_of(output)}
 
     def _of_part(self, part: Any) -> Iterator[_Event]:
         if isinstance(part, ToolCall):

@@ -39,6 +39,8 @@ from lorafx.integrations.server.settings import Settings
 _RUN = (404, 429, 500, 503)
 #: Words of other servers' routes, and those of ours that mean the same.
 _MEANT = {"generate": "completions"}
+#: What models do that encode or do not, and the others.
+_KINDS = {True: ("encodes", "generate"), False: ("generates", "encode (--runner pooling)")}
 
 
 def build_app(served: ServedModel) -> FastAPI:
@@ -139,12 +141,8 @@ def _no_route(path: str, routes: Sequence[BaseRoute]) -> str:
     (shared, _), best = max(found.items())
     near = f"; nearest: {', '.join(best)}" if shared else nearest(path, here)
     if shared and here.isdisjoint(best):
-        ways = (
-            ("encodes", "generate")
-            if ENCODING[0] in here
-            else ("generates", "encode (--runner pooling)")
-        )
-        near = f": this server's model {ways[0]}, and {', '.join(best)} is of those that {ways[1]}"
+        does, others = _KINDS[ENCODING[0] in here]
+        near = f": this server's model {does}, and {', '.join(best)} is of those that {others}"
     return f"there is no route {path!r:.80}{near}; GET /docs lists all"
 
 

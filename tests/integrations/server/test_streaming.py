@@ -47,7 +47,7 @@ def speaker(files, server):
     return anew(server, files, tokenizer)
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, "/v1/messages"])
 def test_a_stream_is_the_plain_answer(speaker, path):
     draw = random.Random(0)
     asked = [
@@ -69,7 +69,7 @@ def test_a_stream_is_the_plain_answer(speaker, path):
     for whole, streamed in found:
         assert said(path, streamed) == whole
         ends = streamed.endswith("data: [DONE]\n\n")
-        assert ends == (path != RESPONSES)  # whose last event is its `completed` or `incomplete`
+        assert ends == (path in (CHAT, COMPLETIONS))  # the last events of others have names
 
 
 @pytest.mark.quick
