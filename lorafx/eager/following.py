@@ -386,7 +386,8 @@ class Following(TorchDispatchMode):
     def _looked_up(self, tensor: Tensor) -> int:
         if wrapped_by_transform(tensor) or makes_graphs():
             self._refuse_transform()
-        uses, touched = self._uses, self._sites_in(tensor)
+        uses, block = self._uses, None if self.memory is None else self.memory.block(tensor)
+        touched = self._sites_in(tensor, block)
         if touched is not None:
             if touched:
                 self._weights[tensor] = touched
@@ -394,8 +395,8 @@ class Following(TorchDispatchMode):
         if self.memory is None:
             return UNKNOWN
         code, remembered = None, self._remembered
-        block: Block | None = self.memory.unwritten(tensor)
-        if block is not None:
+        if self.memory.unwritten(block, tensor):
+            assert block is not None
             geometry, label = next(iter(block.views.items()))
             key = remembered.code(label), geometry, geometry_of(tensor)
             code = remembered.views.get(key)
@@ -406,7 +407,6 @@ class Following(TorchDispatchMode):
                     remembered.views[key] = code
         else:
             code = remembered.code(self.memory.look(tensor))
-            block = self.memory.block(tensor)
             if code == UNKNOWN and uses is not None and self._is_foreign(tensor, block):
                 self.refuse(uses.of_unknown_origin(tensor))
         if block is not None and not self._watched:
@@ -473,9 +473,10 @@ class Following(TorchDispatchMode):
                 self._remembered.parameters.clear()
             self.memory.write(target, label, uncounted=self._counts)
 
-    def _sites_in(self, tensor: Tensor) -> list[Site] | None:
-        """The touched sites whose weights the tensor holds; None if it holds no site's."""
-        uses, block = self._uses, None if self.memory is None else self.memory.block(tensor)
+    def _sites_in(self, tensor: Tensor, block: Block | None) -> list[Site] | None:
+        """The touched sites whose weights the tensor, of this memory, holds; None if it holds no
+        site's."""
+        uses = self._uses
         if uses is None or (block is not None and block.born and not uses.makes_weights):
             return None
         sites = uses.near(tensor)
@@ -500,7 +501,8 @@ class Following(TorchDispatchMode):
     def read_outside(self, reader: str, tensor: Tensor) -> None:
         """`reader` hands the memory of this tensor to code outside of torch. Raises MatchError for
         a touched site's weight, past its module's call."""
-        if self._uses is not None and (sites := self._sites_in(tensor)):
+        block = None if self.memory is None else self.memory.block(tensor)
+        if self._uses is not None and (sites := self._sites_in(tensor, block)):
             self._uses.read(reader, sites)
 
     def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:

@@ -108,12 +108,13 @@ class WeightUses:
 
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
-        parts = [tensor] if storage_of(tensor) is not None else plain_tensors(tensor)
-        known = [sites for sites in map(self._stored, parts) if sites is not None]
+        if storage_of(tensor) is not None:
+            return self._stored(tensor)
+        known = [sites for sites in map(self._stored, plain_tensors(tensor)) if sites is not None]
         return [site for sites in known for site in sites] if known else None
 
     def _stored(self, tensor: Tensor) -> list[Site] | None:
-        made = self._made.get(storage_key(tensor))
+        made = self._made.get(storage_key(tensor)) if self._made else None
         if made is not None and not made[0].expired():
             return made[1]
         if not self._sites.beside(tensor):
@@ -156,14 +157,16 @@ class WeightUses:
         sites = list(dict.fromkeys(site for each in used.values() for site in each))
         changed = any(made[2] for storage, made in self._made.items() if storage in memory)
         product = WeightProduct.of(operands, results, changed=changed) if owned else None
-        self.read(str(func.overloadpacket), sites, product)
+        self.read(func.overloadpacket, sites, product)
+        if owned:
+            return
         changed = changed or func not in SAME_VALUE
-        for result in () if owned else results:
+        for result in results:
             if (storage := storage_of(result)) is not None:
                 self._made[storage] = StorageWeakRef(result.untyped_storage()), sites, changed
 
     def read(
-        self, reader: str, sites: Sequence[Site], product: WeightProduct | None = _UNSEEN
+        self, reader: object, sites: Sequence[Site], product: WeightProduct | None = _UNSEEN
     ) -> None:
         """As `look`, for what is named `reader`; `product` is what it computes of the weights."""
         bypassed = []

@@ -68,10 +68,11 @@ class ByStorage(Generic[T]):
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = sum((size - 1) * stride for size, stride in pairs if size)
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + (extent + 1) * tensor.element_size() * bool(tensor.numel())
+    itemsize, elements = tensor.element_size(), 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements += (size - 1) * stride
+    start = int(tensor.storage_offset()) * itemsize
+    return start, start + elements * itemsize * bool(tensor.numel())
 
 
 @contextmanager

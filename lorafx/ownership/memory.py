@@ -196,7 +196,7 @@ def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
 Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Block:
     """The labels of a storage, which gets none after it was `exported` to numpy. `born`: the call
     has allocated it."""
@@ -291,18 +291,18 @@ class Memory:
 
     def born(self, tensor: Tensor, label: RealLabel | None) -> Block | None:
         """Label a result, and return its storage's labels; None for a view of a known storage."""
-        block = None if self.block(tensor) is not None else self._new(tensor)
+        key = storage_of(tensor)
+        block = None if key is None or self._alive(key) is not None else self._new(tensor, key)
         if block is not None:
             block.born = True
             block.views[geometry_of(tensor)] = label
         return block
 
-    def unwritten(self, tensor: Tensor) -> Block | None:
-        """The labels of the tensor's storage if they all follow from the first one's."""
-        block = self.block(tensor)
-        if block is None or block.epoch or not block.born or not self._intact(block, tensor):
-            return None
-        return block
+    def unwritten(self, block: Block | None, tensor: Tensor) -> bool:
+        """Whether the labels of the tensor's storage, `block`, all follow from the first one's."""
+        if block is None or block.epoch or not block.born:
+            return False
+        return self._intact(block, tensor)
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
@@ -354,12 +354,12 @@ class Memory:
             if block.cells is not None:
                 block.cells = renamed_cells(block.cells, requests)
 
-    def _new(self, tensor: Tensor) -> Block | None:
-        key = storage_of(tensor)
+    def _new(self, tensor: Tensor, key: int | None = None) -> Block | None:
+        key = storage_of(tensor) if key is None else key
         if key is None:
             return None
-        self._blocks.pop(key, None)
         if tensor.is_inference():  # its writes are not counted
+            self._blocks.pop(key, None)
             return None
         ref = StorageWeakRef(tensor.untyped_storage())
         block = self._blocks[key] = Block(ref, self._state(tensor), tensor.element_size())
@@ -383,7 +383,10 @@ class Memory:
     def block(self, tensor: Tensor) -> Block | None:
         """The labels of the tensor's storage."""
         key = storage_of(tensor)
-        block = None if key is None else self._blocks.get(key)
+        return None if key is None else self._alive(key)
+
+    def _alive(self, key: int) -> Block | None:
+        block = self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
     def _label_by_others(self, block: Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
