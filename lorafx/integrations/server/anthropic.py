@@ -25,7 +25,7 @@ from lorafx.integrations.server.generating import Sequences
 from lorafx.integrations.server.handlers import MessageHandler
 from lorafx.integrations.server.messages import input_messages
 from lorafx.integrations.server.responses import event_line
-from lorafx.integrations.server.texts import MessageParts, SequenceText
+from lorafx.integrations.server.texts import MessageSequence
 
 _Event = dict[str, Any]
 #: Anthropic's names of the modes of `tool_choice`, and those of a chat.
@@ -149,7 +149,7 @@ class Messages(MessageHandler):
     def answer(
         self, fields: ChatFields, prompts: list[Prompt], name: str, model: str
     ) -> MessagesAnswer:
-        return MessagesAnswer(fields.max_tokens, *self.sequence(prompts[0], fields), name, model)
+        return MessagesAnswer(fields.length, self.sequence(prompts[0], fields), name, model)
 
     def count(self, body: dict) -> dict[str, int]:
         """The answer of /v1/messages/count_tokens."""
@@ -159,19 +159,10 @@ class Messages(MessageHandler):
 
 
 class MessagesAnswer:
-    """An answer of /v1/messages, of at most `most` tokens. It has one sequence, with this `text`,
-    in which `parts` finds its blocks."""
+    """An answer of /v1/messages, of at most `most` tokens."""
 
-    def __init__(
-        self,
-        most: int | None,
-        prompt: Prompt,
-        text: SequenceText,
-        parts: MessageParts,
-        name: str,
-        model: str,
-    ) -> None:
-        self._most, self._prompt, self._text, self._parts = most, prompt, text, parts
+    def __init__(self, most: int | None, sequence: MessageSequence, name: str, model: str) -> None:
+        self._most, self._sequence = most, sequence
         head = {"id": f"msg_{name}", "type": "message", "role": "assistant", "model": model}
         self._head: dict[str, Any] = {**head, "stop_reason": None, "stop_sequence": None}
         self._blocks: list[dict[str, Any]] = []
@@ -198,8 +189,7 @@ class MessagesAnswer:
     def _put(self, output: SequenceOutput) -> Iterator[_Event]:
         """The events that are new after an output."""
         self._head |= versions_of(output)
-        text, _ = self._text.put(output)
-        for part in self._parts.put(text, output):
+        for part in self._sequence.put(output):
             yield from self._of_part(part)
         if output.is_finished():
             yield from self._end_block()
@@ -241,13 +231,14 @@ class MessagesAnswer:
 
     def _reason(self, output: SequenceOutput) -> str | None:
         if output.finish_reason == "length":
-            cut = self._text.count == self._most
+            cut = self._sequence.text.count == self._most
             return "max_tokens" if cut else "model_context_window_exceeded"
         if output.finish_reason != "stop":  # the server was paused
             return None
-        if self._parts.calls:
+        if self._sequence.parts.calls:
             return "tool_use"
         return "stop_sequence" if isinstance(output.stop_reason, str) else "end_turn"
 
     def _usage(self) -> dict[str, int]:
-        return {"input_tokens": len(self._prompt.ids), "output_tokens": self._text.count}
+        sequence = self._sequence
+        return {"input_tokens": sequence.prompt_tokens, "output_tokens": sequence.text.count}

@@ -31,7 +31,12 @@ from lorafx.integrations.server.generating import GeneratingModel, Sequences, Se
 from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.responses import ResponseAnswer
-from lorafx.integrations.server.texts import MessageParts, SequenceText, opened_reasoning
+from lorafx.integrations.server.texts import (
+    MessageParts,
+    MessageSequence,
+    SequenceText,
+    opened_reasoning,
+)
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
 
@@ -126,14 +131,13 @@ class MessageHandler(Handler):
         )
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
-    def sequence(
-        self, prompt: Prompt, fields: ChatFields | ResponseFields
-    ) -> tuple[Prompt, SequenceText, MessageParts]:
-        """The prompt, the text and its parts of an answer that has one sequence."""
+    def sequence(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageSequence:
+        """The only sequence of an answer."""
         parts, stops = self._parts(prompt, fields), getattr(fields, "stops", ())
         tokenizer: Any = self.served.tokenizer.backend_tokenizer
         special = {"skip_special_tokens": not parts.special}
-        return prompt, SequenceText(tokenizer, stops, self.served.ends, **special), parts
+        text = SequenceText(tokenizer, stops, self.served.ends, **special)
+        return MessageSequence(len(prompt.ids), text, parts)
 
     def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
         tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled._orig_mod)
@@ -177,7 +181,7 @@ class Responses(MessageHandler):
     def answer(
         self, fields: ResponseFields, prompts: list[Prompt], name: str, model: str
     ) -> ResponseAnswer:
-        return ResponseAnswer(fields, *self.sequence(prompts[0], fields), name, model)
+        return ResponseAnswer(fields, self.sequence(prompts[0], fields), name, model)
 
 
 def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:

@@ -20,11 +20,10 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 from lorafx.errors import LorafxError
 from lorafx.generation.continuous.adapter_requests import SequenceOutput
 from lorafx.integrations.server.answers import versions_of
-from lorafx.integrations.server.choices import Prompt
 from lorafx.integrations.server.errors import message_of
 from lorafx.integrations.server.fields import ResponseFields
 from lorafx.integrations.server.generating import Sequences
-from lorafx.integrations.server.texts import MessageParts, SequenceText
+from lorafx.integrations.server.texts import MessageSequence
 
 _Event = dict[str, Any]
 
@@ -132,19 +131,12 @@ class Items:
 
 
 class ResponseAnswer:
-    """An answer of /v1/responses, whose last event has all of it. It has one sequence, with this
-    `text`, in which `parts` finds those of a message."""
+    """An answer of /v1/responses, whose last event has all of it."""
 
     def __init__(
-        self,
-        fields: ResponseFields,
-        prompt: Prompt,
-        text: SequenceText,
-        parts: MessageParts,
-        name: str,
-        model: str,
+        self, fields: ResponseFields, sequence: MessageSequence, name: str, model: str
     ) -> None:
-        self._prompt, self._text, self._parts = prompt, text, parts
+        self._sequence = sequence
         head = {"id": f"resp_{name}", "object": "response", "created_at": int(time.time())}
         nothing = {"error": None, "incomplete_details": None, "usage": None}
         self._head = {**head, "model": model, **nothing, **fields.echoed()}
@@ -173,8 +165,7 @@ class ResponseAnswer:
     def _put(self, output: SequenceOutput) -> Iterator[_Event]:
         """The events that are new after an output."""
         self._head |= versions_of(output)
-        text, _ = self._text.put(output)
-        for part in self._parts.put(text, output):
+        for part in self._sequence.put(output):
             yield from self._items.put(part)
         if not output.is_finished():
             return
@@ -193,7 +184,7 @@ class ResponseAnswer:
         return self._items.event(f"response.{kind}", response={**self._head, **state, **fields})
 
     def _usage(self) -> dict[str, Any]:
-        prompt, new = len(self._prompt.ids), self._text.count
+        prompt, new = self._sequence.prompt_tokens, self._sequence.text.count
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
