@@ -162,7 +162,7 @@ def examine(cm: Any, sizes: Sizes, counts: dict[str, int], *, blocks: int) -> li
                 "kept_high": 1 / ratio.low,
             }
             counted = {n: getattr(after, n) - getattr(before, n) for n in COUNTED}
-            counted["reads"] = after.tiers["host"].misses - before.tiers["host"].misses
+            counted["reads"] = after.places["host"].misses - before.places["host"].misses
             goal = GOAL if case == "fits" else None
             rows.append({"case": case, **asdict(ratio), **kept, "goal": goal, **counted})
             print(
@@ -187,7 +187,7 @@ def misses(cm: Any, *, attempts: int) -> list[dict[str, Any]]:
         after = cm.stats()
         if after.loads > before.loads:
             slots.append(end - middle)
-            if after.tiers["host"].misses > before.tiers["host"].misses:
+            if after.places["host"].misses > before.places["host"].misses:
                 reads.append(middle - start)
     rows = []
     for case, times in (("read", reads), ("slot", slots)):

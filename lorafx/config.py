@@ -154,7 +154,6 @@ class Options:
             each pass's graph beside the proved one on the first real inputs).
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
-        max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
             "split", "epilogue", "gemv", "segments" and "concat" for Triton (docs/kernels.md);
             "aten".
@@ -198,7 +197,6 @@ class Options:
     lowering: LoweringName = "auto"
     verify: Verify = "lint"
     passes: Mapping[str, bool | After] = field(default_factory=dict)
-    max_edits: int | None = None
     plan: Mapping[str, str] = field(default_factory=dict)
     dump: str | None = None
     recompile_limit: int = 64

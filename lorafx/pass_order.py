@@ -92,10 +92,7 @@ def way_around(item: GraphPass) -> str:
         return f"mend it, or leave {item.name!r} out of Options.passes"
     if item.required:
         return "leave the modules that this part of the model runs out of target_modules"
-    return (
-        f"switch the pass off by Options(passes={{{item.name!r}: False}}), or bisect its edits "
-        "with Options(max_edits=...)"
-    )
+    return f"switch the pass off by Options(passes={{{item.name!r}: False}})"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ a generated kernel.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,16 @@ from torch import fx
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
 from lorafx.kernels.triton.attention import is_generated
 from lorafx.op_arguments import bound, in_order, index_of, operand
+from lorafx.program.attention_nodes import (
+    only_result,
+    same_ints,
+    same_sizes,
+    scale_of,
+    take_place,
+)
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
-from lorafx.torch_internals.graph_parts import OpOverload, statically_known_true
+from lorafx.torch_internals.graph_parts import OpOverload
 
 aten = torch.ops.aten
 
@@ -74,22 +80,6 @@ def _arguments(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
     return in_order(PAGED_ATTENTION, step, **values)
 
 
-def scale_of(call: dict[str, Any]) -> Any:
-    """The scale of an attention with these arguments."""
-    size = fake_value(call["query"]).shape[-1]
-    return size**-0.5 if call["scale"] is None else call["scale"]
-
-
-def take_place(ctx: Context, attention: fx.Node, result: fx.Node, op: Any, *arguments: Any) -> None:
-    """Compute `result` of torch's `attention` by a call of `op`, whose result is transposed."""
-    with ctx.graph.inserting_before(attention):
-        node = ctx.emit(op, *arguments)
-        if not _is_transposed(fake_value(result)):  # torch's result for contiguous queries
-            node = ctx.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
-    node.meta = {**attention.meta, **node.meta}
-    result.replace_all_uses_with(node)
-
-
 def _nodes_from_cache(attention: fx.Node) -> list[fx.Node] | None:
     """The nodes from `attention` back to the cache's call; None if they have other readers."""
     call = bound(attention)
@@ -121,24 +111,16 @@ def _chain_to_cache(node: fx.Node) -> list[fx.Node] | None:
         return None
     (_, kv_heads, _, size), (_, heads, _, width) = (fake_value(end).shape for end in (last, node))
     if not resized:
-        return chain if _same((heads, width), (kv_heads, size)) else None
+        return chain if same_ints((heads, width), (kv_heads, size)) else None
     [(target, before, after), *further] = resized
     if further or target is not aten.expand.default or not len(before) == len(after) == 5:
         return None
     group = after[2]
     single, repeated = ((*shape[:3], shape[4]) for shape in (before, after))
-    grouped = _same(single, (1, kv_heads, 1, size)) and _same(repeated, (1, kv_heads, group, size))
-    return chain if grouped and _same((heads, width), (kv_heads * group, size)) else None
-
-
-def only_result(attention: fx.Node) -> fx.Node | None:
-    """The first result of an attention, if it is the only one that is read, and lies in memory as
-    `take_place` can make it."""
-    [*results] = attention.users
-    if len(results) != 1 or index_of(results[0]) != 0:
-        return None
-    value = fake_value(results[0])
-    return results[0] if _is_transposed(value) or value.is_contiguous() else None
+    grouped = same_ints(single, (1, kv_heads, 1, size)) and same_ints(
+        repeated, (1, kv_heads, group, size)
+    )
+    return chain if grouped and same_ints((heads, width), (kv_heads * group, size)) else None
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
@@ -152,7 +134,7 @@ def _fits(cached: fx.Node, attention: fx.Node) -> bool:
     if any(cached < user < attention for user in step["cache"].users):
         return False
     query, key = fake_value(call["query"]), fake_value(step["key"])
-    return query.dim() == 4 and query.shape[0] == 1 and _same(query.shape[3:], key.shape[3:])
+    return query.dim() == 4 and query.shape[0] == 1 and same_ints(query.shape[3:], key.shape[3:])
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
@@ -170,23 +152,3 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
             return mask
         mask = operand(mask)
     return mask
-
-
-def _is_transposed(result: torch.Tensor) -> bool:
-    """Whether a result (1, H, T, D) has the memory order (1, T, H, D), like its replacement."""
-    _, heads, tokens, size = result.shape
-    _, head_stride, token_stride, last_stride = result.stride()
-    return _same((head_stride, last_stride), (size, 1)) and (
-        (isinstance(tokens, int) and tokens == 1) or _same((token_stride,), (heads * size,))
-    )
-
-
-def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether sizes are known to be equal."""
-    return len(a) == len(b) and all(
-        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
-    )
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return all(isinstance(x, int) and x == y for x, y in zip(a, b, strict=True))

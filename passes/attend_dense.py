@@ -19,7 +19,7 @@ from torch import fx
 from lorafx.kernels.cpu.compiler import has_matrix_tiles
 from lorafx.kernels.cpu.dense_attention import ATTENTION, AttentionForm, ready
 from lorafx.op_arguments import bound, operand
-from lorafx.passes.attend import only_result, same_sizes, scale_of, take_place
+from lorafx.program.attention_nodes import only_result, same_sizes, scale_of, take_place
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 

@@ -36,7 +36,7 @@ class Fuse:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
         for node, (state, *_) in list(ctx.states.items()):
-            if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
+            if node.target is SITE_OP and _fusible(node, state):
                 _fuse(ctx, node, state)
                 edits += 1
         return edits

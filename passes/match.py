@@ -14,13 +14,13 @@ multiplies by other tensors, such as a product of two weights (lorafx.program.de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.model.convolutions import convolution_of
 from lorafx.model.extras import EXTRAS
@@ -29,27 +29,32 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
-from lorafx.op_arguments import bound, in_order, operand, rebind
-from lorafx.ownership.contractions import PRODUCTS
-from lorafx.ownership.flow import place, plain_path
-from lorafx.ownership.propagate import ancestors, called_by
+from lorafx.op_arguments import bound, in_order
+from lorafx.ownership.flow import place
+from lorafx.ownership.propagate import ancestors
+from lorafx.program.addends import (
+    addends_of,
+    check_addends,
+    refuse_used_bias,
+    rescales,
+    set_addend,
+    use_behind,
+)
 from lorafx.program.context import (
     CONV_OP,
     EMBEDDING_OP,
     GROUPED_OP,
-    ROWS_OF,
     SITE_OP,
     Context,
     Refusal,
     is_site,
 )
-from lorafx.program.derived import replaces
 from lorafx.program.expert_sites import insert_expert_sites, nonnegative
 from lorafx.program.frame import MADE, FrameInput, fake_value
+from lorafx.program.lost_sites import constant_weights, lost_calls, replaced_sites
 from lorafx.program.module_calls import ModuleCall
 from lorafx.program.weight_uses import (
-    RESHAPES,
-    SAME_VALUE,
+    SITE_KINDS,
     Use,
     convolution_uses,
     is_constant,
@@ -57,109 +62,6 @@ from lorafx.program.weight_uses import (
 )
 
 aten = torch.ops.aten
-
-
-_USED_BEFORE = (
-    "its weight is also used outside its own call, where the delta is added, and its handler adds "
-    "it to that result again"
-)
-_COMPILED_APART = (
-    "its class overrides forward, and a graph break puts the forward and the mark into separate "
-    "graphs"
-)
-_TWICE = (
-    "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
-    "argument; use a module for each product"
-)
-_MADE = (
-    "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
-    "forward multiplies is not known"
-)
-_OTHER_WEIGHT = "its module is called with another weight, in a transform of torch.func"
-_PRODUCTS = {*PRODUCTS, aten.linear, aten.embedding, aten.convolution}
-_USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
-
-
-def _replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
-    """Refusals of sites that this graph seems to compute without their weight.
-
-    No graph has used the site yet, or this one uses only parts of its weight (`in_parts`), and its
-    parent computes with another tensor (`replaces`).
-    """
-    frame, program = ctx.frame, ctx.program
-    states = [(n, item) for n, item in frame.by_node.items() if _is_shared(item) and n.users]
-    if not states:
-        return
-    identities, paths = _running_modules(ctx.graph)
-    for site in program.sites:
-        if site.path in program.reached and site not in in_parts:
-            continue
-        near = site.path.rpartition(".")[0]
-        parent = program.graph.at(near)
-        if parent is program.model:
-            runs = frame.begins_call
-        else:  # the whole forward: a later graph may use the weight if only a part runs here
-            runs = str(id(parent)) in identities or near in paths
-            runs = runs and id(parent) not in frame.callers
-        if not runs:
-            continue
-        for node, item in states:
-            value, holder = fake_value(node), item.holder
-            tensor = value if holder is None else holder.tensor
-            if replaces(site, near, tensor, value, holder):
-                program.reached.add(site.path)
-                program.replaced.add(site.path)
-                parts = site in in_parts
-                used = "parts of its weight are used" if parts else "nothing uses its weight"
-                yield Refusal(
-                    (site,),
-                    "always",
-                    f"{used}, but {near or 'the model'} computes with {item.label}, which may "
-                    "have been made from it",
-                )
-                break
-
-
-def _lost_calls(ctx: Context, seen: Set[Site]) -> Iterator[Refusal]:
-    """Refusals of sites whose modules are called here without their weight or mark, such as by
-    `torch.func.functional_call` under `vmap`."""
-    identities, _ = _running_modules(ctx.graph)
-    for site in ctx.program.sites:
-        called = str(id(site.module)) in identities and id(site.module) not in ctx.frame.callers
-        plain = site.eligible.kind in _USE_KINDS.values() and not site.has_own_forward
-        if not called or not plain or site in seen:
-            continue
-        if any(_multiplies(node) and ctx.inside(node, site.module) for node in ctx.graph.nodes):
-            yield Refusal((site,), "always", _OTHER_WEIGHT)
-
-
-def _is_shared(item: FrameInput) -> bool:
-    """Whether it is a tensor of the model, such as one in a dict, which counts as a result."""
-    role = item.role
-    if item.kind != "result" or role is None:
-        return item.kind == "state"
-    return role.dim is None and role.request is None
-
-
-def _multiplies(node: fx.Node) -> bool:
-    return node.op == "call_function" and called_by(node) in _PRODUCTS
-
-
-def _constant_weights(ctx: Context) -> Iterator[Refusal]:
-    """Refusals of sites whose weights Python has read, so that their values are constants here."""
-    for node in ctx.graph.find_nodes(op="get_attr"):
-        value = getattr(ctx.graph_module, str(node.target), None)
-        derived = ctx.program.derived.look(value) if isinstance(value, Tensor) else None
-        if derived is not None:
-            reason = f"its values were read, and are constants of the graph ({place(node)})"
-            yield Refusal(derived.sites, "always", reason)
-
-
-def _running_modules(graph: fx.Graph) -> tuple[set[str], set[str]]:
-    """Ids, as text, and paths of the modules whose forwards made the graph's nodes."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
-    entries = {(str(key).partition("@")[0], path) for s in stacks for key, (path, _) in s.items()}
-    return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
 
 
 def _convolution_refusal(site: Site, use: Use) -> Refusal | None:
@@ -186,6 +88,24 @@ def _insert_conv_site(ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.N
     return ctx.emit(CONV_OP, *arguments)
 
 
+_USED_BEFORE = (
+    "its weight is also used outside its own call, where the delta is added, and its handler adds "
+    "it to that result again"
+)
+_COMPILED_APART = (
+    "its class overrides forward, and a graph break puts the forward and the mark into separate "
+    "graphs"
+)
+_TWICE = (
+    "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
+    "argument; use a module for each product"
+)
+_MADE = (
+    "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
+    "forward multiplies is not known"
+)
+
+
 @dataclass(frozen=True)
 class Match:
     """Every use of a selected weight carries its delta, or becomes a refusal."""
@@ -201,14 +121,14 @@ class Match:
         origins = {mark: _origin(mark, products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
-            if origins[mark] is not None and _rescales(mark):
-                addends = _addends_of(bound(mark)["y"], products)
-                _set_addend(ctx, site, mark, addends)
+            if origins[mark] is not None and rescales(mark):
+                addends = addends_of(bound(mark)["y"], products)
+                set_addend(ctx, site, mark, addends)
             if origins[mark] is not None and site.own_rows and _forward_unknown(site):
-                _check_addends(ctx, site, _addends_of(bound(mark)["y"], products))
+                check_addends(ctx, site, addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
-        _refuse_used_bias(ctx, marks, uses)
+        refuse_used_bias(ctx, marks, uses)
         kept = _settle_calls(ctx, marks, origins, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
         claimed.update(node for nodes in kept.values() for node in nodes)
@@ -217,7 +137,7 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        found = _replaced_sites(ctx, seen - whole), _lost_calls(ctx, seen), _constant_weights(ctx)
+        found = replaced_sites(ctx, seen - whole), lost_calls(ctx, seen), constant_weights(ctx)
         for refusal in chain.from_iterable(found):
             ctx.refuse(refusal)
         edits = 0
@@ -268,7 +188,7 @@ class Match:
 def _origin(mark: fx.Node, products: dict[fx.Node, Use]) -> Use | None:
     """The use whose result the mark adds its delta to. That of W times a number has a delta times
     the number, so the delta moves there."""
-    use, _ = _use_behind(bound(mark)["y"], products)
+    use, _ = use_behind(bound(mark)["y"], products)
     return None if use is None or use.gains else use
 
 
@@ -428,7 +348,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
-    kind = _USE_KINDS[use.kind]
+    kind = SITE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
     if use.kind == "conv" and (refusal := _convolution_refusal(fitting[0], use)) is not None:
         return refusal
@@ -477,7 +397,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
             node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
             if "own" in bank:
-                _check_addends(ctx, site, [] if use.bias is None else [use.bias])
+                check_addends(ctx, site, [] if use.bias is None else [use.bias])
             node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
             for when, extra in EXTRAS.items():
@@ -487,116 +407,12 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
             arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **blocks)
             node = ctx.emit(GROUPED_OP, *arguments)
         last = _swapped(ctx, node) if use.swapped else node
-    if _rescales(node) and use.bias is not None:
-        _set_addend(ctx, site, node, [use.bias])
+    if rescales(node) and use.bias is not None:
+        set_addend(ctx, site, node, [use.bias])
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
     return last
-
-
-# An adapter's rows replace those of W and the bias: y must be x Wᵀ plus the module's own bias.
-
-
-def _addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
-    """The terms of `y`, a sum, except the product with the weight."""
-    use, added = _use_behind(y, uses)
-    constants = [constant for _, constant in added]
-    return constants if use is None or use.bias is None else [*constants, use.bias]
-
-
-def _use_behind(
-    y: fx.Node, uses: dict[fx.Node, Use]
-) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
-    """The use behind `y`, through views, casts and additions, and (addition, constant) pairs."""
-    node: Any = y
-    added: list[tuple[fx.Node, fx.Node]] = []
-    while isinstance(node, fx.Node) and node not in uses:
-        if node.target in SAME_VALUE or node.target in RESHAPES:
-            node = operand(node)
-        elif node.target is ROWS_OF:
-            node = bound(node)["y"]
-        elif node.target is aten.add.Tensor and (call := bound(node))["alpha"] == 1:
-            left, right = call["self"], call["other"]
-            if isinstance(right, fx.Node) and is_constant(right):
-                added.append((node, right))
-                node = left
-            elif isinstance(left, fx.Node) and is_constant(left):
-                added.append((node, left))
-                node = right
-            else:
-                return None, added
-        else:
-            return None, added
-    return (uses.get(node) if isinstance(node, fx.Node) else None), added
-
-
-def _check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
-    """Refuse replaced rows unless y is x Wᵀ plus the module's own bias."""
-    bias = getattr(site.module, "bias", None)
-    tensors = [_holder_tensor(ctx, addend) for addend in addends]
-    if len(tensors) != (bias is not None) or any(tensor is not bias for tensor in tensors):
-        ctx.refuse(
-            Refusal((site,), "own", "the product with its weight is not followed by its own bias")
-        )
-
-
-def _refuse_used_bias(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
-    """Refuse replaced rows if something else reads the bias of their module."""
-    sites = [site for site in ctx.program.sites if site.own_rows]
-    if not sites:
-        return
-    for node in ctx.frame.by_node:
-        tensor = _holder_tensor(ctx, node)
-        for site in sites:
-            if tensor is None or tensor is not getattr(site.module, "bias", None):
-                continue
-            additions = _additions_of_bias(ctx, site, node, marks, uses)
-            if other := next((user for user in node.users if user not in additions), None):
-                ctx.refuse(Refusal((site,), "own", f"its bias is used by {other.name} too"))
-
-
-def _additions_of_bias(
-    ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
-) -> set[fx.Node]:
-    """Nodes that add the bias to a product with the weight of `site`, and its marks."""
-    additions = {
-        use.node
-        for use in uses.values()
-        if use.bias is bias and site in ctx.frame.by_node[use.weight].sites
-    }
-    for mark, marked in marks.items():
-        if marked is site:
-            additions.add(mark)
-            use, added = _use_behind(bound(mark)["y"], uses)
-            if use is not None:
-                additions |= {node for node, constant in added if constant is bias}
-    return additions
-
-
-def _holder_tensor(ctx: Context, node: fx.Node) -> Tensor | None:
-    item = ctx.frame.by_node.get(node)
-    return None if item is None or item.holder is None else item.holder.tensor
-
-
-def _rescales(node: fx.Node) -> bool:
-    return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
-
-
-def _set_addend(ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]) -> None:
-    """Set the op's `addend` to the sum of y's addends, which DoRA does not scale."""
-    if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
-        ctx.refuse(
-            Refusal(
-                (site,), "dora", "more than a bias is added in the same operator as its product"
-            )
-        )
-        return
-    total = None
-    with ctx.graph.inserting_before(node):
-        for item in addends:
-            total = item if total is None else ctx.emit(aten.add.Tensor, total, item)
-    rebind(node, addend=total)
 
 
 def _swapped(ctx: Context, node: fx.Node) -> fx.Node:

@@ -53,7 +53,7 @@ class Pack:
         edits = 0
         for nodes in _nodes_by_input(ctx):
             for run in _adjacent_runs(ctx, nodes):
-                if len(run) > 1 and ctx.take_edit():
+                if len(run) > 1:
                     _merge(ctx, run, first=min(run, key=order.__getitem__))
                     edits += 1
         return edits

@@ -13,7 +13,7 @@ and `explain` prints it with the node's byte floor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -29,48 +29,24 @@ from lorafx.kernels.cost.roofline import (
     work_of,
 )
 from lorafx.kernels.cpu.delta_kernels import build_all
-from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.ops.op_library import Ranges
-from lorafx.kernels.triton.build import CONCAT, TritonSpec, not_concat
+from lorafx.kernels.triton.build import CONCAT, not_concat
 from lorafx.kernels.triton.build import build as build_triton
 from lorafx.kernels.triton.ops import adjacent
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
-from lorafx.program.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, Context
+from lorafx.program.context import EMBEDDING_OP, FUSED_OP, PLAIN_SITE_OPS, Context
 from lorafx.program.frame import fake_value
+from lorafx.program.strategies import (
+    ATEN,
+    GENERATED,
+    Strategy,
+    choose,
+    cpu_spec,
+    delta_spec,
+    triton_spec,
+)
 from lorafx.torch_internals.compat import size_hint
-
-GENERATED = "generated"
-ATEN = "aten"
-
-_KEY = "lorafx_strategy"
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How a node is computed: a name of `lorafx.config.STRATEGIES`, the id of Triton kernels or 0,
-    whether a pack's base product is `split` into a GEMM per sibling, and the reason."""
-
-    name: str
-    kernel: int = 0
-    split: bool = False
-    reason: str = ""
-
-
-def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
-    """Set the node's strategy, and note it for `explain`."""
-    node.meta[_KEY] = strategy
-    if strategy.kernel:
-        ctx.kernels.add(strategy.kernel)
-    for state in ctx.states[node]:
-        gemms = ", one GEMM per sibling" if strategy.split else ""
-        state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"
-
-
-def strategy_of(node: fx.Node) -> Strategy:
-    """The node's strategy; aten if unplanned."""
-    return node.meta.get(_KEY, Strategy(ATEN))
 
 
 @dataclass(frozen=True)
@@ -248,32 +224,3 @@ def _floor(ctx: Context, node: fx.Node) -> str:
         f"byte floor at rank {rank}: {single:.2f} times the base weight's bytes with 1 adapter, "
         f"{eight:.2f} times with 8"
     )
-
-
-def delta_spec(node: fx.Node) -> DeltaSpec:
-    """The spec of a kernel for the node's delta."""
-    call = bound(node)
-    if node.target is EMBEDDING_OP:
-        return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
-    tensors = (fake_value(call[name]) for name in ("x", "A", "B", "ranks"))
-    return DeltaSpec.linear(fake_value(node), *tensors, *(call[name] for name in Ranges._fields))
-
-
-def cpu_spec(node: fx.Node) -> DeltaSpec:
-    """`delta_spec` for a CPU, whose kernels find the slots of routed rows."""
-    spec = delta_spec(node)
-    if node.target is EXPERT_OP:
-        return replace(spec, experts=bound(node)["count"])
-    return spec
-
-
-def triton_spec(node: fx.Node) -> TritonSpec:
-    """`delta_spec`, with the base weight if it is part of the node."""
-    if node.target is not FUSED_OP:
-        return TritonSpec(delta_spec(node))
-    call = bound(node)
-    weight, bias = fake_value(call["weight"]), call["bias"] is not None
-    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
-    # There is a block for each request, or for each slot if these are fewer.
-    by_request = isinstance(n, int) and n < slots
-    return TritonSpec(delta_spec(node), weight.dtype, bias, call["transposed"], by_request)

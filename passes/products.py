@@ -80,11 +80,9 @@ class Products:
             return 0
         edits = 0
         for find in (_product_in_parts, _product):  # the parts are products themselves
-            edits += sum(
-                _replace(gm.graph, node, find, ctx.take_edit) for node in [*gm.graph.nodes]
-            )
+            edits += sum(_replace(gm.graph, node, find) for node in [*gm.graph.nodes])
         found = [item for item in map(_stored_product, gm.graph.nodes) if item is not None]
-        return edits + sum(_replace_stored(gm.graph, item, ctx.take_edit) for item in found)
+        return edits + sum(_replace_stored(gm.graph, item) for item in found)
 
 
 class Product(NamedTuple):
@@ -96,14 +94,9 @@ class Product(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
-def _replace(
-    graph: fx.Graph,
-    node: fx.Node,
-    find: Callable[[fx.Node], Product | None],
-    allowed: Callable[[], bool],
-) -> bool:
+def _replace(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Product | None]) -> bool:
     product = find(node) if node.users else None
-    if product is None or not _pays(product) or not allowed():
+    if product is None or not _pays(product):
         return False
     bias = () if product.bias is None else (product.bias,)
     op = DENSE_ADDMM if bias else DENSE_MM
@@ -214,9 +207,9 @@ def _affine_product(node: fx.Node) -> StoredProduct | None:
     return StoredProduct(product, x, weight.operands, bias)
 
 
-def _replace_stored(graph: fx.Graph, found: StoredProduct, allowed: Callable[[], bool]) -> bool:
+def _replace_stored(graph: fx.Graph, found: StoredProduct) -> bool:
     product, x, weight, bias = found
-    if not _pays_stored(x, weight) or not allowed():
+    if not _pays_stored(x, weight):
         return False
     while whole := [reader for reader in product.users if _keeps_all(reader)]:
         for reader in whole:
@@ -319,10 +312,13 @@ class Join:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
         for node in [*gm.graph.nodes]:
-            if node.target is AUTO_FUNCTIONALIZED and _can_join(node) and ctx.take_edit():
+            if node.target is AUTO_FUNCTIONALIZED and _can_join(node):
                 _join(gm.graph, ctx, node)
                 edits += 1
-        return edits + sum(_gather(gm.graph, ctx, nodes) for nodes in _siblings(gm.graph))
+        siblings = _siblings(gm.graph)
+        for nodes in siblings:
+            _gather(gm.graph, ctx, nodes)
+        return edits + len(siblings)
 
 
 def _can_join(delta: fx.Node) -> bool:
@@ -385,9 +381,7 @@ def _siblings(graph: fx.Graph) -> list[list[fx.Node]]:
     return [group for group in groups.values() if 1 < len(group) <= MOST_WEIGHTS]
 
 
-def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> bool:
-    if not ctx.take_edit():
-        return False
+def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> None:
     calls = [bound(node) for node in nodes]
     lists = {
         "weights": [item for call in calls for item in call["weight"]],
@@ -406,4 +400,3 @@ def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> bool:
         if node in ctx.states:
             ctx.states[part] = ctx.states.pop(node)
         graph.erase_node(node)
-    return True

@@ -25,9 +25,9 @@ from lorafx.kernels.ops.own_rows import OwnRows
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
-from lorafx.passes.provenance import ALL_ALIKE
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.program.frame import fake_value
+from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
 #: Arguments for scales and biases; an embedding has gains only.

@@ -15,20 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
+from lorafx.program.attention_nodes import CACHE_WRITES
 from lorafx.program.context import Context
 
 _COPY = torch.ops.aten.copy_.default
-
-
-#: Operators that write into their argument `cache` -> their numbers of results.
-_RESULTS = {PAGED_CACHE: 2, PAGED_ATTENTION: 1}
-
-
-def writes_in_place(gm: fx.GraphModule) -> bool:
-    """Whether a graph of Dynamo calls an operator that writes into a cache."""
-    return any(gm.graph.find_nodes(op="call_function", target=op) for op in _RESULTS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def _writes_into(cache: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         if len(users) > 1 or not _writes(following, base):
             return [], []
         chain.append(following)
-        results = _RESULTS[_called(following)]
+        results = CACHE_WRITES[_called(following)]
         after = [user for user in following.users if index_of(user) == results]
         if len(after) != 1:
             return [], []
@@ -83,7 +74,7 @@ def _copies_into(node: fx.Node, cache: fx.Node) -> bool:
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
     """Whether `node` wraps an operator that writes into all of `base`."""
-    if node.target is not TRACED_WRITE or _called(node) not in _RESULTS:
+    if node.target is not TRACED_WRITE or _called(node) not in CACHE_WRITES:
         return False
     bases: Any = node.kwargs.get("_all_bases", ())
     # A view would have further arguments.
@@ -93,7 +84,7 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
 
 def _write_in_place(node: fx.Node, cache: fx.Node) -> None:
     op = _called(node)
-    results = _RESULTS[op]
+    results = CACHE_WRITES[op]
     arguments = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
     graph = node.graph
     with graph.inserting_before(node):

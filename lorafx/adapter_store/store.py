@@ -34,7 +34,7 @@ from lorafx.adapter_store.stored import (
     Adapter,
     Hold,
     HostCopy,
-    HostTier,
+    HostMemory,
     Kept,
     Retired,
     StoredAdapter,
@@ -95,7 +95,7 @@ class AdapterStore:
         self.hits = self.loads = self.evictions = 0
         self._groups = tuple(groups)
         self._fit = partial(fit_to_banks, places=places_of(groups), groups=self._groups)
-        self.host = HostTier(self._fit, max_host_bytes)
+        self.host = HostMemory(self._fit, max_host_bytes)
         self._next_use = itertools.count(1).__next__
         self._lock = threading.RLock()
         self._adapters = _Adapters()
@@ -189,7 +189,7 @@ class AdapterStore:
                     f"{stored.name!r} is pinned, and there is no room for {what} in its place; "
                     "unpin it first"
                 )
-        stored.tier = self.host
+        stored.memory = self.host
 
         def add() -> None:
             with self._lock:
@@ -249,8 +249,7 @@ class AdapterStore:
 
     def hold(self, name: str) -> Hold:
         """Keep this version of an adapter while the result lives. Raises as `fetch`."""
-        kept = self.fetch([name], resident=True)  # noqa: F841 - reads files without the lock
-        with self._lock:
+        with self.fetch([name], resident=True), self._lock:
             hold = Hold(name, self[name])
             self._holds.add(hold)
             return hold

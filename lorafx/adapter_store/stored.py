@@ -112,7 +112,7 @@ class StoredAdapter:
         origin: its files, with the settings for reading them; None from memory and from the hub.
         compared: as in `Adapter`.
         width: how many consecutive slots it takes.
-        tier: reads its files again.
+        memory: reads its files again.
         used: a number that grows with each fetch of any adapter.
         reread: it was read again, and has not been written into a slot since.
         version: unique in this process, from 1 on.
@@ -128,18 +128,18 @@ class StoredAdapter:
     origin: Origin | None = None
     compared: bool = False
     width: int = 1
-    tier: HostTier | None = None
+    memory: HostMemory | None = None
     used: int = 0
     reread: bool = False
     version: int = field(default_factory=next_version)
 
     @property
     def numbers(self) -> HostCopy:
-        """The host copy, read again if it was dropped. Raises as `HostTier.read`."""
+        """The host copy, read again if it was dropped. Raises as `HostMemory.read`."""
         copy = self.host
         if copy is None:
-            assert self.tier is not None
-            copy = self.host = self.tier.read(self)
+            assert self.memory is not None
+            copy = self.host = self.memory.read(self)
         return copy
 
     @property
@@ -169,13 +169,17 @@ class Hold:
 
 
 class Kept:
-    """Keeps adapters in host memory while it lives (`AdapterStore.fetch`)."""
+    """Keeps adapters in host memory while it lives, such as in a `with` (`AdapterStore.fetch`)."""
 
-    def __init__(self, adapters: Sequence[StoredAdapter]) -> None:
+    def __init__(self, adapters: Sequence[StoredAdapter] = ()) -> None:
         self.adapters = adapters
 
+    def __enter__(self) -> None: ...
 
-class HostTier:
+    def __exit__(self, *_: object) -> None: ...
+
+
+class HostMemory:
     """Reads dropped adapters again, and counts such events.
 
     Attributes:

@@ -47,8 +47,8 @@ from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.pass_order import pipeline
-from lorafx.passes.write_in_place import writes_in_place
 from lorafx.placements import is_placed
+from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -228,7 +228,7 @@ class Backend:
             inference_compiler=compiler,
             decompositions=self.lowering.decompositions(),
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
-            keep_inference_input_mutations=writes_in_place(gm),
+            keep_inference_input_mutations=writes_caches(gm),
         )
         if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
             _detach_results(gm)
@@ -247,7 +247,7 @@ class Backend:
         if self.noted is not None:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
-        ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
+        ctx = Context(program, frame, gm)
         # The rows of a graph inside a call may be some of the batch's, in another order: it looks
         # their slots up. Slots per token are in the order of the call's arguments.
         if not (frame.begins_call or frame.per_token):

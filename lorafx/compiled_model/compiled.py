@@ -312,8 +312,7 @@ class CompiledModel(AsModule):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         name = None if name == BASE else name
-        fetched = session.fetch_adapters(Requests((name,)))  # noqa: F841 - before the lock is taken
-        with session.lock:
+        with session.fetch_adapters(Requests((name,))), session.lock:
             if name is not None:
                 session.store[name]
             merged = session.base.merged
@@ -404,8 +403,8 @@ class CompiledModel(AsModule):
         refuse_transformed()
         session = self._session
         session.store.check_known(name)
-        fetched = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
-        with session.lock:  # a running call may read the slot that it takes
+        # A running call may read the slot that it takes.
+        with session.store.fetch([name], resident=True), session.lock:
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(
                     f"a forward is running on this thread; pin {name!r} when it has returned"

@@ -163,8 +163,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         requests = None
         if not takes_names:
             requests = requests_of(kwargs.pop("adapter_names", None))
-        fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
-        with session.lock:
+        with session.fetch_adapters(requests), session.lock:
             session.refuse_injected()
             if requests is None and (session.default is None or session.running.updating):
                 return session.run_outside_engine(functools.partial(method, *args, **kwargs))

@@ -68,8 +68,7 @@ def in_waves(
     ):
         return call(args, kwargs, requests)
     names, row_dims = requests.names, session.program.config.row_dims
-    fetched = session.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
-    with session.lock:
+    with session.fetch_adapters(requests), session.lock:
         for name in adapters_among(names):
             session.store.check_known(name)
         waves = None if session.base.merged is not None else waves_of(session.store, names)

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -441,8 +442,8 @@ def _site_report(site: Site) -> SiteReport:
 
 def _adapter_report(session: Session, name: str, quick: bool) -> AdapterReport:
     store, merged = session.store, session.base.merged
-    kept = None if quick else store.fetch([name], resident=True)  # noqa: F841
-    deltas = deltas_of(store[name], session.program.groups, quick=quick)
+    with nullcontext() if quick else store.fetch([name], resident=True):
+        deltas = deltas_of(store[name], session.program.groups, quick=quick)
     return AdapterReport(
         **vars(info(store, name)),
         merged=merged is not None and merged.name == name,

@@ -111,8 +111,6 @@ class Context:
     graph_module: fx.GraphModule
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
-    #: The remaining edits of `Options.max_edits`; None for no limit.
-    edits_left: int | None = None
     #: Ids of the generated Triton kernels that the graph calls.
     kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
@@ -208,13 +206,6 @@ class Context:
         ]
 
     # --- new nodes ---
-
-    def take_edit(self) -> bool:
-        """Use one of the `edits_left`. Returns False if there was none."""
-        if self.edits_left is None:
-            return True
-        self.edits_left -= 1
-        return self.edits_left >= 0
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
         """A call_function node with a fake value at the insertion point; `kwargs` have no nodes."""

@@ -56,6 +56,10 @@ RESHAPES = frozenset(
 PERMUTATIONS = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 
 
+#: The kinds of uses that get a site's op, and the kinds of the sites.
+SITE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
+
+
 @dataclass(frozen=True)
 class Use:
     """A use of a weight; `kind` as in the module's equations, or "unknown" for a `reason`.

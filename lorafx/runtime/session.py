@@ -61,14 +61,15 @@ if TYPE_CHECKING:  # imported with the first graph
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
+_KEEPS_NOTHING: Final = Kept()
 
 
 _WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
 
 
 @dataclass(frozen=True)
-class Tier:
-    """Counts of one store of adapters: how often an adapter was looked up there and found (`hits`)
+class PlaceCounts:
+    """Counts of one place of adapters: how often an adapter was looked up there and found (`hits`)
     or not (`misses`), and how many were removed for others (`evictions`)."""
 
     hits: int
@@ -89,7 +90,7 @@ class Statistics:
             "__base__" is the base model.
         nbytes: present bytes of the banks ("banks"), of adapters in host memory ("host"), and of
             the files that they were read from ("disk").
-        tiers: "host", where adapters without a slot are looked up; "disk", from which adapters
+        places: "host", where adapters without a slot are looked up; "disk", from which adapters
             are read that host memory had no room for: its misses are files that have changed.
     """
 
@@ -99,7 +100,7 @@ class Statistics:
     waits: int
     tokens: Mapping[str, int] = field(default_factory=dict)
     nbytes: Mapping[str, int] = field(default_factory=dict)
-    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    places: Mapping[str, PlaceCounts] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,11 +116,11 @@ class SessionCounts:
         """These counts and those of the session's store."""
         slots = store.hits, store.loads, store.evictions
         host = store.host
-        tiers = {
-            "host": Tier(host.hits, host.misses, host.evictions),
-            "disk": Tier(host.misses - host.changed, host.changed, 0),
+        places = {
+            "host": PlaceCounts(host.hits, host.misses, host.evictions),
+            "disk": PlaceCounts(host.misses - host.changed, host.changed, 0),
         }
-        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes(), tiers)
+        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes(), places)
 
 
 class Served(NamedTuple):
@@ -304,8 +305,7 @@ class Session:
 
                 if followed() is not None:
                     return inner_call(partial(self.call, function, requests))
-            fetched = self.fetch_adapters(requests)  # noqa: F841 - before the lock is taken
-            with self.locks.calls:
+            with self.fetch_adapters(requests), self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
                     raise BatchError(
@@ -331,10 +331,11 @@ class Session:
         caller holds the lock."""
         return function() if self.outside_engine is None else self.outside_engine(function)
 
-    def fetch_adapters(self, requests: Requests | None) -> Kept | None:
-        """Fetch the adapters of these requests into host memory (`AdapterStore.fetch`)."""
+    def fetch_adapters(self, requests: Requests | None) -> Kept:
+        """Fetch the adapters of these requests into host memory (`AdapterStore.fetch`), before a
+        lock is taken."""
         if self.store.host.budget is None:
-            return None
+            return _KEEPS_NOTHING
         if requests is None:
             return self.store.fetch([self.default])
         return self.store.fetch(

@@ -40,8 +40,8 @@ FILE = "model.safetensors"
 def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
     program = session.program
     session.refuse_running("export_merged()")
-    kept = session.store.fetch([name], resident=True)  # noqa: F841 - reads files without the locks
-    with session.weights_lock:  # weights do not change, calls continue
+    # Meanwhile weights do not change, and calls continue.
+    with session.store.fetch([name], resident=True), session.weights_lock:
         with session.lock:
             session.refuse_broken()
             session.store[name]  # UnknownAdapterError

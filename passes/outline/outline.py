@@ -25,7 +25,7 @@ from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import plain_path
 from lorafx.ownership.propagate import ancestors
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
-from lorafx.passes.write_in_place import writes_in_place
+from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context, Outlined
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.graph_parts import FakeTensor, OpOverload, tree_leaves
@@ -255,7 +255,7 @@ class Outline:
         edits = 0
         for regions, stretches in repeats(gm, claimed, self.min_nodes):
             members = [_Member.of(stretch) for stretch in stretches]
-            if all(member.possible for member in members) and ctx.take_edit():
+            if all(member.possible for member in members):
                 name = f"{self.name}d_{edits}"
                 _outline(gm, ctx, members, name, replaced)
                 claimed.update(node for region in regions for node in region.nodes)
@@ -270,7 +270,7 @@ def repeats(
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
     """Isomorphic regions of `least` nodes or more, longest first, that are not `claimed`."""
     # The key counts of two kinds of layers over a paged cache may be equal in this step only.
-    sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
+    sizes = {} if writes_caches(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
     for region in regions_of(gm.graph):
         if len(region.nodes) >= least:

@@ -20,7 +20,8 @@ from torch import nn
 from lorafx.ownership.labels import Own
 from lorafx.passes.give_out import GiveOut, give_out
 from lorafx.passes.match import Match
-from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, prove_results
+from lorafx.passes.provenance import Provenance, apply
+from lorafx.program.row_maps import RowMap, Unproved, prove_results
 
 aten = torch.ops.aten
 

@@ -14,7 +14,9 @@ from torch import nn
 from lorafx.ownership.labels import Own
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.match import Match
-from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove_results
+from lorafx.passes.provenance import Provenance, apply
+from lorafx.program.context import is_site
+from lorafx.program.row_maps import RowMap, Unproved, prove_results
 
 pytestmark = pytest.mark.quick
 

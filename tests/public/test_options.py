@@ -11,9 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, check_mixed, error
+from dense_merge import REFERENCE, Case, check_mixed, error, save_adapter
 from tiny_models import FAMILIES
-from torch import fx
+from torch import fx, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError, VerifyError
@@ -65,22 +65,6 @@ def test_without_provenance_mixed_batches_are_refused(plain, inputs):
     assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
     with pytest.raises(ProvenanceError, match=r"not proved"):
         cm(**inputs, adapter_names=NAMES)
-
-
-def test_max_edits_stops_rewriting(plain, inputs):
-    """Each budget gives the same numbers for one adapter; the first that does not is the edit to
-    blame."""
-    full = plain.compile()
-    check_mixed(full, plain, ["a1"] * 4, inputs)
-    done = []
-    for budget in (0, 3, 10, 1000):
-        cm = plain.compile(options={"max_edits": budget})
-        check_mixed(cm, plain, ["a1"] * 4, inputs)
-        done.append(sum(edits(cm)[name] for name in ("provenance", "fuse", "pack")))
-    assert done[0] == 0
-    assert done == sorted(done)
-    assert done[-1] == sum(edits(full)[name] for name in ("provenance", "fuse", "pack"))
-    assert done[1] == 3
 
 
 # Dumps
@@ -143,14 +127,27 @@ def test_explain(plain, inputs):
     assert "refused" not in text
 
 
-def test_explain_tells_of_refusals(plain, inputs):
-    cm = plain.compile(options={"max_edits": 0})
-    cm(**inputs, adapter_names=["a1"] * 4)
+class Chosen(nn.Module):
+    """Rows in an order that the caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        return self.up(x[order])
+
+
+def test_explain_tells_of_refusals(tmp_path):
+    folder = save_adapter(Chosen(), tmp_path / "a", rank=2, targets=["up"])
+    cm = lorafx.compile(Chosen(), {"a": folder}, options=REFERENCE)
+    x, order = torch.randn(3, 4), torch.tensor([2, 0, 1])
+    cm(x, order, adapter_names=["a"] * 3)
     text = str(cm.explain())
-    assert "no row map: Options.max_edits allows no more edits" in text
-    assert "refused (mixed): up: Options.max_edits allows no more edits" in text
-    with pytest.raises(ProvenanceError, match=r"Options\.max_edits allows no more edits"):
-        cm(**inputs, adapter_names=NAMES)
+    assert "no row map: " in text
+    assert "refused (mixed): up: " in text
+    with pytest.raises(ProvenanceError, match="at up it is not proved"):
+        cm(x, order, adapter_names=["a", None, "a"])
 
 
 # Forms of the configuration

@@ -34,11 +34,11 @@ _COUNTERS: Mapping[str, str] = {
     "evictions": "Adapters that lost their slot to another",
     "waits": "Requests that were ready for a step and had no slot in it",
 }
-#: Likewise fields of `Tier`.
-_TIER_COUNTERS: Mapping[str, str] = {
-    "hits": "Adapters that were asked for and found in a tier",
-    "misses": "Adapters that were asked for and not in a tier",
-    "evictions": "Adapters that had to leave a tier",
+#: Likewise fields of `PlaceCounts`.
+_PLACE_COUNTERS: Mapping[str, str] = {
+    "hits": "Adapters that were asked for and found in a place",
+    "misses": "Adapters that were asked for and not in a place",
+    "evictions": "Adapters that had to leave a place",
 }
 _SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
@@ -80,10 +80,10 @@ def families(
     """The current metrics of a model and its engine. `label` gives adapters their labels."""
     for name, text in _COUNTERS.items():
         yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
-    for name, text in _TIER_COUNTERS.items():
-        family = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
-        for tier, counts in stats.tiers.items():
-            family.add_metric([tier], getattr(counts, name))
+    for name, text in _PLACE_COUNTERS.items():
+        family = CounterMetricFamily(f"lorafx_place_{name}", text, labels=["place"])
+        for place, counts in stats.places.items():
+            family.add_metric([place], getattr(counts, name))
         yield family
     text = "Bytes of the device's banks, of adapters in host memory, and of their files on disk"
     sizes = GaugeMetricFamily("lorafx_adapter_bytes", text, labels=["place"])

@@ -210,10 +210,10 @@ def test_counts_are_told_to_ray(files, replica, monkeypatch):
     stats = server.compiled.stats()
     for place in ("banks", "host", "disk"):
         assert told["lorafx_adapter_bytes", place] == stats.nbytes[place] > 0
-    for tier, counts in stats.tiers.items():
+    for place, counts in stats.places.items():
         for name in ("hits", "misses", "evictions"):
-            assert told.get((f"lorafx_tier_{name}", tier), 0) == getattr(counts, name)
-    assert told["lorafx_tier_hits", "host"] > 0
+            assert told.get((f"lorafx_place_{name}", place), 0) == getattr(counts, name)
+    assert told["lorafx_place_hits", "host"] > 0
     assert told["lorafx_tokens", "a3"] == stats.tokens["a3"]
     assert told["lorafx_adapter_loads", ""] == stats.loads > 0
     for name in ("a0", "a3"):

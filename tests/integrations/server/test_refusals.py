@@ -306,8 +306,8 @@ def test_health_and_metrics(server):
     assert "lorafx_adapter_waits_total" in after
     for place, nbytes in server.compiled.stats().nbytes.items():
         assert after[f'lorafx_adapter_bytes{{place="{place}"}}'] == nbytes > 0
-    assert after['lorafx_tier_hits_total{tier="host"}'] >= 1
-    assert after['lorafx_tier_misses_total{tier="disk"}'] == 0
+    assert after['lorafx_place_hits_total{place="host"}'] >= 1
+    assert after['lorafx_place_misses_total{place="disk"}'] == 0
     assert not any("zzz" in key for key in after)
 
 

@@ -72,8 +72,8 @@ def test_the_least_recently_used_go_and_come_back_as_they_were(case, inputs):
     check_mixed(cm, case, ["a1", "a1"], inputs)
     after = cm.stats()
     assert cm.recompiles == recompiles
-    host, disk = after.tiers["host"], after.tiers["disk"]
-    assert host.misses == before.tiers["host"].misses + 1 == disk.hits
+    host, disk = after.places["host"], after.places["disk"]
+    assert host.misses == before.places["host"].misses + 1 == disk.hits
     assert host.hits + host.misses == after.loads
     assert host.evictions > 0 == disk.misses
     files = [file for folder in case.folders.values() for file in folder.iterdir()]
@@ -85,7 +85,7 @@ def test_without_a_budget_nothing_is_dropped(case, inputs):
     check_mixed(cm, case, ["a0", None], inputs)
     check_mixed(cm, case, ["a1", None], inputs)
     assert in_memory(cm) == NAMES
-    host = cm.stats().tiers["host"]
+    host = cm.stats().places["host"]
     assert (host.hits, host.misses, host.evictions) == (2, 0, 0)
 
 
@@ -112,7 +112,7 @@ def test_files_that_changed_are_an_error_that_names_them(case, inputs, change):
     with pytest.raises(CheckpointError, match=rf"'a0' .*max_host_bytes.*{said}.*load_adapter"):
         cm(**inputs, adapter_names=["a0", None])
     assert cm._session.store.resident == resident
-    assert cm.stats().tiers["disk"].misses == 1
+    assert cm.stats().places["disk"].misses == 1
     check_mixed(cm, case, ["a1", None], inputs)
     save_adapter(case.base, case.folders["a0"], rank=3, targets=["up", "down"], seed=9)
     cm.load_adapter(case.folders["a0"], "a0")
@@ -230,9 +230,9 @@ def test_prefetch(case, inputs):
     check_mixed(cm, case, ["a1", None], inputs)
     cm.prefetch_adapters(["a0", None])
     assert in_memory(cm) == ["a0"]
-    reads = cm.stats().tiers["host"].misses
+    reads = cm.stats().places["host"].misses
     check_mixed(cm, case, ["a0", None], inputs)
-    assert cm.stats().tiers["host"].misses == reads
+    assert cm.stats().places["host"].misses == reads
     with pytest.raises(UnknownAdapterError, match="a9"):
         cm.prefetch_adapters(["a1", "a9"])
     with pytest.raises(ConfigError, match="max_host_bytes must be a positive integer"):
@@ -257,4 +257,4 @@ def test_adapters_with_copies_of_base_weights_outlive_new_ones(inputs, tmp_path)
     for name in [*folders, *folders]:
         cm(inputs["ids"], adapter_names=[name, None])
     assert in_memory(cm) == [*folders]
-    assert cm.stats().tiers["host"].misses == 0
+    assert cm.stats().places["host"].misses == 0

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build, plan_of
-from lorafx.passes.lower import inline_triton_ops
+from lorafx.program.inline_triton import inline_triton_ops
 
 K, SIZES, RANK, SLOTS = 256, (192, 64), 16, 4
 
