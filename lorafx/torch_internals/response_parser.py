@@ -6,12 +6,32 @@ import json
 from typing import Any
 
 import regex
-from transformers.cli.serving.utils import ToolCall
+from transformers.cli.serving.utils import ToolCall, get_response_template
 from transformers.utils.chat_parsing import ResponseParser
-from transformers.utils.chat_parsing.response_templates import ResponseTemplate
+from transformers.utils.chat_parsing.response_templates import (
+    ResponseTemplate,
+    load_response_template,
+)
+
+from lorafx.errors import ConfigError
 
 #: The field of a response template that has calls of tools.
 CALLS = "tool_calls"
+
+
+def response_template(tokenizer: Any, model: Any = None) -> ResponseTemplate | None:
+    """The response template of a tokenizer, or that which transformers has for the kind of `model`;
+    None if there is none. Raises ConfigError if it is no such template."""
+    saved = getattr(tokenizer, "response_template", None)
+    if saved is None and model is not None:
+        saved = get_response_template(tokenizer, model)
+    try:
+        return None if saved is None else load_response_template(saved)
+    except Exception as error:  # whatever it makes of what is none
+        raise ConfigError(
+            f"the response_template of {tokenizer.name_or_path} is none that transformers reads "
+            f"({error}); correct it in tokenizer_config.json, or take it out"
+        ) from error
 
 
 class AnswerParser(ResponseParser):

@@ -166,7 +166,8 @@ class ChatChoice(Choice):
         self._parts = parts
 
     def _reason(self, output: SequenceOutput) -> str | None:
-        called = self._parts.calls and output.is_finished()
+        named = self._fields.choice[0] == "named"  # which OpenAI's server says nothing of
+        called = self._parts.calls and output.finish_reason == "stop" and not named
         return "tool_calls" if called else output.finish_reason
 
     def _content(self, text: str, output: SequenceOutput, whole: bool) -> dict[str, Any]:

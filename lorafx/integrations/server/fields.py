@@ -32,22 +32,32 @@ _CHOOSING = (
 #: Fields without an effect on an answer.
 _WITHOUT_EFFECT = (
     "cache_salt include_reasoning metadata model moderation prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention request_id safety_identifier service_tier store user"
+    "prompt_cache_retention request_id safety_identifier service_tier session_id store "
+    "stream_interval user"
 )
-_GUIDED = "guided_choice guided_grammar guided_json guided_regex"
+_GUIDED = "ebnf guided_choice guided_grammar guided_json guided_regex json_schema regex"
 #: Neutral values, and the fields of OpenAI and vLLM that are accepted with these only.
 _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
-        f"{_GUIDED} allowed_token_ids audio chat_template conversation generation_config "
-        "kv_transfer_params max_tool_calls mm_processor_kwargs prediction previous_response_id "
-        "prompt_embeds reasoning reasoning_effort truncate_prompt_tokens vllm_xargs "
+        f"{_GUIDED} access_programs allowed_token_ids audio background_options chat_template "
+        "context_management conversation custom_logit_processor ec_transfer_params enable_thinking "
+        "generation_config image kv_transfer_params logprob_token_ids max_new_tokens "
+        "max_tool_calls media_io_kwargs mm_processor_kwargs prediction previous_input_messages "
+        "previous_response_id prompt_embeds reasoning reasoning_effort repetition_detection "
+        "stop_regex thinking_token_budget truncate_prompt_tokens truncation_side vllm_xargs "
         "web_search_options",
     ),
-    ((False,), "background use_beam_search"),
-    ((0,), "priority"),
+    (
+        (False,),
+        "background enable_response_messages return_hidden_states return_mm_kwargs "
+        "return_prompt_text return_token_offsets return_weight_versions use_beam_search "
+        "watermarking",
+    ),
+    ((0,), "priority routed_experts_prompt_start top_logprobs"),
     (([],), "documents functions include logits_processors"),
     ((1,), "length_penalty typical_p"),
+    (("tensors",), "mm_payload"),
     ((True,), "spaces_between_special_tokens"),
     (("auto", "none"), "function_call"),
     ((["text"],), "modalities"),
@@ -58,7 +68,12 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
 _INSTEAD = {
     **dict.fromkeys(_GUIDED.split(), "send `structured_outputs`"),
     "chat_template": "start the server with it",
+    "enable_thinking": "send it in `chat_template_kwargs`",
+    "logprob_token_ids": "ask for the likeliest tokens, by `top_logprobs` or `logprobs`",
+    "max_new_tokens": "send `max_tokens`",
     "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
+    "repetition_detection": "send a `repetition_penalty` or `frequency_penalty`",
+    "thinking_token_budget": "bound the whole answer, by `max_tokens`",
 }
 
 #: Fields by which other servers (TGI, LoRAX, SGLang, vLLM) take the name of an adapter.
@@ -145,8 +160,8 @@ _Length = Annotated[int | None, Field(ge=1)]
 
 
 class GrammarSource(NamedTuple):
-    """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice" or "grammar";
-    `field` asked for it."""
+    """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice", "grammar" or
+    "calls" (what makes one of the special tokens); `field` asked for it."""
 
     field: str
     kind: str
@@ -326,15 +341,51 @@ class MessageFields(Fields):
 
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] = []
-    tool_choice: Literal["auto", "none"] = "auto"  # calls are not forced
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
     @property
+    def choice(self) -> tuple[str, frozenset[str] | None]:
+        """How calls are made ("auto", "none", "required", or "named": one call of one tool), and of
+        which tools, all if that is None. Raises RequestError if `tool_choice` does not say so."""
+        asked = self.tool_choice
+        if isinstance(asked, str):
+            return asked, None
+        inner = asked.get("allowed_tools", asked)  # chats nest what responses do not
+        try:
+            if asked["type"] == "allowed_tools" and inner["mode"] in ("auto", "required"):
+                return inner["mode"], frozenset(map(_name_of, inner["tools"]))
+            if asked["type"] == "function":
+                return "named", frozenset([_name_of(asked)])
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise RequestError(
+            "`tool_choice` is auto, none, required, a function by its name, or allowed_tools with "
+            f"their mode; got {asked!r:.80}",
+            "tool_choice",
+        )
+
+    @property
     def used_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call."""
-        return self.tools if self.tools and self.tool_choice != "none" else None
+        """The tools that the model may call, in the form of a chat's. Raises RequestError if they
+        are no functions, or `tool_choice` has others."""
+        mode, chosen = self.choice
+        for tool in self.tools:
+            if tool.get("type", "function") != "function" or not _name_of(tool):
+                raise RequestError(
+                    f"`tools` are functions with a name, which the client runs; {tool!r:.80} is "
+                    "not served: leave it out, or describe it as a function",
+                    "tools",
+                )
+        names = {_name_of(tool) for tool in self.tools}
+        if missing := (chosen or frozenset()) - names or (mode == "required" and not names):
+            which = sorted(missing) if isinstance(missing, frozenset) else "any"
+            raise RequestError(f"`tool_choice` needs {which} among `tools`", "tool_choice")
+        used = () if mode == "none" else self.tools
+        tools = [tool for tool in used if chosen is None or _name_of(tool) in chosen]
+        return [{"type": "function", "function": _function(tool)} for tool in tools] or None
 
 
 class ChatFields(SequenceFields, MessageFields):
@@ -377,12 +428,6 @@ class ResponseFields(MessageFields):
         before = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return before + input_messages(self.input)
 
-    @property
-    def used_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call, in the form of a chat's."""
-        tools = super().used_tools
-        return tools and [{"type": "function", "function": _function(tool)} for tool in tools]
-
     def echoed(self) -> dict[str, Any]:
         """The fields of a response that say what was asked for."""
         tools = [{"strict": None, **_function(tool), "type": "function"} for tool in self.tools]
@@ -399,6 +444,12 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     """What a tool says of its function, in the form of a response's tool or of a chat's."""
     nested = tool.get("function")
     return nested if isinstance(nested, dict) else {k: v for k, v in tool.items() if k != "type"}
+
+
+def _name_of(tool: Mapping[str, Any]) -> str:
+    """The name of a tool's function; "" if it has none."""
+    name = _function(tool).get("name")
+    return name if isinstance(name, str) else ""
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:

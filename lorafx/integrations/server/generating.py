@@ -23,11 +23,17 @@ from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError
-from lorafx.integrations.server.fields import Fields, adapters_named, check_bounds
+from lorafx.integrations.server.fields import (
+    Fields,
+    GrammarSource,
+    adapters_named,
+    check_bounds,
+)
 from lorafx.integrations.server.grammars import Grammars
 from lorafx.integrations.server.loading import AdapterLoading
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
+from lorafx.torch_internals.response_parser import response_template
 
 #: With how many adapters a name that is none is compared, to name the nearest.
 _COMPARED = 1000
@@ -181,11 +187,13 @@ class GeneratingModel(ServedModel):
         cache = int(engine.batch_processor.cache.max_tokens_read)
         super().__init__(compiled, engine, tokenizer, settings, lazily, [cache])
         self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
-        self._grammars = Grammars(tokenizer, self.text_config.vocab_size)
+        #: By which the parts of an answer are found, if the model has one.
+        self.template = response_template(tokenizer, compiled._orig_mod)
+        self._grammars = Grammars(tokenizer, self.text_config.vocab_size, self.ends)
 
-    async def arguments(self, fields: Fields) -> dict[str, Any]:
+    async def arguments(self, fields: Fields, source: GrammarSource | None) -> dict[str, Any]:
         """The engine's arguments for a request. Raises RequestError if its grammar is none."""
-        arguments, source = fields.arguments(), fields.grammar()
+        arguments = fields.arguments()
         if source is not None:  # a large one takes a second
             arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)
         return arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,16 +27,26 @@ def _alternatives(words: Any) -> str:
 
 
 class Grammars:
-    """Makes grammars over the tokens of one tokenizer, for logits of `size`."""
+    """Makes grammars over the tokens of one tokenizer, for logits of `size`. `ends` are the tokens
+    that may end an answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, size: int, ends: Collection[int]
+    ) -> None:
         self._tokenizer, self._size = tokenizer, size
+        self._ends = sorted(end for end in ends if end < len(tokenizer)) or None
 
     @cached_property
     def _tokens(self) -> Any:
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self._tokenizer, n_vocab=self._size)
+        return from_tokenizer(self._tokenizer, n_vocab=self._size, eos_token=self._ends)
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """The tokens that are no text to llguidance, by their names."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: i for i, token in added if self._tokens.is_special_token(i)}
 
     def compiled(self, source: GrammarSource) -> MatcherGrammar:
         """The grammar of a request. Raises RequestError if it cannot be made."""
@@ -48,6 +58,7 @@ class Grammars:
                 "regex": LLMatcher.grammar_from_regex,
                 "choice": lambda words: LLMatcher.grammar_from_lark(_alternatives(words)),
                 "grammar": LLMatcher.grammar_from_lark,
+                "calls": lambda made: LLMatcher.grammar_from_lark(made(special=self._special)),
             }
             matcher = LLMatcher(self._tokens, make[source.kind](source.value), log_level=0)
         except ImportError as error:

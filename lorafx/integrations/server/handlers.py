@@ -12,18 +12,19 @@ from typing import Any, Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers.cli.serving.utils import get_response_template
-from transformers.utils.chat_parsing.response_templates import load_response_template
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.parameters import checked_prompt
 from lorafx.integrations.server.answers import ChoicesAnswer
+from lorafx.integrations.server.call_grammars import answer_grammar, inlined
 from lorafx.integrations.server.choices import ChatChoice, CompletionChoice, Prompt
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import (
     ChatFields,
     CompletionFields,
     Fields,
+    GrammarSource,
     MessageFields,
     ResponseFields,
 )
@@ -70,6 +71,11 @@ class Handler:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
         raise NotImplementedError
 
+    def grammar(self, fields: Any, prompts: list[Prompt]) -> GrammarSource | None:
+        """What the answer has to keep to. Raises RequestError if that is of no known form."""
+        source: GrammarSource | None = fields.grammar()
+        return source
+
     def answer(self, fields: Any, prompts: list[Prompt], name: str, model: str) -> Answer:
         """The answer to a request that is called `name`, as the `model` that it asks for."""
         raise NotImplementedError
@@ -80,9 +86,9 @@ class Handler:
         current_record().asks_for(adapter)
         fields = self.read(body)
         self.served.queue.take(fields.sequences, had=1)
-        arguments = await self.served.arguments(fields)
         large = len(await request.body()) > _LARGE
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
+        arguments = await self.served.arguments(fields, self.grammar(fields, prompts))
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
         await self.served.control.admitted()
         sequences = Sequences(self.served, adapter)
@@ -131,6 +137,35 @@ class MessageHandler(Handler):
         )
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
+    def grammar(self, fields: Any, prompts: list[Prompt]) -> GrammarSource | None:
+        asked, tools, template = fields.grammar(), fields.used_tools, self.served.template
+        mode, names = fields.choice
+        strict = any(tool["function"].get("strict") is True for tool in tools or ())
+        forced = mode in ("required", "named")
+        as_json = asked is not None and asked.kind == "json" and isinstance(asked.value, dict)
+        if not tools or template is None or not (forced or strict or names or as_json):
+            return cast("GrammarSource | None", asked)
+        if asked is not None and not (forced or as_json):
+            raise RequestError(
+                f"an answer keeps to `{asked.field}` or to strict or allowed `tools`; send one",
+                asked.field,
+            )
+        value = partial(
+            answer_grammar,
+            template,
+            [*map(inlined, tools)],
+            forced=forced,
+            several=fields.parallel_tool_calls and mode != "named",
+            opened=self._opened(template, prompts[0], fields),
+            schema=asked and asked.value,
+        )
+        return GrammarSource("tool_choice" if forced or names else "tools", "calls", value)
+
+    def _opened(self, template: ResponseTemplate, prompt: Prompt, fields: Any) -> str:
+        continued = fields.continue_final_message
+        begun = text_messages(fields.messages)[-1]["content"] if continued else ""
+        return opened_reasoning(template, prompt.text or "", begun)
+
     def sequence(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageSequence:
         """The only sequence of an answer."""
         parts, stops = self._parts(prompt, fields), getattr(fields, "stops", ())
@@ -140,18 +175,13 @@ class MessageHandler(Handler):
         return MessageSequence(len(prompt.ids), text, parts)
 
     def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
-        tokenizer, model = self.served.tokenizer, cast("Any", self.served.compiled._orig_mod)
-        saved = get_response_template(tokenizer, model)
-        if saved is None:
+        template, tools = self.served.template, [*map(inlined, fields.used_tools or ())]
+        if template is None:
             return MessageParts(None, fields.parallel_tool_calls)
-        template, begun = load_response_template(saved), ""
-        if not fields.used_tools:  # what looks like a call is text
+        if not tools:  # what looks like a call is text
             kept = {name: field for name, field in template.fields.items() if name != CALLS}
             template = replace(template, fields=kept)
-        if fields.continue_final_message:
-            begun = text_messages(fields.messages)[-1]["content"]
-        opened = opened_reasoning(template, prompt.text or "", begun)
-        parser = AnswerParser(template, fields.used_tools, opened)
+        parser = AnswerParser(template, tools, self._opened(template, prompt, fields))
         return MessageParts(parser, fields.parallel_tool_calls)
 
 
@@ -213,10 +243,10 @@ def _encoded(served: ServedModel, text: str, special: bool) -> Prompt:
     return Prompt(served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
 
 
-def check_chat(served: ServedModel, fields: MessageFields) -> None:
+def check_chat(served: GeneratingModel, fields: MessageFields) -> None:
     """Raise RequestError if the model's tokenizer makes no prompt of messages with these fields, or
     nothing can be parsed that it answers to tools."""
-    tokenizer, model = cast("Any", served.tokenizer), cast("Any", served.compiled._orig_mod)
+    tokenizer = cast("Any", served.tokenizer)
     if getattr(tokenizer, "chat_template", None) is None:
         raise RequestError(
             f"the tokenizer of {served.name!r} has no chat template; ask /v1/completions with a "
@@ -231,7 +261,7 @@ def check_chat(served: ServedModel, fields: MessageFields) -> None:
         )
     if not fields.used_tools:
         return
-    if get_response_template(tokenizer, model) is None:
+    if served.template is None:
         raise RequestError(
             "`tools` are not served for this model: its tokenizer has no response template, by "
             "which calls are found in an answer",

@@ -39,6 +39,7 @@ from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.settings import ModelSettings, Settings
 from lorafx.progress import progress
 from lorafx.runtime.marking import config_covering
+from lorafx.torch_internals.response_parser import response_template
 from lorafx.torch_internals.transformers_parts import classes_of
 
 #: How many kernels oneDNN keeps, and how many descriptions of them, unless the environment says so.
@@ -187,6 +188,7 @@ def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
             f"the tokenizer of {settings.model} is a {type(tokenizer).__name__}, which cannot "
             "decode a stream of tokens; the server needs one with a tokenizer.json"
         )
+    response_template(tokenizer)
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
     return tokenizer

@@ -8,18 +8,9 @@ import logging
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 from served import ask, events, question
 from spoken import CHAT, GEMMA, GOOD, QWEN, QWEN_XML, SHOWN, TOOLS, answers, call
-from transformers.cli.serving.utils import ReasoningText
-from transformers.generation.continuous_batching.requests import RequestStatus
-from transformers.utils.chat_parsing.response_templates import load_response_template
-
-from lorafx.generation.continuous.adapter_requests import SequenceOutput
-from lorafx.integrations.server.texts import MessageParts
-from lorafx.torch_internals.response_parser import AnswerParser
 
 
 def message_of(answer: Any) -> dict[str, Any]:
@@ -137,53 +128,6 @@ def test_text_within_a_call_that_is_in_none_of_its_tags(spoken):
         (texts[1], []),
         ("", [("f", {})]),
     ]
-
-
-PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<think>", "</think>", GOOD, "{", "}", '"', "[", "1", "\n", " "]
-)
-DRAWN = st.lists(PIECES | st.text(max_size=3), max_size=9)
-
-
-@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(pieces=DRAWN, cut=st.booleans())
-def test_the_parts_of_any_answer_give_its_text_back(tools, pieces, cut):
-    """All but the marks of reasoning and calls, and white space before a call; plain and streamed
-    alike, whatever the pieces are."""
-    text = "".join(pieces)
-
-    def parts_of(pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
-        template = load_response_template(QWEN)
-        if tools is None:
-            del template.fields["tool_calls"]
-        parts = MessageParts(AnswerParser(template, tools, ""), True)
-        found = []
-        reason = "length" if cut else "stop"
-        states = [RequestStatus.DECODING] * (len(pieces) - 1) + [RequestStatus.FINISHED]
-        for piece, state in zip(pieces, states, strict=True):
-            found += parts.put(piece, SequenceOutput("r", status=state, finish_reason=reason))
-        said = "".join(part for part in found if type(part) is str)
-        thought = "".join(part for part in found if isinstance(part, ReasoningText))
-        called = [(part.name, part.arguments) for part in found if not isinstance(part, str)]
-        assert len(called) == parts.calls
-        return said, thought, called
-
-    plain = parts_of([text])
-    assert parts_of([*pieces, ""]) == plain
-    assert parts_of([*text, ""]) == plain
-    said, thought, called = plain
-    assert tools or not called
-    assert said == text or called or "<think>" in text
-    letters = sorted(said + thought + "".join(GOOD for _ in called))
-    marks = "<tool_call></tool_call>" * len(called) + "<think></think>" * text.count("<think>")
-    # Nothing is new, and what is missing are marks.
-    missing = sorted(text)
-    for letter in letters:
-        missing.remove(letter)
-    left = sorted(marks)
-    for letter in (sign for sign in missing if not sign.isspace()):
-        left.remove(letter)
 
 
 #: What a chat template may write before an answer. In two of them jinja has stripped the newline

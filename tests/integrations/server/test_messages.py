@@ -257,3 +257,13 @@ def test_errors_and_keys(files, server, spoken, monkeypatch):
     monkeypatch.setattr("lorafx.integrations.server.generating.Sequences.outputs", outputs)
     streamed = ask(server, "POST", PATH, model="tiny", **ASKED, stream=True).text
     assert [event["type"] for event in events(streamed)] == ["message_start", "error"]
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "f"}])
+def test_a_call_that_is_forced(spoken, choice):
+    one = {"properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    tools = [{**TOOL, "input_schema": {"type": "object", **one}}]
+    choice = {**choice, "disable_parallel_tool_use": True}
+    message = both(spoken(), tools=tools, tool_choice=choice)
+    assert [shown(block.to_dict()) for block in message.content] == [CALLED]
+    assert message.stop_reason == "tool_use"

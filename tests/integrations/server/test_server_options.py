@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import json
 import os
 import re
 import shutil
@@ -196,5 +197,16 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(files, tmp_path):
     for file in model.glob("*token*"):
         file.unlink()
     refused = pytest.raises(ConfigError, match=r"no words has no tokenizer that can be read")
+    with refused, serving(dataclasses.replace(files, model=model)):
+        pass
+
+
+@pytest.mark.parametrize("template", [{}, "x", {"fields": {"content": {"open": 3}}}])
+def test_a_response_template_that_is_none_is_refused_at_the_start(files, tmp_path, template):
+    model = tmp_path / "wrong"
+    shutil.copytree(files.model, model)
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "response_template": template}))
+    refused = pytest.raises(ConfigError, match=r"the response_template of \S*wrong is none")
     with refused, serving(dataclasses.replace(files, model=model)):
         pass
