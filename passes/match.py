@@ -50,7 +50,8 @@ from lorafx.program.context import (
     is_site,
 )
 from lorafx.program.expert_sites import insert_expert_sites, nonnegative
-from lorafx.program.frame import MADE, FrameInput, fake_value
+from lorafx.program.frame import fake_value
+from lorafx.program.inputs import MADE, FrameInput
 from lorafx.program.lost_sites import constant_weights, lost_calls, replaced_sites
 from lorafx.program.module_calls import ModuleCall
 from lorafx.program.weight_uses import (

@@ -17,10 +17,10 @@ from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.ownership.memory import Alone
 from lorafx.program.argument_roles import Role
-from lorafx.program.derived import WeightForm
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import Handover, Rows
+from lorafx.program.weight_forms import WeightForm
 
 _ELSEWHERE = "a tensor comes from another place than when the graph was captured"
 _UNSEEN = (

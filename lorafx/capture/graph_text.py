@@ -28,7 +28,7 @@ from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.ownership.flow import module_path
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SITE_OPS
-from lorafx.program.frame import FrameInput
+from lorafx.program.inputs import FrameInput
 from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
 
 _INDENT = "    "

@@ -24,7 +24,8 @@ from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
 from lorafx.ownership.propagate import ancestors
 from lorafx.placements import is_placed
-from lorafx.program.frame import Frame, FrameInput
+from lorafx.program.frame import Frame
+from lorafx.program.inputs import FrameInput
 from lorafx.torch_internals.frames import size_expression
 
 #: Functions and methods with arguments (table, dim, index, ...).

@@ -23,7 +23,8 @@ from lorafx.errors import ProvenanceError
 from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED
 from lorafx.program.context import Context, Outlined, Refusal, SiteState
-from lorafx.program.frame import Frame, FrameInput, batch_symbols
+from lorafx.program.frame import Frame, batch_symbols
+from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport
 
 #: The path of a graph's module ("" for the main graph), and a node's name.

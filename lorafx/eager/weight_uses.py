@@ -23,7 +23,8 @@ from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.memory import in_containers, storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
-from lorafx.program.derived import DISTINCT, Holder, named_tensors, replaces
+from lorafx.program.derived import DISTINCT, named_tensors, replaces
+from lorafx.program.inputs import Holder
 from lorafx.program.program import Program
 from lorafx.program.stack import python_line, running_modules
 from lorafx.program.weight_uses import SAME_VALUE

@@ -39,7 +39,8 @@ from lorafx.model.sites import room_of
 from lorafx.package.aten import InAten, checked
 from lorafx.package.stand_in import FORMAT, KEY, constants_of, described, sites_of
 from lorafx.program.argument_roles import RoleTable
-from lorafx.program.frame import Frame, FrameInput, fake_value
+from lorafx.program.frame import Frame, fake_value
+from lorafx.program.inputs import FrameInput
 from lorafx.program.program import Program
 from lorafx.runtime.example_inputs import as_call, named_inputs
 from lorafx.torch_internals.dynamo import InputMutationAOTOutput

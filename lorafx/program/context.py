@@ -20,7 +20,8 @@ from lorafx.model.extras import When
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
 from lorafx.ownership.flow import place, plain_path
-from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, FrameInput, InputKind, fake_value
+from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, fake_value
+from lorafx.program.inputs import FrameInput, InputKind
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.program.row_handoff import Handover
 from lorafx.program.weight_uses import Use

@@ -16,7 +16,8 @@ from lorafx.program.context import (
     Refusal,
 )
 from lorafx.program.derived import replaces
-from lorafx.program.frame import FrameInput, fake_value
+from lorafx.program.frame import fake_value
+from lorafx.program.inputs import FrameInput
 from lorafx.program.weight_uses import SITE_KINDS
 
 aten = torch.ops.aten

@@ -43,8 +43,9 @@ from lorafx.ownership.memory import (
 )
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
-from lorafx.program.derived import DerivedTensors, Holder
-from lorafx.program.frame import MADE, Frame, FrameInput, InputKind
+from lorafx.program.derived import DerivedTensors
+from lorafx.program.frame import Frame
+from lorafx.program.inputs import MADE, FrameInput, Holder, InputKind
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.frames import size_source, source_name
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily

@@ -24,12 +24,12 @@ from lorafx.program.context import is_site
 from lorafx.program.frame import (
     ONE_SLOT,
     Frame,
-    FrameInput,
     batch_symbols,
     fake_value,
     numbers_of_choices,
     repeated_sizes,
 )
+from lorafx.program.inputs import FrameInput
 from lorafx.program.row_handoff import Handover, results_of
 
 aten = torch.ops.aten

@@ -35,8 +35,8 @@ from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership import contractions
 from lorafx.ownership.flow import called_by
 from lorafx.ownership.indexing import is_boolean
-from lorafx.program.derived import FIXED, Axis, WeightForm, same_size
 from lorafx.program.frame import fake_value
+from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims

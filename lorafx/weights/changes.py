@@ -39,7 +39,8 @@ from lorafx.model.module_graph import ByStorage, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site
 from lorafx.placements import is_placed, local
-from lorafx.program.derived import Holder, named_tensors
+from lorafx.program.derived import named_tensors
+from lorafx.program.inputs import Holder
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:

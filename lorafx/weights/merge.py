@@ -23,7 +23,7 @@ from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import dequantize, requantize, stored
 from lorafx.model.weight_formats import own_tensors
-from lorafx.program.derived import Holder
+from lorafx.program.inputs import Holder
 from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session

@@ -24,7 +24,7 @@ from lorafx.model.module_graph import ModuleGraph, storage_key, writing
 from lorafx.model.saved_names import SavedNames
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.placements import is_placed, local, own_indices, whole
-from lorafx.program.derived import Holder
+from lorafx.program.inputs import Holder
 
 
 class WeightMethod:

@@ -27,7 +27,8 @@ from lorafx.model.sites import Site
 from lorafx.op_arguments import in_order
 from lorafx.program.argument_roles import Role
 from lorafx.program.context import EMBEDDING_OP, SITE_OP, Context
-from lorafx.program.frame import Frame, FrameInput
+from lorafx.program.frame import Frame
+from lorafx.program.inputs import FrameInput
 from lorafx.program.program import BANK_FIELDS, Program
 
 SLOTS, RANK = 3, 2

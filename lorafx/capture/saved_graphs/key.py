@@ -29,7 +29,7 @@ from lorafx.capture.saved_graphs.guards import value_at
 from lorafx.config import IMPORTED
 from lorafx.model.module_graph import storage_key
 from lorafx.program.argument_roles import Role
-from lorafx.program.frame import FrameInput
+from lorafx.program.inputs import FrameInput
 from lorafx.program.program import Program
 from lorafx.registry import registrations
 from lorafx.torch_internals.compat import dynamo_config, functorch_config, inductor_config

@@ -34,7 +34,7 @@ from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.context import SiteState
-from lorafx.program.frame import FrameInput
+from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport, Program
 from lorafx.runtime.session import Session
 
