@@ -264,8 +264,9 @@ class _Selection:
 
     def _unmatched_entries(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__
-        inferred = isinstance(self.config.target_modules, targets.AdapterNames)
-        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if inferred else ""
+        asked = self.config.target_modules
+        of = asked.adapters if isinstance(asked, targets.AdapterNames) else {}
+        moved = "; if it moved, say so by AdapterSource(..., key_mapping=...)" if of else ""
         lists = {
             "target_modules entry": () if isinstance(self.target, str) else self.target or (),
             "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
@@ -274,7 +275,8 @@ class _Selection:
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{title} {entry!r} names no module of {root}{near}{moved}"
+                    by = f" of the adapter {of[entry]!r}" if entry in of else ""
+                    yield f"{title} {entry!r}{by} names no module of {root}{near}{moved}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import Self
 
 import regex
 from torch import nn
@@ -37,7 +38,19 @@ class SavedTargets(Entries):
 
 
 class AdapterNames(SavedTargets):
-    """The modules of the given adapters, if the user names none."""
+    """The modules of the given adapters, if the user names none.
+
+    Attributes:
+        adapters: module -> the name of an adapter that has it.
+    """
+
+    adapters: Mapping[str, str]
+
+    @classmethod
+    def of(cls, adapters: Mapping[str, str]) -> Self:
+        names = cls(adapters)
+        names.adapters = adapters
+        return names
 
 
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -270,7 +270,7 @@ def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any
 
 
 def config_covering(
-    config: LoraConfig, sources: Iterable[str | os.PathLike[str]], model: nn.Module
+    config: LoraConfig, sources: Mapping[str, str | os.PathLike[str]], model: nn.Module
 ) -> LoraConfig:
     """`config` as it would be if the adapters in these folders were given when compiling. One of
     them is in memory at a time.
@@ -279,12 +279,12 @@ def config_covering(
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
     targets = config.target_modules
-    names: dict[str, None] = {}
-    for source in sources:
-        widened = request_of(config, {"": source}, model).config
-        names.update(dict.fromkeys(widened.target_modules or ()))
+    names: dict[str, str] = {}
+    for name, source in sources.items():
+        widened = request_of(config, {name: source}, model).config
+        names |= dict.fromkeys(widened.target_modules or (), name)
         config = replace(widened, target_modules=targets)
-    return config if targets is not None else replace(config, target_modules=AdapterNames(names))
+    return config if targets is not None else replace(config, target_modules=AdapterNames.of(names))
 
 
 def _config_of(
@@ -356,6 +356,6 @@ def _is_adapter(item: Any) -> bool:
 
 def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:
     """The modules that the adapters target, and their largest rank."""
-    targets = [adapter_target_modules(state, model) for state in adapters.values()]
-    modules = dict.fromkeys(name for target in targets for name in target.modules)
-    return AdapterNames(modules), max((target.rank for target in targets), default=1)
+    targets = {name: adapter_target_modules(state, model) for name, state in adapters.items()}
+    modules = {module: name for name, target in targets.items() for module in target.modules}
+    return AdapterNames.of(modules), max((each.rank for each in targets.values()), default=1)

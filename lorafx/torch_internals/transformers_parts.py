@@ -14,16 +14,6 @@ from torch import nn
 from lorafx.torch_internals.versions import private_names
 
 
-def response_parts() -> tuple[Any, Any, Any]:
-    """transformers' builder of the events of a stream of /v1/responses; and its functions that make
-    messages and tools as in chats of the fields of such a request."""
-    with private_names():
-        from transformers.cli.serving.response import ResponseHandler as Handler
-        from transformers.cli.serving.response import _ResponseStreamBuilder as Builder
-
-        return Builder, Handler._normalize_input, Handler._normalize_tools
-
-
 def causal_model_class(config: Any) -> type:
     """The class that AutoModelForCausalLM has for a configuration. Raises KeyError if none."""
     import transformers

@@ -252,7 +252,6 @@ def _parts(task: Task) -> None:
     from lorafx.torch_internals import transformers_parts
 
     transformers_parts.causal_model_class(transformers.LlamaConfig())
-    transformers_parts.response_parts()
 
 
 def run(task: Task, road: str) -> None:

@@ -122,7 +122,8 @@ async def client_of(server: Opened) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 def ask(server: Opened, method: str, path: str, *, key: str | None = None, **body: Any) -> Any:
-    """The answer to one request, in ASCII, in which it may hold half of a surrogate pair."""
+    """The answer to one request, in ASCII, in which it may hold half of a surrogate pair. Its
+    status is one that the application describes for the route."""
 
     async def once() -> Any:
         headers = {"content-type": "application/json"}
@@ -132,7 +133,10 @@ def ask(server: Opened, method: str, path: str, *, key: str | None = None, **bod
         async with client_of(server) as client:
             return await client.request(method, path, content=content, headers=headers)
 
-    return asyncio.run(once())
+    answer = asyncio.run(once())
+    route = server.app.openapi()["paths"].get(path, {}).get(method.lower())
+    assert route is None or str(answer.status_code) in route["responses"], answer.text
+    return answer
 
 
 class Gated:
@@ -207,24 +211,33 @@ def free_port() -> int:
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The events of a stream."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.strip()]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
+    """The events of a stream. Where they have names, these are their types."""
+    found = []
+    for event in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in event.split("\n") if line)
+        if fields.get("data", "[DONE]") != "[DONE]":
+            found.append(json.loads(fields["data"]))
+            assert fields.get("event") in (None, found[-1].get("type"))
+    return found
 
 
 def said(path: str, text: str) -> str:
-    """The words of a stream of one of the three routes."""
+    """The words of a stream of one of the routes."""
     found = events(text)
     assert not any("error" in event and event["error"] for event in found), found
     if path == "/v1/responses":
         return "".join(e["delta"] for e in found if e["type"] == "response.output_text.delta")
+    if path == "/v1/messages":
+        return "".join(e["delta"].get("text", "") for e in found if "delta" in e)
     if path == "/v1/completions":
         return "".join(e["choices"][0]["text"] for e in found)
     return "".join(e["choices"][0]["delta"].get("content") or "" for e in found)
 
 
 def plain(path: str, answer: dict[str, Any]) -> str:
-    """The words of an answer of one of the three routes that is no stream."""
+    """The words of an answer of one of the routes that is no stream."""
+    if path == "/v1/messages":
+        return "".join(block["text"] for block in answer["content"])
     if path == "/v1/responses":
         return str(answer["output"][0]["content"][0]["text"])
     choice = answer["choices"][0]
@@ -232,10 +245,12 @@ def plain(path: str, answer: dict[str, Any]) -> str:
 
 
 def question(path: str, words: str, new: int, **others: Any) -> Mapping[str, Any]:
-    """The body of a request of one of the three routes."""
+    """The body of a request of one of the routes."""
     if path == "/v1/completions":
         return {"prompt": words, "max_tokens": new, **others}
     if path == "/v1/responses":
         return {"input": words, "max_output_tokens": new, **others}
     messages = [{"role": "user", "content": words}]
+    if path == "/v1/messages":
+        return {"messages": messages, "max_tokens": new, **others}
     return {"messages": messages, "max_completion_tokens": new, **others}

@@ -136,7 +136,7 @@ def test_covering(tmp_path, targets):
     base = random_base("llama", num_hidden_layers=1)
     case = own_case(base, tmp_path, ADAPTERS)
     asked = LoraConfig(target_modules=targets, max_adapters=3, trainable_tokens=2)
-    later = config_covering(asked, case.folders.values(), base)
+    later = config_covering(asked, case.folders, base)
     at_once = request_of(asked, case.folders, base).config
     assert later == at_once
     assert isinstance(later.target_modules, AdapterNames) == (targets is None)

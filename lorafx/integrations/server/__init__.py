@@ -8,7 +8,7 @@ from lorafx.errors import ConfigError
 
 #: What cannot be imported where something is missing, and what that is.
 _NEEDED = {
-    **{name: name for name in ("fastapi", "uvicorn", "openai", "prometheus_client")},
+    **{name: name for name in ("fastapi", "uvicorn", "prometheus_client")},
     "lorafx.integrations.server.run": "transformers 5.23 or newer",
 }
 

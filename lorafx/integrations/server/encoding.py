@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from fastapi import Request
@@ -246,6 +246,8 @@ class EncoderBatches:
 class EncodingFields(Fields):
     """Fields of /v1/embeddings, /pooling and /classify."""
 
+    generates: ClassVar = False
+
     input: Any
     stream: Literal[False] = False
     encoding_format: Literal["float", "base64"] = "float"
@@ -303,10 +305,12 @@ class Encoding:
             for prompt in prompts
         ]
         for tokens in sequences:
-            if not 0 < len(tokens) <= most:
+            if not tokens:
+                raise RequestError("an input is empty: it has no tokens; leave it out", "input")
+            if len(tokens) > most:
                 raise RequestError(
-                    f"an input has {len(tokens)} tokens, and may have 1 to {most}; shorten it, or "
-                    "send `truncate_prompt_tokens` -1",
+                    f"an input has {len(tokens)} tokens, and may have {most}; shorten it, or send "
+                    "`truncate_prompt_tokens` -1",
                     "input",
                 )
         return sequences

@@ -1,5 +1,5 @@
 """Answers to errors in OpenAI's form, {"error": {"message", "type", "param", "code"}}; and the
-check of the key, which OpenAI's clients send as a bearer token."""
+check of the key, which OpenAI's clients send as a bearer token, and Anthropic's as X-Api-Key."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import get_route_path
+from typing_extensions import TypedDict
 
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelled
 from lorafx.integrations.server.settings import ModelSettings, option
 
 #: Routes that need no key, for probes and Prometheus.
 OPEN_ROUTES = ("/health", "/ping", "/metrics")
+
+
+class ErrorAnswer(TypedDict):
+    """OpenAI's form of an error, with its `message`, `type`, `param` and `code`."""
+
+    error: dict[str, str | None]
+
+
+def refusals(*statuses: int) -> dict[int | str, Any]:
+    """The errors of a route, as FastAPI takes them to describe it."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
 
 
 class RequestError(LorafxError):
@@ -70,9 +82,9 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
-        if problem["loc"][0] == "query":
-            name = str(problem["loc"][-1])
-            return error_response(RequestError(f"`{name}`: {problem['msg']}", name))
+        place, *names = problem["loc"]
+        if place == "query" or (names and isinstance(names[0], str)):
+            return error_response(RequestError(f"`{names[0]}`: {problem['msg']}", str(names[0])))
         return error_response(RequestError(f"the body is not a JSON object: {_why_none(problem)}"))
 
 
@@ -107,7 +119,10 @@ class Authentication:
         if self._key is None or scope["type"] != "http" or get_route_path(scope) in OPEN_ROUTES:
             await self._app(scope, receive, send)
             return
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if not scheme and "x-api-key" in headers:
+            scheme, token = "bearer", headers["x-api-key"]
         if scheme.lower() != "bearer":
             text = "this server asks for its key, as `Authorization: Bearer KEY`"
         elif not hmac.compare_digest(token.strip().encode(), self._key):

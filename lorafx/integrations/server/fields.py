@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from fastapi import HTTPException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,10 +19,10 @@ from pydantic import (
 )
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.messages import input_messages
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.model.keywords import KEYWORDS, intended_keyword
 from lorafx.progress import LOG
-from lorafx.torch_internals.transformers_parts import response_parts
 
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
@@ -82,7 +81,7 @@ _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path
 
 
 #: What prompts are made of. --max-body-bytes and the model's positions bound them.
-_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "tokens"))
+_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "system", "tokens"))
 
 
 def check_bounds(body: Mapping[str, Any], settings: ModelSettings) -> None:
@@ -174,6 +173,8 @@ class Fields(BaseModel):
     takes. A field whose value is null is one that was not sent."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    #: Whether the route generates.
+    generates: ClassVar = True
 
     choosing: Mapping[str, Any] = {}
     stream: bool = False
@@ -213,6 +214,16 @@ class Fields(BaseModel):
                 raise RequestError(f"`{name}` is missing", name) from error
             why = ", or ".join(dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name))
             raise RequestError(f"`{name}`: {why}; got {sent[name]!r:.80}", name) from error
+
+    @classmethod
+    def schema_of_body(cls, *, named: bool = True) -> dict[str, Any]:
+        """The JSON schema of a body, which has to have a `model` if it is `named`."""
+        schema = cls.model_json_schema()
+        fields = {"model": {"type": "string"}, **schema["properties"]}
+        if fields.pop("choosing") and cls.generates:
+            fields |= {name: {} for name in _CHOOSING.split()}
+        required = [*schema.get("required", ()), *["model"] * named]
+        return {"properties": fields, "required": required}
 
     def grammar(self) -> GrammarSource | None:
         """What the answer has to keep to. Raises RequestError if that is of no known form."""
@@ -403,7 +414,8 @@ class ResponseFields(MessageFields):
     input: Any
     instructions: str | None = None
     max_output_tokens: _Length = None
-    text: dict[str, Any] = {}
+    text: dict[str, Any] = {"format": {"type": "text"}}
+    metadata: dict[str, str] = {}
 
     @property
     def length(self) -> int | None:
@@ -413,15 +425,16 @@ class ResponseFields(MessageFields):
     def messages(self) -> list[dict[str, Any]]:
         """The messages of a chat that `instructions` and `input` are. Raises RequestError if they
         are none."""
-        _, to_messages, _ = response_parts()
-        try:
-            messages: list[dict[str, Any]] = to_messages({"input": _with_turns(self.input)})
-        except (AttributeError, HTTPException, KeyError, TypeError) as error:
-            why = f"`input` is a string or a list of items: {error!r}"
-            raise RequestError(why, "input") from error
-        if self.instructions:  # transformers' function would put them in a system message's place
-            messages.insert(0, {"role": "system", "content": self.instructions})
-        return messages
+        before = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return before + input_messages(self.input)
+
+    def echoed(self) -> dict[str, Any]:
+        """The fields of a response that say what was asked for."""
+        tools = [{"strict": None, **_function(tool), "type": "function"} for tool in self.tools]
+        names = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "text")
+        chosen = {name: self.choosing.get(name) for name in ("temperature", "top_p")}
+        asked = {name: getattr(self, name) for name in (*names, "tool_choice")}
+        return {**asked, **chosen, "tools": tools, "truncation": "disabled"}
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})
@@ -437,18 +450,6 @@ def _name_of(tool: Mapping[str, Any]) -> str:
     """The name of a tool's function; "" if it has none."""
     name = _function(tool).get("name")
     return name if isinstance(name, str) else ""
-
-
-def _with_turns(asked: Any) -> Any:
-    """The field `input` with an empty message between reasoning and the call that follows it:
-    transformers' function would give the reasoning to a later message."""
-    items: list[Any] = []
-    for item in asked if isinstance(asked, list) else ():
-        last = [each.get("type") for each in (*items[-1:], item) if isinstance(each, dict)]
-        if last == ["reasoning", "function_call"]:
-            items.append({"role": "assistant", "content": ""})
-        items.append(item)
-    return items or asked
 
 
 def _format_source(field: str, asked: Any) -> GrammarSource | None:

@@ -152,18 +152,20 @@ class ServedModel:
         return nearest(model, names) or nearest(adapter, adapters, prefix=f"{self.name}:")
 
     def listed(self) -> list[dict[str, Any]]:
-        """The entries of /v1/models."""
-        adapters = self.adapters()
-        whole = (f"{self.name}:{adapter}" for adapter in adapters)
-        return [
-            self.entry(name) for name in dict.fromkeys((*self.settings.names, *whole, *adapters))
-        ]
+        """The entries of /v1/models: all names of the base, and each adapter once."""
+        adapters = (f"{self.name}:{adapter}" for adapter in self.adapters())
+        return [self.entry(name) for name in (*self.settings.names, *adapters)]
 
     def entry(self, name: str) -> dict[str, Any]:
-        """The entry of /v1/models for a name that `adapter_of` accepts."""
-        parent = None if name in self.settings.names else self.name
-        entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
-        return {"id": name, **entry, "parent": parent}
+        """The entry of /v1/models for a name. Raises RequestError if it is none."""
+        adapter = self.adapter_of(name)
+        folder = self.settings.model if adapter is None else self.settings.folder_of(adapter)
+        return {
+            **{"id": name, "object": "model", "created": self._created, "owned_by": "lorafx"},
+            "root": str(folder or adapter),
+            "parent": None if adapter is None else self.name,
+            "max_model_len": self.most_tokens,
+        }
 
 
 class GeneratingModel(ServedModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -15,7 +16,7 @@ from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 from lorafx.errors import BatchError
 from lorafx.generation.continuous.parameters import checked_prompt
-from lorafx.integrations.server.answers import Answer, ChoicesAnswer, ResponseAnswer
+from lorafx.integrations.server.answers import ChoicesAnswer
 from lorafx.integrations.server.call_grammars import answer_grammar, inlined
 from lorafx.integrations.server.choices import ChatChoice, CompletionChoice, Prompt
 from lorafx.integrations.server.errors import RequestError
@@ -30,8 +31,25 @@ from lorafx.integrations.server.fields import (
 from lorafx.integrations.server.generating import GeneratingModel, Sequences, ServedModel
 from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
-from lorafx.integrations.server.texts import MessageParts, SequenceText, opened_reasoning
+from lorafx.integrations.server.responses import ResponseAnswer
+from lorafx.integrations.server.texts import (
+    MessageParts,
+    MessageSequence,
+    SequenceText,
+    opened_reasoning,
+)
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
+
+
+class Answer(Protocol):
+    """The answer to a request."""
+
+    async def whole(self, sequences: Sequences) -> dict[str, Any]:
+        """The answer when all sequences have ended."""
+
+    def events(self, sequences: Sequences) -> AsyncIterator[str]:
+        """The events of a stream."""
+
 
 #: Prompts of bodies with more bytes are made in a thread: millions of tokens take seconds.
 _LARGE = 1 << 16
@@ -44,6 +62,10 @@ class Handler:
 
     def __init__(self, served: GeneratingModel) -> None:
         self.served = served
+
+    def read(self, body: Mapping[str, Any]) -> Any:
+        """The fields of a request. Raises RequestError if one is not served."""
+        return self.fields.read(body, self.served.settings.max_logprobs)
 
     def prompts(self, fields: Any) -> list[Prompt]:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
@@ -62,7 +84,7 @@ class Handler:
         """Answer a request. Raises RequestError if it is refused."""
         adapter = await self.served.resolve(body)
         current_record().asks_for(adapter)
-        fields = self.fields.read(body, self.served.settings.max_logprobs)
+        fields = self.read(body)
         self.served.queue.take(fields.sequences, had=1)
         large = len(await request.body()) > _LARGE
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
@@ -144,6 +166,14 @@ class MessageHandler(Handler):
         begun = text_messages(fields.messages)[-1]["content"] if continued else ""
         return opened_reasoning(template, prompt.text or "", begun)
 
+    def sequence(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageSequence:
+        """The only sequence of an answer."""
+        parts, stops = self._parts(prompt, fields), getattr(fields, "stops", ())
+        tokenizer: Any = self.served.tokenizer.backend_tokenizer
+        special = {"skip_special_tokens": not parts.special}
+        text = SequenceText(tokenizer, stops, self.served.ends, **special)
+        return MessageSequence(len(prompt.ids), text, parts)
+
     def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
         template, tools = self.served.template, [*map(inlined, fields.used_tools or ())]
         if template is None:
@@ -181,14 +211,7 @@ class Responses(MessageHandler):
     def answer(
         self, fields: ResponseFields, prompts: list[Prompt], name: str, model: str
     ) -> ResponseAnswer:
-        (prompt,), parts = prompts, self._parts(prompts[0], fields)
-        text = SequenceText(
-            self.served.tokenizer.backend_tokenizer,
-            stops=(),
-            ends=self.served.ends,
-            skip_special_tokens=not parts.special,
-        )
-        return ResponseAnswer(prompt, text, parts, name, model)
+        return ResponseAnswer(fields, self.sequence(prompts[0], fields), name, model)
 
 
 def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:

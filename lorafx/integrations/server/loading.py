@@ -8,12 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict
 
 from lorafx.adapter_store.names import BASE
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, nearest
 from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings, adapter_folder
+
+
+class UnloadFields(BaseModel):
+    """The fields of /v1/unload_lora_adapter."""
+
+    model_config = ConfigDict(strict=True)
+
+    lora_name: str = ""
+
+
+class LoadFields(UnloadFields):
+    """The fields of /v1/load_lora_adapter."""
+
+    lora_path: str = ""
+    load_inplace: bool | None = None
 
 
 class AdapterLoading:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lorafx.integrations.server.errors import RequestError
 
 TEXT_PARTS = ("text", "input_text", "output_text")
+#: The parts of an item with reasoning.
+_REASONING_PARTS = ("reasoning_text", "summary_text")
+#: What a message of an assistant has, in this order.
+_IN_ORDER = ("reasoning", "content", "tool_calls")
 #: What a template gets of a message as it was sent, beside its role.
 _TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
@@ -18,6 +23,56 @@ def text_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise RequestError("`messages` is a list of messages, at least one", "messages")
     return [_text_message(message) for message in messages]
+
+
+def input_messages(asked: Any) -> list[dict[str, Any]]:
+    """The messages of a chat that the `input` of a response is, as of `text_messages`. What an
+    assistant thinks, says and calls, in this order, is one message. Raises RequestError for what is
+    none of OpenAI's items, or is not text."""
+    items = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not isinstance(items, list) or not items:
+        raise RequestError("`input` is a string or a list of items, at least one", "input")
+    messages = list[dict[str, Any]]()
+    for message in map(_text_message, map(_of_item, items)):
+        if messages and _is_one(messages[-1], message):
+            calls = [*messages[-1].get("tool_calls", ()), *message.get("tool_calls", ())]
+            messages[-1] |= {name: value for name, value in message.items() if value}
+            messages[-1] |= {"tool_calls": calls} if calls else {}
+        else:
+            messages.append(message)
+    return messages
+
+
+def _is_one(before: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether a message of an assistant goes on with what was `before`."""
+    had, new = (
+        [place for place, name in enumerate(_IN_ORDER) if each.get(name)]
+        for each in (before, message)
+    )
+    goes_on = max(had, default=-1) < min(new, default=3) or had[-1:] == new == [2]
+    return before["role"] == message["role"] == "assistant" and goes_on
+
+
+def _of_item(item: Any) -> dict[str, Any]:
+    """The message that an item of an `input` is, or is a part of."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if isinstance(item, dict) and "role" in item and kind in (None, "message"):
+        return item
+    if kind == "reasoning":
+        text = _text(item.get("content") or item.get("summary") or "", _REASONING_PARTS)
+        return {"role": "assistant", "reasoning_content": text or None}
+    if kind == "function_call":
+        function = {name: item.get(name) for name in ("name", "arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        return {"role": "assistant", "tool_calls": [call]}
+    if kind == "function_call_output":
+        called = {"tool_call_id": item.get("call_id")}
+        return {"role": "tool", **called, "content": item.get("output")}
+    raise RequestError(
+        "an item of `input` is a message with a `role`, or has the type reasoning, function_call "
+        f"or function_call_output; got {kind or item!r:.80}",
+        "input",
+    )
 
 
 def _text_message(message: Any) -> dict[str, Any]:
@@ -38,17 +93,17 @@ def _text_message(message: Any) -> dict[str, Any]:
     return {**made, "tool_calls": [*map(_call, calls)]} if calls else made
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, kinds: Sequence[str] = TEXT_PARTS) -> str:
     """The text of a content, whose parts are lines of their own, as with other servers."""
     if isinstance(content, str):
         return content
     texts = []
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        if kind not in kinds or not isinstance(part.get("text"), str):
             raise RequestError(
                 "the content of a message is text: a string, or parts of the types "
-                f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}"
+                f"{', '.join(kinds)}; got {kind or part!r:.80}"
             )
         texts.append(part["text"])
     return "\n".join(texts)

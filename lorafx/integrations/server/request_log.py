@@ -26,7 +26,7 @@ from lorafx.integrations.server.metrics import UNKNOWN, Metrics
 #: Has a line for each request, at level INFO; for probes and Prometheus at level DEBUG.
 LOG = logging.getLogger("lorafx.requests")
 #: The routes that generate, and those that encode. Requests for both are counted.
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 ENCODING = ("/v1/embeddings", "/pooling", "/classify")
 
 _CURRENT: ContextVar[RequestRecord] = ContextVar("record")

@@ -111,7 +111,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     adapters = {} if lazily else dict(settings.found)
     config = settings.lora_config()
     if lazily and config.target_modules is None:
-        config = config_covering(config, settings.found.values(), model)
+        config = config_covering(config, settings.found, model)
     with progress(f"adding {len(adapters)} adapters"):
         compiled = compile_model(model, config, adapters=adapters, options=settings.options())
     serving = _generating if kind is AutoModelForCausalLM else _encoding

@@ -169,6 +169,18 @@ class MessageParts:
         return parts
 
 
+class MessageSequence(NamedTuple):
+    """The only sequence of an answer: its `text`, in which `parts` finds those of a message."""
+
+    prompt_tokens: int
+    text: SequenceText
+    parts: MessageParts
+
+    def put(self, output: SequenceOutput) -> list[Any]:
+        """The parts that are complete after an output."""
+        return self.parts.put(self.text.put(output)[0], output)
+
+
 def opened_reasoning(template: ResponseTemplate, prompt: str, begun: str) -> str:
     """The mark of the block of reasoning in which a prompt ends; "" if it ends in none. `begun` is
     the answer's own beginning if the prompt has one, whose block may have text. Of another prompt

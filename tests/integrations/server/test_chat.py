@@ -3,63 +3,14 @@ lost, and nothing of a message either."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion
-from openai.types.responses import Response
-from served import anew, ask, client_of, events, question, serving, write_files
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.cli.serving.utils import get_response_template
-
-from lorafx.integrations.server.fields import GrammarSource, ResponseFields
-from lorafx.integrations.server.messages import text_messages
-
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-SHOWN = "{{ messages | tojson }}{% if tools %}{{ tools | tojson }}{% endif %}"
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-#: What transformers has for models of these types: no model of them is needed.
-QWEN, QWEN_XML, GEMMA = (
-    get_response_template(None, SimpleNamespace(config=SimpleNamespace(model_type=kind)))
-    for kind in ("qwen3", "qwen3_5", "gemma4")
-)
-
-
-def tokenizer(chat_template: str = SHOWN, response_template: Any = QWEN) -> PreTrainedTokenizerFast:
-    """Each byte is a token, from 3 on."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    signs = ["<pad>", "<s>", "</s>", *alphabet]
-    made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    templates = {"chat_template": chat_template, "response_template": response_template}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special, **templates)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    sizes = {"num_hidden_layers": 1, "max_position_embeddings": 4096, "vocab_size": 259}
-    files = write_files(tmp_path_factory.mktemp("chat"), **sizes)
-    tokenizer().save_pretrained(files.model)
-    return files
-
-
-@pytest.fixture(scope="module")
-def speaker(written):
-    with serving(written, num_blocks=4096, max_batch_tokens=256) as server:
-        yield server
-
-
-@pytest.fixture
-def spoken(speaker, written):
-    """The server with another tokenizer."""
-    return lambda *templates: anew(speaker, written, tokenizer(*templates))
+from served import ask, events, question
+from spoken import CHAT, GEMMA, GOOD, QWEN, QWEN_XML, SHOWN, TOOLS, answers, call
 
 
 def message_of(answer: Any) -> dict[str, Any]:
@@ -80,17 +31,6 @@ def message_of(answer: Any) -> dict[str, Any]:
     return {**made, "calls": [(call["name"], json.loads(call["arguments"])) for call in calls]}
 
 
-def answers(server, bodies: list[dict[str, Any]], path: str = CHAT) -> list[Any]:
-    """The answers to requests that are sent at one time."""
-
-    async def all_at_once():
-        async with client_of(server) as client:
-            sent = [client.post(path, json={"model": "tiny", **body}) for body in bodies]
-            return await asyncio.wait_for(asyncio.gather(*sent), 120)
-
-    return asyncio.run(all_at_once())
-
-
 def forced(server, texts: list[str], **fields: Any) -> list[dict[str, Any]]:
     """The messages of answers that are these texts: plain, and the same as streams."""
     fields = {"messages": [{"role": "user", "content": "a"}], **fields}
@@ -105,11 +45,6 @@ def forced(server, texts: list[str], **fields: Any) -> list[dict[str, Any]]:
     return plain
 
 
-def call(body: str) -> str:
-    return f"<tool_call>{body}</tool_call>"
-
-
-GOOD = '{"name": "f", "arguments": {"x": 1}}'
 CALLED = ("f", {"x": 1})
 #: Texts that are what they look like: text.
 NO_CALLS = [
@@ -328,58 +263,3 @@ def test_an_answer_as_the_next_message(spoken):
     (called,) = made.pop("tool_calls")
     assert made == REASONED
     assert called["function"] == CALL["function"]
-
-
-def test_instructions_stand_before_a_system_message(spoken):
-    """Both are in the prompt."""
-    items = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    fields = ResponseFields.read({"input": items, "instructions": "c"})
-    assert [message["content"] for message in fields.messages] == ["c", "a", "b"]
-
-
-def test_the_turns_of_a_response():
-    """Reasoning before a call is that of the call's message."""
-    function = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-    items = [
-        {"role": "user", "content": "a"},
-        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
-        function,
-        {"type": "function_call_output", "call_id": "c", "output": "1"},
-        {"role": "assistant", "content": "b"},
-    ]
-    asked, called, result, said = text_messages(ResponseFields.read({"input": items}).messages)
-    assert (called["reasoning_content"], called["content"], len(called["tool_calls"])) == (
-        "hm",
-        "",
-        1,
-    )
-    assert (asked["content"], result["content"]) == ("a", "1")
-    assert said == {"role": "assistant", "content": "b"}
-
-
-@pytest.mark.parametrize("text", ["so it is", "<think>hm it is", f"so{call(GOOD)}"])
-def test_a_response_that_is_cut(spoken, monkeypatch, text):
-    source = GrammarSource("text", "choice", [text])
-    monkeypatch.setattr(ResponseFields, "grammar", lambda fields: source)
-    server, tools = spoken(), [{"type": "function", **TOOLS[0]["function"]}]
-
-    def responses(new: int) -> list[Any]:
-        body = {"input": "a", "max_output_tokens": new, "tools": tools}
-        plain, stream = answers(server, [body, {**body, "stream": True}], RESPONSES)
-        last = events(stream.text)[-1]
-        found = [Response.model_validate(each) for each in (plain.json(), last["response"])]
-        assert last["type"] == f"response.{found[1].status}"
-        assert found[0].output_text == found[1].output_text
-        assert [each.status for each in found[0].output] == [
-            each.status for each in found[1].output
-        ]
-        return found
-
-    for response in responses(len(text) - 2):
-        assert response.status == "incomplete"
-        assert response.incomplete_details.reason == "max_output_tokens"
-        assert {each.status for each in response.output} == {"incomplete"}
-        assert response.output_text in ("", text[:-2])
-    for response in responses(len(text) + 1):
-        assert (response.status, response.incomplete_details) == ("completed", None)
-        assert {each.status for each in response.output} == {"completed"}

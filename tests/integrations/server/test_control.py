@@ -242,7 +242,7 @@ def test_requests_keep_the_version_that_they_began_with(files, controlled, strea
     assert now["adapter_version"] == int(new.headers["x-adapter-version"]) > before
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_versions_on_all_routes(controlled, path, stream):
     body = {"model": "tiny:a1", **question(path, "w9", 4, stream=stream)}

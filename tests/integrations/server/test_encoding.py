@@ -14,13 +14,13 @@ import openai
 import pytest
 import torch
 from dense_merge import TOLERANCE, build_case, error
-from served import Files, ask, client_of, serving, word_tokenizer
+from served import Files, ask, client_of, serving, word_tokenizer, write_files
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 from transformers import BertForSequenceClassification, BertModel, RobertaModel
 
-from lorafx.errors import ConfigError, LorafxError
+from lorafx.errors import ConfigError, LorafxError, TargetError
 from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.routes import build_app
@@ -203,13 +203,14 @@ def test_positions_that_begin_behind_the_padding_index(tmp_path):
         (PATH, asking("a9", "w9"), 404, "nearest"),
         (PATH, asking("a1", []), 400, "`input`"),
         (PATH, asking("a1", [1, 99]), 400, "`input`"),
+        (PATH, asking("a1", ["w9", ""], add_special_tokens=False), 400, "an input is empty"),
         (PATH, asking("a1", "w9", dimensions=8), 400, "`dimensions`"),
         (PATH, asking("a1", "w9", encoding_format="bytes"), 400, "`encoding_format`"),
         (PATH, asking("a1", "w9", stream=True), 400, "`stream`"),
         (PATH, {"model": "tiny"}, 400, "`input` is missing"),
         ("/classify", asking("a1", "w9"), 400, "/v1/embeddings"),
         ("/pooling", asking("a1", "w9", task="classify"), 400, "/v1/embeddings"),
-        ("/v1/completions", {"model": "tiny", "prompt": "w9"}, 404, "Not Found"),
+        ("/v1/completions", {"model": "tiny", "prompt": "w9"}, 404, "encodes, and /v1/completions"),
     ],
 )
 def test_what_is_refused(server, path, body, status, word):
@@ -394,6 +395,13 @@ def test_the_files_of_sentence_transformers(files, tmp_path, modules, config, wa
             Pooling.of(settings, causal=False)
     else:
         assert Pooling.of(settings, causal=True) == Pooling(*wanted)
+
+
+def test_an_adapter_of_another_model_is_named_at_the_start(files, tmp_path):
+    other = replace(files, adapters=write_files(tmp_path, num_hidden_layers=1).adapters)
+    wanted = "target_modules entry '.*' of the adapter 'a.' names no module of BertModel"
+    with pytest.raises(TargetError, match=wanted), serving(other):
+        pass
 
 
 def test_without_such_files_the_model_says(files):

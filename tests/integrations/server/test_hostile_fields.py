@@ -13,6 +13,7 @@ from typing import Any
 from served import anew, ask, client_of, question
 
 from lorafx.integrations.server import fields as fields_of_requests
+from lorafx.integrations.server.anthropic import AnthropicFields
 from lorafx.integrations.server.errors import RequestError
 from lorafx.integrations.server.fields import ChatFields, CompletionFields, ResponseFields
 from lorafx.integrations.server.grammars import Grammars
@@ -21,6 +22,7 @@ PATHS = {
     "/v1/completions": CompletionFields,
     "/v1/chat/completions": ChatFields,
     "/v1/responses": ResponseFields,
+    "/v1/messages": AnthropicFields,
 }
 CHOOSING = fields_of_requests._CHOOSING.split()
 

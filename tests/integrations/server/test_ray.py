@@ -183,7 +183,7 @@ def test_names_that_are_not_there(served, tmp_path):
             client.completions.create(model=model, prompt="w9")
     names = [f"a{i}" for i in range(5)]
     listed = [model.id for model in client.models.list()]
-    assert listed == ["tiny", *(f"tiny:{name}" for name in names), *names]
+    assert listed == ["tiny", *(f"tiny:{name}" for name in names)]
     for name in names:  # which also the ingress has to know
         answer = client.completions.create(model=name, prompt="w9 w12", max_tokens=4)
         assert answer.choices[0].text.strip() == served.want(COMPLETIONS, name, "w9 w12", 4)

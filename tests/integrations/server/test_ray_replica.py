@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import anthropic
 import httpx2
 import openai
 import pytest
@@ -97,7 +98,7 @@ def response(kind: bytes, *bodies: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.quick
-def test_the_client_of_openai_raises_where_a_stream_breaks_off():
+def test_clients_raise_where_a_stream_breaks_off():
     async def app(scope: Any, receive: Any, send: Any) -> None:
         answer = Answer(send)
         await answer.take(response(b"text/event-stream", f"data: {json.dumps(CHUNK)}\n\n"))
@@ -112,7 +113,12 @@ def test_the_client_of_openai_raises_where_a_stream_breaks_off():
             await anext(stream)
             with pytest.raises(openai.APIError, match="not the whole answer") as raised:
                 await anext(stream)
-        assert raised.value.code == "replica_failed"
+            assert raised.value.code == "replica_failed"
+            other = anthropic.AsyncAnthropic(base_url="http://test", api_key="x", http_client=http)
+            asked = {"messages": [{"role": "user", "content": "w9"}], "max_tokens": 3}
+            events = aiter(await other.messages.create(model="tiny", stream=True, **asked))
+            with pytest.raises(anthropic.APIError, match="not the whole answer"):
+                await anext(events)
 
     asyncio.run(talk())
 

@@ -9,7 +9,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import ask, client_of, question, said
+from served import anew, ask, client_of, question, said
 
 from lorafx.errors import CaptureError
 
@@ -17,15 +17,67 @@ CHAT = "/v1/chat/completions"
 PATHS = (CHAT, "/v1/completions", "/v1/responses")
 
 
-def test_models(server):
+def test_models(files, server):
+    """Each once. Who asks for one by its other name gets it by that."""
     listed = ask(server, "GET", "/v1/models").json()["data"]
-    adapters = [f"a{i}" for i in range(5)]
-    assert [entry["id"] for entry in listed] == [
-        "tiny",
-        *(f"tiny:{a}" for a in adapters),
-        *adapters,
+    assert listed == ask(server, "GET", "/v1/models/").json()["data"]
+    roots = {"tiny": files.model, **{f"tiny:a{i}": files.adapters / f"a{i}" for i in range(5)}}
+    assert [(entry["id"], entry["root"]) for entry in listed] == [
+        (name, str(root)) for name, root in roots.items()
     ]
-    assert {entry["parent"] for entry in listed} == {None, "tiny"}
+    room = files.case.base.config.max_position_embeddings
+    for entry in listed:
+        assert entry["parent"] == (None if entry["id"] == "tiny" else "tiny")
+        assert entry["max_model_len"] == room
+        assert ask(server, "GET", f"/v1/models/{entry['id']}").json() == entry
+    assert ask(server, "GET", "/v1/models/a2").json() == {**listed[3], "id": "a2"}
+    assert ask(server, "GET", "/v1/models/zz").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("/chat/completions", "nearest: /v1/chat/completions;"),
+        ("/v1/chat", "nearest: /v1/chat/completions;"),
+        ("/api/chat", "nearest: /v1/chat/completions;"),
+        ("/generate", "nearest: /v1/completions;"),
+        ("/v1/complitions", "nearest: /v1/completions,"),
+        ("/models", "nearest: /v1/models;"),
+        ("/v1/embeddings", "this server's model generates, and /v1/embeddings is of those"),
+        ("/other", "'/other'; GET /docs"),
+        (f"/{'x' * 9999}", "there is no route '/xxx"),
+    ],
+)
+def test_a_path_that_is_none_names_the_nearest(server, path, nearest):
+    answer = ask(server, "POST", path, model="tiny")
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert (error["type"], nearest in error["message"]) == ("invalid_request_error", True), error
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_the_description_of_the_routes(files, server, key):
+    """It has their fields, and with each answer in these tests the status is looked for in it."""
+    described = ask(anew(server, files, api_key=key), "GET", "/openapi.json", key=f"Bearer {key}")
+    paths = described.json()["paths"]
+
+    def fields(path):
+        body = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return body["properties"], body["required"]
+
+    for path, prompt in zip(PATHS, ("messages", "prompt", "input"), strict=True):
+        found, required = fields(path)
+        assert {"model", "stream", "temperature", "seed", prompt} <= found.keys()
+        assert set(required) == {"model", prompt}
+        assert found["stream"]["type"] == "boolean"
+    assert "max_output_tokens" in fields(PATHS[2])[0]
+    every = [op["responses"] for path, ops in paths.items() for op in ops.values()]
+    assert not any("422" in statuses for statuses in every)
+    assert ("401" in paths["/v1/models"]["get"]["responses"]) == (key is not None)
+    assert "401" not in paths["/health"]["get"]["responses"]
+    refused = paths["/v1/models/{name}"]["get"]["responses"]["404"]["content"]
+    assert refused["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])

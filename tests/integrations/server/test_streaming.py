@@ -47,7 +47,7 @@ def speaker(files, server):
     return anew(server, files, tokenizer)
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, "/v1/messages"])
 def test_a_stream_is_the_plain_answer(speaker, path):
     draw = random.Random(0)
     asked = [
@@ -69,7 +69,7 @@ def test_a_stream_is_the_plain_answer(speaker, path):
     for whole, streamed in found:
         assert said(path, streamed) == whole
         ends = streamed.endswith("data: [DONE]\n\n")
-        assert ends == (path != RESPONSES)  # whose last event is its `completed` or `incomplete`
+        assert ends == (path in (CHAT, COMPLETIONS))  # the last events of others have names
 
 
 @pytest.mark.quick
@@ -184,8 +184,8 @@ def test_the_bytes_of_a_response(files, url):
         url + RESPONSES, model="tiny:a1", **question(RESPONSES, "w9 w12", 1, stream=True)
     )
     found = events(text)
-    compact = (json.dumps(event, separators=(",", ":")) for event in found)
-    assert text == "".join(f"data: {event}\n\n" for event in compact)
+    lines = (f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in found)
+    assert text == "".join(lines)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     assert [event["type"] for event in found] == [
         *("response.created", "response.in_progress"),

@@ -23,6 +23,7 @@ from starlette.websockets import WebSocketClose
 from lorafx.integrations.server.errors import Authentication, RequestError, error_response
 from lorafx.integrations.server.fields import adapters_named
 from lorafx.integrations.server.ray.replica import Replica
+from lorafx.integrations.server.responses import event_line
 from lorafx.integrations.server.settings import ModelSettings
 
 #: Requests that an ingress may relay at once. It has no model, so the replicas are the limit.
@@ -133,9 +134,9 @@ class Answer:
         message = "the replica that was answering failed; what has come is not the whole answer"
         code = "replica_failed"
         error = {"message": message, "type": "server_error", "param": None, "code": code}
-        # The events of /v1/responses are distinguished by `type`.
+        # The events of /v1/responses are told apart by `type`, those of /v1/messages by name, too.
         event = {"type": "error", "code": code, "message": message, "error": error}
-        data = f"data: {json.dumps(event)}\n\n".encode()
+        data = event_line(event).encode()
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
 
