@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.eager.following import Following
 from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
 from lorafx.eager.known_labels import WEIGHTS
+from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
@@ -126,6 +128,8 @@ class RowDeltas:
         self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
         #: Slots by row, by the code of x and its row dimensions.
         self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
+        #: Results of `linear` whose marks have not come yet, by path.
+        self._added: dict[str, Tensor] = {}
 
     def add(
         self,
@@ -139,6 +143,11 @@ class RowDeltas:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
         following = self._following
+        added_to = self._added.pop(mark.path, None)
+        if added_to is y:
+            return y
+        if added_to is not None:
+            following.refuse(f"{mark.path}: its call does not return what its forward has")
         is_product = following.marked(mark, x, y)
         if mark.path not in self._touched:
             return self._noted(mark, y)
@@ -167,6 +176,41 @@ class RowDeltas:
             return self._noted(mark, out)
 
         return following.outside(added)
+
+    def linear(self, call: LinearCall, x: Tensor) -> Tensor | None:
+        """What a plain linear returns for x, with its delta; None if it has to be followed."""
+        following, mark, module = self._following, call.mark, call.module
+        if not following.on_top or module._parameters.get("weight") is not call.weight:
+            return None
+        code = following.code(x)
+        rows = self._leading(code, x)
+        if rows is None:
+            return None
+
+        def added() -> Tensor | None:
+            y = F.linear(x, call.weight, module.bias)
+            return self._by_products(mark, x, y, rows.slots)
+
+        out = following.outside(added)
+        if out is not None:
+            following.note(out, code)
+            following.marked_alone(mark)
+            self._added[mark.path] = out
+        return out
+
+    def _leading(self, code: int, x: Tensor) -> _Rows | None:
+        """The slots of the rows of x, if they are few and those of each slot lie together; None if
+        the result's rows do not belong to whom those of x do."""
+        label, lead = self._following.label(x), tuple(x.shape[:-1])
+        if not isinstance(label, (Alone, Listed)):
+            return None
+        if isinstance(label, Listed) and label.dim >= len(lead):
+            return None
+        if self._uniform:
+            return _Rows((self._rows[0],), 1)
+        rows = self._rows_by_code(code, lead, x)
+        few = rows is not None and rows.leads and len(rows.slots) <= _MOST_ROWS
+        return rows if few else None
 
     def outside(self, action: Callable[[], bool]) -> bool:
         """The result of `action`, whose operators are not followed."""
@@ -200,14 +244,19 @@ class RowDeltas:
     def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
         count = x.dim() if mark.kind == "embedding" else 1 if mark.window else x.dim() - 1
         lead = tuple(x.shape[:count])
+        found = self._rows_by_code(code, lead, x)
+        if found is None:
+            self._following.refuse(
+                f"{mark.path}: which request each row of its input belongs to is not known"
+            )
+        return found
+
+    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
         found = self._by_code.get((code, lead))
         if found is None:
             found = self._slots(self._following.label(x), lead, x)
-            if found is None:
-                self._following.refuse(
-                    f"{mark.path}: which request each row of its input belongs to is not known"
-                )
-            self._by_code[code, lead] = found
+            if found is not None:
+                self._by_code[code, lead] = found
         return found
 
     def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:

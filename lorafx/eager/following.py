@@ -60,6 +60,7 @@ from lorafx.torch_internals.transforms import (
     in_backward,
     in_forward_mode,
     makes_graphs,
+    transformed,
     wrapped_by_transform,
 )
 
@@ -504,6 +505,16 @@ class Following(TorchDispatchMode):
         block = None if self.memory is None else self.memory.block(tensor)
         if self._uses is not None and (sites := self._sites_in(tensor, block)):
             self._uses.read(reader, sites)
+
+    @property
+    def on_top(self) -> bool:
+        """Whether the operators that run now are followed by this mode, and no transform runs."""
+        return _get_current_dispatch_mode() is self and not self.over and not transformed()
+
+    def marked_alone(self, mark: SiteMark) -> None:
+        """As `marked`, of a delta that was added with its product."""
+        if self._uses is not None:
+            self._uses.marked(mark)
 
     def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
         """The mark adds its delta. Returns whether y is, and still holds, the product with x that

@@ -20,6 +20,7 @@ from lorafx.eager.deltas import GatheredFactors, RowDeltas
 from lorafx.eager.following import Following, NeedsGraph
 from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
+from lorafx.eager.linear_calls import LinearCalls
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
@@ -41,10 +42,11 @@ _SEEN = frozenset(("torch", "transformers", "diffusers", "lorafx"))
 
 
 class EagerTier:
-    """The eager forwards of a program."""
+    """The eager forwards of a program. `replacing` is that of the session's `Replacements`."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, program: Program, replacing: Callable[..., Any]) -> None:
+        self._program, self._replacing = program, replacing
+        self._linears = LinearCalls(program.sites)
         self._remembered = KnownLabels()
         nbytes = sum(parameter.nbytes for parameter in program.model.parameters())
         self._looked_at: ModuleGraph | None = None
@@ -123,7 +125,11 @@ class EagerTier:
         )
         runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
-            result = following.run(partial(target, *args, **kwargs))
+            action = partial(target, *args, **kwargs)
+            if not watched and sites is None:
+                calls = [*self._linears.of(program.batch.touched)]
+                action = partial(self._replacing, calls, action)
+            result = following.run(action)
             following.check(result)
             program.keep_constants(memory)
             if read is not None:

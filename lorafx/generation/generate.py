@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
+from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
-from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.transforms import tracing
 

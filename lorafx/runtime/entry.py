@@ -23,11 +23,11 @@ from lorafx.model.changes_watch import hooks_of
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
+from lorafx.model.replaced_methods import ReplacedMethod, forward_of
 from lorafx.ownership.memory import MOST_REQUESTS, Memory
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
-from lorafx.runtime.replaced_methods import ReplacedMethod, forward_of
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
 from lorafx.runtime.results import refuse_code
 from lorafx.runtime.session import Session, refuse_elsewhere

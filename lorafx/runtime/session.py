@@ -28,11 +28,11 @@ from lorafx.adapter_store.stored import Kept
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
+from lorafx.model.replaced_methods import Replacements
 from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.program.stack import refuse_called_slips
-from lorafx.runtime.replaced_methods import Replacements
 from lorafx.runtime.requests import (
     BLOCK_THREADS,
     IN_BLOCKS,

@@ -225,7 +225,7 @@ class Tiers:
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
-        self._eager = EagerTier(session.program)
+        self._eager = EagerTier(session.program, session.replacements.replacing)
         #: Through it processes beside hand graphs over where `Options.cache` has no folder.
         self.folder = PrivateFolder()
         self._kinds: dict[object, _Kind] = {}

@@ -44,6 +44,7 @@ from lorafx.errors import (
 )
 from lorafx.inspection.explanation import Explanation
 from lorafx.model.keywords import refuse_slips
+from lorafx.model.replaced_methods import Replacement
 from lorafx.ownership.memory import (
     MOST_REQUESTS,
     NOBODY,
@@ -58,7 +59,6 @@ from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
-from lorafx.runtime.replaced_methods import Replacement
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.session import refuse_elsewhere
 from lorafx.torch_internals.graph_parts import OpOverload

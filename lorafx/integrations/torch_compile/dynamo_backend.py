@@ -46,10 +46,10 @@ from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError, ne
 from lorafx.model.keywords import refuse_slips
 from lorafx.model.marks import MARKS
 from lorafx.model.marks import detach as remove_marks
+from lorafx.model.replaced_methods import ReplacedMethod
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
-from lorafx.runtime.replaced_methods import ReplacedMethod
 from lorafx.runtime.requests import BLOCK_THREADS, IN_BLOCKS, Requests, checked_names
 from lorafx.runtime.session import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings

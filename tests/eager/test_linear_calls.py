@@ -1,0 +1,101 @@
+"""Product and delta as one step: the module is as it was before and after, and in copies; what is
+no plain call of a linear is followed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, check_mixed
+from tiny_models import FAMILIES
+from transformers.models.llama import modeling_llama
+
+from lorafx.eager.linear_calls import LinearCall
+
+NAMES = ["a1", None, "a3", "a1"]
+OPTIONS = {**REFERENCE, "start": "eager", "cache": None}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(0)
+    return FAMILIES["llama"].inputs(len(NAMES), 5)
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Runs code of the test in each call of the model's MLP, whose class is still known."""
+    forward, looks = modeling_llama.LlamaMLP.forward, []
+
+    def looked(self: Any, x: Any) -> Any:
+        for look in looks:
+            look(self, x)
+        return forward(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", looked)
+    return looks
+
+
+def test_only_while_the_model_runs(llama, inputs, inside):
+    seen = set()
+    inside.append(lambda mlp, x: seen.update(type(m.forward) for m in mlp.children()))
+    cm = llama.compile(options=OPTIONS)
+    check_mixed(cm, llama, NAMES, inputs)
+    assert LinearCall in seen
+    assert all("forward" not in vars(module) for module in cm._orig_mod.modules())
+    assert not cm.recompiles
+
+    def fail(mlp: Any, x: Any) -> None:
+        raise RuntimeError("as a model's code may")
+
+    inside.append(fail)
+    with pytest.raises(RuntimeError, match="as a model's code may"):
+        cm(**inputs, adapter_names=NAMES)
+    assert all("forward" not in vars(module) for module in cm._orig_mod.modules())
+
+
+def test_copies_pickles_and_other_threads_have_the_module_s_own_forward(llama, inputs, inside):
+    results = []
+
+    def look(mlp: Any, x: Any) -> None:
+        def elsewhere() -> None:
+            module = mlp.up_proj
+            assert isinstance(module.forward, LinearCall)
+            others = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+            assert not any(isinstance(other.forward, LinearCall) for other in others)
+            own = F.linear(x, module.weight)
+            results.append((module.forward(x), own))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    cm = llama.compile(options=OPTIONS)
+    inside.append(look)
+    cm(**inputs, adapter_names=NAMES)
+    assert len(results) == cm._orig_mod.config.num_hidden_layers
+    for got, own in results:
+        assert torch.equal(got, own)
+
+
+def test_a_weight_that_is_exchanged_meanwhile_is_followed(llama, inputs, inside):
+    results = []
+
+    def look(mlp: Any, x: Any) -> None:
+        module, call = mlp.up_proj, mlp.up_proj.forward
+        if not isinstance(call, LinearCall):  # of the merged model
+            return
+        deltas = call.mark.runtime.deltas
+        module._parameters["weight"] = mlp.gate_proj.weight
+        results.append(deltas.linear(call, x))
+        module._parameters["weight"] = call.weight
+
+    cm = llama.compile(options=OPTIONS)
+    inside.append(look)
+    check_mixed(cm, llama, NAMES, inputs)
+    assert set(results) == {None}
