@@ -26,14 +26,14 @@ from lorafx.integrations.server.generating import Sequences
 from lorafx.integrations.server.texts import MessageSequence
 
 _Event = dict[str, Any]
-#: With what an item's ID begins, the item, and the part that has its text, by the class of texts.
-_ITEMS: dict[type, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    str: (
+#: Types of items that have a text: how their IDs begin, their other fields, and those of its part.
+_ITEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "message": (
         "msg",
-        {"type": "message", "role": "assistant"},
+        {"role": "assistant"},
         {"type": "output_text", "annotations": [], "logprobs": []},
     ),
-    ReasoningText: ("rs", {"type": "reasoning", "summary": []}, {"type": "reasoning_text"}),
+    "reasoning": ("rs", {"summary": []}, {"type": "reasoning_text"}),
 }
 
 
@@ -48,9 +48,8 @@ class ResponseAnswer:
         head = {"id": f"resp_{name}", "object": "response", "created_at": int(time.time())}
         nothing = {"error": None, "incomplete_details": None, "usage": None}
         self._head = {**head, "model": model, **nothing, **fields.echoed()}
-        #: The items so far. The last is open, for texts of this class, unless that is None.
+        #: The items so far, of which the last may be in progress.
         self._output: list[dict[str, Any]] = []
-        self._kind: type | None = None
         self._count = 0
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class ResponseAnswer:
         if not output.is_finished():
             return
         if not self._output:  # an answer has at least one item
-            yield from self._begin(str)
+            yield from self._begin("message")
         status = "completed" if output.finish_reason == "stop" else "incomplete"
         cut = output.finish_reason == "length"
         yield from self._end(status)
@@ -93,24 +92,26 @@ class ResponseAnswer:
         )
 
     def _add(self, text: str) -> Iterator[_Event]:
-        if type(text) is not self._kind:
+        kind = "reasoning" if isinstance(text, ReasoningText) else "message"
+        if not self._output or self._output[-1]["type"] != kind:
             yield from self._end()
-            yield from self._begin(type(text))
+            yield from self._begin(kind)
         self._output[-1]["content"][0]["text"] += text
         yield self._of_text("delta", delta=text)
 
-    def _begin(self, kind: type) -> Iterator[_Event]:
-        self._kind, (prefix, item, part) = kind, _ITEMS[kind]
-        self._output.append({**item, "id": f"{prefix}_{uuid4().hex}", "content": []})
+    def _begin(self, kind: str) -> Iterator[_Event]:
+        prefix, item, part = _ITEMS[kind]
+        name = f"{prefix}_{uuid4().hex}"
+        self._output.append({"type": kind, "id": name, **item, "content": []})
         yield self._of_item("added", "in_progress")
         part = {"text": "", **part}
         self._output[-1]["content"] = [part]
         yield self._in_item("content_part.added", content_index=0, part=part)
 
     def _end(self, status: str = "completed") -> Iterator[_Event]:
-        """End the item that is open, if one is."""
-        if self._kind is not None:
-            self._kind, (part,) = None, self._output[-1]["content"]
+        """End the item that is in progress, if one is."""
+        if self._output and self._output[-1]["status"] == "in_progress":
+            (part,) = self._output[-1]["content"]
             yield self._of_text("done", text=part["text"])
             yield self._in_item("content_part.done", content_index=0, part=part)
             yield self._of_item("done", status)
