@@ -150,7 +150,7 @@ class ResponseAnswer:
 
     def _of_text(self, kind: str, **text: str) -> _Event:
         (part,) = self._output[-1]["content"]
-        logprobs = {"logprobs": []} if part["type"] == "output_text" else {}
+        logprobs: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
         return self._in_item(f"{part['type']}.{kind}", content_index=0, **text, **logprobs)
 
     def _usage(self) -> dict[str, Any]:
