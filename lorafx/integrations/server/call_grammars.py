@@ -224,7 +224,8 @@ class _CallForm:
             if most == 0:
                 return '"[]"'
             item = rules.rule(self._value(schema["items"]))
-            more = f'("," {item}){{{max(least - 1, 0)},{most and most - 1}}}'
+            times = f"{max(least - 1, 0)},{most and most - 1}"
+            more = "" if most == 1 else f'("," {item}){{{times}}}'  # llguidance has no {0,0}
             return f'"[" ({item} {more}){"" if least else "?"} "]"'
         members, needed = schema["properties"], schema.get("required", ())
         made = {name: rules.rule(self._member(name, members[name])) for name in members}

@@ -250,11 +250,12 @@ def test_many_arguments_and_references(form):
 
 
 @pytest.mark.parametrize("form", TEMPLATES)
-def test_an_array_without_items(form):
-    empty = {"type": "array", "items": {"type": "null"}, "maxItems": 0}
-    held = Held(form, False, tool("f", {"type": "object", "properties": {"a": empty}}))
-    assert held.allows(call_of(form, "f", a=[]))
-    assert not held.allows(call_of(form, "f", a=[None]))
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (0, 1), (1, 1), (1, 2)])
+def test_how_many_items_an_array_has(form, least, most):
+    array = {"type": "array", "items": {"type": "null"}, "minItems": least, "maxItems": most}
+    held = Held(form, False, tool("f", {"type": "object", "properties": {"a": array}}))
+    for count in range(4):
+        assert held.allows(call_of(form, "f", a=[None] * count)) == (least <= count <= most)
 
 
 def test_schemas_within_themselves():
