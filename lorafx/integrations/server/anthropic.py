@@ -70,6 +70,7 @@ class AnthropicFields(Fields):
             "tool_choice": self._choice(),
             "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
             "response_format": self._format(),
+            "reasoning_effort": self.output_config.get("effort"),
             "add_generation_prompt": not begun,
             "continue_final_message": begun,
         }
@@ -83,7 +84,7 @@ class AnthropicFields(Fields):
         return _CHOICES[kind]
 
     def _format(self) -> dict[str, Any] | None:
-        if unknown := self.output_config.keys() - {"format"}:
+        if unknown := self.output_config.keys() - {"format", "effort"}:
             raise RequestError(f"`output_config` has no {min(unknown)!r:.80}", "output_config")
         asked = self.output_config.get("format")
         return asked and {"type": "json_schema", "json_schema": asked}

@@ -44,7 +44,7 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
         "container context_management conversation custom_logit_processor ec_transfer_params "
         "enable_thinking generation_config image kv_transfer_params logprob_token_ids "
         "max_new_tokens max_tool_calls media_io_kwargs mm_processor_kwargs prediction "
-        "previous_input_messages previous_response_id prompt_embeds reasoning reasoning_effort "
+        "previous_input_messages previous_response_id prompt_embeds "
         "repetition_detection stop_regex thinking_token_budget truncate_prompt_tokens "
         "truncation_side vllm_xargs web_search_options",
     ),
@@ -71,7 +71,10 @@ _INSTEAD = {
     "enable_thinking": "send it in `chat_template_kwargs`",
     "logprob_token_ids": "ask for the likeliest tokens, by `top_logprobs` or `logprobs`",
     "max_new_tokens": "send `max_tokens`",
-    "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
+    **dict.fromkeys(
+        ("reasoning", "reasoning_effort"),
+        "a chat has `reasoning_effort`, a response `reasoning.effort`",
+    ),
     "repetition_detection": "send a `repetition_penalty` or `frequency_penalty`",
     "thinking_token_budget": "bound the whole answer, by `max_tokens`",
 }
@@ -157,6 +160,8 @@ def _as_many_as_allowed(asked: int | None, info: ValidationInfo) -> int | None:
 _Logprobs = Annotated[int | None, Field(ge=0), AfterValidator(_as_many_as_allowed)]
 #: A number of tokens.
 _Length = Annotated[int | None, Field(ge=1)]
+#: OpenAI's words for how much a model reasons.
+_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
 
 
 class GrammarSource(NamedTuple):
@@ -347,6 +352,17 @@ class MessageFields(Fields):
     continue_final_message: bool = False
 
     @property
+    def effort(self) -> _Effort:
+        """How much the model reasons, if its chat template reads that."""
+        raise NotImplementedError
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the chat template that are sent."""
+        effort = {"reasoning_effort": self.effort} if self.effort else {}
+        return {**self.chat_template_kwargs, **effort}
+
+    @property
     def choice(self) -> tuple[str, frozenset[str] | None]:
         """How calls are made ("auto", "none", "required", or "named": one call of one tool), and of
         which tools, all if that is None. Raises RequestError if `tool_choice` does not say so."""
@@ -399,6 +415,11 @@ class ChatFields(SequenceFields, MessageFields):
     max_completion_tokens: _Length = None
     logprobs: bool = False
     top_logprobs: _Logprobs = None
+    reasoning_effort: _Effort = None
+
+    @property
+    def effort(self) -> _Effort:
+        return self.reasoning_effort
 
     @property
     def length(self) -> int | None:
@@ -411,6 +432,19 @@ class ChatFields(SequenceFields, MessageFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class Reasoning(BaseModel):
+    """The field `reasoning` of a response. No summaries are made, so they are asked for in vain if
+    that is left to the server, by "auto"."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    effort: _Effort = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
 class ResponseFields(MessageFields):
     """Fields of /v1/responses."""
 
@@ -419,6 +453,11 @@ class ResponseFields(MessageFields):
     max_output_tokens: _Length = None
     text: dict[str, Any] = {"format": {"type": "text"}}
     metadata: dict[str, str] = {}
+    reasoning: Reasoning = Reasoning()
+
+    @property
+    def effort(self) -> _Effort:
+        return self.reasoning.effort
 
     @property
     def length(self) -> int | None:
@@ -437,7 +476,8 @@ class ResponseFields(MessageFields):
         names = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "text")
         chosen = {name: self.choosing.get(name) for name in ("temperature", "top_p")}
         asked = {name: getattr(self, name) for name in (*names, "tool_choice")}
-        return {**asked, **chosen, "tools": tools, "truncation": "disabled"}
+        reasoning = self.reasoning.model_dump(include={"effort", "summary"})
+        return {**asked, **chosen, "reasoning": reasoning, "tools": tools, "truncation": "disabled"}
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})

@@ -133,7 +133,7 @@ class MessageHandler(Handler):
             tools=fields.used_tools,
             add_generation_prompt=fields.add_generation_prompt,
             continue_final_message=fields.continue_final_message,
-            **fields.chat_template_kwargs,
+            **fields.variables,
         )
         return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
 
