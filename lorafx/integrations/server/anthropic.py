@@ -31,7 +31,10 @@ _Event = dict[str, Any]
 #: Anthropic's names of the modes of `tool_choice`, and those of a chat.
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 #: Fields that a chat has, too.
-_SAME = ("stream", "add_special_tokens", "logit_bias", "max_tokens", "chat_template_kwargs")
+_SAME = (
+    *("stream", "add_special_tokens", "logit_bias", "max_tokens", "chat_template_kwargs"),
+    "truncate_prompt_tokens",
+)
 
 
 class AnthropicFields(Fields):

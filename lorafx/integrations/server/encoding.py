@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import cached_file
@@ -254,7 +253,6 @@ class EncodingFields(Fields):
     embed_dtype: Literal["float32"] = "float32"
     endianness: Literal["native", "little"] = "native"
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     dimensions: None = None
     task: Literal["embed", "classify"] | None = None
 

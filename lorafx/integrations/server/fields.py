@@ -27,7 +27,7 @@ from lorafx.progress import LOG
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
     "temperature top_k top_p min_p presence_penalty frequency_penalty repetition_penalty "
-    "bad_words min_tokens ignore_eos seed"
+    "bad_words allowed_token_ids min_tokens ignore_eos seed"
 )
 #: Fields without an effect on an answer.
 _WITHOUT_EFFECT = (
@@ -40,13 +40,12 @@ _GUIDED = "ebnf guided_choice guided_grammar guided_json guided_regex json_schem
 _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
-        f"{_GUIDED} access_programs allowed_token_ids audio background_options chat_template "
+        f"{_GUIDED} access_programs audio background_options chat_template "
         "container context_management conversation custom_logit_processor ec_transfer_params "
         "enable_thinking generation_config image kv_transfer_params logprob_token_ids "
         "max_new_tokens max_tool_calls media_io_kwargs mm_processor_kwargs prediction "
         "previous_input_messages previous_response_id prompt_embeds "
-        "repetition_detection stop_regex thinking_token_budget truncate_prompt_tokens "
-        "truncation_side vllm_xargs web_search_options",
+        "repetition_detection stop_regex thinking_token_budget truncation_side vllm_xargs web_search_options",
     ),
     (
         (False,),
@@ -184,6 +183,7 @@ class Fields(BaseModel):
     choosing: Mapping[str, Any] = {}
     stream: bool = False
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     logit_bias: dict[int, float] = {}
 
     @classmethod

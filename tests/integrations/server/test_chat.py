@@ -288,3 +288,12 @@ def test_the_effort_of_reasoning(spoken):
             body = question(path, "a", 1, reasoning={"effort": "low", "summary": "auto"})
             echoed = ask(reads, "POST", path, model="tiny", **body).json()["reasoning"]
             assert echoed == {"effort": "low", "summary": "auto"}
+
+
+def test_reasoning_that_a_prompt_opens_which_is_cut(spoken):
+    server = spoken(SHOWN + "{% if add_generation_prompt %}<think>{% endif %}")
+    body = question(CHAT, "a", 30, structured_outputs={"choice": ["hm</think>so"]})
+    answer = ask(server, "POST", CHAT, model="tiny", **body, truncate_prompt_tokens=10).json()
+    assert answer["usage"]["prompt_tokens"] == 10
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm", "so")
