@@ -130,7 +130,9 @@ class Choosing(LogitsProcessor):
             if row not in masks and many[row] < size:
                 continue
             if scores[row].amax() == -torch.inf:
-                self._refuse(state, "bad_words, min_tokens, allowed_token_ids and its grammar leave no token")
+                self._refuse(
+                    state, "bad_words, min_tokens, allowed_token_ids and its grammar leave no token"
+                )
                 scores[row] = 0.0  # a token of this row is chosen, too
 
     def _refuse(self, state: AdapterRequest, why: str) -> None:

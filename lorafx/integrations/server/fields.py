@@ -45,7 +45,8 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
         "enable_thinking generation_config image kv_transfer_params logprob_token_ids "
         "max_new_tokens max_tool_calls media_io_kwargs mm_processor_kwargs prediction "
         "previous_input_messages previous_response_id prompt_embeds "
-        "repetition_detection stop_regex thinking_token_budget truncation_side vllm_xargs web_search_options",
+        "repetition_detection stop_regex thinking_token_budget truncation_side vllm_xargs "
+        "web_search_options",
     ),
     (
         (False,),
@@ -83,7 +84,12 @@ _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path
 
 
 #: What prompts are made of. --max-body-bytes and the model's positions bound them.
-_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "system", "tokens"))
+_PROMPTS = frozenset(
+    (
+        *("prompt", "messages", "input", "instructions", "system", "tokens"),
+        *("text_1", "text_2", "query", "documents"),
+    )
+)
 
 
 def check_bounds(body: Mapping[str, Any], settings: ModelSettings) -> None:
