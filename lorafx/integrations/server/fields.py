@@ -71,10 +71,6 @@ _INSTEAD = {
     "enable_thinking": "send it in `chat_template_kwargs`",
     "logprob_token_ids": "ask for the likeliest tokens, by `top_logprobs` or `logprobs`",
     "max_new_tokens": "send `max_tokens`",
-    **dict.fromkeys(
-        ("reasoning", "reasoning_effort"),
-        "a chat has `reasoning_effort`, a response `reasoning.effort`",
-    ),
     "repetition_detection": "send a `repetition_penalty` or `frequency_penalty`",
     "thinking_token_budget": "bound the whole answer, by `max_tokens`",
 }
@@ -347,10 +343,25 @@ class CompletionFields(SequenceFields):
         return asked
 
 
+class Reasoning(BaseModel):
+    """OpenAI's field `reasoning`. No summaries are made, so `summary` may only leave that
+    to the server, by "auto"."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    effort: _Effort = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
 class MessageFields(Fields):
     """Fields of /v1/chat/completions and /v1/responses."""
 
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: _Effort = None
+    reasoning: Reasoning | None = None
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
@@ -360,7 +371,7 @@ class MessageFields(Fields):
     @property
     def effort(self) -> _Effort:
         """How much the model reasons, if its chat template reads that."""
-        raise NotImplementedError
+        return self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -421,11 +432,6 @@ class ChatFields(SequenceFields, MessageFields):
     max_completion_tokens: _Length = None
     logprobs: bool = False
     top_logprobs: _Logprobs = None
-    reasoning_effort: _Effort = None
-
-    @property
-    def effort(self) -> _Effort:
-        return self.reasoning_effort
 
     @property
     def length(self) -> int | None:
@@ -438,19 +444,6 @@ class ChatFields(SequenceFields, MessageFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class Reasoning(BaseModel):
-    """The field `reasoning` of a response. No summaries are made, so they are asked for in vain if
-    that is left to the server, by "auto"."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    effort: _Effort = None
-    summary: Literal["auto"] | None = None
-    generate_summary: Literal["auto"] | None = None
-    context: Literal["auto"] | None = None
-    mode: Literal["standard"] | None = None
-
-
 class ResponseFields(MessageFields):
     """Fields of /v1/responses."""
 
@@ -459,11 +452,6 @@ class ResponseFields(MessageFields):
     max_output_tokens: _Length = None
     text: dict[str, Any] = {"format": {"type": "text"}}
     metadata: dict[str, str] = {}
-    reasoning: Reasoning = Reasoning()
-
-    @property
-    def effort(self) -> _Effort:
-        return self.reasoning.effort
 
     @property
     def length(self) -> int | None:
@@ -482,7 +470,8 @@ class ResponseFields(MessageFields):
         names = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "text")
         chosen = {name: self.choosing.get(name) for name in ("temperature", "top_p")}
         asked = {name: getattr(self, name) for name in (*names, "tool_choice")}
-        reasoning = self.reasoning.model_dump(include={"effort", "summary"})
+        summary = self.reasoning.summary if self.reasoning else None
+        reasoning = {"effort": self.effort, "summary": summary}
         return {**asked, **chosen, "reasoning": reasoning, "tools": tools, "truncation": "disabled"}
 
     def grammar(self) -> GrammarSource | None:

@@ -47,6 +47,10 @@ class PairFields(Fields):
     def sequences(self) -> int:
         return sum(map(len, self.sides))
 
+    def answer(self, scores: list[float]) -> dict[str, Any]:
+        """The fields of an answer with the scores of all pairs."""
+        raise NotImplementedError
+
 
 class ScoreFields(PairFields):
     """Fields of /score."""
@@ -55,6 +59,10 @@ class ScoreFields(PairFields):
 
     text_1: str | list[str]
     text_2: str | list[str]
+
+    def answer(self, scores: list[float]) -> dict[str, Any]:
+        found = [{"index": i, "object": "score", "score": s} for i, s in enumerate(scores)]
+        return {"data": found}
 
 
 class RerankFields(PairFields):
@@ -67,6 +75,13 @@ class RerankFields(PairFields):
     top_n: int = Field(default=0, ge=0)
     return_documents: bool = True
     max_tokens_per_doc: None = None
+
+    def answer(self, scores: list[float]) -> dict[str, Any]:
+        shown = [
+            {"document": {"text": text}} if self.return_documents else {} for text in self.documents
+        ]
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])[: self.top_n or None]
+        return {"results": [{"index": i, "relevance_score": scores[i], **shown[i]} for i in order]}
 
 
 class Scoring(Encoding):
@@ -111,26 +126,13 @@ class Scoring(Encoding):
             scores = torch.cosine_similarity(rows[: len(first)], rows[len(first) :])
         else:
             scores = (rows if fields.use_activation is False else self._probabilities(rows))[:, 0]
-        return JSONResponse(head | self._scored(scores.tolist(), fields))
-
-    def _scored(self, scores: list[float], fields: Any) -> dict[str, Any]:
-        found = [{"index": i, "object": "score", "score": s} for i, s in enumerate(scores)]
-        return {"data": found}
+        return JSONResponse(head | fields.answer(scores.tolist()))
 
 
 class Reranking(Scoring):
     """/rerank."""
 
     fields = RerankFields
-
-    def _scored(self, scores: list[float], fields: RerankFields) -> dict[str, Any]:
-        found: list[dict[str, Any]] = [
-            {"index": i, "relevance_score": score, "document": {"text": fields.documents[i]}}
-            for i, score in sorted(enumerate(scores), key=lambda entry: -entry[1])
-        ]
-        for entry in () if fields.return_documents else found:
-            del entry["document"]
-        return {"results": found[: fields.top_n or None]}
 
 
 #: The classes of routes by the last part of their paths; the others are `Encoding`.

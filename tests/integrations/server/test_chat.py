@@ -271,6 +271,7 @@ def test_the_effort_of_reasoning(spoken):
     kept = {"chat_template_kwargs": {"reasoning_effort": "from the arguments"}}
     for path, name, field in (
         (CHAT, "prompt_tokens", lambda effort: {"reasoning_effort": effort}),
+        (CHAT, "prompt_tokens", lambda effort: {"reasoning": {"effort": effort}}),
         ("/v1/responses", "input_tokens", lambda effort: {"reasoning": {"effort": effort}}),
         ("/v1/messages", "input_tokens", lambda effort: {"output_config": {"effort": effort}}),
     ):
