@@ -106,13 +106,17 @@ class Choosing(LogitsProcessor):
         """Set the logits of tokens that may not come to −∞."""
         excluded: list[tuple[int, int]] = []
         masks: dict[int, Tensor] = {}
+        size = scores.shape[-1]
         for row, state, asked in self.rows:
             excluded += [(row, token) for token in _excluded(asked, state.generated)]
+            if asked.allowed_token_ids:
+                masks[row] = torch.zeros(size, dtype=torch.bool)
+                masks[row][_integers(asked.allowed_token_ids)] = True
             if state.grammar is not None:
                 try:
-                    size = scores.shape[-1]
                     mask = state.grammar.bitmask(state.generated)[:size].cpu().bool()
-                    masks[row] = torch.nn.functional.pad(mask, (0, size - len(mask)))
+                    mask = torch.nn.functional.pad(mask, (0, size - len(mask)))
+                    masks[row] = mask & masks.get(row, mask)
                 except Exception as error:
                     self._refuse(state, f"its grammar raised {type(error).__name__}: {error}")
         if excluded:
@@ -123,10 +127,12 @@ class Choosing(LogitsProcessor):
             scores[[*masks]] = scores[[*masks]].masked_fill(missing, -torch.inf)
         many = Counter(row for row, _ in excluded)
         for row, state, _ in self.rows:
-            if row not in masks and many[row] < scores.shape[-1]:
+            if row not in masks and many[row] < size:
                 continue
             if scores[row].amax() == -torch.inf:
-                self._refuse(state, "bad_words, min_tokens and its grammar leave no token")
+                self._refuse(
+                    state, "bad_words, min_tokens, allowed_token_ids and its grammar leave no token"
+                )
                 scores[row] = 0.0  # a token of this row is chosen, too
 
     def _refuse(self, state: AdapterRequest, why: str) -> None:

@@ -191,7 +191,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 (docs/continuous_batching.md): `temperature`, `top_k`, `top_p` and `min_p`, if the
                 engine samples and was given `per_request_processors=True`; `seed`,
                 `presence_penalty`, `frequency_penalty`, `repetition_penalty`, `logit_bias`,
-                `bad_words`, `min_tokens`, `stop`, `stop_token_ids`, `logprobs`, `prompt_logprobs`.
+                `bad_words`, `allowed_token_ids`, `min_tokens`, `stop`, `stop_token_ids`,
+                `logprobs`, `prompt_logprobs`.
             The other arguments are transformers'. With `max_new_tokens=0` nothing is generated.
 
         Raises:

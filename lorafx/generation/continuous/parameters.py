@@ -71,6 +71,7 @@ class TokenParameters:
 
     Attributes:
         bad_words: sequences of tokens that may not be generated, each in all its spellings.
+        allowed_token_ids: the only tokens that may be generated; all if there are none.
         ends: the tokens that end the sequence, which may not come before `min_tokens` tokens.
         stop_ids: tokens that end the sequence -> the reason that outputs give.
     """
@@ -81,6 +82,7 @@ class TokenParameters:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: Sequence[Sequence[int]] = ()
+    allowed_token_ids: Sequence[int] = ()
     min_tokens: int = 0
     ends: Sequence[int] = ()
     stop: Sequence[str] = ()
@@ -192,6 +194,9 @@ def checked_parameters(
     stop = _strings("stop", given.pop("stop", ()), tokenizer)
     words = _strings("bad_words", given.pop("bad_words", ()), tokenizer)
     stop_ids = checked_ids("stop_token_ids", given.pop("stop_token_ids", ()), size)
+    allowed = given.pop("allowed_token_ids", None)
+    if allowed is not None and not checked_ids("allowed_token_ids", allowed, size):
+        raise ConfigError("allowed_token_ids is empty, so no token may come; leave it out for all")
     bias = given.pop("logit_bias", {})
     if not isinstance(bias, Mapping):
         raise ConfigError(f"logit_bias has a number for each of some token ids; got {bias!r:.80}")
@@ -209,6 +214,7 @@ def checked_parameters(
         bad_words=tuple(
             ids for word in words for ids in _spellings(word, tokenizer) if max(ids) < size
         ),
+        allowed_token_ids=tuple(allowed or ()),
         logit_bias=dict(zip(checked_ids("logit_bias", bias, size), numbers, strict=True)),
         ends=tuple(ends),
     )

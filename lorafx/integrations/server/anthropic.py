@@ -31,7 +31,10 @@ _Event = dict[str, Any]
 #: Anthropic's names of the modes of `tool_choice`, and those of a chat.
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 #: Fields that a chat has, too.
-_SAME = ("stream", "add_special_tokens", "logit_bias", "max_tokens", "chat_template_kwargs")
+_SAME = (
+    *("stream", "add_special_tokens", "logit_bias", "max_tokens", "chat_template_kwargs"),
+    "truncate_prompt_tokens",
+)
 
 
 class AnthropicFields(Fields):
@@ -70,6 +73,7 @@ class AnthropicFields(Fields):
             "tool_choice": self._choice(),
             "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
             "response_format": self._format(),
+            "reasoning_effort": self.output_config.get("effort"),
             "add_generation_prompt": not begun,
             "continue_final_message": begun,
         }
@@ -83,7 +87,7 @@ class AnthropicFields(Fields):
         return _CHOICES[kind]
 
     def _format(self) -> dict[str, Any] | None:
-        if unknown := self.output_config.keys() - {"format"}:
+        if unknown := self.output_config.keys() - {"format", "effort"}:
             raise RequestError(f"`output_config` has no {min(unknown)!r:.80}", "output_config")
         asked = self.output_config.get("format")
         return asked and {"type": "json_schema", "json_schema": asked}

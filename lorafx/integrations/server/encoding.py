@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import cached_file
@@ -38,6 +38,8 @@ from lorafx.integrations.server.settings import ModelSettings
 
 #: sentence-transformers' names for how a vector is made of the states of tokens.
 _POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken", "max": "max"}
+#: The activation of a CrossEncoder that scores by logits.
+_IDENTITY = "torch.nn.modules.linear.Identity"
 #: The most tokens of a call, padding included, unless the settings say otherwise.
 _MOST_TOKENS = 4096
 
@@ -105,12 +107,17 @@ class Vector(NamedTuple):
     weights_version: int
 
 
+#: The tokens of a sequence, and their token_type_ids if it is a pair and has some.
+Input = tuple[list[int], list[int] | None]
+
+
 class _Row(NamedTuple):
     """A sequence that waits for a call."""
 
     tokens: list[int]
     adapter: str | None
     result: asyncio.Future[Vector]
+    types: list[int] | None = None
 
 
 class EncoderBatches:
@@ -134,11 +141,11 @@ class EncoderBatches:
         self._waiting: list[_Row] = []
         self._calling: asyncio.Task[None] | None = None
 
-    async def vectors(self, sequences: Sequence[list[int]], adapter: str | None) -> list[Vector]:
+    async def vectors(self, inputs: Sequence[Input], adapter: str | None) -> list[Vector]:
         """The vector of each sequence. Raises RequestError if the model fails, and what a call of
         it raises of lorafx's errors."""
         loop = asyncio.get_running_loop()
-        rows = [_Row(tokens, adapter, loop.create_future()) for tokens in sequences]
+        rows = [_Row(tokens, adapter, loop.create_future(), types) for tokens, types in inputs]
         self._waiting += rows
         if self._calling is None or self._calling.done():
             self._calling = asyncio.create_task(self._call())
@@ -189,10 +196,14 @@ class EncoderBatches:
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         model: Any = self._compiled._orig_mod
         ids, mask = ids.to(model.device), mask.to(model.device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if any(row.types for row in rows):
+            types = [torch.tensor(row.types or [0] * len(row.tokens)) for row in rows]
+            inputs["token_type_ids"] = pad_sequence(types, batch_first=True).to(model.device)
         names = [row.adapter for row in rows]
         served = None
         while served != (served := self._versions()):  # again if they changed meanwhile
-            output = self._compiled(input_ids=ids, attention_mask=mask, adapter_names=names)
+            output = self._compiled(**inputs, adapter_names=names)
         adapters, weights = served
         pool = self.pooling
         pooled = output.logits if pool is None else pool(output.last_hidden_state, mask)
@@ -254,7 +265,6 @@ class EncodingFields(Fields):
     embed_dtype: Literal["float32"] = "float32"
     endianness: Literal["native", "little"] = "native"
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     dimensions: None = None
     task: Literal["embed", "classify"] | None = None
 
@@ -264,56 +274,76 @@ class EncodingFields(Fields):
 
 
 class Encoding:
-    """Answers the requests of one of the routes `ENCODING`."""
+    """Answers the requests of one of the routes `ENCODING`, which have these `fields`."""
+
+    fields: type[Fields] = EncodingFields
 
     def __init__(self, served: ServedModel, path: str) -> None:
         self._served, self._path = served, path
         self._batches: EncoderBatches = served.engine
         model: Any = served.compiled._orig_mod
         self._config = model.config
+        self._typed = "token_type_ids" in inspect.signature(model.forward).parameters
+
+    def _read(self, body: Mapping[str, Any]) -> Any:
+        """The fields of a request. Raises RequestError if the model has no such answers."""
+        fields: Any = self.fields.read(body)
+        task, way = "embed", "/v1/embeddings"
+        if self._batches.pooling is None:
+            task, way = "classify", "/classify"
+        if self._path not in (way, "/pooling") or fields.task not in (None, task):
+            name = self._served.name
+            raise RequestError(f"{name!r} has no vectors for that; ask {way} or /pooling")
+        return fields
 
     async def handle(self, request: Request, body: dict) -> Response:
         """Answer a request. Raises RequestError if it is refused."""
         served, record = self._served, current_record()
         adapter = await served.resolve(body)
         record.asks_for(adapter)
-        fields = EncodingFields.read(body)
-        task, way = "embed", "/v1/embeddings"
-        if self._batches.pooling is None:
-            task, way = "classify", "/classify"
-        if self._path not in (way, "/pooling") or fields.task not in (None, task):
-            raise RequestError(f"{served.name!r} has no vectors for that; ask {way} or /pooling")
+        fields = self._read(body)
         served.queue.take(fields.sequences, had=1)
-        sequences = await asyncio.to_thread(self._sequences, fields)
-        record.prompt_tokens = sum(map(len, sequences))
+        inputs = await asyncio.to_thread(self._inputs, fields)
+        record.prompt_tokens = sum(len(tokens) for tokens, _ in inputs)
         await served.control.admitted()
-        vectors = await self._batches.vectors(sequences, adapter)
+        vectors = await self._batches.vectors(inputs, adapter)
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
         head = {"id": request.state.request_id, "object": "list", "created": int(time.time())}
         oldest = min(vectors, key=lambda v: (v.weights_version, v.adapter_version or 0))
         head |= {"model": body["model"], "usage": usage, **versions_of(oldest)}
         return await asyncio.to_thread(self._answer, head, vectors, fields)
 
-    def _sequences(self, fields: EncodingFields) -> list[list[int]]:
-        """The tokens of each input. Raises RequestError if it has none, or too many."""
-        most, cut = self._served.most_tokens, fields.truncate_prompt_tokens
-        special = fields.add_special_tokens
-        prompts = prompts_of(self._served, "input", fields.input, special)
-        cut = most if cut == -1 else cut
+    def _inputs(self, fields: Any) -> list[Input]:
+        """What the model computes a vector of, each. Raises as `_sequences`."""
+        return self._sequences("input", fields.input, fields)
+
+    def _most(self, fields: Fields) -> int | None:
+        """To how many tokens a sequence is cut, if it is."""
+        cut = fields.truncate_prompt_tokens
+        return self._served.most_tokens if cut == -1 else cut
+
+    def _sequences(self, field: str, asked: Any, fields: Fields) -> list[Input]:
+        """The tokens of each input of a field. Raises RequestError if it has none, or too many."""
+        cut, special = self._most(fields), fields.add_special_tokens
+        prompts = prompts_of(self._served, field, asked, special)
         sequences = [
             prompt.ids if cut is None else self._cut(prompt, cut, special is not False)
             for prompt in prompts
         ]
         for tokens in sequences:
-            if not tokens:
-                raise RequestError("an input is empty: it has no tokens; leave it out", "input")
-            if len(tokens) > most:
-                raise RequestError(
-                    f"an input has {len(tokens)} tokens, and may have {most}; shorten it, or send "
-                    "`truncate_prompt_tokens` -1",
-                    "input",
-                )
-        return sequences
+            self._check(tokens, field)
+        return [(tokens, None) for tokens in sequences]
+
+    def _check(self, tokens: Sequence[int], field: str) -> None:
+        most = self._served.most_tokens
+        if not tokens:
+            raise RequestError("an input is empty: it has no tokens; leave it out", field)
+        if len(tokens) > most:
+            raise RequestError(
+                f"an input has {len(tokens)} tokens, and may have {most}; shorten it, or send "
+                "`truncate_prompt_tokens` -1",
+                field,
+            )
 
     def _cut(self, prompt: Prompt, most: int, special: bool) -> list[int]:
         """At most as many tokens of a prompt. As tokenizers cut a text, it keeps the `special`
@@ -328,9 +358,7 @@ class Encoding:
             ends = min(most, [*reversed(encoded["special_tokens_mask"]), 0].index(0))
         return ids[: most - ends] + ids[len(ids) - ends :]
 
-    def _answer(
-        self, head: dict[str, Any], vectors: Sequence[Vector], fields: EncodingFields
-    ) -> Response:
+    def _answer(self, head: dict[str, Any], vectors: Sequence[Vector], fields: Any) -> Response:
         pooling, asked = self._batches.pooling, fields.use_activation
         rows = torch.stack([vector.numbers for vector in vectors])
         if pooling is None:
@@ -342,7 +370,8 @@ class Encoding:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         kind = getattr(self._config, "problem_type", None)
-        if kind == "regression":
+        saved = getattr(self._config, "sentence_transformers", None) or {}  # by a CrossEncoder
+        if kind == "regression" or saved.get("activation_fn") == _IDENTITY:
             return logits
         if kind == "multi_label_classification" or logits.shape[1] == 1:
             return logits.sigmoid()

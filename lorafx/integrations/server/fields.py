@@ -27,7 +27,7 @@ from lorafx.progress import LOG
 #: Fields that the engine takes under the same names. It checks their values.
 _CHOOSING = (
     "temperature top_k top_p min_p presence_penalty frequency_penalty repetition_penalty "
-    "bad_words min_tokens ignore_eos seed"
+    "bad_words allowed_token_ids min_tokens ignore_eos seed"
 )
 #: Fields without an effect on an answer.
 _WITHOUT_EFFECT = (
@@ -40,13 +40,13 @@ _GUIDED = "ebnf guided_choice guided_grammar guided_json guided_regex json_schem
 _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
-        f"{_GUIDED} access_programs allowed_token_ids audio background_options chat_template "
+        f"{_GUIDED} access_programs audio background_options chat_template "
         "container context_management conversation custom_logit_processor ec_transfer_params "
         "enable_thinking generation_config image kv_transfer_params logprob_token_ids "
         "max_new_tokens max_tool_calls media_io_kwargs mm_processor_kwargs prediction "
-        "previous_input_messages previous_response_id prompt_embeds reasoning reasoning_effort "
-        "repetition_detection stop_regex thinking_token_budget truncate_prompt_tokens "
-        "truncation_side vllm_xargs web_search_options",
+        "previous_input_messages previous_response_id prompt_embeds "
+        "repetition_detection stop_regex thinking_token_budget truncation_side vllm_xargs "
+        "web_search_options",
     ),
     (
         (False,),
@@ -71,7 +71,6 @@ _INSTEAD = {
     "enable_thinking": "send it in `chat_template_kwargs`",
     "logprob_token_ids": "ask for the likeliest tokens, by `top_logprobs` or `logprobs`",
     "max_new_tokens": "send `max_tokens`",
-    "reasoning_effort": "send it in `chat_template_kwargs` if the model's template reads it",
     "repetition_detection": "send a `repetition_penalty` or `frequency_penalty`",
     "thinking_token_budget": "bound the whole answer, by `max_tokens`",
 }
@@ -81,7 +80,12 @@ _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path
 
 
 #: What prompts are made of. --max-body-bytes and the model's positions bound them.
-_PROMPTS = frozenset(("prompt", "messages", "input", "instructions", "system", "tokens"))
+_PROMPTS = frozenset(
+    (
+        *("prompt", "messages", "input", "instructions", "system", "tokens"),
+        *("text_1", "text_2", "query", "documents"),
+    )
+)
 
 
 def check_bounds(body: Mapping[str, Any], settings: ModelSettings) -> None:
@@ -157,6 +161,8 @@ def _as_many_as_allowed(asked: int | None, info: ValidationInfo) -> int | None:
 _Logprobs = Annotated[int | None, Field(ge=0), AfterValidator(_as_many_as_allowed)]
 #: A number of tokens.
 _Length = Annotated[int | None, Field(ge=1)]
+#: OpenAI's words for how much a model reasons.
+_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
 
 
 class GrammarSource(NamedTuple):
@@ -179,6 +185,7 @@ class Fields(BaseModel):
     choosing: Mapping[str, Any] = {}
     stream: bool = False
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     logit_bias: dict[int, float] = {}
 
     @classmethod
@@ -336,15 +343,41 @@ class CompletionFields(SequenceFields):
         return asked
 
 
+class Reasoning(BaseModel):
+    """OpenAI's field `reasoning`. No summaries are made, so `summary` may only leave that
+    to the server, by "auto"."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    effort: _Effort = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
 class MessageFields(Fields):
     """Fields of /v1/chat/completions and /v1/responses."""
 
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: _Effort = None
+    reasoning: Reasoning | None = None
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    @property
+    def effort(self) -> _Effort:
+        """How much the model reasons, if its chat template reads that."""
+        return self.reasoning_effort or (self.reasoning.effort if self.reasoning else None)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the chat template that are sent."""
+        effort = {"reasoning_effort": self.effort} if self.effort else {}
+        return {**self.chat_template_kwargs, **effort}
 
     @property
     def choice(self) -> tuple[str, frozenset[str] | None]:
@@ -437,7 +470,9 @@ class ResponseFields(MessageFields):
         names = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "text")
         chosen = {name: self.choosing.get(name) for name in ("temperature", "top_p")}
         asked = {name: getattr(self, name) for name in (*names, "tool_choice")}
-        return {**asked, **chosen, "tools": tools, "truncation": "disabled"}
+        summary = self.reasoning.summary if self.reasoning else None
+        reasoning = {"effort": self.effort, "summary": summary}
+        return {**asked, **chosen, "reasoning": reasoning, "tools": tools, "truncation": "disabled"}
 
     def grammar(self) -> GrammarSource | None:
         return _format_source("text", self.text.get("format") or {"type": "text"})

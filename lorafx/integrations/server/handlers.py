@@ -71,6 +71,15 @@ class Handler:
         """The prompts of a request, at least one. Raises RequestError if there is none."""
         raise NotImplementedError
 
+    def cut(self, prompt: Prompt, fields: Any) -> Prompt:
+        """The last tokens of a prompt, as many as are asked for by `truncate_prompt_tokens`."""
+        most = fields.truncate_prompt_tokens
+        if most == -1:
+            answer = 1 if fields.length is None else fields.length
+            most = max(1, self.served.most_tokens - answer)
+        length = len(prompt.ids)
+        return prompt if most is None or length <= most else Prompt(prompt.ids[length - most :])
+
     def grammar(self, fields: Any, prompts: list[Prompt]) -> GrammarSource | None:
         """What the answer has to keep to. Raises RequestError if that is of no known form."""
         source: GrammarSource | None = fields.grammar()
@@ -105,7 +114,8 @@ class Completions(Handler):
     fields = CompletionFields
 
     def prompts(self, fields: CompletionFields) -> list[Prompt]:
-        return prompts_of(self.served, "prompt", fields.prompt, fields.add_special_tokens)
+        asked = prompts_of(self.served, "prompt", fields.prompt, fields.add_special_tokens)
+        return [self.cut(prompt, fields) for prompt in asked]
 
     def answer(
         self, fields: CompletionFields, prompts: list[Prompt], name: str, model: str
@@ -133,9 +143,10 @@ class MessageHandler(Handler):
             tools=fields.used_tools,
             add_generation_prompt=fields.add_generation_prompt,
             continue_final_message=fields.continue_final_message,
-            **fields.chat_template_kwargs,
+            **fields.variables,
         )
-        return [_encoded(self.served, text, special=bool(fields.add_special_tokens))]
+        prompt = _encoded(self.served, text, special=bool(fields.add_special_tokens))
+        return [self.cut(prompt, fields)._replace(text=text)]
 
     def grammar(self, fields: Any, prompts: list[Prompt]) -> GrammarSource | None:
         asked, tools, template = fields.grammar(), fields.used_tools, self.served.template

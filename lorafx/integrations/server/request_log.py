@@ -27,7 +27,10 @@ from lorafx.integrations.server.metrics import UNKNOWN, Metrics
 LOG = logging.getLogger("lorafx.requests")
 #: The routes that generate, and those that encode. Requests for both are counted.
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-ENCODING = ("/v1/embeddings", "/pooling", "/classify")
+ENCODING = (
+    *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score"),
+    *("/rerank", "/v1/rerank", "/v2/rerank"),
+)
 
 _CURRENT: ContextVar[RequestRecord] = ContextVar("record")
 

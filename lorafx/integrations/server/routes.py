@@ -19,7 +19,7 @@ from lorafx.errors import nearest
 from lorafx.integrations.server.admission import BINARY, UPLOADS, Admission, is_upload
 from lorafx.integrations.server.anthropic import Messages
 from lorafx.integrations.server.control import PauseMode
-from lorafx.integrations.server.encoding import Encoding, EncodingFields
+from lorafx.integrations.server.encoding import Encoding
 from lorafx.integrations.server.errors import (
     OPEN_ROUTES,
     Authentication,
@@ -33,6 +33,7 @@ from lorafx.integrations.server.handlers import Chat, Completions, Handler, Resp
 from lorafx.integrations.server.loading import AdapterLoading, LoadFields, UnloadFields
 from lorafx.integrations.server.metrics import Metrics
 from lorafx.integrations.server.request_log import ENCODING, GENERATING, RequestLog
+from lorafx.integrations.server.scoring import SCORING
 from lorafx.integrations.server.settings import Settings
 
 #: The errors of routes that run the model, beside those of all routes that take a body.
@@ -60,8 +61,9 @@ def build_app(served: ServedModel) -> FastAPI:
         _add_tokenizer(app, completions, chat)
     else:
         for path in ENCODING:
-            described = _described(EncodingFields.schema_of_body(), *_RUN)
-            app.post(path, name=path, **described)(Encoding(served, path).handle)
+            kind = SCORING.get(path.rpartition("/")[2], Encoding)
+            described = _described(kind.fields.schema_of_body(), *_RUN)
+            app.post(path, name=path, **described)(kind(served, path).handle)
     _add_models(app, served)
     _add_control(app, served)
     _add_loading(app, served.loading)

@@ -146,6 +146,8 @@ def changed(
             row[LETTERS.encode(word)[-1]] = -torch.inf
     if len(tokens) < asked.get("min_tokens", 0):
         row[[*ends]] = -torch.inf
+    if "allowed_token_ids" in asked:
+        row[[i for i in range(len(row)) if i not in asked["allowed_token_ids"]]] = -torch.inf
     if "grammar" in asked:
         row[59:] = -torch.inf
         row[:59][~Odd().bitmask([])] = -torch.inf
@@ -243,6 +245,7 @@ FIELDS: dict[str, Any] = {
     "repetition_penalty": st.sampled_from([0.5, 1.3, 5.0]),
     "logit_bias": st.dictionaries(token, st.sampled_from([-100.0, 1.0, 3.0]), max_size=4),
     "bad_words": st.lists(st.text(letter, min_size=1, max_size=2), max_size=30),
+    "allowed_token_ids": st.sampled_from([[*range(2, 50)], [*range(9, 61)]]),
     "min_tokens": st.integers(0, 6),
     "stop": st.lists(st.text(letter, min_size=1, max_size=2), max_size=20),
     "stop_token_ids": st.lists(token, max_size=20),
@@ -474,6 +477,8 @@ def test_a_request_that_leaves_no_token_fails_alone(llama, engine) -> None:
                 ({"grammar": Nothing()}, "leave no token"),
                 ({"grammar": Nothing(), "seed": 1, "temperature": 1.0}, "leave no token"),
                 ({"bad_words": [*LETTERS.get_vocab()]}, "leave no token"),
+                ({"allowed_token_ids": [EOS], "min_tokens": 1}, "leave no token"),
+                ({"allowed_token_ids": [60], "grammar": Odd()}, "leave no token"),
             )
         }
         fine = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=4, logprobs=0)
@@ -526,6 +531,9 @@ def test_an_adapter_that_overflows_fails_its_own_requests(llama, tmp_path) -> No
         ({"logit_bias": {5: 101}}, "logit_bias is a number from -100 to 100"),
         ({"logit_bias": [5]}, "logit_bias has a number for each"),
         ({"bad_words": ["a", ""]}, "bad_words is a list of strings, none of them empty"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [61]}, "allowed_token_ids holds 61 to 61"),
+        ({"allowed_token_ids": "a"}, "allowed_token_ids holds token ids"),
         ({"min_tokens": -1}, "min_tokens is an integer from 0"),
         ({"stop": [5]}, "stop is a list of strings"),
         ({"stop_token_ids": 5}, "stop_token_ids holds token ids"),

@@ -263,3 +263,38 @@ def test_an_answer_as_the_next_message(spoken):
     (called,) = made.pop("tool_calls")
     assert made == REASONED
     assert called["function"] == CALL["function"]
+
+
+def test_the_effort_of_reasoning(spoken):
+    """It is a variable of the template; where that does not read it, the prompt is the same."""
+    reads, ignores = spoken("{{ reasoning_effort or 'nothing' }}"), spoken("nothing")
+    kept = {"chat_template_kwargs": {"reasoning_effort": "from the arguments"}}
+    for path, name, field in (
+        (CHAT, "prompt_tokens", lambda effort: {"reasoning_effort": effort}),
+        (CHAT, "prompt_tokens", lambda effort: {"reasoning": {"effort": effort}}),
+        ("/v1/responses", "input_tokens", lambda effort: {"reasoning": {"effort": effort}}),
+        ("/v1/messages", "input_tokens", lambda effort: {"output_config": {"effort": effort}}),
+    ):
+        for fields, prompt in (
+            (field("minimal"), "minimal"),
+            (kept | field("high"), "high"),
+            (kept | field(None), "from the arguments"),
+            ({}, "nothing"),
+        ):
+            for server, want in ((reads, prompt), (ignores, "nothing")):
+                body = {"model": "tiny", **question(path, "a", 1), **fields}
+                answer = ask(server, "POST", path, **body).json()
+                assert answer["usage"][name] == len(want), answer
+        if path == "/v1/responses":
+            body = question(path, "a", 1, reasoning={"effort": "low", "summary": "auto"})
+            echoed = ask(reads, "POST", path, model="tiny", **body).json()["reasoning"]
+            assert echoed == {"effort": "low", "summary": "auto"}
+
+
+def test_reasoning_that_a_prompt_opens_which_is_cut(spoken):
+    server = spoken(SHOWN + "{% if add_generation_prompt %}<think>{% endif %}")
+    body = question(CHAT, "a", 30, structured_outputs={"choice": ["hm</think>so"]})
+    answer = ask(server, "POST", CHAT, model="tiny", **body, truncate_prompt_tokens=10).json()
+    assert answer["usage"]["prompt_tokens"] == 10
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm", "so")

@@ -18,7 +18,7 @@ from served import Files, ask, client_of, serving, word_tokenizer, write_files
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
-from transformers import BertForSequenceClassification, BertModel, RobertaModel
+from transformers import BertForSequenceClassification, BertModel, BertTokenizer, RobertaModel
 
 from lorafx.errors import ConfigError, LorafxError, TargetError
 from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
@@ -247,7 +247,8 @@ def test_an_input_that_the_model_refuses_fails_alone(files, server):
     async def talk() -> Any:
         asked = [*zip(tokens, inputs.values(), strict=True), ([9] * 17, "a2")]
         return await asyncio.gather(
-            *(batches.vectors([ids], adapter) for ids, adapter in asked), return_exceptions=True
+            *(batches.vectors([(ids, None)], adapter) for ids, adapter in asked),
+            return_exceptions=True,
         )
 
     with calls_of(server) as calls:
@@ -440,3 +441,155 @@ def test_many_clients_at_once(files, server):
     for answer, key in zip(got, asked, strict=True):
         found = torch.tensor(answer.json()["data"][0]["embedding"])
         assert error(found, want[key]) <= TOLERANCE
+
+
+SCORED = {"text_1": "w9 w12 w30", "text_2": ["w9 w12", "w8 w31 w7 w30", "w11"]}
+RANKED = {"query": SCORED["text_1"], "documents": SCORED["text_2"]}
+
+
+def scored(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, **(fields if "text_1" in fields else SCORED | fields)}
+
+
+@pytest.mark.parametrize("adapter", [None, "a2"])
+def test_the_cosine_of_pairs(files, server, adapter):
+    model = f"tiny:{adapter}" if adapter else "tiny"
+    first, *others = (
+        vector(files, adapter, words) for words in [SCORED["text_1"], *RANKED["documents"]]
+    )
+    want = torch.stack(others) @ first
+    one, both, swapped, *ranked = gathered(
+        server,
+        ("/score", scored(model)),
+        ("/v1/score", scored(model, text_1=[SCORED["text_1"]] * 3, text_2=SCORED["text_2"])),
+        ("/score", scored(model, text_1=SCORED["text_2"][1], text_2=SCORED["text_1"])),
+        ("/rerank", {"model": model, **RANKED}),
+        ("/v1/rerank", {"model": model, **RANKED, "top_n": 2}),
+        ("/v2/rerank", {"model": model, **RANKED, "return_documents": False}),
+    )
+    for answer in (one, both):
+        found = answer.json()["data"]
+        assert [(e["index"], e["object"]) for e in found] == [(i, "score") for i in range(3)]
+        assert error(torch.tensor([e["score"] for e in found]), want) <= TOLERANCE
+    assert swapped.json()["data"][0]["score"] == pytest.approx(float(want[1]), abs=1e-5)
+    assert one.json()["usage"]["prompt_tokens"] == 4 + 3 + 5 + 2
+    order = want.argsort(descending=True).tolist()
+    for answer, count in zip(ranked, (3, 2, 3), strict=True):
+        found = answer.json()["results"]
+        assert [entry["index"] for entry in found] == order[:count]
+        got = torch.tensor([entry["relevance_score"] for entry in found])
+        assert error(got, want[order[:count]]) <= TOLERANCE
+    assert ranked[0].json()["results"][0]["document"] == {"text": RANKED["documents"][order[0]]}
+    assert "document" not in ranked[2].json()["results"][0]
+
+
+@pytest.fixture(scope="module")
+def crossing(tmp_path_factory) -> Iterator[tuple[Files, Any]]:
+    """A cross-encoder, with BERT's tokenizer, whose tokens of a pair have types."""
+    files = written(
+        tmp_path_factory.mktemp("crossing"), BertForSequenceClassification, num_labels=1
+    )
+    tokens = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    files.tokenizer = BertTokenizer(files.tokenizer.get_vocab(), mask_token="<unk>", **tokens)
+    files.tokenizer.save_pretrained(files.model)
+    with serving(files, batch_window=50) as server:
+        yield files, server
+
+
+def logit_of_pair(files: Files, adapter: str | None, one: list[int], other: list[int]) -> float:
+    ids = [1, *one, 2, *other, 2]
+    types = [0] * (len(one) + 2) + [1] * (len(other) + 1)
+    with torch.no_grad():
+        model: Any = files.case.alone(adapter)
+        output = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    return float(output.logits)
+
+
+def test_pairs_of_a_cross_encoder(crossing):
+    files, server = crossing
+    names, documents = ("a1", None, "a2"), SCORED["text_2"]
+    *answers, classes, ranked = gathered(
+        server,
+        *(("/score", scored(f"tiny:{a}" if a else "tiny", use_activation=False)) for a in names),
+        ("/classify", asking("a1", "w9 w12")),  # whose tokens have no types
+        ("/rerank", {"model": "tiny:a1", **RANKED}),
+    )
+
+    def ids(words: str) -> list[int]:
+        return files.tokenizer(words, add_special_tokens=False)["input_ids"]
+
+    for adapter, answer in zip(names, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        got = torch.tensor([entry["score"] for entry in answer.json()["data"]])
+        pairs = [(ids(SCORED["text_1"]), ids(text)) for text in documents]
+        want = torch.tensor([logit_of_pair(files, adapter, *pair) for pair in pairs])
+        assert error(got, want) <= TOLERANCE
+        if adapter == "a1":
+            for entry in ranked.json()["results"]:
+                share = float(want[entry["index"]].sigmoid())
+                assert entry["relevance_score"] == pytest.approx(share, abs=1e-5)
+    with torch.no_grad():
+        model: Any = files.case.alone("a1")
+        logits = model(input_ids=torch.tensor([[1, *ids("w9 w12"), 2]])).logits[0]
+    assert error(torch.tensor(classes.json()["data"][0]["probs"]), logits.sigmoid()) <= TOLERANCE
+
+
+def test_a_pair_that_is_cut(crossing):
+    """It loses the last tokens of the second text."""
+    files, server = crossing
+    pair = {"text_1": "w9 w12", "text_2": " ".join(f"w{i}" for i in range(8, 30))}
+    refused, cut, short, none = gathered(
+        server,
+        ("/score", scored("tiny:a1", **pair)),
+        *(
+            ("/score", scored("tiny:a1", **pair, use_activation=False, truncate_prompt_tokens=n))
+            for n in (-1, 7, 4)
+        ),
+    )
+    assert (refused.status_code, "truncate_prompt_tokens" in refused.text) == (400, True)
+    for answer, count in ((cut, 16 - 5), (short, 2), (none, 0)):
+        want = logit_of_pair(files, "a1", [9, 12], [*range(8, 8 + count)])
+        assert answer.json()["data"][0]["score"] == pytest.approx(want, abs=1e-5)
+
+
+def test_a_cross_encoder_of_logits(crossing, monkeypatch):
+    """Sentence-transformers writes its activation into the model's configuration."""
+    _, server = crossing
+    said = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    config = server.compiled._orig_mod.config
+    monkeypatch.setattr(config, "sentence_transformers", said, raising=False)
+    paths = [("/score", scored("tiny", **raw)) for raw in ({}, {"use_activation": False})]
+    plain, raw = (
+        torch.tensor([entry["score"] for entry in answer.json()["data"]])
+        for answer in gathered(server, *paths)
+    )
+    assert error(plain, raw) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "word"),
+    [
+        ("/score", scored("tiny:a9"), 404, "nearest"),
+        ("/score", {"model": "tiny", "text_1": "w9"}, 400, "`text_2` is missing"),
+        ("/score", scored("tiny", text_1=["w9", "w8"], text_2=["w9"]), 400, "one or as many"),
+        ("/score", scored("tiny", text_1="w9", text_2=[]), 400, "at least one"),
+        ("/score", scored("tiny", text_1="w9", text_2=[[9]]), 400, "valid string"),
+        ("/score", scored("tiny", text_1="w9", text_2="w9 " * 40), 400, "`truncate_prompt_tokens`"),
+        ("/rerank", {"model": "tiny", **RANKED, "top_n": -1}, 400, "`top_n`"),
+        (
+            "/rerank",
+            {"model": "tiny", **RANKED, "max_tokens_per_doc": 9},
+            400,
+            "`max_tokens_per_doc`",
+        ),
+    ],
+)
+def test_pairs_that_are_refused(server, path, body, status, word):
+    answer = ask(server, "POST", path, **body)
+    assert answer.status_code == status, answer.text
+    assert word in answer.json()["error"]["message"]
+
+
+def test_classes_score_no_pairs(classifier):
+    answer = ask(classifier[1], "POST", "/score", **scored("tiny"))
+    assert (answer.status_code, "3 labels" in answer.text) == (400, True)

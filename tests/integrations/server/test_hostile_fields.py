@@ -45,7 +45,7 @@ HOSTILE = {
     "half a pair": '"\\ud800"',
 }
 #: What some of these are by right: a number of tokens is at most what there is room for.
-LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "truncate_prompt_tokens")
 RIGHT = {("an object", "chat_template_kwargs"), ("an object", "text")}
 RIGHT |= {("many digits", name) for name in LENGTHS}
 

@@ -194,7 +194,7 @@ def test_other_fields():
     assert chat(output_config={"format": schema}).grammar().value == {"type": "object"}
     for wrong in (
         *({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"mcp_servers": [{}]}),
-        *({"output_config": {"effort": "high"}}, {"container": "c"}, {"stop_sequences": "a"}),
+        *({"output_config": {"effort": "very"}}, {"container": "c"}, {"stop_sequences": "a"}),
         *({"tools": [{"type": "web_search_20250305", "name": "w"}]}, {"tools": [{}]}),
         *({"tool_choice": {"type": "all"}}, {"max_tokens": 0}, {"messages": []}, {"system": 3}),
         *({"tool_choice": {"type": kind}} for kind in ([], {}, 3)),

@@ -268,6 +268,7 @@ CHOOSING = [
     {"repetition_penalty": 5.0},
     {"logit_bias": {"40": 100}},
     {"bad_words": ["w40", "w11"]},
+    {"allowed_token_ids": [41, 42, 43]},
     {"min_tokens": 3, "logit_bias": {"2": 100}},
     {"ignore_eos": True, "logit_bias": {"2": 100}},
 ]
@@ -410,3 +411,42 @@ def test_an_answer_is_valid_json(server):
         temperature=0,
     )
     json.loads(answer.text, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/v1/messages"])
+def test_the_last_tokens_of_a_prompt(files, server, path):
+    """An answer is that to these tokens, also where a longer prompt has left its pages."""
+    words = " ".join(f"w{i}" for i in range(8, 40))
+    full = files.tokenizer(words)["input_ids"] if path == COMPLETIONS else files.chat_ids(words)
+    for kept in (1, 20, len(full), 500):
+        fields = {"truncate_prompt_tokens": kept, "temperature": 0}
+        body = question(path, words, 6, **fields)
+        answer = ask(server, "POST", path, model="tiny:a2", **body)
+        assert answer.status_code == 200, answer.text
+        want = complete(server, list(full)[-kept:], max_tokens=6, temperature=0)
+        assert plain(path, answer.json()) == want.choices[0].text
+        usage = answer.json()["usage"]
+        assert want.usage.prompt_tokens in usage.values(), usage
+        if path in (CHAT, COMPLETIONS):
+            tokens = ask(server, "POST", "/tokenize", model="tiny:a2", **body).json()["tokens"]
+            assert tokens == list(full)[-kept:]
+
+
+def test_the_logprobs_of_a_prompt_that_is_cut(server, prompt_ids):
+    fields = {"echo": True, "logprobs": 2, "max_tokens": 3}
+    cut = complete(server, truncate_prompt_tokens=2, **fields).choices[0]
+    want = complete(server, prompt_ids[-2:], **fields).choices[0]
+    assert cut.text == want.text
+    assert cut.logprobs == want.logprobs
+    nothing = ask(server, "POST", COMPLETIONS, model="tiny", prompt="w9", truncate_prompt_tokens=0)
+    assert (nothing.status_code, "no tokens" in nothing.text) == (400, True)
+
+
+@pytest.mark.parametrize("room", [0, 5, 10**9])
+def test_a_prompt_that_is_cut_to_what_fits(server, room):
+    """It leaves room for the answer."""
+    most = ask(server, "GET", "/v1/models").json()["data"][0]["max_model_len"]
+    asked = {"truncate_prompt_tokens": -1, "max_tokens": room, "ignore_eos": True}
+    usage = complete(server, [9] * (most + 3), echo=not room, **asked).usage
+    assert usage.prompt_tokens == max(1, most - room)
+    assert usage.completion_tokens == min(room, most - 1)
