@@ -21,23 +21,23 @@ CALLS = "tool_calls"
 
 def response_template(tokenizer: Any, model: Any = None) -> ResponseTemplate | None:
     """The response template of a tokenizer, or that which transformers has for the kind of `model`;
-    None if there is none. Raises ConfigError if it is no such template."""
+    None if there is none. Raises ConfigError if it is invalid."""
     saved = getattr(tokenizer, "response_template", None)
     if saved is None and model is not None:
         saved = get_response_template(tokenizer, model)
     try:
         return None if saved is None else load_response_template(saved)
-    except Exception as error:  # whatever it makes of what is none
+    except Exception as error:  # it raises errors of many classes
         raise ConfigError(
-            f"the response_template of {tokenizer.name_or_path} is none that transformers reads "
-            f"({error}); correct it in tokenizer_config.json, or take it out"
+            f"transformers cannot read the response_template of {tokenizer.name_or_path} ({error})"
+            "; correct it in tokenizer_config.json, or take it out"
         ) from error
 
 
 class AnswerParser(ResponseParser):
     """Finds the regions of an answer by a response template, as events. The value of the event that
-    closes calls is a list of `ToolCall`. What stands between the marks of a call and is none is
-    text of the content, the marks included.
+    closes calls is a list of `ToolCall`. What stands between the marks of a call but is not a
+    call is content, marks included.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class AnswerParser(ResponseParser):
 
 
 def _calls(value: Any) -> list[ToolCall]:
-    """The calls in what a template has made of a text. Raises an exception if it is none."""
+    """The calls in what a template has made of a text. Raises an exception if there are none."""
     calls = []
     for call in value if isinstance(value, list) else [value]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(name, str) or not name or not isinstance(arguments, dict):
             raise TypeError("a call has a name, and an object of arguments")
-        name.encode()  # half of a surrogate pair is none
+        name.encode()  # half of a surrogate pair is not text
         calls.append(ToolCall(name, json.dumps(arguments, allow_nan=False)))
     if not calls:
         raise ValueError("there is no call")

@@ -30,6 +30,8 @@ from lorafx.integrations.server.texts import MessageSequence
 _Event = dict[str, Any]
 #: Anthropic's names of the modes of `tool_choice`, and those of a chat.
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
+#: Fields that a chat has, too.
+_SAME = ("stream", "add_special_tokens", "logit_bias", "max_tokens", "chat_template_kwargs")
 
 
 class AnthropicFields(Fields):
@@ -44,8 +46,6 @@ class AnthropicFields(Fields):
     output_config: dict[str, Any] = Field(default={})
     thinking: dict[str, Any] = Field(default={"type": "disabled"})
     chat_template_kwargs: dict[str, Any] = Field(default={})
-    container: None = None
-    mcp_servers: list[None] = Field(default=[], max_length=0)
 
     def as_chat(self) -> dict[str, Any]:
         """The body of a chat that asks for the same. Raises RequestError for what is not served.
@@ -59,21 +59,17 @@ class AnthropicFields(Fields):
         before = [{"role": "system", "content": self.system}] if self.system else []
         if not isinstance(self.messages, list) or not self.messages:
             raise RequestError("`messages` is a list of messages, at least one", "messages")
-        messages = input_messages([*before, *(i for m in self.messages for i in _items(m))])
+        messages = input_messages([*before, *(turn for m in self.messages for turn in _turns(m))])
         begun = messages[-1]["role"] == "assistant"
         return {
             **self.choosing,
+            **{name: getattr(self, name) for name in _SAME},
             "messages": messages,
-            "max_tokens": self.max_tokens,
             "stop": self.stop_sequences,
             "tools": [*map(_tool, self.tools)],
             "tool_choice": self._choice(),
             "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
             "response_format": self._format(),
-            "stream": self.stream,
-            "logit_bias": self.logit_bias,
-            "add_special_tokens": self.add_special_tokens,
-            "chat_template_kwargs": self.chat_template_kwargs,
             "add_generation_prompt": not begun,
             "continue_final_message": begun,
         }
@@ -82,7 +78,7 @@ class AnthropicFields(Fields):
         kind, name = self.tool_choice.get("type"), self.tool_choice.get("name")
         if kind == "tool":
             return {"type": "function", "function": {"name": name}}
-        if kind not in _CHOICES:
+        if not isinstance(kind, str) or kind not in _CHOICES:
             raise RequestError(f"`tool_choice` has no type {kind!r:.80}", "tool_choice")
         return _CHOICES[kind]
 
@@ -93,8 +89,8 @@ class AnthropicFields(Fields):
         return asked and {"type": "json_schema", "json_schema": asked}
 
 
-def _items(message: Any) -> Iterator[dict[str, Any]]:
-    """What a message has, as items of a response's `input`."""
+def _turns(message: Any) -> Iterator[dict[str, Any]]:
+    """The messages of a chat that a message is: texts in a row are one, other blocks one each."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message is an object with a `role`; got {message!r:.80}", "messages")
     content = message.get("content")
@@ -105,22 +101,22 @@ def _items(message: Any) -> Iterator[dict[str, Any]]:
         if kind == "text":
             yield {"role": message["role"], "content": [*blocks]}
         else:
-            yield from map(_item, blocks)
+            yield from map(_turn, blocks)
 
 
-def _item(block: Any) -> dict[str, Any]:
-    """The item that a block is which is not text."""
+def _turn(block: Any) -> dict[str, Any]:
+    """The message of a chat that a block is which is not text."""
     match block:
         case {"type": "thinking", "thinking": text}:
-            return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+            return {"role": "assistant", "reasoning_content": text}
         case {"type": "redacted_thinking"}:  # which only Anthropic can read
-            return {"type": "reasoning"}
-        case {"type": "tool_use", "id": name, "name": called, "input": asked}:
-            call = {"call_id": name, "name": called, "arguments": asked}
-            return {"type": "function_call", **call}
+            return {"role": "assistant"}
+        case {"type": "tool_use", "id": name, "name": called, "input": arguments}:
+            function = {"name": called, "arguments": arguments}
+            call = {"id": name, "type": "function", "function": function}
+            return {"role": "assistant", "tool_calls": [call]}
         case {"type": "tool_result", "tool_use_id": name}:
-            result = {"call_id": name, "output": block.get("content")}
-            return {"type": "function_call_output", **result}
+            return {"role": "tool", "tool_call_id": name, "content": block.get("content")}
     raise RequestError(
         "the blocks of a message are text, thinking, tool_use and tool_result, with all of their "
         f"fields; got {block!r:.80}",
@@ -159,14 +155,14 @@ class Messages(MessageHandler):
 
 
 class MessagesAnswer:
-    """An answer of /v1/messages, of at most `most` tokens."""
+    """An answer of /v1/messages, of at most `most` tokens. Events are read before the next one is
+    made, which changes their blocks."""
 
     def __init__(self, most: int | None, sequence: MessageSequence, name: str, model: str) -> None:
         self._most, self._sequence = most, sequence
         head = {"id": f"msg_{name}", "type": "message", "role": "assistant", "model": model}
         self._head: dict[str, Any] = {**head, "stop_reason": None, "stop_sequence": None}
         self._blocks: list[dict[str, Any]] = []
-        self._open = False
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
         """The answer when its sequence has ended."""
@@ -180,8 +176,8 @@ class MessagesAnswer:
         try:
             yield event_line({"type": "message_start", "message": message})
             async for _, output in sequences.outputs():
-                if events := [*self._put(output)]:
-                    yield "".join(map(event_line, events))
+                if lines := "".join(map(event_line, self._put(output))):
+                    yield lines
         except LorafxError as error:
             why = {"type": "api_error", "message": message_of(error)}
             yield event_line({"type": "error", "error": why})
@@ -203,31 +199,29 @@ class MessagesAnswer:
         if isinstance(part, ToolCall):
             called = {"id": f"toolu_{uuid4().hex}", "name": part.name}
             yield from self._begin({"type": "tool_use", **called, "input": {}})
-            yield self._delta("input_json_delta", partial_json=part.arguments)
+            delta = {"type": "input_json_delta", "partial_json": part.arguments}
+            yield self._of_block("delta", delta=delta)
             self._blocks[-1]["input"] = json.loads(part.arguments)
             return
         kind = "thinking" if isinstance(part, ReasoningText) else "text"
-        if not self._open or self._blocks[-1]["type"] != kind:
+        if not self._blocks or self._blocks[-1]["type"] != kind:
             signed = {"signature": ""} if kind == "thinking" else {}
             yield from self._begin({"type": kind, kind: "", **signed})
         self._blocks[-1][kind] += part
-        yield self._delta(f"{kind}_delta", **{kind: part})
+        yield self._of_block("delta", delta={"type": f"{kind}_delta", kind: part})
 
     def _begin(self, block: dict[str, Any]) -> Iterator[_Event]:
         yield from self._end_block()
         self._blocks.append(block)
-        self._open = True
-        index = len(self._blocks) - 1
-        yield {"type": "content_block_start", "index": index, "content_block": {**block}}
-
-    def _delta(self, kind: str, **fields: str) -> _Event:
-        index = len(self._blocks) - 1
-        return {"type": "content_block_delta", "index": index, "delta": {"type": kind, **fields}}
+        yield self._of_block("start", content_block=block)
 
     def _end_block(self) -> Iterator[_Event]:
-        if self._open:
-            yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
-        self._open = False
+        if self._blocks:
+            yield self._of_block("stop")
+
+    def _of_block(self, kind: str, **fields: Any) -> _Event:
+        """An event of the last block."""
+        return {"type": f"content_block_{kind}", "index": len(self._blocks) - 1, **fields}
 
     def _reason(self, output: SequenceOutput) -> str | None:
         if output.finish_reason == "length":

@@ -22,11 +22,11 @@ from lorafx.torch_internals.response_parser import CALLS
 #: A named group that has no group within, and what it matches.
 _GROUP = regex.compile(r"\(\?P?<(\w+)>((?:[^][()\\]|\\.|\[(?:[^]\\]|\\.)*\])*)\)")
 _TEXT, _SPACE = "(?s:.*)", r"/[ \t\r\n]{0,2}/"
-#: How many values a tool may have with all of its schemas in their places.
+#: The most values that a tool may have once its references are inlined.
 _MOST = 2_000
-#: Keywords of a schema that hold nothing; and those that are held where values are no JSON.
-_NOTES = {"$defs", "$schema", "default", "description", "examples", "title", "type"}
-_HELD = {
+#: Keywords that constrain nothing, and those that are enforced where values are not JSON.
+_ANNOTATIONS = {"$defs", "$schema", "default", "description", "examples", "title", "type"}
+_ENFORCED = {
     "array": {"items", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
     "string": {"enum", "const", "minLength", "maxLength"},
@@ -39,28 +39,29 @@ def answer_grammar(
     special: Mapping[str, int],
     *,
     forced: bool,
-    several: bool,
+    parallel: bool,
     opened: str,
     schema: Any = None,
 ) -> str:
-    """The grammar of an answer with calls of `tools`, `several` or one.
+    """The grammar of an answer that calls one of `tools`, or several if `parallel`.
 
-    Calls that are `forced` are all of it, and keep to the schemas of their tools; others do if
-    their tools are strict, and stand in any text, or in the place of JSON by a `schema`. `special`
-    are the tokens that are no text, by their names; `opened` is the mark of a block of reasoning in
-    which the prompt ends, or "". Raises ValueError if there is no such grammar.
+    If calls are `forced`, the answer is nothing else, and their arguments keep to the schemas of
+    the tools. If not, those of strict tools do; calls stand in any text, or in place of JSON that
+    keeps to a `schema`. `special` are the special tokens by their names; `opened` is the mark of
+    the block of reasoning in which the prompt ends, or "". Raises ValueError if there is no such
+    grammar.
     """
     rules = _Rules(special)
     try:
         form = _CallForm(template, rules)
-        called = " | ".join(form.call(tool["function"], hold=forced) for tool in tools)
+        called = " | ".join(form.call(tool["function"], strict=forced) for tool in tools)
         thought = _reasoning(template, rules, opened)
-        several = several and template.fields[CALLS].repeats
+        parallel = parallel and template.fields[CALLS].repeats
         if forced or schema is not None:
-            answer = f"({rules.pattern(form.head)} ({called})){'+' if several else ''}"
+            answer = f"({rules.pattern(form.head)} ({called})){'+' if parallel else ''}"
         else:
-            answer = f"({rules.until(form.head)} ({called})){'*' if several else '?'} /{_TEXT}/"
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            answer = f"({rules.until(form.head)} ({called})){'*' if parallel else '?'} /{_TEXT}/"
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         why = f"it needs {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"the form of this model's calls cannot be held to a grammar ({why}); send tools "
@@ -72,8 +73,8 @@ def answer_grammar(
 
 
 def inlined(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool with the schemas that others refer to in the places of these, unless that has no end:
-    transformers' parser finds the types of arguments there only."""
+    """A tool whose schema has no references, unless they are recursive or too many: transformers'
+    parser does not follow them to the types of arguments."""
     try:
         left = iter(range(_MOST))
         found: dict[str, Any] = _inlined(tool, tool["function"].get("parameters"), left)
@@ -95,7 +96,7 @@ def _inlined(value: Any, root: Any, left: Iterator[int]) -> Any:
 
 
 class _Rules:
-    """The rules of a grammar. `special` are the tokens that are no text, by their names."""
+    """The rules of a grammar. `special` are the special tokens by their names."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self.all: list[str] = []
@@ -120,7 +121,7 @@ class _Rules:
         )
 
     def until(self, end: str, text: str = _TEXT) -> str:
-        """Text, and the `end` of it: what matches first, of special tokens or of their letters."""
+        """Text up to the first match of `end`, whether in special tokens or in their letters."""
         letters = self.rule(_terminal(f"(?:{text})(?:{end})"), "[lazy]")
         found = self.pattern(end := end.removeprefix(r"\s*"))
         if found.startswith("<"):
@@ -130,7 +131,7 @@ class _Rules:
         return letters
 
     def beyond(self, end: str) -> str:
-        """Anything, special tokens too, and the `end` of it, at its last special token."""
+        """Anything, special tokens included, up to the last special token of `end`."""
         found = regex.findall(r"<\[\d+\]>", self.pattern(end))
         if not found:
             return self.until(end)
@@ -157,15 +158,15 @@ class _CallForm:
         self._of_name, self._of_arguments = places
         self._marks = next(iter(self._args.get("string_delims") or ()), None)
 
-    def call(self, tool: dict[str, Any], *, hold: bool) -> str:
-        """The rule of a call behind `head`, whose arguments `hold` to the tool's schema. Those of a
-        strict tool do, too."""
+    def call(self, tool: dict[str, Any], *, strict: bool) -> str:
+        """The rule of a call behind `head`. Its arguments keep to the tool's schema if the call or
+        the tool is `strict`."""
         name, rules, kind = tool["name"], self._rules, self._field.content
-        hold = hold or tool.get("strict") is True
+        strict = strict or tool.get("strict") is True
         nothing = {"type": "object", "properties": {}, "additionalProperties": False}
-        schema = (tool.get("parameters") or nothing) if hold else {"type": "object"}
+        schema = (tool.get("parameters") or nothing) if strict else {"type": "object"}
         begin = rules.pattern(_named(name, self._name) + self._rest) if self._name else ""
-        if self._name and not hold:
+        if self._name and not strict:
             return rules.rule(f"{begin} {rules.beyond(self._close)}")
         if kind not in ("json", "xml-inline"):
             raise ValueError(f"they are {kind!r}")
@@ -177,9 +178,8 @@ class _CallForm:
         if not self._of_arguments:
             return arguments
         (key,) = self._of_arguments
-        members = (
-            {key: arguments} if self._name else {self._of_name[0]: {"const": name}, key: arguments}
-        )
+        named = {} if self._name else {self._of_name[0]: {"const": name}}
+        members = {**named, key: arguments}
         whole = {"type": "object", "properties": members, "required": [*members]}
         return {**whole, "additionalProperties": False, "$defs": arguments.get("$defs", {})}
 
@@ -204,7 +204,7 @@ class _CallForm:
         return " ".join(tags)
 
     def _value(self, schema: dict[str, Any]) -> str:
-        """JSON by a schema, or what the model has in its place, with other marks of strings."""
+        """JSON by a schema, or the model's own notation of it, with other marks of strings."""
         if self._marks:
             return f"({' | '.join(map(self._unquoted, _alternatives(schema)))})"
         if self._args.get("unquoted_keys"):
@@ -212,21 +212,24 @@ class _CallForm:
         return _json(schema)
 
     def _unquoted(self, schema: dict[str, Any]) -> str:
-        """What keeps to a schema of one type, and need not be all that does."""
+        """Values that keep to a schema of one type, though perhaps not all that do."""
         kind, rules = _kind(schema), self._rules
         if kind == "string":
             return self._string(_text(schema))
-        if kind not in _HELD:  # a number, true, false or null
+        if kind not in _ENFORCED:  # a number, true, false or null
             return _json(schema)
-        _check_held(schema, kind)
+        _check_enforced(schema, kind)
         if kind == "array":
-            item = rules.rule(self._value(schema["items"]))
             least, most = schema.get("minItems", 0), schema.get("maxItems", "")
-            more = f'("," {item}){{{max(least - 1, 0)},{most and most - 1}}}'
+            if most == 0:
+                return '"[]"'
+            item = rules.rule(self._value(schema["items"]))
+            times = f"{max(least - 1, 0)},{most and most - 1}"
+            more = "" if most == 1 else f'("," {item}){{{times}}}'  # llguidance has no {0,0}
             return f'"[" ({item} {more}){"" if least else "?"} "]"'
         members, needed = schema["properties"], schema.get("required", ())
         made = {name: rules.rule(self._member(name, members[name])) for name in members}
-        # Those that are required come first. Any of the others may begin if there are none.
+        # Required members come first. If there are none, any of the others may be the first.
         begun = ['"," '.join(f"{made[name]} " for name in needed)] if needed else list[str]()
         rest = ""
         for name in reversed([name for name in members if name not in needed]):
@@ -247,7 +250,7 @@ class _CallForm:
 
 
 def _reasoning(template: ResponseTemplate, rules: _Rules, opened: str) -> str:
-    """A block of reasoning, which need not come; or the rest of that which is `opened`."""
+    """An optional block of reasoning, or the rest of one that is `opened`."""
     blocks = []
     for field in (template.fields[name] for name in sorted(REASONING & template.fields.keys())):
         if field.open_re is None or field.close_re is None:
@@ -256,16 +259,16 @@ def _reasoning(template: ResponseTemplate, rules: _Rules, opened: str) -> str:
         if opened and field.open_re.fullmatch(opened):
             return end
         begin = rules.pattern(field.open_re.pattern)
-        lazy = begin.startswith("/")  # it is no beginning of a text
+        lazy = begin.startswith("/")  # a pattern, not a token
         blocks.append(f"{rules.rule(begin, '[lazy]') if lazy else begin} {end}")
     return f"({' | '.join(blocks)})?" if blocks else ""
 
 
 def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Schemas of one type each, of which a value has to keep to one."""
+    """Schemas of one type each, one of which a value has to keep to."""
     for keyword in ("anyOf", "oneOf"):
         if keyword in schema:
-            if schema.keys() - _NOTES - {keyword}:
+            if schema.keys() - _ANNOTATIONS - {keyword}:
                 raise ValueError(f"no place for `{keyword}` beside other keywords of a schema")
             return [option for each in schema[keyword] for option in _alternatives(each)]
     kinds = schema.get("type")
@@ -278,14 +281,14 @@ def _kind(schema: dict[str, Any]) -> str:
     return "string" if texts else str(schema["type"])
 
 
-def _check_held(schema: dict[str, Any], kind: str) -> None:
-    if unheld := schema.keys() - _HELD[kind] - _NOTES:
-        raise ValueError(f"no place for the `{min(unheld)}` of a schema")
+def _check_enforced(schema: dict[str, Any], kind: str) -> None:
+    if unknown := schema.keys() - _ENFORCED[kind] - _ANNOTATIONS:
+        raise ValueError(f"no place for the `{min(unknown)}` of a schema")
 
 
 def _text(schema: dict[str, Any]) -> str:
-    """The regular expression of the letters of strings."""
-    _check_held(schema, "string")
+    """The regular expression of a string's letters."""
+    _check_enforced(schema, "string")
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return "|".join(regex.escape(value) for value in values if isinstance(value, str))

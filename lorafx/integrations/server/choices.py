@@ -174,9 +174,8 @@ class ChatChoice(Choice):
         before = self._parts.calls
         found = self._parts.put(text, output)
         calls = [part for part in found if isinstance(part, ToolCall)]
-        texts = [part for part in found if isinstance(part, str)]
-        reasoning = "".join(part for part in texts if isinstance(part, ReasoningText))
-        said = "".join(part for part in texts if not isinstance(part, ReasoningText))
+        reasoning = "".join(part for part in found if isinstance(part, ReasoningText))
+        said = "".join(part for part in found if type(part) is str)
         delta: dict[str, Any] = {"content": said} if said else {}
         if reasoning:
             delta["reasoning_content"] = reasoning

@@ -41,12 +41,12 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
     (
         (),
         f"{_GUIDED} access_programs allowed_token_ids audio background_options chat_template "
-        "context_management conversation custom_logit_processor ec_transfer_params enable_thinking "
-        "generation_config image kv_transfer_params logprob_token_ids max_new_tokens "
-        "max_tool_calls media_io_kwargs mm_processor_kwargs prediction previous_input_messages "
-        "previous_response_id prompt_embeds reasoning reasoning_effort repetition_detection "
-        "stop_regex thinking_token_budget truncate_prompt_tokens truncation_side vllm_xargs "
-        "web_search_options",
+        "container context_management conversation custom_logit_processor ec_transfer_params "
+        "enable_thinking generation_config image kv_transfer_params logprob_token_ids "
+        "max_new_tokens max_tool_calls media_io_kwargs mm_processor_kwargs prediction "
+        "previous_input_messages previous_response_id prompt_embeds reasoning reasoning_effort "
+        "repetition_detection stop_regex thinking_token_budget truncate_prompt_tokens "
+        "truncation_side vllm_xargs web_search_options",
     ),
     (
         (False,),
@@ -55,7 +55,7 @@ _NEUTRAL: Sequence[tuple[tuple[Any, ...], str]] = (
         "watermarking",
     ),
     ((0,), "priority routed_experts_prompt_start top_logprobs"),
-    (([],), "documents functions include logits_processors"),
+    (([],), "documents functions include logits_processors mcp_servers"),
     ((1,), "length_penalty typical_p"),
     (("tensors",), "mm_payload"),
     ((True,), "spaces_between_special_tokens"),
@@ -161,7 +161,7 @@ _Length = Annotated[int | None, Field(ge=1)]
 
 class GrammarSource(NamedTuple):
     """What an answer has to keep to. `kind` is "json" (a schema), "regex", "choice", "grammar" or
-    "calls" (what makes one of the special tokens); `field` asked for it."""
+    "calls" (a function of the special tokens); `field` asked for it."""
 
     field: str
     kind: str
@@ -184,8 +184,8 @@ class Fields(BaseModel):
     @classmethod
     def read(cls, body: Mapping[str, Any], max_logprobs: int = 20) -> Self:
         """The fields of a request, with up to `max_logprobs` for a token, -1 for all. Raises
-        RequestError if a value is none of its field's, or would not be honoured. Fields that nobody
-        knows are ignored, and logged the first time. `adapters_named` reads those of adapters."""
+        RequestError if a value is invalid for its field, or would not be honoured. Unknown fields
+        are ignored, and logged the first time. `adapters_named` reads those of adapters."""
         sent = {name: value for name, value in body.items() if value is not None}
         choosing = {name: sent.pop(name) for name in sent.keys() & _CHOOSING.split()}
         known = {*cls.model_fields, *_WITHOUT_EFFECT.split()}
@@ -379,13 +379,16 @@ class MessageFields(Fields):
                     "not served: leave it out, or describe it as a function",
                     "tools",
                 )
-        names = {_name_of(tool) for tool in self.tools}
-        if missing := (chosen or frozenset()) - names or (mode == "required" and not names):
-            which = sorted(missing) if isinstance(missing, frozenset) else "any"
-            raise RequestError(f"`tool_choice` needs {which} among `tools`", "tool_choice")
+        names = frozenset(map(_name_of, self.tools))
+        chosen = names if chosen is None else chosen
+        missing = sorted(chosen - names)
+        if missing or (mode == "required" and not chosen):
+            raise RequestError(
+                f"`tool_choice` needs {missing or 'any'} among `tools`", "tool_choice"
+            )
         used = () if mode == "none" else self.tools
-        tools = [tool for tool in used if chosen is None or _name_of(tool) in chosen]
-        return [{"type": "function", "function": _function(tool)} for tool in tools] or None
+        tools = [_function(tool) for tool in used if _name_of(tool) in chosen]
+        return [{"type": "function", "function": tool} for tool in tools] or None
 
 
 class ChatFields(SequenceFields, MessageFields):
@@ -423,8 +426,8 @@ class ResponseFields(MessageFields):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The messages of a chat that `instructions` and `input` are. Raises RequestError if they
-        are none."""
+        """`instructions` and `input` as the messages of a chat. Raises RequestError if they cannot
+        be."""
         before = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return before + input_messages(self.input)
 

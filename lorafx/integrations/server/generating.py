@@ -35,7 +35,7 @@ from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.settings import ModelSettings
 from lorafx.torch_internals.response_parser import response_template
 
-#: With how many adapters a name that is none is compared, to name the nearest.
+#: With how many adapters an unknown name is compared, to name the nearest.
 _COMPARED = 1000
 
 
@@ -157,7 +157,7 @@ class ServedModel:
         return [self.entry(name) for name in (*self.settings.names, *adapters)]
 
     def entry(self, name: str) -> dict[str, Any]:
-        """The entry of /v1/models for a name. Raises RequestError if it is none."""
+        """The entry of /v1/models for a name. Raises RequestError if no model has it."""
         adapter = self.adapter_of(name)
         folder = self.settings.model if adapter is None else self.settings.folder_of(adapter)
         return {
@@ -192,7 +192,7 @@ class GeneratingModel(ServedModel):
         self._grammars = Grammars(tokenizer, self.text_config.vocab_size, self.ends)
 
     async def arguments(self, fields: Fields, source: GrammarSource | None) -> dict[str, Any]:
-        """The engine's arguments for a request. Raises RequestError if its grammar is none."""
+        """The engine's arguments for a request. Raises RequestError if its grammar is invalid."""
         arguments = fields.arguments()
         if source is not None:  # a large one takes a second
             arguments["grammar"] = await asyncio.to_thread(self._grammars.compiled, source)

@@ -124,7 +124,7 @@ class MessageHandler(Handler):
     asked = "messages"
 
     def prompts(self, fields: Any) -> list[Prompt]:
-        check_chat(self.served, fields)
+        _check_chat(self.served, fields)
         messages = text_messages(fields.messages)
         text = _rendered(
             self.served,
@@ -155,7 +155,7 @@ class MessageHandler(Handler):
             template,
             [*map(inlined, tools)],
             forced=forced,
-            several=fields.parallel_tool_calls and mode != "named",
+            parallel=fields.parallel_tool_calls and mode != "named",
             opened=self._opened(template, prompts[0], fields),
             schema=asked and asked.value,
         )
@@ -216,7 +216,7 @@ class Responses(MessageHandler):
 
 def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None) -> list[Prompt]:
     """The prompts that a field asks for, with special tokens unless `special` is False. Raises
-    RequestError if it is none."""
+    RequestError if it has another form."""
     if not isinstance(asked, str | list) or asked == []:
         raise RequestError(
             f"`{field}` is a string, a list of token ids, or a list of such {field}s, at least "
@@ -243,7 +243,7 @@ def _encoded(served: ServedModel, text: str, special: bool) -> Prompt:
     return Prompt(served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
 
 
-def check_chat(served: GeneratingModel, fields: MessageFields) -> None:
+def _check_chat(served: GeneratingModel, fields: MessageFields) -> None:
     """Raise RequestError if the model's tokenizer makes no prompt of messages with these fields, or
     nothing can be parsed that it answers to tools."""
     tokenizer = cast("Any", served.tokenizer)

@@ -8,7 +8,8 @@ from typing import Any
 
 from lorafx.integrations.server.errors import RequestError
 
-TEXT_PARTS = ("text", "input_text", "output_text")
+#: The parts of a message with text.
+_TEXT_PARTS = ("text", "input_text", "output_text")
 #: The parts of an item with reasoning.
 _REASONING_PARTS = ("reasoning_text", "summary_text")
 #: What a message of an assistant has, in this order.
@@ -27,8 +28,8 @@ def text_messages(messages: Any) -> list[dict[str, Any]]:
 
 def input_messages(asked: Any) -> list[dict[str, Any]]:
     """The messages of a chat that the `input` of a response is, as of `text_messages`. What an
-    assistant thinks, says and calls, in this order, is one message. Raises RequestError for what is
-    none of OpenAI's items, or is not text."""
+    assistant thinks, says and calls, in this order, is one message. Raises RequestError for
+    items of other types, or without text."""
     items = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if not isinstance(items, list) or not items:
         raise RequestError("`input` is a string or a list of items, at least one", "input")
@@ -93,7 +94,7 @@ def _text_message(message: Any) -> dict[str, Any]:
     return {**made, "tool_calls": [*map(_call, calls)]} if calls else made
 
 
-def _text(content: Any, kinds: Sequence[str] = TEXT_PARTS) -> str:
+def _text(content: Any, kinds: Sequence[str] = _TEXT_PARTS) -> str:
     """The text of a content, whose parts are lines of their own, as with other servers."""
     if isinstance(content, str):
         return content
@@ -120,17 +121,13 @@ def _call(call: Any) -> dict[str, Any]:
         if isinstance(arguments, str):
             arguments = json.loads(arguments) if arguments.strip() else {}
         json.dumps(arguments, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        if not isinstance(arguments, dict):
+            raise ValueError("they are no object")
     except (RecursionError, ValueError) as error:
-        raise _no_arguments(arguments) from error
-    if not isinstance(arguments, dict):
-        raise _no_arguments(arguments)
+        raise RequestError(
+            "the `arguments` of a message's `tool_calls` are an object, or the JSON of one; got "
+            f"{arguments!r:.80}"
+        ) from error
     made = {"name": function["name"], "arguments": arguments}
     kept = {name: call[name] for name in ("id", "type") if call.get(name) is not None}
     return {**kept, **(made if function is call else {"function": made})}
-
-
-def _no_arguments(arguments: Any) -> RequestError:
-    return RequestError(
-        "the `arguments` of a message's `tool_calls` are an object, or the JSON of one; got "
-        f"{arguments!r:.80}"
-    )

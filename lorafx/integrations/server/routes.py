@@ -35,11 +35,11 @@ from lorafx.integrations.server.metrics import Metrics
 from lorafx.integrations.server.request_log import ENCODING, GENERATING, RequestLog
 from lorafx.integrations.server.settings import Settings
 
-#: With what the routes that run the model refuse a request, beside what all do that take a body.
+#: The errors of routes that run the model, beside those of all routes that take a body.
 _RUN = (404, 429, 500, 503)
 #: Words of other servers' routes, and those of ours that mean the same.
 _MEANT = {"generate": "completions"}
-#: What models do that encode or do not, and the others.
+#: Whether a model encodes -> what it does, and what models on other routes do.
 _KINDS = {True: ("encodes", "generate"), False: ("generates", "encode (--runner pooling)")}
 
 
@@ -108,7 +108,7 @@ def build_app(served: ServedModel) -> FastAPI:
 
 
 class _App(FastAPI):
-    """Describes itself without what FastAPI would answer and this does not."""
+    """Its description has no answers that FastAPI assumes and this server never gives."""
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()

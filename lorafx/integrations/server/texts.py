@@ -134,8 +134,8 @@ class SequenceText:
 
 
 class MessageParts:
-    """What `parser` finds in the text of an answer: `str`, `ReasoningText` and `ToolCall`, of those
-    only the first unless `parallel`. Without a parser all is text.
+    """What `parser` finds in the text of an answer: `str`, `ReasoningText` and `ToolCall`; of
+    calls only the first unless `parallel`. Without a parser all is text.
 
     Attributes:
         special: whether it looks for special tokens.
@@ -170,7 +170,7 @@ class MessageParts:
 
 
 class MessageSequence(NamedTuple):
-    """The only sequence of an answer: its `text`, in which `parts` finds those of a message."""
+    """The `text` of an answer of one sequence, in which `parts` finds the parts of a message."""
 
     prompt_tokens: int
     text: SequenceText
@@ -182,9 +182,9 @@ class MessageSequence(NamedTuple):
 
 
 def opened_reasoning(template: ResponseTemplate, prompt: str, begun: str) -> str:
-    """The mark of the block of reasoning in which a prompt ends; "" if it ends in none. `begun` is
-    the answer's own beginning if the prompt has one, whose block may have text. Of another prompt
-    the mark is the end: before it may stand anything that users write."""
+    """The mark of the block of reasoning in which a prompt ends, or "". `begun` is the beginning of
+    the answer if the prompt has one, in which text may follow the mark. Any other prompt has to end
+    with the mark, since users may have written what stands before."""
     text = begun or f"{prompt}\n"  # some marks end with a newline, which templates may strip
     for name in REASONING & template.fields.keys():
         field = template.fields[name]

@@ -113,7 +113,7 @@ class Held:
         self.tokenizer = trained(marks) if special == "trained" else tokenizer()
         self.tokenizer.add_tokens(marks)
         self.template, self.tools = load_response_template(TEMPLATES[form]), [*map(inlined, tools)]
-        asked = {"forced": True, "several": True, "opened": "", **asked}
+        asked = {"forced": True, "parallel": True, "opened": "", **asked}
         made = partial(answer_grammar, self.template, self.tools, **asked)
         grammars = Grammars(self.tokenizer, len(self.tokenizer), [2])
         self.grammar = grammars.compiled(GrammarSource("tools", "calls", made))
@@ -158,7 +158,7 @@ def test_a_forced_answer_is_calls_that_keep_to_their_schemas(form, special):
     assert held.allows(thought(form, "hm") + call("now"))
     for text in ("", "so", f"so{call('now')}", f"{call('now')}so", call("then"), call("now", a=1)):
         assert not held.allows(text), text
-    one = Held(form, special, WEATHER, NOW, several=False)
+    one = Held(form, special, WEATHER, NOW, parallel=False)
     assert one.allows(call("now"))
     assert not one.allows(call("now") * 2)
 
@@ -247,6 +247,15 @@ def test_many_arguments_and_references(form):
     held = Held(form, False, tool("f", many))
     assert held.allows(call_of(form, "f", x3=None, x7=None, x59=None))
     assert not held.allows(call_of(form, "f", x7=None, x3=None))
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+@pytest.mark.parametrize(("least", "most"), [(0, 0), (0, 1), (1, 1), (1, 2)])
+def test_how_many_items_an_array_has(form, least, most):
+    array = {"type": "array", "items": {"type": "null"}, "minItems": least, "maxItems": most}
+    held = Held(form, False, tool("f", {"type": "object", "properties": {"a": array}}))
+    for count in range(4):
+        assert held.allows(call_of(form, "f", a=[None] * count)) == (least <= count <= most)
 
 
 def test_schemas_within_themselves():
@@ -348,3 +357,6 @@ def test_allowed_tools_are_those_of_the_prompt(spoken):
     assert tokens(tools=[LIGHT, FAN], tool_choice=chosen) == tokens(tools=[FAN])
     assert tokens(tools=[flat(FAN)]) == tokens(tools=[FAN])
     assert tokens(tools=[LIGHT, FAN], tool_choice="required") == tokens(tools=[LIGHT, FAN])
+    none = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
+    body = question(CHAT, "a", 9, tools=[FAN], tool_choice=none)
+    assert ask(server, "POST", CHAT, model="tiny", **body).status_code == 400

@@ -197,6 +197,7 @@ def test_other_fields():
         *({"output_config": {"effort": "high"}}, {"container": "c"}, {"stop_sequences": "a"}),
         *({"tools": [{"type": "web_search_20250305", "name": "w"}]}, {"tools": [{}]}),
         *({"tool_choice": {"type": "all"}}, {"max_tokens": 0}, {"messages": []}, {"system": 3}),
+        *({"tool_choice": {"type": kind}} for kind in ([], {}, 3)),
         *({"messages": [turn("user", block)]} for block in ({"type": "image"}, 3, {}, [])),
         *({"messages": [turn("user", {**CALL, "input": 3})]}, {"messages": [{"content": "a"}]}),
     ):

@@ -207,6 +207,6 @@ def test_a_response_template_that_is_none_is_refused_at_the_start(files, tmp_pat
     shutil.copytree(files.model, model)
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "response_template": template}))
-    refused = pytest.raises(ConfigError, match=r"the response_template of \S*wrong is none")
+    refused = pytest.raises(ConfigError, match=r"cannot read the response_template of \S*wrong")
     with refused, serving(dataclasses.replace(files, model=model)):
         pass
