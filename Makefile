@@ -17,6 +17,7 @@ PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 # A build of torch for CUDA names its triton; the CPU build of 2.13.0 names none.
 TRITON_2.13.0 := 3.7.1
 VLLM := .venv-vllm
+CLIENTS := .venv-clients
 # Before 2.13 torch did not take newer ones.
 SETUPTOOLS := setuptools>=77,<82
 
@@ -26,7 +27,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help wheel demo quick test not-slow test-all test-gpu test-vllm vllm lint docs pictures bench gpu gpu-report gpu-check clean
+.PHONY: help wheel demo quick test not-slow test-all test-gpu test-vllm vllm test-clients lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo "make sanitised  the tests of generated C++ under the sanitisers of addresses and undefined behaviour"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make test-vllm the tests inside of vLLM for CPUs, which make vllm installs into .venv-vllm"
+	@echo "make test-clients  the server as clients of OpenAI's and Anthropic's APIs use it, in .venv-clients"
 	@echo "make docs      the documentation site, into site/; a warning is an error"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
 	@echo "make bench-cpu-peers  benchmarks/cpu_peers.py, beside llama.cpp and OpenVINO, which it builds"
@@ -85,6 +87,11 @@ test-gpu: $(STAMP)
 
 test-vllm: vllm
 	$(VLLM)/bin/python -m pytest tests/integrations/vllm
+
+# Clients of environments of their own. What came of them is in benchmarks/results/clients.json, of
+# which tests/docs/test_tables.py makes the table in docs/serving.md (EXPECTTEST_ACCEPT=1 writes it).
+test-clients: $(STAMP) $(CLIENTS)/installed
+	PYTHONPATH=tests/helpers:tests/conformance $(BIN)/python tests/clients/ask_clients.py $(CLIENTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -148,6 +155,16 @@ $(VLLM)/installed: pyproject.toml benchmarks/vllm_requirements.py
 	$(VLLM)/bin/python benchmarks/vllm_requirements.py >$(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM)/requirements.txt peft==0.21.2 pytest
 	$(VLLM)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+# instructor takes an older openai than the newest, which the others take.
+$(CLIENTS)/installed: tests/clients/requirements.txt tests/clients/instructor.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/instructor
+	$(CLIENTS)/instructor/bin/python -m pip install -q -r tests/clients/instructor.txt
+	cp tests/clients/package.json $(CLIENTS)
+	npm install --prefix $(CLIENTS) --silent --no-fund --no-audit --no-package-lock
 	@touch $@
 
 wheel: $(DEMO)

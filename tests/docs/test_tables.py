@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -92,6 +93,23 @@ def versions_tested() -> str:
     return f"Tested: {'; '.join(f'{name} {listed(known)}' for name, known in found.items())}.\n"
 
 
+def clients() -> str:
+    """What works of what `make test-clients` asked of each client."""
+    tried = json.loads((ROOT / "benchmarks" / "results" / "clients.json").read_text())
+    checks = {
+        **{"text": "text", "stream": "stream", "tools": "tools", "forced": "forced tools"},
+        **{"structured": "structured output", "second": "second turn"},
+    }
+    rows = []
+    for row in tried["rows"]:
+        found = (row.get(check, "–") for check in checks)
+        told = (mark if mark in ("yes", "–") else "no" for mark in found)
+        rows.append((row["client"], row["version"], *told))
+    whole = table(("client", "version", *checks.values()), rows)
+    node, day = tried["machine"]["node"], tried["machine"]["date"]
+    return f"{whole}\nTried on {day}, those in JavaScript with Node {node}.\n"
+
+
 @pytest.mark.parametrize(
     ("page", "name", "part"),
     [
@@ -99,6 +117,7 @@ def versions_tested() -> str:
         ("guides/vllm.md", "patches", patches),
         ("reference/configuration.md", "lora_config", partial(fields_of, lorafx.LoraConfig)),
         ("reference/configuration.md", "options", partial(fields_of, lorafx.Options)),
+        ("serving.md", "clients", clients),
         ("torch_internals.md", "versions", versions_tested),
         ("torch_internals.md", "shortcuts", shortcuts),
     ],
