@@ -69,6 +69,12 @@ def _of_item(item: Any) -> dict[str, Any]:
     if kind == "function_call_output":
         called = {"tool_call_id": item.get("call_id")}
         return {"role": "tool", **called, "content": item.get("output")}
+    if kind == "item_reference":
+        raise RequestError(
+            "nothing is stored here that an item_reference could name; send the item itself, as "
+            "clients do with `store: false`",
+            "input",
+        )
     raise RequestError(
         "an item of `input` is a message with a `role`, or has the type reasoning, function_call "
         f"or function_call_output; got {kind or item!r:.80}",

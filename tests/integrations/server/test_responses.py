@@ -250,13 +250,15 @@ def test_other_inputs():
     both = messages_of([system, {"role": "user", "content": "b"}], instructions="c")
     assert [message["content"] for message in both] == ["c", "a", "b"]
     wrong = [
-        *([], 3, {}, [3], [{}], [[]], [{"type": "item_reference", "id": "r"}], [{"role": None}]),
+        *([], 3, {}, [3], [{}], [[]], [{"role": None}]),
         *([{"type": "function_call"}], [{**THOUGHT, "content": 3}], [{**RESULT, "output": 3}]),
         *([{"type": "input_image", "role": "user"}], [{"type": "input_text", "text": "a"}]),
     ]
     for items in wrong:
         with pytest.raises(RequestError):
             messages_of(items)
+    with pytest.raises(RequestError, match="`store: false`"):
+        messages_of([{"type": "item_reference", "id": "r"}])
 
 
 def test_a_response_as_the_next_input(spoken, says):
