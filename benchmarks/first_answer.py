@@ -1,6 +1,6 @@
 """How soon a process answers, and how fast from then on: lorafx beside PEFT and torch.compile.
 
-    python benchmarks/first_answer.py [--case NAME] [--arm NAME] [--seconds 60] [--out FILE]
+    python benchmarks/first_answer.py [--case NAME] [--arm NAME] [--steps] [--out FILE]
 
 Each start is a process of its own. It makes a random model and then has four requests, of two
 adapters that PEFT saved (rank 16, B not zero) and of none, answered again and again: calls of
@@ -387,6 +387,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the long start of an arm")
     parser.add_argument("--turns", type=int, default=5, help="starts for the first token")
     parser.add_argument("--blocks", type=int, default=20, help="of the eager step; 0 for none")
+    parser.add_argument("--steps", action="store_true", help="only the eager steps")
     parser.add_argument("--out", type=Path, help=f"a file for the rows, such as {RESULTS}")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -400,9 +401,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in options.case or CASES:
-            rows += run_case(
-                case, options.arm or list(ARMS), options.seconds, options.turns, folder
-            )
+            if not options.steps:
+                arms = options.arm or list(ARMS)
+                rows += run_case(case, arms, options.seconds, options.turns, folder)
             if options.blocks and CASES[case].answers == "tokens":
                 adapters, cache = tempfile.mkdtemp(dir=folder), Path(tempfile.mkdtemp(dir=folder))
                 in_process("save_adapters", case, adapters, cache=cache, file=__file__)
@@ -414,7 +415,8 @@ def main() -> None:
                         f"[{row['low']:.3f}, {row['high']:.3f}], {row['milliseconds']:.1f} ms"
                     )
                 rows += steps
-    print(table(rows))
+    if not options.steps:
+        print(table(rows))
     if options.out:
         from protocol import save
 
