@@ -41,7 +41,7 @@ from lorafx.integrations.server.texts import (
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
 
-class Answer(Protocol):
+class AnyAnswer(Protocol):
     """The answer to a request."""
 
     async def whole(self, sequences: Sequences) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Handler:
         source: GrammarSource | None = fields.grammar()
         return source
 
-    def answer(self, fields: Any, prompts: list[Prompt], name: str, model: str) -> Answer:
+    def answer(self, fields: Any, prompts: list[Prompt], name: str, model: str) -> AnyAnswer:
         """The answer to a request that is called `name`, as the `model` that it asks for."""
         raise NotImplementedError
 
