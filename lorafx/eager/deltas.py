@@ -165,7 +165,7 @@ class RowDeltas:
             else:
                 following.refuse(f"{mark.path}: the rows of its output are not those of its input")
             out = None
-            few = self._sites is None and rows.leads and len(rows.slots) <= _MOST_ROWS
+            few = self._sites is None and rows.few
             if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
                 out = self._by_products(mark, x, y, rows.slots)
             if out is None:
@@ -209,8 +209,7 @@ class RowDeltas:
         if self._uniform:
             return _Rows((self._rows[0],), 1)
         rows = self._rows_by_code(code, lead, x)
-        few = rows is not None and rows.leads and len(rows.slots) <= _MOST_ROWS
-        return rows if few else None
+        return rows if rows is not None and rows.few else None
 
     def outside(self, action: Callable[[], bool]) -> bool:
         """The result of `action`, whose operators are not followed."""
@@ -288,3 +287,8 @@ class _Rows:
     slots: tuple[int, ...]
     each: int
     leads: bool = True
+
+    @property
+    def few(self) -> bool:
+        """Whether their factors are gathered by row."""
+        return self.leads and len(self.slots) <= _MOST_ROWS

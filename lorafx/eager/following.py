@@ -396,8 +396,7 @@ class Following(TorchDispatchMode):
         if self.memory is None:
             return UNKNOWN
         code, remembered = None, self._remembered
-        if self.memory.unwritten(block, tensor):
-            assert block is not None
+        if block is not None and self.memory.unwritten(block, tensor):
             geometry, label = next(iter(block.views.items()))
             key = remembered.code(label), geometry, geometry_of(tensor)
             code = remembered.views.get(key)

@@ -298,11 +298,9 @@ class Memory:
             block.views[geometry_of(tensor)] = label
         return block
 
-    def unwritten(self, block: Block | None, tensor: Tensor) -> bool:
+    def unwritten(self, block: Block, tensor: Tensor) -> bool:
         """Whether the labels of the tensor's storage, `block`, all follow from the first one's."""
-        if block is None or block.epoch or not block.born:
-            return False
-        return self._intact(block, tensor)
+        return block.born and not block.epoch and self._intact(block, tensor)
 
     def write(self, tensor: Tensor, label: RealLabel | None, *, uncounted: int = 0) -> None:
         """Label a written tensor, whose version lacks the last `uncounted` writes."""
