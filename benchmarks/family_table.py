@@ -80,7 +80,15 @@ def _missing(rows: Sequence[Report]) -> list[str]:
 
 
 def _not_ok(rows: Sequence[Report]) -> list[str]:
-    return ["## Those that are not ok", "", *_reasons(r for r in rows if r["outcome"] != "ok")]
+    tried = [r for r in rows if r["outcome"] not in ("ok", "base")]
+    base = [f"{r['type']} ({r['kind']})" for r in rows if r["outcome"] == "base"]
+    return [
+        "## Those that are not ok",
+        "",
+        *_reasons(tried),
+        f"Base models that cannot be built small or run here: {', '.join(base)}.",
+        "",
+    ]
 
 
 def _reasons(rows: Iterable[Report]) -> list[str]:
@@ -98,20 +106,11 @@ def _reasons(rows: Iterable[Report]) -> list[str]:
 def _ok(rows: Sequence[Report]) -> list[str]:
     lines = ["## Those that are ok", ""]
     for kind in tiny.KINDS:
-        good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
+        good = [r for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
         if good:
-            lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
-    texts = [
-        r["type"]
-        for r in rows
-        if r["kind"] == "image-text" and r["outcome"] == "ok" and "pixel_values" not in r["inputs"]
-    ]
-    if texts:
-        lines += [
-            "Of the image-text families these were given text alone, since their images come in a "
-            f"form of their own: {', '.join(texts)}.",
-            "",
-        ]
+            names = ", ".join(map(_name, good))
+            lines += [f"**{kind}** ({len(good)}): {names}", ""]
+    lines += ["† with text alone, since its images come in a form of their own.", ""]
     blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
     if blind:
         lines += [
@@ -120,6 +119,11 @@ def _ok(rows: Sequence[Report]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _name(r: Report) -> str:
+    text_alone = r["kind"] == "image-text" and "pixel_values" not in r["inputs"]
+    return f"{r['type']}†" if text_alone else r["type"]
 
 
 def _routed(rows: Sequence[Report]) -> list[str]:
@@ -159,14 +163,13 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     return [
         "## With Inductor",
         "",
-        f'The same with `lowering="inductor"` in {len(rows)} families, chosen so that '
+        f'The same with `lowering="inductor"` in the {len(rows)} families of '
+        "`benchmarks/inductor_families.txt`, chosen so that "
         f"their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
         f"graphs. {len(good)} are ok"
         + (":" if len(good) == len(rows) else "; those that are not:"),
         "",
         *(_reasons(r for r in rows if r["outcome"] != "ok") if len(good) < len(rows) else []),
-        ", ".join(f"{r['type']} ({r['kind']})" for r in good) + ".",
-        "",
     ]
 
 
@@ -174,4 +177,4 @@ def cell(text: str) -> str:
     """A reason, short enough for a cell."""
     text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
     text = re.sub(r"File \S+, line \d+, |Run one adapter (?:a|per) batch.*", "", text)
-    return text.replace("|", "\\|")[:330].strip()
+    return text.replace("|", "\\|")[:200].strip()
