@@ -43,10 +43,6 @@ def _heading() -> list[str]:
         f"Run on {time.strftime('%Y-%m-%d')} with torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__}; tolerance {oracle.TOLERANCE:g}.",
         "",
-        "| outcome | meaning |",
-        "|---|---|",
-        *(f"| {name} | {meaning} |" for name, meaning in OUTCOMES.items()),
-        "",
     ]
 
 
@@ -54,16 +50,15 @@ def _counted(rows: Sequence[Report]) -> list[str]:
     """How many of each kind came out how; "base" stands apart, as not tried."""
     counts = Counter((r["kind"], r["outcome"]) for r in rows)
     kinds = [kind for kind in tiny.KINDS if any(counts[kind, name] for name in OUTCOMES)]
-    outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in kinds)]
     tried = sum(r["outcome"] != "base" for r in rows)
     return [
         f"{tried} families tried:",
         "",
-        "| kind | " + " | ".join(outcomes) + " |",
-        "|---|" + "---|" * len(outcomes),
+        f"| outcome | meaning | {' | '.join(kinds)} |",
+        "|---|---|" + "---|" * len(kinds),
         *(
-            f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
-            for kind in kinds
+            f"| {name} | {meaning} | {' | '.join(str(counts[kind, name]) for kind in kinds)} |"
+            for name, meaning in OUTCOMES.items()
         ),
         "",
     ]
@@ -86,7 +81,7 @@ def _not_ok(rows: Sequence[Report]) -> list[str]:
         "## Those that are not ok",
         "",
         *_reasons(tried),
-        f"Base models that cannot be built small or run here: {', '.join(base)}.",
+        f"Base: {', '.join(base)}.",
         "",
     ]
 
