@@ -62,6 +62,8 @@ _SAVED, _REFUSED = "saved as ", "refused, since "
 _PREFIX, _NEW = "lorafx-graphs-", 60.0
 #: The calls of a kind before a process is forked for it, and the most such processes of a kind.
 CALLS, _MOST_PROCESSES = 2, 3
+#: Bytes of packs that a process beside makes for itself. More are made before the fork, and shared.
+_COPIED = 1 << 28
 #: The most kinds of calls that are told apart, and the deepest level of containers that is.
 _MOST_KINDS, _DEPTH = 256, 3
 
@@ -273,7 +275,9 @@ class Tiers:
             save = attrgetter("save")
             call = partial(entry.run_graph, args, kwargs, base=base, conversion=save)
             compare = partial(self._verdict, entry, args, kwargs, base)
-            entry.session.program.pack_watch.pack()  # so that the process shares the packs
+            packs = entry.session.program.pack_watch
+            if packs.nbytes > _COPIED:
+                packs.pack()
             self._fork(kind, partial(_compile, entry, call, compare))
         try:
             result = self._eagerly(entry, partial(self._eager.run, entry.in_python, args, kwargs))
@@ -299,7 +303,8 @@ class Tiers:
         try:
             if all(row < 0 for row in runtime.rows):
                 runtime.active = False
-            if self._processes and threads > 1:  # OpenMP's wait for the one that shares its core
+            if threads > 1 and any(process.works for process in self._processes):
+                # OpenMP's threads wait for the one that shares its core.
                 _use_threads(threads - 1, of_new=threads)
             with no_grad, session.without_mha_fast_path():
                 return run()
@@ -374,9 +379,9 @@ class Tiers:
         for kind in self._waiting():
             process = kind.process
             assert process is not None
-            if process.works and (outcome := process.poll()) is not None:
+            if process.has_turn and (outcome := process.poll()) is not None:
                 self._note(kind, outcome)
-            elif process.works:
+            elif process.has_turn:
                 working = kind
         if working is None:
             following = max(self._waiting(), key=lambda kind: kind.calls, default=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
+import mmap
 import os
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from torch._dynamo.utils import counters
 
 from lorafx.capture.saved_graphs import saved_graphs
 from lorafx.errors import LorafxWarning, OutOfRangeError, ProvenanceError
+from lorafx.runtime import beside
 from lorafx.runtime.beside import Process
 from lorafx.runtime.tiers import PrivateFolder
 from lorafx.torch_internals.versions import saves_graphs
@@ -70,10 +73,9 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     assert tiers(cm) == ["eager"]
     assert processes(cm) == []
     packs = cm._session.program.pack_watch
-    assert not packs.intact
     served(cm, plain, inputs)
     assert tiers(cm) == ["compiling"]
-    assert packs.intact  # which the process has too
+    assert not packs.intact  # the process makes its own of so few bytes
     assert cm.recompiles == cm.status().graphs == 0
     (pid,) = processes(cm)
     assert cm.wait(SECONDS)
@@ -81,6 +83,7 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     assert tiers(cm) == ["ready"]
     assert cm.status().graphs == 1
     served(cm, plain, inputs)
+    assert packs.intact
     assert cm.status().graphs == 1
     assert tiers(cm) == ["ready"]
     assert cm.recompiles == 1
@@ -183,7 +186,10 @@ class Starting(nn.Module):
         return {"logits": self.up(x), "threads": [torch.get_num_threads(), there]}
 
 
-def test_a_thread_that_is_born_in_a_call_has_all_threads(small: Any) -> None:
+def test_a_thread_that_is_born_in_a_call_has_all_threads(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside.Process, "works", True)
     case = small(Starting, ["up"])
     cm, x, threads = started(case), torch.randn(3, 12), torch.get_num_threads()
     try:
@@ -398,6 +404,46 @@ def test_weights_and_adapters_change_meanwhile(plain: Case) -> None:
     assert tiers(cm) == ["ready"]
 
 
+def test_large_packs_are_shared(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafx.runtime.tiers._COPIED", 0)
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    packs = cm._session.program.pack_watch
+    served(cm, plain, inputs)
+    assert not packs.intact
+    served(cm, plain, inputs)
+    assert packs.intact
+    cm.detach()
+
+
+def ended(process: Process) -> str | None:
+    """What a process reports, which is waited for."""
+    last = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < last:
+        time.sleep(0.01)
+    process.end()
+    return process.outcome
+
+
+@pytest.mark.parametrize("patience", [1e9, 0.0])
+def test_it_works_when_the_serving_process_rests(
+    patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, rests = itertools.count(), mmap.mmap(-1, 1)
+    monkeypatch.setattr(beside, "PATIENCE", patience)
+    monkeypatch.setattr(
+        beside, "_seconds_used", lambda _: 0.0 if rests[0] else float(next(seconds))
+    )
+    process = Process(lambda: "done")
+    process.start()
+    if patience:
+        time.sleep(3 * beside._LOOK_AT_REST)
+        assert not process.works
+        assert process.poll() is None
+        rests[0] = 1
+    assert ended(process) == "done"
+    assert process.works
+
+
 def _product(size: int) -> str:
     """A product that takes several threads, and how many there were."""
     x = torch.ones(size, size)
@@ -412,11 +458,7 @@ def test_threads_of_openmp() -> None:
         assert _product(700) == "701 4"
         process = Process(lambda: _product(700))
         process.start()
-        last = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < last:
-            time.sleep(0.01)
-        process.end()
-        assert process.outcome == "701 4"
+        assert ended(process) == "701 4"
     finally:
         torch.set_num_threads(threads)
 
