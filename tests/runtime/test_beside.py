@@ -25,9 +25,9 @@ from torch._dynamo.utils import counters
 
 from lorafx.capture.saved_graphs import saved_graphs
 from lorafx.errors import LorafxWarning, OutOfRangeError, ProvenanceError
-from lorafx.runtime import beside
-from lorafx.runtime.beside import Process
-from lorafx.runtime.tiers import PrivateFolder
+from lorafx.runtime.beside import process as beside
+from lorafx.runtime.beside.private_folder import PrivateFolder
+from lorafx.runtime.beside.process import Process
 from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -52,7 +52,7 @@ def tiers(cm: Any) -> list[str]:
 
 
 def processes(cm: Any) -> list[int]:
-    return [process.pid for process in cm._session.tiers._processes]
+    return [process.pid for process in cm._entries.tiers.compilers.processes]
 
 
 def running(pid: int) -> bool:
@@ -253,7 +253,7 @@ def test_a_second_start_prepares_saved_graphs_first(
     served(second, plain, inputs)
     assert tiers(second) == ["ready"]
     assert second.recompiles == 1
-    assert second._session.tiers._kinds.popitem()[1].processes == 0
+    assert next(iter(second._entries.tiers._kinds)).processes == 0
 
 
 @pytest.mark.parametrize("end", ["a call needs a graph", "too many kinds"])
@@ -265,7 +265,7 @@ def test_a_process_that_nobody_needs(small: Any, monkeypatch: pytest.MonkeyPatch
         cm(x=x, adapter_names=["a"] * 3)
     (pid,) = processes(cm)
     if end == "too many kinds":
-        monkeypatch.setattr("lorafx.runtime.tiers._MOST_KINDS", 1)
+        monkeypatch.setattr("lorafx.runtime.kinds._MOST", 1)
         cm(x=x, flag=True, adapter_names=["a"] * 3)
     else:
         with pytest.raises(ProvenanceError):
@@ -353,7 +353,7 @@ def test_nothing_is_left_of_a_model_that_ends(plain: Case, end: str) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
     served(cm, plain, inputs)
-    (pid,), folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    (pid,), folder = processes(cm), os.fspath(cm._entries.tiers.compilers.folder)
     assert running(pid)
     if end == "detach":
         cm.detach()
@@ -367,7 +367,7 @@ def test_another_fork_leaves_the_process_alone(plain: Case) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
     served(cm, plain, inputs)
-    before, folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    before, folder = processes(cm), os.fspath(cm._entries.tiers.compilers.folder)
     torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
     child = os.fork()
     if not child:
@@ -405,7 +405,7 @@ def test_weights_and_adapters_change_meanwhile(plain: Case) -> None:
 
 
 def test_large_packs_are_shared(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.runtime.tiers._COPIED", 0)
+    monkeypatch.setattr("lorafx.runtime.beside.compilers._COPIED", 0)
     cm, inputs = started(plain), plain_inputs(3, 5)
     packs = cm._session.program.pack_watch
     served(cm, plain, inputs)
@@ -481,8 +481,8 @@ options = {"lowering": "reference", "start": "eager", "cache": None}
 cm = lorafx.compile(Model().eval(), lorafx.LoraConfig(["up", "down"]), options=options)
 for _ in range(2):
     cm(torch.randn(3, 12))
-tiers = cm._session.tiers
-print(*(process.pid for process in tiers._processes), os.fspath(tiers.folder), flush=True)
+compilers = cm._entries.tiers.compilers
+print(*(process.pid for process in compilers.processes), os.fspath(compilers.folder), flush=True)
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "terminated":
