@@ -366,8 +366,11 @@ def predicted(model: nn.Module, config: LoraConfig, options: Options) -> Explana
     return _model_report(model, config, options, preparation.sites, groups, prepared)
 
 
-def explained(session: Session, *, quick: bool = False) -> Explanation:
-    """The report on a marked model; `quick`: without fetching adapters or computing norms."""
+def explained(
+    session: Session, calls: Sequence[object] = (), *, quick: bool = False
+) -> Explanation:
+    """The report on a marked model, with the kinds of its `calls`; `quick`: without fetching
+    adapters or computing norms."""
     program, options = session.program, session.program.options
     if not quick:
         program.look_at_modules()
@@ -385,7 +388,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
         replaced=tuple(program.site_watch.lines()),
-        calls=() if session.tiers is None else tuple(map(str, session.tiers.status(session).kinds)),
+        calls=tuple(map(str, calls)),
     )
 
 

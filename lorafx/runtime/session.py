@@ -56,7 +56,6 @@ from lorafx.torch_internals.versions import unsupported
 if TYPE_CHECKING:  # imported with the first graph
     from lorafx.capture.backend import Backend
     from lorafx.capture.record import GraphRecord
-    from lorafx.runtime.tiers import Tiers
 
 T = TypeVar("T")
 
@@ -192,8 +191,6 @@ class Session:
         #: What users put in the place of the compiled model's forward, if anything; it calls that
         #: as `Running.inner`. Assigned by lorafx.compiled_model.as_module.
         self.patched: Callable[..., Any] | None = None
-        #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
-        self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # assigned by `set_batch`, as is the next one
         self._called = False
@@ -517,8 +514,6 @@ class Session:
             program = self.program
             self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.active_at_rest
             self.replacements.put_back()
-        if self.tiers is not None:
-            self.tiers.forget()
         self.store.after_fork()
 
 
