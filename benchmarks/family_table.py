@@ -76,7 +76,7 @@ def _missing(rows: Sequence[Report]) -> list[str]:
 
 def _not_ok(rows: Sequence[Report]) -> list[str]:
     tried = [r for r in rows if r["outcome"] not in ("ok", "base")]
-    base = [f"{r['type']} ({r['kind']})" for r in rows if r["outcome"] == "base"]
+    base = [_shown(r) for r in rows if r["outcome"] == "base"]
     return [
         "## Those that are not ok",
         "",
@@ -87,15 +87,7 @@ def _not_ok(rows: Sequence[Report]) -> list[str]:
 
 
 def _reasons(rows: Iterable[Report]) -> list[str]:
-    return [
-        "| kind | family | outcome | why |",
-        "|---|---|---|---|",
-        *(
-            f"| {r['kind']} | {r['type']} | {r['outcome']} | {cell(r.get('detail', ''))} |"
-            for r in rows
-        ),
-        "",
-    ]
+    return [*(f"- {_shown(r)}, {r['outcome']}: {short(r.get('detail', ''))}" for r in rows), ""]
 
 
 def _ok(rows: Sequence[Report]) -> list[str]:
@@ -114,6 +106,10 @@ def _ok(rows: Sequence[Report]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _shown(r: Report) -> str:
+    return f"{r['type']} ({r['kind']})"
 
 
 def _name(r: Report) -> str:
@@ -135,13 +131,7 @@ def _routed(rows: Sequence[Report]) -> list[str]:
         f"{with_experts}, routers in {with_routers}. In these one of them is refused, and adapters "
         "that leave it alone are served:",
         "",
-        "| kind | family | why |",
-        "|---|---|---|",
-        *(
-            f"| {r['kind']} | {r['type']} | {cell(r['routing'])} |"
-            for r in routed
-            if "routing" in r
-        ),
+        *(f"- {_shown(r)}: {short(r['routing'])}" for r in routed if "routing" in r),
         "",
         "The classes of experts one by one are in [routed_experts.md](routed_experts.md).",
         "",
@@ -168,8 +158,8 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     ]
 
 
-def cell(text: str) -> str:
-    """A reason, short enough for a cell."""
+def short(text: str) -> str:
+    """A reason in a line."""
     text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
     text = re.sub(r"File \S+, line \d+, |Run one adapter (?:a|per) batch.*", "", text)
-    return text.replace("|", "\\|")[:200].strip()
+    return text[:200].strip()
