@@ -45,22 +45,22 @@ from lorafx.errors import (
 from lorafx.inspection.explanation import Explanation
 from lorafx.model.keywords import refuse_slips
 from lorafx.model.replaced_methods import Replacement
-from lorafx.ownership.memory import (
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real import tensors_in
+from lorafx.ownership.real_labels import (
     MOST_REQUESTS,
     NOBODY,
     Alone,
     Listed,
-    Memory,
     Patchy,
     RealLabel,
     listed,
 )
-from lorafx.ownership.real import tensors_in
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.requests import Names, Requests, checked_names
-from lorafx.runtime.session import refuse_elsewhere
+from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.torch_internals.graph_parts import OpOverload
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
