@@ -45,9 +45,11 @@ from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.kinds import Status
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
+from lorafx.runtime.resting import Resting
 from lorafx.runtime.running import refuse_transformed
-from lorafx.runtime.session import Resting, Session, Statistics
+from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import join, leave
+from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
 from lorafx.weights.loader import Weights, WeightUpdate, update_weights

@@ -28,7 +28,7 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.requests import requests_of
-from lorafx.runtime.session import adapters_in_use
+from lorafx.runtime.resting import adapters_in_use
 from lorafx.torch_internals.compat import untraced
 
 #: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use instead.

@@ -24,14 +24,16 @@ from lorafx.model.experts import LOOP, loops
 from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.model.replaced_methods import ReplacedMethod, forward_of
-from lorafx.ownership.memory import MOST_REQUESTS, Memory
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.call import Call
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
+from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.runtime.results import refuse_code
-from lorafx.runtime.session import Session, refuse_elsewhere
+from lorafx.runtime.session import Session
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.torch_internals.versions import saves_graphs

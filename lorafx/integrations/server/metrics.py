@@ -19,7 +19,7 @@ from lorafx.generation.continuous.adapter_requests import SequenceOutput, hold_o
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.runtime.kinds import TierName
-from lorafx.runtime.session import Statistics
+from lorafx.runtime.statistics import Statistics
 
 #: The label of requests whose model is unknown. The names that clients send would be labels without
 #: number.
