@@ -15,7 +15,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.compile_log import (
@@ -27,7 +27,7 @@ from lorafx.capture.compile_log import (
     tracing_seconds,
 )
 from lorafx.capture.compiler_failures import KEEP_OUT, failing_in
-from lorafx.capture.driver import NumericCheck, run_pipeline
+from lorafx.capture.driver import NumericCheck, run_passes
 from lorafx.capture.executable import (
     Captured,
     Parts,
@@ -38,7 +38,6 @@ from lorafx.capture.executable import (
     foreign_operators,
     with_lookups,
 )
-from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.record import GraphRecord, dump_folder
@@ -46,7 +45,7 @@ from lorafx.capture.watched_places import KIND, WatchedPlaces
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
-from lorafx.pass_order import pipeline
+from lorafx.pass_order import CAPTURED, TRACED, pipeline
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
@@ -142,13 +141,13 @@ class Backend:
     ) -> Callable[..., Any]:
         program, record = self.program, graph.record
         active = bool(program.runtime.active)
-        check_lookups(gm, graph.frame)
         model = type(program.model).__name__
         noting = nullcontext() if self.noted is None else collecting_parts(graph.parts, gm)
         compile_graph = self._compile_lora if active else self._compile_base
         try:
             show(f"{record.title} of {model}, {record.reason}")
             with noting:
+                self._rewrite_traced(gm, graph)
                 executable = compile_graph(gm, examples, graph)
             self.records.append(record)
             if self.noted is not None:
@@ -206,11 +205,17 @@ class Backend:
             keep and id(g.orig_guard) not in watched for g, keep in zip(guards, kept, strict=True)
         ]
 
+    def _rewrite_traced(self, gm: fx.GraphModule, graph: Captured) -> None:
+        """Run DYNAMO_PASSES."""
+        graph.frame.bind(gm.graph)
+        ctx, after = Context(self.program, graph.frame, gm), graph.record.after
+        after(gm, ctx, TRACED)
+        run_passes(pipeline(self.program.options).dynamo, gm, ctx, after, aten=False)
+
     def _compile_base(
         self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
     ) -> Callable[..., Any]:
         record = graph.record
-        record.keep_base(gm, graph.frame)
         with self._lowering_timed(record):
             compiled = compile_base(self.lowering, gm, examples)
         return for_base(record.checks, self.owner, compiled)
@@ -230,8 +235,6 @@ class Backend:
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
             keep_inference_input_mutations=writes_caches(gm),
         )
-        if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
-            _detach_results(gm)
         with (
             saved_tensors_hooks_kept(),
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
@@ -248,12 +251,10 @@ class Backend:
             parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm)
-        # The rows of a graph inside a call may be some of the batch's, in another order: it looks
-        # their slots up. Slots per token are in the order of the call's arguments.
-        if not (frame.begins_call or frame.per_token):
-            ctx.look_up_slots()
+        passes = pipeline(program.options)
         with timed(record.seconds, "passes"), builds_noted() as built:
-            run_pipeline(gm, ctx, record.after)
+            record.after(gm, ctx, CAPTURED)
+            run_passes(passes.graph, gm, ctx, record.after)
         for kernel in sorted(ctx.kernels):
             record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
         for spec, kernel in built.items():
@@ -267,6 +268,7 @@ class Backend:
         else:
             operators = copy.deepcopy(gm) if ctx.handover.seen else None
             with self._lowering_timed(record):
+                run_passes(passes.lowering, gm, ctx, record.after, aten=False)
                 executable = self.lowering.compile(gm, [*inputs, *values])
         parts.lowered, parts.extra = executable, extra
         parts.whole &= operators is None
@@ -278,7 +280,7 @@ class Backend:
         ]
         check = None
         if program.options.verify == "numeric":
-            check = NumericCheck(record.title, pipeline(program.options).graph, record.stages)
+            check = NumericCheck(record.title, passes.graph, record.stages)
         return with_lookups(record.checks, self.owner, executable, extra, parts.banks, check)
 
     @contextmanager
@@ -303,19 +305,6 @@ def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
         "graphs with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), "
         "or keep torch.autograd.grad and what it differentiates in one graph, without a break"
     )
-
-
-def _detach_results(gm: fx.GraphModule) -> None:
-    """Detach the results of Dynamo's graph that gradients could reach."""
-    for node in gm.graph.output_node().all_input_nodes:
-        value = node.meta.get("example_value")
-        if node.op == "placeholder" or not isinstance(value, Tensor) or not value.requires_grad:
-            continue
-        with gm.graph.inserting_before(gm.graph.output_node()):
-            detached = gm.graph.call_method("detach", (node,))
-        detached.meta = dict(node.meta)
-        gm.graph.output_node().replace_input_with(node, detached)
-    gm.recompile()
 
 
 def _sources(gm: fx.GraphModule) -> list[Any]:

@@ -32,7 +32,7 @@ from lorafx.capture.graph_text import (
 from lorafx.capture.record import GraphRecord, Stage, dump_folder
 from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
-from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.bodies import INVOKE
 from lorafx.program.context import SiteState
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport, Program
@@ -82,10 +82,10 @@ def graph_texts(record: GraphRecord) -> dict[str, str]:
     words = {symbol: size.words for symbol, size in record.sizes.items()}
     before: list[str] = []
     for index, stage in enumerate(record.stages):
-        lines, heading = stage_lines(stage, names), _heading(record, stage)
+        lines, heading = stage_lines(stage, names[stage]), _heading(record, stage)
         top = [heading, *legend(lines, words, record.outlined)]
         texts[f"{index:02d}-{stage.name}.py"] = "\n".join([*top, *lines, ""])
-        if index:
+        if stage.report is not None:
             last = record.stages[index - 1].name
             changes = difflib.unified_diff(before, lines, last, stage.name, lineterm="", n=2)
             texts[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
@@ -267,10 +267,12 @@ class _Encoder:
         not in the picture) and mark, and whether the pass changed it."""
         calls: dict[Any, Iterator[str]] = {item.name: iter(item.paths) for item in self._outlined}
         refused = {path for item in stage.refusals for path in item.paths}
+        if stage.report is None:
+            self._before = set()
         boxes = _Boxes()
         nodes: list[tuple[Any, ...]] = []
         for body, (path, graph) in enumerate(stage.graphs.items()):
-            printer = Printer(path, self._names)
+            printer = Printer(path, self._names[stage])
             for node in graph.nodes:
                 called = ""
                 if node.target is INVOKE and node.args[1] in calls:
