@@ -25,8 +25,8 @@ from lorafx.program.frame import fake_value
 from lorafx.program.program import PassReport
 from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 
-#: Receives the graph after each pass with its report.
-AfterPass = Callable[[fx.GraphModule, Context, PassReport], None]
+#: Receives the graph after each pass with its report; before the first one, the name of the stage.
+AfterPass = Callable[[fx.GraphModule, Context, PassReport | str], None]
 
 
 def run_passes(

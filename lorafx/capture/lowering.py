@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
+from lorafx.capture.record import Stage
 from lorafx.config import Options
 from lorafx.program.bodies import bodies
 from lorafx.torch_internals.compat import mode_settings
@@ -24,11 +25,20 @@ aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Compiles graphs with LoRA to executables in AOTAutograd's boxed convention."""
+    """Compiles graphs with LoRA to executables in AOTAutograd's boxed convention.
+
+    `replays`: they run the graph as it was after one of the passes, of which `stages` has copies;
+    LOWERING_PASSES are not run.
+    """
+
+    @property
+    def replays(self) -> bool: ...
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]: ...
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
+    ) -> Callable[[list[Any]], Any]: ...
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -79,6 +89,7 @@ class InductorLowering:
 
     patches: Mapping[str, Any] = field(default_factory=dict)
     asserts: bool = False
+    replays: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from lorafx.torch_internals.compat import inductor_config
@@ -86,7 +97,9 @@ class InductorLowering:
         with inductor_config.patch(dict(self.patches)):
             return decomposition_table()
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
+    ) -> Callable[[list[Any]], Any]:
         from lorafx.torch_internals.compat import inductor_config
         from lorafx.torch_internals.inductor import compile_fx_inner, get_static_input_idxs
 
@@ -130,10 +143,14 @@ class NodeByNode:
 
 
 class ReferenceLowering:
+    replays = False
+
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
+    ) -> Callable[[list[Any]], Any]:
         return NodeByNode(gm)
 
 

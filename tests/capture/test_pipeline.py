@@ -3,6 +3,8 @@ fails."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from hand_made import hand_case
 from torch import Tensor, fx, nn
 
 import lorafx
+from lorafx.capture.compilation import Compilation, Observer
+from lorafx.capture.record import GraphRecord
 from lorafx.errors import CaptureError, VerifyError
 from lorafx.pass_order import DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES
 
@@ -148,3 +152,60 @@ def test_a_pass_of_the_users_sees_dynamos_graph(tmp_path: Path) -> None:
     assert any("embedding" in name for name in seen)
     with pytest.raises(lorafx.ConfigError, match="pass 'check_lookups' cannot be switched off"):
         case.compile({"passes": {"check_lookups": False}})
+
+
+class Noting(Observer):
+    """Notes what it is told of."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.compilations: list[Compilation] = []
+
+    @contextmanager
+    def compiling(self, record: GraphRecord) -> Iterator[None]:
+        self.told.append(f"begins {record.title}")
+        try:
+            yield
+        finally:
+            self.told.append(f"ends {record.title}")
+
+    def after(self, gm: fx.GraphModule, ctx: Any, done: Any) -> None:
+        self.told.append(done if isinstance(done, str) else done.name)
+
+    def compiled(self, compilation: Compilation) -> None:
+        self.told.append("compiled")
+        self.compilations.append(compilation)
+
+    def guarded(self, guards: Sequence[Any], kept: Sequence[bool], watched: Sequence[Any]) -> None:
+        assert len(guards) == len(kept)
+        self.told.append("guarded")
+
+
+@pytest.mark.one_road
+def test_an_observer_is_told_of_each_step(tmp_path: Path) -> None:
+    case, noting = case_of(Model(), tmp_path), Noting()
+    cm = case.compile(dynamic=False)
+    with cm._session.backend.observed_by(noting):
+        cm(**inputs(), adapter_names=MIXED)
+    graphs = [item.name for item in (*GRAPH_PASSES, *LOWERING_PASSES)]
+    traced = ["traced", *(item.name for item in DYNAMO_PASSES), "captured"]
+    compiled = ["begins graph 0 lora", *traced, *graphs, "compiled", "ends graph 0 lora"]
+    assert noting.told == [*compiled, "guarded"]
+    (compilation,) = noting.compilations
+    assert compilation.record is cm._session.backend.records[0]
+    assert compilation.whole
+    assert compilation.lowered is not None
+    torch._dynamo.reset()
+    cm(**inputs(), adapter_names=MIXED)
+    assert len(noting.compilations) == 1  # the block has ended
+
+
+@pytest.mark.one_road
+def test_an_observer_is_told_of_a_compilation_that_fails(tmp_path: Path) -> None:
+    case, noting = case_of(Model(), tmp_path), Noting()
+    cm = case.compile({"passes": {"mine": lorafx.After("match", raises)}}, dynamic=False)
+    with cm._session.backend.observed_by(noting), pytest.raises(CaptureError, match="'mine'"):
+        cm(**inputs(), adapter_names=MIXED)
+    assert noting.told[0] == "begins graph 0 lora"
+    assert noting.told[-2:] == ["match", "ends graph 0 lora"]
+    assert not noting.compilations

@@ -14,6 +14,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import jinja2
 from torch import fx
 
+from lorafx.capture.compilation import Observer
 from lorafx.capture.graph_text import (
     Printer,
     names_of,
@@ -132,14 +134,26 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-class Dumps:
-    """Dumps each graph of a session that keeps its stages. It serves as `Backend.recorded`."""
+class Dumps(Observer):
+    """Dumps each graph of a session, even one whose compilation fails."""
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
         self._dump: Dump | None = None
 
-    def __call__(self, record: GraphRecord) -> None:
+    @property
+    def keeps_stages(self) -> bool:
+        session = self._session()
+        return session is not None and dump_folder(session.program.options) is not None
+
+    @contextmanager
+    def compiling(self, record: GraphRecord) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._write(record)
+
+    def _write(self, record: GraphRecord) -> None:
         session = self._session()
         folder = None if session is None else folder_of(session.program)
         if session is None or folder is None or not record.keeps_stages:
