@@ -29,7 +29,7 @@ from lorafx.capture.driver import NumericCheck
 from lorafx.eager.following import Following, owners_are_noted, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
-from lorafx.ownership.memory import SHARED, Alone
+from lorafx.ownership.real_labels import SHARED, Alone
 from lorafx.program.frame import SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows

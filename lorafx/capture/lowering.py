@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,10 @@ from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.graph_parts import OpOverload
 
 aten = torch.ops.aten
+
+#: A graph in AOTAutograd's boxed convention, and copies of it after each pass.
+Boxed: TypeAlias = Callable[[list[Any]], Any]
+Stages: TypeAlias = Sequence[Stage]
 
 
 class Lowering(Protocol):
@@ -36,9 +40,7 @@ class Lowering(Protocol):
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
-    ) -> Callable[[list[Any]], Any]: ...
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed: ...
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -97,9 +99,7 @@ class InductorLowering:
         with inductor_config.patch(dict(self.patches)):
             return decomposition_table()
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
-    ) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         from lorafx.torch_internals.compat import inductor_config
         from lorafx.torch_internals.inductor import compile_fx_inner, get_static_input_idxs
 
@@ -148,9 +148,7 @@ class ReferenceLowering:
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
-    ) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         return NodeByNode(gm)
 
 

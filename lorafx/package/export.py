@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,7 @@ from lorafx.api import compile as compile_model
 from lorafx.capture.backend import Backend
 from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compiler_failures import explained, failing_in
-from lorafx.capture.lowering import ReferenceLowering
-from lorafx.capture.record import Stage
+from lorafx.capture.lowering import Boxed, ReferenceLowering, Stages
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.config import Options
 from lorafx.errors import (
@@ -148,9 +147,7 @@ class _Recording(ReferenceLowering, Observer):
     def compiled(self, compilation: Compilation) -> None:
         self.graphs.append(compilation)
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
-    ) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         def run(arguments: list[Any]) -> Any:
             results = gm.forward(*arguments)
             self.runs.append((gm, arguments, list(results)))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
+from lorafx.capture.lowering import Boxed, Lowering, ReferenceLowering, Stages, lowering_for
 from lorafx.capture.record import GraphRecord, Stage
 from lorafx.config import Options
 from lorafx.pass_order import CAPTURED, pipeline
@@ -87,9 +87,7 @@ class _StageLowering(ReferenceLowering):
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return self._lowering.decompositions()
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Sequence[Stage] = ()
-    ) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         return partial(self._replay.run, {stage.name: stage for stage in stages})
 
 
