@@ -128,13 +128,14 @@ class After:
 
     Attributes:
         after: the name of the pass that it follows, which may be another pass of the user's;
-            "captured" places it before the first pass.
-        run: `run(gm, ctx) -> int` changes the functional ATen graph `gm` (a `torch.fx.GraphModule`)
-            in place and returns how many edits it made. A new node needs its fake value in
+            "captured" places it before the first pass over the functional ATen graph, and "traced"
+            before the first pass over Dynamo's.
+        run: `run(gm, ctx) -> int` changes the graph `gm` (a `torch.fx.GraphModule`) in place and
+            returns how many edits it made. A new node of an ATen graph needs its fake value in
             `meta["val"]`, as `ctx.call(graph, op, args)` gives it
             (`lorafx.program.context.Context`). As after any pass, dead code is removed and the
             graph is recompiled, verified and dumped. The pass runs for graphs with adapters, not
-            for the base's (`Options.base_graphs`).
+            for the base's (`Options.base_graphs`), which only passes over Dynamo's graphs see.
     """
 
     after: str

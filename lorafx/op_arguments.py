@@ -9,6 +9,7 @@ All ops use the same name for an argument, so a call of another op needs only wh
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -91,3 +92,20 @@ def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[
 def rebind(node: fx.Node, **values: Any) -> None:
     """Replace the arguments of these names. Raises KeyError for an unknown name."""
     node.args, node.kwargs = in_order(node.target, bound(node), **values), {}  # type: ignore[arg-type]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether by its schema the result may share its operand's memory."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return is_view(operand(node))
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(item.alias_info is not None for item in schema.returns)
+
+
+def base_of(item: Any) -> Any:
+    """The node at the beginning of a chain of views."""
+    while isinstance(item, fx.Node) and is_view(item) and isinstance(operand(item), fx.Node):
+        item = operand(item)
+    return item

@@ -1,6 +1,8 @@
 """The order of the passes over each captured graph, behind those over the model.
 
-GRAPH_PASSES   functional ATen graph → the same graph with LoRA, lowered      for each graph
+DYNAMO_PASSES     Dynamo's graph, in the words of the model's code   →  what AOTAutograd traces
+GRAPH_PASSES      AOTAutograd's functional ATen graph                →  the same with LoRA
+LOWERING_PASSES   this graph                                         →  what Inductor makes code of
 """
 
 from __future__ import annotations
@@ -17,8 +19,13 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.model_passes import MODEL_PASSES, ModelPass
 from lorafx.passes.attend import Attend
 from lorafx.passes.attend_dense import AttendDense
+from lorafx.passes.check_lookups import CheckLookups
+from lorafx.passes.copy_returned_inputs import CopyReturnedInputs
+from lorafx.passes.detach_results import DetachResults
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
+from lorafx.passes.joint_graph import JointGraph
+from lorafx.passes.look_up_slots import LookUpSlots
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
 from lorafx.passes.outline.outline import Outline
@@ -27,13 +34,14 @@ from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.rescale import ReplaceRows, Rescale
+from lorafx.passes.write_back import WriteBack
 from lorafx.passes.write_in_place import WriteInPlace
 from lorafx.program.context import Context
 
 
 class GraphPass(Protocol):
-    """One rewrite of the functional ATen graph. `run` returns the number of its edits; the driver
-    lints and recompiles. Without a `required` pass a delta could be lost silently."""
+    """One rewrite of a graph. `run` returns the number of its edits; the driver lints and
+    recompiles. Without a `required` pass an answer could be wrong, or a delta lost, silently."""
 
     @property
     def name(self) -> str: ...
@@ -44,9 +52,15 @@ class GraphPass(Protocol):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int: ...
 
 
-#: `outline` is last, since it compares layers as they were lowered: those that differ then, by a
-#: pinned strategy for example, are not merged.
+DYNAMO_PASSES: tuple[GraphPass, ...] = (
+    CheckLookups(),
+    DetachResults(),
+)
+
+#: `outline` compares layers as they were lowered: those that differ then, by a pinned strategy for
+#: example, are not merged.
 GRAPH_PASSES: tuple[GraphPass, ...] = (
+    LookUpSlots(),
     WriteInPlace(),
     Match(),
     GiveOut(),
@@ -62,10 +76,18 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Products(),
     Join(),
     Outline(),
+    WriteBack(),
 )
 
-#: The place before the first pass over a graph.
-CAPTURED = "captured"
+LOWERING_PASSES: tuple[GraphPass, ...] = (
+    JointGraph(),
+    CopyReturnedInputs(),
+)
+
+_ALL = (*DYNAMO_PASSES, *GRAPH_PASSES, *LOWERING_PASSES)
+
+#: The places before the first pass over Dynamo's graph, and over AOTAutograd's.
+TRACED, CAPTURED = "traced", "captured"
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,8 @@ def way_around(item: GraphPass) -> str:
     """The end of a sentence: what a user can do about a pass that fails."""
     if isinstance(item, UserPass):
         return f"mend it, or leave {item.name!r} out of Options.passes"
+    if item in LOWERING_PASSES:
+        return 'run the graphs node by node by Options(lowering="reference")'
     if item.required:
         return "leave the modules that this part of the model runs out of target_modules"
     return f"switch the pass off by Options(passes={{{item.name!r}: False}})"
@@ -97,30 +121,33 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes over the model, those over each graph with the user's, and the names of those that
-    are off. `str()` has one line for each."""
+    """The passes over the model, those over each graph with the user's (`dynamo`, `graph` and
+    `lowering`), and the names of those that are off. `str()` has one line for each."""
 
     model: tuple[ModelPass, ...]
+    dynamo: tuple[GraphPass, ...]
     graph: tuple[GraphPass, ...]
+    lowering: tuple[GraphPass, ...]
     off: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                "over the model, once:",
-                *(_line(item.name, _description(item)) for item in self.model),
-                "over each captured graph:",
-                *(_line(item.name, _description(item)) for item in self.graph),
-                *(_line(name, "(off)") for name in self.off),
-            ]
-        )
+        sections: dict[str, Sequence[ModelPass | GraphPass]] = {
+            "over the model, once": self.model,
+            "over what Dynamo makes of each call": self.dynamo,
+            "over each captured graph": self.graph,
+            "over each graph before code is generated": self.lowering,
+        }
+        lines: list[str] = []
+        for title, passes in sections.items():
+            lines += [f"{title}:", *(_line(item.name, _description(item)) for item in passes)]
+        return "\n".join([*lines, *(_line(name, "(off)") for name in self.off)])
 
 
 def pipeline(options: Options | None = None) -> Pipeline:
     """The passes that `lorafx.compile` runs with these options, or with the defaults. Raises
     ConfigError if `options.passes` names an unknown pass, or one that cannot be off."""
     options = Options() if options is None else options
-    known = {item.name: item for item in GRAPH_PASSES}
+    known = {item.name: item for item in _ALL}
     users = {name: value for name, value in options.passes.items() if isinstance(value, After)}
     for name, value in options.passes.items():
         if isinstance(value, After):
@@ -131,28 +158,44 @@ def pipeline(options: Options | None = None) -> Pipeline:
                 "pass of your own is given as lorafx.After(pass, run)"
             )
         elif known[name].required and not value:
-            raise ConfigError(f"pass {name!r} cannot be switched off: adapters would be dropped")
-    placed: list[GraphPass] = list(_passes_behind(CAPTURED, users))
-    for item in GRAPH_PASSES:
-        if options.runs(item.name):
-            placed.append(item)
-        placed.extend(_passes_behind(item.name, users))
-    missing = [name for name in users if name not in {item.name for item in placed}]
+            raise ConfigError(
+                f"pass {name!r} cannot be switched off: adapters would be dropped, or answers wrong"
+            )
+    placed = (
+        _placed(TRACED, DYNAMO_PASSES, options, users),
+        _placed(CAPTURED, GRAPH_PASSES, options, users),
+        _placed("", LOWERING_PASSES, options, users),
+    )
+    there = {item.name for passes in placed for item in passes}
+    missing = [name for name in users if name not in there]
     if missing:
         raise ConfigError(f"passes {', '.join(missing)} are placed after one another")
     off = tuple(name for name in known if not options.runs(name))
-    return Pipeline(MODEL_PASSES, tuple(placed), off)
+    return Pipeline(MODEL_PASSES, *placed, off)
 
 
 def _check_user_pass(name: str, setting: After, known: Sequence[str]) -> None:
-    taken = {CAPTURED, *(item.name for item in MODEL_PASSES), *(item.name for item in GRAPH_PASSES)}
+    starts = (TRACED, CAPTURED)
+    taken = {*starts, *(item.name for item in MODEL_PASSES), *(item.name for item in _ALL)}
     if name in taken:
         raise ConfigError(f"{name!r} is the name of a pass of lorafx; give yours another name")
-    if setting.after != CAPTURED and setting.after not in known:
+    if setting.after not in (*starts, *known):
         raise ConfigError(
             f"the pass {name!r} is placed after {setting.after!r}, which is not a pass over "
-            f"graphs{nearest(setting.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
+            f"graphs{nearest(setting.after, known)}; passes are {', '.join((*starts, *known))}"
         )
+
+
+def _placed(
+    start: str, passes: Sequence[GraphPass], options: Options, users: dict[str, After]
+) -> tuple[GraphPass, ...]:
+    """The passes that are on, each with the user's behind it; `start` is the place before them."""
+    placed: list[GraphPass] = list(_passes_behind(start, users))
+    for item in passes:
+        if options.runs(item.name):
+            placed.append(item)
+        placed.extend(_passes_behind(item.name, users))
+    return tuple(placed)
 
 
 def _passes_behind(place: str, users: dict[str, After]) -> Iterator[UserPass]:
@@ -163,7 +206,7 @@ def _passes_behind(place: str, users: dict[str, After]) -> Iterator[UserPass]:
 
 
 def _line(name: str, about: str) -> str:
-    return f"  {name:<12}  {about}".rstrip()
+    return f"  {name:<20}  {about}".rstrip()
 
 
 def _description(item: ModelPass | GraphPass) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.capture.checks import Checks
+from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compile_log import (
     form_of,
     reason,
@@ -27,31 +28,27 @@ from lorafx.capture.compile_log import (
     tracing_seconds,
 )
 from lorafx.capture.compiler_failures import KEEP_OUT, failing_in
-from lorafx.capture.driver import NumericCheck, run_pipeline
+from lorafx.capture.driver import AfterPass, NumericCheck, run_passes
 from lorafx.capture.executable import (
-    Captured,
-    Parts,
+    Lowered,
     by_operator_if_tracked,
     checked,
-    collecting_parts,
     for_base,
-    foreign_operators,
     with_lookups,
 )
-from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
-from lorafx.capture.record import GraphRecord, dump_folder
+from lorafx.capture.record import GraphRecord
 from lorafx.capture.watched_places import KIND, WatchedPlaces
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
-from lorafx.pass_order import pipeline
+from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
-from lorafx.program.program import Program
+from lorafx.program.program import PassReport, Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
 from lorafx.torch_internals.frames import (
@@ -70,25 +67,40 @@ class Backend:
 
     Args:
         entered: says whether a Python frame is one that calls the program with a call's arguments.
+        lowering: by default that of the program's options.
+        observers: see what is compiled.
+        records: of graphs that were compiled before.
     """
 
-    def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        entered: Callable[[FrameType], bool],
+        *,
+        lowering: Lowering | None = None,
+        observers: Iterable[Observer] = (),
+        records: Iterable[GraphRecord] = (),
+    ) -> None:
         self.program = program
         self.owner = weakref.ref(program)
         self.entered = entered
-        self.records: list[GraphRecord] = []
-        #: Receives each compiled graph, to save it.
-        self.noted: Callable[[Captured], None] | None = None
-        #: Receives the record of each graph, even of a failed compilation.
-        self.recorded: Callable[[GraphRecord], None] | None = None
-        self.lowering: Lowering = lowering_for(program.options)
-        self.shortcuts = chosen(program.options.shortcuts)
-        #: Replaces the lowering: makes the executable from a record, whose stages are kept.
-        self.replay: Callable[[GraphRecord], Callable[[list[Any]], Any]] | None = None
+        self.records = [*records]
+        self.lowering = lowering or lowering_for(program.options)
+        self._observers = [*observers]
+        self._shortcuts = chosen(program.options.shortcuts)
         #: Looks up a place of the captured frame, if only this program runs the frame's code.
         self._value_at: Callable[[str], Any] | None = None
         #: Places of the captured frame that stand for guards; None where Dynamo compares them all.
-        self.watched: WatchedPlaces | None = None
+        self._watched: WatchedPlaces | None = None
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Inside the block `observer` sees what is compiled, too."""
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
 
     def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return self(gm, examples, per_token=True)
@@ -96,9 +108,15 @@ class Backend:
     def __call__(
         self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
     ) -> Callable[..., Any]:
-        """The executable of a frame whose inputs are `examples`. Raises ReplacedModuleError, and
-        keeps no graph, if an adapter of the batch touches a replaced module."""
-        program, self._value_at, self.watched = self.program, None, None
+        """The executable of a frame, for Dynamo. Raises as `compile`."""
+        return self.compile(gm, examples, per_token=per_token).executable
+
+    def compile(
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
+    ) -> Compilation:
+        """Compile a frame whose inputs are `examples`. Raises ReplacedModuleError, and keeps no
+        graph, if an adapter of the batch touches a replaced module."""
+        program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
         frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
@@ -106,18 +124,20 @@ class Backend:
         call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         record = self._new_record(frame, examples, call)
         record.seconds["Dynamo"] = traced
-        # A rank's graph may hold numbers of its own, such as its first row of a vocabulary.
-        whole = not program.site_watch.missing and not any(map(is_placed, examples))
-        parts = Parts(record.checks, base=not active, whole=whole)
-        graph = Captured(record, frame, _sources(gm), parts)
-        executable = self._compile(gm, examples, graph)
+        compilation = self._observed(gm, examples, frame, record)
+        if not self._keeps_stages:
+            record.stages = []
         self._guard_kind(frame, active=active)
-        if is_entry and "needless_guards" in self.shortcuts:
+        if is_entry and "needless_guards" in self._shortcuts:
             self._value_at = names_of_frame()  # for guards, which Dynamo makes later
             owner, f_globals = map(self._value_at, ("L['self']", "G"))
-            self.watched = WatchedPlaces(owner, f_globals, places_in_order())
-            self.watched.guard(partial(guard_frame, kind=KIND))
-        return executable
+            self._watched = WatchedPlaces(owner, f_globals, places_in_order())
+            self._watched.guard(partial(guard_frame, kind=KIND))
+        return compilation
+
+    @property
+    def _keeps_stages(self) -> bool:
+        return self.lowering.replays or any(item.keeps_stages for item in self._observers)
 
     def _new_record(
         self,
@@ -133,33 +153,41 @@ class Backend:
         title += " per token" if frame.per_token else ""
         changed = "".join(places.change() for places in program.watched_places[-1:])
         why = reason(call, [record.form for record in self.records], changed)
-        numeric, dumps = program.options.verify == "numeric", dump_folder(program.options)
-        keeps = self.replay is not None or numeric or dumps is not None
+        keeps = self._keeps_stages or program.options.verify == "numeric"
         return GraphRecord(title, lora, checks, keeps, form=call, reason=why)
 
-    def _compile(
-        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
-    ) -> Callable[..., Any]:
-        program, record = self.program, graph.record
-        active = bool(program.runtime.active)
-        check_lookups(gm, graph.frame)
-        model = type(program.model).__name__
-        noting = nullcontext() if self.noted is None else collecting_parts(graph.parts, gm)
+    def _observed(
+        self, gm: fx.GraphModule, examples: Sequence[Any], frame: Frame, record: GraphRecord
+    ) -> Compilation:
+        program = self.program
+        active, model = bool(program.runtime.active), type(program.model).__name__
         compile_graph = self._compile_lora if active else self._compile_base
-        try:
+        # A rank's graph may hold numbers of its own, such as its first row of a vocabulary.
+        whole = not program.site_watch.missing and not any(map(is_placed, examples))
+        sources = _sources(gm)
+        with ExitStack() as observed:
+            for observer in self._observers:
+                observed.enter_context(observer.compiling(record))
             show(f"{record.title} of {model}, {record.reason}")
-            with noting:
-                executable = compile_graph(gm, examples, graph)
+            self._rewrite_traced(gm, frame, record)
+            executable, lowered = compile_graph(gm, examples, frame, record)
+            whole &= lowered is None or lowered.whole
+            compilation = Compilation(
+                record, frame, sources, executable, lowered, base=not active, whole=whole
+            )
             self.records.append(record)
-            if self.noted is not None:
-                self.noted(graph)
+            for observer in self._observers:
+                observer.compiled(compilation)
             tell(record, model)
-        finally:
-            if self.recorded is not None:
-                self.recorded(record)
-        if self.replay is None and dump_folder(program.options) is None:
-            record.stages = []
-        return executable
+        return compilation
+
+    def _after(self, record: GraphRecord) -> AfterPass:
+        def after(gm: fx.GraphModule, ctx: Context, done: PassReport | str) -> None:
+            record.after(gm, ctx, done)
+            for observer in self._observers:
+                observer.after(gm, ctx, done)
+
+        return after
 
     def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
         program = self.program
@@ -196,32 +224,44 @@ class Backend:
 
     def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
         value_at, self._value_at = self._value_at, None
-        if value_at is None or self.watched is None:
-            return [True] * len(guards)
-        kept = keep_guards(guards, value_at, self.program.weight_watch.holds)
-        self.watched.watch(g.orig_guard for g, keep in zip(guards, kept, strict=True) if keep)
-        self.program.watched_places.append(self.watched)
-        watched = set(map(id, self.watched.guards))
-        return [
-            keep and id(g.orig_guard) not in watched for g, keep in zip(guards, kept, strict=True)
-        ]
+        kept: Sequence[bool] = [True] * len(guards)
+        if value_at is not None and self._watched is not None:
+            kept = keep_guards(guards, value_at, self.program.weight_watch.holds)
+            pairs = [*zip(guards, kept, strict=True)]
+            self._watched.watch(guard.orig_guard for guard, keep in pairs if keep)
+            self.program.watched_places.append(self._watched)
+            there = set(map(id, self._watched.guards))
+            kept = [keep and id(guard.orig_guard) not in there for guard, keep in pairs]
+        watched = [] if self._watched is None else self._watched.guards
+        for observer in self._observers:
+            observer.guarded(guards, kept, watched)
+        return kept
+
+    def _rewrite_traced(self, gm: fx.GraphModule, frame: Frame, record: GraphRecord) -> None:
+        """Run DYNAMO_PASSES."""
+        frame.bind(gm.graph)
+        ctx, after = Context(self.program, frame, gm), self._after(record)
+        after(gm, ctx, TRACED)
+        run_passes(pipeline(self.program.options).dynamo, gm, ctx, after, aten=False)
 
     def _compile_base(
-        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
-    ) -> Callable[..., Any]:
-        record = graph.record
-        record.keep_base(gm, graph.frame)
+        self, gm: fx.GraphModule, examples: Sequence[Any], frame: Frame, record: GraphRecord
+    ) -> tuple[Callable[..., Any], None]:
         with self._lowering_timed(record):
             compiled = compile_base(self.lowering, gm, examples)
-        return for_base(record.checks, self.owner, compiled)
+        return for_base(record.checks, self.owner, compiled), None
 
     def _compile_lora(
-        self, gm: fx.GraphModule, examples: Sequence[Any], graph: Captured
-    ) -> Callable[..., Any]:
-        record = graph.record
+        self, gm: fx.GraphModule, examples: Sequence[Any], frame: Frame, record: GraphRecord
+    ) -> tuple[Callable[..., Any], Lowered]:
+        passes, lowered = pipeline(self.program.options), list[Lowered]()
 
         def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return self._run_passes_and_lower(traced, inputs, graph)
+            lowered.append(self._run_passes_and_lower(traced, inputs, frame, record, passes))
+            check = None
+            if self.program.options.verify == "numeric":
+                check = NumericCheck(record.title, passes.graph, record.stages)
+            return with_lookups(record.checks, self.owner, lowered[-1], check)
 
         trace = aot_autograd(
             fw_compiler=_refuse_derivatives,
@@ -230,30 +270,31 @@ class Backend:
             # Otherwise AOTAutograd returns a written input, and copies all of it back.
             keep_inference_input_mutations=writes_caches(gm),
         )
-        if graph.frame.begins_call and not ends_in_break():  # nothing is differentiated after it
-            _detach_results(gm)
         with (
             saved_tensors_hooks_kept(),
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
         ):
             compiled = trace(gm, examples)
-        return checked(record.checks, self.owner, compiled)
+        return checked(record.checks, self.owner, compiled), lowered[-1]
 
     def _run_passes_and_lower(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], graph: Captured
-    ) -> Callable[..., Any]:
-        program, record, frame, parts = self.program, graph.record, graph.frame, graph.parts
-        if self.noted is not None:
-            parts.foreign += foreign_operators(gm)
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        frame: Frame,
+        record: GraphRecord,
+        passes: Pipeline,
+    ) -> Lowered:
         frame.bind(gm.graph)
-        ctx = Context(program, frame, gm)
-        # The rows of a graph inside a call may be some of the batch's, in another order: it looks
-        # their slots up. Slots per token are in the order of the call's arguments.
-        if not (frame.begins_call or frame.per_token):
-            ctx.look_up_slots()
+        ctx, after, replays = (
+            Context(self.program, frame, gm),
+            self._after(record),
+            self.lowering.replays,
+        )
         with timed(record.seconds, "passes"), builds_noted() as built:
-            run_pipeline(gm, ctx, record.after)
+            after(gm, ctx, CAPTURED)
+            run_passes(passes.graph, gm, ctx, after)
         for kernel in sorted(ctx.kernels):
             record.sources[f"kernel-{kernel:x}.py"] = partial(source_of, kernel)
         for spec, kernel in built.items():
@@ -261,25 +302,18 @@ class Backend:
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
-        operators = None
-        if self.replay is not None:
-            executable = self.replay(record)
-        else:
-            operators = copy.deepcopy(gm) if ctx.handover.seen else None
-            with self._lowering_timed(record):
-                executable = self.lowering.compile(gm, [*inputs, *values])
-        parts.lowered, parts.extra = executable, extra
-        parts.whole &= operators is None
+        operators = copy.deepcopy(gm) if ctx.handover.seen and not replays else None
+        with self._lowering_timed(record):
+            if not replays:
+                run_passes(passes.lowering, gm, ctx, after, aten=False)
+            run = self.lowering.compile(gm, [*inputs, *values], record.stages)
         if operators is not None:
-            executable = by_operator_if_tracked(executable, operators)
-        parts.banks = [
+            run = by_operator_if_tracked(run, operators)
+        banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        check = None
-        if program.options.verify == "numeric":
-            check = NumericCheck(record.title, pipeline(program.options).graph, record.stages)
-        return with_lookups(record.checks, self.owner, executable, extra, parts.banks, check)
+        return Lowered(run, extra, banks, whole=operators is None)
 
     @contextmanager
     def _lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -303,19 +337,6 @@ def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
         "graphs with adapters have no backward. Use torch.func (grad, vjp, jvp, jacrev, hessian), "
         "or keep torch.autograd.grad and what it differentiates in one graph, without a break"
     )
-
-
-def _detach_results(gm: fx.GraphModule) -> None:
-    """Detach the results of Dynamo's graph that gradients could reach."""
-    for node in gm.graph.output_node().all_input_nodes:
-        value = node.meta.get("example_value")
-        if node.op == "placeholder" or not isinstance(value, Tensor) or not value.requires_grad:
-            continue
-        with gm.graph.inserting_before(gm.graph.output_node()):
-            detached = gm.graph.call_method("detach", (node,))
-        detached.meta = dict(node.meta)
-        gm.graph.output_node().replace_input_with(node, detached)
-    gm.recompile()
 
 
 def _sources(gm: fx.GraphModule) -> list[Any]:

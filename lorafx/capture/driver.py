@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +17,46 @@ from torch import Tensor, fx
 
 from lorafx.capture.compiler_failures import failing_in
 from lorafx.capture.record import Stage
-from lorafx.errors import CaptureError, VerifyError
-from lorafx.pass_order import GraphPass, pipeline, way_around
-from lorafx.passes.outline.outline import bodies
+from lorafx.errors import CaptureError, LoweringError, VerifyError
+from lorafx.pass_order import CAPTURED, LOWERING_PASSES, GraphPass, way_around
+from lorafx.program.bodies import bodies
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
 from lorafx.program.program import PassReport
 from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
 
-#: Receives the captured graph (with None), then the graph after each pass with its report.
-AfterPass = Callable[[fx.GraphModule, Context, PassReport | None], None]
+#: Receives the graph after each pass with its report; before the first one, the name of the stage.
+AfterPass = Callable[[fx.GraphModule, Context, PassReport | str], None]
 
 
-def run_pipeline(gm: fx.GraphModule, ctx: Context, after_pass: AfterPass) -> None:
-    """Run all enabled passes over `gm`, in place."""
-    options = ctx.program.options
+def run_passes(
+    passes: Iterable[GraphPass],
+    gm: fx.GraphModule,
+    ctx: Context,
+    after_pass: AfterPass,
+    *,
+    aten: bool = True,
+) -> None:
+    """Run passes over `gm`, in place. If it is AOTAutograd's (`aten`), dead nodes are removed after
+    each, and the graph is checked. Of others only the structure is: nodes of Dynamo's write without
+    a result, and neither its nodes nor those of Inductor need a fake value."""
     outputs = output_values(gm)
-    after_pass(gm, ctx, None)
-
-    for graph_pass in pipeline(options).graph:
+    for item in passes:
         start = time.perf_counter()
-        with failing_in(f"the pass {graph_pass.name!r}", CaptureError, way_around(graph_pass)):
-            edits = graph_pass.run(gm, ctx)
-        for node in reversed(gm.graph.nodes):
-            if not stays(node):
-                gm.graph.erase_node(node)
-        gm.recompile()
-        check_graph(graph_pass.name, gm, ctx, outputs)
+        error = LoweringError if item in LOWERING_PASSES else CaptureError
+        with failing_in(f"the pass {item.name!r}", error, way_around(item)):
+            edits = item.run(gm, ctx)
+        if aten:
+            for node in reversed(gm.graph.nodes):
+                if not stays(node):
+                    gm.graph.erase_node(node)
+            gm.recompile()
+            check_graph(item.name, gm, ctx, outputs)
+        elif edits:
+            gm.recompile()
+            check_structure(item.name, gm)
         seconds = time.perf_counter() - start
-        after_pass(gm, ctx, PassReport(graph_pass.name, edits, seconds, len(gm.graph.nodes)))
+        after_pass(gm, ctx, PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
 
 
 def stays(node: fx.Node) -> bool:
@@ -56,10 +67,7 @@ def stays(node: fx.Node) -> bool:
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
     """Raise VerifyError, naming the pass, for a broken structure or fake value, a lost site, or
     changed `outputs` (the captured graph's `output_values`)."""
-    try:
-        gm.graph.lint()
-    except (RuntimeError, AssertionError) as error:
-        raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
+    check_structure(pass_name, gm)
     graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
     nodes = {node for graph in graphs for node in graph.nodes}
     for node in nodes:
@@ -78,6 +86,13 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         if not all(place in nodes for place in ctx.homes.get(node, (node,))):
             paths = ", ".join(state.site.path for state in states)
             raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
+
+
+def check_structure(pass_name: str, gm: fx.GraphModule) -> None:
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
 
 
 def output_values(gm: fx.GraphModule) -> list[Any]:
@@ -113,7 +128,11 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 @dataclass
 class NumericCheck:
-    """Compares the stages of a graph on its first real inputs, and drops them then."""
+    """Compares the stages of a graph on its first real inputs, and drops them then.
+
+    These are AOTAutograd's graph, and it after each of `passes`. Dynamo's graph has other inputs,
+    and what Inductor makes of a graph does not run node by node.
+    """
 
     title: str
     passes: Sequence[GraphPass]
@@ -122,10 +141,12 @@ class NumericCheck:
     def run(self, arguments: Sequence[Any], *, mixed: bool) -> None:
         """Compare all stages on `arguments`; for mixed batches those from `provenance` on, since
         earlier ones know no owners. Raises VerifyError for the first stage that differs."""
-        names = [stage.name for stage in self.stages]
+        comparable = {CAPTURED, *(item.name for item in self.passes)}
+        stages = [stage for stage in self.stages if stage.name in comparable]
+        names = [stage.name for stage in stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
         # Stages before `match` lack the inputs that it adds for unmarked uses.
-        stages = [stage for stage in self.stages[start:] if stage.input_count == len(arguments)]
+        stages = [stage for stage in stages[start:] if stage.input_count == len(arguments)]
         reference = _results(stages[0], arguments)
         for stage in stages[1:]:
             results = _results(stage, arguments)

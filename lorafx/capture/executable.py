@@ -15,42 +15,47 @@ recorded while it works.
 
 from __future__ import annotations
 
-import json
-import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
-from functools import cache, partial
-from importlib import metadata
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
-from lorafx.capture.record import GraphRecord
 from lorafx.eager.following import Following, owners_are_noted, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
-from lorafx.kernels.cpu.delta_kernels import builds_noted
-from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.model.extras import EXTRAS
-from lorafx.op_arguments import TRACED_WRITE
 from lorafx.ownership.real_labels import SHARED, Alone
-from lorafx.program.frame import SLOTS, Frame
+from lorafx.program.frame import SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
-from lorafx.torch_internals.compat import traced_anew
-from lorafx.torch_internals.frames import outside_of_frames
-from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 #: The program that a graph serves, weakly: Dynamo keeps executables among a module's globals.
 ProgramLookup = weakref.ref[Program]
 
 #: Sizes, strides and dtype of a bank's tensor.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A graph from the lowering, in AOTAutograd's boxed convention, and the inputs that passes
+    added to it.
+
+    Attributes:
+        extra, banks: (weight's position, site's index, name) and layout of each added input.
+        whole: whether `run` is all of it; else it holds another graph, for tracked calls.
+    """
+
+    run: Callable[[list[Any]], Any]
+    extra: Sequence[tuple[int, int, str]] = ()
+    banks: Sequence[BankLayout | None] = ()
+    whole: bool = True
 
 
 def checked(
@@ -128,24 +133,22 @@ def by_operator_if_tracked(
 def with_lookups(
     checks: Checks,
     owner: ProgramLookup,
-    compiled: Callable[[list[Any]], Any],
-    extra: Sequence[tuple[int, int, str]],
-    banks: Sequence[BankLayout | None],
+    lowered: Lowered,
     numeric: NumericCheck | None = None,
 ) -> Callable[..., Any]:
     """The graph, called with the inputs that passes added, in AOTAutograd's boxed convention."""
     zeros: dict[int, Tensor] = {}
-    names = frozenset(extra)
+    names = frozenset(lowered.extra)
 
     def run(arguments: list[Any]) -> Any:
         program = owner()
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks)
-            arguments.extend(_added_inputs(program, arguments, extra, banks, names, zeros))
+            arguments.extend(_added_inputs(program, arguments, lowered, names, zeros))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
-        return compiled(arguments)
+        return lowered.run(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -192,8 +195,7 @@ def _check_callers(program: Program, arguments: Sequence[Any], checks: Checks) -
 def _added_inputs(
     program: Program,
     arguments: Sequence[Any],
-    extra: Sequence[tuple[int, int, str]],
-    banks: Sequence[BankLayout | None],
+    lowered: Lowered,
     names: frozenset[tuple[int, int, str]],
     zeros: dict[int, Tensor],
 ) -> list[Any]:
@@ -206,7 +208,9 @@ def _added_inputs(
     """
     strides_are_fixed = program.options.lowering != "reference"
     inputs: list[Any] = []
-    for number, ((position, index, name), layout) in enumerate(zip(extra, banks, strict=True)):
+    for number, ((position, index, name), layout) in enumerate(
+        zip(lowered.extra, lowered.banks, strict=True)
+    ):
         if layout is None:
             slots = program.runtime.graph_slots
             inputs.append(slots if name == SLOTS else slots[:1])
@@ -243,128 +247,3 @@ def _zeros(layout: BankLayout, device: torch.device) -> Tensor:
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     # The gaps that the strides leave are zeros, too.
     return torch.zeros(last + 1, dtype=dtype, device=device).as_strided(shape, strides)
-
-
-_KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
-_KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
-
-
-@dataclass
-class Wrappers:
-    """The wrappers that AOTAutograd puts around a graph without gradients, and their settings;
-    `subclasses` says which inputs are tensors that wrap others."""
-
-    metadata: Any
-    wrappers: list[Any]
-    config: Any
-    subclasses: Any = None
-
-    def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-        """AOTAutograd's function around `compiled`, a graph in the boxed convention."""
-        from lorafx.torch_internals.saved_graphs import BundledAOTAutogradResult
-
-        # The other fields are only read when torch itself loads the graph.
-        values = dict.fromkeys(item.name for item in fields(BundledAOTAutogradResult))
-        values |= {"forward_time_taken_ns": 0, "backward_time_taken_ns": 0}
-        values |= {"runtime_metadata": self.metadata, "dispatch_wrappers": self.wrappers}
-        values |= {"sanitized_aot_config": self.config, "indices_of_inps_to_detach": []}
-        values |= {"maybe_subclass_meta": self.subclasses}
-        result: Any = cast(Any, BundledAOTAutogradResult)(**values)
-        with outside_of_frames():
-            run = result._apply_runtime_wrappers(compiled, None, False, self.config)
-        return lambda *arguments: run(list(arguments))
-
-
-@contextmanager
-def collecting_parts(parts: Parts, gm: fx.GraphModule) -> Iterator[None]:
-    """Collect in `parts` what AOTAutograd and the lowering make of Dynamo's graph in the block."""
-    from lorafx.torch_internals.saved_graphs import inference_info_noted
-
-    parts.foreign = foreign_operators(gm)
-    # Without traced_anew, torch's cache may return a function that has no visible parts.
-    with builds_noted() as kernels, inference_info_noted() as infos, traced_anew():
-        yield
-    parts.kernels = kernels
-    if infos:
-        config, metadata, subclasses, compiled, *_, wrappers = infos[-1]
-        parts.lowered = parts.lowered or compiled
-        with suppress(AttributeError, TypeError, ValueError):  # the graph is not saved then
-            parts.wrappers = Wrappers(metadata, wrappers, config.to_cacheable(), subclasses)
-
-
-@dataclass
-class Parts:
-    """The parts of an executable of calls with adapters, or without (`base`).
-
-    Attributes:
-        lowered: the graph from the lowering, in the boxed convention.
-        kernels: the generated C++ kernels that it calls, with their ids.
-        extra, banks: (weight's position, site's index, name) and layout of inputs added by passes.
-        foreign: operators of the graph that are neither torch's nor lorafx's.
-        whole: whether the executable can be rebuilt from these parts alone.
-    """
-
-    checks: Checks
-    base: bool = False
-    lowered: Any = None
-    kernels: dict[DeltaSpec, int] = field(default_factory=dict)
-    extra: list[tuple[int, int, str]] = field(default_factory=list)
-    banks: list[BankLayout | None] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-    wrappers: Wrappers | None = None
-    whole: bool = True
-
-    def executable(
-        self, program: Program, lowered: Callable[[list[Any]], Any]
-    ) -> Callable[..., Any]:
-        assert self.wrappers is not None
-        owner = weakref.ref(program)
-        if self.base:
-            return for_base(self.checks, owner, self.wrappers.around(lowered))
-        boxed = with_lookups(self.checks, owner, lowered, self.extra, self.banks)
-        return checked(self.checks, owner, self.wrappers.around(boxed))
-
-
-def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """Names of operators and functions in a graph whose code a saved graph's key does not cover: it
-    has torch's, lorafx's, and the versions of installed packages, which name their operators after
-    themselves."""
-    found = set()
-    for module in gm.modules():
-        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-        for node in nodes:
-            if node.op != "call_function":
-                continue
-            target: Any = node.args[0] if node.target is TRACED_WRITE else node.target
-            if isinstance(target, HigherOrderOperator):
-                known = target in _KNOWN_HIGHER_ORDER
-            elif isinstance(target, (OpOverload, OpOverloadPacket)):
-                namespace = str(target).partition(".")[0]
-                known = namespace in _KNOWN_NAMESPACES or _is_installed(namespace)
-            elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
-                known = True  # written in C, by an installed package
-            else:
-                home = str(getattr(target, "__module__", "")).partition(".")[0]
-                known = home in ("_operator", "math", "builtins", "torch")
-            if not known:
-                found.add(str(target))
-    return sorted(found)
-
-
-@cache
-def _is_installed(package: str) -> bool:
-    """Whether pip has installed a package, whose files then change with its version only."""
-    names = metadata.packages_distributions().get(package, ())
-    origins = [metadata.distribution(name).read_text("direct_url.json") for name in names]
-    folders = [json.loads(origin or "{}").get("dir_info", {}) for origin in origins]
-    return bool(folders) and not any(folder.get("editable") for folder in folders)
-
-
-@dataclass
-class Captured:
-    """A graph that the backend compiles; `sources` are Dynamo's sources of its inputs."""
-
-    record: GraphRecord
-    frame: Frame
-    sources: Sequence[Any]
-    parts: Parts

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import magic_methods
 
-from lorafx.capture.record import Place, Size, Stage, identifier, value_of
+from lorafx.capture.record import Place, Size, Stage, identifier
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.ownership.flow import module_path
-from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.bodies import INVOKE
 from lorafx.program.context import SITE_OPS
+from lorafx.program.frame import fake_value
 from lorafx.program.inputs import FrameInput
-from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload
+from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -76,7 +77,7 @@ class Printer:
             return self.name(value)
         if value is None or isinstance(value, (int, float, str)):
             return repr(value)
-        if isinstance(value, OpOverload):
+        if isinstance(value, (OpOverload, OpOverloadPacket)):
             return f"torch.ops.{value}"
         if isinstance(value, HigherOrderOperator):
             return f"torch.ops.higher_order.{value.name()}"
@@ -106,7 +107,7 @@ def _function_name(function: Any) -> str:
 
 def value_text(node: fx.Node) -> str:
     """A tensor's dtype and shape, a symbolic number's expression, or "" for other values."""
-    value = value_of(node)
+    value = fake_value(node)
     if isinstance(value, Tensor):
         sizes = ", ".join(map(str, value.shape))
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
@@ -179,12 +180,18 @@ def _short_file(file: str) -> str:
     return os.path.relpath(file, max(inside, key=len)) if inside else file
 
 
-def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, str]:
-    """The names of all nodes in all stages of a graph. A node has the same name in all stages; the
-    name of a removed node may be given to a later one."""
+def names_of(
+    stages: Iterable[Stage], sizes: Mapping[str, Size]
+) -> dict[Stage, Mapping[Place, str]]:
+    """The names of all nodes, by stage. A node has the same name in all stages of AOTAutograd's
+    graph, and of Dynamo's; the name of a removed node may be given to a later one."""
+    named: dict[Stage, Mapping[Place, str]] = {}
     names: dict[Place, str] = {}
     bases: dict[Place, str] = {}
     for stage in stages:
+        if stage.report is None:  # a graph whose nodes are others
+            names, bases = {}, {}
+        named[stage] = names
         calls: dict[Any, fx.Node] = {}
         for node in stage.graphs[""].find_nodes(op="call_function", target=INVOKE):
             calls.setdefault(node.args[1], node)
@@ -207,7 +214,7 @@ def names_of(stages: Iterable[Stage], sizes: Mapping[str, Size]) -> dict[Place, 
                     name = f"{bases[place]}_{number}"
                 used.add((path, name))
                 names[place] = name
-    return names
+    return named
 
 
 def _base_name(
@@ -234,7 +241,7 @@ def _input_words(
     node: fx.Node, item: FrameInput, sizes: Mapping[str, Size]
 ) -> tuple[str, Sequence[str]]:
     """A word for the contents of an input, and the paths of the modules that it belongs to."""
-    value, part = value_of(node), f"_{item.part}" if item.part else ""
+    value, part = fake_value(node), f"_{item.part}" if item.part else ""
     sites = item.group.sites if item.group is not None else item.sites
     paths = [site.path for site in sites]
     if item.kind in ("bank", "packed"):

@@ -7,33 +7,40 @@ reference   aten operators, run node by node; the base is eager
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
 
+from lorafx.capture.record import Stage
 from lorafx.config import Options
-from lorafx.passes.outline.outline import INVOKE, bodies, is_view
-from lorafx.program.frame import fake_value
+from lorafx.program.bodies import bodies
 from lorafx.torch_internals.compat import mode_settings
-from lorafx.torch_internals.dynamo import InputMutationAOTOutput
-from lorafx.torch_internals.frames import size_expression
 from lorafx.torch_internals.graph_parts import OpOverload
-from lorafx.torch_internals.shortcuts import chosen
 
 aten = torch.ops.aten
 
+#: A graph in AOTAutograd's boxed convention, and copies of it after each pass.
+Boxed: TypeAlias = Callable[[list[Any]], Any]
+Stages: TypeAlias = Sequence[Stage]
+
 
 class Lowering(Protocol):
-    """Compiles graphs with LoRA to executables in AOTAutograd's boxed convention."""
+    """Compiles graphs with LoRA to executables in AOTAutograd's boxed convention.
+
+    `replays`: they run the graph as it was after one of the passes, of which `stages` has copies;
+    LOWERING_PASSES are not run.
+    """
+
+    @property
+    def replays(self) -> bool: ...
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]: ...
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed: ...
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:
@@ -78,13 +85,13 @@ _TESTED = ("aten", "prims", "lorafx")
 class InductorLowering:
     """Inductor, whose caches hash the rewritten graph, so a changed pass invalidates them.
 
-    `patches` are settings for a `mode` of torch.compile; `writes_back`: `write_back` is run;
-    `asserts`: generated code compares all sizes and strides.
+    `patches` are settings for a `mode` of torch.compile; `asserts`: generated code compares all
+    sizes and strides.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
-    writes_back: bool = False
     asserts: bool = False
+    replays: bool = False
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from lorafx.torch_internals.compat import inductor_config
@@ -92,23 +99,13 @@ class InductorLowering:
         with inductor_config.patch(dict(self.patches)):
             return decomposition_table()
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         from lorafx.torch_internals.compat import inductor_config
-        from lorafx.torch_internals.inductor import (
-            _recursive_joint_graph_passes,
-            compile_fx_inner,
-            get_static_input_idxs,
-        )
+        from lorafx.torch_internals.inductor import compile_fx_inner, get_static_input_idxs
 
-        if self.writes_back:
-            write_back(gm)
         settings = {} if self.asserts or not _is_tested(gm, inputs) else _NO_ASSERTS
         with inductor_config.patch({**settings, **self.patches, **_IN_ORDER, **_NO_HARNESS}):
-            # What compile_fx does before its inner compile for inference.
-            results: Any = gm.graph.output_node().args[0]
-            memory = [_base_of(item) for item in results]
-            gm = _recursive_joint_graph_passes(gm)
-            _copy_returned_inputs(gm, memory)
+            # What compile_fx does before its inner compile for inference, after LOWERING_PASSES.
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = module.graph.output_node()
                 items: Any = output.args[0]
@@ -132,39 +129,6 @@ def _is_tested(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     )
 
 
-def _base_of(item: Any) -> Any:
-    while isinstance(item, fx.Node) and is_view(item) and isinstance(item.args[0], fx.Node):
-        item = item.args[0]
-    return item
-
-
-def _copy_returned_inputs(gm: fx.GraphModule, memory: Sequence[Any]) -> None:
-    """Copy results that have become inputs or views of inputs, as of `n + 0`, since AOTAutograd
-    overwrites inputs after the graph. `memory`: the bases of the results that AOTAutograd knew."""
-    output = gm.graph.output_node()
-    items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    changed = False
-    for place, (item, before) in enumerate(zip(items, memory, strict=True)):
-        base = _base_of(item)
-        became_input = isinstance(base, fx.Node) and base.op == "placeholder"
-        if not became_input or base is before or not isinstance(fake_value(base), Tensor):
-            continue
-        user = item if item is not base else output
-        while user is not output and user.args[0] is not base:
-            user = user.args[0]
-        with gm.graph.inserting_before(user):
-            copy = gm.graph.call_function(torch.ops.aten.clone.default, (base,))
-        copy.meta.update(val=fake_value(base).clone())
-        if user is output:
-            items[place] = copy
-        else:
-            user.replace_input_with(base, copy)
-        changed = True
-    if changed:
-        output.args = (tuple(items),)
-        gm.recompile()
-
-
 class NodeByNode:
     """A graph run by the interpreter, in AOTAutograd's boxed convention."""
 
@@ -179,10 +143,12 @@ class NodeByNode:
 
 
 class ReferenceLowering:
+    replays = False
+
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         return NodeByNode(gm)
 
 
@@ -205,128 +171,5 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
         return ReferenceLowering()
     return InductorLowering(
         {**mode_settings(options.mode), **(patches or {})},
-        writes_back="written_back" in chosen(options.shortcuts),
         asserts=options.verify == "numeric",
     )
-
-
-#: The position of the first operand in a call's arguments, behind the body and its name.
-_OPERANDS = 2
-
-
-def write_back(gm: fx.GraphModule) -> int:
-    """Rewrite the outlined bodies of `gm` in place, so that they write into inputs such as caches,
-    which nothing else reads; return how many inputs their calls write.
-
-        before      k1, h1 = body(h0; K1, W1)     AOTAutograd overwrites K1 with k1 after the graph
-        after       h1 = body(h0; K1, W1)         the body ends in K1.copy_(k1), which Inductor
-                                                  does in place
-
-    AOTAutograd makes graphs functional, so writing a token's keys into a fixed-size cache would
-    copy the cache twice at each step. This is done only on a CPU: elsewhere CUDA graphs and copies
-    of unaligned inputs rely on inputs being written after the graph.
-    """
-    calls: dict[str, list[fx.Node]] = {}
-    for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
-        calls.setdefault(str(call.args[1]), []).append(call)
-    written = _written_inputs(gm)
-    edits = 0
-    for group in calls.values():
-        writable = [dict(_writable_results(call, written)) for call in group]
-        common = {
-            result: operand
-            for result, operand in writable[0].items()
-            if all(pairs.get(result) == operand for pairs in writable)
-        }
-        body = getattr(gm, str(group[0].args[0].target))  # type: ignore[union-attr]
-        common = _writable_by_body(body, common)
-        if common:
-            _write_in_body(gm, body, group, common, written)
-            edits += len(common) * len(group)
-    if edits:
-        gm.graph.lint()
-        gm.recompile()
-    return edits
-
-
-def _written_inputs(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """The inputs that AOTAutograd overwrites after the graph, by the results that it copies."""
-    output = gm.graph.output_node()
-    items: Any = output.args[0]
-    descriptions = output.meta.get("desc") or ()
-    if len(descriptions) != len(items):
-        return {}
-    inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
-    written: dict[fx.Node, fx.Node] = {}
-    for item, desc in zip(items, descriptions, strict=True):
-        place = inputs.get(desc.mutated_input) if isinstance(desc, InputMutationAOTOutput) else None
-        if place is not None and isinstance(item, fx.Node) and items.count(item) == 1:
-            written[item] = place
-    return written
-
-
-def _writable_results(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """(result, operand) indices of results only copied into inputs that only `call` reads."""
-    operands: Sequence[Any] = call.args[_OPERANDS:]
-    for item in call.users:
-        place = written.get(item)
-        if place is None or item.target is not operator.getitem:
-            continue
-        if len(item.users) > 1 or set(place.users) != {call} or operands.count(place) != 1:
-            continue
-        result, operand = fake_value(item), fake_value(place)
-        if operand.device.type == "cpu" and _same_layout(result, operand):
-            yield item.args[1], operands.index(place)  # type: ignore[misc]
-
-
-def _same_layout(result: Any, operand: Any) -> bool:
-    def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-        numbers = (*tensor.shape, *tensor.stride())
-        return (tensor.dtype, tensor.device, *map(size_expression, numbers))
-
-    return layout(result) == layout(operand)
-
-
-def _writable_by_body(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
-    """The pairs that the body may write: new values, returned once, beside another result."""
-    results: Any = body.graph.output_node().args[0]
-    writable = {
-        result: operand
-        for result, operand in pairs.items()
-        if isinstance(results[result], fx.Node)
-        and results[result].op == "call_function"
-        and list(results).count(results[result]) == 1
-    }
-    different = len({*writable.values()}) == len(writable)
-    return writable if different and len(writable) < len(results) else {}
-
-
-def _write_in_body(
-    gm: fx.GraphModule,
-    body: fx.GraphModule,
-    calls: Sequence[fx.Node],
-    pairs: dict[int, int],
-    written: dict[fx.Node, fx.Node],
-) -> None:
-    graph, output = body.graph, body.graph.output_node()
-    operands = graph.find_nodes(op="placeholder")
-    results: Any = output.args[0]
-    with graph.inserting_before(output):
-        for result, operand in pairs.items():
-            copy = graph.call_function(
-                torch.ops.aten.copy_.default, (operands[operand], results[result])
-            )
-            copy.meta["val"] = fake_value(operands[operand])
-    kept = [place for place in range(len(results)) if place not in pairs]
-    output.args = (tuple(results[place] for place in kept),)
-    body.recompile()
-    for call in calls:
-        values = call.meta["val"]
-        call.meta["val"] = tuple(values[place] for place in kept)
-        for item in list(call.users):
-            place: Any = item.args[1]
-            if place in pairs:
-                item.replace_all_uses_with(written[item])
-                gm.graph.erase_node(item)
-            else:
-                item.update_arg(1, kept.index(place))

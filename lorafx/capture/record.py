@@ -23,7 +23,7 @@ from lorafx.errors import ProvenanceError
 from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED
 from lorafx.program.context import Context, Outlined, Refusal, SiteState
-from lorafx.program.frame import Frame, batch_symbols
+from lorafx.program.frame import Frame, batch_symbols, fake_value
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport
 
@@ -33,17 +33,18 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A copy of a graph after a pass (as captured if `report` is None), with the inputs of the main
-    graph by name, and the sites of nodes by place."""
+    """A copy of a graph after the pass `name`, or before the first one if `report` is None, with
+    the inputs of the main graph by name, and the sites of nodes by place."""
 
     graph: fx.GraphModule
+    name: str = CAPTURED
     report: PassReport | None = None
     inputs: Mapping[str, FrameInput] = field(default_factory=dict)
     sites: Mapping[Place, tuple[SiteState, ...]] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> Stage:
+    def of(cls, gm: fx.GraphModule, ctx: Context, done: PassReport | str) -> Stage:
         modules = gm.named_modules()
         paths = {item.graph: path for path, item in modules if isinstance(item, fx.GraphModule)}
         sites: dict[Place, tuple[SiteState, ...]] = {}
@@ -52,13 +53,12 @@ class Stage:
                 replace(state, use=None, packed_weight=None, packed_bias=None) for state in states
             )
             for home in ctx.homes.get(node, (node,)):
+                if home.graph not in paths:
+                    continue  # Inductor has made the body anew
                 place = paths[home.graph], home.name
                 sites[place] = sites.get(place, ()) + plain
-        return cls(copied(gm), report, _inputs_of(ctx.frame), sites, tuple(ctx.refusals))
-
-    @property
-    def name(self) -> str:
-        return CAPTURED if self.report is None else self.report.name
+        name, report = (done, None) if isinstance(done, str) else (done.name, done)
+        return cls(copied(gm), name, report, _inputs_of(ctx.frame), sites, tuple(ctx.refusals))
 
     @cached_property
     def graphs(self) -> dict[str, fx.Graph]:
@@ -113,15 +113,15 @@ class Size(NamedTuple):
         return f"{self.of}.shape[{self.dim}]"
 
 
-def _sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Size]:
+def _sizes_of(frame: Frame) -> dict[str, Size]:
     """The meanings of symbols in the sizes of inputs; arguments of the call come first."""
     sizes: dict[str, Size] = {}
     try:
-        requests = {str(symbol) for symbol in batch_symbols(frame)} if frame.by_node else set()
+        requests = {str(symbol) for symbol in batch_symbols(frame)}
     except ProvenanceError:
         requests = set()
-    for node, item in sorted(inputs.items(), key=lambda pair: pair[1].kind != "argument"):
-        value = value_of(node)
+    for node, item in sorted(frame.by_node.items(), key=lambda pair: pair[1].kind != "argument"):
+        value = fake_value(node)
         if not isinstance(value, Tensor):
             continue
         label = item.role.argument if item.role is not None else identifier(item)
@@ -141,11 +141,6 @@ def _sizes_of(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, S
 def identifier(item: FrameInput) -> str:
     """An identifier made from Dynamo's source of an input."""
     return plain_path(item.label) or re.sub(r"\W+", "_", item.label.removeprefix("L")).strip("_")
-
-
-def value_of(node: fx.Node) -> Any:
-    """The fake value of a node, from AOTAutograd or Dynamo."""
-    return node.meta.get("val", node.meta.get("example_value"))
 
 
 @dataclass(eq=False)
@@ -181,26 +176,18 @@ class GraphRecord:
         saved = ("lora", "checks", "passes", "states", "outlined", "form", "sizes")
         return {name: getattr(self, name) for name in saved}
 
-    def after(self, gm: fx.GraphModule, ctx: Context, report: PassReport | None) -> None:
-        """Note the graph after a pass, or the captured graph if `report` is None."""
-        if report is not None:
-            self.passes.append(report)
+    def after(self, gm: fx.GraphModule, ctx: Context, done: PassReport | str) -> None:
+        """Note the graph after a pass; before the first one `done` is the name of the stage."""
+        if not isinstance(done, str):
+            self.passes.append(done)
         if self.keeps_stages:
             self.outlined = ctx.outlined
-            self._note_sizes(ctx.frame, ctx.frame.by_node)
-            self.stages.append(Stage.of(gm, ctx, report))
+            self._note_sizes(ctx.frame)
+            self.stages.append(Stage.of(gm, ctx, done))
 
-    def keep_base(self, gm: fx.GraphModule, frame: Frame) -> None:
-        if self.keeps_stages:
-            inputs = gm.graph.find_nodes(op="placeholder")
-            frame_inputs = dict(zip(inputs, frame.inputs, strict=True))
-            self._note_sizes(frame, frame_inputs)
-            by_name = {node.name: item for node, item in frame_inputs.items()}
-            self.stages.append(Stage(copied(gm), inputs=by_name))
-
-    def _note_sizes(self, frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> None:
+    def _note_sizes(self, frame: Frame) -> None:
         # Earlier meanings are kept: a pass may have unified symbols that earlier stages show.
-        self.sizes = {**_sizes_of(frame, inputs), **self.sizes}
+        self.sizes = {**_sizes_of(frame), **self.sizes}
 
     def code(self, text: str) -> None:
         number = sum(name.startswith("inductor") for name in self.sources)
@@ -213,7 +200,7 @@ class GraphRecord:
                 # References to nodes would keep the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
-        self._note_sizes(ctx.frame, ctx.frame.by_node)
+        self._note_sizes(ctx.frame)
         self.outlined = ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [

@@ -859,9 +859,7 @@ def _new_backend(session: Session) -> Backend:
     from lorafx.capture.backend import Backend
     from lorafx.inspection.viewer.dump import Dumps
 
-    backend = Backend(session.program, entered)
-    backend.recorded = Dumps(session)
-    return backend
+    return Backend(session.program, entered, observers=[Dumps(session)])
 
 
 #: All live compiled models, also those that are detached.

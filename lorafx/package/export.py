@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lorafx.api import compile as compile_model
+from lorafx.capture.backend import Backend
+from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compiler_failures import explained, failing_in
-from lorafx.capture.executable import Captured
-from lorafx.capture.lowering import Lowering
+from lorafx.capture.lowering import Boxed, ReferenceLowering, Stages
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.config import Options
 from lorafx.errors import (
@@ -35,6 +35,7 @@ from lorafx.errors import (
     ProvenanceError,
     UnsupportedAdapterError,
 )
+from lorafx.inspection.viewer.dump import Dumps
 from lorafx.model.sites import room_of
 from lorafx.package.aten import InAten, checked
 from lorafx.package.stand_in import FORMAT, KEY, constants_of, described, sites_of
@@ -42,6 +43,7 @@ from lorafx.program.argument_roles import RoleTable
 from lorafx.program.frame import Frame, fake_value
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import Program
+from lorafx.runtime.entry import entered
 from lorafx.runtime.example_inputs import as_call, named_inputs
 from lorafx.torch_internals.dynamo import InputMutationAOTOutput
 from lorafx.torch_internals.frames import largest_size
@@ -135,29 +137,29 @@ def _described(program: Program) -> dict[str, Any]:
     return sites
 
 
-@dataclass
-class _Recording:
-    """A lowering that runs graphs node by node, and keeps them with their arguments and results."""
+class _Recording(ReferenceLowering, Observer):
+    """Runs graphs node by node, and keeps them, and their arguments and results."""
 
-    lowering: Lowering
-    runs: list[tuple[fx.GraphModule, list[Any], list[Any]]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.graphs: list[Compilation] = []
+        self.runs: list[tuple[fx.GraphModule, list[Any], list[Any]]] = []
 
-    def decompositions(self) -> dict[Any, Callable[..., Any]]:
-        return self.lowering.decompositions()
+    def compiled(self, compilation: Compilation) -> None:
+        self.graphs.append(compilation)
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
         def run(arguments: list[Any]) -> Any:
             results = gm.forward(*arguments)
             self.runs.append((gm, arguments, list(results)))
             return results
 
-        run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
 
 def captured(compiled: CompiledModel, example_inputs: Any) -> ExportedGraph:
     """The graph of a call with these inputs, without an adapter. Raises as `export`."""
-    program, backend = compiled._session.program, compiled._session.backend
+    session = compiled._session
+    program = session.program
     args, kwargs = as_call(example_inputs)
     named = named_inputs(RoleTable(program.model, program.config.row_dims), example_inputs)
     for name, value in named.items():
@@ -170,25 +172,27 @@ def captured(compiled: CompiledModel, example_inputs: Any) -> ExportedGraph:
     if len(set(map(id, tensors.values()))) < len(tensors):
         raise ConfigError("two arguments of the example are one tensor; give a copy of it")
     compiled.set_adapter(None)  # PEFT's active adapter
-    graphs: list[Captured] = []
-    backend.noted = graphs.append
-    recording = backend.lowering = _Recording(backend.lowering)
+    recording = _Recording()
+    session.backend = Backend(
+        program, entered, lowering=recording, observers=[recording, Dumps(session)]
+    )
     output = compiled(*args, **kwargs)
     model = type(program.model).__name__
-    if len(recording.runs) != 1 or len(graphs) != 1:
+    if len(recording.runs) != 1 or len(recording.graphs) != 1:
         raise CaptureError(
-            f"{model} runs in {len(graphs)} graphs with Python between them, and a package holds "
-            "one; TORCH_LOGS=graph_breaks says where they break"
+            f"{model} runs in {len(recording.graphs)} graphs with Python between them, and a "
+            "package holds one; TORCH_LOGS=graph_breaks says where they break"
         )
     gm, values, results = recording.runs[0]
-    _refuse(graphs[0], gm, model)
+    (compilation,) = recording.graphs
+    _refuse(compilation, gm, model)
     graph = ExportedGraph(program, gm)
-    graph.take_inputs(graphs[0].frame, values, tensors)
+    graph.take_inputs(compilation.frame, values, tensors)
     graph.form = graph.take_output(output, results)
     return graph
 
 
-def _refuse(graph: Captured, gm: fx.GraphModule, model: str) -> None:
+def _refuse(graph: Compilation, gm: fx.GraphModule, model: str) -> None:
     for refusal in graph.record.checks.refusals:
         sites = ", ".join(refusal.sites)
         if refusal.when == "always":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,10 +120,13 @@ class Context:
     kept_shared: dict[fx.Node, str] = field(default_factory=dict)
     #: Site nodes moved by `outline` -> the call that computes each, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    #: The bases of the results that AOTAutograd knew, when Inductor rewrites the graph.
+    memory: Sequence[Any] = ()
     fake_mode: FakeTensorMode | None = field(init=False)
 
     def __post_init__(self) -> None:
-        values = [fake_value(node) for node in self.graph.nodes]
+        # Of AOTAutograd's values: those of Dynamo are of another mode than the backend's.
+        values = [node.meta.get("val") for node in self.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
 
     @property
@@ -255,7 +258,7 @@ class Context:
                 fields[name] = self.bank_input(site, weight, name)
         items = self.frame.by_node.items()
         slots = next((node for node, item in items if item.kind == "slots"), None)
-        return {**fields, "slots": slots or self._slots_input(self._weight_key(site, weight))}
+        return {**fields, "slots": slots or self.slots_input(self._weight_key(site, weight))}
 
     def bank_input(self, site: Site, weight: fx.Node, name: str) -> fx.Node:
         assert self.fake_mode is not None
@@ -273,16 +276,7 @@ class Context:
         # Tied weights have several sites: a head and an embedding.
         return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
-    def look_up_slots(self) -> None:
-        """Replace the slots that marks read by an input, the slots of this graph's rows."""
-        items = self.frame.by_node.items()
-        handle = next((node for node, item in items if item.kind == "slots"), None)
-        if handle is not None:
-            self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
-            slots = self._slots_input((self.frame.positions[handle], 0))
-            handle.replace_all_uses_with(slots)
-
-    def _slots_input(self, weight_key: tuple[int, int]) -> fx.Node:
+    def slots_input(self, weight_key: tuple[int, int]) -> fx.Node:
         assert self.fake_mode is not None
         size = self.frame.batch_size()
         with self.fake_mode:

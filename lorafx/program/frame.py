@@ -24,7 +24,7 @@ SLOTS, ONE_SLOT = "slots", "slot"
 
 
 class Frame:
-    """A captured frame's inputs by position, and by placeholder after AOTAutograd."""
+    """A captured frame's inputs by position, and by placeholder of its graph."""
 
     def __init__(self, inputs: Sequence[FrameInput]) -> None:
         self.inputs = tuple(inputs)
@@ -84,7 +84,8 @@ class Frame:
         return any(item.kind in ("bank", "weight") for item in self.inputs)
 
     def bind(self, graph: fx.Graph) -> None:
-        """Map AOTAutograd's placeholders, in Dynamo's order, to the inputs."""
+        """Map the placeholders of Dynamo's graph, or then of AOTAutograd's, to the inputs."""
+        self.by_node, self.positions = {}, {}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for position, node in enumerate(placeholders):
             index, part = input_place(node, position)
@@ -106,8 +107,8 @@ class Frame:
 
 
 def fake_value(node: fx.Node) -> Any:
-    """The fake tensor or symbol of `node`."""
-    return node.meta.get("val")
+    """The fake tensor or symbol of `node`, from AOTAutograd or Dynamo."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def batch_symbols(frame: Frame) -> set[Any]:

@@ -257,7 +257,7 @@ class Entry:
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
-            keep_guards=backend.keep_guards if saved is None else saved.keep_guards,
+            keep_guards=backend.keep_guards,
             saved=saved,
             saves=bool(session.program.options.cache),
         )

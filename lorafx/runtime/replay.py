@@ -6,15 +6,16 @@ Each call may choose another stage. Weights, banks and slots are those of the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from lorafx.capture.backend import Backend
-from lorafx.capture.lowering import Lowering, ReferenceLowering, lowering_for
+from lorafx.capture.lowering import Boxed, Lowering, ReferenceLowering, Stages, lowering_for
 from lorafx.capture.record import GraphRecord, Stage
 from lorafx.config import Options
 from lorafx.pass_order import CAPTURED, pipeline
@@ -41,11 +42,13 @@ class Replay:
         self.names = (CAPTURED, *(item.name for item in pipeline(options).graph))
         self.current = self.names[-1]
         self._runner: Runner = lambda stage, inputs: stage.graph(*inputs)
-        self.backend = Backend(session.program, entered)
-        self.backend.lowering = _StageLowering(lowering_for(options))
-        self.backend.replay = self._executable
         # With records this is not the program's first call: modules may keep tensors of requests.
-        self.backend.records.extend(session.backend.records)
+        self.backend = Backend(
+            session.program,
+            entered,
+            lowering=_StageLowering(self, lowering_for(options)),
+            records=session.backend.records,
+        )
 
     @contextmanager
     def running(self, name: str, runner: Runner) -> Iterator[None]:
@@ -66,24 +69,26 @@ class Replay:
                 return self.names[self.names.index(name) - 1]
         return self.names[-1]
 
-    def _executable(self, record: GraphRecord) -> Callable[[list[Any]], Any]:
-        stages = {stage.name: stage for stage in record.stages}
-
-        def run(arguments: list[Any]) -> Any:
-            stage = stages[self.current]
-            return self._runner(stage, arguments[: stage.input_count])
-
-        return run
+    def run(self, stages: Mapping[str, Stage], arguments: Sequence[Any]) -> Any:
+        """Run the current one of a graph's stages."""
+        stage = stages[self.current]
+        return self._runner(stage, arguments[: stage.input_count])
 
 
 class _StageLowering(ReferenceLowering):
-    """Traces as the program's lowering does; graphs of the base run node by node."""
+    """Traces as the program's lowering does, and runs the current stage; graphs of the base run
+    node by node."""
 
-    def __init__(self, lowering: Lowering) -> None:
-        self._lowering = lowering
+    replays = True
+
+    def __init__(self, replay: Replay, lowering: Lowering) -> None:
+        self._replay, self._lowering = replay, lowering
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return self._lowering.decompositions()
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages = ()) -> Boxed:
+        return partial(self._replay.run, {stage.name: stage for stage in stages})
 
 
 def options_of_replays(options: Options) -> Options:

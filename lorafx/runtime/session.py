@@ -142,14 +142,14 @@ class Session:
     @cached_property
     def backend(self) -> Backend:
         """Compiles the graphs; made with the first one, since what it imports takes a second.
-        lorafx.runtime.replay assigns another one."""
+        lorafx.runtime.replay and lorafx.package.export assign another one."""
         # An import defines operators, which an interrupted one could not define again.
         return undisturbed(partial(self._new_backend, self))
 
     @property
     def replays(self) -> bool:
         """Whether graphs are captured once more, to be looked at."""
-        return "backend" in vars(self) and self.backend.replay is not None
+        return "backend" in vars(self) and self.backend.lowering.replays
 
     @property
     def records(self) -> Sequence[GraphRecord]:

@@ -21,11 +21,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from lorafx.op_arguments import bound, operand
+from lorafx.op_arguments import base_of, bound, is_view
 from lorafx.ownership.flow import plain_path
 from lorafx.ownership.propagate import ancestors
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.program.attention_nodes import writes_caches
+from lorafx.program.bodies import INVOKE
 from lorafx.program.context import Context, Outlined
 from lorafx.program.frame import fake_value
 from lorafx.torch_internals.graph_parts import FakeTensor, OpOverload, tree_leaves
@@ -99,10 +100,7 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             # A body takes tensors, not tuples, so a barrier's results are unpacked outside of it.
             barriers.update(user for user in node.users if user.target is operator.getitem)
             if node.target is aten.copy_.default:
-                source: Any = bound(node)["src"]
-                while isinstance(source, fx.Node) and is_view(source):
-                    source = operand(source)
-                barriers.add(source)
+                barriers.add(base_of(bound(node)["src"]))
     return barriers
 
 
@@ -123,16 +121,6 @@ def _is_without_dropout(node: fx.Node) -> bool:
 def _mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether by its schema the result may share its operand's memory."""
-    if node.op != "call_function":
-        return False
-    if node.target is operator.getitem:
-        return is_view(operand(node))
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(item.alias_info is not None for item in schema.returns)
 
 
 def is_free(node: fx.Node) -> bool:
@@ -209,16 +197,6 @@ def _replace_argument(user: fx.Node, old: fx.Node, new: Any) -> None:
     user.args, user.kwargs = args
 
 
-def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs that `gm` reads as attributes, with their names: outlined layers, branches."""
-    names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    return [
-        (name, module)
-        for name, module in gm.named_children()
-        if name in names and isinstance(module, fx.GraphModule)
-    ]
-
-
 def _without_activations(graph: fx.Graph) -> set[fx.Node]:
     invariant: set[fx.Node] = set()
     for node in graph.nodes:
@@ -232,9 +210,6 @@ def _without_activations(graph: fx.Graph) -> set[fx.Node]:
         elif all(source in invariant for source in node.all_input_nodes):
             invariant.add(node)
     return invariant
-
-
-INVOKE = torch.ops.higher_order.invoke_subgraph
 
 
 @dataclass(frozen=True)

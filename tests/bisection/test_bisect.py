@@ -45,7 +45,7 @@ def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family:
     assert str(found).startswith("no difference above tolerance")
     names = [stage.name for stage in found.stages]
     assert names[0] == "provenance"
-    assert names[-1] == "outline"
+    assert names[-1] == "write_back"
     assert all(0 <= stage.error <= 1e-5 for stage in found.stages)
     assert 0 <= found.served <= 1e-5
     # Everything is as it was: weights bit for bit, graphs, what serves.
@@ -82,7 +82,7 @@ def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
     assert (found.first, found.site) == ("provenance", None)
     (note,) = found.notes
     assert note.endswith(
-        "cannot be told apart from provenance: write_in_place, match, mine, give_out"
+        "cannot be told apart from provenance: look_up_slots, write_in_place, match, mine, give_out"
     )
 
 

@@ -209,7 +209,7 @@ def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None
     names = "return [...document.querySelectorAll('#passes button')].map((e) => e.dataset.pass)"
     passes = window.run(names)
     assert passes[:6] == ["alias", "select", "read", "attach", "load", "pack_weights"]
-    assert passes[6] == "captured"
+    assert passes[6] == "traced"
     window.click("button[data-pass=select]")
     assert window.run("return viewer.tab") == "model"
     shown = text(window, "#view-model")

@@ -13,7 +13,8 @@ from lorafx.capture.driver import check_graph, output_values
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
-from lorafx.passes.outline.outline import INVOKE, Outline
+from lorafx.passes.outline.outline import Outline
+from lorafx.program.bodies import INVOKE
 
 pytestmark = pytest.mark.quick
 

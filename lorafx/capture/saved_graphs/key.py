@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.capture.executable import Captured
+from lorafx.capture.compilation import Compilation
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
 from lorafx.capture.saved_graphs.guards import value_at
 from lorafx.config import IMPORTED
@@ -208,7 +208,7 @@ class SavedInputs:
     texts: list[str]
 
     @classmethod
-    def of(cls, graph: Captured, program: Program) -> SavedInputs:
+    def of(cls, graph: Compilation, program: Program) -> SavedInputs:
         """Raises Undescribed if an input depends on more than the model and the call."""
         places: list[Source | None] = []
         for item, source in zip(graph.frame.inputs, graph.sources, strict=True):

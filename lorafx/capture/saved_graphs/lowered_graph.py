@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lorafx.capture.lowering import NodeByNode
+from lorafx.capture.lowering import Boxed, NodeByNode
 from lorafx.capture.saved_graphs.fingerprints import Undescribed
 from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.delta_kernels import build, build_all
@@ -36,8 +36,6 @@ from lorafx.torch_internals.saved_graphs import (
 
 #: The most elements of a tensor that the model's code makes of literals, as `torch.tensor([1, 2])`.
 _MAX_LITERALS = 1024
-
-Boxed = Callable[[list[Any]], Any]
 
 #: Stand-ins in files -> names of Dynamo and lorafx in this process.
 PortableNames = Mapping[str, str]

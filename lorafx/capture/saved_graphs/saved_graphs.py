@@ -18,15 +18,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
 
+from torch import fx
+
 from lorafx.capture.backend import Backend
+from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compile_log import tell
 from lorafx.capture.compiler_failures import NoGraph, Unprepared
-from lorafx.capture.executable import Captured, Parts
+from lorafx.capture.executable import Lowered
 from lorafx.capture.record import GraphRecord, dump_folder
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
@@ -49,9 +51,14 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
+from lorafx.capture.saved_graphs.parts import Parts, Wrappers, foreign_operators
 from lorafx.errors import ConfigError, LorafxWarning
-from lorafx.program.program import Program
+from lorafx.kernels.cpu.delta_kernels import builds_noted
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+from lorafx.program.context import Context
+from lorafx.program.program import PassReport, Program
 from lorafx.progress import LOG
+from lorafx.torch_internals.compat import traced_anew
 from lorafx.torch_internals.dynamo import ConvertFrameReturn, disable, input_codes
 from lorafx.torch_internals.saved_graphs import (
     CleanupHook,
@@ -61,6 +68,7 @@ from lorafx.torch_internals.saved_graphs import (
     SerializedCode,
     _debug_get_cache_entry_list,
     get_compile_id,
+    inference_info_noted,
     orig_code_map,
     output_codes,
     unique_id,
@@ -92,18 +100,9 @@ class SavedGraphs:
         self._auto, self._instead = option == folders.AUTO, instead
         #: The files of the graphs that Dynamo has now.
         self._loaded: set[Path] = set()
-        self._conversion: _Conversion | None = None
         #: The file of the graph of the last conversion, or why it has none.
         self.file: Path | None = None
         self.unsaved = ""
-
-    def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
-        """Which guards of a new graph to keep; a conversion that is to be saved notes them."""
-        kept = self._backend.keep_guards(guards)
-        if self._conversion is not None:
-            watched = self._backend.watched
-            self._conversion.note_guards(guards, kept, [] if watched is None else watched.guards)
-        return kept
 
     def converted(
         self, convert: Callable[..., ConvertFrameReturn], frame: Any, *arguments: Any, **kwargs: Any
@@ -120,7 +119,8 @@ class SavedGraphs:
         loaded = self._load(*place, frame, arguments)
         if loaded is not None:
             return loaded
-        with self._noting_conversion() as conversion:
+        conversion = _Conversion(self._backend.program)
+        with self._backend.observed_by(conversion):
             result = convert(frame, *arguments, **kwargs)
         if result.guarded_code is None:
             self.unsaved = "Dynamo made no graph of it"
@@ -169,15 +169,6 @@ class SavedGraphs:
             if not self._auto or self._instead is None:
                 raise
             return Path(self._instead)
-
-    @contextmanager
-    def _noting_conversion(self) -> Iterator[_Conversion]:
-        self._conversion = conversion = _Conversion(self._backend.program)
-        self._backend.noted = conversion.note_graph
-        try:
-            yield conversion
-        finally:
-            self._conversion = self._backend.noted = None
 
     def _save(self, folder: Path, key: str, code: GuardedCode, conversion: _Conversion) -> None:
         try:
@@ -243,23 +234,34 @@ def prepare(program: Program, path: Path) -> None:
     machine()
 
 
-class _Conversion:
+class _Conversion(Observer):
     """What is noted of one conversion by Dynamo, to save its graph."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._graphs: list[Captured] = []
+        self._graphs: list[Compilation] = []
+        self._foreign: list[str] = []
+        self._kernels: dict[DeltaSpec, int] = {}
+        self._infos: list[tuple[Any, ...]] = []
         self._output: Any = None
         self._guards: SavedGuards | None = None
         self._why = "Dynamo made no graph of it"
 
-    def note_graph(self, graph: Captured) -> None:
-        self._graphs.append(graph)
+    @contextmanager
+    def compiling(self, record: GraphRecord) -> Iterator[None]:
+        # Without traced_anew, torch's cache may return a function that has no visible parts.
+        with builds_noted() as self._kernels, inference_info_noted() as self._infos, traced_anew():
+            yield
+
+    def after(self, gm: fx.GraphModule, ctx: Context, done: PassReport | str) -> None:
+        if isinstance(done, str):
+            self._foreign += foreign_operators(gm)
+
+    def compiled(self, compilation: Compilation) -> None:
+        self._graphs.append(compilation)
         self._output = InstructionTranslator.current_tx().output
 
-    def note_guards(
-        self, guards: Sequence[Any], kept: Sequence[bool], watched: Sequence[Any]
-    ) -> None:
+    def guarded(self, guards: Sequence[Any], kept: Sequence[bool], watched: Sequence[Any]) -> None:
         if len(self._graphs) != 1:
             self._why = "the model breaks into several graphs"
             return
@@ -279,13 +281,16 @@ class _Conversion:
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
-        (graph,), parts = self._graphs, self._graphs[0].parts
-        if parts.wrappers is None or not parts.whole:
+        (graph,) = self._graphs
+        if not self._infos or not graph.whole:
             raise Undescribed("it cannot be rebuilt from its parts")
-        if parts.foreign:
-            raise Undescribed(f"operators of other packages: {', '.join(parts.foreign)}")
+        if self._foreign:
+            raise Undescribed(f"operators of other packages: {', '.join(self._foreign)}")
         if not graph.frame.begins_call or graph.frame.follows_another:
             raise Undescribed("it does not begin with the arguments of a call")
+        config, metadata, subclasses, boxed, *_, wrappers = self._infos[-1]
+        outer = Wrappers(metadata, wrappers, config.to_cacheable(), subclasses)
+        lowered = graph.lowered or Lowered(boxed)
         names = self._portable_names(guarded_code.code)
         compared = {
             "guards": guards,
@@ -295,8 +300,8 @@ class _Conversion:
         }
         loaded = {
             "code": SerializedCode.from_code_object(guarded_code.code),
-            "lowered": SavedLowered.of(parts.lowered, parts.kernels),
-            "parts": replace(parts, lowered=None, kernels={}),
+            "lowered": SavedLowered.of(lowered.run, self._kernels),
+            "parts": Parts(graph.record.checks, graph.base, outer, lowered.extra, lowered.banks),
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
             "changed": self._program.changed_inputs,

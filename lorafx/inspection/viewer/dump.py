@@ -14,6 +14,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import jinja2
 from torch import fx
 
+from lorafx.capture.compilation import Observer
 from lorafx.capture.graph_text import (
     Printer,
     names_of,
@@ -32,7 +34,7 @@ from lorafx.capture.graph_text import (
 from lorafx.capture.record import GraphRecord, Stage, dump_folder
 from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
-from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.bodies import INVOKE
 from lorafx.program.context import SiteState
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport, Program
@@ -82,10 +84,10 @@ def graph_texts(record: GraphRecord) -> dict[str, str]:
     words = {symbol: size.words for symbol, size in record.sizes.items()}
     before: list[str] = []
     for index, stage in enumerate(record.stages):
-        lines, heading = stage_lines(stage, names), _heading(record, stage)
+        lines, heading = stage_lines(stage, names[stage]), _heading(record, stage)
         top = [heading, *legend(lines, words, record.outlined)]
         texts[f"{index:02d}-{stage.name}.py"] = "\n".join([*top, *lines, ""])
-        if index:
+        if stage.report is not None:
             last = record.stages[index - 1].name
             changes = difflib.unified_diff(before, lines, last, stage.name, lineterm="", n=2)
             texts[f"{index:02d}-{stage.name}.diff"] = "\n".join([heading, *changes, ""])
@@ -132,14 +134,26 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-class Dumps:
-    """Dumps each graph of a session that keeps its stages. It serves as `Backend.recorded`."""
+class Dumps(Observer):
+    """Dumps each graph of a session, even one whose compilation fails."""
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
         self._dump: Dump | None = None
 
-    def __call__(self, record: GraphRecord) -> None:
+    @property
+    def keeps_stages(self) -> bool:
+        session = self._session()
+        return session is not None and dump_folder(session.program.options) is not None
+
+    @contextmanager
+    def compiling(self, record: GraphRecord) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._write(record)
+
+    def _write(self, record: GraphRecord) -> None:
         session = self._session()
         folder = None if session is None else folder_of(session.program)
         if session is None or folder is None or not record.keeps_stages:
@@ -267,10 +281,12 @@ class _Encoder:
         not in the picture) and mark, and whether the pass changed it."""
         calls: dict[Any, Iterator[str]] = {item.name: iter(item.paths) for item in self._outlined}
         refused = {path for item in stage.refusals for path in item.paths}
+        if stage.report is None:
+            self._before = set()
         boxes = _Boxes()
         nodes: list[tuple[Any, ...]] = []
         for body, (path, graph) in enumerate(stage.graphs.items()):
-            printer = Printer(path, self._names)
+            printer = Printer(path, self._names[stage])
             for node in graph.nodes:
                 called = ""
                 if node.target is INVOKE and node.args[1] in calls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.capture.lowering import write_back
-from lorafx.passes.outline.outline import INVOKE
+from lorafx.config import Options
+from lorafx.passes.write_back import WriteBack
+from lorafx.program.bodies import INVOKE
 
 aten = torch.ops.aten
 
@@ -65,6 +67,14 @@ def values() -> list[Tensor]:
     return [torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 3), torch.full((2, 3), 2.0)]
 
 
+def write_back(gm: fx.GraphModule, **options: Any) -> int:
+    ctx: Any = SimpleNamespace(program=SimpleNamespace(options=Options(**options)))
+    edits = WriteBack().run(gm, ctx)
+    gm.graph.lint()
+    gm.recompile()
+    return edits
+
+
 def overwritten(gm: fx.GraphModule) -> list[Tensor]:
     """The caches as AOTAutograd leaves them, and the result."""
     given = values()
@@ -77,7 +87,7 @@ def overwritten(gm: fx.GraphModule) -> list[Tensor]:
 def test_bodies_write_what_would_be_copied_back() -> None:
     gm = stepped()
     want = overwritten(stepped())
-    assert write_back(gm) == 2
+    assert write_back(gm, lowering="inductor") == 2
     given = values()
     first, second, result = gm(*given)
     assert (first is given[1], second is given[2]) == (True, True)
@@ -112,7 +122,7 @@ def is_no_write(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -
 def test_nothing_is_written_that_somebody_may_see(change: Change) -> None:
     gm = stepped(change)
     want = overwritten(stepped(change))
-    assert write_back(gm) == 0
+    assert write_back(gm, lowering="inductor") == 0
     for got, wanted in zip(overwritten(gm), want, strict=True):
         assert torch.equal(got, wanted)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from lorafx.kernels.ops.row_ops import CHECKED_INDEX
 from lorafx.model.module_graph import storage_key
 from lorafx.ownership.propagate import ancestors
 from lorafx.placements import is_placed
-from lorafx.program.frame import Frame
+from lorafx.program.context import Context
+from lorafx.program.frame import fake_value
 from lorafx.program.inputs import FrameInput
 from lorafx.torch_internals.frames import size_expression
 
@@ -72,9 +74,8 @@ class _Sources:
         mapped: nodes inside `torch.vmap`, which only run at its level.
     """
 
-    def __init__(self, graph: fx.Graph, frame: Frame) -> None:
-        placeholders = graph.find_nodes(op="placeholder")
-        self.inputs = dict(zip(placeholders, frame.inputs, strict=True))
+    def __init__(self, graph: fx.Graph, inputs: dict[fx.Node, FrameInput]) -> None:
+        self.inputs = inputs
         self.of_call: set[fx.Node] = set()
         self.written: set[Any] = set()
         self.mapped: set[fx.Node] = set()
@@ -113,32 +114,44 @@ class _Sources:
         return f"the {'tensor' if use.dim is None else f'dimension {use.dim}'} that it points into"
 
 
-def check_lookups(gm: fx.GraphModule, frame: Frame) -> None:
-    """Insert checks of indices that depend on the call into `gm`, the Dynamo graph of `frame`."""
-    sources = _Sources(gm.graph, frame)
-    checked: dict[fx.Node, fx.Node] = {}
-    known: set[tuple[Any, ...]] = set()
-    lookups = [(node, use) for node in gm.graph.nodes for use in _lookups(node)]
-    for node, use in lookups:
-        table = _fake(use.table)
-        if not _is_host_index(_fake(use.indices)) or not sources.is_of_call(use.indices):
-            continue
-        if not isinstance(table, Tensor):
-            continue
-        if use.dim is not None and not -table.dim() <= use.dim < table.dim():
-            continue
-        index = _before_layout(use.indices)
-        if is_placed(_fake(index)):
-            continue  # no copy of a DTensor is checked
-        if _root(index) in sources.written:
-            _insert_check(use.indices, use, sources, reader=node)
-            continue
-        key = index, size_expression(_size(table, use.dim)), use.negative, use.ignored
-        if key not in known:
-            known.add(key)
-            checked[index] = _insert_check(checked.get(index, index), use, sources)
-    if lookups:
-        gm.recompile()
+@dataclass(frozen=True)
+class CheckLookups:
+    """Indices that depend on the call are compared with the sizes of tables before the graph runs.
+
+    It rewrites Dynamo's graph, whose functions have the names of the model's code, also for calls
+    without adapters.
+    """
+
+    name: str = "check_lookups"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        sources = _Sources(gm.graph, ctx.frame.by_node)
+        checked: dict[fx.Node, fx.Node] = {}
+        known: set[tuple[Any, ...]] = set()
+        edits = 0
+        lookups = [(node, use) for node in gm.graph.nodes for use in _lookups(node)]
+        for node, use in lookups:
+            table = _fake(use.table)
+            if not _is_host_index(_fake(use.indices)) or not sources.is_of_call(use.indices):
+                continue
+            if not isinstance(table, Tensor):
+                continue
+            if use.dim is not None and not -table.dim() <= use.dim < table.dim():
+                continue
+            index = _before_layout(use.indices)
+            if is_placed(_fake(index)):
+                continue  # no copy of a DTensor is checked
+            if _root(index) in sources.written:
+                _insert_check(use.indices, use, sources, reader=node)
+                edits += 1
+                continue
+            key = index, size_expression(_size(table, use.dim)), use.negative, use.ignored
+            if key not in known:
+                known.add(key)
+                checked[index] = _insert_check(checked.get(index, index), use, sources)
+                edits += 1
+        return edits
 
 
 def _insert_check(
@@ -252,7 +265,7 @@ def _size(table: Tensor, dim: int | None) -> int | torch.SymInt:
 
 
 def _fake(item: Any) -> Any:
-    return item.meta.get("example_value") if isinstance(item, fx.Node) else None
+    return fake_value(item) if isinstance(item, fx.Node) else None
 
 
 def _is_host_index(value: Any) -> bool:
