@@ -41,8 +41,9 @@ from lorafx.capture.executable import (
 from lorafx.capture.lookups import check_lookups
 from lorafx.capture.lowering import Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
-from lorafx.capture.record import GraphRecord, dump_folder
+from lorafx.capture.record import GraphRecord
 from lorafx.capture.watched_places import KIND, WatchedPlaces
+from lorafx.config import dump_folder
 from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of

@@ -120,6 +120,8 @@ class Context:
     kept_shared: dict[fx.Node, str] = field(default_factory=dict)
     #: Site nodes moved by `outline` -> the call that computes each, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    #: Names of the passes so far.
+    passed: list[str] = field(default_factory=list)
     fake_mode: FakeTensorMode | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lorafx.capture.compiler_failures import NoGraph, Unprepared, chain
 from lorafx.capture.saved_graphs.folder import folder_of
-from lorafx.config import Options
+from lorafx.config import Options, dump_folder
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
 from lorafx.errors import ConfigError, LorafxWarning, VerifyError, numbered
@@ -162,9 +162,8 @@ def _usable_folder(cache: str | bool | None) -> Path | None:
 
 def _shows_graphs(options: Options) -> bool:
     """Whether options ask for what is seen only where graphs are compiled in this process."""
-    dumps = options.dump or os.environ.get("LORAFX_DUMP")
     changed = not all(isinstance(value, bool) for value in options.passes.values())
-    return bool(dumps) or options.verify == "numeric" or changed
+    return dump_folder(options) is not None or options.verify == "numeric" or changed
 
 
 class PrivateFolder(os.PathLike[str]):

@@ -27,7 +27,7 @@ from lorafx.capture.backend import Backend
 from lorafx.capture.compile_log import tell
 from lorafx.capture.compiler_failures import NoGraph, Unprepared
 from lorafx.capture.executable import Captured, Parts
-from lorafx.capture.record import GraphRecord, dump_folder
+from lorafx.capture.record import GraphRecord
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.capture.saved_graphs.guards import SavedGuards
@@ -49,6 +49,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
+from lorafx.config import dump_folder
 from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.program.program import Program
 from lorafx.progress import LOG
