@@ -98,6 +98,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python .ci/lines.py
 
 # mkdocstrings reads the sources and imports none of them.
 docs: $(DEMO)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -151,8 +153,9 @@ class Options:
             C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
             Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
             interpreter, to debug), or "reference" (plain aten, run node by node).
-        verify: "lint" (graph structure, shapes and dtypes after each pass), or "numeric" (also runs
-            each pass's graph beside the proved one on the first real inputs).
+        verify: "lint" (graph structure, shapes, dtypes and sites after each pass), or "numeric"
+            (also all that passes promise, and each pass's graph runs beside the proved one on the
+            first real inputs).
         passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
@@ -268,3 +271,9 @@ class Options:
                     f"Options.plan[{path!r}] must be one of {', '.join(allowed)} for lowering "
                     f"{self.lowering!r}, got {strategy!r}"
                 )
+
+
+def dump_folder(options: Options) -> Path | None:
+    """The folder of dumps: `Options.dump`, else LORAFX_DUMP, else None."""
+    folder = options.dump or os.environ.get("LORAFX_DUMP")
+    return Path(folder) if folder else None

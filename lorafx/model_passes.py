@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lorafx.passes.attach import Attach, LoadAdapters, Read
+from lorafx.passes.model_spec import MODEL_PROMISES
 from lorafx.passes.pack import PackWeights
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport, Preparation
+from lorafx.program.promises import verify
 
 
 class ModelPass(Protocol):
@@ -39,7 +41,7 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
 def run_model_passes(
     model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
 ) -> list[PassReport]:
-    """Run passes over a model. If one raises, the model is restored."""
+    """Run passes over a model. If one raises, or breaks a promise, the model is restored."""
     reports: list[PassReport] = []
     try:
         for model_pass in passes:
@@ -48,6 +50,8 @@ def run_model_passes(
             seconds = time.perf_counter() - start
             notes, model.notes = tuple(model.notes), []
             reports.append(PassReport(model_pass.name, count, seconds, notes=notes))
+            passed = [report.name for report in reports]
+            verify(MODEL_PROMISES, model, passed, model.options)
     except BaseException:
         model.rollback.run()
         raise

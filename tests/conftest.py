@@ -28,6 +28,7 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
+from lorafx.program import promises
 from lorafx.runtime.session import sessions
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
@@ -94,6 +95,8 @@ def pytest_sessionfinish() -> None:
 
 
 install()
+#: Whatever a pass promises is checked after it and after those behind.
+promises.CHECK_ALL = True
 
 
 @pytest.fixture(autouse=True)

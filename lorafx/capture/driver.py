@@ -6,7 +6,6 @@ and compares it with the graph after `provenance`; the first stage that differs 
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from lorafx.capture.compiler_failures import failing_in
 from lorafx.capture.record import Stage
 from lorafx.errors import CaptureError, LoweringError, VerifyError
 from lorafx.pass_order import CAPTURED, LOWERING_PASSES, GraphPass, way_around
-from lorafx.program.bodies import bodies
+from lorafx.passes.spec import GRAPH_PROMISES, STRUCTURE, Passed, output_values
 from lorafx.program.context import Context
-from lorafx.program.frame import fake_value
 from lorafx.program.program import PassReport
-from lorafx.torch_internals.graph_parts import OpOverload, tree_leaves
+from lorafx.program.promises import verify
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 #: Receives the graph after each pass with its report; before the first one, the name of the stage.
 AfterPass = Callable[[fx.GraphModule, Context, PassReport | str], None]
@@ -40,7 +39,7 @@ def run_passes(
     """Run passes over `gm`, in place. If it is AOTAutograd's (`aten`), dead nodes are removed after
     each, and the graph is checked. Of others only the structure is: nodes of Dynamo's write without
     a result, and neither its nodes nor those of Inductor need a fake value."""
-    outputs = output_values(gm)
+    outputs = output_values(gm) if aten else ()
     for item in passes:
         start = time.perf_counter()
         error = LoweringError if item in LOWERING_PASSES else CaptureError
@@ -54,7 +53,7 @@ def run_passes(
             check_graph(item.name, gm, ctx, outputs)
         elif edits:
             gm.recompile()
-            check_structure(item.name, gm)
+            verify(STRUCTURE, Passed(gm, ctx, outputs), [item.name], ctx.program.options)
         seconds = time.perf_counter() - start
         after_pass(gm, ctx, PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
 
@@ -65,50 +64,11 @@ def stays(node: fx.Node) -> bool:
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
-    """Raise VerifyError, naming the pass, for a broken structure or fake value, a lost site, or
-    changed `outputs` (the captured graph's `output_values`)."""
-    check_structure(pass_name, gm)
-    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
-    nodes = {node for graph in graphs for node in graph.nodes}
-    for node in nodes:
-        target = node.target
-        returns = not isinstance(target, OpOverload) or bool(target._schema.returns)
-        if node.op == "call_function" and "val" not in node.meta and returns:
-            raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
-    values = output_values(gm)
-    # Most passes keep the values themselves. Texts are made only now, since a pass may unify sizes.
-    same = len(values) == len(outputs) and all(map(operator.is_, values, outputs))
-    if not same and (before := _texts_of(outputs)) != (after := _texts_of(values)):
-        raise VerifyError(
-            f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
-        )
-    for node, states in ctx.states.items():
-        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
-            paths = ", ".join(state.site.path for state in states)
-            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
+    """Raise VerifyError, naming the pass, if it broke a promise (lorafx.passes.spec).
 
-
-def check_structure(pass_name: str, gm: fx.GraphModule) -> None:
-    try:
-        gm.graph.lint()
-    except (RuntimeError, AssertionError) as error:
-        raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
-
-
-def output_values(gm: fx.GraphModule) -> list[Any]:
-    """The fake values of the graph's outputs."""
-    output = next(node for node in gm.graph.nodes if node.op == "output")
-    return [
-        fake_value(item) if isinstance(item, fx.Node) else item
-        for item in tree_leaves(output.args[0])
-    ]
-
-
-def _texts_of(values: Sequence[Any]) -> list[str]:
-    return [
-        f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
-        for value in values
-    ]
+    `outputs` are the captured graph's `output_values`."""
+    ctx.passed.append(pass_name)
+    verify(GRAPH_PROMISES, Passed(gm, ctx, outputs), ctx.passed, ctx.program.options)
 
 
 #: The largest `difference` by dtype: orders of accumulation differ, and errors grow over layers.

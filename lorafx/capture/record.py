@@ -7,18 +7,15 @@ viewer's page are made from the stages.
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks, RefusedSites
-from lorafx.config import Options
 from lorafx.errors import ProvenanceError
 from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED
@@ -214,9 +211,3 @@ def seen_sites(records: Sequence[GraphRecord]) -> set[str]:
     refusals = (item for record in records for item in record.checks.refusals)
     served = {state.site.path for record in records for state in record.states}
     return served.union(*(item.sites for item in refusals))
-
-
-def dump_folder(options: Options) -> Path | None:
-    """The folder of dumps: `Options.dump`, else LORAFX_DUMP, else None."""
-    folder = options.dump or os.environ.get("LORAFX_DUMP")
-    return Path(folder) if folder else None

@@ -122,6 +122,8 @@ class Context:
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     #: The bases of the results that AOTAutograd knew, when Inductor rewrites the graph.
     memory: Sequence[Any] = ()
+    #: Names of the passes so far.
+    passed: list[str] = field(default_factory=list)
     fake_mode: FakeTensorMode | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,10 @@ def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
         state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"
 
 
+def is_planned(node: fx.Node) -> bool:
+    return _KEY in node.meta
+
+
 def strategy_of(node: fx.Node) -> Strategy:
     """The node's strategy; aten if unplanned."""
     return node.meta.get(_KEY, Strategy(ATEN))

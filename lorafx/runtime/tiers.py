@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lorafx.capture.compiler_failures import NoGraph, Unprepared
-from lorafx.config import Options
+from lorafx.config import Options, dump_folder
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
 from lorafx.errors import VerifyError
@@ -62,9 +62,8 @@ def starts_eagerly(program: Program) -> bool:
 
 def _shows_graphs(options: Options) -> bool:
     """Whether options ask for what is seen only where graphs are compiled in this process."""
-    dumps = options.dump or os.environ.get("LORAFX_DUMP")
     changed = not all(isinstance(value, bool) for value in options.passes.values())
-    return bool(dumps) or options.verify == "numeric" or changed
+    return dump_folder(options) is not None or options.verify == "numeric" or changed
 
 
 class Tiers:

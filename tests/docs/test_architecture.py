@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def test_every_file_that_is_named_exists(page: str) -> None:
     assert not lost
 
 
+LINES = runpy.run_path(str(ROOT / ".ci" / "lines.py"))
 ORDER = (MODEL_PASSES, DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES)
 MODEL, DYNAMO, GRAPH, LOWERING = ([item.name for item in passes] for passes in ORDER)
 
@@ -60,3 +62,30 @@ def test_architecture_has_the_passes_in_their_order() -> None:
     assert (listed, last) == ([MODEL, DYNAMO, GRAPH, LOWERING], ["executable"])
     rows = section("docs/architecture.md", "## On the graph", "\n## ")
     assert re.findall(r"^\| (\w+) \|", rows, re.M)[1:] == [*DYNAMO, *GRAPH, *LOWERING]
+
+
+def test_architecture_has_the_lines_of_the_core_and_of_what_is_built_on_it() -> None:
+    lines = LINES["lines_by_folder"]()
+    del lines["tests"]
+    table = section("docs/architecture.md", "## The core, and what is built on it", "\n`make lint`")
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.*`.*) \|$", table, re.M)]
+    for _, folders, said in rows:
+        names = (name.removesuffix("/*.py") for name in re.findall(r"`([^`]+)`", folders))
+        paths = [name if name in lines else f"lorafx/{name}" for name in names]
+        count = sum(lines.pop(path) for path in paths)
+        assert abs(count - int(said.replace(",", ""))) <= count / 20, f"{folders}: {count}"
+    assert not lines
+
+
+def test_a_folder_over_its_budget_is_told(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(LINES["main"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.lorafx.lines]\n"lorafx/model" = 2\npasses = 1\n'
+    )
+    for folder in ("lorafx/model", "passes"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("a\nb\n")
+    (tmp_path / "lorafx" / "passes").symlink_to("../passes")
+    assert LINES["main"]()
+    over = [line for line in capsys.readouterr().out.splitlines() if "over its budget" in line]
+    assert [line.split()[:4] for line in over] == [["passes", "2", "of", "1"]]

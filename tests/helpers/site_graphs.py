@@ -22,9 +22,10 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
-from lorafx.capture.driver import check_graph, output_values
+from lorafx.capture.driver import check_graph, stays
 from lorafx.model.sites import Site
 from lorafx.op_arguments import in_order
+from lorafx.passes.spec import output_values
 from lorafx.program.argument_roles import Role
 from lorafx.program.context import EMBEDDING_OP, SITE_OP, Context
 from lorafx.program.frame import Frame
@@ -58,7 +59,9 @@ class Finished:
         edits, outputs = 0, output_values(self.gm)
         for item in passes:
             edits = item.run(self.gm, self.ctx)
-            self.gm.graph.eliminate_dead_code(lambda n: n.op == "placeholder" or n.is_impure())
+            for node in reversed(self.gm.graph.nodes):
+                if not stays(node):
+                    self.gm.graph.erase_node(node)
             self.gm.recompile()
             check_graph(item.name, self.gm, self.ctx, outputs)
         return edits

@@ -9,11 +9,12 @@ from graph_text import shown
 from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
-from lorafx.capture.driver import check_graph, output_values
+from lorafx.capture.driver import check_graph
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
 from lorafx.passes.outline.outline import Outline
+from lorafx.passes.spec import output_values
 from lorafx.program.bodies import INVOKE
 
 pytestmark = pytest.mark.quick
@@ -150,7 +151,7 @@ def test_a_lost_call_or_body_node_is_noticed():
     body = done.gm.get_submodule("outlined_0").graph
     inner.replace_all_uses_with(inner.args[1])
     body.erase_node(inner)
-    with pytest.raises(VerifyError, match=r"lost the LoRA of layers\.0\.w"):
+    with pytest.raises(VerifyError, match=r"no site is lost\": layers\.0\.w"):
         check_graph("outline", done.gm, done.ctx, outputs)
 
 

@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from adapters_in_memory import source_of
+from dense_merge import REFERENCE, error
+from torch import nn
+
+import lorafx
 
 #: Nobody is to learn that from our own examples.
 pytestmark = pytest.mark.filterwarnings("error:.* is in training mode:lorafx.LorafxWarning")
@@ -51,6 +57,57 @@ def test_parallel_layers(name, capsys):
     said = capsys.readouterr().out
     assert "logits equal those of" in said
     assert said.count("as when served alone") == 3
+
+
+def test_lorafx_in_300_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    path = ROOT / "examples/lorafx_in_300_lines.py"
+    assert path.read_text().count("\n") <= 300
+    example = runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.count("as when served alone") == 4
+    model, ids, names = (example[name] for name in ("model", "ids", "names"))
+    sources = {
+        name: source_of(model, {path: (A, s * B) for path, (A, B, s) in adapter.items()})
+        for name, adapter in example["adapters"].items()
+        if name is not None
+    }
+    cm = lorafx.compile(model, adapters=sources, options=REFERENCE)
+    want = cm(ids, adapter_names=names)
+    assert error(example["served"](ids, names), want) <= 1e-5
+
+
+class MeanOfAll(nn.Module):
+    """Each row is centred by the mean of all requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.up(x - x.mean(0))
+
+
+class OwnProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.up.weight
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"), [(MeanOfAll, "whose elements aten.mean"), (OwnProduct, "a delta of up changes")]
+)
+def test_lorafx_in_300_lines_refuses_what_it_cannot_prove(monkeypatch, cls, why):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    example = runpy.run_path(str(ROOT / "examples/lorafx_in_300_lines.py"))
+    with pytest.raises(example["Refused"], match=why):
+        example["Served"](cls().eval(), torch.randn(3, 4), ["up"])
+    model, none = nn.Sequential(nn.Linear(4, 4)).eval(), torch.zeros(1, 1)
+    served = example["Served"](model, torch.randn(3, 4), ["0"])
+    with pytest.raises(example["Refused"], match="no targets"):
+        served.load("mine", {"down": (none, none, 1.0)})
 
 
 @pytest.mark.slow  # the roads are tested one by one

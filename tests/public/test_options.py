@@ -340,13 +340,13 @@ def test_a_pass_of_the_users_own_that_raises_is_told(plain, inputs):
 
 def test_lint_names_the_pass_that_lost_a_site(plain, inputs):
     message = failing(plain, inputs, passes={"loses": lorafx.After("provenance", loses)})
-    assert message.startswith("pass 'loses' lost the LoRA of ")
+    assert message.startswith("pass 'loses' broke a promise of every pass, \"no site is lost\": ")
     assert "gate" in message
 
 
 def test_lint_names_the_pass_that_changed_an_output(plain, inputs):
     message = failing(plain, inputs, passes={"reshapes": lorafx.After("match", reshapes)})
-    assert "pass 'reshapes' changed the graph's outputs from" in message
+    assert "pass 'reshapes' broke a promise of every pass, \"the outputs keep" in message
 
 
 @pytest.mark.parametrize("names", [["a1"] * 4, NAMES])

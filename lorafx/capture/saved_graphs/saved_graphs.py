@@ -29,7 +29,7 @@ from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compile_log import tell
 from lorafx.capture.compiler_failures import NoGraph, Unprepared
 from lorafx.capture.executable import Lowered
-from lorafx.capture.record import GraphRecord, dump_folder
+from lorafx.capture.record import GraphRecord
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.capture.saved_graphs.guards import SavedGuards
@@ -52,6 +52,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     load,
 )
 from lorafx.capture.saved_graphs.parts import Parts, Wrappers, foreign_operators
+from lorafx.config import dump_folder
 from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec

@@ -31,7 +31,8 @@ from lorafx.capture.graph_text import (
     users_line,
     value_text,
 )
-from lorafx.capture.record import GraphRecord, Stage, dump_folder
+from lorafx.capture.record import GraphRecord, Stage
+from lorafx.config import dump_folder
 from lorafx.errors import LorafxWarning
 from lorafx.inspection.explanation import explained
 from lorafx.program.bodies import INVOKE
