@@ -11,19 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, TypeVar
 
 import torch
 
-from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torch_function
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: Integers, which become floats in registers.
@@ -43,35 +37,6 @@ def templates(*names: str) -> list[str]:
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("lorafx.kernels.cpu").joinpath(name).read_text()
-
-
-#: Held while kernels are compiled and registered.
-LOCK = threading.RLock()
-
-
-def tried_once(loss: str) -> Callable[[Callable[[S], T]], functools._lru_cache_wrapper[T | None]]:
-    """Makes a function that loads the kernel of a spec run once for each; where no compiler works,
-    it returns None, after a warning that begins with `loss`."""
-
-    def decorated(load: Callable[[S], T]) -> functools._lru_cache_wrapper[T | None]:
-        @functools.cache
-        @functools.wraps(load)
-        def tried(spec: S) -> T | None:
-            with LOCK:
-                try:
-                    return load(spec)
-                except LoweringError as error:
-                    warnings.warn(f"{loss}: {error}", LorafxWarning, stacklevel=2)
-                    return None
-
-        return tried
-
-    return decorated
-
-
-def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
-    library = load_library(compile_library(source, isa.flags))
-    return library.lorafx_kernel, torch_function("torch_parallel_for")
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:

@@ -17,24 +17,22 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library
 from lorafx.kernels.cpu.cpu_source import (
-    LOCK,
     dtype_code,
     kernel_source,
     op_source,
     register,
     tile_sizes,
 )
+from lorafx.kernels.cpu.kernels import LOCK, Kernels
 from lorafx.kernels.ops import linear_ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
@@ -112,7 +110,6 @@ class KernelEntry(ctypes.Structure):
 _OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
-_BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _RECORDINGS: list[dict[DeltaSpec, int]] = []
 
 
@@ -121,22 +118,13 @@ def dispatcher() -> ctypes.CDLL:
     return register("lorafx::run_delta_", DISPATCHER)
 
 
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"LoRA runs in plain aten on this CPU, which is slow: {reason}", LorafxWarning, stacklevel=3
-    )
+def _flags(isa: Isa) -> tuple[str, ...]:
+    return (*isa.flags, *_VECTOR_FLAGS) if isa.f16c else isa.flags
 
 
-def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
-    flags = (*isa.flags, *_VECTOR_FLAGS) if isa.f16c else isa.flags
-    text = source(spec, isa)
-    digest = hashlib.sha256("\0".join((text, *flags)).encode()).digest()
-    return int.from_bytes(digest[:7], "big") + 1, compile_library(text, flags)
-
-
-def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
-    library, table = load_library(path), dispatcher()
+def _enter(spec: DeltaSpec, isa: Isa, library: ctypes.CDLL) -> int:
+    text = "\0".join((source(spec, isa), *_flags(isa)))
+    kernel = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
     beside = not spec.embedding and not spec.experts
     entry = KernelEntry(
         id=kernel,
@@ -151,9 +139,15 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
         **{name: dtype_code(getattr(spec, name)) for name in ("x_dtype", "bank_dtype", "y_dtype")},
         **{name: dtype_code(getattr(torch, name)) for name in ("int32", "int64", "float32")},
     )
-    if table.lorafx_add(ctypes.byref(entry)):
+    if dispatcher().lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
     linear_ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
+    return kernel
+
+
+GENERATED = Kernels(
+    "LoRA runs in plain aten on this CPU, which is slow", source, _enter, flags=_flags
+)
 
 
 @contextlib.contextmanager
@@ -173,19 +167,11 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     if not spec.supported():
         return None
     with LOCK:
-        try:
-            isa = isa or best_isa()
-            if (spec, isa.name) not in _BUILT:
-                dispatcher()
-                kernel, path = _compile(spec, isa)
-                _load(spec, kernel, path)
-                _BUILT[spec, isa.name] = kernel
+        kernel = GENERATED.ready(spec, isa, again=True)
+        if kernel is not None:
             for recording in _RECORDINGS:
-                recording[spec] = _BUILT[spec, isa.name]
-            return _BUILT[spec, isa.name]
-        except LoweringError as error:
-            _warn_once(str(error))
-            return None
+                recording[spec] = kernel
+        return kernel
 
 
 def built_source(spec: DeltaSpec) -> str:
@@ -198,10 +184,10 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
 
     with contextlib.suppress(LoweringError):  # `build` fails again, and warns
         isa = best_isa()
-        todo = [spec for spec in unique if spec.supported() and (spec, isa.name) not in _BUILT]
+        todo = [spec for spec in unique if spec.supported() and not GENERATED.has(spec)]
         # A process that compiles beside calls has one thread for it.
         with ThreadPoolExecutor(inductor_config.compile_threads) as pool:
-            jobs: list[Future[Any]] = [pool.submit(_compile, spec, isa) for spec in todo]
+            jobs: list[Future[Any]] = [pool.submit(GENERATED.compile, spec, isa) for spec in todo]
             if todo:
                 jobs.append(pool.submit(compile_library, op_source(DISPATCHER)))
             for job in jobs:

@@ -26,23 +26,16 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import (
-    Isa,
-    best_isa,
-    compile_library,
-    has_matrix_tiles,
-    load_library,
-    torch_function,
-)
+from lorafx.kernels.cpu.compiler import Isa, has_matrix_tiles, torch_function
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     SERIAL_WORK,
     dtype_code,
     kernel_source,
     register,
-    tried_once,
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
+from lorafx.kernels.cpu.kernels import WIDE, Kernels
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, BankArgs, check_bank, check_rows, define, require
 
@@ -156,26 +149,18 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
     library.lorafx_add_many(dtype_code(torch.float32), linear)
 
 
-@tried_once("products of few rows stay with aten")
-def ready(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for `dtype`, which is compiled and loaded."""
-    isa = best_isa()
-    if dtype not in ELEMENTS or not generates(isa):
-        return False
-    load_kernel(dtype, isa, max_rows(dtype))
+def _enter(dtype: torch.dtype, isa: Isa, library: ctypes.CDLL) -> bool:
+    kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
+    op_library().lorafx_add(dtype_code(dtype), max_rows(dtype), kernel)
     return True
 
 
-def generates(isa: Isa) -> bool:
-    """Whether kernels are generated for `isa`; narrower vectors were not measured."""
-    return isa.lanes >= 8
+GENERATED = Kernels("products of few rows stay with aten", source, _enter, lanes=WIDE)
 
 
-def load_kernel(dtype: torch.dtype, isa: Isa, rows: int) -> None:
-    """Load the kernel of `dtype` for `isa`, which the ops use for up to `rows` rows from now on."""
-    library = load_library(compile_library(source(dtype, isa), isa.flags))
-    kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
-    op_library().lorafx_add(dtype_code(dtype), rows, kernel)
+def ready(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for `dtype`, which is compiled and loaded."""
+    return dtype in ELEMENTS and bool(GENERATED.ready(dtype))
 
 
 def product(*operands: Any) -> Tensor:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.attention import ATTENTION_FILES, attention_sizes
-from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register, tried_once
-from lorafx.kernels.cpu.dense import generates
+from lorafx.kernels.cpu.compiler import Isa
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register
+from lorafx.kernels.cpu.kernels import WIDE, Kernels
 from lorafx.kernels.ops.op_library import define, require
 from lorafx.torch_internals.graph_parts import guard_or_false
 
@@ -110,24 +110,18 @@ def _LOAD(wanted: Any) -> int:
     names = ("dtype", "size", "group", "key_row", "value_row")
     code, *sizes = (getattr(wanted.contents, name) for name in names)
     known = (dtype for dtype in ELEMENTS if dtype_code(dtype) == code)
-    return int(not any(ready(AttentionForm(dtype, *sizes)) for dtype in known))
+    return int(not any(GENERATED.ready(AttentionForm(dtype, *sizes)) for dtype in known))
 
 
-@tried_once("attention stays with aten")
-def ready(form: AttentionForm) -> bool:
-    """Whether there is a kernel of `form`, which is compiled and loaded."""
-    if not generates(best_isa()):
-        return False
-    load_kernel(form, best_isa())
-    return True
-
-
-def load_kernel(form: AttentionForm, isa: Isa) -> None:
-    library = load_library(compile_library(source(form, isa), isa.flags))
+def _enter(form: AttentionForm, isa: Isa, library: ctypes.CDLL) -> bool:
     run = ctypes.cast(library.lorafx_attention, ctypes.c_void_p)
     dtype, *sizes = astuple(form)
     if op_library().lorafx_add(Kernel(dtype_code(dtype), *sizes, run)):
         raise LoweringError("the table of generated CPU kernels is full")
+    return True
+
+
+GENERATED = Kernels("attention stays with aten", source, _enter, lanes=WIDE)
 
 
 def attention(
@@ -137,7 +131,7 @@ def attention(
     attention_fake(query, key, value, mask, causal, scale)
     form = AttentionForm.of(query, key, value, mask[0] if mask else None)
     # A graph from a cache may be the first to need the kernel, which then replaces this function.
-    if form is not None and ready(form):
+    if form is not None and GENERATED.ready(form):
         return ATTENTION(query, key, value, mask, causal, scale)
     added = mask[0] if mask else None
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -36,8 +36,9 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import dense
-from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code, tried_once
+from lorafx.kernels.cpu.compiler import Isa
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, INTEGERS, dtype_code
+from lorafx.kernels.cpu.kernels import WIDE, Kernels
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, check_bank, check_rows, define, require
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
@@ -145,23 +146,21 @@ def _LOAD(key: int) -> int:
     return int(not ready(StoredSpec.of_key(key)))
 
 
-@tried_once("products with integers stay with aten")
-def ready(spec: StoredSpec) -> bool:
-    """Whether there is a kernel of `spec`, and one of its dtype, which multiplies many rows; both
-    are compiled and loaded."""
-    if not dense.ready(spec.dtype):
-        return False
-    load_kernel(spec, best_isa(), dense.max_rows(spec.dtype))
+def _enter(spec: StoredSpec, isa: Isa, library: ctypes.CDLL) -> bool:
+    functions = library.lorafx_kernel, library.lorafx_widen
+    pointers = (ctypes.cast(function, ctypes.c_void_p) for function in functions)
+    if op_library().lorafx_add_stored(spec.key, dense.max_rows(spec.dtype), *pointers):
+        raise LoweringError("the table of generated CPU kernels is full")
     return True
 
 
-def load_kernel(spec: StoredSpec, isa: Isa, rows: int) -> None:
-    """Load the kernel of `spec` for `isa`, which the ops use for up to `rows` rows from now on."""
-    library = load_library(compile_library(source(spec, isa), isa.flags))
-    functions = library.lorafx_kernel, library.lorafx_widen
-    pointers = (ctypes.cast(function, ctypes.c_void_p) for function in functions)
-    if op_library().lorafx_add_stored(spec.key, rows, *pointers):
-        raise LoweringError("the table of generated CPU kernels is full")
+GENERATED = Kernels("products with integers stay with aten", source, _enter, lanes=WIDE)
+
+
+def ready(spec: StoredSpec) -> bool:
+    """Whether there is a kernel of `spec`, and one of its dtype, which multiplies many rows; both
+    are compiled and loaded."""
+    return dense.ready(spec.dtype) and bool(GENERATED.ready(spec))
 
 
 def widened(weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

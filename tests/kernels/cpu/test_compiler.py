@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,12 +14,13 @@ from delta_oracle import assert_delta, random_problem
 from full_disk import no_file_over
 from toolchain import needs_compiler
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import compiler, delta_kernels, dense, dense_attention, stored
 from lorafx.kernels.cpu.compiler import compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import op_source
 from lorafx.kernels.cpu.delta_kernels import build, delta_call
 from lorafx.kernels.cpu.dense_attention import AttentionForm
+from lorafx.kernels.cpu.kernels import Kernels
 from lorafx.kernels.cpu.stored import StoredSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
@@ -82,6 +84,27 @@ def test_a_refused_source_is_an_error_with_the_compilers_words(folder: Path) -> 
 
 
 @needs_compiler
+def test_a_kernel_is_tried_once_and_a_refusal_said_once(folder: Path) -> None:
+    entered: list[str] = []
+
+    def enter(spec: str, isa: compiler.Isa, library: ctypes.CDLL) -> int:
+        entered.append(spec)
+        return int(library.answer())
+
+    kernels = Kernels("answers are slow", lambda spec, isa: spec, enter)
+    assert [kernels.ready(SOURCE), kernels.ready(SOURCE)] == [42, 42]
+    assert entered == [SOURCE]
+    for _ in range(2):
+        with pytest.warns(LorafxWarning, match="answers are slow: .* refused") as said:
+            found = [kernels.ready("nonsense;", again=again) for again in (False, False, True)]
+        assert found == [None] * 3
+        assert len(said) == 1
+        kernels.forget()
+    wide = Kernels("", lambda spec, isa: spec, enter, lanes=1 << 10)
+    assert wide.ready(SOURCE) is None  # not generated, of which nothing is said
+
+
+@needs_compiler
 @pytest.mark.usefixtures("fresh_choice")
 @pytest.mark.parametrize("place", ["a file", "a full disk"])
 def test_a_cache_that_cannot_be_written(
@@ -91,7 +114,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").touch()
     folder = tmp_path / ("file" if place == "a file" else "kernels")
     monkeypatch.setenv("LORAFX_CACHE_DIR", str(folder))
-    delta_kernels._warn_once.cache_clear()
+    delta_kernels.GENERATED.forget()
     room = no_file_over(16) if place == "a full disk" else nullcontext()
     with room, pytest.warns(UserWarning, match="cannot be written.*set LORAFX_CACHE_DIR"):
         assert build(_spec(104)) is None
@@ -110,7 +133,7 @@ def fresh_choice() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
-    delta_kernels._warn_once.cache_clear()
+    delta_kernels.GENERATED.forget()
     with torch._inductor.config.patch(NO_COMPILER):
         with pytest.warns(UserWarning, match="plain aten on this CPU.*no C\\+\\+ compiler"):
             assert build(_spec(101)) is None

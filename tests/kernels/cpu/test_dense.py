@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LorafxWarning, LoweringError
@@ -17,7 +17,7 @@ from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if dense.GENERATED.generates(isa)]
 
 
 def operands(
@@ -45,10 +45,13 @@ def check(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
-    """After the test, this process has the kernels and the limits of others again."""
+def any_rows(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The generated kernel takes any number of rows. After the test, this process has the kernels
+    and the limits of others again."""
+    monkeypatch.setattr(dense, "max_rows", lambda dtype: 10**6)
     yield
-    dense.ready.cache_clear()
+    monkeypatch.undo()
+    dense.GENERATED.forget()
     assert all(dense.ready(dtype) for dtype in DTYPES)
 
 
@@ -66,10 +69,10 @@ def library(request) -> Iterator[None]:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-@pytest.mark.usefixtures("choice")
+@pytest.mark.usefixtures("any_rows")
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
-    dense.load_kernel(dtype, isa, 10**6)
+    dense.GENERATED.load(dtype, isa)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13, 70):
         for features, columns in ((1, 1), (40, 130), (129, 47)):
             bias, x, weight = operands(rows, features, columns, dtype)
@@ -118,20 +121,18 @@ from lorafx.kernels.cpu import dense
 assert dense.ready(torch.float32)
 x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16)
 torch.ops.lorafx.dense_mm(x, weight, [])
-assert dense.ready.cache_info().currsize == 2
+assert dense.GENERATED.has(torch.bfloat16)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-    monkeypatch.setattr(dense, "best_isa", no_compiler)
-    dense.ready.cache_clear()
     bias, x, weight = operands(3, 5, 9, torch.float32)
-    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
         check(dense.product(x, weight, []), x, weight)
     check(dense.product(bias, x, weight, [4, 5]), x, weight, bias)
-    dense.ready.cache_clear()
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from delta_oracle import assert_delta_joins, assert_product, random_problem
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LorafxWarning, LoweringError
@@ -18,7 +18,7 @@ from lorafx.kernels.cpu.stored import StoredSpec
 
 lora, aten = torch.ops.lorafx, torch.ops.aten
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if dense.GENERATED.generates(isa)]
 
 pytestmark = [needs_compiler, pytest.mark.skipif(not stored.packed_block(), reason="no blocks")]
 
@@ -52,23 +52,25 @@ def spec_of(dtype: torch.dtype) -> StoredSpec:
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
+def choice(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the test, this process has the kernels and the limits of others again."""
     yield
-    stored.ready.cache_clear()
+    monkeypatch.undo()
+    stored.GENERATED.forget()
     assert all(stored.ready(spec_of(dtype)) for dtype in DTYPES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.usefixtures("choice")
-def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
+def test_generated_kernels(isa: Isa, dtype: torch.dtype, monkeypatch) -> None:
     """Tiles of every height, groups of all sizes, last blocks of every size."""
     spec = spec_of(dtype)
     assert StoredSpec.of_key(spec.key) == spec
     assert stored.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 8, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        stored.load_kernel(spec, isa, most)
+        monkeypatch.setattr(dense, "max_rows", lambda dtype, most=most: most)
+        stored.GENERATED.load(spec, isa)
         for features, columns, group in (
             (32, 64, 32),
             (192, 16, 64),
@@ -116,16 +118,14 @@ def test_opcheck() -> None:
         assert set(found.values()) == {"SUCCESS"}
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """torch's operator is called then."""
-    monkeypatch.setattr(stored, "best_isa", no_compiler)
-    stored.ready.cache_clear()
     bias, x, weight = operands(3, 128, 16, 32, torch.bfloat16)
-    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
         y = stored.product(x, weight)
     assert torch.equal(y, by_torch(x, weight))
     assert torch.equal(stored.product(bias, x, weight), y + bias)
-    stored.ready.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from delta_oracle import assert_delta_joins, assert_product, random_problem
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LorafxWarning, LoweringError
@@ -19,7 +19,7 @@ from lorafx.kernels.cpu.stored import StoredSpec
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if dense.GENERATED.generates(isa)]
 #: dtypes of x, scale and zero, and the number of groups
 FORMS = [
     (torch.float32, torch.float32, None, 1),
@@ -56,10 +56,11 @@ def check(got: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None = No
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
+def choice(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the test, this process has the kernels and the limits of others again."""
     yield
-    stored.ready.cache_clear()
+    monkeypatch.undo()
+    stored.GENERATED.forget()
     assert all(stored.ready(spec_of(form)) for form in FORMS)
 
 
@@ -67,13 +68,14 @@ def choice() -> Iterator[None]:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.usefixtures("choice")
-def test_generated_kernels(isa: Isa, form) -> None:
+def test_generated_kernels(isa: Isa, form, monkeypatch) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
     spec = spec_of(form)
     assert StoredSpec.of_key(spec.key) == spec
     assert stored.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        stored.load_kernel(spec, isa, most)
+        monkeypatch.setattr(dense, "max_rows", lambda dtype, most=most: most)
+        stored.GENERATED.load(spec, isa)
         for count in rows:
             for features, columns in ((128, 47), (384, 130)) + ((129, 1), (1, 9)) * (form[3] == 1):
                 bias, x, weight = operands(count, features, columns, form)
@@ -187,17 +189,15 @@ def test_opcheck_of_siblings(biased: bool) -> None:
     assert set(found.values()) == {"SUCCESS"}
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-    monkeypatch.setattr(stored, "best_isa", no_compiler)
-    stored.ready.cache_clear()
-    for form in FORMS:
-        bias, x, weight = operands(3, 128, 9, form)
-        with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
-            y = stored.product(x, weight)
+    given = [operands(3, 128, 9, form) for form in FORMS]
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
+        found = [stored.product(x, weight) for _, x, weight in given]
+    for y, (bias, x, weight) in zip(found, given, strict=True):
         assert torch.allclose(y.float(), (x @ stored.widened(weight, x.dtype).T).float())
         check(stored.product(bias, x, weight), x, weight, bias)
-    stored.ready.cache_clear()
 
 
 @needs_compiler
