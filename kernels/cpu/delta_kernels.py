@@ -26,6 +26,8 @@ import torch
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library
 from lorafx.kernels.cpu.cpu_source import (
+    add_kernel,
+    address,
     dtype_code,
     kernel_source,
     op_source,
@@ -92,22 +94,6 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     return "\n".join([*arrays, kernel_source(spec, isa, elements, sizes, files, defines)])
 
 
-class KernelEntry(ctypes.Structure):
-    """`struct Kernel` of dispatcher.cpp."""
-
-    _fields_ = (
-        ("id", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("run", "begin", "end")),
-        *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
-        *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
-        *((name, ctypes.c_int64) for name in ("last_column", "experts")),
-        *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
-        *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
-    )
-
-
-#: Fields of `struct Kernel` that are attributes of a spec.
-_OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
 _RECORDINGS: list[dict[DeltaSpec, int]] = []
@@ -125,22 +111,15 @@ def _flags(isa: Isa) -> tuple[str, ...]:
 def _enter(spec: DeltaSpec, isa: Isa, library: ctypes.CDLL) -> int:
     text = "\0".join((source(spec, isa), *_flags(isa)))
     kernel = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
-    beside = not spec.embedding and not spec.experts
-    entry = KernelEntry(
-        id=kernel,
-        run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
-        begin=ctypes.cast(library.lorafx_begin, ctypes.c_void_p) if beside else None,
-        end=ctypes.cast(library.lorafx_end, ctypes.c_void_p) if beside else None,
-        op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
-        out_features=sum(spec.sizes),
-        rank=spec.max_rank,
-        siblings=max(spec.siblings) + 1,
-        **{name: getattr(spec, name) for name in _OF_SPEC},
-        **{name: dtype_code(getattr(spec, name)) for name in ("x_dtype", "bank_dtype", "y_dtype")},
-        **{name: dtype_code(getattr(torch, name)) for name in ("int32", "int64", "float32")},
+    functions = (getattr(library, f"lorafx_{name}", None) for name in ("kernel", "begin", "end"))
+    numbers = (
+        2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
+        *(spec.in_features, sum(spec.sizes), spec.max_rank, spec.group, spec.columns),
+        *(max(spec.siblings) + 1, spec.last_column, spec.experts),
     )
-    if dispatcher().lorafx_add(ctypes.byref(entry)):
-        raise LoweringError("the table of generated CPU kernels is full")
+    dtypes = spec.x_dtype, spec.bank_dtype, spec.y_dtype, torch.int32, torch.int64, torch.float32
+    words = *map(address, functions), *numbers, *map(dtype_code, dtypes)
+    add_kernel(dispatcher(), (kernel,), *words)
     linear_ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
     return kernel
 

@@ -12,15 +12,14 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu import (
     attention,
     delta_kernels,
-    dense,
     dense_attention,
     grouped_mm,
     kernels,
-    stored,
+    weight_mm,
 )
 from lorafx.kernels.cpu.compiler import ISAS
 
-KINDS = (attention, delta_kernels, dense, dense_attention, grouped_mm, stored)
+KINDS = (attention, delta_kernels, dense_attention, grouped_mm, weight_mm)
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -15,13 +15,13 @@ from full_disk import no_file_over
 from toolchain import needs_compiler
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import compiler, delta_kernels, dense, dense_attention, stored
+from lorafx.kernels.cpu import compiler, delta_kernels, dense_attention, weight_mm
 from lorafx.kernels.cpu.compiler import compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import op_source
 from lorafx.kernels.cpu.delta_kernels import build, delta_call
 from lorafx.kernels.cpu.dense_attention import AttentionForm
 from lorafx.kernels.cpu.kernels import Kernels
-from lorafx.kernels.cpu.stored import StoredSpec
+from lorafx.kernels.cpu.weight_mm import WeightSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -65,14 +65,15 @@ def test_nothing_is_narrowed_which_clang_refuses(
     strict = (*(flag for flag in compiler.BASE_FLAGS if flag != "-w"), "-Werror=narrowing")
     monkeypatch.setattr(compiler, "BASE_FLAGS", strict)
     keys = AttentionForm(torch.float32, 64, 2, 64, 64)
-    packed = StoredSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
+    packed = WeightSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
     sources = [
         delta_kernels.source(_spec(16), isa),
-        dense.source(torch.bfloat16, isa),
+        weight_mm.source(WeightSpec(torch.bfloat16, torch.bfloat16), isa),
         dense_attention.source(keys, isa),
-        stored.source(packed, isa),
+        weight_mm.source(packed, isa),
     ]
-    for source in (*sources, *map(op_source, (delta_kernels.DISPATCHER, dense.DENSE_OPS))):
+    ops = delta_kernels.DISPATCHER, dense_attention.ATTENTION_OPS, weight_mm.WEIGHT_OPS
+    for source in (*sources, *map(op_source, ops)):
         compile_library(source, isa.flags)
 
 
