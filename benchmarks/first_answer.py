@@ -269,7 +269,7 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
     from protocol import as_row, compare
     from transformers import DynamicCache
 
-    from lorafx.runtime import tiers
+    from lorafx.runtime.beside import compilers
 
     chosen = CASES[case]
     adapters = chosen.adapters(Path(folder))
@@ -288,7 +288,7 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
         return step
 
     # No graph is compiled beside it.
-    with torch.no_grad(), mock.patch.object(tiers, "CALLS", sys.maxsize):
+    with torch.no_grad(), mock.patch.object(compilers, "CALLS", sys.maxsize):
         base = decoding(chosen.model(), {})
         peft = decoding(*with_peft(chosen.model(), adapters)[:2])
         served, names, _ = with_lorafx(chosen.model(), adapters, "eager")

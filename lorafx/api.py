@@ -148,7 +148,7 @@ def _served(kind: type[C], marked: Marked, dynamic: bool | None) -> C:
     compiled = kind(marked.program, marked.attachment, marked.store, dynamic)
     try:
         if starts_eagerly(marked.program):
-            compiled._session.tiers = Tiers(compiled._session)
+            compiled._entries.tiers = Tiers(compiled._session)
         else:
             marked.program.pack_watch.pack()
         if marked.taken_over is not None:

@@ -19,14 +19,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
-
-import torch
-from torch import Tensor
 
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
@@ -39,15 +36,13 @@ from lorafx.adapter_store.stored import (
     Retired,
     StoredAdapter,
     fit_to_banks,
-    host_copy,
     measure,
-    next_version,
     places_of,
-    slots_needed,
 )
+from lorafx.adapter_store.sums import sum_of
+from lorafx.adapter_store.windows import arrange, no_slots, too_many, window
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 from lorafx.interrupts import free_after_fork, undisturbed
-from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
 
 if TYPE_CHECKING:
@@ -434,11 +429,11 @@ class AdapterStore:
         self._forget_released()
         self._check_known(adapters)
         if len(adapters) > self.max_adapters:
-            raise _too_many(dict.fromkeys(adapters, 1), self.max_adapters)
+            raise too_many(dict.fromkeys(adapters, 1), self.max_adapters)
         self._make_sums(adapters)
         widths = {name: self._adapters[name].width for name in adapters}
         if sum(widths.values()) - max(widths.values(), default=0) >= self.max_adapters:
-            raise _too_many(widths, self.max_adapters)
+            raise too_many(widths, self.max_adapters)
         missing = [name for name in adapters if name not in self._slots]
         if missing:
             self.copy_streams.refuse_captured(missing)
@@ -460,7 +455,7 @@ class AdapterStore:
         placed = arrange(widths, slots, evictable, fixed, self.max_adapters, self._widest)
         if placed is None:
             missing_widths = {name: widths[name] for name in missing}
-            raise _no_slots(missing_widths, fixed.difference(adapters) or fixed, self.max_adapters)
+            raise no_slots(missing_widths, fixed.difference(adapters) or fixed, self.max_adapters)
         copies = {name: self._adapters[name].numbers for name in placed}  # a file may be gone
         written = {slot for name, first in placed.items() for slot in self._window(name, first)}
         evicted += [n for n in evictable if not written.isdisjoint(self._window(n, slots[n]))]
@@ -561,38 +556,6 @@ class AdapterStore:
         self._written.clear()
 
 
-def _too_many(widths: Mapping[str, int], slots: int) -> CapacityError:
-    """The error for a batch whose adapters, of these widths, take more slots than there are."""
-    if len(widths) > slots:
-        return CapacityError(
-            f"the batch has {len(widths)} distinct adapters ({', '.join(widths)}), but "
-            f"there are only {slots} slots; split the batch, or compile "
-            f'with LoraConfig(max_adapters={len(widths)}) or Options(overflow="waves"), which '
-            "serves requests in turn where each finds slots beside pinned adapters"
-        )
-    needed = sum(widths.values()) - max(widths.values()) + 1
-    shown = ", ".join(f"{name} {width}" for name, width in widths.items())
-    return CapacityError(
-        f"the adapters of the batch take {needed} slots by their ranks ({shown}; one of them may "
-        f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
-        f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
-    )
-
-
-def _no_slots(missing: Mapping[str, int], kept: Iterable[str], slots: int) -> CapacityError:
-    """The error for `missing` adapters, of these widths, while the other slots are `kept`."""
-    lacking = ", ".join(
-        name if width == 1 else f"{name} ({width} slots in a row)"
-        for name, width in missing.items()
-    )
-    return CapacityError(
-        f"no slots for {lacking}: {slots} slots, of which "
-        f"those of {', '.join(sorted(kept))} are pinned, or used by the call around this one; "
-        "unpin_adapter() some, split the batch, or "
-        "compile with a larger LoraConfig(max_adapters=...)"
-    )
-
-
 @dataclass(frozen=True)
 class AdapterInfo:
     """A loaded adapter: its largest rank, the paths of the modules that it changes, its slot (None
@@ -613,200 +576,3 @@ def info(store: AdapterStore, name: str) -> AdapterInfo:
     slot, pinned = store.resident.get(name), name in store.pinned
     nbytes = 0 if item.host is None else item.host.nbytes
     return AdapterInfo(name, item.source, item.rank, item.sites, item.version, slot, pinned, nbytes)
-
-
-def window(first: int, width: int, count: int) -> range:
-    """The slots, of `count` in all, of an adapter whose first slot is `first`."""
-    return range(first, min(first + width, count))
-
-
-def arrange(
-    widths: Mapping[str, int],
-    slots: Mapping[str, int],
-    evictable: Sequence[str],
-    fixed: Collection[str],
-    count: int,
-    widest: int,
-) -> dict[str, int] | None:
-    """The first slot of each adapter that has to be written, or None if they do not fit.
-
-    The last slot has room for the largest rank (lorafx.model.bank), so a window may extend past it.
-    Hence adapters fit if all windows may move, and the widths of all but the widest add up to less
-    than the number of slots.
-
-    `slots` are the current first slots. If too few are free, the `evictable` lose theirs, least
-    recently used first; the `fixed` stay. If that is not enough, all evictable ones are evicted and
-    others may move. If possible, the last slot is left for an adapter of the `widest` width.
-    """
-    windows = {name: window(first, widths[name], count) for name, first in slots.items()}
-    missing = {name: width for name, width in widths.items() if name not in slots}
-    placed = _place_windows(missing, windows, evictable, count, widest)
-    if placed is not None:
-        return placed
-    moving = {n: width for n, width in widths.items() if n not in evictable and n not in fixed}
-    staying = {name: windows[name] for name in fixed}
-    return _place_windows(moving, staying, (), count, max(moving.values()))
-
-
-def _place_windows(
-    widths: Mapping[str, int],
-    windows: Mapping[str, range],
-    evictable: Sequence[str],
-    count: int,
-    widest: int,
-) -> dict[str, int] | None:
-    """First slots, assigned to the widest adapters first, evicting only `evictable`. Adapters of
-    width `widest` get the highest slots, others the lowest, so that free slots stay contiguous."""
-    age = {name: number for number, name in enumerate(evictable)}
-    owners: list[str | None] = [None] * count
-    for name, slots in windows.items():
-        for slot in slots:
-            owners[slot] = name
-    placed: dict[str, int] = {}
-    for name in sorted(widths, key=lambda name: -widths[name]):
-        width = widths[name]
-        costs: list[tuple[int, int, int, int]] = []
-        for first in range(count):
-            occupants = {owners[slot] for slot in window(first, width, count)}
-            ages = [age.get(name, -1) for name in occupants if name is not None]
-            if -1 not in ages:
-                preference = -first if width == widest > 1 else first
-                costs.append((max(ages, default=-1), len(ages), preference, first))
-        if not costs:
-            return None
-        *_, placed[name] = min(costs)
-        slots = window(placed[name], width, count)
-        evicted = {owners[slot] for slot in slots}
-        owners = [None if owner in evicted else owner for owner in owners]
-        for slot in slots:
-            owners[slot] = name
-    return placed
-
-
-#: For each sibling of a bank, the factors to add, each with its adapter's weight.
-_Terms = dict[int, list[tuple[Factors, float]]]
-
-
-def sum_of(
-    name: Mixture, adapters: Mapping[str, StoredAdapter], groups: Sequence[Group]
-) -> StoredAdapter:
-    """The sum `name` of `adapters`, as an adapter whose rank is the sum of theirs.
-
-        Σ_i w_i · s_i · B_i A_i = s · [B_1, v_2 · B_2, …] [A_1; A_2; …]      v_i = w_i · s_i / s
-
-    s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
-    bits. Where a single adapter has factors, only their scale changes. No graph depends on weights.
-
-    Raises ConfigError for an adapter that is not linear in its weight and for a scale beyond
-    float32, CapacityError for a sum of ranks beyond a bank's.
-    """
-    summands = [(adapters[member], weight) for member, weight in name.weights if weight]
-    if len(summands) == 1 and summands[0][1] == 1:  # all others have weight 0
-        single = summands[0][0]
-        return replace(single, name=name, host=single.numbers, version=next_version())
-    for adapter, _ in summands:
-        _refuse_nonlinear(name, adapter)
-    terms: list[_Terms] = [{} for _ in groups]
-    for adapter, weight in summands:
-        for g, group_factors in adapter.numbers.factors.items():
-            for f in group_factors:
-                terms[g].setdefault(f.sibling, []).append((f, weight))
-    _check_room(name, terms, groups)
-    factors = {g: _sum_factors(name, ts, groups[g].bank) for g, ts in enumerate(terms) if ts}
-    return StoredAdapter(
-        name,
-        max((f.rank for sums in factors.values() for f in sums), default=0),
-        ", ".join(adapter.source for adapter, _ in summands),
-        tuple(dict.fromkeys(site for adapter, _ in summands for site in adapter.sites)),
-        HostCopy(factors),
-        width=slots_needed(groups, factors),
-    )
-
-
-def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
-    dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
-    reasons = {
-        "is an aLoRA adapter, which serves only the tokens from its invocation on": (
-            adapter.invocation
-        ),
-        "is a DoRA adapter, whose magnitudes are not linear in a weight": dora,
-        "was trained with biases (lora_bias or bias)": biases,
-        "has weights of its own (modules_to_save or trainable tokens), which take the place of the "
-        "base's": adapter.owned,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ConfigError(
-                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
-                f"other scale; name it alone, {adapter.name!r}"
-            )
-
-
-def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group]) -> None:
-    needed, where = 0, ""
-    for siblings, group in zip(terms, groups, strict=True):
-        max_rank = group.bank.B.shape[1]
-        for sibling, summed in siblings.items():
-            ranks = [factors.rank for factors, _ in summed]
-            site = group.site_of(sibling)
-            rank = -(-sum(ranks) // site.terms)
-            if sum(ranks) > max_rank and rank > needed:
-                needed, added = rank, " + ".join(map(str, ranks))
-                where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {max_rank}"
-    if needed:
-        raise CapacityError(
-            f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
-            f"LoraConfig(max_rank={needed})"
-        )
-
-
-def _sum_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:
-    """The sum's factors for each sibling. Siblings whose adapters share A share the sum's A."""
-    joined: dict[tuple[int, ...], Tensor] = {}
-    sums = []
-    for summed in terms.values():
-        factors = [f for f, _ in summed]
-        # s, and the v of the adapters, (adapters,); with experts (E,) and (adapters, E).
-        experts = factors[0].B.shape[:-2]
-        scales = torch.stack(
-            [torch.as_tensor(f.scale, dtype=torch.float64).expand(experts) * w for f, w in summed]
-        )
-        scale = scales.gather(0, scales.abs().argmax(0, keepdim=True)).squeeze(0)
-        if not bool(torch.isfinite(scale.float()).all()):
-            raise ConfigError(
-                f"{name!r}: a scale of the sum is beyond the range of float32; give smaller scales"
-            )
-        s = scale.float() if experts else float(scale)
-        if len(factors) == 1:
-            sums.append(factors[0]._replace(scale=s))
-            continue
-        key = tuple(id(f.A) for f in factors)
-        if key not in joined:
-            dim = -1 if bank.kind == "embedding" else -2
-            joined[key] = _concat([f.A for f in factors], dim, bank)
-        shares = torch.where(scale != 0, scales / scale, 0.0)
-        scaled = [_scaled(f.B, share) for f, share in zip(factors, shares, strict=True)]
-        a, b = joined[key], _concat(scaled, -2, bank)
-        sums.append(factors[0]._replace(A=a, B=b, scale=s, ranks=_summed_ranks(factors)))
-    return sums
-
-
-def _scaled(b: Tensor, share: Tensor) -> Tensor:
-    wide = torch.promote_types(b.dtype, torch.float32)
-    return (b.to(wide) * share.to(wide)[..., None, None]).to(b.dtype)
-
-
-def _concat(tensors: Sequence[Tensor], dim: int, bank: Bank) -> Tensor:
-    tensor = torch.cat(list(tensors), dim)
-    return host_copy(tensor, tensor.dtype, pin=True) if bank.A.is_cuda else tensor
-
-
-def _summed_ranks(factors: Sequence[Factors]) -> Tensor | None:
-    if all(f.ranks is None for f in factors):
-        return None
-    start, ranks = 0, torch.zeros(factors[0].B.shape[0], dtype=torch.int32)
-    for f in factors:
-        term_ranks = torch.full_like(ranks, f.rank) if f.ranks is None else f.ranks
-        ranks = torch.where(term_ranks > 0, start + term_ranks, ranks)
-        start += f.rank
-    return ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import Alone
+from lorafx.ownership.real_labels import Alone
 from lorafx.program.argument_roles import Role
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program

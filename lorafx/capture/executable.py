@@ -37,7 +37,7 @@ from lorafx.kernels.cpu.delta_kernels import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.model.extras import EXTRAS
 from lorafx.op_arguments import TRACED_WRITE
-from lorafx.ownership.memory import SHARED, Alone
+from lorafx.ownership.real_labels import SHARED, Alone
 from lorafx.program.frame import SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows

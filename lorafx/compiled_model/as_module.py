@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, ConfigError
+from lorafx.generation.generate import CompiledGenerate
+from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.marking import warn_training
 from lorafx.runtime.session import Session
 
@@ -29,9 +31,11 @@ class AsModule(nn.Module):
     """A compiled model as others hold it; its forward is that of `CompiledModel`."""
 
     # A slot is a name of the class, so that it is this object's own.
-    __slots__ = ("_orig_mod", "_session")
+    __slots__ = ("_entries", "_generation", "_orig_mod", "_session")
     _orig_mod: nn.Module
     _session: Session
+    _entries: CompiledForwards
+    _generation: CompiledGenerate
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -42,12 +42,14 @@ from lorafx.progress import progress
 from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import CompiledForwards, Entry, entered
 from lorafx.runtime.example_inputs import as_call
+from lorafx.runtime.kinds import Status
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
+from lorafx.runtime.resting import Resting
 from lorafx.runtime.running import refuse_transformed
-from lorafx.runtime.session import Resting, Session, Statistics
+from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import join, leave
-from lorafx.runtime.tiers import Status
+from lorafx.runtime.statistics import Statistics
 from lorafx.torch_internals.compat import untraced
 from lorafx.weights.export_merged import export_merged
 from lorafx.weights.loader import Weights, WeightUpdate, update_weights
@@ -91,7 +93,7 @@ class CompiledModel(AsModule):
     signature of its forward.
     """
 
-    __slots__ = ("_disabling", "_entries", "_generation", "attached")
+    __slots__ = ("_disabling", "attached")
 
     def __new__(cls, program: Program, *_: Any, **__: Any) -> CompiledModel:
         return super().__new__(_class_of(type(program.model), cls))
@@ -273,7 +275,8 @@ class CompiledModel(AsModule):
         It also raises what the model's own forward raises for these inputs.
         """
         self._entries.check_attached()
-        warm_up(self, example_inputs, batch_sizes=batch_sizes, lengths=lengths, generate=generate)
+        sizes: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths}
+        warm_up(self, self.generate, example_inputs, **sizes, generate=generate)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no graph is being compiled beside the calls (`Options.start`). Returns whether
@@ -281,7 +284,7 @@ class CompiledModel(AsModule):
         compiled from the second call of its kind on: a kind that was called once is not waited for.
         """
         last = None if timeout is None else time.monotonic() + timeout
-        tiers = self._session.tiers
+        tiers = self._entries.tiers
         while tiers is not None and tiers.busy(self._session):
             if last is not None and time.monotonic() >= last:
                 return False
@@ -291,7 +294,7 @@ class CompiledModel(AsModule):
     def status(self) -> Status:
         """How calls are answered at present, by their kinds: eagerly, while a graph is compiled
         beside or for good, or by a graph (`Options.start`). `str()` is text."""
-        tiers = self._session.tiers
+        tiers = self._entries.tiers
         return Status((), self.recompiles) if tiers is None else tiers.status(self._session)
 
     # --- adapters, also by PEFT's and transformers' names ---
@@ -609,10 +612,10 @@ class CompiledModel(AsModule):
             self._entries, generation_config, continuous_batching_config, tokenizer, **engine
         )
         try:
-            if warmup or (warmup is None and self._session.tiers is None):
+            if warmup or (warmup is None and self._entries.tiers is None):
                 with progress("compiling the engine's steps, ahead of requests"):
                     manager.warmup()
-            manager.compiles_beside = warmup is None and self._session.tiers is not None
+            manager.compiles_beside = warmup is None and self._entries.tiers is not None
             manager.start()
             yield manager
         finally:
@@ -690,7 +693,7 @@ class CompiledModel(AsModule):
         from lorafx.inspection.explanation import explained
 
         with self._session.lock:
-            return explained(self._session)
+            return explained(self._session, self.status().kinds)
 
     def why(
         self,
@@ -795,7 +798,7 @@ class CompiledModel(AsModule):
     def __repr__(self) -> str:
         from lorafx.inspection.explanation import explained
 
-        lines = explained(self._session, quick=True).summary
+        lines = explained(self._session, self.status().kinds, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
         inside = [*lines, f"base model: {type(self._orig_mod).__module__}, as cm._orig_mod", ways]
         return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])
@@ -842,8 +845,8 @@ class CompiledModel(AsModule):
                 self.unmerge()
             undisturbed(self._entries.attachment.detach)
             leave(session)
-            if session.tiers is not None:
-                session.tiers.end()
+            if self._entries.tiers is not None:
+                self._entries.tiers.compilers.end()
         return self._orig_mod
 
     @property

@@ -19,19 +19,17 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from lorafx.compiled_model.as_module import AsModule
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.requests import requests_of
-from lorafx.runtime.session import adapters_in_use
+from lorafx.runtime.resting import adapters_in_use
 from lorafx.torch_internals.compat import untraced
-
-if TYPE_CHECKING:
-    from lorafx.compiled_model.compiled import CompiledModel
 
 #: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use instead.
 ELSEWHERE: Mapping[str, str] = {
@@ -120,7 +118,7 @@ def refuse_arguments(function: str, misplaced: Sequence[Any], named: Mapping[str
             raise ConfigError(f"{function} takes no {name}={value!r}: {ARGUMENTS[name]}")
 
 
-def delegated(compiled: CompiledModel, name: str) -> Any:
+def delegated(compiled: AsModule, name: str) -> Any:
     """The attribute of `compiled` for a name that it does not define itself.
 
     Raises:
@@ -152,7 +150,7 @@ def _base_classes() -> list[type]:
     return classes
 
 
-def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
+def _served(compiled: AsModule, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
     session = compiled._session
     takes_names = "adapter_names" in inspect.signature(method).parameters
 
@@ -174,7 +172,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
                     return method(*args, **kwargs)
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:
-                    served = compiled.entry(owner, method=method)
+                    served = compiled._entries.of(owner, method=method)
                 return compiled._generation.within(served)(*args, **kwargs)
 
             return session.call(run, requests)

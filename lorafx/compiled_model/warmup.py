@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.stored import Adapter, LoraWeights
+from lorafx.compiled_model.as_module import AsModule
 from lorafx.eager.undo import Undo
 from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
 from lorafx.generation.alora import any_begins
@@ -27,9 +28,6 @@ from lorafx.model.sites import Site
 from lorafx.progress import progress
 from lorafx.runtime.example_inputs import Example, decode_step, derived_example, example_of
 from lorafx.runtime.session import Session
-
-if TYPE_CHECKING:
-    from lorafx.compiled_model.compiled import CompiledModel
 
 #: The rank of the dummies if banks have room for it and shards need no other; graphs do not depend
 #: on it.
@@ -43,14 +41,15 @@ NameList = list["str | None"]
 
 
 def warm_up(
-    compiled: CompiledModel,
+    compiled: AsModule,
+    generating: Callable[..., Any],
     example_inputs: Any,
     *,
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
     generate: bool | Mapping[str, Any] | None,
 ) -> None:
-    """See `CompiledModel.warmup`."""
+    """See `CompiledModel.warmup`; `generating` is its `generate`."""
     session = compiled._session
     sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
     config, sites = session.program.config, session.program.sites
@@ -60,13 +59,13 @@ def warm_up(
             device = session.program.runtime.device
             example = derived_example(compiled._orig_mod, device, sizes[0][0], sizes[1][0])
         else:
-            example = example_of(compiled.entry(compiled._orig_mod).roles, example_inputs)
+            example = example_of(compiled._entries.of(compiled._orig_mod).roles, example_inputs)
         settings = _generate_settings(compiled._orig_mod, generate)
         runs: dict[str, Callable[[Example, NameList], None]] = {}
         if generate is None or generate is False:
             runs["forward"] = partial(_forward, compiled)
         if settings is not None:
-            runs["generate"] = partial(_generate, compiled, settings)
+            runs["generate"] = partial(_generate, generating, settings)
         width = -(-rank // (config.slot_rank or config.max_rank))
         count = 2 if config.max_adapters > width else 1  # that many have slots together
         dummies = [dummy(f"warm-up {i}", sites, rank, seed=i) for i in range(count)]
@@ -152,7 +151,7 @@ def _serve_only_dummies(session: Session, run: Callable[[], None]) -> None:
 
 
 @contextmanager
-def state_restored(compiled: CompiledModel) -> Iterator[None]:
+def state_restored(compiled: AsModule) -> Iterator[None]:
     """Restores random states and the buffers that the model's forward writes, after the block."""
     undo = Undo((), compiled._session.program.runtime.device)
     undo.note(filter(_is_state, compiled._orig_mod.buffers()))
@@ -209,7 +208,7 @@ def _run_call(run: Callable[[Example, NameList], None], example: Example, names:
         run(example, names)
 
 
-def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None:
+def _forward(compiled: AsModule, example: Example, names: NameList) -> None:
     """Run the call, and one for another token with the cache that it returned."""
     inputs = dict(example.named)
     output = compiled(**inputs, adapter_names=names)
@@ -219,9 +218,9 @@ def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None
 
 
 def _generate(
-    compiled: CompiledModel, settings: Mapping[str, Any], example: Example, names: NameList
+    generating: Callable[..., Any], settings: Mapping[str, Any], example: Example, names: NameList
 ) -> None:
-    compiled.generate(**example.prompt(), **settings, adapter_names=names)
+    generating(**example.prompt(), **settings, adapter_names=names)
 
 
 def _generate_settings(

@@ -27,7 +27,7 @@ from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
-from lorafx.ownership.memory import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel, settled
+from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel, settled
 from lorafx.program.program import Program
 
 #: Gathering the factors of more rows takes longer than the site's operator.

@@ -32,7 +32,7 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
 from lorafx.model.marks import SiteMark
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import Block, Memory, Patchy, RealLabel, Shared, geometry_of
+from lorafx.ownership.memory import Block, Memory, geometry_of
 from lorafx.ownership.real import (
     alone,
     arguments_by_name,
@@ -41,6 +41,7 @@ from lorafx.ownership.real import (
     tensors_in,
     written,
 )
+from lorafx.ownership.real_labels import Patchy, RealLabel, Shared
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.derived import is_numbers, is_varied

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafx.ownership.memory import OF_WEIGHTS, SHARED, Geometry, Listed, Patchy, RealLabel
+from lorafx.ownership.memory import Geometry
+from lorafx.ownership.real_labels import OF_WEIGHTS, SHARED, Listed, Patchy, RealLabel
 
 #: The codes of unknown owners, and of no owner.
 UNKNOWN, NOBODYS, WEIGHTS = 0, 1, 2

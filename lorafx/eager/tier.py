@@ -26,7 +26,8 @@ from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, OutOfRangeError, ProvenanceError
 from lorafx.kernels.ops.paged_attention import Pages
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.ownership.memory import MOST_REQUESTS, Memory
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
 from lorafx.torch_internals.dynamo import raised_by_dynamo

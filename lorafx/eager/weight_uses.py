@@ -21,7 +21,8 @@ from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ByStorage, storage_key
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
-from lorafx.ownership.memory import in_containers, storage_of
+from lorafx.ownership.memory import storage_of
+from lorafx.ownership.model_memory import in_containers
 from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import DISTINCT, named_tensors, replaces
 from lorafx.program.inputs import Holder

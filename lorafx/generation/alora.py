@@ -24,7 +24,8 @@ from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.argument_roles import RoleTable, caches
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
-from lorafx.runtime.session import Session, refuse_elsewhere
+from lorafx.runtime.resting import refuse_elsewhere
+from lorafx.runtime.session import Session
 
 _IDS = "input_ids"
 

@@ -25,7 +25,7 @@ from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.entry import CompiledForwards, Entry
-from lorafx.runtime.session import adapters_in_use, refuse_elsewhere
+from lorafx.runtime.resting import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.transforms import tracing
 
 T = TypeVar("T")

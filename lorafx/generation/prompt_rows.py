@@ -23,7 +23,8 @@ from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
 from lorafx.generation.alora import ActivatedForward
-from lorafx.ownership.memory import NOBODY, Alone, Listed, Memory, Shared, listed, same_owners
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real_labels import NOBODY, Alone, Listed, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.entry import Entry

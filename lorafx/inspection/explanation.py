@@ -7,7 +7,6 @@ allocated on the meta device, so no weight is read.
 from __future__ import annotations
 
 import re
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.store import AdapterInfo, info
-from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.capture.checks import RefusedSites
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import numbered, some
+from lorafx.inspection.delta_norms import deltas_of
 from lorafx.inspection.report import Report, size
 from lorafx.kernels.cost.roofline import factor_elements
-from lorafx.model.bank import Factors
 from lorafx.model.module_graph import joined_lines
 from lorafx.model.sites import Group, Site, room_of
 from lorafx.model.weight_formats import plain_tensors
@@ -35,7 +33,6 @@ from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport, Preparation
 from lorafx.runtime.session import Session
-from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 from lorafx.torch_internals.shortcuts import states
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
@@ -366,8 +363,11 @@ def predicted(model: nn.Module, config: LoraConfig, options: Options) -> Explana
     return _model_report(model, config, options, preparation.sites, groups, prepared)
 
 
-def explained(session: Session, *, quick: bool = False) -> Explanation:
-    """The report on a marked model; `quick`: without fetching adapters or computing norms."""
+def explained(
+    session: Session, calls: Sequence[object] = (), *, quick: bool = False
+) -> Explanation:
+    """The report on a marked model, with the kinds of its `calls`; `quick`: without fetching
+    adapters or computing norms."""
     program, options = session.program, session.program.options
     if not quick:
         program.look_at_modules()
@@ -385,7 +385,7 @@ def explained(session: Session, *, quick: bool = False) -> Explanation:
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
         replaced=tuple(program.site_watch.lines()),
-        calls=() if session.tiers is None else tuple(map(str, session.tiers.status(session).kinds)),
+        calls=tuple(map(str, calls)),
     )
 
 
@@ -483,73 +483,3 @@ def graph_report(record: GraphRecord) -> GraphReport:
 
 def _with_sizes(text: str, sizes: Mapping[str, object]) -> str:
     return re.sub(r"\b[su][0-9]+\b", lambda match: str(sizes.get(match[0], match[0])), text)
-
-
-@dataclass(frozen=True)
-class Deltas:
-    """An adapter's norms of ΔW by site, and by site the reason why it changes nothing there."""
-
-    norms: dict[str, float]
-    idle: dict[str, str]
-
-    @property
-    def why_idle(self) -> str:
-        """Why the adapter changes nothing anywhere, or ""."""
-        if len(self.idle) < len(self.norms) or not self.idle:
-            return ""
-        return "no effect, because " + " or ".join(sorted(set(self.idle.values())))
-
-
-#: By version of an adapter: another version is another object.
-_DELTAS: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictionary()
-
-
-def deltas_of(
-    stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
-) -> Deltas | None:
-    """The deltas of an adapter; None if `quick` and they have not been computed.
-
-    ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ)), whose products are (r, r), so ΔW is not computed.
-    """
-    if stored not in _DELTAS and not quick:
-        squares: dict[str, float] = {}
-        reasons: dict[str, list[str]] = {}
-        with unset_fake_temporarily(), torch.no_grad():
-            for index, parts in stored.numbers.factors.items():
-                for factors in parts:
-                    site = groups[index].site_of(factors.sibling)
-                    square = _squared_norm(site, factors)
-                    squares[site.path] = squares.get(site.path, 0.0) + square
-                    reasons.setdefault(site.path, []).append(_why_idle(factors))
-        idle = {
-            path: of_parts[0]
-            for path, of_parts in reasons.items()
-            if all(of_parts) and path not in stored.owned
-        }
-        norms = {path: squares.get(path, 0.0) ** 0.5 for path in stored.sites}
-        _DELTAS[stored] = Deltas(norms, idle)
-    return _DELTAS.get(stored)
-
-
-def _squared_norm(site: Site, factors: Factors) -> float:
-    a, b = _at_least_float32(factors.A), _at_least_float32(factors.B)
-    if site.eligible.kind == "embedding":
-        a = a.mT  # (V, r)
-    if factors.ranks is not None:  # columns beyond an expert's rank are unused
-        within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
-        b = b * within[..., None]
-    # The product of these squares may exceed float32, even if ΔW does not.
-    square = ((a @ a.mT).double() * (b @ b.mT).double()).sum((-2, -1))
-    scale = torch.as_tensor(factors.scale, dtype=square.dtype)
-    return max(float((square * scale**2).sum()), 0.0)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _why_idle(factors: Factors) -> str:
-    if any(extra is not None and bool(extra.any()) for extra in (factors.gains, factors.shift)):
-        return ""
-    named = (("B", factors.B), ("A", factors.A), ("its scale", torch.as_tensor(factors.scale)))
-    return next((f"{name} is zero" for name, tensor in named if not bool(tensor.any())), "")

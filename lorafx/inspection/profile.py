@@ -255,7 +255,7 @@ def profiled(
         serve(**kwargs, adapter_names=list(names))
 
     entries.session.compile_for(lambda: call(copy.deepcopy(named)))
-    tiers = entries.session.tiers
+    tiers = entries.tiers
     before = tiers.eager_calls if tiers is not None else 0
     served = _time_served(call, named, device, calls)
     eager = tiers is not None and tiers.eager_calls > before

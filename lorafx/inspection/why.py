@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import BASE
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, nearest, some
-from lorafx.inspection.explanation import GraphReport, deltas_of, graph_report
+from lorafx.inspection.delta_norms import deltas_of
+from lorafx.inspection.explanation import GraphReport, graph_report
 from lorafx.inspection.report import Report
 from lorafx.model import targets
 from lorafx.model.sites import Site

@@ -162,6 +162,10 @@ class PackWatch:
         self._addresses = [address for packed in self._packs for address in packed.addresses]
 
     @property
+    def nbytes(self) -> int:
+        return sum(packed.weight.nbytes for packed in self._packs)
+
+    @property
     def intact(self) -> bool:
         return _lie_at(self._holders, self._names, self._addresses)
 

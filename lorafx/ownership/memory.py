@@ -1,12 +1,5 @@
-"""Labels of real tensors, kept by storage: the request of each element, by position.
+"""The labels of real tensors, kept by storage.
 
-    SHARED             no element depends on a request
-    Alone(b)           every element belongs to request b, or to none
-    Listed(dim, L)     index i along `dim` belongs to request L[i], to none if that is NOBODY
-    Patchy(cells)      cells[...] is the request of each element
-    POOL               elements of all requests, of which a mask shows each query its own
-
-None stands for unknown owners. `cells` are int16 tensors that broadcast to the tensor's shape.
 A label belongs to a view of a storage. For a view without one, the labels of other views are
 written into cells, one for each element of the storage. A storage that was written by untracked
 code loses its labels; its state reveals such writes:
@@ -21,176 +14,32 @@ from __future__ import annotations
 
 import ctypes
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import islice
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from functools import cache
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdRef
 
+from lorafx.ownership.real_labels import (
+    POOL,
+    SHARED,
+    UNKNOWN,
+    Alone,
+    Listed,
+    Patchy,
+    Pool,
+    RealLabel,
+    Shared,
+    cells_of,
+    label_of_cells,
+    listed,
+    renamed,
+    renamed_cells,
+)
 from lorafx.torch_internals.graph_parts import storage_of_weak
-
-NOBODY, UNKNOWN = -1, -2
-#: The most items of a container that `in_code` looks at.
-_MOST_ITEMS = 4096
-MOST_REQUESTS = torch.iinfo(torch.int16).max
-
-
-@dataclass(frozen=True)
-class Shared:
-    """No element depends on a request. `of_weights`: they depend on weights that adapters may
-    change, so in a later call they may be others."""
-
-    of_weights: bool = False
-
-
-@dataclass(frozen=True)
-class Alone:
-    """Every element belongs to this request, or to none."""
-
-    request: int
-
-
-@dataclass(frozen=True)
-class Listed:
-    """Index i along `dim` belongs to request owners[i]."""
-
-    dim: int
-    owners: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Patchy:
-    """Element by element."""
-
-    cells: Tensor
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Elements of all requests, of which a mask shows each query its own."""
-
-
-SHARED, OF_WEIGHTS, POOL = Shared(), Shared(of_weights=True), Pool()
-RealLabel: TypeAlias = Shared | Alone | Listed | Patchy | Pool
-
-
-def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
-    """The label of index i along `dim` for request owners[i]; not `Listed` if all are equal."""
-    if any(owner != owners[0] for owner in owners):
-        return Listed(dim, owners)
-    return SHARED if owners[0] == NOBODY else Alone(owners[0])
-
-
-def settled(label: RealLabel | None) -> RealLabel | None:
-    """The label, or Alone(b) if it lists request b and nobody: a row of nobody that a request has
-    joined to its own is the request's."""
-    requests = set(label.owners) - {NOBODY} if isinstance(label, Listed) else ()
-    return Alone(min(requests)) if len(requests) == 1 else label
-
-
-def repeated_owners(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
-    """The owner of each of `entries` if every owner has equally many, adjacent; else None."""
-    times, remainder = divmod(len(entries), len(owners))
-    return None if remainder else tuple(owner for owner in owners for _ in range(times))
-
-
-def cells_of(label: RealLabel | None, ndim: int, device: torch.device) -> Tensor:
-    """Broadcastable cells of a tensor of `ndim` dimensions with this label."""
-    if isinstance(label, Patchy):
-        return label.cells
-    if isinstance(label, Listed):
-        sizes = [1] * ndim
-        sizes[label.dim] = len(label.owners)
-        return torch.tensor(label.owners, dtype=torch.int16, device=device).view(sizes)
-    value = label.request if isinstance(label, Alone) else UNKNOWN
-    value = NOBODY if isinstance(label, Shared) else value
-    return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
-
-
-def label_of_cells(cells: Tensor) -> RealLabel | None:
-    """The simplest label of these cells; None if an owner is unknown."""
-    for dim, stride in enumerate(cells.stride()):
-        if stride == 0:  # constant
-            cells = cells.narrow(dim, 0, 1)
-    if not cells.numel():
-        return SHARED
-    least, most = _least_and_most(cells, range(cells.dim()))
-    lowest = int(cells.amin())
-    if lowest == UNKNOWN:
-        return None
-    if int(most) == NOBODY:
-        return SHARED
-    single = int(least) == int(most)
-    if single and lowest != NOBODY:
-        return Alone(int(most))
-    for dim in range(cells.dim()):
-        others = [d for d in range(cells.dim()) if d != dim]
-        least, most = _least_and_most(cells, others)
-        if single and others:
-            least = cells.amin(others)  # rows of nobody stay apart, or nothing is gained
-        if bool(((least == most) | (most == NOBODY)).all()):
-            return Listed(dim, tuple(most.tolist()))
-    if single:
-        return Alone(int(cells.amax()))
-    return Patchy(cells.clone())  # a later write into these cells is not one into the label
-
-
-def _least_and_most(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The least and greatest request over `dims`; NOBODY is never the least."""
-    if not dims:
-        return cells, cells
-    least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(tuple(dims))
-    return least, cells.amax(tuple(dims))
-
-
-def joined(first: Tensor, second: Tensor) -> Tensor:
-    """Cells of an elementwise result of two tensors."""
-    first, second = torch.broadcast_tensors(first, second)
-    agree = (first == second) | (second == NOBODY)
-    return torch.where(first == NOBODY, second, torch.where(agree, first, UNKNOWN))
-
-
-def renamed(label: RealLabel | None, requests: Mapping[int, int]) -> RealLabel | None:
-    """The label with request b replaced by requests[b]."""
-    if isinstance(label, Alone):
-        return listed(0, (requests.get(label.request, label.request),))
-    if isinstance(label, Listed):
-        return listed(label.dim, tuple(requests.get(owner, owner) for owner in label.owners))
-    return Patchy(renamed_cells(label.cells, requests)) if isinstance(label, Patchy) else label
-
-
-def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
-    """Cells with request b replaced by requests[b]; UNKNOWN and NOBODY are unchanged."""
-    if not cells.numel():
-        return cells
-    table = torch.arange(UNKNOWN, max(int(cells.max()), *requests) + 1, dtype=torch.int16)
-    for old, new in requests.items():
-        table[old - UNKNOWN] = new
-    return table.to(cells.device)[cells.long() - UNKNOWN]
-
-
-def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The common list, if NOBODY matches any request; None if the lists differ."""
-    if len({len(owners) for owners in lists}) != 1:
-        return None
-    if all(owners == lists[0] for owners in lists):
-        return lists[0]
-    common: list[int] = []
-    for column in zip(*lists, strict=True):
-        requests = {owner for owner in column if owner != NOBODY}
-        if len(requests) > 1:
-            return None
-        common.append(requests.pop() if requests else NOBODY)
-    return tuple(common)
-
 
 #: sizes, strides, offset
 Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -261,7 +110,7 @@ class Memory:
         """Label tensors of unknown storages as SHARED."""
         for tensor in tensors:
             if self.block(tensor) is None and (block := self._new(tensor)) is not None:
-                block.views[(_elements(tensor),), (1,), 0] = SHARED
+                block.views[(elements_of(tensor),), (1,), 0] = SHARED
 
     def add_pool(self, tensor: Tensor) -> None:
         """Label all views of a storage as POOL. Writes are not looked for: the label says nothing
@@ -317,7 +166,7 @@ class Memory:
             if block is None:
                 return
             if shared:
-                block.views[(_elements(tensor),), (1,), 0] = SHARED
+                block.views[(elements_of(tensor),), (1,), 0] = SHARED
         if block.cells is not None or (block.views and set(block.views) != {geometry}):
             cells = self._cells(block, tensor)
             if not _fill_cells(cells, label, geometry):
@@ -388,7 +237,7 @@ class Memory:
         return None if block is None or block.ref.expired() else block
 
     def _label_by_others(self, block: Block, tensor: Tensor, view: Geometry) -> RealLabel | None:
-        elements = _elements(tensor)
+        elements = elements_of(tensor)
         for (size, stride, offset), label in block.views.items():
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
             if covers and isinstance(label, (Shared, Alone, Pool)):
@@ -406,7 +255,7 @@ class Memory:
 
     def _cells(self, block: Block, tensor: Tensor) -> Tensor:
         if block.cells is None:
-            elements = _elements(tensor)
+            elements = elements_of(tensor)
             cells = torch.full((elements,), UNKNOWN, dtype=torch.int16, device=tensor.device)
             for geometry, label in block.views.items():
                 if label is not None:
@@ -434,7 +283,7 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
-def _elements(tensor: Tensor) -> int:
+def elements_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
@@ -501,125 +350,3 @@ def _digest(tensor: Tensor) -> int:
     if storage.device.type != "cpu":
         storage = storage.cpu()
     return hash(ctypes.string_at(storage.data_ptr(), storage.nbytes()))
-
-
-class Remembered:
-    """Storages of a model's tensors that depend on no request but are no parameters or buffers,
-    such as a table of biases in a dict, with their states.
-
-    Such a tensor existed before compilation, or a graph computed it only from sizes and tensors
-    without LoRA. It is forgotten once it is written into.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[StorageWeakRef, MemoryState]] = {}
-
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        self._known = {k: item for k, item in self._known.items() if not item[0].expired()}
-        for tensor in tensors:
-            key = storage_of(tensor)
-            if key is not None and not tensor.is_inference():
-                reference = StorageWeakRef(tensor.untyped_storage())
-                self._known[key] = reference, state_of(tensor, digested=True)
-
-    def holds(self, tensor: Tensor) -> bool:
-        item = self._known.get(key) if (key := storage_of(tensor)) is not None else None
-        if item is None or item[0].expired() or tensor.is_inference():
-            return False
-        return item[1] == state_of(tensor, digested=True)
-
-
-def in_containers(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors in modules' dict, list and tuple attributes."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if value is module._parameters or value is module._buffers:
-                continue
-            items = value.values() if isinstance(value, Mapping) else value
-            if isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes)):
-                yield from (item for item in items if isinstance(item, Tensor))
-
-
-def in_code(value: object, seen: set[int], depth: int = 5) -> Iterator[Tensor]:
-    """Parameters, and vectors that are no views, which a hook holds in closures, globals, arguments
-    and attributes: the same for all rows, if they existed when it was registered."""
-    if id(value) in seen or not depth:
-        return
-    seen.add(id(value))
-    items: Iterable[object] = ()
-    if isinstance(value, Tensor):
-        vector = value.numel() == max(value.shape, default=1)
-        if isinstance(value, nn.Parameter) or (vector and _elements(value) == value.numel()):
-            yield value
-    elif isinstance(value, nn.Module):
-        items = (*value.parameters(), *value.buffers())
-    elif isinstance(value, (Mapping, list, tuple)):
-        items = value.values() if isinstance(value, Mapping) else value
-    elif isinstance(value, partial):
-        items = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, MethodType):
-        items = (value.__self__, value.__func__)
-    elif isinstance(value, FunctionType):
-        used = map(value.__globals__.get, value.__code__.co_names)
-        with suppress(ValueError):  # a cell may be empty
-            items = [cell.cell_contents for cell in value.__closure__ or ()]
-        items = (*items, *used, *(value.__defaults__ or ()))
-    elif not isinstance(value, (type, ModuleType)):
-        items = getattr(value, "__dict__", {}).values()
-    for item in islice(items, _MOST_ITEMS):
-        yield from in_code(item, seen, depth - 1)
-
-
-class TensorVersions:
-    """The states, without digests, of a model's tensors at compilation."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._known = {
-            id(tensor): (weakref.ref(tensor), state_of(tensor, digested=False))
-            for tensor in tensors
-            if not tensor.is_inference() and storage_of(tensor) is not None
-        }
-
-    def unwritten(self, tensor: object) -> bool:
-        """Whether `tensor` is a parameter, or one of these that was not written into since."""
-        if isinstance(tensor, nn.Parameter):
-            return True
-        reference, state = self._known.get(id(tensor), (None, None))
-        if reference is None or not isinstance(tensor, Tensor) or reference() is not tensor:
-            return False
-        return state == state_of(tensor, digested=False)
-
-
-class ModelMemory:
-    """Storages of a model's parameters, buffers and constants, read at most once a call."""
-
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        self._tensors = tensors
-        self._known: dict[int, Any] = {}
-
-    def in_one_call(self) -> Callable[[Tensor], bool]:
-        """A predicate that is valid for one call: whether a tensor is in the model's memory."""
-        looked = False
-
-        def holds(tensor: Tensor) -> bool:
-            nonlocal looked
-            if not self._holds(tensor) and not looked:
-                looked = True
-                self._known = dict(map(_reference, self._tensors()))
-            return self._holds(tensor)
-
-        return holds
-
-    def _holds(self, tensor: Tensor) -> bool:
-        key = storage_of(tensor)
-        reference = self._known.get(id(tensor) if key is None else key)
-        if isinstance(reference, StorageWeakRef):
-            return not reference.expired()
-        return reference is not None and reference() is tensor
-
-
-def _reference(tensor: Tensor) -> tuple[int, Any]:
-    key = storage_of(tensor)
-    if key is None:
-        return id(tensor), WeakIdRef(tensor)
-    return key, StorageWeakRef(tensor.untyped_storage())

@@ -18,7 +18,8 @@ from torch.fx.node import map_aggregate
 from lorafx.ownership import pointwise
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own, Pooled, Single
-from lorafx.ownership.memory import (
+from lorafx.ownership.propagate import called, checked, rule_for
+from lorafx.ownership.real_labels import (
     NOBODY,
     OF_WEIGHTS,
     POOL,
@@ -36,7 +37,6 @@ from lorafx.ownership.memory import (
     same_owners,
     settled,
 )
-from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
 
 aten = torch.ops.aten

@@ -28,19 +28,15 @@ from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.ownership.memory import (
-    SHARED,
-    Alone,
-    Listed,
-    Memory,
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.model_memory import (
     ModelMemory,
     Remembered,
     TensorVersions,
     in_code,
     in_containers,
-    repeated_owners,
-    settled,
 )
+from lorafx.ownership.real_labels import SHARED, Alone, Listed, repeated_owners, settled
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors

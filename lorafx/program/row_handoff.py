@@ -16,21 +16,20 @@ from torch import Tensor, fx
 
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import One, Own
-from lorafx.ownership.memory import (
+from lorafx.ownership.memory import Memory, storage_of
+from lorafx.ownership.real import alone
+from lorafx.ownership.real_labels import (
     NOBODY,
     SHARED,
     Alone,
     Listed,
-    Memory,
     RealLabel,
     Shared,
     listed,
     repeated_owners,
     same_owners,
     settled,
-    storage_of,
 )
-from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.argument_roles import Role, RoleTable, tensor_leaves
 from lorafx.torch_internals.dynamo import InputMutationAOTOutput, PlainAOTInput, PlainAOTOutput

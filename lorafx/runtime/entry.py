@@ -24,13 +24,16 @@ from lorafx.model.experts import LOOP, loops
 from lorafx.model.keywords import takes
 from lorafx.model.marks import MARKS, Attachment
 from lorafx.model.replaced_methods import ReplacedMethod, forward_of
-from lorafx.ownership.memory import MOST_REQUESTS, Memory
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
+from lorafx.runtime.call import Call
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
+from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.runtime.results import refuse_code
-from lorafx.runtime.session import Session, refuse_elsewhere
+from lorafx.runtime.session import Session
 from lorafx.torch_internals.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.torch_internals.dynamo import any_global_hook
 from lorafx.torch_internals.versions import saves_graphs
@@ -38,6 +41,7 @@ from lorafx.torch_internals.versions import saves_graphs
 if TYPE_CHECKING:  # imported where used: with the first graph
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
     from lorafx.capture.traced import Conversion, Traced
+    from lorafx.runtime.tiers import Tiers
 
 
 class Entry:
@@ -53,8 +57,10 @@ class Entry:
         *,
         per_token: bool = False,
         packed: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
         self.session = session
+        self.tiers = tiers
         self.module = module
         self.function = function
         self.is_forward = name == "forward"
@@ -120,10 +126,10 @@ class Entry:
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
         """The model's result, by the graphs with adapters, or those of the base, or eagerly."""
-        session = self.session
-        if session.tiers is None or session.running.warming or session.replays:
-            return self.run_graph(args, kwargs, base=base)
-        return session.tiers.run(self, args, kwargs, base=base)
+        session, call = self.session, Call(self, args, kwargs, base)
+        if self.tiers is None or session.running.warming or session.replays:
+            return call.by_graph()
+        return self.tiers.run(call)
 
     def run_graph(
         self,
@@ -150,36 +156,38 @@ class Entry:
         except NoGraph:
             raise
         except BaseException as error:
-            inner = lorafx_error_in(error)
-            if isinstance(inner, ReplacedModuleError):
-                raise inner from None
-            raised = "; ".join(dict.fromkeys(traced.given_up.values()))
-            traced.given_up.clear()
-            if is_recompile_limit(error):
-                limit = session.program.options.recompile_limit
-                raise CaptureError(
-                    f"{type(self.module).__name__} has {limit} graphs, as many as "
-                    f"Options.recompile_limit allows, and this call needs one more: {error}"
-                ) from error
-            if raised and isinstance(error, LorafxError):
-                # The model's own error is the cause, and the one that the caller can act on.
-                raise type(error)(
-                    f"{error}. {type(self.module).__name__} runs in pieces, because it "
-                    f"raised an error when this call was traced: {raised}"
-                ) from error
-            if isinstance(error, LorafxError):
+            failure = self._failure(error, traced, base=base)
+            if failure is error:
                 raise
-            if inner is not None:
-                raise inner from error
-            failure = explained(error, type(self.module).__name__, self._base_sentence(base=base))
-            if failure is None:
-                raise
-            raise failure from error
+            raise failure from (None if isinstance(failure, ReplacedModuleError) else error)
         finally:
             hooks.accept_new()
             if sites.state != state[0]:  # it changed while a graph was captured
                 for of_base in (False, True):
                     self.traced.pop((state, of_base), None)
+
+    def _failure(self, error: BaseException, traced: Traced, *, base: bool) -> BaseException:
+        """The error for the caller, where capturing or running a graph raised this one."""
+        inner, name = lorafx_error_in(error), type(self.module).__name__
+        if isinstance(inner, ReplacedModuleError):
+            return inner
+        raised = "; ".join(dict.fromkeys(traced.given_up.values()))
+        traced.given_up.clear()
+        if is_recompile_limit(error):
+            limit = self.session.program.options.recompile_limit
+            return CaptureError(
+                f"{name} has {limit} graphs, as many as Options.recompile_limit allows, and this "
+                f"call needs one more: {error}"
+            )
+        if raised and isinstance(error, LorafxError):
+            # The model's own error is the cause, and the one that the caller can act on.
+            return type(error)(
+                f"{error}. {name} runs in pieces, because it raised an error when this call was "
+                f"traced: {raised}"
+            )
+        if isinstance(error, LorafxError):
+            return error
+        return inner or explained(error, name, self._base_sentence(base=base)) or error
 
     def _run_tracked(self, run: Callable[[], Any]) -> Any:
         """Return the result of `run`. If adapters are active, uses of weights and the owners of
@@ -257,8 +265,7 @@ class Entry:
     def _saved_graphs(self, *, base: bool) -> SavedGraphs | None:
         """This entry's graphs that other processes saved; None where torch cannot save graphs, and
         without `Options.cache`, unless graphs are compiled beside the calls."""
-        tiers = self.session.tiers
-        folder = None if tiers is None else tiers.folder
+        folder = None if self.tiers is None else self.tiers.compilers.folder
         option = self.session.program.options.cache or folder
         if not option or not saves_graphs():
             return None
@@ -369,6 +376,9 @@ class CompiledForwards:
     def __init__(self, session: Session, attachment: Attachment) -> None:
         self.session = session
         self.made: dict[tuple[Any, ...], Entry] = {}
+        #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
+        #: Assigned by lorafx.api, before any entry is made.
+        self.tiers: Tiers | None = None
         self.attachment: Final = attachment
 
     @property
@@ -390,9 +400,9 @@ class CompiledForwards:
         key = id(module), per_token, packed, name
         entry = self.made.get(key)
         if entry is None or entry.function != function:
-            entry = self.made[key] = Entry(
-                self.session, module, function, name, per_token=per_token, packed=packed
-            )
+            shape = {"per_token": per_token, "packed": packed}
+            entry = Entry(self.session, module, function, name, **shape, tiers=self.tiers)
+            self.made[key] = entry
         return entry
 
     def in_place(self, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,29 +10,26 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE, members
+from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
-from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
+from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.replaced_methods import Replacements
 from lorafx.model.runtime import Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
-from lorafx.program.stack import refuse_called_slips
 from lorafx.runtime.requests import (
     BLOCK_THREADS,
     IN_BLOCKS,
@@ -49,6 +46,7 @@ from lorafx.runtime.running import (
     accelerators,
     refuse_transformed,
 )
+from lorafx.runtime.statistics import SessionCounts
 from lorafx.torch_internals.compat import no_mha_fast_path
 from lorafx.torch_internals.graph_parts import _len_torch_dispatch_stack
 from lorafx.torch_internals.versions import unsupported
@@ -56,71 +54,11 @@ from lorafx.torch_internals.versions import unsupported
 if TYPE_CHECKING:  # imported with the first graph
     from lorafx.capture.backend import Backend
     from lorafx.capture.record import GraphRecord
-    from lorafx.runtime.tiers import Tiers
 
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
 _KEEPS_NOTHING: Final = Kept()
-
-
-_WAY = "the names to what lorafx.compile returned: cm(..., adapter_names=[...])"
-
-
-@dataclass(frozen=True)
-class PlaceCounts:
-    """Counts of one place of adapters: how often an adapter was looked up there and found (`hits`)
-    or not (`misses`), and how many were removed for others (`evictions`)."""
-
-    hits: int
-    misses: int
-    evictions: int
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Counts since the model was compiled.
-
-    Attributes:
-        hits: adapters of a batch that were in a slot already.
-        loads: adapters that were written into a slot.
-        evictions: adapters that lost their slot to another one.
-        waits: requests of continuous batching that were ready for a step and got no slot in it.
-        tokens: tokens that continuous batching has run, prompts included, by adapter;
-            "__base__" is the base model.
-        nbytes: present bytes of the banks ("banks"), of adapters in host memory ("host"), and of
-            the files that they were read from ("disk").
-        places: "host", where adapters without a slot are looked up; "disk", from which adapters
-            are read that host memory had no room for: its misses are files that have changed.
-    """
-
-    hits: int
-    loads: int
-    evictions: int
-    waits: int
-    tokens: Mapping[str, int] = field(default_factory=dict)
-    nbytes: Mapping[str, int] = field(default_factory=dict)
-    places: Mapping[str, PlaceCounts] = field(default_factory=dict)
-
-
-@dataclass
-class SessionCounts:
-    """The session's own counters, updated in place: `waits` and `tokens` as in `Statistics`, and
-    the updates that wrote its base weights, here or in a session that shares them."""
-
-    waits: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    writes: int = 0
-
-    def statistics(self, store: AdapterStore) -> Statistics:
-        """These counts and those of the session's store."""
-        slots = store.hits, store.loads, store.evictions
-        host = store.host
-        places = {
-            "host": PlaceCounts(host.hits, host.misses, host.evictions),
-            "disk": PlaceCounts(host.misses - host.changed, host.changed, 0),
-        }
-        return Statistics(*slots, self.waits, dict(self.tokens), store.nbytes(), places)
 
 
 class Served(NamedTuple):
@@ -192,8 +130,6 @@ class Session:
         #: What users put in the place of the compiled model's forward, if anything; it calls that
         #: as `Running.inner`. Assigned by lorafx.compiled_model.as_module.
         self.patched: Callable[..., Any] | None = None
-        #: Answers calls eagerly until there are graphs; None where each call waits for its graph.
-        self.tiers: Tiers | None = None
         self.counts: Final = SessionCounts()
         self._last_served = Served()  # assigned by `set_batch`, as is the next one
         self._called = False
@@ -517,8 +453,6 @@ class Session:
             program = self.program
             self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.active_at_rest
             self.replacements.put_back()
-        if self.tiers is not None:
-            self.tiers.forget()
         self.store.after_fork()
 
 
@@ -536,72 +470,6 @@ def read_for(
         strict=strict,
         warn=warn,
     )
-
-
-class Resting:
-    """Checks that marks make in eager mode (`Runtime.resting`), where a layer runs outside of the
-    session's compiled forwards and nothing adds its delta."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def refuse(self, path: str, layer: str) -> None:
-        """Refuse to run the layer at `path` if an adapter in use changes it.
-
-        Raises:
-            MatchError: an adapter of this thread's call, or the default, changes it.
-            BatchError: an adapter of another thread's call changes it.
-        """
-        session = self._session
-        running = session.running
-        if running.entries or running.warming or session.base.merged is not None:
-            return
-        if any(other.running.entries for other in session.neighbours):
-            return
-        if (running.here or not running.depth) and session.returned_from == path:
-            session.returned_from = None
-            return
-        for name in adapters_in_use(session):
-            if path not in session.store[name].sites:
-                continue
-            refuse_elsewhere(session)  # where the adapter is of another thread's call
-            reason = (
-                f"{name!r} is the default that set_adapter chose"
-                if session.requests.names == (session.default,)
-                else f"adapter {name!r} was requested by this call"
-            )
-            raise MatchError(
-                f"{layer} runs outside the compiled model's own calls, where nothing adds "
-                f"its delta, but {reason}. Call the compiled model or a method of its class; "
-                "after set_adapter(None), parts of the model that are called directly run "
-                "as the base"
-            )
-
-    def refuse_slips(self) -> None:
-        """As `refuse_called_slips`, unless a compiled forward is running."""
-        if not self._session.running.entries:
-            model = self._session.program.model
-            refuse_called_slips(lambda module: module is model, _WAY)
-
-    def refuse_elsewhere(self) -> None:
-        """As the function of this name."""
-        refuse_elsewhere(self._session)
-
-
-def refuse_elsewhere(session: Session) -> None:
-    """Raise BatchError if another thread is in a call, whose adapters this thread would get."""
-    running = session.running
-    if running.depth and not running.here:
-        raise BatchError(
-            f"this {type(session.program.model).__name__}, or a part of it, is called by itself "
-            "while another thread is in a call of the compiled model, whose adapters it would get. "
-            "Call the compiled model, which waits; adapter_names=[None, ...] is the base there"
-        )
-
-
-def adapters_in_use(session: Session) -> list[str]:
-    """The names of the adapters that the running call, or else the default, uses."""
-    return [name for name in dict.fromkeys(session.requests.names) if name not in (None, BASE)]
 
 
 #: All live sessions of this process, also those that serve no longer: a child process resets their

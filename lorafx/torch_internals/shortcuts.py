@@ -16,7 +16,7 @@ from lorafx.torch_internals import versions
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What happens without it, and what it saves (docs/compile_time.md, docs/performance.md)."""
+    """What happens without it, and what it saves (benchmarks/results/README.md)."""
 
     replaces: str
     gains: str

@@ -80,7 +80,7 @@ def test_weights_that_autocast_casts(llama: Case) -> None:
 def test_the_first_call_by_generate_knows_the_models_code(llama: Case) -> None:
     cm = llama.compile(EAGER)
     cm.generate(torch.randint(3, VOCAB, (4, 6)), **GREEDY, adapter_names=MIXED[:4])
-    assert not cm._session.tiers._eager._has_unknown_code()
+    assert not cm._entries.tiers._eager._has_unknown_code()
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -381,7 +381,7 @@ def test_a_call_that_needs_a_graph_has_changed_nothing(small: Any) -> None:
 
 def test_adapters_and_mixes_are_remembered_in_bounds(llama: Case) -> None:
     cm = llama.compile(EAGER)
-    remembered = cm._session.tiers._eager._remembered
+    remembered = cm._entries.tiers._eager._remembered
     remembered._most = 16 * 50
     for length in range(2, 8):
         check(cm, llama, MIXED[:3], FAMILIES["llama"].inputs(3, length))

@@ -44,7 +44,7 @@ def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Asked
 
     monkeypatch.setattr(Entry, "run_graph", ask)
-    monkeypatch.setattr("lorafx.runtime.tiers.can_fork", lambda: False)
+    monkeypatch.setattr("lorafx.runtime.beside.compilers.can_fork", lambda: False)
 
 
 UNPROVED = {

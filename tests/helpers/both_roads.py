@@ -16,7 +16,8 @@ import torch
 
 from lorafx.eager.following import NeedsGraph
 from lorafx.errors import LorafxError, MatchError
-from lorafx.runtime.comparison import answer_of, bound_of, distance
+from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
+from lorafx.runtime.call import Call
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.session import Session
 from lorafx.runtime.tiers import Tiers
@@ -50,15 +51,16 @@ class Raised:
 def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
     session = self.session
     by_graph = partial(_by_graph, self, args, kwargs, base=base)
-    if not _switch["on"] or session.tiers is not None or session.running.warming:
+    if not _switch["on"] or self.tiers is not None or session.running.warming:
         return by_graph()
     own_passes = any(not isinstance(item, bool) for item in session.program.options.passes.values())
     if own_passes:  # which tests have do wrong on purpose
         return by_graph()
-    if session.replays or not _is_due(self, args, kwargs, base):
+    call = Call(self, args, kwargs, base)
+    if session.replays or not _is_due(call):
         return by_graph()
     read = partial(answer_of, kwargs, torch.get_rng_state())
-    eager = _eagerly(self, args, kwargs, read)
+    eager = _eagerly(call, read)
     try:
         result = by_graph()
     except MatchError as error:
@@ -73,10 +75,10 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     return result
 
 
-def _is_due(entry: Entry, args: Any, kwargs: Mapping[str, Any], base: bool) -> bool:
-    session = entry.session
+def _is_due(call: Call) -> bool:
+    session = call.session
     counts = _compared.setdefault(session, {})
-    kind = _tiers_of(session)._kind(entry, args, kwargs, base)
+    kind = _tiers_of(session).kind_of(call)
     key = id(kind), tuple(session.program.runtime.rows), session.counts.writes
     counts[key] = counts.get(key, 0) + 1
     return counts[key] <= _CALLS
@@ -89,13 +91,10 @@ def _tiers_of(session: Session) -> Tiers:
     return tiers
 
 
-def _eagerly(entry: Entry, args: Any, kwargs: Mapping[str, Any], read: Any) -> Any:
+def _eagerly(call: Call, read: Any) -> Any:
     """The answer of eager mode; None if it asks for a graph."""
-    tiers = _tiers_of(entry.session)
     try:
-        return tiers._eagerly(
-            entry, partial(tiers._eager.look, entry.in_python, args, kwargs, read)
-        )
+        return _tiers_of(call.session).look_eagerly(call, read)
     except NeedsGraph:
         return None
     except Exception as error:

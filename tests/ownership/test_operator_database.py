@@ -20,7 +20,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorafx.eager.following import Following
-from lorafx.ownership.memory import Memory, RealLabel, cells_of, listed
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real_labels import RealLabel, cells_of, listed
 
 SAMPLES, MOST_ELEMENTS, MOST_REQUESTS = 3, 4_000, 5
 #: The operators without a label for some sample, by reason.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
+import mmap
 import os
 import signal
 import subprocess
@@ -23,8 +25,9 @@ from torch._dynamo.utils import counters
 
 from lorafx.capture.saved_graphs import saved_graphs
 from lorafx.errors import LorafxWarning, OutOfRangeError, ProvenanceError
-from lorafx.runtime.beside import Process
-from lorafx.runtime.tiers import PrivateFolder
+from lorafx.runtime.beside import process as beside
+from lorafx.runtime.beside.private_folder import PrivateFolder
+from lorafx.runtime.beside.process import Process
 from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
@@ -49,7 +52,7 @@ def tiers(cm: Any) -> list[str]:
 
 
 def processes(cm: Any) -> list[int]:
-    return [process.pid for process in cm._session.tiers._processes]
+    return [process.pid for process in cm._entries.tiers.compilers.processes]
 
 
 def running(pid: int) -> bool:
@@ -70,10 +73,9 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     assert tiers(cm) == ["eager"]
     assert processes(cm) == []
     packs = cm._session.program.pack_watch
-    assert not packs.intact
     served(cm, plain, inputs)
     assert tiers(cm) == ["compiling"]
-    assert packs.intact  # which the process has too
+    assert not packs.intact  # the process makes its own of so few bytes
     assert cm.recompiles == cm.status().graphs == 0
     (pid,) = processes(cm)
     assert cm.wait(SECONDS)
@@ -81,6 +83,7 @@ def test_first_calls_are_eager_and_later_ones_take_the_graph(plain: Case) -> Non
     assert tiers(cm) == ["ready"]
     assert cm.status().graphs == 1
     served(cm, plain, inputs)
+    assert packs.intact
     assert cm.status().graphs == 1
     assert tiers(cm) == ["ready"]
     assert cm.recompiles == 1
@@ -183,7 +186,10 @@ class Starting(nn.Module):
         return {"logits": self.up(x), "threads": [torch.get_num_threads(), there]}
 
 
-def test_a_thread_that_is_born_in_a_call_has_all_threads(small: Any) -> None:
+def test_a_thread_that_is_born_in_a_call_has_all_threads(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside.Process, "works", True)
     case = small(Starting, ["up"])
     cm, x, threads = started(case), torch.randn(3, 12), torch.get_num_threads()
     try:
@@ -247,7 +253,7 @@ def test_a_second_start_prepares_saved_graphs_first(
     served(second, plain, inputs)
     assert tiers(second) == ["ready"]
     assert second.recompiles == 1
-    assert second._session.tiers._kinds.popitem()[1].processes == 0
+    assert next(iter(second._entries.tiers._kinds)).processes == 0
 
 
 @pytest.mark.parametrize("end", ["a call needs a graph", "too many kinds"])
@@ -259,7 +265,7 @@ def test_a_process_that_nobody_needs(small: Any, monkeypatch: pytest.MonkeyPatch
         cm(x=x, adapter_names=["a"] * 3)
     (pid,) = processes(cm)
     if end == "too many kinds":
-        monkeypatch.setattr("lorafx.runtime.tiers._MOST_KINDS", 1)
+        monkeypatch.setattr("lorafx.runtime.kinds._MOST", 1)
         cm(x=x, flag=True, adapter_names=["a"] * 3)
     else:
         with pytest.raises(ProvenanceError):
@@ -347,7 +353,7 @@ def test_nothing_is_left_of_a_model_that_ends(plain: Case, end: str) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
     served(cm, plain, inputs)
-    (pid,), folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    (pid,), folder = processes(cm), os.fspath(cm._entries.tiers.compilers.folder)
     assert running(pid)
     if end == "detach":
         cm.detach()
@@ -361,7 +367,7 @@ def test_another_fork_leaves_the_process_alone(plain: Case) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
     served(cm, plain, inputs)
-    before, folder = processes(cm), os.fspath(cm._session.tiers.folder)
+    before, folder = processes(cm), os.fspath(cm._entries.tiers.compilers.folder)
     torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
     child = os.fork()
     if not child:
@@ -398,6 +404,46 @@ def test_weights_and_adapters_change_meanwhile(plain: Case) -> None:
     assert tiers(cm) == ["ready"]
 
 
+def test_large_packs_are_shared(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafx.runtime.beside.compilers._COPIED", 0)
+    cm, inputs = started(plain), plain_inputs(3, 5)
+    packs = cm._session.program.pack_watch
+    served(cm, plain, inputs)
+    assert not packs.intact
+    served(cm, plain, inputs)
+    assert packs.intact
+    cm.detach()
+
+
+def ended(process: Process) -> str | None:
+    """What a process reports, which is waited for."""
+    last = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < last:
+        time.sleep(0.01)
+    process.end()
+    return process.outcome
+
+
+@pytest.mark.parametrize("patience", [1e9, 0.0])
+def test_it_works_when_the_serving_process_rests(
+    patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, rests = itertools.count(), mmap.mmap(-1, 1)
+    monkeypatch.setattr(beside, "PATIENCE", patience)
+    monkeypatch.setattr(
+        beside, "_seconds_used", lambda _: 0.0 if rests[0] else float(next(seconds))
+    )
+    process = Process(lambda: "done")
+    process.start()
+    if patience:
+        time.sleep(3 * beside._LOOK_AT_REST)
+        assert not process.works
+        assert process.poll() is None
+        rests[0] = 1
+    assert ended(process) == "done"
+    assert process.works
+
+
 def _product(size: int) -> str:
     """A product that takes several threads, and how many there were."""
     x = torch.ones(size, size)
@@ -412,11 +458,7 @@ def test_threads_of_openmp() -> None:
         assert _product(700) == "701 4"
         process = Process(lambda: _product(700))
         process.start()
-        last = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < last:
-            time.sleep(0.01)
-        process.end()
-        assert process.outcome == "701 4"
+        assert ended(process) == "701 4"
     finally:
         torch.set_num_threads(threads)
 
@@ -439,8 +481,8 @@ options = {"lowering": "reference", "start": "eager", "cache": None}
 cm = lorafx.compile(Model().eval(), lorafx.LoraConfig(["up", "down"]), options=options)
 for _ in range(2):
     cm(torch.randn(3, 12))
-tiers = cm._session.tiers
-print(*(process.pid for process in tiers._processes), os.fspath(tiers.folder), flush=True)
+compilers = cm._entries.tiers.compilers
+print(*(process.pid for process in compilers.processes), os.fspath(compilers.folder), flush=True)
 if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "terminated":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
 from lorafx.errors import LorafxWarning, VerifyError
-from lorafx.runtime.comparison import answer_of, bound_of, distance
+from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
 from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")

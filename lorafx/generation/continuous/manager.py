@@ -52,7 +52,7 @@ from lorafx.generation.continuous.parameters import (
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.model.keywords import refuse_slips
-from lorafx.runtime.tiers import CALLS
+from lorafx.runtime.kinds import CALLS
 
 if TYPE_CHECKING:
     from lorafx.runtime.entry import CompiledForwards

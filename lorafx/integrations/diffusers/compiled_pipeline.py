@@ -11,57 +11,43 @@ By default LoRA goes into the models that the pipeline lists in `_lora_loadable_
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx import api
-from lorafx.adapter_store.checkpoint import components as components_of
-from lorafx.adapter_store.dialects.spelling import DENOISERS
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
-from lorafx.adapter_store.saved import AdapterSource, Source, read_source
+from lorafx.adapter_store.saved import Source
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
 from lorafx.config import LoraConfig, Options
-from lorafx.eager.following import Following, counted, unfollowed
+from lorafx.eager.following import counted, unfollowed
 from lorafx.errors import (
     BatchError,
-    CaptureError,
-    CheckpointError,
     ConfigError,
-    LorafxWarning,
     ReplacedModuleError,
     UnknownAdapterError,
     nearest,
     numbered,
 )
 from lorafx.inspection.explanation import Explanation
+from lorafx.integrations.diffusers.components import (
+    encodes_prompts,
+    loadable,
+    loads_adapters,
+    parts_of,
+)
+from lorafx.integrations.diffusers.followed_prompts import PromptRows
 from lorafx.model.keywords import refuse_slips
 from lorafx.model.replaced_methods import Replacement
-from lorafx.ownership.memory import (
-    MOST_REQUESTS,
-    NOBODY,
-    Alone,
-    Listed,
-    Memory,
-    Patchy,
-    RealLabel,
-    listed,
-)
-from lorafx.ownership.real import tensors_in
-from lorafx.program.argument_roles import tensor_leaves
 from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.requests import Names, Requests, checked_names
-from lorafx.runtime.session import refuse_elsewhere
-from lorafx.torch_internals.graph_parts import OpOverload
+from lorafx.runtime.resting import refuse_elsewhere
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
@@ -382,223 +368,3 @@ def _encode(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs:
     result = unfollowed(lambda _: forward(*args, **kwargs))
     rows.label_prompts(result)
     return result
-
-
-def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The models of `pipe` that carry LoRA, by name: `components`, or by default those into which
-    diffusers loads adapters. Raises ConfigError and CaptureError as `compile_pipeline` does."""
-    if not isinstance(getattr(pipe, "components", None), Mapping) or isinstance(pipe, nn.Module):
-        raise ConfigError(
-            f"{type(pipe).__name__} is no pipeline of diffusers, which has `components`; compile "
-            "a single model with lorafx.compile"
-        )
-    models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    known = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in models]
-    names = known if components is None else list(dict.fromkeys(components))
-    if not names:
-        why = f"diffusers loads no adapters into {type(pipe).__name__}"
-        raise ConfigError(
-            f"{why if components is None else 'components=() names no model'}; name the models "
-            f"that carry LoRA by components=... (it has {', '.join(models)})"
-        )
-    for name in names:
-        if name not in models:
-            raise ConfigError(
-                f"{type(pipe).__name__} has no model {name!r}{nearest(str(name), models)}; it "
-                f"has {', '.join(models)}"
-            )
-        if any(hasattr(module, "_hf_hook") for module in models[name].modules()):
-            raise CaptureError(
-                f"{name} is moved between devices by accelerate's hooks, and banks are not; move "
-                "the pipeline to one device (pipe.remove_all_hooks(), pipe.to(device))"
-            )
-    return {name: models[name] for name in names}
-
-
-def encodes_prompts(module: object) -> bool:
-    """Whether `module` declares token ids as its main input, as transformers' text encoders do."""
-    return isinstance(module, nn.Module) and getattr(module, "main_input_name", "") == "input_ids"
-
-
-def loads_adapters(pipeline: type, method: str) -> bool:
-    """Whether `method` is defined by diffusers' loaders of adapters, which change the models."""
-    loader = getattr(sys.modules.get("diffusers.loaders.lora_base"), "LoraBaseMixin", None)
-    if loader is None:
-        return False
-    owner = next((cls for cls in pipeline.__mro__ if method in vars(cls)), object)
-    return issubclass(owner, loader) and not issubclass(
-        owner, sys.modules["diffusers"].DiffusionPipeline
-    )
-
-
-def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
-    """The part of an adapter for each of `models`, by the model's name. Its files are read once.
-    Warns if it has a part for a model that the pipeline was loaded without. Raises CheckpointError
-    if it has a part for a model that is not compiled, or that the pipeline does not have."""
-    adapter = source if isinstance(source, AdapterSource) else AdapterSource(source)
-    saved = read_source(adapter)
-    in_files = components_of(saved, adapter.dialect)
-    components = getattr(pipe, "components", {})
-    parts: dict[str, AdapterSource] = {}
-    for name in in_files if adapter.component is None else (adapter.component,):
-        model = _model_of_component(name, models)
-        if model is not None and model in parts:
-            raise CheckpointError(
-                f"{saved.where} has factors for {name or 'no model by name'} and "
-                f"{parts[model].component}, which are both {model} here; say which by "
-                "AdapterSource(..., component=...)"
-            )
-        if model is not None:
-            parts[model] = replace(adapter, source=saved, component=name or None)
-        elif name in components and components[name] is None:
-            warnings.warn(
-                f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
-                "precomputed embeddings have to come from it, with this adapter",
-                LorafxWarning,
-                stacklevel=3,
-            )
-        else:
-            missing = f"{type(pipe).__name__} does not have"
-            why = "is not compiled; name it by components=" if name in components else missing
-            raise CheckpointError(
-                f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
-                f"{why} (compiled: {', '.join(models)})"
-            )
-    if not parts:
-        raise CheckpointError(f"{saved.where} has factors for none of {', '.join(models)}")
-    return parts
-
-
-def _model_of_component(name: str, models: Mapping[str, nn.Module]) -> str | None:
-    """The model that a file means by `name`; files may call any denoiser `unet`, or ""."""
-    if name in models:
-        return name
-    denoisers = [key for key, module in models.items() if not encodes_prompts(module)]
-    if name in (*DENOISERS, "") and len(denoisers) == 1:
-        return denoisers[0]
-    return next(iter(models)) if not name and len(models) == 1 else None
-
-
-T = TypeVar("T")
-
-
-class PromptRows:
-    """Which prompt each row of a tensor belongs to, during one call of a pipeline.
-
-    `prompts` is the number of prompts. A label below it is the index of a prompt; a higher label is
-    a row of noise whose prompt is not known yet.
-
-        embeddings[b]               prompt b: an encoder returns row b for prompt b
-        noise[i]                    a new label, until the denoiser is called with this noise
-        cat, repeat, view, chunk    labels are propagated element by element
-
-    A row of the denoiser belongs to the prompt of its embeddings. If these have no label (zeros,
-    for an empty prompt), it belongs to the prompt whose other row has the same noise. The call is
-    refused if neither identifies a prompt.
-    """
-
-    def __init__(self, prompts: int) -> None:
-        self.prompts = prompts
-        # A tensor of unknown origin, such as a schedule from numpy, depends on no prompt.
-        self._memory = Memory(lambda _: True)
-        self._next = prompts
-        #: Noise drawn after the denoiser's first call identifies no rows and gets no labels.
-        self._denoiser_called = False
-
-    def run(self, action: Callable[[], T]) -> T:
-        return _NoiseFollowing(self, self._memory).run(action)
-
-    def label_argument(self, name: str, value: Any) -> None:
-        """Label an argument: `*prompt*` has a row for each prompt, any other is noise."""
-        if "prompt" in name:
-            self.label_prompts(value)
-        else:
-            for tensor in tensor_leaves(value):
-                self.label_noise(tensor)
-
-    def label_prompts(self, value: Any) -> None:
-        """Record that row b of each tensor in `value` belongs to prompt b."""
-        self.label_rows(value, tuple(range(self.prompts)))
-
-    def label_rows(self, value: Any, owners: tuple[int, ...]) -> None:
-        """Record that row i of each tensor in `value` belongs to prompt owners[i]."""
-        for tensor in tensor_leaves(value):
-            if tensor.dim() and tensor.shape[0] == len(owners):
-                self._memory.set_label(tensor, listed(0, owners))
-
-    def label_noise(self, tensor: Tensor) -> None:
-        """Give each row of `tensor` a new label, whose prompt is not known yet."""
-        count = tensor.shape[0] if tensor.dim() else 0
-        if not self._denoiser_called and 0 < count <= MOST_REQUESTS - self._next:
-            first, self._next = self._next, self._next + count
-            self._memory.set_label(tensor, listed(0, tuple(range(first, first + count))))
-
-    def owners(self, title: str, values: Any, count: int) -> tuple[int, ...]:
-        """The prompt of each of the `count` rows of the denoiser's arguments, `values`; `title`
-        names the denoiser. Raises BatchError if the labels of a row name no prompt, or several."""
-        labels = unfollowed(lambda _: self._labels_by_row(values, count))
-        # Several prompts may start from the same noise, which then identifies none of them.
-        sharing: dict[int, set[int]] = {}
-        for row_labels in labels:
-            owned = {label for label in row_labels if label < self.prompts}
-            for label in row_labels - owned if owned else ():
-                sharing.setdefault(label, set()).update(owned)
-        prompt_of_noise = {
-            label: next(iter(owned)) if len(owned) == 1 else NOBODY
-            for label, owned in sharing.items()
-        }
-        prompts = [
-            {prompt_of_noise.get(label, label) for label in row_labels} & set(range(self.prompts))
-            for row_labels in labels
-        ]
-        lost = [row for row, of_row in enumerate(prompts) if len(of_row) != 1]
-        if lost:
-            several = any(prompts[row] for row in lost)
-            why = "its arguments name several prompts for" if several else "no prompt is known for"
-            raise BatchError(
-                f"{title} is called with {count} rows for {self.prompts} prompts, and {why} row "
-                f"{', '.join(map(str, lost[:4]))}. Prompts with "
-                "different adapters need embeddings that come from the pipeline's text encoders "
-                "or are given per prompt; call the pipeline once for each adapter otherwise"
-            )
-        unfollowed(lambda _: self._memory.rename(prompt_of_noise))
-        self._denoiser_called = True
-        return tuple(of_row.pop() for of_row in prompts)
-
-    def _labels_by_row(self, values: Any, count: int) -> list[set[int]]:
-        """The labels of each row, of all tensors in `values` that have `count` rows."""
-        labels: list[set[int]] = [set() for _ in range(count)]
-        for tensor in tensor_leaves(values):
-            if tensor.dim() and tensor.shape[0] == count:
-                for row_labels, label in zip(labels, self._row_labels(tensor), strict=True):
-                    row_labels |= {label} - {NOBODY}
-        return labels
-
-    def _row_labels(self, tensor: Tensor) -> Sequence[int]:
-        """The label of each row; NOBODY for a row without one, or with more than one."""
-        label: RealLabel | None = self._memory.look(tensor)
-        rows = tensor.shape[0]
-        if isinstance(label, Alone):
-            return [label.request] * rows
-        if isinstance(label, Listed) and label.dim == 0:
-            return label.owners
-        if isinstance(label, Patchy):
-            cells = label.cells.expand(tensor.shape).reshape(rows, -1)
-            most = cells.amax(1)
-            least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(1)
-            labels: list[int] = torch.where(least == most, most, NOBODY).tolist()
-            return labels
-        return [NOBODY] * rows
-
-
-class _NoiseFollowing(Following):
-    """Following that labels the results of random operators as noise."""
-
-    def __init__(self, rows: PromptRows, memory: Memory) -> None:
-        super().__init__(memory)
-        self._rows = rows
-
-    def _note_made_of_nothing(self, func: OpOverload, results: object) -> None:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            for tensor in tensors_in(results):
-                self._rows.label_noise(tensor)

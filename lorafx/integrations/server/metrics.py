@@ -18,8 +18,8 @@ from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, hold_of
 from lorafx.generation.continuous.failures import StepHealth
 from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.runtime.session import Statistics
-from lorafx.runtime.tiers import TierName
+from lorafx.runtime.kinds import TierName
+from lorafx.runtime.statistics import Statistics
 
 #: The label of requests whose model is unknown. The names that clients send would be labels without
 #: number.

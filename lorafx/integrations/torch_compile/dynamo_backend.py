@@ -51,7 +51,7 @@ from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.runtime.marking import mark
 from lorafx.runtime.requests import BLOCK_THREADS, IN_BLOCKS, Requests, checked_names
-from lorafx.runtime.session import adapters_in_use
+from lorafx.runtime.resting import adapters_in_use
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.frames import capture_again
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily

@@ -15,7 +15,7 @@ import lorafx
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
-from lorafx.integrations.diffusers.compiled_pipeline import loadable, parts_of
+from lorafx.integrations.diffusers.components import loadable, parts_of
 from lorafx.runtime.marking import build_sites
 
 CLIP = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"

@@ -18,7 +18,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import origin_of
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, CheckpointError, ConfigError
-from lorafx.integrations.diffusers.compiled_pipeline import loadable, parts_of
+from lorafx.integrations.diffusers.components import loadable, parts_of
 from lorafx.runtime.marking import build_sites
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError
-from lorafx.integrations.diffusers.compiled_pipeline import PromptRows
+from lorafx.integrations.diffusers.followed_prompts import PromptRows
 
 
 def given(prompts: int) -> tuple[PromptRows, Tensor]:

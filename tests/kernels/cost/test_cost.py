@@ -1,4 +1,6 @@
-"""The GPU cost models against what was measured (docs/performance.md), and what they refuse."""
+"""The GPU cost models against what was measured (benchmarks/results/README.md), and what they
+refuse.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lorafx.integrations.server.errors import error_response
 from lorafx.integrations.server.metrics import Labels, families
 from lorafx.integrations.server.run import opened
 from lorafx.integrations.server.settings import ModelSettings
-from lorafx.runtime.session import Statistics
+from lorafx.runtime.statistics import Statistics
 
 
 class Counts:

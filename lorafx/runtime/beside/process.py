@@ -1,9 +1,12 @@
 """Processes beside the serving one, each forked from it at a call to compile that call's graph.
 
-    the serving process ─ fork ─▶ it waits for its turn ─▶ it works ─▶ it writes one text, and ends
+    the serving process ─ fork ─▶ it waits for its turn, and until the serving one rests
+                               ─▶ it works ─▶ it writes one text, and ends
 
 The model, its adapters and the arguments are shared until one of the two writes into them. The
-process writes to no stream, socket or pipe of the serving one, and ends when that one does.
+process writes to no stream, socket or pipe of the serving one, and ends when that one does. The
+first answers have all cores: it works when the serving process rests, or `PATIENCE` seconds after
+the fork.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import contextvars
 import gc
 import logging
+import mmap
 import os
 import signal
 import stat
@@ -30,6 +34,9 @@ _LOOK, _LAST_SECONDS = 0.5, 2.0
 #: serving process held at the fork is never free.
 _STANDSTILL = 300.0
 _LONGEST_TEXT = 4000
+#: A serving process rests if it uses less of a core than this share between two looks; seconds
+#: between these, and after the fork for which it need not rest.
+_RESTS, _LOOK_AT_REST, PATIENCE = 0.1, 0.2, 10.0
 #: Calls that use all cores keep more than half of the one that they share with the process.
 _NICE = 2
 
@@ -54,7 +61,9 @@ class Process:
         self._work, self._orphaned = work, orphaned
         #: What the process reported, or how it ended without; None until it has ended.
         self.outcome: str | None = None
-        self.works = self.reported = False
+        self.has_turn = self.reported = False
+        #: One byte that both processes share: whether the process works.
+        self._works = mmap.mmap(-1, 1)
         self._fork()
         del self._work, self._orphaned
 
@@ -73,15 +82,20 @@ class Process:
                 os.close(end)
             raise
         if not self.pid:
-            _serve_turn(self._work, self._orphaned, parent, wait, tell)
+            _serve_turn(self._work, self._orphaned, parent, wait, tell, self._works)
         os.close(wait)
         os.close(tell)
         with contextlib.suppress(OSError):  # it has done so itself
             os.setpgid(self.pid, self.pid)
 
+    @property
+    def works(self) -> bool:
+        """Whether the process has begun to work."""
+        return bool(self._works[0])
+
     def start(self) -> None:
-        """Let the process work."""
-        self.works = True
+        """Give the process its turn."""
+        self.has_turn = True
         with contextlib.suppress(OSError):  # it has ended
             os.write(self._go, b"!")
 
@@ -133,9 +147,15 @@ class Process:
 
 
 def _serve_turn(
-    work: Callable[[], str], orphaned: Callable[[], object], parent: int, go: int, told: int
+    work: Callable[[], str],
+    orphaned: Callable[[], object],
+    parent: int,
+    go: int,
+    told: int,
+    works: mmap.mmap,
 ) -> NoReturn:
     """The life of the forked process."""
+    last = time.monotonic() + PATIENCE
     try:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
@@ -147,7 +167,9 @@ def _serve_turn(
 
         def run() -> None:
             if os.read(go, 1):
+                _wait_for_rest(parent, last)
                 turn.set()
+                works[0] = 1
                 with modes[0], modes[1]:
                     os.write(told, f"told:{_outcome(context, work)}".encode()[:_LONGEST_TEXT])
 
@@ -158,6 +180,24 @@ def _serve_turn(
         _watch(thread, turn, parent, orphaned)
     finally:
         os._exit(0)
+
+
+def _wait_for_rest(parent: int, last: float) -> None:
+    """Return when the serving process rests, or at the time `last`."""
+    used = float("-inf")
+    while time.monotonic() < last:
+        before, used = used, _seconds_used(parent)
+        if used - before < _RESTS * _LOOK_AT_REST:
+            return
+        time.sleep(_LOOK_AT_REST)
+
+
+def _seconds_used(process: int) -> float:
+    """The CPU time of a process, by proc(5), or none if it has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _outcome(context: contextvars.Context, work: Callable[[], str]) -> str:

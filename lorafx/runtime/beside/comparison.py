@@ -28,7 +28,7 @@ from lorafx.errors import LorafxError, ProvenanceError
 from lorafx.passes.provenance import Provenance
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.program import Program
-from lorafx.runtime.entry import Entry
+from lorafx.runtime.call import Call
 from lorafx.runtime.replay import Replay, Run, options_of_replays, recorded
 
 #: The output of each site that a call has passed, by path, in their order.
@@ -42,13 +42,10 @@ RoadAnswer: TypeAlias = "list[Tensor] | None"
 
 @dataclass(frozen=True)
 class ComparedCall:
-    """A call of an entry. `eagerly` runs it in eager mode, passes its result to a function, undoes
-    all that it has changed, and returns what the function does; it notes the outputs of sites."""
+    """A call. `eagerly` runs it in eager mode, passes its result to a function, undoes all that it
+    has changed, and returns what the function does; it notes the outputs of sites."""
 
-    entry: Entry
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    base: bool
+    call: Call
     eagerly: Callable[[Callable[[Any], RoadAnswer], SiteOutputs], RoadAnswer]
 
     def verdict(self) -> tuple[str, str]:
@@ -67,12 +64,12 @@ class ComparedCall:
             return "eager", f"its graph cannot serve such a batch: {error}"
         except LorafxError:  # as each call by the graph
             return "", ""
-        bound = bound_of(self.entry.session.program)
+        bound = bound_of(self.call.session.program)
         apart = distance(eager, graph, bound)
         if apart <= 1:
             return "", ""
-        lowering = self.entry.session.program.options.lowering
-        if self.base:
+        lowering = self.call.session.program.options.lowering
+        if self.call.base:
             return "eager", _apart(f"the graph of the base, by {lowering!r}, and eager mode", apart)
         runs: list[Run] = []
         apart = distance(eager, self._by_operator(runs), bound)
@@ -91,29 +88,28 @@ class ComparedCall:
         )
 
     def _reader(self) -> Callable[[Any], RoadAnswer]:
-        return partial(answer_of, self.kwargs, torch.get_rng_state())
+        return partial(answer_of, self.call.kwargs, torch.get_rng_state())
 
     def _by_graph(self, conversion: Any = None) -> RoadAnswer:
         """The answer of a graph. What it has written is then as before: a call has two of them."""
-        program, read = self.entry.session.program, self._reader()
-        held = (*self.args, *self.kwargs.values())
+        program, read = self.call.session.program, self._reader()
+        held = (*self.call.args, *self.call.kwargs.values())
         undo = Undo((program.model, *held), program.runtime.device)
         undo.note([*tensor_leaves(held), *program.buffers()])
         try:
-            return read(
-                self.entry.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
-            )
+            return read(self.call.by_graph(conversion))
         finally:
             undo.run()
 
     def _by_operator(self, runs: list[Run]) -> RoadAnswer:
         """The answer of the graph as `provenance` leaves it, by plain aten."""
-        session = self.entry.session
+        session = self.call.session
         session.program.options = replace(
             options_of_replays(session.program.options), lowering="reference"
         )
         replay = Replay(session)
-        session.backend, self.entry.traced = replay.backend, {}
+        session.backend = replay.backend
+        self.call.forward.traced.clear()
         with replay.running(Provenance.name, lambda stage, values: recorded(stage, values, runs)):
             return self._by_graph()
 

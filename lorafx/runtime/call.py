@@ -1,0 +1,53 @@
+"""A call of a compiled forward, as a value that its tiers answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from lorafx.program.argument_roles import RoleTable
+from lorafx.runtime.session import Session
+
+
+class Forward(Protocol):
+    """A compiled forward as a call has it (`lorafx.runtime.entry.Entry`)."""
+
+    @property
+    def session(self) -> Session: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def roles(self) -> RoleTable: ...
+
+    @property
+    def traced(self) -> dict[Any, Any]: ...
+
+    def in_python(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def run_graph(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        base: bool,
+        conversion: Callable[..., Any] | None = None,
+    ) -> Any: ...
+
+
+class Call(NamedTuple):
+    """A call whose batch is set. `base`: graphs of the base answer it, not those with adapters."""
+
+    forward: Forward
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    base: bool
+
+    @property
+    def session(self) -> Session:
+        return self.forward.session
+
+    def by_graph(self, conversion: Callable[..., Any] | None = None) -> Any:
+        """The answer as `Entry.run_graph`."""
+        return self.forward.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
