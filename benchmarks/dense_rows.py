@@ -1,7 +1,7 @@
 """Products of few rows with a dense weight on a CPU: the generated kernel beside torch.mm.
 
 The linears of a Llama (hidden 1024, intermediate 2816, a vocabulary of 32000), each with so many
-copies of its weight that they come from memory. Time of lorafx::dense_mm over torch.mm in the same
+copies of its weight that they come from memory. Time of lorafx::weight_mm over torch.mm in the same
 run, and the rates at which both read W:
 
     python benchmarks/dense_rows.py [--rows 1 8 16] [--dtype fp32|bf16|fp16] [--threads 2] [--quick]
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from protocol import Ratio, as_row, compare, save
 
-from lorafx.kernels.cpu import dense
+from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
 
 SHAPES = {"o": (1024, 1024), "up": (2816, 1024), "down": (1024, 2816), "head": (32000, 1024)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +36,7 @@ def measured(rows: int, N: int, K: int, dtype: torch.dtype, blocks: int) -> tupl
         torch.mm(x, next(by_mm).T)
 
     def generated() -> None:
-        torch.ops.lorafx.dense_mm.default(x, next(by_kernel), [])
+        torch.ops.lorafx.weight_mm.default(x, next(by_kernel))
 
     arms = {"generated": generated}
     return size, compare(library, arms, blocks=blocks, seconds=0.05)
@@ -56,7 +56,7 @@ def main() -> None:
     with torch.inference_mode():
         for name in [options.dtype] if options.dtype else DTYPES:
             dtype = DTYPES[name]
-            dense.ready(dtype)
+            ready(WeightSpec(dtype, dtype))
             for shape in [options.shape] if options.shape else SHAPES:
                 for rows in options.rows:
                     size, ratios = measured(rows, *SHAPES[shape], dtype, 5 if options.quick else 20)

@@ -22,8 +22,9 @@ import torch
 from kernel_cpu import DTYPES, LAYERS, PACKS, bank_of, specs_of
 from protocol import as_row, compare, machine, save
 
-from lorafx.kernels.cpu import compiler, dense
+from lorafx.kernels.cpu import compiler
 from lorafx.kernels.cpu.delta_kernels import build_all
+from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
 
 CASES = ((1, 0), (1, 1), (8, 0), (8, 1), (8, 8))
 #: Several streams, since one alone is limited by the latency of its cache lines.
@@ -67,7 +68,7 @@ def steps(dtype: torch.dtype, rows: int) -> tuple[int, dict[str, Step]]:
 
         def run() -> None:
             for x, weight, bank, kernel in calls:
-                torch.ops.lorafx.dense_mm_delta.default(x, weight, [], *bank, slots, 1, kernel)
+                torch.ops.lorafx.weight_mm_delta.default(x, weight, *bank, slots, 1, kernel)
 
         return run
 
@@ -85,7 +86,7 @@ def main() -> None:
     isa, found = compiler.best_isa().name, []
     with torch.inference_mode():
         for name in [options.dtype] if options.dtype else DTYPES:
-            assert dense.ready(DTYPES[name])
+            assert ready(WeightSpec(DTYPES[name], DTYPES[name]))
             for rows in dict.fromkeys(rows for rows, _ in CASES):
                 size, arms = steps(DTYPES[name], rows)
                 blocks = 3 if options.quick else 20

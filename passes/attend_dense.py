@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.cpu.compiler import has_matrix_tiles
-from lorafx.kernels.cpu.dense_attention import ATTENTION, AttentionForm, ready
+from lorafx.kernels.cpu.dense_attention import ATTENTION, GENERATED, AttentionForm
 from lorafx.op_arguments import bound, operand
 from lorafx.program.attention_nodes import only_result, same_sizes, scale_of, take_place
 from lorafx.program.context import Context
@@ -51,7 +51,11 @@ class AttendDense:
             if shared[0] is not None and shared[1] is not None:
                 key, value = shared
             form = AttentionForm.of(*fx.map_arg((query, key, value, mask), fake_value))
-            if form is None or not _is_quicker(form, fake_value(query)) or not ready(form):
+            if (
+                form is None
+                or not _is_quicker(form, fake_value(query))
+                or not GENERATED.ready(form)
+            ):
                 continue
             masks = [] if mask is None else [mask]
             arguments = query, key, value, masks, call["is_causal"], scale_of(call)

@@ -1,57 +1,48 @@
 """Products with a weight become an op that multiplies few rows by generated code, on a CPU.
 
-    mm(x, Wᵀ)                                  →   dense_mm(x, W, [])
-    addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
-    cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
-    mm(x, ((q − z) ⊙ s)ᵀ), mm(x, qᵀ) ⊙ sᵀ      →   stored_mm(x, [q, s, z])
-    _weight_int4pack_mm_for_cpu(x, q, G, sz)   →   stored_mm(x, [q, sz])
-    the same + b                               →   stored_addmm(b, x, [q, s, z])
+    mm(x, Wᵀ)                                  →   weight_mm(x, W)
+    addmm(b, x, Wᵀ)                            →   weight_mm(x, W, b)
+    cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   weight_mm(x, W, None, [n, N - n])
+    mm(x, ((q − z) ⊙ s)ᵀ), mm(x, qᵀ) ⊙ sᵀ      →   weight_mm(x, q, None, None, s, z)
+    _weight_int4pack_mm_for_cpu(x, q, G, sz)   →   weight_mm(x, q, None, None, sz)
+    the same + b                               →   weight_mm(x, q, b, None, s, z)
 
 W is an input of the graph or a part of one, or made of integers q that are
 (lorafx.program.stored_weights); products that always have many rows are unchanged. If a delta is
 the only reader of such a product, `join` puts both into one parallel region
-(lorafx.kernels.cpu.dense, stored):
+(lorafx.kernels.cpu.weight_mm):
 
-    run_delta_(y = dense_mm(x, W), x, bank)         →   dense_mm_delta(x, W, bank)
-    run_delta_(y = dense_addmm(b, x, W), x, bank)   →   dense_addmm_delta(b, x, W, bank)
+    run_delta_(y = weight_mm(x, W, b), x, bank)   →   weight_mm_delta(x, W, bank, b)
 
 Siblings whose weights are integers become one op over all of them, since nothing is copied into one
 weight for `pack`:
 
-    stored_mm_delta(x, W₀, bank), ...(x, W₁, bank)   →   stored_mms_delta(x, [W₀, W₁], bank)
+    weight_mm_delta(x, q₀, bank, b₀, None, s₀), ...(x, q₁, bank, b₁, None, s₁)
+        →   weight_mms_delta(x, [q₀, s₀, q₁, s₁], [b₀, b₁], bank)
 """
 
 from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from lorafx.kernels.cpu.dense import (
-    DENSE_ADDMM,
-    DENSE_ADDMM_DELTA,
-    DENSE_MM,
-    DENSE_MM_DELTA,
+from lorafx.kernels.cpu.weight_mm import (
+    LONGEST_STEP,
+    MOST_WEIGHTS,
+    WEIGHT_MM,
+    WEIGHT_MM_DELTA,
+    WEIGHT_MMS_DELTA,
+    WeightSpec,
     beats_aten,
     max_rows,
     ready,
 )
-from lorafx.kernels.cpu.stored import (
-    LONGEST_STEP,
-    MOST_WEIGHTS,
-    STORED_ADDMM,
-    STORED_ADDMM_DELTA,
-    STORED_MM,
-    STORED_MM_DELTA,
-    STORED_MMS_DELTA,
-    StoredSpec,
-)
-from lorafx.kernels.cpu.stored import ready as stored_ready
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of, operand
 from lorafx.program.context import Context
@@ -59,13 +50,8 @@ from lorafx.program.frame import fake_value
 from lorafx.program.stored_weights import VIEWS, Affine, affine, table_of
 
 aten = torch.ops.aten
-_JOINED = {
-    DENSE_MM: DENSE_MM_DELTA,
-    DENSE_ADDMM: DENSE_ADDMM_DELTA,
-    STORED_MM: STORED_MM_DELTA,
-    STORED_ADDMM: STORED_ADDMM_DELTA,
-}
 RUN_DELTA = torch.ops.lorafx.run_delta_.default
+_WEIGHT = ("weight", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -79,42 +65,70 @@ class Products:
         if ctx.program.options.lowering != "inductor":
             return 0
         edits = 0
-        for find in (_product_in_parts, _product):  # the parts are products themselves
-            edits += sum(_replace(gm.graph, node, find) for node in [*gm.graph.nodes])
-        found = [item for item in map(_stored_product, gm.graph.nodes) if item is not None]
-        return edits + sum(_replace_stored(gm.graph, item) for item in found)
+        # The parts are products themselves.
+        for find in (_product_in_parts, _product, _packed_product, _affine_product):
+            for node in [*gm.graph.nodes]:
+                product = find(node) if node.users else None
+                if product is not None and _pays(product):
+                    _replace(gm.graph, product)
+                    edits += 1
+        return edits
 
 
 class Product(NamedTuple):
-    """x Wᵀ + bias. `sizes` has the numbers of rows of W's parts, if there are several."""
+    """A node with x Wᵀ + bias, in the arguments of lorafx::weight_mm."""
 
+    node: fx.Node
     x: fx.Node
     weight: fx.Node
-    bias: fx.Node | None
-    sizes: tuple[int, ...] = ()
-
-
-def _replace(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Product | None]) -> bool:
-    product = find(node) if node.users else None
-    if product is None or not _pays(product):
-        return False
-    bias = () if product.bias is None else (product.bias,)
-    op = DENSE_ADDMM if bias else DENSE_MM
-    with graph.inserting_before(node):
-        new = graph.call_function(op, (*bias, product.x, product.weight, list(product.sizes)))
-    new.meta["val"] = fake_value(node)  # the same sizes, also contiguous
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)  # its parts then have no readers
-    return True
+    bias: fx.Node | None = None
+    sizes: list[int] | None = None
+    scale: fx.Node | None = None
+    zero: fx.Node | None = None
 
 
 def _pays(product: Product) -> bool:
-    """Whether there is a kernel for the dtype, and it may be faster than aten."""
-    values = [fake_value(item) for item in product[:3] if item is not None]
-    rows, dtype = values[0].shape[0], values[0].dtype
-    if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
+    """Whether there is a kernel for the dtypes, and it may be faster than aten."""
+    nodes = (product.x, product.weight, product.bias, product.scale, product.zero)
+    x, *others = (fake_value(item) for item in nodes if item is not None)
+    if any(item.device.type != "cpu" for item in (x, *others)) or x.dim() != 2:
         return False
-    return bool(ready(dtype)) and (not isinstance(rows, int) or beats_aten(rows, dtype))
+    if product.bias is not None and fake_value(product.bias).dtype != x.dtype:
+        return False
+    spec, rows = _spec_of(product._asdict()), x.shape[0]
+    if not isinstance(rows, int) or rows <= max_rows(x.dtype):
+        return ready(spec)
+    return product.scale is None and ready(spec) and beats_aten(rows, x.dtype)
+
+
+def _spec_of(call: Mapping[str, Any]) -> WeightSpec | None:
+    return WeightSpec.of(*fx.map_arg([call[name] for name in ("x", *_WEIGHT)], fake_value))
+
+
+def _replace(graph: fx.Graph, product: Product) -> None:
+    node, bias = product.node, product.bias
+    viewed, added = node, None
+    if product.scale is not None:
+        _erase_copies(graph, node)
+    if product.scale is not None and bias is None:
+        viewed = _last_view(node)
+        added = _only_reader(viewed, aten.add.Tensor)
+        bias = None if added is None else _addend(added, viewed)
+    arguments = in_order(WEIGHT_MM, product._asdict(), bias=bias)
+    with graph.inserting_before(node):
+        new = graph.call_function(WEIGHT_MM, arguments)
+    new.meta["val"] = fake_value(node)  # the same sizes, also contiguous
+    node.replace_all_uses_with(new)
+    if added is not None and bias is not None:
+        added.replace_all_uses_with(new if viewed is node else viewed)
+    graph.erase_node(node)  # its parts then have no readers
+
+
+def _erase_copies(graph: fx.Graph, node: fx.Node) -> None:
+    while whole := [reader for reader in node.users if _keeps_all(reader)]:
+        for reader in whole:
+            reader.replace_all_uses_with(node)
+            graph.erase_node(reader)
 
 
 def _product(node: fx.Node) -> Product | None:
@@ -133,7 +147,7 @@ def _product(node: fx.Node) -> Product | None:
     if right.target is not aten.permute.default or [*bound(right)["dims"]] != [1, 0]:
         return None
     weight = bound(right)["self"]
-    return Product(x, weight, bias) if _is_part_of_input(weight) else None
+    return Product(node, x, weight, bias) if _is_part_of_input(weight) else None
 
 
 def _is_part_of_input(weight: fx.Node) -> bool:
@@ -157,35 +171,24 @@ def _product_in_parts(node: fx.Node) -> Product | None:
     bias = _sliced_tensor(biases) if len(biases) == len(products) else None
     if weight is None or (biases and bias is None):
         return None
-    sizes = tuple(fake_value(part.weight).shape[0] for part in products)
-    return Product(products[0].x, weight, bias, sizes)
+    sizes = [fake_value(part.weight).shape[0] for part in products]
+    return Product(node, products[0].x, weight, bias, sizes)
 
 
-class StoredProduct(NamedTuple):
-    """A node with x Wᵀ + bias, and `weight` as lorafx::stored_mm takes it."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: list[fx.Node]
-    bias: fx.Node | None = None
-
-
-def _stored_product(node: fx.Node) -> StoredProduct | None:
-    if node.target is aten._weight_int4pack_mm_for_cpu.default:
-        return _packed_product(node)
-    return _affine_product(node) if node.target in (aten.mm.default, aten.addmm.default) else None
-
-
-def _packed_product(node: fx.Node) -> StoredProduct | None:
+def _packed_product(node: fx.Node) -> Product | None:
+    if node.target is not aten._weight_int4pack_mm_for_cpu.default:
+        return None
     call = bound(node)
     x, group, factors = call["self"], call["qGroupSize"], call["qScaleAndZeros"]
     value = fake_value(factors)
     whole = value.shape[0] * group == fake_value(x).shape[1] and value.is_contiguous()
     fits = whole and group % LONGEST_STEP == 0
-    return StoredProduct(node, x, [call["mat2"], factors]) if fits else None
+    return Product(node, x, call["mat2"], scale=factors) if fits else None
 
 
-def _affine_product(node: fx.Node) -> StoredProduct | None:
+def _affine_product(node: fx.Node) -> Product | None:
+    if node.target not in (aten.mm.default, aten.addmm.default):
+        return None
     call = bound(node)
     x, right, bias = call["self"], call["mat2"], None
     if node.target is aten.addmm.default:
@@ -204,28 +207,7 @@ def _affine_product(node: fx.Node) -> StoredProduct | None:
     groups = fake_value(weight.scale).shape[1]
     if groups > 1 and weight.shape[1] // groups % LONGEST_STEP:
         return None
-    return StoredProduct(product, x, weight.operands, bias)
-
-
-def _replace_stored(graph: fx.Graph, found: StoredProduct) -> bool:
-    product, x, weight, bias = found
-    if not _pays_stored(x, weight):
-        return False
-    while whole := [reader for reader in product.users if _keeps_all(reader)]:
-        for reader in whole:
-            reader.replace_all_uses_with(product)
-            graph.erase_node(reader)
-    viewed = _last_view(product)
-    added = _only_reader(viewed, aten.add.Tensor) if bias is None else None
-    bias = _addend(added, viewed) if added is not None else bias
-    with graph.inserting_before(product):
-        op, first = (STORED_MM, ()) if bias is None else (STORED_ADDMM, (bias,))
-        new = graph.call_function(op, (*first, x, weight))
-    new.meta["val"] = fake_value(product)
-    product.replace_all_uses_with(new)
-    if added is not None and bias is not None:
-        added.replace_all_uses_with(new if viewed is product else viewed)
-    return True
+    return Product(product, x, weight.integers, bias, None, weight.scale, weight.zero)
 
 
 def _only_reader(node: fx.Node, target: object) -> fx.Node | None:
@@ -279,17 +261,6 @@ def _vector(node: Any, columns: int) -> fx.Node | None:
     return node if tuple(fake_value(node).shape) == (columns,) else None
 
 
-def _pays_stored(x: fx.Node, weight: Sequence[fx.Node]) -> bool:
-    """Whether there is a kernel for the dtypes, and few rows are possible."""
-    value, tables = fake_value(x), [fake_value(item) for item in weight]
-    if any(item.device.type != "cpu" for item in (value, *tables)) or value.dim() != 2:
-        return False
-    spec, rows = StoredSpec.of(value, tables), value.shape[0]
-    if spec is None:
-        return False
-    return (not isinstance(rows, int) or rows <= max_rows(spec.dtype)) and bool(stored_ready(spec))
-
-
 def _sliced_tensor(parts: Sequence[fx.Node]) -> fx.Node | None:
     source, end = None, 0
     for part in parts:
@@ -328,7 +299,7 @@ def _can_join(delta: fx.Node) -> bool:
     if any(reader.target is not operator.getitem or index_of(reader) != 1 for reader in readers):
         return False
     product = _product_of(delta)
-    if product is None or not ready(fake_value(product).dtype):
+    if product is None or not ready(_spec_of(bound(product))):
         return False
     x, wanted = bound(product)["x"], call["x"]
     while x is not wanted and x.target in VIEWS:
@@ -342,18 +313,17 @@ def _product_of(delta: fx.Node) -> fx.Node | None:
     columns = fake_value(y).shape[-1]
     while y.target in VIEWS and len(y.users) == 1:
         y = operand(y)
-    known = y.target in _JOINED and len(y.users) == 1
+    known = y.target is WEIGHT_MM and len(y.users) == 1
     return y if known and fake_value(y).shape[-1] == columns else None
 
 
 def _join(graph: fx.Graph, ctx: Context, delta: fx.Node) -> None:
     call, product = bound(delta), _product_of(delta)
     assert product is not None
-    target: Any = product.target
-    op, y = _JOINED[target], call["y"]
+    y = call["y"]
     with graph.inserting_before(delta):
-        arguments = in_order(op, {**call, **bound(product)})
-        joined = result = graph.call_function(op, arguments)
+        arguments = in_order(WEIGHT_MM_DELTA, {**call, **bound(product)})
+        joined = result = graph.call_function(WEIGHT_MM_DELTA, arguments)
         joined.meta["val"] = fake_value(product)
         if y is not product:
             result = graph.call_function(y.target, (joined, *y.args[1:]))
@@ -370,13 +340,13 @@ def _siblings(graph: fx.Graph) -> list[list[fx.Node]]:
     """Products of one x with integers, which are inputs, whose deltas have one bank."""
     groups: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target in (STORED_MM_DELTA, STORED_ADDMM_DELTA):
-            call = bound(node)
+        call = bound(node) if node.target is WEIGHT_MM_DELTA else {}
+        if call.get("scale") is not None:
             x, columns = call["x"], int(fake_value(call["x"]).shape[1])
             while x.target in VIEWS:
                 x = operand(x)
             shared = (call[name] for name in (*BankArgs._fields, "rows"))
-            key = (node.target, x, columns, len(call["weight"]), *shared)
+            key = (x, columns, call["bias"] is None, call["zero"] is None, *shared)
             groups.setdefault(key, []).append(node)
     return [group for group in groups.values() if 1 < len(group) <= MOST_WEIGHTS]
 
@@ -384,13 +354,13 @@ def _siblings(graph: fx.Graph) -> list[list[fx.Node]]:
 def _gather(graph: fx.Graph, ctx: Context, nodes: Sequence[fx.Node]) -> None:
     calls = [bound(node) for node in nodes]
     lists = {
-        "weights": [item for call in calls for item in call["weight"]],
-        "biases": [call["bias"] for call in calls if "bias" in call],
+        "weights": [call[name] for call in calls for name in _WEIGHT if call[name] is not None],
+        "biases": [call["bias"] for call in calls if call["bias"] is not None],
         "kernels": [call["kernel"] for call in calls],
     }
     with graph.inserting_before(nodes[0]):
         gathered = graph.call_function(
-            STORED_MMS_DELTA, in_order(STORED_MMS_DELTA, calls[0], **lists)
+            WEIGHT_MMS_DELTA, in_order(WEIGHT_MMS_DELTA, calls[0], **lists)
         )
         parts = [graph.call_function(operator.getitem, (gathered, i)) for i in range(len(nodes))]
     gathered.meta["val"] = [fake_value(node) for node in nodes]

@@ -9,20 +9,15 @@ Where no kernel can be built, the reference of lorafx.kernels.ops.paged_attentio
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import Isa, best_isa
-from lorafx.kernels.cpu.cpu_source import (
-    ELEMENTS,
-    kernel_source,
-    loaded_kernel,
-    tile_sizes,
-    tried_once,
-)
+from lorafx.kernels.cpu.compiler import Isa
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, tile_sizes
+from lorafx.kernels.cpu.kernels import Kernels, with_parallel
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
@@ -72,64 +67,55 @@ def source(spec: AttentionSpec, isa: Isa) -> str:
     return kernel_source(spec, isa, elements, sizes, ATTENTION_FILES, defines)
 
 
-AttentionKernel = Callable[[PagedStep], Tensor]
+GENERATED = Kernels("attention over pages stays with aten", source, with_parallel)
 
 
 def cpu_attention(step: PagedStep) -> Tensor:
     """`paged_attention` on a CPU; it raises what its reference raises."""
     check_step(step)
-    return (kernel_of(step) or by_request)(step)
+    kernel = kernel_of(step)
+    return by_request(step) if kernel is None else run(step, *kernel)
 
 
-def kernel_of(step: PagedStep) -> AttentionKernel | None:
+def kernel_of(step: PagedStep) -> tuple[Any, int] | None:
     query, key = step.query, step.key
     if query.dtype not in ELEMENTS or {key.dtype, step.mask.dtype} != {query.dtype}:
         return None
     heads, size = key.shape[1], key.shape[3]
     if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
         return None
-    return _kernel_for(AttentionSpec.of_sizes(step))
+    return GENERATED.ready(AttentionSpec.of_sizes(step))
 
 
-@tried_once("attention over pages stays with aten")
-def _kernel_for(spec: AttentionSpec) -> AttentionKernel:
-    return build(spec, best_isa())
-
-
-def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
-    kernel, parallel = loaded_kernel(source(spec, isa), isa)
-    width = spec.heads * spec.size * spec.dtype.itemsize
-
-    def run(step: PagedStep) -> Tensor:
-        out = step.empty_result()
-        query, mask = (
-            part if part.stride(3) == 1 else part.contiguous() for part in (step.query, step.mask)
+def run(step: PagedStep, kernel: Any, parallel: int) -> Tensor:
+    width = step.key.shape[1] * step.key.shape[3] * step.query.dtype.itemsize
+    out = step.empty_result()
+    query, mask = (
+        part if part.stride(3) == 1 else part.contiguous() for part in (step.query, step.mask)
+    )
+    new = [part.transpose(1, 2).contiguous() for part in (step.key, step.value)]
+    read, write, seen = (part.contiguous() for part in (step.read, step.write, step.seen))
+    sinks = None if step.sinks is None else step.sinks.float().contiguous()
+    pages, rows = step.cache.data_ptr(), step.cache.numel() // width
+    arguments = AttentionArgs(
+        *(out.data_ptr(), query.data_ptr(), mask.data_ptr()),
+        *(pages + step.first_key * width, pages + step.first_value * width),
+        *(part.data_ptr() for part in (*new, read, write, seen)),
+        None if sinks is None else sinks.data_ptr(),
+        *(query.shape[2], len(read), rows - step.first_key, rows - step.first_value),
+        *(query.stride(1), query.stride(2), mask.stride(2)),
+        *(step.sentinel, step.ring, torch.get_num_threads()),
+        *(step.scale, step.cap, parallel),
+    )
+    status = kernel(ctypes.byref(arguments))
+    if status == 1:
+        raise LoweringError("lorafx::paged_attention: out of memory")
+    if status:
+        raise LoweringError(
+            "lorafx::paged_attention: a row to read or write, or a token's range of keys, is "
+            f"outside of a cache of {rows} rows or of the {len(read)} that are read"
         )
-        new = [part.transpose(1, 2).contiguous() for part in (step.key, step.value)]
-        read, write, seen = (part.contiguous() for part in (step.read, step.write, step.seen))
-        sinks = None if step.sinks is None else step.sinks.float().contiguous()
-        pages, rows = step.cache.data_ptr(), step.cache.numel() // width
-        arguments = AttentionArgs(
-            *(out.data_ptr(), query.data_ptr(), mask.data_ptr()),
-            *(pages + step.first_key * width, pages + step.first_value * width),
-            *(part.data_ptr() for part in (*new, read, write, seen)),
-            None if sinks is None else sinks.data_ptr(),
-            *(query.shape[2], len(read), rows - step.first_key, rows - step.first_value),
-            *(query.stride(1), query.stride(2), mask.stride(2)),
-            *(step.sentinel, step.ring, torch.get_num_threads()),
-            *(step.scale, step.cap, parallel),
-        )
-        status = kernel(ctypes.byref(arguments))
-        if status == 1:
-            raise LoweringError("lorafx::paged_attention: out of memory")
-        if status:
-            raise LoweringError(
-                "lorafx::paged_attention: a row to read or write, or a token's range of keys, is "
-                f"outside of a cache of {rows} rows or of the {len(read)} that are read"
-            )
-        return out.transpose(1, 2)
-
-    return run
+    return out.transpose(1, 2)
 
 
 define_on("CPU", "paged_attention", cpu_attention)

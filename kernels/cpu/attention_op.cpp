@@ -1,35 +1,12 @@
 // The CPU kernel of lorafx::attention(query, key, value, mask[], causal, scale): finds the generated
 // kernel for the dtype, the head and the strides, and hands it the tensors. Before this text stand
-// handles.h and attention_args.h.
+// handles.h, kernel_table.h and attention_args.h.
 
-#include <stddef.h>
-
-// In the order in which they were loaded.
 struct Kernel {
-    int64_t dtype, size, group, key_row, value_row;
-    int32_t (*run)(const Tensors*);
+    Key key;  // AttentionForm.key of dense_attention.py
+    int32_t (*run)(const Tensors*);  // null where no kernel is generated
 };
-static const int64_t MOST_KERNELS = 256;
-static Kernel kernels[MOST_KERNELS];
-static int64_t kernel_count = 0;
-static int32_t (*load)(const Kernel*);
-
-// The place among the first `count` kernels; `count` if it is not there.
-static int64_t place_of(const Kernel& wanted, int64_t count) {
-    int64_t i = 0;
-    while (i < count && __builtin_memcmp(kernels + i, &wanted, offsetof(Kernel, run))) i++;
-    return i;
-}
-
-static const Kernel& find(const Kernel& wanted) {
-    for (int attempt = 0; attempt < 2; attempt++) {
-        // Another thread may add a kernel meanwhile, so the count is read once.
-        const int64_t count = __atomic_load_n(&kernel_count, __ATOMIC_ACQUIRE), i = place_of(wanted, count);
-        if (i < count) return kernels[i];
-        if (attempt || load(&wanted)) break;
-    }
-    throw Failure("lorafx::attention: there is no kernel for these tensors");
-}
+static Table<Kernel> kernels;
 
 static void attention(uint64_t* stack, uint64_t, uint64_t) {
     OwnedTensor query(stack[0]), key(stack[1]), value(stack[2]), mask, out;
@@ -70,8 +47,9 @@ static void attention(uint64_t* stack, uint64_t, uint64_t) {
     require(!torch.data_ptr(out.tensor, &data), "lorafx: a tensor without plain memory");
     a.out = data;
     if (B && T && D) {
-        const Kernel& kernel = find({q.dtype, D, group, k.strides[2], v.strides[2], 0});
-        require(!kernel.run(&a), "lorafx::attention: out of memory");
+        const Kernel* kernel = kernels.find({{q.dtype, D, group, k.strides[2], v.strides[2]}});
+        require(kernel && kernel->run, "lorafx::attention: there is no kernel for these tensors");
+        require(!kernel->run(&a), "lorafx::attention: out of memory");
     }
     stack[0] = (uint64_t)out.release();
 }
@@ -83,14 +61,5 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
            torch.library_impl(library, "attention", attention, torch.version());
 }
 
-// `found` loads the kernel of a call, by lorafx_add.
-extern "C" void lorafx_load_by(int32_t (*found)(const Kernel*)) { load = found; }
-
-// Adds a kernel, or replaces that of its form; the caller holds a lock. Returns 1 if the table is full.
-extern "C" int32_t lorafx_add(const Kernel* kernel) {
-    const int64_t i = place_of(*kernel, kernel_count);
-    if (i == MOST_KERNELS) return 1;
-    kernels[i] = *kernel;
-    if (i == kernel_count) __atomic_store_n(&kernel_count, i + 1, __ATOMIC_RELEASE);
-    return 0;
-}
+extern "C" void lorafx_load_by(void (*load)(const Key*)) { kernels.load = load; }
+extern "C" int32_t lorafx_add(const Kernel* kernel) { return kernels.add(kernel); }

@@ -1,6 +1,7 @@
 """C++ source that CPU kernels share, and the registration of ops in C++.
 
-    register(op, files) compiles and loads handles.h + files, and passes them torch's functions
+    register(op, files) compiles and loads handles.h + kernel_table.h + files, and passes them
+                        torch's functions
 
 The functions are pointers of torch's stable C interface. No torch header is read and nothing is
 linked, so a library compiles in 0.1 s instead of tens of seconds. A call from Python takes 2 µs,
@@ -11,19 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
 import torch
 
-from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library, torch_function
 
 S = TypeVar("S")
-T = TypeVar("T")
 
 ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: Integers, which become floats in registers.
@@ -43,35 +41,6 @@ def templates(*names: str) -> list[str]:
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("lorafx.kernels.cpu").joinpath(name).read_text()
-
-
-#: Held while kernels are compiled and registered.
-LOCK = threading.RLock()
-
-
-def tried_once(loss: str) -> Callable[[Callable[[S], T]], functools._lru_cache_wrapper[T | None]]:
-    """Makes a function that loads the kernel of a spec run once for each; where no compiler works,
-    it returns None, after a warning that begins with `loss`."""
-
-    def decorated(load: Callable[[S], T]) -> functools._lru_cache_wrapper[T | None]:
-        @functools.cache
-        @functools.wraps(load)
-        def tried(spec: S) -> T | None:
-            with LOCK:
-                try:
-                    return load(spec)
-                except LoweringError as error:
-                    warnings.warn(f"{loss}: {error}", LorafxWarning, stacklevel=2)
-                    return None
-
-        return tried
-
-    return decorated
-
-
-def loaded_kernel(source: str, isa: Isa) -> tuple[Any, int]:
-    library = load_library(compile_library(source, isa.flags))
-    return library.lorafx_kernel, torch_function("torch_parallel_for")
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:
@@ -144,17 +113,65 @@ def dtype_code(dtype: torch.dtype) -> int:
     return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(_DTYPES[dtype]))())
 
 
+def dtype_of(code: int) -> torch.dtype | None:
+    return next((dtype for dtype in _DTYPES if dtype_code(dtype) == code), None)
+
+
 def op_source(files: Sequence[str]) -> str:
     """The text of a library of ops, which is compiled without flags for instructions."""
-    return "\n".join(templates("handles.h", *files))
+    return "\n".join(templates("handles.h", "kernel_table.h", *files))
 
 
-def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
+def address(function: Any) -> int:
+    """Of a C function; 0 for None."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def register(
+    op: str,
+    files: Sequence[str],
+    more_shims: Sequence[str] = (),
+    functions: Sequence[Any] = (),
+    load: Any = None,
+) -> ctypes.CDLL:
     """Load the library of these files. Its `lorafx_install` receives torch's functions for
-    handles.h and `more_shims`, and registers the CPU kernels of `op`."""
+    handles.h, `more_shims`, and `functions`, and registers the CPU kernels of `op`. `load` is of
+    `loader`."""
     library = load_library(compile_library(op_source(files)))
-    names = (*_SHIMS, *more_shims)
-    shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))
-    if library.lorafx_install(shims):
+    addresses = *map(torch_function, (*_SHIMS, *more_shims)), *map(address, functions)
+    if load is not None:
+        library.lorafx_load_by(load)
+    if library.lorafx_install((ctypes.c_void_p * len(addresses))(*addresses)):
         raise LoweringError(f"torch refused the CPU kernels of {op}")
     return library
+
+
+Key = tuple[int, ...]
+_KEY_PARTS, _MOST_WORDS = 5, 24
+
+
+def add_kernel(library: ctypes.CDLL, key: Key, *words: int) -> None:
+    """Add a kernel to the table of a library of ops, or replace that of its key. `words` are
+    addresses and numbers as its `struct Kernel` has them behind the key; without any there is no
+    kernel. Raises LoweringError if the table is full."""
+    padded = (*key, *[0] * (_KEY_PARTS - len(key)), *words)
+    if library.lorafx_add((ctypes.c_int64 * _MOST_WORDS)(*padded)):
+        raise LoweringError("the table of generated CPU kernels is full; restart the process")
+
+
+def loader(
+    library: Callable[[], ctypes.CDLL],
+    spec_of: Callable[[Key], S | None],
+    ready: Callable[[S], object],
+) -> Any:
+    """The C function that asks `ready` for the kernel of a call, where a graph from a cache is the
+    first to need it. If there is none, the table says so from then on."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64 * _KEY_PARTS))
+    def wanted(parts: Any) -> None:
+        key = tuple(parts.contents)
+        spec = spec_of(key)
+        if spec is None or not ready(spec):
+            add_kernel(library(), key)
+
+    return wanted

@@ -17,24 +17,24 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library
 from lorafx.kernels.cpu.cpu_source import (
-    LOCK,
+    add_kernel,
+    address,
     dtype_code,
     kernel_source,
     op_source,
     register,
     tile_sizes,
 )
+from lorafx.kernels.cpu.kernels import LOCK, Kernels
 from lorafx.kernels.ops import linear_ops
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import Ranges
@@ -94,25 +94,8 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     return "\n".join([*arrays, kernel_source(spec, isa, elements, sizes, files, defines)])
 
 
-class KernelEntry(ctypes.Structure):
-    """`struct Kernel` of dispatcher.cpp."""
-
-    _fields_ = (
-        ("id", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("run", "begin", "end")),
-        *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
-        *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
-        *((name, ctypes.c_int64) for name in ("last_column", "experts")),
-        *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
-        *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
-    )
-
-
-#: Fields of `struct Kernel` that are attributes of a spec.
-_OF_SPEC = ("in_features", "group", "columns", "last_column", "experts")
 DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
-_BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _RECORDINGS: list[dict[DeltaSpec, int]] = []
 
 
@@ -121,39 +104,29 @@ def dispatcher() -> ctypes.CDLL:
     return register("lorafx::run_delta_", DISPATCHER)
 
 
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"LoRA runs in plain aten on this CPU, which is slow: {reason}", LorafxWarning, stacklevel=3
+def _flags(isa: Isa) -> tuple[str, ...]:
+    return (*isa.flags, *_VECTOR_FLAGS) if isa.f16c else isa.flags
+
+
+def _enter(spec: DeltaSpec, isa: Isa, library: ctypes.CDLL) -> int:
+    text = "\0".join((source(spec, isa), *_flags(isa)))
+    kernel = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
+    functions = (getattr(library, f"lorafx_{name}", None) for name in ("kernel", "begin", "end"))
+    numbers = (
+        2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
+        *(spec.in_features, sum(spec.sizes), spec.max_rank, spec.group, spec.columns),
+        *(max(spec.siblings) + 1, spec.last_column, spec.experts),
     )
-
-
-def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
-    flags = (*isa.flags, *_VECTOR_FLAGS) if isa.f16c else isa.flags
-    text = source(spec, isa)
-    digest = hashlib.sha256("\0".join((text, *flags)).encode()).digest()
-    return int.from_bytes(digest[:7], "big") + 1, compile_library(text, flags)
-
-
-def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
-    library, table = load_library(path), dispatcher()
-    beside = not spec.embedding and not spec.experts
-    entry = KernelEntry(
-        id=kernel,
-        run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
-        begin=ctypes.cast(library.lorafx_begin, ctypes.c_void_p) if beside else None,
-        end=ctypes.cast(library.lorafx_end, ctypes.c_void_p) if beside else None,
-        op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
-        out_features=sum(spec.sizes),
-        rank=spec.max_rank,
-        siblings=max(spec.siblings) + 1,
-        **{name: getattr(spec, name) for name in _OF_SPEC},
-        **{name: dtype_code(getattr(spec, name)) for name in ("x_dtype", "bank_dtype", "y_dtype")},
-        **{name: dtype_code(getattr(torch, name)) for name in ("int32", "int64", "float32")},
-    )
-    if table.lorafx_add(ctypes.byref(entry)):
-        raise LoweringError("the table of generated CPU kernels is full")
+    dtypes = spec.x_dtype, spec.bank_dtype, spec.y_dtype, torch.int32, torch.int64, torch.float32
+    words = *map(address, functions), *numbers, *map(dtype_code, dtypes)
+    add_kernel(dispatcher(), (kernel,), *words)
     linear_ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
+    return kernel
+
+
+GENERATED = Kernels(
+    "LoRA runs in plain aten on this CPU, which is slow", source, _enter, flags=_flags
+)
 
 
 @contextlib.contextmanager
@@ -173,19 +146,11 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     if not spec.supported():
         return None
     with LOCK:
-        try:
-            isa = isa or best_isa()
-            if (spec, isa.name) not in _BUILT:
-                dispatcher()
-                kernel, path = _compile(spec, isa)
-                _load(spec, kernel, path)
-                _BUILT[spec, isa.name] = kernel
+        kernel = GENERATED.ready(spec, isa, again=True)
+        if kernel is not None:
             for recording in _RECORDINGS:
-                recording[spec] = _BUILT[spec, isa.name]
-            return _BUILT[spec, isa.name]
-        except LoweringError as error:
-            _warn_once(str(error))
-            return None
+                recording[spec] = kernel
+        return kernel
 
 
 def built_source(spec: DeltaSpec) -> str:
@@ -198,10 +163,10 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
 
     with contextlib.suppress(LoweringError):  # `build` fails again, and warns
         isa = best_isa()
-        todo = [spec for spec in unique if spec.supported() and (spec, isa.name) not in _BUILT]
+        todo = [spec for spec in unique if spec.supported() and not GENERATED.has(spec)]
         # A process that compiles beside calls has one thread for it.
         with ThreadPoolExecutor(inductor_config.compile_threads) as pool:
-            jobs: list[Future[Any]] = [pool.submit(_compile, spec, isa) for spec in todo]
+            jobs: list[Future[Any]] = [pool.submit(GENERATED.compile, spec, isa) for spec in todo]
             if todo:
                 jobs.append(pool.submit(compile_library, op_source(DISPATCHER)))
             for job in jobs:

@@ -1,4 +1,4 @@
-// The arguments of the generated kernels of lorafx::dense_mm and stored_mm. Before this text stands
+// The arguments of the generated kernels of lorafx::weight_mm. Before this text stands
 // epilogue.h.
 
 typedef void (*Body)(int64_t, int64_t, void*);

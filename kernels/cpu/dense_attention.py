@@ -24,13 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.attention import ATTENTION_FILES, attention_sizes
-from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, dtype_code, kernel_source, register, tried_once
-from lorafx.kernels.cpu.dense import generates
+from lorafx.kernels.cpu.compiler import Isa
+from lorafx.kernels.cpu.cpu_source import (
+    ELEMENTS,
+    Key,
+    add_kernel,
+    address,
+    dtype_code,
+    dtype_of,
+    kernel_source,
+    loader,
+    register,
+)
+from lorafx.kernels.cpu.kernels import WIDE, Kernels
 from lorafx.kernels.ops.op_library import define, require
 from lorafx.torch_internals.graph_parts import guard_or_false
+
+ATTENTION_OPS = ("attention_args.h", "attention_op.cpp")
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,22 @@ class AttentionForm:
             return None
         return cls(query.dtype, D, H // heads, key.stride(2), value.stride(2))
 
+    @property
+    def key(self) -> Key:
+        """The key by which attention_op.cpp finds the kernel."""
+        dtype, *sizes = astuple(self)
+        return dtype_code(dtype), *sizes
+
+    @classmethod
+    def of_key(cls, key: Key) -> AttentionForm | None:
+        code, *sizes = key
+        dtype = dtype_of(code)
+        return None if dtype is None or dtype not in ELEMENTS else cls(dtype, *sizes)
+
 
 def _is(size: Any, other: Any) -> bool:
     """Whether two sizes are equal; that of symbols becomes a guard of the graph."""
     return guard_or_false(size == other)
-
-
-class Kernel(ctypes.Structure):
-    """`struct Kernel` of attention_op.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("dtype", "size", "group", "key_row", "value_row")),
-        ("run", ctypes.c_void_p),
-    )
 
 
 def source(form: AttentionForm, isa: Isa) -> str:
@@ -97,37 +111,16 @@ def source(form: AttentionForm, isa: Isa) -> str:
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    library = register("lorafx::attention", ("attention_args.h", "attention_op.cpp"))
-    library.lorafx_add.argtypes = (ctypes.POINTER(Kernel),)
-    library.lorafx_load_by.argtypes = (ctypes.c_void_p,)
-    library.lorafx_load_by(ctypes.cast(_LOAD, ctypes.c_void_p))
-    return library
+    return register("lorafx::attention", ATTENTION_OPS, load=_LOAD)
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(Kernel))
-def _LOAD(wanted: Any) -> int:
-    """Called where a graph from a cache is the first to need a kernel."""
-    names = ("dtype", "size", "group", "key_row", "value_row")
-    code, *sizes = (getattr(wanted.contents, name) for name in names)
-    known = (dtype for dtype in ELEMENTS if dtype_code(dtype) == code)
-    return int(not any(ready(AttentionForm(dtype, *sizes)) for dtype in known))
-
-
-@tried_once("attention stays with aten")
-def ready(form: AttentionForm) -> bool:
-    """Whether there is a kernel of `form`, which is compiled and loaded."""
-    if not generates(best_isa()):
-        return False
-    load_kernel(form, best_isa())
+def _enter(form: AttentionForm, isa: Isa, library: ctypes.CDLL) -> bool:
+    add_kernel(op_library(), form.key, address(library.lorafx_attention))
     return True
 
 
-def load_kernel(form: AttentionForm, isa: Isa) -> None:
-    library = load_library(compile_library(source(form, isa), isa.flags))
-    run = ctypes.cast(library.lorafx_attention, ctypes.c_void_p)
-    dtype, *sizes = astuple(form)
-    if op_library().lorafx_add(Kernel(dtype_code(dtype), *sizes, run)):
-        raise LoweringError("the table of generated CPU kernels is full")
+GENERATED = Kernels("attention stays with aten", source, _enter, lanes=WIDE)
+_LOAD = loader(op_library, AttentionForm.of_key, GENERATED.ready)
 
 
 def attention(
@@ -137,7 +130,7 @@ def attention(
     attention_fake(query, key, value, mask, causal, scale)
     form = AttentionForm.of(query, key, value, mask[0] if mask else None)
     # A graph from a cache may be the first to need the kernel, which then replaces this function.
-    if form is not None and ready(form):
+    if form is not None and GENERATED.ready(form):
         return ATTENTION(query, key, value, mask, causal, scale)
     added = mask[0] if mask else None
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -3,11 +3,11 @@
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
 //     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
 //
-// Before this text stand handles.h, rows.h, delta_args.h and epilogue.h.
+// Before this text stand handles.h, kernel_table.h, rows.h, delta_args.h and epilogue.h.
 
 enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
-struct Kernel {  // mirrors KernelEntry in delta_kernels.py; the constants of the generated code
-    int64_t id;
+struct Kernel {  // as `_enter` of delta_kernels.py gives them: the constants of the generated code
+    Key key;  // the id
     int32_t (*run)(const Args*);
     int32_t (*begin)(const Args*, Epilogue*);  // beside the product y; null where there is none
     int32_t (*end)(Epilogue*);
@@ -15,17 +15,7 @@ struct Kernel {  // mirrors KernelEntry in delta_kernels.py; the constants of th
     int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
 };
 
-// Open addressing; entries are only ever added, each published by its id, last.
-static const uint64_t CAPACITY = 1 << 14;
-static Kernel* table[CAPACITY];
-static uint64_t filled = 0;
-
-static const Kernel* find(int64_t id) {
-    for (uint64_t i = (uint64_t)id;; i++) {
-        Kernel* k = __atomic_load_n(&table[i % CAPACITY], __ATOMIC_ACQUIRE);
-        if (!k || k->id == id) return k;
-    }
-}
+static Table<Kernel> kernels;
 
 // Sizes (a, b, c), rows at this stride and slots at any: a bank, or some siblings' part.
 static bool is_bank(const View& v, int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) {
@@ -60,7 +50,7 @@ static Rows rows_of(const View& v, int64_t leading) {
 }
 
 static const Kernel* kernel_of(uint64_t id, Op op) {
-    const Kernel* k = find((int64_t)id);
+    const Kernel* k = kernels.find({{(int64_t)id}});
     require(k && k->op == op,
             "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.delta_kernels");
     return k;
@@ -186,16 +176,4 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
            torch.library_impl(library, "run_expert_delta_", run_expert_delta, version);
 }
 
-// 0 when added or there already, 1 when the table is full. The caller holds a lock.
-extern "C" int32_t lorafx_add(const Kernel* kernel) {
-    if (find(kernel->id)) return 0;
-    if (filled * 2 >= CAPACITY) return 1;
-    Kernel* copy = (Kernel*)malloc(sizeof *copy);
-    if (!copy) return 1;
-    *copy = *kernel;
-    uint64_t i = (uint64_t)kernel->id;
-    while (table[i % CAPACITY]) i++;
-    __atomic_store_n(&table[i % CAPACITY], copy, __ATOMIC_RELEASE);
-    filled++;
-    return 0;
-}
+extern "C" int32_t lorafx_add(const Kernel* kernel) { return kernels.add(kernel); }

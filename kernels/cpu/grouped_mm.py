@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +20,9 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import Isa, best_isa, has_matrix_tiles
-from lorafx.kernels.cpu.cpu_source import (
-    ELEMENTS,
-    kernel_source,
-    loaded_kernel,
-    tile_sizes,
-    tried_once,
-)
+from lorafx.kernels.cpu.compiler import Isa, has_matrix_tiles
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, tile_sizes
+from lorafx.kernels.cpu.kernels import Kernels, with_parallel
 from lorafx.kernels.ops.op_library import define, require
 
 # Columns of a unit of work, whose weights stay in a cache while the expert's rows are multiplied.
@@ -86,31 +80,21 @@ def source(spec: ProductSpec, isa: Isa) -> str:
     return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files)
 
 
-GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+GENERATED = Kernels("products with the weights of experts stay with aten", source, with_parallel)
 
 
-def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
+def kernel_of(x: Tensor, weight: Tensor) -> tuple[Any, int] | None:
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
-    return None if spec is None else _kernel_for(spec)
+    return None if spec is None else GENERATED.ready(spec)
 
 
-@tried_once("products with the weights of experts stay with aten")
-def _kernel_for(spec: ProductSpec) -> GroupedKernel:
-    return build(spec, best_isa())
-
-
-def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
-    kernel, parallel = loaded_kernel(source(spec, isa), isa)
-
-    def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
-        offs = offs.contiguous()
-        pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
-        sizes = x.stride(0), len(offs), torch.get_num_threads()
-        if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
-            raise LoweringError("lorafx::grouped_mm: out of memory")
-
-    return run
+def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor, kernel: Any, parallel: int) -> None:
+    offs = offs.contiguous()
+    pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
+    sizes = x.stride(0), len(offs), torch.get_num_threads()
+    if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
+        raise LoweringError("lorafx::grouped_mm: out of memory")
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -127,7 +111,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     many = (MANY_ROWS_WITH_TILES if matrix_tiles else MANY_ROWS) * len(groups)
     kernel = kernel_of(x, weight) if len(x) < many else None
     if kernel is not None:
-        kernel(y, x, weight, offs)
+        run(y, x, weight, offs, *kernel)
         return y
     for expert, (start, end) in enumerate(groups):
         if end > start:

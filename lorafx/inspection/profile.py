@@ -27,7 +27,7 @@ from lorafx.capture.record import Stage
 from lorafx.errors import BatchError, ConfigError
 from lorafx.inspection.explanation import stored_bytes
 from lorafx.inspection.report import Report, over, text_table
-from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
+from lorafx.kernels.cpu.weight_mm import WEIGHT_MM
 from lorafx.model.module_graph import joined, shape_of
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
@@ -44,7 +44,7 @@ aten = torch.ops.aten
 _PRODUCTS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
     | {aten.convolution.default, aten.embedding.default, aten.linear.default}
-    | {DENSE_MM, DENSE_ADDMM}
+    | {WEIGHT_MM}
 )
 #: Operators that may be between a product and its delta, or after the delta.
 _BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}

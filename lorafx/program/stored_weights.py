@@ -42,11 +42,6 @@ class Affine:
         N, K = fake_value(self.integers).shape
         return N, K
 
-    @property
-    def operands(self) -> list[fx.Node]:
-        """`weight` of lorafx::stored_mm."""
-        return [item for item in (self.integers, self.scale, self.zero) if item is not None]
-
     def factor(self, node: Any) -> fx.Node | None:
         """The input behind `node`, whose entries are those of rows or groups of this one."""
         if not isinstance(node, fx.Node) or self.transposed:

@@ -17,7 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 import lorafx
 from lorafx.errors import BatchError, ConfigError
-from lorafx.kernels.cpu.dense import DENSE_ADDMM_DELTA
+from lorafx.kernels.cpu.weight_mm import WEIGHT_MM_DELTA
 
 NAMES = ["a1", None, "a3", "a0"]
 
@@ -118,7 +118,7 @@ class Twice(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
-            if node.target is DENSE_ADDMM_DELTA and node.meta["val"].shape[-1] == 10:
+            if node.target is WEIGHT_MM_DELTA and node.meta["val"].shape[-1] == 10:
                 with graph.inserting_after(node):
                     twice = graph.call_function(aten.mul.Tensor, (node, 2.0))
                 twice.meta.update(node.meta)

@@ -109,15 +109,12 @@ def assert_delta(problem: Problem, got: Tensor) -> None:
 def assert_delta_joins(p: Problem, bias: Tensor, weight: Sequence[Tensor], kernel: int) -> None:
     """Products with a stored weight that add the delta of `kernel`, one row an owner, have the bits
     of two ops, within the bound."""
-    lora = torch.ops.lorafx
-    for op, added, first in (
-        (lora.stored_mm, lora.stored_mm_delta, ()),
-        (lora.stored_addmm, lora.stored_addmm_delta, (bias,)),
-    ):
-        y = op(*first, p.x, weight)
+    lora, (q, *tables) = torch.ops.lorafx, weight
+    for added in (None, bias):
+        y = lora.weight_mm(p.x, q, added, None, *tables)
         apart = y.clone()
         lora.run_delta_(apart, p.x, *p.bank, 1, kernel)
-        together = added(*first, p.x, weight, *p.bank, 1, kernel)
+        together = lora.weight_mm_delta(p.x, q, *p.bank, 1, kernel, added, None, *tables)
         assert torch.equal(together, apart)
         assert_delta(p.with_(y=y), together)
 

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
 
-from lorafx.kernels.cpu.dense import max_rows
+from lorafx.kernels.cpu.weight_mm import max_rows
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
@@ -81,9 +81,9 @@ return addmm, cat
 
 products: 2 edits
 
-dense_addmm = lorafx.dense_addmm(up_bias, x, up_weight, [])
-dense_mm = lorafx.dense_mm(x, packed_weight, [5, 7])
-return dense_addmm, dense_mm
+weight_mm = lorafx.weight_mm(x, up_weight, up_bias)
+weight_mm_1 = lorafx.weight_mm(x, packed_weight, None, [5, 7])
+return weight_mm, weight_mm_1
 """,
     )
 
@@ -94,7 +94,7 @@ def test_parts_in_another_order_and_of_another_x() -> None:
     turned = g.call(aten.cat.default, [second, first], 1)
     other = parts(g, g.call(aten.relu.default, x), [0, 5, 2 * N], bias=False)[1]
     mixed = g.call(aten.cat.default, [first, other], 1)
-    check(g.output(turned, mixed), 3, ["dense_mm"] * 3)
+    check(g.output(turned, mixed), 3, ["weight_mm"] * 3)
 
 
 def many(g: SiteGraph, x: fx.Node) -> fx.Node:
@@ -152,8 +152,7 @@ def test_a_product_and_its_delta(path: str) -> None:
     done.run(*FIRST, Products())
     assert done.run(Join()) == 1
     names = [name.partition(".")[0] for name in done.targets()]
-    op = "dense_addmm_delta" if path == "with_bias" else "dense_mm_delta"
-    assert [name for name in names if "mm" in name or "auto" in name] == [op]
+    assert [name for name in names if "mm" in name or "auto" in name] == ["weight_mm_delta"]
     assert error(done.result()[0], want) <= 1e-5
     (states,) = done.ctx.states.values()
     assert [state.site.path for state in states] == [path]
@@ -246,10 +245,10 @@ return addmm, add
 
 products: 2 edits
 
-stored_addmm = lorafx.stored_addmm(x_2, x_1, [x_3, x_4, x_5])
-stored_addmm_1 = lorafx.stored_addmm(x_2, x_1, [x_6, x_7])
-view = aten.view(stored_addmm_1, [3, 1, 6])
-return stored_addmm, view
+weight_mm = lorafx.weight_mm(x_1, x_3, x_2, None, x_4, x_5)
+weight_mm_1 = lorafx.weight_mm(x_1, x_6, x_2, None, x_7)
+view = aten.view(weight_mm_1, [3, 1, 6])
+return weight_mm, view
 """,
     )
 
@@ -324,8 +323,8 @@ return add
 
 products: 1 edit
 
-stored_addmm = lorafx.stored_addmm(x_2, x_1, [x_3, x_4])
-view = aten.view(stored_addmm, [3, 1, 16])
+weight_mm = lorafx.weight_mm(x_1, x_3, x_2, None, x_4)
+view = aten.view(weight_mm, [3, 1, 16])
 return view
 """,
     )
@@ -354,8 +353,7 @@ def test_siblings_with_integers_become_one_op(biased: bool) -> None:
     done.run(*FIRST, Products())
     assert done.run(Join()) == len(paths) + 1
     names = [name.partition(".")[0] for name in done.targets()]
-    alone = "stored_addmm_delta" if biased else "stored_mm_delta"
-    assert [name for name in names if "mm" in name] == ["stored_mms_delta", alone]
+    assert [name for name in names if "mm" in name] == ["weight_mms_delta", "weight_mm_delta"]
     for got, expected in zip(done.result(), want, strict=True):
         assert error(got, expected) <= 1e-5
     found = sorted(state.site.path for states in done.ctx.states.values() for state in states)

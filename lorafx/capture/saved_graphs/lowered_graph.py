@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from lorafx.capture.lowering import Boxed, NodeByNode
 from lorafx.capture.saved_graphs.fingerprints import Undescribed
-from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.delta_kernels import build, build_all
+from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.program.program import Program
 from lorafx.torch_internals.frames import outside_of_frames
@@ -65,7 +65,7 @@ class SavedLowered:
         """The graph as a function. Raises Undescribed if a kernel differs from the saved one."""
         build_all(self.kernels)
         for dtype in {spec.y_dtype for spec in self.kernels}:
-            dense.ready(dtype)
+            ready(WeightSpec(dtype, dtype))
         for spec, kernel in self.kernels.items():
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")

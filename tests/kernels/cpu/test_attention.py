@@ -8,12 +8,13 @@ import pytest
 import torch
 from dense_merge import error
 from paged_steps import TOLERANCE, paged_step
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import attention as module
+from lorafx.kernels.cpu import kernels
 from lorafx.kernels.cpu.compiler import runnable_isas
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep, paged_cache
 
@@ -81,23 +82,18 @@ def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPat
     check(step(**CASES[case], cap=0.5, sinks=True))
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "best_isa", no_compiler)
-    module._kernel_for.cache_clear()
-    with pytest.warns(LorafxWarning, match="stays with aten: no C\\+\\+ compiler"):
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
+    with pytest.warns(LorafxWarning, match="stays with aten: refused"):
         check(step(**CASES["of several heads"]))
-    module._kernel_for.cache_clear()
 
 
 @needs_compiler
 @pytest.mark.parametrize("isa", runnable_isas(), ids=lambda isa: isa.name)
+@pytest.mark.usefixtures("tried_anew")
 def test_each_instruction_set(isa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module._kernel_for.cache_clear()
-    monkeypatch.setattr(module, "best_isa", lambda: isa)
-    try:
-        check(step(**CASES["of several heads"]))
-    finally:
-        module._kernel_for.cache_clear()
+    monkeypatch.setattr(kernels, "best_isa", lambda: isa)
+    check(step(**CASES["of several heads"]))
 
 
 @needs_compiler

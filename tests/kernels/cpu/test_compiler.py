@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,13 +14,14 @@ from delta_oracle import assert_delta, random_problem
 from full_disk import no_file_over
 from toolchain import needs_compiler
 
-from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import compiler, delta_kernels, dense, dense_attention, stored
+from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.kernels.cpu import compiler, delta_kernels, dense_attention, weight_mm
 from lorafx.kernels.cpu.compiler import compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import op_source
 from lorafx.kernels.cpu.delta_kernels import build, delta_call
 from lorafx.kernels.cpu.dense_attention import AttentionForm
-from lorafx.kernels.cpu.stored import StoredSpec
+from lorafx.kernels.cpu.kernels import Kernels
+from lorafx.kernels.cpu.weight_mm import WeightSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -63,14 +65,15 @@ def test_nothing_is_narrowed_which_clang_refuses(
     strict = (*(flag for flag in compiler.BASE_FLAGS if flag != "-w"), "-Werror=narrowing")
     monkeypatch.setattr(compiler, "BASE_FLAGS", strict)
     keys = AttentionForm(torch.float32, 64, 2, 64, 64)
-    packed = StoredSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
+    packed = WeightSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
     sources = [
         delta_kernels.source(_spec(16), isa),
-        dense.source(torch.bfloat16, isa),
+        weight_mm.source(WeightSpec(torch.bfloat16, torch.bfloat16), isa),
         dense_attention.source(keys, isa),
-        stored.source(packed, isa),
+        weight_mm.source(packed, isa),
     ]
-    for source in (*sources, *map(op_source, (delta_kernels.DISPATCHER, dense.DENSE_OPS))):
+    ops = delta_kernels.DISPATCHER, dense_attention.ATTENTION_OPS, weight_mm.WEIGHT_OPS
+    for source in (*sources, *map(op_source, ops)):
         compile_library(source, isa.flags)
 
 
@@ -79,6 +82,27 @@ def test_a_refused_source_is_an_error_with_the_compilers_words(folder: Path) -> 
     with pytest.raises(LoweringError, match=r"(?s)refused a generated kernel:\n.*nonsense"):
         compile_library("nonsense;")
     assert list(folder.iterdir()) == []
+
+
+@needs_compiler
+def test_a_kernel_is_tried_once_and_a_refusal_said_once(folder: Path) -> None:
+    entered: list[str] = []
+
+    def enter(spec: str, isa: compiler.Isa, library: ctypes.CDLL) -> int:
+        entered.append(spec)
+        return int(library.answer())
+
+    kernels = Kernels("answers are slow", lambda spec, isa: spec, enter)
+    assert [kernels.ready(SOURCE), kernels.ready(SOURCE)] == [42, 42]
+    assert entered == [SOURCE]
+    for _ in range(2):
+        with pytest.warns(LorafxWarning, match="answers are slow: .* refused") as said:
+            found = [kernels.ready("nonsense;", again=again) for again in (False, False, True)]
+        assert found == [None] * 3
+        assert len(said) == 1
+        kernels.forget()
+    wide = Kernels("", lambda spec, isa: spec, enter, lanes=1 << 10)
+    assert wide.ready(SOURCE) is None  # not generated, of which nothing is said
 
 
 @needs_compiler
@@ -91,7 +115,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").touch()
     folder = tmp_path / ("file" if place == "a file" else "kernels")
     monkeypatch.setenv("LORAFX_CACHE_DIR", str(folder))
-    delta_kernels._warn_once.cache_clear()
+    delta_kernels.GENERATED.forget()
     room = no_file_over(16) if place == "a full disk" else nullcontext()
     with room, pytest.warns(UserWarning, match="cannot be written.*set LORAFX_CACHE_DIR"):
         assert build(_spec(104)) is None
@@ -110,7 +134,7 @@ def fresh_choice() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
-    delta_kernels._warn_once.cache_clear()
+    delta_kernels.GENERATED.forget()
     with torch._inductor.config.patch(NO_COMPILER):
         with pytest.warns(UserWarning, match="plain aten on this CPU.*no C\\+\\+ compiler"):
             assert build(_spec(101)) is None

@@ -1,4 +1,4 @@
-"""`lorafx::dense_mm` and `dense_addmm` against float64, for few rows and for many."""
+"""`lorafx::weight_mm` by a dense weight against float64: few rows, and many."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import dense
+from lorafx.kernels.cpu import weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
+from lorafx.kernels.cpu.weight_mm import WeightSpec
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if weight_mm.GENERATED.generates(isa)]
+
+
+def dense(dtype: torch.dtype) -> WeightSpec:
+    return WeightSpec(dtype, dtype)
 
 
 def operands(
@@ -45,11 +51,14 @@ def check(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
-    """After the test, this process has the kernels and the limits of others again."""
+def any_rows(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The generated kernel takes any number of rows. After the test, this process has the kernels
+    and the limits of others again."""
+    monkeypatch.setattr(weight_mm, "max_rows", lambda dtype: 10**6)
     yield
-    dense.ready.cache_clear()
-    assert all(dense.ready(dtype) for dtype in DTYPES)
+    monkeypatch.undo()
+    weight_mm.GENERATED.forget()
+    assert all(weight_mm.ready(dense(dtype)) for dtype in DTYPES)
 
 
 @pytest.fixture(params=["aten", "onednn"])
@@ -57,47 +66,47 @@ def library(request) -> Iterator[None]:
     """What multiplies many rows, on any CPU."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
-    dense.ready(torch.float32)
-    dense.many_by_onednn(dense.op_library(), request.param == "onednn")
+    weight_mm.ready(dense(torch.float32))
+    weight_mm.many_by_onednn(weight_mm.op_library(), request.param == "onednn")
     yield
-    dense.many_by_onednn(dense.op_library())
+    weight_mm.many_by_onednn(weight_mm.op_library())
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-@pytest.mark.usefixtures("choice")
+@pytest.mark.usefixtures("any_rows")
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
-    dense.load_kernel(dtype, isa, 10**6)
+    weight_mm.GENERATED.load(dense(dtype), isa)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13, 70):
         for features, columns in ((1, 1), (40, 130), (129, 47)):
             bias, x, weight = operands(rows, features, columns, dtype)
-            check(lora.dense_mm(x, weight, []), x, weight)
-            check(lora.dense_addmm(bias, x, weight, []), x, weight, bias)
+            check(lora.weight_mm(x, weight), x, weight)
+            check(lora.weight_mm(x, weight, bias), x, weight, bias)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [[], [7, 0, 40]], ids=str)
+@pytest.mark.parametrize("sizes", [None, [], [7, 0, 40]], ids=str)
 @pytest.mark.usefixtures("library")
 def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
     """At the edge where the library takes over, which multiplies part by part."""
-    most = dense.max_rows(dtype)
+    most = weight_mm.max_rows(dtype)
     for rows in (0, most, most + 1):
         bias, x, weight = operands(rows, 33, 47, dtype)
-        check(lora.dense_mm(x, weight, sizes), x, weight)
-        check(lora.dense_addmm(bias, x, weight, sizes), x, weight, bias)
+        check(lora.weight_mm(x, weight, sizes=sizes), x, weight)
+        check(lora.weight_mm(x, weight, bias, sizes=sizes), x, weight, bias)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
-    _, x, weight = operands(dense.max_rows(dtype), 133, 75, dtype)
-    together = lora.dense_mm(x, weight, [])
+    _, x, weight = operands(weight_mm.max_rows(dtype), 133, 75, dtype)
+    together = lora.weight_mm(x, weight)
     for rows in (1, 2, 3, 5, 6, 7, 11, 32):
-        assert torch.equal(lora.dense_mm(x[:rows], weight, []), together[:rows])
-    assert torch.equal(lora.dense_mm(x[5:6], weight, []), together[5:6])
+        assert torch.equal(lora.weight_mm(x[:rows], weight), together[:rows])
+    assert torch.equal(lora.weight_mm(x[5:6], weight), together[5:6])
 
 
 @needs_compiler
@@ -105,58 +114,54 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", [[], [3, 6]], ids=str)
 def test_opcheck(bias: bool, sizes: list[int]) -> None:
     added, x, weight = operands(3, 5, 9, torch.float32)
-    op = lora.dense_addmm.default if bias else lora.dense_mm.default
-    arguments = (*([added] if bias else []), x, weight, sizes)
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    arguments = x, weight, added if bias else None, sizes
+    assert set(torch.library.opcheck(lora.weight_mm.default, arguments).values()) == {"SUCCESS"}
 
 
 @needs_compiler
 def test_a_graph_of_another_process_loads_the_kernel_of_its_dtype() -> None:
     program = """
 import torch
-from lorafx.kernels.cpu import dense
-assert dense.ready(torch.float32)
+from lorafx.kernels.cpu.weight_mm import GENERATED, WeightSpec, ready
+assert ready(WeightSpec(torch.float32, torch.float32))
 x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16)
-torch.ops.lorafx.dense_mm(x, weight, [])
-assert dense.ready.cache_info().currsize == 2
+torch.ops.lorafx.weight_mm(x, weight)
+assert GENERATED.has(WeightSpec(torch.bfloat16, torch.bfloat16))
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-    monkeypatch.setattr(dense, "best_isa", no_compiler)
-    dense.ready.cache_clear()
     bias, x, weight = operands(3, 5, 9, torch.float32)
-    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
-        check(dense.product(x, weight, []), x, weight)
-    check(dense.product(bias, x, weight, [4, 5]), x, weight, bias)
-    dense.ready.cache_clear()
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
+        check(weight_mm.product(x, weight), x, weight)
+    check(weight_mm.product(x, weight, bias, sizes=[4, 5]), x, weight, bias)
 
 
 @needs_compiler
-@pytest.mark.parametrize("op", [lora.dense_mm, lambda *rest: lora.dense_addmm(_BIAS, *rest)])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x, w, s: (x[:, :-1], w, s), "do not fit together|4 columns, weight has 5"),
         (lambda x, w, s: (x, w[0], s), "do not fit together|weight \\(N, K\\)"),
         (lambda x, w, s: (x, w, [3, 5]), "do not add up to"),
+        (lambda x, w, s: (x, w.double(), s), "differ in dtype"),
         (lambda x, w, s: (x, w[:-1], []), "bias"),
     ],
 )
-def test_bad_operands(op, change, message) -> None:
+def test_bad_operands(bias, change, message) -> None:
     """Refused by the kernel, and by the fake one when a graph is traced."""
-    _, x, weight = operands(100, 5, 9, torch.float32)
-    if message == "bias" and op is lora.dense_mm:
+    added, x, weight = operands(100, 5, 9, torch.float32)
+    if message == "bias" and not bias:
         pytest.skip("it takes none")
-    given = change(x, weight, [4, 5])
+    x, weight, sizes = change(x, weight, [4, 5])
+    given = x, weight, added if bias else None, sizes
     with pytest.raises(RuntimeError, match=message):
-        op(*given)
+        lora.weight_mm(*given)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(item) if isinstance(item, Tensor) else item for item in given]
+        fake = tree_map_only(Tensor, mode.from_tensor, given)
         with pytest.raises((LoweringError, RuntimeError), match=message):
-            op(*fake)
-
-
-_BIAS = torch.randn(9)
+            lora.weight_mm(*fake)

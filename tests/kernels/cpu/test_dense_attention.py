@@ -10,16 +10,16 @@ import pytest
 import torch
 from dense_merge import error
 from paged_steps import TOLERANCE
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import dense, dense_attention
+from lorafx.kernels.cpu import dense_attention
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.dense_attention import ATTENTION, AttentionForm
 
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if dense_attention.GENERATED.generates(isa)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: B, T, N, heads of keys, queries' heads of each, D: one token and many, whole units of work and
 #: parts, a last vector that is not full.
@@ -71,25 +71,17 @@ def check(operands: Any, mask: list[Tensor], causal: bool = False) -> None:
     assert error(got.double(), wanted(*operands, mask, causal)) <= TOLERANCE[query.dtype]
 
 
-@pytest.fixture
-def choice() -> Iterator[None]:
-    """Kernels are loaded anew in the test, and after it for this machine's own instructions."""
-    dense_attention.ready.cache_clear()
-    yield
-    dense_attention.ready.cache_clear()
-
-
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-@pytest.mark.usefixtures("choice")
+@pytest.mark.usefixtures("tried_anew")
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
     for sizes in SIZES:
         B, T, N, heads, group, _ = sizes
         operands = tensors(*sizes, dtype)
         form = AttentionForm.of(*operands, None)
         assert form is not None
-        dense_attention.load_kernel(form, isa)
+        dense_attention.GENERATED.load(form, isa)
         check(operands, [])
         check(operands, [], causal=True)
         *for_all, per_head = masks(B, T, N, heads * group, dtype)
@@ -129,13 +121,12 @@ def test_numbers_that_are_not_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.usefixtures("choice")
-def test_without_a_kernel(dtype: torch.dtype, monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_without_a_kernel(dtype: torch.dtype) -> None:
     """The operator by torch's own."""
-    monkeypatch.setattr(dense_attention, "best_isa", no_compiler)
     operands = tensors(*SIZES[0], dtype)
     with (
-        pytest.warns(LorafxWarning, match="attention stays with aten: no C\\+\\+ compiler")
+        pytest.warns(LorafxWarning, match="attention stays with aten: refused")
         if (dtype in DTYPES)
         else nullcontext()
     ):

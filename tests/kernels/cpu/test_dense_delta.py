@@ -1,4 +1,4 @@
-"""`lorafx::dense_mm_delta` and `dense_addmm_delta` against two ops, bit by bit, and float64."""
+"""`lorafx::weight_mm_delta` against two ops, bit by bit, and float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from delta_oracle import Problem, assert_delta, random_problem
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu import delta_kernels, dense
+from lorafx.kernels.cpu import delta_kernels, weight_mm
+from lorafx.kernels.cpu.weight_mm import WeightSpec
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("threads")]
 
@@ -40,16 +41,12 @@ def check(p: Problem, x: Tensor | None = None) -> Tensor:
     x = p.x if x is None else x
     (bias, weight), kernel = base_of(p), kernel_of(p)
     arguments = (*p.bank, p.rows, kernel)
-    for products, deltas in (
-        ((lora.dense_mm, (x, weight, [])), lora.dense_mm_delta),
-        ((lora.dense_addmm, (bias, x, weight, [])), lora.dense_addmm_delta),
-    ):
-        op, operands = products
-        y = op(*operands)
+    for added in (None, bias):
+        y = lora.weight_mm(x, weight, added)
         apart = y.clone()
         lora.run_delta_(apart, x, *arguments)
-        assert dense.ready(x.dtype)
-        together = deltas(*operands, *arguments)
+        assert weight_mm.ready(WeightSpec(x.dtype, x.dtype))
+        together = lora.weight_mm_delta(x, weight, *arguments, added)
         assert together.is_contiguous()
         assert torch.equal(together, apart)
         assert_delta(p.with_(y=y, x=x), together)
@@ -91,11 +88,11 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     slots = [0, -1, 1, 1, 2, 0, 0, 3, -1, 0, 0, 0, 0, 1]
     whole = problem_of(slots, dtype)
     (_, weight), kernel = base_of(whole), kernel_of(whole)
-    together = lora.dense_mm_delta(whole.x, weight, [], *whole.bank, 1, kernel)
-    assert torch.equal(together[1:2], lora.dense_mm(whole.x[1:2], weight, []))
+    together = lora.weight_mm_delta(whole.x, weight, *whole.bank, 1, kernel)
+    assert torch.equal(together[1:2], lora.weight_mm(whole.x[1:2], weight))
     for some in ([0], [1, 8], [2, 5, 13], [0, 5, 6, 9, 10, 11, 12]):
         bank = whole.bank._replace(slots=whole.slots[some])
-        alone = lora.dense_mm_delta(whole.x[some], weight, [], *bank, 1, kernel)
+        alone = lora.weight_mm_delta(whole.x[some], weight, *bank, 1, kernel)
         assert torch.equal(alone, together[some])
 
 
@@ -103,21 +100,20 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 def test_opcheck(bias: bool) -> None:
     p = problem_of([0, -1, 1], torch.float32, max_rank=3)
     (added, weight), kernel = base_of(p), kernel_of(p)
-    op = lora.dense_addmm_delta.default if bias else lora.dense_mm_delta.default
     # What lies beyond a slot's rank is NaN, which opcheck's comparisons of inputs do not expect.
     bank = p.bank._replace(A=p.A.nan_to_num(), B=p.B.nan_to_num())
-    arguments = (*([added] if bias else []), p.x, weight, [13, 370], *bank, 1, kernel)
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    last = added if bias else None, [13, 370]
+    arguments = p.x, weight, *bank, 1, kernel, *last
+    assert set(torch.library.opcheck(lora.weight_mm_delta.default, arguments).values()) == {
+        "SUCCESS"
+    }
 
 
 def test_before_the_kernels_are_there(monkeypatch) -> None:
     """The ops' own implementations, which also run off the CPU."""
-    monkeypatch.setattr(dense, "ready", lambda dtype: False)
+    monkeypatch.setattr(weight_mm, "ready", lambda spec: False)
     p = problem_of([0, -1, 1], torch.float32)
     (bias, weight), kernel = base_of(p), kernel_of(p)
-    for op, operands in (
-        (lora.dense_mm, (p.x, weight, [])),
-        (lora.dense_addmm, (bias, p.x, weight, [])),
-    ):
-        got = dense.product_and_delta(*operands, *p.bank, 1, kernel)
-        assert_delta(p.with_(y=op(*operands)), got)
+    for added in (None, bias):
+        got = weight_mm.product_and_delta(p.x, weight, p.bank, 1, kernel, added)
+        assert_delta(p.with_(y=lora.weight_mm(p.x, weight, added)), got)

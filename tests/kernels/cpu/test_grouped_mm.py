@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LorafxWarning, LoweringError
@@ -73,7 +73,7 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype, sizes: tuple[int, int])
     spec = ProductSpec.of(x, weight)
     assert spec == ProductSpec(dtype, *sizes)
     y = torch.zeros(len(x), sizes[1], dtype=dtype)
-    grouped_mm.build(spec, isa)(y, x, weight, offs)
+    grouped_mm.run(y, x, weight, offs, *grouped_mm.GENERATED.load(spec, isa))
     check(y, x, weight, offs)
 
 
@@ -87,17 +87,14 @@ def test_rows_are_the_same_whatever_their_neighbours_are() -> None:
         assert torch.equal(op(x[row : row + 1], weight, alone)[0], together[row])
 
 
-def test_many_rows_and_no_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_many_rows_and_a_refused_source(monkeypatch) -> None:
     """A product of matrices for each expert."""
     x, weight, offs = operands([3, 0, 9], torch.float32)
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
+        check(op(x, weight, offs), x, weight, offs)
     monkeypatch.setattr(grouped_mm, "MANY_ROWS", 4)
     check(op(x, weight, offs), x, weight, offs)
-    monkeypatch.setattr(grouped_mm, "MANY_ROWS", 256)
-    monkeypatch.setattr(grouped_mm, "best_isa", no_compiler)
-    grouped_mm._kernel_for.cache_clear()
-    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
-        check(op(x, weight, offs), x, weight, offs)
-    grouped_mm._kernel_for.cache_clear()
 
 
 def test_opcheck():

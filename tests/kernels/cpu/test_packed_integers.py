@@ -1,4 +1,4 @@
-"""`lorafx::stored_mm` and its relatives with integers of four bits, in the layout of torch's
+"""`lorafx::weight_mm` and its relatives with integers of four bits, in the layout of torch's
 operator, against float64 of the weight by which that operator multiplies."""
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 from delta_oracle import assert_delta_joins, assert_product, random_problem
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import delta_kernels, dense, stored
+from lorafx.kernels.cpu import delta_kernels, weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.stored import StoredSpec
+from lorafx.kernels.cpu.weight_mm import WeightSpec
 
 lora, aten = torch.ops.lorafx, torch.ops.aten
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if weight_mm.GENERATED.generates(isa)]
 
-pytestmark = [needs_compiler, pytest.mark.skipif(not stored.packed_block(), reason="no blocks")]
+pytestmark = [needs_compiler, pytest.mark.skipif(not weight_mm.packed_block(), reason="no blocks")]
 
 
 def operands(
@@ -45,30 +45,37 @@ def check(got: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None = No
     assert_product(got, x, W.double(), bias)
 
 
-def spec_of(dtype: torch.dtype) -> StoredSpec:
-    spec = StoredSpec.of(*operands(1, 32, 16, 32, dtype)[1:])
+def mm(x: Tensor, weight: list[Tensor], bias: Tensor | None = None, op=lora.weight_mm) -> Tensor:
+    return op(x, weight[0], bias, None, *weight[1:])
+
+
+def spec_of(dtype: torch.dtype) -> WeightSpec:
+    _, x, weight = operands(1, 32, 16, 32, dtype)
+    spec = WeightSpec.of(x, *weight)
     assert spec is not None
     return spec
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
+def choice(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the test, this process has the kernels and the limits of others again."""
     yield
-    stored.ready.cache_clear()
-    assert all(stored.ready(spec_of(dtype)) for dtype in DTYPES)
+    monkeypatch.undo()
+    weight_mm.GENERATED.forget()
+    assert all(weight_mm.ready(spec_of(dtype)) for dtype in DTYPES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.usefixtures("choice")
-def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
+def test_generated_kernels(isa: Isa, dtype: torch.dtype, monkeypatch) -> None:
     """Tiles of every height, groups of all sizes, last blocks of every size."""
     spec = spec_of(dtype)
-    assert StoredSpec.of_key(spec.key) == spec
-    assert stored.ready(spec)
+    assert WeightSpec.of_key(spec.key) == spec
+    assert weight_mm.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 8, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        stored.load_kernel(spec, isa, most)
+        monkeypatch.setattr(weight_mm, "max_rows", lambda dtype, most=most: most)
+        weight_mm.GENERATED.load(spec, isa)
         for features, columns, group in (
             (32, 64, 32),
             (192, 16, 64),
@@ -77,24 +84,24 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
         ):
             for count in rows:
                 bias, x, weight = operands(count, features, columns, group, dtype)
-                check(lora.stored_mm(x, weight), x, weight)
-                check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+                check(mm(x, weight), x, weight)
+                check(mm(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
-    _, x, weight = operands(dense.max_rows(dtype), 256, 80, 64, dtype)
-    together = lora.stored_mm(x, weight)
+    _, x, weight = operands(weight_mm.max_rows(dtype), 256, 80, 64, dtype)
+    together = mm(x, weight)
     for rows in (1, 2, 3, 5, 6, 7, 8, 11, 32):
-        assert torch.equal(lora.stored_mm(x[:rows], weight), together[:rows])
-    assert torch.equal(lora.stored_mm(x[5:6], weight), together[5:6])
+        assert torch.equal(mm(x[:rows], weight), together[:rows])
+    assert torch.equal(mm(x[5:6], weight), together[5:6])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 65])
 def test_at_the_edge_where_the_library_takes_over(rows: int) -> None:
     bias, x, weight = operands(rows, 128, 48, 32, torch.float32)
-    check(lora.stored_mm(x, weight), x, weight)
-    check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+    check(mm(x, weight), x, weight)
+    check(mm(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.usefixtures("threads")
@@ -111,21 +118,21 @@ def test_with_a_delta(slots: list[int], dtype: torch.dtype) -> None:
 
 def test_opcheck() -> None:
     bias, x, weight = operands(3, 64, 16, 32, torch.float32)
-    for op, first in ((lora.stored_mm, ()), (lora.stored_addmm, (bias,))):
-        found = torch.library.opcheck(op.default, (*first, x, weight))
+    for added in (None, bias):
+        found = torch.library.opcheck(
+            lora.weight_mm.default, (x, weight[0], added, None, weight[1])
+        )
         assert set(found.values()) == {"SUCCESS"}
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """torch's operator is called then."""
-    monkeypatch.setattr(stored, "best_isa", no_compiler)
-    stored.ready.cache_clear()
     bias, x, weight = operands(3, 128, 16, 32, torch.bfloat16)
-    with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
-        y = stored.product(x, weight)
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
+        y = mm(x, weight, op=weight_mm.product)
     assert torch.equal(y, by_torch(x, weight))
-    assert torch.equal(stored.product(bias, x, weight), y + bias)
-    stored.ready.cache_clear()
+    assert torch.equal(mm(x, weight, bias, weight_mm.product), y + bias)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +149,11 @@ def test_without_a_compiler(monkeypatch) -> None:
 def test_bad_operands(change, message) -> None:
     """Refused by the kernel, and by the fake one when a graph is traced."""
     _, x, weight = operands(3, 128, 16, 32, torch.float32)
-    lora.stored_mm(x, weight)
+    mm(x, weight)
     x, weight = change(x, weight)
     with pytest.raises(RuntimeError, match=message):
-        lora.stored_mm(x, weight)
+        mm(x, weight)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = mode.from_tensor(x), [mode.from_tensor(item) for item in weight]
+        x, weight = mode.from_tensor(x), [mode.from_tensor(item) for item in weight]
         with pytest.raises((LoweringError, RuntimeError), match=message):
-            lora.stored_mm(*fake)
+            mm(x, weight)

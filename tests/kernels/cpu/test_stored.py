@@ -1,4 +1,4 @@
-"""`lorafx::stored_mm` and its relatives against float64, for few rows and for many."""
+"""`lorafx::weight_mm` and its relatives by integers against float64: few rows, and many."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from delta_oracle import assert_delta_joins, assert_product, random_problem
-from toolchain import needs_compiler, no_compiler
+from toolchain import needs_compiler
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import delta_kernels, dense, stored
+from lorafx.kernels.cpu import delta_kernels, weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.stored import StoredSpec
+from lorafx.kernels.cpu.weight_mm import WeightSpec
+from lorafx.kernels.ops.op_library import flat
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+ISAS = [isa for isa in runnable_isas() if weight_mm.GENERATED.generates(isa)]
 #: dtypes of x, scale and zero, and the number of groups
 FORMS = [
     (torch.float32, torch.float32, None, 1),
@@ -43,8 +45,13 @@ def operands(
     return torch.randn(columns).to(dtype), torch.randn(rows, features).to(dtype), weight
 
 
-def spec_of(form) -> StoredSpec:
-    spec = StoredSpec.of(*operands(1, 128, 4, form)[1:])
+def mm(x: Tensor, weight: list[Tensor], bias: Tensor | None = None, op=lora.weight_mm) -> Tensor:
+    return op(x, weight[0], bias, None, *weight[1:])
+
+
+def spec_of(form) -> WeightSpec:
+    _, x, weight = operands(1, 128, 4, form)
+    spec = WeightSpec.of(x, *weight)
     assert spec is not None
     return spec
 
@@ -56,39 +63,41 @@ def check(got: Tensor, x: Tensor, weight: list[Tensor], bias: Tensor | None = No
 
 
 @pytest.fixture
-def choice() -> Iterator[None]:
+def choice(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the test, this process has the kernels and the limits of others again."""
     yield
-    stored.ready.cache_clear()
-    assert all(stored.ready(spec_of(form)) for form in FORMS)
+    monkeypatch.undo()
+    weight_mm.GENERATED.forget()
+    assert all(weight_mm.ready(spec_of(form)) for form in FORMS)
 
 
 @needs_compiler
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.usefixtures("choice")
-def test_generated_kernels(isa: Isa, form) -> None:
+def test_generated_kernels(isa: Isa, form, monkeypatch) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
     spec = spec_of(form)
-    assert StoredSpec.of_key(spec.key) == spec
-    assert stored.ready(spec)
+    assert WeightSpec.of_key(spec.key) == spec
+    assert weight_mm.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        stored.load_kernel(spec, isa, most)
+        monkeypatch.setattr(weight_mm, "max_rows", lambda dtype, most=most: most)
+        weight_mm.GENERATED.load(spec, isa)
         for count in rows:
             for features, columns in ((128, 47), (384, 130)) + ((129, 1), (1, 9)) * (form[3] == 1):
                 bias, x, weight = operands(count, features, columns, form)
-                check(lora.stored_mm(x, weight), x, weight)
-                check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+                check(mm(x, weight), x, weight)
+                check(mm(x, weight, bias), x, weight, bias)
 
 
 @needs_compiler
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_row_is_the_same_in_every_batch(form) -> None:
-    _, x, weight = operands(dense.max_rows(form[0]), 256, 75, form)
-    together = lora.stored_mm(x, weight)
+    _, x, weight = operands(weight_mm.max_rows(form[0]), 256, 75, form)
+    together = mm(x, weight)
     for rows in (1, 2, 3, 5, 6, 7, 11, 32):
-        assert torch.equal(lora.stored_mm(x[:rows], weight), together[:rows])
-    assert torch.equal(lora.stored_mm(x[5:6], weight), together[5:6])
+        assert torch.equal(mm(x[:rows], weight), together[:rows])
+    assert torch.equal(mm(x[5:6], weight), together[5:6])
 
 
 @needs_compiler
@@ -97,8 +106,8 @@ def test_a_row_is_the_same_in_every_batch(form) -> None:
 def test_at_the_edge_where_the_library_takes_over(rows: int, groups: int) -> None:
     form = torch.float32, torch.float32, torch.int8, groups
     bias, x, weight = operands(rows, 128, 47, form)
-    check(lora.stored_mm(x, weight), x, weight)
-    check(lora.stored_addmm(bias, x, weight), x, weight, bias)
+    check(mm(x, weight), x, weight)
+    check(mm(x, weight, bias), x, weight, bias)
 
 
 @needs_compiler
@@ -124,18 +133,20 @@ def test_opcheck(bias: bool, with_delta: bool) -> None:
         x_shape=(3, 64),
     )  # fmt: skip
     added, _, weight = operands(3, 64, 9, FORMS[3])
-    name = f"stored_{'addmm' if bias else 'mm'}{'_delta' if with_delta else ''}"
-    arguments = [*([added] if bias else []), p.x, [weight[0], *(t.float() for t in weight[1:])]]
+    weight = [weight[0], *(t.float() for t in weight[1:])]
+    q, *tables = weight
+    arguments, others = [p.x, q], [added if bias else None, None, *tables]
     if with_delta:
         # What lies beyond a slot's rank is NaN, which opcheck does not expect of inputs.
         bank = p.bank._replace(A=p.A.nan_to_num(), B=p.B.nan_to_num())
         arguments += [*bank, 1, delta_kernels.build(p.spec)]
-    found = torch.library.opcheck(getattr(lora, name).default, tuple(arguments))
+    op = lora.weight_mm_delta if with_delta else lora.weight_mm
+    found = torch.library.opcheck(op.default, (*arguments, *others))
     assert set(found.values()) == {"SUCCESS"}
 
 
 def several(rows: int, form, *, biased: bool) -> tuple[list[Any], list[Tensor]]:
-    """Arguments of stored_mms_delta for three siblings of one bank, and what single ops compute."""
+    """Arguments of weight_mms_delta for three siblings of one bank, and what single ops compute."""
     settings = {"sizes": (13, 40, 7), "max_rank": 3, "rows": 1, "x_shape": (rows, 128)}
     slots = ([0, -1, 1] * rows)[:rows]
     p = random_problem(dtypes=(form[0],) * 3, slots=slots, seed=3, **settings)
@@ -146,9 +157,10 @@ def several(rows: int, form, *, biased: bool) -> tuple[list[Any], list[Tensor]]:
     kernels = [delta_kernels.build(spec) for spec in specs]
     parts = [operands(rows + i, 128, spec.sizes[0], form) for i, spec in enumerate(specs)]
     weights, biases = [part[2] for part in parts], [part[0] for part in parts] if biased else []
-    op, apart = lora.stored_addmm_delta if biased else lora.stored_mm_delta, []
-    for i, (weight, kernel) in enumerate(zip(weights, kernels, strict=True)):
-        apart.append(op(*biases[i : i + 1], p.x, weight, *bank, 1, kernel))
+    apart = []
+    for i, ((q, *tables), kernel) in enumerate(zip(weights, kernels, strict=True)):
+        others = biases[i] if biased else None, None, *tables
+        apart.append(lora.weight_mm_delta(p.x, q, *bank, 1, kernel, *others))
     return [p.x, [item for weight in weights for item in weight], biases, *bank, 1, kernels], apart
 
 
@@ -159,45 +171,44 @@ def test_siblings_in_one_op(rows: int, form) -> None:
     """The bits of single ops, by the op's own implementation too."""
     for biased in (False, True):
         arguments, apart = several(rows, form, biased=biased)
-        for op in (lora.stored_mms_delta, stored.products_and_deltas):
+        for op in (lora.weight_mms_delta, flat(weight_mm.products_and_deltas)):
             assert all(map(torch.equal, op(*arguments), apart))
 
 
 @needs_compiler
 def test_bad_siblings() -> None:
     arguments, _ = several(2, FORMS[0], biased=True)
-    lora.stored_mms_delta(*arguments)
+    lora.weight_mms_delta(*arguments)
     for place, less in ((1, 1), (2, 1), (-1, 3), (-1, 1)):
         wrong = list(arguments)
         wrong[place] = wrong[place][less:]
         with pytest.raises(RuntimeError, match="differ in number"):
-            lora.stored_mms_delta(*wrong)
+            lora.weight_mms_delta(*wrong)
         with pytest.raises(LoweringError, match="differ in number"):
-            stored.products_and_deltas(*wrong)
+            flat(weight_mm.products_and_deltas)(*wrong)
     arguments[-2] = 0  # one owner for all rows
     with pytest.raises(RuntimeError, match="a mixed batch"):
-        lora.stored_mms_delta(*arguments)
+        lora.weight_mms_delta(*arguments)
 
 
 @needs_compiler
 @pytest.mark.parametrize("biased", [False, True])
 def test_opcheck_of_siblings(biased: bool) -> None:
     arguments, _ = several(3, FORMS[3], biased=biased)
-    found = torch.library.opcheck(lora.stored_mms_delta.default, tuple(arguments))
+    found = torch.library.opcheck(lora.weight_mms_delta.default, tuple(arguments))
     assert set(found.values()) == {"SUCCESS"}
 
 
-def test_without_a_compiler(monkeypatch) -> None:
+@pytest.mark.usefixtures("refused_sources")
+def test_a_refused_source() -> None:
     """The ops' own implementations, which run until a kernel is loaded."""
-    monkeypatch.setattr(stored, "best_isa", no_compiler)
-    stored.ready.cache_clear()
-    for form in FORMS:
-        bias, x, weight = operands(3, 128, 9, form)
-        with pytest.warns(LorafxWarning, match="stay with aten: no C\\+\\+ compiler"):
-            y = stored.product(x, weight)
-        assert torch.allclose(y.float(), (x @ stored.widened(weight, x.dtype).T).float())
-        check(stored.product(bias, x, weight), x, weight, bias)
-    stored.ready.cache_clear()
+    given = [operands(3, 128, 9, form) for form in FORMS]
+    with pytest.warns(LorafxWarning, match="stay with aten: refused"):
+        found = [mm(x, weight, op=weight_mm.product) for _, x, weight in given]
+    for y, (bias, x, weight) in zip(found, given, strict=True):
+        W = weight_mm.widened(x.dtype, *weight)
+        assert torch.allclose(y.float(), (x @ W.T).float())
+        check(mm(x, weight, bias, weight_mm.product), x, weight, bias)
 
 
 @needs_compiler
@@ -205,21 +216,22 @@ def test_without_a_compiler(monkeypatch) -> None:
     ("change", "message"),
     [
         (lambda x, w: (x[:, :-1], w), "do not fit together|127 columns, weight has 128"),
-        (lambda x, w: (x, [w[0][0], *w[1:]]), "do not fit together|the integers are \\(N, K\\)"),
+        (lambda x, w: (x, [w[0][0], *w[1:]]), "do not fit together|weight \\(N, K\\)"),
         (lambda x, w: (x, [w[0], w[1][:-1], w[2]]), "scale"),
         (lambda x, w: (x, [w[0], w[1][:, :3].contiguous(), w[2]]), "scale"),
         (lambda x, w: (x, [w[0], w[1], w[2][:, :1].contiguous()]), "zero"),
-        (lambda x, w: (x, w[:1]), "integers"),
+        (lambda x, w: (x, w[:1]), "differ in dtype"),
+        (lambda x, w: (x, [w[0], None, w[2]]), "a zero without a scale"),
     ],
 )
 def test_bad_operands(change, message) -> None:
     """Refused by the kernel, and by the fake one when a graph is traced."""
     _, x, weight = operands(3, 128, 9, FORMS[3])
-    lora.stored_mm(x, weight)
+    mm(x, weight)
     x, weight = change(x, weight)
     with pytest.raises(RuntimeError, match=message):
-        lora.stored_mm(x, weight)
+        mm(x, weight)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = mode.from_tensor(x), [mode.from_tensor(item) for item in weight]
+        x, weight = tree_map_only(Tensor, mode.from_tensor, (x, weight))
         with pytest.raises((LoweringError, RuntimeError), match=message):
-            lora.stored_mm(*fake)
+            mm(x, weight)

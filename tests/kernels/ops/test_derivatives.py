@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import lorafx.kernels.cpu.dense
 import lorafx.kernels.cpu.dense_attention
-import lorafx.kernels.cpu.stored
+import lorafx.kernels.cpu.weight_mm
 import lorafx.model.marks
 import lorafx.package.load  # noqa: F401  (all define ops)
 from lorafx.errors import CaptureError
@@ -68,7 +67,7 @@ OF_INDICES = {"checked_index", "expert_slots", "own_mask"}
 def test_every_op_is_here_or_is_called_by_compiled_graphs_alone() -> None:
     names = {name.partition("::")[2].partition(".")[0] for name in _LIBRARY._op_defs}
     written = {n for n in names if getattr(ops, n).default._schema.is_mutable}
-    lowered = {n for n in names if n.startswith(("dense_", "stored_"))} | {"attention"}
+    lowered = {n for n in names if n.startswith("weight_")} | {"attention"}
     assert names - written - lowered == CALLS.keys() | OF_INDICES
 
 

@@ -1,66 +1,50 @@
-// CPU kernels of lorafx::dense_mm, dense_addmm and others: few rows by generated code, many by a library.
+// CPU kernels of lorafx::weight_mm and others: few rows by generated code, many by a library.
 //
-//     dense_mm(x, weight, sizes) -> y            dense_addmm(bias, x, weight, sizes) -> y
-//     stored_mm(x, weight) -> y                  stored_addmm(bias, x, weight) -> y
+//     weight_mm(x, weight, bias?, sizes?, scale?, zero?) -> y
+//     weight_mm_delta(x, weight, A, B, ranks, scales, slots, rows, kernel, bias?, sizes?, scale?, zero?) -> y
 //
-//     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
+// and for several weights of one x and bank
 //
-// and the other three likewise, and for several stored weights of one x and bank
+//     weight_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
 //
-//     stored_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
-//
-// The choice is made at each call, so a graph serves any number of rows. A stored weight is a list:
-// integers, scale and maybe zero, or packed integers and both in one; for many rows it becomes a dense
-// one. Ops with a delta add what run_delta_ adds: of few rows in the product's parallel region, of many
-// after it. Before this text stand handles.h, epilogue.h and dense_args.h.
-
-struct DenseShims {  // the order of _SHIMS in cpu_source.py, then of _MORE_SHIMS in dense.py
-    Shims common;
-    int32_t (*view)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
-    int32_t (*mm)(Handle, Handle, Handle);
-    int32_t (*addmm)(Handle, Handle, Handle, Handle, double, double);
-    int32_t (*new_list)(size_t, Handle*);
-    int32_t (*push)(Handle, uint64_t);
-};
-static DenseShims more;
-
-// Indexed by torch's number of a dtype; an entry is written once, its `run` last.
-struct Kernel {
-    int64_t most_rows;
-    int32_t (*run)(const Args*);
-};
-static const int DTYPES = 64;
-static Kernel kernels[DTYPES];
-// Loads the kernel of a dtype, by lorafx_add, when a graph of another process is the first to need it.
-static int32_t (*load_dense)(int64_t dtype);
-static bool asked_for[DTYPES];
-
-// Kernels for stored weights by their keys, in the order in which they were loaded.
-struct StoredKernel {
-    int64_t key;
-    Kernel few;
-    void (*widen)(const Args*);
-};
-static const int64_t MOST_STORED = 256;
-static StoredKernel stored_kernels[MOST_STORED];
-static int64_t stored_count = 0;
-// Loads the kernel of a key, by lorafx_add_stored.
-static int32_t (*load_stored)(int64_t key);
+// The choice is made at each call, so a graph serves any number of rows. A weight with a scale is integers;
+// the scale of packed ones has the zero in it. For many rows integers become a dense weight. Ops with a
+// delta add what run_delta_ adds: of few rows in the product's parallel region, of many after it. Before
+// this text stand handles.h, kernel_table.h, epilogue.h and dense_args.h.
 
 // lorafx_run_delta of dispatcher.cpp, and what the ops hand to it: y, x, A, B, ranks, scales, slots.
 typedef void (*RunDelta)(const uint64_t* operands, int64_t rows, uint64_t kernel,
                          int32_t (*product)(void*, const Epilogue*), void* context);
-static RunDelta run_delta;
 struct Delta {
     uint64_t operands[7];
     int64_t rows;
     uint64_t kernel;
 };
 
+struct WeightShims {  // the order of _SHIMS in cpu_source.py, then of `op_library` in weight_mm.py
+    Shims common;
+    int32_t (*view)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
+    int32_t (*mm)(Handle, Handle, Handle);
+    int32_t (*addmm)(Handle, Handle, Handle, Handle, double, double);
+    int32_t (*new_list)(size_t, Handle*);
+    int32_t (*push)(Handle, uint64_t);
+    RunDelta run_delta;
+};
+static WeightShims more;
+
+struct Kernel {
+    Key key;  // WeightSpec.key of weight_mm.py
+    int32_t (*run)(const Args*);  // null where no kernel is generated
+    void (*widen)(const Args*);   // null for a dense weight
+    int64_t most_rows;
+};
+static Table<Kernel> kernels;
+
 // oneDNN's product of many rows, mkldnn::_linear_pointwise, where it is faster than aten.mm.
 typedef int32_t (*Linear)(Handle x, Handle weight, Handle* bias, const char* attr, const double** scalars,
                           int64_t count, const char** algorithm, Handle* y);
-static Linear linears[DTYPES];
+static const int DTYPES = 64;
+static Linear linears[DTYPES];  // by torch's number of a dtype
 
 // Elements of the longest step of a generated kernel, which no group may cut.
 static const int64_t LONGEST_STEP = 32;
@@ -87,30 +71,21 @@ static int32_t with_epilogue(void* context, const Epilogue* epilogue) {
 // Returns whether y was computed; a delta is then part of it. `args` has what is not of x, w and bias.
 static bool by_kernel(const Kernel* k, const View& x, const View& w, const View* bias, Handle y,
                       const Delta* delta, Args args = {}) {
-    int32_t (*run)(const Args*) = __atomic_load_n(&k->run, __ATOMIC_ACQUIRE);
     const int64_t M = x.sizes[0], K = x.sizes[1], N = w.sizes[0];
-    if (!run || M > k->most_rows || !M || !K || !N) return false;
+    if (!k || !k->run || M > k->most_rows || !M || !K || !N) return false;
     if (K > 1 && (x.strides[1] != 1 || w.strides[1] != 1)) return false;
     if (bias && N > 1 && bias->strides[0] != 1) return false;
     void* data;
     succeeds(torch.data_ptr(y, &data));
-    FewRows few = {run, {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
+    FewRows few = {k->run, {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
                          w.strides[0], (int64_t)thread_count(), torch.parallel, 0, args.scale,
                          args.zero, args.group}};
-    if (!delta) return !run(&few.args);
-    run_delta(delta->operands, delta->rows, delta->kernel, with_epilogue, &few);
+    if (!delta) return !k->run(&few.args);
+    more.run_delta(delta->operands, delta->rows, delta->kernel, with_epilogue, &few);
     return true;
 }
 
-// The kernel of a weight's dtype; null for mixed dtypes.
-static const Kernel* dense_kernel(const View& x, const View& w, const View* bias) {
-    const bool same = x.dtype == w.dtype && (!bias || bias->dtype == x.dtype);
-    if (!same || x.dtype < 0 || x.dtype >= DTYPES) return 0;
-    if (!__atomic_exchange_n(asked_for + x.dtype, true, __ATOMIC_RELAXED)) load_dense(x.dtype);
-    return kernels + x.dtype;
-}
-
-// The columns of part i; N where the list is empty.
+// The columns of part i; N where there is no list.
 static int64_t part_size(Handle list, size_t count, size_t i, int64_t N) {
     uint64_t size = N;
     if (count) succeeds(torch.list_item(list, i, &size));
@@ -130,13 +105,12 @@ static size_t check_parts(Handle list, int64_t N) {
     return count;
 }
 
-static bool by_onednn(Handle x, const View& xs, Handle w, const View& ws, Handle bias,
+static bool by_onednn(const Kernel* k, Handle x, const View& xs, Handle w, const View& ws, Handle bias,
                       const View* bs, Handle* y) {
-    if (xs.dtype < 0 || xs.dtype >= DTYPES || xs.dtype != ws.dtype || (bs && bs->dtype != xs.dtype))
-        return false;
+    if (xs.dtype < 0 || xs.dtype >= DTYPES || (bs && bs->dtype != xs.dtype)) return false;
     Linear linear = __atomic_load_n(linears + xs.dtype, __ATOMIC_ACQUIRE);
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
-    if (!linear || M <= kernels[xs.dtype].most_rows || !K || !N) return false;
+    if (!linear || M <= (k ? k->most_rows : 0) || !K || !N) return false;
     // It copies a strided x, and reads any bias as contiguous.
     if (!xs.contiguous() || !ws.contiguous() || (bs && !bs->contiguous())) return false;
     succeeds(linear(x, w, bias ? &bias : 0, "none", 0, 0, 0, y));
@@ -161,27 +135,28 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
     }
 }
 
-static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
+static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
             "lorafx: x (M, K) and weight (N, K) do not fit together");
+    require(xs.dtype == ws.dtype, "lorafx: x and weight differ in dtype");
     const int64_t M = xs.sizes[0], N = ws.sizes[0], sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
     const View bs(bias ? View((uint64_t)bias) : View());
     require(!bias || (bs.dim == 1 && bs.sizes[0] == N), "lorafx: bias is not (N,)");
     const View* b = bias ? &bs : 0;
     const size_t parts = check_parts(list, N);
-    const Kernel* k = dense_kernel(xs, ws, b);
+    const Kernel* k = bias && bs.dtype != xs.dtype ? 0 : kernels.find({{xs.dtype, ws.dtype}});
     OwnedTensor y;
     bool added = false;
-    if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
+    if (!by_onednn(k, x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        if (k && by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
+        if (by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
         else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
     }
     if (delta && !added) {
         delta->operands[0] = (uint64_t)y.tensor;
-        run_delta(delta->operands, delta->rows, delta->kernel, 0, 0);
+        more.run_delta(delta->operands, delta->rows, delta->kernel, 0, 0);
     }
     return y.release();
 }
@@ -192,28 +167,18 @@ static size_t size_of(const List& list) {
     return count;
 }
 
-struct StoredWeight {
-    OwnedTensor parts[3];  // integers, scale, zero
+struct Weight {
+    OwnedTensor parts[3];  // W, or integers, scale and maybe zero
     size_t count = 0;
 
     void take(const List& list, size_t first, size_t size) {
-        require(size == 2 || size == 3, "lorafx: a stored weight is integers, scale and maybe zero");
+        require(size && size < 4, "lorafx: a weight is one tensor, or integers, scale and maybe zero");
         for (; count < size; count++)
             succeeds(torch.list_item(list.handle, first + count, (uint64_t*)&parts[count].tensor));
     }
 };
 
-static const StoredKernel* find_stored(int64_t key) {
-    for (int attempt = 0; attempt < 2; attempt++) {
-        const int64_t count = __atomic_load_n(&stored_count, __ATOMIC_ACQUIRE);
-        for (int64_t i = 0; i < count; i++)
-            if (stored_kernels[i].key == key) return stored_kernels + i;
-        if (attempt || load_stored(key)) break;
-    }
-    throw Failure("lorafx: there is no kernel for a stored weight");
-}
-
-static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, Delta* delta) {
+static Handle stored_product(Handle bias, Handle x, const Weight& weight, Handle list, Delta* delta) {
     View xs((uint64_t)x), ws((uint64_t)weight.parts[0].tensor), scale((uint64_t)weight.parts[1].tensor);
     const View bs(bias ? View((uint64_t)bias) : View());
     const View zero(weight.count > 2 ? View((uint64_t)weight.parts[2].tensor) : View());
@@ -233,16 +198,17 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     require(!bias || (bs.dim == 1 && bs.sizes[0] == N && bs.dtype == xs.dtype),
             "lorafx: bias is not (N,) of the dtype of x");
     require(K < 2 || ws.strides[1] == 1, "lorafx: the integers of a stored weight are not in rows");
-    const int64_t zeros = weight.count > 2 ? zero.dtype + 1 : 0;  // the key of lorafx.kernels.cpu.stored
-    const StoredKernel* k = find_stored(xs.dtype | scale.dtype << 6 | zeros << 12 |
-                                        (int64_t)(packed || groups > 1 || zeros) << 18 | (int64_t)ws.dtype << 19);
+    check_parts(list, N);
+    const int64_t zeros = weight.count > 2 ? zero.dtype + 1 : 0;
+    const Kernel* k = kernels.find({{xs.dtype, ws.dtype, scale.dtype + 1, zeros, packed || groups > 1 || zeros}});
+    require(k && k->run, "lorafx: there is no kernel for a stored weight");
     const Args args = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, scale.data, zeros ? zero.data : 0, K / groups};
     OwnedTensor y;
     const int64_t sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
     if (groups == 1 || args.group % LONGEST_STEP == 0) {
         succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        if (by_kernel(&k->few, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
+        if (by_kernel(k, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
     }
     OwnedTensor dense;
     const int64_t shape[] = {N, K}, steps[] = {packed || !K ? 1 : K, packed ? N : 1};
@@ -253,34 +219,44 @@ static Handle stored_product(Handle bias, Handle x, const StoredWeight& weight, 
     widened.in_features = K, widened.out_features = N;
     widened.parallel = torch.parallel;
     if (K && N) k->widen(&widened);
-    return product(bias, x, dense.tensor, 0, delta);
+    return dense_product(bias, x, dense.tensor, list, delta);
 }
 
-// A boxed kernel owns what is on its stack, and leaves its result there: (bias), x, weight, for a dense
-// weight sizes, and, with a delta, the bank, rows, kernel.
-template <bool BIAS, bool DELTA, bool STORED> static void dense(uint64_t* stack, uint64_t, uint64_t) {
-    OwnedTensor bias, x, w, bank[5];
-    const uint64_t* next = stack;
-    if (BIAS) bias.tensor = (Handle)*next++;
-    x.tensor = (Handle)*next++;
-    if (!STORED) w.tensor = (Handle)*next++;
-    Handle list = (Handle)*next++;
+static Handle product(Handle bias, Handle x, const Weight& weight, Handle sizes, Delta* delta) {
+    return weight.count > 1 ? stored_product(bias, x, weight, sizes, delta)
+                            : dense_product(bias, x, weight.parts[0].tensor, sizes, delta);
+}
+
+// An optional value has a place of its own in memory, which the kernel frees, or is null.
+static Handle taken(uint64_t value) {
+    uint64_t* place = (uint64_t*)value;
+    const Handle item = place ? (Handle)*place : 0;
+    delete place;
+    return item;
+}
+
+// A boxed kernel owns what is on its stack, and leaves its result there: x, weight; with a delta the bank,
+// rows, kernel; bias, sizes, scale, zero.
+template <bool DELTA> static void weight_op(uint64_t* stack, uint64_t, uint64_t) {
+    OwnedTensor x, bias, bank[5];
+    Weight weight;
+    x.tensor = (Handle)stack[0];
+    weight.parts[0].tensor = (Handle)stack[1];
+    const uint64_t* next = stack + 2;
     Delta delta;
     if (DELTA) {
         for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)next[i];
-        delta = {{0, (uint64_t)x.tensor, next[0], next[1], next[2], next[3], next[4]},
-                 (int64_t)next[5], next[6]};
+        delta = {{0, stack[0], next[0], next[1], next[2], next[3], next[4]}, (int64_t)next[5], next[6]};
+        next += 7;
     }
-    Delta* added = DELTA ? &delta : 0;
-    if (STORED) {
-        const List items = {list};
-        StoredWeight weight;
-        weight.take(items, 0, size_of(items));
-        stack[0] = (uint64_t)stored_product(bias.tensor, x.tensor, weight, added);
-    } else {
-        const List sizes = {list};
-        stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, sizes.handle, added);
-    }
+    bias.tensor = taken(next[0]);
+    const List sizes = {taken(next[1])};
+    weight.parts[1].tensor = taken(next[2]);
+    weight.parts[2].tensor = taken(next[3]);
+    const bool scaled = weight.parts[1].tensor, shifted = weight.parts[2].tensor;
+    require(scaled || !shifted, "lorafx: a zero without a scale");
+    weight.count = 1 + scaled + shifted;
+    stack[0] = (uint64_t)product(bias.tensor, x.tensor, weight, sizes.handle, DELTA ? &delta : 0);
 }
 
 static const size_t MOST_WEIGHTS = 8;
@@ -290,7 +266,7 @@ static const size_t MOST_WEIGHTS = 8;
 static void several(uint64_t* stack, uint64_t, uint64_t) {
     OwnedTensor operands[6], biases[MOST_WEIGHTS], results[MOST_WEIGHTS];  // operands: x, the bank
     const List weight_list = {(Handle)stack[1]}, bias_list = {(Handle)stack[2]}, ids = {(Handle)stack[9]};
-    StoredWeight weights[MOST_WEIGHTS];
+    Weight weights[MOST_WEIGHTS];
     operands[0].tensor = (Handle)stack[0];
     for (int i = 1; i < 6; i++) operands[i].tensor = (Handle)stack[i + 2];
     const size_t count = size_of(ids), tensors = size_of(weight_list), added = size_of(bias_list);
@@ -305,65 +281,26 @@ static void several(uint64_t* stack, uint64_t, uint64_t) {
     for (size_t i = 0; i < count; i++) {
         Delta delta = {{0, stack[0], stack[3], stack[4], stack[5], stack[6], stack[7]}, (int64_t)stack[8], 0};
         succeeds(torch.list_item(ids.handle, i, &delta.kernel));
-        results[i].tensor = stored_product(biases[i].tensor, operands[0].tensor, weights[i], &delta);
+        results[i].tensor = product(biases[i].tensor, operands[0].tensor, weights[i], 0, &delta);
     }
     for (size_t i = 0; i < count; i++) succeeds(more.push(made.handle, (uint64_t)results[i].release()));
     stack[0] = (uint64_t)made.handle;
     made.handle = 0;
 }
 
-typedef void (*Op)(uint64_t*, uint64_t, uint64_t);
-
-static int32_t install(const char* const* names, const Op* ops) {
-    Handle library;
-    uint64_t version = torch.version();
-    int32_t failed = torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library);
-    for (int i = 0; names[i]; i++) failed |= torch.library_impl(library, names[i], ops[i], version);
-    return failed;
-}
-
-extern "C" int32_t lorafx_install(const DenseShims* shims) {
+extern "C" int32_t lorafx_install(const WeightShims* shims) {
     more = *shims;
     torch = more.common;
-    const char* const names[] = {"dense_mm", "dense_addmm", 0};
-    const Op ops[] = {dense<false, false, false>, dense<true, false, false>};
-    return install(names, ops);
+    Handle library;
+    const uint64_t version = torch.version();
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/weight_op.cpp", 1, &library) ||
+           torch.library_impl(library, "weight_mm", weight_op<false>, version) ||
+           torch.library_impl(library, "weight_mm_delta", weight_op<true>, version) ||
+           torch.library_impl(library, "weight_mms_delta", several, version);
 }
 
-// The ops with deltas, which `run` adds; called once.
-extern "C" int32_t lorafx_install_deltas(RunDelta run, int32_t (*load)(int64_t)) {
-    run_delta = run, load_dense = load;
-    const char* const names[] = {"dense_mm_delta", "dense_addmm_delta", 0};
-    const Op ops[] = {dense<false, true, false>, dense<true, true, false>};
-    return install(names, ops);
-}
-
-// The ops with stored weights, whose kernels `load` loads; called once, after lorafx_install_deltas.
-extern "C" int32_t lorafx_install_stored(int32_t (*load)(int64_t)) {
-    load_stored = load;
-    const char* const names[] = {"stored_mm", "stored_addmm", "stored_mm_delta", "stored_addmm_delta",
-                                 "stored_mms_delta", 0};
-    const Op ops[] = {dense<false, false, true>, dense<true, false, true>, dense<false, true, true>,
-                      dense<true, true, true>, several};
-    return install(names, ops);
-}
-
-// Adds a kernel, or replaces that of its key; the caller holds a lock. Returns 1 if the table is full.
-extern "C" int32_t lorafx_add_stored(int64_t key, int64_t most_rows, int32_t (*run)(const Args*),
-                                     void (*widen)(const Args*)) {
-    int64_t i = 0;
-    while (i < stored_count && stored_kernels[i].key != key) i++;
-    if (i == MOST_STORED) return 1;
-    stored_kernels[i] = {key, {most_rows, run}, widen};
-    if (i == stored_count) __atomic_store_n(&stored_count, i + 1, __ATOMIC_RELEASE);
-    return 0;
-}
-
-extern "C" void lorafx_add(int32_t dtype, int64_t most_rows, int32_t (*run)(const Args*)) {
-    if (dtype < 0 || dtype >= DTYPES) return;
-    kernels[dtype].most_rows = most_rows;
-    __atomic_store_n(&kernels[dtype].run, run, __ATOMIC_RELEASE);
-}
+extern "C" void lorafx_load_by(void (*load)(const Key*)) { kernels.load = load; }
+extern "C" int32_t lorafx_add(const Kernel* kernel) { return kernels.add(kernel); }
 
 // Whether aten.mm has the best instructions of this CPU: MKL takes AVX-512 on Intel's alone.
 extern "C" int32_t lorafx_mm_is_slow() {
