@@ -73,7 +73,7 @@ class NeedsGraph(Exception):
     """Eager mode cannot prove that it would serve a call correctly; a graph may."""
 
 
-class Kind(enum.Enum):
+class Effect(enum.Enum):
     """What an operator does to memory."""
 
     VIEW = enum.auto()
@@ -105,22 +105,22 @@ _OTHER_MEMORY = (aten.set_, aten.resize_, aten.resize_as_)
 
 
 @cache
-def kind_of(func: Any) -> Kind | None:
+def effect_of(func: Any) -> Effect | None:
     """None for what is no operator with a schema, such as control flow."""
     if not isinstance(func, OpOverload):
         return None
     if func.overloadpacket in _LIFTS:
-        return Kind.LIFT
+        return Effect.LIFT
     if func in (PAGED_CACHE, PAGED_ATTENTION):
-        return Kind.PAGES
+        return Effect.PAGES
     if torch.Tag.inplace_view in func.tags and func.overloadpacket not in _OTHER_MEMORY:
-        return Kind.TURN
+        return Effect.TURN
     if func._schema.is_mutable:
-        return Kind.WRITE
+        return Effect.WRITE
     aliases = any(value.alias_info is not None for value in func._schema.returns)
     if aliases or func.overloadpacket in _VIEWS:
-        return Kind.VIEW
-    return Kind.EMPTY if func.overloadpacket in _EMPTY else Kind.NEW
+        return Effect.VIEW
+    return Effect.EMPTY if func.overloadpacket in _EMPTY else Effect.NEW
 
 
 class Following(TorchDispatchMode):
@@ -247,8 +247,8 @@ class Following(TorchDispatchMode):
     ) -> Any:
         if types and any(map(is_placed_class, types)):
             return self._on_this_rank(func, args, kwargs or {})
-        kind, named = kind_of(func), kwargs or {}
-        if kind is Kind.VIEW or kind is None or self.over:
+        effect, named = effect_of(func), kwargs or {}
+        if effect is Effect.VIEW or effect is None or self.over:
             if isinstance(func, HigherOrderOperator):
                 self._look_at_bodies(func)
             return func(*args, **named)
@@ -260,24 +260,24 @@ class Following(TorchDispatchMode):
             signature.extend(named)
             self._sign(tuple(named.values()), signature, operands)
         targets: Sequence[Tensor] = ()
-        if kind is Kind.WRITE or kind is Kind.TURN:
+        if effect is Effect.WRITE or effect is Effect.TURN:
             targets = written(func, args, named)
             if self._undo is not None:
                 self._undo.note(target for target in targets if not self._is_born(target))
-        elif kind is Kind.PAGES and self._undo is not None:
+        elif effect is Effect.PAGES and self._undo is not None:
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
         if func.overloadpacket in _PARTS:
             results = [part.clone() for part in results]
         used = self._weights
-        if kind is Kind.LIFT and not self.sees_readers:
+        if effect is Effect.LIFT and not self.sees_readers:
             self._refuse_numbers(results)
         if self.memory is None:
             self._look_at_uses(func, used, operands, results, owned=True)
             return results
         if in_forward_mode():
             self._refuse_transform()
-        if kind is Kind.LIFT:
+        if effect is Effect.LIFT:
             # A number is as good as Python's; several are of an origin that is not known.
             several = results.numel() > 1
             if used or (several and self._uses is None):
@@ -285,9 +285,9 @@ class Following(TorchDispatchMode):
             codes: Sequence[int] = (
                 self._remembered.code(self.memory.look(results)) if several else NOBODYS,
             )
-        elif kind is Kind.EMPTY:
+        elif effect is Effect.EMPTY:
             codes = (UNKNOWN,)
-        elif kind is Kind.TURN:
+        elif effect is Effect.TURN:
             codes = (self._remembered.code(self.memory.look(results)),)
         elif func.overloadpacket in _SUMS:
             results[-1].wait()

@@ -36,7 +36,7 @@ class Forward(Protocol):
     ) -> Any: ...
 
 
-class Call(NamedTuple):
+class ForwardCall(NamedTuple):
     """A call whose batch is set. `base`: graphs of the base answer it, not those with adapters."""
 
     forward: Forward

@@ -29,7 +29,7 @@ from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
-from lorafx.runtime.call import Call
+from lorafx.runtime.call import ForwardCall
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
 from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.runtime.results import refuse_code
@@ -126,7 +126,7 @@ class Entry:
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
         """The model's result, by the graphs with adapters, or those of the base, or eagerly."""
-        session, call = self.session, Call(self, args, kwargs, base)
+        session, call = self.session, ForwardCall(self, args, kwargs, base)
         if self.tiers is None or session.running.warming or session.replays:
             return call.by_graph()
         return self.tiers.run(call)

@@ -17,7 +17,7 @@ from lorafx.program.argument_roles import PRIMARY, tensor_leaves
 
 if TYPE_CHECKING:
     from lorafx.runtime.beside.process import Process
-    from lorafx.runtime.call import Call
+    from lorafx.runtime.call import ForwardCall
 
 TierName = Literal["eager", "compiling", "ready", "kept eager", "refused"]
 
@@ -109,7 +109,7 @@ class Kinds:
     def __iter__(self) -> Iterator[Kind]:
         return iter(list(self._by_form.values()))
 
-    def of(self, call: Call) -> Kind:
+    def of(self, call: ForwardCall) -> Kind:
         """The kind of a call."""
         program, fixed = call.session.program, call.session.dynamic is False
         form = (
@@ -153,7 +153,7 @@ def _form(value: Any, fixed: bool, depth: int = _DEPTH) -> object:
     return type(value), tuple(_form(item, fixed) for item in islice(tensor_leaves(value), 1))
 
 
-def _name(call: Call) -> str:
+def _name(call: ForwardCall) -> str:
     program, kwargs = call.session.program, call.kwargs
     rows, names = len(program.runtime.rows), ["with adapters" if program.batch.touched else "base"]
     if call.forward.roles.packed:

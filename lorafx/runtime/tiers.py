@@ -32,7 +32,7 @@ from lorafx.placements import divides_experts
 from lorafx.runtime.beside.compilers import MOST_PROCESSES, Compilers
 from lorafx.runtime.beside.preparation import is_prepared, prepare_files, preparing
 from lorafx.runtime.beside.process import can_fork
-from lorafx.runtime.call import Call
+from lorafx.runtime.call import ForwardCall
 from lorafx.runtime.collection import collection_paused
 from lorafx.runtime.kinds import Kind, Kinds, KindStatus, Status
 from lorafx.torch_internals.versions import saves_graphs
@@ -79,7 +79,7 @@ class Tiers:
         self.eager_calls = 0
         _ALIVE.add(self)
 
-    def run(self, call: Call) -> Any:
+    def run(self, call: ForwardCall) -> Any:
         """The result of a call."""
         kind = self.kind_of(call)
         kind.calls += 1
@@ -94,7 +94,7 @@ class Tiers:
                 return result
         return call.by_graph()
 
-    def kind_of(self, call: Call) -> Kind:
+    def kind_of(self, call: ForwardCall) -> Kind:
         kind = self._kinds.of(call)
         if (oldest := self._kinds.drop_oldest()) is not None:
             self.compilers.end_of(oldest)
@@ -102,7 +102,7 @@ class Tiers:
 
     # --- the tiers ---
 
-    def _by_ready_graph(self, call: Call, kind: Kind) -> Any:
+    def _by_ready_graph(self, call: ForwardCall, kind: Kind) -> Any:
         """The answer of a graph that this process has, or that it finds saved."""
         saved, _ = kind.looked
         graphs = self.compilers.saved, len(call.session.records)
@@ -123,7 +123,7 @@ class Tiers:
         kind.has_graph, kind.saved, kind.reason = True, False, ""
         return result
 
-    def _eagerly(self, call: Call, kind: Kind) -> Any:
+    def _eagerly(self, call: ForwardCall, kind: Kind) -> Any:
         """The answer of eager mode, while a process beside compiles the graph of this kind."""
         forked = self.compilers.consider(call, kind, self._verdict)
         run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
@@ -141,7 +141,7 @@ class Tiers:
         self.eager_calls += 1
         return result
 
-    def in_python(self, call: Call, run: Callable[[], T]) -> T:
+    def in_python(self, call: ForwardCall, run: Callable[[], T]) -> T:
         """The result of `run`, a forward of the call in eager mode."""
         session, runtime = call.session, self._program.runtime
         if session.requests.tokens is not None and not session.requests.packed:
@@ -163,13 +163,16 @@ class Tiers:
             self._program.hook_watch.accept_new()
 
     def look_eagerly(
-        self, call: Call, read: Callable[[Any], T], sites: list[tuple[str, Tensor]] | None = None
+        self,
+        call: ForwardCall,
+        read: Callable[[Any], T],
+        sites: list[tuple[str, Tensor]] | None = None,
     ) -> T:
         """As `EagerTier.look`, for the call."""
         look = partial(self._eager.look, call.forward.in_python, call.args, call.kwargs)
         return self.in_python(call, partial(look, read, sites))
 
-    def _verdict(self, call: Call) -> tuple[str, str]:
+    def _verdict(self, call: ForwardCall) -> tuple[str, str]:
         """`ComparedCall.verdict`, in the process beside."""
         from lorafx.runtime.beside.comparison import ComparedCall
 

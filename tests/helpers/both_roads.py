@@ -17,7 +17,7 @@ import torch
 from lorafx.eager.following import NeedsGraph
 from lorafx.errors import LorafxError, MatchError
 from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
-from lorafx.runtime.call import Call
+from lorafx.runtime.call import ForwardCall
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.session import Session
 from lorafx.runtime.tiers import Tiers
@@ -56,7 +56,7 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     own_passes = any(not isinstance(item, bool) for item in session.program.options.passes.values())
     if own_passes:  # which tests have do wrong on purpose
         return by_graph()
-    call = Call(self, args, kwargs, base)
+    call = ForwardCall(self, args, kwargs, base)
     if session.replays or not _is_due(call):
         return by_graph()
     read = partial(answer_of, kwargs, torch.get_rng_state())
@@ -75,7 +75,7 @@ def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base:
     return result
 
 
-def _is_due(call: Call) -> bool:
+def _is_due(call: ForwardCall) -> bool:
     session = call.session
     counts = _compared.setdefault(session, {})
     kind = _tiers_of(session).kind_of(call)
@@ -91,7 +91,7 @@ def _tiers_of(session: Session) -> Tiers:
     return tiers
 
 
-def _eagerly(call: Call, read: Any) -> Any:
+def _eagerly(call: ForwardCall, read: Any) -> Any:
     """The answer of eager mode; None if it asks for a graph."""
     try:
         return _tiers_of(call.session).look_eagerly(call, read)

@@ -28,7 +28,7 @@ from lorafx.errors import LorafxError, ProvenanceError
 from lorafx.passes.provenance import Provenance
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.program import Program
-from lorafx.runtime.call import Call
+from lorafx.runtime.call import ForwardCall
 from lorafx.runtime.replay import Replay, Run, options_of_replays, recorded
 
 #: The output of each site that a call has passed, by path, in their order.
@@ -45,7 +45,7 @@ class ComparedCall:
     """A call. `eagerly` runs it in eager mode, passes its result to a function, undoes all that it
     has changed, and returns what the function does; it notes the outputs of sites."""
 
-    call: Call
+    call: ForwardCall
     eagerly: Callable[[Callable[[Any], RoadAnswer], SiteOutputs], RoadAnswer]
 
     def verdict(self) -> tuple[str, str]:

@@ -29,11 +29,11 @@ from lorafx.runtime.beside.preparation import (
 )
 from lorafx.runtime.beside.private_folder import PrivateFolder
 from lorafx.runtime.beside.process import Process, can_fork
-from lorafx.runtime.call import Call
+from lorafx.runtime.call import ForwardCall
 from lorafx.runtime.kinds import CALLS, Kind, Kinds
 
 #: Compares a call's answers by eager mode and by its saved graph: `ComparedCall.verdict`.
-Verdict = Callable[[Call], tuple[str, str]]
+Verdict = Callable[[ForwardCall], tuple[str, str]]
 
 #: Precede the path of a saved graph, and why calls are refused, in what a process reports.
 _SAVED, _REFUSED = "saved as ", "refused, since "
@@ -63,7 +63,7 @@ class Compilers:
         """Whether one of them works now."""
         return any(process.works for process in self.processes)
 
-    def consider(self, call: Call, kind: Kind, verdict: Verdict) -> bool:
+    def consider(self, call: ForwardCall, kind: Kind, verdict: Verdict) -> bool:
         """Fork a process for this call if its kind is due. Returns whether that was done."""
         due = kind.calls >= CALLS << kind.wrong and kind.process is None and not kind.reason
         if not due or kind.processes >= MOST_PROCESSES or not can_fork() or preparing():
@@ -179,7 +179,7 @@ def _usable_folder(cache: str | bool | None) -> Path | None:
         return None
 
 
-def _compile(call: Call, verdict: Verdict) -> str:
+def _compile(call: ForwardCall, verdict: Verdict) -> str:
     """Compile and save the graph of a call, in a process for this alone, and compare its answer.
     Returns where it is, or why it is not to be taken."""
     session = call.session
