@@ -89,7 +89,7 @@ test-vllm: vllm
 	$(VLLM)/bin/python -m pytest tests/integrations/vllm
 
 # Clients of environments of their own. What came of them is in benchmarks/results/clients.json, of
-# which tests/docs/test_tables.py makes the table in docs/serving.md (EXPECTTEST_ACCEPT=1 writes it).
+# which tests/docs/test_tables.py makes what docs/serving.md says (EXPECTTEST_ACCEPT=1 writes it).
 test-clients: $(STAMP) $(CLIENTS)/installed
 	PYTHONPATH=tests/helpers:tests/conformance $(BIN)/python tests/clients/ask_clients.py $(CLIENTS)
 

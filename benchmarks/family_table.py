@@ -43,10 +43,6 @@ def _heading() -> list[str]:
         f"Run on {time.strftime('%Y-%m-%d')} with torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__}; tolerance {oracle.TOLERANCE:g}.",
         "",
-        "| outcome | meaning |",
-        "|---|---|",
-        *(f"| {name} | {meaning} |" for name, meaning in OUTCOMES.items()),
-        "",
     ]
 
 
@@ -54,16 +50,15 @@ def _counted(rows: Sequence[Report]) -> list[str]:
     """How many of each kind came out how; "base" stands apart, as not tried."""
     counts = Counter((r["kind"], r["outcome"]) for r in rows)
     kinds = [kind for kind in tiny.KINDS if any(counts[kind, name] for name in OUTCOMES)]
-    outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in kinds)]
     tried = sum(r["outcome"] != "base" for r in rows)
     return [
         f"{tried} families tried:",
         "",
-        "| kind | " + " | ".join(outcomes) + " |",
-        "|---|" + "---|" * len(outcomes),
+        f"| outcome | meaning | {' | '.join(kinds)} |",
+        "|---|---|" + "---|" * len(kinds),
         *(
-            f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
-            for kind in kinds
+            f"| {name} | {meaning} | {' | '.join(str(counts[kind, name]) for kind in kinds)} |"
+            for name, meaning in OUTCOMES.items()
         ),
         "",
     ]
@@ -80,38 +75,29 @@ def _missing(rows: Sequence[Report]) -> list[str]:
 
 
 def _not_ok(rows: Sequence[Report]) -> list[str]:
-    return ["## Those that are not ok", "", *_reasons(r for r in rows if r["outcome"] != "ok")]
+    tried = [r for r in rows if r["outcome"] not in ("ok", "base")]
+    base = [_shown(r) for r in rows if r["outcome"] == "base"]
+    return [
+        "## Those that are not ok",
+        "",
+        *_reasons(tried),
+        f"Base: {', '.join(base)}.",
+        "",
+    ]
 
 
 def _reasons(rows: Iterable[Report]) -> list[str]:
-    return [
-        "| kind | family | outcome | why |",
-        "|---|---|---|---|",
-        *(
-            f"| {r['kind']} | {r['type']} | {r['outcome']} | {cell(r.get('detail', ''))} |"
-            for r in rows
-        ),
-        "",
-    ]
+    return [*(f"- {_shown(r)}, {r['outcome']}: {short(r.get('detail', ''))}" for r in rows), ""]
 
 
 def _ok(rows: Sequence[Report]) -> list[str]:
     lines = ["## Those that are ok", ""]
     for kind in tiny.KINDS:
-        good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
+        good = [r for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
         if good:
-            lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
-    texts = [
-        r["type"]
-        for r in rows
-        if r["kind"] == "image-text" and r["outcome"] == "ok" and "pixel_values" not in r["inputs"]
-    ]
-    if texts:
-        lines += [
-            "Of the image-text families these were given text alone, since their images come in a "
-            f"form of their own: {', '.join(texts)}.",
-            "",
-        ]
+            names = ", ".join(map(_name, good))
+            lines += [f"**{kind}** ({len(good)}): {names}", ""]
+    lines += ["† with text alone, since its images come in a form of their own.", ""]
     blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
     if blind:
         lines += [
@@ -120,6 +106,15 @@ def _ok(rows: Sequence[Report]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _shown(r: Report) -> str:
+    return f"{r['type']} ({r['kind']})"
+
+
+def _name(r: Report) -> str:
+    text_alone = r["kind"] == "image-text" and "pixel_values" not in r["inputs"]
+    return f"{r['type']}†" if text_alone else r["type"]
 
 
 def _routed(rows: Sequence[Report]) -> list[str]:
@@ -136,13 +131,7 @@ def _routed(rows: Sequence[Report]) -> list[str]:
         f"{with_experts}, routers in {with_routers}. In these one of them is refused, and adapters "
         "that leave it alone are served:",
         "",
-        "| kind | family | why |",
-        "|---|---|---|",
-        *(
-            f"| {r['kind']} | {r['type']} | {cell(r['routing'])} |"
-            for r in routed
-            if "routing" in r
-        ),
+        *(f"- {_shown(r)}: {short(r['routing'])}" for r in routed if "routing" in r),
         "",
         "The classes of experts one by one are in [routed_experts.md](routed_experts.md).",
         "",
@@ -159,19 +148,18 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
     return [
         "## With Inductor",
         "",
-        f'The same with `lowering="inductor"` in {len(rows)} families, chosen so that '
+        f'The same with `lowering="inductor"` in the {len(rows)} families of '
+        "`benchmarks/inductor_families.txt`, chosen so that "
         f"their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
         f"graphs. {len(good)} are ok"
         + (":" if len(good) == len(rows) else "; those that are not:"),
         "",
         *(_reasons(r for r in rows if r["outcome"] != "ok") if len(good) < len(rows) else []),
-        ", ".join(f"{r['type']} ({r['kind']})" for r in good) + ".",
-        "",
     ]
 
 
-def cell(text: str) -> str:
-    """A reason, short enough for a cell."""
+def short(text: str) -> str:
+    """A reason in a line."""
     text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
     text = re.sub(r"File \S+, line \d+, |Run one adapter (?:a|per) batch.*", "", text)
-    return text.replace("|", "\\|")[:330].strip()
+    return text[:200].strip()

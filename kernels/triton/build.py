@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lorafx.errors import LoweringError
+from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.generated import GeneratedKernel, load
@@ -219,8 +220,14 @@ def load_tuned(arch: Architecture) -> int:
         return 0
     try:
         rows = [_winner(row) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return 0  # damaged, or of other fields than today's: the heuristic's tiles are right too
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is damaged, or of another version's fields ({error!r}); kernels have the "
+            "heuristic's tiles, which are right too. Delete the file, or tune anew",
+            LorafxWarning,
+            stacklevel=2,
+        )
+        return 0
     for (strategy, spec, bucket), tiles in rows:
         TUNED.setdefault((strategy, arch.name, spec, bucket), tiles)
     return len(rows)

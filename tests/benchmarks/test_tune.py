@@ -13,6 +13,7 @@ from tile_cost import fits, predicted
 from triton_variants import representative_specs
 from tune import LinearProblem, neighbours, search, tune
 
+from lorafx.errors import LorafxWarning
 from lorafx.kernels.cost.roofline import DEFAULT_CHIP
 from lorafx.kernels.triton import build as module
 from lorafx.kernels.triton.build import (
@@ -94,7 +95,8 @@ def test_a_damaged_file_leaves_the_heuristic(empty_cache: Path, text: str) -> No
     path = tuned_file(INTERPRETER)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert load_tuned(INTERPRETER) == 0
+    with pytest.warns(LorafxWarning, match="is damaged"):
+        assert load_tuned(INTERPRETER) == 0
     assert tiles_for("embedding", TABLE.delta, 8, INTERPRETER) == want
 
 

@@ -100,14 +100,19 @@ def clients() -> str:
         **{"text": "text", "stream": "stream", "tools": "tools", "forced": "forced tools"},
         **{"structured": "structured output", "second": "second turn"},
     }
-    rows = []
+    told = []
     for row in tried["rows"]:
-        found = (row.get(check, "–") for check in checks)
-        told = (mark if mark in ("yes", "–") else "no" for mark in found)
-        rows.append((row["client"], row["version"], *told))
-    whole = table(("client", "version", *checks.values()), rows)
+        marks = {name: row.get(check, "–") for check, name in checks.items()}
+        fail = [name for name, mark in marks.items() if mark not in ("yes", "–")]
+        lack = [name for name, mark in marks.items() if mark == "–"]
+        but = f" (fails: {', '.join(fail)})" if fail else ""
+        but += f" (has no {', '.join(lack)})" if lack else ""
+        told.append(f"{row['client']} {row['version']}{but}")
     node, day = tried["machine"]["node"], tried["machine"]["date"]
-    return f"{whole}\nTried on {day}, those in JavaScript with Node {node}.\n"
+    return (
+        f"Tried on {day}, those in JavaScript with Node {node}, all of "
+        f"{listed([*checks.values()])}: {'; '.join(told)}.\n"
+    )
 
 
 @pytest.mark.parametrize(
