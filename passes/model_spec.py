@@ -3,7 +3,7 @@ graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from operator import attrgetter
 
 from lorafx.adapter_store.stored import Adapter
 from lorafx.model.marks import Attachment, marks_on
@@ -12,17 +12,8 @@ from lorafx.model.sites import Site
 from lorafx.program.program import Preparation
 from lorafx.program.promises import Promise
 
-
-def _selected(model: Preparation) -> Iterable[Site]:
-    return model.sites
-
-
-def _read(model: Preparation) -> Iterable[Adapter]:
-    return model.adapters
-
-
-def _packed(model: Preparation) -> Iterable[PackedGroup]:
-    return model.packed
+#: What promises are about.
+_SITES, _ADAPTERS, _PACKS = attrgetter("sites"), attrgetter("adapters"), attrgetter("packed")
 
 
 def _elsewhere(model: Preparation, site: Site) -> str:
@@ -45,7 +36,7 @@ def _attached(model: Preparation) -> Attachment:
 
 def _unmarked(model: Preparation, site: Site) -> str:
     mark = _attached(model).marks.get(site.path)
-    return "" if mark is not None and mark in marks_on(site.module) else site.path
+    return "" if mark is not None and mark in marks_on(site.marked) else site.path
 
 
 def _without_bank(model: Preparation, site: Site) -> str:
@@ -89,10 +80,10 @@ def _unpacked(model: Preparation, packed: PackedGroup) -> str:
 
 
 MODEL_PROMISES: tuple[Promise[Preparation], ...] = (
-    Promise("each site's path leads to its module", _selected, _elsewhere, "select"),
-    Promise("each factor of an adapter is a site's", _read, _of_no_site, "read"),
-    Promise("each site has its mark", _selected, _unmarked, "attach"),
-    Promise("each site has columns of one bank", _selected, _without_bank, "attach"),
-    Promise("each adapter is in the store, and fits the banks", _read, _not_loaded, "load"),
-    Promise("the marks of packed sites take the pack", _packed, _unpacked, "pack_weights"),
+    Promise("each site's path leads to its module", _SITES, _elsewhere, "select"),
+    Promise("each factor of an adapter is a site's", _ADAPTERS, _of_no_site, "read"),
+    Promise("each site has its mark", _SITES, _unmarked, "attach"),
+    Promise("each site has columns of one bank", _SITES, _without_bank, "attach"),
+    Promise("each adapter is in the store, and fits the banks", _ADAPTERS, _not_loaded, "load"),
+    Promise("the marks of packed sites take the pack", _PACKS, _unpacked, "pack_weights"),
 )

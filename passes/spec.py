@@ -8,9 +8,10 @@ the driver's check (lorafx.program.promises) with the promise, before its number
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class Passed:
     ctx: Context
     outputs: Sequence[Any]
 
+    @property
+    def graphs(self) -> list[fx.GraphModule]:
+        return [self.gm]
+
     @cached_property
     def nodes(self) -> list[fx.Node]:
         """The nodes of the graph and of its bodies."""
@@ -91,20 +96,9 @@ def output_values(gm: fx.GraphModule) -> list[Any]:
     ]
 
 
-def _graphs(passed: Passed) -> list[fx.GraphModule]:
-    return [passed.gm]
-
-
-def _nodes(passed: Passed) -> list[fx.Node]:
-    return passed.nodes
-
-
-def _delta_ops(passed: Passed) -> list[fx.Node]:
-    return passed.delta_ops
-
-
-def _served(passed: Passed) -> Iterable[fx.Node]:
-    return passed.ctx.states
+#: What promises are about.
+_GRAPH, _NODES = attrgetter("graphs"), attrgetter("nodes")
+_OPS, _SERVED = attrgetter("delta_ops"), attrgetter("ctx.states")
 
 
 # --- always ---
@@ -202,8 +196,8 @@ def _adds_delta(passed: Passed, node: fx.Node, y: fx.Node, sites: Sequence[Site]
     return y in (call.get("y"), call.get("weight"))
 
 
-def _expert_mark(passed: Passed, node: fx.Node) -> str:
-    return f"{node.name} is left" if node.target is EXPERT_MARK else ""
+def _left(op: OpOverload) -> Callable[[Passed, fx.Node], str]:
+    return lambda _, node: f"{node.name} is left" if node.target is op else ""
 
 
 # --- provenance, replace_rows, rescale ---
@@ -216,10 +210,6 @@ def _without_rows(passed: Passed, node: fx.Node) -> str:
     refused = passed.refused("always", "mixed")
     sites = [state.site for state in passed.states.get(node, ())]
     return "" if rows == ALL_ALIKE and refused.issuperset(sites) else _named(passed, node)
-
-
-def _row_mark(passed: Passed, node: fx.Node) -> str:
-    return f"{node.name} is left" if node.target is ROWS_OF else ""
 
 
 def _with_own_rows(passed: Passed, node: fx.Node) -> str:
@@ -300,13 +290,13 @@ def _without_kernel(passed: Passed, node: fx.Node) -> str:
 
 
 #: What holds of any graph, Dynamo's and Inductor's too.
-STRUCTURE: tuple[Promise[Passed], ...] = (Promise("the graph is well-formed", _graphs, _malformed),)
+STRUCTURE: tuple[Promise[Passed], ...] = (Promise("the graph is well-formed", _GRAPH, _malformed),)
 GRAPH_PROMISES: tuple[Promise[Passed], ...] = (
     *STRUCTURE,
-    Promise("each node has a fake value", _nodes, _without_value),
-    Promise("the outputs keep their shapes and dtypes", _graphs, _other_outputs),
-    Promise("no site is lost", _served, _lost),
-    Promise("each op that adds a delta is a site's", _delta_ops, _of_no_site, "match"),
+    Promise("each node has a fake value", _NODES, _without_value),
+    Promise("the outputs keep their shapes and dtypes", _GRAPH, _other_outputs),
+    Promise("no site is lost", _SERVED, _lost),
+    Promise("each op that adds a delta is a site's", _OPS, _of_no_site, "match"),
     Promise(
         "each use of a site's weight has its delta, or is refused",
         _weights,
@@ -314,20 +304,20 @@ GRAPH_PROMISES: tuple[Promise[Passed], ...] = (
         "match",
         "lower",
     ),
-    Promise("no mark of experts is left", _nodes, _expert_mark, "match"),
+    Promise("no mark of experts is left", _NODES, _left(EXPERT_MARK), "match"),
     Promise(
         "each op that adds a delta has its rows, or refuses mixed batches",
-        _delta_ops,
+        _OPS,
         _without_rows,
         "provenance",
     ),
-    Promise("no mark of rows is left", _nodes, _row_mark, "provenance"),
-    Promise("no op takes an adapter's own rows", _delta_ops, _with_own_rows, "replace_rows"),
-    Promise("no op takes scales or biases", _delta_ops, _with_scale, "rescale"),
+    Promise("no mark of rows is left", _NODES, _left(ROWS_OF), "provenance"),
+    Promise("no op takes an adapter's own rows", _OPS, _with_own_rows, "replace_rows"),
+    Promise("no op takes scales or biases", _OPS, _with_scale, "rescale"),
     Promise("a fused op takes its sites' weight", _fused, _of_another_weight, "fuse"),
     Promise("a fused op gives all of its sites' columns", _fused, _of_other_columns, "fuse"),
     Promise("the sites of a fused op are siblings, in order", _fused, _no_siblings, "pack"),
-    Promise("each op that adds a delta has a strategy", _served, _unplanned, "plan", "lower"),
-    Promise("no op is left to lower", _delta_ops, _to_be_lowered, "lower"),
+    Promise("each op that adds a delta has a strategy", _SERVED, _unplanned, "plan", "lower"),
+    Promise("no op is left to lower", _OPS, _to_be_lowered, "lower"),
     Promise("each op's kernel is loaded", _lorafx_ops, _without_kernel, "lower"),
 )
