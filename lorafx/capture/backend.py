@@ -287,11 +287,8 @@ class Backend:
         passes: Pipeline,
     ) -> Lowered:
         frame.bind(gm.graph)
-        ctx, after, replays = (
-            Context(self.program, frame, gm),
-            self._after(record),
-            self.lowering.replays,
-        )
+        ctx, after = Context(self.program, frame, gm), self._after(record)
+        replays = self.lowering.replays
         with timed(record.seconds, "passes"), builds_noted() as built:
             after(gm, ctx, CAPTURED)
             run_passes(passes.graph, gm, ctx, after)

@@ -156,21 +156,25 @@ class Entry:
         except NoGraph:
             raise
         except BaseException as error:
-            failure = self._failure(error, traced, base=base)
+            inner = lorafx_error_in(error)
+            if isinstance(inner, ReplacedModuleError):
+                raise inner from None
+            failure = self._failure(error, inner, traced, base=base)
             if failure is error:
                 raise
-            raise failure from (None if isinstance(failure, ReplacedModuleError) else error)
+            raise failure from error
         finally:
             hooks.accept_new()
             if sites.state != state[0]:  # it changed while a graph was captured
                 for of_base in (False, True):
                     self.traced.pop((state, of_base), None)
 
-    def _failure(self, error: BaseException, traced: Traced, *, base: bool) -> BaseException:
-        """The error for the caller, where capturing or running a graph raised this one."""
-        inner, name = lorafx_error_in(error), type(self.module).__name__
-        if isinstance(inner, ReplacedModuleError):
-            return inner
+    def _failure(
+        self, error: BaseException, inner: LorafxError | None, traced: Traced, *, base: bool
+    ) -> BaseException:
+        """The error for the caller, where capturing or running a graph raised this one, which
+        wraps `inner`."""
+        name = type(self.module).__name__
         raised = "; ".join(dict.fromkeys(traced.given_up.values()))
         traced.given_up.clear()
         if is_recompile_limit(error):
