@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from lorafx.inspection.viewer.dump import html, packed
+from lorafx.inspection.viewer.page_data import html, packed
 from lorafx.program.program import PassReport
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'

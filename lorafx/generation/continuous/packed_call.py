@@ -22,8 +22,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.names import BASE
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
-from lorafx.generation.continuous.attention import ATTENDING_DEVICES, StepCache
+from lorafx.generation.continuous.attention import ATTENDING_DEVICES
 from lorafx.generation.continuous.failures import DEVICE_ERRORS, in_parts
+from lorafx.generation.continuous.pages import StepCache
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Requests
 

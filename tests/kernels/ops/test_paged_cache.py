@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from lorafx import ConfigError
-from lorafx.generation.continuous.attention import StepCache
+from lorafx.generation.continuous.pages import StepCache
 from lorafx.kernels.ops.paged_attention import PAGED_CACHE
 
 pytestmark = pytest.mark.quick
