@@ -177,7 +177,7 @@ def explain(
         ConfigError: a configuration that cannot be honoured, or `model` is not an nn.Module.
         TargetError, CheckpointError: as for `compile`.
     """
-    from lorafx.inspection.explanation import predicted
+    from lorafx.inspection.explaining import predicted
 
     refuse_other(model)
     compiled = compiled_of(model)

@@ -25,11 +25,12 @@ from lorafx.adapter_store.store import AdapterStore, info
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
+from lorafx.model.attachment import Attachment, marks_on
 from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
 from lorafx.model.made_weights import maker_of
-from lorafx.model.marks import Attachment, RowMark, SiteMark, marks_on
+from lorafx.model.marks import RowMark, SiteMark
 from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime

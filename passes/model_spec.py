@@ -6,7 +6,7 @@ from __future__ import annotations
 from operator import attrgetter
 
 from lorafx.adapter_store.stored import Adapter
-from lorafx.model.marks import Attachment, marks_on
+from lorafx.model.attachment import Attachment, marks_on
 from lorafx.model.packing import PackedGroup
 from lorafx.model.sites import Site
 from lorafx.program.program import Preparation

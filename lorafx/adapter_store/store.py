@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 from lorafx.adapter_store.copy_streams import CopyStreams
+from lorafx.adapter_store.fitting import fit_to_banks, places_of
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.stored import (
     Adapter,
@@ -35,9 +36,7 @@ from lorafx.adapter_store.stored import (
     Kept,
     Retired,
     StoredAdapter,
-    fit_to_banks,
     measure,
-    places_of,
 )
 from lorafx.adapter_store.sums import sum_of
 from lorafx.adapter_store.windows import arrange, no_slots, too_many, window

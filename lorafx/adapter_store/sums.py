@@ -8,14 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.fitting import slots_needed
 from lorafx.adapter_store.names import Mixture
-from lorafx.adapter_store.stored import (
-    HostCopy,
-    StoredAdapter,
-    host_copy,
-    next_version,
-    slots_needed,
-)
+from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group

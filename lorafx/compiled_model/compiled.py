@@ -33,8 +33,8 @@ from lorafx.generation.alora import forward_of
 from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.interrupts import undisturbed
+from lorafx.model.attachment import Attachment
 from lorafx.model.keywords import BY_ROW, refuse_slips
-from lorafx.model.marks import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
@@ -690,7 +690,7 @@ class CompiledModel(AsModule):
     def explain(self) -> Explanation:
         """A report of the present sites, banks, adapters, graphs, packs, row maps, plan and
         refusals: `json()` has its values, and `str()` is text. It waits for running calls."""
-        from lorafx.inspection.explanation import explained
+        from lorafx.inspection.explaining import explained
 
         with self._session.lock:
             return explained(self._session, self.status().kinds)
@@ -740,7 +740,7 @@ class CompiledModel(AsModule):
         Raises BatchError if no request has an adapter, ConfigError if `calls` is not positive, and
         what a call raises.
         """
-        from lorafx.inspection.profile import profiled
+        from lorafx.inspection.profiling import profiled
 
         self._entries.check_attached()
         return profiled(self._entries, self, inputs, list(adapter_names), calls)
@@ -796,7 +796,7 @@ class CompiledModel(AsModule):
         return delegated(self, name)
 
     def __repr__(self) -> str:
-        from lorafx.inspection.explanation import explained
+        from lorafx.inspection.explaining import explained
 
         lines = explained(self._session, self.status().kinds, quick=True).summary
         ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"

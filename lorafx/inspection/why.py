@@ -13,7 +13,8 @@ from lorafx.adapter_store.names import BASE
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, nearest, some
 from lorafx.inspection.delta_norms import deltas_of
-from lorafx.inspection.explanation import GraphReport, graph_report
+from lorafx.inspection.explaining import graph_report
+from lorafx.inspection.explanation import GraphReport
 from lorafx.inspection.report import Report
 from lorafx.model import targets
 from lorafx.model.sites import Site

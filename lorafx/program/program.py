@@ -19,10 +19,10 @@ from lorafx.adapter_store.stored import Adapter
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import LorafxWarning
 from lorafx.interrupts import Rollback
+from lorafx.model.attachment import Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
 from lorafx.model.extras import When
-from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.model.attachment import Attachment
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.keywords import takes
-from lorafx.model.marks import MARKS, Attachment
+from lorafx.model.marks import MARKS
 from lorafx.model.replaced_methods import ReplacedMethod, forward_of
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import MOST_REQUESTS

@@ -35,8 +35,8 @@ from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, LoweringError
 from lorafx.interrupts import Rollback
 from lorafx.kernels.cpu.compiler import check_compiler
+from lorafx.model.attachment import Attachment
 from lorafx.model.extras import token_rooms
-from lorafx.model.marks import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames

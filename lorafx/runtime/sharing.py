@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
-from lorafx.model.marks import sessions_of_marks
+from lorafx.model.attachment import sessions_of_marks
 from lorafx.model.module_graph import ByStorage
 from lorafx.runtime.session import Session, sessions
 

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from lorafx.adapter_store.stored import StoredAdapter
 from lorafx.errors import MatchError
+from lorafx.model.attachment import marks_on
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import unmergeable, weight_shape
 from lorafx.model.made_weights import maker_of
-from lorafx.model.marks import SiteMark, marks_on
+from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ByStorage, writing
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Group, Site

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lorafx.config import LoraConfig
-from lorafx.model.marks import Attachment
+from lorafx.model.attachment import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attach

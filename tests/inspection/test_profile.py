@@ -15,7 +15,8 @@ from torch import Tensor
 
 import lorafx
 from lorafx.errors import BatchError, ConfigError
-from lorafx.inspection.profile import Profile, _site_nodes
+from lorafx.inspection.profile import Profile
+from lorafx.inspection.profiling import _site_nodes
 from lorafx.runtime.replay import replayed
 
 NAMES = ["a1", None, "a3", "a1"]

@@ -15,7 +15,8 @@ from torch import nn
 
 from lorafx import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.model.marks import Attachment, SiteMark, detach
+from lorafx.model.attachment import Attachment, detach
+from lorafx.model.marks import SiteMark
 from lorafx.model.targets import AdapterNames
 from lorafx.runtime.marking import config_covering, request_of
 from lorafx.torch_internals.compat import no_mha_fast_path

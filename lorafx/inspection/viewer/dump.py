@@ -22,7 +22,7 @@ from lorafx.capture.graph_text import (
 from lorafx.capture.record import GraphRecord, Stage
 from lorafx.config import dump_folder
 from lorafx.errors import LorafxWarning
-from lorafx.inspection.explanation import explained
+from lorafx.inspection.explaining import explained
 from lorafx.inspection.viewer.page_data import graph_data, html, packed
 from lorafx.program.program import Program
 from lorafx.runtime.session import Session

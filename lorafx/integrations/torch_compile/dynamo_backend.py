@@ -43,9 +43,9 @@ from lorafx.compiled_model.compiled import (
 from lorafx.compiled_model.names import refuse_arguments
 from lorafx.config import Options
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError, nearest
+from lorafx.model.attachment import detach as remove_marks
 from lorafx.model.keywords import refuse_slips
 from lorafx.model.marks import MARKS
-from lorafx.model.marks import detach as remove_marks
 from lorafx.model.replaced_methods import ReplacedMethod
 from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
