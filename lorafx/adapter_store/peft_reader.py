@@ -2,9 +2,7 @@
 
     ΔW = s · B A,  A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
 
-If a name packs several sites, B is split by their output sizes and A is shared. A's rank must be
-the configured rank, which s = α/r comes from. All problems of a file are found before anything is
-raised, and reading changes nothing.
+All problems of a file are found before anything is raised, and reading changes nothing.
 
 Targeted modules without factors keep W. That is right for a language adapter whose `q_proj` also
 matches the vision tower, but cannot be told from lost tensors. So there is a warning, or an error
@@ -13,67 +11,31 @@ if `strict`, about the selected sites and parts, or about all modules if adapter
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.extras import ExtrasReading, check_vector, rows_wanted
+from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.findings import (
     Findings,
-    Problem,
-    Unsupported,
-    check_shape,
-    check_sound,
-    equal,
-    listed,
-    path_label,
 )
+from lorafx.adapter_store.missing_factors import MissingFactors
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import (
-    TRAINING_KEYS,
-    FactorKey,
     factor_sizes,
-    parse,
-    without_prefix,
 )
 from lorafx.adapter_store.places import (
-    TARGETS,
     ExpertPlace,
     Places,
-    SiteLanding,
-    SitePart,
-    saved_sizes,
 )
+from lorafx.adapter_store.reading import Reading, expert_parameters, rank_of_experts
 from lorafx.adapter_store.stored import Adapter as Adapter
-from lorafx.adapter_store.stored import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
-from lorafx.model import targets
-from lorafx.model.candidates import unsupported
-from lorafx.model.convolutions import convolution_of, matrices
-from lorafx.model.experts import PROJECTIONS, Columns, ExpertWeight, covers, overlapping, unnested
-from lorafx.model.extras import EXTRAS, When
-from lorafx.model.module_graph import join
-from lorafx.model.packed_names import spans
 from lorafx.model.sites import Site
-from lorafx.registry import is_empty, lookup
-
-#: With `save_embedding_layers`, which a larger vocabulary enables, `save_pretrained` writes
-#: embeddings and heads with the contents of their wrappers.
-_WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
-#: Vectors over outputs: the field that enables them, and the end of their keys.
-_VECTORS: Mapping[When, tuple[str, str]] = {
-    "dora": ("use_dora", "lora_magnitude_vector"),
-    "bias": ("lora_bias", "lora_B.bias"),
-}
-_KINDS = {"embedding": "an embedding", "conv": "a convolution"}
 
 
 class AdapterTargets(NamedTuple):
@@ -92,8 +54,8 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
     for path, sizes in factor_sizes(state.tensors).items():
         place, rows = places.meaning(path), sizes.rank
         if isinstance(place, ExpertPlace):
-            modules.update(dict.fromkeys(_parameters(place, state.config)))
-            rows = _rank_of(place, state.config, rows)
+            modules.update(dict.fromkeys(expert_parameters(place, state.config)))
+            rows = rank_of_experts(place, state.config, rows)
         else:
             modules[places.current(path)] = None
         rank = max(rank, rows)
@@ -135,7 +97,7 @@ def read_adapter(
     reading = Reading(findings)
     weights = reading.run()
     # The factors of a renamed module are not missing as well.
-    search = () if reading.unknown else _MissingFactors(reading, lora_config).paths()
+    search = () if reading.unknown else MissingFactors(reading, lora_config).paths()
     missing = tuple(dict.fromkeys(search))
     total = len(missing) + len(reading.landings) + len(reading.experts.paths)
     doubts = []
@@ -195,377 +157,3 @@ def _is_of_another_class(config: PeftConfig, model: nn.Module) -> bool:
     if any(cls.__name__ == name or cls.__module__ == module for cls in classes):
         return False
     return module.partition(".")[0] == type(model).__module__.partition(".")[0]
-
-
-def _parameters(place: ExpertPlace, config: PeftConfig) -> list[str]:
-    experts, saved = place.experts, unnested(place.saved)
-    targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
-    weights = [place.weight] if place.weight is not None else targeted or experts.weights
-    return [weight.path(experts.path) for weight in weights]
-
-
-def _rank_of(place: ExpertPlace, config: PeftConfig, rows: int) -> int:
-    if place.expert is not None:
-        return rows
-    configured = {config.r, *config.rank_pattern.values()} - {None} or {rows}
-    stacked = place.weight is None or rows not in configured
-    return max(rows // place.experts.count, 1) if stacked else rows
-
-
-class Reading:
-    """Reads the tensors of a checkpoint into factors by site.
-
-    Attributes:
-        landings, factors: the places of factors, and the keys of each place by letter.
-        unselected, unknown: saved paths of modules that are no sites, and of no module.
-        decoded: part paths with factors, except experts'.
-        compared: as in `Adapter`.
-    """
-
-    def __init__(self, findings: Findings) -> None:
-        self.findings = findings
-        self.state, self.config, self.places = findings.state, findings.config, findings.places
-        self.problems, self.unavailable = findings.problems, findings.unavailable
-        self.landings: dict[object, SiteLanding] = {}
-        self.factors: dict[object, dict[str, FactorKey]] = {}
-        self.unselected: dict[str, nn.Module] = {}
-        self.unknown: dict[str, None] = {}
-        self.experts = ExpertReading(findings)
-        self.extras = ExtrasReading(findings)
-        self.decoded: set[str] = set()
-        self.compared = False
-
-    def run(self) -> dict[str, LoraWeights]:
-        """The factors by part path; problems go to the findings."""
-        self.extras.decode()
-        for key in self.state.tensors:
-            factor = parse(key)
-            if key in self.extras.keys:
-                continue
-            with self.findings.noting():
-                if factor is None:
-                    self._check_other_key(key)
-                else:
-                    self._place(factor)
-        decoded: dict[str, LoraWeights] = {}
-        saved_as: dict[str, str] = {}
-        for place, landing in self.landings.items():
-            with self.findings.noting():
-                for path, weights in self._decode(landing, self.factors[place]):
-                    if path in decoded:
-                        raise Problem(
-                            f"{landing.saved} and {saved_as[path]} both have factors for "
-                            f"{path_label(path)}; keep one"
-                        )
-                    if weights.magnitude is not None and path in self.extras.own_weights:
-                        raise Unsupported(
-                            f"{path}: the norms of DoRA are those of the base weight, and the "
-                            "adapter has a weight of its own there"
-                        )
-                    decoded[path], saved_as[path] = weights, landing.saved
-        experts = dict(self.experts.decode())
-        if self.config.use_dora and self.experts.paths:
-            self.findings.unsupported.append(
-                "use_dora is set with factors of routed experts "
-                f"({listed(sorted(self.experts.paths))}): the weight of each expert would "
-                "have its own norms, which lorafx does not support"
-            )
-        self._report_placement()
-        with_biases = self.extras.with_biases(decoded)
-        sites = [site for item in self.landings.values() for site, _ in item.places]
-        self.extras.refuse_absent_biases(sites)
-        self.decoded.update(with_biases)
-        placed = self.factors or self.experts.paths or self.extras.keys or with_biases
-        if not (placed or self.unknown or self.unselected or self.unavailable):
-            self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
-        return with_biases | experts
-
-    def _place(self, factor: FactorKey) -> None:
-        place = self.places.meaning(factor.module)
-        if place is None:
-            self.unknown[factor.module] = None
-            return
-        if isinstance(place, ExpertPlace):
-            self.experts.take(factor, place)
-            return
-        if isinstance(place, nn.Module):
-            if not is_empty(place):  # else B A has no numbers either
-                self.unselected[without_prefix(factor.module)] = place
-            return
-        if place.reason:
-            self.unavailable[place.saved] = place.reason
-            return
-        self.landings.setdefault(place.key, place)
-        factors = self.factors.setdefault(place.key, {})
-        site = place.places[0][0]
-        kind = site.eligible.kind
-        if factor.letter in "AB" and factor.embedding != (kind == "embedding"):
-            raise Problem(
-                f"{factor.key}: {factor.factor} on {_label(place)}, which is "
-                f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
-            )
-        first = factors.setdefault(factor.letter, factor)
-        self.findings.check_same(factor, first.key, _label(place))
-
-    def _decode(
-        self, landing: SiteLanding, keys: dict[str, FactorKey]
-    ) -> Iterator[tuple[str, LoraWeights]]:
-        if not keys:
-            return  # factors of the wrong kind, noted when they were placed
-        label = _label(landing)
-        absent = [letter for letter in "AB" if letter not in keys]
-        if absent:
-            raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {absent[0]}")
-        a, b = self._matrices(landing, label, keys["A"].key, keys["B"].key)
-        rank = a.shape[0] if a.dim() == 2 else 0
-        places = self._covered(landing)
-        sizes = [saved_sizes(place) for place in places]
-        n, k = sum(size for _, size in sizes), sizes[0][0]
-        check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
-        if len(places) == 1:
-            check_shape(keys["B"].key, b, (n, rank), f"{label} needs ({n}, r = {rank})")
-        elif tuple(b.shape) != (n, rank) or (landing.undeclared and places == landing.places):
-            covered = ", ".join(
-                f"{site.part_path(i).rpartition('.')[2]} {size}"
-                for (site, i), (_, size) in zip(places, sizes, strict=True)
-            )
-            rows = b.shape[0] if b.dim() else 0
-            raise Problem(
-                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
-                f"over the slices of {label}: it covers {covered}, {n} rows in all (and r = "
-                f"{rank}); declare with packed_modules which slices each name covers"
-            )
-        configured, repeats = self.places.configured_module(landing.saved)
-        carried = landing.saved.removeprefix(configured)  # ".base_layer.out_proj" of mha, or ""
-        original = self.findings.original_path(landing.saved).removesuffix(carried)
-        name = self.config.name_of(original, places[0][0].eligible.weight)
-        scale = self.findings.scale(label, name, landing.saved, rank)
-        if scale is None:
-            return
-        m = self._vector("dora", label, keys.get("m"), places, n)
-        bias = self._vector("bias", label, keys.get("b"), places, n)
-        start = 0
-        for (site, index), (_, size) in zip(places, sizes, strict=True):
-            rows_of_part = slice(start, start + size)
-            start += size
-            part_a, part_b = a, b[rows_of_part]
-            part_m, part_bias = (None if v is None else v[rows_of_part] for v in (m, bias))
-            sharding, slices = site.eligible.sharding, site.parts[index].slices
-            if sharding is not None:
-                part_a, part_b = sharding.cut(site.module, slices, a, part_b)
-                if part_m is not None:
-                    part_m = sharding.cut(site.module, slices, a, part_m[:, None])[1].squeeze(1)
-                    if part_a.shape[1] < a.shape[1]:
-                        raise Unsupported(
-                            f"{label}: DoRA's norm is over all inputs, which several ranks share "
-                            "here"
-                        )
-            weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
-            yield site.part_path(index), weights
-
-    def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
-        """The parts that the factors are for. For a name without declared slices, the rows of B of
-        all such names determine them; if they do not, all parts, which no factors fit."""
-        if not landing.undeclared:
-            return landing.places
-        names = landing.places[0][0].undeclared
-        keys = [self.factors.get(replace(landing, undeclared=name).key, {}) for name in names]
-        shapes = (self.state.tensors[k["B"].key].shape if "B" in k else None for k in keys)
-        rows = [None if shape is None else next(iter(shape), 0) for shape in shapes]
-        sizes = [saved_sizes(place)[1] for place in landing.places]
-        possible = spans(sizes, rows)[names.index(landing.undeclared)]
-        return landing.places[slice(*possible.pop())] if len(possible) == 1 else landing.places
-
-    def _matrices(
-        self, landing: SiteLanding, label: str, key_a: str, key_b: str
-    ) -> tuple[Tensor, Tensor]:
-        a, b = self.state.tensors[key_a], self.state.tensors[key_b]
-        check_sound(key_a, a)
-        check_sound(key_b, b)
-        site = landing.places[0][0]
-        pair = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
-        if pair is None:
-            conv = convolution_of(site.module)
-            kernel = ", ".join(map(str, conv.kernel_size))
-            groups = "" if conv.groups == 1 else f" / {conv.groups}"
-            ones = ", 1" * len(conv.kernel_size)
-            raise Problem(
-                f"{key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} needs "
-                f"(r, {conv.in_channels}, {kernel}) and ({conv.out_channels}, r{groups}{ones})"
-            )
-        return pair
-
-    def _vector(
-        self,
-        name: When,
-        label: str,
-        factor: FactorKey | None,
-        places: tuple[SitePart, ...],
-        count: int,
-    ) -> Tensor | None:
-        """DoRA's m, or lora_B's bias, of a landing, (count,)."""
-        flag, ending = _VECTORS[name]
-        is_set, kind = getattr(self.config, flag), places[0][0].eligible.kind
-        if factor is None:
-            if is_set and not (name == "bias" and kind == "embedding"):
-                raise Problem(f"{flag} is set, but {label} has no {ending}")
-            return None
-        if not is_set:
-            raise Unsupported(f"{factor.key} is there, but {flag} is not set")
-        vector = self.state.tensors[factor.key]
-        if kind == "conv" and vector.dim() > 1:
-            vector = vector.flatten()  # (1, N, 1, ...)
-        sites = [site for site, _ in places]
-        check_vector(EXTRAS[name], factor.key, vector, label, sites, count)
-        return vector
-
-    def _check_other_key(self, key: str) -> None:
-        if key.endswith(TRAINING_KEYS) or self._is_wrappers_copy(key):
-            return
-        owner, _, attribute = key.rpartition(".")
-        base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
-        if not isinstance(base, Tensor):
-            raise Problem(f"{key} is not a LoRA factor, and nothing in the model has this name")
-        self.compared = True
-        tensor = self.state.tensors[key]
-        if not equal(tensor, base):
-            raise Problem(
-                f"{key} {tuple(tensor.shape)} is a base weight that differs from "
-                f"the model's {tuple(base.shape)}; load it into the base model (after "
-                "resize_token_embeddings, where the vocabulary grew) before compiling, or make "
-                "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
-            )
-
-    def _is_wrappers_copy(self, key: str) -> bool:
-        """Whether `key` is a wrapper's copy of a replaced weight, or of the base's."""
-        copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
-        if copy is None or trained not in self.extras.keys:
-            return False
-        tensors = self.state.tensors
-        return copy[1] == "original_module" or equal(tensors[key], tensors[trained])
-
-    def _report_placement(self) -> None:
-        for path, module in self.unselected.items():
-            why = unsupported(module)
-            self.problems.append(
-                f"{path_label(path)} ({type(module).__qualname__}) cannot have factors: {why}"
-                if why is not None and lookup(module) is None
-                else f"{path_label(path)} exists but was not selected to carry LoRA; add it to "
-                f"{TARGETS}"
-            )
-        self.problems.extend(f"{path}: {reason}" for path, reason in self.unavailable.items())
-        known = len(self.unselected) + len(self.factors)
-        known += len(self.unavailable.keys() | self.experts.paths)
-        total = len(self.unknown) + known
-        names = list(self.unknown)
-        if len(names) > total / 2:
-            base = self.config.base_model
-            origin = repr(base) if base else "it does not say which"
-            examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
-            self.problems.insert(
-                0,
-                f"{len(names)} of the {total} modules that it names do not exist in this model, "
-                f"so it was made for another model ({origin}), or they have moved, which "
-                f"AdapterSource(..., prefix=...) or key_mapping= would say: {examples}",
-            )
-            return
-        for i, path in enumerate(names):
-            hint = self.places.nearest(path) if i < 10 else ""
-            self.problems.append(f"{path}: no such module in this model{hint}")
-
-
-def _label(landing: SiteLanding) -> str:
-    if len(landing.places) == 1:
-        site, index = landing.places[0]
-        return path_label(site.part_path(index))
-    if len({id(site) for site, _ in landing.places}) == 1:
-        return path_label(landing.places[0][0].path)
-    return path_label(landing.saved)
-
-
-class _MissingFactors:
-    """Finds targeted paths without factors."""
-
-    def __init__(self, reading: Reading, selection: LoraConfig | None) -> None:
-        self.reading, self.places, self.config = reading, reading.places, reading.config
-        selection = selection or LoraConfig()
-        #: Whether the adapters' targets select the sites, so that all modules may lack factors.
-        self.by_adapters = isinstance(selection.target_modules, targets.AdapterNames)
-        self.exclude = targets.checked(selection.exclude_modules, "exclude_modules")
-
-    def paths(self) -> Iterator[str]:
-        modules = dict(self._modules())
-        yield from modules
-        yield from self._packed({id(module) for module in modules.values()})
-        yield from self._experts()
-
-    def _is_expected(self, path: str, module: nn.Module | None) -> bool:
-        """Whether a module that is no site, None for a packed name, should have factors."""
-        if not self.by_adapters:
-            return False
-        entry = None if module is None else lookup(module)
-        if module is not None and entry is None and not module._parameters:
-            return False  # a container, which has no weight to keep
-        if targets.is_all_linear(self.exclude):
-            return entry is None or not entry.is_linear
-        return self.exclude is None or not targets.names(self.exclude, [path])
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        reading, config = self.reading, self.config
-        named = {id(site.module) for item in reading.landings.values() for site, _ in item.places}
-        named |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
-        sites = self.places.selected_modules()
-        for path, module in self.places.named_modules():
-            expected = id(module) in sites or self._is_expected(path, module)
-            if id(module) in named or not expected or is_empty(module):
-                continue
-            parameters = module._parameters.items() if config.target_parameters else ()
-            matrices = (
-                join(path, name) for name, p in parameters if p is not None and p.dim() == 2
-            )
-            if config.matches(path) or any(map(config.targets_parameter, matrices)):
-                yield path, module
-
-    def _packed(self, missing: Collection[int]) -> Iterator[str]:
-        """Packed names that PEFT would have given factors, beyond the `missing` modules."""
-        reading = self.reading
-        for path, landing in self.places.packed_names().items():
-            places = landing.places
-            decoded = any(site.part_path(i) in reading.decoded for site, i in places)
-            if landing.undeclared:
-                whole = replace(landing, undeclared="").key
-                decoded = landing.key in reading.landings or whole in reading.landings
-            reported = all(id(site.module) in missing for site, _ in places)
-            if decoded or reported or path in reading.unavailable:
-                continue
-            selected = any(site.parts[i].selected for site, i in places)
-            if (selected or self._is_expected(path, None)) and self.config.matches(path):
-                yield path
-
-    def _experts(self) -> Iterator[str]:
-        reading = self.reading.experts
-        if not self.config.target_parameters and not reading.singly:
-            return
-        for path, module in self.places.named_modules():
-            experts = self.places.experts_of(module, path)
-            if experts is None or any(p.startswith(path) for p in self.reading.unavailable):
-                continue
-            for weight in experts.weights:
-                weight_path = weight.path(path)
-                touched = reading.touched.get((id(module), weight.name), set())
-                if not (weight.name in experts.sites or self._is_expected(weight_path, module)):
-                    continue
-                if not self.config.targets_parameter(weight_path):
-                    yield from self._projections(weight, path, touched)
-                elif not touched:
-                    yield weight_path
-
-    def _projections(self, weight: ExpertWeight, path: str, touched: set[Columns]) -> Iterator[str]:
-        """Projections of single experts, which PEFT gave factors before experts were fused."""
-        known = set(touched)
-        halves = [(name, half) for name in PROJECTIONS if (half := covers(weight, name))]
-        for (name, half), expert in product(halves, range(weight.experts)):
-            columns = {(h, expert) for h in overlapping(half)}
-            if known.isdisjoint(columns) and self.config.matches(f"{path}.{expert}.{name}"):
-                known.add((half, expert))
-                yield f"{path}.{expert}.{name}"

@@ -7,36 +7,25 @@
     owner/name                      on the Hugging Face hub, by huggingface_hub
     bytes, or tensors by name       in memory
 
-Untrusted files yield tensors or a CheckpointError, with memory proportional to their size. Names
-inside a file are never used as paths.
-
-`torch.load(weights_only=True)` runs no code, but inflates compressed entries of any size, lets a
-tensor claim more numbers than were saved, and fails in many ways on damaged pickles. So the sizes
-of entries and tensors are compared with the size of the file.
+Names inside a file are never used as paths.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
+from lorafx.adapter_store.untrusted_files import Contents, dense_tensors, read_bytes, read_file
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.interrupts import undisturbed
-from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -55,8 +44,6 @@ _LONGEST_NAME = 1024
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 #: Only these files of a repository are downloaded.
 _DOWNLOADED = ["adapter_*", "adapters.safetensors", "pytorch_lora_weights.*", "*.safetensors"]
-#: Tensors by name, and metadata.
-_Contents = tuple[dict[str, Tensor], dict[str, str]]
 #: Inode, bytes, and mtime in ns: any rewrite of a file changes it.
 Stamp: TypeAlias = tuple[int, int, int]
 #: Read as float32, which has all their values.
@@ -205,10 +192,10 @@ def read_source(adapter: AdapterSource) -> Saved:
         return replace(source, component=adapter.component)
     if isinstance(source, Mapping):
         where = "the given mapping"
-        return _saved(adapter, (_dense_tensors(source, where), {}), where, None)
+        return _saved(adapter, (dense_tensors(source, where), {}), where, None)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
-        return _saved(adapter, _read_bytes(content), f"{len(content)} bytes", None)
+        return _saved(adapter, read_bytes(content), f"{len(content)} bytes", None)
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
             "an adapter is read from a folder, a file, a name on the hub, bytes or a mapping of "
@@ -266,7 +253,7 @@ def _read_path(adapter: AdapterSource, path: Path) -> Saved:
     if adapter.config is None and (configured or not folder.is_dir()):
         fields = _parse_if_peft(*raw_fields(folder))
     file = path if single else _weights_file(folder)
-    contents = _read_file(file)
+    contents = read_file(file)
     after = _stamps(path)
     for name in (file.name, CONFIG_FILE):  # α and factors have to be of the same version
         if before.get(name) != after.get(name):
@@ -284,7 +271,7 @@ def _parse_if_peft(fields: dict[str, Any], where: str) -> PeftConfig | dict[str,
     return PeftConfig.read(fields, where=where) if "peft_type" in fields else fields
 
 
-def _saved(adapter: AdapterSource, contents: _Contents, where: str, fields: Any) -> Saved:
+def _saved(adapter: AdapterSource, contents: Contents, where: str, fields: Any) -> Saved:
     tensors, metadata = contents
     tensors = {
         key: tensor.float() if tensor.dtype in _FLOAT8 else tensor
@@ -325,22 +312,6 @@ def _without_ignored(tensors: dict[str, Tensor], ignore: Any, where: str) -> dic
     return tensors
 
 
-def _dense_tensors(tensors: Any, where: str) -> dict[str, Tensor]:
-    """Dense tensors by name; CheckpointError for anything else."""
-    if not isinstance(tensors, Mapping):
-        raise CheckpointError(f"{where} does not hold a mapping from names to tensors")
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{where} does not hold a mapping from names to tensors; it has {key!r:.80}: of "
-                f"class {type(tensor).__name__}"
-            )
-        fault = _why_not_dense(tensor)
-        if fault is not None:
-            raise CheckpointError(f"{where}: {key[:200]!r} {fault}; save it as a dense tensor")
-    return {key: tensor.detach() for key, tensor in tensors.items()}
-
-
 def _weights_file(folder: Path) -> Path:
     try:
         for name in WEIGHTS:
@@ -363,120 +334,3 @@ def _weights_file(folder: Path) -> Path:
         f"{', '.join(names[:20]) or 'nothing'})"
         + (f"; its subfolders with adapters are {subfolders}" if subfolders else "")
     )
-
-
-def _read_file(file: Path) -> _Contents:
-    try:
-        with file.open("rb") as content:
-            size = os.fstat(content.fileno()).st_size
-            if not _is_safetensors(content.read(9)) and file.suffix != ".safetensors":
-                return _load_pickled(content, str(file)), {}
-    except OSError as exc:
-        raise CheckpointError(f"{file} cannot be read: {exc}") from exc
-
-    def read() -> _Contents:
-        with safe_open(file, framework="pt") as content:
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-            return tensors, content.metadata() or {}
-
-    return _safetensors(read, f"{file} ({size} bytes)")
-
-
-def _read_bytes(content: bytes) -> _Contents:
-    where = f"{len(content)} bytes"
-    if not _is_safetensors(content[:9]):
-        return _load_pickled(io.BytesIO(content), where), {}
-
-    def read() -> _Contents:
-        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-        return load(content), json.loads(header).get("__metadata__", {})
-
-    return _safetensors(read, where)
-
-
-def _is_safetensors(start: bytes) -> bool:
-    """Whether a file begins with an eight-byte header length, then JSON."""
-    return start[8:] == b"{"
-
-
-def _safetensors(read: Callable[[], _Contents], where: str) -> _Contents:
-    try:
-        # Interrupted in here, torch would take a value for one without a shape.
-        return undisturbed(read)
-    except Exception as exc:  # headers may claim anything, such as a size of 2**63
-        raise CheckpointError(
-            f"{where} is not a readable safetensors file, truncated or of another format: {exc}; "
-            "save or download the adapter again"
-        ) from exc
-
-
-def _load_pickled(content: BinaryIO, file: str) -> dict[str, Tensor]:
-    """The plain tensors in `content` by name, within its size; CheckpointError names `file`."""
-    try:
-        stored_bytes = _stored_bytes(content, file)
-        tensors = torch.load(content, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    # Damaged pickles raise any exception: KeyError, IndexError, MemoryError.
-    except Exception as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise CheckpointError(
-            f"{file} cannot be read with weights_only=True ({reason:.200}); it is "
-            "truncated, or holds objects other than tensors: save the adapter again as "
-            "adapter_model.safetensors"
-        ) from exc
-    dense = _dense_tensors(tensors, file)
-    _check_claims(file, dense, stored_bytes)
-    return dense
-
-
-def _stored_bytes(content: BinaryIO, file: str) -> int:
-    """The most bytes of numbers that the file can contain."""
-    size = content.seek(0, io.SEEK_END)
-    content.seek(0)
-    archive = content.read(2) == b"PK"
-    content.seek(0)
-    if not archive:
-        return size  # the format from before torch 1.6: numbers follow the pickle
-    with zipfile.ZipFile(content) as entries:
-        infos = entries.infolist()
-    content.seek(0)
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-        raise CheckpointError(
-            f"{file} is a compressed archive, which torch.save never writes; save the adapter again"
-        )
-    stored = sum(info.file_size for info in infos)
-    if stored > size:
-        raise CheckpointError(
-            f"{file} has {size} bytes and lists entries of {stored} bytes; save the adapter again"
-        )
-    return stored
-
-
-def _why_not_dense(tensor: Tensor) -> str | None:
-    """Why `tensor` is not a dense tensor with values, or None if it is."""
-    if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__name__}"
-    if tensor.is_nested:
-        return "is a nested tensor"
-    if tensor.layout is not torch.strided:
-        return f"is a sparse tensor ({tensor.layout})"
-    if tensor.is_quantized:
-        return f"is a quantised tensor ({tensor.dtype})"
-    if tensor.is_meta:
-        return "is on the device meta and holds no values"
-    return None
-
-
-def _check_claims(file: str, tensors: dict[str, Tensor], limit: int) -> None:
-    """Raise CheckpointError for more numbers than were saved, by zero strides or large storages."""
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if claimed > limit:
-        raise CheckpointError(f"{file}: its tensors claim {claimed} bytes, but it holds {limit}")
-    for key, tensor in tensors.items():
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{file}: {key[:200]!r} has shape {tuple(tensor.shape)}, which is more than "
-                "its saved storage; save it as a contiguous tensor"
-            )

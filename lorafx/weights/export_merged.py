@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.progress import progress
-from lorafx.weights.changes import Change, Delta, add_to, changes_of, key_of, not_mergeable
+from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
+from lorafx.weights.delta import Delta, add_to
 from lorafx.weights.weight_places import memory_key
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import places_in_other_models
-from lorafx.weights.changes import Change, add_to, changes_of, checksum, not_mergeable, write
+from lorafx.weights.changes import Change, changes_of, not_mergeable
 from lorafx.weights.copies import outdated_copies
+from lorafx.weights.delta import add_to, checksum, write
 
 
 @dataclass(frozen=True)
