@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.torch_internals.graph_parts import c10d
-from lorafx.weights.weight_places import LoadableLayer, WeightMethod
+from lorafx.weights.loadable_layers import LoadableLayer, WeightMethod
 
 
 class QuantizeMethodBase(WeightMethod, ABC):

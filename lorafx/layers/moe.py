@@ -19,7 +19,7 @@ import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
 from lorafx.torch_internals.graph_parts import grouped_mm
-from lorafx.weights.weight_places import LoadableLayer
+from lorafx.weights.loadable_layers import LoadableLayer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

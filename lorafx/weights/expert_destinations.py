@@ -16,15 +16,9 @@ from lorafx.model.experts import (
     meaning,
 )
 from lorafx.model.saved_names import Walked
-from lorafx.weights.weight_places import (
-    Box,
-    Destination,
-    LoadableLayer,
-    Shard,
-    Target,
-    WeightNames,
-    no_place,
-)
+from lorafx.weights.loadable_layers import LoadableLayer, Shard
+from lorafx.weights.targets import Target, WeightNames
+from lorafx.weights.weight_places import Box, Destination, no_place
 
 _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 

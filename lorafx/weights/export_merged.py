@@ -29,7 +29,7 @@ from lorafx.errors import CheckpointError, ConfigError
 from lorafx.progress import progress
 from lorafx.weights.changes import Change, changes_of, key_of, not_mergeable
 from lorafx.weights.delta import Delta, add_to
-from lorafx.weights.weight_places import memory_key
+from lorafx.weights.targets import memory_key
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program

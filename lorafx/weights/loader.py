@@ -25,20 +25,15 @@ from lorafx.model.packing import check_packed
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_other_models
 from lorafx.weights.copies import outdated_copies
+from lorafx.weights.loadable_layers import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
+from lorafx.weights.targets import Part, Target, WeightShape, memory_key, overlapping
 from lorafx.weights.weight_places import (
     ConvertedGroup,
     Destination,
     GroupMember,
-    LoadableLayer,
     Meaning,
-    Part,
-    Target,
-    WeightShape,
     destinations_of,
-    memory_key,
-    methods_of,
-    overlapping,
 )
 from lorafx.weights.weight_sources import Weights, WeightSource, source_of
 

@@ -12,14 +12,9 @@ from lorafx.model.module_graph import join
 from lorafx.model.packed_names import PackedMember, PackedNames
 from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
-from lorafx.weights.weight_places import (
-    Box,
-    Destination,
-    LoadableLayer,
-    WeightNames,
-    destination,
-    no_place,
-)
+from lorafx.weights.loadable_layers import LoadableLayer
+from lorafx.weights.targets import WeightNames
+from lorafx.weights.weight_places import Box, Destination, destination, no_place
 
 
 class PackedDestinations:

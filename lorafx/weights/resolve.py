@@ -25,15 +25,13 @@ from lorafx.model.packed_names import PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
 from lorafx.weights.expert_destinations import ExpertDestinations
 from lorafx.weights.packed_destinations import PackedDestinations
+from lorafx.weights.targets import Target, WeightNames, WeightShape
 from lorafx.weights.weight_places import (
     Box,
     ConvertedGroup,
     Destination,
     GroupMember,
     Meaning,
-    Target,
-    WeightNames,
-    WeightShape,
     destination,
     no_place,
 )
