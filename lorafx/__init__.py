@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from lorafx.errors import *  # noqa: F403
     from lorafx.integrations.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
     from lorafx.integrations.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
-    from lorafx.integrations.torch_compile.dynamo_backend import adapters as adapters
-    from lorafx.integrations.torch_compile.dynamo_backend import attach as attach
-    from lorafx.integrations.torch_compile.dynamo_backend import detach as detach
-    from lorafx.integrations.torch_compile.dynamo_backend import load_adapter as load_adapter
-    from lorafx.integrations.torch_compile.dynamo_backend import unload_adapter as unload_adapter
+    from lorafx.integrations.torch_compile.attached import adapters as adapters
+    from lorafx.integrations.torch_compile.attached import attach as attach
+    from lorafx.integrations.torch_compile.attached import detach as detach
+    from lorafx.integrations.torch_compile.attached import load_adapter as load_adapter
+    from lorafx.integrations.torch_compile.attached import unload_adapter as unload_adapter
     from lorafx.integrations.trl import Rollout as Rollout
     from lorafx.model.quantized import dequantize as dequantize
     from lorafx.package.export import export as export
@@ -70,7 +70,7 @@ _NAMES = {
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
     "lorafx.compiled_model.sampler": ("Sampler",),
-    "lorafx.integrations.torch_compile.dynamo_backend": (
+    "lorafx.integrations.torch_compile.attached": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),
 }
