@@ -16,8 +16,9 @@ from torch import nn
 
 from lorafx.adapter_store.dialects import files, mlx
 from lorafx.adapter_store.dialects.spelling import NamedTensor
+from lorafx.adapter_store.field_checks import is_off
 from lorafx.adapter_store.moved import with_present_paths
-from lorafx.adapter_store.peft_config import PeftConfig, is_off, raw_fields
+from lorafx.adapter_store.peft_config import PeftConfig, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, read_source
 from lorafx.errors import (

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, json_object, raw_fields
+from lorafx.adapter_store.field_checks import json_object
+from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, raw_fields
 from lorafx.adapter_store.untrusted_files import Contents, dense_tensors, read_bytes, read_file
 from lorafx.errors import CheckpointError, ConfigError
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lorafx.adapter_store.dialects import loaders
 from lorafx.adapter_store.dialects.module_paths import ModulePaths
 from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scales, spelt
-from lorafx.adapter_store.peft_config import PeftConfig, json_object
+from lorafx.adapter_store.field_checks import json_object
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, nearest, some

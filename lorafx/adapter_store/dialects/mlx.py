@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lorafx.adapter_store.dialects.files import assembled
 from lorafx.adapter_store.dialects.module_paths import ModulePaths
 from lorafx.adapter_store.dialects.spelling import NamedTensor
-from lorafx.adapter_store.peft_config import PeftConfig, is_number, short
+from lorafx.adapter_store.field_checks import is_number, short
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 

@@ -13,7 +13,7 @@ from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store import saved
+from lorafx.adapter_store import saved, untrusted_files
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import origin_of
 from lorafx.config import LoraConfig
@@ -75,7 +75,7 @@ def test_files_are_read_once_for_all_models(
         read.append(Path(file).name)
         return safetensors.safe_open(file, **given)
 
-    monkeypatch.setattr(saved, "safe_open", safe_open)
+    monkeypatch.setattr(untrusted_files, "safe_open", safe_open)
     files = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
     for file in files.values():
         safetensors.torch.save_file(FILES["kohya, by the first implementation's names"], file)
