@@ -18,7 +18,6 @@ in the results.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import resource
 import tempfile
@@ -30,7 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from first_answer import SIZES
-from protocol import as_row, compare, in_process, save
+from protocol import in_process, rows_of, save, save_adapter
 
 #: Cases that write into a cache, and its kind: the prompt, and one token more, each of which has a
 #: graph.
@@ -112,12 +111,12 @@ def qwen3_moe(layers: int) -> Any:
 #: Constructor, and what PEFT adapts. (It takes Qwen3-Next's MLPs for experts, whose LoRA is on bare
 #: parameters.)
 FAMILIES: dict[str, tuple[Callable[[int], Any], dict[str, Any]]] = {
-    "llama": (llama, {"target_modules": r".*layers.*_proj"}),
-    "qwen3_next": (qwen3_next, {"target_modules": r".*_attn\.\w+_proj\w*"}),
+    "llama": (llama, {"targets": r".*layers.*_proj"}),
+    "qwen3_next": (qwen3_next, {"targets": r".*_attn\.\w+_proj\w*"}),
     "qwen3_moe": (
         qwen3_moe,
         {
-            "target_modules": r".*_attn\.\w+_proj",
+            "targets": r".*_attn\.\w+_proj",
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
     ),
@@ -135,7 +134,6 @@ def start(
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
     import lorafx
 
@@ -143,8 +141,7 @@ def start(
     build, adapted = FAMILIES[family]
     model = build(layers).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights=False, **adapted)
-        get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+        save_adapter(model, Path(folder), 16, **adapted)
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
@@ -253,8 +250,8 @@ def step_time(layers: int, blocks: int) -> list[dict[str, object]]:
     calls = [start("llama", layers, True, outlined)[1] for outlined in (False, True)]
     plain, outlined = (call() for call in calls)
     assert (plain - outlined).abs().max() <= 1e-5 * plain.abs().max()
-    ratios = compare(calls[0], {"outlined": calls[1]}, blocks=blocks, seconds=0.1)
-    return [as_row(f"step, Llama, {layers} layers", ratio) for ratio in ratios]
+    case, arms = f"step, Llama, {layers} layers", {"outlined": calls[1]}
+    return rows_of(case, calls[0], arms, blocks=blocks, seconds=0.1)
 
 
 def run_case(

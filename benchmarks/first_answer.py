@@ -272,7 +272,7 @@ def _fives(lengths: Sequence[tuple[float, float]]) -> Iterator[list[float]]:
 def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
     """A decode step of lorafx's eager tier, and of the base, over PEFT's of the same rows."""
     import torch
-    from protocol import as_row, compare
+    from protocol import rows_of
     from transformers import DynamicCache
 
     from lorafx.runtime.beside import compilers
@@ -303,9 +303,10 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
         bound = TOLERANCES[chosen.dtype] * want.abs().max()
         assert (got - want).abs().max() <= bound, "another answer than PEFT's"
         arms = {"lorafx, eager": eager, "base, no adapters": base}
-        ratios = compare(peft, arms, blocks=blocks, seconds=0.1)
+        title = f"{case}: eager decode step over PEFT's"
+        rows = rows_of(title, peft, arms, blocks=blocks, seconds=0.1)
         assert not served.recompiles, "a graph served"
-    return [as_row(f"{case}: eager decode step over PEFT's", ratio) for ratio in ratios]
+    return rows
 
 
 # --- all of them ---

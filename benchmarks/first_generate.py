@@ -12,13 +12,12 @@ seconds and in CPU seconds with the compilers that it starts. `later` is the sec
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from compile_time import llama, spent
-from protocol import in_process, save
+from protocol import in_process, save, save_adapter
 
 #: What torch.compile is told of sizes, by arm.
 DYNAMIC = {"torch.compile, dynamic=True": True, "torch.compile, dynamic=None": None}
@@ -38,13 +37,10 @@ def first_generate(layers: int, arm: str, folder: str) -> dict[str, float]:
     if arm in DYNAMIC:
         model.forward = torch.compile(model.forward, dynamic=DYNAMIC[arm])  # type: ignore[method-assign]
     else:
-        from peft import LoraConfig, get_peft_model
-
         import lorafx
 
-        lora = LoraConfig(r=16, target_modules=r".*layers.*_proj", init_lora_weights=False)
-        get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
-        served = lorafx.compile(model, {"a": folder}, options={"start": "compiled"})
+        adapter = save_adapter(model, Path(folder), 16, r".*layers.*_proj")
+        served = lorafx.compile(model, {"a": adapter}, options={"start": "compiled"})
         given["adapter_names"] = ["a", None, "a", None]
     first, later = (spent(lambda: served.generate(**given)) for _ in range(2))
     cpu = first["cpu"] + first["compilers"]

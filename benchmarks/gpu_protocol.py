@@ -16,6 +16,7 @@ from typing import Any
 
 import protocol
 import torch
+from calibrate import graph_of
 
 COPIES = 20
 CACHE_BYTES = 60 << 20  # of an H200's L2; the copies together are to be several times that
@@ -50,21 +51,6 @@ class Arm:
             return
         for call in self.calls:
             call()
-
-
-def graph_of(calls: Sequence[Callable[[], object]]) -> Any:
-    """`calls`, one a copy of the weights, as one CUDA graph. Each is warmed up first."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in (*calls, *calls[:2]):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 @dataclass(frozen=True)
@@ -152,11 +138,8 @@ class Meter:
         if not self.measures:
             sizes = {"blocks": 1, "seconds": 0.0}
         before = clocks()
-        ratios = protocol.compare(base, arms, **sizes, timer=timer or self.time)
-        about = {"clocks before": before, "clocks after": clocks()}
-        for ratio in ratios:
-            print(f"  {case}: {ratio.arm:28s} {ratio}", flush=True)
-        return [protocol.as_row(case, ratio) | about for ratio in ratios]
+        rows = protocol.rows_of(case, base, arms, **sizes, timer=timer or self.time)
+        return [row | {"clocks before": before, "clocks after": clocks()} for row in rows]
 
     def compare_steps(
         self, case: str, base: Callable[[], object], calls: Mapping[str, Callable[[], object]]

@@ -3,7 +3,6 @@
     python benchmarks/gpu_queue.py [--limit 540] [--only WORDS] [--out DIR]    run what is not done
     python benchmarks/gpu_queue.py --report        what is measured, stale, failed, never run
     python benchmarks/gpu_queue.py --self-check    every job in a tiny form on the CPU
-    python benchmarks/gpu_queue.py --take DIR      bring results of --out into the repository
 
 Each job is a subprocess (gpu_jobs.py lists them), ended at its limit or the queue's. What it has
 found is written at once to benchmarks/results/gpu/<device>/, or below --out. Jobs that failed and
@@ -34,7 +33,7 @@ if str(FOLDER) not in sys.path:  # PYTHONSAFEPATH keeps it off
 
 from gpu_job import KEPT, RUNNING  # noqa: E402
 from gpu_jobs import LIMIT, ROOT, Job, all_jobs  # noqa: E402
-from gpu_results import (  # noqa: E402
+from gpu_results import (  # noqa: E402  # noqa: E402
     FAILED,
     MEASURED,
     MENDED,
@@ -43,12 +42,9 @@ from gpu_results import (  # noqa: E402
     RESULTS,
     Entry,
     Store,
-    digest_of,
     folder_of,
-    kept_rows,
     now,
     restore,
-    state_of,
 )
 
 NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest")
@@ -138,16 +134,13 @@ class Queue:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def state(self, job: Job) -> str:
-        return state_of(self.store.entries.get(job.name), digest_of(job, self.store.entries))
-
     def todo(self) -> list[Job]:
         """Jobs to run, in the order in which to run them, whether or not they still fit."""
-        states = {job.name: self.state(job) for job in self.jobs if job.name not in self.tried}
-        again = self.options.again
-        wanted = [j for j in self.jobs if states.get(j.name, MEASURED) != MEASURED or again]
-        wanted = [job for job in wanted if job.name in states]
-        return sorted(wanted, key=lambda job: {MENDED: 0, FAILED: 2}.get(states[job.name], 1))
+        states = {job.name: self.store.state(job) for job in self.jobs}
+        jobs = [job for job in self.jobs if job.name not in self.tried]
+        if not self.options.again:
+            jobs = [job for job in jobs if states[job.name] != MEASURED]
+        return sorted(jobs, key=lambda job: {MENDED: 0, FAILED: 2}.get(states[job.name], 1))
 
     def estimate(self, job: Job) -> float:
         """Seconds that the job took when it was measured here, or that it is thought to take."""
@@ -169,11 +162,11 @@ class Queue:
 
     def run_job(self, job: Job) -> Entry:
         """Run one job; its entry is on disk, and grows there while the job runs."""
-        digest = digest_of(job, self.store.entries)
+        digest = self.store.digest(job)
         entry = seed(self.store.entries.get(job.name), digest) | {"commit": self.options.commit}
         cache = Path(tempfile.mkdtemp(dir=self.scratch))  # what another job has tuned is not there
-        for name in job.inputs:
-            restore(kept_rows(self.store.entries.get(name, {})), cache)
+        for rows in self.store.kept(job).values():
+            restore(rows, cache)
         self.store.put(job.group, job.name, entry)
         command = [sys.executable, str(FOLDER / "gpu_job.py"), "--device", self.device, job.name]
         command += ["--out", str(self.options.out)] if self.options.out else []
@@ -263,7 +256,7 @@ def report(jobs: Sequence[Job], stores: Mapping[str, Store]) -> None:
         rows = [("job", "state", "when (UTC)", "s", "found")]
         for job in jobs:
             entry = store.entries.get(job.name)
-            state = state_of(entry, digest_of(job, store.entries))
+            state = store.state(job)
             found: Entry = entry or {"date": "", "seconds": job.estimate, "summary": ""}
             when, seconds = found["date"][:16].replace("T", " "), f"{found['seconds']:.0f}"
             rows.append((job.name, state, when, seconds, described(found)))
@@ -290,7 +283,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="vllm.zip, sglang.zip")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--self-check", action="store_true")
-    parser.add_argument("--take", type=Path, metavar="DIR")
     parser.add_argument("--can-run", action="store_true", help="whether this Python can; no output")
     return parser.parse_args(arguments)
 
@@ -304,12 +296,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         devices = sorted(path.name for path in RESULTS.glob("*")) or ["no GPU has results yet"]
         report(jobs, {device: Store(device, options.out) for device in devices})
-        return 0
-    if options.take:
-        for folder in sorted(path for path in options.take.iterdir() if path.is_dir()):
-            store = Store(folder.name)
-            print(f"{folder.name}: {len(store.take(folder))} results taken")
-            store.write()
         return 0
     if lacking:
         sys.exit(f"{sys.executable} lacks {', '.join(lacking)}")

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,6 @@ def folder_of(device: str, torch_version: str) -> str:
     return f"{name}-torch{'.'.join(torch_version.split('.')[:2])}"
 
 
-# --- what a job depends on ---
-
-
 @functools.cache
 def source_digest(name: str) -> bytes:
     """Of a file, or of all files of a folder, without what Python leaves there.
@@ -73,23 +70,9 @@ def source_digest(name: str) -> bytes:
     return whole.digest()
 
 
-def digest_of(job: Job, entries: Mapping[str, Entry]) -> str:
-    """Of the job's sources, its arguments, and the rows of the jobs that it builds on."""
-    inputs = {name: kept_rows(entries.get(name, {})) for name in job.inputs}
-    about = json.dumps([job.run, job.arguments, inputs], sort_keys=True).encode()
-    sources = b"".join(source_digest(name) for name in job.sources)
-    return hashlib.sha256(about + sources).hexdigest()[:16]
-
-
 def kept_row(path: Path, cache: Path, value: Any) -> dict[str, Any]:
     """A row that later jobs build on: a file of lorafx's cache folder."""
     return {"file": str(path.relative_to(cache)), "kept": value}
-
-
-def kept_rows(entry: Entry) -> list[dict[str, Any]]:
-    """The rows of `kept_row` that a job has left."""
-    rows = entry.get("rows", ())
-    return [{k: row[k] for k in ("file", "kept")} for row in rows if "kept" in row]
 
 
 def restore(rows: Iterable[dict[str, Any]], cache: Path) -> None:
@@ -99,19 +82,6 @@ def restore(rows: Iterable[dict[str, Any]], cache: Path) -> None:
         if isinstance(kept, list) and path.exists():
             kept = json.loads(path.read_text()) + kept
         write_json(path, kept)
-
-
-# --- the store ---
-
-
-def state_of(entry: Entry | None, digest: str) -> str:
-    """What `entry` is worth where the sources' digest is `digest` now."""
-    if entry is None:
-        return NEVER
-    same = entry["sources"] == digest
-    if entry["status"] == FAILED:
-        return FAILED if same else MENDED
-    return PARTIAL if entry["status"] == PARTIAL else MEASURED if same else STALE
 
 
 class Store:
@@ -128,23 +98,39 @@ class Store:
         for folder in dict.fromkeys((RESULTS / device, self.folder)):
             self.take(folder)
 
-    def take(self, folder: Path) -> list[str]:
-        """Have the entries of another folder of this device that are newer; their jobs."""
-        taken = []
+    def take(self, folder: Path) -> None:
+        """Have the entries of a folder of this device that are newer."""
         for path in sorted(folder.glob("*.json")):
             for name, entry in json.loads(path.read_text()).items():
                 if name not in self.entries or self.entries[name]["date"] < entry["date"]:
                     self.entries[name], self._groups[name] = entry, path.stem
-                    taken.append(name)
-        return taken
 
     def put(self, group: str, name: str, entry: Entry) -> None:
         """Keep the entry, and write the file of its group."""
         self.entries[name], self._groups[name] = entry, group
-        self.write(group)
+        names = [name for name in sorted(self.entries) if self._groups[name] == group]
+        write_json(self.folder / f"{group}.json", {name: self.entries[name] for name in names})
 
-    def write(self, *groups: str) -> None:
-        """Write the files of these groups, or of all."""
-        for group in groups or set(self._groups.values()):
-            names = [name for name in sorted(self.entries) if self._groups[name] == group]
-            write_json(self.folder / f"{group}.json", {n: self.entries[n] for n in names})
+    def kept(self, job: Job) -> dict[str, list[dict[str, Any]]]:
+        """By each job that this one builds on, the rows of `kept_row` that it has left."""
+        rows = {name: self.entries.get(name, {}).get("rows", ()) for name in job.inputs}
+        return {
+            name: [{k: row[k] for k in ("file", "kept")} for row in own if "kept" in row]
+            for name, own in rows.items()
+        }
+
+    def digest(self, job: Job) -> str:
+        """Of the job's sources, its arguments, and the rows of the jobs that it builds on."""
+        about = json.dumps([job.run, job.arguments, self.kept(job)], sort_keys=True).encode()
+        sources = b"".join(source_digest(name) for name in job.sources)
+        return hashlib.sha256(about + sources).hexdigest()[:16]
+
+    def state(self, job: Job) -> str:
+        """What the job's entry is worth now."""
+        entry = self.entries.get(job.name)
+        if entry is None:
+            return NEVER
+        same = entry["sources"] == self.digest(job)
+        if entry["status"] == FAILED:
+            return FAILED if same else MENDED
+        return PARTIAL if entry["status"] == PARTIAL else MEASURED if same else STALE

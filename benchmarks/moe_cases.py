@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from protocol import errors
+from peft import PeftModel
+from protocol import errors, save_adapter
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -86,22 +86,15 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 def save_adapters(model: Qwen3MoeForCausalLM, folder: Path, count: int) -> dict[str, str]:
     """Adapters of attention, experts and routers with non-zero B, saved by PEFT, by name."""
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        target_modules=list(TARGETS),
-        target_parameters=list(PARAMETERS),
-    )
-    peft_model = get_peft_model(copy.deepcopy(model), config)
-    paths = {}
-    for index in range(count):
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(index)
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-        paths[f"a{index}"] = str(folder / f"a{index}")
-        peft_model.save_pretrained(paths[f"a{index}"])
-    return paths
+    return {
+        f"a{index}": save_adapter(
+            *(model, folder / f"a{index}", RANK, list(TARGETS)),
+            std=0.02,
+            seed=index,
+            target_parameters=list(PARAMETERS),
+        )
+        for index in range(count)
+    }
 
 
 def peft_refusal(folder: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import gpu_protocol
 import torch
 from gpu_job import Context
-from protocol import as_row, compare, save
+from protocol import rows_of, save
 from torch import Tensor
 
 import lorafx.kernels.cpu.attention  # noqa: F401  its kernel
@@ -185,11 +185,8 @@ def main() -> None:
                 base, own = partial(by_mask, call), partial(PAGED_ATTENTION, **call)
                 torch.testing.assert_close(own(), base(), rtol=0, atol=TOLERANCE)
                 blocks = 2 if arguments.quick else arguments.blocks
-                found = compare(base, {"own keys": own}, blocks=blocks)
                 name = f"{case}, {keys} heads of keys, {str(dtype).removeprefix('torch.')}"
-                rows += [as_row(name, ratio) for ratio in found]
-                for row in rows[-len(found) :]:
-                    print(row)
+                rows += rows_of(name, base, {"own keys": own}, blocks=blocks)
     if not arguments.quick or arguments.out:
         out = arguments.out or Path(__file__).parent / "results" / "paged_attention.json"
         save(out, "attention over a paged cache, on a CPU", rows)

@@ -20,7 +20,7 @@ import torch
 from lorafx.integrations.cli.measuring import Ratio, compare, timed
 
 __all__ = ["Ratio", "as_row", "compare", "errors", "in_process", "machine", "names_of"]
-__all__ += ["output_of", "save", "timed", "versions_of"]
+__all__ += ["output_of", "rows_of", "save", "save_adapter", "timed", "versions_of"]
 
 RESULTS = Path(__file__).parent / "results"
 #: The program of a process that calls a function of a file and prints what it returns.
@@ -72,7 +72,35 @@ def in_process(
     return json.loads(output_of(command, **variables).splitlines()[-1])
 
 
-# --- batches ---
+# --- adapters ---
+
+
+@torch.no_grad()
+def save_adapter(
+    model: Any,
+    path: Path,
+    rank: int,
+    targets: Any,
+    *,
+    std: float | None = None,
+    seed: int | None = None,
+    **more: Any,
+) -> str:
+    """Have PEFT save an adapter whose factors are normal, or for `std` None PEFT's, B not zero; its
+    path. `more` is of LoraConfig."""
+    from peft import LoraConfig, get_peft_model
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, **more
+    )
+    peft_model = get_peft_model(copy.deepcopy(model), config)
+    for name, parameter in peft_model.named_parameters():
+        if std is not None and "lora_" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    peft_model.save_pretrained(str(path))
+    return str(path)
 
 
 def names_of(batch: int, distinct: int) -> list[str | None]:
@@ -139,7 +167,7 @@ def _cpu_name() -> str:
 def save(
     path: Path,
     title: str,
-    rows: list[dict[str, object]],
+    rows: Sequence[Mapping[str, object]],
     machine_of: Callable[[], dict[str, object]] = machine,
 ) -> None:
     """Write results with the machine that they were measured on."""
@@ -148,5 +176,14 @@ def save(
     print(f"wrote {path}", file=sys.stderr)
 
 
-def as_row(case: str, ratio: Ratio) -> dict[str, object]:
+def rows_of(case: str, base: Any, arms: Mapping[str, Any], **settings: Any) -> list[dict[str, Any]]:
+    """Rows of results of `compare`, which are printed; `settings` are arguments of it."""
+    rows = []
+    for ratio in compare(base, arms, **settings):
+        print(f"  {case}: {ratio.arm:28s} {ratio}", flush=True)
+        rows.append(as_row(case, ratio))
+    return rows
+
+
+def as_row(case: str, ratio: Ratio) -> dict[str, Any]:
     return {"case": case, **asdict(ratio)}

@@ -12,14 +12,13 @@ the time of a call afterwards, as the median of 50, whose guards are Dynamo's ow
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from compile_time import spent
-from protocol import in_process, save
+from protocol import in_process, save, save_adapter
 
 ROWS = 8
 
@@ -27,7 +26,6 @@ ROWS = 8
 def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     """One start of this process: seconds of the first call, and what became of its graph."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import lorafx
@@ -45,8 +43,7 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     adapter = Path(folder) / "adapter"
     if not adapter.exists():
-        lora = LoraConfig(r=16, target_modules=r".*layers.*_proj", init_lora_weights=False)
-        get_peft_model(copy.deepcopy(model), lora).save_pretrained(adapter)
+        save_adapter(model, adapter, 16, r".*layers.*_proj")
     cache = str(Path(folder) / "graphs")
     options = {"lowering": lowering, "cache": cache, "start": "compiled"}
     cm = lorafx.compile(model, {"a": str(adapter)}, options=options)
