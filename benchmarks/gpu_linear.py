@@ -242,7 +242,7 @@ def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
 
 def peer(case: Case, device: torch.device, *, package: str) -> ArmOfCopy:
     """The Triton ops of another library, which has a stack a sibling, B (S, N, r)."""
-    ops = peers.find(package, peers.at_hand(package))
+    ops = peers.find(package)
     if isinstance(ops, str):
         raise FileNotFoundError(f"{ops}, or {package}.zip in the folder of --peers")
 
