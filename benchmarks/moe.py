@@ -30,9 +30,8 @@ import moe_cases
 import torch
 from gpu_job import Context
 from peft import PeftModel
-from protocol import Ratio, as_row, compare, machine, names_of, save
+from protocol import as_row, compare, machine, names_of, save
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
 
 import lorafx
 
@@ -121,9 +120,13 @@ def run_case(
         "experts_touched": moe_cases.touched(chosen),
         "load": [load, os.getloadavg()[0]],
     }
+    floors = {
+        f"lorafx D={d}": (moe_cases.floor_of(model, ids, chosen, d), GOALS[kind, d])
+        for d in (0, 1, ADAPTERS)
+    }
     rows = []
     for ratio in ratios:
-        floor, goal = floor_and_goal(model, ids, chosen, kind, ratio)
+        floor, goal = floors.get(ratio.arm, (None, None))
         text = f"; floor {floor:.3f}" if floor else ""
         if goal:
             # A claim needs the bound of the interval.
@@ -131,17 +134,6 @@ def run_case(
         print(f"  {ratio.arm:24s} {ratio}{text}", flush=True)
         rows.append(as_row(label, ratio) | {"floor": floor, "goal": goal} | about)
     return rows
-
-
-def floor_and_goal(
-    model: Qwen3MoeForCausalLM, ids: Tensor, chosen: Sequence[Tensor], kind: str, ratio: Ratio
-) -> tuple[float | None, float | None]:
-    """Of lorafx's arms; None for others."""
-    name, _, distinct = ratio.arm.partition(" D=")
-    if name != "lorafx":
-        return None, None
-    count = int(distinct)
-    return moe_cases.floor_of(model, ids, chosen, count), GOALS.get((kind, count))
 
 
 def machine_and_load() -> dict[str, object]:

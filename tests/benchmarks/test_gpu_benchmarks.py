@@ -10,7 +10,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -113,19 +112,14 @@ def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> Non
     assert "prefill main: segments" in done.stdout
 
 
-# --- the queue's loop, with jobs that are no measurements ---
-
+#: A job that finds one row, and then does what `end` says.
 JOB = """
-import json, os, sys, time
-sys.path.insert(0, {folder!r})
+import os, sys, time; from pathlib import Path; sys.path.insert(0, {folder!r})
 from gpu_results import Store
-store = Store({device!r}, {out!r})
-entry = store.entries["job"]
-entry["rows"].append({{"key": "first"}})
-entry["failures"]["second"] = "the process ended in this case"
-entry["date"] += "1"
-store.put("steps", "job", entry)
-{end}
+store = Store("none-torch1.0", Path({out!r})); entry = store.entries["job"]
+entry["rows"].append({{"key": "first"}}); entry["date"] += "1"
+entry["failures"]["second"] = "the process ended in this case"; store.put("steps", "job", entry)
+{end}; store.put("steps", "job", entry)
 """
 
 
@@ -134,10 +128,7 @@ store.put("steps", "job", entry)
     [
         ("time.sleep(60)", 3.0, "partial", "ended at the queue's limit of"),
         ("os._exit(3)", 30.0, "failed", "second: .*; 1 in all; the process ended with status 3"),
-        (
-            'entry["failures"].clear(); entry["ended"] = True\nstore.put("steps", "job", entry)',
-            *(30.0, "measured", ""),
-        ),
+        ('entry |= {"failures": {}, "ended": True}', 30.0, "measured", ""),
     ],
 )
 def test_what_a_job_has_found_is_kept_however_it_ends(
@@ -147,22 +138,16 @@ def test_what_a_job_has_found_is_kept_however_it_ends(
     from gpu_jobs import Job
 
     out = tmp_path / "out"
-    given = {"folder": str(FOLDER), "device": "none-torch1.0", "out": out, "end": end}
-    script = tmp_path / "gpu_job.py"
-    script.write_text(JOB.format(**given).replace("PosixPath", "__import__('pathlib').Path"))
-    monkeypatch.setattr(gpu_queue, "FOLDER", tmp_path)
-    monkeypatch.setattr(gpu_queue, "DEVICE", "print('None', '1.0.0', sep='\\n')")
-    monkeypatch.setattr(gpu_queue, "MARGIN", 0.0)
-    job = Job("job", "steps", "none:none", {}, ("Makefile",), 1.0)
-    options = argparse.Namespace(limit=limit, out=out, commit="", peers=tmp_path, again=False)
+    (tmp_path / "gpu_job.py").write_text(JOB.format(folder=str(FOLDER), out=str(out), end=end))
     (tmp_path / "scratch").mkdir()
-    queue = gpu_queue.Queue([job], options, tmp_path / "scratch")
-    entry: dict[str, Any] = queue.run_job(job)
-    kept = json.loads((out / "none-torch1.0" / "steps.json").read_text())["job"]
-    assert kept == entry
-    assert entry["status"] == status
-    assert [row["key"] for row in entry["rows"]] == ["first"]
-    assert "second" not in entry["failures"] or status == "failed"
+    here = {"FOLDER": tmp_path, "DEVICE": "print('None', '1.0.0', sep='\\n')", "MARGIN": 0.0}
+    for name, value in here.items():
+        monkeypatch.setattr(gpu_queue, name, value)
+    options = argparse.Namespace(limit=limit, out=out, commit="", peers=tmp_path, again=False)
+    job = Job("job", "steps", "none:none", {}, ("Makefile",), 1.0)
+    entry = gpu_queue.Queue([job], options, tmp_path / "scratch").run_job(job)
+    assert entry == json.loads((out / "none-torch1.0" / "steps.json").read_text())["job"]
+    assert (entry["status"], entry["rows"]) == (status, [{"key": "first"}])
     assert re.match(why, entry.get("why", ""))
     again = gpu_queue.seed(entry, entry["sources"])
     assert bool(again["rows"]) == (status != "measured")  # what is measured is measured anew
