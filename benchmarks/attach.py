@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from protocol import machine, save
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
 import lorafx
 from lorafx.config import LoraConfig
@@ -36,48 +37,15 @@ from lorafx.progress import progress
 from lorafx.runtime.marking import build_sites
 
 SIZES = (1_000, 10_000, 100_000)
-HIDDEN = 64
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(HIDDEN, HIDDEN)
-        self.k_proj = nn.Linear(HIDDEN, HIDDEN // 2)
-        self.v_proj = nn.Linear(HIDDEN, HIDDEN // 2)
-        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.down_proj = nn.Linear(3 * HIDDEN, HIDDEN, bias=False)
-        self.act_fn = nn.SiLU()
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(HIDDEN)
-        self.self_attn = Attention()
-        self.post_attention_layernorm = nn.RMSNorm(HIDDEN)
-        self.mlp = MLP()
-
-
-class Model(nn.Module):
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(1000, HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.lm_head = nn.Linear(HIDDEN, 1000, bias=False)
 
 
 def build(modules: int) -> nn.Module:
-    """A model of about that many modules, on the meta device."""
+    """A Llama of about that many modules, on the meta device."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 1000}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     with torch.device("meta"):
-        return Model((modules - 4) // 13).eval()
+        config = LlamaConfig(**sizes, **heads, num_hidden_layers=(modules - 5) // 13)
+        return LlamaModel(config).eval()
 
 
 def targets(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -98,18 +98,24 @@ def device_clock(what: str, call: Call) -> float:
     return replay_seconds([call] * 5, replays=11)
 
 
-def replay_seconds(calls: Sequence[Call], *, replays: int) -> float:
-    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
+def graph_of(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """`calls` as one CUDA graph. Each is warmed up first, which compiles it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()  # compiles
-    stream.synchronize()
+        for call in (*calls, *calls[:2]):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    return graph
+
+
+def replay_seconds(calls: Sequence[Call], *, replays: int) -> float:
+    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
+    graph, times = graph_of(calls), []
     for _ in range(replays + 1):  # the first warms up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -18,12 +18,8 @@ in the results.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from first_answer import SIZES
+from protocol import in_process, rows_of, save, save_adapter
 
 #: Cases that write into a cache, and its kind: the prompt, and one token more, each of which has a
 #: graph.
@@ -48,8 +47,6 @@ REFERENCE = frozenset(
         "Llama, static cache, reference",
     }
 )
-#: Cases in which every layer is traced.
-UNSTAMPED = frozenset({})
 #: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
 CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
@@ -68,15 +65,6 @@ QUICK = 8  # layers at most of a quick run
 STEP_DEPTH = 8
 ROWS = 8
 PROMPT = 5  # tokens
-#: Of each model.
-SIZES: dict[str, Any] = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "vocab_size": 4096,
-    "max_position_embeddings": 512,
-}
 
 
 def llama(layers: int) -> Any:
@@ -123,12 +111,12 @@ def qwen3_moe(layers: int) -> Any:
 #: Constructor, and what PEFT adapts. (It takes Qwen3-Next's MLPs for experts, whose LoRA is on bare
 #: parameters.)
 FAMILIES: dict[str, tuple[Callable[[int], Any], dict[str, Any]]] = {
-    "llama": (llama, {"target_modules": r".*layers.*_proj"}),
-    "qwen3_next": (qwen3_next, {"target_modules": r".*_attn\.\w+_proj\w*"}),
+    "llama": (llama, {"targets": r".*layers.*_proj"}),
+    "qwen3_next": (qwen3_next, {"targets": r".*_attn\.\w+_proj\w*"}),
     "qwen3_moe": (
         qwen3_moe,
         {
-            "target_modules": r".*_attn\.\w+_proj",
+            "targets": r".*_attn\.\w+_proj",
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
     ),
@@ -146,7 +134,6 @@ def start(
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
     import lorafx
 
@@ -154,8 +141,7 @@ def start(
     build, adapted = FAMILIES[family]
     model = build(layers).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights=False, **adapted)
-        get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+        save_adapter(model, Path(folder), 16, **adapted)
         options = {
             "passes": {"outline": outlined},
             "lowering": lowering,
@@ -203,9 +189,18 @@ def phases_in_cpu_seconds() -> Iterator[None]:
             module.time = time
 
 
-def cpu_seconds(who: int) -> float:
-    used = resource.getrusage(who)
-    return used.ru_utime + used.ru_stime
+def spent(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call, its CPU seconds in this process, and those of compilers that it starts."""
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    used = [resource.getrusage(item) for item in who]
+    begin = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - begin
+    cpu, compilers = (
+        now.ru_utime + now.ru_stime - was.ru_utime - was.ru_stime
+        for now, was in zip(map(resource.getrusage, who), used, strict=True)
+    )
+    return {"seconds": seconds, "cpu": cpu, "compilers": compilers}
 
 
 def first_call(
@@ -220,13 +215,8 @@ def first_call(
     from torch._dynamo.utils import compile_times, counters
 
     cm, call = start(family, layers, dynamic, outlined, lowering, cached)
-    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before = [cpu_seconds(who) for who in processes]
-    begin = time.perf_counter()
     with phases_in_cpu_seconds():
-        call()
-    seconds = time.perf_counter() - begin
-    cpu, compilers = (cpu_seconds(who) - was for who, was in zip(processes, before, strict=True))
+        used = spent(call)
     names, times = compile_times(repr="csv", aggregate=True)
     parts = dict(zip(names, (float(value) for value in times), strict=True))
     records = cm._session.backend.records
@@ -235,9 +225,7 @@ def first_call(
     for report in (report for record in records for report in record.passes):
         passes[report.name] = passes.get(report.name, 0.0) + report.seconds
     return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "compilers": compilers,
+        **used,
         "tracing": parts.get("bytecode_tracing", 0.0),
         "guards": parts.get("build_guards", 0.0),
         "aot": parts.get("create_aot_dispatcher_function", 0.0),
@@ -259,35 +247,11 @@ def precompile_header() -> None:
 
 def step_time(layers: int, blocks: int) -> list[dict[str, object]]:
     """Steps of outlined layers over those of the same model as one graph."""
-    from protocol import as_row, compare
-
     calls = [start("llama", layers, True, outlined)[1] for outlined in (False, True)]
     plain, outlined = (call() for call in calls)
     assert (plain - outlined).abs().max() <= 1e-5 * plain.abs().max()
-    ratios = compare(calls[0], {"outlined": calls[1]}, blocks=blocks, seconds=0.1)
-    return [as_row(f"step, Llama, {layers} layers", ratio) for ratio in ratios]
-
-
-def in_process(
-    function: str,
-    *arguments: object,
-    cache: Path,
-    file: str = __file__,
-    saved_graphs: bool = False,
-) -> Any:
-    """The result of a function of this file, or of another benchmark that takes `--run`, in a fresh
-    process with these cache folders. `saved_graphs`: that of graphs is used by default, too."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "LORAFX_CACHE_DIR": str(cache / "lorafx"),
-        "LORAFX_CACHE_BYTES": str(2**30 * saved_graphs),
-    }
-    command = [sys.executable, file, "--run", json.dumps([function, arguments])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    case, arms = f"step, Llama, {layers} layers", {"outlined": calls[1]}
+    return rows_of(case, calls[0], arms, blocks=blocks, seconds=0.1)
 
 
 def run_case(
@@ -301,7 +265,7 @@ def run_case(
         for state in ("cold", "warm")[: 1 + (layers in again)]:
             cached = CACHED.get(name)
             arguments = (family, layers, dynamic, outlined, lowering, cached)
-            row = in_process("first_call", *arguments, cache=cache)
+            row = in_process(__file__, "first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})
             parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)
             print(f"  {layers:3d} layers, {state}: {row['seconds']:6.1f} s ({parts})", flush=True)
@@ -321,25 +285,19 @@ def main() -> None:
     parser.add_argument("--case", choices=[*CASES, "step"], action="append")
     parser.add_argument("--depth", type=int, action="append", help="layers, in place of the cases'")
     parser.add_argument("--out", default="benchmarks/results/compile_time.json")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        function, arguments = json.loads(options.run)
-        print(json.dumps(globals()[function](*arguments)))
-        return
-    from protocol import save
-
     rows: list[dict[str, object]] = []
     chosen = options.case or [*CASES, "step"]
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        in_process("precompile_header", cache=cache)
+        in_process(__file__, "precompile_header", cache=cache)
         for name in chosen:
             print(name, flush=True)
             if name != "step":
                 rows += run_case(name, options.quick, options.depth, cache)
                 continue
-            steps = in_process("step_time", STEP_DEPTH, 5 if options.quick else 20, cache=cache)
+            blocks = 5 if options.quick else 20
+            steps = in_process(__file__, "step_time", STEP_DEPTH, blocks, cache=cache)
             for row in steps:
                 print(f"  {row['arm']}: {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
             rows += steps

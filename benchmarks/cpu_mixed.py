@@ -15,12 +15,13 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from protocol import as_row, compare, save
+from peft import PeftModel
+from protocol import errors, rows_of, save, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafx
@@ -48,16 +49,8 @@ def build_model(layers: int, dtype: torch.dtype, **changes: Any) -> LlamaForCaus
 
 def save_adapters(model: LlamaForCausalLM, folder: Path, count: int = ADAPTERS) -> dict[str, str]:
     """Adapters with non-zero B, saved by PEFT."""
-    paths = {}
-    for index in range(count):
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
-        peft_model = get_peft_model(copy.deepcopy(model), config)
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-        paths[f"a{index}"] = str(folder / f"a{index}")
-        peft_model.save_pretrained(paths[f"a{index}"])
-    return paths
+    names = [f"a{index}" for index in range(count)]
+    return {name: save_adapter(model, folder / name, RANK, TARGETS, std=0.02) for name in names}
 
 
 def peft_mixed(model: LlamaForCausalLM, paths: dict[str, str]) -> PeftModel:
@@ -68,30 +61,12 @@ def peft_mixed(model: LlamaForCausalLM, paths: dict[str, str]) -> PeftModel:
     return peft_model.eval()
 
 
-def check(model: LlamaForCausalLM, paths: dict[str, str], cm, ids: torch.Tensor) -> float:
-    """Largest error of the mixed batch against dense merge in float64, over that of the merged
-    model in the model's own dtype: about 1 when lorafx rounds no worse than a merged model."""
-    cycle = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
-    names = [*cycle[:-1], None] if len(cycle) > 1 else cycle
-    got = cm(input_ids=ids, use_cache=False, adapter_names=names).logits.double()
-    worst = 0.0
-    for row, name in list(enumerate(names))[:: max(1, len(names) // 2)]:
-        exact = copy.deepcopy(model).double()
-        if name is not None:
-            exact = PeftModel.from_pretrained(exact, paths[name]).merge_and_unload()
-        want = exact(input_ids=ids[row : row + 1], use_cache=False).logits
-        plain = copy.deepcopy(exact).to(model.dtype)
-        own = plain(input_ids=ids[row : row + 1], use_cache=False).logits.double()
-        worst = max(worst, float((got[row] - want[0]).abs().max() / (own - want).abs().max()))
-    return worst
-
-
 def run_case(
-    dtype_name: str, case: str, layers: int, blocks: int, seconds: float, rows: int = 8
+    dtype_name: str, case: str, layers: int, blocks: int, seconds: float, count: int = 8
 ) -> list[dict[str, object]]:
     dtype = DTYPES[dtype_name]
     model = build_model(layers, dtype)
-    ids = torch.randint(0, model.config.vocab_size, (rows, LENGTHS[case]))
+    ids = torch.randint(0, model.config.vocab_size, (count, LENGTHS[case]))
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         paths = save_adapters(model, Path(folder))
@@ -101,31 +76,30 @@ def run_case(
         single = torch.compile(single_model)
         names = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
         most = len(set(names))
-        error = 0.0
         options = {"start": "compiled"}
         cm = lorafx.compile(copy.deepcopy(model), dict(paths), options=options)
-        error = check(model, paths, cm, ids)
 
         def serve(adapter_names: Sequence[str | None]):
             return lambda: cm(input_ids=ids, use_cache=False, adapter_names=adapter_names)
 
+        mixed_names = [*names[:-1], None] if count > 1 else names
+        found = errors(model, paths, serve(mixed_names)().logits, ids, mixed_names)
+        error = max(ours / merged for ours, merged in found)
+
         arms = {
-            "lorafx D=0": serve([None] * rows),
-            "lorafx D=1": serve([names[0]] * rows),
+            "lorafx D=0": serve([None] * count),
+            "lorafx D=1": serve([names[0]] * count),
             f"lorafx D={most}": serve(names),
             f"PEFT mixed, eager, D={most}": lambda: mixed(
                 input_ids=ids, use_cache=False, adapter_names=names
             ),
             "PEFT one adapter, compiled": lambda: single(input_ids=ids, use_cache=False),
         }
-        ratios = compare(
-            lambda: base(input_ids=ids, use_cache=False), arms, blocks=blocks, seconds=seconds
-        )
-    label = f"{case} {list(ids.shape)} {dtype_name}"
-    print(f"\n{label}, {layers} layers; error over a merged model's own rounding: {error:.2f}")
-    for ratio in ratios:
-        print(f"  {ratio.arm:28s} {ratio}")
-    return [as_row(label, ratio) | {"error_over_rounding": error} for ratio in ratios]
+        label = f"{case} {list(ids.shape)} {dtype_name}"
+        print(f"\n{label}, {layers} layers; error over a merged model's own rounding: {error:.2f}")
+        plain = partial(base, input_ids=ids, use_cache=False)
+        rows = rows_of(label, plain, arms, blocks=blocks, seconds=seconds)
+    return [row | {"error_over_rounding": error} for row in rows]
 
 
 def main() -> None:

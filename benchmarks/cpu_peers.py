@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cpu_mixed import RANK, build_model, save_adapters
-from protocol import as_row, compare, machine, save, timed
+from protocol import machine, rows_of, save, timed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -239,16 +239,13 @@ def run_case(
         arms["llama.cpp, LoRA"] = LlamaCpp(folder / "model.gguf", ids, folder / "adapter.gguf")
     if importlib.util.find_spec("openvino") and weights in DENSE:
         arms["OpenVINO"] = by_openvino(model, ids, dtype)
-    ratios = compare(first, arms, blocks=blocks, seconds=seconds)
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     speed = memory_speed()
     floor = 1e3 * matrices * bits_of(weights) / 8 / speed
     label = f"[{rows}, {length}], weights {weights}"
     print(f"\n{label}: W read once in {floor:.2f} ms, at {speed / 1e9:.1f} GB/s")
-    for ratio in ratios:
-        print(f"  {ratio.arm:16s} {ratio.milliseconds:8.2f} ms  {ratio}", flush=True)
     extra = {"read_once_milliseconds": floor, "gigabytes_per_second": speed / 1e9}
-    return [as_row(label, ratio) | extra for ratio in ratios]
+    return [row | extra for row in rows_of(label, first, arms, blocks=blocks, seconds=seconds)]
 
 
 def machine_and_peers() -> dict[str, object]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from cpu_mixed import build_model, save_adapters
 from cpu_peers import DTYPES, LlamaCpp, machine_and_peers, write_adapter, write_gguf
-from protocol import as_row, compare, save
+from protocol import rows_of, save
 from torch import Tensor
 
 import lorafx
@@ -98,11 +98,7 @@ def run_case(
             folder / "model.gguf", ids, folder / "adapter.gguf"
         )
     label = f"{rows} rows behind {context} tokens, {weights}"
-    print(f"\n{label}")
-    ratios = compare(first, arms, blocks=blocks, seconds=seconds)
-    for ratio in ratios:
-        print(f"  {ratio.arm:16s} {ratio.milliseconds:8.2f} ms  {ratio}", flush=True)
-    return [as_row(label, ratio) for ratio in ratios]
+    return rows_of(label, first, arms, blocks=blocks, seconds=seconds)
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
-from protocol import Ratio, as_row, compare, save
+from protocol import rows_of, save
 
 from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
 
@@ -25,8 +26,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 COPIES = 160 << 20
 
 
-def measured(rows: int, N: int, K: int, dtype: torch.dtype, blocks: int) -> tuple[int, list[Ratio]]:
-    """(bytes of one weight, ratios over torch.mm)."""
+def measured(
+    title: str, rows: int, N: int, K: int, dtype: torch.dtype, blocks: int
+) -> list[dict[str, Any]]:
+    """Rows of results over torch.mm, with the rates at which W is read."""
     x = torch.randn(rows, K).to(dtype)
     size = N * K * dtype.itemsize
     weights = [torch.randn(N, K).to(dtype) for _ in range(max(2, COPIES // size))]
@@ -39,7 +42,8 @@ def measured(rows: int, N: int, K: int, dtype: torch.dtype, blocks: int) -> tupl
         torch.ops.lorafx.weight_mm.default(x, next(by_kernel))
 
     arms = {"generated": generated}
-    return size, compare(library, arms, blocks=blocks, seconds=0.05)
+    found = rows_of(title, library, arms, blocks=blocks, seconds=0.05)
+    return [row | {"gigabytes_per_second": size / row["milliseconds"] / 1e6} for row in found]
 
 
 def main() -> None:
@@ -52,19 +56,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dense_rows.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = []
+    found: list[dict[str, Any]] = []
     with torch.inference_mode():
         for name in [options.dtype] if options.dtype else DTYPES:
             dtype = DTYPES[name]
             ready(WeightSpec(dtype, dtype))
             for shape in [options.shape] if options.shape else SHAPES:
                 for rows in options.rows:
-                    size, ratios = measured(rows, *SHAPES[shape], dtype, 5 if options.quick else 20)
-                    for ratio in ratios:
-                        title = f"{name} {shape} {rows} rows, {options.threads} threads"
-                        rate = size / ratio.milliseconds / 1e6
-                        print(f"{title:<34} {ratio.arm:<10} {ratio} {rate:5.1f} GB/s", flush=True)
-                        found.append(as_row(title, ratio) | {"gigabytes_per_second": rate})
+                    title = f"{name} {shape} {rows} rows, {options.threads} threads"
+                    blocks = 5 if options.quick else 20
+                    found += measured(title, rows, *SHAPES[shape], dtype, blocks)
     if not options.quick:
         save(options.out, "generated product over torch.mm, cold weights, CPU", found)
 

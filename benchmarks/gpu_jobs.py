@@ -1,27 +1,26 @@
-"""What the GPU queue runs: arms and jobs, in order of value. Nothing here imports torch.
+"""What the GPU queue runs, the most valuable first. Nothing here imports torch.
 
 To measure one more way to compute a linear with LoRA, add a line to ARMS. To measure anything else,
 add a Job. A job's function lies in a module of this folder; what it gets is a gpu_job.Context:
 
     def measure(context, **arguments):
-        for key in context.order(keys):     # those that are not measured yet
-            with context.case(key):         # an error is noted, and the next key has its turn
+        for case in context.todo(cases):    # those of a dict that are not measured yet
+            with context.case(key):         # an error is noted, and the next case has its turn
                 context.add(key, rows)      # on disk from here on
 
 It has to work in a tiny form on a CPU, kernels in Triton's interpreter (`context.tiny`): that is
-what `gpu_queue.py --self-check` runs before GPU time is spent.
+what `make gpu-check` runs before GPU time is spent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: A job's results are a file a group. What copies results back may be limited to a few files.
-GROUPS = ("tests", "correct", "prefill", "decode", "tuning", "steps", "experts", "peers")
-MOST = 530.0  # seconds of a job: who lends a machine may end a command after ten minutes
+LIMIT = 530.0  # seconds of a job: who lends a machine may end a command after ten minutes
 
 
 @dataclass(frozen=True)
@@ -30,91 +29,87 @@ class Job:
 
     Attributes:
         name: unique; what --only matches.
+        group: the file of its results; what copies results back may be limited to a few.
         run: "module:function" of this folder, called with a Context and `arguments`.
         sources: files and folders whose change makes the result stale.
         estimate: seconds that it is thought to take; once measured, what it took counts.
-        most: seconds after which it is killed; what it has put on disk is kept.
         inputs: jobs whose kept files (chip figures, tuned tiles) it finds in the cache folder.
-        needs: packages of peers that it needs, installed or in the folder of --peers.
+        needs: a package of peers that it needs, installed or in the folder of --peers.
         tiny: what its tiny form is called, where jobs of the same function share one.
     """
 
     name: str
     group: str
     run: str
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    sources: tuple[str, ...] = ()
-    estimate: float = 90.0
-    most: float = MOST
+    arguments: Mapping[str, Any]
+    sources: tuple[str, ...]
+    estimate: float
     inputs: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    needs: str = ""
     tiny: str = ""
-
-    @property
-    def tiny_form(self) -> tuple[str, str]:
-        """Equal for jobs that do the same in a self-check."""
-        return self.run, self.tiny or self.name
-
-
-# --- arms: ways to compute one packed linear with LoRA, each compared with the vendor's GEMM ---
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to compute base and delta.
+    """A way to compute one packed linear with LoRA, which is compared with the vendor's GEMM.
 
     Attributes:
-        name: of the arm in results.
         phases: "prefill", "decode".
-        make: "module:function"; function(case, device, **arguments) gives what makes a call for a
-            gpu_cases.Copy, or raises gpu_compare.Unfit where the case is not for the arm.
+        make: a function of gpu_linear; function(case, device, **arguments) gives what makes a call
+            for a copy, or raises Unfit where the case is not for the arm.
         sources: what decides its speed, beside what all arms share.
-        inputs: as of a Job.
-        tiny: (K, sizes, rows, adapters, rank) of its self-check, where the usual one is too small.
+        inputs, needs: as of a Job.
+        plain: whether it computes the base alone.
     """
 
     name: str
     phases: tuple[str, ...]
     make: str
-    arguments: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ("kernels/triton",)
     inputs: tuple[str, ...] = ()
-    tiny: tuple[int, tuple[int, ...], int, int, int] | None = None
+    needs: str = ""
+    plain: bool = False
 
 
-PREFILL, DECODE = ("prefill",), ("decode",)
-CALIBRATE = "calibrate"
-PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)}
+BOTH, PREFILL, DECODE = ("prefill", "decode"), ("prefill",), ("decode",)
+KERNELS, WHOLE, PLAN = (
+    ("kernels",),
+    ("kernels", "passes", "lorafx"),
+    ("kernels/triton", "kernels/cost"),
+)
+VLLM = ("kernels/triton", "lorafx/integrations/vllm/launches.py")
+PROTOCOL = (
+    "lorafx/integrations/cli/measuring.py",
+    "benchmarks/protocol.py",
+    "benchmarks/gpu_protocol.py",
+)
+LINEAR = (*PROTOCOL, "benchmarks/gpu_linear.py", "benchmarks/tune.py")
+LAYERS = ("q/k/v", "o", "gate/up", "down")
+CHIP = ("calibrate",)
+TUNED = (*CHIP, *(f"tune split: {layer} M=64 r=16" for layer in LAYERS))
+PEERS = {"sources": ("benchmarks/peers.py", *PLAN), "inputs": CHIP}
 #: A reader of "split" that looks ranks up slot by slot and multiplies one adapter after another.
 ONE_BY_ONE = {"reduce": {"at_once": 0, "block_r": 16}}
 #: The most promising first.
-ARMS: tuple[Arm, ...] = (
-    Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
-    Arm(
-        "concat",
-        PREFILL,
-        "gpu_compare:strategy",
-        {"name": "concat"},
-        sources=("kernels/triton", "benchmarks/gpu_concat.py"),
-    ),
-    Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
-    Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
-    Arm(
-        "split, one by one",
-        DECODE,
-        "gpu_compare:strategy",
-        {"name": "split", "changes": ONE_BY_ONE},
-    ),
-    Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),
-    Arm(
-        "inside vLLM",
-        DECODE + PREFILL,
-        "gpu_compare:in_vllm",
-        sources=("kernels/triton", "lorafx/integrations/vllm/launches.py"),
-    ),
-    Arm("plan, no adapter", DECODE + PREFILL, "gpu_compare:nobody", **PLANNED),
-    Arm("gemv", DECODE, "gpu_compare:strategy", {"name": "gemv"}),
-)
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("plan", BOTH, "planned", sources=PLAN, inputs=CHIP),
+        Arm("concat", PREFILL, "strategy", {"name": "concat"}),
+        Arm("segments", PREFILL, "strategy", {"name": "segments"}),
+        Arm("split", DECODE, "strategy", {"name": "split"}),
+        Arm("split, one by one", DECODE, "strategy", {"name": "split", "changes": ONE_BY_ONE}),
+        Arm("epilogue", BOTH, "strategy", {"name": "epilogue"}),
+        Arm("inside vLLM", BOTH, "in_vllm", sources=VLLM),
+        Arm("plan, no adapter", BOTH, "nobody", sources=PLAN, inputs=CHIP, plain=True),
+        Arm("gemv", DECODE, "strategy", {"name": "gemv"}),
+        Arm("plan, tuned", DECODE, "planned", sources=PLAN, inputs=TUNED),
+        Arm("vllm", BOTH, "peer", {"package": "vllm"}, **PEERS, needs="vllm"),
+        Arm("sglang", BOTH, "peer", {"package": "sglang"}, **PEERS, needs="sglang"),
+        Arm("Inductor max-autotune", BOTH, "autotuned", sources=(), plain=True),
+    )
+}
 #: (rows, distinct adapters, rank) by phase: what the goals are about, and the rest.
 MIXES: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = {
     "prefill": {
@@ -130,175 +125,103 @@ MIXES: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = {
         ),
     },
 }
-LAYERS = ("q/k/v", "o", "gate/up", "down")
-MODELS = ("llama-8b", "qwen2.5-7b", "llama-70b")
-PROTOCOL = (
-    "lorafx/integrations/cli/measuring.py",
-    "benchmarks/protocol.py",
-    "benchmarks/gpu_protocol.py",
-)
-SHARED = (
-    *PROTOCOL,
-    "benchmarks/gpu_cases.py",
-    "benchmarks/gpu_compare.py",
-)
 
 
-def arm_jobs(phase: str, part: str, arms: tuple[Arm, ...] = ARMS) -> Iterator[Job]:
-    """A job for each arm of the phase: Llama-3-8B's linears, one mix after the other."""
-    cases = len(MIXES[phase][part]) * len(LAYERS)
-    for arm in arms:
-        if phase in arm.phases:
-            yield Job(
-                f"{phase} {part}: {arm.name}",
-                phase,
-                "gpu_compare:compare",
-                {"phase": phase, "part": part, "arm": arm.name},
-                (*SHARED, *arm.sources),
-                estimate=15.0 + 4 * cases,
-                inputs=arm.inputs,
-                tiny=f"{phase} {arm.name}",
-            )
+def arm_jobs(
+    phase: str, part: str, names: Iterable[str] = ARMS, model: str = "llama-8b"
+) -> Iterator[Job]:
+    """A job for each arm of the phase: a model's linears, one mix after the other."""
+    title = f"{phase} {part}" if model == "llama-8b" else f"{phase} {model}"
+    for arm in (ARMS[name] for name in names if phase in ARMS[name].phases):
+        yield Job(
+            f"{title}: {arm.name}",
+            phase,
+            "gpu_linear:compare_arm",
+            {"phase": phase, "part": part, "arm": arm.name, "model": model},
+            (*LINEAR, *arm.sources),
+            15.0 + 4 * len(MIXES[phase][part]) * len(LAYERS),
+            arm.inputs,
+            arm.needs,
+            f"{phase} {arm.name}",
+        )
 
 
-# --- all jobs ---
-
-KERNELS = ("kernels",)
-WHOLE = ("kernels", "passes", "lorafx")
 #: Seconds of a test file, and what it runs, where it is not a whole model.
 TESTS: Mapping[str, tuple[float, tuple[str, ...]]] = {
     "test_kernels.py": (90.0, KERNELS),
     "test_paged_attention.py": (120.0, (*KERNELS, "tests/helpers/paged_steps.py")),
-    "test_measuring.py": (100.0, (*KERNELS, *SHARED, "benchmarks/gpu_layers.py")),
+    "test_measuring.py": (100.0, (*KERNELS, *LINEAR)),
 }
 HELPERS = ("tests/helpers/on_device.py", "tests/helpers/triton_cases.py", "tests/gpu/conftest.py")
 
 
 def test_jobs() -> Iterator[Job]:
     for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
-        estimate, sources = TESTS.get(path.name, (110.0, WHOLE))
+        estimate, runs = TESTS.get(path.name, (110.0, WHOLE))
         file = f"tests/gpu/{path.name}"
         # What is timed must have the GPU to itself.
-        lanes = 1 if path.name == "test_measuring.py" else 6
-        arguments = {"file": file, "lanes": lanes}
-        run = "gpu_tests:run_file"
+        arguments = {"file": file, "lanes": 1 if path.name == "test_measuring.py" else 6}
+        sources = (file, *HELPERS, *runs)
         yield Job(
-            f"tests: {path.name}", "tests", run, arguments, (file, *HELPERS, *sources), estimate
+            f"tests: {path.name}", "tests", "gpu_tests:run_file", arguments, sources, estimate
         )
 
 
-def correctness_job(model: str, estimate: float) -> Job:
-    name, arguments = f"correct: {model}", {"model": model}
-    sources = (*SHARED, "kernels")
-    tiny = "" if model == "odd sizes" else "models"
-    return Job(name, "correct", "gpu_compare:correct", arguments, sources, estimate, tiny=tiny)
+def tune_job(layer: str) -> Job:
+    given = {"strategy": "split", "layer": layer, "rows": 64, "rank": 16, "most": 40}
+    name, sources = f"tune split: {layer} M=64 r=16", (*LINEAR, "kernels/triton")
+    return Job(name, "tuning", "gpu_tuning:tune_tiles", given, sources, 120.0, tiny="split")
 
 
-def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
-    """Tiles of one strategy for one linear of Llama-3-8B."""
-    name = f"tune {strategy}: {layer} M={rows} r={rank}"
-    arguments = {"strategy": strategy, "layer": layer, "rows": rows, "rank": rank, "most": 40}
-    sources = ("benchmarks/gpu_tuning.py", "benchmarks/tune.py", "kernels/triton")
-    return Job(name, "tuning", "gpu_tuning:tune_tiles", arguments, sources, 120.0, tiny=strategy)
+def model_job(run: str, name: str, estimate: float, tiny: str, **arguments: Any) -> Job:
+    """Of a whole model, with the tiles and the chip's figures of other jobs."""
+    module = run.partition(":")[0]
+    files = ("gpu_model", "moe_cases", module) if module == "moe" else (module, "cpu_mixed")
+    sources = (*(f"benchmarks/{file}.py" for file in files), *PROTOCOL, *WHOLE)
+    group = "experts" if module == "moe" else "steps"
+    return Job(name, group, run, arguments, sources, estimate, TUNED, tiny=tiny)
 
 
-TUNING = tuple(tuning_job("split", layer, 64) for layer in LAYERS)
-TUNED = Arm(
-    *("plan, tuned", DECODE, "gpu_compare:planned"),
-    sources=("kernels/triton", "kernels/cost"),
-    inputs=(CALIBRATE, *(job.name for job in TUNING)),
-)
-
-
-def arm_named(name: str) -> Arm:
-    """The arm of a job.
-
-    Raises:
-        KeyError: there is none of that name.
-    """
-    return {arm.name: arm for arm in (*ARMS, TUNED)}[name]
-
-
-#: Strategies of a layer's linears to compare in whole steps of prefill, whatever the plan takes.
-SEGMENTS = dict.fromkeys(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "segments"
-)
-
-
-def step_job(
-    place: int, label: str, estimate: float = 130.0, pins: Mapping[str, str] | None = None
-) -> Job:
-    """A whole step, by its place in gpu_model.STEPS."""
-    sources = ("benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
-    run, inputs = "gpu_model:run_step", TUNED.inputs
-    arguments = {"place": place, "pins": pins}
-    tiny = label if pins else label.partition(" ")[0]
-    name = f"step: {label}"
-    return Job(name, "steps", run, arguments, sources, estimate, inputs=inputs, tiny=tiny)
+def step_job(kind: str, batch: int, pins: str | None = None) -> Job:
+    """A whole step, all linears by the strategy `pins` if it is given."""
+    name = f"step: {kind} [{batch}, {1 if kind == 'decode' else 1024}]{f', {pins}' if pins else ''}"
+    more = {"kind": kind, "batch": batch, "pins": pins}
+    return model_job("gpu_model:run_step", name, 130.0, pins or kind, **more)
 
 
 def generate_job(batch: int) -> Job:
-    """Whole generation with a static cache and CUDA graphs, beside PEFT."""
-    sources = ("benchmarks/gpu_generate.py", "benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
-    name, arguments = f"generate: batch {batch}", {"batch": batch}
-    run, inputs = "gpu_generate:run_generate", TUNED.inputs
-    tiny = "one request" if batch == 1 else "several"
-    return Job(name, "steps", run, arguments, sources, 420.0, inputs=inputs, tiny=tiny)
-
-
-def experts_job(kind: str) -> Job:
-    sources = ("benchmarks/moe.py", "benchmarks/moe_cases.py", *PROTOCOL, *WHOLE)
-    name, arguments = f"experts: {kind}", {"kind": kind}
-    return Job(name, "experts", "moe:run_on_gpu", arguments, sources, 240.0, inputs=(CALIBRATE,))
+    name, tiny = f"generate: batch {batch}", "one request" if batch == 1 else "several"
+    return model_job("gpu_model:run_generate", name, 420.0, tiny, batch=batch)
 
 
 def attention_job(phase: str) -> Job:
-    """Attention over a paged cache, beside torch's by a mask over the keys of all requests."""
-    files = ("benchmarks/gpu_attention.py", "benchmarks/paged_attention.py")
-    name, run, arguments = f"attention: {phase}", "gpu_attention:attend", {"phase": phase}
-    return Job(name, "steps", run, arguments, (*files, *SHARED[:2], *KERNELS), 200.0, tiny=phase)
+    run, sources = "paged_attention:attend_on_gpu", ("benchmarks/paged_attention.py", *PROTOCOL)
+    given = {"phase": phase}
+    return Job(f"attention: {phase}", "steps", run, given, (*sources, *KERNELS), 200.0, tiny=phase)
 
 
-def peers_job(package: str, layer: str) -> Job:
-    sources = (*SHARED, "benchmarks/gpu_layers.py", "benchmarks/peers.py", "kernels/triton")
-    return Job(
-        *(f"peers: {package} {layer}", "peers", "gpu_layers:run_peer"),
-        {"package": package, "layer": layer},
-        (*sources, "kernels/cost"),
-        60.0,
-        inputs=(CALIBRATE,),
-        needs=(package,),
-        tiny=package,
-    )
+def experts_job(kind: str) -> Job:
+    return model_job("moe:run_on_gpu", f"experts: {kind}", 240.0, kind, kind=kind)
 
 
 def all_jobs() -> tuple[Job, ...]:
     """Every job, the most valuable first."""
     chip = ("benchmarks/gpu_tuning.py", "benchmarks/calibrate.py", "kernels/triton")
+    others = [(phase, model) for model in ("qwen2.5-7b", "llama-70b") for phase in BOTH]
     return (
-        Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=30.0),
+        Job("calibrate", "tuning", "gpu_tuning:calibrate_chip", {}, chip, 30.0),
         *test_jobs(),
-        correctness_job("llama-8b", 300.0),
         *arm_jobs("prefill", "main"),
+        *(tune_job(layer) for layer in LAYERS),
         *arm_jobs("decode", "main"),
-        *TUNING,
-        *arm_jobs("decode", "main", (TUNED,)),
-        step_job(0, "decode [64, 1]"),
-        step_job(2, "prefill [8, 1024]"),
-        step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
+        step_job("decode", 64),
+        step_job("prefill", 8),
+        step_job("prefill", 8, "segments"),
         *(generate_job(batch) for batch in (8, 64, 1)),
         *(attention_job(phase) for phase in ("decode", "chunks")),
-        experts_job("decode"),
-        experts_job("prefill"),
-        *(peers_job(package, layer) for layer in LAYERS for package in ("vllm", "sglang")),
-        step_job(1, "decode [32, 1]"),
-        step_job(3, "decode [1, 1]"),
-        step_job(4, "decode [8, 1]"),
-        step_job(5, "decode [128, 1]"),
-        step_job(6, "decode [256, 1]"),
+        *(experts_job(kind) for kind in ("decode", "prefill")),
+        *(step_job("decode", batch) for batch in (32, 1, 8, 128, 256)),
         *arm_jobs("prefill", "rest"),
         *arm_jobs("decode", "rest"),
-        correctness_job("odd sizes", 120.0),
-        correctness_job("qwen2.5-7b", 120.0),
-        correctness_job("llama-70b", 240.0),
+        *(job for phase, model in others for job in arm_jobs(phase, "main", ["plan"], model)),
     )

@@ -1,18 +1,26 @@
-"""A whole step of a Llama-3-8B-shaped model on a GPU: lorafx with 0 to 32 adapters over the base.
-
-    python benchmarks/gpu_model.py [--minutes 8] [--layers 4] [--rank 16]
+"""Whole steps and whole generation of a Llama-3-8B-shaped model on a GPU: jobs of the queue.
 
 Layers of Llama-3-8B's sizes (fewer of them, the vocabulary in proportion), LoRA on all linears of
-the layers, bf16, random weights. Base: the same model under torch.compile. Every arm is a CUDA
-graph of one step, captured here; a mix is set by a call outside of the graph, which writes the
-slots that the graph reads. Decode is [batch, 1] and prefill [8, 1024], without a key/value cache: a
-cache would add the same to both. `--self-check` runs a tiny model on the CPU, the kernels in
-Triton's interpreter, and measures nothing.
+the layers, bf16, random weights.
+
+run_step: every arm is a CUDA graph of one step, captured here; a mix is set by a call outside of
+the graph, which writes the slots that the graph reads. Base: the same model under torch.compile.
+Decode is [batch, 1] and prefill [8, 1024], without a key/value cache: a cache would add the same to
+both.
+
+run_generate: prompts of 128 tokens, 32 new tokens a request, greedy. An arm is one whole
+`generate(cache_implementation="static")`, timed on the host from call to tokens:
+
+    base                 the model, which transformers compiles with CUDA graphs for static caches
+    lorafx D=0, 1, 8     `cm.generate(adapter_names=...)`, Inductor's CUDA graphs on
+    PEFT merged          one adapter merged into the weights; compiled as the base is
+    PEFT adapter_names   the mixed batch, as PEFT serves it: eagerly
+
+Ratios are times over the base's; new tokens a second stand beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import tempfile
@@ -24,9 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import gpu_protocol
-import protocol
 import torch
+import torch._inductor.config
+from cpu_mixed import peft_mixed
 from gpu_job import Context
+from peft import PeftModel
+from protocol import errors, names_of
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,16 +45,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorafx
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: (name, batch, tokens, adapters of the mixes), the most telling first
-STEPS = (
-    ("decode", 64, 1, (0, 1, 8, 32)),
-    ("decode", 32, 1, (0, 1, 8, 32)),
-    ("prefill", 8, 1024, (0, 1, 8)),
-    ("decode", 1, 1, (0, 1)),
-    ("decode", 8, 1, (0, 1, 8)),
-    ("decode", 128, 1, (0, 1, 8, 32)),
-    ("decode", 256, 1, (0, 1, 8, 32)),
-)
+#: Adapters of the mixes of a step.
+MIXES: Mapping[tuple[str, int], tuple[int, ...]] = {
+    **{("decode", batch): (0, 1, 8, 32) for batch in (32, 64, 128, 256)},
+    ("decode", 1): (0, 1),
+    ("decode", 8): (0, 1, 8),
+    ("prefill", 8): (0, 1, 8),
+}
 #: Least throughput over no LoRA by (step, adapters), of docs/performance.md: goal, stretch.
 GOALS = {
     ("decode", 0): (0.995, 1.0),
@@ -53,30 +61,39 @@ GOALS = {
     ("prefill", 1): (0.975, 0.99),
     ("prefill", 8): (0.975, 0.99),
 }
-#: Largest error of a row's logits, over that of the merged model in the same dtype.
-ROUNDING = 4.0
+#: Largest error of a row's logits, over that of the merged model in the same dtype; in a tiny
+#: model's float32 sums are in another order than with the merged weight.
+ROUNDING, TINY_ROUNDING = 4.0, 10.0
+STEP_TOKENS = {"decode": 1, "prefill": 1024}
+PROMPT, NEW, GENERATED = 128, 32, (0, 1, 8)
+PEFT_BLOCKS = 5  # of the mixed batch, which is far from all others
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int = 4
+    rank: int = 16
+    tiny: bool = False
+
+    @classmethod
+    def of(cls, context: Context) -> Sizes:
+        return cls(1, 4, tiny=True) if context.tiny else cls()
 
 
 def config_of(layers: int, *, tiny: bool = False) -> LlamaConfig:
     """Llama-3-8B with fewer layers and as much less vocabulary."""
+    hidden, inner, heads, keys, positions = 4096, 14336, 32, 8, 8192
+    vocabulary = 128256 * layers // 32
     if tiny:
-        return LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            max_position_embeddings=64,
-        )
+        hidden, inner, heads, keys, positions, vocabulary = 64, 96, 4, 2, 64, 128
     return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256 * layers // 32,
-        max_position_embeddings=8192,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
         rope_theta=500000.0,
     )
 
@@ -87,38 +104,46 @@ def build_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -
         return LlamaForCausalLM(config).to(dtype).eval()
 
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # module path -> A (r, K), B (N, r)
-
-
-def make_adapter(model: LlamaForCausalLM, folder: Path, rank: int, seed: int) -> Factors:
-    """Write an adapter in PEFT's format with α = r, and return its factors."""
+def make_adapter(model: LlamaForCausalLM, folder: Path, rank: int, seed: int) -> None:
+    """Write an adapter in PEFT's format with α = r."""
     generator = torch.Generator().manual_seed(seed)
-    factors: Factors = {}
     tensors = {}
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] not in TARGETS:
-            continue
+    for path, module in linears_of(model):
         N, K = module.weight.shape
         A = torch.randn(rank, K, generator=generator) * K**-0.5
         B = torch.randn(N, rank, generator=generator) * 0.1 * rank**-0.5
-        factors[path] = A.to(model.dtype), B.to(model.dtype)
-        for letter, factor in zip("AB", factors[path], strict=True):
-            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = factor
+        for letter, factor in zip("AB", (A, B), strict=True):
+            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = factor.to(model.dtype)
     folder.mkdir(parents=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    return factors
 
 
-@torch.no_grad()
-def merged(model: LlamaForCausalLM, factors: Factors | None) -> LlamaForCausalLM:
-    """A float64 copy with W + B A."""
-    exact = copy.deepcopy(model).double()
-    for path, (A, B) in (factors or {}).items():
-        weight = exact.get_submodule(path).weight
-        weight += B.to(weight) @ A.to(weight)
-    return exact
+def linears_of(model: LlamaForCausalLM) -> list[tuple[str, Any]]:
+    """Those of the layers, by path."""
+    return [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in TARGETS]
+
+
+def prepared(
+    sizes: Sizes, device: torch.device, folder: str, *, count: int, pins: str | None = None
+) -> tuple[LlamaForCausalLM, lorafx.CompiledModel, dict[str, str]]:
+    """The model, lorafx's compiled copy of it, and the paths of `count` adapters. `pins` is the
+    strategy of all linears; without it lorafx plans."""
+    dtype = torch.float32 if sizes.tiny else torch.bfloat16
+    model = build_model(config_of(sizes.layers, tiny=sizes.tiny), device, dtype)
+    paths = {f"a{index}": f"{folder}/a{index}" for index in range(count)}
+    config = lorafx.LoraConfig(
+        target_modules=list(TARGETS), max_adapters=count, max_rank=sizes.rank
+    )
+    plan = {path: pins for path, _ in linears_of(model)} if pins else {}
+    # What serves calls without an adapter once `warmup` has run.
+    options = {"lowering": "triton", "plan": plan, "base_graphs": True}
+    cm = lorafx.compile(copy.deepcopy(model), config, options=options)
+    for seed, (name, path) in enumerate(paths.items()):
+        make_adapter(model, Path(path), sizes.rank, seed)
+        cm.load_adapter(path, name)
+    return model, cm, paths
 
 
 def floor_of(config: LlamaConfig, rank: int, distinct: int) -> float:
@@ -132,220 +157,137 @@ def floor_of(config: LlamaConfig, rank: int, distinct: int) -> float:
     return 1 + distinct * rank * config.num_hidden_layers * factors / weights
 
 
-def names_of(batch: int, distinct: int) -> list[str | None]:
-    """The adapter of each request: D of them in turn; the base where D is 0."""
-    return [f"a{row % distinct}" if distinct else None for row in range(batch)]
-
-
-def errors(
-    model: LlamaForCausalLM,
-    adapters: Sequence[Factors],
-    serve: Callable[[Sequence[str | None]], Tensor],
-    ids: Tensor,
-    distinct: int,
-) -> float:
-    """Worst error of the first and last row, over that of the merged model in its own dtype."""
-    names = names_of(ids.shape[0], distinct)
-    got = serve(names).double()
-    worst = 0.0
-    for row in {0, ids.shape[0] - 1}:
-        factors = adapters[row % distinct] if distinct else None
-        exact = merged(model, factors)
-        want = exact(input_ids=ids[row : row + 1], use_cache=False).logits[0]
-        own = exact.to(model.dtype)(input_ids=ids[row : row + 1], use_cache=False).logits[0]
-        allowed = max(float((own.double() - want).abs().max()), 1e-6)
-        worst = max(worst, float((got[row] - want).abs().max()) / allowed)
-    return worst
-
-
-@dataclass(frozen=True)
-class StepArm:
-    """A captured step. `prepare` sets the mix that the next replays serve."""
-
-    graph: Callable[[], None]
-    prepare: Callable[[], object]
-    copies: int = 1
-
-    def __call__(self) -> None:
-        self.graph()
-
-
-def step_time(meter: gpu_protocol.Meter, arm: StepArm, seconds: float) -> float:
-    """Seconds of one replay, after the arm's mix was set."""
-    arm.prepare()
-    return meter.time(arm, seconds)
+def run_step(context: Context, *, kind: str, batch: int, pins: str | None = None) -> None:
+    """Job: one kind of step."""
+    sizes, mixes, tokens = Sizes.of(context), MIXES[kind, batch], STEP_TOKENS[kind]
+    if context.tiny:
+        batch, tokens, mixes = 3, min(tokens, 2), (0, 1, 2)
+    key = f"{kind} [{batch}, {tokens}]"
+    if context.todo({key: key}):
+        with context.case(key), tempfile.TemporaryDirectory() as folder:
+            made = prepared(sizes, context.device, folder, count=max(mixes), pins=pins)
+            ids = torch.randint(made[0].config.vocab_size, (batch, tokens), device=context.device)
+            context.add(key, measure_step(sizes, kind, *made, ids, mixes))
+            ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in context.rows]
+            context.summarise(", ".join(ratios))
 
 
 def measure_step(
-    case: tuple[str, int, int, Sequence[int]],
-    models: tuple[LlamaForCausalLM, Callable[..., Any], lorafx.CompiledModel],
-    adapters: Sequence[Factors],
-    options: argparse.Namespace,
-) -> list[dict[str, object]]:
-    """Rows of results of one kind of step."""
-    kind, batch, tokens, mixes = case
-    model, base, cm = models
-    config = model.config
-    ids = torch.randint(config.vocab_size, (batch, tokens), device=model.device)
+    sizes: Sizes,
+    kind: str,
+    model: LlamaForCausalLM,
+    cm: lorafx.CompiledModel,
+    paths: Mapping[str, str],
+    ids: Tensor,
+    mixes: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Rows of results of one kind of step.
 
-    def run_base() -> Tensor:
-        return base(input_ids=ids, use_cache=False).logits
+    Raises:
+        RuntimeError: a mix is off by more than rounding explains.
+    """
+    meter = gpu_protocol.Meter(model.device, seconds=0.02)
+    # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have them.
+    backend = "inductor" if meter.measures else "eager"
+    base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
+    calls, about = {}, dict[str, dict[str, Any]]()
+    for distinct in mixes:
+        name, names = f"lorafx D={distinct}", names_of(ids.shape[0], distinct)
+        calls[name] = partial(cm, input_ids=ids, use_cache=False, adapter_names=names)
+        found = errors(model, paths, calls[name]().logits, ids, names)
+        error = max(got / max(own, 1e-6) for got, own in found)
+        if not error < (ROUNDING if meter.measures else TINY_ROUNDING):
+            raise RuntimeError(f"{kind} {list(ids.shape)} D={distinct}: error {error:.1f}")
+        floor = floor_of(model.config, sizes.rank, distinct) if kind == "decode" else 1.0
+        goal, stretch = GOALS.get((kind, distinct), (None, None))
+        about[name] = {"floor": floor, "goal": goal, "stretch": stretch}
+        about[name]["error_over_rounding"] = error
+    case = f"{kind} {list(ids.shape)}, {sizes.layers} layers, r={sizes.rank}"
+    rows = meter.compare_steps(case, partial(base, input_ids=ids, use_cache=False), calls)
+    return [row | about.get(row["arm"], {}) for row in rows]
 
-    def serve(names: Sequence[str | None]) -> Tensor:
-        return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
-    meter = gpu_protocol.Meter(model.device, options.blocks, options.seconds)
-    arms, worst, counted = {}, {}, {}
+# --- generation ---
+
+
+def tokens_of(model: Any, ids: Tensor, new: int, **more: Any) -> Tensor:
+    """The new tokens of greedy generation with a static cache, (rows, new)."""
+    settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+    settings |= {"cache_implementation": "static", "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, **settings, **more)[:, ids.shape[1] :]
+
+
+def agreement(got: Tensor, want: Tensor) -> float:
+    """The share of tokens up to which rows agree: after the first other token all may be others."""
+    return float((got == want).long().cumprod(1).float().mean())
+
+
+def run_generate(context: Context, *, batch: int) -> None:
+    """Job: one batch size."""
+    sizes, prompt, new, count = Sizes.of(context), PROMPT, NEW, 8
+    if context.tiny:
+        batch, prompt, new, count = min(batch, 2), 2, 2, 2
+    key = f"generate [{batch}, {prompt}] + {new}"
+    cuda_graphs = {"triton.cudagraphs": not context.tiny}
+    if context.todo({key: key}):
+        with (
+            context.case(key),
+            tempfile.TemporaryDirectory() as folder,
+            torch._inductor.config.patch(cuda_graphs),
+        ):
+            model, cm, paths = prepared(sizes, context.device, folder, count=count)
+            merged = PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"])
+            models = model, cm, merged.merge_and_unload(), peft_mixed(model, paths)
+            ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=context.device)
+            context.add(key, measure_generate(context, key, models, ids, new))
+            ratios = [f"{row['arm']} {row['median']:.3f}" for row in context.rows]
+            context.summarise(", ".join(ratios).replace("lorafx ", ""))
+
+
+def measure_generate(
+    context: Context, case: str, models: tuple[Any, Any, Any, Any], ids: Tensor, new: int
+) -> list[dict[str, Any]]:
+    """Rows of results of one batch.
+
+    Raises:
+        RuntimeError: a mix captured a graph that warming up had not, or lorafx's tokens are others
+            than the merged model's where numbers are float32.
+    """
+    (model, cm, merged, peft), batch = models, ids.shape[0]
+    mixes = sorted({min(distinct, batch, len(cm.adapters)) for distinct in GENERATED})
+    calls = {"A/A": partial(tokens_of, model, ids, new)}
     for distinct in mixes:
         names = names_of(batch, distinct)
+        calls[f"lorafx D={distinct}"] = partial(tokens_of, cm, ids, new, adapter_names=names)
+    calls["PEFT merged"] = partial(tokens_of, merged, ids, new)
+    eager = f"PEFT adapter_names D={mixes[-1]}"
+    most = [name or "__base__" for name in names_of(batch, mixes[-1])]
+    calls[eager] = partial(tokens_of, peft, ids, new, adapter_names=most, disable_compile=True)
+    for _ in range(1 if context.tiny else 3):
+        warm = {name: call() for name, call in calls.items()}
+    graphs = cm.recompiles
+    got = {name: calls[name]() for name in calls if name.startswith("lorafx")}
+    if cm.recompiles != graphs:
+        raise RuntimeError(f"{cm.recompiles - graphs} graphs were captured for mixes seen before")
+    same = {"lorafx D=0": "A/A", "lorafx D=1": "PEFT merged"}
+    agreed = {name: agreement(got[name], warm[other]) for name, other in same.items()}
+    if context.tiny and min(agreed.values()) < 1:
+        raise RuntimeError(f"other tokens than the merged model's: {agreed}")
 
-        def call(names: Sequence[str | None] = names) -> Tensor:
-            return serve(names)
+    def clock(call: Callable[[], Tensor], seconds: float) -> float:
+        """transformers waits for the tokens of each step on the host."""
+        meter.wait()
+        start = time.perf_counter()
+        call()
+        meter.wait()
+        return time.perf_counter() - start
 
-        name = f"lorafx D={distinct}"
-        worst[name] = errors(model, adapters, serve, ids, distinct)
-        if not worst[name] < ROUNDING:
-            raise RuntimeError(f"{kind} [{batch}, {tokens}] {name}: error {worst[name]:.1f}")
-        counted[name] = len(meter.launches(call))
-        arms[name] = StepArm(meter.arm([call]), call)
-    counted["A/A"] = len(meter.launches(run_base))
-    start = gpu_protocol.clocks()
-    base_arm = StepArm(meter.arm([run_base]), lambda: None)
-    ratios = meter.compare(base_arm, arms, partial(step_time, meter))
-    label = f"{kind} [{batch}, {tokens}], {config.num_hidden_layers} layers, r={options.rank}"
-    print(f"\n{label}; {counted['A/A']} launches of the base")
-    rows = []
-    for ratio in ratios:
-        distinct = int(ratio.arm.partition("=")[2] or 0)
-        floor = floor_of(config, options.rank, distinct) if kind == "decode" else 1.0
-        goal, stretch = GOALS.get((kind, distinct), (None, None))
-        verdict = ""
-        if goal is not None and ratio.arm != "A/A":
-            # A claim needs the bound of the interval.
-            reached = "reached" if 1 / ratio.high >= goal else "not reached"
-            verdict = f"; throughput {1 / ratio.median:.3f}, goal {goal} {reached}"
-        launched = counted[ratio.arm]
-        print(f"  {ratio.arm:14s} {ratio}; {ratio.median / floor:.3f} of the floor{verdict}")
-        rows.append(
-            protocol.as_row(label, ratio)
-            | {"floor": floor, "launches": launched, "goal": goal, "stretch": stretch}
-            | {"error_over_rounding": worst.get(ratio.arm)}
-            | {"clocks before": start, "clocks after": gpu_protocol.clocks()}
-        )
+    meter, base, slow = gpu_protocol.Meter(context.device), calls.pop("A/A"), calls.pop(eager)
+    case = f"{case}, {model.config.num_hidden_layers} layers"
+    rows = meter.compare(case, base, calls, clock)
+    rows += meter.compare(case, base, {eager: slow}, clock, PEFT_BLOCKS)[1:]
+    for row in rows:
+        row["agreement"] = agreed.get(row["arm"])
+        row["tokens_per_second"] = batch * new / row["milliseconds"] * 1e3
     return rows
-
-
-def prepared(
-    options: argparse.Namespace,
-    device: torch.device,
-    folder: Path,
-    *,
-    tiny: bool,
-    count: int,
-    pins: Mapping[str, str] | None = None,
-) -> tuple[LlamaForCausalLM, lorafx.CompiledModel, list[Factors]]:
-    """The model, lorafx's compiled copy of it, and the factors of the adapters.
-
-    `pins` gives linears a strategy by their names in the layer; lorafx plans the others.
-    """
-    dtype = torch.float32 if tiny else torch.bfloat16
-    model = build_model(config_of(options.layers, tiny=tiny), device, dtype)
-    paths = {f"a{index}": folder / f"a{index}" for index in range(count)}
-    adapters = [
-        make_adapter(model, path, options.rank, seed) for seed, path in enumerate(paths.values())
-    ]
-    config = lorafx.LoraConfig(
-        target_modules=list(TARGETS), max_adapters=count, max_rank=options.rank
-    )
-    names = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
-    plan = {path: pins[name] for path, name in names.items() if pins and name in pins}
-    # What serves calls without an adapter once `warmup` has run.
-    settings = {"lowering": "triton", "plan": plan, "base_graphs": True}
-    cm = lorafx.compile(copy.deepcopy(model), config, options=settings)
-    for name, path in paths.items():
-        cm.load_adapter(path, name)
-    return model, cm, adapters
-
-
-def self_check(options: argparse.Namespace) -> None:
-    """A tiny model on the CPU through the same code, but for graphs and clocks."""
-    options.layers, options.rank = 2, 4
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        model, cm, adapters = prepared(
-            options, torch.device("cpu"), Path(folder), tiny=True, count=2
-        )
-        ids = torch.randint(model.config.vocab_size, (3, 1))
-
-        def serve(names: Sequence[str | None]) -> Tensor:
-            return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
-
-        for distinct in (0, 1, 2):
-            error = errors(model, adapters, serve, ids, distinct)
-            print(f"tiny decode [3, 1] D={distinct}: error over rounding {error:.2f}")
-            if not error < 10:  # float32 sums in another order than with the merged weight
-                raise RuntimeError(f"D={distinct}: error {error:.1f} of rounding")
-        print(f"floor at D=8: {floor_of(config_of(8), 16, 8):.3f}; nothing was measured")
-
-
-def run_step(context: Context, *, place: int, pins: Mapping[str, str] | None = None) -> None:
-    """Job: one of STEPS, with the strategies of `pins`."""
-    options = parse([])
-    kind, batch, tokens, mixes = STEPS[place]
-    if context.tiny:
-        options.layers, options.rank = 1, 4
-        batch, tokens, mixes = 3, min(tokens, 2), (0, 1, 2)
-    key = f"{kind} [{batch}, {tokens}]"
-    if not context.order([key]):
-        return
-    with context.case(key), tempfile.TemporaryDirectory() as folder:
-        settings = {"tiny": context.tiny, "count": max(1, *mixes), "pins": pins}
-        model, cm, adapters = prepared(options, context.device, Path(folder), **settings)
-        backend = "eager" if context.tiny else "inductor"
-        base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
-        case = (kind, batch, tokens, mixes)
-        context.add(key, measure_step(case, (model, base, cm), adapters, options))
-        rows = context.part.rows
-        ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in rows]
-        context.summarise(", ".join(ratios))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of one timing")
-    parser.add_argument("--step", type=int, action="append", help="of STEPS, by place; all if none")
-    parser.add_argument("--self-check", action="store_true", help="on the CPU; measures nothing")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.self_check:
-        self_check(options)
-        return
-    device = gpu_protocol.require_gpu("gpu_model.py")
-    budget = gpu_protocol.Budget(options.minutes)
-    rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        model, cm, adapters = prepared(options, device, Path(folder), tiny=False, count=32)
-        # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have them.
-        base = torch.compile(copy.deepcopy(model), dynamic=False)
-        for case in [STEPS[place] for place in options.step or range(len(STEPS))]:
-            label = f"{case[0]} [{case[1]}, {case[2]}]"
-            if not budget.fits(label):
-                continue
-            start = time.monotonic()
-            rows += measure_step(case, (model, base, cm), adapters, options)
-            budget.took(time.monotonic() - start)
-    if budget.left_out:
-        print(f"\nleft out for want of time: {'; '.join(budget.left_out)}")
-    title = f"time over the compiled base, {options.layers} layers of Llama-3-8B, r={options.rank}"
-    protocol.save(options.out, title, rows, lambda: gpu_protocol.gpu_machine(device))
-
-
-if __name__ == "__main__":
-    main()

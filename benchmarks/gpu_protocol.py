@@ -1,4 +1,4 @@
-"""What the measuring protocol adds on a GPU: graphs, clocks, launches, a budget of minutes.
+"""What the measuring protocol adds on a GPU: graphs, clocks, launches.
 
 An arm is a CUDA graph that calls a function once for each of at least 20 copies of its weights, so
 that weights come from device memory and not from the cache of the call before; its time is that of
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import protocol
 import torch
-from protocol import machine
+from calibrate import graph_of
 
 COPIES = 20
 CACHE_BYTES = 60 << 20  # of an H200's L2; the copies together are to be several times that
@@ -29,84 +28,27 @@ def require_gpu(program: str) -> torch.device:
     if not torch.cuda.is_available():
         sys.exit(
             f"{program} measures on a GPU and this machine has none that torch {torch.__version__} "
-            "can use. Nothing was measured or written; --self-check runs what needs no GPU."
+            "can use. Nothing was measured or written; make gpu-check runs what needs no GPU."
         )
     return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
-class GraphArm:
-    """A captured graph of `calls`; calling it replays the graph once.
+class Arm:
+    """Runs `calls` one after the other, in a CUDA graph if `graph` is given.
 
-    The calls are kept: a graph reads what they hold, and keeps none of it alive.
+    The calls are kept: a graph reads what they hold, and keeps none of it alive. `prepare` sets the
+    mix that the next runs serve.
     """
 
-    graph: Any
     calls: Sequence[Callable[[], object]]
-
-    @property
-    def copies(self) -> int:
-        return len(self.calls)
+    graph: Any = None
+    prepare: Callable[[], object] | None = None
 
     def __call__(self) -> None:
-        self.graph.replay()
-
-
-def graph_arm(calls: Sequence[Callable[[], object]]) -> GraphArm:
-    """`calls`, one a copy of the weights, as one CUDA graph. Each is warmed up first."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in (*calls, *calls[:2]):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return GraphArm(graph, list(calls))
-
-
-def event_time(arm: Any, seconds: float) -> float:
-    """Seconds of one call (a replay over its copies), over as many replays as fill `seconds`."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    copies = arm.copies
-    replays, total = 1, 0.0
-    while True:
-        start.record()
-        for _ in range(replays):
-            arm()
-        end.record()
-        end.synchronize()
-        total = start.elapsed_time(end) * 1e-3
-        if total >= seconds or replays >= 1 << 16:
-            return total / replays / copies
-        replays = max(replays * 2, int(replays * seconds / max(total, 1e-6)))
-
-
-def launches(call: Callable[[], object]) -> list[str]:
-    """Names of the kernels that one call launches, in order; memory sets and copies too."""
-    call()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profile.events() if event.device_type == cuda]
-
-
-@dataclass(frozen=True)
-class PlainArm:
-    """`calls`, one after the other: a graph's stand-in where there is no GPU."""
-
-    calls: Sequence[Callable[[], object]]
-
-    @property
-    def copies(self) -> int:
-        return len(self.calls)
-
-    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
         for call in self.calls:
             call()
 
@@ -128,74 +70,101 @@ class Meter:
     def measures(self) -> bool:
         return self.device.type == "cuda"
 
-    def arm(self, calls: Sequence[Callable[[], object]]) -> GraphArm | PlainArm:
+    def wait(self) -> None:
+        """For the GPU, where there is one."""
+        if self.measures:
+            torch.cuda.synchronize(self.device)
+
+    def arm(
+        self, calls: Sequence[Callable[[], object]], prepare: Callable[[], object] | None = None
+    ) -> Arm:
         """Each of `calls` once, as one graph where there are graphs."""
-        return graph_arm(calls) if self.measures else PlainArm(list(calls))
+        return Arm(calls, graph_of(calls) if self.measures else None, prepare)
 
     def copies(self, nbytes: int) -> int:
-        """Of weights of so many bytes, which an arm rotates over."""
-        return copies_for(nbytes, torch.cuda.mem_get_info(self.device)[0]) if self.measures else 2
+        """Of weights of so many bytes, which an arm rotates over: at least 20, ten caches full.
+
+        Raises:
+            MemoryError: they do not fit into device memory.
+        """
+        if not self.measures:
+            return 2
+        most = int(0.8 * torch.cuda.mem_get_info(self.device)[0] // nbytes)
+        if most < COPIES:
+            raise MemoryError(f"{COPIES} copies of {nbytes >> 20} MiB do not fit")
+        return max(COPIES, min(400, most, 10 * CACHE_BYTES // nbytes))
 
     def launches(self, call: Callable[[], object]) -> list[str]:
-        """As `launches`; none on a CPU."""
-        return launches(call) if self.measures else []
+        """Names of the kernels that one call launches, memory sets and copies too; on a GPU."""
+        if not self.measures:
+            return []
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        cuda = torch.autograd.DeviceType.CUDA
+        return [event.name for event in profile.events() if event.device_type == cuda]
 
-    def time(self, arm: Any, seconds: float) -> float:
-        """Seconds of one call of an arm."""
-        if self.measures:
-            return event_time(arm, seconds)
-        return protocol.timed(arm, 0.0) / arm.copies
+    def time(self, arm: Arm, seconds: float) -> float:
+        """Seconds of one call of an arm, over as many replays as fill `seconds`."""
+        if arm.prepare is not None:
+            arm.prepare()
+        if not self.measures:
+            return protocol.timed(arm, 0.0) / len(arm.calls)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replays = 1
+        while True:
+            start.record()
+            for _ in range(replays):
+                arm()
+            end.record()
+            end.synchronize()
+            total = start.elapsed_time(end) * 1e-3
+            if total >= seconds or replays >= 1 << 16:
+                return total / replays / len(arm.calls)
+            replays = max(replays * 2, int(replays * seconds / max(total, 1e-6)))
 
     def compare(
         self,
+        case: str,
         base: Any,
         arms: Mapping[str, Any],
         timer: Callable[[Any, float], float] | None = None,
-    ) -> list[protocol.Ratio]:
-        """`protocol.compare` with this meter's clock, or with `timer`."""
-        blocks, seconds = (self.blocks, self.seconds) if self.measures else (1, 0.0)
-        return protocol.compare(
-            base, dict(arms), blocks=blocks, seconds=seconds, timer=timer or self.time
-        )
+        blocks: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Rows of results of `protocol.compare`, with this meter's clock or with `timer`."""
+        sizes: dict[str, Any] = {"blocks": blocks or self.blocks, "seconds": self.seconds}
+        if not self.measures:
+            sizes = {"blocks": 1, "seconds": 0.0}
+        before = clocks()
+        rows = protocol.rows_of(case, base, arms, **sizes, timer=timer or self.time)
+        return [row | {"clocks before": before, "clocks after": clocks()} for row in rows]
+
+    def compare_steps(
+        self, case: str, base: Callable[[], object], calls: Mapping[str, Callable[[], object]]
+    ) -> list[dict[str, Any]]:
+        """Rows of results of whole steps. A call outside of the graph sets the mix that it serves,
+        and is made before the graph is replayed."""
+        counted = {name: self.launches(call) for name, call in {"A/A": base, **calls}.items()}
+        arms = {name: self.arm([call], prepare=call) for name, call in calls.items()}
+        rows = self.compare(case, self.arm([base]), arms)
+        return [row | {"launches": len(counted[row["arm"]])} for row in rows]
 
 
-def copies_for(bytes_of_one: int, free: int | None = None) -> int:
-    """How many copies of the weights to rotate over: at least 20, and ten caches full.
-
-    Raises:
-        MemoryError: they do not fit into device memory.
-    """
-    count = max(COPIES, -(-10 * CACHE_BYTES // max(bytes_of_one, 1)))
-    if free is not None and count * bytes_of_one > 0.8 * free:
-        if COPIES * bytes_of_one > 0.8 * free:
-            raise MemoryError(f"{COPIES} copies of {bytes_of_one >> 20} MiB do not fit")
-        count = COPIES
-    return min(count, 400)
-
-
-def clocks() -> dict[str, str]:
-    """Clocks, throttling, temperature and power now, as nvidia-smi tells; empty without it."""
-    try:
-        line = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return {}
-    return dict(zip(CLOCKS.split(","), (item.strip() for item in line.split(",")), strict=False))
-
-
-def driver() -> str:
-    """The version of NVIDIA's driver; empty without nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def ask_nvidia_smi(fields: str) -> list[str]:
+    """What nvidia-smi says of the GPU; nothing without it."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0]
+        return []
+    return [item.strip() for item in done.stdout.partition("\n")[0].split(",")]
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, throttling, temperature and power now; empty without nvidia-smi."""
+    return dict(zip(CLOCKS.split(","), ask_nvidia_smi(CLOCKS), strict=False))
 
 
 def gpu_machine(device: torch.device) -> dict[str, object]:
@@ -205,28 +174,9 @@ def gpu_machine(device: torch.device) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
     return {
         "gpu": properties.name,
-        "driver": driver(),
+        "driver": "".join(ask_nvidia_smi("driver_version")),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__,
-        **machine(),
+        **protocol.machine(),
     }
-
-
-class Budget:
-    """Minutes that a benchmark may take; what does not fit is left out and said to be."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-        self.left_out: list[str] = []
-        self._longest = 0.0
-
-    def fits(self, case: str) -> bool:
-        """Whether a case as long as the longest so far still ends in time; notes it if not."""
-        if time.monotonic() + 1.2 * self._longest < self.end:
-            return True
-        self.left_out.append(case)
-        return False
-
-    def took(self, seconds: float) -> None:
-        self._longest = max(self._longest, seconds)

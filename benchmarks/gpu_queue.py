@@ -3,7 +3,6 @@
     python benchmarks/gpu_queue.py [--limit 540] [--only WORDS] [--out DIR]    run what is not done
     python benchmarks/gpu_queue.py --report        what is measured, stale, failed, never run
     python benchmarks/gpu_queue.py --self-check    every job in a tiny form on the CPU
-    python benchmarks/gpu_queue.py --take DIR      bring results of --out into the repository
 
 Each job is a subprocess (gpu_jobs.py lists them), ended at its limit or the queue's. What it has
 found is written at once to benchmarks/results/gpu/<device>/, or below --out. Jobs that failed and
@@ -14,21 +13,262 @@ once more those that failed and did not change. A job that would not end in time
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 if str(FOLDER) not in sys.path:  # PYTHONSAFEPATH keeps it off
     sys.path.insert(0, str(FOLDER))
 
-import gpu_here  # noqa: E402
-import gpu_report  # noqa: E402
-from gpu_jobs import Job, all_jobs  # noqa: E402
-from gpu_results import RESULTS, ROOT, Digests, Store, devices, folder_of  # noqa: E402
-from gpu_runner import Queue, ended_with_jobs  # noqa: E402
+from gpu_job import KEPT, RUNNING  # noqa: E402
+from gpu_jobs import LIMIT, ROOT, Job, all_jobs  # noqa: E402
+from gpu_results import (  # noqa: E402  # noqa: E402
+    FAILED,
+    MEASURED,
+    MENDED,
+    NEVER,
+    PARTIAL,
+    RESULTS,
+    Entry,
+    Store,
+    folder_of,
+    now,
+    restore,
+)
+
+NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest")
+MARGIN = 5.0  # seconds that stay for writing results
+GRACE = 3.0  # seconds between asking a job to end and ending it
+DEVICE = "import torch; print(torch.cuda.get_device_name(), torch.__version__, sep='\\n')"
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def is_here(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# --- the processes of jobs ---
+
+
+def job_environment(scratch: Path, peers: Path) -> dict[str, str]:
+    """Where jobs find lorafx, this folder, the tests' helpers, and the peers."""
+    paths = [str(FOLDER), str(ROOT / "tests" / "helpers"), str(link_lorafx(scratch))]
+    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    always = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return environment | always | {"PYTHONPATH": ":".join(paths), "LORAFX_PEERS": str(peers)}
+
+
+def link_lorafx(scratch: Path) -> Path:
+    """A folder to find lorafx in where it is not installed: a link, and its entry points.
+
+    The root itself must not be on the path, where passes/ and kernels/ would shadow others."""
+    folder = scratch / "site"
+    folder.mkdir()
+    if not is_here("lorafx"):
+        (folder / "lorafx").symlink_to(ROOT / "lorafx")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        source = (ROOT / "lorafx/__init__.py").read_text()
+        version = re.findall(r'^__version__ = "(.+)"', source, re.M)[0]
+        about = folder / f"lorafx-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: lorafx\nVersion: {version}\n"
+        )
+        with (about / "entry_points.txt").open("w") as file:
+            for group, points in project["entry-points"].items():
+                lines = [f"{name} = {target}" for name, target in points.items()]
+                print(f"[{group}]", *lines, sep="\n", file=file)
+    return folder
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """End the job's processes where they still run; its exit status."""
+    for ask in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, ask)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it has started
+    return process.wait()
+
+
+# --- the queue ---
+
+
+class Queue:
+    """Runs jobs on one machine, until `options.limit` seconds have passed.
+
+    Raises:
+        SystemExit: there is no GPU, or torch cannot be imported.
+    """
+
+    def __init__(self, jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> None:
+        self.jobs, self.options, self.scratch = jobs, options, scratch
+        self.end = time.monotonic() + options.limit - MARGIN
+        self.environment = job_environment(scratch, options.peers)
+        # Asked of another process: the queue itself leaves the GPU alone.
+        device = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
+        if device.returncode:
+            why = device.stderr.strip().splitlines()[-1:]
+            sys.exit(f"gpu_queue.py measures on a GPU, and torch finds none here: {why}")
+        self.device = folder_of(*device.stdout.splitlines()[-2:])
+        self.store = Store(self.device, options.out)
+        self.tried: set[str] = set()
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def todo(self) -> list[Job]:
+        """Jobs to run, in the order in which to run them, whether or not they still fit."""
+        states = {job.name: self.store.state(job) for job in self.jobs}
+        jobs = [job for job in self.jobs if job.name not in self.tried]
+        if not self.options.again:
+            jobs = [job for job in jobs if states[job.name] != MEASURED]
+        return sorted(jobs, key=lambda job: {MENDED: 0, FAILED: 2}.get(states[job.name], 1))
+
+    def estimate(self, job: Job) -> float:
+        """Seconds that the job took when it was measured here, or that it is thought to take."""
+        entry = self.store.entries.get(job.name)
+        return float(entry["seconds"]) if entry and entry["status"] == MEASURED else job.estimate
+
+    def run(self) -> list[Job]:
+        """Run jobs until none is left that fits; those that are left."""
+        while True:
+            todo = self.todo()
+            ready = [job for job in todo if not missing(job, self.options.peers)]
+            job = next((job for job in ready if 1.1 * self.estimate(job) <= self.left()), None)
+            if job is None:
+                return todo
+            self.tried.add(job.name)
+            say(f"{job.name}: about {self.estimate(job):.0f} s, {len(todo)} jobs to do")
+            entry = self.run_job(job)
+            say(f"{job.name}: {entry['status']} in {entry['seconds']:.0f} s; {described(entry)}")
+
+    def run_job(self, job: Job) -> Entry:
+        """Run one job; its entry is on disk, and grows there while the job runs."""
+        digest = self.store.digest(job)
+        entry = seed(self.store.entries.get(job.name), digest) | {"commit": self.options.commit}
+        cache = Path(tempfile.mkdtemp(dir=self.scratch))  # what another job has tuned is not there
+        for rows in self.store.kept(job).values():
+            restore(rows, cache)
+        self.store.put(job.group, job.name, entry)
+        command = [sys.executable, str(FOLDER / "gpu_job.py"), "--device", self.device, job.name]
+        command += ["--out", str(self.options.out)] if self.options.out else []
+        start, limit, log = time.monotonic(), min(LIMIT, self.left()), cache / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment | {"LORAFX_CACHE_DIR": str(cache)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # not a session of its own: it is to end with the queue
+            )
+        killed = ""
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            queue = "the queue's" if limit < LIMIT else "its"
+            killed = f"ended at {queue} limit of {limit:.0f} s"
+        except SystemExit:
+            killed = "the queue was ended"
+            raise
+        finally:
+            status = stop(process)
+            self.store.take(self.store.folder)
+            entry = self.store.entries[job.name]
+            entry |= {"date": now(), "seconds": round(time.monotonic() - start, 1)}
+            told = log.read_text(errors="replace")[-KEPT:]
+            judge(entry, status, killed, cut_off=bool(killed) and limit < LIMIT, log=told)
+            self.store.put(job.group, job.name, entry)
+        return entry
+
+
+def missing(job: Job, peers: Path) -> bool:
+    """Whether the peer of the job is neither installed nor in the folder `peers`."""
+    return bool(job.needs) and not (peers / f"{job.needs}.zip").exists() and not is_here(job.needs)
+
+
+def seed(earlier: Entry | None, digest: str) -> Entry:
+    """What a job starts from: rows of an earlier run of the same sources, and what failed."""
+    entry: Entry = {"status": PARTIAL, "sources": digest, "date": now(), "seconds": 0.0}
+    entry |= {"summary": "", "failures": {}, "before": [], "rows": []}
+    if earlier is not None:
+        failed = [*earlier["failures"], *earlier["before"] * (earlier["status"] != MEASURED)]
+        entry["before"] = list(dict.fromkeys(failed))
+        if earlier["sources"] == digest and earlier["status"] != MEASURED:
+            entry["rows"] = earlier["rows"]
+    return entry
+
+
+def judge(entry: Entry, status: int, killed: str, *, cut_off: bool, log: str) -> None:
+    """Set the status of a job that has ended, and what is wrong with it."""
+    failures, ended = entry["failures"], entry.pop("ended", False)
+    if cut_off:  # nobody's fault
+        entry |= {"status": PARTIAL, "why": killed, "log": log}
+        entry["failures"] = {key: why for key, why in failures.items() if why != RUNNING}
+    elif killed or failures or status or not ended:
+        why = killed or f"the process ended with status {status}" * (status or not ended)
+        for key, text in failures.items():
+            why = f"{key}: {(text.strip().splitlines() or [''])[-1]}; {len(failures)} in all; {why}"
+            break
+        entry |= {"status": FAILED, "why": why, "log": log}
+    else:
+        entry["status"] = MEASURED
+
+
+def described(entry: Entry) -> str:
+    """What was found, in a line."""
+    return "; ".join(text for text in (entry.get("why"), entry["summary"]) if text)
+
+
+def self_check(jobs: Sequence[Job], scratch: Path, peers: Path) -> int:
+    """Every job in its tiny form, in one process on the CPU."""
+    environment = job_environment(scratch, peers) | {"LORAFX_CACHE_DIR": str(scratch / "cache")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    absent = [job for job in jobs if missing(job, peers)]
+    for job in absent:
+        print(f"{job.name}: not checked, {job.needs} is not at hand", flush=True)
+    command = [sys.executable, str(FOLDER / "gpu_job.py"), "--self-check"]
+    command += [job.name for job in jobs if job not in absent]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+
+
+def report(jobs: Sequence[Job], stores: Mapping[str, Store]) -> None:
+    """Print the state of every job on every device that has results."""
+    for device, store in stores.items():
+        rows = [("job", "state", "when (UTC)", "s", "found")]
+        for job in jobs:
+            entry = store.entries.get(job.name)
+            state = store.state(job)
+            found: Entry = entry or {"date": "", "seconds": job.estimate, "summary": ""}
+            when, seconds = found["date"][:16].replace("T", " "), f"{found['seconds']:.0f}"
+            rows.append((job.name, state, when, seconds, described(found)))
+        states = Counter(row[1] for row in rows[1:])
+        counted = ", ".join(f"{count} {state}" for state, count in states.items())
+        never = sum(job.estimate for job in jobs if job.name not in store.entries)
+        print(f"{device}: {counted}; about {never / 60:.0f} minutes {NEVER}")
+        widths = [max(len(row[place]) for row in rows) for place in range(4)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            print("  ".join([*cells, row[4]]).rstrip())
+        print()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,72 +276,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--limit", type=float, default=540.0, help="seconds of this run")
-    parser.add_argument("--only", action="append", metavar="WORDS", help="jobs named so, in part")
+    parser.add_argument("--only", nargs="+", default=[""], help="jobs named so, in part")
     parser.add_argument("--again", action="store_true", help="measured jobs too")
     parser.add_argument("--out", type=Path, help="write results below here, not in the repository")
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", default="", help="what is measured, where git does not tell")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="vllm.zip, sglang.zip")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--self-check", action="store_true")
-    parser.add_argument("--take", type=Path, metavar="DIR")
     parser.add_argument("--can-run", action="store_true", help="whether this Python can; no output")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    jobs = [
-        job
-        for job in all_jobs()
-        if not options.only or any(words in job.name for words in options.only)
-    ]
+    jobs = [job for job in all_jobs() if any(words in job.name for words in options.only)]
+    lacking = [package for package in NEEDED if not is_here(package)]
     if options.can_run:
-        return int(bool(gpu_here.lacking()))
+        return bool(lacking)
     if options.report:
-        stores = {device: Store(device, out=options.out) for device in devices()}
-        gpu_report.report(jobs, stores, Digests())
+        devices = sorted(path.name for path in RESULTS.glob("*")) or ["no GPU has results yet"]
+        report(jobs, {device: Store(device, options.out) for device in devices})
         return 0
-    if options.take:
-        for folder in sorted(path for path in options.take.iterdir() if path.is_dir()):
-            taken = Store(folder.name).take(folder)
-            print(f"{folder.name}: {len(taken)} results taken")
-        return 0
-    if gpu_here.lacking():
-        sys.exit(f"{sys.executable} lacks {', '.join(gpu_here.lacking())}")
-    with tempfile.TemporaryDirectory(prefix="lorafx-gpu-") as folder:
-        return _measure(jobs, options, Path(folder))
-
-
-def _measure(jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> int:
-    if options.self_check:
-        return gpu_here.self_check(jobs, scratch, options.peers)
-    end = time.monotonic() + options.limit
-    link = gpu_here.link_lorafx(scratch)
-
-    def environment(cache: Path) -> dict[str, str]:
-        return gpu_here.job_environment(link, cache) | {"LORAFX_PEERS": str(options.peers)}
-
-    machine = gpu_here.ask_machine(environment(scratch / "cache"))
-    device = folder_of(str(machine["gpu"]), str(machine["torch"]))
-    queue = Queue(
-        jobs,
-        Store(device, RESULTS, options.out),
-        machine,
-        end,
-        digests=Digests(),
-        environment=environment,
-        launch=lambda job, part: [
-            *(sys.executable, str(FOLDER / "gpu_job.py"), "--part", str(part), job.name)
-        ],
-        commit=options.commit or gpu_here.commit_here(),
-        peers=options.peers,
-        again=options.again,
-    )
-    with ended_with_jobs(queue), gpu_report.Teller() as told:
-        told.say(f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}")
-        left = queue.run(scratch, told)
-    waiting = [f"{job.name} ({queue.estimate(job):.0f} s)" for job in left]
-    print(f"not run: {'; '.join(waiting) or 'nothing is left'}")
+    if lacking:
+        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}")
+    # SIGTERM is an exception, so that the running job ends too and its rows are kept.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="lorafx-gpu-") as scratch:
+        if options.self_check:
+            return self_check(jobs, Path(scratch), options.peers)
+        with suppress(OSError):
+            git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+            told = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            options.commit = options.commit or told
+        queue = Queue(jobs, options, Path(scratch))
+        left = [f"{job.name} ({queue.estimate(job):.0f} s)" for job in queue.run()]
+    print(f"not run: {'; '.join(left) or 'nothing is left'}")
     return 0
 
 

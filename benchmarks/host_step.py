@@ -33,8 +33,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import LoraConfig, get_peft_model
-from protocol import as_row, compare, machine, save
+from protocol import as_row, compare, machine, save, save_adapter
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -145,9 +144,8 @@ class Decoding:
 def decodings(layers: int, shared: Stillness, folder: Path) -> dict[str, Decoding]:
     """The arms, compiled, every graph still."""
     model = build_model(layers)
-    lora = LoraConfig(r=4, target_modules=r".*layers.*_proj", init_lora_weights=False)
-    get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
-    adapters, options = {"a": str(folder)}, {"lowering": "reference", "start": "compiled"}
+    adapters = {"a": save_adapter(model, folder, 4, r".*layers.*_proj")}
+    options = {"lowering": "reference", "start": "compiled"}
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.arange(21).view(3, 7), past_key_values=cache, use_cache=True)
     cm = lorafx.compile(copy.deepcopy(model), adapters, options=options)

@@ -1,7 +1,6 @@
 """Routed experts: eight requests with 0, 1 and 8 adapters beside the model without LoRA.
 
-    python benchmarks/moe.py [--minutes 8] [--quick] [--dtype fp32|bf16] [--case decode|prefill]
-    python benchmarks/moe.py --device cuda
+    python benchmarks/moe.py [--quick] [--dtype fp32|bf16] [--case decode|prefill]
 
 A model like Qwen3-30B-A3B, half as wide with half as many experts (hidden 1024, 64 experts of 384,
 top 8, two layers), LoRA of rank 16 on attention, experts and routers, saved by PEFT. Time over the
@@ -11,8 +10,8 @@ and so is for decode alone. lorafx is compared with the base that computes them 
 the two bases with each other. PEFT serves one adapter, eagerly: it refuses mixed batches here, and
 torch.compile breaks its graph at every parameter.
 
-With --device cuda: one layer of the real sizes in bf16, decode [64, 1] and prefill [8, 1024], every
-arm a CUDA graph. The layer's experts are 20 times an H200's cache, so weights are not rotated.
+On a GPU `make gpu` measures one layer of the real sizes in bf16, decode [64, 1] and prefill
+[8, 1024].
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,8 @@ import moe_cases
 import torch
 from gpu_job import Context
 from peft import PeftModel
-from protocol import Ratio, as_row, compare, machine, save
+from protocol import as_row, compare, machine, names_of, save
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
 
 import lorafx
 
@@ -98,14 +95,9 @@ def run_case(
         twin, start = moe_cases.twin(model), {"start": "compiled"}
         cm = lorafx.compile(twin, dict(paths), options=start)
 
-        def serve(names: Sequence[str | None]) -> Tensor:
-            return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
-
-        error, own_error = moe_cases.errors(model, paths, serve, ids)
+        error, own_error = moe_cases.largest_errors(model, paths, cm, ids)
         arms = {
-            f"lorafx D={distinct}": step(
-                cm, ids, adapter_names=moe_cases.names_of(shape[0], distinct)
-            )
+            f"lorafx D={distinct}": step(cm, ids, adapter_names=names_of(shape[0], distinct))
             for distinct in (0, 1, ADAPTERS)
         }
         base = step(torch.compile(moe_cases.twin(model)), ids)
@@ -128,9 +120,13 @@ def run_case(
         "experts_touched": moe_cases.touched(chosen),
         "load": [load, os.getloadavg()[0]],
     }
+    floors = {
+        f"lorafx D={d}": (moe_cases.floor_of(model, ids, chosen, d), GOALS[kind, d])
+        for d in (0, 1, ADAPTERS)
+    }
     rows = []
     for ratio in ratios:
-        floor, goal = floor_and_goal(model, ids, chosen, kind, ratio)
+        floor, goal = floors.get(ratio.arm, (None, None))
         text = f"; floor {floor:.3f}" if floor else ""
         if goal:
             # A claim needs the bound of the interval.
@@ -140,124 +136,72 @@ def run_case(
     return rows
 
 
-def floor_and_goal(
-    model: Qwen3MoeForCausalLM, ids: Tensor, chosen: Sequence[Tensor], kind: str, ratio: Ratio
-) -> tuple[float | None, float | None]:
-    """Of lorafx's arms; None for others."""
-    name, _, distinct = ratio.arm.partition(" D=")
-    if name != "lorafx":
-        return None, None
-    count = int(distinct)
-    return moe_cases.floor_of(model, ids, chosen, count), GOALS.get((kind, count))
-
-
 def machine_and_load() -> dict[str, object]:
     """The machine, and how busy it was when the results were written."""
     return {**machine(), "load": [round(load, 1) for load in os.getloadavg()]}
 
 
 def on_cpu(options: argparse.Namespace) -> None:
-    budget, rows = gpu_protocol.Budget(options.minutes), []
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         refusal = moe_cases.peft_refusal(Path(folder))
         print(f'PEFT on a mixed batch: "{refusal}"')
         for dtype, kind, implementation in CASES:
-            wanted = dtype in (options.dtype or DTYPES) and kind in (options.case or SHAPES)
-            if not wanted or not budget.fits(f"{kind} {dtype} {implementation}"):
-                continue
-            start = time.monotonic()
-            rows += run_case(dtype, kind, implementation, options)
-            budget.took(time.monotonic() - start)
-            if not options.quick:  # what is measured outlives a run that is ended early
-                save(options.out or RESULTS, TITLE + refusal, rows, machine_and_load)
-    if budget.left_out:
-        print(f"\nleft out for want of time: {'; '.join(budget.left_out)}")
-
-
-def on_cuda(options: argparse.Namespace) -> None:
-    """One layer of the real sizes. Nobody has run this on a device yet."""
-    device = gpu_protocol.require_gpu("moe.py --device cuda")
-    rows: list[dict[str, object]] = []
-    with torch.no_grad():
-        for kind in GPU_SHAPES:
-            rows += gpu_case(kind, "real", device)
-    title = "time over the compiled base, one layer of Qwen3-30B-A3B, r=16"
-    out = options.out or Path("benchmarks/results/moe_gpu.json")
-    save(out, title, rows, lambda: gpu_protocol.gpu_machine(device))
+            if dtype in (options.dtype or DTYPES) and kind in (options.case or SHAPES):
+                rows += run_case(dtype, kind, implementation, options)
+                if not options.quick:  # what is measured outlives a run that is ended early
+                    save(options.out or RESULTS, TITLE + refusal, rows, machine_and_load)
 
 
 def run_on_gpu(context: Context, *, kind: str) -> None:
-    """Job: decode or prefill of one layer of the real sizes."""
-    if not context.order([kind]):
-        return
-    with context.case(kind):
-        context.add(kind, gpu_case(kind, "tiny" if context.tiny else "real", context.device))
-        rows = context.part.rows
-        ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in rows]
-        context.summarise(", ".join(ratios))
+    """Job: decode or prefill of one layer of the real sizes, every arm a CUDA graph. The layer's
+    experts are 20 times an H200's cache, so weights are not rotated."""
+    for key in context.todo({kind: kind}):
+        with context.case(key):
+            context.add(key, gpu_case(kind, context))
+            ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in context.rows]
+            context.summarise(", ".join(ratios))
 
 
-def gpu_case(kind: str, size: str, device: torch.device) -> list[dict[str, object]]:
+def gpu_case(kind: str, context: Context) -> list[dict[str, Any]]:
     """Rows of results of one batch through one layer."""
-    import gpu_model
-
-    tiny = size == "tiny"
-    shape, dtype = GPU_SHAPES[kind], torch.bfloat16
-    if tiny:
-        shape, dtype = (3, min(2, shape[1])), torch.float32
-    meter = gpu_protocol.Meter(device, seconds=0.02)
+    shape, dtype, size = GPU_SHAPES[kind], torch.bfloat16, "real"
+    if context.tiny:
+        shape, dtype, size = (3, min(2, shape[1])), torch.float32, "tiny"
+    meter = gpu_protocol.Meter(context.device, seconds=0.02)
     with tempfile.TemporaryDirectory() as folder:
-        model = moe_cases.build_model(size, 1, dtype, device)
-        paths = moe_cases.save_adapters(model, Path(folder), 2 if tiny else ADAPTERS)
-        backend = "eager" if tiny else "inductor"
+        model = moe_cases.build_model(size, 1, dtype, context.device)
+        paths = moe_cases.save_adapters(model, Path(folder), 2 if context.tiny else ADAPTERS)
+        backend = "eager" if context.tiny else "inductor"
         base = torch.compile(moe_cases.twin(model), dynamic=False, backend=backend)
         cm = lorafx.compile(moe_cases.twin(model), dict(paths), options={"lowering": "triton"})
-        ids = torch.randint(model.config.vocab_size, shape, device=device)
+        ids = torch.randint(model.config.vocab_size, shape, device=context.device)
         chosen = moe_cases.routes(model, ids)
-
-        def serve(names: Sequence[str | None]) -> Tensor:
-            return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
-
-        error, own_error = moe_cases.errors(model, paths, serve, ids)
+        error, own_error = moe_cases.largest_errors(model, paths, cm, ids)
         if not error < ROUNDING * own_error:
             raise RuntimeError(f"{kind}: off by {error:.2e}, a merged model by {own_error:.2e}")
+        mixes = {f"lorafx D={d}": d for d in sorted({0, 1, len(paths)})}
         calls = {
-            f"lorafx D={d}": step(cm, ids, adapter_names=moe_cases.names_of(shape[0], d))
-            for d in sorted({0, 1, len(paths)})
+            name: step(cm, ids, adapter_names=names_of(len(ids), d)) for name, d in mixes.items()
         }
-        run_base = step(base, ids)
-        counted = {name: len(meter.launches(call)) for name, call in calls.items()}
-        arms = {name: gpu_model.StepArm(meter.arm([call]), call) for name, call in calls.items()}
-        base_arm = gpu_model.StepArm(meter.arm([run_base]), lambda: None)
-        ratios = meter.compare(base_arm, arms, partial(gpu_model.step_time, meter))
-        label = f"{kind} {list(shape)} bf16, one layer of Qwen3-30B-A3B"
-        say(f"{label}: error {error:.2e}, a merged model's own {own_error:.2e}")
-        rows = []
-        for ratio in ratios:
-            floor, _ = floor_and_goal(model, ids, chosen, kind, ratio)
-            reached = "reached" if 1 / ratio.high >= GPU_GOAL else "not reached"
-            print(f"  {ratio.arm:14s} {ratio}; throughput goal {GPU_GOAL} {reached}", flush=True)
-            rows.append(
-                as_row(label, ratio)
-                | {"floor": floor, "goal": GPU_GOAL, "launches": counted.get(ratio.arm)}
-                | {"error": error, "error_of_merged": own_error}
-                | {"clocks": gpu_protocol.clocks()}
-            )
-    return rows
+        label = (
+            f"{kind} {list(shape)} {'fp32' if context.tiny else 'bf16'}, one layer of {size} sizes"
+        )
+        rows = meter.compare_steps(label, step(base, ids), calls)
+        about = {"goal": GPU_GOAL, "error": error, "error_of_merged": own_error}
+        floors = {name: moe_cases.floor_of(model, ids, chosen, d) for name, d in mixes.items()}
+        return [row | about | {"floor": floors.get(row["arm"])} for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--quick", action="store_true", help="1 layer, 5 blocks; nothing saved")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--case", choices=SHAPES, action="append")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    (on_cuda if options.device == "cuda" else on_cpu)(options)
+    on_cpu(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ floor(prefill) = 1 + Σ r·(K + N) over rows / Σ K·N over rows: multiplication
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from protocol import errors, save_adapter
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -84,27 +86,15 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 def save_adapters(model: Qwen3MoeForCausalLM, folder: Path, count: int) -> dict[str, str]:
     """Adapters of attention, experts and routers with non-zero B, saved by PEFT, by name."""
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        target_modules=list(TARGETS),
-        target_parameters=list(PARAMETERS),
-    )
-    peft_model = get_peft_model(copy.deepcopy(model), config)
-    paths = {}
-    for index in range(count):
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(index)
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-        paths[f"a{index}"] = str(folder / f"a{index}")
-        peft_model.save_pretrained(paths[f"a{index}"])
-    return paths
-
-
-def names_of(batch: int, distinct: int) -> list[str | None]:
-    """The adapter of each request: D of them in turn; the base where D is 0."""
-    return [f"a{row % distinct}" if distinct else None for row in range(batch)]
+    return {
+        f"a{index}": save_adapter(
+            *(model, folder / f"a{index}", RANK, list(TARGETS)),
+            std=0.02,
+            seed=index,
+            target_parameters=list(PARAMETERS),
+        )
+        for index in range(count)
+    }
 
 
 def peft_refusal(folder: Path) -> str:
@@ -167,28 +157,18 @@ def floor_of(model: Qwen3MoeForCausalLM, ids: Tensor, chosen: Sequence[Tensor], 
     return 1 + RANK * factors / weights if D else 1.0
 
 
-def errors(
-    model: Qwen3MoeForCausalLM,
-    paths: Mapping[str, str],
-    serve: Callable[[Sequence[str | None]], Tensor],
-    ids: Tensor,
+def largest_errors(
+    model: Qwen3MoeForCausalLM, paths: Mapping[str, str], cm: Any, ids: Tensor
 ) -> tuple[float, float]:
-    """Largest error of two rows of a mixed batch (an adapter's and a base row's) against dense
-    merge in float64, of lorafx and of the merged model in the model's own dtype.
+    """Largest error of rows of a mixed batch (adapters' and a base row's) against dense merge in
+    float64, of lorafx and of the merged model in the model's own dtype.
 
     Tokens that float64 sends to other experts are in it: near ties are decided by rounding.
     """
     names: list[str | None] = [*list(paths)[: ids.shape[0] - 1], None]
-    got = serve(names).double()
-    worst = own = 0.0
-    for row in (0, len(names) - 1):
-        exact, name = copy.deepcopy(model).double(), names[row]
-        exact.set_experts_implementation("eager")  # grouped_mm has no float64
-        if name is not None:
-            exact = PeftModel.from_pretrained(exact, paths[name]).merge_and_unload()
-        one = ids[row : row + 1]
-        want = exact(input_ids=one, use_cache=False).logits[0]
-        plain = exact.to(model.dtype)(input_ids=one, use_cache=False).logits[0].double()
-        worst = max(worst, float((got[row] - want).abs().max()))
-        own = max(own, float((plain - want).abs().max()))
-    return worst, own
+    names = [*names[:-1], *[None] * (ids.shape[0] - len(names) + 1)]
+    plain = twin(model)
+    plain.set_experts_implementation("eager")  # grouped_mm has no float64
+    logits = cm(input_ids=ids, use_cache=False, adapter_names=names).logits
+    ours, merged = zip(*errors(plain, paths, logits, ids, names), strict=True)
+    return max(ours), max(merged)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cpu_mixed import RANK, TARGETS, build_model, save_adapters
-from protocol import as_row, compare, save
+from protocol import rows_of, save
 
 import lorafx
 
@@ -62,9 +62,7 @@ def run(folder: Path, blocks: int) -> list[dict[str, Any]]:
         def plain(ids: torch.Tensor = ids) -> Any:
             return base(input_ids=ids, use_cache=False)
 
-        for ratio in compare(plain, arms, blocks=blocks, seconds=0.1):
-            print(f"{label}, {ratio.arm}: {ratio}")
-            rows.append(as_row(label, ratio))
+        rows += rows_of(label, plain, arms, blocks=blocks, seconds=0.1)
     return rows
 
 

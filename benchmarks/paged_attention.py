@@ -4,7 +4,9 @@
 in random order. Cases: a token each at contexts of 64, 500 and 2,000; a prompt of 241 tokens beside
 15 such tokens; a chunk of 512 of one prompt. The base is `lorafx::paged_cache` and torch's
 attention by the mask over what it returns, as graphs have them without the pass `attend`. On a GPU
-it is gpu_attention.py, a job of the GPU queue.
+`make gpu` measures it in bfloat16, with heads of Llama-3-8B and of a model in which each head has
+keys of its own: "own keys" has the tiles and parts that are chosen without naming them, the others
+those of their names.
 
     python benchmarks/paged_attention.py [--quick] [--blocks N] [--out FILE]
 """
@@ -12,16 +14,21 @@ it is gpu_attention.py, a job of the GPU queue.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_protocol
 import torch
-from protocol import as_row, compare, save
+from gpu_job import Context
+from protocol import rows_of, save
 from torch import Tensor
 
 import lorafx.kernels.cpu.attention  # noqa: F401  its kernel
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, PagedStep
+from lorafx.kernels.triton.attention import PagedAttentionSpec, architecture, attend
+from lorafx.kernels.triton.generated import launch_interpreted, launch_wrapped
 
 HEADS, SIZE, PAGE, REQUESTS = 16, 64, 16, 16
 #: Case -> of each request the new tokens, and all that it has.
@@ -30,6 +37,33 @@ CASES: dict[str, list[tuple[int, int]]] = {
     "a prompt of 241 beside contexts of 500": [(241, 241), *[(1, 500)] * (REQUESTS - 1)],
     "512 tokens of a prompt of 2048": [(512, 2048)],
 }
+#: The same by phase, on a GPU.
+GPU_CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
+    "decode": {
+        "64 requests, contexts of 1000": [(1, 1000)] * 64,
+        "8 requests, contexts of 1000": [(1, 1000)] * 8,
+        "one request, a context of 8000": [(1, 8000)],
+        "16 requests, contexts of 64": [(1, 64)] * 16,
+    },
+    "chunks": {
+        "a prompt of 497 beside contexts of 1000": [(497, 497), *[(1, 1000)] * 15],
+        "512 tokens of a prompt of 4096": [(512, 4096)],
+        "four prompts of 512": [(512, 512)] * 4,
+    },
+}
+GPU_TINY = {"decode": [(1, 9), (1, 30)], "chunks": [(5, 12), (1, 20)]}
+#: Heads of queries, of keys, and numbers a head.
+GPU_HEADS = {"grouped": (32, 8, 128), "each its own": (32, 32, 128)}
+#: Arm -> arguments of lorafx.kernels.triton.attention.attend.
+GPU_ARMS: dict[str, dict[str, Any]] = {
+    "own keys": {},
+    "tiles of few": {"few": True},
+    "tiles of many": {"few": False},
+    **{f"{parts} parts": {"parts": parts} for parts in (1, 4, 16)},
+}
+TINY_ARMS = ("own keys", "4 parts")
+#: Largest difference of two results in bfloat16, of order one.
+TOLERANCE = 3e-2
 
 
 def step_of(
@@ -89,12 +123,52 @@ def by_mask(call: Mapping[str, Any]) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=call["mask"])
 
 
-def arms(
-    lengths: Sequence[tuple[int, int]], keys: int, dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The base and the operator, of `keys` heads of keys."""
-    call = step_of(lengths, dtype, keys=keys)
-    return lambda: by_mask(call), lambda: PAGED_ATTENTION(**call)
+def own_keys(call: Mapping[str, Any], **how: Any) -> Tensor:
+    """`lorafx::paged_attention` as a GPU has it; in Triton's interpreter on a CPU."""
+    step = PagedStep(**call)
+    spec, device = PagedAttentionSpec.of(step), step.query.device
+    assert spec is not None
+    launch = launch_wrapped if device.type == "cuda" else launch_interpreted
+    return attend(launch, architecture(device), spec, step, **how)
+
+
+def attend_on_gpu(context: Context, *, phase: str) -> None:
+    """Job: one case after the other, every arm a CUDA graph over copies of the cache."""
+    lengths = {f"{phase}, tiny": GPU_TINY[phase]} if context.tiny else GPU_CASES[phase]
+    cases = {
+        f"{name}, keys: {heads}": (f"{name}, keys: {heads}", given, GPU_HEADS[heads])
+        for heads in GPU_HEADS
+        for name, given in lengths.items()
+    }
+    for key, given, sizes in context.todo(cases):
+        with context.case(key):
+            sizes = (4, 2, 16) if context.tiny else sizes
+            call = step_of(given, torch.bfloat16, *sizes, context.device)
+            context.add(key, measured_on_gpu(context, key, call))
+            own = [row for row in context.rows if row["arm"] == "own keys"]
+            context.summarise("; ".join(f"{row['case']} {row['median']:.3f}" for row in own))
+
+
+def measured_on_gpu(context: Context, key: str, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of results of one case.
+
+    Raises:
+        RuntimeError: the two differ by more than rounding explains.
+    """
+    meter, want = gpu_protocol.Meter(context.device), by_mask(call)
+    # In an interpreter each part takes its time.
+    hows = {name: how for name, how in GPU_ARMS.items() if not context.tiny or name in TINY_ARMS}
+    off = {arm: float((own_keys(call, **how) - want).abs().max()) for arm, how in hows.items()}
+    if not max(off.values()) < TOLERANCE:
+        raise RuntimeError(f"{key}: off by {off}")
+    copies = range(meter.copies(call["cache"].nbytes))
+    calls = [{**call, "cache": call["cache"].clone()} for _ in copies]
+    arms = {
+        name: meter.arm([partial(own_keys, own, **how) for own in calls])
+        for name, how in hows.items()
+    }
+    rows = meter.compare(key, meter.arm([partial(by_mask, own) for own in calls]), arms)
+    return [row | {"largest difference": off.get(row["arm"])} for row in rows]
 
 
 def main() -> None:
@@ -107,14 +181,12 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for keys in (HEADS, HEADS // 4):
             for case, lengths in CASES.items():
-                base, own_keys = arms(lengths, keys, dtype)
-                torch.testing.assert_close(own_keys(), base(), rtol=0, atol=3e-2)
+                call = step_of(lengths, dtype, keys=keys)
+                base, own = partial(by_mask, call), partial(PAGED_ATTENTION, **call)
+                torch.testing.assert_close(own(), base(), rtol=0, atol=TOLERANCE)
                 blocks = 2 if arguments.quick else arguments.blocks
-                found = compare(base, {"own keys": own_keys}, blocks=blocks)
                 name = f"{case}, {keys} heads of keys, {str(dtype).removeprefix('torch.')}"
-                rows += [as_row(name, ratio) for ratio in found]
-                for row in rows[-len(found) :]:
-                    print(row)
+                rows += rows_of(name, base, {"own keys": own}, blocks=blocks)
     if not arguments.quick or arguments.out:
         out = arguments.out or Path(__file__).parent / "results" / "paged_attention.json"
         save(out, "attention over a paged cache, on a CPU", rows)

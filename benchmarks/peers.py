@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_layers.py. None of their
+"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_linear.py. None of their
 code is here.
 
 An installed package is imported as it is. Else the ops are loaded out of a wheel (or a folder, or
@@ -56,17 +56,13 @@ class Layer:
 Arm = Callable[[], Tensor]
 
 
-def find(package: str, wheel: Path | None) -> Callable[[Layer], Arm] | str:
-    """What makes an arm of `package` for a layer, or why there is none."""
+def find(package: str) -> Callable[[Layer], Arm] | str:
+    """What makes an arm of `package` for a layer, or why there is none: of what `cut` has left of
+    its wheel in the folder of --peers, if it is there."""
     make, files = {"vllm": (_vllm, VLLM_FILES), "sglang": (_sglang, SGLANG_FILES)}[package]
-    modules = load(package, wheel, files)
-    return modules if isinstance(modules, str) else make(modules)
-
-
-def at_hand(package: str) -> Path | None:
-    """What `cut` has left of the package's wheel in the folder of --peers."""
     path = Path(os.environ.get(FOLDER, "")) / f"{package}.zip"
-    return path if path.exists() else None
+    modules = load(package, path if path.exists() else None, files)
+    return modules if isinstance(modules, str) else make(modules)
 
 
 def load(package: str, wheel: Path | None, files: Sequence[str]) -> dict[str, ModuleType] | str:
@@ -76,7 +72,7 @@ def load(package: str, wheel: Path | None, files: Sequence[str]) -> dict[str, Mo
             return _from_files(package, _extracted(wheel), files)
         if importlib.util.find_spec(package) is not None:
             return _installed(package, files)
-        return f"{package} is not installed; give --{package}-wheel PATH"
+        return f"{package} is not installed"
     except Exception as error:
         return f"{package} could not be loaded: {type(error).__name__}: {error}"
 

@@ -1,6 +1,6 @@
 """Products of a decode step on a CPU, with their deltas, as shares of the memory's read speed.
 
-The 24 packed products of a Llama (hidden 1024, intermediate 2816, 6 layers; kernel_cpu.py), each
+The 24 packed products of a Llama (hidden 1024, intermediate 2816, 6 layers), each
 with a weight and a bank of its own, which the caches do not hold; 1 and 8 rows with 0, 1 and 8
 adapters of rank 16. The base arm reads as many bytes of memory as the weights have, by a loop that
 only reads, on as many threads. Share = time of reading / time of the step.
@@ -19,13 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from kernel_cpu import DTYPES, LAYERS, PACKS, bank_of, specs_of
 from protocol import as_row, compare, machine, save
+from triton_variants import packed_delta
 
 from lorafx.kernels.cpu import compiler
 from lorafx.kernels.cpu.delta_kernels import build_all
 from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
 
+LAYERS, RANK = 6, 16
+PACKS = {"qkv": (1024, (1024,) * 3), "o": (1024, (1024,)), "gate_up": (1024, (2816,) * 2)}
+PACKS["down"] = (2816, (1024,))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CASES = ((1, 0), (1, 1), (8, 0), (8, 1), (8, 8))
 #: Several streams, since one alone is limited by the latency of its cache lines.
 READER = """
@@ -52,9 +56,21 @@ def reader(count: int) -> Step:
     return lambda: list(pool.map(lambda share: read(share.data_ptr(), share.numel()), shares))
 
 
+def bank_of(pack: str, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """A, B, ranks and scales of so many slots with adapters."""
+    K, sizes = PACKS[pack]
+    G, N = len(sizes), sum(sizes)
+    return (
+        torch.randn(slots, RANK, G * K).to(dtype),
+        torch.randn(slots, RANK, N).to(dtype),
+        torch.full((slots, G), RANK, dtype=torch.int32),
+        torch.full((slots, G), 1e-3),
+    )
+
+
 def steps(dtype: torch.dtype, rows: int) -> tuple[int, dict[str, Step]]:
     """(bytes of all weights, a step of `rows` rows for each number of adapters)."""
-    specs = specs_of(dtype)
+    specs = {name: packed_delta(K, sizes, RANK, dtype) for name, (K, sizes) in PACKS.items()}
     kernels = build_all(specs.values())
     calls = []
     for name in list(PACKS) * LAYERS:

@@ -12,16 +12,13 @@ the time of a call afterwards, as the median of 50, whose guards are Dynamo's ow
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import resource
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from compile_time import cpu_seconds, in_process
+from compile_time import spent
+from protocol import in_process, save, save_adapter
 
 ROWS = 8
 
@@ -29,7 +26,6 @@ ROWS = 8
 def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     """One start of this process: seconds of the first call, and what became of its graph."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import lorafx
@@ -47,8 +43,7 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     adapter = Path(folder) / "adapter"
     if not adapter.exists():
-        lora = LoraConfig(r=16, target_modules=r".*layers.*_proj", init_lora_weights=False)
-        get_peft_model(copy.deepcopy(model), lora).save_pretrained(adapter)
+        save_adapter(model, adapter, 16, r".*layers.*_proj")
     cache = str(Path(folder) / "graphs")
     options = {"lowering": lowering, "cache": cache, "start": "compiled"}
     cm = lorafx.compile(model, {"a": str(adapter)}, options=options)
@@ -58,24 +53,15 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     def call() -> Any:
         return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
-    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before = sum(cpu_seconds(item) for item in who)
-    begin = time.perf_counter()
-    logits = call()
-    seconds = time.perf_counter() - begin
-    cpu = sum(cpu_seconds(item) for item in who) - before
-    steps = []
-    for _ in range(50):
-        begin = time.perf_counter()
-        call()
-        steps.append(time.perf_counter() - begin)
+    first = spent(call)
+    steps = [spent(call)["seconds"] for _ in range(50)]
     (record,) = cm._session.backend.records
     return {
-        "seconds": seconds,
-        "cpu": cpu,
+        "seconds": first["seconds"],
+        "cpu": first["cpu"] + first["compilers"],
         "step": statistics.median(steps),
         "graph": record.saved,
-        "sum": float(logits.double().sum()),
+        "sum": float(call().double().sum()),
     }
 
 
@@ -84,17 +70,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, action="append", help="layers; 2 and 32 without it")
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--out", help="a file for the rows; nothing is saved without it")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        function, arguments = json.loads(options.run)
-        print(json.dumps(globals()[function](*arguments)))
-        return
     rows: list[dict[str, object]] = []
     for layers in options.depth or [2, 32]:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = "start", layers, options.lowering, folder
-            pair = [in_process(*arguments, cache=Path(folder), file=__file__) for _ in range(2)]
+            arguments = __file__, "start", layers, options.lowering, folder
+            pair = [in_process(*arguments, cache=Path(folder)) for _ in range(2)]
         assert pair[0]["sum"] == pair[1]["sum"], "the second start has another answer"
         for which, row in zip(("first", "second"), pair, strict=True):
             rows.append({"layers": layers, "start": which, **row})
@@ -104,8 +85,6 @@ def main() -> None:
                 flush=True,
             )
     if options.out:
-        from protocol import save
-
         save(Path(options.out), f"first calls, Llama of hidden 256, {options.lowering}", rows)
 
 

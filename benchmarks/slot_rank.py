@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from adapter_store import TARGETS, Sizes, build_model
-from peft import LoraConfig, get_peft_model
-from protocol import as_row, compare, save
+from protocol import as_row, compare, save, save_adapter
 from transformers import LlamaForCausalLM
 
 import lorafx
@@ -34,22 +33,16 @@ SMALL, LARGE, COUNT, REQUESTS = 8, 256, 64, 8
 STEP_GOAL, MEMORY_GOAL = 1.0, 1.2
 
 
-@torch.no_grad()
-def save_adapters(model: LlamaForCausalLM, folder: Path) -> dict[str, Path]:
-    """Adapters of rank SMALL and one of rank LARGE, saved by PEFT."""
-    made: dict[str, Path] = {}
-    for name, rank in [(f"a{i}", SMALL) for i in range(REQUESTS)] + [("large", LARGE)]:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-        peft_model = get_peft_model(copy.deepcopy(model), config)
-        for parameter_name, parameter in peft_model.named_parameters():
-            if "lora_" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.02)
-        made[name] = folder / name
-        peft_model.save_pretrained(str(made[name]))
-    return made
+def save_adapters(model: LlamaForCausalLM, folder: Path) -> dict[str, str]:
+    """Adapters of rank SMALL and one of rank LARGE."""
+    ranks = {**{f"a{index}": SMALL for index in range(REQUESTS)}, "large": LARGE}
+    return {
+        name: save_adapter(model, folder / name, rank, TARGETS, std=0.02)
+        for name, rank in ranks.items()
+    }
 
 
-def serve(model: LlamaForCausalLM, paths: dict[str, Path], **room: Any) -> Any:
+def serve(model: LlamaForCausalLM, paths: dict[str, str], **room: Any) -> Any:
     config = lorafx.LoraConfig(target_modules=TARGETS, max_adapters=COUNT + 1, **room)
     cm = lorafx.compile(copy.deepcopy(model), config, options={"start": "compiled"})
     for name, path in paths.items():

@@ -96,9 +96,10 @@ def _attributes(signature: dict[str, str], spec: Spec | None) -> dict[Any, Any]:
     }
 
 
-def _delta(
+def packed_delta(
     K: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype, **changes: Any
 ) -> DeltaSpec:
+    """Of siblings of these sizes that share x, all of one dtype."""
     count = len(sizes)
     arguments: dict[str, Any] = {
         "x_dtype": dtype,
@@ -120,22 +121,26 @@ def representative_specs() -> dict[str, TritonSpec]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     qkv = (4096, 1024, 1024)
     linear = {
-        "qkv_r16_bf16": (_delta(4096, qkv, 16, bf16), False, False),
-        "qkv_r64_fp16_bias": (_delta(4096, qkv, 64, fp16), True, False),
-        "o_r16_bf16": (_delta(4096, (4096,), 16, bf16), False, False),
-        "gate_up_r16_bf16": (_delta(4096, (14336, 14336), 16, bf16), False, False),
-        "down_r256_bf16": (_delta(14336, (4096,), 256, bf16), False, False),
-        "conv1d_r8_bf16": (_delta(768, (2304,), 8, bf16), True, True),
-        "odd_r5_bf16": (_delta(2049, (77, 130), 5, bf16), True, False),
-        "odd_r5_fp32": (_delta(2049, (77, 130), 5, fp32), True, False),
-        "o_r16_fp32": (_delta(1024, (1024,), 16, fp32), False, False),
-        "o_r16_bf16_fp32bank": (_delta(4096, (4096,), 16, bf16, bank_dtype=fp32), False, False),
+        "qkv_r16_bf16": (packed_delta(4096, qkv, 16, bf16), False, False),
+        "qkv_r64_fp16_bias": (packed_delta(4096, qkv, 64, fp16), True, False),
+        "o_r16_bf16": (packed_delta(4096, (4096,), 16, bf16), False, False),
+        "gate_up_r16_bf16": (packed_delta(4096, (14336, 14336), 16, bf16), False, False),
+        "down_r256_bf16": (packed_delta(14336, (4096,), 256, bf16), False, False),
+        "conv1d_r8_bf16": (packed_delta(768, (2304,), 8, bf16), True, True),
+        "odd_r5_bf16": (packed_delta(2049, (77, 130), 5, bf16), True, False),
+        "odd_r5_fp32": (packed_delta(2049, (77, 130), 5, fp32), True, False),
+        "o_r16_fp32": (packed_delta(1024, (1024,), 16, fp32), False, False),
+        "o_r16_bf16_fp32bank": (
+            packed_delta(4096, (4096,), 16, bf16, bank_dtype=fp32),
+            False,
+            False,
+        ),
     }
     specs = {
         name: TritonSpec(delta, delta.x_dtype, bias, transposed)
         for name, (delta, bias, transposed) in linear.items()
     }
-    table = _delta(0, (4096,), 16, bf16, embedding=True)
+    table = packed_delta(0, (4096,), 16, bf16, embedding=True)
     return {**specs, "embedding_r16_bf16": TritonSpec(table)}
 
 

@@ -24,14 +24,15 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
+
+from protocol import in_process, machine, save
 
 VOCABULARY, PROMPTS, GENERATIONS, NEW = 256, 4, 8, 32
 #: Pages for the longest prompts with their completions, for both engines.
@@ -206,32 +207,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/trl_steps.json"))
-    parser.add_argument("--arm", choices=[*ARMS, "memory"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     seeds = options.seeds or [1]
-    if options.arm:
-        found = memory() if options.memory else train(options.arm, options.steps, *seeds)
-        print(json.dumps(found))
-        return
-
-    def run(arm: str, *settings: str, **environment: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--arm", arm, "--steps", str(options.steps), *settings]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-        )
-        return {"case": arm, **json.loads(done.stdout.splitlines()[-1])}
-
     cases = {}
     if options.out.exists():  # of which what is not measured now stays
         cases = {row["case"]: row for row in json.loads(options.out.read_text())["rows"]}
     if options.memory:
-        cases["memory"] = run("memory", "--memory")
+        cases["memory"] = in_process(__file__, "memory")
     for arm in () if options.memory else ARMS:
         row = cases.setdefault(arm, {"rewards": {}})
         for seed in seeds:
             threads = {"OMP_NUM_THREADS": "1"} if options.seeds else {}
-            found = run(arm, "--seeds", str(seed), **threads)
+            found = in_process(__file__, "train", arm, options.steps, seed, **threads)
             rewards = row["rewards"] | found["rewards"]
             cpu = {name: found[name] for name in ("step_cpu_s", "rollout_cpu_s")}
             kept = {"one_thread": cpu | row.get("one_thread", {})} if options.seeds else found
@@ -241,10 +229,6 @@ def main() -> None:
         if len(last) > 1:
             row["standard_error"] = stdev(last) / math.sqrt(len(last))
         print({name: value for name, value in row.items() if name != "rewards"}, flush=True)
-    from importlib import metadata
-
-    from protocol import machine, save
-
     versions = {name: metadata.version(name) for name in ("trl", "accelerate")}
     title = "GRPO of TRL, sampled by transformers and by lorafx"
     save(options.out, title, [*cases.values()], lambda: {**machine(), **versions})

@@ -257,9 +257,17 @@ class LinearProblem:
 
     @classmethod
     def random(
-        cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8
+        cls,
+        spec: TritonSpec,
+        rows: int,
+        device: torch.device,
+        *,
+        slots: int = 8,
+        distinct: int = 8,
+        turns: bool | None = None,
     ) -> LinearProblem:
-        """Values of about 1 in y, so that no number is denormal or overflows."""
+        """Values of about 1 in y, so that no number is denormal or overflows. Rows are of
+        `distinct` adapters, spread over the slots; few rows take turns, many come in runs."""
         d = spec.delta
         K, N, R, G = d.in_features, spec.out_features, d.max_rank, d.group
 
@@ -276,8 +284,9 @@ class LinearProblem:
         B = normal(slots, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
         ranks = torch.full((slots, G), R, dtype=torch.int32, device=device)
         scales = torch.ones((slots, G), device=device)
-        owners = torch.arange(rows, device=device)  # few rows take turns, many come in runs
-        owners = (owners % slots if rows <= 256 else owners * slots // rows).to(torch.int32)
+        owners, turns = torch.arange(rows, device=device), rows <= 256 if turns is None else turns
+        owners = owners % distinct if turns else owners * distinct // rows
+        owners = (owners * (slots // distinct)).to(torch.int32)
         weight = bias = None
         if spec.weight_dtype is not None:
             shape = (K, N) if spec.transposed else (N, K)

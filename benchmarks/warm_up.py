@@ -12,15 +12,13 @@ and of each graph the seconds of each part. Some six minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from compile_time import cpu_seconds, in_process
+from compile_time import spent
 from compile_time import start as start_llama
+from protocol import in_process, save
 
 #: What is run: arguments of `warmup`, None for one mixed call; and `Options.base_graphs`.
 ARMS: dict[str, tuple[dict[str, Any] | None, bool | str]] = {
@@ -41,19 +39,15 @@ def start(arm: str, layers: int) -> dict[str, Any]:
     asked, base_graphs = ARMS[arm]
     cm, _ = start_llama("llama", layers, True, True, base_graphs=base_graphs)
     ids = torch.randint(0, cm._orig_mod.config.vocab_size, (4, 5))
-    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before = [cpu_seconds(item) for item in who]
-    begin = time.perf_counter()
-    if asked is None:
-        cm(input_ids=ids, use_cache=False, adapter_names=["a", None] * 2)
-    else:
-        cm.warmup(**asked)
-    seconds = time.perf_counter() - begin
-    cpu, compilers = (cpu_seconds(item) - was for item, was in zip(who, before, strict=True))
+
+    def call() -> None:
+        if asked is None:
+            cm(input_ids=ids, use_cache=False, adapter_names=["a", None] * 2)
+        else:
+            cm.warmup(**asked)
+
     return {
-        "seconds": seconds,
-        "cpu": cpu,
-        "compilers": compilers,
+        **spent(call),
         "graphs": cm.recompiles,
         "each": [
             {"title": graph.title, "reason": graph.reason, **graph.seconds}
@@ -67,25 +61,18 @@ def main() -> None:
     parser.add_argument("--depth", type=int, action="append", help="layers; 32 without it")
     parser.add_argument("--arm", choices=ARMS, action="append")
     parser.add_argument("--out", default="benchmarks/results/warm_up.json")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        function, arguments = json.loads(options.run)
-        print(json.dumps(globals()[function](*arguments)))
-        return
     rows = []
     for layers in options.depth or [32]:
         for arm in options.arm or ARMS:
             with tempfile.TemporaryDirectory() as folder:
-                row = in_process("start", arm, layers, cache=Path(folder), file=__file__)
+                row = in_process(__file__, "start", arm, layers, cache=Path(folder))
             rows.append({"case": arm, "layers": layers, **row})
             print(
                 f"{layers:3d} layers, {arm}: {row['graphs']} graphs, {row['seconds']:.1f} s "
                 f"(cpu {row['cpu']:.1f}, compilers {row['compilers']:.1f})",
                 flush=True,
             )
-    from protocol import save
-
     save(Path(options.out), "warmup of a Llama of hidden 512 beside one graph", rows)
 
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.errors import ConfigError, nearest
+from lorafx.errors import ConfigError, Setting, nearest
 from lorafx.torch_internals import versions
+
+CACHE = Setting("cache", "Options.cache")
 
 #: When this process imported lorafx.
 IMPORTED = time.time()
@@ -104,12 +106,16 @@ class LoraConfig:
             if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
+                setting = Setting(name, f"LoraConfig.{name}")
+                raise ConfigError(f"{setting} must be a positive integer, got {value!r}").naming(
+                    setting
+                )
         if self.slot_rank is not None and self.slot_rank > self.max_rank:
+            setting = Setting("slot_rank", "LoraConfig.slot_rank")
             raise ConfigError(
-                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}; "
-                "give less, or a larger max_rank"
-            )
+                f"{setting} = {self.slot_rank} is over max_rank = {self.max_rank}; give less, or a "
+                "larger max_rank"
+            ).naming(setting)
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(
@@ -244,10 +250,11 @@ class Options:
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
+                setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"{setting} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
-                )
+                ).naming(setting)
         if self.shortcuts is not None:
             from lorafx.torch_internals.shortcuts import SHORTCUTS
 
@@ -259,9 +266,8 @@ class Options:
                     )
         if self.cache and self.cache != "auto" and not versions.saves_graphs():
             raise ConfigError(
-                f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; leave "
-                "it out"
-            )
+                f"{CACHE} needs torch 2.13 or later, and this is {torch.__version__}; leave it out"
+            ).naming(CACHE)
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
         if self.lowering != "auto":  # which depends on the device
             allowed = STRATEGIES[self.lowering]

@@ -7,15 +7,27 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
 
-#: How messages name a field of LoraConfig or Options, alone or with a sufficient value.
-_SETTING = re.compile(
-    r"compile with LoraConfig\((?P<field>\w+)=(?P<value>.+?)\)"
-    r"(?P<given>, or give the adapter when compiling)?"
-    r"|(?:LoraConfig|Options)\.(?P<alone>\w+)|(?P<targets>target_modules) when compiling"
-)
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of LoraConfig or Options as a message names it; `str` gives these words.
+
+    Attributes:
+        value: one that would do, if the message says so.
+        given: whether it would also do to give the adapter when compiling.
+    """
+
+    field: str
+    words: str
+    value: object = None
+    given: bool = False
+
+    def __str__(self) -> str:
+        return self.words
 
 
 def numbered(number: int, one: str, many: str = "") -> str:
@@ -23,21 +35,10 @@ def numbered(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def way_out_by(field: str, value: object, *, given: bool = False) -> str:
+def way_out_by(field: str, value: object, *, given: bool = False) -> Setting:
     """A sentence fragment: LoraConfig needs this value; `given`: or the adapter when compiling."""
-    text = f"compile with LoraConfig({field}={value!r})"
-    return text + ", or give the adapter when compiling" * given
-
-
-def respelled(message: str, spell: Callable[[str, str | None, bool], str | None]) -> str:
-    """A message in which `spell(field, value, given)` replaces fields of LoraConfig and Options,
-    for programs with other names for them; where it returns None, a field stays as it is."""
-
-    def spelled(match: re.Match[str]) -> str:
-        field = match["field"] or match["alone"] or match["targets"]
-        return spell(field, match["value"], match["given"] is not None) or match[0]
-
-    return _SETTING.sub(spelled, message)
+    words = f"compile with LoraConfig({field}={value!r})"
+    return Setting(field, words + ", or give the adapter when compiling" * given, value, given)
 
 
 class LorafxError(Exception):
@@ -46,6 +47,23 @@ class LorafxError(Exception):
     Way out: `except lorafx.LorafxError` catches all of them, in calls and while compiling. The
     message of each names the thing and what to do.
     """
+
+    #: Those that the message names, for programs with other words for them.
+    settings: tuple[Setting, ...] = ()
+
+    def naming(self, *settings: Setting) -> Self:
+        """The same error, whose message has the words of these settings."""
+        self.settings += settings
+        return self
+
+
+def respelled(error: LorafxError, spell: Callable[[Setting], str | None]) -> str:
+    """The error's message with `spell(setting)` in the place of the words of each setting, for
+    programs with other names for them; where it returns None, they stay."""
+    message = str(error)
+    for setting in error.settings:
+        message = message.replace(setting.words, spell(setting) or setting.words)
+    return message
 
 
 class LorafxWarning(UserWarning):

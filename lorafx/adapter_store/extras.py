@@ -298,6 +298,7 @@ class ExtrasReading:
 
     def _note_no_room(self, label: str, setting: str, value: object) -> None:
         needed = way_out_by(setting, value, given=True)
+        self.findings.settings.append(needed)
         self.findings.no_room.append(
             f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
         )

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, without_prefix
-from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.places import TARGETS, Places
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some, way_out_by
+from lorafx.errors import (
+    CapacityError,
+    CheckpointError,
+    Setting,
+    UnsupportedAdapterError,
+    some,
+    way_out_by,
+)
 from lorafx.placements import local, share
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,7 +44,7 @@ class Findings:
     """The checkpoint, the model's places for it, and what does not fit.
 
     Attributes:
-        problems, unsupported, no_room: messages.
+        problems, unsupported, no_room: messages; settings: what they name.
         unavailable: saved paths of places that cannot have factors, with the reasons.
     """
 
@@ -47,6 +54,7 @@ class Findings:
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
         self.no_room: list[str] = []
+        self.settings: list[Setting] = []
         self.unavailable: dict[str, str] = {}
         self.largest = 0
 
@@ -59,9 +67,11 @@ class Findings:
         problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
+            needed = way_out_by("max_rank", rank)
+            self.settings.append(needed)
             problems.append(
                 f"rank {rank} is over max_rank = {self.max_rank} ({listed(list(self.over_rank))});"
-                f" {way_out_by('max_rank', rank)}"
+                f" {needed}"
             )
         if not problems:
             return
@@ -75,7 +85,7 @@ class Findings:
         raise error(
             f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        ).naming(TARGETS, *self.settings)
 
     @contextmanager
     def noting(self) -> Iterator[None]:

@@ -113,7 +113,7 @@ def _check_room(adapter: Adapter, places: Mapping[str, BankPlace], groups: Seque
             raise CapacityError(
                 f"adapter {adapter.name!r} has {extra.what} ({extra.training}), for which the "
                 f"banks have no room; {needed}"
-            )
+            ).naming(needed)
 
 
 def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
+from lorafx.errors import Setting
 from lorafx.model.experts import NESTED, ExpertWeight, Half, meaning, saved_weights
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
@@ -29,7 +30,7 @@ from lorafx.registry import lookup
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
 
-TARGETS = "target_modules when compiling"
+TARGETS = Setting("target_modules", "target_modules when compiling")
 _WEIGHT = ".weight"
 #: A site and the index of a part.
 SitePart = tuple["Site", int]

@@ -40,7 +40,7 @@ from lorafx.adapter_store.stored import (
 )
 from lorafx.adapter_store.sums import sum_of
 from lorafx.adapter_store.windows import arrange, no_slots, too_many, window
-from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
+from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest, way_out_by
 from lorafx.interrupts import free_after_fork, undisturbed
 from lorafx.model.sites import Group
 
@@ -476,12 +476,12 @@ class AdapterStore:
         owners = [name for name in evictable if self._adapters[name].owned]
         if excess > len(owners):
             names = [name for name in missing if self._adapters[name].owned]
+            needed = way_out_by("max_own_weights", self._own_room + excess - len(owners))
             raise CapacityError(
                 f"no room for the own weights of {', '.join(names)}: the banks hold those of at "
-                f"most {self._own_room} adapters at a time; compile with LoraConfig("
-                f"max_own_weights={self._own_room + excess - len(owners)}), unpin adapters, or "
-                "split the batch"
-            )
+                f"most {self._own_room} adapters at a time; {needed}, unpin adapters, or split the "
+                "batch"
+            ).naming(needed)
         return owners[: max(0, excess)]
 
     def _count_owning(self, names: Iterable[str]) -> int:

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from lorafx.adapter_store.stored import Adapter, LoraWeights
 from lorafx.compiled_model.as_module import AsModule
 from lorafx.eager.undo import Undo
-from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
+from lorafx.errors import (
+    BatchError,
+    CapacityError,
+    ConfigError,
+    ProvenanceError,
+    some,
+    way_out_by,
+)
 from lorafx.generation.alora import any_begins
 from lorafx.model.sites import Site
 from lorafx.progress import progress
@@ -103,11 +110,12 @@ def dummy_rank(sites: Sequence[Site], max_rank: int) -> int:
     rounded = -(-rank // multiple) * multiple
     if rounded > max_rank:
         sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
+        needed = way_out_by("max_rank", rounded)
         raise CapacityError(
             f"warm-up adapters of default rank {rank}, rounded up to a multiple of {multiple} "
             f"because LoRA ranks are sharded ({some(sharded)}), need rank {rounded}, over "
-            f"max_rank = {max_rank}; compile with LoraConfig(max_rank={rounded})"
-        )
+            f"max_rank = {max_rank}; {needed}"
+        ).naming(needed)
     return rounded
 
 

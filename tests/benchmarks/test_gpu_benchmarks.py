@@ -1,94 +1,105 @@
-"""What the GPU benchmarks do without a GPU: arms that are right, refusals, budgets, workloads, the
-queue's registry and report."""
+"""What the GPU benchmarks do without a GPU: arms that are right, refusals, workloads, what a job
+that is cut off leaves, the queue's registry and report."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.usefixtures("bench")
-
-
-@pytest.mark.slow
-def test_every_arm_of_the_layer_benchmark_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    import gpu_layers
-
-    options = gpu_layers.parse(["--self-check"])
-    assert gpu_layers.self_check(options) >= 30
-    assert "nothing was measured" in capsys.readouterr().out
-
-
-@pytest.mark.quick
-def test_a_wrong_arm_is_not_measured() -> None:
-    import gpu_layers
-    from gpu_cases import TINY, Copy
-
-    copy = Copy.random(TINY[1], torch.device("cpu"))
-    with pytest.raises(RuntimeError, match=r"tiny o .* base is off by"):
-        gpu_layers.check(TINY[1], copy, {"base": lambda c: c.base})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("name", ["gpu_layers", "gpu_model"])
-def test_without_a_gpu_they_refuse(name: str, tmp_path: Path) -> None:
-    import importlib
-
-    out = tmp_path / "results.json"
-    with pytest.raises(SystemExit, match=f"{name}.py measures on a GPU and this machine has none"):
-        importlib.import_module(name).main(["--out", str(out)])
-    assert not out.exists()
-
-
-@pytest.mark.quick
-def test_workloads_are_those_of_the_models() -> None:
-    from gpu_cases import LAYERS, MIXES, cases
-
-    shapes = {(K, sum(sizes)) for layers in LAYERS.values() for K, sizes in layers.values()}
-    assert {(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)} <= shapes
-    assert {(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)} <= shapes
-    assert {(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)} <= shapes
-    for model, layers in LAYERS.items():
-        all_cases = list(cases(model))
-        assert len(all_cases) == len(MIXES) * len(layers)
-        assert all(case.slots >= case.distinct for case in all_cases)
-
-
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 
 
+@pytest.mark.slow
+def test_every_arm_is_right_and_measured() -> None:
+    import gpu_linear
+    from gpu_jobs import ARMS
+    from gpu_protocol import Meter
+
+    for arm in (arm for arm in ARMS.values() if not arm.needs):
+        for phase in arm.phases:
+            rows = gpu_linear.measure(gpu_linear.tiny_case(phase, arm), arm, Meter(CPU))
+            assert [row["arm"] for row in rows] == ["A/A", arm.name]
+            assert rows[-1]["error"] < gpu_linear.TOLERANCE
+
+
+@pytest.mark.quick
+def test_a_wrong_arm_is_not_measured() -> None:
+    import gpu_linear
+    from gpu_jobs import ARMS
+
+    copy = gpu_linear.TINY.copy(CPU)
+    with pytest.raises(RuntimeError, match=r"tiny q/k/v .* plan is off by"):
+        gpu_linear.check(
+            gpu_linear.TINY, ARMS["plan"], copy, lambda c: partial(gpu_linear.base_of, c)
+        )
+
+
+@pytest.mark.quick
+def test_without_a_gpu_the_queue_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_queue
+
+    monkeypatch.setattr(gpu_queue, "DEVICE", "raise RuntimeError('Found no NVIDIA driver')")
+    with pytest.raises(SystemExit, match=r"gpu_queue.py measures on a GPU.*Found no NVIDIA"):
+        gpu_queue.main(["--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.quick
+def test_workloads_are_those_of_the_models() -> None:
+    from gpu_jobs import LAYERS, MIXES
+    from gpu_linear import MODELS, cases, chosen
+
+    from lorafx.kernels.cost.roofline import GPU_STRATEGIES
+
+    shapes = set()
+    for model in MODELS:
+        for phase, parts in MIXES.items():
+            for part, mixes in parts.items():
+                found = cases(model, phase, part)
+                assert len(found) == len(mixes) * len(LAYERS)
+                for case in found:
+                    shapes.add((case.in_features, sum(case.sizes)))
+                    assert case.slots >= case.distinct
+                    assert case.work(CPU).floor() >= case.work(CPU).base(), case.label
+                    assert chosen(case, CPU) in GPU_STRATEGIES
+    assert {(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)} <= shapes
+    assert {(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)} <= shapes
+    assert {(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584)} <= shapes
+
+
 def test_the_registry_is_sound() -> None:
     """Names are unique, sources exist, a run fits into nine minutes, results into few files."""
-    from gpu_jobs import ARMS, GROUPS, all_jobs, arm_named
-    from gpu_results import Digests, source_files
+    from gpu_jobs import ARMS, LIMIT, all_jobs
+    from gpu_results import Store
 
-    jobs = all_jobs()
+    jobs, store = all_jobs(), Store("none")
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
-    assert len({arm.name for arm in ARMS}) == len(ARMS)
-    digests = Digests()
     for place, job in enumerate(jobs):
-        assert job.group in GROUPS
-        assert job.estimate <= job.most <= 540
-        assert source_files(job.sources)
-        assert digests.of(job, {}) == digests.of(job, {})
-        earlier = names[:place]
-        assert set(job.inputs) <= set(earlier), job.name
+        assert job.estimate <= LIMIT <= 540
+        assert store.digest(job)
+        assert set(job.inputs) <= set(names[:place]), job.name
         if "arm" in job.arguments:
-            arm = arm_named(str(job.arguments["arm"]))
-            assert (job.group in arm.phases, job.inputs) == (True, arm.inputs)
+            arm = ARMS[str(job.arguments["arm"])]
+            assert job.group in arm.phases
+            assert job.inputs == arm.inputs
         module, _, function = job.run.partition(":")
         assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
     from lorafx.kernels.cost.roofline import GPU_STRATEGIES
 
-    measured = {arm.arguments.get("name") for arm in ARMS}
-    # One of batches so small that it is not among the mixes; the jobs of correctness have it.
-    assert set(GPU_STRATEGIES) <= measured
-    assert len(GROUPS) <= 8
+    assert set(GPU_STRATEGIES) <= {arm.arguments.get("name") for arm in ARMS.values()}
+    assert len({job.group for job in jobs}) <= 8
     files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert files == {name.partition(": ")[2] for name in names if name.startswith("tests: ")}
 
@@ -99,3 +110,45 @@ def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> Non
     done = subprocess.run([*command, "--only", "prefill main"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "prefill main: segments" in done.stdout
+
+
+#: A job that finds one row, and then does what `end` says.
+JOB = """
+import os, sys, time; from pathlib import Path; sys.path.insert(0, {folder!r})
+from gpu_results import Store
+store = Store("none-torch1.0", Path({out!r})); entry = store.entries["job"]
+entry["rows"].append({{"key": "first"}}); entry["date"] += "1"
+entry["failures"]["second"] = "the process ended in this case"; store.put("steps", "job", entry)
+{end}; store.put("steps", "job", entry)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "limit", "status", "why"),
+    [
+        ("time.sleep(60)", 3.0, "partial", "ended at the queue's limit of"),
+        ("os._exit(3)", 30.0, "failed", "second: .*; 1 in all; the process ended with status 3"),
+        ('entry |= {"failures": {}, "ended": True}', 30.0, "measured", ""),
+    ],
+)
+def test_what_a_job_has_found_is_kept_however_it_ends(
+    end: str, limit: float, status: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_queue
+    from gpu_jobs import Job
+
+    out = tmp_path / "out"
+    (tmp_path / "gpu_job.py").write_text(JOB.format(folder=str(FOLDER), out=str(out), end=end))
+    (tmp_path / "scratch").mkdir()
+    here = {"FOLDER": tmp_path, "DEVICE": "print('None', '1.0.0', sep='\\n')", "MARGIN": 0.0}
+    for name, value in here.items():
+        monkeypatch.setattr(gpu_queue, name, value)
+    options = argparse.Namespace(limit=limit, out=out, commit="", peers=tmp_path, again=False)
+    job = Job("job", "steps", "none:none", {}, ("Makefile",), 1.0)
+    entry = gpu_queue.Queue([job], options, tmp_path / "scratch").run_job(job)
+    assert entry == json.loads((out / "none-torch1.0" / "steps.json").read_text())["job"]
+    assert (entry["status"], entry["rows"]) == (status, [{"key": "first"}])
+    assert re.match(why, entry.get("why", ""))
+    again = gpu_queue.seed(entry, entry["sources"])
+    assert bool(again["rows"]) == (status != "measured")  # what is measured is measured anew
+    assert again["before"] == (["second"] if status == "failed" else [])

@@ -18,6 +18,7 @@ import pytest
 
 import lorafx
 from lorafx import errors
+from lorafx.integrations.server.settings import Settings
 from lorafx.integrations.vllm import plugin
 from lorafx.integrations.vllm.patches import PATCHES
 from lorafx.torch_internals import versions
@@ -136,6 +137,20 @@ def test_the_page_is_made_from_the_code(page: str, name: str, part: Callable[[],
     if os.environ.get("EXPECTTEST_ACCEPT"):
         path.write_text(wanted)
     assert written == wanted, "run this test with EXPECTTEST_ACCEPT=1"
+
+
+def test_the_options_of_the_server_are_all_there_with_their_numbers() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
+    options = page.partition("### Options\n")[2].partition("\n\nSIGTERM")[0]
+    fields = {name.replace("_", "-"): field for name, field in Settings.model_fields.items()}
+    told = set(re.findall(r"`--([a-z-]+)`", options))
+    assert fields.keys() - {"model", "aliases"} == told | {"adapters"}
+    for item in options.split("\n- ")[1:]:
+        names, _, rest = item.partition(" (")
+        defaults = rest.partition(")")[0].split(", ")
+        for name, default in zip(re.findall(r"`--([a-z-]+)`", names), defaults, strict=False):
+            if type(number := fields[name].default) in (int, float) and default != "none":
+                assert default == f"{number}", name
 
 
 def test_all_errors_are_public_and_derive_from_the_root() -> None:

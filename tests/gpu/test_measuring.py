@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from triton_variants import representative_specs
 from tune import tune
 
 from lorafx.kernels.triton import build as module
-from lorafx.kernels.triton.build import TUNED, load_tuned, tiles_for
+from lorafx.kernels.triton.build import TUNED, load_tuned, plan_of, tiles_for
 from lorafx.kernels.triton.tiles import architecture_of
 
 
@@ -34,18 +33,21 @@ def test_tuning_finds_nothing_slower(
         load_tuned.cache_clear()
 
 
-def test_the_layer_benchmark_measures(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_layers.py"])
-    import gpu_layers
-    from gpu_cases import Case
+@pytest.mark.parametrize("name", ["epilogue", "gemv", "segments"])
+def test_an_arm_of_a_linear_is_measured(device: torch.device, name: str) -> None:
+    import gpu_linear
+    from gpu_jobs import Arm
+    from gpu_protocol import Meter
 
-    options = gpu_layers.parse(["--blocks", "3", "--seconds", "0.001", "--all-strategies"])
-    case = Case("test", "qkv", 1024, (1024, 256, 256), 16, 4, 16)
-    rows = gpu_layers.measure(case, device, options, {})
-    arms = {row["arm"]: row for row in rows}
-    assert {"A/A", "lorafx epilogue", "lorafx gemv", "lorafx segments"} <= set(arms)
-    assert all(0.2 < row["median"] < 50 for row in rows)
-    assert 0.5 < arms["A/A"]["median"] < 2
-    assert rows[0]["launches"]["lorafx"] >= 1
+    case = gpu_linear.Case("test qkv", 1024, (1024, 256, 256), 16, 4, 16)
+    meter = Meter(device, blocks=3, seconds=0.001)
+    arm = Arm(name, ("decode",), "strategy", {"name": name})
+    base, ours = gpu_linear.measure(case, arm, meter)
+    assert (base["arm"], ours["arm"]) == ("A/A", name)
+    assert 0.5 < base["median"] < 2
+    assert 0.2 < ours["median"] < 50
+    kernel = gpu_linear.built(case, case.spec(name), name, device=device)
+    planned = sorted(k.jit.__name__ for k in plan_of(kernel).all_kernels)
+    launched = meter.launches(gpu_linear.strategy(case, device, name=name)(case.copy(device)))
+    assert sorted(k for k in launched if k in planned) == planned
+    assert ours["launches"] == len(launched)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from lorafx.config import CACHE
 from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.compiler import cache_folder
 
@@ -58,21 +59,25 @@ def folder_of(option: str | bool | os.PathLike[str]) -> Path:
         status = path.lstat() if default else path.stat()
         parents = [(item, item.lstat()) for item in path.resolve().parents]
     except OSError as error:
-        raise ConfigError(f"Options.cache: no folder can be made: {error}") from error
+        raise _refusal(f"no folder can be made: {error}") from error
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(f"Options.cache: {path} is not a folder")
+        raise _refusal(f"{path} is not a folder")
     if flaw := _flaw(status):
-        raise ConfigError(
-            f"Options.cache: {path} {flaw}. Loading a saved graph runs code, so the folder has to "
-            f"be your own; chmod 700 {path}, or name another folder"
+        raise _refusal(
+            f"{path} {flaw}. Loading a saved graph runs code, so the folder has to be your own; "
+            f"chmod 700 {path}, or name another folder"
         )
     for parent, status in parents if option == AUTO else ():
         if flaw := _flaw(status, of_parent=True):
-            raise ConfigError(
-                f"Options.cache: {parent}, above {path}, {flaw}; chmod go-w {parent}, or set "
-                "LORAFX_CACHE_DIR to another folder"
+            raise _refusal(
+                f"{parent}, above {path}, {flaw}; chmod go-w {parent}, or set LORAFX_CACHE_DIR to "
+                "another folder"
             )
     return path
+
+
+def _refusal(why: str) -> ConfigError:
+    return ConfigError(f"{CACHE}: {why}").naming(CACHE)
 
 
 def _flaw(status: os.stat_result, *, of_parent: bool = False) -> str:

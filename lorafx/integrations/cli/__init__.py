@@ -24,7 +24,7 @@ def main() -> None:
     try:
         app()
     except LorafxError as error:
-        message = respelled(str(error), as_option)
+        message = respelled(error, as_option)
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "message": message}))
             sys.exit(1)

@@ -16,14 +16,13 @@ from lorafx.integrations.cli.options import (
     AdapterArgument,
     AsJson,
     Dtype,
-    SlotRank,
-    Targets,
     loaded,
     on_meta,
     read_for,
     show_json,
     show_table,
 )
+from lorafx.integrations.cli.serving import CONTEXT, serve
 from lorafx.integrations.cli.vllm_options import ServeCommand
 
 
@@ -124,107 +123,6 @@ def _save_tokenizer(model: str, folder: Path) -> bool:
     return True
 
 
-def serve(
-    model: str,
-    adapters: Annotated[
-        Path | None, typer.Option(help="Folder of adapter folders, or one adapter's.")
-    ] = None,
-    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER.")] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option("--name", "--served-model-name", help="What requests call the base model."),
-    ] = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_adapters: Annotated[int, typer.Option("--max-adapters", "--max-loras")] = 8,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", "--max-lora-rank")] = None,
-    slot_rank: SlotRank = None,
-    max_host_bytes: Annotated[
-        int | None, typer.Option(help="Host memory that adapters may take.")
-    ] = None,
-    target: Targets = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    page_size: Annotated[int | None, typer.Option("--page-size", "--block-size")] = None,
-    num_blocks: int | None = None,
-    max_batch_tokens: Annotated[
-        int | None, typer.Option("--max-batch-tokens", "--max-num-batched-tokens")
-    ] = None,
-    max_num_seqs: int | None = None,
-    max_memory_percent: float | None = None,
-    max_model_len: int | None = None,
-    max_logprobs: Annotated[
-        int, typer.Option(help="Likeliest tokens that a request may ask for; -1 for all.")
-    ] = 20,
-    max_fields: Annotated[int, typer.Option(help="The most fields of a request.")] = 128,
-    max_items: Annotated[
-        int, typer.Option(help="The most entries of a field that is a list or an object.")
-    ] = 1024,
-    max_field_size: Annotated[
-        int, typer.Option(help="The most letters and entries of a field, but of prompts.")
-    ] = 1 << 17,
-    max_queue: Annotated[
-        int, typer.Option(help="Sequences under way; further requests get 429.")
-    ] = 1024,
-    max_body_bytes: int = 8 << 20,
-    runner: Annotated[
-        str, typer.Option(help="generate, pooling, or auto: as the files say.")
-    ] = "auto",
-    pooling: Annotated[str | None, typer.Option(help="Encoders: mean, cls, last, max.")] = None,
-    batch_window: Annotated[float, typer.Option(help="Encoders: ms to wait for company.")] = 2,
-    temperature: float | None = None,
-    chat_template: Annotated[str | None, typer.Option(help="A file, or a template.")] = None,
-    lowering: str = "auto",
-    cache: str | None = "auto",
-    warmup: Annotated[
-        bool, typer.Option("--warmup", help="Take requests when all graphs are compiled.")
-    ] = False,
-    allow_control: Annotated[
-        bool, typer.Option("--allow-control", help="Let clients pause, and send weights.")
-    ] = False,
-    max_upload_bytes: int = 1 << 30,
-    allow_runtime_loading: bool = False,
-    resolve_adapters: Annotated[
-        bool, typer.Option("--resolve-adapters", help="Load adapters when they are asked for.")
-    ] = False,
-    max_adapter_reads: int = 2,
-    adapter_root: Path | None = None,
-    drain: Annotated[
-        int | None, typer.Option(help="Seconds to wait for answers under way when it is stopped.")
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORAFX_API_KEY",
-            help="Key that requests have to come with. Others can see it "
-            "in the list of processes: prefer the variable.",
-        ),
-    ] = None,
-    allowed_origins: list[str] | None = None,
-    ssl_keyfile: Path | None = None,
-    ssl_certfile: Annotated[Path | None, typer.Option(help="Serve HTTPS with it.")] = None,
-    ssl_ca_certs: Path | None = None,
-    ssl_cert_reqs: int = 0,
-    ssl_ciphers: str | None = None,
-    log_level: Annotated[str, typer.Option("--log-level", "--uvicorn-log-level")] = "info",
-) -> None:
-    """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form.
-
-    Example: lorafx serve meta-llama/Llama-3.2-1B --adapters ./adapters
-    """
-    values = {option: value for option, value in locals().items() if value is not None}
-    from lorafx.progress import progress
-
-    with progress("importing torch and the server"):
-        from lorafx.integrations.server import check_requirements
-
-        check_requirements()
-        from lorafx.integrations.server.run import run
-        from lorafx.integrations.server.settings import Settings
-    names = values.pop("name", [None])
-    run(Settings(**values, name=names[0], aliases=tuple(names[1:])))
-
-
 #: `main` prints errors of lorafx in one line; others are faults and get Python's own traceback.
 _PLAIN: Any = {"pretty_exceptions_enable": False}
 
@@ -248,4 +146,4 @@ def root(
 
 for command in (inspect, explain, merge, bench, bisect, profile, doctor):
     app.command()(command)
-app.command(cls=ServeCommand)(serve)
+app.command(cls=ServeCommand, context_settings=CONTEXT)(serve)

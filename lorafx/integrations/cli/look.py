@@ -81,7 +81,7 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
             warnings.simplefilter("always", LorafxWarning)
             adapter = read_for(module, name, source, target, max_rank)
     except LorafxError as error:
-        return {**fit, "problem": respelled(str(error), as_option)}
+        return {**fit, "problem": respelled(error, as_option)}
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
     modules = len(adapter.weights)
     return {**fit, "fits": True, "rank": adapter.rank, "modules": modules, "notes": notes}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, Setting
 from lorafx.inspection.report import text_table
 from lorafx.progress import progress
 
@@ -41,10 +41,10 @@ _OPTIONS = {
 }
 
 
-def as_option(field: str, value: str | None, adapter_suffices: bool = False) -> str | None:
+def as_option(setting: Setting) -> str | None:
     """The words of a command for a field of LoraConfig or Options, for `respelled`."""
-    option = _OPTIONS.get(field)
-    return option if option is None or value is None else f"give {option} {value}"
+    option, value = _OPTIONS.get(setting.field), setting.value
+    return option if option is None or value is None else f"give {option} {value!r}"
 
 
 def target_modules(target: Sequence[str] | None, adapters: Any) -> Any:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import get_route_path
 from typing_extensions import TypedDict
 
-from lorafx.errors import BatchError, LorafxError, UnknownAdapterError, respelled
+from lorafx.errors import BatchError, LorafxError, Setting, UnknownAdapterError, respelled
 from lorafx.integrations.server.settings import ModelSettings, option
 
 #: Routes that need no key, for probes and Prometheus.
@@ -48,7 +48,7 @@ class RequestError(LorafxError):
 
 def message_of(error: LorafxError) -> str:
     """The message of an error, with options of `lorafx serve` in place of fields of LoraConfig."""
-    return respelled(str(error), _as_option)
+    return respelled(error, _as_option)
 
 
 def error_response(error: LorafxError) -> JSONResponse:
@@ -88,12 +88,12 @@ def answer_errors(app: FastAPI) -> None:
         return error_response(RequestError(f"the body is not a JSON object: {_why_none(problem)}"))
 
 
-def _as_option(field: str, value: str | None, adapter_suffices: bool) -> str | None:
-    if field == "target_modules":
+def _as_option(setting: Setting) -> str | None:
+    if setting.field == "target_modules":
         return "--target when lorafx serve starts"
-    if field in ModelSettings.model_fields and value is not None:
-        return f"start lorafx serve with {option(field)} {value}"
-    return "start lorafx serve with this adapter among --adapters" if adapter_suffices else None
+    if setting.field in ModelSettings.model_fields and setting.value is not None:
+        return f"start lorafx serve with {option(setting.field)} {setting.value!r}"
+    return "start lorafx serve with this adapter among --adapters" if setting.given else None
 
 
 def _why_none(problem: dict[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""The options of `lorafx serve`, checked as far as possible before anything is loaded."""
+"""The options of `lorafx serve`, checked as far as possible before anything is loaded.
+
+What a command line takes is made of these classes, so torch is imported by their methods alone.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafx.adapter_store.checkpoint import config_of
 from lorafx.adapter_store.names import BASE
-from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
-from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
+
+if TYPE_CHECKING:
+    from lorafx.config import LoraConfig, Options
 
 CONFIG = "adapter_config.json"
 #: The rule for names. Unprintable ones could break lines of the log, or not be requested.
@@ -24,9 +27,14 @@ UNPRINTABLE = "may have any letters and signs, also / and :, but none that canno
 _Count = Annotated[int | None, Field(ge=1)]
 
 
+def _of(default: Any, description: str, **bounds: Any) -> Any:
+    """A field with the help of its option."""
+    return Field(default=default, description=description, **bounds)
+
+
 class ModelSettings(BaseModel):
-    """How a model is served: the options of `lorafx serve` (docs/serving.md). None is the default
-    that is described there.
+    """How a model is served: the options of `lorafx serve` (docs/serving.md), which are made of
+    these fields. None is the default that is described there.
 
     Raises:
         ConfigError: a value or a folder cannot be used.
@@ -37,15 +45,15 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     model: str
-    adapters: Path | None = None
-    lora_modules: tuple[str, ...] = ()
-    name: str | None = None
+    adapters: Path | None = _of(None, "Folder of adapter folders, or one adapter's.")
+    lora_modules: tuple[str, ...] = _of((), "NAME=FOLDER.")
+    name: str | None = _of(None, "What requests call the base model.")
     aliases: tuple[str, ...] = ()
     max_adapters: int = 8
     max_rank: int | None = None
-    slot_rank: int | None = None
-    max_host_bytes: _Count = None
-    target: tuple[str, ...] = ()
+    slot_rank: int | None = _of(None, "Rank of a slot; larger ones take several.")
+    max_host_bytes: _Count = _of(None, "Host memory that adapters may take.")
+    target: tuple[str, ...] = _of((), "Module names, suffixes or all-linear.")
     dtype: str | None = None
     device: str | None = None
     page_size: _Count = None
@@ -54,21 +62,32 @@ class ModelSettings(BaseModel):
     max_num_seqs: _Count = None
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
     max_model_len: _Count = None
-    max_logprobs: int = Field(default=20, ge=-1)
-    max_fields: int = Field(default=128, ge=1)
-    max_items: int = Field(default=1024, ge=1)
-    max_field_size: int = Field(default=1 << 17, ge=1)
+    max_logprobs: int = _of(20, "Likeliest tokens that a request may ask for; -1 for all.", ge=-1)
+    max_fields: int = _of(128, "The most fields of a request.", ge=1)
+    max_items: int = _of(1024, "The most entries of a field that is a list or an object.", ge=1)
+    max_field_size: int = _of(
+        1 << 17, "The most letters and entries of a field, but of prompts.", ge=1
+    )
     max_queue: _Count = None
     max_body_bytes: _Count = None
-    runner: Literal["auto", "generate", "pooling"] = "auto"
-    pooling: Literal["mean", "cls", "last", "max"] | None = None
-    batch_window: float = Field(default=2, ge=0)
-    chat_template: str | None = None
+    runner: Literal["auto", "generate", "pooling"] = _of(
+        "auto", "generate, pooling, or auto: as the files say."
+    )
+    pooling: Literal["mean", "cls", "last", "max"] | None = _of(
+        None, "Encoders: mean, cls, last, max."
+    )
+    batch_window: float = _of(2, "Encoders: ms to wait for company.", ge=0)
     temperature: float | None = Field(default=None, ge=0)
+    chat_template: str | None = _of(None, "A file, or a template.")
     lowering: str = "auto"
     cache: str | None = "auto"
-    warmup: bool = False
-    api_key: str | None = Field(default=None, repr=False)
+    warmup: bool = _of(False, "Take requests when all graphs are compiled.")
+    api_key: str | None = _of(
+        None,
+        "Key that requests have to come with. Others can see it in the list of processes: prefer "
+        "the variable.",
+        repr=False,
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -79,6 +98,9 @@ class ModelSettings(BaseModel):
         self._check()
 
     def _check(self) -> None:
+        from lorafx.adapter_store.checkpoint import config_of
+        from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
+
         key = self.api_key
         if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
             raise ConfigError(
@@ -174,10 +196,15 @@ class ModelSettings(BaseModel):
 
     def options(self) -> Options:
         """How the model is compiled."""
+        from lorafx.config import Options
+
         return Options.of({"lowering": self.lowering, "cache": self.cache})
 
     def lora_config(self) -> LoraConfig:
         """The configuration of the model: which modules carry LoRA, ranks and slots."""
+        from lorafx.adapter_store.checkpoint import config_of
+        from lorafx.config import LoraConfig
+
         targets: Any = list(self.target) or None
         saved = [config_of(folder) for folder in self.found.values()]
         max_rank = self.max_rank
@@ -210,18 +237,18 @@ class Settings(ModelSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    max_queue: _Count = 1024
+    max_queue: _Count = _of(1024, "Sequences under way; further requests get 429.")
     max_body_bytes: _Count = 8 << 20
-    allow_control: bool = False
+    allow_control: bool = _of(False, "Let clients pause, and send weights.")
     max_upload_bytes: int = Field(default=1 << 30, ge=1)
     allow_runtime_loading: bool = False
-    resolve_adapters: bool = False
+    resolve_adapters: bool = _of(False, "Load adapters when they are asked for.")
     max_adapter_reads: int = Field(default=2, ge=1)
     adapter_root: Path | None = None
-    drain: int | None = Field(default=None, ge=0)
+    drain: int | None = _of(None, "Seconds to wait for answers under way when it is stopped.", ge=0)
     allowed_origins: tuple[str, ...] = ()
     ssl_keyfile: Path | None = None
-    ssl_certfile: Path | None = None
+    ssl_certfile: Path | None = _of(None, "Serve HTTPS with it.")
     ssl_ca_certs: Path | None = None
     ssl_cert_reqs: int = Field(default=0, ge=0, le=2)
     ssl_ciphers: str | None = None

@@ -171,7 +171,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
         given[name] = Path(text) if name in ("adapters", "adapter_root") and text else text
     with pytest.raises(LorafxError) as refused:
         Settings(**given)
-    assert word in respelled(str(refused.value), as_option)
+    assert word in respelled(refused.value, as_option)
 
 
 @pytest.mark.quick

@@ -1,0 +1,348 @@
+"""One packed linear with LoRA: its arms beside the vendor's GEMM, and whether they are right.
+
+    y = x Wᵀ + Σ_j (x A[s, j]ᵀ) B[s, j]     siblings j share x; s is the slot of the row
+
+An arm is made in two steps: `make(case, device)` once a case, which builds its kernels, and what it
+returns once for each copy of the tensors, which gives the call that is timed. Only the second may
+read the copy; whatever it needs beside (a weight with room behind its columns) it makes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import gpu_protocol
+import peers
+import torch
+from gpu_job import Context
+from gpu_jobs import ARMS, LAYERS, MIXES, Arm
+from torch import Tensor
+from torch.nn.functional import linear, pad
+from triton_variants import packed_delta
+from tune import LinearProblem
+
+from lorafx.errors import LoweringError
+from lorafx.integrations.vllm.launches import launches
+from lorafx.kernels.cost.roofline import FUSED, Work, chip_of, estimate
+from lorafx.kernels.triton.build import CONCAT, TritonSpec, build, load_tuned, plan_of, tiles_for
+from lorafx.kernels.triton.ops import columns_of
+from lorafx.kernels.triton.tiles import architecture_of
+
+#: Of decoder layers: hidden size, columns of keys, intermediate size.
+MODELS = {
+    "llama-8b": (4096, 1024, 14336),
+    "llama-70b": (8192, 1024, 28672),
+    "qwen2.5-7b": (3584, 512, 18944),
+}
+DECODE_ROWS = 256  # up to so many rows a batch is decode
+#: Copies in prefill: the activations alone flush the cache between calls, and FLOPs decide.
+PREFILL_COPIES = 4
+#: Requests of a batch of prompts, each with M / REQUESTS rows.
+REQUESTS = 8
+#: Largest error against float64, in units of the largest value, that a 16-bit result may have.
+TOLERANCE = 2e-2
+#: What the peers' ops are to take of the plan's time in decode: goal, stretch.
+PEER_GOALS = (1.25, 1.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear and one batch. `prompts`: rows of an adapter lie behind one another, as in
+    prefill, though there are few. Time must grow with `distinct` adapters, not with `slots`."""
+
+    name: str
+    in_features: int
+    sizes: tuple[int, ...]
+    rows: int
+    distinct: int
+    rank: int
+    slots: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    prompts: bool = False
+
+    @property
+    def label(self) -> str:
+        shape = f"{self.name} ({self.in_features}, {sum(self.sizes)})"
+        return f"{shape} M={self.rows} D={self.distinct} r={self.rank}"
+
+    @property
+    def decode(self) -> bool:
+        return self.rows <= DECODE_ROWS and not self.prompts
+
+    def spec(self, strategy: str) -> TritonSpec:
+        """What kernels of `strategy` are generated for."""
+        delta = packed_delta(self.in_features, self.sizes, self.rank, self.dtype)
+        return TritonSpec(delta, self.dtype if strategy in (*FUSED, CONCAT) else None)
+
+    def work(self, device: torch.device) -> Work:
+        """The case as the cost model takes it."""
+        shape = (self.in_features, self.sizes, self.rows, self.distinct, self.rank)
+        return Work(*shape, self.dtype, chip_of(device))
+
+    def copy(self, device: torch.device) -> LinearProblem:
+        """Tensors of one of the copies that an arm rotates over."""
+        spread = {"distinct": self.distinct, "turns": self.decode, "slots": self.slots}
+        return LinearProblem.random(self.spec("epilogue"), self.rows, device, **spread)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bank of one copy."""
+        K, N, G = self.in_features, sum(self.sizes), len(self.sizes)
+        return (K * N + self.slots * self.rank * (G * K + N)) * self.dtype.itemsize
+
+
+#: What a self-check runs of an arm: float16, which the interpreter gets right in peers' kernels.
+TINY = Case("tiny q/k/v", 64, (64, 32, 32), 5, 3, 8, slots=4, dtype=torch.float16)
+
+
+def cases(model: str, phase: str, part: str) -> list[Case]:
+    h, keys, m = MODELS[model]
+    shapes = ((h, (h, keys, keys)), (h, (h,)), (h, (m, m)), (m, (h,)))
+    named = list(zip(LAYERS, shapes, strict=True))
+    return [Case(f"{model} {n}", *s, *mix) for mix in MIXES[phase][part] for n, s in named]
+
+
+# --- arms ---
+
+ArmOfCopy = Callable[[LinearProblem], Callable[[], Tensor]]
+
+
+class Unfit(Exception):
+    """A case that an arm is not for; says why."""
+
+
+def base_of(copy: LinearProblem) -> Tensor:
+    """The vendor GEMM alone."""
+    return linear(copy.x, copy.weight)
+
+
+def chosen(case: Case, device: torch.device) -> str:
+    """The strategy that `plan` would take for the case."""
+    return next(iter(estimate(case.work(device))))
+
+
+def built(case: Case, spec: TritonSpec, strategy: str, **arguments: Any) -> int:
+    try:
+        kernel = build(spec, strategy, rows_hint=case.rows, **arguments)
+    except LoweringError as reason:
+        raise Unfit(f"{case.label}: {reason}") from reason
+    if kernel is None:
+        raise Unfit(f"{case.label}: no kernel is generated for {strategy}")
+    return kernel
+
+
+def strategy(
+    case: Case,
+    device: torch.device,
+    *,
+    name: str,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ArmOfCopy:
+    """One of lorafx's strategies; `changes` are those of the tiles, by kernel."""
+    if name == CONCAT:
+        return concat(case, device)
+    spec, tiles = case.spec(name), None
+    if changes is not None:
+        usual = tiles_for(name, spec.delta, case.rows, architecture_of(device))
+        tiles = {kernel: replace(own, **changes.get(kernel, {})) for kernel, own in usual.items()}
+    kernel = built(case, spec, name, device=device, tiles=tiles)
+
+    def call(copy: LinearProblem) -> Tensor:
+        return (copy if name in FUSED else replace(copy, y=base_of(copy))).run(name, kernel)
+
+    return lambda copy: partial(call, copy)
+
+
+def concat(case: Case, device: torch.device) -> ArmOfCopy:
+    """x and W made longer, as in a compiled model: there what computes x writes it into x' itself,
+    so x' is filled beforehand; W' = [W | B] is copied together at every call."""
+    spec = case.spec(CONCAT)
+    kernels = [
+        built(case, replace(spec, by_request=alike), CONCAT, device=device)
+        for alike in (False, True)
+    ]
+
+    def make(copy: LinearProblem) -> Callable[[], Tensor]:
+        *bank, owners = copy.bank
+        slots, rows = _requests(owners)
+        blocks = min(slots.shape[0], copy.bank[1].shape[0])  # one a request, or a slot if fewer
+        kernel = kernels[slots.shape[0] == blocks]
+        more = (0, columns_of(plan_of(kernel).spec, blocks))
+        x, weight, y = pad(copy.x, more), pad(copy.weight, more), torch.empty_like(copy.y)
+        inside = weight[:, : case.in_features]
+
+        def call() -> Tensor:
+            inside.copy_(copy.weight)
+            torch.ops.lorafx.triton_concat_(x, weight, *bank, slots, rows, kernel)
+            return torch.mm(x, weight.T, out=y)
+
+        return call
+
+    return make
+
+
+def _requests(owners: Tensor) -> tuple[Tensor, int]:
+    """The slots of REQUESTS requests and the rows of each, where rows are alike so; else a request
+    a row."""
+    if owners.shape[0] % REQUESTS == 0:
+        each = owners.view(REQUESTS, -1)
+        if bool((each == each[:, :1]).all()):
+            return each[:, 0].contiguous(), each.shape[1]
+    return owners, 1
+
+
+def planned(case: Case, device: torch.device) -> ArmOfCopy:
+    """The strategy that `plan` takes, with tuned tiles where the cache has some."""
+    load_tuned(architecture_of(device))
+    return strategy(case, device, name=chosen(case, device))
+
+
+def nobody(case: Case, device: torch.device) -> ArmOfCopy:
+    """What `plan` takes, with only base rows in the batch."""
+    make = planned(case, device)
+    return lambda copy: make(owned(copy, torch.full_like(copy.bank[-1], -1)))
+
+
+def owned(copy: LinearProblem, owners: Tensor) -> LinearProblem:
+    return replace(copy, bank=(*copy.bank[:-1], owners))
+
+
+def autotuned(case: Case, device: torch.device) -> ArmOfCopy:
+    """The best GEMM that Inductor finds, without LoRA."""
+    backend = (
+        {"mode": "max-autotune-no-cudagraphs"} if device.type == "cuda" else {"backend": "eager"}
+    )
+    product = torch.compile(linear, **backend)
+    return lambda copy: lambda: product(copy.x, copy.weight)
+
+
+def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
+    """What layers of vLLM call in CUDA graphs: kernels by the rows of a step, slots of its rows in
+    a table for longer steps."""
+    kernels = launches(case.spec("segments").delta, device)
+    if kernels is None:
+        raise Unfit(f"{case.label}: no kernels are generated")
+
+    def make(copy: LinearProblem) -> Callable[[], Tensor]:
+        table = torch.full((2 * case.rows,), -1, dtype=torch.int32, device=device)
+        table[: case.rows] = copy.bank[-1]
+
+        def call() -> Tensor:
+            y = base_of(copy)
+            torch.ops.lorafx.launch_delta_(y, copy.x, *copy.bank[:-1], table, *kernels)
+            return y
+
+        return call
+
+    return make
+
+
+def peer(case: Case, device: torch.device, *, package: str) -> ArmOfCopy:
+    """The Triton ops of another library, which has a stack a sibling, B (S, N, r)."""
+    ops = peers.find(package)
+    if isinstance(ops, str):
+        raise FileNotFoundError(f"{ops}, or {package}.zip in the folder of --peers")
+
+    def make(copy: LinearProblem) -> Callable[[], Tensor]:
+        A, B, _, _, owners = copy.bank
+        As = [part.contiguous() for part in A.split(case.in_features, 2)]
+        Bs = [part.mT.contiguous() for part in B.split(list(case.sizes), 2)]
+        return ops(peers.Layer(copy.x, copy.weight, As, Bs, owners, 1.0))
+
+    return make
+
+
+# --- right, and fast ---
+
+
+def exact(case: Case, copy: LinearProblem) -> Tensor:
+    """What an arm should give, float64 (M, ΣN)."""
+    y = copy.x.double() @ copy.weight.double().T
+    A, B, _, _, owners = copy.bank
+    for slot in set(owners.tolist()) - {-1}:
+        mine, parts = owners == slot, A[slot].double().split(case.in_features, 1)
+        x, ends = copy.x[mine].double(), B[slot].double().split(list(case.sizes), 1)
+        y[mine] += torch.cat([x @ a.T @ b for a, b in zip(parts, ends, strict=True)], 1)
+    return y
+
+
+def check(case: Case, arm: Arm, copy: LinearProblem, make: ArmOfCopy) -> float:
+    """Largest error of an arm against float64, over the largest value; one row in five has no
+    adapter, except for peers, who take no such row.
+
+    Raises:
+        RuntimeError: the arm is wrong, or gives other bits when it runs again.
+    """
+    owners = copy.bank[-1].clone()
+    owners[slice(None) if arm.plain else slice(4, None if not arm.needs else 0, 5)] = -1
+    copy = owned(copy, owners)
+    want, call = exact(case, copy), make(copy)
+    got = call().clone()
+    error = float((got.double() - want).abs().max() / want.abs().max())
+    if not error < TOLERANCE:
+        raise RuntimeError(f"{case.label}: {arm.name} is off by {error:.2e} of the largest")
+    if not arm.needs and not torch.equal(got, call()):
+        raise RuntimeError(f"{case.label}: {arm.name} gives other bits when it runs again")
+    return error
+
+
+def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, Any]]:
+    """Rows of results of an arm over the vendor's GEMM, A/A first; of peers also over the plan."""
+    make = globals()[arm.make](case, meter.device, **arm.arguments)
+    prompts = meter.measures and not case.decode
+    count = PREFILL_COPIES if prompts else meter.copies(case.nbytes)
+    copies = [case.copy(meter.device) for _ in range(count)]
+    error, counted = check(case, arm, copies[0], make), meter.launches(make(copies[0]))
+    timed = meter.arm([make(copy) for copy in copies])
+    base = meter.arm([partial(base_of, copy) for copy in copies])
+    rows = meter.compare(case.label, base, {arm.name: timed})
+    work, plan = case.work(meter.device), chosen(case, meter.device)
+    floor = work.floor() / work.base()
+    rows = [row | {"over_floor": row["median"] / floor} for row in rows]
+    rows[-1] |= {"floor": floor, "copies": count, "plan": plan, "error": error}
+    rows[-1] |= {"launches": len(counted)}
+    if arm.needs:
+        ours = planned(case, meter.device)
+        over = meter.arm([ours(copy) for copy in copies])
+        rows += meter.compare(f"{case.label}, over the plan", over, {arm.name: timed})[1:]
+        rows[-1] |= {"goals": PEER_GOALS if case.decode else None, "plan": plan}
+    return rows
+
+
+def tiny_case(phase: str, arm: Arm) -> Case:
+    if arm.needs:
+        return replace(TINY, rows=1, distinct=1)  # the interpreter takes its time for their kernels
+    if arm.arguments.get("name") == CONCAT:  # which is refused for float16
+        return replace(TINY, rows=24, distinct=4, dtype=torch.bfloat16, prompts=True)
+    return replace(TINY, rows=20, distinct=4, prompts=True) if phase == "prefill" else TINY
+
+
+def compare_arm(context: Context, *, phase: str, part: str, arm: str, model: str) -> None:
+    """Job: one arm over the vendor's GEMM, all packed linears of a model and all mixes."""
+    entry, meter = ARMS[arm], gpu_protocol.Meter(context.device)
+    own = [tiny_case(phase, entry)] if context.tiny else cases(model, phase, part)
+    for case in context.todo({case.label: case for case in own}):
+        with context.case(case.label):
+            try:
+                rows = measure(case, entry, meter)
+            except Unfit as reason:
+                if context.tiny:
+                    raise
+                rows = [{"arm": arm, "case": case.label, "unfit": str(reason)}]
+            context.add(case.label, rows)
+            context.summarise(_ratios(context.rows, arm))
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], arm: str) -> str:
+    """The arm's ratios, mix by mix: "8192/8: q/k/v 1.02, o 1.03"."""
+    mixes: dict[str, list[str]] = {}
+    for row in (row for row in rows if row.get("arm") == arm):
+        words = row["key"].split()
+        mix = "/".join(word.partition("=")[2] for word in words[-3:-1])
+        found = f"{row['median']:.3f}" if "median" in row else "unfit"
+        over = " of the plan" * (row["case"] != row["key"])
+        mixes.setdefault(mix, []).append(f"{words[1]} {found}{over}")
+    return "; ".join(f"{mix}: {', '.join(found)}" for mix, found in mixes.items())
