@@ -7,10 +7,9 @@ with a note of the part that failed, and is converted outside of Dynamo.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorafx.errors import CaptureError, LorafxError, UnsupportedVersionError
 from lorafx.torch_internals.dynamo import ObservedException, TorchDynamoException, TorchRuntimeError
@@ -19,18 +18,6 @@ from lorafx.torch_internals.versions import installed, unsupported
 _NOTE = "_lorafx_failed_in"
 KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
 _SHOWN = 400  # characters of the compiler's message; the error's cause has all of it
-
-
-class NoGraph(BaseException):
-    """No graph serves a call, and none was to be made for it. Nothing of the model has run."""
-
-
-class Unprepared(NoGraph):
-    """These saved graphs may serve the call, and loading one would take long."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        super().__init__(paths)
-        self.paths = paths
 
 
 @dataclass(frozen=True)

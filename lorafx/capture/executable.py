@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
-from lorafx.eager.following import Following, owners_are_noted, unfollowed
+from lorafx.eager.following import Following, owners_are_noted, running, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
 from lorafx.ownership.real_labels import SHARED, Alone
@@ -67,11 +67,19 @@ def checked(
         program = owner()
         if program is None:
             return compiled(*arguments)
-        return unfollowed(partial(_run, program, arguments))
+        if running() is not None:
+            return unfollowed(partial(_run, program, arguments))
+        if _follows_rows(program):
+            return _run(program, arguments, None)
+        if checks.conditional:
+            checks.check(program, arguments)
+        return compiled(*arguments)
+
+    def _follows_rows(program: Program) -> bool:
+        return program.call is not None and (program.in_pieces or checks.handover.fresh)
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Following | None) -> Any:
-        call, handover = program.call, checks.handover
-        follows_rows = call is not None and (program.in_pieces or handover.fresh)
+        call, handover, follows_rows = program.call, checks.handover, _follows_rows(program)
         rows = checks.rows(program, arguments) if follows_rows else None
         if checks.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))

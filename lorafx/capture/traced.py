@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lorafx.capture.compile_log import conversion
-from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.missed import Missed, NoGraph
 from lorafx.torch_internals.compat import capture_settings, entry_arguments, inductor_config
 from lorafx.torch_internals.dynamo import (
     ConvertFrameReturn,
@@ -33,11 +33,8 @@ if TYPE_CHECKING:  # imported where used: torch may lack what it needs
 #: Run a function in Python once; its callees and its next call are traced as usual.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 
-
-T = TypeVar("T")
-
 #: Converts a frame of the function: its arguments are Dynamo's own conversion and that one's.
-Conversion = Callable[..., ConvertFrameReturn]
+Conversion = Callable[..., ConvertFrameReturn | Missed]
 
 
 class Traced:
@@ -83,7 +80,8 @@ class Traced:
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self.saved = saved
-        self._conversion: Conversion | None = saved.converted if saved and saves else None
+        #: Converts the frame of `function`, in place of Dynamo: assigned by Entry.run_graph, too.
+        self.conversion: Conversion | None = saved.converted if saved and saves else None
         function = _with_unshared_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -102,9 +100,12 @@ class Traced:
                     symbolic=self._symbolic,
                 )
                 with settings, calls_traced(), conversion(self._name), printing_ends():
-                    if self._conversion is not None and frame.f_code is self._code:
-                        return self._conversion(convert, frame, *args, **kwargs)
-                    return convert(frame, *args, **kwargs)
+                    if self.conversion is None or frame.f_code is not self._code:
+                        return convert(frame, *args, **kwargs)
+                    converted = self.conversion(convert, frame, *args, **kwargs)
+                if isinstance(converted, Missed):
+                    raise NoGraph(converted)
+                return converted
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _raised_text(error)
@@ -113,37 +114,25 @@ class Traced:
 
         return converting
 
-    def converted_by(self, conversion: Conversion, run: Callable[[], T]) -> T:
-        """The result of `run`, with the frame of `function` converted by `conversion`."""
-        before = self._conversion
-        try:
-            self._conversion = conversion
-            return run()
-        finally:
-            self._conversion = before
+    def find(self, *_: Any, **__: Any) -> Missed:
+        """A conversion that makes no graph, where Dynamo has found none."""
+        return Missed()
 
-    def find(self, *_: Any, **__: Any) -> NoReturn:
-        """A conversion that makes no graph, where Dynamo has found none: raises NoGraph."""
-        raise NoGraph
+    def load(self, _: Any, frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn | Missed:
+        """A conversion that finds a saved graph."""
+        return Missed() if self.saved is None else self.saved.found(frame, args)
 
-    def load(self, _: Any, frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
-        """A conversion that finds a saved graph, or raises NoGraph, or Unprepared."""
+    def save(self, convert: Any, frame: Any, *args: Any, **kwargs: Any) -> Missed:
+        """A conversion for its saved graph alone: the file, or why there is none."""
         if self.saved is None:
-            raise NoGraph
-        return self.saved.found(frame, args)
-
-    def save(self, convert: Any, frame: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        """A conversion for its saved graph alone: raises NoGraph with the graph's file, or None,
-        and why there is none."""
-        if self.saved is None:
-            raise NoGraph(None, "graphs of this model are not saved")
+            return Missed("graphs of this model are not saved")
 
         def alone(*args: Any, **kwargs: Any) -> ConvertFrameReturn:
             with inductor_config.patch(compile_threads=1):  # its workers are another process's
                 return convert(*args, **kwargs)
 
         self.saved.converted(alone, frame, *args, **kwargs)
-        raise NoGraph(self.saved.file, self.saved.unsaved)
+        return Missed(self.saved.unsaved, self.saved.file)
 
 
 def _raised_text(error: Unsupported) -> str:

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,8 @@ class CompiledModel(AsModule):
         running = self._session.running
         if running.inner and running.here and adapter_names is None and adapter_slots is None:
             return running.inner(*args, **kwargs)
-        return self._served(args, kwargs, adapter_names, adapter_slots, whole=False)
+        serve = self._serving(kwargs, adapter_names, adapter_slots, whole=False)
+        return refusing_backward(serve(args, kwargs))
 
     @untraced
     def __call__(
@@ -165,32 +166,30 @@ class CompiledModel(AsModule):
         **kwargs: Any,
     ) -> Any:
         """As `forward`, with the hooks of the model around, and what users put in its place."""
-        return self._served(args, kwargs, adapter_names, adapter_slots, whole=True)
+        serve = self._serving(kwargs, adapter_names, adapter_slots, whole=True)
+        return refusing_backward(serve(args, kwargs))
 
-    def _served(
+    def _serving(
         self,
-        args: Sequence[Any],
         kwargs: Mapping[str, Any],
         adapter_names: Sequence[AdapterName] | None,
         adapter_slots: Tensor | None,
         *,
         whole: bool,
-    ) -> Any:
+    ) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
+        """What serves a call with these adapters, given its arguments."""
         self._entries.check_attached()
         refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
         requests = requests_of(adapter_names, adapter_slots, self.adapters)
         if requests is None:
             refuse_pipeline_slips(self._orig_mod)
 
-        def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
-            def run() -> Any:
-                self._entries.check_attached()  # it may have been detached while the call waited
-                forward = forward_of(self._entries)
-                return (self._entries.whole(forward) if whole else forward)(*args, **kwargs)
+        def find() -> Callable[..., Any]:
+            self._entries.check_attached()  # it may have been detached while the call waited
+            forward = forward_of(self._entries)
+            return self._entries.whole(forward) if whole else forward
 
-            return self._session.call(run, requests)
-
-        return refusing_backward(in_waves(self._entries, call, args, kwargs, requests))
+        return in_waves(self._entries, find, requests)
 
     @untraced
     def generate(
@@ -208,14 +207,11 @@ class CompiledModel(AsModule):
         if requests is not None:
             requests.check_prompts(kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
 
-        def call(args: Sequence[Any], kwargs: Mapping[str, Any], requests: Requests | None) -> Any:
-            def run() -> Any:
-                self._entries.check_attached()
-                return self._generation.generate(*args, **kwargs)
+        def find() -> Callable[..., Any]:
+            self._entries.check_attached()
+            return self._generation.generate
 
-            return self._session.call(run, requests)
-
-        return in_waves(self._entries, call, args, kwargs, requests, generates=True)
+        return in_waves(self._entries, find, requests, generates=True)(args, kwargs)
 
     def entry(self, module: nn.Module, *, method: MethodType | None = None) -> Entry:
         """The compiled forward of `module`, or another method of it (`CompiledForwards.of`)."""
@@ -234,7 +230,7 @@ class CompiledModel(AsModule):
         with session.lock:
             warming = session.running._replace(warming=True)
             requests = Requests((None,), uniform=True)
-            session.note(warming, lambda: session.call(run_both_ways, requests))
+            session.note(warming, lambda: session.call(lambda: run_both_ways, requests))
 
     def warmup(
         self,

@@ -167,14 +167,14 @@ def _served(compiled: AsModule, owner: nn.Module, method: MethodType) -> Callabl
                 return session.run_outside_engine(functools.partial(method, *args, **kwargs))
             compiled._entries.check_attached()
 
-            def run() -> Any:
+            def find() -> Callable[..., Any]:
                 if session.base.merged is not None or not adapters_in_use(session):
-                    return method(*args, **kwargs)
+                    return method
                 served: Callable[..., Any] = method
                 if method.__name__ not in GENERATING:
                     served = compiled._entries.of(owner, method=method)
-                return compiled._generation.within(served)(*args, **kwargs)
+                return compiled._generation.within(served)
 
-            return session.call(run, requests)
+            return session.call(find, requests, args, kwargs)
 
     return call

@@ -27,9 +27,6 @@ from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 
-#: Runs the model: (args, kwargs, requests) -> its result.
-_Call = Callable[[Sequence[Any], Mapping[str, Any], "Requests | None"], Any]
-
 #: Arguments of `generate` that all requests share.
 _SHARED = ("generation_config", "tokenizer")
 #: Types of values that do not depend on rows.
@@ -40,33 +37,44 @@ Waves = Sequence[Sequence[int]]
 
 def in_waves(
     entries: CompiledForwards,
-    call: _Call,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    find: Callable[[], Callable[..., Any]],
     requests: Requests | None,
     *,
     generates: bool = False,
-) -> Any:
-    """The result of `call`, the model's forward or (`generates`) its `generate`. If the adapters
-    have no slots together and `Options.overflow` is "waves", it is called once for each wave.
-    Sequences that ended before the longest are padded as in one batch.
+) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
+    """What serves a call of the model's forward, or (`generates`) of its `generate`, given the
+    call's arguments: it runs what `find` returns, as `Session.call`. If the adapters have no slots
+    together and `Options.overflow` is "waves", it does so once for each wave. Sequences that ended
+    before the longest are padded as in one batch.
 
-    Raises:
+    It raises:
         BatchError: an argument or a result cannot be split by rows, or joined. `generate` can only
             return sequences, and cannot take objects that index rows (processors of logits,
             criteria, streamers).
     """
     session, model = entries.session, entries.model
-    generate: Any = getattr(model, "generate", None)
     if (
         session.program.options.overflow != "waves"
         or requests is None
         or requests.uniform
         or requests.tokens is not None
         or (session.running.here and session.running.entries)  # the outer call needs its slots
-        or (generates and not callable(generate))
+        or (generates and not callable(getattr(model, "generate", None)))
     ):
-        return call(args, kwargs, requests)
+        return partial(session.call, find, requests)
+    return partial(_in_waves, entries, partial(session.call, find), requests, generates)
+
+
+def _in_waves(
+    entries: CompiledForwards,
+    call: Callable[[Requests, Sequence[Any], Mapping[str, Any]], Any],
+    requests: Requests,
+    generates: bool,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    session, model = entries.session, entries.model
+    generate: Any = getattr(model, "generate", None)
     names, row_dims = requests.names, session.program.config.row_dims
     with session.fetch_adapters(requests), session.lock:
         for name in adapters_among(names):
@@ -79,7 +87,7 @@ def in_waves(
         shared = {n for n, value in bound.items() if generates and _is_shared(n, value, settings)}
         named = {renamed.get(n, n): value for n, value in bound.items() if n not in shared}
         if waves is None or table.rows(named) != len(names):
-            return call(args, kwargs, requests)
+            return call(requests, args, kwargs)
         table.check_rows(named, len(names))
 
         def split(rows: Tensor, name: str, value: Any) -> Any:
@@ -90,7 +98,7 @@ def in_waves(
         results = []
         for wave in waves:
             wave_args, wave_kwargs = table.changed(args, kwargs, partial(split, torch.tensor(wave)))
-            results.append(call(wave_args, wave_kwargs, requests.part(wave)))
+            results.append(call(requests.part(wave), wave_args, wave_kwargs))
         with torch.no_grad():
             if generates:
                 return _join_sequences(waves, results, _padding_token(bound, settings))

@@ -319,7 +319,7 @@ def _run_eagerly(
     def run() -> None:
         session.run(session.running.in_forward(session.program.runtime.rows), serve)
 
-    session.call(run, Requests((name,), uniform=True))
+    session.call(lambda: run, Requests((name,), uniform=True))
 
 
 def _tensor(output: Any) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from lorafx.capture.missed import Missed
 from lorafx.program.argument_roles import RoleTable
 from lorafx.runtime.session import Session
+
+#: Chooses a conversion of the traced function (`Traced`).
+Choice = Callable[[Any], Any]
 
 
 class Forward(Protocol):
@@ -26,14 +30,7 @@ class Forward(Protocol):
 
     def in_python(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def run_graph(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        base: bool,
-        conversion: Callable[..., Any] | None = None,
-    ) -> Any: ...
+    def run_graph(self, call: ForwardCall, conversion: Choice | None = None) -> Any: ...
 
 
 class ForwardCall(NamedTuple):
@@ -48,6 +45,6 @@ class ForwardCall(NamedTuple):
     def session(self) -> Session:
         return self.forward.session
 
-    def by_graph(self, conversion: Callable[..., Any] | None = None) -> Any:
-        """The answer as `Entry.run_graph`."""
-        return self.forward.run_graph(self.args, self.kwargs, base=self.base, conversion=conversion)
+
+#: A way in which a call is answered: its answer, or `Missed`.
+Tier = Callable[[ForwardCall], Any | Missed]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lorafx.capture.compiler_failures import NoGraph, explained, lorafx_error_in
+from lorafx.capture.compiler_failures import explained, lorafx_error_in
+from lorafx.capture.missed import Missed, NoGraph
 from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.attachment import Attachment
 from lorafx.model.changes_watch import hooks_of
@@ -30,7 +31,7 @@ from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import label_arguments
-from lorafx.runtime.call import ForwardCall
+from lorafx.runtime.call import Choice, ForwardCall
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
 from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.runtime.results import refuse_code
@@ -41,7 +42,9 @@ from lorafx.torch_internals.versions import saves_graphs
 
 if TYPE_CHECKING:  # imported where used: with the first graph
     from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
-    from lorafx.capture.traced import Conversion, Traced
+    from lorafx.capture.traced import Traced
+    from lorafx.eager.following import Following
+    from lorafx.eager.weight_uses import WeightUses
     from lorafx.runtime.tiers import Tiers
 
 
@@ -87,13 +90,13 @@ class Entry:
         if (serve := session.requests.serve) is not None:
             return serve(self, args, kwargs)
         running = session.running.in_forward(session.program.runtime.rows)
-        return session.run(running, functools.partial(self._serve, *args, **kwargs))
+        return session.run(running, functools.partial(self._serve, args, kwargs))
 
     def in_python(self, *args: Any, **kwargs: Any) -> Any:
         """`target`, called in a frame in which a call that does not fit it is told."""
         return self.target(*args, **kwargs)
 
-    def _serve(self, *args: Any, **kwargs: Any) -> Any:
+    def _serve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
         if args and self.roles.by_name(args):  # so that both ways to write a call share a graph
@@ -107,66 +110,73 @@ class Entry:
         session.program.pack_watch.check()
         session.program.quantised.settle_again()
         runtime = session.program.runtime
-        if runtime.active:
+        active, warming = bool(runtime.active), session.running.warming
+        if active:
             self._refuse_loops()
             refuse_nested(named)
-            result = self._run(args, kwargs, base=False)
-            if self.is_forward or not isinstance(result, nn.Module):  # such as get_decoder's
-                refuse_code(result, self.name)
-            return result
-        warming = self.base_graphs == "warmup" and session.running.warming
-        base = warming or self.base_graphs is True
+        warms_base = not active and warming and self.base_graphs == "warmup"
+        base = not active and (warms_base or self.base_graphs is True)
         runtime.active = not base
-        try:
-            result = self._run(args, kwargs, base=base)
-        finally:
-            runtime.active = False
-        if warming:
+        call = ForwardCall(self, args, kwargs, base)
+        tiers = None if warming or session.replays else self.tiers
+        result: Any = None
+        for tier in (self.run_graph,) if tiers is None else tiers.of(call):
+            if not isinstance(result := tier(call), Missed):
+                break
+        if warms_base:
             self.base_graphs = True
+        if active and (self.is_forward or not isinstance(result, nn.Module)):
+            refuse_code(result, self.name)  # a module is such as get_decoder's
         return result
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
-        """The model's result, by the graphs with adapters, or those of the base, or eagerly."""
-        session, call = self.session, ForwardCall(self, args, kwargs, base)
-        if self.tiers is None or session.running.warming or session.replays:
-            return call.by_graph()
-        return self.tiers.run(call)
-
-    def run_graph(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        base: bool,
-        conversion: Callable[[Traced], Conversion] | None = None,
-    ) -> Any:
+    def run_graph(self, call: ForwardCall, conversion: Choice | None = None) -> Any:
         """The model's result by a graph, which is compiled if there is none for the call; or by
-        what `conversion` of the traced function makes, and whatever that raises."""
-        session = self.session
-        session.program.pack_watch.pack()
-        sites, hooks = session.program.site_watch, session.program.hook_watch
-        state = session.program.unguarded_state()
-        traced = self._traced_for(state, base=base)
+        what `conversion` of the traced function makes, which may be `Missed`.
+
+        If adapters are active, uses of weights and the owners of tensors are followed between
+        graphs. Raises MatchError if the weight of a touched site was used without its module.
+        """
+        session, program = self.session, self.session.program
+        program.pack_watch.pack()
+        state, captured = program.unguarded_state(), None
+        traced = self._traced_for(state, base=call.base)
+        run, before = functools.partial(traced.call, *call.args, **call.kwargs), traced.conversion
         try:
-            run = functools.partial(traced.call, *args, **kwargs)
             if conversion is not None:
-                run = functools.partial(traced.converted_by, conversion(traced), run)
+                traced.conversion = conversion(traced)
             no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with no_grad, session.without_mha_fast_path():
-                return self._run_tracked(run)
-        except NoGraph:
-            raise
+                following = uses = None
+                if program.runtime.active:
+                    following, uses = self._following()
+                    captured = len(session.records)
+                if following is None:
+                    return run()
+                try:
+                    result = following.run(lambda: run())  # a frame here tells a wrong call
+                    if uses is not None:
+                        following.check(result if program.in_pieces else None)
+                    return result
+                except Exception:
+                    if uses is not None:
+                        uses.refuse()
+                    raise
+        except NoGraph as end:
+            return end.missed
         except BaseException as error:
             inner = lorafx_error_in(error)
             if isinstance(inner, ReplacedModuleError):
                 raise inner from None
-            failure = self._failure(error, inner, traced, base=base)
+            failure = self._failure(error, inner, traced, base=call.base)
             if failure is error:
                 raise
             raise failure from error
         finally:
-            hooks.accept_new()
-            if sites.state != state[0]:  # it changed while a graph was captured
+            traced.conversion = before
+            if captured is not None:
+                self.capturing = len(session.records) != captured
+            program.hook_watch.accept_new()
+            if program.site_watch.state != state[0]:  # it changed while a graph was captured
                 for of_base in (False, True):
                     self.traced.pop((state, of_base), None)
 
@@ -194,33 +204,15 @@ class Entry:
             return error
         return inner or explained(error, name, self._base_sentence(base=base)) or error
 
-    def _run_tracked(self, run: Callable[[], Any]) -> Any:
-        """Return the result of `run`. If adapters are active, uses of weights and the owners of
-        tensors are tracked between graphs. Raises MatchError if the weight of a touched site was
-        used without its module."""
-        program, records = self.session.program, self.session.backend.records
-        if not program.runtime.active:
-            return run()
+    def _following(self) -> tuple[Following | None, WeightUses | None]:
+        """What follows the running call between graphs, if anything has to, and the uses of weights
+        that it looks at, if an adapter touches some."""
         from lorafx.eager.following import Following
         from lorafx.eager.weight_uses import WeightUses
 
-        captured = len(records)
-        uses = WeightUses(program) if program.batch.touched else None
-        memory = self._owner_memory()
-        try:
-            if uses is None and memory is None:
-                return run()
-            following = Following(memory, uses)
-            result = following.run(lambda: run())  # a frame here, in which a wrong call is told
-            if uses is not None:
-                following.check(result if program.in_pieces else None)
-            return result
-        except Exception:
-            if uses is not None:
-                uses.refuse()
-            raise
-        finally:
-            self.capturing = len(records) != captured
+        program = self.session.program
+        uses, memory = WeightUses(program) if program.batch.touched else None, self._owner_memory()
+        return None if uses is None and memory is None else Following(memory, uses), uses
 
     def _owner_memory(self) -> Memory | None:
         """The memory for owners of what the running call computes; None if no graph needs them,
@@ -369,9 +361,13 @@ def _to_trace(
     return marked
 
 
+#: The code of the frame whose callee Dynamo compiles.
+_RUNS_GRAPHS: Final = Entry.run_graph.__code__
+
+
 def entered(frame: FrameType) -> bool:
     """Whether a frame is that of an entry that serves a call, with the call's arguments."""
-    return frame.f_code is Entry.run_graph.__code__
+    return frame.f_code is _RUNS_GRAPHS
 
 
 class CompiledForwards:

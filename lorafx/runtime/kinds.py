@@ -74,8 +74,8 @@ class Status:
 @dataclass(eq=False)
 class Kind:
     """A kind of calls. `saved`: the next call may load a graph; `wrong`: how often the call that a
-    process was forked for raised; `looked`: the numbers of saved graphs, and of those in this
-    process, among which none served the last call."""
+    process was forked for raised; `graphs_seen`, `saved_seen`: how many graphs were here, and how
+    many were saved, when none of them served such a call."""
 
     name: str
     calls: int = 0
@@ -85,7 +85,8 @@ class Kind:
     here: bool = False
     saved: bool = False
     wrong: int = 0
-    looked: tuple[int, int] = (0, 0)
+    graphs_seen: int = 0
+    saved_seen: int = 0
     reason: str = ""
     refused: bool = False
 

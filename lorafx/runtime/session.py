@@ -218,11 +218,13 @@ class Session:
 
     def call(
         self,
-        function: Callable[[], T],
+        find: Callable[[], Callable[..., T]],
         requests: Requests | None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> T:
-        """Return the result of `function`, which runs the model for these requests; None stands for
-        the default adapter.
+        """Return the result of the function that `find` returns, with these arguments. Both run the
+        model for these requests; None stands for the default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
@@ -240,7 +242,7 @@ class Session:
                 from lorafx.eager.following import running as followed
 
                 if followed() is not None:
-                    return inner_call(partial(self.call, function, requests))
+                    return inner_call(partial(self.call, find, requests, args, kwargs))
             with self.fetch_adapters(requests), self.locks.calls:
                 running, merged = self.running, self.base.merged
                 if running.updating:
@@ -253,9 +255,18 @@ class Session:
                 if merged is not None and not running.warming:
                     requests = served_by(merged.name, requests)
                     self.program.refuse_missing(self.store[merged.name].sites)
-                if not requests.packed:
-                    function = partial(self.run_outside_engine, function)
-                return self.note(running.serving(requests), function)
+                runtime, at_rest = self.program.runtime, self.active_at_rest
+                try:  # as in `note`, without a step of its own
+                    self.running = running.serving(requests)
+                    function = find()
+                    if requests.packed or self.outside_engine is None:
+                        return function(*args, **kwargs)
+                    return self.outside_engine(partial(function, *args, **kwargs))
+                finally:
+                    self.running = running
+                    if not running.entries:
+                        runtime.active = at_rest
+                        runtime.active = self.active_at_rest
         except Exception as error:
             failure = unsupported(error)
             if failure is None:

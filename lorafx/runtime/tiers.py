@@ -1,10 +1,11 @@
 """Tiers: calls for which no graph is ready are answered eagerly, while graphs are compiled beside.
 
-    a call → a graph serves it       → it runs
-           → none does               → the model runs eagerly, at once; when this kind of call has
-                                       come twice, a process beside (lorafx.runtime.beside) compiles
-                                       its graph, and saves it for this process to load
-           → it cannot run eagerly   → its graph is compiled here, and the call waits for it
+    a call → a graph of this process serves it  → it runs
+           → a saved one does       → it is loaded, and runs
+           → none does              → the model runs eagerly, at once; when this kind of call has
+                                      come twice, a process beside (lorafx.runtime.beside) compiles
+                                      its graph, and saves it for this process to load
+           → it cannot run eagerly  → its graph is compiled here, and the call waits for it
 
 This process never traces a call that is answered eagerly.
 """
@@ -18,12 +19,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lorafx.capture.compiler_failures import NoGraph, Unprepared
+from lorafx.capture.missed import Missed
 from lorafx.config import Options, dump_folder
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
@@ -32,7 +33,7 @@ from lorafx.placements import divides_experts
 from lorafx.runtime.beside.compilers import MOST_PROCESSES, Compilers
 from lorafx.runtime.beside.preparation import is_prepared, prepare_files, preparing
 from lorafx.runtime.beside.process import can_fork
-from lorafx.runtime.call import ForwardCall
+from lorafx.runtime.call import ForwardCall, Tier
 from lorafx.runtime.collection import collection_paused
 from lorafx.runtime.kinds import Kind, Kinds, KindStatus, Status
 from lorafx.torch_internals.versions import saves_graphs
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from lorafx.runtime.session import Session
 
 T = TypeVar("T")
-
-#: What a tier returns that does not answer a call.
-_MISSED: Final = object()
 
 
 def starts_eagerly(program: Program) -> bool:
@@ -79,8 +77,8 @@ class Tiers:
         self.eager_calls = 0
         _ALIVE.add(self)
 
-    def run(self, call: ForwardCall) -> Any:
-        """The result of a call."""
+    def of(self, call: ForwardCall) -> tuple[Tier, ...]:
+        """The tiers of a call, in the order in which they are asked. The last one answers."""
         kind = self.kind_of(call)
         kind.calls += 1
         if self._program.is_placed and kind.calls > 1:
@@ -88,11 +86,14 @@ class Tiers:
         self.compilers.look()
         if kind.refused:
             raise VerifyError(f"{kind.name}: {kind.reason}")
-        for tier in (self._by_ready_graph, self._eagerly):
-            result = _MISSED if kind.here else tier(call, kind)
-            if result is not _MISSED:
-                return result
-        return call.by_graph()
+        if kind.here:
+            return (call.forward.run_graph,)
+        return (
+            partial(self._by_ready_graph, kind),
+            partial(self._by_saved_graph, kind),
+            partial(self._eagerly, kind),
+            call.forward.run_graph,  # compiled here
+        )
 
     def kind_of(self, call: ForwardCall) -> Kind:
         kind = self._kinds.of(call)
@@ -102,28 +103,36 @@ class Tiers:
 
     # --- the tiers ---
 
-    def _by_ready_graph(self, call: ForwardCall, kind: Kind) -> Any:
-        """The answer of a graph that this process has, or that it finds saved."""
-        saved, _ = kind.looked
-        graphs = self.compilers.saved, len(call.session.records)
-        if not (kind.has_graph or graphs != kind.looked) or not is_prepared():
-            return _MISSED
-        loads = self.compilers.saved != saved
-        try:
-            with collection_paused() if loads else nullcontext():
-                result = call.by_graph(attrgetter("load" if loads else "find"))
-        except Unprepared as found:
-            prepare_files(self._program, found.paths)
-            return _MISSED
-        except NoGraph:
-            kind.looked, kind.saved = graphs, False
-            if kind.processes >= MOST_PROCESSES and not kind.has_graph and not kind.reason:
-                self.compilers.keep_eager(kind, "the graphs that were compiled serve none of them")
-            return _MISSED
-        kind.has_graph, kind.saved, kind.reason = True, False, ""
+    def _by_ready_graph(self, kind: Kind, call: ForwardCall) -> Any:
+        """The answer of a graph that this process has."""
+        graphs = len(call.session.records)
+        if not (kind.has_graph or graphs != kind.graphs_seen) or not is_prepared():
+            return Missed("no graph of this process was made for such a call")
+        result = call.forward.run_graph(call, attrgetter("find"))
+        if isinstance(result, Missed):
+            kind.graphs_seen = graphs
+        else:
+            kind.has_graph, kind.saved, kind.reason = True, False, ""
         return result
 
-    def _eagerly(self, call: ForwardCall, kind: Kind) -> Any:
+    def _by_saved_graph(self, kind: Kind, call: ForwardCall) -> Any:
+        """The answer of a graph that another process has saved, which is loaded here."""
+        saved = self.compilers.saved
+        if saved == kind.saved_seen or not is_prepared():
+            return Missed("no graph was saved since such a call looked for one")
+        with collection_paused():
+            result = call.forward.run_graph(call, attrgetter("load"))
+        if not isinstance(result, Missed):
+            kind.has_graph, kind.saved, kind.reason = True, False, ""
+        elif result.unprepared:
+            prepare_files(self._program, result.unprepared)
+        else:
+            kind.saved_seen, kind.saved = saved, False
+            if kind.processes >= MOST_PROCESSES and not kind.has_graph and not kind.reason:
+                self.compilers.keep_eager(kind, "the graphs that were compiled serve none of them")
+        return result
+
+    def _eagerly(self, kind: Kind, call: ForwardCall) -> Any:
         """The answer of eager mode, while a process beside compiles the graph of this kind."""
         forked = self.compilers.consider(call, kind, self._verdict)
         run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
@@ -132,7 +141,7 @@ class Tiers:
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self.compilers.end_of(kind)
-            return _MISSED
+            return Missed(kind.reason)
         except Exception:  # the call's own, which the process beside would report once more
             if forked:
                 self.compilers.end_of(kind)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import lorafx
-from lorafx.capture.compiler_failures import NoGraph
+from lorafx.capture.missed import Missed
 from lorafx.eager.undo import Undo
 
 K = 6
@@ -154,10 +154,9 @@ def test_a_refused_call_has_changed_nothing(small: Any, monkeypatch: pytest.Monk
     model, x = case.model(), torch.randn(3, K)
     cm = lorafx.compile(model, case.folders, options={**REFERENCE, "start": "eager"})
 
-    def no_graph(*_: Any, conversion: Any = None, **__: Any) -> None:
+    def no_graph(_: Any, call: Any, conversion: Any = None) -> Missed | None:
         """In place of the graph that is asked for next, which would change the state as well."""
-        if conversion is not None:
-            raise NoGraph
+        return None if conversion is None else Missed()
 
     monkeypatch.setattr("lorafx.runtime.entry.Entry.run_graph", no_graph)
     outputs = BaseModelOutput(last_hidden_state=torch.zeros(3, K))

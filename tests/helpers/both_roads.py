@@ -6,7 +6,7 @@ model of the tests goes both roads, against the same oracle: the test's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from lorafx.eager.following import NeedsGraph
 from lorafx.errors import LorafxError, MatchError
 from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
-from lorafx.runtime.call import ForwardCall
+from lorafx.runtime.call import Choice, ForwardCall
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.session import Session
 from lorafx.runtime.tiers import Tiers
@@ -25,7 +25,7 @@ from lorafx.runtime.tiers import Tiers
 #: The most calls of a kind, with the same adapters, that are compared.
 _CALLS = 2
 
-_by_graph = Entry._run
+_by_graph = Entry.run_graph
 _compared: WeakKeyDictionary[Session, dict[object, int]] = WeakKeyDictionary()
 _switch = {"on": True}
 
@@ -48,18 +48,17 @@ class Raised:
         self.error = error
 
 
-def _run(self: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, base: bool) -> Any:
+def _run_graph(self: Entry, call: ForwardCall, conversion: Choice | None = None) -> Any:
     session = self.session
-    by_graph = partial(_by_graph, self, args, kwargs, base=base)
+    by_graph = partial(_by_graph, self, call, conversion)
     if not _switch["on"] or self.tiers is not None or session.running.warming:
         return by_graph()
     own_passes = any(not isinstance(item, bool) for item in session.program.options.passes.values())
     if own_passes:  # which tests have do wrong on purpose
         return by_graph()
-    call = ForwardCall(self, args, kwargs, base)
     if session.replays or not _is_due(call):
         return by_graph()
-    read = partial(answer_of, kwargs, torch.get_rng_state())
+    read = partial(answer_of, call.kwargs, torch.get_rng_state())
     eager = _eagerly(call, read)
     try:
         result = by_graph()
@@ -103,4 +102,4 @@ def _eagerly(call: ForwardCall, read: Any) -> Any:
 
 def install() -> None:
     """Have all calls of this process compared."""
-    Entry._run = _run  # type: ignore[method-assign]
+    Entry.run_graph = _run_graph  # type: ignore[method-assign]

@@ -143,13 +143,13 @@ class Cuda:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         for name in ("write", "write_by_column"):
             patch.setattr(Bank, name, self._noting(getattr(Bank, name)))
-        tracked = Entry._run_tracked
+        run_graph = Entry.run_graph
 
-        def reading(entry: Entry, run: Any) -> Any:
+        def reading(entry: Entry, call: Any, conversion: Any = None) -> Any:
             self.step(entry.session.program.runtime.rows)
-            return tracked(entry, run)
+            return run_graph(entry, call, conversion)
 
-        patch.setattr(Entry, "_run_tracked", reading)
+        patch.setattr(Entry, "run_graph", reading)
         memory: Any = [Memory(device) for device in self.devices]
         patch.setattr(session.store, "copy_streams", CopyStreams(memory))
         patch.setattr(session.locks, "streams", Streams())

@@ -244,7 +244,7 @@ def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shall
     caller = threading.current_thread()
     pusher = threading.Thread(target=push)
     pusher.start()
-    served._session.call(hook, Requests(("a0",)))
+    served._session.call(lambda: hook, Requests(("a0",)))
     pusher.join()
     assert inside == [False]
     assert same(served, state)

@@ -27,8 +27,8 @@ from torch import fx
 from lorafx.capture.backend import Backend
 from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.compile_log import tell
-from lorafx.capture.compiler_failures import NoGraph, Unprepared
 from lorafx.capture.executable import Lowered
+from lorafx.capture.missed import Missed
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.saved_graphs import folder as folders
 from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed
@@ -129,19 +129,17 @@ class SavedGraphs:
             self._save(*place, result.guarded_code, conversion)
         return result
 
-    def found(self, frame: Any, arguments: Sequence[Any]) -> ConvertFrameReturn:
-        """A saved conversion of the entry's frame. Raises NoGraph if there is none, and Unprepared
-        while `prepare` has not had the newest. Dynamo's lock is held."""
+    def found(self, frame: Any, arguments: Sequence[Any]) -> ConvertFrameReturn | Missed:
+        """A saved conversion of the entry's frame. None is loaded while `prepare` has not had the
+        newest. Dynamo's lock is held."""
         self.file, self.unsaved = None, ""
         place = self._folder_and_key(frame)
-        if isinstance(place, tuple):
-            newest = folders.files(*place)[-_MAX_PREPARED:]
-            if unprepared := [path for path in newest if path not in _PREPARED]:
-                raise Unprepared(unprepared)
-            loaded = self._load(*place, frame, arguments)
-            if loaded is not None:
-                return loaded
-        raise NoGraph
+        if not isinstance(place, tuple):
+            return Missed()
+        newest = folders.files(*place)[-_MAX_PREPARED:]
+        if unprepared := [path for path in newest if path not in _PREPARED]:
+            return Missed(unprepared=unprepared)
+        return self._load(*place, frame, arguments) or Missed()
 
     def _folder_and_key(self, frame: Any) -> tuple[Path, str] | str:
         """Where graphs of this entry are now, or a sentence that says why they are not kept."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -227,12 +228,12 @@ class PackedForward:
         names, tokens = self._token_adapters(step, part)
         entries.check_attached()
 
-        def run() -> Any:
+        def find() -> Callable[..., Any]:
             active = session.running._replace(active=True)
             forward = entries.whole(entries.of(entries.model, packed=True))
-            return session.note(active, lambda: forward(**step.named))
+            return partial(session.note, active, partial(forward, **step.named))
 
-        return session.call(run, Requests(tuple(names), tokens, packed=True))
+        return session.call(find, Requests(tuple(names), tokens, packed=True))
 
     def _count_tokens(self, batch: Sequence[FutureRequestState]) -> None:
         tokens = self._entries.session.counts.tokens

@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lorafx.capture.compiler_failures import NoGraph
 from lorafx.capture.driver import TOLERANCE, difference
+from lorafx.capture.missed import Missed
 from lorafx.eager.undo import Undo
 from lorafx.errors import LorafxError, ProvenanceError
 from lorafx.passes.provenance import Provenance
@@ -58,11 +58,11 @@ class ComparedCall:
             return "", ""
         try:
             graph = self._by_graph(attrgetter("load"))
-        except NoGraph:
-            return "", ""
         except ProvenanceError as error:  # eager mode proves it with the numbers of each call
             return "eager", f"its graph cannot serve such a batch: {error}"
         except LorafxError:  # as each call by the graph
+            return "", ""
+        if isinstance(graph, Missed):
             return "", ""
         bound = bound_of(self.call.session.program)
         apart = distance(eager, graph, bound)
@@ -90,14 +90,15 @@ class ComparedCall:
     def _reader(self) -> Callable[[Any], RoadAnswer]:
         return partial(answer_of, self.call.kwargs, torch.get_rng_state())
 
-    def _by_graph(self, conversion: Any = None) -> RoadAnswer:
+    def _by_graph(self, conversion: Any = None) -> RoadAnswer | Missed:
         """The answer of a graph. What it has written is then as before: a call has two of them."""
         program, read = self.call.session.program, self._reader()
         held = (*self.call.args, *self.call.kwargs.values())
         undo = Undo((program.model, *held), program.runtime.device)
         undo.note([*tensor_leaves(held), *program.buffers()])
         try:
-            return read(self.call.by_graph(conversion))
+            result = self.call.forward.run_graph(self.call, conversion)
+            return result if isinstance(result, Missed) else read(result)
         finally:
             undo.run()
 
@@ -111,7 +112,9 @@ class ComparedCall:
         session.backend = replay.backend
         self.call.forward.traced.clear()
         with replay.running(Provenance.name, lambda stage, values: recorded(stage, values, runs)):
-            return self._by_graph()
+            answer = self._by_graph()
+        assert not isinstance(answer, Missed)  # no conversion was chosen
+        return answer
 
 
 def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> RoadAnswer:

@@ -14,7 +14,8 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
-from lorafx.capture.compiler_failures import NoGraph, chain
+from lorafx.capture.compiler_failures import chain
+from lorafx.capture.missed import Missed
 from lorafx.capture.saved_graphs.folder import folder_of
 from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.interrupts import undisturbed
@@ -186,21 +187,20 @@ def _compile(call: ForwardCall, verdict: Verdict) -> str:
     session.locks.calls = threading.RLock()  # that of the serving process is another thread's
     session.running = session.running._replace(thread=threading.get_ident())
     try:
-        call.by_graph(attrgetter("save"))
-    except NoGraph as end:
-        file, reason = end.args
-        if file is None:
-            return str(reason)
-        from lorafx.capture.saved_graphs.saved_graphs import prepare
-
-        prepare(session.program, file)
-        kept, reason = verdict(call)
-        if not kept:
-            return f"{_SAVED}{file}"
-        file.unlink(missing_ok=True)
-        return f"{_REFUSED if kept == 'refused' else ''}{reason}"
+        end = call.forward.run_graph(call, attrgetter("save"))
     except Exception as error:
         cause = chain(error)[-1]
         text = " ".join(str(cause).partition("\n\n")[0].split())  # traces of Dynamo follow
         return f"{type(cause).__name__}: {text}"
-    return "a graph of the serving process serves it"
+    if not isinstance(end, Missed):
+        return "a graph of the serving process serves it"
+    if end.file is None:
+        return end.reason
+    from lorafx.capture.saved_graphs.saved_graphs import prepare
+
+    prepare(session.program, end.file)
+    kept, reason = verdict(call)
+    if not kept:
+        return f"{_SAVED}{end.file}"
+    end.file.unlink(missing_ok=True)
+    return f"{_REFUSED if kept == 'refused' else ''}{reason}"
