@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.store import AdapterInfo, info
-from lorafx.capture.checks import RefusedSites
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import numbered, some
@@ -32,6 +31,7 @@ from lorafx.pass_order import pipeline
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport, Preparation
+from lorafx.program.refusals import RefusedSites
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.shortcuts import states
 
