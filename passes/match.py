@@ -120,7 +120,7 @@ class Match:
         uses = _uses(ctx)
         # A module that multiplies by blocks of W may return anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: _origin(mark, site, products) for mark, site in marks.items()}
+        origins = {mark: _origin(ctx, mark, site, products) for mark, site in marks.items()}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and rescales(mark):
@@ -189,13 +189,14 @@ class Match:
         return edits
 
 
-def _origin(mark: fx.Node, site: Site, products: dict[fx.Node, Use]) -> Use | None:
+def _origin(ctx: Context, mark: fx.Node, site: Site, products: dict[fx.Node, Use]) -> Use | None:
     """The use whose result the mark adds its delta to. That of W times a number has a delta times
     the number, so the delta moves there. What no rule knows is the product if the class of the
     module is the registered one."""
     use, _ = use_behind(bound(mark)["y"], products)
-    unknown = use is not None and use.kind == "unknown" and _forward_unknown(site)
-    return None if use is None or use.gains or unknown else use
+    if use is None or use.gains or (use.kind == "unknown" and _forward_unknown(site)):
+        return None
+    return use if site in ctx.frame.by_node[use.weight].sites else None
 
 
 def _settle_calls(
