@@ -33,6 +33,7 @@ from lorafx.op_arguments import bound, in_order
 from lorafx.ownership.flow import place
 from lorafx.ownership.propagate import ancestors
 from lorafx.program.addends import (
+    addends_behind,
     addends_of,
     check_addends,
     refuse_used_bias,
@@ -46,7 +47,6 @@ from lorafx.program.context import (
     GROUPED_OP,
     SITE_OP,
     Context,
-    Refusal,
     is_site,
 )
 from lorafx.program.expert_sites import insert_expert_sites, nonnegative
@@ -54,6 +54,7 @@ from lorafx.program.frame import fake_value
 from lorafx.program.inputs import MADE, FrameInput
 from lorafx.program.lost_sites import constant_weights, lost_calls, replaced_sites
 from lorafx.program.module_calls import ModuleCall
+from lorafx.program.refusals import Refusal
 from lorafx.program.weight_uses import (
     SITE_KINDS,
     Use,
@@ -119,13 +120,13 @@ class Match:
         uses = _uses(ctx)
         # A module that multiplies by blocks of W may return anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: _origin(mark, products) for mark in marks}
+        origins = {mark: _origin(ctx, mark, site, products) for mark, site in marks.items()}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and rescales(mark):
                 addends = addends_of(bound(mark)["y"], products)
                 set_addend(ctx, site, mark, addends)
-            if origins[mark] is not None and site.own_rows and _forward_unknown(site):
+            if origins[mark] is not None and _forward_unknown(site):
                 check_addends(ctx, site, addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
@@ -138,7 +139,9 @@ class Match:
         whole = set(marks.values()).union(*(i.sites for i in inputs if i.derived is None))
         seen = whole.union(*(i.sites for i in inputs))
         ctx.program.reached.update(site.path for site in seen)
-        found = replaced_sites(ctx, seen - whole), lost_calls(ctx, seen), constant_weights(ctx)
+        used = {site for item in inputs for site in item.sites}
+        lost = lost_calls(ctx, set(marks.values()), used)
+        found = replaced_sites(ctx, seen - whole), lost, constant_weights(ctx)
         for refusal in chain.from_iterable(found):
             ctx.refuse(refusal)
         edits = 0
@@ -186,11 +189,14 @@ class Match:
         return edits
 
 
-def _origin(mark: fx.Node, products: dict[fx.Node, Use]) -> Use | None:
+def _origin(ctx: Context, mark: fx.Node, site: Site, products: dict[fx.Node, Use]) -> Use | None:
     """The use whose result the mark adds its delta to. That of W times a number has a delta times
-    the number, so the delta moves there."""
+    the number, so the delta moves there. What no rule knows is the product if the class of the
+    module is the registered one."""
     use, _ = use_behind(bound(mark)["y"], products)
-    return None if use is None or use.gains else use
+    if use is None or use.gains or (use.kind == "unknown" and _forward_unknown(site)):
+        return None
+    return use if site in ctx.frame.by_node[use.weight].sites else None
 
 
 def _settle_calls(
@@ -376,7 +382,7 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
     """Add the site's op behind a use. Returns the product with its delta."""
     assert use.x is not None
     bank = ctx.bank_inputs(site, use.weight)
-    y = use.node
+    y, later = use.node, addends_behind(use)
     users = list(y.users)
     with ctx.graph.inserting_before(y.next):
         x_rows, y_rows = use.x, y
@@ -395,10 +401,10 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
         if use.kind == "embedding":
             node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
         elif use.kind == "conv":
+            check_addends(ctx, site, [] if use.bias is None else [use.bias], later)
             node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
-            if "own" in bank:
-                check_addends(ctx, site, [] if use.bias is None else [use.bias])
+            check_addends(ctx, site, [] if use.bias is None else [use.bias], later)
             node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
             for when, extra in EXTRAS.items():

@@ -25,12 +25,13 @@ from lorafx.ownership import indexing
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.site_rules import input_of, row_dims
 from lorafx.ownership.symbolic import BatchSymbols
-from lorafx.program.context import OWN_MASK, ROWS_OF, Context, Refusal, is_site
+from lorafx.program.context import OWN_MASK, ROWS_OF, Context, is_site
 from lorafx.program.emitter import Emitter
 from lorafx.program.frame import (
     Frame,
     token_inputs,
 )
+from lorafx.program.refusals import Refusal
 from lorafx.program.row_maps import (
     ALL_ALIKE,
     Proof,

@@ -12,51 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, ProvenanceError
+from lorafx.errors import BatchError, CaptureError, MatchError, ProvenanceError
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.ownership.real_labels import Alone
 from lorafx.program.argument_roles import Role
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
+from lorafx.program.refusals import UNSEEN, RefusedSites
 from lorafx.program.row_handoff import Handover, Rows
 from lorafx.program.weight_forms import WeightForm
 
 _ELSEWHERE = "a tensor comes from another place than when the graph was captured"
-_UNSEEN = (
-    "the memory of a tensor was handed to numpy between two graphs, or written into where torch "
-    "does not see it (by its address, DLPack, an extension; such code may have a copy, h.clone())"
-)
-
-
-@dataclass(frozen=True)
-class RefusedSites:
-    """Paths of sites that a graph cannot serve, in which batches, and the reason (`Refusal`)."""
-
-    sites: tuple[str, ...]
-    when: When
-    reason: str
-
-    def error(self, names: str, *, unseen: bool = False) -> LorafxError:
-        """The error of a batch with adapters here; `unseen`: its memory left torch's sight."""
-        if self.when in EXTRAS:
-            extra = EXTRAS[self.when]
-            return MatchError(
-                f"{extra.unapplied.format(names)}: {self.reason}. Merge the adapter into a copy of "
-                f"the base model, or train it without {extra.training}"
-            )
-        if self.when == "always":
-            return MatchError(
-                f"LoRA cannot be applied at {names}: {self.reason}. Leave the module out by "
-                "exclude_modules, or unload the adapters that touch it"
-            )
-        return ProvenanceError(
-            f"this batch mixes adapters, and at {names} it is not proved which request a row "
-            f"belongs to: {_UNSEEN if unseen else self.reason}. Run one adapter per batch, "
-            "use Options(start='eager'), which follows rows by their values, declare which "
-            "dimension of an argument holds the requests by LoraConfig(row_dims=...), or leave "
-            "the module out by exclude_modules"
-        )
 
 
 @dataclass(eq=False)
@@ -171,7 +138,7 @@ class Checks:
             unseen = program.call is not None and program.call.memory.unseen
             raise ProvenanceError(
                 f"this batch mixes adapters, and at {', '.join(touched)} "
-                f"{_UNSEEN if unseen else _ELSEWHERE}, so row ownership is not proved there. Run "
+                f"{UNSEEN if unseen else _ELSEWHERE}, so row ownership is not proved there. Run "
                 "one adapter per batch"
             )
 

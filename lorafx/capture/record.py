@@ -15,14 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, fx
 
-from lorafx.capture.checks import Checks, RefusedSites
+from lorafx.capture.checks import Checks
 from lorafx.errors import ProvenanceError
 from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED
-from lorafx.program.context import Context, Outlined, Refusal, SiteState
+from lorafx.program.context import Context, Outlined, SiteState
 from lorafx.program.frame import Frame, batch_symbols, fake_value
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport
+from lorafx.program.refusals import Refusal, RefusedSites
 
 #: The path of a graph's module ("" for the main graph), and a node's name.
 Place = tuple[str, str]

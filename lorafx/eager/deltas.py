@@ -28,6 +28,7 @@ from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
 from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel, settled
+from lorafx.ownership.site_rules import row_dims_of
 from lorafx.program.program import Program
 
 #: Gathering the factors of more rows takes longer than the site's operator.
@@ -148,11 +149,9 @@ class RowDeltas:
             return y
         if added_to is not None:
             following.refuse(f"{mark.path}: its call does not return what its forward has")
-        is_product = following.marked(mark, x, y)
+        following.marked(mark, x, y)
         if mark.path not in self._touched:
             return self._noted(mark, y)
-        if mark.own_product and not is_product:
-            following.refuse(f"{mark.path}: its forward does more than the product with its weight")
 
         def added() -> Tensor:
             code = following.code(x)
@@ -241,8 +240,7 @@ class RowDeltas:
         return (out if dtype == acc else out.to(dtype)).view(y.shape)
 
     def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
-        count = x.dim() if mark.kind == "embedding" else 1 if mark.window else x.dim() - 1
-        lead = tuple(x.shape[:count])
+        lead = tuple(x.shape[: row_dims_of(mark.kind, x.dim())])
         found = self._rows_by_code(code, lead, x)
         if found is None:
             self._following.refuse(

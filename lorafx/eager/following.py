@@ -12,35 +12,35 @@ used.
 
 from __future__ import annotations
 
-import enum
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import compress, repeat, takewhile
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS, KnownLabels
 from lorafx.eager.undo import Undo
 from lorafx.eager.weight_uses import WeightUses
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE, overwritten
+from lorafx.kernels.ops.paged_attention import overwritten
 from lorafx.model.marks import SiteMark
 from lorafx.model.sites import Site
-from lorafx.ownership.memory import Block, Memory, geometry_of
-from lorafx.ownership.real import (
-    alone,
+from lorafx.ownership.effects import (
+    PARTS,
+    SUMS,
+    Effect,
     arguments_by_name,
-    labels_by_signature,
-    labels_by_values,
+    effect_of,
     tensors_in,
     written,
 )
+from lorafx.ownership.memory import Block, Memory, geometry_of
+from lorafx.ownership.real import alone, labels_by_signature, labels_by_values
 from lorafx.ownership.real_labels import Patchy, RealLabel, Shared
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
@@ -65,62 +65,11 @@ from lorafx.torch_internals.transforms import (
     wrapped_by_transform,
 )
 
-aten = torch.ops.aten
 T = TypeVar("T")
 
 
 class NeedsGraph(Exception):
     """Eager mode cannot prove that it would serve a call correctly; a graph may."""
-
-
-class Effect(enum.Enum):
-    """What an operator does to memory."""
-
-    VIEW = enum.auto()
-    NEW = enum.auto()
-    #: A tensor of undefined contents, which belong to nobody known.
-    EMPTY = enum.auto()
-    WRITE = enum.auto()
-    #: Makes a tensor another view of its memory, which torch counts as a write.
-    TURN = enum.auto()
-    #: Writes rows of a paged cache, and returns new tensors.
-    PAGES = enum.auto()
-    #: Takes over a tensor that torch made of Python's numbers.
-    LIFT = enum.auto()
-
-
-#: Views, though their schemas do not say so.
-_VIEWS = (aten._unsafe_view, aten._reshape_alias, aten.detach, aten.alias)
-#: Parts of a tensor's memory of which torch counts the writes apart.
-_PARTS = (aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk)
-#: Sums over ranks in place: rows keep their owners.
-_SUMS = (torch.ops.c10d.allreduce_,) if dist.is_available() else ()
-_EMPTY = (
-    aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided,
-    aten.empty_permuted,
-)  # fmt: skip
-_LIFTS = (aten.lift_fresh, aten.lift)
-#: Their tensor may have other memory afterwards.
-_OTHER_MEMORY = (aten.set_, aten.resize_, aten.resize_as_)
-
-
-@cache
-def effect_of(func: Any) -> Effect | None:
-    """None for what is no operator with a schema, such as control flow."""
-    if not isinstance(func, OpOverload):
-        return None
-    if func.overloadpacket in _LIFTS:
-        return Effect.LIFT
-    if func in (PAGED_CACHE, PAGED_ATTENTION):
-        return Effect.PAGES
-    if torch.Tag.inplace_view in func.tags and func.overloadpacket not in _OTHER_MEMORY:
-        return Effect.TURN
-    if func._schema.is_mutable:
-        return Effect.WRITE
-    aliases = any(value.alias_info is not None for value in func._schema.returns)
-    if aliases or func.overloadpacket in _VIEWS:
-        return Effect.VIEW
-    return Effect.EMPTY if func.overloadpacket in _EMPTY else Effect.NEW
 
 
 class Following(TorchDispatchMode):
@@ -267,13 +216,14 @@ class Following(TorchDispatchMode):
         elif effect is Effect.PAGES and self._undo is not None:
             self._undo.note_rows(overwritten(**arguments_by_name(func, args, named)))
         results = func(*args, **named)
-        if func.overloadpacket in _PARTS:
+        if func.overloadpacket in PARTS:
             results = [part.clone() for part in results]
         used = self._weights
         if effect is Effect.LIFT and not self.sees_readers:
             self._refuse_numbers(results)
         if self.memory is None:
-            self._look_at_uses(func, used, operands, results, owned=True)
+            if used and self._uses is not None:
+                self._uses.look(func, args, named, used, results, owned=True)
             return results
         if in_forward_mode():
             self._refuse_transform()
@@ -289,7 +239,7 @@ class Following(TorchDispatchMode):
             codes = (UNKNOWN,)
         elif effect is Effect.TURN:
             codes = (self._remembered.code(self.memory.look(results)),)
-        elif func.overloadpacket in _SUMS:
+        elif func.overloadpacket in SUMS:
             results[-1].wait()
             codes = [code for _, code in operands]
         else:
@@ -297,7 +247,8 @@ class Following(TorchDispatchMode):
             known = self._remembered.results.get(key)
             codes = self._found(key, args, named, results, operands) if known is None else known
         made = used and all(isinstance(self._remembered.labels[code], Shared) for code in codes)
-        self._look_at_uses(func, used, operands, results, owned=not made)
+        if used and self._uses is not None:
+            self._uses.look(func, args, named, used, results, owned=not made)
         if targets:
             self._note_written(targets, results, codes, operands)
         elif isinstance(results, Tensor):
@@ -310,19 +261,6 @@ class Following(TorchDispatchMode):
         if not operands:
             self._note_made_of_nothing(func, results)
         return results
-
-    def _look_at_uses(
-        self,
-        func: OpOverload,
-        used: Mapping[Tensor, list[Site]],
-        operands: Sequence[tuple[Tensor, int]],
-        results: Any,
-        *,
-        owned: bool,
-    ) -> None:
-        if used and self._uses is not None:
-            read = [item for item, _ in operands]
-            self._uses.look(func, used, read, list(tensors_in(results)), owned=owned)
 
     def _refuse_numbers(self, tensor: Tensor) -> None:
         """Refuse a tensor of many of Python's numbers, such as a weight's `tolist()`. One of
@@ -506,6 +444,11 @@ class Following(TorchDispatchMode):
         if self._uses is not None and (sites := self._sites_in(tensor, block)):
             self._uses.read(reader, sites)
 
+    def note_data(self, tensor: Tensor) -> None:
+        """The tensor is about to get other memory, past torch's operators."""
+        if self._undo is not None:
+            self._undo.to_restore(setattr, tensor, "data", tensor.data)
+
     @property
     def on_top(self) -> bool:
         """Whether the operators that run now are followed by this mode, and no transform runs."""
@@ -514,20 +457,13 @@ class Following(TorchDispatchMode):
     def marked_alone(self, mark: SiteMark) -> None:
         """As `marked`, of a delta that was added with its product."""
         if self._uses is not None:
-            self._uses.marked(mark)
+            self._uses.marked_alone(mark)
 
-    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
-        """The mark adds its delta. Returns whether y is, and still holds, the product with x that
-        the module has computed. Raises NeedsGraph if the mark follows several products, or one with
-        other values than the weight's."""
-        products = [] if self._uses is None else self._uses.marked(mark)
-        if not mark.stored and mark.handler is None:
-            if len(products) > 1:
-                count = len(products)
-                self.refuse(f"{mark.path}: its module multiplies by the weight {count} times")
-            if not mark.made and any(product.changed for product in products):
-                self.refuse(f"{mark.path}: its module multiplies by what was made of its weight")
-        return len(products) == 1 and products[0].is_of(x, y)
+    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> None:
+        """The mark adds the delta of x to y. Raises `error` where that is not the site's."""
+        why = None if self._uses is None else self._uses.marked(mark, x, y)
+        if why is not None:
+            self.refuse(f"{mark.path}: {why}")
 
 
 never_traced(Following.__torch_dispatch__.__code__)

@@ -21,6 +21,8 @@ _READERS = frozenset(
         Tensor.untyped_storage, Tensor.storage,
     )
 )  # fmt: skip
+#: x.data = ..., which is no operator.
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class InPython(Following):
@@ -62,9 +64,9 @@ class WatchedInPython(InPython):
         with DisableTorchFunction():
             return super().outside(action)
 
-    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> bool:
+    def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> None:
         with DisableTorchFunction():
-            return super().marked(mark, x, y)
+            super().marked(mark, x, y)
 
 
 class _Readers(TorchFunctionMode):
@@ -79,6 +81,8 @@ class _Readers(TorchFunctionMode):
     ) -> Any:
         if func in _READERS and not self._following.over:
             self._following.read_outside(func.__name__, args[0])
+        elif func == _SET_DATA and not self._following.over:
+            self._following.note_data(args[0])
         return func(*args, **(kwargs or {}))
 
 

@@ -85,8 +85,10 @@ class Undo:
     def note(self, tensors: Iterable[Tensor]) -> None:
         """These tensors from before the call are about to be written."""
         for tensor in tensors:
-            geometry = geometry_of(tensor) if tensor.layout is torch.strided else None
-            self.to_restore(_write_back, tensor, tensor.clone(), geometry)
+            place = None
+            if tensor.layout is torch.strided:
+                place = tensor.untyped_storage(), geometry_of(tensor)
+            self.to_restore(_write_back, tensor, tensor.clone(), place)
 
     def note_rows(self, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
         """These rows of tables from before the call are about to be written."""
@@ -240,10 +242,16 @@ def _slots(cls: type) -> tuple[MemberDescriptorType, ...]:
     return tuple(value for value in held if isinstance(value, MemberDescriptorType))
 
 
-def _write_back(tensor: Tensor, before: Tensor, geometry: Geometry | None) -> None:
-    if geometry is not None and geometry_of(tensor) != geometry:  # such as after `t_`
-        tensor.as_strided_(*geometry)
-    if geometry is None or not torch.equal(tensor, before):  # a write counts as a change
+def _write_back(
+    tensor: Tensor, before: Tensor, place: tuple[torch.UntypedStorage, Geometry] | None
+) -> None:
+    if place is not None:
+        storage, (size, stride, offset) = place
+        if tensor.untyped_storage()._cdata != storage._cdata:  # after `set_`
+            tensor.set_(storage, offset, size, stride)
+        elif geometry_of(tensor) != place[1]:  # such as after `t_`
+            tensor.as_strided_(size, stride, offset)
+    if place is None or not torch.equal(tensor, before):  # a write counts as a change
         tensor.copy_(before)
 
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorafx.adapter_store.store import AdapterInfo
-from lorafx.capture.checks import RefusedSites
 from lorafx.errors import numbered, some
 from lorafx.inspection.report import Report, size
 from lorafx.model.module_graph import joined_lines
 from lorafx.passes.select import Alias, Select
 from lorafx.program.program import PassReport
+from lorafx.program.refusals import RefusedSites
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
 _PHASES = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}

@@ -158,7 +158,7 @@ class SiteMark:
                 return None
             raise MatchError(self._misfit_message(module, x, output))
         if not traced:
-            self._check_once(module, x, output, scale)
+            self._check_product(module, x, output, scale)
         # DoRA does not rescale the bias.
         bias = None if self.bank.gains is None else getattr(module, "bias", None)
         ranges = self.siblings, self.offsets, self.sizes
@@ -215,12 +215,6 @@ class SiteMark:
         return torch.ops.lorafx.site(
             x, y, *factors, *ranges, rows, *packed, gains, addend, *own_rows, shifts
         )
-
-    @property
-    def own_product(self) -> bool:
-        """Whether an eager call has to show that a forward of another class, of a linear with a
-        dense weight, returns its product."""
-        return self.derived and self.kind == "linear" and not self.stored and self.handler is None
 
     @property
     def is_plain(self) -> bool:
@@ -305,10 +299,11 @@ class SiteMark:
             return scale if self.stored else scale.to(getattr(module, self.weight_name).dtype)
         return scale
 
-    def _check_once(
+    def _check_product(
         self, module: nn.Module, x: Tensor, output: Any, scale: Tensor | float | None
     ) -> None:
-        if self.checked or not (self.derived or isinstance(output, tuple)):
+        once = self.checked and self.kind != "embedding"  # eager mode follows products of linears
+        if once or not (self.derived or isinstance(output, tuple)):
             return
         if isinstance(output, tuple) or not self._found_product(module, x, output, scale):
             raise MatchError(

@@ -7,18 +7,24 @@ a request, which the list of owners maps to one of the batch. Operators that mov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import map_aggregate
+from torch import Tensor
 
-from lorafx.ownership import pointwise
+from lorafx.ownership import pointwise, views
+from lorafx.ownership.effects import (
+    OVERWRITING,
+    arguments_by_name,
+    functional,
+    graph_of_call,
+    is_out,
+    tensors_in,
+)
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own, Pooled, Single
-from lorafx.ownership.propagate import called, checked, rule_for
+from lorafx.ownership.propagate import JOINS, LAID, called, checked, rule_for
 from lorafx.ownership.real_labels import (
     NOBODY,
     OF_WEIGHTS,
@@ -220,81 +226,10 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
 }
 #: These and others that move whole elements.
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
-    **READ_INDICES,
-    **dict.fromkeys(
-        (
-            aten.cat,
-            aten.stack,
-            aten.flip,
-            aten.roll,
-            aten.rot90,
-            aten.repeat,
-            aten.slice_scatter,
-            aten.select_scatter,
-        ),
-        moved_cells,
-    ),
+    **dict.fromkeys((*views.MOVES, *JOINS, *LAID, aten.repeat), moved_cells),
     aten.constant_pad_nd: padded_cells,
+    **READ_INDICES,
 }
-
-
-def tensors_in(values: object) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from tensors_in(value)
-    elif isinstance(values, dict):
-        yield from tensors_in(list(values.values()))
-
-
-def written(func: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that the operator writes into."""
-    tensors: list[Tensor] = []
-    for position, name in _written_arguments(func):
-        value = kwargs.get(name, args[position] if position < len(args) else None)
-        tensors.extend(tensors_in(value))
-    return tensors
-
-
-@cache
-def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-
-
-#: Operators whose result ignores the old contents.
-_OVERWRITING = (
-    aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_, aten.uniform_, aten.normal_,
-    aten.exponential_, aten.random_, aten.geometric_, aten.log_normal_, aten.cauchy_,
-)  # fmt: skip
-
-
-@cache
-def functional(func: Any) -> Any:
-    """The out-of-place form of an operator, which takes the same arguments except `out`."""
-    if not func._schema.is_mutable:
-        return func
-    name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-    twin = getattr(aten, name.removesuffix("_"), None)  # torch's convention for in-place names
-    same = getattr(twin, func._overloadname, func)
-    if not same._schema.is_mutable:
-        return same
-    taken = [(a.name, str(a.type)) for a in func._schema.arguments if not _is_out(a)]
-    forms = [getattr(func.overloadpacket, form) for form in func.overloadpacket.overloads()]
-    for form in forms:
-        arguments = [(a.name, str(a.type)) for a in form._schema.arguments]
-        if arguments == taken and not form._schema.is_mutable:
-            return form
-    return func
-
-
-def _is_out(argument: Any) -> bool:
-    return argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write
 
 
 def labels_by_signature(
@@ -306,10 +241,10 @@ def labels_by_signature(
     outputs, twin = list(tensors_in(results)), functional(func)
     packet = twin.overloadpacket
     if twin is not func:
-        outs = {a.name for a in func._schema.arguments if _is_out(a)}
+        outs = {a.name for a in func._schema.arguments if is_out(a)}
         kwargs = {name: value for name, value in kwargs.items() if name not in outs}
     operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
-    if func.overloadpacket in _OVERWRITING:
+    if func.overloadpacket in OVERWRITING:
         operands = operands[1:]
     inputs = [labels[id(operand)] for operand in operands]
     rule = rule_for(twin)[0]
@@ -320,7 +255,7 @@ def labels_by_signature(
     single = alone(inputs)
     if single is not None and not (joins_shared and isinstance(single, Alone)):
         return [single] * len(outputs)
-    if not outputs or (func._schema.is_mutable and any(map(_is_out, twin._schema.arguments))):
+    if not outputs or (func._schema.is_mutable and any(map(is_out, twin._schema.arguments))):
         return [None] * len(outputs)
     known = {id(operand): labels[id(operand)] for operand in operands}
     by_rule = None if joins_shared else _by_rule(twin, args, kwargs, results, known)
@@ -358,12 +293,6 @@ def _moved(
     return [label, *(None for _ in outputs[1:])]
 
 
-def arguments_by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an operator, without those that are left out."""
-    names = [argument.name for argument in func._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _joined_cells(operands: Sequence[Tensor], labels: Sequence[RealLabel | None]) -> Tensor:
     cells = cells_of(SHARED, 0, operands[0].device)
     for operand, label in zip(operands, labels, strict=True):
@@ -395,27 +324,11 @@ def _by_rule(
     owners = same_owners(owned)
     if owners is None or any(isinstance(label, (Alone, Patchy)) for label in labels.values()):
         return None
-    graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
     flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
-
-    def node_of(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in nodes:
-            node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
-            node.meta["val"] = value
-            label = labels.get(id(value))
-            flow.labels[node] = _graph_label(label)
-        return nodes[id(value)]
-
-    positional, named = map_aggregate(args, node_of), map_aggregate(dict(kwargs), node_of)
-    node = graph.call_function(func, positional, named)
-    node.meta["val"] = results
-    try:
+    with graph_of_call(func, args, kwargs, results) as (node, operands):
+        for key, operand in operands.items():
+            flow.labels[operand] = _graph_label(labels.get(key))
         single = checked(node, flow, called(node, flow))
-    finally:
-        for other in graph.nodes:  # they refer to one another, and would keep the tensors
-            other.meta.clear()
     return _real_labels(single, results, owners)
 
 

@@ -30,9 +30,14 @@ from lorafx.ownership import contractions, pointwise, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 from lorafx.ownership.symbolic import Shape, divide
+from lorafx.registry import Kind
 
 #: In the `meta` of a site whose x holds a copy for each request: the dimension of the copies.
 COPIES_DIM = "lorafx_copies_dim"
+_KINDS: dict[object, Kind] = {
+    torch.ops.lorafx.embedding_site.default: "embedding",
+    torch.ops.lorafx.conv_site.default: "conv",
+}
 
 
 def input_name(node: fx.Node) -> str:
@@ -48,10 +53,12 @@ def input_of(node: fx.Node) -> fx.Node:
 
 def row_dims(node: fx.Node) -> int:
     """The number of leading dimensions of x that index rows."""
-    dims: int = input_of(node).meta["val"].dim()
-    if node.target is torch.ops.lorafx.embedding_site.default:
-        return dims
-    return 1 if node.target is torch.ops.lorafx.conv_site.default else dims - 1
+    return row_dims_of(_KINDS.get(node.target, "linear"), input_of(node).meta["val"].dim())
+
+
+def row_dims_of(kind: Kind, dims: int) -> int:
+    """As `row_dims`, of a site of this kind whose x has `dims` dimensions."""
+    return {"embedding": dims, "conv": 1}.get(kind, dims - 1)
 
 
 def site(node: fx.Node, flow: Flow) -> Label:

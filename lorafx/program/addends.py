@@ -6,21 +6,18 @@ DoRA does not scale what is added.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, operand, rebind
-from lorafx.program.context import (
-    CONV_OP,
-    ROWS_OF,
-    SITE_OP,
-    Context,
-    Refusal,
-)
+from lorafx.program.context import CONV_OP, ROWS_OF, SITE_OP, Context
 from lorafx.program.frame import fake_value
+from lorafx.program.refusals import Refusal
 from lorafx.program.weight_uses import (
     RESHAPES,
     SAME_VALUE,
@@ -29,6 +26,7 @@ from lorafx.program.weight_uses import (
 )
 
 aten = torch.ops.aten
+_NOT_ITS_BIAS = "the product with its weight is not followed by its own bias"
 
 
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
@@ -64,40 +62,70 @@ def use_behind(
     return (uses.get(node) if isinstance(node, fx.Node) else None), added
 
 
-def check_addends(ctx: Context, site: Site, addends: list[fx.Node]) -> None:
-    """Refuse replaced rows unless y is x Wᵀ plus the module's own bias."""
-    bias = getattr(site.module, "bias", None)
+def addends_behind(use: Use) -> list[tuple[fx.Node, fx.Node]]:
+    """(addition, constant) pairs of the sum that a product becomes, through views and casts."""
+    node, added = use.node, list[tuple[fx.Node, fx.Node]]()
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is aten.add.Tensor and (call := bound(user))["alpha"] == 1:
+            other = call["other"] if call["self"] is node else call["self"]
+            if not isinstance(other, fx.Node) or not is_constant(other):
+                break
+            added.append((user, other))
+        elif user.target not in SAME_VALUE and user.target not in RESHAPES:
+            break
+        node = user
+    return added
+
+
+def check_addends(
+    ctx: Context,
+    site: Site,
+    addends: Sequence[fx.Node],
+    later: Sequence[tuple[fx.Node, fx.Node]] = (),
+) -> None:
+    """Refuse replaced rows unless y is x Wᵀ plus the module's own bias, and a change of that unless
+    it is added once, with y or `later`."""
+    bias, kinds = getattr(site.module, "bias", None), _kinds(ctx, site)
     tensors = [_holder_tensor(ctx, addend) for addend in addends]
-    if len(tensors) != (bias is not None) or any(tensor is not bias for tensor in tensors):
-        ctx.refuse(
-            Refusal((site,), "own", "the product with its weight is not followed by its own bias")
-        )
+    own = [] if bias is None else [bias]
+    together = [*tensors, *(_holder_tensor(ctx, constant) for _, constant in later)]
+    for when in kinds:
+        added = tensors if when == "own" else [t for t in together if t is not None and t is bias]
+        if [*map(id, added)] != [*map(id, own)]:
+            ctx.refuse(Refusal((site,), when, _NOT_ITS_BIAS))
+
+
+def _kinds(ctx: Context, site: Site) -> list[When]:
+    """What adapters may have at the site that changes its bias."""
+    bank = ctx.program.home(site)[0].bank
+    kinds: tuple[When, ...] = ("own", "bias")
+    return [when for when in kinds if getattr(bank, EXTRAS[when].room) is not None]
 
 
 def refuse_used_bias(ctx: Context, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]) -> None:
-    """Refuse replaced rows if something else reads the bias of their module."""
-    sites = [site for site in ctx.program.sites if site.own_rows]
+    """Refuse replaced rows, and another bias, if something else reads the bias of their module."""
+    sites = [(site, kinds) for site in ctx.program.sites if (kinds := _kinds(ctx, site))]
     if not sites:
         return
     for node in ctx.frame.by_node:
         tensor = _holder_tensor(ctx, node)
-        for site in sites:
+        for site, kinds in sites:
             if tensor is None or tensor is not getattr(site.module, "bias", None):
                 continue
             additions = _additions_of_bias(ctx, site, node, marks, uses)
             if other := next((user for user in node.users if user not in additions), None):
-                ctx.refuse(Refusal((site,), "own", f"its bias is used by {other.name} too"))
+                for when in kinds:
+                    ctx.refuse(Refusal((site,), when, f"its bias is used by {other.name} too"))
 
 
 def _additions_of_bias(
     ctx: Context, site: Site, bias: fx.Node, marks: dict[fx.Node, Site], uses: dict[fx.Node, Use]
 ) -> set[fx.Node]:
     """Nodes that add the bias to a product with the weight of `site`, and its marks."""
-    additions = {
-        use.node
-        for use in uses.values()
-        if use.bias is bias and site in ctx.frame.by_node[use.weight].sites
-    }
+    own = [use for use in uses.values() if site in ctx.frame.by_node[use.weight].sites]
+    additions = {use.node for use in own if use.bias is bias}
+    additions |= {node for use in own for node, item in addends_behind(use) if item is bias}
     for mark, marked in marks.items():
         if marked is site:
             additions.add(mark)

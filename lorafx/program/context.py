@@ -16,13 +16,13 @@ import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.model.extras import When
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
 from lorafx.ownership.flow import place, plain_path
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, fake_value
 from lorafx.program.inputs import FrameInput, InputKind
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
+from lorafx.program.refusals import Refusal
 from lorafx.program.row_handoff import Handover
 from lorafx.program.weight_uses import Use
 from lorafx.registry import lookup
@@ -59,21 +59,6 @@ PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
 def is_site(node: fx.Node) -> bool:
     """Whether the op of a node adds a site's delta to y."""
     return node.op == "call_function" and node.target in SITE_OPS
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a graph cannot serve some sites in batches `when`: "always" (adapters touch the site),
-    "mixed" (rows use different adapters), "dora", "own" and "bias" (adapters rescale the site's
-    output, replace rows of its weight, or add a bias)."""
-
-    sites: tuple[Site, ...]
-    when: When
-    reason: str
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(site.path for site in self.sites)
 
 
 @dataclass

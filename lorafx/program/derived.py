@@ -17,7 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lorafx.model.module_graph import ByStorage
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
+from lorafx.ownership.memory import geometry_of
 from lorafx.program.inputs import Derived, FrameInput, Holder
 from lorafx.program.weight_forms import copied_form, strided_form
 from lorafx.registry import lookup
@@ -180,8 +181,8 @@ class DerivedTensors:
             transposed = site.eligible.transposed
             form = None
             if tensor.dtype == weight.dtype and weight.dim() == 2:
-                place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
-                form = strided_form(*place, weight, transposed=transposed)
+                places = geometry_of(tensor), geometry_of(weight)
+                form = strided_form(*places, transposed=transposed)
             first, second = len(weight), weight.numel() // len(weight)
             shape = (second, first) if transposed else (first, second)
             return Derived(self._tied(site), form, shape, copied=False)
@@ -247,17 +248,38 @@ def is_near(path: str, module: str) -> bool:
     return inside and path[len(module) + bool(module) :].count(".") <= 1
 
 
-def replaces(site: Site, near: str, tensor: Tensor, value: Tensor, holder: Holder | None) -> bool:
-    """Whether a forward of the module at `near` may compute with this tensor in the place of its
-    child `site`: with any matrix if the weight is unreadable, else with an attribute, a buffer or
-    an item of a container of as many columns. `value` has its sizes and dtype."""
+class HeldTensor(NamedTuple):
+    """A tensor that a forward may compute with, and where it is held; `value` has its sizes."""
+
+    tensor: Tensor
+    value: Tensor
+    holder: Holder | None
+    label: str
+
+
+def replacement(
+    site: Site, near: str, tensors: Iterable[HeldTensor], *, in_parts: bool = False
+) -> str | None:
+    """Why a forward of the module at `near` may compute with one of these tensors in the place of
+    its child `site`, no use of whose weight is known, or only those `in_parts`; None if it does
+    not."""
+    used = "parts of its weight are used" if in_parts else "nothing uses its weight"
+    computes = f"{used}, but {near or 'the model'} computes with"
+    labels = (item.label for item in tensors if _replaces(site, near, item))
+    return next((f"{computes} {label}, which may have been made from it" for label in labels), None)
+
+
+def _replaces(site: Site, near: str, held: HeldTensor) -> bool:
+    """With any matrix if the weight is unreadable, else with an attribute, a buffer or an item of a
+    container of as many columns."""
+    value, holder = held.value, held.holder
     if site.eligible.kind != "linear" or maker_of(site.module, site.eligible.weight):
         return False
     if value.dim() < 2 or not (value.is_floating_point() or value.dtype in _ROUNDED):
         return False
     if holder is not None and (holder.is_own_weight or not is_near(str(holder), near)):
         return False
-    fits = not isinstance(tensor, nn.Parameter) and site.in_features in value.shape
+    fits = not isinstance(held.tensor, nn.Parameter) and site.in_features in value.shape
     return fits or not has_numbers(site)
 
 

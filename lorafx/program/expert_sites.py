@@ -18,8 +18,9 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, in_order, index_of, operand
-from lorafx.program.context import EXPERT_MARK, EXPERT_OP, Context, Refusal
+from lorafx.program.context import EXPERT_MARK, EXPERT_OP, Context
 from lorafx.program.frame import fake_value
+from lorafx.program.refusals import Refusal
 from lorafx.program.weight_uses import Use, expert_uses
 
 aten = torch.ops.aten

@@ -7,32 +7,34 @@ from collections.abc import Iterator, Set
 import torch
 from torch import Tensor, fx
 
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.ownership.contractions import PRODUCTS
 from lorafx.ownership.flow import place, plain_path
 from lorafx.ownership.propagate import called_by
-from lorafx.program.context import (
-    Context,
-    Refusal,
-)
-from lorafx.program.derived import replaces
+from lorafx.program.context import Context
+from lorafx.program.derived import HeldTensor, replacement
 from lorafx.program.frame import fake_value
 from lorafx.program.inputs import FrameInput
+from lorafx.program.refusals import Refusal
 from lorafx.program.weight_uses import SITE_KINDS
 
 aten = torch.ops.aten
 _PRODUCTS = {*PRODUCTS, aten.linear, aten.embedding, aten.convolution}
-_OTHER_WEIGHT = "its module is called with another weight, in a transform of torch.func"
+_OTHER_WEIGHT = (
+    "its module multiplies by another weight than its own, such as one that "
+    "torch.func.functional_call gives it"
+)
 
 
 def replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
     """Refusals of sites that this graph seems to compute without their weight.
 
     No graph has used the site yet, or this one uses only parts of its weight (`in_parts`), and its
-    parent computes with another tensor (`replaces`).
+    parent computes with another tensor (`replacement`).
     """
     frame, program = ctx.frame, ctx.program
-    states = [(n, item) for n, item in frame.by_node.items() if _is_shared(item) and n.users]
+    states = [_held(n, item) for n, item in frame.by_node.items() if n.users and _is_shared(item)]
     if not states:
         return
     identities, paths = _running_modules(ctx.graph)
@@ -48,31 +50,28 @@ def replaced_sites(ctx: Context, in_parts: Set[Site]) -> Iterator[Refusal]:
             runs = runs and id(parent) not in frame.callers
         if not runs:
             continue
-        for node, item in states:
-            value, holder = fake_value(node), item.holder
-            tensor = value if holder is None else holder.tensor
-            if replaces(site, near, tensor, value, holder):
-                program.reached.add(site.path)
-                program.replaced.add(site.path)
-                parts = site in in_parts
-                used = "parts of its weight are used" if parts else "nothing uses its weight"
-                yield Refusal(
-                    (site,),
-                    "always",
-                    f"{used}, but {near or 'the model'} computes with {item.label}, which may "
-                    "have been made from it",
-                )
-                break
+        reason = replacement(site, near, states, in_parts=site in in_parts)
+        if reason is not None:
+            program.reached.add(site.path)
+            program.replaced.add(site.path)
+            yield Refusal((site,), "always", reason)
 
 
-def lost_calls(ctx: Context, seen: Set[Site]) -> Iterator[Refusal]:
-    """Refusals of sites whose modules are called here without their weight or mark, such as by
-    `torch.func.functional_call` under `vmap`."""
+def _held(node: fx.Node, item: FrameInput) -> HeldTensor:
+    value, holder = fake_value(node), item.holder
+    return HeldTensor(value if holder is None else holder.tensor, value, holder, item.label)
+
+
+def lost_calls(ctx: Context, marked: Set[Site], used: Set[Site]) -> Iterator[Refusal]:
+    """Refusals of sites whose modules multiply here by another weight than their own, none of which
+    is `used`: in `torch.func.functional_call`, or by what a forward puts in its place."""
     identities, _ = _running_modules(ctx.graph)
     for site in ctx.program.sites:
         called = str(id(site.module)) in identities and id(site.module) not in ctx.frame.callers
-        plain = site.eligible.kind in SITE_KINDS.values() and not site.has_own_forward
-        if not called or not plain or site in seen:
+        entry, own = site.eligible, site.has_own_forward
+        dense = entry.handler is None and not is_stored(site.module, entry)
+        plain = dense and entry.kind in SITE_KINDS.values() and (site in marked or not own)
+        if not called or not plain or site in used:
             continue
         if any(_multiplies(node) and ctx.inside(node, site.module) for node in ctx.graph.nodes):
             yield Refusal((site,), "always", _OTHER_WEIGHT)

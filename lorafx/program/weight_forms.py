@@ -12,10 +12,13 @@ p, as for a broadcast batch dimension and a group dimension viewed as one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from lorafx.ownership.memory import Geometry
 
 AnySize = Any  # int or SymInt
 
@@ -147,20 +150,13 @@ def _merged(
     return total, axis._replace(period=left.period * size)
 
 
-def strided_form(
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    offset: int,
-    weight: torch.Tensor,
-    *,
-    transposed: bool,
-) -> WeightForm | None:
-    """The form of a tensor of these sizes, strides and offset in the storage of the 2-D `weight`.
-    None if it is irregular: partly outside of W, or with a stride along both dimensions."""
-    if weight.dim() != 2 or not weight.numel():
+def strided_form(part: Geometry, weight: Geometry, *, transposed: bool) -> WeightForm | None:
+    """The form of a tensor in the storage of the 2-D `weight`, by both geometries. None if it is
+    irregular: partly outside of W, or with a stride along both dimensions."""
+    (sizes, strides, offset), (shape, weight_strides, start_of_weight) = part, weight
+    if len(shape) != 2 or not math.prod(shape):
         return None
-    rows, columns = weight.shape
-    row, column = weight.stride()
+    (rows, columns), (row, column) = shape, weight_strides
     swapped = row < column
     if swapped:
         rows, columns, row, column = columns, rows, column, row
@@ -171,7 +167,7 @@ def strided_form(
         first, remainder = divmod(distance, row) if rows > 1 else (0, distance)
         return None if remainder % column else (first, remainder // column)
 
-    start = place(offset - int(weight.storage_offset()))
+    start = place(offset - start_of_weight)
     steps = [
         place(stride) if size > 1 else (0, 0) for size, stride in zip(sizes, strides, strict=True)
     ]

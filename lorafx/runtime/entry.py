@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.compiler_failures import explained, lorafx_error_in
 from lorafx.capture.missed import Missed, NoGraph
-from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
 from lorafx.model.attachment import Attachment
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.experts import LOOP, loops
@@ -30,6 +30,7 @@ from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
+from lorafx.program.refusals import RefusedSites
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.call import Choice, ForwardCall
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
@@ -291,10 +292,9 @@ class Entry:
         """Raise MatchError if the batch touches experts that the base runs in a loop, which Dynamo
         breaks into pieces."""
         program = self.session.program
-        looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
-        if looping:
-            names = ", ".join(site.path for site in looping)
-            raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
+        touched = (s for s in self.experts if program.is_touched(s) and loops(s.module))
+        if looping := tuple(site.path for site in touched):
+            raise RefusedSites(looping, "always", LOOP).error()
 
 
 #: The state of a model whose modules, hooks, methods and weights have not changed.

@@ -18,6 +18,7 @@ KEPT: tuple[Program, ...] = (
     # Behind a graph break, and where Dynamo makes no graph, a copy is used and its module is not.
     Program(("Recurrent", "RoundedCopy"), ("a", "b"), (None, "a", "b", "a"), seed=24846),
     Program(("StackedState",), ("", "b"), ("b", "b"), dynamic=True),
+    Program(("Borrowing",), ("b", "a"), (None, "a", "b")),  # the lender alone has the adapter
 )
 
 programs = st.builds(

@@ -203,3 +203,14 @@ def test_hooks_that_a_forward_registers_are_undone_with_what_tells_of_them() -> 
     undo.run()
     assert [len(module._forward_hooks) for module in modules] == before
     assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_memory_that_a_tensor_gets_is_taken_from_it_again() -> None:
+    """And what it came from keeps its numbers."""
+    x, other = torch.ones(3), torch.zeros(3)
+    undo, address = Undo((), CPU), x.data_ptr()
+    undo.note([x])
+    x.set_(other)
+    undo.run()
+    assert x.data_ptr() == address
+    assert (x.tolist(), other.tolist()) == ([1.0] * 3, [0.0] * 3)

@@ -7,6 +7,7 @@ has the same models in graphs.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ from bypasses import (
     parametrised,
     past,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from lorafx.errors import BatchError
@@ -112,6 +114,78 @@ def test_copies_are_compared_once(small: Any) -> None:
     for names in BATCHES:
         cm(x=torch.randn(len(names), 3, 16), adapter_names=names)
     assert [tuple(item.shape) for item in looked] == [(1, 3, 24)]
+
+
+def replaced(model: Any) -> None:
+    model.w.forward = lambda h: torch.relu(by_function(model, h))
+
+
+CHANGES = {
+    "another forward": replaced,
+    "a hook before the mark": lambda m: m.w.register_forward_hook(
+        lambda module, args, y: y * 2, prepend=True
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_is_changed_after_compiling_asks_for_a_graph(change: str, small: Any) -> None:
+    """The mark gets no product any more."""
+    cm = compile_prepared(case_of(Past, small), start="eager")
+    CHANGES[change](cm._orig_mod)
+    for names in BATCHES:
+        with pytest.raises(Asked):
+            cm(x=torch.randn(len(names), 3, 16), adapter_names=names)
+
+
+def turned(weight: Tensor, x: Tensor) -> Tensor:
+    return (weight @ x.flatten(0, 1).T).T.unflatten(0, x.shape[:2])
+
+
+#: Forwards of a linear (16, 24), and whether the mark can add its delta to what they return.
+FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
+    "linear": (lambda w, x: F.linear(x, w.weight, w.bias), True),
+    "without bias": (lambda w, x: F.linear(x, w.weight), True),
+    "addmm": (lambda w, x: torch.addmm(w.bias, x[0], w.weight.T)[None], True),
+    "mm": (lambda w, x: torch.mm(x[0], w.weight.T)[None], True),
+    "bmm": (lambda w, x: torch.bmm(x, w.weight.T.expand(len(x), -1, -1)), True),
+    "baddbmm": (
+        lambda w, x: torch.baddbmm(w.bias, x, w.weight.T.expand(len(x), -1, -1)),
+        True,
+    ),
+    "einsum": (lambda w, x: torch.einsum("btk,nk->btn", x, w.weight), True),
+    "of a copy": (lambda w, x: F.linear(x, w.weight.clone().contiguous(), w.bias), True),
+    "from the left": (lambda w, x: turned(w.weight, x), False),
+    "alpha": (lambda w, x: torch.addmm(w.bias, x[0], w.weight.T, alpha=2)[None], False),
+    "half": (lambda w, x: F.linear(x[..., :8], w.weight[:, :8]), False),
+    "then changed": (lambda w, x: F.linear(x, w.weight, w.bias).relu_(), False),
+}
+
+
+@pytest.mark.parametrize("how", FORWARDS)
+def test_a_forward_of_its_own_is_read_by_the_rules_of_graphs(how: str, small: Any) -> None:
+    """Its value is compared once, in the first call; which product it is, in each."""
+    forward, proved = FORWARDS[how]
+
+    class Linear(nn.Linear):
+        later = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x) if self.later else F.linear(x, self.weight, self.bias)
+
+    class Model(Past):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = Linear(16, 24)
+
+    case = case_of(Model, small)
+    cm = compile_prepared(case, start="eager")
+    cm(x=torch.randn(1, 3, 16), adapter_names=["a"])
+    Linear.later = True
+    if proved:
+        return check(cm, case, ["b"])
+    with pytest.raises(Asked):
+        cm(x=torch.randn(1, 3, 16), adapter_names=["b"])
 
 
 class InThread(Past):

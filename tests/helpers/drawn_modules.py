@@ -110,6 +110,90 @@ class TransposingSubclass(Block):
         return self.a(h)
 
 
+class Turned(Block):
+    """Multiplies a short sequence by another orientation of its weight than a long one."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight if x.shape[1] == T else self.weight.clone().T)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h) + F.pad(self.a(h[:, :2]), (0, 0, 0, 2))
+
+
+class Tripled(Block):
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.reshape(-1, D), self.weight.T, alpha=3).view(x.shape)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
+class Clamped(Block):
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    def make(self) -> None:
+        self.a = self.Linear(D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
+class Borrowing(Block):
+    """A module that multiplies by another one's weight."""
+
+    class Linear(nn.Linear):
+        lender: list[nn.Linear]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.lender[0].weight, self.bias)
+
+    def make(self) -> None:
+        self.a, self.b = self.Linear(D, D), nn.Linear(D, D)
+        self.a.lender = [self.b]
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.a(h)
+
+
+class Exchanged(Block):
+    def make(self) -> None:
+        self.a, self.weight = nn.Linear(D, D), nn.Parameter(torch.randn(D, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.func.functional_call(self.a, {"weight": self.weight}, (h,))
+
+
+class ExchangedData(Block):
+    """Where eager mode gives up in the call of the linear, its weight has its own memory again."""
+
+    def make(self) -> None:
+        self.a, self.weight = nn.Linear(D, D), nn.Parameter(torch.randn(D, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        before, self.a.weight.data = self.a.weight.data, self.weight.data
+        y = self.a(h)
+        self.a.weight.data = before
+        return y
+
+
+class InInferenceMode(Block):
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y = self.a(h)
+        return y.clone()
+
+
 class TwiceCalled(Block):
     def forward(self, h: Tensor) -> Tensor:
         return self.a(torch.tanh(self.a(h)))
@@ -476,6 +560,21 @@ class Embedded(Block):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.a(self.e((h[..., 0] * 3).long().abs() % V))
+
+
+class EmbeddedAndScaled(Block):
+    """Scales the rows of short sequences alone."""
+
+    class Embedding(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * (1 if ids.shape[1] == T else 3)
+
+    def make(self) -> None:
+        self.e = self.Embedding(V, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        ids = (h[..., 0] * 3).long().abs() % V
+        return self.e(ids) + F.pad(self.e(ids[:, :2]), (0, 0, 0, 2))
 
 
 class EmbeddingAsHead(Block):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dense_merge import REFERENCE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lorafx
 from lorafx.errors import (
@@ -164,3 +166,41 @@ def test_biases_of_the_whole_model(base: nn.Module, tmp_path: Path) -> None:
     norm = save(base, tmp_path / "norm", trained="norm.bias", **config)
     with pytest.raises(UnsupportedAdapterError, match=r"bias of norm \(LayerNorm\) was trained"):
         cm.load_adapter(norm, "norm")
+
+
+class Uses(nn.Module):
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.use = nn.Linear(6, 6), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.use(self.w, x))
+
+
+#: How a bias is used beside its module's call, and why an adapter's cannot take its place there.
+USES: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
+    "by function": (lambda w, x: F.linear(x, w.weight, w.bias), ""),
+    "added later": (lambda w, x: x @ w.weight.T + w.bias, ""),
+    "left out": (lambda w, x: F.linear(x, w.weight), "is not followed by its own bias"),
+    "another": (lambda w, x: F.linear(x, w.weight, x[0, 0]), "is not followed by its own bias"),
+    "twice": (lambda w, x: w(x) + w.bias, "its bias is used by"),
+    "elsewhere": (lambda w, x: w(x) + w.bias * x, "its bias is used by"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_uses_of_a_bias_past_its_module(use: str, start: str, tmp_path: Path) -> None:
+    function, reason = USES[use]
+    torch.manual_seed(0)
+    model = Uses(function).eval().requires_grad_(False)
+    config = {"target_modules": ["w"], "bias": "lora_only"}
+    adapters = {name: save(model, tmp_path / name, **config) for name in ("a", "bb")}
+    wanted = oracle.Oracle.of(model, adapters)
+    x, names = torch.randn(3, 4, 6), ["a", None, "bb"]
+    options = {**REFERENCE, "start": start, "cache": None}
+    cm = lorafx.compile(model, adapters, options=options, dynamic=False)
+    if not reason:
+        return oracle.assert_close(cm(x=x, adapter_names=names), wanted.rows(names, {"x": x}))
+    with pytest.raises(MatchError, match=reason):
+        cm(x=x, adapter_names=names)

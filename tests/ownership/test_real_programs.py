@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.eager.following import Following
 from lorafx.eager.known_labels import KnownLabels
+from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.memory import Memory
-from lorafx.ownership.real import tensors_in
 from lorafx.ownership.real_labels import RealLabel, cells_of, listed
 
 FRESH = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +12,12 @@ import torch.nn.functional as F
 from ownership_graphs import by_keyword, label_graph, labelled, output_label, taint, trace
 from torch import fx
 
+from lorafx.eager.following import Following
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Mixed, Own
+from lorafx.ownership.memory import Memory
 from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.real_labels import Listed, RealLabel, listed
 from lorafx.ownership.symbolic import BatchSymbols
 
 pytestmark = pytest.mark.quick
@@ -166,6 +172,39 @@ def test_batch_first(name):
     again = relabelled(gm, flow)
     for node, label in flow.labels.items():
         assert kept(again.labels[node]) == kept(label), node
+
+
+def in_python(fn: Callable[[torch.Tensor], Any], x: torch.Tensor, dim: int) -> RealLabel | None:
+    """The label of fn's first result where Python runs its operators."""
+    memory = Memory()
+    memory.add_shared([WEIGHT, SQUARE, TABLE, IDS])
+    memory.note(x, listed(dim, tuple(range(x.shape[dim]))))
+    with torch.no_grad(), Following(memory) as following:
+        found = fn(x)
+        return following.label(found[0] if isinstance(found, tuple) else found)
+
+
+#: What eager mode does not know, though a graph proves it.
+UNKNOWN = {
+    "view_as_real": "labels are kept by elements of one size",
+    "permuted_rows": "an index of Python's numbers, which may be those of a request",
+    "chosen_rows": "the same",
+    "diagonal_rows": "a graph has diag_embed in parts",
+}
+PROVED = [name for name, (_, label) in BATCH_FIRST.items() if label is None or label[1:2] == ":"]
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_what_a_graph_proves_eager_mode_knows(name):
+    fn, expected = BATCH_FIRST[name]
+    label, size = in_python(fn, X, 0), 0 if expected is None else fn(X).shape[int(expected[0])]
+    if name in UNKNOWN:
+        assert label is None
+    elif expected is None or expected.endswith("p"):
+        assert label is not None
+    else:
+        owners = tuple(i // int(expected[2:]) % 3 for i in range(size))
+        assert label == Listed(int(expected[0]), owners)
 
 
 @torch.library.custom_op("lorafx_tests::mystery", mutates_args=())

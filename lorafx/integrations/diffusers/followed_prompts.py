@@ -12,8 +12,8 @@ from lorafx.eager.following import Following, unfollowed
 from lorafx.errors import (
     BatchError,
 )
+from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.memory import Memory
-from lorafx.ownership.real import tensors_in
 from lorafx.ownership.real_labels import (
     MOST_REQUESTS,
     NOBODY,
