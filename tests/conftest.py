@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+import cheap_captures  # noqa: F401  # isort: skip
+
 import gc
-
-# A capture makes millions of objects that live until it ends. At Python's own thresholds the
-# collector goes through all of them again and again, which was a tenth. Imports make as many,
-# and a sixth of their time was the collector's, so it is told before them.
-gc.set_threshold(100_000, 20, 50)
-
-# ruff: noqa: E402
-import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +16,7 @@ import pytest
 import torch
 from both_roads import install, one_road
 from dense_merge import REFERENCE, Case, build_case, save_adapter
+from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES
 from torch import nn
 from torch.fx.experimental import _config as shape_config
@@ -75,24 +70,19 @@ os.environ.setdefault("LORAFX_START", "compiled")
 # A shell has what it runs in the background ignore SIGINT, which some tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# torch writes every graph and guard into this logger as soon as it has a handler, and pytest gives
-# one to each logger that does not propagate: a tenth of a capture's time, for text nobody reads.
-# Without a handler it writes nothing.
-if "TORCH_TRACE" not in os.environ:
-    logging.getLogger("torch.__trace").propagate = True
-    logging.getLogger("torch.__trace").handlers.clear()
-
-# Dynamo collects garbage after each capture, which is a fiftieth.
-torch._dynamo.config.run_gc_after_compile = False
-# And it times the guards, behind a flush of all the CPU's caches: that is a tenth where graphs are
-# small.
-torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
-
 
 def pytest_sessionfinish() -> None:
     """pytest collects garbage five times when it ends, each time among ten million objects."""
     gc.freeze()
 
+
+# How long an example takes is the machine's affair. Fixtures that give folders serve all examples.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 install()
 #: Whatever a pass promises is checked after it and after those behind.

@@ -16,7 +16,7 @@ import torch
 import transformers
 from dense_merge import REFERENCE, error
 from expert_models import moe_base
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def test_any_order_of_steps_syncs_and_calls(case):
     names = st.lists(st.sampled_from(["x", "y", None]), min_size=3, max_size=3)
     steps = st.sampled_from([("step", False), ("step", True), ("sync", ["x"]), ("sync", None)])
 
-    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6)
     @given(st.lists(steps | st.tuples(st.just("call"), names), min_size=2, max_size=7), names)
     def check(orders: Any, last: Any) -> None:
         for seed, (order, what) in enumerate([*orders, ("call", last)]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from both_roads import one_road
 from drawn_modules import BLOCKS, INPUTS, Program, judged, random_program
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 #: Programs that once found something.
@@ -29,7 +29,6 @@ programs = st.builds(
     dynamic=st.sampled_from((False, False, False, True)),
     seed=st.integers(0, 1 << 16),
 )
-drawn = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +44,13 @@ def test_each_block(block: str) -> None:
     judged(Program((block,), ("ab",), ("a",)), "eager")
 
 
-@drawn.__class__(drawn, max_examples=200)
+@settings(max_examples=200, derandomize=True)
 @given(programs)
 def test_in_eager_mode(program: Program) -> None:
     judged(program, "eager")
 
 
-@drawn.__class__(drawn, max_examples=60)
+@settings(max_examples=60, derandomize=True)
 @given(programs)
 def test_compiled(program: Program) -> None:
     torch._dynamo.reset()

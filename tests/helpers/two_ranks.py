@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from waiting import LONG
 
 PRELOADED = ["lorafx", "transformers.models.llama.modeling_llama", "peft"]
 
@@ -42,7 +43,7 @@ def _rank(
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=LONG),
     )
     try:
         torch.save(work(rank, size, *args), Path(folder) / f"{rank}.pt")
