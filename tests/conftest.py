@@ -7,6 +7,8 @@ import cheap_captures  # noqa: F401  # isort: skip
 import gc
 import os
 import signal
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch.fx.experimental import _config as shape_config
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.program import promises
-from lorafx.runtime.session import sessions
+from lorafx.runtime import session
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
 IDLE = {"llama": ["q_proj", "down_proj"], "vit": ["fc1", "q_proj"], "plain": ["up", "head"]}
@@ -100,8 +102,8 @@ def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-#: Models that were alive after the last collection.
-_KEPT = {"models": 0}
+#: Sessions made since the last collection.
+_MADE = Counter[str]()
 #: What lorafx and Dynamo set while they capture.
 _SETTINGS: tuple[tuple[Any, str], ...] = (
     (shape_config, "use_duck_shape"),
@@ -130,19 +132,22 @@ def _torch_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_models() -> Iterator[None]:
-    """Dynamo's caches keep compiled models of earlier tests alive. Merges and new base weights look
-    through all models that are served, and these took nine tenths of their time. A collection takes
-    seconds, so it is made where there is something to collect: fixtures keep some models.
+    """Merges and new base weights look through all models that are served, which took nine tenths
+    of their time: those of earlier files are not among them. Dynamo's caches keep these alive, and
+    a collection takes seconds, so it is made once there is much to collect.
 
     What earlier files left is frozen: each collection by Python itself, in the middle of some test,
     went through ten million objects of theirs, which took five seconds."""
     gc.freeze()
-    yield
-    if len(sessions()) > _KEPT["models"] + 50:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_SESSIONS", weakref.WeakValueDictionary())
+        yield
+        _MADE["sessions"] += len(session.sessions())
+    if _MADE["sessions"] > 100:
         torch._dynamo.reset()
         gc.unfreeze()
         gc.collect()
-        _KEPT["models"] = len(sessions())
+        _MADE.clear()
 
 
 @pytest.fixture

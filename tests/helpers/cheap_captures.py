@@ -10,7 +10,7 @@ import os
 # A capture makes millions of objects that live until it ends. At Python's own thresholds the
 # collector goes through all of them again and again, which was a tenth. Imports make as many,
 # and a sixth of their time was the collector's, so it is told before them.
-gc.set_threshold(100_000, 20, 10_000)
+gc.set_threshold(100_000, 20, 50)
 
 import torch._dynamo  # noqa: E402
 

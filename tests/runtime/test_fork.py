@@ -34,7 +34,7 @@ def lm(shallow: Case) -> Any:
     return shallow.compile()
 
 
-def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
+def _in_child(action: Callable[[], None], seconds: int = LONG) -> int:
     """The status of a forked child that runs `action`: 0 where all was well."""
     child = os.fork()
     if not child:
