@@ -143,7 +143,7 @@ def _few_models() -> Iterator[None]:
         patch.setattr(session, "_SESSIONS", weakref.WeakValueDictionary())
         yield
         _MADE["sessions"] += len(session.sessions())
-    if _MADE["sessions"] > 100:
+    if _MADE["sessions"] > 200:
         torch._dynamo.reset()
         gc.unfreeze()
         gc.collect()
