@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import cheap_captures  # noqa: F401  # isort: skip
+
 import gc
-
-# A capture makes millions of objects that live until it ends. At Python's own thresholds the
-# collector goes through all of them again and again, which was a tenth. Imports make as many,
-# and a sixth of their time was the collector's, so it is told before them.
-gc.set_threshold(100_000, 20, 50)
-
-# ruff: noqa: E402
-import logging
 import os
 import signal
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ import pytest
 import torch
 from both_roads import install, one_road
 from dense_merge import REFERENCE, Case, build_case, save_adapter
+from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES
 from torch import nn
 from torch.fx.experimental import _config as shape_config
@@ -29,7 +26,7 @@ from torch.fx.experimental import _config as shape_config
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.program import promises
-from lorafx.runtime.session import sessions
+from lorafx.runtime import session
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
 IDLE = {"llama": ["q_proj", "down_proj"], "vit": ["fc1", "q_proj"], "plain": ["up", "head"]}
@@ -75,24 +72,19 @@ os.environ.setdefault("LORAFX_START", "compiled")
 # A shell has what it runs in the background ignore SIGINT, which some tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# torch writes every graph and guard into this logger as soon as it has a handler, and pytest gives
-# one to each logger that does not propagate: a tenth of a capture's time, for text nobody reads.
-# Without a handler it writes nothing.
-if "TORCH_TRACE" not in os.environ:
-    logging.getLogger("torch.__trace").propagate = True
-    logging.getLogger("torch.__trace").handlers.clear()
-
-# Dynamo collects garbage after each capture, which is a fiftieth.
-torch._dynamo.config.run_gc_after_compile = False
-# And it times the guards, behind a flush of all the CPU's caches: that is a tenth where graphs are
-# small.
-torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
-
 
 def pytest_sessionfinish() -> None:
     """pytest collects garbage five times when it ends, each time among ten million objects."""
     gc.freeze()
 
+
+# How long an example takes is the machine's affair. Fixtures that give folders serve all examples.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 install()
 #: Whatever a pass promises is checked after it and after those behind.
@@ -110,8 +102,8 @@ def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-#: Models that were alive after the last collection.
-_KEPT = {"models": 0}
+#: Sessions made since the last collection.
+_MADE = Counter[str]()
 #: What lorafx and Dynamo set while they capture.
 _SETTINGS: tuple[tuple[Any, str], ...] = (
     (shape_config, "use_duck_shape"),
@@ -140,19 +132,22 @@ def _torch_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_models() -> Iterator[None]:
-    """Dynamo's caches keep compiled models of earlier tests alive. Merges and new base weights look
-    through all models that are served, and these took nine tenths of their time. A collection takes
-    seconds, so it is made where there is something to collect: fixtures keep some models.
+    """Merges and new base weights look through all models that are served, which took nine tenths
+    of their time: those of earlier files are not among them. Dynamo's caches keep these alive, and
+    a collection takes seconds, so it is made once there is much to collect.
 
     What earlier files left is frozen: each collection by Python itself, in the middle of some test,
     went through ten million objects of theirs, which took five seconds."""
     gc.freeze()
-    yield
-    if len(sessions()) > _KEPT["models"] + 50:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_SESSIONS", weakref.WeakValueDictionary())
+        yield
+        _MADE["sessions"] += len(session.sessions())
+    if _MADE["sessions"] > 200:
         torch._dynamo.reset()
         gc.unfreeze()
         gc.collect()
-        _KEPT["models"] = len(sessions())
+        _MADE.clear()
 
 
 @pytest.fixture

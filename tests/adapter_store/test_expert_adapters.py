@@ -52,7 +52,7 @@ def peft_files(draw: st.DrawFn) -> tuple[dict[str, Any], list[str], str, tuple[i
 
 
 @given(peft_files(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_peft_saves(file: tuple, named: bool) -> None:
     """One parameter or two on one module, however it is stored and whichever comes first."""
     form, names, version, ranks = file
@@ -124,7 +124,7 @@ def older_files(draw: st.DrawFn) -> tuple[str, bool, list[tuple[str, int, int, f
 
 
 @given(older_files(), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_pair_for_each_expert_and_projection(file: tuple, mixtral: bool) -> None:
     """Gate and up keep factors of their own, whatever ranks and scales they have."""
     halves, transposed, chosen = file

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hostile_adapters import CONFIG, PICKLED, SAFETENSORS, SETTINGS, read, small, tensors, write
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lorafx
@@ -161,9 +161,7 @@ def edited(data: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
 
 
 @pytest.mark.parametrize("name", [CONFIG, SAFETENSORS, PICKLED])
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @given(changes=edits)
 @example(changes=[(0.5, "-", b"0" * 9)])
 def test_damaged_files(name: str, changes: Any, good: Path, tmp_path: Path) -> None:

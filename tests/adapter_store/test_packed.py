@@ -11,7 +11,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed
 from hand_made import factors, hand_case, merged, random_factors, save
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from packed_models import MAPPING, PACKED_AS, packed_factors, twins
 from torch import nn
@@ -193,7 +193,6 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.quick
-@settings(deadline=None)
 @given(cuts(), st.data())
 def test_the_names_of_one_adapter_partition_the_slices(
     cut: tuple[list[int], list[int]], data: st.DataObject

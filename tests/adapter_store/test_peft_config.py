@@ -6,7 +6,7 @@ import dataclasses
 
 import peft
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -108,7 +108,6 @@ KEYS = [
 ]
 
 
-@settings(deadline=None)
 @given(st.permutations(KEYS), st.integers(0, 6), st.sampled_from(PATHS), st.booleans())
 def test_patterns_as_peft(keys, count, path, rslora):
     """The first matching key in the file's order decides rank and alpha, as PEFT has it."""

@@ -187,7 +187,7 @@ STYLES = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     modules=st.dictionaries(
         st.from_regex(r"(block|layers\.[0-3])\.(q|mlp\.up|model)", fullmatch=True),

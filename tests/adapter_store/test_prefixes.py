@@ -183,7 +183,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=4)
 START = st.sampled_from([*sorted(WRAPPERS), "base_model.model", "a", "model"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(PATHS, min_size=1, max_size=3),
     st.lists(START, max_size=2),

@@ -325,4 +325,4 @@ class StoreOfWindows(RuleBasedStateMachine):
 
 
 TestStoreOfWindows = StoreOfWindows.TestCase
-TestStoreOfWindows.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestStoreOfWindows.settings = settings(max_examples=30, stateful_step_count=30)

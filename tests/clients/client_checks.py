@@ -7,7 +7,7 @@ import asyncio
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 SERVER = os.environ["LORAFX_SERVER"]
 URL, KEY, MODEL = f"{SERVER}/v1", "none", "tiny:a1"
+CHECKS = ("text", "stream", "tools", "forced", "structured", "second")
 
 
 def say(text: str) -> str:
@@ -24,6 +25,10 @@ def say(text: str) -> str:
 
 GREETING = "Good morning"
 GREET, RECALL = say(GREETING), say("recall")
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 def calling(name: str, **arguments: Any) -> str:
@@ -66,12 +71,15 @@ def streamed(pieces: list[str]) -> None:
     assert len([piece for piece in pieces if piece]) > 1, pieces
 
 
-def report(client: str, package: str, **checks: Callable[[], Any]) -> None:
-    """Make the checks, each by itself, and print what came of them as a line of JSON."""
+def report(client: str, package: str, scope: Mapping[str, Any], prefix: str = "") -> None:
+    """Make the checks that a scope has, each by itself, and print what came of them as a line of
+    JSON."""
     found = {}
-    for name, check in checks.items():
+    for name in CHECKS:
+        if f"{prefix}{name}" not in scope:
+            continue
         try:
-            done = check()
+            done = scope[f"{prefix}{name}"]()
             if inspect.isawaitable(done):
                 asyncio.run(_awaited(done))
             found[name] = "yes"

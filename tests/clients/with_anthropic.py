@@ -22,6 +22,7 @@ from client_checks import (
     report,
     same,
     streamed,
+    user,
 )
 
 messages = anthropic.Anthropic(base_url=SERVER, api_key=KEY).messages
@@ -31,10 +32,6 @@ TOOL = {
     "description": FUNCTION["description"],
     "input_schema": PARAMETERS,
 }
-
-
-def user(content):
-    return {"role": "user", "content": content}
 
 
 def text():
@@ -80,13 +77,4 @@ def second():
     same(ask(messages=turns, tools=[TOOL]).content[0].text, f"It says: {SUNNY}")
 
 
-report(
-    "anthropic (Python), messages",
-    "anthropic",
-    text=text,
-    stream=stream,
-    tools=tools,
-    forced=forced,
-    structured=structured,
-    second=second,
-)
+report("anthropic (Python), messages", "anthropic", globals())

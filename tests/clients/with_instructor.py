@@ -18,16 +18,13 @@ from client_checks import (
     recalls,
     report,
     same,
+    user,
 )
 from openai import OpenAI
 
 openai = OpenAI(base_url=URL, api_key=KEY)
 by_calls = instructor.from_openai(openai).chat.completions
 by_schema = instructor.from_openai(openai, mode=instructor.Mode.JSON_SCHEMA).chat.completions
-
-
-def user(text):
-    return {"role": "user", "content": text}
 
 
 def create(*messages, response_model=None, made_by=by_calls, **fields):
@@ -71,13 +68,4 @@ def second():
     same(made.choices[0].message.content, f"It says: {SUNNY}")
 
 
-report(
-    "instructor",
-    "instructor",
-    text=text,
-    stream=stream,
-    tools=tools,
-    forced=forced,
-    structured=structured,
-    second=second,
-)
+report("instructor", "instructor", globals())

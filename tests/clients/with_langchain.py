@@ -62,16 +62,7 @@ def check(client: str, model: ChatOpenAI) -> None:
         result = weather.invoke(called.tool_calls[0])
         same(bound.invoke([HumanMessage(CALL), called, result]).text, f"It says: {SUNNY}")
 
-    report(
-        client,
-        "langchain-openai",
-        text=text,
-        stream=stream,
-        tools=tools,
-        forced=forced,
-        structured=structured,
-        second=second,
-    )
+    report(client, "langchain-openai", locals())
 
 
 def sum_of(chunks):

@@ -22,13 +22,10 @@ from client_checks import (
     report,
     same,
     streamed,
+    user,
 )
 
 ask = partial(litellm.completion, model=f"openai/{MODEL}", api_base=URL, api_key=KEY)
-
-
-def user(text):
-    return {"role": "user", "content": text}
 
 
 def text():
@@ -70,13 +67,4 @@ def second():
     same(made.choices[0].message.content, f"It says: {SUNNY}")
 
 
-report(
-    "litellm",
-    "litellm",
-    text=text,
-    stream=stream,
-    tools=tools,
-    forced=forced,
-    structured=structured,
-    second=second,
-)
+report("litellm", "litellm", globals())

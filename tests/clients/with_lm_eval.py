@@ -42,6 +42,8 @@ def evaluate(question: str, answer: str, **settings) -> None:
 report(
     "lm_eval, chat",
     "lm_eval",
-    text=lambda: evaluate(GREET, GREETING),
-    second=lambda: evaluate(RECALL, RECALLED, num_fewshot=1, fewshot_as_multiturn=True),
+    {
+        "text": lambda: evaluate(GREET, GREETING),
+        "second": lambda: evaluate(RECALL, RECALLED, num_fewshot=1, fewshot_as_multiturn=True),
+    },
 )

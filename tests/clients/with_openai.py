@@ -21,16 +21,13 @@ from client_checks import (
     report,
     same,
     streamed,
+    user,
 )
 from openai import OpenAI
 
 client = OpenAI(base_url=URL, api_key=KEY)
 chat, responses = client.chat.completions, client.responses
 FLAT = {"type": "function", **FUNCTION}
-
-
-def user(text):
-    return {"role": "user", "content": text}
 
 
 def text():
@@ -125,23 +122,5 @@ def response_second():
     same(made.output_text, f"It says: {SUNNY}")
 
 
-report(
-    "openai (Python), chat",
-    "openai",
-    text=text,
-    stream=stream,
-    tools=tools,
-    forced=forced,
-    structured=structured,
-    second=second,
-)
-report(
-    "openai (Python), responses",
-    "openai",
-    text=response_text,
-    stream=response_stream,
-    tools=response_tools,
-    forced=response_forced,
-    structured=response_structured,
-    second=response_second,
-)
+report("openai (Python), chat", "openai", globals())
+report("openai (Python), responses", "openai", globals(), "response_")

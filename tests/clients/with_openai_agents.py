@@ -84,16 +84,7 @@ def check(client: str, kind) -> None:
         called = await Runner.run(agent(tools=[weather]), turns)
         same(called.final_output, f"It says: {SUNNY}")
 
-    report(
-        client,
-        "openai-agents",
-        text=text,
-        stream=stream,
-        tools=tools,
-        forced=forced,
-        structured=structured,
-        second=second,
-    )
+    report(client, "openai-agents", locals())
 
 
 check("openai-agents, chat", OpenAIChatCompletionsModel)

@@ -64,16 +64,7 @@ def check(client: str, model) -> None:
         called = agent.run_sync(CALL, message_history=again.all_messages())
         same(called.output, f"It says: {SUNNY}")
 
-    report(
-        client,
-        "pydantic-ai-slim",
-        text=text,
-        stream=stream,
-        tools=tools,
-        forced=forced,
-        structured=structured,
-        second=second,
-    )
+    report(client, "pydantic-ai-slim", locals())
 
 
 provider = OpenAIProvider(base_url=URL, api_key=KEY)

@@ -73,13 +73,4 @@ def second():
     recalls(model.generate(turns).content)
 
 
-report(
-    "smolagents",
-    "smolagents",
-    text=text,
-    stream=stream,
-    tools=tools,
-    forced=forced,
-    structured=structured,
-    second=second,
-)
+report("smolagents", "smolagents", globals())

@@ -25,6 +25,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from waiting import LONG
 
 import lorafx
 from lorafx.errors import MatchError
@@ -116,18 +117,18 @@ def another_thread_that_compiles() -> Iterator[None]:
 
     def backend(graph: Any, examples: Any) -> Any:
         begun.set()
-        assert done.wait(60)
+        assert done.wait(LONG)
         return graph
 
     add = torch.compile(lambda x: x + 1, backend=backend)
     (thread := threading.Thread(target=add, args=(torch.ones(2),))).start()
-    assert begun.wait(60)
+    assert begun.wait(LONG)
     try:
         assert torch.compiler.is_compiling()
         yield
     finally:
         done.set()
-        thread.join(60)
+        thread.join(LONG)
 
 
 def images(rows: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, random_base, save_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from waiting import LONG
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, UnknownAdapterError
@@ -144,7 +145,7 @@ def test_calls_go_on_while_a_file_is_read(case, inputs):
 
     def slow(source: Path, name: str) -> Any:
         reads.set()
-        assert goes_on.wait(60)
+        assert goes_on.wait(LONG)
         return read(source, name)
 
     host.reader = slow
@@ -154,12 +155,12 @@ def test_calls_go_on_while_a_file_is_read(case, inputs):
     )
     thread.start()
     try:
-        assert reads.wait(60)
+        assert reads.wait(LONG)
         check_mixed(cm, case, ["a1", None], inputs)  # would wait for ever
         assert not found
     finally:
         goes_on.set()
-        thread.join(60)
+        thread.join(LONG)
     assert error(found[0], case.expected(["a0", None], inputs)) <= TOLERANCE
 
 

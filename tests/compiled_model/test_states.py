@@ -19,7 +19,7 @@ import oracle
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -325,8 +325,6 @@ def run(machine: type[Served], examples: int, steps: int) -> None:
         phases=[Phase.generate],
         derandomize=True,
         database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=asked)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error, save_adapter
+from waiting import LONG
 
 import lorafx
 from lorafx.errors import UnknownAdapterError
@@ -113,10 +114,10 @@ def test_calls_while_adapters_are_replaced(plain, folders):
     for thread in (*callers, *writers):
         thread.start()
     for thread in callers:
-        thread.join(120)
+        thread.join(LONG)
     done.set()
     for thread in writers:
-        thread.join(120)
+        thread.join(LONG)
     assert not any(thread.is_alive() for thread in (*callers, *writers))
     assert not failures, failures
     assert all("'z'" in each for each in missing)

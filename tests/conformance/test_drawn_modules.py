@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from both_roads import one_road
 from drawn_modules import BLOCKS, INPUTS, Program, judged, random_program
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import lorafx
+from lorafx.runtime.entry import Entry
 
 #: Programs that once found something.
 KEPT: tuple[Program, ...] = (
@@ -30,7 +35,6 @@ programs = st.builds(
     dynamic=st.sampled_from((False, False, False, True)),
     seed=st.integers(0, 1 << 16),
 )
-drawn = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -41,18 +45,31 @@ def _each_road_by_itself() -> Iterator[None]:
 
 @pytest.mark.parametrize("block", sorted(BLOCKS))
 def test_each_block(block: str) -> None:
-    for start in ("eager", "compiled"):
-        judged(Program((block,), ("ab",), ("a", None, "b")), start)
+    program = Program((block,), ("ab",), ("a", None, "b"))
+    if judged(program, "eager") != "right, by a graph":
+        judged(program, "compiled")
     judged(Program((block,), ("ab",), ("a",)), "eager")
 
 
-@drawn.__class__(drawn, max_examples=200)
-@given(programs)
-def test_in_eager_mode(program: Program) -> None:
-    judged(program, "eager")
+def test_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a graph is asked for: those are in `test_compiled`, and behind each block alone above."""
+
+    def asked(*arguments: Any, **named: Any) -> Any:
+        raise lorafx.CaptureError("a graph is asked for")
+
+    monkeypatch.setattr(Entry, "run_graph", asked)
+    found = Counter[str]()
+
+    @settings(max_examples=200, derandomize=True)
+    @given(programs)
+    def judge(program: Program) -> None:
+        found[judged(program, "eager")] += 1
+
+    judge()
+    assert found["right"] > 50
 
 
-@drawn.__class__(drawn, max_examples=60)
+@settings(max_examples=60, derandomize=True)
 @given(programs)
 def test_compiled(program: Program) -> None:
     torch._dynamo.reset()

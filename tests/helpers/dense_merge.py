@@ -27,7 +27,7 @@ class Case:
 
     base: nn.Module
     folders: dict[str, Path]
-    merged: dict[str, nn.Module] = field(default_factory=dict)
+    merged: dict[str | None, nn.Module] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """A copy of the base that a test may compile and change."""
@@ -53,8 +53,17 @@ class Case:
         for index, name in enumerate(names):
             with torch.no_grad():
                 output = self.alone(name)(**oracle.one_row(inputs, index))
-            rows.append(output["logits"])
+            rows.append(oracle.tensors(output)[0])
         return torch.cat(rows)
+
+
+class PeftCase(Case):
+    """A case whose oracle is what PEFT's own model of a row's adapter gives."""
+
+    def alone(self, name: str | None) -> nn.Module:
+        if name not in self.merged:
+            self.merged[name] = oracle.by_peft(self.base, self.folders[name] if name else None)
+        return self.merged[name]
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -74,7 +83,7 @@ def check_mixed(
     cm: Any, case: Case, names: Sequence[str | None], inputs: Mapping[str, Tensor]
 ) -> None:
     """A batch of `cm` with these adapters is the oracle's, and each adapter did change its row."""
-    got = cm(**inputs, adapter_names=names)["logits"]
+    (got,) = oracle.tensors(cm(**inputs, adapter_names=names))
     want = case.expected(names, inputs)
     assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
     base = case.expected([None] * len(names), inputs)

@@ -919,8 +919,8 @@ def random_program(r: random.Random) -> Program:
 
 
 def judged(program: Program, start: str) -> str:
-    """What a road makes of a program: "right", or why it is refused. Raises AssertionError for a
-    wrong answer, and whatever is no error of lorafx."""
+    """What a road makes of a program: "right", "right, by a graph" that is compiled, or why it is
+    refused. Raises AssertionError for a wrong answer, and whatever is no error of lorafx."""
     want = program.expected()
     model = program.model()
     try:
@@ -934,4 +934,4 @@ def judged(program: Program, start: str) -> str:
         return f"{type(error).__name__}: {error}"
     apart = float((got.double() - want).abs().max()) / max(1.0, float(want.abs().max()))
     assert apart <= 1e-5, f"{start}: wrong by {apart:.2g}: {program}"
-    return "right"
+    return "right, by a graph" if cm.recompiles else "right"

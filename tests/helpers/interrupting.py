@@ -16,6 +16,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from waiting import LONG
+
 import lorafx
 
 _PACKAGE = str(Path(lorafx.__file__).parent)
@@ -80,7 +82,7 @@ def every_place(
         place += step
 
 
-def elsewhere(action: Callable[[], Any], seconds: float = 20) -> Any:
+def elsewhere(action: Callable[[], Any], seconds: float = LONG) -> Any:
     """What `action` gives on another thread. Raises TimeoutError where it does not come back."""
     found: list[Any] = []
 

@@ -46,7 +46,9 @@ def serve(
     each adapter is merged, and those of the batches after an update of weights and back."""
     model = placed(rank, size, folder, **(settings or {}))
     state = {name: whole(value) for name, value in model.state_dict().items()}
-    cm = lorafx.compile(model, folders, options=dict(options))
+    # Sizes are fixed where nothing is generated: graphs for any cost twice as much.
+    dynamic = {"dynamic": False} if changes is None else {}
+    cm = lorafx.compile(model, folders, options=dict(options), **dynamic)
 
     def logits() -> list[Tensor]:
         return [cm(input_ids=ids, adapter_names=names).logits for ids, names in batches]

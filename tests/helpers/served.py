@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dense_merge import Case, build_case
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from waiting import LONG, wait_until
 
 from lorafx.integrations.server.generating import GeneratingModel
 from lorafx.integrations.server.routes import build_app
@@ -153,7 +153,7 @@ class Gated:
     def __call__(self, **batch: Any) -> Any:
         self.steps += 1
         if self.steps > self.free:
-            assert self.open.wait(60)
+            assert self.open.wait(LONG)
         return self.forward(**batch)
 
 
@@ -171,10 +171,7 @@ def gated(server: Opened, free: int) -> Iterator[Gated]:
 
 def idle(server: Opened) -> None:
     """Wait until the engine has nothing to do."""
-    deadline = time.monotonic() + 60
-    while server.engine.batch_processor.has_pending_requests():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: not server.engine.batch_processor.has_pending_requests())
 
 
 async def asgi(server: Opened, path: str, body: Any, receive: Any, send: Any) -> None:
@@ -194,7 +191,7 @@ async def asgi(server: Opened, path: str, body: Any, receive: Any, send: Any) ->
         **{"query_string": b"", "headers": [(b"content-type", kind)]},
         **{"client": ("test", 1), "server": ("test", 80)},
     }
-    await asyncio.wait_for(server.app(scope, read, send), 60)
+    await asyncio.wait_for(server.app(scope, read, send), LONG)
 
 
 def ids_of(files: Files, path: str, words: str) -> list[int]:
@@ -202,6 +199,19 @@ def ids_of(files: Files, path: str, words: str) -> list[int]:
     if path == "/v1/completions":
         return list(files.tokenizer(words)["input_ids"])
     return files.chat_ids(words)
+
+
+def wait_for(client: httpx2.Client) -> None:
+    """Wait until a server that is being started answers."""
+
+    def healthy() -> bool:
+        try:
+            client.get("/health").raise_for_status()
+        except httpx2.TransportError:
+            return False
+        return True
+
+    wait_until(healthy)
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from served import client_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.cli.serving.utils import get_response_template
+from waiting import LONG
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 SHOWN = "{{ messages | tojson }}{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -39,7 +40,7 @@ def answers(server, bodies: list[dict[str, Any]], path: str = CHAT) -> list[Any]
     async def all_at_once():
         async with client_of(server) as client:
             sent = [client.post(path, json={"model": "tiny", **body}) for body in bodies]
-            return await asyncio.wait_for(asyncio.gather(*sent), 120)
+            return await asyncio.wait_for(asyncio.gather(*sent), LONG)
 
     return asyncio.run(all_at_once())
 

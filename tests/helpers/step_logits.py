@@ -12,6 +12,7 @@ from dense_merge import TOLERANCE, Case, error
 from tiny_models import LLAMA_SIZES, VOCAB, Family
 from torch import Tensor
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from waiting import LONG
 
 
 def decoder(name: str, targets: Sequence[Any], **sizes: Any) -> Family:
@@ -112,7 +113,7 @@ def greedy(case: Case, adapter: str | None, prompt: Sequence[int], new: int) -> 
 def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
     """The finished outputs of these requests, in their order."""
     found: dict[str, Any] = {}
-    end = time.monotonic() + 120
+    end = time.monotonic() + LONG
     while not set(ids) <= set(found):
         if time.monotonic() > end:  # else the end of the engine's block would wait for ever
             status = engine.background_thread_status

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from waiting import LONG
 
-PRELOADED = ["lorafx", "transformers.models.llama.modeling_llama", "peft"]
+PRELOADED = ["cheap_captures", "peft", "lorafx.capture.backend", "placed_models", "tensor_parallel"]
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -42,7 +43,7 @@ def _rank(
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=LONG),
     )
     try:
         torch.save(work(rank, size, *args), Path(folder) / f"{rank}.pt")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafx.layers.base import ParallelLayer, ShardSizes, TensorParallel
@@ -73,7 +73,6 @@ def joined(layers, pieces):
     return torch.cat(columns)
 
 
-@settings(deadline=None)
 @given(layers=sharded(), data=st.data())
 def test_what_is_loaded_is_what_the_ranks_hold(layers, data):
     weight = whole(layers[0])

@@ -71,7 +71,7 @@ def _patterns() -> st.SearchStrategy[str]:
     return st.recursive(st.one_of(one, one, places), more, max_leaves=8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @example(text="b[ab](a1)", path="aa1")
 @given(text=_patterns(), path=st.text("abB1._\n", min_size=1, max_size=7))
 def test_it_says_what_re_says(text: str, path: str) -> None:

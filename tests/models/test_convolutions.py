@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attached import EAGER
-from dense_merge import REFERENCE
+from dense_merge import REFERENCE, PeftCase, check_mixed
 from torch import Tensor, nn
 
 import lorafx
@@ -46,34 +46,20 @@ PLANS: dict[str, tuple[list[str], int]] = {
 NAMES = ["ends", None, "middle", "all", "scaled", "ends"]
 
 
-class Served:
-    """A model compiled with the adapters of `PLANS`, and PEFT's models of each."""
+class Served(PeftCase):
+    """A model compiled with the adapters of `PLANS`."""
 
-    def __init__(self, base: nn.Module, folder: Path, **options: Any) -> None:
-        self.base = base.eval().requires_grad_(False)
-        self.folders = {
-            name: oracle.save_adapter(
-                base, folder / name, rank=rank, targets=targets, seed=rank, use_dora=rank == 4
+    def __init__(self, base: nn.Module, folder: Path) -> None:
+        super().__init__(base.eval().requires_grad_(False), {})
+        for name, (targets, rank) in PLANS.items():
+            own = {"seed": 9} if name == "middle" else {"seed": rank, "use_dora": rank == 4}
+            self.folders[name] = oracle.save_adapter(
+                base, folder / name, rank=rank, targets=targets, **own
             )
-            for name, (targets, rank) in PLANS.items()
-            if name != "middle"
-        }
-        targets, rank = PLANS["middle"]
-        self.folders["middle"] = oracle.save_adapter(
-            base, folder / "middle", rank=rank, targets=targets, seed=9
-        )
-        paths = {None: None, **self.folders}
-        self.alone = {name: oracle.by_peft(self.base, path) for name, path in paths.items()}
-        self.cm: Any = lorafx.compile(copy.deepcopy(base), self.folders, options=options)
+        self.cm: Any = self.compile()
 
-    def check(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
-        rows = [self.alone[name](row[None]) for name, row in zip(names, x, strict=True)]
-        found = self.cm(x, adapter_names=names)
-        oracle.assert_close(found, [torch.cat(rows)])
-        for name, row, own in zip(names, x, rows, strict=True):
-            if name is not None:
-                assert oracle.difference([own], [self.base(row[None])]) > 1e-3
-        return found
+    def check(self, x: Tensor, names: Sequence[str | None]) -> None:
+        check_mixed(self.cm, self, names, {"x": x})
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -83,15 +69,16 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(seeded(Pyramid), tmp_path_factory.mktemp("plain"), **REFERENCE)
+    return Served(seeded(Pyramid), tmp_path_factory.mktemp("plain"))
 
 
 def test_rows_of_one_batch(served: Served) -> None:
     x = torch.randn(6, 4, 16)
-    found = served.check(x, NAMES)
-    compiled = served.cm.recompiles
-    others = served.check(x, ["all", None, "ends", "scaled", "all", "middle"])
-    assert torch.equal(found[1], others[1])
+    served.check(x, NAMES)
+    compiled, others = served.cm.recompiles, ["all", None, "ends", "scaled", "all", "middle"]
+    served.check(x, others)
+    found = [served.cm(x, adapter_names=names)[1] for names in (NAMES, others)]
+    assert torch.equal(*found)
     served.check(x, NAMES[::-1])
     served.check(torch.randn(5, 4, 16), [None, "all", "all", "scaled", "middle"])
     assert served.cm.recompiles == compiled
@@ -105,7 +92,7 @@ def test_in_eager_mode_and_warm(served: Served) -> None:
     lorafx.attach(model, served.folders)
     for name in ("all", "scaled"):
         with lorafx.adapters(model, name), EAGER():
-            oracle.assert_close(model(x), [served.alone[name](x)])
+            oracle.assert_close(model(x), [served.alone(name)(x)])
     with pytest.raises(ProvenanceError), lorafx.adapters(model, ["all", None]), EAGER():
         model(x)
     served.cm.warmup(example_inputs={"x": x})
@@ -131,7 +118,7 @@ def test_merging(served: Served, name: str) -> None:
     served.cm.merge(name)
     try:
         found = served.cm(x, adapter_names=[name] * 3)
-        oracle.assert_close(found, [served.alone[name](x)])
+        oracle.assert_close(found, [served.alone(name)(x)])
     finally:
         served.cm.unmerge()
     for path, parameter in served.base.named_parameters():
@@ -152,7 +139,7 @@ ODD = {
 def test_what_a_does_not_have(odd: str, tmp_path: Path) -> None:
     """PEFT's A has neither the base's groups, nor its dilation, nor its padding mode."""
     changes, why = ODD[odd]
-    served = Served(seeded(lambda: Pyramid(**changes)), tmp_path, **REFERENCE)
+    served = Served(seeded(lambda: Pyramid(**changes)), tmp_path)
     served.check(torch.randn(6, 4, 32), NAMES)
     with pytest.raises(MatchError, match=f"c2: the adapter adds no change of its weight: .*{why}"):
         served.cm.merge("middle")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import peft
 import pytest
 import torch
 from attached import EAGER
-from dense_merge import REFERENCE
+from dense_merge import REFERENCE, Case, PeftCase, check_mixed
 from torch import Tensor, nn
 
 import lorafx
@@ -51,86 +50,64 @@ PLANS = {
 
 
 @pytest.fixture(scope="module")
-def base() -> nn.Module:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.manual_seed(0)
-    return Reader().eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def folders(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("attention")
-    return {
+    base, folder = Reader().eval().requires_grad_(False), tmp_path_factory.mktemp("attention")
+    folders = {
         name: oracle.save_adapter(base, folder / name, rank=rank, targets=targets, seed=rank)
         for name, (targets, rank) in PLANS.items()
     }
+    return PeftCase(base, folders)
 
 
 @pytest.fixture(scope="module")
-def cm(base: nn.Module, folders: dict[str, Path]) -> Any:
-    return lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+def cm(case: Case) -> Any:
+    return case.compile()
 
 
-def expected(
-    base: nn.Module, folders: dict[str, Path], names: list[str | None], x: Tensor
-) -> Tensor:
-    models = [oracle.by_peft(base, folders[name] if name else None) for name in names]
-    with torch.no_grad():
-        return torch.cat([model(row[None]) for model, row in zip(models, x, strict=True)])
+def inputs(rows: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(rows, 6, 8)}
 
 
-def test_rows_of_one_batch(cm: Any, base: nn.Module, folders: dict[str, Path]) -> None:
+def test_rows_of_one_batch(cm: Any, case: Case) -> None:
     names: list[str | None] = ["own", None, "cross", "all", "own"]
-    x = torch.randn(5, 6, 8)
-    want = expected(base, folders, names, x)
-    oracle.assert_close(cm(x, adapter_names=names), [want])
-    unchanged = expected(base, folders, [None] * 5, x)
-    for row, name in enumerate(names):
-        changed = oracle.difference([want[row]], [unchanged[row]])
-        assert (changed > 1e-3) == (name is not None)
+    check_mixed(cm, case, names, inputs(5))
     compiled = cm.recompiles
-    x = torch.randn(5, 6, 8)
-    want = expected(base, folders, names[::-1], x)
-    oracle.assert_close(cm(x, adapter_names=names[::-1]), [want])
+    check_mixed(cm, case, names[::-1], inputs(5))
     assert cm.recompiles == compiled
-    oracle.assert_close(cm(x[:1], adapter_names=["own"]), [want[:1]])
+    check_mixed(cm, case, ["own"], inputs(1))
 
 
-def test_merging(cm: Any, base: nn.Module, folders: dict[str, Path]) -> None:
-    x = torch.randn(2, 6, 8)
+def test_merging(cm: Any, case: Case) -> None:
     cm.merge("all")
     try:
-        found = cm(x, adapter_names=["all", "all"])
-        oracle.assert_close(found, [expected(base, folders, ["all", "all"], x)])
+        check_mixed(cm, case, ["all", "all"], inputs(2))
     finally:
         cm.unmerge()
 
 
-def test_other_ways_in(base: nn.Module, folders: dict[str, Path]) -> None:
+def test_other_ways_in(case: Case) -> None:
     """A name of the attention means its output projection too, and a PeftModel is taken over."""
-    x = torch.randn(2, 6, 8)
-    want = expected(base, folders, ["cross", None], x)
     config = peft.LoraConfig(target_modules=["cross"], r=4)
-    cm = lorafx.compile(copy.deepcopy(base), config, options=REFERENCE, dynamic=False)
+    cm: Any = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
     assert [site.path for site in cm.sites] == ["cross", "cross.out_proj"]
-    cm.load_adapter(folders["cross"], "cross")
-    oracle.assert_close(cm(x, adapter_names=["cross", None]), [want])
+    cm.load_adapter(case.folders["cross"], "cross")
+    check_mixed(cm, case, ["cross", None], inputs(2))
     model = peft.PeftModel.from_pretrained(
-        copy.deepcopy(base), str(folders["cross"]), adapter_name="cross"
+        case.model(), str(case.folders["cross"]), adapter_name="cross"
     )
     cm = lorafx.compile(model.eval(), options=REFERENCE, dynamic=False)
-    oracle.assert_close(cm(x, adapter_names=["cross", None]), [want])
+    check_mixed(cm, case, ["cross", None], inputs(2))
 
 
-def test_in_eager_mode(base: nn.Module, folders: dict[str, Path]) -> None:
-    model = copy.deepcopy(base)
-    lorafx.attach(model, folders)
-    x = torch.randn(2, 6, 8)
+def test_in_eager_mode(case: Case) -> None:
+    model = lorafx.attach(case.model(), case.folders)
     with pytest.raises(MatchError, match="at layer"), lorafx.adapters(model, "own"), EAGER():
-        model(x)
+        model(**inputs(2))
 
 
-def test_a_bias_is_refused(base: nn.Module, tmp_path: Path) -> None:
+def test_a_bias_is_refused(case: Case, tmp_path: Path) -> None:
     """PEFT trains it, and leaves it out of what the attention computes."""
-    folder = oracle.save_adapter(base, tmp_path, rank=2, targets=["cross"], lora_bias=True)
+    folder = oracle.save_adapter(case.base, tmp_path, rank=2, targets=["cross"], lora_bias=True)
     with pytest.raises(UnsupportedAdapterError, match="PEFT leaves it out there"):
-        lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE)
+        lorafx.compile(case.model(), {"a": folder}, options=REFERENCE)

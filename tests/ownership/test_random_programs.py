@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ownership_graphs import batch_of, inputs_of, taint, trace
 from random_programs import STEPS, K, exchange_sizes
@@ -190,8 +190,6 @@ def result_of(flow: Flow) -> fx.Node:
 @pytest.mark.parametrize("road", list(ROADS), ids=lambda road: road.__name__)
 @settings(
     max_examples=4,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
     derandomize=True,
     phases=[Phase.generate],  # programs are small already; shrinking one takes minutes
 )
@@ -224,7 +222,7 @@ def test_a_loop_over_the_experts_that_were_chosen():
     assert isinstance(flow.labels[result_of(flow)], Mixed)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(seed, length, dim):
     judge(random_program(seed, length), dim, seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_programs import TABLE, K, program
 from torch import Tensor
@@ -137,7 +137,7 @@ def judge(
 
 
 @pytest.mark.parametrize("mode", [Recording, Remembering])
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(mode, seed, length, dim):
     judge(mode, program(seed, length), dim, seed)

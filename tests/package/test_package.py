@@ -15,6 +15,7 @@ from dense_merge import TOLERANCE, Case, check_bfloat16, error, save_adapter, va
 from tiny_models import VOCAB, token_inputs
 from toolchain import needs_compiler
 from torch import Tensor, nn
+from waiting import LONG
 
 import lorafx
 from lorafx.kernels.cpu.compiler import find_compiler
@@ -222,7 +223,7 @@ def test_a_process_without_transformers_and_the_compiler(
     torch.save(inputs, tmp_path / "inputs.pt")
     folders = [shallow.folders["a1"], shallow.folders["a3"]]
     files = [path, *folders, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
-    subprocess.run([sys.executable, "-c", ALONE, *map(str, files)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, files)], check=True, timeout=LONG)
     mixed, exchanged = torch.load(tmp_path / "outputs.pt")
     check(shallow, ["a1", None, "a3"], inputs, mixed)
     check(shallow, ["a1", None, "a1"], inputs, exchanged)
@@ -239,7 +240,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-o", str(built), *libraries),
         ],
         check=True,
-        timeout=300,
+        timeout=LONG,
     )
     return built
 
@@ -250,7 +251,7 @@ def run_in_cpp(
     torch.save(inputs, folder / "inputs.pt")
     files = [path, banks, folder / "inputs.pt", folder / "outputs.pt"]
     return subprocess.run(
-        [program, *files], capture_output=True, text=True, timeout=120, env={**os.environ}
+        [program, *files], capture_output=True, text=True, timeout=LONG, env={**os.environ}
     )
 
 

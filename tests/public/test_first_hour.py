@@ -13,6 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from waiting import LONG
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     pip = (sys.executable, "-m", "pip")
     build = ("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(home), str(source))
-    subprocess.run([*pip, *build], check=True, timeout=120)
+    subprocess.run([*pip, *build], check=True, timeout=LONG)
     shutil.rmtree(source)
     venv.create(home / "venv", with_pip=False, symlinks=True)
     own = home / "venv" / "bin" / "python"
@@ -52,7 +53,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (Path(packages) / "others.pth").write_text("\n".join([*others, *site.getsitepackages()]))
     [wheel] = home.glob("lorafx-*.whl")
     install = ("install", "-q", "--no-deps", "--no-index", "--ignore-installed", str(wheel))
-    subprocess.run([own, "-m", "pip", *install], check=True, timeout=120)
+    subprocess.run([own, "-m", "pip", *install], check=True, timeout=LONG)
     return own
 
 
@@ -62,7 +63,7 @@ def run(*command: object) -> str:
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LONG,
         cwd="/",
         env={**environment, "HF_HUB_OFFLINE": "1"},
     )

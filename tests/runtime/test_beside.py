@@ -22,6 +22,7 @@ from dense_merge import TOLERANCE, Case, check_mixed, error
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
 from torch._dynamo.utils import counters
+from waiting import LONG
 
 from lorafx.capture.saved_graphs import saved_graphs
 from lorafx.errors import LorafxWarning, OutOfRangeError, ProvenanceError
@@ -32,8 +33,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
-#: No machine needs as long, and a process that stands still gives up before, with its reason.
-SECONDS = 900.0
+SECONDS = float(LONG)
 NAMES = ["a0"] * 3
 
 

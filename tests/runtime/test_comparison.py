@@ -10,6 +10,7 @@ import torch
 from dense_merge import TOLERANCE, Case, error
 from tiny_models import plain_inputs, token_inputs
 from torch import Tensor, nn
+from waiting import LONG
 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
@@ -19,7 +20,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
-SECONDS = 900.0  # see test_beside.py
+SECONDS = float(LONG)
 NAMES = ["a0", None, "a1"]
 
 

@@ -274,7 +274,7 @@ def run(cm: Any, case: Case, cuda: Cuda, operations: Sequence[Any]) -> None:
             cuda.capturing = False
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(
     st.lists(st.tuples(st.integers(0, 2), OPERATIONS), min_size=10, max_size=25),
     st.integers(0, 9999),

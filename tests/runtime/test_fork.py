@@ -16,6 +16,7 @@ from attached import served as serve
 from dense_merge import Case, error
 from pausing import MIXED, check, meanwhile, pausing, rows, served
 from torch import Tensor
+from waiting import LONG
 
 import lorafx
 from lorafx.errors import CaptureError
@@ -33,7 +34,7 @@ def lm(shallow: Case) -> Any:
     return shallow.compile()
 
 
-def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
+def _in_child(action: Callable[[], None], seconds: int = LONG) -> int:
     """The status of a forked child that runs `action`: 0 where all was well."""
     child = os.fork()
     if not child:
@@ -70,7 +71,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     def stop() -> None:
         if threading.current_thread() is busy:
             there.set()
-            assert go.wait(60)
+            assert go.wait(LONG)
 
     reads = itertools.count(1)
 
@@ -113,7 +114,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     if what == "merge":
         monkeypatch.setattr(merge, "add_to", lambda *a, own=merge.add_to: (own(*a), stop())[0])
     busy.start()
-    assert there.wait(60)
+    assert there.wait(LONG)
 
     def answer() -> None:
         if what == "generate":
@@ -131,7 +132,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
 
     status = _in_child(answer)
     go.set()
-    busy.join(60)
+    busy.join(LONG)
     assert status == 0
 
 
@@ -147,10 +148,10 @@ def test_fork_while_another_thread_is_in_a_block(pausing):
     def block() -> None:
         with lorafx.adapters(model, ["b", "b"]):
             there.set()
-            assert go.wait(60)
+            assert go.wait(LONG)
 
     (busy := threading.Thread(target=block)).start()
-    assert there.wait(60)
+    assert there.wait(LONG)
 
     def answer() -> None:
         assert error(serve(call, model, MIXED, {"x": x}), expected) <= 1e-5
@@ -158,5 +159,5 @@ def test_fork_while_another_thread_is_in_a_block(pausing):
 
     status = _in_child(answer)
     go.set()
-    busy.join(60)
+    busy.join(LONG)
     assert status == 0

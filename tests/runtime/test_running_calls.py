@@ -12,6 +12,7 @@ from attached import fresh_dynamo
 from dense_merge import Case, error
 from pausing import MIXED, check, meanwhile, pausing, rows, served
 from torch import Tensor
+from waiting import LONG
 
 from lorafx.errors import BatchError, CapacityError
 
@@ -39,7 +40,7 @@ def test_a_pin_on_another_thread_waits_for_the_call(pausing, meanwhile):
 
     meanwhile.append(pin)
     check(cm, pausing, MIXED, x)
-    pins[0].join(20)
+    pins[0].join(LONG)
     assert not pins[0].is_alive()
     assert "c" in cm._session.store.resident
 
@@ -136,7 +137,7 @@ def elsewhere(action: Callable[[], Any]) -> list[Any]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(20)
+    thread.join(LONG)
     return found
 
 

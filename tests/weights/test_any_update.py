@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import MAPPING, MIXER
 from torch import Tensor, nn
@@ -130,9 +130,7 @@ NOWHERE = "plain.3.nothing"
 PREFIXES = ["", "base_model.model.", "_orig_mod.", "module.", "module.base_model.model._orig_mod."]
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_update(served: Any, data: st.DataObject) -> None:
     state, parts = groups(data.draw(st.integers(0, 10**6), "seed"))

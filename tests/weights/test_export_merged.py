@@ -22,6 +22,7 @@ from merging import bits
 from safetensors import safe_open
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor
+from waiting import LONG
 
 from lorafx.errors import CheckpointError
 
@@ -108,14 +109,14 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def slow(*args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         at_work.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LONG)
         order.append("written")
         return save(*args, state_dict=state_dict, **kwargs)
 
     monkeypatch.setattr(type(cm._orig_mod), "save_pretrained", slow)
     writing = threading.Thread(target=cm.export_merged, args=("a1", tmp_path / "merged"))
     writing.start()
-    assert at_work.wait(60)
+    assert at_work.wait(LONG)
     assert torch.equal(cm(**inputs, adapter_names=names)["logits"], want)
 
     def merge() -> None:
@@ -127,8 +128,8 @@ def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     merging.join(0.2)
     assert cm.merged is None
     go_on.set()
-    writing.join(60)
-    merging.join(60)
+    writing.join(LONG)
+    merging.join(LONG)
     assert order == ["written", "merged"]
     loaded = type(cm._orig_mod).from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():

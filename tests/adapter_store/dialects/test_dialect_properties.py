@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dialect_files import WRITERS, Tree, source
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -53,9 +53,7 @@ def peft_folder(paths: list[str], folder: Path, rank: int) -> Path:
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=8)
 @given(paths=trees(), rank=st.integers(1, 3), data=st.data())
 def test_names_round_trip_and_no_key_is_lost(
     name: str, paths: list[str], rank: int, data: st.DataObject, tmp_path_factory
@@ -135,7 +133,7 @@ TREE = Tree(["a.b", "a_b", "b.a", "b.0", "unet.a", "0"])
 _, TREE_SITES = build_sites(TREE, LoraConfig(target_modules="all-linear"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensors=files(), config=CONFIGS, name=st.sampled_from([None, *DIALECTS]))
 def test_whatever_is_in_a_file_it_is_read_or_refused(tensors, config, name) -> None:
     asked = lorafx.AdapterSource(tensors, config=config, dialect=name)

@@ -126,7 +126,7 @@ def built(name: str) -> tuple[nn.Module, Any]:
     return model, build_sites(model, LoraConfig(target_modules="all-linear"))[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(PREFIXES),

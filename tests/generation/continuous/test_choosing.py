@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from step_logits import answers, greedy
@@ -26,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from waiting import LONG
 
 import lorafx
 from lorafx import ConfigError
@@ -269,12 +270,7 @@ def requests(draw: Any) -> list[tuple[list[int], str | None, dict[str, Any]]]:
     return found
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=25, derandomize=True)
 @given(work=requests())
 def test_a_mix_of_requests_is_answered_as_each_alone(llama: Case, engine: Any, work: Any) -> None:
     with engine.pause():
@@ -443,7 +439,7 @@ def test_a_stop_ends_a_sequence_in_the_step_in_which_it_is_complete(llama, engin
         )
         pieces = []
         while not pieces or not pieces[-1].is_finished():
-            pieces.append(engine.get_result(timeout=60))
+            pieces.append(engine.get_result(timeout=LONG))
         assert [len(piece.generated_tokens) for piece in pieces] == [*range(1, count + 1)]
         assert {piece.finish_reason for piece in pieces[:-1]} <= {None}
         assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", reason)

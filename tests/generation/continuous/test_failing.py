@@ -17,6 +17,7 @@ from dense_merge import REFERENCE, Case, build_case
 from safetensors.torch import load_file, save_file
 from step_logits import StepLogits, answers, check_logits
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from waiting import LONG
 
 import lorafx
 from lorafx import BatchError, ConfigError, MatchError
@@ -209,7 +210,7 @@ def test_an_engine_whose_device_is_lost_says_that_it_has_stopped(cm) -> None:
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         engine._forward = lost
         name = engine.add_request([3, 4], adapter="a1")
-        engine._generation_thread.join(60)
+        engine._generation_thread.join(LONG)
         assert not engine.is_running()
         output = engine.output_router.output_queue.get(timeout=1)
         assert (output.request_id, output.error) == (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafx.adapter_store.store import AdapterStore
@@ -115,7 +115,6 @@ def test_long_requests_pause_after_the_limit() -> None:
     assert sum(paused) < len(paused) / 4
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 4),
     st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 3)), max_size=40),

@@ -4,7 +4,6 @@ requests that cannot be served; the first ones, which are answered before there 
 from __future__ import annotations
 
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from dense_merge import REFERENCE, Case, build_case, check_mixed
 from step_logits import StepLogits, answers, check_logits, decoder, greedy, serve_checked
 from tiny_models import FAMILIES, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from waiting import LONG, wait_until
 
 import lorafx
 from lorafx import BatchError, LorafxWarning
@@ -142,10 +142,8 @@ def test_what_waits_for_a_slot_makes_room_in_the_cache(llama, with_slots):
 
 
 def test_requests_that_are_left_after_the_timeout_fail(cm):
-    begun = time.monotonic()
     with cm.continuous_batching(None, CONFIG, warmup=False, timeout=0.1) as engine:
         added = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=800, eos_token_id=-1)
-    assert time.monotonic() - begun < 60
     output = engine.output_router.output_queue.get(timeout=1)
     assert output.request_id == added
     assert "finished before this request" in output.error
@@ -249,13 +247,11 @@ def test_graphs_take_over_between_steps(llama) -> None:
                 prompt, adapter=name, max_new_tokens=100 - i, eos_token_id=-1
             )
             ids[added] = name
-        while len(seen.steps) < 5:
-            assert engine.is_running()
-            time.sleep(0.001)
+        wait_until(lambda: len(seen.steps) >= 5 or not engine.is_running())
         assert cm.status().progress == "compiling: 0 of 2 graphs"
         with engine.pause():
             eager = len(seen.steps)
-            assert cm.wait(300)
+            assert cm.wait(LONG)
             assert cm.recompiles == 0
         outputs = answers(engine, list(ids))
     check_logits(llama, seen, outputs, ids)

@@ -114,7 +114,7 @@ def letters(*texts: str) -> Counter[str]:
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(data=st.data(), cut=st.booleans(), opened=st.booleans())
 def test_the_parts_of_any_answer_give_its_text_back(name, tools, data, cut, opened):
     """All but marks, and white space beside them; plain and streamed alike."""

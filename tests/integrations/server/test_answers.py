@@ -9,6 +9,7 @@ import re
 import openai
 import pytest
 from served import asgi, ask, client_of, gated, idle, ids_of, question, said
+from waiting import LONG, until
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -39,7 +40,7 @@ def test_sixteen_streams_at_once(files, server):
     async def all_at_once(work):
         async with client_of(server) as client:
             return await asyncio.wait_for(
-                asyncio.gather(*(stream(client, *one) for one in work)), timeout=120
+                asyncio.gather(*(stream(client, *one) for one in work)), timeout=LONG
             )
 
     asyncio.run(all_at_once(work[-1:]))  # Dynamo may have been reset since the server was opened
@@ -130,8 +131,7 @@ def test_a_client_that_goes_away(server, stream):
             pieces.append(message.get("body"))
 
         async def watch():
-            while gate.steps <= gate.free or any(pieces) != stream:
-                await asyncio.sleep(0.01)
+            await until(lambda: gate.steps > gate.free and any(pieces) == stream)
             assert server.engine.cache_usage() > 0
             went.set()
 

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -60,7 +60,6 @@ def put_all(text: SequenceText, made: list[SequenceOutput]) -> list[tuple[str, l
     return [text.put(output) for output in made]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(
     st.lists(st.integers(0, END - 1), min_size=1, max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3, unique=True),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 from served import anew, asgi, ask, client_of, events, gated, idle, question, serving
+from waiting import LONG, until
 
 PATH = "/v1/completions"
 BINARY = {"content-type": "application/octet-stream"}
@@ -68,12 +68,17 @@ async def under_way(server, **fields):
     async with client_of(server) as client:
         with gated(server, free=3) as gate:
             body = {"model": "tiny:a1", **question(PATH, "w9 w12", 12, ignore_eos=True, **fields)}
-            running = asyncio.create_task(client.post(PATH, json=body, timeout=60))
-            deadline = time.monotonic() + 60
-            while gate.steps <= gate.free:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.005)
+            running = asyncio.create_task(client.post(PATH, json=body, timeout=LONG))
+            await until(lambda: gate.steps > gate.free)
             yield client, gate, running
+
+
+async def told(server, mode):
+    """Wait until the engine knows of a pause of this mode; "wait" is that of other changes too."""
+    engine = server.engine
+    paused = engine.background_thread_status.is_pause_requested
+    stopped = {"abort": engine.cancel_queue.qsize, "keep": paused}
+    await until(stopped.get(mode, lambda: server.control._closed))
 
 
 @pytest.mark.parametrize(
@@ -117,13 +122,13 @@ def test_pause(files, controlled, mode, stream):
     async def talk():
         async with under_way(controlled, stream=stream) as (client, gate, running):
             pausing = asyncio.create_task(client.post("/pause", params={"mode": mode}))
-            await asyncio.sleep(0.02)
+            await told(controlled, mode)
             gate.open.set()
             assert (await pausing).json() == {"status": "paused"}
             later = asyncio.create_task(
                 client.post(PATH, json={"model": "tiny:a2", **question(PATH, "w9", 5)})
             )
-            await asyncio.sleep(0.1)
+            await until(lambda: controlled.control._closed._waiters)
             waits = [running.done(), later.done(), (await client.get("/is_paused")).json()]
             assert (await client.post("/resume")).json() == {"status": "resumed"}
             resumed = (await client.get("/is_paused")).json()
@@ -155,9 +160,9 @@ def test_every_sequence_is_aborted(controlled):
         async with under_way(controlled) as (client, gate, running):
             body = {"model": "tiny:a2", "prompt": ["w9", "w8"], "n": 3, "max_tokens": 9}
             several = asyncio.create_task(client.post(PATH, json=body))
-            await asyncio.sleep(0.05)
+            await until(lambda: len(controlled.engine._outputs.names) == 7)
             pausing = asyncio.create_task(client.post("/pause"))
-            await asyncio.sleep(0.02)
+            await told(controlled, "abort")
             gate.open.set()
             await pausing
             answers = [await running, await several]
@@ -174,7 +179,7 @@ def test_old_form_of_waiting(controlled):
         async with under_way(controlled) as (client, gate, running):
             query = {"wait_for_inflight_requests": "true", "clear_cache": "false"}
             pausing = asyncio.create_task(client.post("/pause", params=query))
-            await asyncio.sleep(0.02)
+            await told(controlled, "wait")
             gate.open.set()
             await pausing
             await client.post("/resume")
@@ -190,15 +195,14 @@ def test_a_client_that_leaves_does_not_undo_its_pause(controlled):
     async def talk():
         async with under_way(controlled) as (client, gate, running):
             pausing = asyncio.create_task(client.post("/pause", params={"mode": "wait"}))
-            await asyncio.sleep(0.02)
+            await told(controlled, "wait")
             pausing.cancel()
             gate.open.set()
             await running
-            while not (await client.get("/is_paused")).json()["is_paused"]:
-                await asyncio.sleep(0.005)
+            await until(lambda: controlled.control.paused)
             await client.post("/resume")
 
-    asyncio.run(asyncio.wait_for(talk(), 60))
+    asyncio.run(asyncio.wait_for(talk(), LONG))
 
 
 def test_an_adapter_as_a_body(files, controlled):
@@ -366,7 +370,7 @@ def test_base_weights_wait_for_what_is_under_way(files, controlled):
         new, old = save(weights_of(files, 1.5)), save(weights_of(files))
         async with under_way(controlled) as (client, gate, running):
             keeping = asyncio.create_task(client.post("/pause", params={"mode": "keep"}))
-            await asyncio.sleep(0.02)
+            await told(controlled, "keep")
             gate.open.set()
             await keeping
             refused = await client.post("/update_weights", content=new, headers=BINARY)
@@ -376,7 +380,7 @@ def test_base_weights_wait_for_what_is_under_way(files, controlled):
             updating = asyncio.create_task(
                 client.post("/update_weights", content=new, headers=BINARY)
             )
-            await asyncio.sleep(0.02)
+            await told(controlled, "wait")
             gate.open.set()
             second = await running
             assert (await updating).status_code == 200
@@ -392,7 +396,7 @@ def test_reset_prefix_cache(controlled):
     async def while_busy():
         async with under_way(controlled) as (client, gate, running):
             resetting = asyncio.create_task(client.post("/reset_prefix_cache"))
-            await asyncio.sleep(0.02)
+            await told(controlled, "keep")
             gate.open.set()
             answer = await resetting
             await running

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -19,8 +20,10 @@ from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
 from transformers import BertForSequenceClassification, BertModel, BertTokenizer, RobertaModel
+from waiting import until
 
 from lorafx.errors import ConfigError, LorafxError, TargetError
+from lorafx.integrations.server import encoding
 from lorafx.integrations.server.encoding import EncoderBatches, Pooling, _Row
 from lorafx.integrations.server.generating import ServedModel
 from lorafx.integrations.server.routes import build_app
@@ -92,6 +95,19 @@ def asking(adapter: str | None, asked: Any, **fields: Any) -> dict[str, Any]:
 
 
 @contextmanager
+def company(server: Any, count: int, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """In the block a call waits for so many rows, whatever its window, and then for that."""
+
+    async def sleep(seconds: float) -> None:
+        await until(lambda: len(server.engine._waiting) == count)
+        then()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+        yield
+
+
+@contextmanager
 def calls_of(server: Any) -> Iterator[list[list[_Row]]]:
     """The rows of each call in the block."""
     batches, calls = server.engine, []
@@ -109,7 +125,7 @@ def calls_of(server: Any) -> Iterator[list[list[_Row]]]:
 
 
 def test_requests_of_all_adapters_share_a_call(files, server):
-    with calls_of(server) as calls:
+    with calls_of(server) as calls, company(server, len(INPUTS)):
         got = gathered(server, *((PATH, asking(a, words)) for a, words in INPUTS.items()))
     rows = [(row.adapter, len(row.tokens)) for call in calls for row in call]
     assert sorted(map(str, rows)) == sorted(
@@ -221,19 +237,9 @@ def test_what_is_refused(server, path, body, status, word):
 
 def test_an_adapter_that_goes_fails_alone(files, server):
     """It is unloaded while its request waits for company."""
-
-    async def talk() -> Any:
-        async with client_of(server) as client:
-            both = [
-                asyncio.create_task(client.post(PATH, json=asking(name, "w9 w12")))
-                for name in ("a4", "a2")
-            ]
-            while len(server.engine._waiting) < 2:
-                await asyncio.sleep(0.001)
-            server.compiled.unload_adapter("a4")
-            return await asyncio.gather(*both)
-
-    gone, other = asyncio.run(talk())
+    asked = [(PATH, asking(name, "w9 w12")) for name in ("a4", "a2")]
+    with company(server, 2, lambda: server.compiled.unload_adapter("a4")):
+        gone, other = gathered(server, *asked)
     assert (gone.status_code, other.status_code) == (404, 200)
     got = torch.tensor(other.json()["data"][0]["embedding"])
     assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
@@ -321,13 +327,12 @@ def test_a_paused_encoder(files, server):
         async with client_of(server) as client:
             await control.pause("keep", reset=True)
             later = asyncio.create_task(client.post(PATH, json=asking("a2", "w9 w12")))
-            await asyncio.sleep(0.2)
-            waits = not later.done()
+            await until(lambda: control._closed._waiters)
+            assert not later.done()
             await control.resume()
-            return waits, await later
+            return await later
 
-    waits, answer = asyncio.run(talk())
-    assert waits
+    answer = asyncio.run(talk())
     got = torch.tensor(answer.json()["data"][0]["embedding"])
     assert error(got, vector(files, "a2", "w9 w12")) <= TOLERANCE
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from served import ask, client_of, plain, question, serving
+from waiting import LONG, until
 
 from lorafx.adapter_store.checkpoint import config_of
 
@@ -70,7 +71,7 @@ def test_others_are_answered_while_one_is_read(finder, root, monkeypatch):
     def slowly(folder, name):
         reading.append(name)
         most.append(len(reading) - sum(n in finder.compiled.adapters for n in set(reading)))
-        assert go.wait(60)
+        assert go.wait(LONG)
         load(folder, name)
 
     monkeypatch.setattr(type(finder.compiled), "load_adapter", lambda _, *given: slowly(*given))
@@ -79,8 +80,7 @@ def test_others_are_answered_while_one_is_read(finder, root, monkeypatch):
         async with client_of(finder) as client:
             names = ("tiny:a3", "tiny:a3", "tiny:a1")
             asked = [asyncio.create_task(client.post(PATH, json=asking(n))) for n in names]
-            while not reading:
-                await asyncio.sleep(0.01)
+            await until(lambda: reading)
             asked[1].cancel()  # a client that goes away ends no reading
             base = await client.post(PATH, json=asking("tiny"))
             assert reading == ["a3"]

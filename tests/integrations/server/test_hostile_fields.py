@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from served import anew, ask, client_of, question
+from waiting import LONG
 
 from lorafx.integrations.server import fields as fields_of_requests
 from lorafx.integrations.server.anthropic import AnthropicFields
@@ -107,7 +108,7 @@ def test_other_requests_go_on_while_a_grammar_is_made(server, monkeypatch):
     answered = threading.Event()
 
     def compiled(*_: Any) -> None:
-        assert answered.wait(60)
+        assert answered.wait(LONG)
         raise RequestError("no grammar")
 
     monkeypatch.setattr(Grammars, "compiled", compiled)

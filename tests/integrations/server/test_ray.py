@@ -22,6 +22,7 @@ import pytest
 import ray
 from ray import serve
 from served import SMALL, Files, events, free_port, ids_of, plain, question, said, write_files
+from waiting import LONG, wait_until
 
 from lorafx.integrations.server.ray import RaySettings, build
 
@@ -49,7 +50,7 @@ class Served:
     def ask(self, path: str, adapter: str | None, words: str, new: int, stream: bool) -> str:
         """What is answered."""
         body = self.body(path, adapter, words, new, stream=stream)
-        answer = httpx2.post(self.url + path, json=body, timeout=120)
+        answer = httpx2.post(self.url + path, json=body, timeout=LONG)
         assert answer.status_code == 200, answer.text
         if stream:
             return said(path, answer.text).strip()
@@ -200,7 +201,7 @@ def test_an_adapter_that_comes_and_one_that_is_broken(served):
             COMPLETIONS, "a2", "w9 w12", 5
         )
         body = served.body(COMPLETIONS, "broken", "w9", 5)
-        answer = httpx2.post(served.url + COMPLETIONS, json=body, timeout=60)
+        answer = httpx2.post(served.url + COMPLETIONS, json=body, timeout=LONG)
         assert answer.status_code == 500
         assert "broken" in answer.json()["error"]["message"]
     finally:
@@ -209,14 +210,14 @@ def test_an_adapter_that_comes_and_one_that_is_broken(served):
 
 
 def test_ray_exports_the_counts(served):
-    deadline = time.monotonic() + 120
-    while True:
-        lines = httpx2.get(served.metrics, timeout=30).text.splitlines()
+    lines: list[str] = []
+
+    def counted() -> bool:
+        lines[:] = httpx2.get(served.metrics, timeout=LONG).text.splitlines()
         tokens = [line for line in lines if line.startswith("ray_lorafx_tokens")]
-        if any('adapter="a1"' in line and 'deployment="Replica"' in line for line in tokens):
-            break
-        assert time.monotonic() < deadline, tokens
-        time.sleep(1)
+        return any('adapter="a1"' in line and 'deployment="Replica"' in line for line in tokens)
+
+    wait_until(counted)
     assert any(line.startswith("ray_lorafx_adapter_evictions") for line in lines)
     for place in ("banks", "host"):
         own = [line for line in lines if f'place="{place}"' in line and 'replica="' in line]
@@ -233,12 +234,13 @@ def test_a_client_that_goes_away(served):
 
     before = tokens()
     body = served.body(COMPLETIONS, "a1", words, new, stream=True)
-    with httpx2.stream("POST", served.url + COMPLETIONS, json=body, timeout=120) as answer:
+    with httpx2.stream("POST", served.url + COMPLETIONS, json=body, timeout=LONG) as answer:
         next(answer.iter_text())
-    deadline = time.monotonic() + 60
-    while any(inside(lambda r: r._server.engine.batch_processor.has_pending_requests()).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def pending(replica: Any) -> bool:
+        return replica._server.engine.batch_processor.has_pending_requests()
+
+    wait_until(lambda: not any(inside(pending).values()))
     assert tokens() - before < new
 
 
@@ -257,11 +259,11 @@ def test_a_replica_that_dies_under_load(served):
     def stream(words: str) -> tuple[str, bool]:
         """What was said, and whether it ended with an error."""
         body = served.body(COMPLETIONS, "a1", words, new, stream=True)
-        with httpx2.stream("POST", served.url + COMPLETIONS, json=body, timeout=300) as answer:
+        with httpx2.stream("POST", served.url + COMPLETIONS, json=body, timeout=LONG) as answer:
             assert answer.status_code == 200
             chunks = answer.iter_text()
             text = next(chunks)
-            begun.wait(60)
+            begun.wait(LONG)
             text += "".join(chunks)
         found = events(text)
         broken = "error" in found[-1]
@@ -277,13 +279,13 @@ def test_a_replica_that_dies_under_load(served):
             for adapter, words in [*work, *others]
         ]
         streams = [clients.submit(stream, words) for _, words in work[:2]]
-        begun.wait(120)
+        begun.wait(LONG)
         os.kill(process, signal.SIGKILL)
         assert not any(one.done() for one in whole[: len(work)])  # they were under way
         for one, (adapter, words) in zip(whole, [*work, *others], strict=True):
-            assert one.result(300) == served.want(COMPLETIONS, adapter, words, new), adapter
+            assert one.result(LONG) == served.want(COMPLETIONS, adapter, words, new), adapter
         for one, (_, words) in zip(streams, work, strict=False):
-            text, broken = one.result(300)
+            text, broken = one.result(LONG)
             assert broken
             assert served.want(COMPLETIONS, "a1", words, new).startswith(text)
 
@@ -302,8 +304,7 @@ def test_a_replica_that_is_stopped_answers_first(served):
     got = list(next(messages))
     # Not to its end: a replica that is just being started takes long to stop.
     serve.delete("default", _blocking=False)
-    while serve.status().applications["default"].status != "DELETING":
-        time.sleep(0.01)
+    wait_until(lambda: serve.status().applications["default"].status == "DELETING")
     rest = [message for ready in messages for message in ready]
     assert len(rest) > 10  # the answer was under way
     got += rest

@@ -13,6 +13,7 @@ import pytest
 import torch
 from ray.serve.metrics import Counter, Gauge
 from served import SMALL
+from waiting import LONG
 
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.integrations.server.ray import RaySettings, build
@@ -205,7 +206,7 @@ def test_counts_are_told_to_ray(files, replica, monkeypatch):
     for name in ("a0", "a3"):
         server.compiled.load_adapter(files.adapters / name, name)
         added = server.engine.add_request([5, 6], adapter=name, max_new_tokens=2)
-        assert server.engine.get_result(added, timeout=60).error is None
+        assert server.engine.get_result(added, timeout=LONG).error is None
         replica.check_health()
     stats = server.compiled.stats()
     for place in ("banks", "host", "disk"):
@@ -230,6 +231,6 @@ def test_an_engine_that_has_failed_is_not_healthy(replica, monkeypatch):
     engine = replica._server.engine
     monkeypatch.setattr(engine, "_forward", fail)
     engine.add_request([5, 6], adapter=None)
-    engine._generation_thread.join(60)
+    engine._generation_thread.join(LONG)
     with pytest.raises(BatchError, match="out of order"):
         replica.check_health()

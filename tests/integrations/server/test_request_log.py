@@ -8,7 +8,8 @@ import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import ask, client_of, gated, ids_of, question
+from served import ask, client_of, gated, idle, ids_of, question
+from waiting import until
 
 from lorafx.integrations.server.metrics import OTHERS, Labels
 
@@ -97,11 +98,9 @@ def test_what_is_running_and_waiting_by_adapter(server):
                 {"model": name, **question(ROUTES[1], "w9", 4)} for name in ("tiny:a1", "tiny")
             ]
             tasks = [asyncio.create_task(client.post(ROUTES[1], json=body)) for body in bodies]
-            while gate.steps == 0:
-                await asyncio.sleep(0.01)
+            await until(lambda: gate.steps)
             tasks.append(asyncio.create_task(client.post(ROUTES[1], json=bodies[0])))
-            while not server.engine.sequences()["waiting"]:
-                await asyncio.sleep(0.01)
+            await until(lambda: sum(map(len, server.engine.sequences().values())) == 3)
             found = await asyncio.to_thread(samples, server)
             gate.open.set()
             await asyncio.gather(*tasks)
@@ -125,6 +124,7 @@ def test_what_is_running_and_waiting_by_adapter(server):
     places = [labels for name, labels in found if name == "lorafx_adapter_place"]
     assert sorted(adapter for adapter, _ in places) == [f"a{i}" for i in range(5)]
     assert {place for _, place in places} == {"banks", "host"}
+    idle(server)
     after = samples(server)
     assert after["lorafx_adapter_place", ("a1", "banks")] == 1
     assert after["vllm:num_requests_running", ()] == after["vllm:num_requests_waiting", ()] == 0

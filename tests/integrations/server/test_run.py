@@ -11,14 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
 import torch
-from served import SMALL, ask, free_port, plain, question, said, serving
+from served import SMALL, ask, free_port, plain, question, said, serving, wait_for
+from waiting import LONG
 
 from lorafx import LorafxError, LorafxWarning
 from lorafx.errors import ConfigError, respelled
@@ -55,34 +55,28 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     came = threading.Barrier(2)
 
     def stream() -> str:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx2.get(f"{url}/health").raise_for_status()
-                break
-            except httpx2.TransportError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        wait_for(httpx2.Client(base_url=url))
         hot = {"model": "tiny:a1", **question(path, "w9 w12", 20, temperature=3)}
         assert httpx2.post(url + path, json=hot).status_code == 401
 
         def texts(body: dict) -> set[str]:
             answers = [
-                httpx2.post(url + path, json=body, timeout=60, headers=key).json() for _ in range(3)
+                httpx2.post(url + path, json=body, timeout=LONG, headers=key).json()
+                for _ in range(3)
             ]
             return {answer["choices"][0]["text"] for answer in answers}
 
         assert len(texts(hot)) > 1
         assert len(texts({**hot, "seed": 1})) == 1
         body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True, temperature=0)}
-        with httpx2.stream("POST", url + path, json=body, timeout=60, headers=key) as answer:
+        with httpx2.stream("POST", url + path, json=body, timeout=LONG, headers=key) as answer:
             chunks = answer.iter_text()
             first = next(chunks)
-            came.wait(60)
+            came.wait(LONG)
             return first + "".join(chunks)
 
     def knock() -> str:
-        came.wait(60)
+        came.wait(LONG)
         httpx2.post(f"{url}/pause?mode=keep", headers=key).raise_for_status()
         os.kill(process, signal.SIGTERM)
         for _ in range(1000):  # those that still come are answered; then nobody listens
@@ -98,8 +92,8 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
-        text = streamed.result(60)
-        assert gone.result(60) == "gone"
+        text = streamed.result(LONG)
+        assert gone.result(LONG) == "gone"
     ids = files.tokenizer("w9 w12")["input_ids"]
     assert said(path, text).strip() == files.text("a1", ids, 40)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -12,12 +12,12 @@ import shutil
 import signal
 import ssl
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from served import SMALL, ask, client_of, free_port, plain, question, serving
+from served import SMALL, ask, client_of, free_port, plain, question, serving, wait_for
+from waiting import LONG
 
 from lorafx.errors import ConfigError
 from lorafx.integrations.cli import main
@@ -166,17 +166,10 @@ def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd)
     def talk():
         context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
         with httpx2.Client(verify=context, base_url=f"https://localhost:{port}") as client:
-            deadline = time.monotonic() + 120
-            while True:
-                try:
-                    client.get("/health").raise_for_status()
-                    break
-                except httpx2.TransportError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
+            wait_for(client)
             body = {"model": "two:b", **question(PATH, "w9 w12", 5)}
             try:
-                return client.post(PATH, json=body, timeout=60).json()
+                return client.post(PATH, json=body, timeout=LONG).json()
             finally:
                 os.kill(process, signal.SIGTERM)
 

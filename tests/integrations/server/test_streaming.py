@@ -16,6 +16,7 @@ import uvicorn
 from served import anew, asgi, ask, events, gated, ids_of, plain, question, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from waiting import LONG, until
 
 from lorafx.integrations.server.texts import Decoder
 
@@ -102,8 +103,7 @@ def test_a_stream_begins_with_the_first_token(server, path):
 
         body = {"model": "tiny:a1", **question(path, "w9 w12", 2, stream=True)}
         answering = asyncio.create_task(asgi(server, path, body, asyncio.Event().wait, send))
-        while not gate.steps:
-            await asyncio.sleep(0.01)
+        await until(lambda: gate.steps)
         assert not any(sent)
         gate.open.set()
         await answering
@@ -131,13 +131,13 @@ def url(server):
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     serving.should_exit = True
-    thread.join(60)
+    thread.join(LONG)
 
 
 def curl(url: str, **body) -> tuple[str, str]:
     """The headers and the body of an answer, as they come."""
     command = ["curl", "-sSNi", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=LONG)
     head, _, rest = done.stdout.decode().partition("\r\n\r\n")
     return head.lower(), rest
 

@@ -21,6 +21,7 @@ from peft import PeftModel
 from tiny_models import FAMILIES, PlainModel, token_inputs
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from waiting import LONG
 
 import lorafx
 from lorafx.compiled_model.compiled import compiled_of
@@ -217,7 +218,7 @@ def test_first_calls_on_two_threads(small: Callable[..., Case]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LONG)
     for name in "ab":
         assert error(answers[name], case.expected([name] * 3, {"x": x})) <= 1e-5
 

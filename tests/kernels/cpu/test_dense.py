@@ -11,6 +11,7 @@ import torch
 from toolchain import needs_compiler
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from waiting import LONG
 
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import weight_mm
@@ -128,7 +129,7 @@ x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch
 torch.ops.lorafx.weight_mm(x, weight)
 assert GENERATED.has(WeightSpec(torch.bfloat16, torch.bfloat16))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=LONG)
 
 
 @pytest.mark.usefixtures("refused_sources")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from toolchain import needs_compiler
 from torch import Tensor
@@ -51,7 +51,6 @@ def check(got: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
     assert not got[start:].any()
 
 
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     behind=st.integers(0, 2),

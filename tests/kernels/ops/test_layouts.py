@@ -73,7 +73,7 @@ def problems(draw: st.DrawFn, vocabulary: int | None = None) -> Problem:
 
 
 @pytest.mark.parametrize("vocabulary", [None, 23])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_strides(vocabulary: int | None, data: st.DataObject) -> None:
     """Aten takes x, y, A, B, ranks, scales and slots laid out at random, generated code x and y."""

@@ -69,7 +69,7 @@ def test_mixed_steps(case: str) -> None:
     check(paged_step(MIXED, **changes), parts=parts)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_step(data: st.DataObject) -> None:
     request = st.tuples(st.integers(1, 6), st.integers(0, 40))

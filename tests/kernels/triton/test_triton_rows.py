@@ -37,7 +37,7 @@ def sorted_tiles(case: Case, strategy: str, block_m: int = 16) -> dict[str, obje
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "segments, sorted", "epilogue, sorted"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
     """Any slots in any order, any rows a request, M not a multiple of anything."""
@@ -100,7 +100,7 @@ def test_slots_change_under_one_kernel(strategy: str) -> None:
         assert_right(other, strategy, run(other, strategy))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(slots=st.lists(st.integers(-1, 5), min_size=1, max_size=150))
 def test_order(slots: list[int]) -> None:
     kernel = load("order", None, ORDER_TILES, INTERPRETER)
