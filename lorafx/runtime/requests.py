@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, numbered
-from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, new_tokens, sizes_of
+from lorafx.program.argument_checks import sizes_of
+from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, new_tokens
 from lorafx.program.program import Call
 
 Names = Sequence["str | None"]
