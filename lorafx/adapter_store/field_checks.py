@@ -143,10 +143,10 @@ def tokens_by_ending(name: str, value: Any) -> dict[str, tuple[int, ...]]:
     lists = value if isinstance(value, Mapping) else {"": value}
     if len(lists) > _MOST_NAMES:
         raise Malformed(f"{name} has {len(lists)} lists; there may be {_MOST_NAMES}")
-    tokens = {text(f"{name} key", ending): tokens(name, ids) for ending, ids in lists.items()}
-    if any(len(set(ids)) < len(ids) for ids in tokens.values()):
+    checked = {text(f"{name} key", ending): tokens(name, ids) for ending, ids in lists.items()}
+    if any(len(set(ids)) < len(ids) for ids in checked.values()):
         raise Malformed(f"{name} names a token twice: {short(value)}")
-    return tokens
+    return checked
 
 
 def by_name(check: Check) -> Check:
