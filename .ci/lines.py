@@ -3,11 +3,13 @@
     python .ci/lines.py
 
 A folder is a package of lorafx, passes/, kernels/ or tests/. Whoever needs more lines raises the
-budget in the same commit.
+budget in the same commit. A module of the program that is longer than `LONGEST` says why in its
+heading, after "One file:".
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import tomllib
@@ -16,6 +18,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {".py", ".cpp", ".h", ".jinja", ".js", ".css", ".html"}
+
+
+#: Lines of a module that need no reason.
+LONGEST = 400
+
+
+def unexplained() -> list[str]:
+    """Modules of the program that are longer than `LONGEST` and do not say why."""
+    found = []
+    for folder in ("lorafx", "passes", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text()
+            heading = ast.get_docstring(ast.parse(text)) or ""
+            if text.count("\n") > LONGEST and "One file: " not in heading:
+                found.append(path.relative_to(ROOT).as_posix())
+    return found
 
 
 def lines_by_folder() -> Counter[str]:
@@ -39,7 +57,11 @@ def main() -> int:
         note = "  over its budget: shorten it, or raise tool.lorafx.lines" if folder in over else ""
         print(f"{folder:24}{lines[folder]:7,} of {budgets.get(folder, 0):7,}{note}")
     print(f"{'without tests':24}{lines.total() - lines['tests']:7,}")
-    return bool(over)
+    for file in (long := unexplained()):
+        print(
+            f"{file} has more than {LONGEST} lines; divide it, or say why in its heading: One file: ..."
+        )
+    return bool(over or long)
 
 
 if __name__ == "__main__":

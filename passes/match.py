@@ -10,6 +10,8 @@ registered handler keep their marks. Routed experts are in lorafx.program.expert
 
 A site is also refused if a graph seems to replace its weight: an unused linear in a module that
 multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
+
+One file: one pass, whose helpers each decide one thing about a use of a weight.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ configuration.
 
 Two parameters over one storage (a tied head and embedding) are two sites. One error reports all
 named modules that cannot carry LoRA; modules of "all-linear" are left out with a warning.
+
+One file: one selection, half of which is its messages.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ call.
 
 Constants of chips are from data sheets or benchmarks/calibrate.py. The parts of "concat" were timed
 on an H200, the whole was not.
+
+One file: all strategies are estimated from the same quantities.
 """
 
 from __future__ import annotations

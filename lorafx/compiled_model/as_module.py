@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.generation.generate import CompiledGenerate
-from lorafx.runtime.entry import CompiledForwards
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.marking import warn_training
 from lorafx.runtime.session import Session
 

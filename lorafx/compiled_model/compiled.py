@@ -1,4 +1,7 @@
-"""CompiledModel: the executable that `lorafx.compile` returns."""
+"""CompiledModel: the executable that `lorafx.compile` returns.
+
+One file: one public class, half of which are docstrings.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,9 @@ from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
 from lorafx.progress import progress
 from lorafx.runtime.collection import collection_of_new
-from lorafx.runtime.entry import CompiledForwards, Entry, entered
+from lorafx.runtime.entry import Entry, entered
 from lorafx.runtime.example_inputs import as_call
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.kinds import Status
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
 from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of

@@ -8,6 +8,8 @@ operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
 (`lorafx.eager.known_labels`). Operators that read the values of indices are never remembered, and
 views are not looked at: a label belongs to a storage, and a view's follows from strides when it is
 used.
+
+One file: one mode of dispatch, and the ways into it and out of it.
 """
 
 from __future__ import annotations

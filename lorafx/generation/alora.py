@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.argument_roles import RoleTable, caches
-from lorafx.runtime.entry import CompiledForwards
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 from lorafx.runtime.resting import refuse_elsewhere
 from lorafx.runtime.session import Session

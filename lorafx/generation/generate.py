@@ -24,7 +24,8 @@ from lorafx.generation.alora import generating_forward_of
 from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
-from lorafx.runtime.entry import CompiledForwards, Entry
+from lorafx.runtime.entry import Entry
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.resting import adapters_in_use, refuse_elsewhere
 from lorafx.torch_internals.transforms import tracing
 

@@ -24,7 +24,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import RowDim
 from lorafx.errors import BatchError
 from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
-from lorafx.runtime.entry import CompiledForwards
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 
 #: Arguments of `generate` that all requests share.

@@ -31,8 +31,8 @@ from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.program.weight_uses import is_grouped
-from lorafx.runtime.entry import CompiledForwards
 from lorafx.runtime.example_inputs import named_inputs
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.replay import Replay, replayed
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.graph_parts import HigherOrderOperator, OpOverload

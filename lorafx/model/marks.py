@@ -10,6 +10,8 @@ input and output do not have these shapes, a registered handler says what x and 
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
 inlines `__call__`: banks and slots become graph inputs, and nothing depends on their values.
+
+One file: one class, with the messages about what it cannot mark.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ pads and rolls must not touch the owner dimension. A piece of it that starts at 
 periods rows·B, and is a whole number of them long, keeps the label: index i of it still belongs to
 request (i // rows) mod B. Other pieces, flips and joins of pieces are known by their positions
 (`Runs`). The rules serve ownership and known index values (`Digit`).
+
+One file: the rules for one move each, which share how a piece of an owned dimension is cut.
 """
 
 from __future__ import annotations

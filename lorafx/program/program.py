@@ -1,5 +1,8 @@
 """A program: a marked model with everything that is needed to compile its frames; and the results
-of the passes that prepare it."""
+of the passes that prepare it.
+
+One file: one class, of which all passes ask what they need to know about the model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Copies of a shared node for each request, by torch's batching rules."""
+"""Copies of a shared node for each request, by torch's batching rules.
+
+One file: one class, which copies one node at a time.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
-from lorafx.runtime.entry import CompiledForwards, entered
+from lorafx.runtime.entry import entered
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.session import Session
 
 #: Runs a stage on its inputs.

@@ -89,3 +89,13 @@ def test_a_folder_over_its_budget_is_told(monkeypatch, tmp_path, capsys) -> None
     assert LINES["main"]()
     over = [line for line in capsys.readouterr().out.splitlines() if "over its budget" in line]
     assert [line.split()[:4] for line in over] == [["passes", "2", "of", "1"]]
+
+
+def test_a_long_module_says_why(monkeypatch, tmp_path) -> None:
+    assert not LINES["unexplained"]()
+    monkeypatch.setitem(LINES["main"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "passes").mkdir()
+    for name, heading in (("a", "A pass."), ("b", "A pass.\n\nOne file: one table.")):
+        text = f'"""{heading}"""\n' + "x = 1\n" * LINES["LONGEST"]
+        (tmp_path / "passes" / f"{name}.py").write_text(text)
+    assert LINES["unexplained"]() == ["passes/a.py"]

@@ -1,4 +1,7 @@
-"""transformers' continuous batching with an adapter for each request."""
+"""transformers' continuous batching with an adapter for each request.
+
+One file: one class, derived from transformers' manager.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ from lorafx.model.keywords import refuse_slips
 from lorafx.runtime.kinds import CALLS
 
 if TYPE_CHECKING:
-    from lorafx.runtime.entry import CompiledForwards
+    from lorafx.runtime.forwards import CompiledForwards
 
 
 _COMPILED = "lorafx compiles the model itself"

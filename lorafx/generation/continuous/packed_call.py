@@ -26,7 +26,7 @@ from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_o
 from lorafx.generation.continuous.attention import ATTENDING_DEVICES
 from lorafx.generation.continuous.failures import DEVICE_ERRORS, in_parts
 from lorafx.generation.continuous.pages import StepCache
-from lorafx.runtime.entry import CompiledForwards
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Requests
 
 

@@ -1,5 +1,8 @@
 """The fields of requests: those that the engine takes, those that say how it is answered, and those
-that are not served."""
+that are not served.
+
+One file: the fields of all routes refer to one table of values that ask for nothing.
+"""
 
 from __future__ import annotations
 
