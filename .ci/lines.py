@@ -58,9 +58,7 @@ def main() -> int:
         print(f"{folder:24}{lines[folder]:7,} of {budgets.get(folder, 0):7,}{note}")
     print(f"{'without tests':24}{lines.total() - lines['tests']:7,}")
     for file in (long := unexplained()):
-        print(
-            f"{file} has more than {LONGEST} lines; divide it, or say why in its heading: One file: ..."
-        )
+        print(f"{file}: over {LONGEST} lines; divide it, or say why in its heading (One file: ...)")
     return bool(over or long)
 
 
