@@ -10,7 +10,6 @@ import torch
 from dense_merge import TOLERANCE, Case, error
 from tiny_models import plain_inputs, token_inputs
 from torch import Tensor, nn
-from waiting import LONG
 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
@@ -20,7 +19,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
-SECONDS = float(LONG)
+SECONDS = 900.0  # see test_beside.py
 NAMES = ["a0", None, "a1"]
 
 
