@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 #: Seconds after which nothing comes any more, on whatever machine.
-LONG = 600
+LONG = 900
 
 
 def _looks(condition: Callable[[], object]) -> Iterator[float]:

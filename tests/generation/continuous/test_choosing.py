@@ -320,8 +320,7 @@ def test_draws_follow_the_model(llama, engine) -> None:
 
 
 @pytest.mark.parametrize("per_request", [False, True])
-def test_the_logprobs_of_a_configuration_are_those_of_each_request(llama, per_request) -> None:
-    cm = llama.compile()
+def test_the_logprobs_of_a_configuration_are_those_of_each_request(llama, cm, per_request) -> None:
     generation = drawing(cm)
     generation.temperature, generation.top_k, generation.top_p = 0.8, 7, 0.9
     config = ContinuousBatchingConfig(
@@ -348,9 +347,8 @@ def test_the_logprobs_of_a_configuration_are_those_of_each_request(llama, per_re
             assert abs(as_drawn - float(scores[0].log_softmax(-1)[token])) <= TOLERANCE
 
 
-def test_requests_that_are_begun_again(llama) -> None:
+def test_requests_that_are_begun_again(llama, cm) -> None:
     """The cache holds a few of them; what they have is kept, also what sequences have drawn."""
-    cm = llama.compile()
     small = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 14}, per_request_processors=True)
     asked = {
         **DRAWN,
@@ -447,8 +445,8 @@ def test_a_stop_ends_a_sequence_in_the_step_in_which_it_is_complete(llama, engin
         assert all(not own.block_table for own in processor.cache.cache_allocators.values())
 
 
-def test_of_stops_within_one_token_the_first_counts(llama) -> None:
-    cm, tokenizer = llama.compile(), letters("bcxb")
+def test_of_stops_within_one_token_the_first_counts(cm) -> None:
+    tokenizer = letters("bcxb")
     asked = {"logit_bias": {60: 100.0}, "max_new_tokens": 3}
     with cm.continuous_batching(drawing(cm), CONFIG, warmup=False, tokenizer=tokenizer) as engine:
         for stop, reason in ((["b", "c"], "b"), (["x", "cx"], "cx"), (["bc", "b"], "bc")):
@@ -489,13 +487,12 @@ def test_a_request_that_leaves_no_token_fails_alone(llama, engine) -> None:
     assert engine.unhealthy() is None
 
 
-def test_an_adapter_that_overflows_fails_its_own_requests(llama, tmp_path) -> None:
+def test_an_adapter_that_overflows_fails_its_own_requests(llama, cm, tmp_path) -> None:
     """Also those whose prompts are scored, and what is asked of others is answered beside them."""
     shutil.copytree(llama.folders["a2"], tmp_path / "huge")
     asked = {**DRAWN, "prompt_logprobs": 0}
     weights = tmp_path / "huge" / "adapter_model.safetensors"
     save_file({name: t * 1e30 for name, t in load_file(weights).items()}, weights)
-    cm = llama.compile()
     cm.load_adapter(tmp_path / "huge", "huge")
     with cm.continuous_batching(drawing(cm), CONFIG, warmup=False, tokenizer=LETTERS) as engine:
         with engine.pause():
@@ -546,9 +543,8 @@ def test_what_cannot_be_is_refused_before_it_is_queued(engine, asked, says) -> N
     assert not engine._outputs._names
 
 
-def test_an_engine_without_a_tokenizer_that_draws_nothing(llama) -> None:
+def test_an_engine_without_a_tokenizer_that_draws_nothing(llama, cm) -> None:
     """It serves what needs neither, and steps in which nobody asks skip the stage."""
-    cm = llama.compile()
     generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.eos_token_id = EOS
     config = ContinuousBatchingConfig(**PAGES)

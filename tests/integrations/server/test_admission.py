@@ -159,7 +159,7 @@ def test_a_client_that_goes_away_at_once(server, stream):
     async def send(message):
         assert not message.get("body")
 
-    with gated(server, free=1) as gate:
+    with gated(server, free=0) as gate:
         asyncio.run(asgi(server, PATH, asking("a1", "w9", 40, stream=stream), receive, send))
         gate.open.set()
         idle(server)
