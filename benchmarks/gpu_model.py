@@ -21,6 +21,7 @@ Ratios are times over the base's; new tokens a second stand beside them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import tempfile
@@ -69,7 +70,7 @@ PROMPT, NEW, GENERATED = 128, 32, (0, 1, 8)
 PEFT_BLOCKS = 5  # of the mixed batch, which is far from all others
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sizes:
     layers: int = 4
     rank: int = 16
@@ -78,6 +79,14 @@ class Sizes:
     @classmethod
     def of(cls, context: Context) -> Sizes:
         return cls(1, 4, tiny=True) if context.tiny else cls()
+
+
+def parse(arguments: Sequence[str]) -> Sizes:
+    """The sizes that a script's `--layers` and `--rank` ask for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=Sizes.layers)
+    parser.add_argument("--rank", type=int, default=Sizes.rank)
+    return Sizes(**vars(parser.parse_args(arguments)))
 
 
 def config_of(layers: int, *, tiny: bool = False) -> LlamaConfig:
@@ -126,12 +135,19 @@ def linears_of(model: LlamaForCausalLM) -> list[tuple[str, Any]]:
 
 
 def prepared(
-    sizes: Sizes, device: torch.device, folder: str, *, count: int, pins: str | None = None
+    sizes: Sizes,
+    device: torch.device,
+    folder: str | Path,
+    *,
+    count: int,
+    tiny: bool = False,
+    pins: str | None = None,
 ) -> tuple[LlamaForCausalLM, lorafx.CompiledModel, dict[str, str]]:
     """The model, lorafx's compiled copy of it, and the paths of `count` adapters. `pins` is the
     strategy of all linears; without it lorafx plans."""
-    dtype = torch.float32 if sizes.tiny else torch.bfloat16
-    model = build_model(config_of(sizes.layers, tiny=sizes.tiny), device, dtype)
+    tiny = tiny or sizes.tiny
+    dtype = torch.float32 if tiny else torch.bfloat16
+    model = build_model(config_of(sizes.layers, tiny=tiny), device, dtype)
     paths = {f"a{index}": f"{folder}/a{index}" for index in range(count)}
     config = lorafx.LoraConfig(
         target_modules=list(TARGETS), max_adapters=count, max_rank=sizes.rank

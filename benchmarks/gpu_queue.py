@@ -13,27 +13,23 @@ once more those that failed and did not change. A job that would not end in time
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-if str(FOLDER) not in sys.path:  # PYTHONSAFEPATH keeps it off
-    sys.path.insert(0, str(FOLDER))
+if str(Path(__file__).resolve().parent) not in sys.path:  # PYTHONSAFEPATH keeps it off
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_job import KEPT, RUNNING  # noqa: E402
-from gpu_jobs import LIMIT, ROOT, Job, all_jobs  # noqa: E402
-from gpu_results import (  # noqa: E402  # noqa: E402
+from gpu_here import FOLDER, NEEDED, is_here, job_environment, stop
+from gpu_job import KEPT, RUNNING
+from gpu_jobs import LIMIT, ROOT, Job, all_jobs
+from gpu_results import (
     FAILED,
     MEASURED,
     MENDED,
@@ -47,65 +43,12 @@ from gpu_results import (  # noqa: E402  # noqa: E402
     restore,
 )
 
-NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest")
 MARGIN = 5.0  # seconds that stay for writing results
-GRACE = 3.0  # seconds between asking a job to end and ending it
 DEVICE = "import torch; print(torch.cuda.get_device_name(), torch.__version__, sep='\\n')"
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def is_here(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-# --- the processes of jobs ---
-
-
-def job_environment(scratch: Path, peers: Path) -> dict[str, str]:
-    """Where jobs find lorafx, this folder, the tests' helpers, and the peers."""
-    paths = [str(FOLDER), str(ROOT / "tests" / "helpers"), str(link_lorafx(scratch))]
-    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    always = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    return environment | always | {"PYTHONPATH": ":".join(paths), "LORAFX_PEERS": str(peers)}
-
-
-def link_lorafx(scratch: Path) -> Path:
-    """A folder to find lorafx in where it is not installed: a link, and its entry points.
-
-    The root itself must not be on the path, where passes/ and kernels/ would shadow others."""
-    folder = scratch / "site"
-    folder.mkdir()
-    if not is_here("lorafx"):
-        (folder / "lorafx").symlink_to(ROOT / "lorafx")
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        source = (ROOT / "lorafx/__init__.py").read_text()
-        version = re.findall(r'^__version__ = "(.+)"', source, re.M)[0]
-        about = folder / f"lorafx-{version}.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: lorafx\nVersion: {version}\n"
-        )
-        with (about / "entry_points.txt").open("w") as file:
-            for group, points in project["entry-points"].items():
-                lines = [f"{name} = {target}" for name, target in points.items()]
-                print(f"[{group}]", *lines, sep="\n", file=file)
-    return folder
-
-
-def stop(process: subprocess.Popen[bytes]) -> int:
-    """End the job's processes where they still run; its exit status."""
-    for ask in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, ask)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it has started
-    return process.wait()
 
 
 # --- the queue ---

@@ -10,6 +10,7 @@ import torch
 from dense_merge import TOLERANCE, Case, error
 from tiny_models import plain_inputs, token_inputs
 from torch import Tensor, nn
+from waiting import LONG
 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.eager.deltas import RowDeltas
