@@ -183,7 +183,7 @@ class CompiledPipeline:
             for name, cm in self.models.items()
         }
         for session in reversed(in_lock_order(cm._session for cm in self.models.values())):
-            run = partial(session.call, run, by_session[id(session)])
+            run = partial(session.call, lambda run=run: run, by_session[id(session)])
         return run()
 
     def _run(
