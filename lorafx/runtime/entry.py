@@ -137,6 +137,7 @@ class Entry:
         program.pack_watch.pack()
         state, captured = program.unguarded_state(), None
         traced = self._traced_for(state, base=call.base)
+        records = session.backend.records
         run, before = functools.partial(traced.call, *call.args, **call.kwargs), traced.conversion
         try:
             if conversion is not None:
@@ -146,7 +147,7 @@ class Entry:
                 following = uses = None
                 if program.runtime.active:
                     following, uses = self._following()
-                    captured = len(session.records)
+                    captured = len(records)
                 if following is None:
                     return run()
                 try:
@@ -171,7 +172,7 @@ class Entry:
         finally:
             traced.conversion = before
             if captured is not None:
-                self.capturing = len(session.records) != captured
+                self.capturing = len(records) != captured
             program.hook_watch.accept_new()
             if program.site_watch.state != state[0]:  # it changed while a graph was captured
                 for of_base in (False, True):

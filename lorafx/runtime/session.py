@@ -109,7 +109,7 @@ class Session:
         )
         # PEFT's attributes that the model had before are no adapters put into it later.
         self._had_peft_notes: Final = has_peft_attributes(program.model)
-        #: What is running: assigned by `note` and `run`.
+        #: What is running: assigned by `call`, `note` and `run`.
         self.running: Running = IDLE
         #: The adapter of calls that name none: assigned by `choose`.
         self.default: str | None = None

@@ -48,6 +48,7 @@ from lorafx.runtime.loading import in_lock_order, load_parts, unload_parts
 from lorafx.runtime.marking import by_name, request_of
 from lorafx.runtime.requests import Names, Requests, checked_names
 from lorafx.runtime.resting import refuse_elsewhere
+from lorafx.runtime.session import Session
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
@@ -182,8 +183,12 @@ class CompiledPipeline:
             id(cm._session): None if names is None else Requests(tuple(by_model[name] or ()))
             for name, cm in self.models.items()
         }
+
+        def within(session: Session, run: Callable[[], Any]) -> Callable[[], Any]:
+            return partial(session.call, lambda: run, by_session[id(session)])
+
         for session in reversed(in_lock_order(cm._session for cm in self.models.values())):
-            run = partial(session.call, run, by_session[id(session)])
+            run = within(session, run)
         return run()
 
     def _run(
