@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def collection_paused() -> Iterator[None]:
     """Collect no garbage meanwhile, which would walk over all of them: for a model of 10,000
     modules that took 1.2 s of 2.0, and beside the loading of a graph, where it walks over torch's
-    own, as long as the loading."""
+    own, as long as the loading. Of eager decode steps of 0.1 s, one in some twenty took 0.4 s."""
     enabled = gc.isenabled()
     gc.disable()
     try:

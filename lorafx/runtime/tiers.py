@@ -154,7 +154,7 @@ class Tiers:
             if threads > 1 and self.compilers.working:
                 # OpenMP's threads wait for the one that shares its core.
                 _use_threads(threads - 1, of_new=threads)
-            with no_grad, session.without_mha_fast_path():
+            with collection_paused(), no_grad, session.without_mha_fast_path():
                 return run()
         finally:
             runtime.active = active

@@ -139,7 +139,7 @@ def test_graphs_with_operators_of_transformers_serve(moe: Case) -> None:
     cm, inputs = moe.compile(EAGER), FAMILIES["llama"].inputs(5, 6)
     for _ in range(2):
         check(cm, moe, MIXED, inputs)
-    assert cm.wait(120)
+    assert cm.wait(900)
     check(cm, moe, MIXED, inputs)
     assert [kind.tier for kind in cm.status().kinds] == ["ready"]
 

@@ -19,7 +19,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
-SECONDS = 120.0
+SECONDS = 900.0  # see test_beside.py
 NAMES = ["a0", None, "a1"]
 
 

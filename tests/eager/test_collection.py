@@ -1,0 +1,62 @@
+"""Python collects no garbage inside of an eager forward, and as before when it has ended."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, Case, error
+from torch import Tensor, nn
+
+K = 6
+
+
+class Littering(nn.Module):
+    """Makes more garbage than Python leaves uncollected, and notes what is collected meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor, fails: bool = False) -> dict[str, Tensor]:
+        collected = 0
+
+        def note(phase: str, info: dict[str, int]) -> None:
+            nonlocal collected
+            collected += phase == "stop"
+
+        gc.callbacks.append(note)
+        for _ in range(2 * gc.get_threshold()[0]):
+            ring: list[object] = []
+            ring.append(ring)
+        gc.callbacks.remove(note)
+        if fails:
+            raise ValueError("as its caller asked")
+        return {"logits": self.w(x), "collected": torch.full((len(x),), collected)}
+
+
+@pytest.fixture(params=[True, False], ids=["collecting", "not collecting"])
+def collecting(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether the caller lets Python collect."""
+    if not request.param:
+        gc.disable()
+    yield request.param
+    gc.enable()
+
+
+def test_an_eager_forward_is_not_interrupted(small: Callable[..., Case], collecting: bool) -> None:
+    case = small(Littering, ["w"])
+    cm: Any = case.compile({**REFERENCE, "start": "eager", "cache": None})
+    x, names = torch.randn(3, K), ["a", None, "b"]
+    assert bool(case.base(x)["collected"].sum()) == collecting  # without lorafx
+    for _ in range(2):
+        got = cm(x, adapter_names=names)
+        assert error(got["logits"], case.expected(names, {"x": x})) <= TOLERANCE
+        assert not got["collected"].sum()
+        assert gc.isenabled() == collecting
+    with pytest.raises(ValueError, match="as its caller asked"):
+        cm(x, fails=True, adapter_names=names)
+    assert gc.isenabled() == collecting
