@@ -31,7 +31,7 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
-from lorafx.op_arguments import bound, in_order
+from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.flow import place
 from lorafx.ownership.propagate import ancestors
 from lorafx.program.addends import (
@@ -56,6 +56,7 @@ from lorafx.program.frame import fake_value
 from lorafx.program.inputs import MADE, FrameInput
 from lorafx.program.lost_sites import constant_weights, lost_calls, replaced_sites
 from lorafx.program.module_calls import ModuleCall
+from lorafx.program.program import SHIFTS
 from lorafx.program.refusals import Refusal
 from lorafx.program.weight_uses import (
     SITE_KINDS,
@@ -129,7 +130,9 @@ class Match:
                 addends = addends_of(bound(mark)["y"], products)
                 set_addend(ctx, site, mark, addends)
             if origins[mark] is not None and _forward_unknown(site):
-                check_addends(ctx, site, addends_of(bound(mark)["y"], products))
+                has_bias = check_addends(ctx, site, addends_of(bound(mark)["y"], products))
+                if not has_bias and bound(mark).get(SHIFTS) is not None:
+                    rebind(mark, **{SHIFTS: None})
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(Refusal((site,), "always", _COMPILED_APART))
         refuse_used_bias(ctx, marks, uses)
@@ -402,12 +405,13 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
             x_rows = nonnegative(ctx, x_rows, site.weight_rows)
         if use.kind == "embedding":
             node = ctx.emit(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, ids=x_rows))
-        elif use.kind == "conv":
-            check_addends(ctx, site, [] if use.bias is None else [use.bias], later)
-            node = _insert_conv_site(ctx, use, call)
         elif use.blocks is None:
-            check_addends(ctx, site, [] if use.bias is None else [use.bias], later)
-            node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
+            if not check_addends(ctx, site, [] if use.bias is None else [use.bias], later):
+                call[SHIFTS] = None
+            if use.kind == "conv":
+                node = _insert_conv_site(ctx, use, call)
+            else:
+                node = ctx.emit(SITE_OP, *in_order(SITE_OP, call, x=x_rows))
         else:
             for when, extra in EXTRAS.items():
                 if bank.get(extra.room) is not None:

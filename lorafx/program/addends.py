@@ -26,7 +26,6 @@ from lorafx.program.weight_uses import (
 )
 
 aten = torch.ops.aten
-_NOT_ITS_BIAS = "the product with its weight is not followed by its own bias"
 
 
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
@@ -83,17 +82,19 @@ def check_addends(
     site: Site,
     addends: Sequence[fx.Node],
     later: Sequence[tuple[fx.Node, fx.Node]] = (),
-) -> None:
-    """Refuse replaced rows unless y is x Wᵀ plus the module's own bias, and a change of that unless
-    it is added once, with y or `later`."""
+) -> bool:
+    """Whether the module's own bias is added to x Wᵀ, with y or `later`, and an adapter's takes its
+    place there. Refuses replaced rows unless y is x Wᵀ plus that bias alone."""
     bias, kinds = getattr(site.module, "bias", None), _kinds(ctx, site)
     tensors = [_holder_tensor(ctx, addend) for addend in addends]
-    own = [] if bias is None else [bias]
     together = [*tensors, *(_holder_tensor(ctx, constant) for _, constant in later)]
-    for when in kinds:
-        added = tensors if when == "own" else [t for t in together if t is not None and t is bias]
-        if [*map(id, added)] != [*map(id, own)]:
-            ctx.refuse(Refusal((site,), when, _NOT_ITS_BIAS))
+    if "own" in kinds and [*map(id, tensors)] != ([] if bias is None else [id(bias)]):
+        reason = "the product with its weight is not followed by its own bias"
+        ctx.refuse(Refusal((site,), "own", reason))
+    times = sum(tensor is bias for tensor in together)
+    if "bias" in kinds and bias is not None and times > 1:
+        ctx.refuse(Refusal((site,), "bias", f"its bias is added {times} times"))
+    return bias is None or times == 1
 
 
 def _kinds(ctx: Context, site: Site) -> list[When]:

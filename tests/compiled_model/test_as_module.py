@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 INPUTS = token_inputs(2, 6)
 NAMES = ["a0", "a1"]
-SHORT = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+SHORT = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")

@@ -189,8 +189,8 @@ def test_the_first_adapter_is_the_default_until_another_is_chosen():
     with evaluated(model):
         want = model(**INPUTS).logits
         assert error(got, want) <= 1e-5
-        tokens = sampler.generate(**INPUTS, max_new_tokens=4, do_sample=False)
-        assert torch.equal(tokens, model.generate(**INPUTS, max_new_tokens=4, do_sample=False))
+        tokens = sampler.generate(**INPUTS, max_new_tokens=2, do_sample=False)
+        assert torch.equal(tokens, model.generate(**INPUTS, max_new_tokens=2, do_sample=False))
 
 
 def test_adapters_that_come_and_go():

@@ -178,8 +178,8 @@ class Uses(nn.Module):
 USES: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "by function": (lambda w, x: F.linear(x, w.weight, w.bias), ""),
     "added later": (lambda w, x: x @ w.weight.T + w.bias, ""),
-    "left out": (lambda w, x: F.linear(x, w.weight), "is not followed by its own bias"),
-    "another": (lambda w, x: F.linear(x, w.weight, x[0, 0]), "is not followed by its own bias"),
+    "left out": (lambda w, x: F.linear(x, w.weight), ""),
+    "tangent": (lambda w, x: sum(torch.func.jvp(w, (x,), (x.cos(),))), ""),
     "twice": (lambda w, x: w(x) + w.bias, "its bias is used by"),
     "elsewhere": (lambda w, x: w(x) + w.bias * x, "its bias is used by"),
 }
