@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.errors import BatchError, CaptureError, MatchError, ProvenanceError
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.sites import Site
-from lorafx.ownership.real_labels import Alone
+from lorafx.ownership.labels import One
 from lorafx.program.argument_roles import Role
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
@@ -148,7 +148,7 @@ class Checks:
         rows = self.handover.rows(
             program.call.memory, arguments, len(program.runtime.rows), self.arguments
         )
-        if isinstance(rows, Alone) or program.runtime.uniform:
+        if isinstance(rows, One) or program.runtime.uniform:
             return rows
         if not self.begins_call and self.row_count(arguments) == 1:
             return None  # the graph was captured for one request

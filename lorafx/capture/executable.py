@@ -29,7 +29,8 @@ from lorafx.capture.driver import NumericCheck
 from lorafx.eager.following import Following, owners_are_noted, running, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
-from lorafx.ownership.real_labels import SHARED, Alone
+from lorafx.ownership.labels import One
+from lorafx.ownership.real_labels import SHARED
 from lorafx.program.frame import SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
@@ -82,7 +83,7 @@ def checked(
         call, handover, follows_rows = program.call, checks.handover, _follows_rows(program)
         rows = checks.rows(program, arguments) if follows_rows else None
         if checks.conditional:
-            checks.check(program, arguments, alone=isinstance(rows, Alone))
+            checks.check(program, arguments, alone=isinstance(rows, One))
         if call is None or not follows_rows:
             return compiled(*arguments)
         if rows is None and not program.runtime.uniform:
@@ -119,8 +120,8 @@ def _slots_of_rows(
     slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
-    request = rows.request if isinstance(rows, Alone) else 0
-    if isinstance(rows, Alone) and not program.runtime.uniform:
+    request = rows.request if isinstance(rows, One) else 0
+    if isinstance(rows, One) and not program.runtime.uniform:
         return slots[request].expand(count or slots.shape[0]).clone()
     if count is not None and count != slots.shape[0]:  # generated code expects `count`
         return slots[request].expand(count).clone()

@@ -27,7 +27,8 @@ from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
-from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Alone, Listed, Patchy, RealLabel, settled
+from lorafx.ownership.labels import One
+from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Listed, Patchy, RealLabel, settled
 from lorafx.ownership.site_rules import row_dims_of
 from lorafx.program.program import Program
 
@@ -201,7 +202,7 @@ class RowDeltas:
         """The slots of the rows of x, if they are few and those of each slot lie together; None if
         the result's rows do not belong to whom those of x do."""
         label, lead = self._following.label(x), tuple(x.shape[:-1])
-        if not isinstance(label, (Alone, Listed)):
+        if not isinstance(label, (One, Listed)):
             return None
         if isinstance(label, Listed) and label.dim >= len(lead):
             return None
@@ -258,7 +259,7 @@ class RowDeltas:
 
     def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
         label = settled(label)
-        if isinstance(label, Alone):
+        if isinstance(label, One):
             return _Rows((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):
             if NOBODY in label.owners:  # in a graph they are copies for each request

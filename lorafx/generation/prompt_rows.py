@@ -23,8 +23,9 @@ from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
 from lorafx.generation.alora import ActivatedForward
+from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
-from lorafx.ownership.real_labels import NOBODY, Alone, Listed, Shared, listed, same_owners
+from lorafx.ownership.real_labels import NOBODY, Listed, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.entry import Entry
@@ -167,8 +168,8 @@ class GeneratedRows:
                 label, owners = self._memory.look(tensor), None
                 if isinstance(label, Listed) and label.dim == dim:
                     owners = label.owners
-                elif isinstance(label, (Alone, Shared)):
-                    owners = (label.request if isinstance(label, Alone) else NOBODY,) * rows
+                elif isinstance(label, (One, Shared)):
+                    owners = (label.request if isinstance(label, One) else NOBODY,) * rows
                 yield name, tuple(tensor.shape), owners
 
 

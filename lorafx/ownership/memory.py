@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lorafx.ownership.labels import One, Pooled
 from lorafx.ownership.real_labels import (
     POOL,
     SHARED,
     UNKNOWN,
-    Alone,
     Listed,
     Patchy,
-    Pool,
     RealLabel,
     Shared,
     cells_of,
@@ -240,7 +239,7 @@ class Memory:
         elements = elements_of(tensor)
         for (size, stride, offset), label in block.views.items():
             covers = not offset and math.prod(size) == elements and _no_overlap(size, stride)
-            if covers and isinstance(label, (Shared, Alone, Pool)):
+            if covers and isinstance(label, (Shared, One, Pooled)):
                 return label
             if (
                 covers

@@ -31,10 +31,8 @@ from lorafx.ownership.real_labels import (
     POOL,
     SHARED,
     UNKNOWN,
-    Alone,
     Listed,
     Patchy,
-    Pool,
     RealLabel,
     Shared,
     cells_of,
@@ -253,7 +251,7 @@ def labels_by_signature(
     # In a graph rows of no request that are joined with others count as copies for each request.
     joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
     single = alone(inputs)
-    if single is not None and not (joins_shared and isinstance(single, Alone)):
+    if single is not None and not (joins_shared and isinstance(single, One)):
         return [single] * len(outputs)
     if not outputs or (func._schema.is_mutable and any(map(is_out, twin._schema.arguments))):
         return [None] * len(outputs)
@@ -300,13 +298,13 @@ def _joined_cells(operands: Sequence[Tensor], labels: Sequence[RealLabel | None]
     return cells
 
 
-def alone(labels: Sequence[RealLabel | None]) -> Shared | Alone | None:
+def alone(labels: Sequence[RealLabel | None]) -> Shared | One | None:
     """The label of any result of such operands, if they have at most one owner."""
-    requests = {label.request for label in labels if isinstance(label, Alone)}
-    if len(requests) > 1 or any(not isinstance(label, (Alone, Shared)) for label in labels):
+    requests = {label.request for label in labels if isinstance(label, One)}
+    if len(requests) > 1 or any(not isinstance(label, (One, Shared)) for label in labels):
         return None
     if requests:
-        return Alone(requests.pop())
+        return One(requests.pop())
     return OF_WEIGHTS if OF_WEIGHTS in labels else SHARED
 
 
@@ -322,7 +320,7 @@ def _by_rule(
     if not owned and POOL in labels.values():
         owned = [(NOBODY,)]
     owners = same_owners(owned)
-    if owners is None or any(isinstance(label, (Alone, Patchy)) for label in labels.values()):
+    if owners is None or any(isinstance(label, (One, Patchy)) for label in labels.values()):
         return None
     flow = Flow(BatchSymbols.of([len(owners)]), copies=False)
     with graph_of_call(func, args, kwargs, results) as (node, operands):
@@ -335,8 +333,8 @@ def _by_rule(
 def _graph_label(label: RealLabel | None) -> Single:
     if isinstance(label, Listed):
         return Own(label.dim)
-    if isinstance(label, Pool):
-        return Pooled()
+    if isinstance(label, Pooled):
+        return label
     return Mixed("unknown owners") if label is None else None
 
 
@@ -359,5 +357,5 @@ def _real_labels(
         elif isinstance(single, Pooled):
             labels.append(POOL)
         else:
-            labels.append(Alone(owners[single.request]) if isinstance(single, One) else None)
+            labels.append(One(owners[single.request]) if isinstance(single, One) else None)
     return labels if any(item is not None for item in labels) else None

@@ -1,7 +1,7 @@
 """Labels of real tensors: the request of each element, by position.
 
     SHARED             no element depends on a request
-    Alone(b)           every element belongs to request b, or to none
+    One(b)             every element belongs to request b, or to none
     Listed(dim, L)     index i along `dim` belongs to request L[i], to none if that is NOBODY
     Patchy(cells)      cells[...] is the request of each element
     POOL               elements of all requests, of which a mask shows each query its own
@@ -18,6 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lorafx.ownership.labels import One, Pooled
+
 NOBODY, UNKNOWN = -1, -2
 MOST_REQUESTS = torch.iinfo(torch.int16).max
 
@@ -28,13 +30,6 @@ class Shared:
     change, so in a later call they may be others."""
 
     of_weights: bool = False
-
-
-@dataclass(frozen=True)
-class Alone:
-    """Every element belongs to this request, or to none."""
-
-    request: int
 
 
 @dataclass(frozen=True)
@@ -52,27 +47,22 @@ class Patchy:
     cells: Tensor
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Elements of all requests, of which a mask shows each query its own."""
-
-
-SHARED, OF_WEIGHTS, POOL = Shared(), Shared(of_weights=True), Pool()
-RealLabel: TypeAlias = Shared | Alone | Listed | Patchy | Pool
+SHARED, OF_WEIGHTS, POOL = Shared(), Shared(of_weights=True), Pooled()
+RealLabel: TypeAlias = Shared | One | Listed | Patchy | Pooled
 
 
 def listed(dim: int, owners: tuple[int, ...]) -> RealLabel:
     """The label of index i along `dim` for request owners[i]; not `Listed` if all are equal."""
     if any(owner != owners[0] for owner in owners):
         return Listed(dim, owners)
-    return SHARED if owners[0] == NOBODY else Alone(owners[0])
+    return SHARED if owners[0] == NOBODY else One(owners[0])
 
 
 def settled(label: RealLabel | None) -> RealLabel | None:
-    """The label, or Alone(b) if it lists request b and nobody: a row of nobody that a request has
+    """The label, or One(b) if it lists request b and nobody: a row of nobody that a request has
     joined to its own is the request's."""
     requests = set(label.owners) - {NOBODY} if isinstance(label, Listed) else ()
-    return Alone(min(requests)) if len(requests) == 1 else label
+    return One(min(requests)) if len(requests) == 1 else label
 
 
 def repeated_owners(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
@@ -89,7 +79,7 @@ def cells_of(label: RealLabel | None, ndim: int, device: torch.device) -> Tensor
         sizes = [1] * ndim
         sizes[label.dim] = len(label.owners)
         return torch.tensor(label.owners, dtype=torch.int16, device=device).view(sizes)
-    value = label.request if isinstance(label, Alone) else UNKNOWN
+    value = label.request if isinstance(label, One) else UNKNOWN
     value = NOBODY if isinstance(label, Shared) else value
     return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
 
@@ -109,7 +99,7 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
         return SHARED
     single = int(least) == int(most)
     if single and lowest != NOBODY:
-        return Alone(int(most))
+        return One(int(most))
     for dim in range(cells.dim()):
         others = [d for d in range(cells.dim()) if d != dim]
         least, most = _least_and_most(cells, others)
@@ -118,7 +108,7 @@ def label_of_cells(cells: Tensor) -> RealLabel | None:
         if bool(((least == most) | (most == NOBODY)).all()):
             return Listed(dim, tuple(most.tolist()))
     if single:
-        return Alone(int(cells.amax()))
+        return One(int(cells.amax()))
     return Patchy(cells.clone())  # a later write into these cells is not one into the label
 
 
@@ -139,7 +129,7 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
 
 def renamed(label: RealLabel | None, requests: Mapping[int, int]) -> RealLabel | None:
     """The label with request b replaced by requests[b]."""
-    if isinstance(label, Alone):
+    if isinstance(label, One):
         return listed(0, (requests.get(label.request, label.request),))
     if isinstance(label, Listed):
         return listed(label.dim, tuple(requests.get(owner, owner) for owner in label.owners))

@@ -31,6 +31,7 @@ from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
+from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.model_memory import (
     ModelMemory,
@@ -39,7 +40,7 @@ from lorafx.ownership.model_memory import (
     in_code,
     in_containers,
 )
-from lorafx.ownership.real_labels import SHARED, Alone, Listed, repeated_owners, settled
+from lorafx.ownership.real_labels import SHARED, Listed, repeated_owners, settled
 from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors
@@ -407,7 +408,7 @@ class Program:
     def _only_request(self, tensor: Tensor) -> int | None:
         """The request of a tensor that the running call has computed, if it has only one."""
         label = None if self.call is None else settled(self.call.memory.look(tensor))
-        return label.request if isinstance(label, Alone) else None
+        return label.request if isinstance(label, One) else None
 
     def is_result(self, tensor: Tensor) -> bool:
         return self.call is not None and self.call.memory.computed(tensor)

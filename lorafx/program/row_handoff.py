@@ -21,7 +21,6 @@ from lorafx.ownership.real import alone
 from lorafx.ownership.real_labels import (
     NOBODY,
     SHARED,
-    Alone,
     Listed,
     RealLabel,
     Shared,
@@ -46,7 +45,7 @@ class OfList:
 
 
 #: The owners of a graph's rows in a call, if known.
-Rows: TypeAlias = OfList | Alone
+Rows: TypeAlias = OfList | One
 
 
 def role_of(label: RealLabel | None) -> Role | None:
@@ -56,7 +55,7 @@ def role_of(label: RealLabel | None) -> Role | None:
         return Role(_RESULT, None)
     if isinstance(label, Listed):
         return Role(_RESULT, label.dim)
-    return Role(_RESULT, 0) if isinstance(label, Alone) else None
+    return Role(_RESULT, 0) if isinstance(label, One) else None
 
 
 def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | None:
@@ -64,7 +63,7 @@ def argument_label(role: Role, tensor: Tensor, requests: int) -> RealLabel | Non
     if not role.known:
         return None
     if role.request is not None:
-        return Alone(role.request)
+        return One(role.request)
     if role.dim is None:
         return SHARED
     size = tensor.shape[role.dim] if role.dim < tensor.dim() else 0
@@ -101,7 +100,7 @@ class ResultOwners:
     row: int | None = None
 
     def label(self, tensor: Tensor, rows: Rows | None) -> RealLabel | None:
-        if isinstance(rows, Alone):
+        if isinstance(rows, One):
             return rows
         if rows is not None and self.row is not None:
             return listed(0, rows.owners[self.row : self.row + 1])
@@ -184,15 +183,15 @@ class Handover:
             known = memory.look(tensor) if isinstance(tensor, Tensor) else None
             labels[position] = settled(known)
         request = alone(list(labels.values()))
-        if isinstance(request, Alone):
+        if isinstance(request, One):
             return request
         lists: list[tuple[int, ...]] = []
         repeated: list[tuple[int, ...]] = []
-        single: list[tuple[Role, Alone]] = []
+        single: list[tuple[Role, One]] = []
         for position, role in self.taken.items():
             label, tensor = labels[position], arguments[position]
             if role.request is not None:
-                if not isinstance(label, Alone):
+                if not isinstance(label, One):
                     return None
                 single.append((role, label))
                 continue
@@ -202,7 +201,7 @@ class Handover:
                 (repeated if role.several else lists).append(label.owners)
             elif role.several:
                 return None
-            elif isinstance(label, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
+            elif isinstance(label, One) and isinstance(tensor, Tensor) and role.dim is not None:
                 lists.append((label.request,) * tensor.shape[role.dim])
             else:
                 return None
@@ -249,7 +248,7 @@ class Handover:
 
 def _label(proof: ResultOwners | None, tensor: Tensor, rows: Rows | None) -> RealLabel | None:
     if proof is None:
-        return rows if isinstance(rows, Alone) else None
+        return rows if isinstance(rows, One) else None
     return proof.label(tensor, rows)
 
 

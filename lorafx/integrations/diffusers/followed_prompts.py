@@ -13,16 +13,9 @@ from lorafx.errors import (
     BatchError,
 )
 from lorafx.ownership.effects import tensors_in
+from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
-from lorafx.ownership.real_labels import (
-    MOST_REQUESTS,
-    NOBODY,
-    Alone,
-    Listed,
-    Patchy,
-    RealLabel,
-    listed,
-)
+from lorafx.ownership.real_labels import MOST_REQUESTS, NOBODY, Listed, Patchy, RealLabel, listed
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.torch_internals.graph_parts import OpOverload
 
@@ -125,7 +118,7 @@ class PromptRows:
         """The label of each row; NOBODY for a row without one, or with more than one."""
         label: RealLabel | None = self._memory.look(tensor)
         rows = tensor.shape[0]
-        if isinstance(label, Alone):
+        if isinstance(label, One):
             return [label.request] * rows
         if isinstance(label, Listed) and label.dim == 0:
             return label.owners
