@@ -15,6 +15,8 @@ transposes:
     sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) their ends
     chosen     y = bmm(x, W[ids])            a weight gathered for each row
     all        y = bmm(x, W)                 every expert multiplies its rows, x (E, T, K)
+
+One file: one interpreter, with a table of handlers for each kind of weight.
 """
 
 from __future__ import annotations
