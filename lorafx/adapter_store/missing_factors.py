@@ -1,4 +1,9 @@
-"""Targeted modules for which a file has no factors."""
+"""Targeted modules for which a file has no factors.
+
+They keep W. That is right for a language adapter whose `q_proj` also matches the vision tower, but
+cannot be told from lost tensors. So there is a warning, or an error if `strict`, about the selected
+sites and parts, or about all modules if adapters select them.
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,6 @@
     ΔW = s · B A,  A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
 
 All problems of a file are found before anything is raised, and reading changes nothing.
-
-Targeted modules without factors keep W. That is right for a language adapter whose `q_proj` also
-matches the vision tower, but cannot be told from lost tensors. So there is a warning, or an error
-if `strict`, about the selected sites and parts, or about all modules if adapters select them.
 """
 
 from __future__ import annotations

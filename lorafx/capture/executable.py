@@ -165,10 +165,10 @@ def with_lookups(
 
 def refusing(error: LorafxError) -> Callable[..., Any]:
     """An executable that raises `error` when called; Dynamo would wrap one raised earlier."""
-    kind, text = type(error), str(error)
+    kind, text, settings = type(error), str(error), error.settings
 
     def run(*arguments: Any) -> Any:
-        raise kind(text)
+        raise kind(text).naming(*settings)
 
     return run
 

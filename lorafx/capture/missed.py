@@ -23,7 +23,7 @@ class Missed:
 
 
 class NoGraph(BaseException):
-    """Takes a `Missed` through Dynamo, whose conversions return code or raise: from
+    """Takes a `Missed` through Dynamo, whose own conversions return code or raise: from
     `Traced` to `Entry.run_graph`."""
 
     def __init__(self, missed: Missed) -> None:

@@ -80,8 +80,10 @@ class Traced:
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self.saved = saved
-        #: Converts the frame of `function`, in place of Dynamo: assigned by Entry.run_graph, too.
-        self.conversion: Conversion | None = saved.converted if saved and saves else None
+        #: Converts the frame of `function`, in place of Dynamo, where no call asks for another.
+        self.default: Conversion | None = saved.converted if saved and saves else None
+        #: That of the running call: assigned by Entry.run_graph.
+        self.conversion: Conversion | None = self.default
         function = _with_unshared_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)

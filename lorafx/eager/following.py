@@ -462,7 +462,7 @@ class Following(TorchDispatchMode):
             self._uses.marked_alone(mark)
 
     def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> None:
-        """The mark adds the delta of x to y. Raises `error` where that is not the site's."""
+        """The mark adds the delta of x to y. Refuses the call where y is not the site's product."""
         why = None if self._uses is None else self._uses.marked(mark, x, y)
         if why is not None:
             self.refuse(f"{mark.path}: {why}")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.ownership.memory import Geometry, geometry_of
+from lorafx.ownership.memory import Geometry, geometry_of, storage_of
 
 #: Records an object, and returns those that it holds.
 _Look = Callable[["Undo", Any], Iterable[Any]]
@@ -86,7 +86,7 @@ class Undo:
         """These tensors from before the call are about to be written."""
         for tensor in tensors:
             place = None
-            if tensor.layout is torch.strided:
+            if storage_of(tensor) is not None:
                 place = tensor.untyped_storage(), geometry_of(tensor)
             self.to_restore(_write_back, tensor, tensor.clone(), place)
 

@@ -92,7 +92,7 @@ def _tensors_near(near: str, parent: nn.Module) -> Iterator[HeldTensor]:
             holder = Holder(f"{near}.{name}".strip("."), module, attribute)
             yield HeldTensor(value, value, holder, str(holder))
     for value in in_containers(parent):
-        yield HeldTensor(value, value, None, f"a tensor that {near or 'it'} holds")
+        yield HeldTensor(value, value, None, "a tensor in a container that it holds")
 
 
 class WeightUses:
@@ -185,7 +185,7 @@ class WeightUses:
             return
         if in_backward():  # of a product that was checked, and of the delta of its mark
             return
-        memory, outputs = set(map(storage_of, used)), list(tensors_in(results))
+        memory, outputs = set(map(storage_of, used)) - {None}, list(tensors_in(results))
         if outputs and all(storage_of(item) in memory for item in outputs):  # views, or weights
             self._written.update(memory if func._schema.is_mutable else ())
             return
@@ -236,6 +236,8 @@ class WeightUses:
         if mark.stored or mark.handler is not None or mark.path not in self._program.batch.touched:
             return None
         if len(products) != 1:
+            if not products:
+                return "no product with its weight was seen in its module's call"
             return f"its module multiplies by the weight {len(products)} times"
         if products[0].changed and not mark.made:
             return "its module multiplies by what was made of its weight"

@@ -222,9 +222,11 @@ READ_INDICES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Te
         (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), put_cells
     ),
 }
+#: Kernels that reflect or repeat borders know no integers on some devices.
+_PLACED = [op for op, (move, _) in views.MOVES.items() if move is not views.last_dims_padded]
 #: These and others that move whole elements.
 MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | None]] = {
-    **dict.fromkeys((*views.MOVES, *JOINS, *LAID, aten.repeat), moved_cells),
+    **dict.fromkeys((*_PLACED, *JOINS, *LAID, aten.repeat), moved_cells),
     aten.constant_pad_nd: padded_cells,
     **READ_INDICES,
 }

@@ -5,8 +5,7 @@
           → AOTInductor → m.pt2, with a description as JSON in its metadata
 
 The graph is captured from a call with the example inputs, and is the one that the reference
-lowering would run. What each of its inputs is, and what becomes of its results, is found by the
-identity of the call's tensors.
+lowering would run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A captured graph as a function of slots and arguments, for torch.export."""
+"""A captured graph as a function of slots and arguments, for torch.export.
+
+What each of its inputs is, and what becomes of its results, is found by the identity of the call's
+tensors.
+"""
 
 from __future__ import annotations
 

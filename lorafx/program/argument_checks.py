@@ -1,4 +1,4 @@
-"""Messages about arguments that do not hold the requests of a call."""
+"""Checks of arguments that should hold the requests of a call."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lorafx.program.weight_uses import SITE_KINDS
 aten = torch.ops.aten
 _PRODUCTS = {*PRODUCTS, aten.linear, aten.embedding, aten.convolution}
 _OTHER_WEIGHT = (
-    "its module multiplies by another weight than its own, such as one that "
+    "its module multiplies by a weight other than its own, such as one that "
     "torch.func.functional_call gives it"
 )
 

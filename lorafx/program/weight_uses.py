@@ -8,7 +8,7 @@
     conv       y = conv(x, W), W (N, C / groups, kernel...)
     unknown    anything else, with the reason
 
-A `WeightForm` (lorafx.program.derived) says which part of W a node is. Uses of the weights of
+A `WeightForm` (lorafx.program.weight_forms) says which part of W a node is. Uses of the weights of
 routed experts, W (E, N, K), or (E, K, N) if stored transposed, followed through casts and
 transposes:
 

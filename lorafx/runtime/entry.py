@@ -120,6 +120,7 @@ class Entry:
         for tier in (self.run_graph,) if tiers is None else tiers.of(call):
             if not isinstance(result := tier(call), Missed):
                 break
+        assert not isinstance(result, Missed), result.reason
         if warms_base:
             self.base_graphs = True
         if active and (self.is_forward or not isinstance(result, nn.Module)):
@@ -140,8 +141,7 @@ class Entry:
         records = session.backend.records
         run, before = functools.partial(traced.call, *call.args, **call.kwargs), traced.conversion
         try:
-            if conversion is not None:
-                traced.conversion = conversion(traced)
+            traced.conversion = traced.default if conversion is None else conversion(traced)
             no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
             with no_grad, session.without_mha_fast_path():
                 following = uses = None
@@ -160,6 +160,7 @@ class Entry:
                         uses.refuse()
                     raise
         except NoGraph as end:
+            captured = None  # nothing ran
             return end.missed
         except BaseException as error:
             inner = lorafx_error_in(error)
@@ -197,7 +198,7 @@ class Entry:
             return type(error)(
                 f"{error}. {name} runs in pieces, because it raised an error when this call was "
                 f"traced: {raised}"
-            )
+            ).naming(*error.settings)
         if isinstance(error, LorafxError):
             return error
         return inner or explained(error, name, self._base_sentence(base=base)) or error
@@ -363,5 +364,5 @@ _RUNS_GRAPHS: Final = Entry.run_graph.__code__
 
 
 def entered(frame: FrameType) -> bool:
-    """Whether a frame is that of an entry that serves a call, with the call's arguments."""
+    """Whether a frame is that of an entry that serves a call."""
     return frame.f_code is _RUNS_GRAPHS

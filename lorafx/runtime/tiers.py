@@ -1,11 +1,11 @@
 """Tiers: calls for which no graph is ready are answered eagerly, while graphs are compiled beside.
 
-    a call → a graph of this process serves it  → it runs
-           → a saved one does       → it is loaded, and runs
-           → none does              → the model runs eagerly, at once; when this kind of call has
-                                      come twice, a process beside (lorafx.runtime.beside) compiles
-                                      its graph, and saves it for this process to load
-           → it cannot run eagerly  → its graph is compiled here, and the call waits for it
+    a call → a graph of this process → it runs
+           → a saved graph           → it is loaded, and runs
+           → eager mode              → the model runs, at once; when this kind of call has come
+                                       twice, a process beside (lorafx.runtime.beside) compiles its
+                                       graph, and saves it for this process to load
+           → where that is no answer → its graph is compiled here, and the call waits for it
 
 This process never traces a call that is answered eagerly.
 """

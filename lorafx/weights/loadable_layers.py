@@ -1,4 +1,6 @@
-"""Layers that load their weights themselves, such as those of lorafx.layers."""
+"""Layers that load their weights themselves, such as those of lorafx.layers: each writes tensors of
+the whole layer's sizes into this rank's part of its parameters.
+"""
 
 from __future__ import annotations
 

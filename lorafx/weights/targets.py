@@ -1,4 +1,4 @@
-"""The tensors of a model that a checkpoint may fill, by their names."""
+"""Targets: parameters and buffers of a model that a checkpoint may fill, by any of their names."""
 
 from __future__ import annotations
 

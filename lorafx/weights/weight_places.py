@@ -2,9 +2,8 @@
 
     W[box] permuted by `order` ← t[take],   box = a range of indices for each dimension of W
 
-A *target* is a parameter or buffer of the model, by any of its names. A *place* is a part of one.
-A *destination* has the places of one checkpoint tensor. A `LoadableLayer` itself writes tensors of
-the whole layer's sizes into this rank's part of its parameters.
+A *place* is a part of a target (lorafx.weights.targets). A *destination* has the places of one
+checkpoint tensor.
 """
 
 from __future__ import annotations

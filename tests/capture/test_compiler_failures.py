@@ -19,7 +19,8 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.exc import CppCompileError
 from torch._inductor.lowering import lowerings, register_lowering
 
-from lorafx.errors import CaptureError, LoweringError
+from lorafx.capture.executable import refusing
+from lorafx.errors import CapacityError, CaptureError, LoweringError, Setting, respelled
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.provenance import Provenance
 
@@ -165,3 +166,12 @@ def test_graphs_with_adapters_fail_and_the_error_says_how_the_base_is_served(
     for model in (cm, apart):
         check_mixed(model, c, MIXED, batch())
         check_mixed(model, c, [None] * 3, batch())
+
+
+def test_an_error_that_is_raised_later_keeps_its_settings() -> None:
+    needed = Setting("max_rank", "LoraConfig(max_rank=8)")
+    error = CapacityError(f"too small; compile with {needed}").naming(needed)
+    with pytest.raises(CapacityError) as raised:
+        refusing(error)()
+    text = respelled(raised.value, lambda setting: f"--{setting.field}")
+    assert text == "too small; compile with --max_rank"

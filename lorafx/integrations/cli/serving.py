@@ -41,7 +41,9 @@ def _parameters() -> Iterator[inspect.Parameter]:
     """Of `serve`, as typer reads them; none where packages of the server are missing."""
     try:
         from lorafx.integrations.server.settings import Settings
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "lorafx":
+            raise
         return
     for name, field in Settings.model_fields.items():
         if name == "aliases":  # further names

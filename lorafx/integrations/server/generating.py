@@ -22,7 +22,7 @@ from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.parameters import ends_of
 from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
-from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.fields import (
     Fields,
     GrammarSource,
@@ -238,7 +238,7 @@ class Sequences:
             )
         except ConfigError as error:
             field = str(error).partition(" ")[0]
-            raise RequestError(str(error), field if field in arguments else None) from error
+            raise RequestError(message_of(error), field if field in arguments else None) from error
         self._record.prompt_tokens += len(prompt)
 
     async def outputs(self) -> AsyncIterator[tuple[int, Any]]:
