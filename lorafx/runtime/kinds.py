@@ -90,6 +90,10 @@ class Kind:
     reason: str = ""
     refused: bool = False
 
+    def note_served(self) -> None:
+        """A graph of this process has answered such a call."""
+        self.has_graph, self.saved, self.reason = True, False, ""
+
     @property
     def tier(self) -> TierName:
         if self.refused:

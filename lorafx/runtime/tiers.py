@@ -112,7 +112,7 @@ class Tiers:
         if isinstance(result, Missed):
             kind.graphs_seen = graphs
         else:
-            kind.has_graph, kind.saved, kind.reason = True, False, ""
+            kind.note_served()
         return result
 
     def _by_saved_graph(self, kind: Kind, call: ForwardCall) -> Any:
@@ -123,7 +123,7 @@ class Tiers:
         with collection_paused():
             result = call.forward.run_graph(call, attrgetter("load"))
         if not isinstance(result, Missed):
-            kind.has_graph, kind.saved, kind.reason = True, False, ""
+            kind.note_served()
         elif result.unprepared:
             prepare_files(self._program, result.unprepared)
         else:

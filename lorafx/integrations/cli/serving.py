@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-#: What options are called beside their fields' names: vLLM's names, and a switch's opposite.
+#: What vLLM calls the options of these fields.
 ALSO: Mapping[str, str] = {
     "name": "--served-model-name",
     "max_adapters": "--max-loras",
@@ -17,6 +17,8 @@ ALSO: Mapping[str, str] = {
     "max_batch_tokens": "--max-num-batched-tokens",
     "log_level": "--uvicorn-log-level",
 }
+#: Switches with an opposite, such as --no-allow-runtime-loading.
+OPPOSED = ("allow_runtime_loading",)
 
 
 def serve(**given: Any) -> None:
@@ -51,7 +53,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
         option = f"--{name.replace('_', '-')}"
         default = None if field.is_required() or field.default == () else field.default
         words = (option, ALSO[name]) if name in ALSO else (option,)
-        if isinstance(default, bool) and field.description is None:
+        if name in OPPOSED:
             words = (f"{option}/--no{option[1:]}",)
         variable = "LORAFX_API_KEY" if name == "api_key" else None
         about = typer.Option(*words, envvar=variable, help=field.description)
