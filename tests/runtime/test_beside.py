@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -418,7 +419,7 @@ def test_large_packs_are_shared(plain: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 def ended(process: Process) -> str | None:
     """What a process reports, which is waited for."""
-    last = time.monotonic() + 60
+    last = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < last:
         time.sleep(0.01)
     process.end()
@@ -443,6 +444,42 @@ def test_it_works_when_the_serving_process_rests(
         rests[0] = 1
     assert ended(process) == "done"
     assert process.works
+
+
+def test_calls_go_first() -> None:
+    """The process and its compilers take what calls leave."""
+    child = "import os; print(os.sched_getscheduler(0))"
+
+    def policies() -> str:
+        own = os.sched_getscheduler(0)
+        return f"{own} {subprocess.check_output([sys.executable, '-c', child], text=True)}"
+
+    process = Process(policies)
+    process.start()
+    outcome = ended(process)
+    assert outcome is not None
+    assert outcome.split() == [str(os.SCHED_IDLE)] * 2
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_it_gives_up_when_nothing_works(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that works is work; a lock that nobody releases is none."""
+    monkeypatch.setattr(beside, "_STANDSTILL", 2.0)
+    monkeypatch.setattr(beside, "_LOOK", 0.1)
+    busy = "import time\nwhile time.process_time() < 4: pass"
+
+    def work() -> str:
+        if compiles:
+            subprocess.run([sys.executable, "-c", busy], check=True)
+        else:
+            threading.Event().wait()
+        return "done"
+
+    process = Process(work)
+    process.start()
+    said = "done" if compiles else "the process beside ended without a word"
+    assert ended(process) == said
 
 
 def _product(size: int) -> str:

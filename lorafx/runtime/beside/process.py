@@ -37,8 +37,6 @@ _LONGEST_TEXT = 4000
 #: A serving process rests if it uses less of a core than this share between two looks; seconds
 #: between these, and after the fork for which it need not rest.
 _RESTS, _LOOK_AT_REST, PATIENCE = 0.1, 0.2, 10.0
-#: Calls that use all cores keep more than half of the one that they share with the process.
-_NICE = 2
 
 
 def can_fork() -> bool:
@@ -192,6 +190,16 @@ def _wait_for_rest(parent: int, last: float) -> None:
         time.sleep(_LOOK_AT_REST)
 
 
+def _seconds_of_all(process: int) -> float:
+    """The CPU time of a process and of those below it, such as compilers, while they run."""
+    below: list[str] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{process}/task"):
+            with open(f"/proc/{process}/task/{task}/children") as file:
+                below += file.read().split()
+    return _seconds_used(process) + sum(_seconds_of_all(int(child)) for child in below)
+
+
 def _seconds_used(process: int) -> float:
     """The CPU time of a process, by proc(5), or none if it has ended."""
     with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as file:
@@ -237,7 +245,10 @@ def _leave_alone(own: set[int]) -> None:
                 os.dup2(nothing, number, inheritable=number < 3)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    os.nice(_NICE)
+    # Calls run one operator after another, each in threads that wait for the last of them. Beside
+    # a process that is only nice, such a thread waits for a time slice, once an operator.
+    with contextlib.suppress(OSError):  # where that is not allowed
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory runs out, this process goes first
 
@@ -254,6 +265,6 @@ def _watch(
             os.killpg(0, signal.SIGTERM)  # compilers
             orphaned()
             return
-        now = sum(os.times()[:4])
-        if now > seconds + 0.1 or not turn.is_set():
+        now = _seconds_of_all(os.getpid())
+        if abs(now - seconds) > 0.1 or not turn.is_set():
             seconds, since = now, time.monotonic()
