@@ -355,7 +355,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
-        return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
+        return None if ctx.made_by_other_holder(use.node, use.weight) else unknown
     where = f" ({place(use.node)})"
     if use.stored:
         dtype = fake_value(use.weight).dtype
@@ -364,7 +364,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     fitting = [site for site in sites if site.eligible.kind == kind]
     if use.kind == "conv" and (refusal := _convolution_refusal(fitting[0], use)) is not None:
         return refusal
-    unselected = ctx.unselected_owners(use.weight, kind)
+    unselected = ctx.unselected_holders(use.weight, kind)
     if len(fitting) == 1 and not unselected:
         return fitting[0]
     inside = [site for site in fitting if ctx.inside(use.node, site.module)]
@@ -372,7 +372,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
         return inside[0]
     if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):
         return None
-    if not fitting and ctx.made_by_other_owner(use.node, use.weight):
+    if not fitting and ctx.made_by_other_holder(use.node, use.weight):
         return None
     if not fitting:
         return Refusal(

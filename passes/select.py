@@ -32,7 +32,7 @@ from lorafx.model.candidates import (
 )
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, replaceable_rows
-from lorafx.model.module_graph import ModuleGraph, join, joined_lines
+from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
@@ -83,8 +83,8 @@ class Alias:
             aliases = graph.paths(module)[1:]
             if aliases:
                 model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
-        for owners in graph.tied():
-            names = some([join(owner.path, owner.attribute) for owner in owners])
+        for holders in graph.tied():
+            names = some([str(holder) for holder in holders])
             model.notes.append(f"{names} are one weight")
         return len(list(graph.modules()))
 

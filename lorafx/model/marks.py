@@ -412,7 +412,7 @@ def _describe(value: Any) -> str:
 
 
 @dataclass(eq=False)
-class RowMark:
+class RowHook:
     """Hook of a quantised module without LoRA, whose kernels no ownership rule covers. In traces
     with adapters, y ← rows_of(x, y) says that row m of y = x Wᵀ has the owner of row m of x."""
 
@@ -435,4 +435,4 @@ class RowMark:
 
 
 #: Classes of lorafx's hooks.
-MARKS = (SiteMark, RowMark)
+MARKS = (SiteMark, RowHook)

@@ -80,7 +80,7 @@ def described(program: Program) -> dict[str, Any]:
     }
 
 
-class Sites(NamedTuple):
+class Substitute(NamedTuple):
     """What stands in for a model, its sites, and banks of zeros for them."""
 
     model: StandIn
@@ -89,7 +89,7 @@ class Sites(NamedTuple):
     config: LoraConfig
 
 
-def sites_of(description: Mapping[str, Any]) -> Sites:
+def substitute_for(description: Mapping[str, Any]) -> Substitute:
     """The sites and banks that `described` tells."""
     model, paths = StandIn(), []
     model.base_model_prefix = description["prefix"]
@@ -116,7 +116,7 @@ def sites_of(description: Mapping[str, Any]) -> Sites:
     run_model_passes(preparation, (Alias(), Select()))
     host = torch.device("cpu")
     on_host = tuple(replace(site, device=host) for site in preparation.sites)
-    return Sites(model, on_host, allocate_groups(on_host, config), config)
+    return Substitute(model, on_host, allocate_groups(on_host, config), config)
 
 
 def constants_of(groups: Sequence[Group]) -> dict[str, Tensor]:
