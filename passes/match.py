@@ -11,7 +11,7 @@ registered handler keep their marks. Routed experts are in lorafx.program.expert
 A site is also refused if a graph seems to replace its weight: an unused linear in a module that
 multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
 
-One file: one pass, whose helpers each decide one thing about a use of a weight.
+One file: each helper decides one thing about a use, and only in the order of `run` are they right.
 """
 
 from __future__ import annotations

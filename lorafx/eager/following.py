@@ -9,7 +9,7 @@ operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
 views are not looked at: a label belongs to a storage, and a view's follows from strides when it is
 used.
 
-One file: one mode of dispatch, and the ways into it and out of it.
+One file: what enters the mode and leaves it, at the end, reads and restores its private state.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from lorafx.adapter_store.store import AdapterInfo
 from lorafx.errors import numbered, some
 from lorafx.inspection.report import Report, size
 from lorafx.model.module_graph import joined_lines
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.alias import Alias
+from lorafx.passes.select import Select
 from lorafx.program.program import PassReport
 from lorafx.program.refusals import LastingRefusal
 

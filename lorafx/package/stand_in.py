@@ -21,8 +21,9 @@ from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.model.packed_names import ATTRIBUTE
 from lorafx.model.sites import Group, Site
 from lorafx.model_passes import run_model_passes
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.select import Select
 from lorafx.program.program import Preparation, Program
 
 #: The description's key in a package's metadata, and its version.

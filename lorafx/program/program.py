@@ -1,7 +1,7 @@
 """A program: a marked model with everything that is needed to compile its frames; and the results
 of the passes that prepare it.
 
-One file: one class, of which all passes ask what they need to know about the model.
+One file: what passes ask about the model is answered from its sites, groups and watches together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """transformers' continuous batching with an adapter for each request.
 
-One file: one class, derived from transformers' manager.
+One file: its methods override those of one class of transformers, and share its attributes.
 """
 
 from __future__ import annotations

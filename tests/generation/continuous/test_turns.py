@@ -20,7 +20,8 @@ SITE = {"path": "l", "kind": "linear", "dtype": "float32", "in": 1, "parts": {"l
 
 def store_of(slots: int, adapters: int) -> AdapterStore:
     sizes = {"max_adapters": slots, "max_rank": 1, "dtype": None, "prefix": ""}
-    groups = substitute_for({"modules": ["l"], "sites": [SITE], "packed_modules": {}, **sizes}).groups
+    described = {"modules": ["l"], "sites": [SITE], "packed_modules": {}, **sizes}
+    groups = substitute_for(described).groups
     store = AdapterStore(groups, slots)
     factors = LoraWeights(torch.ones(1, 1), torch.ones(1, 1), 1.0)
     for number in range(adapters):
