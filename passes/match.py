@@ -105,6 +105,10 @@ _TWICE = (
     "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
     "argument; use a module for each product"
 )
+_MAYBE_A_TANGENT = (
+    "its module has no bias of its own, by which a product outside of its call could be told from "
+    "the derivative of one, which has none"
+)
 _MADE = (
     "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
     "forward multiplies is not known"
@@ -408,6 +412,8 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
         elif use.blocks is None:
             if not check_addends(ctx, site, [] if use.bias is None else [use.bias], later):
                 call[SHIFTS] = None
+            elif call.get(SHIFTS) is not None and getattr(site.module, "bias", None) is None:
+                ctx.refuse(Refusal((site,), "bias", _MAYBE_A_TANGENT))
             if use.kind == "conv":
                 node = _insert_conv_site(ctx, use, call)
             else:
