@@ -38,7 +38,7 @@ from protocol import save
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter, Hold, LoraWeights
 from lorafx.generation.continuous.turns import Asked, Turns
-from lorafx.package.stand_in import sites_of
+from lorafx.package.stand_in import substitute_for
 
 SIZES = Sizes()
 RESULTS = Path(__file__).parent / "results"
@@ -99,7 +99,7 @@ class Replica:
 
     def __post_init__(self) -> None:
         sizes = {"max_adapters": self.costs.slots, "max_rank": 1, "dtype": None, "prefix": ""}
-        groups = sites_of(
+        groups = substitute_for(
             {"modules": ["l"], "sites": [_SITE], "packed_modules": {}, **sizes}
         ).groups
         self.store = AdapterStore(groups, self.costs.slots)

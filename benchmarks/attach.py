@@ -30,8 +30,9 @@ from transformers import LlamaConfig, LlamaModel
 import lorafx
 from lorafx.config import LoraConfig
 from lorafx.model_passes import run_model_passes
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.select import Select
 from lorafx.program.program import Preparation
 from lorafx.progress import progress
 from lorafx.runtime.marking import build_sites

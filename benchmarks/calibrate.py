@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers the op
-from lorafx.kernels.cost.roofline import Chip, assumed_chip, chip_file, load_chip
+from lorafx.kernels.cost.chips import Chip, assumed_chip, chip_file, load_chip
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.build import TritonSpec, build
 

@@ -26,7 +26,8 @@ from tune import LinearProblem
 
 from lorafx.errors import LoweringError
 from lorafx.integrations.vllm.launches import launches
-from lorafx.kernels.cost.roofline import FUSED, Work, chip_of, estimate
+from lorafx.kernels.cost.chips import chip_of
+from lorafx.kernels.cost.roofline import FUSED, Work, estimate
 from lorafx.kernels.triton.build import CONCAT, TritonSpec, build, load_tuned, plan_of, tiles_for
 from lorafx.kernels.triton.ops import columns_of
 from lorafx.kernels.triton.tiles import architecture_of

@@ -19,7 +19,7 @@ from gpu_protocol import clocks
 from gpu_results import kept_row
 from tune import tune
 
-from lorafx.kernels.cost.roofline import assumed_chip, chip_of
+from lorafx.kernels.cost.chips import assumed_chip, chip_of
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.triton.build import tuned_file
 from lorafx.kernels.triton.tiles import architecture_of

@@ -15,7 +15,8 @@ import math
 from collections.abc import Mapping
 from enum import Flag, auto
 
-from lorafx.kernels.cost.roofline import Chip, Work
+from lorafx.kernels.cost.chips import Chip
+from lorafx.kernels.cost.roofline import Work
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.tiles import Architecture, Tiles
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 import lorafx.kernels.triton.ops  # noqa: F401  registers the op
-from lorafx.kernels.cost.roofline import Chip, chip_of
+from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.kernels.triton.build import (

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach, LoadAdapters, Read
 from lorafx.passes.model_spec import MODEL_PROMISES
 from lorafx.passes.pack import PackWeights
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.select import Select
 from lorafx.program.program import PassReport, Preparation
 from lorafx.program.promises import verify
 

@@ -30,7 +30,7 @@ from lorafx.model.bank import Bank
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
 from lorafx.model.made_weights import maker_of
-from lorafx.model.marks import RowMark, SiteMark
+from lorafx.model.marks import RowHook, SiteMark
 from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.runtime import Runtime
@@ -134,7 +134,7 @@ def _attach(
     for path in parts.values():
         marks[path].first = True
     # Hooks are prepended, so that hooks of users see the output with its delta.
-    hooks: list[tuple[nn.Module, SiteMark | RowMark]] = []
+    hooks: list[tuple[nn.Module, SiteMark | RowHook]] = []
     for site in sites:
         marked = site.marked
         if isinstance(marked, LocalForward):
@@ -142,7 +142,7 @@ def _attach(
         hooks.append((marked, marks[site.path]))
     site_modules = {id(site.module) for site in sites}
     hooks += [
-        (module, RowMark(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
+        (module, RowHook(runtime, entry.sizes(module)[1], entry.kind == "embedding"))
         for module, entry in quantised.entries
         if id(module) not in site_modules
     ]

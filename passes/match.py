@@ -11,7 +11,7 @@ registered handler keep their marks. Routed experts are in lorafx.program.expert
 A site is also refused if a graph seems to replace its weight: an unused linear in a module that
 multiplies by other tensors, such as a product of two weights (lorafx.program.derived).
 
-One file: one pass, whose helpers each decide one thing about a use of a weight.
+One file: each helper decides one thing about a use, and only in the order of `run` are they right.
 """
 
 from __future__ import annotations
@@ -104,6 +104,10 @@ _COMPILED_APART = (
 _TWICE = (
     "its forward multiplies by its weight more than once, where PEFT adds one delta, that of its "
     "argument; use a module for each product"
+)
+_MAYBE_A_TANGENT = (
+    "its module has no bias of its own, by which a product outside of its call could be told from "
+    "the derivative of one, which has none"
 )
 _MADE = (
     "its class overrides forward, and a hook or a parametrisation computes its weight, so what the "
@@ -355,7 +359,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
         unknown = ctx.unknown_use(use.weight, use.node, use.reason)
-        return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
+        return None if ctx.made_by_other_holder(use.node, use.weight) else unknown
     where = f" ({place(use.node)})"
     if use.stored:
         dtype = fake_value(use.weight).dtype
@@ -364,7 +368,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     fitting = [site for site in sites if site.eligible.kind == kind]
     if use.kind == "conv" and (refusal := _convolution_refusal(fitting[0], use)) is not None:
         return refusal
-    unselected = ctx.unselected_owners(use.weight, kind)
+    unselected = ctx.unselected_holders(use.weight, kind)
     if len(fitting) == 1 and not unselected:
         return fitting[0]
     inside = [site for site in fitting if ctx.inside(use.node, site.module)]
@@ -372,7 +376,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
         return inside[0]
     if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):
         return None
-    if not fitting and ctx.made_by_other_owner(use.node, use.weight):
+    if not fitting and ctx.made_by_other_holder(use.node, use.weight):
         return None
     if not fitting:
         return Refusal(
@@ -408,6 +412,8 @@ def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:
         elif use.blocks is None:
             if not check_addends(ctx, site, [] if use.bias is None else [use.bias], later):
                 call[SHIFTS] = None
+            elif call.get(SHIFTS) is not None and getattr(site.module, "bias", None) is None:
+                ctx.refuse(Refusal((site,), "bias", _MAYBE_A_TANGENT))
             if use.kind == "conv":
                 node = _insert_conv_site(ctx, use, call)
             else:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from lorafx.errors import ConfigError
+from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import (
     FUSED,
     UNTIMED,
     Work,
     byte_floor,
-    chip_of,
     estimate,
     split_is_faster,
     work_of,

@@ -1,12 +1,9 @@
-"""alias: each module once, under its canonical path, with its other paths; select: the sites of a
-configuration.
+"""The sites of a configuration.
 
-    model → ModuleGraph;   ModuleGraph, LoraConfig → (Site, ...) in canonical path order
+    ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
 Two parameters over one storage (a tied head and embedding) are two sites. One error reports all
 named modules that cannot carry LoRA; modules of "all-linear" are left out with a warning.
-
-One file: one selection, half of which is its messages.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.config import LoraConfig
-from lorafx.errors import CaptureError, ConfigError, LorafxWarning, TargetError, nearest, some
+from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
 from lorafx.model import targets
 from lorafx.model.candidates import (
     Candidate,
@@ -32,61 +29,17 @@ from lorafx.model.candidates import (
 )
 from lorafx.model.experts import expert_weights, folded
 from lorafx.model.extras import own_refusal, replaceable_rows
-from lorafx.model.module_graph import ModuleGraph, join, joined_lines
+from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense, is_wrapped
-from lorafx.placements import is_gathered
 from lorafx.program.program import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
-from lorafx.torch_internals.dynamo import OptimizedModule
-from lorafx.torch_internals.transformers_parts import is_offloaded
 
 #: Problems that an error lists; a regular expression can name thousands of containers.
 _SHOWN = 20
 _EMPTY = "its weight is empty, so LoRA has nothing to change"
-
-
-@dataclass(frozen=True)
-class Alias:
-    """Lists each module once, under its canonical path, with its other paths.
-
-    Raises CaptureError for a `torch.compile` wrapper, whose graphs would never see marks, for
-    FSDP2, and for weights that accelerate offloads.
-    """
-
-    name: ClassVar[str] = "alias"
-
-    def run(self, model: Preparation) -> int:
-        graph = model.graph = ModuleGraph(model.model)
-        for path, module in graph.modules():
-            if isinstance(module, OptimizedModule):
-                where = f"the module at {path!r}" if path else "the model"
-                raise CaptureError(
-                    f"{where} is wrapped by torch.compile; pass the module itself "
-                    "(`._orig_mod` of the wrapper), which lorafx compiles"
-                )
-            if is_gathered(module):
-                raise CaptureError(
-                    f"{path or 'the model'} is wrapped by fully_shard (FSDP2), which gathers its "
-                    "weights around each call; give lorafx a model that is not, and push weights "
-                    "into it by load_weights"
-                )
-            if is_offloaded(module):
-                raise CaptureError(
-                    f"the weights of {path or 'the model'} are offloaded by accelerate, which "
-                    "brings them to the device around each call, where neither graphs nor deltas "
-                    "follow them; load the model onto one device, without offloading, or in a "
-                    "quantised format"
-                )
-            aliases = graph.paths(module)[1:]
-            if aliases:
-                model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
-        for owners in graph.tied():
-            names = some([join(owner.path, owner.attribute) for owner in owners])
-            model.notes.append(f"{names} are one weight")
-        return len(list(graph.modules()))
 
 
 @dataclass(frozen=True)

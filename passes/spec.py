@@ -167,7 +167,7 @@ def _weights(passed: Passed) -> Iterator[fx.Node]:
             for site in item.sites
         )
         found = item.kind == "weight" and item.part != MADE
-        if found and not apart and not ctx.other_owners(node):
+        if found and not apart and not ctx.other_holders(node):
             yield node
 
 

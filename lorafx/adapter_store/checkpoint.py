@@ -115,7 +115,7 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
 
 
 @dataclass(frozen=True)
-class Row:
+class InspectedModule:
     """The sizes of a module's factors, and s if known."""
 
     path: str
@@ -131,7 +131,7 @@ class Inspected:
     dialect: str
     tensors: int
     nbytes: int
-    modules: tuple[Row, ...]
+    modules: tuple[InspectedModule, ...]
     features: tuple[str, ...]
     others: tuple[str, ...]
     base: str | None
@@ -154,7 +154,9 @@ def inspected(source: Any) -> Inspected:
     state = load_state(source)
     config, scales, tensors = state.config, state.scales, state.tensors
     rows = [
-        Row(path, sizes, scales.get(path, config.scale(name, sizes.rank) if sizes.rank else None))
+        InspectedModule(
+            path, sizes, scales.get(path, config.scale(name, sizes.rank) if sizes.rank else None)
+        )
         for saved, sizes in factor_sizes(tensors).items()
         for path in (without_prefix(saved),)
         for name in (state.paths.get(path, path),)

@@ -13,7 +13,7 @@ slot; its replaced weights take a separate place, of which there may be fewer th
 Banks are written in place, so captured addresses stay valid. Everything is checked before the first
 write: a call that raises changes nothing. A slot belongs to no adapter while it is written.
 
-One file: one class, whose names, slots and host copies change together.
+One file: names, slots and host copies change together or not at all.
 """
 
 from __future__ import annotations

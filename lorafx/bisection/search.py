@@ -37,7 +37,7 @@ Source = tuple[fx.Node, int | None]
 
 
 @dataclass(frozen=True)
-class FirstSite:
+class Divergence:
     """Where values first differ.
 
     Attributes:
@@ -83,7 +83,7 @@ class Bisection(Report):
     served: float
     stages: tuple[StageError, ...]
     first: str | None = None
-    site: FirstSite | None = None
+    site: Divergence | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -275,7 +275,7 @@ class _Search:
 # --- the first site ---
 
 
-def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:
+def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> Divergence | None:
     """The first difference between runs of the same calls, in common nodes or else in results."""
     for good, bad in zip(before, after, strict=False):
         pairs = [(node.name, node) for node in bad.graph.nodes]
@@ -288,7 +288,7 @@ def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> Fi
     return None
 
 
-def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
+def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> Divergence:
     """The site of a wrong value: among the pass's new nodes, else the node's, else an operand's."""
     names = {former.name for former in good.graph.nodes}
 
@@ -301,7 +301,7 @@ def _first_site(node: fx.Node, good: Run, bad: Run, error: float) -> FirstSite:
     behind = not paths
     if behind:
         paths = _nearest_sites(new or sources, bad.stage, lambda _: False)
-    return FirstSite(paths, node.name, _where(node), error, behind and bool(paths))
+    return Divergence(paths, node.name, _where(node), error, behind and bool(paths))
 
 
 def _nearest_sites(

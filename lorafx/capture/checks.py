@@ -19,7 +19,7 @@ from lorafx.ownership.labels import One
 from lorafx.program.argument_roles import Role
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
-from lorafx.program.refusals import UNSEEN, RefusedSites
+from lorafx.program.refusals import UNSEEN, LastingRefusal
 from lorafx.program.row_handoff import Handover, Rows
 from lorafx.program.weight_forms import WeightForm
 
@@ -53,7 +53,7 @@ class Checks:
     choices: list[tuple[int, str]] = field(default_factory=list)
     number: int | None = None
     sites: list[str] = field(default_factory=list)
-    refusals: list[RefusedSites] = field(default_factory=list)
+    refusals: list[LastingRefusal] = field(default_factory=list)
     handover: Handover = field(default_factory=Handover)
     inside: dict[tuple[int, int], bool] = field(default_factory=dict)
 

@@ -23,7 +23,7 @@ from lorafx.program.context import Context, Outlined, SiteState
 from lorafx.program.frame import Frame, batch_symbols, fake_value
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import PassReport
-from lorafx.program.refusals import Refusal, RefusedSites
+from lorafx.program.refusals import LastingRefusal, Refusal
 
 #: The path of a graph's module ("" for the main graph), and a node's name.
 Place = tuple[str, str]
@@ -202,7 +202,7 @@ class GraphRecord:
         self.outlined = ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [
-            RefusedSites(item.paths, item.when, item.reason) for item in ctx.refusals
+            LastingRefusal(item.paths, item.when, item.reason) for item in ctx.refusals
         ]
         self.checks.handover, self.checks.inside = ctx.handover, ctx.frame.inside
 

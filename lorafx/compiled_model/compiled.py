@@ -1,6 +1,6 @@
 """CompiledModel: the executable that `lorafx.compile` returns.
 
-One file: one public class, half of which are docstrings.
+One file: one public class, half of which are docstrings, and all of which users read in one place.
 """
 
 from __future__ import annotations

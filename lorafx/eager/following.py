@@ -9,7 +9,7 @@ operands, so it is found once, by the rules of graphs (`lorafx.ownership.real`),
 views are not looked at: a label belongs to a storage, and a view's follows from strides when it is
 used.
 
-One file: one mode of dispatch, and the ways into it and out of it.
+One file: what enters the mode and leaves it, at the end, reads and restores its private state.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ class Following(TorchDispatchMode):
         if used and self._uses is not None:
             self._uses.look(func, args, named, used, results, owned=not made)
         if targets:
-            self._note_written(targets, results, codes, operands)
+            uncounted = self._counts if func._schema.returns else 0  # torch counts no _foreach_add_
+            self._note_written(targets, results, codes, operands, uncounted)
         elif isinstance(results, Tensor):
             self.note(results, codes[0])
         else:
@@ -402,6 +403,7 @@ class Following(TorchDispatchMode):
         results: Any,
         codes: Sequence[int],
         operands: Sequence[tuple[Tensor, int]],
+        uncounted: int,
     ) -> None:
         assert self.memory is not None
         labels = self._remembered.labels
@@ -412,7 +414,7 @@ class Following(TorchDispatchMode):
             if self.memory.block(target) is None:  # it was the model's
                 self._known.clear()
                 self._remembered.parameters.clear()
-            self.memory.write(target, label, uncounted=self._counts)
+            self.memory.write(target, label, uncounted=uncounted)
 
     def _sites_in(self, tensor: Tensor, block: Block | None) -> list[Site] | None:
         """The touched sites whose weights the tensor, of this memory, holds; None if it holds no

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lorafx.eager.linear_calls import LinearCall
 from lorafx.errors import LorafxError
 from lorafx.model.marks import MARKS, SiteMark
-from lorafx.model.module_graph import ByStorage, storage_key
+from lorafx.model.module_graph import ByStorage, Holder, storage_key
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.effects import graph_of_call, tensors_in
@@ -30,9 +30,8 @@ from lorafx.ownership.model_memory import in_containers
 from lorafx.ownership.pointwise import READS_NO_VALUES
 from lorafx.program.derived import DISTINCT, HeldTensor, named_tensors, replacement
 from lorafx.program.frame import fake_value
-from lorafx.program.inputs import Holder
 from lorafx.program.program import Program
-from lorafx.program.refusals import RefusedSites
+from lorafx.program.refusals import LastingRefusal
 from lorafx.program.stack import python_line, running_modules
 from lorafx.program.weight_forms import WeightForm, strided_form
 from lorafx.program.weight_uses import SAME_VALUE, uses_of
@@ -218,7 +217,7 @@ class WeightUses:
             elif own and product is not None:
                 self._products.setdefault(site.path, []).append(product)
         if bypassed:
-            refused = RefusedSites(
+            refused = LastingRefusal(
                 tuple(bypassed), "always", _BYPASSED.format(reader, python_line())
             )
             self._error = refused.error()
@@ -312,7 +311,7 @@ class WeightUses:
             near = site.path.rpartition(".")[0]
             held = _tensors_near(near, self._program.graph.at(near))
             if (reason := replacement(site, near, held)) is not None:
-                return str(RefusedSites((site.path,), "always", reason).error())
+                return str(LastingRefusal((site.path,), "always", reason).error())
         return None
 
     def of_unknown_origin(self, tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 
 @dataclass(frozen=True)
-class Deltas:
+class DeltaNorms:
     """An adapter's norms of ΔW by site, and by site the reason why it changes nothing there."""
 
     norms: dict[str, float]
@@ -31,12 +31,12 @@ class Deltas:
 
 
 #: By version of an adapter: another version is another object.
-_DELTAS: weakref.WeakKeyDictionary[StoredAdapter, Deltas] = weakref.WeakKeyDictionary()
+_DELTAS: weakref.WeakKeyDictionary[StoredAdapter, DeltaNorms] = weakref.WeakKeyDictionary()
 
 
 def deltas_of(
     stored: StoredAdapter, groups: Sequence[Group], *, quick: bool = False
-) -> Deltas | None:
+) -> DeltaNorms | None:
     """The deltas of an adapter; None if `quick` and they have not been computed.
 
     ‖s·B A‖² = s² tr((Bᵀ B) (A Aᵀ)), whose products are (r, r), so ΔW is not computed.
@@ -57,7 +57,7 @@ def deltas_of(
             if all(of_parts) and path not in stored.owned
         }
         norms = {path: squares.get(path, 0.0) ** 0.5 for path in stored.sites}
-        _DELTAS[stored] = Deltas(norms, idle)
+        _DELTAS[stored] = DeltaNorms(norms, idle)
     return _DELTAS.get(stored)
 
 

@@ -31,8 +31,9 @@ from lorafx.model.sites import Group, Site, room_of
 from lorafx.model.weight_formats import plain_tensors
 from lorafx.model_passes import run_model_passes
 from lorafx.pass_order import pipeline
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.select import Select
 from lorafx.program.program import PassReport, Preparation
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.shortcuts import states

@@ -11,9 +11,10 @@ from lorafx.adapter_store.store import AdapterInfo
 from lorafx.errors import numbered, some
 from lorafx.inspection.report import Report, size
 from lorafx.model.module_graph import joined_lines
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.alias import Alias
+from lorafx.passes.select import Select
 from lorafx.program.program import PassReport
-from lorafx.program.refusals import RefusedSites
+from lorafx.program.refusals import LastingRefusal
 
 #: Names of compilation phases in `GraphReport.seconds` -> words.
 _PHASES = {"passes": "lorafx's passes", "inductor": "Inductor", "triton": "Inductor with Triton"}
@@ -130,7 +131,7 @@ class GraphReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     passes: tuple[PassReport, ...] = ()
     nodes: tuple[NodeReport, ...] = ()
-    refusals: tuple[RefusedSites, ...] = ()
+    refusals: tuple[LastingRefusal, ...] = ()
     outlined: tuple[str, ...] = ()
     saved: str = ""
 
@@ -204,7 +205,7 @@ class Explanation(Report):
     calls: tuple[str, ...] = ()
 
     @property
-    def refusals(self) -> tuple[RefusedSites, ...]:
+    def refusals(self) -> tuple[LastingRefusal, ...]:
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 
     @property

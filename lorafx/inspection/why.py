@@ -122,7 +122,7 @@ def _why_targeted(config: LoraConfig, site: Site) -> str:
 
 
 #: The positional and keyword arguments of a call.
-Call = tuple[Sequence[Any], Mapping[str, Any]]
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _graph_lines(graph: GraphReport, path: str) -> list[str]:
     return lines or [f"{graph.title}: does not reach it"]
 
 
-def why(session: Session, path: str, adapter: str | None, call: Call | None) -> Why:
+def why(session: Session, path: str, adapter: str | None, call: Arguments | None) -> Why:
     """The fate of the module at `path`, and the effect of `adapter`, measured by `call`. Raises
     ConfigError if there is no such module, UnknownAdapterError, and the errors of `call`."""
     program, store = session.program, session.store
@@ -249,7 +249,9 @@ def why(session: Session, path: str, adapter: str | None, call: Call | None) -> 
     )
 
 
-def _effect(session: Session, selection: Selection, name: str, call: Call | None) -> WhyAdapter:
+def _effect(
+    session: Session, selection: Selection, name: str, call: Arguments | None
+) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], selection.site
     if site is None or site.path not in stored.sites:
         near = nearest(selection.path, stored.sites)
@@ -276,7 +278,7 @@ def _relative_norm(norm: float | None, weight: Tensor | None) -> float | None:
     return norm / weight_norm if weight_norm else None
 
 
-def _change_of(session: Session, site: Site, name: str, call: Call) -> float | None:
+def _change_of(session: Session, site: Site, name: str, call: Arguments) -> float | None:
     """‖(y + delta) − y‖ / ‖y‖ of the site's module, with its outputs before and after its mark, in
     an eager run with adapter `name` for all requests; None if the model does not call the module.
     Raises LorafxError, or the model's errors."""

@@ -11,7 +11,7 @@ import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.interrupts import Rollback
-from lorafx.model.marks import MARKS, RowMark, SiteMark
+from lorafx.model.marks import MARKS, RowHook, SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group
@@ -32,7 +32,7 @@ class Attachment:
         self.rollback.run()
 
 
-def marks_on(module: nn.Module) -> list[SiteMark | RowMark]:
+def marks_on(module: nn.Module) -> list[SiteMark | RowHook]:
     """The marks around a module's computation."""
     hooks = [hook for caller in callers(module) for hook in caller._forward_hooks.values()]
     return [hook for hook in hooks if isinstance(hook, MARKS)]

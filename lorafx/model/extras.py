@@ -125,8 +125,8 @@ def tied_paths(graph: ModuleGraph, module: nn.Module) -> list[str]:
     weight = None if entry is None else getattr(module, entry.weight, None)
     if weight is None:
         return []
-    owners = graph.owners(weight)
-    return [path for path, other, _ in owners if other is not module and lookup(other) is not None]
+    holders = graph.holders(weight)
+    return [h.path for h in holders if h.module is not module and lookup(h.module) is not None]
 
 
 #: Kinds of modules that have biases at all.

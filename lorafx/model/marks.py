@@ -11,7 +11,7 @@ input and output do not have these shapes, a registered handler says what x and 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked. Dynamo
 inlines `__call__`: banks and slots become graph inputs, and nothing depends on their values.
 
-One file: one class, with the messages about what it cannot mark.
+One file: what Dynamo inlines into a graph stands in one class; half of the rest is its messages.
 """
 
 from __future__ import annotations
@@ -412,7 +412,7 @@ def _describe(value: Any) -> str:
 
 
 @dataclass(eq=False)
-class RowMark:
+class RowHook:
     """Hook of a quantised module without LoRA, whose kernels no ownership rule covers. In traces
     with adapters, y ← rows_of(x, y) says that row m of y = x Wᵀ has the owner of row m of x."""
 
@@ -435,4 +435,4 @@ class RowMark:
 
 
 #: Classes of lorafx's hooks.
-MARKS = (SiteMark, RowMark)
+MARKS = (SiteMark, RowHook)

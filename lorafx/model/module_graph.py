@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.errors import LorafxError, nearest
+from lorafx.placements import local
+from lorafx.registry import lookup
 
 T = TypeVar("T")
 
@@ -27,12 +30,32 @@ T = TypeVar("T")
 MAX_PATHS = 64
 
 
-class Owner(NamedTuple):
-    """An attribute that holds a tensor: canonical module path, module, attribute name."""
+@dataclass(frozen=True)
+class Holder:
+    """An attribute of a module that holds a tensor."""
 
     path: str
     module: nn.Module
     attribute: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    @property
+    def tensor(self) -> Any:
+        """What it holds now; None if the attribute is gone."""
+        return getattr(self.module, self.attribute, None)
+
+    @property
+    def local(self) -> Tensor:
+        """The tensor, or this rank's part of a DTensor."""
+        return local(self.tensor)
+
+    @property
+    def is_own_weight(self) -> bool:
+        """Whether it is the weight or bias of a module that may be a site, such as a tied head."""
+        entry = lookup(self.module)
+        return entry is not None and self.attribute in (entry.weight, "bias")
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -192,15 +215,15 @@ class ModuleGraph:
                 pending += [parent for parent, _ in self._holders.get(id(module), ())]
         return seen
 
-    def owners(self, tensor: Tensor) -> list[Owner]:
+    def holders(self, tensor: Tensor) -> list[Holder]:
         """The attributes that hold this very parameter or buffer."""
         return [
-            Owner(self._canonical[id(module)], module, name)
+            Holder(self._canonical[id(module)], module, name)
             for module, name in self._holders.get(id(tensor), ())
         ]
 
     def unshared(self) -> frozenset[int]:
-        """The `id` of each tensor with a single owner and a storage that no other tensor uses."""
+        """The `id` of each tensor with a single holder and a storage that no other tensor uses."""
         used = Counter(storage_key(tensor) for tensor in self._tensors.values())
         for module in self._modules.values():
             used.update(storage_key(t) for t in vars(module).values() if isinstance(t, Tensor))
@@ -210,12 +233,12 @@ class ModuleGraph:
             if len(self._holders[key]) == 1 and used[storage_key(tensor)] == 1
         )
 
-    def tied(self) -> list[tuple[Owner, ...]]:
-        """The owners of each storage that several attributes hold now."""
-        by_storage: dict[int, list[Owner]] = {}
+    def tied(self) -> list[tuple[Holder, ...]]:
+        """The holders of each storage that several attributes hold now."""
+        by_storage: dict[int, list[Holder]] = {}
         for tensor in self._tensors.values():
-            by_storage.setdefault(storage_key(tensor), []).extend(self.owners(tensor))
-        return [tuple(owners) for owners in by_storage.values() if len(owners) > 1]
+            by_storage.setdefault(storage_key(tensor), []).extend(self.holders(tensor))
+        return [tuple(holders) for holders in by_storage.values() if len(holders) > 1]
 
 
 def _contents(module: nn.Module) -> dict[str, nn.Module | Tensor]:

@@ -18,7 +18,7 @@ node to `Flow.fits`; `lorafx::own_mask` checks it at run time.
     all_reduce, wait    out[i] = Σ_rank a_rank[i]
     all_gather          out = [a_0; a_1; ...] along the first dimension, for the same requests
 
-One file: the rules share what they know of the values of indices.
+One file: reading and writing by an index, and its inverse, are one map read both ways (`Digit`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import batched, contractions, indexing, pointwise, reductions, views
+from lorafx.ownership import batched, contractions, indexing, pieces, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, called_by, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
@@ -34,9 +34,9 @@ from lorafx.torch_internals.graph_parts import OpOverload
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, views, reductions, batched, contractions, pointwise)
+TABLES = (sites, indexing, views, pieces, reductions, batched, contractions, pointwise)
 OPTIONAL = (contractions, reductions, pointwise)
-DIGIT_TABLES = (indexing, views, pointwise)
+DIGIT_TABLES = (indexing, views, pieces, pointwise)
 # Rules that accept Mixed inputs: the order of all requests' rows is Mixed, and some operators read
 # only an input's shape.
 TOLERANT = frozenset(
@@ -140,7 +140,7 @@ def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
 
 def called(node: fx.Node, flow: Flow) -> Label:
     if node.target is operator.getitem:
-        return views.item_of(node, flow)
+        return pieces.item_of(node, flow)
     if called_by(node) in views.VIEWS:
         views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
@@ -279,7 +279,7 @@ def together(node: fx.Node, flow: Flow, labels: Sequence[Single]) -> Label:
     if len(known) == 1:
         return each_output(node, known.pop())
     if called_by(node) in (*JOINS, *LAID):
-        placed = views.laid(node, flow) if called_by(node) in LAID else views.joined(node, flow)
+        placed = pieces.laid(node, flow) if called_by(node) in LAID else pieces.joined(node, flow)
         if placed is not None:
             return placed
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)

@@ -26,7 +26,7 @@ import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PAGED_CACHE
 from lorafx.op_arguments import bound
-from lorafx.ownership import contractions, pointwise, views
+from lorafx.ownership import contractions, pieces, pointwise, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 from lorafx.ownership.symbolic import Shape, divide
@@ -169,7 +169,7 @@ def read_of_pool(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule
 
 
 _CONTRACTING = frozenset(contractions.RULES.values()) - {contractions.grouped}
-_MOVING = frozenset({*views.RULES.values(), views.sliced, pointwise.pointwise})
+_MOVING = frozenset({*views.RULES.values(), *pieces.RULES.values(), pointwise.pointwise})
 
 lora = torch.ops.lorafx
 RULES: dict[object, Rule] = {

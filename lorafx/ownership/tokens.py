@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound, operand
-from lorafx.ownership import contractions, indexing, pointwise, reductions, views
+from lorafx.ownership import contractions, indexing, pieces, pointwise, reductions, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
@@ -114,7 +114,7 @@ class Alignment:
             states = self._contracted(node, packet)
         elif packet == aten.slice:
             states = self._sliced(node)
-        elif views.RULES.get(packet) is views.split:
+        elif pieces.RULES.get(packet) is pieces.split:
             states = self._split(node)
         elif packet == aten.cat:
             states = self._joined(node)
@@ -208,7 +208,7 @@ class Alignment:
     def _sliced(self, node: fx.Node) -> States:
         args, states = bound(node), list(self.of(operand(node)))
         dim = wrap(args["dim"], len(states))
-        if states[dim] is not None and not views.is_full(node, self.flow, dim, args["step"]):
+        if states[dim] is not None and not pieces.is_full(node, self.flow, dim, args["step"]):
             states[dim] = LOST
         return tuple(states)
 

@@ -33,7 +33,7 @@ from lorafx.errors import (
 from lorafx.inspection.viewer.dump import Dumps
 from lorafx.model.sites import room_of
 from lorafx.package.exported_graph import PLAIN, ExportedGraph, failing_compiler
-from lorafx.package.stand_in import KEY, constants_of, described, sites_of
+from lorafx.package.stand_in import KEY, constants_of, described, substitute_for
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import Program
 from lorafx.runtime.entry import entered
@@ -119,7 +119,7 @@ def _described(program: Program) -> dict[str, Any]:
     if program.config.slot_rank is not None:
         raise ConfigError("LoraConfig.slot_rank is not exported; leave it out")
     sites = described(program)
-    banks, expected = constants_of(sites_of(sites).groups), constants_of(program.groups)
+    banks, expected = constants_of(substitute_for(sites).groups), constants_of(program.groups)
     if {k: v.shape for k, v in banks.items()} != {k: v.shape for k, v in expected.items()}:
         raise CaptureError("without the model its sites would not have the same banks")
     return sites

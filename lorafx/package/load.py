@@ -28,7 +28,7 @@ from lorafx.errors import (
     OutOfRangeError,
     UnsupportedAdapterError,
 )
-from lorafx.package.stand_in import FORMAT, KEY, REFUSED, constants_of, sites_of
+from lorafx.package.stand_in import FORMAT, KEY, REFUSED, constants_of, substitute_for
 from lorafx.runtime.requests import Requests, requests_of
 
 
@@ -57,7 +57,7 @@ class Package:
         self.inputs = {place["name"]: tuple(place["shape"]) for place in self._places}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self._signature = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
-        self._sites = sites_of(description)
+        self._sites = substitute_for(description)
         self._store = AdapterStore(self._sites.groups, self._sites.config.max_adapters)
         held = set(self._model.get_constant_fqns())
         constants = constants_of(self._sites.groups)

@@ -21,8 +21,9 @@ from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.model.packed_names import ATTRIBUTE
 from lorafx.model.sites import Group, Site
 from lorafx.model_passes import run_model_passes
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.select import Select
 from lorafx.program.program import Preparation, Program
 
 #: The description's key in a package's metadata, and its version.
@@ -80,7 +81,7 @@ def described(program: Program) -> dict[str, Any]:
     }
 
 
-class Sites(NamedTuple):
+class Substitute(NamedTuple):
     """What stands in for a model, its sites, and banks of zeros for them."""
 
     model: StandIn
@@ -89,7 +90,7 @@ class Sites(NamedTuple):
     config: LoraConfig
 
 
-def sites_of(description: Mapping[str, Any]) -> Sites:
+def substitute_for(description: Mapping[str, Any]) -> Substitute:
     """The sites and banks that `described` tells."""
     model, paths = StandIn(), []
     model.base_model_prefix = description["prefix"]
@@ -116,7 +117,7 @@ def sites_of(description: Mapping[str, Any]) -> Sites:
     run_model_passes(preparation, (Alias(), Select()))
     host = torch.device("cpu")
     on_host = tuple(replace(site, device=host) for site in preparation.sites)
-    return Sites(model, on_host, allocate_groups(on_host, config), config)
+    return Substitute(model, on_host, allocate_groups(on_host, config), config)
 
 
 def constants_of(groups: Sequence[Group]) -> dict[str, Tensor]:

@@ -168,16 +168,16 @@ class Context:
             f"its weight is used in a way that no rule covers: {reason} ({place(node)})",
         )
 
-    def other_owners(self, weight: fx.Node) -> list[nn.Module]:
+    def other_holders(self, weight: fx.Node) -> list[nn.Module]:
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
         if tensor is None:
             return []
         selected = {id(site.module) for site in sites}
-        owners = self.program.graph.owners(tensor)
-        return [module for _, module, _ in owners if id(module) not in selected]
+        holders = self.program.graph.holders(tensor)
+        return [item.module for item in holders if id(item.module) not in selected]
 
-    def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
+    def made_by_other_holder(self, node: fx.Node, weight: fx.Node) -> bool:
         """Whether the forward of a module that has this weight, but is no site and contains none,
         made `node`."""
         item = self.frame.by_node[weight]
@@ -186,13 +186,13 @@ class Context:
         ancestors = self.program.graph.ancestors(site.module for site in item.sites)
         return any(
             id(module) not in ancestors and self.inside(node, module)
-            for module in self.other_owners(weight)
+            for module in self.other_holders(weight)
         )
 
-    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
+    def unselected_holders(self, weight: fx.Node, kind: str) -> list[nn.Module]:
         return [
             module
-            for module in self.other_owners(weight)
+            for module in self.other_holders(weight)
             if (entry := lookup(module)) is not None and entry.kind == kind
         ]
 

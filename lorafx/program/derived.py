@@ -25,12 +25,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafx.errors import ConfigError, MatchError
 from lorafx.model.made_weights import maker_of
-from lorafx.model.module_graph import ByStorage
+from lorafx.model.module_graph import ByStorage, Holder
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_dense
 from lorafx.ownership.memory import geometry_of
-from lorafx.program.inputs import Derived, FrameInput, Holder
+from lorafx.program.inputs import Derived, FrameInput
 from lorafx.program.weight_forms import copied_form, strided_form
 from lorafx.registry import lookup
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass, unset_fake_temporarily

@@ -80,13 +80,13 @@ def insert_expert_sites(ctx: Context) -> int:
 def _owner_of_experts(ctx: Context, sites: list[Site], use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         return ctx.unknown_use(use.weight, use.node, use.reason)
-    owners = ctx.other_owners(use.weight)
-    if len(sites) == 1 and not owners:
+    holders = ctx.other_holders(use.weight)
+    if len(sites) == 1 and not holders:
         return sites[0]
     inside = [site for site in sites if ctx.inside(use.node, site.module)]
     if len(inside) == 1:
         return inside[0]
-    if any(ctx.inside(use.node, module) for module in owners):
+    if any(ctx.inside(use.node, module) for module in holders):
         return None
     return ctx.unknown_use(use.weight, use.node, "several modules share this parameter")
 

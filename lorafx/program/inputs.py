@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lorafx.model.module_graph import Holder
 from lorafx.model.sites import Group, Site
-from lorafx.placements import local
 from lorafx.program.argument_roles import Role
 from lorafx.program.weight_forms import WeightForm
-from lorafx.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -22,34 +21,6 @@ class Derived:
     form: WeightForm | None
     shape: tuple[int, int]
     copied: bool
-
-
-@dataclass(frozen=True)
-class Holder:
-    """An attribute of a module that holds a tensor."""
-
-    path: str
-    module: nn.Module
-    attribute: str
-
-    def __str__(self) -> str:
-        return f"{self.path}.{self.attribute}" if self.path else self.attribute
-
-    @property
-    def tensor(self) -> Any:
-        """What it holds now; None if the attribute is gone."""
-        return getattr(self.module, self.attribute, None)
-
-    @property
-    def local(self) -> Tensor:
-        """The tensor, or this rank's part of a DTensor."""
-        return local(self.tensor)
-
-    @property
-    def is_own_weight(self) -> bool:
-        """Whether it is the weight or bias of a module that may be a site, such as a tied head."""
-        entry = lookup(self.module)
-        return entry is not None and self.attribute in (entry.weight, "bias")
 
 
 InputKind = Literal[

@@ -1,7 +1,7 @@
 """A program: a marked model with everything that is needed to compile its frames; and the results
 of the passes that prepare it.
 
-One file: one class, of which all passes ask what they need to know about the model.
+One file: what passes ask about the model is answered from its sites, groups and watches together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafx.model.attachment import Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
 from lorafx.model.extras import When
-from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.module_graph import Holder, ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
@@ -45,7 +45,7 @@ from lorafx.placements import is_placed, local
 from lorafx.program.argument_roles import Role, RoleTable, choices, new_tokens, tensor_leaves
 from lorafx.program.derived import DerivedTensors
 from lorafx.program.frame import Frame
-from lorafx.program.inputs import MADE, FrameInput, Holder, InputKind
+from lorafx.program.inputs import MADE, FrameInput, InputKind
 from lorafx.program.row_handoff import role_of
 from lorafx.torch_internals.frames import size_source, source_name
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily

@@ -30,7 +30,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class RefusedSites:
+class LastingRefusal:
     """A `Refusal` with the paths of its sites, which outlives a graph; also that of eager mode."""
 
     sites: tuple[str, ...]

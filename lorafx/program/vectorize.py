@@ -1,6 +1,6 @@
 """Copies of a shared node for each request, by torch's batching rules.
 
-One file: one class, which copies one node at a time.
+One file: the methods call one another; a node's operands are copied first, each by any of them.
 """
 
 from __future__ import annotations

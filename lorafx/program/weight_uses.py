@@ -16,7 +16,7 @@ transposes:
     chosen     y = bmm(x, W[ids])            a weight gathered for each row
     all        y = bmm(x, W)                 every expert multiplies its rows, x (E, T, K)
 
-One file: one interpreter, with a table of handlers for each kind of weight.
+One file: one interpreter (`_follow`) runs three tables of handlers, which share what is carried.
 """
 
 from __future__ import annotations

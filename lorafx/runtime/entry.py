@@ -27,7 +27,7 @@ from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
 from lorafx.program.program import Program
-from lorafx.program.refusals import RefusedSites
+from lorafx.program.refusals import LastingRefusal
 from lorafx.program.row_handoff import label_arguments
 from lorafx.runtime.call import Choice, ForwardCall
 from lorafx.runtime.requests import check_inputs, plain_tokens, refuse_nested
@@ -292,7 +292,7 @@ class Entry:
         program = self.session.program
         touched = (s for s in self.experts if program.is_touched(s) and loops(s.module))
         if looping := tuple(site.path for site in touched):
-            raise RefusedSites(looping, "always", LOOP).error()
+            raise LastingRefusal(looping, "always", LOOP).error()
 
 
 #: The state of a model whose modules, hooks, methods and weights have not changed.

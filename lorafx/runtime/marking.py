@@ -41,7 +41,8 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames
 from lorafx.model_passes import run_model_passes
-from lorafx.passes.select import Alias, Select
+from lorafx.passes.alias import Alias
+from lorafx.passes.select import Select
 from lorafx.placements import agreed
 from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program

@@ -4,7 +4,7 @@ call    runs the model while the requests are noted as what is running (`Running
 run     runs a compiled forward inside a call, which sets its batch: names of the rows → slots in
         the store → the runtime. Then the state before is restored, also after an interrupt
 
-One file: one class, all of whose parts stand under its lock.
+One file: its lock guards every attribute, and a part elsewhere would need to be told who holds it.
 """
 
 from __future__ import annotations

@@ -18,12 +18,11 @@ from lorafx.model.attachment import marks_on
 from lorafx.model.convolutions import unmergeable
 from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import SiteMark
-from lorafx.model.module_graph import ByStorage
+from lorafx.model.module_graph import ByStorage, Holder
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.placements import is_placed, local
 from lorafx.program.derived import named_tensors
-from lorafx.program.inputs import Holder
 from lorafx.registry import lookup
 from lorafx.weights.delta import BiasDelta, Delta, deltas_of
 

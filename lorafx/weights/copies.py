@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.model.experts import expert_weights
-from lorafx.model.module_graph import ByStorage, storage_key
+from lorafx.model.module_graph import ByStorage, Holder, storage_key
 from lorafx.program.derived import is_near, is_numbers, is_varied, named_tensors, numbers_of
-from lorafx.program.inputs import Holder
 from lorafx.program.weight_forms import copied_form
 from lorafx.registry import lookup
 

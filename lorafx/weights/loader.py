@@ -29,9 +29,9 @@ from lorafx.weights.loadable_layers import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
 from lorafx.weights.targets import Part, Target, WeightShape, memory_key, overlapping
 from lorafx.weights.weight_places import (
-    ConvertedGroup,
+    Conversion,
+    ConversionMember,
     Destination,
-    GroupMember,
     Meaning,
     destinations_of,
 )
@@ -101,7 +101,7 @@ class Loading:
         #: By target and expert, so that a box is not compared with those of all other experts.
         self._filled: dict[_Key, dict[int | None, list[_Filled]]] = {}
         #: By group and its name for a tensor, the checkpoint's name and the shape.
-        self._groups: dict[ConvertedGroup, dict[str, tuple[str, WeightShape]]] = {}
+        self._groups: dict[Conversion, dict[str, tuple[str, WeightShape]]] = {}
         self._keys: dict[int, _Key] = {}
         self._faulty: set[_Key] = set()
 
@@ -117,7 +117,7 @@ class Loading:
     def write(self) -> None:
         """Write everything. CheckpointError if the second reading differs from the first."""
         remaining = {name: planned for name, planned in self._planned.items() if planned}
-        members: dict[ConvertedGroup, dict[str, Tensor]] = {}
+        members: dict[Conversion, dict[str, Tensor]] = {}
         for name, tensor in self._source.pairs():
             if self._planned.get(name) is None:
                 continue
@@ -158,7 +158,7 @@ class Loading:
                 self._problems.append(f"{name}: {self._resolver.advice(name)}")
             return
         self._planned[name] = _Planned(meaning, shape, tensor.dtype)
-        if isinstance(meaning, GroupMember):
+        if isinstance(meaning, ConversionMember):
             wrong = self._plan_member(meaning, name, tensor)
         else:
             wrong = self._plan_single(meaning, name, tensor)
@@ -171,7 +171,7 @@ class Loading:
         """Whether a tensor lies in the memory of weights, but not at its own destination."""
         if storage_key(tensor) not in self._storages:
             return False
-        places = () if isinstance(meaning, GroupMember) else meaning.places
+        places = () if isinstance(meaning, ConversionMember) else meaning.places
         return not (places and places[0].is_at(tensor))
 
     def _find_missing(self) -> None:
@@ -218,7 +218,7 @@ class Loading:
         label = name if name == place.path else f"{name} → {place.path}"
         return f"{label}: {wrong}" if wrong else ""
 
-    def _plan_member(self, member: GroupMember, name: str, tensor: Tensor) -> str:
+    def _plan_member(self, member: ConversionMember, name: str, tensor: Tensor) -> str:
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:

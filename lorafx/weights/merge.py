@@ -20,10 +20,10 @@ from torch import Tensor
 from lorafx.adapter_store.stored import Kept
 from lorafx.errors import CaptureError, ConfigError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
+from lorafx.model.module_graph import Holder
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import dequantize, requantize, stored
 from lorafx.model.weight_formats import own_tensors
-from lorafx.program.inputs import Holder
 from lorafx.progress import progress
 from lorafx.runtime.running import BaseState
 from lorafx.runtime.session import Session

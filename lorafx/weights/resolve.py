@@ -28,9 +28,9 @@ from lorafx.weights.packed_destinations import PackedDestinations
 from lorafx.weights.targets import Target, WeightNames, WeightShape
 from lorafx.weights.weight_places import (
     Box,
-    ConvertedGroup,
+    Conversion,
+    ConversionMember,
     Destination,
-    GroupMember,
     Meaning,
     destination,
     no_place,
@@ -53,7 +53,7 @@ class Conversions:
                 for converter in self._converters
                 if not all(isinstance(op, stacking) for op in converter.operations)
             ]
-        self._groups: dict[tuple[int, str], ConvertedGroup | str] = {}
+        self._groups: dict[tuple[int, str], Conversion | str] = {}
 
     @property
     def rearrange(self) -> bool:
@@ -62,7 +62,7 @@ class Conversions:
 
     def member(
         self, name: str, find: Callable[[str], Destination | None], *, rearranging: bool = False
-    ) -> GroupMember | Destination | None:
+    ) -> ConversionMember | Destination | None:
         """The group of a renamed `name`; None if no conversion takes it. `find` returns a tensor's
         place by its name. `rearranging`: only conversions that do more than concatenate."""
         for converter in self._rearranging if rearranging else self._converters:
@@ -75,12 +75,12 @@ class Conversions:
             group = self._groups[index, key]
             if isinstance(group, str):
                 return no_place(key, group) if group else None
-            return GroupMember(group, name) if name in group.names else None
+            return ConversionMember(group, name) if name in group.names else None
         return None
 
     def _group(
         self, converter: Any, key: str, find: Callable[[str], Destination | None]
-    ) -> ConvertedGroup | str:
+    ) -> Conversion | str:
         first, *more = converter.target_patterns
         keys = [key, *(key.replace(first, pattern) for pattern in more)]
         candidates = map(find, keys)
@@ -95,7 +95,7 @@ class Conversions:
             sources = self._inputs_of(converter, shapes)
         except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"transformers' conversion to {key} could not be reversed for checking: {error}"
-        return ConvertedGroup(self._model, converter, key, destinations, sources)
+        return Conversion(self._model, converter, key, destinations, sources)
 
     def _inputs_of(
         self, converter: Any, targets: dict[str, torch.Size]
@@ -139,7 +139,7 @@ class Resolver:
         """The first meaning of this name with a fitting shape, else the first, or None."""
         first: Meaning | None = None
         for item in self._meanings(name):
-            if isinstance(item, GroupMember):
+            if isinstance(item, ConversionMember):
                 return item
             if not item.wrong and item.shape in (None, tuple(shape)):
                 return item

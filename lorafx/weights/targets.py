@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.model.module_graph import ModuleGraph, storage_key
+from lorafx.model.module_graph import Holder, ModuleGraph, storage_key
 from lorafx.model.saved_names import SavedNames
 from lorafx.model.weight_formats import is_wrapped
-from lorafx.program.inputs import Holder
 
 WeightShape = tuple[int, ...]
 #: Indices of a part of a checkpoint tensor.

@@ -138,7 +138,7 @@ class Destination:
             place.write(loaded[place.take] if place.take else loaded)
 
 
-class ConvertedGroup:
+class Conversion:
     """Checkpoint tensors `names`, from which a conversion of transformers makes the tensors for
     `destinations`. A group is checked when its last tensor is known, and written when that arrives;
     `path` is its name in messages."""
@@ -174,16 +174,16 @@ class ConvertedGroup:
         return [value[0] if isinstance(value, list) else value for value in values]
 
 
-class GroupMember(NamedTuple):
-    group: ConvertedGroup
+class ConversionMember(NamedTuple):
+    group: Conversion
     name: str
 
 
-Meaning = Destination | GroupMember
+Meaning = Destination | ConversionMember
 
 
 def destinations_of(meaning: Meaning | None) -> tuple[Destination, ...]:
-    if isinstance(meaning, GroupMember):
+    if isinstance(meaning, ConversionMember):
         return meaning.group.destinations
     return () if meaning is None else (meaning,)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from calibrate import calibrate, save_chip
 
-from lorafx.kernels.cost import roofline
-from lorafx.kernels.cost.roofline import DEFAULT_CHIP, load_chip
+from lorafx.kernels.cost import chips
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, load_chip
 
 SECONDS = {
     "copy in device memory": 1e-3,
@@ -26,7 +26,7 @@ SECONDS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(roofline, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(chips, "cache_folder", lambda: tmp_path)
     load_chip.cache_clear()
     yield tmp_path
     load_chip.cache_clear()

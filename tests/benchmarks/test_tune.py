@@ -14,7 +14,7 @@ from triton_variants import representative_specs
 from tune import LinearProblem, neighbours, search, tune
 
 from lorafx.errors import LorafxWarning
-from lorafx.kernels.cost.roofline import DEFAULT_CHIP
+from lorafx.kernels.cost.chips import DEFAULT_CHIP
 from lorafx.kernels.triton import build as module
 from lorafx.kernels.triton.build import (
     TUNED,

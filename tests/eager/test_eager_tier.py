@@ -305,6 +305,15 @@ class ForwardAlone(Rows):
         return self.w.forward(h)
 
 
+class Listwise(Rows):
+    """An operator that writes lists of tensors has no results, and torch counts no write of it."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        moved = h.flip(0)
+        torch._foreach_mul_([h, moved], 2.0)  # of other owners
+        return self.w(h) + self.w(moved).flip(0)
+
+
 class Caught(Rows):
     def rest(self, h: Tensor) -> Tensor:
         try:
@@ -315,7 +324,7 @@ class Caught(Rows):
 
 MODELS = (
     SwappedSlices, Branch, Sorted, Gathered, ByPythonList, InPlace, ThroughData, ByNumpy, ByDlpack,
-    Guided, ForwardAlone, Caught,
+    Guided, ForwardAlone, Listwise, Caught,
 )  # fmt: skip
 
 
@@ -338,6 +347,23 @@ def test_rows_that_move_are_right_or_refused(model: type[Rows], small: Any) -> N
             outcomes.append(None)
             assert error(got, expected(case, names, inputs)) <= TOLERANCE, (model, names)
     assert None in outcomes  # one adapter for all rows
+
+
+def test_lists_of_tensors_are_written_in_sight(small: Any) -> None:
+    """So the call is answered, and not taken for one that code unseen has written into."""
+
+    class Doubled(Rows):
+        def rest(self, h: Tensor) -> Tensor:
+            out = self.w(h)
+            torch._foreach_mul_([out, h], 2.0)
+            return out + h
+
+    case, inputs = small(Doubled, ["first", "w"]), {"x": torch.randn(3, 3, K)}
+    cm = case.compile({"start": "eager", "cache": None})
+    got = cm(**inputs, adapter_names=["a", None, "b"])["logits"]
+    assert error(got, expected(case, ["a", None, "b"], inputs)) <= TOLERANCE
+    (kind,) = cm.status().kinds
+    assert (kind.tier, kind.reason) == ("eager", "")
 
 
 def expected(case: Case, names: list[Any], inputs: Mapping[str, Tensor]) -> Tensor:

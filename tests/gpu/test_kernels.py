@@ -7,7 +7,7 @@ import torch
 from on_device import call_of, kernel_on, moved
 from triton_cases import BF16, FP16, FP32, STRATEGIES, assert_right, make_case
 
-from lorafx.kernels.cost.roofline import CHIPS, chip_of
+from lorafx.kernels.cost.chips import CHIPS, chip_of
 from lorafx.kernels.triton.tiles import architecture_of
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}

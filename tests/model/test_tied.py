@@ -71,8 +71,8 @@ def test_each_end_has_its_own_delta(tmp_path: Path, build: Any) -> None:
     inputs["attention_mask"].fill_(1)
     check_mixed(cm, case, NAMES, inputs)
     # Still one parameter, which both ends hold.
-    (owners,) = ModuleGraph(model).tied()
-    assert sorted(owner.path.rpartition(".")[2] for owner in owners) == ["embed_tokens", "lm_head"]
+    (holders,) = ModuleGraph(model).tied()
+    assert sorted(item.path.rpartition(".")[2] for item in holders) == ["embed_tokens", "lm_head"]
     _, sites = build_sites(case.model(), LoraConfig(target_modules=["embed_tokens", "lm_head"]))
     assert [(site.path.rpartition(".")[2], site.eligible.kind) for site in sites] == [
         ("embed_tokens", "embedding"),

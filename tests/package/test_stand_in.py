@@ -16,7 +16,7 @@ from torch import nn
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.package.stand_in import constants_of, described, sites_of
+from lorafx.package.stand_in import constants_of, described, substitute_for
 
 pytestmark = pytest.mark.quick
 
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.quick
 def check(model: nn.Module, config: lorafx.LoraConfig, folders: Mapping[str, Path]) -> None:
     cm = lorafx.compile(model, config, adapters=folders, options={"lowering": "reference"})
     program = cm._session.program
-    stand_in, sites, groups, read_config = sites_of(json.loads(json.dumps(described(program))))
+    stand_in, sites, groups, read_config = substitute_for(
+        json.loads(json.dumps(described(program)))
+    )
     store = AdapterStore(groups, read_config.max_adapters)
     for name, folder in folders.items():
         store.load(read_adapter(folder, name, sites, model=stand_in, lora_config=read_config))

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, LorafxWarning, TargetError
-from lorafx.passes.select import Alias
+from lorafx.passes.alias import Alias
 from lorafx.program.program import Preparation
 from lorafx.runtime.marking import build_sites
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dense_merge import TOLERANCE, error
 from oracle import merged, save_adapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
@@ -213,9 +214,47 @@ def test_what_is_not_served_is_refused_by_name(
     assert torch.ones(1, requires_grad=True).square().requires_grad
 
 
-def test_the_tangent_of_an_adapter_with_a_bias_has_none(tmp_path: Path) -> None:
-    base, cm = _served(Jvp, tmp_path, "compiled", bias="lora_only")
+def _with_other_biases(folder: Path) -> None:
+    """Give the adapters biases that differ from the base's: PEFT saves copies of it."""
+    for number in range(2):
+        file = folder / f"a{number}" / "adapter_model.safetensors"
+        state = load_file(file)
+        biases = {key: value for key, value in state.items() if key.endswith(".bias")}
+        assert biases
+        generator = torch.Generator().manual_seed(number)
+        drawn = {key: torch.randn(b.shape, generator=generator) for key, b in biases.items()}
+        save_file({**state, **drawn}, file, metadata={"format": "pt"})
+
+
+@BOTH
+@pytest.mark.parametrize("adapter", [{"bias": "lora_only"}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("kind", [Jvp, ForwardMode])
+def test_the_tangent_of_an_adapter_with_a_bias_has_none(
+    kind: type[Energy], adapter: dict[str, Any], start: str, tmp_path: Path
+) -> None:
+    base, cm = _served(kind, tmp_path, start, **adapter)
+    _with_other_biases(tmp_path)
+    for number in range(2):
+        cm.load_adapter(tmp_path / f"a{number}", f"a{number}")
     _check(base, cm, tmp_path, NAMES)
+
+
+class Unbiased(Jvp):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "ab":
+            self.add_module(name, nn.Linear(SIZE, SIZE, bias=False))
+
+
+@BOTH
+def test_a_bias_without_one_in_the_base_is_refused_beside_a_tangent(
+    start: str, tmp_path: Path
+) -> None:
+    """It would be added to the product's derivative, too."""
+    base, cm = _served(Unbiased, tmp_path, start, lora_bias=True)
+    with pytest.raises(MatchError, match="adapter adds at a cannot be applied: its module has no"):
+        _check(base, cm, tmp_path, NAMES)
+    _check(base, cm, tmp_path, [None] * 3)
 
 
 def test_a_tangent_is_scaled_by_dora(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_of_private_ground(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafx.torch_internals import dynamo
 
     monkeypatch.setattr(dynamo, "OptimizedModule", None)
-    monkeypatch.setattr("lorafx.passes.select.OptimizedModule", None)
+    monkeypatch.setattr("lorafx.passes.alias.OptimizedModule", None)
     with pytest.raises(UnsupportedVersionError, match=r"pip install .*torch==") as got:
         lorafx.attach(nn.Sequential(nn.Linear(4, 4)).eval(), CONFIG)
     assert f"torch {torch.__version__.partition('+')[0]}" in str(got.value)

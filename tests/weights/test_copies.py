@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import BaseWeightsError, MatchError
-from lorafx.program.inputs import Holder
+from lorafx.model.module_graph import Holder
 from lorafx.weights.copies import outdated_copies
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")

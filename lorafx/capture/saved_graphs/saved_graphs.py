@@ -51,7 +51,7 @@ from lorafx.capture.saved_graphs.lowered_graph import (
     dump,
     load,
 )
-from lorafx.capture.saved_graphs.parts import Parts, Wrappers, foreign_operators
+from lorafx.capture.saved_graphs.pieces import Pieces, Wrappers, foreign_operators
 from lorafx.config import dump_folder
 from lorafx.errors import ConfigError, LorafxWarning
 from lorafx.kernels.cpu.delta_kernels import builds_noted
@@ -300,7 +300,7 @@ class _Conversion(Observer):
         loaded = {
             "code": SerializedCode.from_code_object(guarded_code.code),
             "lowered": SavedLowered.of(lowered.run, self._kernels),
-            "parts": Parts(graph.record.checks, graph.base, outer, lowered.extra, lowered.banks),
+            "pieces": Pieces(graph.record.checks, graph.base, outer, lowered.extra, lowered.banks),
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
             "changed": self._program.changed_inputs,
@@ -359,10 +359,10 @@ def _load_conversion(
     program.watched_places.append(watched)
     names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
     loaded = load(second_half, program, names)
-    parts: Parts = loaded["parts"]
-    title = f"graph {len(backend.records)} {'base' if parts.base else 'lora'}"
+    pieces: Pieces = loaded["pieces"]
+    title = f"graph {len(backend.records)} {'base' if pieces.base else 'lora'}"
     record = GraphRecord(title, saved="loaded from the folder", **loaded["record"])
-    run = parts.executable(program, loaded["lowered"].load())
+    run = pieces.executable(program, loaded["lowered"].load())
     code = SerializedCode.to_code_object(loaded["code"])
     hook = CleanupHook.create(f_globals, names[GRAPH], disable(run, reason="a compiled graph"))
     CleanupManager.instance[code] = [hook]

@@ -1,6 +1,6 @@
 """transformers' continuous batching with an adapter for each request.
 
-One file: one class, derived from transformers' manager.
+One file: its methods override those of one class of transformers, and share its attributes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.parameters import (
     NOTHING,
+    ArgumentError,
     Grammar,
     Sampling,
     checked_number,
@@ -232,9 +233,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             asked = dataclasses.replace(asked, return_logprobs=True, logprobs=asked.logprobs or 0)
         prompt = checked_prompt(self.forwards.model, input_ids)
         if asked.prompt_logprobs is not None and max(prompt) >= size:
-            raise ConfigError(
-                f"prompt_logprobs: the model has no logits of token {max(prompt)}, which is in the "
-                "prompt; leave it out"
+            raise ArgumentError(
+                "prompt_logprobs",
+                f"has no place: the model has no logits of token {max(prompt)}, which is in the "
+                "prompt; leave it out",
             )
         hold, begins = self._hold_adapter(adapter, prompt)
         request_id = self._register_name(request_id, count)

@@ -38,7 +38,7 @@ class LayerPlace(NamedTuple):
     row: tuple[int, int, torch.dtype]  # heads, size of a head
 
 
-class WindowGroup(NamedTuple):
+class WindowLayers(NamedTuple):
     """The layers of one group that keep a window. `table` (rows, size of a row) are the pages in
     rows of their size; `firsts` (2 · layers,) int64 has the first rows of their keys and values."""
 
@@ -208,7 +208,7 @@ class StepCache(Pages, PagedAttentionCache):
         return place
 
 
-def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, ...]:
+def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowLayers, ...]:
     rings = [place for place in places if place.ring]
     groups = []
     for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
@@ -222,7 +222,7 @@ def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, 
         flat, width = pages.view(dtype), heads * numbers
         table = flat[: flat.numel() // width * width].view(-1, width)
         rows = torch.tensor(firsts, device=pages.device)
-        groups.append(WindowGroup(group, sentinel, table, rows))
+        groups.append(WindowLayers(group, sentinel, table, rows))
     return tuple(groups)
 
 

@@ -108,8 +108,16 @@ ARGUMENTS = {f.name for f in fields(TokenParameters)} - {"ends", "stop_ids", "re
 }
 
 
+class ArgumentError(ConfigError):
+    """An argument of a request is refused. `argument`: its name, which begins the message."""
+
+    def __init__(self, argument: str, why: str) -> None:
+        super().__init__(f"{argument} {why}")
+        self.argument = argument
+
+
 def checked_number(name: str, value: Any) -> Any:
-    """`value` as a number. Raises ConfigError if it is none, or not in the range of `name`."""
+    """`value` as a number. Raises ArgumentError if it is none, or not in the range of `name`."""
     low, high = RANGES[name]
     kind, convert = "a number", cast("Callable[[Any], float]", float)
     if isinstance(low, int):
@@ -120,24 +128,27 @@ def checked_number(name: str, value: Any) -> Any:
             number = convert(value)
             if low <= number <= high:
                 return number
-    raise ConfigError(f"{name} is {kind} from {low:g} to {high:g}; got {value!r:.80}")
+    raise ArgumentError(name, f"is {kind} from {low:g} to {high:g}; got {value!r:.80}")
 
 
 def checked_ids(
-    name: str, value: Any, size: int | None = None, error: type[LorafxError] = ConfigError
+    name: str,
+    value: Any,
+    size: int | None = None,
+    error: Callable[[str, str], LorafxError] = ArgumentError,
 ) -> list[int]:
-    """`value` as a list of token ids. Raises `error` if it is none, or has ids that are not below
-    `size`."""
+    """`value` as a list of token ids. Raises `error` of the name, and why, if it is none, or has
+    ids that are not below `size`."""
     try:
         ids = [operator.index(token) for token in value]
         if any(isinstance(token, bool) for token in value):
             raise TypeError("true and false are no token ids")
     except TypeError as cause:
-        why = f"{name} holds token ids, which are integers; got {value!r:.80}"
-        raise error(why) from cause
+        why = f"holds token ids, which are integers; got {value!r:.80}"
+        raise error(name, why) from cause
     if size is not None and ids and not 0 <= min(ids) <= max(ids) < size:
         raise error(
-            f"{name} holds {min(ids)} to {max(ids)}, but the model has tokens 0 to {size - 1}"
+            name, f"holds {min(ids)} to {max(ids)}, but the model has tokens 0 to {size - 1}"
         )
     return ids
 
@@ -145,7 +156,7 @@ def checked_ids(
 def checked_prompt(model: Any, input_ids: Iterable[Any]) -> list[int]:
     """The token ids of a prompt. Raises BatchError unless they are ids of the model."""
     size = getattr(input_embedding(model), "num_embeddings", None)
-    prompt = checked_ids("input_ids", input_ids, size, BatchError)
+    prompt = checked_ids("input_ids", input_ids, size, lambda *why: BatchError(" ".join(why)))
     if not prompt:
         raise BatchError("input_ids is empty; give at least one token")
     return prompt
@@ -196,10 +207,13 @@ def checked_parameters(
     stop_ids = checked_ids("stop_token_ids", given.pop("stop_token_ids", ()), size)
     allowed = given.pop("allowed_token_ids", None)
     if allowed is not None and not checked_ids("allowed_token_ids", allowed, size):
-        raise ConfigError("allowed_token_ids is empty, so no token may come; leave it out for all")
+        raise ArgumentError(
+            "allowed_token_ids", "is empty, so no token may come; leave it out for all"
+        )
     bias = given.pop("logit_bias", {})
     if not isinstance(bias, Mapping):
-        raise ConfigError(f"logit_bias has a number for each of some token ids; got {bias!r:.80}")
+        why = f"has a number for each of some token ids; got {bias!r:.80}"
+        raise ArgumentError("logit_bias", why)
     numbers = [checked_number("logit_bias", number) for number in bias.values()]
     values: dict[str, Any] = {name: checked_number(name, value) for name, value in given.items()}
     reasons: dict[int, int | str] = {token: token for token in stop_ids}
@@ -223,13 +237,14 @@ def checked_parameters(
 def _strings(name: str, value: Any, tokenizer: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise ConfigError(f"{name} is a list of strings, none of them empty; got {value!r:.80}")
+        raise ArgumentError(name, f"is a list of strings, none of them empty; got {value!r:.80}")
     if len(strings) > MOST_STRINGS:
-        raise ConfigError(f"{name} has at most {MOST_STRINGS} strings; got {len(strings)}")
+        raise ArgumentError(name, f"has at most {MOST_STRINGS} strings; got {len(strings)}")
     if strings and tokenizer is None:
-        raise ConfigError(
-            f"{name} needs the model's tokenizer, which this engine was not given: start it with "
-            "continuous_batching(..., tokenizer=tokenizer)"
+        raise ArgumentError(
+            name,
+            "needs the model's tokenizer, which this engine was not given: start it with "
+            "continuous_batching(..., tokenizer=tokenizer)",
         )
     return tuple(strings)
 

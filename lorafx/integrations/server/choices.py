@@ -11,7 +11,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, TokenLogprobs
 from lorafx.integrations.server.fields import ChatFields, CompletionFields, SequenceFields
-from lorafx.integrations.server.texts import Decoder, MessageParts, SequenceText, Token
+from lorafx.integrations.server.texts import Decoder, MessageReader, SequenceText, Token
 
 #: Stands for minus infinity, which JSON does not have; OpenAI's value.
 _LOWEST = -9999.0
@@ -161,7 +161,7 @@ class ChatChoice(Choice):
 
     _fields: ChatFields
 
-    def __init__(self, *args: Any, parts: MessageParts) -> None:
+    def __init__(self, *args: Any, parts: MessageReader) -> None:
         super().__init__(*args, special=parts.special)
         self._parts = parts
 

@@ -1,7 +1,7 @@
 """The fields of requests: those that the engine takes, those that say how it is answered, and those
 that are not served.
 
-One file: the fields of all routes refer to one table of values that ask for nothing.
+One file: one table, of values that ask for nothing, says for all routes which fields are refused.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager
-from lorafx.generation.continuous.parameters import ends_of
+from lorafx.generation.continuous.parameters import ArgumentError, ends_of
 from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError, message_of
@@ -237,7 +237,7 @@ class Sequences:
                 prompt, first, most, record_timestamps=True, adapter=self._adapter, n=n, **arguments
             )
         except ConfigError as error:
-            field = str(error).partition(" ")[0]
+            field = error.argument if isinstance(error, ArgumentError) else None
             raise RequestError(message_of(error), field if field in arguments else None) from error
         self._record.prompt_tokens += len(prompt)
 

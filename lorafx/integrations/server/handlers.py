@@ -33,7 +33,7 @@ from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.responses import ResponseAnswer
 from lorafx.integrations.server.texts import (
-    MessageParts,
+    MessageReader,
     MessageSequence,
     SequenceText,
     opened_reasoning,
@@ -185,15 +185,15 @@ class MessageHandler(Handler):
         text = SequenceText(tokenizer, stops, self.served.ends, **special)
         return MessageSequence(len(prompt.ids), text, parts)
 
-    def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageParts:
+    def _parts(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageReader:
         template, tools = self.served.template, [*map(inlined, fields.used_tools or ())]
         if template is None:
-            return MessageParts(None, fields.parallel_tool_calls)
+            return MessageReader(None, fields.parallel_tool_calls)
         if not tools:  # what looks like a call is text
             kept = {name: field for name, field in template.fields.items() if name != CALLS}
             template = replace(template, fields=kept)
         parser = AnswerParser(template, tools, self._opened(template, prompt, fields))
-        return MessageParts(parser, fields.parallel_tool_calls)
+        return MessageReader(parser, fields.parallel_tool_calls)
 
 
 class Chat(MessageHandler):

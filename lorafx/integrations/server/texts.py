@@ -1,6 +1,6 @@
 """The text of a sequence, token by token, up to its stop; and the parts of a message in it.
 
-tokens ── Decoder ─▶ text ── SequenceText, up to a stop ─▶ text ── MessageParts ─▶ text, reasoning,
+tokens ── Decoder ─▶ text ── SequenceText, up to a stop ─▶ text ── MessageReader ─▶ text, reasoning,
                                                                                   calls of tools
 """
 
@@ -133,7 +133,7 @@ class SequenceText:
         return 0
 
 
-class MessageParts:
+class MessageReader:
     """What `parser` finds in the text of an answer: `str`, `ReasoningText` and `ToolCall`; of
     calls only the first unless `parallel`. Without a parser all is text.
 
@@ -174,7 +174,7 @@ class MessageSequence(NamedTuple):
 
     prompt_tokens: int
     text: SequenceText
-    parts: MessageParts
+    parts: MessageReader
 
     def put(self, output: SequenceOutput) -> list[Any]:
         """The parts that are complete after an output."""

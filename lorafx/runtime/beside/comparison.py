@@ -1,4 +1,4 @@
-"""Compares the two roads of a call, eager mode and the graph that a process beside has compiled.
+"""Compares the two tiers of a call, eager mode and the graph that a process beside has compiled.
 
     they agree                            the graph is offered
     the graph alone differs as lowered    calls stay eager
@@ -37,7 +37,7 @@ SiteOutputs = list[tuple[str, Tensor]]
 
 #: Copies of the floating-point tensors of a result, without what is padding; None if random numbers
 #: were drawn.
-RoadAnswer: TypeAlias = "list[Tensor] | None"
+ComparedAnswer: TypeAlias = "list[Tensor] | None"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ComparedCall:
     has changed, and returns what the function does; it notes the outputs of sites."""
 
     call: ForwardCall
-    eagerly: Callable[[Callable[[Any], RoadAnswer], SiteOutputs], RoadAnswer]
+    eagerly: Callable[[Callable[[Any], ComparedAnswer], SiteOutputs], ComparedAnswer]
 
     def verdict(self) -> tuple[str, str]:
         """("refused" or "eager", the reason) if the saved graph must not be offered, else two empty
@@ -87,10 +87,10 @@ class ComparedCall:
             'Options(start="compiled") answers by graphs alone'
         )
 
-    def _reader(self) -> Callable[[Any], RoadAnswer]:
+    def _reader(self) -> Callable[[Any], ComparedAnswer]:
         return partial(answer_of, self.call.kwargs, torch.get_rng_state())
 
-    def _by_graph(self, conversion: Any = None) -> RoadAnswer | Missed:
+    def _by_graph(self, conversion: Any = None) -> ComparedAnswer | Missed:
         """The answer of a graph. What it has written is then as before: a call has two of them."""
         program, read = self.call.session.program, self._reader()
         held = (*self.call.args, *self.call.kwargs.values())
@@ -102,7 +102,7 @@ class ComparedCall:
         finally:
             undo.run()
 
-    def _by_operator(self, runs: list[Run]) -> RoadAnswer:
+    def _by_operator(self, runs: list[Run]) -> ComparedAnswer:
         """The answer of the graph as `provenance` leaves it, by plain aten."""
         session = self.call.session
         session.program.options = replace(
@@ -117,7 +117,7 @@ class ComparedCall:
         return answer
 
 
-def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> RoadAnswer:
+def answer_of(kwargs: Mapping[str, Any], random_state: Tensor, result: Any) -> ComparedAnswer:
     """The answer in a call's result; `random_state` is torch's before the call."""
     if not torch.equal(random_state, torch.get_rng_state()):
         return None
@@ -141,7 +141,7 @@ def bound_of(program: Program) -> float:
     return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=0.0)
 
 
-def distance(eager: RoadAnswer, graph: RoadAnswer, bound: float = 0.0) -> float:
+def distance(eager: ComparedAnswer, graph: ComparedAnswer, bound: float = 0.0) -> float:
     """The largest difference of two answers, by the bound of its dtype, or by `bound` if that is
     larger; 0 if they are not to be compared."""
     if eager is None or graph is None:

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.stored import Adapter, LoraWeights
 from lorafx.generation.continuous.turns import LIMIT, PATIENCE, Asked, Turns
-from lorafx.package.stand_in import sites_of
+from lorafx.package.stand_in import substitute_for
 
 SITE = {"path": "l", "kind": "linear", "dtype": "float32", "in": 1, "parts": {"l": 1}}
 
 
 def store_of(slots: int, adapters: int) -> AdapterStore:
     sizes = {"max_adapters": slots, "max_rank": 1, "dtype": None, "prefix": ""}
-    groups = sites_of({"modules": ["l"], "sites": [SITE], "packed_modules": {}, **sizes}).groups
+    described = {"modules": ["l"], "sites": [SITE], "packed_modules": {}, **sizes}
+    groups = substitute_for(described).groups
     store = AdapterStore(groups, slots)
     factors = LoraWeights(torch.ones(1, 1), torch.ones(1, 1), 1.0)
     for number in range(adapters):

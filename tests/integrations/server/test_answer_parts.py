@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput
-from lorafx.integrations.server.texts import MessageParts, opened_reasoning
+from lorafx.integrations.server.texts import MessageReader, opened_reasoning
 from lorafx.torch_internals.response_parser import CALLS, AnswerParser
 
 #: The form of harmony: the name is in the mark, all marks begin alike, one ends two regions.
@@ -95,7 +95,7 @@ def parts_of(form: Form, tools: Any, pieces: list[str], cut: bool, opened: str =
     template = load_response_template(form.template)
     if tools is None:
         del template.fields[CALLS]
-    parts, found = MessageParts(AnswerParser(template, tools, opened), True), []
+    parts, found = MessageReader(AnswerParser(template, tools, opened), True), []
     states = [RequestStatus.DECODING] * (len(pieces) - 1) + [RequestStatus.FINISHED]
     for piece, state in zip(pieces, states, strict=True):
         reason = "length" if cut else "stop"

@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip
 from lorafx.kernels.cost.roofline import (
-    CHIPS,
-    DEFAULT_CHIP,
     FUSED,
     GPU_STRATEGIES,
     START,
-    Chip,
     Estimate,
     byte_floor,
     estimate,

@@ -1,4 +1,4 @@
-"""The parts of an executable that are saved, and how they become one again.
+"""The pieces of an executable that are saved, and how they become one again.
 
 checks ( AOTAutograd's wrappers ( inputs that passes added ( the lowered graph ) ) )
 """
@@ -54,8 +54,8 @@ class Wrappers:
 
 
 @dataclass
-class Parts:
-    """The parts of an executable of calls with adapters, or without (`base`), beside the lowered
+class Pieces:
+    """The pieces of an executable of calls with adapters, or without (`base`), beside the lowered
     graph. `extra`, `banks`: as in `Lowered`."""
 
     checks: Checks
