@@ -160,17 +160,20 @@ def _check_sizes(
     saved: Saved, planned: list[tuple[Given, Method, Factors]], model: nn.Module | None
 ) -> None:
     """Refuse factors with more numbers than the weights that they change, or than the model."""
-    factors = [made for _, method, made in planned if method.grows]
-    numbers = sum(made.A.numel() + made.B.numel() for made in factors)
-    dense = sum(made.A.shape[1] * len(made.B) for made in factors)
-    room = None if model is None else 2 * sum(p.numel() for p in model.parameters())
-    if not factors or (numbers < dense and (room is None or numbers <= room)):
+    limit, numbers = "", sum(made.A.numel() + made.B.numel() for _, _, made in planned)
+    if model is not None:  # weights of four bits have two numbers in a byte
+        weights = (*model.parameters(), *model.buffers())
+        if numbers > (room := 2 * sum(weight.nbytes for weight in weights)):
+            limit = f"the model has room for {room}"
+    growing = [item for item in planned if item[1].grows]
+    if growing and not limit:
+        numbers = sum(made.A.numel() + made.B.numel() for _, _, made in growing)
+        dense = sum(made.A.shape[1] * len(made.B) for _, _, made in growing)
+        limit = f"the weights that they change have {dense}" if numbers >= dense else ""
+    if not limit:
         return
-    given, method, made = max(planned, key=lambda item: item[2].B.shape[1])
+    given, method, made = max(growing or planned, key=lambda item: item[2].B.shape[1])
     first, tensor = next(iter(given.tensors.values()))
-    limit = f"the weights that they change have {dense}"
-    if numbers < dense:
-        limit = f"the model has room for {room}"
     raise UnsupportedAdapterError(
         f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and {limit}; "
         f"the largest rank is {made.B.shape[1]}, at {first} {tuple(tensor.shape)}. Train it with "

@@ -57,7 +57,7 @@ class Method:
         training: fields that only training uses; `unread`: that the file's tensors tell better.
         complete: makes A and B of a place with K inputs and N outputs, where the file lacks either.
         grows: its factors may have more numbers than the weight.
-        rank, modules, against: what docs/adapters.md says of it.
+        form, rank, modules, against: what docs/adapters.md says of it.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Method:
     unread: frozenset[str] = frozenset()
     complete: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]] | None = None
     grows: bool = False
+    form: str = "low rank"
     rank: str = "r"
     modules: str = "linears"
     against: str = "PEFT"

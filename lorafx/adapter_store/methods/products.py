@@ -107,7 +107,7 @@ LOKR = Method(
     fields={"alpha": checks.alpha},
     training=_TRAINING,
     grows=True,
-    rank="ρ₁ρ₂: of each matrix r, or its smaller side",
+    rank="ρ₁ρ₂, of each r or its smaller side",
     modules="linears, convolutions",
     against="PEFT, LyCORIS's formula",
 )

@@ -135,9 +135,15 @@ def test_small_files_make_no_large_factors(cm: Any) -> None:
     w = {"lokr_w1": ones(1000, 1000), "lokr_w2_a": ones(2000, 1), "lokr_w2_b": ones(1, 2000)}
     tensors = {f"{AT}{key}": tensor for key, tensor in w.items()}
     started = time.process_time()
-    with pytest.raises(UnsupportedAdapterError, match="the model has room for 260"):
+    with pytest.raises(UnsupportedAdapterError, match="the model has room for 1040"):
         cm.load_adapter(lorafx.AdapterSource(tensors, config={**LOKR, "r": 1}), "a")
     assert time.process_time() - started < 5
+
+
+def test_a_bank_makes_no_large_factors_either(cm: Any) -> None:
+    tensors = TOPK | {"base_model.vblora_vector_bank": ones(4, 100_000)}
+    with pytest.raises(UnsupportedAdapterError, match="the model has room for"):
+        cm.load_adapter(lorafx.AdapterSource(tensors, config=VBLORA), "a")
 
 
 def test_without_a_model_only_sizes_are_read() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error, random_base
 from method_files import CONFIGS, merged, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.adapter_store.checkpoint import config_of, inspected, load_state
 
 NAMES = list(CONFIGS)
 
@@ -102,10 +104,11 @@ def test_merged_and_taken_back(served: Served) -> None:
 
 
 def test_what_they_take_is_shown(served: Served) -> None:
-    state = lorafx.adapter_store.checkpoint.inspected(served.folders["loha"])
+    state = inspected(served.folders["loha"])
     sizes = {row.path.rpartition(".")[2]: row.sizes.rank for row in state.modules}
     assert sizes == {"q_proj": 4, "v_proj": 9, "down_proj": 4, "gate_proj": 4}
     assert any("LoHa" in feature for feature in state.features)
+    assert config_of(served.folders["loha"]).max_rank == 9
     assert "rank 9" in str(served.cm.explain())
 
 
@@ -121,11 +124,19 @@ def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
     return lorafx.AdapterSource(folder, ignore=[rf"\.(?!{'|'.join(names)})\w+_proj\."])
 
 
+@pytest.mark.parametrize("name", ["loha", "miss", "bdlora"])
+def test_names_of_another_place_keep_their_patterns(served: Served, name: str) -> None:
+    saved = load_file(served.folders[name] / "adapter_model.safetensors")
+    moved = {key.replace("model.model.layers", "model.text.layers"): t for key, t in saved.items()}
+    source = lorafx.AdapterSource(moved, config=CONFIGS[name], prefix=("text", "model"))
+    got, want = load_state(source, served.base), load_state(served.folders[name], served.base)
+    plain = {key.removeprefix("base_model.model."): t for key, t in want.tensors.items()}
+    assert got.scales == want.scales
+    assert got.tensors.keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in got.tensors.items())
+
+
 def test_bfloat16_factors_are_read_exactly(served: Served) -> None:
-    from safetensors.torch import load_file
-
-    from lorafx.adapter_store.checkpoint import load_state
-
     saved = load_file(served.folders["loha"] / "adapter_model.safetensors")
     halved = {key: tensor.bfloat16() for key, tensor in saved.items()}
     config = CONFIGS["loha"]
