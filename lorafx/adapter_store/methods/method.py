@@ -126,8 +126,11 @@ class Given:
         if tuple(self.sizes.get(dim, found.get(dim)) for dim in dims) != shape:
             raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
         self.sizes.update(found)
-        if tensor.dtype not in _FLOATS and (dtype is None or tensor.dtype.is_floating_point):
-            raise Misfit(f"{key} is {tensor.dtype}, which is no type of factors")
+        numbers = tensor.is_floating_point() or tensor.is_complex()
+        if tensor.dtype not in _FLOATS if dtype is None else numbers:
+            raise Misfit(
+                f"{key} is {tensor.dtype}, and it needs {dtype or 'floating-point'} numbers"
+            )
         dtype = dtype or self.dtype
         if self.meta:
             return torch.empty(shape, dtype=dtype, device="meta")

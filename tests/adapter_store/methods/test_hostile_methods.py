@@ -3,17 +3,24 @@ changed."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dense_merge import random_base
+from method_files import CONFIGS, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.errors import CheckpointError, LorafxError, UnsupportedAdapterError
+from lorafx.runtime.marking import build_sites
 
 LOHA = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}
 LOKR = {**LOHA, "peft_type": "LOKR"}
@@ -144,6 +151,36 @@ def test_a_bank_makes_no_large_factors_either(cm: Any) -> None:
     tensors = TOPK | {"base_model.vblora_vector_bank": ones(4, 100_000)}
     with pytest.raises(UnsupportedAdapterError, match="the model has room for"):
         cm.load_adapter(lorafx.AdapterSource(tensors, config=VBLORA), "a")
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda t: t[:-1],
+    "columns": lambda t: t[..., :-1],
+    "flat": torch.flatten,
+    "deeper": lambda t: t[None],
+    "complex": lambda t: t.to(torch.complex64),
+    "integers": lambda t: t.to(torch.int64) + 99,
+    "empty": lambda t: t.new_empty(0),
+    "infinite": lambda t: torch.full_like(t, torch.inf, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_damage_is_an_error_of_lorafx(name: str, tmp_path: Path) -> None:
+    base = random_base("llama", num_hidden_layers=1)
+    _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
+    folder = save(base, CONFIGS[name], tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    one = [key for key in tensors if "q_proj" in key or ".layers." not in key]
+    for key in one:
+        for damaged in (None, *(damage(tensors[key]) for damage in DAMAGE.values())):
+            others = {k: t for k, t in tensors.items() if k != key}
+            tried = others if damaged is None else {**others, key: damaged}
+            source = lorafx.AdapterSource(tried, config=CONFIGS[name])
+            with contextlib.suppress(LorafxError):
+                read = read_adapter(source, "a", sites, model=base, max_rank=64, warn=False)
+                numbers = [x for w in read.weights.values() for x in (w.A, w.B)]
+                assert all(bool(x.isfinite().all()) for x in numbers), key
 
 
 def test_without_a_model_only_sizes_are_read() -> None:
