@@ -15,7 +15,7 @@ from method_files import merged, save
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store.checkpoint import components
+from lorafx.adapter_store.checkpoint import components, load_state
 from lorafx.adapter_store.saved import AdapterSource, read_source
 
 
@@ -153,6 +153,19 @@ def test_convolutions_in_mixed_batches(served: Served, names: list[str | None]) 
     for row, name in enumerate(names):
         want = served.exact[name](x[row : row + 1].double())[0]
         assert error(got[row].double(), want) <= TOLERANCE, name
+
+
+def test_packed_projections_of_flux_in_the_names_of_its_first_implementation() -> None:
+    """diffusers' conversion splits the factors as it does LoRA's."""
+    model = pytest.importorskip("tiny_pipelines").flux_transformer()
+    size = model.get_submodule("transformer_blocks.0.attn.to_q").in_features
+    tensors, delta = loha("lora_unet_double_blocks_0_img_attn_qkv", 3 * size, size)
+    state = load_state(tensors, model)
+    assert len(state.tensors) == 6
+    for name, part in zip(("to_q", "to_k", "to_v"), delta.split(size), strict=True):
+        path = f"transformer_blocks.0.attn.{name}"
+        a, b = (state.tensors[f"{path}.lora_{letter}.weight"] for letter in "AB")
+        assert error(state.scales[path] * b @ a, part) <= TOLERANCE
 
 
 @pytest.mark.parametrize("make", [loha, locon], ids=["loha", "locon"])
