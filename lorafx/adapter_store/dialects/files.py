@@ -187,12 +187,12 @@ def _peft(
         return join(path, f"lora_embedding_{part.letter}"), tensor
     weight = getattr(module, "weight", None)
     dims = weight.dim() if isinstance(weight, Tensor) else 0
+    is_conv = entry is not None and entry.kind == "conv"
     if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and dims == 2:
         tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
-    elif tensor.dim() == 2 and isinstance(weight, Tensor) and dims > 2:
-        channels = weight.shape[1:] if part.letter == "A" else ()
-        if tensor.shape[1] == math.prod(channels):
-            tensor = tensor.unflatten(1, channels)  # with the kernels as columns
+    elif tensor.dim() == 2 and isinstance(weight, Tensor) and (is_conv or dims == 4):
+        if part.letter == "A" and tensor.shape[1] == math.prod(weight.shape[1:]):
+            tensor = tensor.unflatten(1, weight.shape[1:])  # with the kernels as columns
         else:
             tensor = tensor.reshape(*tensor.shape, *[1] * (dims - 2))
     return join(path, f"lora_{part.letter}.weight"), tensor

@@ -168,6 +168,20 @@ def test_packed_projections_of_flux_in_the_names_of_its_first_implementation() -
         assert error(state.scales[path] * b @ a, part) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_kernels_of_one_dimension(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv1d(16, 12, 3, padding=1)).eval().requires_grad_(False)
+    folders = {
+        kind: save(base, config(r=1, target_modules=["0"]), tmp_path / kind, 0.5)
+        for kind, config in (("loha", peft.LoHaConfig), ("lokr", peft.LoKrConfig))
+    }
+    x, names = torch.randn(3, 16, 9), ["loha", None, "lokr"]
+    got = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)(x, adapter_names=names)
+    for row, name in enumerate(names):
+        alone = base.double() if name is None else merged(base, folders[name])
+        assert error(got[row].double(), alone(x[row : row + 1].double())[0]) <= TOLERANCE, name
+
+
 @pytest.mark.parametrize("make", [loha, locon], ids=["loha", "locon"])
 def test_a_dilated_convolution_cannot_add_them(make: Callable[..., Any]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 12, 3, padding="same", dilation=2), nn.Conv2d(12, 4, 1))
