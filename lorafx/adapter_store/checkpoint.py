@@ -1,13 +1,12 @@
 """Converts adapters of any dialect to PEFT's names, for the readers; and reports their contents for
 `lorafx inspect`, without a model.
 
-    source ─▶ Saved ─▶ dialect ─▶ moved ─▶ AdapterState
+    source ─▶ Saved ─▶ factors of other methods ─▶ dialect ─▶ moved ─▶ AdapterState
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from torch import nn
 from lorafx.adapter_store.dialects import files, mlx
 from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.field_checks import is_off
+from lorafx.adapter_store.methods.factored import as_factors
+from lorafx.adapter_store.methods.table import REFUSED_KEYS
 from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
@@ -30,32 +31,12 @@ from lorafx.errors import (
 
 #: The names of dialects in `AdapterSource.dialect`.
 DIALECTS = ("mlx", "kohya", "diffusers", "loralib", "peft")
-#: The last parts of keys -> the other method that uses them.
-_METHODS: Mapping[str, str] = {
-    r"hada_[wt][12](_[ab])?(\..+)?": "LoHa: a product of two low-rank matrices, element by element",
-    r"lokr_[wt][12](_[ab])?(\..+)?": "LoKr: a Kronecker product",
-    r"[ab][12]\.weight|glora_[A-E](\..+)?": "GLoRA: products of the base weight with factors",
-    r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
-        "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
-    ),
-    r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
-    r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
-    r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
-    r"ia3_l(\..+)?": "IA³: scales of activations",
-    r"vera_lambda_[bd]|vera_[AB](\..+)?": "VeRA: scales between random matrices that all share",
-    r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
-    r"diff(_b)?": "a whole difference of weights",
-    r"lora_mid\.weight|lora_t[12]": "a Tucker decomposition (lora_mid)",
-    r"lora_E(\..+)?|ranknum(\..+)?": "AdaLoRA: factors with singular values between them",
-    r"lora_router.*|internal_xlora_classifier.*": "a router of its own (X-LoRA, Arrow, Poly)",
-    r"module_logits|poly_lora_[AB](\..+)?": "Poly: a mixture of skills",
-}
-_PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
 
 
 def components(saved: Saved, dialect: str | None) -> tuple[str, ...]:
     """The models of a pipeline that the keys name, "" for none. Raises as `load_state`."""
-    return tuple(dict.fromkeys(part.component for part in _parts(saved, dialect)))
+    parts = _parts(as_factors(saved), dialect)
+    return tuple(dict.fromkeys(part.component for part in parts))
 
 
 def _parts(saved: Saved, dialect: str | None) -> list[NamedTensor]:
@@ -81,7 +62,7 @@ def _parts(saved: Saved, dialect: str | None) -> list[NamedTensor]:
 def _refuse_other_methods(saved: Saved) -> None:
     keys_by_method: dict[str, list[str]] = {}
     for key in saved.tensors:
-        method = next((method for p, method in _PATTERNS if p.fullmatch(key)), None)
+        method = next((method for p, method in REFUSED_KEYS if p.fullmatch(key)), None)
         if method is not None:
             keys_by_method.setdefault(method, []).append(key)
     if keys_by_method:
@@ -90,7 +71,8 @@ def _refuse_other_methods(saved: Saved) -> None:
             for method, keys in keys_by_method.items()
         )
         raise UnsupportedAdapterError(
-            f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A alone; "
+            f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A, and "
+            "what can be read into it; "
             "merge it into a copy of the base model by the library that trained it, or convert it"
         )
 
@@ -109,6 +91,7 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     if adapter.dialect == "mlx" or (adapter.dialect is None and mlx.claims(saved)):
         state = mlx.state(saved, model)
     else:
+        saved = as_factors(saved, model)
         state = files.state(saved, _parts(saved, adapter.dialect), model, adapter.dialect)
     state = with_present_paths(state, adapter, model)
     return state if adapter.component is None else replace(state, left_out=())
@@ -174,10 +157,12 @@ def inspected(source: Any) -> Inspected:
 
 
 def config_of(folder: Path) -> PeftConfig:
-    """A folder's configuration in PEFT's terms; PEFT's tensors are not read."""
+    """A folder's configuration in PEFT's terms; tensors of PEFT's LoRA are not read."""
     fields, where = raw_fields(folder)
     if not mlx.configures(fields):
-        return PeftConfig.read(fields, where=where)
+        config = PeftConfig.read(fields, where=where, methods=True)
+        if config.method is None:
+            return config
     state = load_state(folder)
     ranks = [sizes.rank for sizes in factor_sizes(state.tensors).values() if sizes.rank]
     return replace(state.config, r=max(ranks, default=None))
@@ -202,6 +187,8 @@ def _features(state: AdapterState) -> Iterator[str]:
         value = getattr(state.config, name)
         if not is_off(value):
             yield text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
+    for method in dict.fromkeys(made.partition(",")[0] for made in state.made_of.values()):
+        yield f"{method}, read as factors whose product is its ΔW"
     if state.config.bias != "none":
         yield f"biases of its own (bias = {state.config.bias})"
     if any((factor := parse(key)) and factor.embedding for key in state.tensors):

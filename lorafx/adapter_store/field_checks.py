@@ -108,6 +108,7 @@ rank = _check(
 )
 alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
 flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
+anything = _check("anything", lambda v: True)
 text = _check("a string", _is_text)
 bias = _check("none, lora_only or all", lambda v: v in ("none", "lora_only", "all"))
 strings = _check("a list of strings", lambda v: _is_list_of(v, _is_text), _sorted_tuple)

@@ -138,6 +138,7 @@ def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
     if not isinstance(weight, Tensor):
         return module is not None
     sizes = [f.shape[-1 if letter == "A" else 0] for letter, f in factors.items() if f.dim() == 2]
+    sizes = [size for size in sizes if size]  # an A of MiSS is made where its place is known
     return weight.dim() == 2 and all(size in weight.shape for size in sizes)
 
 
@@ -146,6 +147,7 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
     tensors: dict[str, Tensor] = {}
     old_keys: dict[str, str] = {}
     paths: dict[str, str] = {}
+    made_of: dict[str, str] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
         owner = key.rpartition(".")[0] if factor is None else factor.module
@@ -155,7 +157,10 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
         first = old_keys.setdefault(new, key)
         if first != key and (target != path or first not in tensors):
             raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
-        tensors[key if target == path else new] = tensor
+        new_key = key if target == path else new
+        tensors[new_key] = tensor
+        if key in state.made_of:
+            made_of[new_key] = state.made_of[key]
         paths[target] = path
     if tensors.keys() == state.tensors.keys():
         first = without_prefix(next(iter(state.tensors), ""))
@@ -163,7 +168,7 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
             f"key_mapping or prefix matches no path in {state.where}, whose first key is {first!r}"
         )
     scales = {new: state.scales[old] for new, old in paths.items() if old in state.scales}
-    return replace(state, tensors=tensors, scales=scales, paths=paths)
+    return replace(state, tensors=tensors, scales=scales, paths=paths, made_of=made_of)
 
 
 def _checked(mapping: Any) -> Mapping[str, str]:

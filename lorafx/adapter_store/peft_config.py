@@ -25,6 +25,9 @@ from torch import nn
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.field_checks import Check, Malformed, is_off, json_object, short
+from lorafx.adapter_store.methods.method import Method
+from lorafx.adapter_store.methods.table import MERGE as _MERGE
+from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
@@ -82,22 +85,6 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{file} cannot be read as JSON: {exc}") from exc
     return json_object(text, str(file)), str(file)
 
-
-_MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
-_PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
-_MIXED = (
-    "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
-    "request weights by name for a fixed mixture"
-)
-_PROMPTS = (
-    "ADAPTION_PROMPT",
-    "MULTITASK_PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
-)
-#: PEFT methods that cannot be merged, and what to do instead.
-_UNMERGED = {**dict.fromkeys(("POLY", "XLORA"), _MIXED), **dict.fromkeys(_PROMPTS, _PROMPT)}
 
 #: Initialisations that keep the base weight, so that s·B A is the whole update.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -176,6 +163,7 @@ class PeftConfig:
             occurrence in a sequence on; else empty.
         trained_class: the name and the Python module of the class that it was trained on.
         peft_version: PEFT's release that wrote the file, such as (0, 19).
+        method, options: another method than LoRA that the tensors are of, and its own fields.
     """
 
     r: int | None = _checked_field(checks.rank)
@@ -201,15 +189,18 @@ class PeftConfig:
     base_model: str | None = _checked_field(checks.text, None, "base_model_name_or_path")
     trained_class: tuple[str, str] | None = _checked_field(_class, None, "auto_mapping")
     peft_version: tuple[int, ...] | None = _checked_field(_version)
+    method: Method | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
-        """The configuration in a folder, a mapping, or a `peft.LoraConfig`. Raises CheckpointError,
-        or UnsupportedAdapterError with all refused fields."""
+    def read(cls, source: Any, *, where: str | None = None, methods: bool = False) -> PeftConfig:
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`; with `methods` also of
+        the methods whose files are read. Raises CheckpointError, or UnsupportedAdapterError with
+        all refused fields."""
         if isinstance(source, PeftConfig):
             return source
         values, label = raw_fields(source)
-        return _read(values, where or label)
+        return _read(values, where or label, method_of(values) if methods else None)
 
     @property
     def max_rank(self) -> int | None:
@@ -288,19 +279,26 @@ def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any
 
 
 #: The fields by their names in the file.
-_READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)}
+_READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig) if f.metadata}
 #: Fields without a neutral value.
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
-def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
-    if refused := list(_refusals(values)):
+def _read(values: Mapping[str, Any], where: str, method: Method | None) -> PeftConfig:
+    if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"
             + "\n".join(f"  - {line}" for line in refused)
         )
-    read: dict[str, Any] = {}
+    read: dict[str, Any] = {"method": method, "options": {}}
     malformed: list[str] = []
+    for name, check in (method.fields if method else {}).items():
+        if name in values:
+            try:
+                read["options"][name] = check(name, values[name])
+            except Malformed as error:
+                malformed.append(str(error))
+    values = _in_terms_of_lora(values, method)
     for name, attribute in _READ.items():
         if name not in values or (is_off(values[name]) and name not in _NEVER_OFF):
             continue
@@ -315,12 +313,26 @@ def _read(values: Mapping[str, Any], where: str) -> PeftConfig:
     return PeftConfig(**read)
 
 
-def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
+def _in_terms_of_lora(values: Mapping[str, Any], method: Method | None) -> Mapping[str, Any]:
+    """The fields without those that `method` has other values for than LoRA."""
+    if method is None:
+        return values
+    values = {name: value for name, value in values.items() if name not in method.unread}
+    if "alpha" in method.fields and "alpha" in values:
+        values["lora_alpha"] = values["alpha"]
+    if isinstance(bias := values.get("bias"), str) and bias.endswith("_only"):
+        values["bias"] = "lora_only"  # each method has its own word for it
+    return values
+
+
+def _refusals(values: Mapping[str, Any], method: Method | None) -> Iterable[str]:
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
-    if kind is not None and not (isinstance(kind, str) and kind == "LORA"):
-        reason = _UNMERGED.get(kind) if isinstance(kind, str) else None
-        yield f"peft_type = {short(kind)}: {reason or f'only LORA adapters are read; {_MERGE}'}"
+    if method is None and kind is not None and not (isinstance(kind, str) and kind == "LORA"):
+        reason = REFUSED_TYPES.get(kind) if isinstance(kind, str) else None
+        types = ", ".join(dict.fromkeys(m.peft_type for m in METHODS if m.peft_type))
+        reason = reason or f"only LORA adapters and files of {types} are read; {_MERGE}"
+        yield f"peft_type = {short(kind)}: {reason}"
         return  # another type's fields have other meanings
     init = values.get("init_lora_weights", True)
     name = init.lower() if isinstance(init, str) else ""
@@ -329,8 +341,9 @@ def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
             f"init_lora_weights = {short(init)}: it may take its start out of the base weight, so "
             f"the saved factors alone are not the whole update; {_EXPORT}"
         )
+    own = {*method.fields, *method.training} if method else set()
     for name, way_out in _REFUSED.items():
-        value = values.get(name)
+        value = None if name in own else values.get(name)
         off = value is None or value is False if name in _OBJECTS else is_off(value)
         if not off:
             yield f"{name} = {short(value)}: {way_out}"
@@ -343,7 +356,7 @@ def _refusals(values: Mapping[str, Any]) -> Iterable[str]:
                 f"{name} = {short(values[name])} with alora_invocation_tokens: PEFT trains no such "
                 "aLoRA adapter, or applies this to all tokens; train it without"
             )
-    for name in sorted(values.keys() - _READ.keys() - _NO_ARITHMETIC - _REFUSED.keys()):
+    for name in sorted(values.keys() - _READ.keys() - _NO_ARITHMETIC - _REFUSED.keys() - own):
         if not is_off(values[name]):
             yield (
                 f"{name} = {short(values[name])}: unknown field, which may change the arithmetic; "

@@ -40,7 +40,7 @@ from lorafx.adapter_store.places import (
 )
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.candidates import unsupported
-from lorafx.model.convolutions import convolution_of, matrices
+from lorafx.model.convolutions import convolution_of, matrices, unmergeable
 from lorafx.model.experts import unnested
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.packed_names import spans
@@ -181,9 +181,12 @@ class Reading:
         places = self._covered(landing)
         sizes = [saved_sizes(place) for place in places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
-        check_shape(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")
+        if self.config.method is not None and self.config.method.complete is not None:
+            a, b = self.config.method.complete(a, b, k, n)
+        key_a, key_b = self._named(keys["A"].key), self._named(keys["B"].key)
+        check_shape(key_a, a, (rank, k), f"{label} needs (r, {k})")
         if len(places) == 1:
-            check_shape(keys["B"].key, b, (n, rank), f"{label} needs ({n}, r = {rank})")
+            check_shape(key_b, b, (n, rank), f"{label} needs ({n}, r = {rank})")
         elif tuple(b.shape) != (n, rank) or (landing.undeclared and places == landing.places):
             covered = ", ".join(
                 f"{site.part_path(i).rpartition('.')[2]} {size}"
@@ -191,7 +194,7 @@ class Reading:
             )
             rows = b.shape[0] if b.dim() else 0
             raise Problem(
-                f"{keys['B'].key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
+                f"{key_b} has shape {tuple(b.shape)}, whose {rows} rows cannot be split "
                 f"over the slices of {label}: it covers {covered}, {n} rows in all (and r = "
                 f"{rank}); declare with packed_modules which slices each name covers"
             )
@@ -236,6 +239,11 @@ class Reading:
         possible = spans(sizes, rows)[names.index(landing.undeclared)]
         return landing.places[slice(*possible.pop())] if len(possible) == 1 else landing.places
 
+    def _named(self, key: str) -> str:
+        """`key` in messages, with the tensors that it was made of."""
+        made_of = self.state.made_of.get(key)
+        return key if made_of is None else f"{key} ({made_of})"
+
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str
     ) -> tuple[Tensor, Tensor]:
@@ -244,14 +252,18 @@ class Reading:
         check_sound(key_b, b)
         site = landing.places[0][0]
         pair = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
+        made = key_a in self.state.made_of and site.eligible.kind == "conv"
+        if made and (reason := unmergeable(site.module)):
+            raise Unsupported(f"{self._named(key_a)}: {label} cannot add it: {reason}")
         if pair is None:
             conv = convolution_of(site.module)
             kernel = ", ".join(map(str, conv.kernel_size))
             groups = "" if conv.groups == 1 else f" / {conv.groups}"
             ones = ", 1" * len(conv.kernel_size)
             raise Problem(
-                f"{key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} needs "
-                f"(r, {conv.in_channels}, {kernel}) and ({conv.out_channels}, r{groups}{ones})"
+                f"{self._named(key_a)} {tuple(a.shape)} and {key_b} {tuple(b.shape)}: {label} "
+                f"needs (r, {conv.in_channels}, {kernel}) and "
+                f"({conv.out_channels}, r{groups}{ones})"
             )
         return pair
 

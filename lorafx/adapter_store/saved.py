@@ -108,6 +108,8 @@ class Saved:
     where: str
     component: str | None = None
     origin: Origin | None = None
+    #: Key of a factor -> the method and the tensors that it was made of.
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class AdapterState:
         left_out: other components of a pipeline with factors in its file.
         lost: keys of its file that nothing here was made of.
         paths: module paths as they were saved, which patterns match, by their mapped ones.
+        made_of: key of a factor -> the method and the tensors of the file that it was made of.
     """
 
     config: PeftConfig
@@ -130,6 +133,7 @@ class AdapterState:
     left_out: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
 
 class Origin(NamedTuple):
@@ -269,7 +273,9 @@ def _read_path(adapter: AdapterSource, path: Path) -> Saved:
 
 def _parse_if_peft(fields: dict[str, Any], where: str) -> PeftConfig | dict[str, Any]:
     """`fields`, parsed if they are PEFT's: unsupported ones are refused before weights are read."""
-    return PeftConfig.read(fields, where=where) if "peft_type" in fields else fields
+    if "peft_type" not in fields:
+        return fields
+    return PeftConfig.read(fields, where=where, methods=True)
 
 
 def _saved(adapter: AdapterSource, contents: Contents, where: str, fields: Any) -> Saved:

@@ -18,6 +18,7 @@ import pytest
 
 import lorafx
 from lorafx import errors
+from lorafx.adapter_store.methods.table import METHODS
 from lorafx.integrations.server.settings import Settings
 from lorafx.integrations.vllm import plugin
 from lorafx.integrations.vllm.patches import PATCHES
@@ -55,6 +56,11 @@ def of_errors() -> str:
     bases = {e: ", ".join(f"`{base.__name__}`" for base in e.__bases__) for e in raised()}
     rows = [(f"`{error.__name__}` ({own})", *told(error)) for error, own in bases.items()]
     return table(("error", "cause", "way out"), rows)
+
+
+def methods() -> str:
+    rows = [(m.name, m.form, m.rank, m.modules, m.against) for m in METHODS]
+    return table(("method", "form", "rank", "at", "tested against"), rows)
 
 
 def patches() -> str:
@@ -119,6 +125,7 @@ def clients() -> str:
 @pytest.mark.parametrize(
     ("page", "name", "part"),
     [
+        ("adapters.md", "methods", methods),
         ("errors.md", "table", of_errors),
         ("guides/vllm.md", "patches", patches),
         ("reference/configuration.md", "lora_config", partial(fields_of, lorafx.LoraConfig)),

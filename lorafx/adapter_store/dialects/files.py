@@ -67,7 +67,7 @@ def state(
     plain = not any(part.component or part.flat or part.leaf for part in parts)
     if plain and saved.fields is not None:
         config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
-        return AdapterState(config, saved.tensors, saved.where)
+        return AdapterState(config, saved.tensors, saved.where, made_of=saved.made_of)
     dialect = dialect or _dialect_of(parts, denoiser)
     scales = _scales(saved, parts, denoiser, names is None)
     factors = [part for part in parts if part.letter != "alpha"]
@@ -143,6 +143,7 @@ def assembled(
     config = _config(saved, component or "")
     tensors: dict[str, Tensor] = {}
     scale_of: dict[str, float] = {}
+    made_of: dict[str, str] = {}
     chosen = parts if component is None else groups[component]
     for part in chosen:
         name = join(part.component, part.module) if component is None else part.module
@@ -151,6 +152,8 @@ def assembled(
         if key in tensors:
             raise CheckpointError(f"{saved.where} has two keys that mean {key}; keep one")
         tensors[key] = tensor
+        if part.key in saved.made_of:
+            made_of[key] = saved.made_of[part.key]
         scale = scales.get(part.place)
         if part.letter and (scale is not None or config is None):
             scale_of[path] = 1.0 if scale is None else scale
@@ -159,7 +162,8 @@ def assembled(
     if config is None:
         letters = {part.letter for part in chosen}
         config = PeftConfig(use_dora="m" in letters, lora_bias="b" in letters)
-    return AdapterState(config, tensors, f"{saved.where} ({dialect})", scale_of, dialect, left_out)
+    where = f"{saved.where} ({dialect})"
+    return AdapterState(config, tensors, where, scale_of, dialect, left_out, made_of=made_of)
 
 
 def _peft(
@@ -183,10 +187,14 @@ def _peft(
         return join(path, f"lora_embedding_{part.letter}"), tensor
     weight = getattr(module, "weight", None)
     dims = weight.dim() if isinstance(weight, Tensor) else 0
+    is_conv = entry is not None and entry.kind == "conv"
     if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and dims == 2:
         tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
-    elif tensor.dim() == 2 and dims == 4:
-        tensor = tensor[..., None, None]
+    elif tensor.dim() == 2 and isinstance(weight, Tensor) and (is_conv or dims == 4):
+        if part.letter == "A" and tensor.shape[1] == math.prod(weight.shape[1:]):
+            tensor = tensor.unflatten(1, weight.shape[1:])  # with the kernels as columns
+        else:
+            tensor = tensor.reshape(*tensor.shape, *[1] * (dims - 2))
     return join(path, f"lora_{part.letter}.weight"), tensor
 
 

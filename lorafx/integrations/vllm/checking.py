@@ -16,7 +16,7 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.findings import Problem, check_shape, check_sound
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 
 def check_reading(loaded: Any, folder: str, manager: Any) -> None:
@@ -25,6 +25,11 @@ def check_reading(loaded: Any, folder: str, manager: Any) -> None:
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     state = load_state(folder)
+    if state.made_of:
+        raise UnsupportedAdapterError(
+            f"adapter in {folder} is no LoRA ({next(iter(state.made_of.values())):.200}), which is "
+            "all that vLLM reads; merge it into a copy of the base model"
+        )
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()
     skipped = tuple(getattr(manager.model, "lora_skip_prefixes", None) or ())

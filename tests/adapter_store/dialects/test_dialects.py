@@ -221,11 +221,11 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_a.hada_w1_a", "LoHa"),
+        ("lora_unet_a.ia3_l", "IA³"),
         ("base_model.model.a.oft_r.weight", "OFT"),
         ("lora_unet_a.diff", "whole difference"),
-        ("lora_unet_a.lora_mid.weight", "Tucker"),
-        ("base_model.model.a.lokr_w1.default", "LoKr"),
+        ("lora_unet_a.lora_t1", "Tucker"),
+        ("base_model.model.a.vera_lambda_b.default", "VeRA"),
         ("lora_unet_a.b1.weight", "GLoRA"),
         ("bundle_emb.style.string_to_param.*", "textual inversion"),
         ("model.layers.0.mlp.experts.lora_gate_and_up_A", "grouped experts"),

@@ -1,0 +1,153 @@
+"""Methods whose factors are put together of blocks, or of vectors of a bank.
+
+GraLoRA    B' A' of k² pairs, one for each block of W, beside a general pair; R = k r + hybrid_r
+BD-LoRA    A or B is the diagonal of blocks that the file has as rows
+VB-LoRA    pieces of A and B are mixtures of the bank's vectors, by the softmax of their logits
+UniLoRA    each number of A and B is one of a shared vector's, times a scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit
+
+
+def _gralora(given: Given) -> Factors:
+    a = given.take("gralora_A", "k", "K / k", "r")
+    b = given.take("gralora_B", "k", "r", "N / k")
+    k, r, n = b.shape
+    if r % k:
+        raise Misfit(
+            f"{given.place}: r = {r} is not divisible by the {k} blocks of {k} (gralora_k)"
+        )
+    # Row (i, j, s) of A' reads the i-th block of x, and column (i, j, s) of B' writes the j-th of y
+    factor_a = torch.block_diag(*a.mT)
+    factor_b = b.new_zeros(k, n, k, k, r // k)
+    for j, block in enumerate(b):
+        factor_b[j, :, :, j] = block.unflatten(0, (k, r // k)).permute(2, 0, 1)
+    factor_b = factor_b.flatten(2).flatten(0, 1)
+    general = 0
+    if "gralora_A_general" in given or "gralora_B_general" in given:
+        more_a = given.take("gralora_A_general", "hybrid_r", "K")
+        more_b = given.take("gralora_B_general", "N", "hybrid_r")
+        if (len(more_b), more_a.shape[1]) != (len(factor_b), factor_a.shape[1]):
+            raise Misfit(
+                f"{given.place}: the general pair is for ({len(more_b)}, {more_a.shape[1]}), the "
+                f"blocks for ({len(factor_b)}, {factor_a.shape[1]})"
+            )
+        general = len(more_a)
+        factor_a, factor_b = torch.cat([factor_a, more_a]), torch.cat([factor_b, more_b], 1)
+    if given.config is None:
+        return Factors(factor_a, factor_b, given.scale(r + general))
+    alpha = given.scale(r)
+    return Factors(factor_a, factor_b, None if alpha is None else alpha * r / (r + general))
+
+
+def _bdlora(given: Given) -> Factors:
+    options = given.option("use_bdlora", {})
+    if not isinstance(options, Mapping):  # PEFT's own object
+        options = getattr(options, "__dict__", options)
+    if not isinstance(options, Mapping):
+        raise Misfit(f"use_bdlora must hold fields, it is {checks.short(options)}")
+    a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "columns of B")
+    names, count = given.path.rpartition(".")[2], options.get("nblocks")
+    factors = {"a": a, "b": b}
+    for letter, factor in factors.items():
+        patterns = options.get(f"target_modules_bd_{letter}") or []
+        if not any(isinstance(pattern, str) and pattern in names for pattern in patterns):
+            continue
+        if not isinstance(count, int) or not 0 < count <= len(factor) or len(factor) % count:
+            raise Misfit(
+                f"{given.place}: the {len(factor)} rows of lora_{letter.upper()} are not those of "
+                f"{checks.short(count)} blocks (nblocks)"
+            )
+        factors[letter] = torch.block_diag(*factor.chunk(count))
+    return Factors(factors["a"], factors["b"], None)
+
+
+def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor:
+    """(dim, dim, length): the mixtures of the bank's vectors that the logits `name` say."""
+    bank = given.take("vblora_vector_bank", "vectors", "length")
+    if name in given:
+        weights, indices = given.take(name, *dims, "vectors").topk(min(count, len(bank)), dim=-1)
+        weights = weights.softmax(-1)
+    else:
+        indices = given.take(f"{name}_topk_indices", *dims, "topk", dtype=torch.int64)
+        _check_indices(given, f"{name}_topk_indices", indices, len(bank))
+        weights = bank.new_zeros(*indices.shape)
+        if indices.shape[-1] > 1:
+            weights[..., :-1] = given.take(f"{name}_topk_weights", *dims, "topk - 1")
+        weights[..., -1] = 1 - weights[..., :-1].sum(-1)
+    return (weights[..., None] * bank[indices]).sum(-2)
+
+
+def _unilora(given: Given) -> Factors:
+    theta = given.take("unilora_theta_d", "length")
+    factors: dict[str, Tensor] = {}
+    for letter, dims in (("A", ("r", "K")), ("B", ("N", "r"))):
+        if f"unilora_indices_{letter}" not in given:
+            raise Misfit(f"{given.place} has no indices; save it with save_indices=True")
+        indices = given.take(f"unilora_indices_{letter}", *dims, dtype=torch.int64)
+        _check_indices(given, f"unilora_indices_{letter}", indices, len(theta))
+        factors[letter] = theta[indices] * given.take(f"unilora_scales_{letter}", *dims)
+    return Factors(factors["A"], factors["B"])
+
+
+def _check_indices(given: Given, leaf: str, indices: Tensor, count: int) -> None:
+    if not given.meta and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        raise Misfit(f"{given.tensors[leaf][0]} points outside of the {count} that are shared")
+
+
+def _vblora(given: Given) -> Factors:
+    count = given.option("topk", 2)
+    a = _mixed(given, "vblora_logits_A", ("r", "pieces of K"), count)
+    b = _mixed(given, "vblora_logits_B", ("pieces of N", "r"), count)
+    return Factors(a.flatten(1), b.mT.flatten(0, 1))
+
+
+GRALORA = Method(
+    name="GraLoRA",
+    peft_type="GRALORA",
+    marks=r"gralora_[AB](?:_general)?",
+    read=_gralora,
+    fields={"alpha": checks.alpha},
+    training=frozenset({"hybrid_r", "gralora_dropout", "gralora_k", "init_weights"}),
+    grows=True,
+    rank="k r + hybrid_r",
+)
+BDLORA = Method(
+    name="BD-LoRA",
+    peft_type="LORA",
+    marks="lora_[AB]",
+    read=_bdlora,
+    switch="use_bdlora",
+    fields={"use_bdlora": checks.anything},
+)
+VBLORA = Method(
+    name="VB-LoRA",
+    peft_type="VBLORA",
+    marks=r"vblora_logits_[AB](?:_topk_(?:indices|weights))?",
+    shared="vblora_vector_bank",
+    read=_vblora,
+    fields={"topk": checks.rank},
+    training=frozenset(
+        {"num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout"}
+        | {"init_vector_bank_bound", "init_logits_std"}
+    ),
+)
+UNILORA = Method(
+    name="UniLoRA",
+    peft_type="UNILORA",
+    marks="unilora_(?:indices|scales)_[AB]",
+    shared="unilora_theta_d",
+    read=_unilora,
+    training=frozenset(
+        {"proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights"}
+        | {"save_indices"}
+    ),
+)

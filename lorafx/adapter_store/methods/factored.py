@@ -1,0 +1,195 @@
+"""Replaces the tensors of other methods in a file by factors, before anything else reads it.
+
+    <module>.hada_w1_a, …  ─▶  <module>.lora_A.weight (R, K), .lora_B.weight (N, R), .alpha
+
+So names, components, conversions, places and slots are those of LoRA. Without a configuration the
+names are kohya's. Shapes are read first, on meta tensors: a few numbers may mean large factors,
+which are made only if a model has room for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.dialects.spelling import spelt
+from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, NotServed
+from lorafx.adapter_store.methods.table import MERGE, METHODS
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_keys import without_prefix
+from lorafx.adapter_store.saved import Saved
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
+
+#: Keys and tensors of a module, by the ends of the keys.
+Tensors = dict[str, tuple[str, Tensor]]
+_MOST_PROBLEMS = 100
+_KEYS = {method: method.pattern() for method in METHODS}
+#: Names of A and B behind a module: PEFT's, and kohya's where there is no configuration.
+_PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+
+
+def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
+    """`saved` with factors in place of other methods' tensors. Without a `model`, and for other
+    components than `saved.component`, they are meta tensors. Raises CheckpointError for tensors
+    that do not fit each other, UnsupportedAdapterError for what is served otherwise or not at all.
+    """
+    fields = saved.fields
+    chosen = fields.method if isinstance(fields, PeftConfig) else None
+    if isinstance(fields, PeftConfig) and chosen is None:
+        return saved
+    found, shared = _found(saved.tensors, chosen)
+    if not found:
+        if chosen is not None:
+            raise CheckpointError(
+                f"{saved.where} holds nothing of {chosen.name}, which its configuration names: no "
+                f"key ends in {chosen.marks}"
+            )
+        return saved
+    if isinstance(fields, Mapping):  # without a peft_type, which the keys tell
+        kind = next((method.peft_type for method, _ in found.values()), None)
+        fields = PeftConfig.read(
+            {"peft_type": kind, **fields},
+            where=f"the configuration of {saved.where}",
+            methods=True,
+        )
+    config = fields
+    problems: list[Misfit] = []
+    tensors, made_of = dict(saved.tensors), {}
+    planned: dict[str, tuple[Given, Method, Factors]] = {}
+    for place, (method, leaves) in found.items():
+        given = _given(place, leaves | shared.get(method, {}), config, meta=True)
+        try:
+            planned[place] = given, method, _read(given, method)
+        except Misfit as problem:
+            problems.append(problem)
+    _raise(saved, problems)
+    mine = {place for place in planned if _is_wanted(place, saved, config is None)}
+    _check_sizes(saved, [planned[place] for place in mine], model)
+    for place, (given, method, factors) in planned.items():
+        leaves = found[place][1]
+        if model is not None and place in mine:
+            given = _given(place, leaves | shared.get(method, {}), config, meta=False)
+            try:
+                factors = _read(given, method)
+            except Misfit as problem:
+                problems.append(problem)
+        for key, _ in leaves.values():
+            tensors.pop(key)
+        names = _KOHYA if config is None else _PEFT
+        made = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
+        for name, factor in zip(names, (factors.A, factors.B), strict=True):
+            key = f"{place}.{name}" if place else name
+            if key in tensors:
+                problems.append(Misfit(f"{key} stands beside {made}; keep one"))
+            tensors[key], made_of[key] = factor, f"{method.name}, of {made}"
+        if factors.scale is not None:
+            alpha = torch.tensor(factors.scale * factors.B.shape[1], dtype=torch.float64)
+            tensors[f"{place}.alpha" if place else "alpha"] = alpha
+    _raise(saved, problems)
+    for method in shared:
+        for key, _ in shared[method].values():
+            tensors.pop(key)
+    if config is not None and not (config.method and config.method.switch):
+        # The ranks of the factors are others, and each has its s.
+        config = replace(config, r=None, rank_pattern={}, use_rslora=False)
+    return replace(saved, tensors=tensors, fields=config, made_of=made_of)
+
+
+def _found(
+    tensors: Mapping[str, Tensor], chosen: Method | None
+) -> tuple[dict[str, tuple[Method, Tensors]], dict[Method, Tensors]]:
+    """The tensors of each module with marks of a method, and those that all modules share."""
+    methods = [m for m in METHODS if not m.switch] if chosen is None else [chosen]
+    found: dict[str, tuple[Method, Tensors]] = {}
+    rest: dict[Method, list[tuple[str, str, str, Tensor]]] = {}
+    shared: dict[Method, Tensors] = {}
+    for key, tensor in tensors.items():
+        for method in methods:
+            match = _KEYS[method].fullmatch(key)
+            if match is None:
+                continue
+            groups = match.groupdict()
+            place, mark = groups["place"] or "", groups["mark"]
+            if mark is not None:
+                first, leaves = found.setdefault(place, (method, {}))
+                if first is method:
+                    leaves[mark] = key, tensor
+                break
+            if groups.get("shared") is not None:
+                shared.setdefault(method, {})[groups["shared"]] = key, tensor
+            else:
+                rest.setdefault(method, []).append((place, groups["leaf"], key, tensor))
+    for method, items in rest.items():
+        for place, leaf, key, tensor in items:
+            if place in found and found[place][0] is method:
+                found[place][1][leaf] = key, tensor
+    for place, (_, leaves) in found.items():
+        key = f"{place}.alpha" if place else "alpha"
+        if key in tensors:
+            leaves["alpha"] = key, tensors[key]
+    used = {method for method, _ in found.values()}
+    return found, {method: leaves for method, leaves in shared.items() if method in used}
+
+
+def _given(place: str, tensors: Tensors, config: PeftConfig | None, *, meta: bool) -> Given:
+    return Given(place, without_prefix(place), tensors, config, meta=meta)
+
+
+def _read(given: Given, method: Method) -> Factors:
+    if given.config is None and method.peft_type not in ("LOHA", "LOKR", None):
+        raise Misfit(
+            f"{given.place} is of {method.name}, which is not known without a configuration; give "
+            "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
+        )
+    return method.read(given)
+
+
+def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
+    component = saved.component
+    return component is None or spelt(f"{place}.alpha", torch.empty(0), dotted).component in (
+        component,
+        "",
+    )
+
+
+def _check_sizes(
+    saved: Saved, planned: list[tuple[Given, Method, Factors]], model: nn.Module | None
+) -> None:
+    """Refuse factors with more numbers than the weights that they change, or than the model."""
+    limit, numbers = "", sum(made.A.numel() + made.B.numel() for _, _, made in planned)
+    if model is not None:  # weights of four bits have two numbers in a byte
+        weights = (*model.parameters(), *model.buffers())
+        if numbers > (room := 2 * sum(weight.nbytes for weight in weights)):
+            limit = f"the model has room for {room}"
+    growing = [item for item in planned if item[1].grows]
+    if growing and not limit:
+        numbers = sum(made.A.numel() + made.B.numel() for _, _, made in growing)
+        dense = sum(made.A.shape[1] * len(made.B) for _, _, made in growing)
+        limit = f"the weights that they change have {dense}" if numbers >= dense else ""
+    if not limit:
+        return
+    given, method, made = max(growing or planned, key=lambda item: item[2].B.shape[1])
+    first, tensor = next(iter(given.tensors.values()))
+    raise UnsupportedAdapterError(
+        f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and {limit}; "
+        f"the largest rank is {made.B.shape[1]}, at {first} {tuple(tensor.shape)}. Train it with "
+        f"a smaller r, or {MERGE}"
+    )
+
+
+def _raise(saved: Saved, problems: list[Misfit]) -> None:
+    if problems:
+        kind: Any = CheckpointError
+        if any(isinstance(problem, NotServed) for problem in problems):
+            kind = UnsupportedAdapterError
+        raise kind(f"{saved.where} cannot be read:\n" + "\n".join(_lines(problems)))
+
+
+def _lines(problems: list[Misfit]) -> Iterator[str]:
+    yield from (f"  - {problem}" for problem in dict.fromkeys(map(str, problems[:_MOST_PROBLEMS])))
+    if len(problems) > _MOST_PROBLEMS:
+        yield f"  - and {len(problems) - _MOST_PROBLEMS} more"

@@ -1,0 +1,180 @@
+"""What the reader of a method gets, one module's tensors, and what it gives, factors.
+
+    ΔW = s · B A,   A (R, K), B (N, R);   of a convolution K = C·∏kernel
+
+A reader runs twice: on meta tensors, which finds wrong shapes and what the factors will take, and
+then with the numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.field_checks import Check
+
+if TYPE_CHECKING:
+    from lorafx.adapter_store.peft_config import PeftConfig
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Names of adapters that remain in keys of a model in memory.
+_NAMES = r"(?:\.(?!weight(?:\.|$))[^.]+)?"
+
+
+class Misfit(Exception):
+    """Why tensors of a method cannot be read."""
+
+
+class NotServed(Misfit):
+    """The tensors mean what no factors are."""
+
+
+class Factors(NamedTuple):
+    """A (R, K), B (N, R) and s; None: as the configuration says, or α is R where there is none."""
+
+    A: Tensor
+    B: Tensor
+    scale: float | None = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """How adapters of a method are found and read.
+
+    Attributes:
+        name, peft_type: its names here and in PEFT's configurations, None where it has none.
+        marks: pattern of the ends of keys by which it is found.
+        read: its reader.
+        leaves: further ends of keys that it reads at a module with marks.
+        shared: ends of keys of tensors that all modules share.
+        switch: the field of a LoRA configuration that asks for it, in place of `peft_type`.
+        fields: fields of its configuration that the reader uses.
+        training: fields that only training uses; `unread`: that the file's tensors tell better.
+        complete: makes A and B of a place with K inputs and N outputs, where the file lacks either.
+        grows: its factors may have more numbers than the weight.
+        form, rank, modules, against: what docs/adapters.md says of it.
+    """
+
+    name: str
+    peft_type: str | None
+    marks: str
+    read: Callable[[Given], Factors]
+    leaves: str = ""
+    shared: str = ""
+    switch: str = ""
+    fields: Mapping[str, Check] = field(default_factory=dict)
+    training: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+    complete: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]] | None = None
+    grows: bool = False
+    form: str = "low rank"
+    rank: str = "r"
+    modules: str = "linears"
+    against: str = "PEFT"
+
+    def pattern(self) -> re.Pattern[str]:
+        """Keys of its tensors: the module's part, and the end as `mark`, `leaf` or `shared`."""
+        named = {"mark": self.marks, "leaf": self.leaves, "shared": self.shared}
+        ends = "|".join(f"(?P<{name}>{keys})" for name, keys in named.items() if keys)
+        return re.compile(rf"(?:(?P<place>.+)\.)?(?:{ends}){_NAMES}(?:\.weight)?")
+
+
+class Given:
+    """The tensors of one module, by the ends of their keys.
+
+    Attributes:
+        place: what their keys have before the ends; `path`: the module's, as patterns match it.
+        config: the adapter's configuration, None where α is a tensor beside the factors.
+        dtype: float32, or float64 where a tensor is that.
+        sizes: the dimensions that are known by now, by the names that readers give them.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        path: str,
+        tensors: Mapping[str, tuple[str, Tensor]],
+        config: PeftConfig | None,
+        *,
+        meta: bool = False,
+    ) -> None:
+        self.place, self.path, self.tensors, self.config = place, path, tensors, config
+        self.meta = meta
+        wide = any(tensor.dtype == torch.float64 for _, tensor in tensors.values())
+        self.dtype = torch.float64 if wide else torch.float32
+        self.sizes: dict[str, int] = {}
+
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self.tensors
+
+    def take(self, leaf: str, *dims: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `self.dtype`, or as integers in `dtype`; `dims`
+        name its dimensions. Raises `Misfit` if it is absent, or has other sizes or no numbers."""
+        if leaf not in self.tensors:
+            there = ", ".join(key for key, _ in self.tensors.values())
+            raise Misfit(f"{self.place} has no {leaf}, which belongs to {there}")
+        key, tensor = self.tensors[leaf]
+        shape = tuple(tensor.shape)
+        needed = tuple(self.sizes.get(dim, dim) for dim in dims)
+        fits = len(shape) == len(dims) and all(shape)
+        found = dict(zip(dims, shape, strict=True)) if fits else {}
+        if tuple(self.sizes.get(dim, found.get(dim)) for dim in dims) != shape:
+            raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
+        self.sizes.update(found)
+        numbers = tensor.is_floating_point() or tensor.is_complex()
+        if tensor.dtype not in _FLOATS if dtype is None else numbers:
+            raise Misfit(
+                f"{key} is {tensor.dtype}, and it needs {dtype or 'floating-point'} numbers"
+            )
+        dtype = dtype or self.dtype
+        if self.meta:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        unsound = int((~torch.isfinite(tensor)).sum())
+        if unsound:
+            raise Misfit(f"{key} holds {unsound} NaN or infinite values")
+        return tensor.to(dtype)
+
+    def number(self, leaf: str) -> float | None:
+        """The one finite number that the tensor is; None if it is absent."""
+        if leaf not in self.tensors:
+            return None
+        key, tensor = self.tensors[leaf]
+        value = float(tensor.item()) if tensor.numel() == 1 and not tensor.is_complex() else None
+        if value is None or not abs(value) < float("inf"):
+            raise Misfit(f"{key} must be one finite number, it has shape {tuple(tensor.shape)}")
+        return value
+
+    def scale(self, rank: int) -> float | None:
+        """α/r, with α of the tensor or of the configuration; None without either."""
+        alpha = self.number("alpha")
+        key = self.tensors["alpha"][0] if alpha is not None else "alpha (alpha_pattern)"
+        if alpha is None and self.config is not None:
+            configured = self.config.rank(self.path)
+            if configured not in (None, rank):
+                raise Misfit(
+                    f"{self.place} has rank {rank}, adapter_config.json says {configured} there "
+                    "(r, rank_pattern), and the scale α/r depends on it; correct the configuration"
+                )
+            alpha = self.config.scale(self.path, rank) * rank
+        if alpha == 0:
+            raise Misfit(
+                f"{key} of {self.place} is 0: libraries disagree whether that is no change or "
+                "α = r; write the one that is meant"
+            )
+        return None if alpha is None else alpha / rank
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """A field of the configuration that is the method's own."""
+        return default if self.config is None else self.config.options.get(name, default)
+
+
+def of_delta(delta: Tensor, scale: float | None) -> Factors:
+    """Factors of a ΔW (N, K) of full rank: itself and the identity."""
+    n, k = delta.shape
+    eye = torch.eye(min(n, k), dtype=delta.dtype, device=delta.device)
+    return Factors(delta, eye, scale) if n <= k else Factors(eye, delta, scale)

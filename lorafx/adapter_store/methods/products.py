@@ -1,0 +1,113 @@
+"""LoHa and LoKr: products of small matrices, with convolutions' kernels as columns.
+
+LoHa    ΔW = (b₁ a₁) ∘ (b₂ a₂):     B = b₁ ⊙ b₂ of columns, A = a₁ ⊙ a₂ of rows, R = r²
+LoKr    ΔW = w₁ ⊗ w₂, wᵢ = uᵢ vᵢ:   B = u₁ ⊗ u₂, A = v₁ ⊗ v₂, R = ρ₁ ρ₂
+
+A w that is saved whole is u = w, v = 1, or the other way round, by its smaller side. Tucker's t
+(r, r, kernel) stands between b and a: b a = Σ t[i, j] b[i] ⊗ a[j].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, of_delta
+
+#: Fields of LyCORIS's methods in PEFT that nothing but training uses, or that shapes tell.
+_TRAINING = frozenset(
+    {"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}
+    | {"decompose_both", "decompose_factor", "rank_dropout_scale"}
+)
+
+
+def _pair(given: Given, name: str, core: str, rows: str, columns: str) -> tuple[Tensor, Tensor]:
+    """(rows, r) and (r, columns) of `name`_a and `name`_b, with the core between them if there is
+    one."""
+    r = f"r of {name}"
+    if core not in given:
+        return given.take(f"{name}_a", rows, r), given.take(f"{name}_b", r, columns)
+    t = given.take(core, r, r, "kernel 1", "kernel 2")
+    b, a = given.take(f"{name}_a", r, rows), given.take(f"{name}_b", r, "channels of " + name)
+    return b.mT, torch.einsum("ijkl,jc->ickl", t, a).flatten(1)
+
+
+def _loha(given: Given) -> Factors:
+    (b1, a1), (b2, a2) = (_pair(given, f"hada_w{i}", f"hada_t{i}", "N", "K") for i in (1, 2))
+    if a1.shape != a2.shape:
+        raise Misfit(
+            f"{given.place}: hada_w1 and hada_w2 multiply to {(len(b1), a1.shape[1])} of rank "
+            f"{len(a1)} and {(len(b2), a2.shape[1])} of rank {len(a2)}, which must be equal"
+        )
+    scale = given.scale(len(a1))
+    if len(a1) * len(a2) > min(len(b1), a1.shape[1]):
+        return of_delta((b1 @ a1) * (b2 @ a2), scale)
+    a, b = a1[:, None] * a2, b1[:, :, None] * b2[:, None]
+    return Factors(a.flatten(0, 1), b.flatten(1), scale)
+
+
+def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor, int | None]:
+    """u, v and the r of the matrix `name`, None where it is saved whole."""
+    if name in given:
+        dims = given.tensors[name][1].dim()
+        kernel = [f"{name}'s kernel {i}" for i in range(dims - 2)]
+        w, r = given.take(name, f"{name}'s rows", f"{name}'s columns", *kernel).flatten(1), None
+    else:
+        u, v = _pair(given, name, core, f"{name}'s rows", f"{name}'s columns")
+        r = given.tensors[f"{name}_b"][1].shape[0]
+        if len(v) <= min(len(u), v.shape[1]):
+            return u, v, r
+        w = u @ v
+    v, u, _ = of_delta(w, None)
+    return u, v, r
+
+
+def _lokr(given: Given) -> Factors:
+    u1, v1, r1 = _halves(given, "lokr_w1", "")
+    u2, v2, r2 = _halves(given, "lokr_w2", "lokr_t2")
+    if given.config is None:  # in LyCORIS two whole matrices have no scale
+        r = r1 or r2
+        scale = 1.0 if r is None else given.scale(r)
+    else:
+        r = given.config.rank(given.path) or r1 or r2 or 1
+        for found in {r1, r2} - {None, r}:
+            raise Misfit(
+                f"{given.place} has factors of rank {found}, adapter_config.json says {r} there "
+                "(r, rank_pattern); correct the configuration"
+            )
+        scale = given.scale(r)
+    return Factors(_kronecker(v1, v2), _kronecker(u1, u2), scale)
+
+
+def _kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """`torch.kron` of matrices of any strides, also of meta tensors."""
+    return (left[:, None, :, None] * right[None, :, None]).flatten(2).flatten(0, 1)
+
+
+LOHA = Method(
+    name="LoHa",
+    peft_type="LOHA",
+    marks=r"hada_w[12]_[ab]",
+    leaves=r"hada_t[12]",
+    read=_loha,
+    fields={"alpha": checks.alpha},
+    training=_TRAINING,
+    grows=True,
+    rank="r²",
+    modules="linears, convolutions",
+    against="PEFT, LyCORIS's formula",
+)
+LOKR = Method(
+    name="LoKr",
+    peft_type="LOKR",
+    marks=r"lokr_w[12](?:_[ab])?",
+    leaves="lokr_t2",
+    read=_lokr,
+    fields={"alpha": checks.alpha},
+    training=_TRAINING,
+    grows=True,
+    rank="ρ₁ρ₂, of each r or its smaller side",
+    modules="linears, convolutions",
+    against="PEFT, LyCORIS's formula",
+)

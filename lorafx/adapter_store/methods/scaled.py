@@ -1,0 +1,149 @@
+"""Methods whose factors are saved, with something between them or a fixed one of the two.
+
+AdaLoRA    A' = E A, s = α / (ranknum + 1e-5), ranknum = init_r
+DeLoRA     A' = λ / r / (‖aᵢ‖ ‖bᵢ‖) A, times ‖W‖ of each column, which the file has
+MiSS       B = blockᵀ (N, r), A the sums over inputs whose index is i modulo r
+LoCon      A' = Σ mid[i, j] a[j] of a convolution
+PVeRA      A' = d A, B' = b B, of projections that all modules share, without its noise
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, NotServed
+
+_EPS = 1e-5
+_SMALLEST_NORM = 1e-4
+
+
+def _adalora(given: Given) -> Factors:
+    a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "r")
+    e = given.take("lora_E", "r", "1")
+    if e.shape[1] != 1:
+        raise Misfit(f"{given.tensors['lora_E'][0]} has shape {tuple(e.shape)}, it needs (r, 1)")
+    assert given.config is not None
+    alpha, ranknum = given.config.lora_alpha, given.number("ranknum")
+    if ranknum is None:
+        ranknum = float(given.option("init_r", 12))
+    scale = (alpha if alpha > 0 else len(a)) / (ranknum + _EPS)
+    return Factors(a * e, b, scale)
+
+
+def _delora(given: Given) -> Factors:
+    a, b = given.take("delora_A", "r", "K"), given.take("delora_B", "N", "r")
+    bound, norms = given.take("delora_lambda", "1"), given.take("delora_w_norm", "K")
+    if len(bound) != 1:
+        raise Misfit(f"{given.tensors['delora_lambda'][0]} has {len(bound)} numbers, it needs 1")
+    lengths = a.norm(dim=1).clamp(min=_SMALLEST_NORM) * b.norm(dim=0).clamp(min=_SMALLEST_NORM)
+    return Factors((bound / len(a) / lengths)[:, None] * a * norms, b)
+
+
+def _miss(given: Given) -> Factors:
+    if given.option("init_weights") == "bat":
+        raise NotServed(
+            "MiSS with init_weights = 'bat' multiplies the base weight; merge it into a copy of "
+            "the base model (`PeftModel.merge_and_unload()`) instead"
+        )
+    block = given.take("miss_block", "r", "N")
+    return Factors(block.new_empty(len(block), 0), block.mT)
+
+
+def _complete_miss(a: Tensor, b: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+    """A as sums of every r-th input; B of "mini" repeated over the outputs."""
+    eye = torch.eye(len(a), dtype=b.dtype, device=b.device)
+    times = n // len(b) if n % len(b) == 0 else 1
+    return eye.repeat(1, -(-k // len(a)))[:, :k], b.repeat(times, 1)
+
+
+def _locon(given: Given) -> Factors:
+    mid = given.take("lora_mid", "r", "r", "kernel 1", "kernel 2")
+    a = given.take("lora_down", "r", "channels", "1", "1").flatten(1)
+    b = given.take("lora_up", "N", "r", "1", "1").flatten(1)
+    if given.sizes["1"] != 1:
+        raise Misfit(f"{given.tensors['lora_down'][0]} has a kernel, and lora_mid has another")
+    a = torch.einsum("ijkl,jc->ickl", mid, a).flatten(1)
+    return Factors(a, b, given.scale(len(b.mT)))
+
+
+def _pvera(given: Given) -> Factors:
+    if given.option("sample_at_inference"):
+        raise NotServed(
+            "PVeRA with sample_at_inference draws its activations; set it to false in "
+            "adapter_config.json, which serves their mean"
+        )
+    for leaf in ("pvera_A", "pvera_B"):
+        if leaf not in given:
+            raise Misfit(f"the file has no {leaf}; save the adapter with save_projection=True")
+    d, b = given.take("pvera_lambda_d", "2r"), given.take("pvera_lambda_b", "N")
+    shared_a = given.take("pvera_A", "2r", "largest K")
+    shared_b = given.take("pvera_B", "largest N", "r")
+    rank = len(d) // 2
+    if 2 * rank != len(d) or shared_b.shape != (max(len(shared_b), len(b)), rank):
+        raise Misfit(
+            f"{given.place}: pvera_B has shape {tuple(shared_b.shape)}, it needs ({len(b)} or "
+            f"more, {rank}), half of pvera_lambda_d"
+        )
+    return Factors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
+
+
+def _cut(a: Tensor, b: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+    return a[:, :k], b
+
+
+ADALORA = Method(
+    name="AdaLoRA",
+    peft_type="ADALORA",
+    marks="lora_E",
+    leaves="lora_A|lora_B|ranknum",
+    read=_adalora,
+    fields={"init_r": checks.rank},
+    training=frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+        | {"total_step"}
+    ),
+    unread=frozenset({"rank_pattern"}),
+    rank="r that was left",
+    modules="linears, convolutions",
+)
+DELORA = Method(
+    name="DeLoRA",
+    peft_type="DELORA",
+    marks="delora_A|delora_B|delora_lambda",
+    leaves="delora_w_norm",
+    read=_delora,
+    training=frozenset({"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"}),
+)
+MISS = Method(
+    name="MiSS",
+    peft_type="MISS",
+    marks="miss_block",
+    read=_miss,
+    fields={"init_weights": checks.anything, "mini_r": checks.rank},
+    training=frozenset({"miss_dropout"}),
+    complete=_complete_miss,
+)
+LOCON = Method(
+    name="LoCon with lora_mid",
+    peft_type=None,
+    marks="lora_mid",
+    leaves="lora_down|lora_up",
+    read=_locon,
+    modules="convolutions",
+    against="LyCORIS's formula",
+)
+PVERA = Method(
+    name="PVeRA",
+    peft_type="PVERA",
+    marks="pvera_lambda_[bd]",
+    shared="pvera_A|pvera_B",
+    read=_pvera,
+    fields={"sample_at_inference": checks.flag},
+    training=frozenset(
+        {"projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "init_weights"}
+        | {"generator_seed"}
+    ),
+    complete=_cut,
+)

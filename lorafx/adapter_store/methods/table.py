@@ -1,0 +1,71 @@
+"""METHODS: the methods that are read, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.method import Method
+from lorafx.adapter_store.methods.products import LOHA, LOKR
+from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA
+
+#: A new method is one entry: its reader and what its configuration may say.
+METHODS: tuple[Method, ...] = (
+    *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
+)
+
+MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+_PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
+_MIXED = (
+    "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
+    "request weights by name for a fixed mixture"
+)
+_ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
+_OWN = f"it changes single entries or all of W, which no small factors are; {MERGE}"
+_TURNED = f"it turns or scales inputs or outputs; {MERGE}"
+_PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+#: peft_type -> what to do instead.
+REFUSED_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("POLY", "XLORA"), _MIXED),
+    **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
+    **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
+    **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
+    **dict.fromkeys(("HIRA", "GLORA"), _OWN),
+    **dict.fromkeys(("IA3", "ROAD", "OFT", "BOFT", "HRA"), _TURNED),
+}
+#: The last parts of keys -> the other method that uses them.
+_REFUSED_KEYS: Mapping[str, str] = {
+    r"[ab][12]\.weight|glora_[A-E](\..+)?": "GLoRA: products of the base weight with factors",
+    r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
+        "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
+    ),
+    r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
+    r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
+    r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
+    r"ia3_l(\..+)?": "IA³: scales of activations",
+    r"(vera_lambda_[bd]|vera_[AB])(\..+)?": "VeRA: scales between random matrices that all share",
+    r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
+    r"diff(_b)?": "a whole difference of weights",
+    r"lora_t[12]": "a Tucker decomposition of linears",
+    r"ranknum(\..+)?": "AdaLoRA without its singular values (lora_E)",
+    r"lora_router.*|internal_xlora_classifier.*": "a router of its own (X-LoRA, Arrow, Poly)",
+    r"module_logits|poly_lora_[AB](\..+)?": "Poly: a mixture of skills",
+}
+REFUSED_KEYS = [
+    (re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _REFUSED_KEYS.items()
+]
+
+
+def method_of(values: Mapping[str, Any]) -> Method | None:
+    """The method that a configuration asks for; None for LoRA, and for one that is not read."""
+    kind = values.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    for method in METHODS:
+        if method.switch:
+            if kind in (None, "LORA") and values.get(method.switch):
+                return method
+        elif method.peft_type is not None and method.peft_type == kind:
+            return method
+    return None

@@ -1,0 +1,190 @@
+"""Files of other methods that cannot be meant: an error names key, shape and site, and nothing has
+changed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import random_base
+from method_files import CONFIGS, save
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.errors import CheckpointError, LorafxError, UnsupportedAdapterError
+from lorafx.runtime.marking import build_sites
+
+LOHA = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}
+LOKR = {**LOHA, "peft_type": "LOKR"}
+ADALORA = {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+MISS = {"peft_type": "MISS", "r": 2, "target_modules": ["q_proj"]}
+VBLORA = {"peft_type": "VBLORA", "r": 1, "topk": 2, "target_modules": ["q_proj"]}
+AT = "base_model.model.q_proj."
+ones = torch.ones
+
+
+def loha(**changed: Tensor | None) -> dict[str, Tensor]:
+    w = {f"hada_w{i}_{x}": ones(*s) for i in "12" for x, s in (("a", (10, 2)), ("b", (2, 12)))}
+    return {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
+
+
+def lokr(**changed: Tensor | None) -> dict[str, Tensor]:
+    w = {"lokr_w1": ones(2, 2), "lokr_w2_a": ones(5, 2), "lokr_w2_b": ones(2, 6)}
+    return {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x)
+
+
+@pytest.fixture(scope="module")
+def cm() -> Any:
+    config = lorafx.LoraConfig(target_modules=["q_proj"], max_rank=8)
+    return lorafx.compile(Small().eval(), config)
+
+
+NAN = ones(10, 2)
+NAN[3, 1] = torch.nan
+TOPK = {
+    f"{AT}vblora_logits_A_topk_indices": torch.full((1, 3, 2), 9),
+    f"{AT}vblora_logits_A_topk_weights": ones(1, 3, 1),
+    f"{AT}vblora_logits_B": ones(5, 1, 4),
+    "base_model.vblora_vector_bank": ones(4, 4),
+}
+CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
+    "half": (LOHA, loha(hada_w2_a=None), r"q_proj has no hada_w2_a, which belongs to .*hada_w1_a"),
+    "shape": (LOHA, loha(hada_w2_b=ones(3, 12)), r"q_proj.hada_w2_b has shape \(3, 12\), it needs"),
+    "sizes": (LOHA, loha(hada_w1_b=ones(2, 9)), r"hada_w2_b has shape \(2, 12\), it needs \(.*9"),
+    "dims": (LOHA, loha(hada_w1_b=ones(12)), r"hada_w1_b has shape \(12,\)"),
+    "nan": (LOHA, loha(hada_w1_a=NAN), r"q_proj.hada_w1_a holds 1 NaN"),
+    "integers": (LOHA, loha(hada_w1_a=NAN.nan_to_num().int()), r"hada_w1_a is torch.int32"),
+    "alpha": ({**LOHA, "alpha": 0}, loha(), r"alpha .*q_proj is 0"),
+    "alpha tensor": (None, loha(alpha=torch.tensor(0.0)), r"q_proj.alpha .*is 0"),
+    "alpha nan": (None, loha(alpha=torch.tensor(torch.nan)), r"q_proj.alpha must be one finite"),
+    "alpha missing": (None, loha(), r"without α"),
+    "rank": ({**LOHA, "r": 3}, loha(), r"q_proj has rank 2, adapter_config.json says 3"),
+    "site": (LOHA, loha(hada_w1_a=ones(9, 2), hada_w2_a=ones(9, 2)), r"q_proj.hada_w1_a \(9, 2\)"),
+    "product": (
+        LOKR,
+        lokr(lokr_w1=ones(2, 3)),
+        r"q_proj.lokr_w1 \(2, 3\).*\(4, 18\), q_proj needs",
+    ),
+    "rows": (LOKR, lokr(lokr_w2_a=ones(4, 2)), r"lokr_w2_a \(4, 2\).*\(8, 4\), q_proj needs"),
+    "w2 twice": (LOKR, lokr(lokr_w2_b=None), r"q_proj has no lokr_w2_b"),
+    "no alpha of E": (ADALORA, {f"{AT}lora_E": ones(2, 1)}, r"q_proj has no lora_A"),
+    "E": (
+        ADALORA,
+        {f"{AT}lora_A": ones(2, 12), f"{AT}lora_B": ones(10, 2), f"{AT}lora_E": ones(2, 2)},
+        r"q_proj.lora_E has shape \(2, 2\), it needs \(r, 1\)",
+    ),
+    "of AdaLoRA alone": (
+        None,
+        {f"{AT}lora_A": ones(2, 12), f"{AT}lora_B": ones(10, 2), f"{AT}lora_E": ones(2, 1)},
+        r"q_proj is of AdaLoRA, .*adapter_config.json",
+    ),
+    "nothing": (LOHA, {f"{AT}lora_A.weight": ones(2, 12)}, r"holds nothing of LoHa"),
+    "block": (MISS, {f"{AT}miss_block": ones(2, 9)}, r"miss_block \(2, 9\).*q_proj needs \(10"),
+    "bank": (VBLORA, TOPK, r"logits_A_topk_indices points outside of the 4"),
+    "bat": ({**MISS, "init_weights": "bat"}, {f"{AT}miss_block": ones(5, 2, 2)}, r"'bat'.*merge"),
+    "field": ({**LOHA, "tomorrow": 3}, loha(), r"tomorrow = 3: unknown field"),
+    "malformed": ({**LOHA, "alpha": "much"}, loha(), r"alpha must be a finite number"),
+    "beside LoRA": (
+        LOHA,
+        {**loha(), f"{AT}lora_A.weight": ones(2, 12)},
+        r"lora_A.weight stands beside .*hada_w1_a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_named_and_nothing_changes(case: str, cm: Any) -> None:
+    config, tensors, message = CASES[case]
+    before = cm.memory()
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        cm.load_adapter(lorafx.AdapterSource(tensors, config=config), "a")
+    assert cm.adapters == ()
+    assert cm.memory() == before
+
+
+@pytest.mark.parametrize("given", [LOHA, {k: v for k, v in LOHA.items() if k != "peft_type"}])
+def test_what_is_right_is_loaded(given: Mapping[str, Any], cm: Any) -> None:
+    cm.load_adapter(lorafx.AdapterSource(loha(), config=given), "a")
+    x = ones(1, 12)
+    want = cm(x) + 2 * 4 * 12  # α/r = 2, and each entry of ΔW is 2·2
+    assert torch.allclose(cm(x, adapter_names=["a"]), want)
+    cm.unload_adapter("a")
+
+
+def test_factors_larger_than_the_weights_are_refused(cm: Any) -> None:
+    whole = {f"{AT}lokr_w1": ones(2, 2), f"{AT}lokr_w2": ones(5, 6)}
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"(?s)LoKr.*largest rank is 10, at .*lokr_w1"
+    ):
+        cm.load_adapter(lorafx.AdapterSource(whole, config=LOKR), "a")
+    assert cm.adapters == ()
+
+
+def test_small_files_make_no_large_factors(cm: Any) -> None:
+    """A few megabytes whose factors would have 4·10⁹ numbers."""
+    w = {"lokr_w1": ones(1000, 1000), "lokr_w2_a": ones(2000, 1), "lokr_w2_b": ones(1, 2000)}
+    tensors = {f"{AT}{key}": tensor for key, tensor in w.items()}
+    started = time.process_time()
+    with pytest.raises(UnsupportedAdapterError, match="the model has room for 1040"):
+        cm.load_adapter(lorafx.AdapterSource(tensors, config={**LOKR, "r": 1}), "a")
+    assert time.process_time() - started < 5
+
+
+def test_a_bank_makes_no_large_factors_either(cm: Any) -> None:
+    tensors = TOPK | {"base_model.vblora_vector_bank": ones(4, 100_000)}
+    with pytest.raises(UnsupportedAdapterError, match="the model has room for"):
+        cm.load_adapter(lorafx.AdapterSource(tensors, config=VBLORA), "a")
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda t: t[:-1],
+    "columns": lambda t: t[..., :-1],
+    "flat": torch.flatten,
+    "deeper": lambda t: t[None],
+    "complex": lambda t: t.to(torch.complex64),
+    "integers": lambda t: t.to(torch.int64) + 99,
+    "empty": lambda t: t.new_empty(0),
+    "infinite": lambda t: torch.full_like(t, torch.inf, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_damage_is_an_error_of_lorafx(name: str, tmp_path: Path) -> None:
+    base = random_base("llama", num_hidden_layers=1)
+    _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
+    folder = save(base, CONFIGS[name], tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    one = [key for key in tensors if "q_proj" in key or ".layers." not in key]
+    for key in one:
+        for damaged in (None, *(damage(tensors[key]) for damage in DAMAGE.values())):
+            others = {k: t for k, t in tensors.items() if k != key}
+            tried = others if damaged is None else {**others, key: damaged}
+            source = lorafx.AdapterSource(tried, config=CONFIGS[name])
+            with contextlib.suppress(LorafxError):
+                read = read_adapter(source, "a", sites, model=base, max_rank=64, warn=False)
+                numbers = [x for w in read.weights.values() for x in (w.A, w.B)]
+                assert all(bool(x.isfinite().all()) for x in numbers), key
+
+
+def test_without_a_model_only_sizes_are_read() -> None:
+    state = load_state(lorafx.AdapterSource(loha(), config=LOHA))
+    factor = state.tensors["q_proj.lora_A.weight"]
+    assert factor.is_meta
+    assert factor.shape == (4, 12)

@@ -1,0 +1,151 @@
+"""Adapters of other methods in one batch with LoRA and the base, against what PEFT merges."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, error, random_base
+from method_files import CONFIGS, merged, save
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.adapter_store.checkpoint import config_of, inspected, load_state
+
+NAMES = list(CONFIGS)
+
+
+class Served:
+    """One compiled model with an adapter of every method."""
+
+    def __init__(self, root: Path) -> None:
+        self.base = random_base("llama", num_hidden_layers=1)
+        self.folders = {n: save(self.base, c, root / n) for n, c in CONFIGS.items()}
+        self.exact: dict[str | None, nn.Module] = {None: copy.deepcopy(self.base).double()}
+        config = lorafx.LoraConfig(max_rank=24, max_adapters=len(CONFIGS))
+        self.cm: Any = lorafx.compile(
+            self.model(), config, adapters=self.folders, dynamic=True, options=REFERENCE
+        )
+
+    def model(self) -> nn.Module:
+        return copy.deepcopy(self.base)
+
+    def alone(self, name: str | Mapping[str, float] | None) -> nn.Module:
+        if isinstance(name, Mapping):
+            return self._sum(name)
+        if name not in self.exact:
+            self.exact[name] = merged(self.base, self.folders[name])
+        return self.exact[name]
+
+    @torch.no_grad()
+    def _sum(self, weights: Mapping[str, float]) -> nn.Module:
+        result = copy.deepcopy(self.exact[None])
+        bases = dict(self.exact[None].named_parameters())
+        others = {name: dict(self.alone(name).named_parameters()) for name in weights}
+        for path, parameter in result.named_parameters():
+            for name, weight in weights.items():
+                parameter += weight * (others[name][path] - bases[path])
+        return result
+
+    def check(self, names: Sequence[Any]) -> None:
+        torch.manual_seed(len(names))
+        ids = torch.randint(0, 60, (len(names), 6))
+        got = self.cm(ids, adapter_names=names).logits
+        with torch.no_grad():
+            want = torch.cat([self.alone(n)(ids[i : i + 1]).logits for i, n in enumerate(names)])
+            base = self.exact[None](ids).logits
+        for row, name in enumerate(names):
+            assert error(got[row].double(), want[row]) <= TOLERANCE, name
+            assert name is None or error(want[row], base[row]) > 1000 * TOLERANCE, name
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("methods"))
+
+
+def test_every_method_in_mixed_batches_of_one_graph(served: Served) -> None:
+    served.check([NAMES[1], None, "lora", NAMES[2]])
+    captured = served.cm.recompiles
+    for first, second in zip(NAMES[3::2], [*NAMES[4::2], "lokr"], strict=False):
+        served.check([None, first, "lora", second])
+    served.check(["pvera", "bdlora", "miss", "loha"])
+    assert served.cm.recompiles == captured
+
+
+def test_sums(served: Served) -> None:
+    served.check([{"loha": 0.7, "lora": 0.3}, None, {"lokr": -0.5, "miss": 1.5}, "lora"])
+
+
+def test_generated_tokens_are_those_of_the_merged_models(served: Served) -> None:
+    ids = torch.tensor([[3, 5, 7], [3, 5, 7], [2, 4, 6]])
+    names = ["loha", None, "lokr"]
+    got = served.cm.generate(ids, adapter_names=names, max_new_tokens=6, do_sample=False)
+    for row, name in enumerate(names):
+        alone: Any = served.alone(name)
+        want = alone.generate(ids[row : row + 1], max_new_tokens=6, do_sample=False)
+        assert torch.equal(got[row, : want.shape[1]], want[0])  # which may end before the others
+
+
+def test_merged_and_taken_back(served: Served) -> None:
+    ids = torch.arange(8).reshape(2, 4)
+    before = served.cm(ids).logits
+    served.cm.merge("lokr")
+    got = served.cm(ids).logits
+    served.cm.unmerge()
+    with torch.no_grad():
+        assert error(got.double(), served.alone("lokr")(ids).logits) <= TOLERANCE
+    assert torch.equal(served.cm(ids).logits, before)
+
+
+def test_what_they_take_is_shown(served: Served) -> None:
+    state = inspected(served.folders["loha"])
+    sizes = {row.path.rpartition(".")[2]: row.sizes.rank for row in state.modules}
+    assert sizes == {"q_proj": 4, "v_proj": 9, "down_proj": 4, "gate_proj": 4}
+    assert any("LoHa" in feature for feature in state.features)
+    assert config_of(served.folders["loha"]).max_rank == 9
+    assert "rank 9" in str(served.cm.explain())
+
+
+def test_a_rank_over_the_banks_is_told_with_the_setting(served: Served) -> None:
+    config = lorafx.LoraConfig(max_rank=4, target_modules=["q_proj", "v_proj"])
+    cm = lorafx.compile(served.model(), config)
+    with pytest.raises(lorafx.CapacityError, match=r"rank 9 is over max_rank = 4.*max_rank=9"):
+        cm.load_adapter(_only(served.folders["loha"], "q_proj", "v_proj"), "loha")
+    assert cm.adapters == ()
+
+
+def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
+    return lorafx.AdapterSource(folder, ignore=[rf"\.(?!{'|'.join(names)})\w+_proj\."])
+
+
+@pytest.mark.parametrize("name", ["loha", "miss", "bdlora"])
+def test_names_of_another_place_keep_their_patterns(served: Served, name: str) -> None:
+    saved = load_file(served.folders[name] / "adapter_model.safetensors")
+    moved = {key.replace("model.model.layers", "model.text.layers"): t for key, t in saved.items()}
+    source = lorafx.AdapterSource(moved, config=CONFIGS[name], prefix=("text", "model"))
+    got, want = load_state(source, served.base), load_state(served.folders[name], served.base)
+    plain = {key.removeprefix("base_model.model."): t for key, t in want.tensors.items()}
+    assert got.scales == want.scales
+    assert got.tensors.keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in got.tensors.items())
+
+
+def test_bfloat16_factors_are_read_exactly(served: Served) -> None:
+    saved = load_file(served.folders["loha"] / "adapter_model.safetensors")
+    halved = {key: tensor.bfloat16() for key, tensor in saved.items()}
+    config = CONFIGS["loha"]
+    state = load_state(lorafx.AdapterSource(halved, config=config), served.base)
+
+    def delta(path: str) -> tuple[Tensor, Tensor]:
+        pair = [state.tensors[f"{path}.lora_{letter}.weight"] for letter in "BA"]
+        w = [halved[f"base_model.model.{path}.hada_w{i}_{x}"].double() for i in "12" for x in "ab"]
+        return pair[0].double() @ pair[1].double(), (w[0] @ w[1]) * (w[2] @ w[3])
+
+    got, want = delta("model.layers.0.mlp.down_proj")
+    assert error(got, want) <= 1e-12
