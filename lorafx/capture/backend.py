@@ -36,7 +36,7 @@ from lorafx.capture.executable import (
     for_base,
     with_lookups,
 )
-from lorafx.capture.lowering import Lowering, compile_base, lowering_for
+from lorafx.capture.lowering import InductorLowering, Lowering, compile_base, lowering_for
 from lorafx.capture.needless_guards import keep_guards
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.watched_places import KIND, WatchedPlaces
@@ -118,6 +118,12 @@ class Backend:
         graph, if an adapter of the batch touches a replaced module."""
         program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
+        inductor = isinstance(self.lowering, InductorLowering)
+        on_cpu = program.runtime.device.type == "cpu"
+        if inductor and on_cpu and "compiler_ahead" in self._shortcuts:
+            from lorafx.torch_internals.cpp import ask_compiler
+
+            ask_compiler()
         frame = self._new_frame(gm, examples, per_token=per_token)
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing

@@ -35,6 +35,10 @@ SHORTCUTS = {
         replaces="a kernel that waits for the one before it starts when that has ended",
         gains="1 to 2 µs per linear on an H200",
     ),
+    "compiler_ahead": Shortcut(
+        replaces="the C++ compiler rests while the first graph is traced and rewritten",
+        gains="10 of the 34 s of a machine's first graph, on two cores",
+    ),
 }
 
 

@@ -20,7 +20,8 @@ from lorafx.torch_internals.shortcuts import SHORTCUTS
 
 NAMES = ["a0", None, "a1"]
 ALL = list(SHORTCUTS)
-#: What is on, by a name for the setting. Only Inductor's lowerings ask for the last two shortcuts.
+#: What is on, by a name for the setting. Only Inductor's lowerings ask for the others
+#: than `needless_guards`.
 SETTINGS = {
     "all off": [],
     **{f"without {name}": [other for other in ALL if other != name] for name in ALL},
