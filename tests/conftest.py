@@ -25,6 +25,7 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
+from lorafx.capture.lowering import NodeByNode
 from lorafx.program import promises
 from lorafx.runtime import session
 
@@ -166,6 +167,15 @@ def fixed_sizes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(defaults, "dynamic", False)
         yield
+
+
+@pytest.fixture
+def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of `lowering="inductor"` run node by node after all passes, by the kernels that lorafx
+    generates: Inductor's own code of what is around these costs ten seconds a graph."""
+    from lorafx.torch_internals import inductor  # a second of imports
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", lambda gm, inputs, **_: NodeByNode(gm))
 
 
 @pytest.fixture(scope="session")
