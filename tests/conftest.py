@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from both_roads import install, one_road
-from dense_merge import REFERENCE, Case, build_case, save_adapter
+from dense_merge import REFERENCE, Case, build_case, case_by_targets
 from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES
 from torch import nn
@@ -231,12 +231,6 @@ def small(tmp_path: Path) -> Callable[..., Case]:
     def make(cls: type[nn.Module], a: list[str], b: list[str] | None = None, **config: Any) -> Case:
         torch.manual_seed(0)
         base = cls().eval().requires_grad_(False)
-        folders = {
-            name: save_adapter(
-                base, tmp_path / name, rank=rank, targets=targets, seed=rank, **config
-            )
-            for name, rank, targets in (("a", 2, a), ("b", 3, b or a))
-        }
-        return Case(base, folders)
+        return case_by_targets(base, tmp_path, {"a": a, "b": b or a}, **config)
 
     return make

@@ -15,9 +15,9 @@ from dense_merge import (
     TOLERANCE,
     Case,
     build_case,
+    case_by_targets,
     error,
     random_base,
-    save_adapter,
     valid,
 )
 from tiny_models import FAMILIES, VOCAB
@@ -101,12 +101,9 @@ def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beam
 )
 def test_all_that_adapters_hold_is_added(tmp_path: Path, config: dict[str, Any]) -> None:
     base = random_base("llama")
-    folders = {
-        f"a{i}": save_adapter(base, tmp_path / f"a{i}", rank=2 + i, targets=t, seed=i, **config)
-        for i, t in enumerate((["q_proj", "down_proj"], ["v_proj", "o_proj"], ["k_proj"]))
-    }
-    case = Case(base, folders)
-    cm = eager(case.model(), folders)
+    targets = {"a0": ["q_proj", "down_proj"], "a1": ["v_proj", "o_proj"], "a2": ["k_proj"]}
+    case = case_by_targets(base, tmp_path, targets, **config)
+    cm = eager(case.model(), case.folders)
     check(cm, case, MIXED, FAMILIES["llama"].inputs(5, 6))
     check_eager(cm)
 
@@ -120,11 +117,8 @@ def moe(tmp_path: Path) -> Case:
         vocab_size=VOCAB, head_dim=8, decoder_sparse_step=1,
     )  # fmt: skip
     base = transformers.Qwen3MoeForCausalLM(config).eval()
-    folders = {
-        f"a{i}": save_adapter(base, tmp_path / f"a{i}", rank=3, targets=t, seed=i)
-        for i, t in enumerate((["q_proj", "o_proj"], ["v_proj"], ["k_proj", "v_proj"]))
-    }
-    return Case(base, folders)
+    targets = {"a0": ["q_proj", "o_proj"], "a1": ["v_proj"], "a2": ["k_proj", "v_proj"]}
+    return case_by_targets(base, tmp_path, targets)
 
 
 def test_routed_rows_are_followed(moe: Case) -> None:
