@@ -178,6 +178,15 @@ def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "compile_fx_inner", lambda gm, inputs, **_: NodeByNode(gm))
 
 
+@pytest.fixture
+def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in eager mode start no processes beside, whose graphs the test does not wait for: each
+    compiles for a second or more."""
+    from lorafx.runtime.beside.compilers import Compilers
+
+    monkeypatch.setattr(Compilers, "consider", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     """The `Case` of a family by name, with changes to its configuration."""
