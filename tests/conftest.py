@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from both_roads import install, one_road
-from dense_merge import REFERENCE, Case, build_case, save_adapter
+from dense_merge import REFERENCE, Case, build_case, case_by_targets
 from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES
 from torch import nn
@@ -25,6 +25,7 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
+from lorafx.capture.lowering import NodeByNode
 from lorafx.program import promises
 from lorafx.runtime import session
 
@@ -168,6 +169,24 @@ def fixed_sizes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of `lowering="inductor"` run node by node after all passes, by the kernels that lorafx
+    generates: Inductor's own code of what is around these costs ten seconds a graph."""
+    from lorafx.torch_internals import inductor  # a second of imports
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", lambda gm, inputs, **_: NodeByNode(gm))
+
+
+@pytest.fixture
+def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in eager mode start no processes beside, whose graphs the test does not wait for: each
+    compiles for a second or more."""
+    from lorafx.runtime.beside.compilers import Compilers
+
+    monkeypatch.setattr(Compilers, "consider", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     """The `Case` of a family by name, with changes to its configuration."""
@@ -221,12 +240,6 @@ def small(tmp_path: Path) -> Callable[..., Case]:
     def make(cls: type[nn.Module], a: list[str], b: list[str] | None = None, **config: Any) -> Case:
         torch.manual_seed(0)
         base = cls().eval().requires_grad_(False)
-        folders = {
-            name: save_adapter(
-                base, tmp_path / name, rank=rank, targets=targets, seed=rank, **config
-            )
-            for name, rank, targets in (("a", 2, a), ("b", 3, b or a))
-        }
-        return Case(base, folders)
+        return case_by_targets(base, tmp_path, {"a": a, "b": b or a}, **config)
 
     return make

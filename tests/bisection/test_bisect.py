@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import wrong_passes
-from dense_merge import Case, save_adapter
+from dense_merge import Case, case_by_targets
 from tiny_models import FAMILIES
 from torch import Tensor, fx, nn
 from torch._inductor import config
@@ -133,11 +133,8 @@ class Twice(CustomGraphPass):
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> lorafx.CompiledModel:
     torch.manual_seed(0)
     model, folder = Net().eval(), tmp_path_factory.mktemp("adapters")
-    folders = {
-        name: save_adapter(model, folder / name, rank=2, targets="all-linear", seed=seed)
-        for seed, name in enumerate(("a", "b"))
-    }
-    return lorafx.compile(model, folders, options={"lowering": "inductor"})
+    case = case_by_targets(model, folder, dict.fromkeys("ab", "all-linear"))
+    return lorafx.compile(model, case.folders, options={"lowering": "inductor"})
 
 
 X, ROWS = {"x": torch.randn(3, 6)}, ["a", None, "b"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, case_by_patterns
+from dense_merge import Case, case_by_targets
 from torch import Tensor, nn
 
 import lorafx
@@ -69,7 +69,7 @@ class Counting(Model):
 
 def case_of(model: nn.Module, folder: Path) -> Case:
     base = model.eval().requires_grad_(False)
-    return case_by_patterns(base, folder, {"a": r"layers\.0", "b": r"layers\.\d"})
+    return case_by_targets(base, folder, {"a": r"layers\.0", "b": r"layers\.\d"})
 
 
 @pytest.fixture

@@ -62,8 +62,9 @@ def batches() -> Iterator[Sequence[str | None]]:
 @pytest.mark.parametrize(
     "options",
     [REFERENCE, pytest.param({"lowering": "inductor"}, marks=needs_compiler)],
-    ids=["reference", "inductor"],
+    ids=["reference", "generated kernels"],
 )
+@pytest.mark.usefixtures("node_by_node")
 def test_mixed_batches_are_dense_merge_and_make_no_graph(
     case: Case, served: Any, options: Any
 ) -> None:

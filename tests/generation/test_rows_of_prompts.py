@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, case_by_patterns, random_base
+from dense_merge import REFERENCE, Case, case_by_targets, random_base
 from tiny import randomise
 from torch import Tensor
 from transformers import (
@@ -35,7 +35,7 @@ FIXED = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False, "max_new_t
 def case_of(model: torch.nn.Module, folder: Any, **patterns: str) -> Case:
     model.eval().requires_grad_(False)
     randomise(model)
-    return case_by_patterns(model, folder, patterns)
+    return case_by_targets(model, folder, patterns)
 
 
 def wanted(case: Case, inputs: dict[str, Tensor], names: Any, **kwargs: Any) -> list[Tensor]:
@@ -53,7 +53,7 @@ def wanted(case: Case, inputs: dict[str, Tensor], names: Any, **kwargs: Any) -> 
 def llama(tmp_path_factory):
     base = random_base("llama", num_hidden_layers=1)
     patterns = {"a": r".*(q_proj|down_proj|lm_head)", "b": r".*(v_proj|up_proj|lm_head)"}
-    return case_by_patterns(base, tmp_path_factory.mktemp("rows"), patterns)
+    return case_by_targets(base, tmp_path_factory.mktemp("rows"), patterns)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from dense_merge import Case, random_base, save_adapter
+from dense_merge import Case, case_by_targets, random_base
 from tiny_models import VOCAB, Family
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -186,11 +186,7 @@ def case_of(build, folder) -> Case:
     """Adapter c does not touch kv_b_proj."""
     base = random_base(Family(build, ()))
     targets = {"a": ["kv_b_proj"], "b": ["kv_b_proj", "q_b_proj", "o_proj"], "c": ["o_proj"]}
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=paths, seed=rank)
-        for rank, (name, paths) in enumerate(targets.items(), 2)
-    }
-    return Case(base, folders)
+    return case_by_targets(base, folder, targets)
 
 
 def states(rows: int, length: int) -> dict[str, Tensor]:

@@ -162,11 +162,13 @@ def build_case(family: str | Family, folder: Path, **changes: Any) -> Case:
     return Case(base, folders)
 
 
-def case_by_patterns(base: nn.Module, folder: Path, patterns: Mapping[str, str]) -> Case:
-    """A case of `base` with an adapter of each name, of ranks 2, 3, ..., on the modules whose paths
-    its pattern matches."""
+def case_by_targets(
+    base: nn.Module, folder: Path, targets: Mapping[str, str | Sequence[str]], **config: Any
+) -> Case:
+    """A case of `base` with an adapter of each name, of ranks 2, 3, ..., with its targets as
+    `save_adapter` takes them."""
     folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
-        for rank, (name, pattern) in enumerate(patterns.items(), 2)
+        name: save_adapter(base, folder / name, rank=rank, targets=own, seed=rank, **config)
+        for rank, (name, own) in enumerate(targets.items(), 2)
     }
     return Case(base, folders)

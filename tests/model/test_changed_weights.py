@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, Case, case_by_patterns, error, random_base
+from dense_merge import TOLERANCE, Case, case_by_targets, error, random_base
 from tiny_models import Family
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class Gated(nn.Module):
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder: Path = tmp_path_factory.mktemp("gated")
-    return case_by_patterns(random_base(Family(Gated, ())), folder, {"a": ".*", "b": "right"})
+    return case_by_targets(random_base(Family(Gated, ())), folder, {"a": ".*", "b": "right"})
 
 
 def check(cm: nn.Module, case: Case) -> None:

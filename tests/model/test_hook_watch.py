@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import TOLERANCE, case_by_patterns, error
+from dense_merge import TOLERANCE, case_by_targets, error
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,7 +45,7 @@ def doubled(module: nn.Module) -> RemovableHandle:
 
 def case_of(base: nn.Module, folder: Any) -> Any:
     torch.manual_seed(0)
-    return case_by_patterns(base.eval(), folder, {"a": r".*(up|down)", "b": r".*up"})
+    return case_by_targets(base.eval(), folder, {"a": r".*(up|down)", "b": r".*up"})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import dense_merge
 import pytest
 import torch
 from attached import EAGER, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
-from dense_merge import REFERENCE, TOLERANCE, Case, case_by_patterns, error, random_base
+from dense_merge import REFERENCE, TOLERANCE, Case, case_by_targets, error, random_base
 from tiny_models import Family, token_inputs
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Adapter a touches every layer and the head, b the middle layer alone."""
     targets = {"a": r"layers\.\d\.[02]|head", "b": r"layers\.1\.[02]"}
     base = random_base(Family(Stack, ()))
-    return case_by_patterns(base, tmp_path_factory.mktemp("replaced"), targets)
+    return case_by_targets(base, tmp_path_factory.mktemp("replaced"), targets)
 
 
 def inputs() -> dict[str, Tensor]:

@@ -97,6 +97,7 @@ def chosen(cm: Any) -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("node_by_node")
 def test_generated_deltas_for_every_mix_routing_and_length(case: Case, tmp_path: Path) -> None:
     options = {"lowering": "triton", "plan": plan_of(case, **PINNED), "dump": str(tmp_path)}
     cm = case.compile(options)

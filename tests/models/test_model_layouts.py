@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import Case, error, save_adapter
+from dense_merge import Case, case_by_targets, error
 from layouts import (
     LAYOUTS,
     elements_apart,
@@ -54,12 +54,7 @@ def strided_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.manual_seed(0)
     base = Layouts().eval().requires_grad_(False)
     folder = tmp_path_factory.mktemp("layouts")
-    targets = ["q", "k", "v", "flat", "head"]
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=targets, seed=rank)
-        for name, rank in (("a", 2), ("b", 5))
-    }
-    return Case(base, folders)
+    return case_by_targets(base, folder, dict.fromkeys("ab", "all-linear"))
 
 
 @pytest.mark.parametrize(

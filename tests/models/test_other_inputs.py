@@ -1,85 +1,21 @@
-"""Models of transformers whose requests come in arguments of other names than tokens and images, or
-(multiple choice) in C rows each."""
+"""Models of transformers whose earlier tokens come in an argument of another name, or (multiple
+choice) whose requests have C rows each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 import transformers
-from dense_merge import TOLERANCE, Case, check_mixed, error, random_base, save_adapter
+from dense_merge import TOLERANCE, Case, case_by_targets, check_mixed, error, random_base
 from own_weights import own_case
 from tiny_models import VOCAB, Family, token_inputs
-from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PatchTSTConfig,
-    PatchTSTForPrediction,
-    VisualBertConfig,
-    VisualBertForQuestionAnswering,
-)
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafx.errors import BatchError
-
-
-def visual_bert() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_labels": 3}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 4}
-    return VisualBertForQuestionAnswering(
-        VisualBertConfig(**sizes, **layers, visual_embedding_dim=20)
-    )
-
-
-def seen(rows: int) -> dict[str, Tensor]:
-    embeds = {"visual_embeds": torch.randn(rows, 4, 20)}
-    return {**token_inputs(rows, 6), **embeds, "visual_attention_mask": torch.ones(rows, 4)}
-
-
-def series() -> nn.Module:
-    patches = {"context_length": 16, "patch_length": 4, "patch_stride": 4, "prediction_length": 4}
-    sizes = {"num_input_channels": 2, "d_model": 24, "ffn_dim": 40, "use_cls_token": True}
-    return PatchTSTForPrediction(
-        PatchTSTConfig(**patches, **sizes, num_hidden_layers=1, num_attention_heads=4)
-    )
-
-
-def values(rows: int) -> dict[str, Tensor]:
-    return {"past_values": torch.randn(rows, 16, 2)}
-
-
-@pytest.mark.parametrize(
-    ("build", "inputs", "result"),
-    [
-        (visual_bert, seen, "logits"),
-        (series, values, "prediction_outputs"),
-    ],
-)
-def test_requests_are_known(
-    build: Callable[[], nn.Module],
-    inputs: Callable[[int], dict[str, Tensor]],
-    result: str,
-    tmp_path: Path,
-) -> None:
-    base = random_base(Family(lambda **_: build(), ()))
-    folders = {
-        name: save_adapter(base, tmp_path / name, rank=rank, targets="all-linear", seed=rank)
-        for name, rank in (("a", 2), ("b", 3))
-    }
-    case, names = Case(base, folders), ["a", None, "b"]
-    x = inputs(3)
-    got = case.compile(dynamic=False)(**x, adapter_names=names)[result]
-    for row, name in enumerate(names):
-        own = oracle.one_row(x, row)
-        with torch.no_grad():
-            want, plain = case.alone(name)(**own)[result], base(**own)[result]
-        assert error(got[row : row + 1], want) <= TOLERANCE
-        assert (name is None) == (error(want, plain) <= 100 * TOLERANCE)
-
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "pad_token_id": 0} | {
     "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 66
@@ -97,11 +33,10 @@ def test_earlier_tokens_are_known_as_cache(tmp_path: Path) -> None:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4}
     base = random_base(Family(lambda **_: CallsItCache(LlamaConfig(**sizes, **heads)), ()))
-    folders = {
-        name: save_adapter(base, tmp_path / name, rank=rank, targets="all-linear", seed=rank)
-        for name, rank in (("a", 2), ("b", 3))
-    }
-    case, names = Case(base, folders), ["a", None, "b"]
+    case, names = (
+        case_by_targets(base, tmp_path, dict.fromkeys("ab", "all-linear")),
+        ["a", None, "b"],
+    )
     ids = token_inputs(3, 6)["input_ids"]
     cm = case.compile(dynamic=False)
     cache = cm(ids[:, :4], adapter_names=names).past_key_values

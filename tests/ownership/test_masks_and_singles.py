@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, case_by_patterns, error
+from dense_merge import REFERENCE, TOLERANCE, case_by_targets, error
 from ownership_graphs import labelled, taint
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -163,7 +163,7 @@ class CrossAttention(nn.Module):
 
 def test_attention_over_a_cache_of_the_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    case = case_by_patterns(CrossAttention().eval(), tmp_path, {"a": "query|out", "b": "out"})
+    case = case_by_targets(CrossAttention().eval(), tmp_path, {"a": "query|out", "b": "out"})
     cm = lorafx.compile(case.model(), case.folders, dynamic=True, options=REFERENCE)
     for rows, source in ((3, 5), (4, 7)):
         inputs = {

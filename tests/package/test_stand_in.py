@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, case_by_patterns
+from dense_merge import Case, case_by_targets
 from packed_models import MAPPING, Apart, Packed
 from torch import nn
 
@@ -45,7 +45,7 @@ def test_llama(shallow: Case) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_packed_and_single_projections(packed: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    case = case_by_patterns(
+    case = case_by_targets(
         Apart().eval(), tmp_path, {"a": r".*\.(q|v|o)_proj", "b": r".*\.(gate|up)_proj|.*_z"}
     )
     model: Any = Packed().eval() if packed else case.model()

@@ -12,7 +12,7 @@ import copy
 import pytest
 import torch
 from absorbed import AbsorbedInForward, OneLayer, absorbed, case_of, parts, post_process, states
-from dense_merge import REFERENCE, Case, check_mixed, error, save_adapter
+from dense_merge import REFERENCE, Case, case_by_targets, check_mixed, error
 from torch import Tensor, nn
 
 import lorafx
@@ -188,15 +188,9 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, dict]:
     dense.kv_b_proj = nn.Linear(stored.latent, stored.kv_b_proj.output_size, bias=False)
     dense.kv_b_proj.weight.data = stored.kv_b_proj.quant_method.dequantize(stored.kv_b_proj)
     folder = tmp_path_factory.mktemp("quantised")
-    folders = {
-        name: save_adapter(dense, folder / name, rank=rank, targets=targets, seed=rank)
-        for name, rank, targets in (
-            ("a", 2, ["kv_b_proj"]),
-            ("b", 3, ["kv_b_proj", "q_proj"]),
-            ("c", 4, ["o_proj"]),
-        )
-    }
-    return Case(dense.requires_grad_(False).eval(), folders), stored.state_dict()
+    targets = {"a": ["kv_b_proj"], "b": ["kv_b_proj", "q_proj"], "c": ["o_proj"]}
+    case = case_by_targets(dense.requires_grad_(False).eval(), folder, targets)
+    return case, stored.state_dict()
 
 
 @pytest.mark.parametrize("how", ["after loading", "in forward"])

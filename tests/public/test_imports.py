@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hand_made import random_factors
 from waiting import LONG
 
 import lorafx
@@ -78,17 +79,12 @@ LATER = (
 )
 LATE = """
 import sys
-sys.modules.update(torchao=None, bitsandbytes=None)  # with which PEFT imports Inductor
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 folder, *later = sys.argv[1:]
 sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
 model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
 ids = torch.zeros(2, 3, dtype=torch.long)
-peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-peft_model.save_pretrained(folder)
-model = peft_model.unload()
 with torch.no_grad():
     model(ids)
 import lorafx
@@ -104,6 +100,8 @@ assert cm.recompiles and "lorafx.capture.backend" in sys.modules
 
 
 def test_what_compiles_is_imported_with_the_first_graph(tmp_path: Path) -> None:
+    """PEFT is not imported there: with torchao or bitsandbytes it imports Inductor."""
+    random_factors(tmp_path, "model.layers.0.self_attn.q_proj", 8, 8)
     command = [sys.executable, "-c", LATE, str(tmp_path), *LATER]
     subprocess.run(command, check=True, timeout=LONG)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, case_by_patterns, check_mixed, error
+from dense_merge import Case, case_by_targets, check_mixed, error
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
 
@@ -98,7 +98,7 @@ class Layered(nn.Module):
 )
 def test_of_the_class_of_a_layer(cls, name, replaced, start, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
-    case = case_by_patterns(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
+    case = case_by_targets(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
     cm, inputs = case.compile({"start": start}, dynamic=False), {"x": torch.randn(3, 8)}
 
     def check() -> None:
