@@ -190,8 +190,8 @@ def _peft(
     if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and dims == 2:
         tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
     elif tensor.dim() == 2 and isinstance(weight, Tensor) and dims > 2:
-        channels = weight.shape[1:] if part.letter == "A" else ()
-        if tensor.shape[1] == math.prod(channels):
+        channels = weight.shape[1:]
+        if part.letter == "A" and tensor.shape[1] == math.prod(channels):
             tensor = tensor.unflatten(1, channels)  # with the kernels as columns
         else:
             tensor = tensor.reshape(*tensor.shape, *[1] * (dims - 2))
