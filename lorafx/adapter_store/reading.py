@@ -182,7 +182,7 @@ class Reading:
         sizes = [saved_sizes(place) for place in places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         if self.config.method is not None and self.config.method.complete is not None:
-            a, b = self.config.method.complete(a, b, k, n)
+            a, b = self.config.method.complete(a, b, k, n, self.config.options)
         key_a, key_b = self._named(keys["A"].key), self._named(keys["B"].key)
         check_shape(key_a, a, (rank, k), f"{label} needs (r, {k})")
         if len(places) == 1:

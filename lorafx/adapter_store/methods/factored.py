@@ -9,7 +9,7 @@ which are made only if a model has room for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lorafx.adapter_store.dialects.spelling import spelt
 from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, NotServed
 from lorafx.adapter_store.methods.table import MERGE, METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import without_prefix
+from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.saved import Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
@@ -89,6 +89,8 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         if factors.scale is not None:
             alpha = torch.tensor(factors.scale * factors.B.shape[1], dtype=torch.float64)
             tensors[f"{place}.alpha" if place else "alpha"] = alpha
+    if chosen is not None and not chosen.switch:
+        problems += _of_lora(chosen, tensors.keys() - made_of.keys())
     _raise(saved, problems)
     for method in shared:
         for key, _ in shared[method].values():
@@ -135,6 +137,14 @@ def _found(
     return found, {method: leaves for method, leaves in shared.items() if method in used}
 
 
+def _of_lora(chosen: Method, keys: Iterable[str]) -> Iterator[Misfit]:
+    """Pairs A, B in a file of another method, whose scale nothing says."""
+    for key in sorted(keys):
+        factor = parse(key)
+        if factor is not None and factor.letter in ("A", "B"):
+            yield Misfit(f"{key} is a factor of LoRA, and the configuration names {chosen.name}")
+
+
 def _given(place: str, tensors: Tensors, config: PeftConfig | None, *, meta: bool) -> Given:
     return Given(place, without_prefix(place), tensors, config, meta=meta)
 
@@ -145,7 +155,15 @@ def _read(given: Given, method: Method) -> Factors:
             f"{given.place} is of {method.name}, which is not known without a configuration; give "
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
-    return method.read(given)
+    factors = method.read(given)
+    # α of two whole matrices of LoKr counts for nothing.
+    full = {leaf for leaf, (_, tensor) in given.tensors.items() if tensor.numel()}
+    if unread := full - given.taken - {"alpha"}:
+        raise Misfit(
+            f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "
+            f"{', '.join(sorted(given.taken))}; keep one"
+        )
+    return factors
 
 
 def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:

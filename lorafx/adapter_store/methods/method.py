@@ -55,7 +55,8 @@ class Method:
         switch: the field of a LoRA configuration that asks for it, in place of `peft_type`.
         fields: fields of its configuration that the reader uses.
         training: fields that only training uses; `unread`: that the file's tensors tell better.
-        complete: makes A and B of a place with K inputs and N outputs, where the file lacks either.
+        complete: makes A and B of a place with K inputs and N outputs, where the file lacks either;
+            it gets A, B, K, N and the fields that the reader uses.
         grows: its factors may have more numbers than the weight.
         form, rank, modules, against: what docs/adapters.md says of it.
     """
@@ -70,7 +71,9 @@ class Method:
     fields: Mapping[str, Check] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
-    complete: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]] | None = None
+    complete: (
+        Callable[[Tensor, Tensor, int, int, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
+    ) = None
     grows: bool = False
     form: str = "low rank"
     rank: str = "r"
@@ -108,20 +111,25 @@ class Given:
         wide = any(tensor.dtype == torch.float64 for _, tensor in tensors.values())
         self.dtype = torch.float64 if wide else torch.float32
         self.sizes: dict[str, int] = {}
+        self.taken: set[str] = set()
 
     def __contains__(self, leaf: str) -> bool:
         return leaf in self.tensors
 
-    def take(self, leaf: str, *dims: str, dtype: torch.dtype | None = None) -> Tensor:
+    def take(
+        self, leaf: str, *dims: str, dtype: torch.dtype | None = None, empty: bool = False
+    ) -> Tensor:
         """The tensor in `self.dtype`, or as integers in `dtype`; `dims`
-        name its dimensions. Raises `Misfit` if it is absent, or has other sizes or no numbers."""
+        name its dimensions. Raises `Misfit` if it is absent, or has other sizes or (unless it may
+        be `empty`) no numbers."""
         if leaf not in self.tensors:
             there = ", ".join(key for key, _ in self.tensors.values())
             raise Misfit(f"{self.place} has no {leaf}, which belongs to {there}")
+        self.taken.add(leaf)
         key, tensor = self.tensors[leaf]
         shape = tuple(tensor.shape)
         needed = tuple(self.sizes.get(dim, dim) for dim in dims)
-        fits = len(shape) == len(dims) and all(shape)
+        fits = len(shape) == len(dims) and (empty or all(shape))
         found = dict(zip(dims, shape, strict=True)) if fits else {}
         if tuple(self.sizes.get(dim, found.get(dim)) for dim in dims) != shape:
             raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
@@ -143,6 +151,7 @@ class Given:
         """The one finite number that the tensor is; None if it is absent."""
         if leaf not in self.tensors:
             return None
+        self.taken.add(leaf)
         key, tensor = self.tensors[leaf]
         value = float(tensor.item()) if tensor.numel() == 1 and not tensor.is_complex() else None
         if value is None or not abs(value) < float("inf"):

@@ -70,7 +70,12 @@ def _lokr(given: Given) -> Factors:
         r = r1 or r2
         scale = 1.0 if r is None else given.scale(r)
     else:
-        r = given.config.rank(given.path) or r1 or r2 or 1
+        r = given.config.rank(given.path) or r1 or r2
+        if r is None:
+            raise Misfit(
+                f"{given.place} has whole matrices, and the scale α/r depends on r, which "
+                "adapter_config.json lacks"
+            )
         for found in {r1, r2} - {None, r}:
             raise Misfit(
                 f"{given.place} has factors of rank {found}, adapter_config.json says {r} there "

@@ -9,6 +9,9 @@ PVeRA      A' = d A, B' = b B, of projections that all modules share, without it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,11 +23,13 @@ _SMALLEST_NORM = 1e-4
 
 
 def _adalora(given: Given) -> Factors:
-    a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "r")
-    e = given.take("lora_E", "r", "1")
+    a, b = given.take("lora_A", "r", "K", empty=True), given.take("lora_B", "N", "r", empty=True)
+    e = given.take("lora_E", "r", "1", empty=True)
     if e.shape[1] != 1:
         raise Misfit(f"{given.tensors['lora_E'][0]} has shape {tuple(e.shape)}, it needs (r, 1)")
     assert given.config is not None
+    if not len(a):  # all of its singular values were pruned
+        return Factors(a.new_zeros(1, a.shape[1]), b.new_zeros(len(b), 1))
     alpha, ranknum = given.config.lora_alpha, given.number("ranknum")
     if ranknum is None:
         ranknum = float(given.option("init_r", 12))
@@ -51,10 +56,12 @@ def _miss(given: Given) -> Factors:
     return Factors(block.new_empty(len(block), 0), block.mT)
 
 
-def _complete_miss(a: Tensor, b: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+def _complete_miss(
+    a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
     """A as sums of every r-th input; B of "mini" repeated over the outputs."""
     eye = torch.eye(len(a), dtype=b.dtype, device=b.device)
-    times = n // len(b) if n % len(b) == 0 else 1
+    times = n // len(b) if options.get("init_weights") == "mini" and n % len(b) == 0 else 1
     return eye.repeat(1, -(-k // len(a)))[:, :k], b.repeat(times, 1)
 
 
@@ -89,7 +96,7 @@ def _pvera(given: Given) -> Factors:
     return Factors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
 
 
-def _cut(a: Tensor, b: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+def _cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return a[:, :k], b
 
 

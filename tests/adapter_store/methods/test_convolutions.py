@@ -182,6 +182,19 @@ def test_kernels_of_one_dimension(tmp_path: Path) -> None:
         assert error(got[row].double(), alone(x[row : row + 1].double())[0]) <= TOLERANCE, name
 
 
+def test_factors_of_rank_one() -> None:
+    """B has one column, which is no kernel."""
+    model = Convolutions()
+    tensors, delta = loha("first", 12, 4 * 9, 1)
+    small = {"mix.lora_down.weight": rand(1, 12), "mix.lora_up.weight": rand(12, 1)}
+    state = load_state({**tensors, **small, "mix.alpha": torch.tensor(1.0)}, model)
+    a, b = (state.tensors[f"first.lora_{letter}.weight"] for letter in "AB")
+    assert a.shape == (1, 4, 3, 3)
+    assert b.shape == (12, 1, 1, 1)
+    assert error(state.scales["first"] * b.flatten(1) @ a.flatten(1), delta) <= TOLERANCE
+    assert state.tensors["mix.lora_B.weight"].shape == (12, 1, 1, 1)
+
+
 @pytest.mark.parametrize("make", [loha, locon], ids=["loha", "locon"])
 def test_a_dilated_convolution_cannot_add_them(make: Callable[..., Any]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 12, 3, padding="same", dilation=2), nn.Conv2d(12, 4, 1))

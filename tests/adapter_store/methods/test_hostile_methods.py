@@ -98,6 +98,26 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
     "nothing": (LOHA, {f"{AT}lora_A.weight": ones(2, 12)}, r"holds nothing of LoHa"),
     "block": (MISS, {f"{AT}miss_block": ones(2, 9)}, r"miss_block \(2, 9\).*q_proj needs \(10"),
     "bank": (VBLORA, TOPK, r"logits_A_topk_indices points outside of the 4"),
+    "half of a block": (
+        MISS,
+        {f"{AT}miss_block": ones(2, 5)},
+        r"miss_block \(2, 5\).*q_proj needs",
+    ),
+    "w1 twice": (
+        LOKR,
+        lokr(lokr_w1_a=ones(2, 2), lokr_w1_b=ones(2, 2)),
+        r"q_proj has lokr_w1_a, lokr_w1_b, which mean nothing beside lokr_w1,",
+    ),
+    "no r": (
+        {k: v for k, v in LOKR.items() if k != "r"},
+        {f"{AT}lokr_w1": ones(1, 2), f"{AT}lokr_w2": ones(10, 6)},
+        r"q_proj has whole matrices, .* depends on r",
+    ),
+    "LoRA elsewhere": (
+        LOHA,
+        {**loha(), f"{AT.replace('q_', 'k_')}lora_A.weight": ones(2, 12)},
+        r"k_proj.lora_A.weight is a factor of LoRA, .* LoHa",
+    ),
     "bat": ({**MISS, "init_weights": "bat"}, {f"{AT}miss_block": ones(5, 2, 2)}, r"'bat'.*merge"),
     "field": ({**LOHA, "tomorrow": 3}, loha(), r"tomorrow = 3: unknown field"),
     "malformed": ({**LOHA, "alpha": "much"}, loha(), r"alpha must be a finite number"),
@@ -125,6 +145,27 @@ def test_what_is_right_is_loaded(given: Mapping[str, Any], cm: Any) -> None:
     x = ones(1, 12)
     want = cm(x) + 2 * 4 * 12  # α/r = 2, and each entry of ΔW is 2·2
     assert torch.allclose(cm(x, adapter_names=["a"]), want)
+    cm.unload_adapter("a")
+
+
+def test_weights_of_a_single_choice_are_empty(cm: Any) -> None:
+    one = {
+        f"{AT}vblora_logits_A_topk_indices": torch.zeros(1, 6, 1, dtype=torch.int64),
+        f"{AT}vblora_logits_A_topk_weights": ones(1, 6, 0),
+        "base_model.vblora_vector_bank": ones(4, 2),
+    }
+    cm.load_adapter(lorafx.AdapterSource({**TOPK, **one}, config={**VBLORA, "topk": 1}), "a")
+    x = ones(1, 12)
+    assert torch.allclose(cm(x, adapter_names=["a"]), cm(x) + 12)
+    cm.unload_adapter("a")
+
+
+def test_no_rank_was_left(cm: Any) -> None:
+    """AdaLoRA prunes single modules to nothing."""
+    tensors = {f"{AT}lora_A": ones(0, 12), f"{AT}lora_B": ones(10, 0), f"{AT}lora_E": ones(0, 1)}
+    cm.load_adapter(lorafx.AdapterSource(tensors, config=ADALORA), "a")
+    x = ones(1, 12)
+    assert torch.equal(cm(x, adapter_names=["a"]), cm(x))
     cm.unload_adapter("a")
 
 
