@@ -14,7 +14,6 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest")
-GRACE = 3.0  # seconds between asking a job to end and ending it
 
 
 def is_here(package: str) -> bool:
@@ -54,12 +53,7 @@ def link_lorafx(scratch: Path) -> Path:
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
-    """End the job's processes where they still run; its exit status."""
-    for ask in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, ask)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+    """End the job's processes where they still run; its exit status. What it found is on disk."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it has started
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
     return process.wait()

@@ -16,8 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +24,25 @@ from gpu_jobs import Job, all_jobs
 from gpu_results import Entry, Store, now
 
 T = TypeVar("T")
+Rows = Sequence[dict[str, Any]]
 KEPT = 3000  # characters of a traceback or a log that are kept
 RUNNING = "the process ended in this case"  # what a case says while it runs
-GPU_LOST = 33  # exit status where the GPU takes no more calls; none of pytest's own
+
+
+def gpu_error() -> str:
+    """What a call of the GPU says now; empty where all is well, or the GPU was never used."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def ratios(rows: Rows) -> str:
+    """Each arm with its ratio, as a summary."""
+    return ", ".join(f"{row['arm'].removeprefix('lorafx ')} {row['median']:.3f}" for row in rows)
 
 
 class Context:
@@ -48,56 +63,41 @@ class Context:
         self.device = torch.device("cpu" if tiny else f"cuda:{torch.cuda.current_device()}")
         self._start, self.rows = time.monotonic(), entry["rows"]
 
-    def write(self) -> None:
-        self.entry |= {"date": now(), "seconds": round(time.monotonic() - self._start, 1)}
+    def write(self, **found: Any) -> None:
+        seconds = round(time.monotonic() - self._start, 1)
+        self.entry |= {"date": now(), "seconds": seconds, **found}
         self._keep()
 
-    def todo(self, cases: Mapping[str, T]) -> list[T]:
-        """Those without rows; what failed before comes last, lest it break the process again."""
+    def measure(
+        self,
+        cases: Mapping[str, T],
+        measured: Callable[[T], Rows],
+        summary: Callable[[Rows], str] = ratios,
+    ) -> None:
+        """Add the rows of each case that has none; what failed before comes last, lest it break the
+        process again. An error is the case's failure, and ends the process where no later call of
+        the GPU would work."""
         done = {row["key"] for row in self.rows}
         missing = [key for key in cases if key not in done]
-        return [cases[key] for key in sorted(missing, key=self.entry["before"].__contains__)]
+        for key in sorted(missing, key=self.entry["before"].__contains__):
+            self.fail(key, RUNNING)  # which stands if nothing else is written
+            try:
+                self.add(key, measured(cases[key]), summary)
+            except Exception:
+                self.fail(key, traceback.format_exc())
+                print(f"{key}: {traceback.format_exc()}", flush=True)
+                if gpu_error():
+                    raise
 
-    def add(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, key: str, rows: Rows, summary: Callable[[Rows], str]) -> None:
         """Keep the rows of a case that is done, in place of an earlier failure."""
         self.entry["failures"].pop(key, None)
         self.rows.extend({"key": key, **row} for row in rows)
-        self.write()
+        self.write(summary=summary(self.rows))
 
     def fail(self, key: str, why: str) -> None:
         self.entry["failures"][key] = why[-KEPT:]
         self.write()
-
-    def summarise(self, text: str) -> None:
-        """The line of the report."""
-        self.entry["summary"] = text
-        self.write()
-
-    @contextmanager
-    def case(self, key: str) -> Iterator[None]:
-        """An error in the block is the case's failure. An error of the GPU ends the process: no
-        later call of it would work."""
-        self.fail(key, RUNNING)  # which stands if nothing else is written
-        try:
-            yield
-        except Exception:
-            self.fail(key, traceback.format_exc())
-            print(f"{key}: {traceback.format_exc()}", flush=True)
-            if lost := gpu_error():
-                print(f"the GPU takes no more calls of this process: {lost}", flush=True)
-                os._exit(GPU_LOST)
-
-
-def gpu_error() -> str:
-    """What a call of the GPU says now; empty where all is well, or the GPU was never used."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return ""
-    try:
-        torch.cuda.synchronize()
-    except Exception as error:
-        return str(error)
-    return ""
 
 
 def end_with_the_parent() -> None:
@@ -115,8 +115,7 @@ def run(job: Job, context: Context) -> None:
     module, _, name = job.run.partition(":")
     with torch.no_grad():
         getattr(importlib.import_module(module), name)(context, **job.arguments)
-    context.entry["ended"] = True
-    context.write()
+    context.write(ended=True)
 
 
 def self_check(jobs: Sequence[Job]) -> int:

@@ -3,10 +3,8 @@
 To measure one more way to compute a linear with LoRA, add a line to ARMS. To measure anything else,
 add a Job. A job's function lies in a module of this folder; what it gets is a gpu_job.Context:
 
-    def measure(context, **arguments):
-        for case in context.todo(cases):    # those of a dict that are not measured yet
-            with context.case(key):         # an error is noted, and the next case has its turn
-                context.add(key, rows)      # on disk from here on
+    def job(context, **arguments):
+        context.measure(cases, rows_of_case)    # of each of a dict, on disk once it is measured
 
 It has to work in a tiny form on a CPU, kernels in Triton's interpreter (`context.tiny`): that is
 what `make gpu-check` runs before GPU time is spent.
@@ -73,11 +71,8 @@ class Arm:
 
 
 BOTH, PREFILL, DECODE = ("prefill", "decode"), ("prefill",), ("decode",)
-KERNELS, WHOLE, PLAN = (
-    ("kernels",),
-    ("kernels", "passes", "lorafx"),
-    ("kernels/triton", "kernels/cost"),
-)
+KERNELS, WHOLE = ("kernels",), ("kernels", "passes", "lorafx")
+PLAN = ("kernels/triton", "kernels/cost")
 VLLM = ("kernels/triton", "lorafx/integrations/vllm/launches.py")
 PROTOCOL = (
     "lorafx/integrations/cli/measuring.py",
@@ -89,8 +84,6 @@ LAYERS = ("q/k/v", "o", "gate/up", "down")
 CHIP = ("calibrate",)
 TUNED = (*CHIP, *(f"tune split: {layer} M=64 r=16" for layer in LAYERS))
 PEERS = {"sources": ("benchmarks/peers.py", *PLAN), "inputs": CHIP}
-#: A reader of "split" that looks ranks up slot by slot and multiplies one adapter after another.
-ONE_BY_ONE = {"reduce": {"at_once": 0, "block_r": 16}}
 #: The most promising first.
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
@@ -99,7 +92,6 @@ ARMS: Mapping[str, Arm] = {
         Arm("concat", PREFILL, "strategy", {"name": "concat"}),
         Arm("segments", PREFILL, "strategy", {"name": "segments"}),
         Arm("split", DECODE, "strategy", {"name": "split"}),
-        Arm("split, one by one", DECODE, "strategy", {"name": "split", "changes": ONE_BY_ONE}),
         Arm("epilogue", BOTH, "strategy", {"name": "epilogue"}),
         Arm("inside vLLM", BOTH, "in_vllm", sources=VLLM),
         Arm("plan, no adapter", BOTH, "nobody", sources=PLAN, inputs=CHIP, plain=True),
@@ -107,7 +99,6 @@ ARMS: Mapping[str, Arm] = {
         Arm("plan, tuned", DECODE, "planned", sources=PLAN, inputs=TUNED),
         Arm("vllm", BOTH, "peer", {"package": "vllm"}, **PEERS, needs="vllm"),
         Arm("sglang", BOTH, "peer", {"package": "sglang"}, **PEERS, needs="sglang"),
-        Arm("Inductor max-autotune", BOTH, "autotuned", sources=(), plain=True),
     )
 }
 #: (rows, distinct adapters, rank) by phase: what the goals are about, and the rest.
@@ -168,9 +159,9 @@ def test_jobs() -> Iterator[Job]:
 
 
 def tune_job(layer: str) -> Job:
-    given = {"strategy": "split", "layer": layer, "rows": 64, "rank": 16, "most": 40}
-    name, sources = f"tune split: {layer} M=64 r=16", (*LINEAR, "kernels/triton")
-    return Job(name, "tuning", "gpu_tuning:tune_tiles", given, sources, 120.0, tiny="split")
+    run, sources = "gpu_tuning:tune_tiles", (*LINEAR, "benchmarks/gpu_tuning.py", "kernels/triton")
+    name = f"tune split: {layer} M=64 r=16"
+    return Job(name, "tuning", run, {"layer": layer}, sources, 120.0, tiny="split")
 
 
 def model_job(run: str, name: str, estimate: float, tiny: str, **arguments: Any) -> Job:

@@ -9,7 +9,7 @@ read the copy; whatever it needs beside (a weight with room behind its columns) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import gpu_protocol
 import peers
 import torch
-from gpu_job import Context
+from gpu_job import Context, Rows
 from gpu_jobs import ARMS, LAYERS, MIXES, Arm
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -28,7 +28,7 @@ from lorafx.errors import LoweringError
 from lorafx.integrations.vllm.launches import launches
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import FUSED, Work, estimate
-from lorafx.kernels.triton.build import CONCAT, TritonSpec, build, load_tuned, plan_of, tiles_for
+from lorafx.kernels.triton.build import CONCAT, TritonSpec, build, load_tuned, plan_of
 from lorafx.kernels.triton.ops import columns_of
 from lorafx.kernels.triton.tiles import architecture_of
 
@@ -45,8 +45,6 @@ PREFILL_COPIES = 4
 REQUESTS = 8
 #: Largest error against float64, in units of the largest value, that a 16-bit result may have.
 TOLERANCE = 2e-2
-#: What the peers' ops are to take of the plan's time in decode: goal, stretch.
-PEER_GOALS = (1.25, 1.5)
 
 
 @dataclass(frozen=True)
@@ -135,21 +133,11 @@ def built(case: Case, spec: TritonSpec, strategy: str, **arguments: Any) -> int:
     return kernel
 
 
-def strategy(
-    case: Case,
-    device: torch.device,
-    *,
-    name: str,
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
-) -> ArmOfCopy:
-    """One of lorafx's strategies; `changes` are those of the tiles, by kernel."""
+def strategy(case: Case, device: torch.device, *, name: str) -> ArmOfCopy:
+    """One of lorafx's strategies."""
     if name == CONCAT:
         return concat(case, device)
-    spec, tiles = case.spec(name), None
-    if changes is not None:
-        usual = tiles_for(name, spec.delta, case.rows, architecture_of(device))
-        tiles = {kernel: replace(own, **changes.get(kernel, {})) for kernel, own in usual.items()}
-    kernel = built(case, spec, name, device=device, tiles=tiles)
+    kernel = built(case, case.spec(name), name, device=device)
 
     def call(copy: LinearProblem) -> Tensor:
         return (copy if name in FUSED else replace(copy, y=base_of(copy))).run(name, kernel)
@@ -209,15 +197,6 @@ def nobody(case: Case, device: torch.device) -> ArmOfCopy:
 
 def owned(copy: LinearProblem, owners: Tensor) -> LinearProblem:
     return replace(copy, bank=(*copy.bank[:-1], owners))
-
-
-def autotuned(case: Case, device: torch.device) -> ArmOfCopy:
-    """The best GEMM that Inductor finds, without LoRA."""
-    backend = (
-        {"mode": "max-autotune-no-cudagraphs"} if device.type == "cuda" else {"backend": "eager"}
-    )
-    product = torch.compile(linear, **backend)
-    return lambda copy: lambda: product(copy.x, copy.weight)
 
 
 def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
@@ -309,7 +288,7 @@ def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, A
         ours = planned(case, meter.device)
         over = meter.arm([ours(copy) for copy in copies])
         rows += meter.compare(f"{case.label}, over the plan", over, {arm.name: timed})[1:]
-        rows[-1] |= {"goals": PEER_GOALS if case.decode else None, "plan": plan}
+        rows[-1]["plan"] = plan
     return rows
 
 
@@ -325,25 +304,24 @@ def compare_arm(context: Context, *, phase: str, part: str, arm: str, model: str
     """Job: one arm over the vendor's GEMM, all packed linears of a model and all mixes."""
     entry, meter = ARMS[arm], gpu_protocol.Meter(context.device)
     own = [tiny_case(phase, entry)] if context.tiny else cases(model, phase, part)
-    for case in context.todo({case.label: case for case in own}):
-        with context.case(case.label):
-            try:
-                rows = measure(case, entry, meter)
-            except Unfit as reason:
-                if context.tiny:
-                    raise
-                rows = [{"arm": arm, "case": case.label, "unfit": str(reason)}]
-            context.add(case.label, rows)
-            context.summarise(_ratios(context.rows, arm))
 
+    def measured(case: Case) -> Rows:
+        try:
+            return measure(case, entry, meter)
+        except Unfit as reason:
+            if context.tiny:
+                raise
+            return [{"arm": arm, "case": case.label, "unfit": str(reason)}]
 
-def _ratios(rows: Sequence[Mapping[str, Any]], arm: str) -> str:
-    """The arm's ratios, mix by mix: "8192/8: q/k/v 1.02, o 1.03"."""
-    mixes: dict[str, list[str]] = {}
-    for row in (row for row in rows if row.get("arm") == arm):
-        words = row["key"].split()
-        mix = "/".join(word.partition("=")[2] for word in words[-3:-1])
-        found = f"{row['median']:.3f}" if "median" in row else "unfit"
-        over = " of the plan" * (row["case"] != row["key"])
-        mixes.setdefault(mix, []).append(f"{words[1]} {found}{over}")
-    return "; ".join(f"{mix}: {', '.join(found)}" for mix, found in mixes.items())
+    def summary(rows: Rows) -> str:
+        """The arm's ratios, mix by mix: "8192/8: q/k/v 1.02, o 1.03"."""
+        mixes: dict[str, list[str]] = {}
+        for row in (row for row in rows if row.get("arm") == arm):
+            words = row["key"].split()
+            mix = "/".join(word.partition("=")[2] for word in words[-3:-1])
+            found = f"{row['median']:.3f}" if "median" in row else "unfit"
+            over = " of the plan" * (row["case"] != row["key"])
+            mixes.setdefault(mix, []).append(f"{words[1]} {found}{over}")
+        return "; ".join(f"{mix}: {', '.join(found)}" for mix, found in mixes.items())
+
+    context.measure({case.label: case for case in own}, measured, summary)

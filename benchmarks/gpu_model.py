@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +35,14 @@ import gpu_protocol
 import torch
 import torch._inductor.config
 from cpu_mixed import peft_mixed
-from gpu_job import Context
+from gpu_job import Context, Rows
 from peft import PeftModel
-from protocol import errors, names_of
-from safetensors.torch import save_file
-from torch import Tensor
+from protocol import errors, names_of, save_adapter
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafx
+from lorafx.kernels.cost.roofline import factor_elements
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Adapters of the mixes of a step.
@@ -53,14 +52,10 @@ MIXES: Mapping[tuple[str, int], tuple[int, ...]] = {
     ("decode", 8): (0, 1, 8),
     ("prefill", 8): (0, 1, 8),
 }
-#: Least throughput over no LoRA by (step, adapters), of docs/performance.md: goal, stretch.
-GOALS = {
-    ("decode", 0): (0.995, 1.0),
-    ("decode", 1): (0.97, 0.985),
-    ("decode", 8): (0.94, 0.955),
-    ("prefill", 0): (0.995, 1.0),
-    ("prefill", 1): (0.975, 0.99),
-    ("prefill", 8): (0.975, 0.99),
+#: Least throughput over no LoRA by step and adapters, of docs/performance.md.
+GOALS: Mapping[str, Mapping[int, float]] = {
+    "decode": {0: 0.995, 1: 0.97, 8: 0.94},
+    "prefill": {0: 0.995, 1: 0.975, 8: 0.975},
 }
 #: Largest error of a row's logits, over that of the merged model in the same dtype; in a tiny
 #: model's float32 sums are in another order than with the merged weight.
@@ -114,24 +109,8 @@ def build_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def make_adapter(model: LlamaForCausalLM, folder: Path, rank: int, seed: int) -> None:
-    """Write an adapter in PEFT's format with α = r."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for path, module in linears_of(model):
-        N, K = module.weight.shape
-        A = torch.randn(rank, K, generator=generator) * K**-0.5
-        B = torch.randn(N, rank, generator=generator) * 0.1 * rank**-0.5
-        for letter, factor in zip("AB", (A, B), strict=True):
-            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = factor.to(model.dtype)
-    folder.mkdir(parents=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def linears_of(model: LlamaForCausalLM) -> list[tuple[str, Any]]:
-    """Those of the layers, by path."""
-    return [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in TARGETS]
+    """Have PEFT save an adapter with α = r."""
+    save_adapter(model, folder, rank, list(TARGETS), std=0.02, seed=seed)
 
 
 def prepared(
@@ -152,7 +131,7 @@ def prepared(
     config = lorafx.LoraConfig(
         target_modules=list(TARGETS), max_adapters=count, max_rank=sizes.rank
     )
-    plan = {path: pins for path, _ in linears_of(model)} if pins else {}
+    plan = dict.fromkeys(linears_of(model), pins) if pins else {}
     # What serves calls without an adapter once `warmup` has run.
     options = {"lowering": "triton", "plan": plan, "base_graphs": True}
     cm = lorafx.compile(copy.deepcopy(model), config, options=options)
@@ -162,15 +141,17 @@ def prepared(
     return model, cm, paths
 
 
-def floor_of(config: LlamaConfig, rank: int, distinct: int) -> float:
+def linears_of(model: LlamaForCausalLM) -> dict[str, nn.Linear]:
+    """Those of the layers, by path."""
+    named = model.named_modules()
+    return {path: m for path, m in named if path.rpartition(".")[2] in TARGETS}
+
+
+def floor_of(model: LlamaForCausalLM, rank: int, distinct: int) -> float:
     """Bytes of a decode step with D adapters over the base's."""
-    h, m = config.hidden_size, config.intermediate_size
-    kv = h // config.num_attention_heads * config.num_key_value_heads
-    shapes = [(h, h), (h, kv), (h, kv), (h, h), (h, m), (h, m), (m, h)]
-    layer = sum(K * N for K, N in shapes)
-    factors = sum(K + N for K, N in shapes)
-    weights = config.num_hidden_layers * layer + config.vocab_size * h
-    return 1 + distinct * rank * config.num_hidden_layers * factors / weights
+    linears = linears_of(model).values()
+    weights = sum(linear.weight.numel() for linear in (*linears, model.lm_head))
+    return 1 + distinct * factor_elements(linears, rank) / weights
 
 
 def run_step(context: Context, *, kind: str, batch: int, pins: str | None = None) -> None:
@@ -178,49 +159,33 @@ def run_step(context: Context, *, kind: str, batch: int, pins: str | None = None
     sizes, mixes, tokens = Sizes.of(context), MIXES[kind, batch], STEP_TOKENS[kind]
     if context.tiny:
         batch, tokens, mixes = 3, min(tokens, 2), (0, 1, 2)
+
+    def measured(case: str) -> Rows:
+        with tempfile.TemporaryDirectory() as folder:
+            model, cm, paths = prepared(sizes, context.device, folder, count=max(mixes), pins=pins)
+            ids = torch.randint(model.config.vocab_size, (batch, tokens), device=context.device)
+            call, calls = {"input_ids": ids, "use_cache": False}, {}
+            about: dict[str, dict[str, Any]] = {}
+            for distinct in mixes:
+                name, names = f"lorafx D={distinct}", names_of(batch, distinct)
+                calls[name] = partial(cm, **call, adapter_names=names)
+                found = errors(model, paths, calls[name]().logits, ids, names)
+                error = max(got / max(own, 1e-6) for got, own in found)
+                if not error < (TINY_ROUNDING if context.tiny else ROUNDING):
+                    raise RuntimeError(f"{case} D={distinct}: error {error:.1f}")
+                floor = floor_of(model, sizes.rank, distinct) if kind == "decode" else 1.0
+                about[name] = {"floor": floor, "goal": GOALS[kind].get(distinct)}
+                about[name]["error_over_rounding"] = error
+            meter = gpu_protocol.Meter(context.device, seconds=0.02)
+            # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have it.
+            backend = "eager" if context.tiny else "inductor"
+            base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
+            case = f"{case}, {sizes.layers} layers, r={sizes.rank}"
+            rows = meter.compare_steps(case, partial(base, **call), calls)
+            return [row | about.get(row["arm"], {}) for row in rows]
+
     key = f"{kind} [{batch}, {tokens}]"
-    if context.todo({key: key}):
-        with context.case(key), tempfile.TemporaryDirectory() as folder:
-            made = prepared(sizes, context.device, folder, count=max(mixes), pins=pins)
-            ids = torch.randint(made[0].config.vocab_size, (batch, tokens), device=context.device)
-            context.add(key, measure_step(sizes, kind, *made, ids, mixes))
-            ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in context.rows]
-            context.summarise(", ".join(ratios))
-
-
-def measure_step(
-    sizes: Sizes,
-    kind: str,
-    model: LlamaForCausalLM,
-    cm: lorafx.CompiledModel,
-    paths: Mapping[str, str],
-    ids: Tensor,
-    mixes: Sequence[int],
-) -> list[dict[str, Any]]:
-    """Rows of results of one kind of step.
-
-    Raises:
-        RuntimeError: a mix is off by more than rounding explains.
-    """
-    meter = gpu_protocol.Meter(model.device, seconds=0.02)
-    # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have them.
-    backend = "inductor" if meter.measures else "eager"
-    base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
-    calls, about = {}, dict[str, dict[str, Any]]()
-    for distinct in mixes:
-        name, names = f"lorafx D={distinct}", names_of(ids.shape[0], distinct)
-        calls[name] = partial(cm, input_ids=ids, use_cache=False, adapter_names=names)
-        found = errors(model, paths, calls[name]().logits, ids, names)
-        error = max(got / max(own, 1e-6) for got, own in found)
-        if not error < (ROUNDING if meter.measures else TINY_ROUNDING):
-            raise RuntimeError(f"{kind} {list(ids.shape)} D={distinct}: error {error:.1f}")
-        floor = floor_of(model.config, sizes.rank, distinct) if kind == "decode" else 1.0
-        goal, stretch = GOALS.get((kind, distinct), (None, None))
-        about[name] = {"floor": floor, "goal": goal, "stretch": stretch}
-        about[name]["error_over_rounding"] = error
-    case = f"{kind} {list(ids.shape)}, {sizes.layers} layers, r={sizes.rank}"
-    rows = meter.compare_steps(case, partial(base, input_ids=ids, use_cache=False), calls)
-    return [row | about.get(row["arm"], {}) for row in rows]
+    context.measure({key: key}, measured)
 
 
 # --- generation ---
@@ -244,21 +209,18 @@ def run_generate(context: Context, *, batch: int) -> None:
     sizes, prompt, new, count = Sizes.of(context), PROMPT, NEW, 8
     if context.tiny:
         batch, prompt, new, count = min(batch, 2), 2, 2, 2
-    key = f"generate [{batch}, {prompt}] + {new}"
-    cuda_graphs = {"triton.cudagraphs": not context.tiny}
-    if context.todo({key: key}):
-        with (
-            context.case(key),
-            tempfile.TemporaryDirectory() as folder,
-            torch._inductor.config.patch(cuda_graphs),
-        ):
+    cuda_graphs = torch._inductor.config.patch({"triton.cudagraphs": not context.tiny})
+
+    def measured(key: str) -> Rows:
+        with tempfile.TemporaryDirectory() as folder, cuda_graphs:
             model, cm, paths = prepared(sizes, context.device, folder, count=count)
             merged = PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"])
             models = model, cm, merged.merge_and_unload(), peft_mixed(model, paths)
             ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=context.device)
-            context.add(key, measure_generate(context, key, models, ids, new))
-            ratios = [f"{row['arm']} {row['median']:.3f}" for row in context.rows]
-            context.summarise(", ".join(ratios).replace("lorafx ", ""))
+            return measure_generate(context, key, models, ids, new)
+
+    key = f"generate [{batch}, {prompt}] + {new}"
+    context.measure({key: key}, measured)
 
 
 def measure_generate(

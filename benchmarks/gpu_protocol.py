@@ -9,7 +9,6 @@ such a graph over the same copies in the same order.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +20,6 @@ from calibrate import graph_of
 COPIES = 20
 CACHE_BYTES = 60 << 20  # of an H200's L2; the copies together are to be several times that
 CLOCKS = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
-
-
-def require_gpu(program: str) -> torch.device:
-    """The GPU to measure on; ends the program, saying so, where there is none."""
-    if not torch.cuda.is_available():
-        sys.exit(
-            f"{program} measures on a GPU and this machine has none that torch {torch.__version__} "
-            "can use. Nothing was measured or written; make gpu-check runs what needs no GPU."
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -46,10 +35,7 @@ class Arm:
     prepare: Callable[[], object] | None = None
 
     def __call__(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        for call in self.calls:
+        for call in self.calls if self.graph is None else (self.graph.replay,):
             call()
 
 
@@ -82,16 +68,10 @@ class Meter:
         return Arm(calls, graph_of(calls) if self.measures else None, prepare)
 
     def copies(self, nbytes: int) -> int:
-        """Of weights of so many bytes, which an arm rotates over: at least 20, ten caches full.
-
-        Raises:
-            MemoryError: they do not fit into device memory.
-        """
+        """Of weights of so many bytes, which an arm rotates over: at least 20, ten caches full."""
         if not self.measures:
             return 2
         most = int(0.8 * torch.cuda.mem_get_info(self.device)[0] // nbytes)
-        if most < COPIES:
-            raise MemoryError(f"{COPIES} copies of {nbytes >> 20} MiB do not fit")
         return max(COPIES, min(400, most, 10 * CACHE_BYTES // nbytes))
 
     def launches(self, call: Callable[[], object]) -> list[str]:

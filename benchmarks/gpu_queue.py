@@ -108,8 +108,7 @@ class Queue:
         digest = self.store.digest(job)
         entry = seed(self.store.entries.get(job.name), digest) | {"commit": self.options.commit}
         cache = Path(tempfile.mkdtemp(dir=self.scratch))  # what another job has tuned is not there
-        for rows in self.store.kept(job).values():
-            restore(rows, cache)
+        restore(self.store.kept(job), cache)
         self.store.put(job.group, job.name, entry)
         command = [sys.executable, str(FOLDER / "gpu_job.py"), "--device", self.device, job.name]
         command += ["--out", str(self.options.out)] if self.options.out else []
@@ -123,15 +122,13 @@ class Queue:
                 stderr=subprocess.STDOUT,
                 process_group=0,  # not a session of its own: it is to end with the queue
             )
-        killed = ""
+        killed = "the queue was ended"
         try:
             process.wait(limit)
+            killed = ""
         except subprocess.TimeoutExpired:
             queue = "the queue's" if limit < LIMIT else "its"
             killed = f"ended at {queue} limit of {limit:.0f} s"
-        except SystemExit:
-            killed = "the queue was ended"
-            raise
         finally:
             status = stop(process)
             self.store.take(self.store.folder)
@@ -178,7 +175,7 @@ def judge(entry: Entry, status: int, killed: str, *, cut_off: bool, log: str) ->
 
 def described(entry: Entry) -> str:
     """What was found, in a line."""
-    return "; ".join(text for text in (entry.get("why"), entry["summary"]) if text)
+    return "; ".join(filter(None, (entry.get("why"), entry["summary"])))
 
 
 def self_check(jobs: Sequence[Job], scratch: Path, peers: Path) -> int:
@@ -195,22 +192,18 @@ def self_check(jobs: Sequence[Job], scratch: Path, peers: Path) -> int:
 
 def report(jobs: Sequence[Job], stores: Mapping[str, Store]) -> None:
     """Print the state of every job on every device that has results."""
+    row = "{:36}  {:21}  {:16}  {:>4}  {}".format
     for device, store in stores.items():
-        rows = [("job", "state", "when (UTC)", "s", "found")]
-        for job in jobs:
-            entry = store.entries.get(job.name)
-            state = store.state(job)
-            found: Entry = entry or {"date": "", "seconds": job.estimate, "summary": ""}
-            when, seconds = found["date"][:16].replace("T", " "), f"{found['seconds']:.0f}"
-            rows.append((job.name, state, when, seconds, described(found)))
-        states = Counter(row[1] for row in rows[1:])
+        states = Counter(store.state(job) for job in jobs)
         counted = ", ".join(f"{count} {state}" for state, count in states.items())
         never = sum(job.estimate for job in jobs if job.name not in store.entries)
         print(f"{device}: {counted}; about {never / 60:.0f} minutes {NEVER}")
-        widths = [max(len(row[place]) for row in rows) for place in range(4)]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-            print("  ".join([*cells, row[4]]).rstrip())
+        print(row("job", "state", "when (UTC)", "s", "found"))
+        for job in jobs:
+            found: Entry = {"date": "", "seconds": job.estimate, "summary": ""}
+            found = store.entries.get(job.name, found)
+            when, seconds = found["date"][:16].replace("T", " "), f"{found['seconds']:.0f}"
+            print(row(job.name, store.state(job), when, seconds, described(found)).rstrip())
         print()
 
 

@@ -18,9 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,10 +39,9 @@ def now() -> str:
 def write_json(path: Path, value: object) -> None:
     """Write a file that is whole at any moment: it is renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        scratch.write(f"{json.dumps(value, indent=1)}\n")
-    os.chmod(scratch.name, 0o644)
-    os.replace(scratch.name, path)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(f"{json.dumps(value, indent=1)}\n")
+    scratch.replace(path)
 
 
 def folder_of(device: str, torch_version: str) -> str:
@@ -55,17 +52,11 @@ def folder_of(device: str, torch_version: str) -> str:
 
 @functools.cache
 def source_digest(name: str) -> bytes:
-    """Of a file, or of all files of a folder, without what Python leaves there.
-
-    Raises:
-        FileNotFoundError: the name is neither of the repository.
-    """
+    """Of a file, or of all files of a folder, without what Python leaves there."""
     path, whole = ROOT / name, hashlib.sha256()
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: no file or folder of {ROOT}")
     # A link to a folder, as lorafx/passes, is not followed.
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and file.suffix != ".pyc":
+        if not file.is_dir() and file.suffix != ".pyc":
             whole.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return whole.digest()
 
@@ -111,13 +102,10 @@ class Store:
         names = [name for name in sorted(self.entries) if self._groups[name] == group]
         write_json(self.folder / f"{group}.json", {name: self.entries[name] for name in names})
 
-    def kept(self, job: Job) -> dict[str, list[dict[str, Any]]]:
-        """By each job that this one builds on, the rows of `kept_row` that it has left."""
-        rows = {name: self.entries.get(name, {}).get("rows", ()) for name in job.inputs}
-        return {
-            name: [{k: row[k] for k in ("file", "kept")} for row in own if "kept" in row]
-            for name, own in rows.items()
-        }
+    def kept(self, job: Job) -> list[dict[str, Any]]:
+        """The rows of `kept_row` that the jobs have left that this one builds on."""
+        rows = (row for name in job.inputs for row in self.entries.get(name, {}).get("rows", ()))
+        return [{"file": row["file"], "kept": row["kept"]} for row in rows if "kept" in row]
 
     def digest(self, job: Job) -> str:
         """Of the job's sources, its arguments, and the rows of the jobs that it builds on."""

@@ -1,14 +1,9 @@
 """Job: a test file of tests/gpu, its tests in several processes at once; and their pytest plugin.
 
-Most of a test's time is compilation on the CPU, so lanes share the file. A test that ends its
-process (a GPU in error, a crash, too long a time) is a failure of its own; its lane goes on with
-the next test in a new process. Every outcome is on disk at once.
-
-    LORAFX_GPU_TESTS = {"lane": k, "lanes": n, "last": [ids], "done": [ids], "report": file}
-
-Of all tests, those of `last` at the end, lane k takes every n-th, but those `done`. The report has
-lines of JSON: that a test starts, and what became of it. A test that leaves the GPU in error is
-blamed for it, and the process ends: every later test would fail of the same error.
+Most of a test's time is compilation on the CPU, so lanes share the file: of all tests, those that
+failed before at the end, lane k takes every n-th. A test that ends its process (a GPU in error, a
+crash, too long a time) is a failure of its own; its lane goes on with the next in a new process.
+The plugin writes lines of JSON into a pipe: that a test starts, and what became of it.
 """
 
 from __future__ import annotations
@@ -19,85 +14,83 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
-from gpu_job import GPU_LOST, KEPT, Context, gpu_error
+from gpu_job import KEPT, Context, gpu_error
 from gpu_jobs import ROOT
 
+GPU_LOST = 33  # exit status where the GPU takes no more calls; none of pytest's own
 TEST_LIMIT = 240  # seconds of one test
 ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none to run
 ORDER = "LORAFX_GPU_TESTS"
+_writing = threading.Lock()
 
 
 def run_file(context: Context, *, file: str, lanes: int) -> None:
     """The tests that have not passed yet, those that failed before at the end."""
     lanes = 1 if context.tiny else min(lanes, max(1, (os.cpu_count() or 2) // 2))
-    with tempfile.TemporaryDirectory() as folder:
-        running = [run_lane(context, file, lane, lanes, Path(folder)) for lane in range(lanes)]
-        while running:
-            running = [lane for lane in running if next(lane, False)]
-            time.sleep(0.1)
+    earlier = [row["key"] for row in context.rows]
+    with ThreadPoolExecutor(lanes) as pool:
+        list(pool.map(partial(run_lane, context, file, lanes, earlier), range(lanes)))
 
 
-def run_lane(
-    context: Context, file: str, lane: int, lanes: int, folder: Path
-) -> Generator[bool, None, None]:
+def run_lane(context: Context, file: str, lanes: int, earlier: list[str], lane: int) -> None:
     """One pytest process after the other, until none of the lane's tests is left."""
-    order: dict[str, Any] = {"lane": lane, "lanes": lanes, "last": context.entry["before"]}
-    done = {row["key"] for row in context.rows}
+    order = {"lane": lane, "lanes": lanes, "last": context.entry["before"], "done": [*earlier]}
     command = [sys.executable, "-m", "pytest", file, "-p", "gpu_tests", "--tb=short"]
-    command += ["-p", "no:cacheprovider", f"--basetemp={folder}/tmp{lane}"]
-    report, log = folder / f"report{lane}", folder / f"log{lane}"
-    order["report"] = str(report)
     while True:
-        order["done"], test, status = sorted(done), "", None
-        given = {ORDER: json.dumps(order), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        report.write_text("")
-        read = 0
-        with log.open("wb") as output:
+        with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
+            reader, writer = os.pipe()
+            given = {ORDER: json.dumps(order | {"pipe": writer})}
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | given, stdout=output, stderr=subprocess.STDOUT
+                [*command, "-p", "no:cacheprovider", f"--basetemp={folder}/tests"],
+                cwd=ROOT,
+                env=os.environ | given | {"TORCHINDUCTOR_COMPILE_THREADS": "2"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writer],
             )
-            while status is None:
-                yield True
-                status = process.poll()  # before the report is read: what it says then is all
-                fresh = report.read_text().split("\n")[read:-1]  # whole lines
-                read += len(fresh)
-                for line in fresh:
-                    test = take_in(context, done, json.loads(line))
+            os.close(writer)
+            test = ""  # that runs now
+            with open(reader) as lines:
+                for told in map(json.loads, lines):
+                    test = "" if "outcome" in told else told["test"]
+                    if not test:
+                        order["done"].append(told["test"])
+                        with _writing:
+                            take_in(context, **told)
+            status = process.wait()
+            log.seek(0)
+            why = f"the process ended with status {status}\n{log.read()[-KEPT // 2 :]}"
         if status in ENDED:
             return
-        why = f"the process ended with status {status}\n"
-        why += log.read_text(errors="replace")[-KEPT // 2 :]
         if test:
-            context.fail(test, why)
-            done.add(test)
-        elif status != GPU_LOST:  # whose test has told of it
-            context.fail(f"{file}, lane {lane}", why)
-            return
+            order["done"].append(test)
+        if test or status != GPU_LOST:  # whose test has told of it
+            with _writing:
+                context.fail(test or f"{file}, lane {lane}", why)
+            if not test:
+                return
 
 
-def take_in(context: Context, done: set[str], told: dict[str, Any]) -> str:
-    """Note what the report says; the test that runs now."""
-    test: str = told.pop("test")
-    if not told:
-        return test
-    done.add(test)
-    why = told.pop("why")
-    if told["outcome"] == "failed":
-        context.fail(test, why)
+def take_in(context: Context, test: str, outcome: str, why: str, seconds: float) -> None:
+    """Note what became of a test."""
+    if outcome == "failed":
+        context.entry["failures"][test] = why
     else:
-        context.add(test, [told])
+        context.entry["failures"].pop(test, None)
+        context.rows.append({"key": test, "outcome": outcome, "seconds": seconds})
     counted = Counter(row["outcome"] for row in context.rows)
     counted["failed"] = len(context.entry["failures"])
-    found = sorted(counted.items())
-    context.summarise(", ".join(f"{count} {outcome}" for outcome, count in found if count))
-    return ""
+    summary = ", ".join(f"{n} {found}" for found, n in sorted(counted.items()) if n)
+    context.write(summary=summary)
 
 
 # --- the plugin ---
@@ -105,19 +98,21 @@ def take_in(context: Context, done: set[str], told: dict[str, Any]) -> str:
 _reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
 
 
+def _order() -> dict[str, Any]:
+    order: dict[str, Any] = json.loads(os.environ[ORDER])
+    return order
+
+
 def _tell(**line: Any) -> None:
-    with Path(json.loads(os.environ[ORDER])["report"]).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    os.write(_order()["pipe"], f"{json.dumps(line)}\n".encode())
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    order = json.loads(os.environ[ORDER])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = _order()
     ordered = sorted(items, key=lambda item: item.nodeid in order["last"])
     share = ordered[order["lane"] :: order["lanes"]]
-    chosen = [item for item in share if item.nodeid not in order["done"]]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    items[:] = [item for item in share if item.nodeid not in order["done"]]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -134,7 +129,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     # Of set-up, call and end, the one that decides: failed before skipped before passed.
     report = min(_reports.pop(item.nodeid), key=lambda r: (not r.failed, not r.skipped))
     outcome, why, lost = report.outcome, report.longreprtext, gpu_error()
-    if lost:
+    if lost:  # it is blamed, and the process ends: every later test would fail of the same error
         outcome, why = "failed", f"left the GPU in error: {lost}\n{why}"
     seconds = round(time.monotonic() - start, 2)
     _tell(test=item.nodeid, outcome=outcome, why=why[-KEPT:], seconds=seconds)

@@ -156,11 +156,7 @@ def on_cpu(options: argparse.Namespace) -> None:
 def run_on_gpu(context: Context, *, kind: str) -> None:
     """Job: decode or prefill of one layer of the real sizes, every arm a CUDA graph. The layer's
     experts are 20 times an H200's cache, so weights are not rotated."""
-    for key in context.todo({kind: kind}):
-        with context.case(key):
-            context.add(key, gpu_case(kind, context))
-            ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in context.rows]
-            context.summarise(", ".join(ratios))
+    context.measure({kind: kind}, lambda kind: gpu_case(kind, context))
 
 
 def gpu_case(kind: str, context: Context) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import gpu_protocol
 import torch
-from gpu_job import Context
+from gpu_job import Context, Rows
 from protocol import rows_of, save
 from torch import Tensor
 
@@ -140,13 +140,18 @@ def attend_on_gpu(context: Context, *, phase: str) -> None:
         for heads in GPU_HEADS
         for name, given in lengths.items()
     }
-    for key, given, sizes in context.todo(cases):
-        with context.case(key):
-            sizes = (4, 2, 16) if context.tiny else sizes
-            call = step_of(given, torch.bfloat16, *sizes, context.device)
-            context.add(key, measured_on_gpu(context, key, call))
-            own = [row for row in context.rows if row["arm"] == "own keys"]
-            context.summarise("; ".join(f"{row['case']} {row['median']:.3f}" for row in own))
+
+    def measured(case: tuple[str, Any, tuple[int, int, int]]) -> Rows:
+        key, given, sizes = case
+        sizes = (4, 2, 16) if context.tiny else sizes
+        call = step_of(given, torch.bfloat16, *sizes, context.device)
+        return measured_on_gpu(context, key, call)
+
+    def summary(rows: Rows) -> str:
+        own = [row for row in rows if row["arm"] == "own keys"]
+        return "; ".join(f"{row['case']} {row['median']:.3f}" for row in own)
+
+    context.measure(cases, measured, summary)
 
 
 def measured_on_gpu(context: Context, key: str, call: dict[str, Any]) -> list[dict[str, Any]]:

@@ -152,3 +152,31 @@ def test_what_a_job_has_found_is_kept_however_it_ends(
     again = gpu_queue.seed(entry, entry["sources"])
     assert bool(again["rows"]) == (status != "measured")  # what is measured is measured anew
     assert again["before"] == (["second"] if status == "failed" else [])
+
+
+#: A file of tests, one of which ends its process.
+TESTS = """import os, pytest
+def test_a(): os._exit(7)
+def test_b(): assert 0
+def test_c(): pytest.skip("not here")
+def test_d(): pass
+"""
+
+
+def test_a_test_that_ends_its_process_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_tests
+    from gpu_job import Context
+
+    file = tmp_path / "test_four.py"
+    file.write_text(TESTS)
+    monkeypatch.setenv("PYTHONPATH", f"{FOLDER}:{ROOT}")
+    entry = {"rows": [], "failures": {}, "before": []}
+    gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=str(file), lanes=2)
+    found = {row["key"][-1]: row["outcome"] for row in entry["rows"]}
+    assert found == {"c": "skipped", "d": "passed"}
+    why = {key[-1]: text for key, text in entry["failures"].items()}
+    assert why["a"].startswith("the process ended with status 7")
+    assert "assert 0" in why["b"]
+    assert entry["summary"] == "2 failed, 1 passed, 1 skipped"
