@@ -82,6 +82,8 @@ def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor
         weights = bank.new_zeros(*indices.shape)
         if indices.shape[-1] > 1:
             weights[..., :-1] = given.take(f"{name}_topk_weights", *dims, "topk - 1")
+            if not given.meta and float(weights.min()) < 0:
+                raise Misfit(f"{given.tensors[f'{name}_topk_weights'][0]} has negative numbers")
         weights[..., -1] = 1 - weights[..., :-1].sum(-1)
     return (weights[..., None] * bank[indices]).sum(-2)
 
@@ -90,8 +92,6 @@ def _unilora(given: Given) -> Factors:
     theta = given.take("unilora_theta_d", "length")
     factors: dict[str, Tensor] = {}
     for letter, dims in (("A", ("r", "K")), ("B", ("N", "r"))):
-        if f"unilora_indices_{letter}" not in given:
-            raise Misfit(f"{given.place} has no indices; save it with save_indices=True")
         indices = given.take(f"unilora_indices_{letter}", *dims, dtype=torch.int64)
         _check_indices(given, f"unilora_indices_{letter}", indices, len(theta))
         factors[letter] = theta[indices] * given.take(f"unilora_scales_{letter}", *dims)
@@ -146,6 +146,7 @@ UNILORA = Method(
     marks="unilora_(?:indices|scales)_[AB]",
     shared="unilora_theta_d",
     read=_unilora,
+    absent="; PEFT saves them with UniLoraConfig(save_indices=True) alone",
     training=frozenset(
         {"proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights"}
         | {"save_indices"}

@@ -46,7 +46,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         if chosen is not None:
             raise CheckpointError(
                 f"{saved.where} holds nothing of {chosen.name}, which its configuration names: no "
-                f"key ends in {chosen.marks}"
+                f"key ends in {chosen.marks}{chosen.absent}"
             )
         return saved
     if isinstance(fields, Mapping):  # without a peft_type, which the keys tell

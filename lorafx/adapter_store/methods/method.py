@@ -57,6 +57,7 @@ class Method:
         training: fields that only training uses; `unread`: that the file's tensors tell better.
         complete: makes A and B of a place with K inputs and N outputs, where the file lacks either;
             it gets A, B, K, N and the fields that the reader uses.
+        absent: why a file may lack all marks, and what to do then.
         grows: its factors may have more numbers than the weight.
         form, rank, modules, against: what docs/adapters.md says of it.
     """
@@ -74,6 +75,7 @@ class Method:
     complete: (
         Callable[[Tensor, Tensor, int, int, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
     ) = None
+    absent: str = ""
     grows: bool = False
     form: str = "low rank"
     rank: str = "r"
@@ -163,12 +165,7 @@ class Given:
         alpha = self.number("alpha")
         key = self.tensors["alpha"][0] if alpha is not None else "alpha (alpha_pattern)"
         if alpha is None and self.config is not None:
-            configured = self.config.rank(self.path)
-            if configured not in (None, rank):
-                raise Misfit(
-                    f"{self.place} has rank {rank}, adapter_config.json says {configured} there "
-                    "(r, rank_pattern), and the scale α/r depends on it; correct the configuration"
-                )
+            self.check_rank(rank, ", and the scale α/r depends on it")
             alpha = self.config.scale(self.path, rank) * rank
         if alpha == 0:
             raise Misfit(
@@ -176,6 +173,15 @@ class Given:
                 "α = r; write the one that is meant"
             )
         return None if alpha is None else alpha / rank
+
+    def check_rank(self, rank: int, why: str = "") -> None:
+        """Raises `Misfit` unless the configuration, if it names an r here, names this one."""
+        configured = None if self.config is None else self.config.rank(self.path)
+        if configured not in (None, rank):
+            raise Misfit(
+                f"{self.place} has rank {rank}, adapter_config.json says {configured} there (r, "
+                f"rank_pattern){why}; correct the configuration"
+            )
 
     def option(self, name: str, default: Any = None) -> Any:
         """A field of the configuration that is the method's own."""

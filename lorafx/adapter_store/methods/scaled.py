@@ -53,6 +53,7 @@ def _miss(given: Given) -> Factors:
             "the base model (`PeftModel.merge_and_unload()`) instead"
         )
     block = given.take("miss_block", "r", "N")
+    given.check_rank(len(block))
     return Factors(block.new_empty(len(block), 0), block.mT)
 
 
