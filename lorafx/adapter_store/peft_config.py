@@ -25,7 +25,7 @@ from torch import nn
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.field_checks import Check, Malformed, is_off, json_object, short
-from lorafx.adapter_store.methods.method import Method
+from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.table import MERGE as _MERGE
 from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -189,7 +189,7 @@ class PeftConfig:
     base_model: str | None = _checked_field(checks.text, None, "base_model_name_or_path")
     trained_class: tuple[str, str] | None = _checked_field(_class, None, "auto_mapping")
     peft_version: tuple[int, ...] | None = _checked_field(_version)
-    method: Method | None = None
+    method: AdapterMethod | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -284,7 +284,7 @@ _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
-def _read(values: Mapping[str, Any], where: str, method: Method | None) -> PeftConfig:
+def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -> PeftConfig:
     if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"
@@ -313,7 +313,7 @@ def _read(values: Mapping[str, Any], where: str, method: Method | None) -> PeftC
     return PeftConfig(**read)
 
 
-def _in_terms_of_lora(values: Mapping[str, Any], method: Method | None) -> Mapping[str, Any]:
+def _in_terms_of_lora(values: Mapping[str, Any], method: AdapterMethod | None) -> Mapping[str, Any]:
     """The fields without those that `method` has other values for than LoRA."""
     if method is None:
         return values
@@ -325,7 +325,7 @@ def _in_terms_of_lora(values: Mapping[str, Any], method: Method | None) -> Mappi
     return values
 
 
-def _refusals(values: Mapping[str, Any], method: Method | None) -> Iterable[str]:
+def _refusals(values: Mapping[str, Any], method: AdapterMethod | None) -> Iterable[str]:
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if method is None and kind is not None and not (isinstance(kind, str) and kind == "LORA"):

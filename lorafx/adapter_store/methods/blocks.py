@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
-from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit
 
 
-def _gralora(given: Given) -> Factors:
+def _gralora(given: Given) -> MadeFactors:
     a = given.take("gralora_A", "k", "K / k", "r")
     b = given.take("gralora_B", "k", "r", "N / k")
     k, r, n = b.shape
@@ -43,12 +43,12 @@ def _gralora(given: Given) -> Factors:
         general = len(more_a)
         factor_a, factor_b = torch.cat([factor_a, more_a]), torch.cat([factor_b, more_b], 1)
     if given.config is None:
-        return Factors(factor_a, factor_b, given.scale(r + general))
+        return MadeFactors(factor_a, factor_b, given.scale(r + general))
     alpha = given.scale(r)
-    return Factors(factor_a, factor_b, None if alpha is None else alpha * r / (r + general))
+    return MadeFactors(factor_a, factor_b, None if alpha is None else alpha * r / (r + general))
 
 
-def _bdlora(given: Given) -> Factors:
+def _bdlora(given: Given) -> MadeFactors:
     options = given.option("use_bdlora", {})
     if not isinstance(options, Mapping):  # PEFT's own object
         options = getattr(options, "__dict__", options)
@@ -67,7 +67,7 @@ def _bdlora(given: Given) -> Factors:
                 f"{checks.short(count)} blocks (nblocks)"
             )
         factors[letter] = torch.block_diag(*factor.chunk(count))
-    return Factors(factors["a"], factors["b"], None)
+    return MadeFactors(factors["a"], factors["b"], None)
 
 
 def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor:
@@ -88,14 +88,14 @@ def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor
     return (weights[..., None] * bank[indices]).sum(-2)
 
 
-def _unilora(given: Given) -> Factors:
+def _unilora(given: Given) -> MadeFactors:
     theta = given.take("unilora_theta_d", "length")
     factors: dict[str, Tensor] = {}
     for letter, dims in (("A", ("r", "K")), ("B", ("N", "r"))):
         indices = given.take(f"unilora_indices_{letter}", *dims, dtype=torch.int64)
         _check_indices(given, f"unilora_indices_{letter}", indices, len(theta))
         factors[letter] = theta[indices] * given.take(f"unilora_scales_{letter}", *dims)
-    return Factors(factors["A"], factors["B"])
+    return MadeFactors(factors["A"], factors["B"])
 
 
 def _check_indices(given: Given, leaf: str, indices: Tensor, count: int) -> None:
@@ -103,14 +103,14 @@ def _check_indices(given: Given, leaf: str, indices: Tensor, count: int) -> None
         raise Misfit(f"{given.tensors[leaf][0]} points outside of the {count} that are shared")
 
 
-def _vblora(given: Given) -> Factors:
+def _vblora(given: Given) -> MadeFactors:
     count = given.option("topk", 2)
     a = _mixed(given, "vblora_logits_A", ("r", "pieces of K"), count)
     b = _mixed(given, "vblora_logits_B", ("pieces of N", "r"), count)
-    return Factors(a.flatten(1), b.mT.flatten(0, 1))
+    return MadeFactors(a.flatten(1), b.mT.flatten(0, 1))
 
 
-GRALORA = Method(
+GRALORA = AdapterMethod(
     name="GraLoRA",
     peft_type="GRALORA",
     marks=r"gralora_[AB](?:_general)?",
@@ -120,7 +120,7 @@ GRALORA = Method(
     grows=True,
     rank="k r + hybrid_r",
 )
-BDLORA = Method(
+BDLORA = AdapterMethod(
     name="BD-LoRA",
     peft_type="LORA",
     marks="lora_[AB]",
@@ -128,7 +128,7 @@ BDLORA = Method(
     switch="use_bdlora",
     fields={"use_bdlora": checks.anything},
 )
-VBLORA = Method(
+VBLORA = AdapterMethod(
     name="VB-LoRA",
     peft_type="VBLORA",
     marks=r"vblora_logits_[AB](?:_topk_(?:indices|weights))?",
@@ -140,7 +140,7 @@ VBLORA = Method(
         | {"init_vector_bank_bound", "init_logits_std"}
     ),
 )
-UNILORA = Method(
+UNILORA = AdapterMethod(
     name="UniLoRA",
     peft_type="UNILORA",
     marks="unilora_(?:indices|scales)_[AB]",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.spelling import spelt
-from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, NotServed
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
 from lorafx.adapter_store.methods.table import MERGE, METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
@@ -59,7 +59,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     config = fields
     problems: list[Misfit] = []
     tensors, made_of = dict(saved.tensors), {}
-    planned: dict[str, tuple[Given, Method, Factors]] = {}
+    planned: dict[str, tuple[Given, AdapterMethod, MadeFactors]] = {}
     for place, (method, leaves) in found.items():
         given = _given(place, leaves | shared.get(method, {}), config, meta=True)
         try:
@@ -102,13 +102,13 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
 
 
 def _found(
-    tensors: Mapping[str, Tensor], chosen: Method | None
-) -> tuple[dict[str, tuple[Method, Tensors]], dict[Method, Tensors]]:
+    tensors: Mapping[str, Tensor], chosen: AdapterMethod | None
+) -> tuple[dict[str, tuple[AdapterMethod, Tensors]], dict[AdapterMethod, Tensors]]:
     """The tensors of each module with marks of a method, and those that all modules share."""
     methods = [m for m in METHODS if not m.switch] if chosen is None else [chosen]
-    found: dict[str, tuple[Method, Tensors]] = {}
-    rest: dict[Method, list[tuple[str, str, str, Tensor]]] = {}
-    shared: dict[Method, Tensors] = {}
+    found: dict[str, tuple[AdapterMethod, Tensors]] = {}
+    rest: dict[AdapterMethod, list[tuple[str, str, str, Tensor]]] = {}
+    shared: dict[AdapterMethod, Tensors] = {}
     for key, tensor in tensors.items():
         for method in methods:
             match = _KEYS[method].fullmatch(key)
@@ -137,7 +137,7 @@ def _found(
     return found, {method: leaves for method, leaves in shared.items() if method in used}
 
 
-def _of_lora(chosen: Method, keys: Iterable[str]) -> Iterator[Misfit]:
+def _of_lora(chosen: AdapterMethod, keys: Iterable[str]) -> Iterator[Misfit]:
     """Pairs A, B in a file of another method, whose scale nothing says."""
     for key in sorted(keys):
         factor = parse(key)
@@ -149,7 +149,7 @@ def _given(place: str, tensors: Tensors, config: PeftConfig | None, *, meta: boo
     return Given(place, without_prefix(place), tensors, config, meta=meta)
 
 
-def _read(given: Given, method: Method) -> Factors:
+def _read(given: Given, method: AdapterMethod) -> MadeFactors:
     if given.config is None and method.peft_type not in ("LOHA", "LOKR", None):
         raise Misfit(
             f"{given.place} is of {method.name}, which is not known without a configuration; give "
@@ -175,7 +175,7 @@ def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
 
 
 def _check_sizes(
-    saved: Saved, planned: list[tuple[Given, Method, Factors]], model: nn.Module | None
+    saved: Saved, planned: list[tuple[Given, AdapterMethod, MadeFactors]], model: nn.Module | None
 ) -> None:
     """Refuse factors with more numbers than the weights that they change, or than the model."""
     limit, numbers = "", sum(made.A.numel() + made.B.numel() for _, _, made in planned)

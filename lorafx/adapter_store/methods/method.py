@@ -34,7 +34,7 @@ class NotServed(Misfit):
     """The tensors mean what no factors are."""
 
 
-class Factors(NamedTuple):
+class MadeFactors(NamedTuple):
     """A (R, K), B (N, R) and s; None: as the configuration says, or α is R where there is none."""
 
     A: Tensor
@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class AdapterMethod:
     """How adapters of a method are found and read.
 
     Attributes:
@@ -65,7 +65,7 @@ class Method:
     name: str
     peft_type: str | None
     marks: str
-    read: Callable[[Given], Factors]
+    read: Callable[[Given], MadeFactors]
     leaves: str = ""
     shared: str = ""
     switch: str = ""
@@ -188,8 +188,8 @@ class Given:
         return default if self.config is None else self.config.options.get(name, default)
 
 
-def of_delta(delta: Tensor, scale: float | None) -> Factors:
+def of_delta(delta: Tensor, scale: float | None) -> MadeFactors:
     """Factors of a ΔW (N, K) of full rank: itself and the identity."""
     n, k = delta.shape
     eye = torch.eye(min(n, k), dtype=delta.dtype, device=delta.device)
-    return Factors(delta, eye, scale) if n <= k else Factors(eye, delta, scale)
+    return MadeFactors(delta, eye, scale) if n <= k else MadeFactors(eye, delta, scale)

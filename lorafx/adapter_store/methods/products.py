@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
-from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, of_delta
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, of_delta
 
 #: Fields of LyCORIS's methods in PEFT that nothing but training uses, or that shapes tell.
 _TRAINING = frozenset(
@@ -33,7 +33,7 @@ def _pair(given: Given, name: str, core: str, rows: str, columns: str) -> tuple[
     return b.mT, torch.einsum("ijkl,jc->ickl", t, a).flatten(1)
 
 
-def _loha(given: Given) -> Factors:
+def _loha(given: Given) -> MadeFactors:
     (b1, a1), (b2, a2) = (_pair(given, f"hada_w{i}", f"hada_t{i}", "N", "K") for i in (1, 2))
     if a1.shape != a2.shape:
         raise Misfit(
@@ -44,7 +44,7 @@ def _loha(given: Given) -> Factors:
     if len(a1) * len(a2) > min(len(b1), a1.shape[1]):
         return of_delta((b1 @ a1) * (b2 @ a2), scale)
     a, b = a1[:, None] * a2, b1[:, :, None] * b2[:, None]
-    return Factors(a.flatten(0, 1), b.flatten(1), scale)
+    return MadeFactors(a.flatten(0, 1), b.flatten(1), scale)
 
 
 def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor, int | None]:
@@ -63,7 +63,7 @@ def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor, int | N
     return u, v, r
 
 
-def _lokr(given: Given) -> Factors:
+def _lokr(given: Given) -> MadeFactors:
     u1, v1, r1 = _halves(given, "lokr_w1", "")
     u2, v2, r2 = _halves(given, "lokr_w2", "lokr_t2")
     if given.config is None:  # in LyCORIS two whole matrices have no scale
@@ -82,7 +82,7 @@ def _lokr(given: Given) -> Factors:
                 "(r, rank_pattern); correct the configuration"
             )
         scale = given.scale(r)
-    return Factors(_kronecker(v1, v2), _kronecker(u1, u2), scale)
+    return MadeFactors(_kronecker(v1, v2), _kronecker(u1, u2), scale)
 
 
 def _kronecker(left: Tensor, right: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _kronecker(left: Tensor, right: Tensor) -> Tensor:
     return (left[:, None, :, None] * right[None, :, None]).flatten(2).flatten(0, 1)
 
 
-LOHA = Method(
+LOHA = AdapterMethod(
     name="LoHa",
     peft_type="LOHA",
     marks=r"hada_w[12]_[ab]",
@@ -103,7 +103,7 @@ LOHA = Method(
     modules="linears, convolutions",
     against="PEFT, LyCORIS's formula",
 )
-LOKR = Method(
+LOKR = AdapterMethod(
     name="LoKr",
     peft_type="LOKR",
     marks=r"lokr_w[12](?:_[ab])?",

@@ -16,37 +16,37 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
-from lorafx.adapter_store.methods.method import Factors, Given, Method, Misfit, NotServed
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
 
 _EPS = 1e-5
 _SMALLEST_NORM = 1e-4
 
 
-def _adalora(given: Given) -> Factors:
+def _adalora(given: Given) -> MadeFactors:
     a, b = given.take("lora_A", "r", "K", empty=True), given.take("lora_B", "N", "r", empty=True)
     e = given.take("lora_E", "r", "1", empty=True)
     if e.shape[1] != 1:
         raise Misfit(f"{given.tensors['lora_E'][0]} has shape {tuple(e.shape)}, it needs (r, 1)")
     assert given.config is not None
     if not len(a):  # all of its singular values were pruned
-        return Factors(a.new_zeros(1, a.shape[1]), b.new_zeros(len(b), 1))
+        return MadeFactors(a.new_zeros(1, a.shape[1]), b.new_zeros(len(b), 1))
     alpha, ranknum = given.config.lora_alpha, given.number("ranknum")
     if ranknum is None:
         ranknum = float(given.option("init_r", 12))
     scale = (alpha if alpha > 0 else len(a)) / (ranknum + _EPS)
-    return Factors(a * e, b, scale)
+    return MadeFactors(a * e, b, scale)
 
 
-def _delora(given: Given) -> Factors:
+def _delora(given: Given) -> MadeFactors:
     a, b = given.take("delora_A", "r", "K"), given.take("delora_B", "N", "r")
     bound, norms = given.take("delora_lambda", "1"), given.take("delora_w_norm", "K")
     if len(bound) != 1:
         raise Misfit(f"{given.tensors['delora_lambda'][0]} has {len(bound)} numbers, it needs 1")
     lengths = a.norm(dim=1).clamp(min=_SMALLEST_NORM) * b.norm(dim=0).clamp(min=_SMALLEST_NORM)
-    return Factors((bound / len(a) / lengths)[:, None] * a * norms, b)
+    return MadeFactors((bound / len(a) / lengths)[:, None] * a * norms, b)
 
 
-def _miss(given: Given) -> Factors:
+def _miss(given: Given) -> MadeFactors:
     if given.option("init_weights") == "bat":
         raise NotServed(
             "MiSS with init_weights = 'bat' multiplies the base weight; merge it into a copy of "
@@ -54,7 +54,7 @@ def _miss(given: Given) -> Factors:
         )
     block = given.take("miss_block", "r", "N")
     given.check_rank(len(block))
-    return Factors(block.new_empty(len(block), 0), block.mT)
+    return MadeFactors(block.new_empty(len(block), 0), block.mT)
 
 
 def _complete_miss(
@@ -66,17 +66,17 @@ def _complete_miss(
     return eye.repeat(1, -(-k // len(a)))[:, :k], b.repeat(times, 1)
 
 
-def _locon(given: Given) -> Factors:
+def _locon(given: Given) -> MadeFactors:
     mid = given.take("lora_mid", "r", "r", "kernel 1", "kernel 2")
     a = given.take("lora_down", "r", "channels", "1", "1").flatten(1)
     b = given.take("lora_up", "N", "r", "1", "1").flatten(1)
     if given.sizes["1"] != 1:
         raise Misfit(f"{given.tensors['lora_down'][0]} has a kernel, and lora_mid has another")
     a = torch.einsum("ijkl,jc->ickl", mid, a).flatten(1)
-    return Factors(a, b, given.scale(len(b.mT)))
+    return MadeFactors(a, b, given.scale(len(b.mT)))
 
 
-def _pvera(given: Given) -> Factors:
+def _pvera(given: Given) -> MadeFactors:
     if given.option("sample_at_inference"):
         raise NotServed(
             "PVeRA with sample_at_inference draws its activations; set it to false in "
@@ -94,14 +94,14 @@ def _pvera(given: Given) -> Factors:
             f"{given.place}: pvera_B has shape {tuple(shared_b.shape)}, it needs ({len(b)} or "
             f"more, {rank}), half of pvera_lambda_d"
         )
-    return Factors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
+    return MadeFactors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
 
 
 def _cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return a[:, :k], b
 
 
-ADALORA = Method(
+ADALORA = AdapterMethod(
     name="AdaLoRA",
     peft_type="ADALORA",
     marks="lora_E",
@@ -116,7 +116,7 @@ ADALORA = Method(
     rank="r that was left",
     modules="linears, convolutions",
 )
-DELORA = Method(
+DELORA = AdapterMethod(
     name="DeLoRA",
     peft_type="DELORA",
     marks="delora_A|delora_B|delora_lambda",
@@ -124,7 +124,7 @@ DELORA = Method(
     read=_delora,
     training=frozenset({"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"}),
 )
-MISS = Method(
+MISS = AdapterMethod(
     name="MiSS",
     peft_type="MISS",
     marks="miss_block",
@@ -133,7 +133,7 @@ MISS = Method(
     training=frozenset({"miss_dropout"}),
     complete=_complete_miss,
 )
-LOCON = Method(
+LOCON = AdapterMethod(
     name="LoCon with lora_mid",
     peft_type=None,
     marks="lora_mid",
@@ -142,7 +142,7 @@ LOCON = Method(
     modules="convolutions",
     against="LyCORIS's formula",
 )
-PVERA = Method(
+PVERA = AdapterMethod(
     name="PVeRA",
     peft_type="PVERA",
     marks="pvera_lambda_[bd]",

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
-from lorafx.adapter_store.methods.method import Method
+from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA
 
 #: A new method is one entry: its reader and what its configuration may say.
-METHODS: tuple[Method, ...] = (
+METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
 )
 
@@ -58,7 +58,7 @@ REFUSED_KEYS = [
 ]
 
 
-def method_of(values: Mapping[str, Any]) -> Method | None:
+def method_of(values: Mapping[str, Any]) -> AdapterMethod | None:
     """The method that a configuration asks for; None for LoRA, and for one that is not read."""
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
