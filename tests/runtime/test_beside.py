@@ -446,19 +446,22 @@ def test_it_works_when_the_serving_process_rests(
     assert process.works
 
 
-def test_calls_go_first() -> None:
-    """The process and its compilers take what calls leave."""
-    child = "import os; print(os.sched_getscheduler(0))"
+@pytest.mark.parametrize("behind", [True, False])
+def test_calls_go_first(behind: bool) -> None:
+    """The process and its compilers take what calls leave, or little."""
+    child = "import os; print(os.sched_getscheduler(0), os.nice(0))"
 
     def policies() -> str:
-        own = os.sched_getscheduler(0)
-        return f"{own} {subprocess.check_output([sys.executable, '-c', child], text=True)}"
+        own = os.sched_getscheduler(0), os.nice(0)
+        text = subprocess.check_output([sys.executable, "-c", child], text=True)
+        return f"{own[0]} {own[1]} {text}"
 
     process = Process(policies)
-    process.start()
+    process.start(behind=behind)
     outcome = ended(process)
     assert outcome is not None
-    assert outcome.split() == [str(os.SCHED_IDLE)] * 2
+    policy = os.SCHED_IDLE if behind else os.SCHED_OTHER
+    assert outcome.split() == [str(policy), str(os.nice(0) + beside._NICE)] * 2
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 

@@ -116,7 +116,9 @@ class Compilers:
         waiting = [kind for kind in self._kinds if kind.process is not None]
         following = max(waiting, key=lambda kind: kind.calls, default=None)
         if following is not None and following.process is not None:
-            following.process.start()
+            # Threads of graphs wait in loops, which leave a process behind them next to nothing.
+            graphs_serve = any(kind.tier == "ready" for kind in self._kinds)
+            following.process.start(behind=not graphs_serve)
             self._shown = LongWork(f"compiling {following.name}, beside the calls")
             self._shown.show()
 

@@ -37,6 +37,9 @@ _LONGEST_TEXT = 4000
 #: A serving process rests if it uses less of a core than this share between two looks; seconds
 #: between these, and after the fork for which it need not rest.
 _RESTS, _LOOK_AT_REST, PATIENCE = 0.1, 0.2, 10.0
+#: What a process hears that works: to take what calls leave of the cores, or a small share of one.
+_BEHIND, _BESIDE = b"!", b"+"
+_NICE = 10
 
 
 def can_fork() -> bool:
@@ -91,11 +94,11 @@ class Process:
         """Whether the process has begun to work."""
         return bool(self._works[0])
 
-    def start(self) -> None:
-        """Give the process its turn."""
+    def start(self, *, behind: bool = True) -> None:
+        """Give the process its turn, `behind` the calls: with what they leave of the cores."""
         self.has_turn = True
         with contextlib.suppress(OSError):  # it has ended
-            os.write(self._go, b"!")
+            os.write(self._go, _BEHIND if behind else _BESIDE)
 
     def poll(self) -> str | None:
         """What the process reported, if it has ended."""
@@ -164,8 +167,10 @@ def _serve_turn(
         turn = threading.Event()
 
         def run() -> None:
-            if os.read(go, 1):
+            if said := os.read(go, 1):
                 _wait_for_rest(parent, last)
+                if said == _BEHIND:
+                    _go_behind()
                 turn.set()
                 works[0] = 1
                 with modes[0], modes[1]:
@@ -178,6 +183,16 @@ def _serve_turn(
         _watch(thread, turn, parent, orphaned)
     finally:
         os._exit(0)
+
+
+def _go_behind() -> None:
+    """Let this thread, and what it starts, take only what all others leave of the cores.
+
+    Eager calls run one operator after another, each in threads that wait for the last of them.
+    Beside a process that is only nice, such a thread waits for a time slice, once an operator.
+    """
+    with contextlib.suppress(OSError):  # where that is not allowed
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _wait_for_rest(parent: int, last: float) -> None:
@@ -245,10 +260,7 @@ def _leave_alone(own: set[int]) -> None:
                 os.dup2(nothing, number, inheritable=number < 3)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    # Calls run one operator after another, each in threads that wait for the last of them. Beside
-    # a process that is only nice, such a thread waits for a time slice, once an operator.
-    with contextlib.suppress(OSError):  # where that is not allowed
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(_NICE)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory runs out, this process goes first
 
