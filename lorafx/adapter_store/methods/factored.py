@@ -23,6 +23,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.saved import Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.model.module_graph import join
 
 #: Keys and tensors of a module, by the ends of the keys.
 Tensors = dict[str, tuple[str, Tensor]]
@@ -82,13 +83,13 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         names = _KOHYA if config is None else _PEFT
         made = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
         for name, factor in zip(names, (factors.A, factors.B), strict=True):
-            key = f"{place}.{name}" if place else name
+            key = join(place, name)
             if key in tensors:
                 problems.append(Misfit(f"{key} stands beside {made}; keep one"))
             tensors[key], made_of[key] = factor, f"{method.name}, of {made}"
         if factors.scale is not None:
             alpha = torch.tensor(factors.scale * factors.B.shape[1], dtype=torch.float64)
-            tensors[f"{place}.alpha" if place else "alpha"] = alpha
+            tensors[join(place, "alpha")] = alpha
     if chosen is not None and not chosen.switch:
         problems += _of_lora(chosen, tensors.keys() - made_of.keys())
     _raise(saved, problems)
@@ -130,7 +131,7 @@ def _found(
             if place in found and found[place][0] is method:
                 found[place][1][leaf] = key, tensor
     for place, (_, leaves) in found.items():
-        key = f"{place}.alpha" if place else "alpha"
+        key = join(place, "alpha")
         if key in tensors:
             leaves["alpha"] = key, tensors[key]
     used = {method for method, _ in found.values()}
