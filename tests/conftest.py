@@ -121,6 +121,7 @@ def _torch_state() -> Iterator[None]:
     excluded = torch._C._dispatch_tls_local_exclude_set()
     settings = [(config, name, getattr(config, name)) for config, name in _SETTINGS]
     yield
+    gc.enable()
     torch.set_grad_enabled(gradients)
     for config, name, value in settings:
         setattr(config, name, value)

@@ -13,8 +13,8 @@ def collection_paused() -> Iterator[None]:
     modules that took 1.2 s of 2.0, and beside the loading of a graph, where it walks over torch's
     own, as long as the loading. Of eager decode steps of 0.1 s, one in some twenty took 0.4 s."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()  # an interrupt behind it does not leave it so
         yield
     finally:
         if enabled:

@@ -40,9 +40,8 @@ class Littering(nn.Module):
 
 @pytest.fixture(params=[True, False], ids=["collecting", "not collecting"])
 def collecting(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether the caller lets Python collect."""
-    if not request.param:
-        gc.disable()
+    """Whether the caller lets Python collect, whatever an interrupted test has left."""
+    gc.enable() if request.param else gc.disable()
     yield request.param
     gc.enable()
 
