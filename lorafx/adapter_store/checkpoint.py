@@ -187,8 +187,9 @@ def _features(state: AdapterState) -> Iterator[str]:
         value = getattr(state.config, name)
         if not is_off(value):
             yield text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
-    for method in dict.fromkeys(made.partition(",")[0] for made in state.made_of.values()):
-        yield f"{method}, read as factors whose product is its ΔW"
+    for method, changed in dict.fromkeys((m.method, bool(m.weight)) for m in state.made.values()):
+        what = "a weight of its own" if changed else "factors whose product is its ΔW"
+        yield f"{method}, read as {what}"
     if state.config.bias != "none":
         yield f"biases of its own (bias = {state.config.bias})"
     if any((factor := parse(key)) and factor.embedding for key in state.tensors):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.adapter_store.saved import AdapterSource, AdapterState, Made
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.saved_names import WRAPPERS, without_compiled
 from lorafx.progress import LOG
@@ -147,7 +147,7 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
     tensors: dict[str, Tensor] = {}
     old_keys: dict[str, str] = {}
     paths: dict[str, str] = {}
-    made_of: dict[str, str] = {}
+    made: dict[str, Made] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
         owner = key.rpartition(".")[0] if factor is None else factor.module
@@ -159,8 +159,8 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
             raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
         new_key = key if target == path else new
         tensors[new_key] = tensor
-        if key in state.made_of:
-            made_of[new_key] = state.made_of[key]
+        if key in state.made:
+            made[new_key] = state.made[key]
         paths[target] = path
     if tensors.keys() == state.tensors.keys():
         first = without_prefix(next(iter(state.tensors), ""))
@@ -168,7 +168,7 @@ def _with_mapped_keys(state: AdapterState, mapping: Mapping[str, str]) -> Adapte
             f"key_mapping or prefix matches no path in {state.where}, whose first key is {first!r}"
         )
     scales = {new: state.scales[old] for new, old in paths.items() if old in state.scales}
-    return replace(state, tensors=tensors, scales=scales, paths=paths, made_of=made_of)
+    return replace(state, tensors=tensors, scales=scales, paths=paths, made=made)
 
 
 def _checked(mapping: Any) -> Mapping[str, str]:

@@ -8,6 +8,7 @@
     base_model.model.<module>.lora_embedding_A         (r, V)     embedding, no `.weight`
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
+    base_model.model.<module>.lora_W.weight            (N, K)     a changed weight (methods/)
 
 Names of adapters may remain (`lora_A.default.weight`). lorafx.model.saved_names resolves paths.
 """
@@ -22,23 +23,26 @@ from torch import Tensor
 
 from lorafx.model.saved_names import PREFIX, without_compiled
 
-Letter = Literal["A", "B", "m", "b"]
+Letter = Literal["A", "B", "W", "m", "b"]
 
 #: Names of adapters that remain, one in another.
 _NAMES = r"(?:\.(?!(?:weight|bias|alpha)(?:\.|$))[^.]+){0,2}?"
 _FACTOR = re.compile(
-    r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
+    r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|W|magnitude_vector))"
     rf"{_NAMES}(?:\.weight)?$"
 )
 _BIAS = re.compile(rf"^(?:(?P<module>.+)\.)?lora_B{_NAMES}\.bias$")
-_VECTORS: Mapping[str, Letter] = {"lora_magnitude_vector": "m", "lora_bias": "b"}
+_LETTERS: Mapping[str, Letter] = {
+    **{f"{name}_{letter}": letter for name in ("lora", "lora_embedding") for letter in ("A", "B")},
+    **{"lora_W": "W", "lora_magnitude_vector": "m", "lora_bias": "b"},
+}
 #: Tensors used in training only: VeLoRA compresses activations with them.
 TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class FactorKey(NamedTuple):
-    """The key of a factor ("A", "B"), of DoRA's "m", or of lora_B's bias "b". `module` is its path
-    with prefixes; `factor` is its name in messages."""
+    """The key of a factor ("A", "B"), a changed weight "W", DoRA's "m", or lora_B's bias "b".
+    `module` is its path with prefixes; `factor` is its name in messages."""
 
     key: str
     module: str
@@ -46,7 +50,7 @@ class FactorKey(NamedTuple):
 
     @property
     def letter(self) -> Letter:
-        return _VECTORS.get(self.factor) or ("A" if self.factor.endswith("A") else "B")
+        return _LETTERS[self.factor]
 
     @property
     def embedding(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.field_checks import json_object
 from lorafx.adapter_store.peft_config import CONFIG_FILE, PeftConfig, raw_fields
 from lorafx.adapter_store.untrusted_files import Contents, dense_tensors, read_bytes, read_file
@@ -98,6 +99,18 @@ class AdapterSource:
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Tensor] | AdapterSource"
 
 
+class Made(NamedTuple):
+    """The `method` and the keys and shapes that a factor was made `of`, or the `weight` in whose
+    place a tensor without numbers stands."""
+
+    method: str
+    of: str
+    weight: ChangedWeight | None = None
+
+    def __str__(self) -> str:
+        return f"{self.method}, of {self.of}"
+
+
 @dataclass(frozen=True)
 class Saved:
     """A source's tensors by key, its configuration and metadata; `where` names it in messages."""
@@ -108,8 +121,8 @@ class Saved:
     where: str
     component: str | None = None
     origin: Origin | None = None
-    #: Key of a factor -> the method and the tensors that it was made of.
-    made_of: Mapping[str, str] = field(default_factory=dict)
+    #: By the key of a factor or of a changed weight.
+    made: Mapping[str, Made] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class AdapterState:
         left_out: other components of a pipeline with factors in its file.
         lost: keys of its file that nothing here was made of.
         paths: module paths as they were saved, which patterns match, by their mapped ones.
-        made_of: key of a factor -> the method and the tensors of the file that it was made of.
+        made: what was made of tensors of another method, by the key of a factor or weight.
     """
 
     config: PeftConfig
@@ -133,7 +146,7 @@ class AdapterState:
     left_out: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)
-    made_of: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Made] = field(default_factory=dict)
 
 
 class Origin(NamedTuple):

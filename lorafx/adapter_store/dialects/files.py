@@ -24,7 +24,7 @@ from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scale
 from lorafx.adapter_store.field_checks import json_object
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes
-from lorafx.adapter_store.saved import AdapterState, Saved
+from lorafx.adapter_store.saved import AdapterState, Made, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, nearest, some
 from lorafx.model.module_graph import join
 from lorafx.progress import LOG
@@ -67,7 +67,7 @@ def state(
     plain = not any(part.component or part.flat or part.leaf for part in parts)
     if plain and saved.fields is not None:
         config = PeftConfig.read(saved.fields, where=f"the configuration of {saved.where}")
-        return AdapterState(config, saved.tensors, saved.where, made_of=saved.made_of)
+        return AdapterState(config, saved.tensors, saved.where, made=saved.made)
     dialect = dialect or _dialect_of(parts, denoiser)
     scales = _scales(saved, parts, denoiser, names is None)
     factors = [part for part in parts if part.letter != "alpha"]
@@ -143,7 +143,7 @@ def assembled(
     config = _config(saved, component or "")
     tensors: dict[str, Tensor] = {}
     scale_of: dict[str, float] = {}
-    made_of: dict[str, str] = {}
+    made: dict[str, Made] = {}
     chosen = parts if component is None else groups[component]
     for part in chosen:
         name = join(part.component, part.module) if component is None else part.module
@@ -152,8 +152,8 @@ def assembled(
         if key in tensors:
             raise CheckpointError(f"{saved.where} has two keys that mean {key}; keep one")
         tensors[key] = tensor
-        if part.key in saved.made_of:
-            made_of[key] = saved.made_of[part.key]
+        if part.key in saved.made:
+            made[key] = saved.made[part.key]
         scale = scales.get(part.place)
         if part.letter and (scale is not None or config is None):
             scale_of[path] = 1.0 if scale is None else scale
@@ -163,7 +163,7 @@ def assembled(
         letters = {part.letter for part in chosen}
         config = PeftConfig(use_dora="m" in letters, lora_bias="b" in letters)
     where = f"{saved.where} ({dialect})"
-    return AdapterState(config, tensors, where, scale_of, dialect, left_out, made_of=made_of)
+    return AdapterState(config, tensors, where, scale_of, dialect, left_out, made=made)
 
 
 def _peft(
@@ -183,6 +183,8 @@ def _peft(
         return join(path, "lora_magnitude_vector"), tensor.flatten()
     if part.letter == "b":
         return join(path, "lora_B.bias"), tensor
+    if part.letter == "W":
+        return join(path, "lora_W.weight"), tensor
     if part.embedding or (entry is not None and entry.kind == "embedding"):
         return join(path, f"lora_embedding_{part.letter}"), tensor
     weight = getattr(module, "weight", None)

@@ -1,6 +1,7 @@
-"""Replaces the tensors of other methods in a file by factors, before anything else reads it.
+"""Replaces the tensors of other methods in a file, before anything else reads it.
 
     <module>.hada_w1_a, …  ─▶  <module>.lora_A.weight (R, K), .lora_B.weight (N, R), .alpha
+    <module>.oft_R.weight  ─▶  <module>.lora_W.weight (N, K), a meta tensor beside its `Made.weight`
 
 So names, components, conversions, places and slots are those of LoRA. Without a configuration the
 names are kohya's. Shapes are read first, on meta tensors: a few numbers may mean large factors,
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.dialects.spelling import spelt
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
 from lorafx.adapter_store.methods.table import MERGE, METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
-from lorafx.adapter_store.saved import Saved
+from lorafx.adapter_store.saved import Made, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import join
 
@@ -34,7 +36,7 @@ _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_u
 
 
 def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
-    """`saved` with factors in place of other methods' tensors. Without a `model`, and for other
+    """`saved` with factors or changed weights in place of other methods' tensors. Without a `model`, and for other
     components than `saved.component`, they are meta tensors. Raises CheckpointError for tensors
     that do not fit each other, UnsupportedAdapterError for what is served otherwise or not at all.
     """
@@ -59,8 +61,9 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         )
     config = fields
     problems: list[Misfit] = []
-    tensors, made_of = dict(saved.tensors), {}
-    planned: dict[str, tuple[Given, AdapterMethod, MadeFactors]] = {}
+    tensors: dict[str, Tensor] = dict(saved.tensors)
+    made: dict[str, Made] = {}
+    planned: dict[str, tuple[Given, AdapterMethod, MadeFactors | ChangedWeight]] = {}
     for place, (method, leaves) in found.items():
         given = _given(place, leaves | shared.get(method, {}), config, meta=True)
         try:
@@ -70,28 +73,28 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     _raise(saved, problems)
     mine = {place for place in planned if _is_wanted(place, saved, config is None)}
     _check_sizes(saved, [planned[place] for place in mine], model)
-    for place, (given, method, factors) in planned.items():
+    for place, (given, method, result) in planned.items():
         leaves = found[place][1]
         if model is not None and place in mine:
             given = _given(place, leaves | shared.get(method, {}), config, meta=False)
             try:
-                factors = _read(given, method)
+                result = _read(given, method)
             except Misfit as problem:
                 problems.append(problem)
         for key, _ in leaves.values():
             tensors.pop(key)
-        names = _KOHYA if config is None else _PEFT
-        made = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
-        for name, factor in zip(names, (factors.A, factors.B), strict=True):
+        of = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
+        weight = result if isinstance(result, ChangedWeight) else None
+        for name, tensor in _named(result, _KOHYA if config is None else _PEFT):
             key = join(place, name)
             if key in tensors:
-                problems.append(Misfit(f"{key} stands beside {made}; keep one"))
-            tensors[key], made_of[key] = factor, f"{method.name}, of {made}"
-        if factors.scale is not None:
-            alpha = torch.tensor(factors.scale * factors.B.shape[1], dtype=torch.float64)
+                problems.append(Misfit(f"{key} stands beside {of}; keep one"))
+            tensors[key], made[key] = tensor, Made(method.name, of, weight)
+        if not isinstance(result, ChangedWeight) and result.scale is not None:
+            alpha = torch.tensor(result.scale * result.B.shape[1], dtype=torch.float64)
             tensors[join(place, "alpha")] = alpha
     if chosen is not None and not chosen.switch:
-        problems += _of_lora(chosen, tensors.keys() - made_of.keys())
+        problems += _of_lora(chosen, tensors.keys() - made.keys())
     _raise(saved, problems)
     for method in shared:
         for key, _ in shared[method].values():
@@ -99,7 +102,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     if config is not None and not (config.method and config.method.switch):
         # The ranks of the factors are others, and each has its s.
         config = replace(config, r=None, rank_pattern={}, use_rslora=False)
-    return replace(saved, tensors=tensors, fields=config, made_of=made_of)
+    return replace(saved, tensors=tensors, fields=config, made=made)
 
 
 def _found(
@@ -150,13 +153,24 @@ def _given(place: str, tensors: Tensors, config: PeftConfig | None, *, meta: boo
     return Given(place, without_prefix(place), tensors, config, meta=meta)
 
 
-def _read(given: Given, method: AdapterMethod) -> MadeFactors:
+def _named(
+    made: MadeFactors | ChangedWeight, names: tuple[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """What takes the place of a module's tensors, by the ends of its keys."""
+    if isinstance(made, ChangedWeight):
+        shape = made.out_features or 0, made.in_features or 0
+        yield "lora_W.weight", torch.empty(shape, device="meta")
+    else:
+        yield from zip(names, (made.A, made.B), strict=True)
+
+
+def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:
     if given.config is None and method.peft_type not in ("LOHA", "LOKR", None):
         raise Misfit(
             f"{given.place} is of {method.name}, which is not known without a configuration; give "
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
-    factors = method.read(given)
+    made = method.read(given)
     # α of two whole matrices of LoKr counts for nothing.
     full = {leaf for leaf, (_, tensor) in given.tensors.items() if tensor.numel()}
     if unread := full - given.taken - {"alpha"}:
@@ -164,7 +178,7 @@ def _read(given: Given, method: AdapterMethod) -> MadeFactors:
             f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "
             f"{', '.join(sorted(given.taken))}; keep one"
         )
-    return factors
+    return made
 
 
 def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
@@ -176,22 +190,27 @@ def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
 
 
 def _check_sizes(
-    saved: Saved, planned: list[tuple[Given, AdapterMethod, MadeFactors]], model: nn.Module | None
+    saved: Saved,
+    planned: list[tuple[Given, AdapterMethod, MadeFactors | ChangedWeight]],
+    model: nn.Module | None,
 ) -> None:
-    """Refuse factors with more numbers than the weights that they change, or than the model."""
-    limit, numbers = "", sum(made.A.numel() + made.B.numel() for _, _, made in planned)
+    """Refuse factors with more numbers than the model, or than the kernels that they change."""
+    factors = [
+        (made, given, method) for given, method, made in planned if isinstance(made, MadeFactors)
+    ]
+    limit, numbers = "", sum(made.A.numel() + made.B.numel() for made, _, _ in factors)
     if model is not None:  # weights of four bits have two numbers in a byte
         weights = (*model.parameters(), *model.buffers())
         if numbers > (room := 2 * sum(weight.nbytes for weight in weights)):
             limit = f"the model has room for {room}"
-    growing = [item for item in planned if item[1].grows]
+    growing = [item for item in factors if item[2].grows]
     if growing and not limit:
-        numbers = sum(made.A.numel() + made.B.numel() for _, _, made in growing)
-        dense = sum(made.A.shape[1] * len(made.B) for _, _, made in growing)
+        numbers = sum(made.A.numel() + made.B.numel() for made, _, _ in growing)
+        dense = sum(made.A.shape[1] * len(made.B) for made, _, _ in growing)
         limit = f"the weights that they change have {dense}" if numbers >= dense else ""
     if not limit:
         return
-    given, method, made = max(growing or planned, key=lambda item: item[2].B.shape[1])
+    made, given, method = max(growing or factors, key=lambda item: item[0].B.shape[1])
     first, tensor = next(iter(given.tensors.values()))
     raise UnsupportedAdapterError(
         f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and {limit}; "

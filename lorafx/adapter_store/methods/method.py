@@ -1,6 +1,7 @@
-"""What the reader of a method gets, one module's tensors, and what it gives, factors.
+"""What the reader of a method gets, one module's tensors, and what it gives.
 
-    ΔW = s · B A,   A (R, K), B (N, R);   of a convolution K = C·∏kernel
+    factors             ΔW = s · B A,   A (R, K), B (N, R);   of a convolution K = C·∏kernel
+    a changed weight    W′ = f(W)
 
 A reader runs twice: on meta tensors, which finds wrong shapes and what the factors will take, and
 then with the numbers.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.field_checks import Check
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Misfit(Exception):
 
 
 class NotServed(Misfit):
-    """The tensors mean what no factors are."""
+    """The tensors mean what is not served."""
 
 
 class MadeFactors(NamedTuple):
@@ -65,7 +67,7 @@ class AdapterMethod:
     name: str
     peft_type: str | None
     marks: str
-    read: Callable[[Given], MadeFactors]
+    read: Callable[[Given], MadeFactors | ChangedWeight]
     leaves: str = ""
     shared: str = ""
     switch: str = ""
