@@ -5,6 +5,8 @@
     base_model.model.<module>.base_layer.bias    bias="lora_only" or "all": b' for the base's b
     base_model.model.<module>.bias               bias="all": of a module without factors
 
+    base_model.model.<module>.lora_W.weight      W′ = f(W), of another method (`ChangedWeight`)
+
 A whole weight is (N, K), of an embedding (V, N). Modules tied to the input embedding get its
 trained tokens, unless others are saved for them. Saved copies of heads and embeddings that differ
 from the model's are whole weights if there is room. Other modules (norms) are refused unless their
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -49,6 +52,8 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
+#: Why a changed weight has no place at a module of several projections.
+OF_SEVERAL = "holds several projections, and only the weight of one can be an adapter's own"
 _NAMED = 8
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 
@@ -126,10 +131,16 @@ def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, st
 def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
     """The paths of `model`'s modules that were trained as a whole, and the numbers of trained rows
     of others. Problems are left to `ExtrasReading`."""
-    if not state.config.modules_to_save and not state.config.trainable_token_indices:
+    changed = [key for key, made in state.made.items() if made.weight is not None]
+    config = state.config
+    if not (changed or config.modules_to_save or config.trainable_token_indices):
         return [], {}
     places, graph = Places((), model), ModuleGraph(model)
     whole = [m.path for m in _saved_modules(state, places, with_copies=False) if m.eligible]
+    for key in changed:
+        factor = parse(key)
+        assert factor is not None
+        whole.append(places.current(factor.module))
     tokens: dict[str, int] = {}
     for path, _, tensor, _ in _saved_tokens(state, places):
         module = graph.find(path)
@@ -147,6 +158,7 @@ class ExtrasReading:
         self.state, self.config = findings.state, findings.config
         self.keys: set[str] = set()
         self.own_weights: dict[str, OwnWeight] = {}
+        self.changed: dict[str, ChangedWeight] = {}
         self.biases: dict[str, tuple[Site, Tensor]] = {}
         self._token_ids: dict[str, tuple[int, ...] | None] = {}  # by path
         self._with_tokens: set[str] = set()  # paths of modules with trained tokens
@@ -295,6 +307,29 @@ class ExtrasReading:
         if site.path in self.own_weights:
             raise Problem(f"{path_label(path)} is saved twice; keep one")
         self.own_weights[site.path] = weight
+
+    def add_changed(self, site: Site, key: str, label: str, changed: ChangedWeight) -> None:
+        """Note a weight that is a function of the base's."""
+        if site.eligible.kind != "linear":
+            raise Unsupported(
+                f"{key}: {label} cannot have a weight of its own for each row: only linears can, "
+                "for what is no product of small factors"
+            )
+        if reason := own_refusal(site):
+            raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
+        needed = (changed.out_features, changed.in_features)
+        sizes = (site.out_features, site.in_features)
+        if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
+            text = ", ".join("any" if n is None else str(n) for n in needed)
+            raise Problem(f"{key} is for a weight of ({text}), {label} has {sizes}")
+        if changed.bias is not None and bias_of(site) is None:
+            raise Unsupported(f"{key} changes the bias of {label}, which has none")
+        if not _has_room(site):
+            self._note_no_room(label, "modules_to_save", [site.path])
+        elif site.path in self.own_weights or site.path in self.changed:
+            raise Problem(f"{label} is saved twice; keep one")
+        else:
+            self.changed[site.path] = changed
 
     def _note_no_room(self, label: str, setting: str, value: object) -> None:
         needed = way_out_by(setting, value, given=True)

@@ -15,6 +15,7 @@ from lorafx.adapter_store.stored import (
     LoraWeights,
     StoredAdapter,
     host_copy,
+    made_weight,
     measure,
 )
 from lorafx.errors import CapacityError, CheckpointError, way_out_by
@@ -68,6 +69,14 @@ def fit_to_banks(
         bias = None if rows.bias is None else rows.bias[: len(weight.rows)]
         if not all(_is_finite(t) for t in (rows.rows, bias) if t is not None):
             problems.append(f"{path}: values beyond the range of {rows.rows.dtype}")
+    changed = {places[path].group: made for path, made in adapter.changed.items()}
+    for path, made in adapter.changed.items():
+        number = places[path].group
+        own = groups[number].bank.own
+        assert own is not None
+        weight = made_weight(groups[number], made)
+        if not all(_is_finite(t.to(own.dtype)) for t in (weight.rows, weight.bias) if t is not None):
+            problems.append(f"{path}: values beyond the range of {own.dtype}")
     if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
@@ -83,8 +92,8 @@ def fit_to_banks(
         adapter.name,
         adapter.rank,
         adapter.source,
-        sites([*adapter.weights, *adapter.own_weights]),
-        HostCopy(factors, own_weights),
+        sites([*adapter.weights, *adapter.own_weights, *adapter.changed]),
+        HostCopy(factors, own_weights, changed),
         extras={name: sites(paths) for name, paths in adapter.extras.items()},
         invocation=adapter.invocation,
         origin=origin,

@@ -138,6 +138,7 @@ def read_adapter(
         findings.largest,
         state.where,
         own_weights=reading.extras.own_weights,
+        changed=reading.extras.changed,
         replaces_biases=state.config.bias != "none",
         compared=reading.compared,
         invocation=state.config.invocation,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.extras import ExtrasReading, check_vector
+from lorafx.adapter_store.extras import OF_SEVERAL, ExtrasReading, check_vector
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -164,6 +164,8 @@ class Reading:
                 f"{factor.key}: {factor.factor} on {_label(place)}, which is "
                 f"{_KINDS.get(kind, 'a linear layer')} here ({type(site.module).__name__})"
             )
+        if factor.letter == "W" and factor.key not in self.state.made:
+            raise Problem(f"{factor.key} is not a LoRA factor")
         first = factors.setdefault(factor.letter, factor)
         self.findings.check_same(factor, first.key, _label(place))
 
@@ -173,6 +175,9 @@ class Reading:
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
         label = _label(landing)
+        if "W" in keys:
+            self._decode_changed(landing, keys, label)
+            return
         absent = [letter for letter in "AB" if letter not in keys]
         if absent:
             raise Problem(f"{next(iter(keys.values())).key}: {label} has no factor {absent[0]}")
@@ -226,6 +231,19 @@ class Reading:
             weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
             yield site.part_path(index), weights
 
+    def _decode_changed(
+        self, landing: SiteLanding, keys: dict[str, FactorKey], label: str
+    ) -> None:
+        """Note a weight of the adapter's own that is a function of the base's."""
+        key = keys["W"].key
+        changed = self.state.made[key].weight
+        assert changed is not None
+        if others := [factor.key for letter, factor in keys.items() if letter != "W"]:
+            raise Problem(f"{label} has {self._named(key)} and {others[0]}; keep one")
+        if len(landing.places) > 1 or len(landing.places[0][0].parts) > 1:
+            raise Unsupported(f"{self._named(key)}: {label} {OF_SEVERAL}")
+        self.extras.add_changed(landing.places[0][0], self._named(key), label, changed)
+
     def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
         """The parts that the factors are for. For a name without declared slices, the rows of B of
         all such names determine them; if they do not, all parts, which no factors fit."""
@@ -241,8 +259,8 @@ class Reading:
 
     def _named(self, key: str) -> str:
         """`key` in messages, with the tensors that it was made of."""
-        made_of = self.state.made_of.get(key)
-        return key if made_of is None else f"{key} ({made_of})"
+        made = self.state.made.get(key)
+        return key if made is None else f"{made.of} of {made.method}" if made.weight else f"{key} ({made})"
 
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str
@@ -252,7 +270,7 @@ class Reading:
         check_sound(key_b, b)
         site = landing.places[0][0]
         pair = matrices(site.module, a, b) if site.eligible.kind == "conv" else (a, b)
-        made = key_a in self.state.made_of and site.eligible.kind == "conv"
+        made = key_a in self.state.made and site.eligible.kind == "conv"
         if made and (reason := unmergeable(site.module)):
             raise Unsupported(f"{self._named(key_a)}: {label} cannot add it: {reason}")
         if pair is None:

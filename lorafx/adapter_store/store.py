@@ -279,19 +279,24 @@ class AdapterStore:
             return slots
 
     def refresh_magnitudes(self) -> None:
-        """Recompute DoRA norms and bias differences in place. ConfigError for an unknown format."""
+        """Recompute what depends on the base's weights: DoRA norms, bias differences, and changed
+        weights. Raises ConfigError for an unknown format."""
         with self._lock:
             self.copy_streams.use(range(self.max_adapters))
             base_dependent = {
-                name: stored.numbers.factors
+                name: stored.numbers
                 for name, stored in self._adapters.items()
                 if stored.depends_on_base
             }
             for g, group in enumerate(self._groups):
-                measure(group, [f for fs in base_dependent.values() for f in fs.get(g, ())])
+                measure(group, [f for c in base_dependent.values() for f in c.factors.get(g, ())])
             for name in base_dependent.keys() & self._slots.keys():
-                for g, factors in base_dependent[name].items():
-                    self._groups[g].bank.write_by_column(self._slots[name], factors)
+                copy, slot = base_dependent[name], self._slots[name]
+                for g, factors in copy.factors.items():
+                    self._groups[g].bank.write_by_column(slot, factors)
+                for g in copy.changed:
+                    weight = copy.own_weight(g, self._groups[g])
+                    self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks, of adapters on the host ("host"), and of their files ("disk")."""
@@ -528,7 +533,7 @@ class AdapterStore:
         def write() -> list[object]:
             sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                factors, weight = copy.factors.get(g, ()), copy.own_weights.get(g)
+                factors, weight = copy.factors.get(g, ()), copy.own_weight(g, group)
                 if g not in copy.tables:
                     copy.tables[g] = group.bank.tables(factors)
                 sources += group.bank.write(slot, factors, copy.tables[g], weight, place)

@@ -16,11 +16,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.saved import AdapterSource, Origin
 from lorafx.errors import LorafxError
 from lorafx.model.bank import Factors, OwnWeight
@@ -61,6 +62,7 @@ class Adapter:
     Attributes:
         weights: `Site.part_path` -> factors; untouched parts are absent.
         own_weights: site path -> rows of its weight that the adapter replaces.
+        changed: site path -> what makes the adapter's weight of the base's.
         replaces_biases: the adapter was trained with biases that replace the base's.
         compared: the file has copies of base weights, which were compared with the model's.
         invocation: the tokens that activate it (aLoRA); empty if it is always active.
@@ -71,6 +73,7 @@ class Adapter:
     rank: int
     source: str
     own_weights: Mapping[str, OwnWeight] = field(default_factory=dict)
+    changed: Mapping[str, ChangedWeight] = field(default_factory=dict)
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
@@ -81,23 +84,31 @@ class Adapter:
         parts = self.weights.items()
         return {
             "dora": tuple(path for path, w in parts if w.magnitude is not None),
-            "own": tuple(self.own_weights),
+            "own": (*self.own_weights, *self.changed),
             "bias": tuple(p for p, w in parts if w.bias is not None or w.own_bias is not None),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
-    """An adapter's factors and replaced rows by group index, and their `Bank.tables` since it was
-    first written into a slot."""
+    """An adapter's factors, replaced rows and changed weights by group index, and their
+    `Bank.tables` since it was first written into a slot."""
 
     factors: Mapping[int, Sequence[Factors]]
     own_weights: Mapping[int, OwnWeight] = field(default_factory=dict)
+    changed: Mapping[int, ChangedWeight] = field(default_factory=dict)
     tables: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def own_weight(self, number: int, group: Group) -> OwnWeight | None:
+        """What the adapter has in place of the group's weight, made of the current one if it is a
+        function of that."""
+        changed = self.changed.get(number)
+        return self.own_weights.get(number) if changed is None else made_weight(group, changed)
 
     @cached_property
     def nbytes(self) -> int:
-        parts = [*itertools.chain(*self.factors.values()), *self.own_weights.values()]
+        parts: list[Iterable[Any]] = [*itertools.chain(*self.factors.values())]
+        parts += [*self.own_weights.values(), *(made.tensors for made in self.changed.values())]
         tensors = (value for part in parts for value in part if isinstance(value, Tensor))
         return sum({id(t): t.nbytes for t in tensors}.values())
 
@@ -145,7 +156,8 @@ class StoredAdapter:
     @property
     def depends_on_base(self) -> bool:
         """Whether some of its numbers have to be recomputed when base weights change."""
-        return bool(self.extras.get("dora") or self.extras.get("bias"))
+        changed = self.host is not None and bool(self.host.changed)
+        return bool(changed or self.extras.get("dora") or self.extras.get("bias"))
 
     @property
     def can_be_dropped(self) -> bool:
@@ -239,6 +251,16 @@ def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
     """A contiguous copy on the host, page-locked if `pin`."""
     copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
     return copy.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def made_weight(group: Group, changed: ChangedWeight) -> OwnWeight:
+    """W′ of the group's one site, of the current base weight."""
+    (site,) = group.sites
+    weight, bias = dequantize(site.module).detach(), bias_of(site)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    before = weight.new_zeros(len(weight)) if bias is None else bias.to(weight)
+    return OwnWeight(changed.weight(weight), changed.own_bias(before))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class Trained:
         """The adapter, which is read once if all its tensors are the trainer's own."""
         adapter = read_for(session.program, self._held.adapters[name], name)
         memory = set(map(storage_key, self._adapters.tensors))
-        parts = [*adapter.weights.values(), *adapter.own_weights.values()]
+        parts: list[Iterable[Any]] = [*adapter.weights.values(), *adapter.own_weights.values()]
+        parts += [made.tensors for made in adapter.changed.values()]
         tensors = (t for part in parts for t in part if isinstance(t, Tensor))
         if all(storage_key(t) in memory for t in tensors if t.is_floating_point()):
             self._decoded[name] = adapter

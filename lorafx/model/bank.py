@@ -228,7 +228,7 @@ class Bank:
         for name, table in tables.items():
             getattr(self, name)[slots].copy_(table, non_blocking=True)
         sources = self.write_by_column(slot, factors)
-        return sources + self._write_rows(slot, weight, place)
+        return sources + self.write_rows(slot, weight, place)
 
     @torch.no_grad()
     def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
@@ -247,7 +247,10 @@ class Bank:
             sources.append(_copy_to(table[slot], row))
         return sources
 
-    def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
+    @torch.no_grad()
+    def write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
+        """Write `weight` into `place` of the replaced rows, as those of `slot`. Returns the
+        sources, as `write`."""
         if self.own is None:
             return []
         assert self.own_at is not None

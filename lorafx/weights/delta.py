@@ -171,7 +171,9 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     replaced: dict[int, OwnWeight] = {}
-    for number, weight in numbers.own_weights.items():
+    for number in (*numbers.own_weights, *numbers.changed):
+        weight = numbers.own_weight(number, groups[number])
+        assert weight is not None
         (site,) = groups[number].sites
         sites[id(site)], replaced[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(k, ())), replaced.get(k)) for k, site in sites.items()]
