@@ -146,6 +146,11 @@ def _prepared_load(
             f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
             f"but {merged.name!r} is merged into them; call unmerge() before loading it"
         )
+    if adapter.changed and merged is not None:
+        raise ConfigError(
+            f"{name!r} changes the base's own weights ({adapter.source}), but {merged.name!r} is "
+            "merged into them; call unmerge() before loading it"
+        )
     if adapter.replaces_biases and merged is not None:
         raise ConfigError(
             f"{name!r} has biases in the place of the base's own, which it is compared with, but "
