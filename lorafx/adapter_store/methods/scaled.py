@@ -97,7 +97,7 @@ def _pvera(given: Given) -> MadeFactors:
     return MadeFactors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
 
 
-def _cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return a[:, :k], b
 
 
@@ -153,5 +153,5 @@ PVERA = AdapterMethod(
         {"projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "init_weights"}
         | {"generator_seed"}
     ),
-    complete=_cut,
+    complete=cut,
 )

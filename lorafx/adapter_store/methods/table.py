@@ -10,10 +10,12 @@ from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA
+from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD, VERA
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
+    *(OFT, IA3, HRA, ROAD, VERA),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -33,7 +35,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
     **dict.fromkeys(("HIRA", "GLORA"), _OWN),
-    **dict.fromkeys(("IA3", "ROAD", "OFT", "BOFT", "HRA"), _TURNED),
+    **dict.fromkeys(("BOFT",), _TURNED),
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
@@ -42,10 +44,8 @@ _REFUSED_KEYS: Mapping[str, str] = {
         "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
     ),
     r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
-    r"oft_(blocks|diag|[rRlL])(\.weight)?": "OFT: rotations of the base weight",
+    r"oft_(blocks|diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
     r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
-    r"ia3_l(\..+)?": "IA³: scales of activations",
-    r"(vera_lambda_[bd]|vera_[AB])(\..+)?": "VeRA: scales between random matrices that all share",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
     r"diff(_b)?": "a whole difference of weights",
     r"lora_t[12]": "a Tucker decomposition of linears",

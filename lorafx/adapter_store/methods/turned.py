@@ -1,0 +1,268 @@
+"""Methods that turn or scale the inputs or the outputs of a weight: W′ = W R or W′ = R W.
+
+OFT     W′ = W Rᵀ of blocks R = (I − Q)(I + Q)⁻¹ on the diagonal, or its series of Neumann
+IA³     W′ = W diag(l) of a feed-forward module, W′ = diag(l) W, b′ = l ∘ b of others
+HRA     W′ = W (I − 2 u₁u₁ᵀ) … (I − 2 uᵣuᵣᵀ) of unit vectors, or of an orthonormal basis of them
+RoAd    pairs of outputs (and of the bias) turned and scaled: y′ = c₁ ∘ y + c₂ ∘ (−y₂, y₁)
+VeRA    A′ = d A, B′ = b B, of projections that all modules share
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.changed_weight import ChangedWeight
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
+from lorafx.adapter_store.methods.scaled import cut
+from lorafx.model.targets import pattern
+
+#: The first release of PEFT with today's series of Neumann.
+_NEUMANN = (0, 18)
+
+
+def _oft(given: Given) -> ChangedWeight:
+    r = given.take("oft_R", "blocks", "numbers of a block")
+    key, (blocks, count) = given.tensors["oft_R"][0], r.shape
+    size = (1 + math.isqrt(1 + 8 * count)) // 2
+    if size * (size - 1) // 2 != count:
+        raise Misfit(
+            f"{key} has shape {tuple(r.shape)}: {count} numbers are no triangle above a diagonal"
+        )
+    shared = given.option("block_share", False)
+    if shared and blocks != 1:
+        raise Misfit(f"{key} has {blocks} blocks, and with block_share all are one")
+    terms = 0
+    if given.option("use_cayley_neumann", True):
+        assert given.config is not None
+        if given.config.peft_version is None or given.config.peft_version < _NEUMANN:
+            raise NotServed(
+                f"{given.place}: use_cayley_neumann meant another series before PEFT 0.18, and "
+                "adapter_config.json names no later peft_version; train it again, or merge it "
+                "into a copy of the base model by PEFT 0.17"
+            )
+        terms = given.option("num_cayley_neumann_terms", 5)
+    eps = given.option("eps", 6e-5) if given.option("coft", False) else None
+    of = partial(_turned_inputs, size=size, terms=terms, eps=eps, place=given.place)
+    return ChangedWeight(of, (r,), in_features=None if shared else blocks * size)
+
+
+def _turned_inputs(
+    weight: Tensor, r: Tensor, *, size: int, terms: int, eps: float | None, place: str
+) -> Tensor:
+    if weight.shape[1] % size:
+        raise Misfit(
+            f"{place}: blocks of {size} do not divide the {weight.shape[1]} inputs of the weight"
+        )
+    q = r.new_zeros(len(r), size, size)
+    rows, columns = torch.triu_indices(size, size, 1, device=r.device)
+    q[:, rows, columns] = r
+    q = q - q.mT
+    if eps is not None:  # COFT keeps each block near the identity
+        bound = eps / torch.sqrt(torch.tensor(len(q)))
+        norm = q.norm(dim=(1, 2), keepdim=True)
+        q = torch.where(norm <= bound, q, bound * (q / norm))
+    blocks = weight.unflatten(1, (-1, size))
+    turned = torch.einsum("nbk,bck->nbc", blocks, _cayley(q, terms).expand(blocks.shape[1], -1, -1))
+    return turned.flatten(1)
+
+
+def _cayley(q: Tensor, terms: int) -> Tensor:
+    """(I − Q)(I + Q)⁻¹, or of so many `terms` of PEFT's series for it."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    if not terms:
+        return torch.linalg.solve(eye + q, eye - q, left=False)
+    result = eye + 2 * q if terms > 1 else eye
+    if terms > 2:
+        power = q @ q
+        result = result + 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ q
+            result = result + 2 * power
+        result = result + power @ q
+    return result
+
+
+def _ia3(given: Given) -> ChangedWeight:
+    key, tensor = given.tensors["ia3_l"]
+    path, modules = given.path, given.option("feedforward_modules")
+    if modules is None:
+        raise Misfit(
+            f"{key} scales inputs or outputs as feedforward_modules says, which "
+            "adapter_config.json lacks; name them there"
+        )
+    if isinstance(modules, str):
+        inputs = pattern(modules).fullmatches(path)
+    else:
+        inputs = path.endswith(tuple(modules))
+    ones = tuple(f"1 ({i})" for i in range(max(tensor.dim(), 2) - 1))
+    kernel = len(ones) > 1
+    if inputs:
+        scales = given.take("ia3_l", ones[0], "channels" if kernel else "K", *ones[1:])
+    else:
+        scales = given.take("ia3_l", "N", *ones)
+    if any(given.sizes[one] != 1 for one in ones):
+        what = "(1, inputs)" if inputs else "(outputs, 1)"
+        raise Misfit(f"{key} has shape {tuple(scales.shape)}, it needs {what} by the configuration")
+    scales = scales.flatten()
+    if not inputs:
+        return ChangedWeight(
+            _scaled_outputs, (scales,), out_features=len(scales), bias=_scaled_outputs
+        )
+    of = partial(_scaled_inputs, place=given.place)
+    return ChangedWeight(of, (scales,), in_features=None if kernel else len(scales))
+
+
+def _scaled_outputs(weight: Tensor, scales: Tensor) -> Tensor:
+    return weight * (scales[:, None] if weight.dim() == 2 else scales)
+
+
+def _scaled_inputs(weight: Tensor, scales: Tensor, *, place: str) -> Tensor:
+    if weight.shape[1] % len(scales):
+        raise Misfit(f"{place} scales {len(scales)} inputs, its weight has {weight.shape[1]}")
+    return weight * scales.repeat_interleave(weight.shape[1] // len(scales))
+
+
+def _hra(given: Given) -> ChangedWeight:
+    u = given.take("hra_u", "K", "r")
+    given.check_rank(u.shape[1])
+    if not given.meta and not bool(u.norm(dim=0).all()):
+        raise Misfit(f"{given.tensors['hra_u'][0]} has a column of zeros, which is no direction")
+    of = partial(_reflected, basis=given.option("apply_GS", False))
+    return ChangedWeight(of, (u,), in_features=len(u))
+
+
+def _reflected(weight: Tensor, u: Tensor, *, basis: bool) -> Tensor:
+    found: list[Tensor] = []
+    for column in u.mT:
+        for earlier in found if basis else ():
+            column = column - (earlier @ column) * earlier
+        found.append(column / column.norm())
+    for unit in found:  # of a basis, the order counts for nothing
+        weight = weight - 2 * torch.outer(weight @ unit, unit)
+    return weight
+
+
+def _road(given: Given) -> ChangedWeight:
+    theta, alpha = given.take("road_theta", "angles"), given.take("road_alpha", "angles")
+    variant, group = given.option("variant", "road_1"), given.option("group_size", 64)
+    variant = getattr(variant, "value", variant)  # PEFT's own object
+    if variant not in _PARTS:
+        raise NotServed(
+            f"{given.place}: variant = {checks.short(variant)} is none of {', '.join(_PARTS)}"
+        )
+    halves = _PARTS[variant]
+    outputs, rest = divmod(2 * len(theta), halves)
+    if rest or group % 2 or outputs % group:
+        raise Misfit(
+            f"{given.tensors['road_theta'][0]} has shape {tuple(theta.shape)}, which are no groups "
+            f"of {group} outputs (group_size) by {variant}"
+        )
+    if variant == "road_1":  # both of a pair have one angle
+        theta, alpha = (
+            t.unflatten(0, (-1, group // 2)).repeat_interleave(2, 0).flatten()
+            for t in (theta, alpha)
+        )
+    if variant == "road_4":
+        theta, alpha = (t.unflatten(0, (-1, 2, group)).transpose(0, 1) for t in (theta, alpha))
+        angles, scales = tuple(t.flatten() for t in theta), tuple(t.flatten() for t in alpha)
+    else:
+        angles, scales = (theta, theta), (alpha, alpha)
+    of = partial(_turned_outputs, group=group)
+    return ChangedWeight(of, (*angles, *scales), out_features=outputs, bias=of)
+
+
+#: Angles by variant, in halves of the outputs.
+_PARTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+def _turned_outputs(
+    weight: Tensor, angle1: Tensor, angle2: Tensor, scale1: Tensor, scale2: Tensor, *, group: int
+) -> Tensor:
+    first, second = weight.unflatten(0, (-1, 2, group // 2)).unbind(1)
+    swapped = torch.stack((-second, first), 1).flatten(0, 2)
+    same, other = scale1 * angle1.cos(), scale2 * angle2.sin()
+    if weight.dim() == 2:
+        same, other = same[:, None], other[:, None]
+    return weight * same + swapped * other
+
+
+def _vera(given: Given) -> MadeFactors:
+    for leaf in ("vera_A", "vera_B"):
+        if leaf not in given:
+            raise NotServed(
+                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
+                "(save_projection=False); save the adapter with save_projection=True"
+            )
+    d, b = given.take("vera_lambda_d", "r"), given.take("vera_lambda_b", "N")
+    shared_a, shared_b = given.take("vera_A", "r", "largest K"), given.take("vera_B", "any N", "r")
+    if len(shared_b) < len(b):
+        raise Misfit(
+            f"{given.place}: vera_B has shape {tuple(shared_b.shape)}, it needs {len(b)} rows"
+        )
+    return MadeFactors(d[:, None] * shared_a, b[:, None] * shared_b[: len(b)])
+
+
+OFT = AdapterMethod(
+    name="OFT",
+    peft_type="OFT",
+    marks="oft_R",
+    read=_oft,
+    fields={
+        "use_cayley_neumann": checks.flag,
+        "num_cayley_neumann_terms": checks.rank,
+        "block_share": checks.flag,
+        "coft": checks.flag,
+        "eps": checks.alpha,
+    },
+    training=frozenset({"oft_block_size", "module_dropout", "init_weights"}),
+    unread=frozenset({"r"}),
+    form="own weight",
+    rank="—",
+)
+IA3 = AdapterMethod(
+    name="IA³",
+    peft_type="IA3",
+    marks="ia3_l",
+    read=_ia3,
+    fields={"feedforward_modules": checks.targets},
+    training=frozenset({"init_ia3_weights"}),
+    form="own weight",
+    rank="—",
+    modules="linears, convolutions",
+)
+HRA = AdapterMethod(
+    name="HRA",
+    peft_type="HRA",
+    marks="hra_u",
+    read=_hra,
+    fields={"apply_GS": checks.flag},
+    training=frozenset({"init_weights"}),
+    form="own weight",
+    rank="—",
+)
+ROAD = AdapterMethod(
+    name="RoAd",
+    peft_type="ROAD",
+    marks="road_(?:theta|alpha)",
+    read=_road,
+    fields={"variant": checks.anything, "group_size": checks.rank},
+    training=frozenset({"init_weights"}),
+    form="own weight",
+    rank="—",
+)
+VERA = AdapterMethod(
+    name="VeRA",
+    peft_type="VERA",
+    marks="vera_lambda_[bd]",
+    shared="vera_A|vera_B",
+    read=_vera,
+    training=frozenset(
+        {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
+    ),
+    complete=cut,
+)
