@@ -42,6 +42,4 @@ class ChangedWeight(NamedTuple):
 
     def _like(self, base: Tensor) -> list[Tensor]:
         wide = torch.promote_types(base.dtype, torch.float32)
-        return [
-            t.to(base.device, wide if t.is_floating_point() else t.dtype) for t in self.tensors
-        ]
+        return [t.to(base.device, wide if t.is_floating_point() else t.dtype) for t in self.tensors]

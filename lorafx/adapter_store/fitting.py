@@ -75,7 +75,9 @@ def fit_to_banks(
         own = groups[number].bank.own
         assert own is not None
         weight = made_weight(groups[number], made)
-        if not all(_is_finite(t.to(own.dtype)) for t in (weight.rows, weight.bias) if t is not None):
+        if not all(
+            _is_finite(t.to(own.dtype)) for t in (weight.rows, weight.bias) if t is not None
+        ):
             problems.append(f"{path}: values beyond the range of {own.dtype}")
     if problems:
         raise CheckpointError(

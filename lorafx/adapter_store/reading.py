@@ -231,9 +231,7 @@ class Reading:
             weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
             yield site.part_path(index), weights
 
-    def _decode_changed(
-        self, landing: SiteLanding, keys: dict[str, FactorKey], label: str
-    ) -> None:
+    def _decode_changed(self, landing: SiteLanding, keys: dict[str, FactorKey], label: str) -> None:
         """Note a weight of the adapter's own that is a function of the base's."""
         key = keys["W"].key
         changed = self.state.made[key].weight
@@ -260,7 +258,13 @@ class Reading:
     def _named(self, key: str) -> str:
         """`key` in messages, with the tensors that it was made of."""
         made = self.state.made.get(key)
-        return key if made is None else f"{made.of} of {made.method}" if made.weight else f"{key} ({made})"
+        return (
+            key
+            if made is None
+            else f"{made.of} of {made.method}"
+            if made.weight
+            else f"{key} ({made})"
+        )
 
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA
@@ -15,7 +16,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD, VERA
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(OFT, IA3, HRA, ROAD, VERA),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -34,7 +35,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
-    **dict.fromkeys(("HIRA", "GLORA"), _OWN),
+    **"GLORA": _OWN,
     **dict.fromkeys(("BOFT",), _TURNED),
 }
 #: The last parts of keys -> the other method that uses them.

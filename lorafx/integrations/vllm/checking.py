@@ -27,7 +27,7 @@ def check_reading(loaded: Any, folder: str, manager: Any) -> None:
     state = load_state(folder)
     if state.made:
         raise UnsupportedAdapterError(
-            f"adapter in {folder} is no LoRA ({str(next(iter(state.made.values()))):.200}), which is "
+            f"adapter in {folder} is no LoRA ({next(iter(state.made.values()))!s:.200}), which is "
             "all that vLLM reads; merge it into a copy of the base model"
         )
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)

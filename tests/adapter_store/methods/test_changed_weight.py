@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ import lorafx
 CONFIGS = {
     "lora": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
-    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+    "hra": peft.HRAConfig(r=4, target_modules=["q_proj"]),
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
     "hira": peft.HiRAConfig(r=2, target_modules=["q_proj", "v_proj"]),
-    "lokr": peft.LoKrConfig(r=40, alpha=3, decompose_factor=4, target_modules=["q_proj"]),
+    "road": peft.RoadConfig(group_size=4, target_modules=["v_proj"]),
 }
 
 
@@ -63,16 +61,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 def test_in_mixed_batches_of_one_graph(served: Served) -> None:
-    served.check(["oft", None, "lora", "boft"])
+    served.check(["oft", None, "lora", "hra"])
     captured = served.cm.recompiles
     served.check([None, "ia3", "lora", "hira"])
-    served.check(["lokr", "oft", "ia3", "lora"])
+    served.check(["road", "oft", "ia3", "lora"])
     assert served.cm.recompiles == captured
 
 
 def test_generated_tokens_are_those_of_the_merged_models(served: Served) -> None:
     ids = torch.tensor([[3, 5, 7], [3, 5, 7], [2, 4, 6]])
-    names = ["oft", None, "lokr"]
+    names = ["oft", None, "road"]
     got = served.cm.generate(ids, adapter_names=names, max_new_tokens=6, do_sample=False)
     for row, name in enumerate(names):
         alone = served.alone(name)
