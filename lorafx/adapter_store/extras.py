@@ -322,8 +322,6 @@ class ExtrasReading:
         if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
             text = ", ".join("any" if n is None else str(n) for n in needed)
             raise Problem(f"{key} is for a weight of ({text}), {label} has {sizes}")
-        if changed.bias is not None and bias_of(site) is None:
-            raise Unsupported(f"{key} changes the bias of {label}, which has none")
         if not _has_room(site):
             self._note_no_room(label, "modules_to_save", [site.path])
         elif site.path in self.own_weights or site.path in self.changed:

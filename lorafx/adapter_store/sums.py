@@ -63,8 +63,8 @@ def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
         ),
         "is a DoRA adapter, whose magnitudes are not linear in a weight": dora,
         "was trained with biases (lora_bias or bias)": biases,
-        "has weights of its own (modules_to_save, trainable tokens or another method), which take the place of the "
-        "base's": adapter.owned,
+        "has weights of its own (modules_to_save, trainable tokens or another method), which take "
+        "the place of the base's": adapter.owned,
     }
     for reason, applies in reasons.items():
         if applies:

@@ -36,9 +36,10 @@ _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_u
 
 
 def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
-    """`saved` with factors or changed weights in place of other methods' tensors. Without a `model`, and for other
-    components than `saved.component`, they are meta tensors. Raises CheckpointError for tensors
-    that do not fit each other, UnsupportedAdapterError for what is served otherwise or not at all.
+    """`saved` with factors or changed weights in place of other methods' tensors. Without a
+    `model`, and for other components than `saved.component`, they are meta tensors. Raises
+    CheckpointError for tensors that do not fit each other, UnsupportedAdapterError for what is
+    served otherwise or not at all.
     """
     fields = saved.fields
     chosen = fields.method if isinstance(fields, PeftConfig) else None

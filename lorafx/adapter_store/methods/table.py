@@ -35,7 +35,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
-    **"GLORA": _OWN,
+    "GLORA": _OWN,
     **dict.fromkeys(("BOFT",), _TURNED),
 }
 #: The last parts of keys -> the other method that uses them.

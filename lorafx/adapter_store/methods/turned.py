@@ -233,7 +233,7 @@ IA3 = AdapterMethod(
     training=frozenset({"init_ia3_weights"}),
     form="own weight",
     rank="—",
-    modules="linears, convolutions",
+    modules="linears",
 )
 HRA = AdapterMethod(
     name="HRA",

@@ -22,7 +22,7 @@ CONFIGS = {
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
-    "hira": peft.HiRAConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "hira": peft.HiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "road": peft.RoadConfig(group_size=4, target_modules=["v_proj"]),
 }
 
