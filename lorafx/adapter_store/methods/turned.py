@@ -147,7 +147,7 @@ def _reflected(weight: Tensor, u: Tensor, *, basis: bool) -> Tensor:
     return weight
 
 
-def _road(given: Given) -> ChangedWeight:
+def _turned_pairs(given: Given) -> ChangedWeight:
     theta, alpha = given.take("road_theta", "angles"), given.take("road_alpha", "angles")
     variant, group = given.option("variant", "road_1"), given.option("group_size", 64)
     variant = getattr(variant, "value", variant)  # PEFT's own object
@@ -249,7 +249,7 @@ ROAD = AdapterMethod(
     name="RoAd",
     peft_type="ROAD",
     marks="road_(?:theta|alpha)",
-    read=_road,
+    read=_turned_pairs,
     fields={"variant": checks.anything, "group_size": checks.rank},
     training=frozenset({"init_weights"}),
     form="own weight",

@@ -221,11 +221,9 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_a.ia3_l", "IA³"),
         ("base_model.model.a.oft_r.weight", "OFT"),
         ("lora_unet_a.diff", "whole difference"),
         ("lora_unet_a.lora_t1", "Tucker"),
-        ("base_model.model.a.vera_lambda_b.default", "VeRA"),
         ("lora_unet_a.b1.weight", "GLoRA"),
         ("bundle_emb.style.string_to_param.*", "textual inversion"),
         ("model.layers.0.mlp.experts.lora_gate_and_up_A", "grouped experts"),
@@ -233,4 +231,13 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
 )
 def test_other_methods_are_refused_by_name(key: str, method: str, case: Case) -> None:
     with pytest.raises(UnsupportedAdapterError, match=method):
+        load_state({key: torch.ones(2, 2)}, case.base)
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [("lora_unet_a.ia3_l", "IA³"), ("base_model.model.a.vera_lambda_b.default", "VeRA")],
+)
+def test_methods_that_need_a_configuration_ask_for_it(key: str, method: str, case: Case) -> None:
+    with pytest.raises(CheckpointError, match=f"{method}, which is not known without a config"):
         load_state({key: torch.ones(2, 2)}, case.base)
