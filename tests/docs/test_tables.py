@@ -59,7 +59,7 @@ def of_errors() -> str:
 
 
 def methods() -> str:
-    rows = [(m.name, m.form, m.rank, m.modules, m.against) for m in METHODS]
+    rows = [(f"`{m.name}`", m.form, m.rank, m.modules, m.against) for m in METHODS]
     return table(("method", "form", "rank", "at", "tested against"), rows)
 
 
