@@ -141,14 +141,10 @@ def _prepared_load(
     program, merged = session.program, session.base.merged
     _refuse_in_use(session, name)
     program.look_at_modules()
-    if adapter.extras["dora"] and merged is not None:
+    if (adapter.extras["dora"] or adapter.changed) and merged is not None:
+        what = "weights are made of" if adapter.changed else "norms come from"
         raise ConfigError(
-            f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
-            f"but {merged.name!r} is merged into them; call unmerge() before loading it"
-        )
-    if adapter.changed and merged is not None:
-        raise ConfigError(
-            f"{name!r} changes the base's own weights ({adapter.source}), but {merged.name!r} is "
+            f"{name!r} is an adapter whose {what} the base's own weights, but {merged.name!r} is "
             "merged into them; call unmerge() before loading it"
         )
     if adapter.replaces_biases and merged is not None:
