@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
+from lorafx.adapter_store.methods.method import Misfit
 from lorafx.adapter_store.saved import Origin
 from lorafx.adapter_store.stored import (
     Adapter,
@@ -60,25 +62,24 @@ def fit_to_banks(
         new = _factors(place, weights, groups[place.group].bank)
         shared_a = next((f.A for f in group_factors if torch.equal(f.A, new.A)), new.A)
         group_factors.append(new._replace(A=shared_a))
-        if not (_is_finite(new.A) and _is_finite(new.B)):
-            problems.append(f"{path}: values beyond the range of {new.A.dtype}")
+        problems += _beyond_range(path, new.A.dtype, new.A, new.B)
     own_weights: dict[int, OwnWeight] = {}
     for path, weight in adapter.own_weights.items():
         place = places[path]
         rows = own_weights[place.group] = _own_weight(place.site, weight, groups[place.group].bank)
         bias = None if rows.bias is None else rows.bias[: len(weight.rows)]
-        if not all(_is_finite(t) for t in (rows.rows, bias) if t is not None):
-            problems.append(f"{path}: values beyond the range of {rows.rows.dtype}")
-    changed = {places[path].group: made for path, made in adapter.changed.items()}
-    for path, made in adapter.changed.items():
+        problems += _beyond_range(path, rows.rows.dtype, rows.rows, bias)
+    changed: dict[int, ChangedWeight] = {}
+    for path, function in adapter.changed.items():
         number = places[path].group
-        own = groups[number].bank.own
+        own, changed[number] = groups[number].bank.own, function
         assert own is not None
-        weight = made_weight(groups[number], made)
-        if not all(
-            _is_finite(t.to(own.dtype)) for t in (weight.rows, weight.bias) if t is not None
-        ):
-            problems.append(f"{path}: values beyond the range of {own.dtype}")
+        try:
+            made = made_weight(groups[number], function)
+        except Misfit as problem:
+            problems.append(str(problem))
+        else:
+            problems += _beyond_range(path, own.dtype, made.rows, made.bias)
     if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
@@ -102,6 +103,12 @@ def fit_to_banks(
         compared=adapter.compared,
         width=slots_needed(groups, factors),
     )
+
+
+def _beyond_range(path: str, dtype: torch.dtype, *tensors: Tensor | None) -> list[str]:
+    """A line where numbers of these `tensors` are not finite in `dtype`."""
+    finite = all(_is_finite(tensor.to(dtype)) for tensor in tensors if tensor is not None)
+    return [] if finite else [f"{path}: values beyond the range of {dtype}"]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -291,10 +291,17 @@ class AdapterStore:
             for g, group in enumerate(self._groups):
                 measure(group, [f for c in base_dependent.values() for f in c.factors.get(g, ())])
             for name in base_dependent.keys() & self._slots.keys():
-                copy, slot = base_dependent[name], self._slots[name]
-                for g, factors in copy.factors.items():
-                    self._groups[g].bank.write_by_column(slot, factors)
-                for g in copy.changed:
+                for g, factors in base_dependent[name].factors.items():
+                    self._groups[g].bank.write_by_column(self._slots[name], factors)
+            self.write_changed()
+
+    def write_changed(self) -> None:
+        """Make the changed weights in slots again, of the base's current ones."""
+        with self._lock:
+            self.copy_streams.use(range(self.max_adapters))
+            for name, slot in self._slots.items():
+                copy = self._adapters[name].host
+                for g in () if copy is None else copy.changed:
                     weight = copy.own_weight(g, self._groups[g])
                     self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 

@@ -142,10 +142,11 @@ def _prepared_load(
     _refuse_in_use(session, name)
     program.look_at_modules()
     if (adapter.extras["dora"] or adapter.changed) and merged is not None:
-        what = "weights are made of" if adapter.changed else "norms come from"
+        what = "is a DoRA adapter, whose norms come from"
+        what = "has weights that are made of" if adapter.changed else what
         raise ConfigError(
-            f"{name!r} is an adapter whose {what} the base's own weights, but {merged.name!r} is "
-            "merged into them; call unmerge() before loading it"
+            f"{name!r} {what} the base's own weights, but {merged.name!r} is merged into them; "
+            "call unmerge() before loading it"
         )
     if adapter.replaces_biases and merged is not None:
         raise ConfigError(

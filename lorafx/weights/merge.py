@@ -168,6 +168,7 @@ def _restore_originals(session: Session, merged: Merged) -> None:
     for item in reversed(merged.originals):
         if item.in_place:
             item.restore()
+    session.store.write_changed()  # what got a slot meanwhile was made of merged weights
     broken = "" if before.broken == _INTERRUPTED else before.broken
     session.base = before._replace(merged=None, broken=broken)
 

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, error
+from interrupting import every_place
 from torch import Tensor, nn
+
+from lorafx.runtime.collection import collection_paused
 
 K = 6
 
@@ -59,3 +62,15 @@ def test_an_eager_forward_is_not_interrupted(small: Callable[..., Case], collect
     with pytest.raises(ValueError, match="as its caller asked"):
         cm(x, fails=True, adapter_names=names)
     assert gc.isenabled() == collecting
+
+
+def test_an_interrupt_leaves_collection_on() -> None:
+    def paused() -> None:
+        with collection_paused():
+            assert not gc.isenabled()
+
+    places = 0
+    for place, _ in every_place(paused):
+        assert gc.isenabled(), place
+        places += 1
+    assert places > 2

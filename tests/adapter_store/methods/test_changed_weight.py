@@ -90,6 +90,30 @@ def test_merged_and_taken_back(served: Served) -> None:
     served.check(["hira", "oft"])
 
 
+def test_a_slot_that_was_written_while_another_was_merged(served: Served) -> None:
+    served.cm.merge("lora")
+    for name in ("oft", "hira"):
+        served.cm.pin_adapter(name)
+    served.cm.unmerge()
+    served.check(["hira", None, "oft"])
+    served.cm.merge("lora")
+    with pytest.raises(lorafx.ConfigError, match=r"made of the base's own.*'lora' is merged"):
+        served.cm.load_adapter(served.folders["hra"], "another")
+    served.cm.unmerge()
+    for name in ("oft", "hira"):
+        served.cm.unpin_adapter(name)
+
+
+def test_a_function_that_does_not_fit_the_weight(served: Served) -> None:
+    config = {"peft_type": "OFT", "peft_version": "0.21.2", "block_share": True}
+    config |= {"use_cayley_neumann": False, "target_modules": ["q_proj"]}
+    key = "base_model.model.model.layers.0.self_attn.q_proj.oft_R.weight"
+    source = lorafx.AdapterSource({key: torch.ones(1, 10)}, config=config)  # blocks of 5
+    with pytest.raises(lorafx.CheckpointError, match=r"q_proj: blocks of 5 do not divide"):
+        served.cm.load_adapter(source, "another")
+    assert "another" not in served.cm.adapters
+
+
 def test_a_sum_is_refused(served: Served) -> None:
     with pytest.raises(lorafx.ConfigError, match="'oft' has weights of its own"):
         served.cm(torch.ones(1, 3, dtype=torch.long), adapter_names=[{"oft": 0.5, "lora": 1.0}])
