@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class ChangedWeight(NamedTuple):
-    """W′ (N, K) as a function of W (N, K), of a convolution with the kernel's entries as columns.
+    """W′ (N, K) of a linear as a function of W (N, K).
 
     Attributes:
         of: gets W and `tensors`, on its device; floating-point ones in its dtype, float32 or wider.
@@ -22,7 +21,6 @@ class ChangedWeight(NamedTuple):
         out_features, in_features: N and K; None where any fits.
         bias: gets the base's bias (N,) and `tensors`, and gives the adapter's; None where that is
             the base's.
-        added: W′ − W is the same for every W.
     """
 
     of: Callable[..., Tensor]
@@ -30,7 +28,6 @@ class ChangedWeight(NamedTuple):
     out_features: int | None = None
     in_features: int | None = None
     bias: Callable[..., Tensor] | None = None
-    added: bool = False
 
     def weight(self, base: Tensor) -> Tensor:
         """W′ of a base weight W (N, K) of float32 or wider."""
@@ -41,5 +38,5 @@ class ChangedWeight(NamedTuple):
         return base if self.bias is None else self.bias(base, *self._like(base))
 
     def _like(self, base: Tensor) -> list[Tensor]:
-        wide = torch.promote_types(base.dtype, torch.float32)
-        return [t.to(base.device, wide if t.is_floating_point() else t.dtype) for t in self.tensors]
+        dtypes = (base.dtype if t.is_floating_point() else t.dtype for t in self.tensors)
+        return [t.to(base.device, dtype) for t, dtype in zip(self.tensors, dtypes, strict=True)]

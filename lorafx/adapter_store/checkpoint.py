@@ -187,8 +187,8 @@ def _features(state: AdapterState) -> Iterator[str]:
         value = getattr(state.config, name)
         if not is_off(value):
             yield text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
-    for method, changed in dict.fromkeys((m.method, bool(m.weight)) for m in state.made.values()):
-        what = "a weight of its own" if changed else "factors whose product is its ΔW"
+    for method, low in dict.fromkeys((m.method, m.weight is None) for m in state.made.values()):
+        what = "factors whose product is its ΔW" if low else "a weight of its own"
         yield f"{method}, read as {what}"
     if state.config.bias != "none":
         yield f"biases of its own (bias = {state.config.bias})"

@@ -4,7 +4,6 @@
     base_model.model.<module>.token_adapter.trainable_tokens_delta        trainable_token_indices
     base_model.model.<module>.base_layer.bias    bias="lora_only" or "all": b' for the base's b
     base_model.model.<module>.bias               bias="all": of a module without factors
-
     base_model.model.<module>.lora_W.weight      W′ = f(W), of another method (`ChangedWeight`)
 
 A whole weight is (N, K), of an embedding (V, N). Modules tied to the input embedding get its
@@ -52,8 +51,6 @@ from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
-#: Why a changed weight has no place at a module of several projections.
-OF_SEVERAL = "holds several projections, and only the weight of one can be an adapter's own"
 _NAMED = 8
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 

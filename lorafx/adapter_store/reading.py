@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.extras import OF_SEVERAL, ExtrasReading, check_vector
+from lorafx.adapter_store.extras import ExtrasReading, check_vector
 from lorafx.adapter_store.findings import (
     Findings,
     Problem,
@@ -238,8 +238,11 @@ class Reading:
         assert changed is not None
         if others := [factor.key for letter, factor in keys.items() if letter != "W"]:
             raise Problem(f"{label} has {self._named(key)} and {others[0]}; keep one")
-        if len(landing.places) > 1 or len(landing.places[0][0].parts) > 1:
-            raise Unsupported(f"{self._named(key)}: {label} {OF_SEVERAL}")
+        if len(landing.places) > 1:
+            raise Unsupported(
+                f"{self._named(key)}: {label} holds several projections, and only the weight of "
+                "one can be an adapter's own"
+            )
         self.extras.add_changed(landing.places[0][0], self._named(key), label, changed)
 
     def _covered(self, landing: SiteLanding) -> tuple[SitePart, ...]:
@@ -258,13 +261,9 @@ class Reading:
     def _named(self, key: str) -> str:
         """`key` in messages, with the tensors that it was made of."""
         made = self.state.made.get(key)
-        return (
-            key
-            if made is None
-            else f"{made.of} of {made.method}"
-            if made.weight
-            else f"{key} ({made})"
-        )
+        if made is None:
+            return key
+        return f"{key} ({made})" if made.weight is None else f"{made.of} of {made.method}"
 
     def _matrices(
         self, landing: SiteLanding, label: str, key_a: str, key_b: str

@@ -27,4 +27,5 @@ HIRA = AdapterMethod(
     read=_hira,
     training=frozenset({"hira_dropout", "init_weights"}),
     form="own weight",
+    rank="—",
 )

@@ -94,10 +94,30 @@ def _pvera(given: Given) -> MadeFactors:
             f"{given.place}: pvera_B has shape {tuple(shared_b.shape)}, it needs ({len(b)} or "
             f"more, {rank}), half of pvera_lambda_d"
         )
-    return MadeFactors(d[:rank, None] * shared_a[:rank], b[:, None] * shared_b[: len(b)])
+    return _between(d[:rank], b, shared_a[:rank], shared_b)
 
 
-def cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _vera(given: Given) -> MadeFactors:
+    for leaf in ("vera_A", "vera_B"):
+        if leaf not in given:
+            raise NotServed(
+                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
+                "(save_projection=False); save the adapter with save_projection=True"
+            )
+    d, b = given.take("vera_lambda_d", "r"), given.take("vera_lambda_b", "N")
+    shared_a, shared_b = given.take("vera_A", "r", "largest K"), given.take("vera_B", "any N", "r")
+    if len(shared_b) < len(b):
+        raise Misfit(
+            f"{given.place}: vera_B has shape {tuple(shared_b.shape)}, it needs {len(b)} rows"
+        )
+    return _between(d, b, shared_a, shared_b)
+
+
+def _between(d: Tensor, b: Tensor, shared_a: Tensor, shared_b: Tensor) -> MadeFactors:
+    return MadeFactors(d[:, None] * shared_a, b[:, None] * shared_b[: len(b)])
+
+
+def _cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return a[:, :k], b
 
 
@@ -153,5 +173,16 @@ PVERA = AdapterMethod(
         {"projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "init_weights"}
         | {"generator_seed"}
     ),
-    complete=cut,
+    complete=_cut,
+)
+VERA = AdapterMethod(
+    name="VeRA",
+    peft_type="VERA",
+    marks="vera_lambda_[bd]",
+    shared="vera_A|vera_B",
+    read=_vera,
+    training=frozenset(
+        {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
+    ),
+    complete=_cut,
 )

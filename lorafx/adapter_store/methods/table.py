@@ -10,8 +10,8 @@ from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
-from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA
-from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD, VERA
+from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
+from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (

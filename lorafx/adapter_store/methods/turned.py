@@ -4,7 +4,6 @@ OFT     W′ = W Rᵀ of blocks R = (I − Q)(I + Q)⁻¹ on the diagonal, or it
 IA³     W′ = W diag(l) of a feed-forward module, W′ = diag(l) W, b′ = l ∘ b of others
 HRA     W′ = W (I − 2 u₁u₁ᵀ) … (I − 2 uᵣuᵣᵀ) of unit vectors, or of an orthonormal basis of them
 RoAd    pairs of outputs (and of the bias) turned and scaled: y′ = c₁ ∘ y + c₂ ∘ (−y₂, y₁)
-VeRA    A′ = d A, B′ = b B, of projections that all modules share
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
-from lorafx.adapter_store.methods.scaled import cut
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
 from lorafx.model.targets import pattern
 
 #: The first release of PEFT with today's series of Neumann.
@@ -99,10 +97,9 @@ def _ia3(given: Given) -> ChangedWeight:
         inputs = pattern(modules).fullmatches(path)
     else:
         inputs = path.endswith(tuple(modules))
-    ones = tuple(f"1 ({i})" for i in range(max(tensor.dim(), 2) - 1))
-    kernel = len(ones) > 1
+    ones = tuple(f"1 ({i})" for i in range(max(tensor.dim(), 2) - 1))  # convolutions have more
     if inputs:
-        scales = given.take("ia3_l", ones[0], "channels" if kernel else "K", *ones[1:])
+        scales = given.take("ia3_l", ones[0], "K", *ones[1:])
     else:
         scales = given.take("ia3_l", "N", *ones)
     if any(given.sizes[one] != 1 for one in ones):
@@ -113,18 +110,11 @@ def _ia3(given: Given) -> ChangedWeight:
         return ChangedWeight(
             _scaled_outputs, (scales,), out_features=len(scales), bias=_scaled_outputs
         )
-    of = partial(_scaled_inputs, place=given.place)
-    return ChangedWeight(of, (scales,), in_features=None if kernel else len(scales))
+    return ChangedWeight(torch.mul, (scales,), in_features=len(scales))
 
 
 def _scaled_outputs(weight: Tensor, scales: Tensor) -> Tensor:
     return weight * (scales[:, None] if weight.dim() == 2 else scales)
-
-
-def _scaled_inputs(weight: Tensor, scales: Tensor, *, place: str) -> Tensor:
-    if weight.shape[1] % len(scales):
-        raise Misfit(f"{place} scales {len(scales)} inputs, its weight has {weight.shape[1]}")
-    return weight * scales.repeat_interleave(weight.shape[1] // len(scales))
 
 
 def _hra(given: Given) -> ChangedWeight:
@@ -191,22 +181,6 @@ def _turned_outputs(
     return weight * same + swapped * other
 
 
-def _vera(given: Given) -> MadeFactors:
-    for leaf in ("vera_A", "vera_B"):
-        if leaf not in given:
-            raise NotServed(
-                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
-                "(save_projection=False); save the adapter with save_projection=True"
-            )
-    d, b = given.take("vera_lambda_d", "r"), given.take("vera_lambda_b", "N")
-    shared_a, shared_b = given.take("vera_A", "r", "largest K"), given.take("vera_B", "any N", "r")
-    if len(shared_b) < len(b):
-        raise Misfit(
-            f"{given.place}: vera_B has shape {tuple(shared_b.shape)}, it needs {len(b)} rows"
-        )
-    return MadeFactors(d[:, None] * shared_a, b[:, None] * shared_b[: len(b)])
-
-
 OFT = AdapterMethod(
     name="OFT",
     peft_type="OFT",
@@ -233,7 +207,6 @@ IA3 = AdapterMethod(
     training=frozenset({"init_ia3_weights"}),
     form="own weight",
     rank="—",
-    modules="linears",
 )
 HRA = AdapterMethod(
     name="HRA",
@@ -254,15 +227,4 @@ ROAD = AdapterMethod(
     training=frozenset({"init_weights"}),
     form="own weight",
     rank="—",
-)
-VERA = AdapterMethod(
-    name="VeRA",
-    peft_type="VERA",
-    marks="vera_lambda_[bd]",
-    shared="vera_A|vera_B",
-    read=_vera,
-    training=frozenset(
-        {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
-    ),
-    complete=cut,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -11,24 +12,19 @@ from dense_merge import random_base
 from method_files import TARGETS, merged, save
 from safetensors.torch import load_file
 
-import lorafx
 from lorafx.adapter_store.methods.factored import as_factors
-from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.saved import Saved
+from lorafx.adapter_store.saved import AdapterSource, Saved, read_source
 from lorafx.errors import CheckpointError
 
 CONFIGS = {"hira": peft.HiraConfig(r=3, rank_pattern={"v_proj": 2}, target_modules=TARGETS)}
 
 
 def read(folder: Path, base: torch.nn.Module, **changed: torch.Tensor) -> Saved:
-    text = lorafx.adapter_store.field_checks.json_object(
-        (folder / "adapter_config.json").read_text(), "it"
-    )
-    fields = PeftConfig.read(text, where="it", methods=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for end, tensor in changed.items():
         tensors[next(key for key in tensors if key.endswith(end))] = tensor
-    return as_factors(Saved(tensors, fields, {}, "it"), base)
+    return as_factors(read_source(AdapterSource(tensors, config=config)), base)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
