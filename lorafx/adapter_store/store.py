@@ -301,7 +301,9 @@ class AdapterStore:
             self.copy_streams.use(range(self.max_adapters))
             for name, slot in self._slots.items():
                 copy = self._adapters[name].host
-                for g in () if copy is None else copy.changed:
+                if copy is None:  # dropped, which those with changed weights never are
+                    continue
+                for g in copy.changed:
                     weight = copy.own_weight(g, self._groups[g])
                     self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 
