@@ -49,6 +49,7 @@ from lorafx.program.context import (
     GROUPED_OP,
     SITE_OP,
     Context,
+    SiteState,
     is_site,
 )
 from lorafx.program.expert_sites import insert_expert_sites, nonnegative
@@ -195,7 +196,23 @@ class Match:
                 edits += 1
         for state in (state for states in ctx.states.values() for state in states):
             state.use = state.use and _current(state.use, moved)
+        for node, (state,) in ctx.states.items():
+            _give_weight(ctx, node, state)
         return edits
+
+
+def _give_weight(ctx: Context, node: fx.Node, state: SiteState) -> None:
+    """Adapters may turn the input of the product: with room for it, a site gets the weight."""
+    call, use = bound(node), state.use
+    if node.target is not SITE_OP or call["own"] is None or use is None:
+        return
+    item, weight = ctx.frame.by_node[use.weight], use.weight
+    if item.derived is not None or item.part or fake_value(weight).dim() != 2:
+        return
+    with ctx.graph.inserting_before(node):
+        if state.site.eligible.transposed:
+            weight = ctx.emit(aten.permute.default, weight, [1, 0])
+        rebind(node, weight=weight, bias=None)
 
 
 def _origin(ctx: Context, mark: fx.Node, site: Site, products: dict[fx.Node, Use]) -> Use | None:

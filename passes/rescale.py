@@ -1,6 +1,6 @@
 """Adapters' changes beside the delta: replaced rows of the weight, scales and biases.
 
-    y' = site(x, y, ..., own...)             →   y₁ = own_linear(x, y, own..., slots, rows)
+    y' = site(x, y, ..., W, own...)          →   y₁ = own_linear(x, y, own..., slots, rows, W)
                                                  y' = site(x, y₁, ...)
     y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
@@ -127,6 +127,7 @@ class ReplaceRows:
             call["rows"] = call["rows"] or ALL_ALIKE
             with gm.graph.inserting_before(node):
                 y = ctx.emit(op, *in_order(op, call))
-            rebind(node, y=y, **dict.fromkeys(OwnRows._fields))
+            unused = (*OwnRows._fields, *(name for name in ("weight", "bias") if name in call))
+            rebind(node, y=y, **dict.fromkeys(unused))
             edits += 1
         return edits

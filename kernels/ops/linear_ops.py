@@ -74,11 +74,12 @@ def site(
     shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor. `weight` and `bias` are for the
-    `pack` pass. With `gains`, all of y but `addend` (N,) is rescaled; `shifts` are added last."""
+    `pack` pass, or for adapters that turn inputs. With `gains`, all of y but `addend` (N,) is
+    rescaled; `shifts` are added last."""
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
     if replaced.own is not None:
-        y = own_linear(x, y, *replaced, bank.slots, rows)  # type: ignore[arg-type]
+        y = own_linear(x, y, *replaced, bank.slots, rows, weight)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None and shifts is None:

@@ -1,11 +1,17 @@
-"""Rows of a weight that an adapter replaces, in plain aten.
+"""Weights of adapters' own in place of the base's, in plain aten.
 
     linear      y[m, n] ← x[m] · own[i, t] + own_bias[i, t]     n = own_at[i, t], t < count
     embedding   y[m]    ← own[i, t]                             t = own_at[i, id of m], t ≥ 0
 
-with i, count = own_table[s], s the slot of row m. A slot replaces all rows of the weight (a module
-that was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of other slots
-and base rows keep y, bit for bit. The delta of the same site is added to the result.
+with i, form, count, _ = own_table[s], s the slot of row m. A slot replaces all rows of the weight
+(a module that was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of
+other slots and base rows keep y, bit for bit. The delta of the same site is added to the result.
+
+The weight of a linear may also be given by what it changes, a `Structure`:
+
+    Kronecker       y ← y + vec(w₂ X w₁ᵀ)   W + w₁ ⊗ w₂, X (k₁, K / k₁) the entries of x
+    turned input    y ← y + W (D x)         W (I + D), D block-diagonal
+    turned output   y ← y + D y             (I + D) W, and the bias
 
 A linear visits the slots that are present, for which the host waits if slots are on an accelerator:
 a product with the weight of every slot would cost more than the wait.
@@ -21,13 +27,78 @@ from torch import Tensor
 from lorafx.kernels.ops.delta import groups, row_slots
 from lorafx.kernels.ops.op_library import check_rows, define, require
 
+#: The forms of an entry of `own`: rows, or the numbers of a structure.
+ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT = range(4)
+
+
+class Structure(NamedTuple):
+    """How a weight (N, K) is changed. Kronecker: w₁ (`first`, `second`) before w₂ (N / first, K /
+    second). Turned: the blocks of D, (K or N / first, first, first); `second` is 0."""
+
+    form: int
+    first: int
+    second: int = 0
+
+    def numbers(self, rows: int, columns: int) -> int:
+        """How many numbers the change of a weight (`rows`, `columns`) has. Raises ValueError if it
+        is for none of this size."""
+        if self.form == KRONECKER:
+            if rows % self.first or columns % self.second:
+                raise ValueError(f"which w1 ({self.first}, {self.second}) does not divide")
+            return self.first * self.second + (rows // self.first) * (columns // self.second)
+        turned, what = (columns, "inputs") if self.form == TURNED_INPUT else (rows, "outputs")
+        if turned % self.first:
+            raise ValueError(f"and blocks of {self.first} do not divide its {what}")
+        return turned * self.first
+
+    def of_weight(self, numbers: Tensor, weight: Tensor) -> Tensor:
+        """The changed weight (N, K); or the bias (N,), which turned outputs alone change."""
+        if weight.dim() == 1:
+            return weight + _turned(weight[None], numbers, self.first)[0]
+        if self.form == KRONECKER:
+            return weight + torch.kron(*self._factors(numbers, weight.shape[1]))
+        if self.form == TURNED_OUTPUT:
+            return weight + _turned(weight.mT, numbers, self.first).mT
+        across = numbers.view(-1, self.first, self.first).mT.flatten()
+        return weight + _turned(weight, across, self.first)
+
+    def _factors(self, numbers: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """w₁ and w₂."""
+        cut = self.first * self.second
+        return (
+            numbers[:cut].view(self.first, self.second),
+            numbers[cut:].view(-1, columns // self.second),
+        )
+
+    def added(self, numbers: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        """What is added to y (M, N), of x (M, K) and the base's weight (N, K), which only a turned
+        input needs."""
+        if self.form == KRONECKER:
+            first, second = self._factors(numbers, x.shape[-1])
+            product = x.view(-1, self.second, second.shape[1]) @ second.mT
+            return (first @ product).flatten(1)
+        turned = _turned(x if self.form == TURNED_INPUT else y, numbers, self.first)
+        if self.form == TURNED_OUTPUT:
+            return turned
+        require("own_linear", weight is not None, "inputs are turned, so it needs the weight")
+        return torch.nn.functional.linear(turned, weight.to(turned.dtype))  # type: ignore[union-attr]
+
+
+def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
+    """D x of x (M, K), D of blocks (K / block, block, block)."""
+    if block == 1:
+        return x * numbers
+    pieces = x.view(len(x), -1, block).transpose(0, 1)
+    return (pieces @ numbers.view(-1, block, block).mT).transpose(0, 1).reshape(x.shape)
+
 
 class OwnRows(NamedTuple):
-    """The rows that M of the adapters in S slots have in place of the weight's.
+    """The weights that M of the adapters in S slots have in place of the base's.
 
-    own (M, T, K), in the dtype of the weight: the rows. own_at, int32: for a linear (M, T), the
-    output that each row computes; for an embedding (M, V), the row of each id, −1 for the base's.
-    own_table, int32 (S, 2): the index of a slot among the M, −1 for none, and its number of rows.
+    own (M, T, K), in the dtype of the weight: the rows, or from its beginning the numbers of a
+    structure. own_at, int32: for a linear (M, T), the output that each row computes; for an
+    embedding (M, V), the row of each id, −1 for the base's. own_table, int32 (S, 4): the index of
+    a slot among the M, −1 for none, the form, and the number of rows or a structure's sizes.
     own_bias (M, T): the bias of a linear for each row.
     """
 
@@ -50,8 +121,10 @@ def own_linear(
     own_bias: Tensor,
     slots: Tensor,
     rows: int,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace."""
+    """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace. The
+    base's `weight` (N, K) is needed where inputs are turned."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
@@ -59,11 +132,18 @@ def own_linear(
     table = own_table.tolist()
     dtype = torch.promote_types(x.dtype, own.dtype)
     for slot, index in groups(row_slots(slots, rows, count), len(table)):
-        i, size = table[slot]
+        i, form, size, second = table[slot]
         if i < 0:
             continue
-        weight, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
-        outputs = torch.nn.functional.linear(x[index].to(dtype), weight, bias).to(y.dtype)
+        x_rows = x[index].to(dtype)
+        if form != ROWS:
+            structure, before = Structure(form, size, second), flat[index]
+            numbers = own[i].flatten()[: structure.numbers(columns, x.shape[-1])].to(dtype)
+            added = structure.added(numbers, x_rows, before.to(dtype), weight)
+            flat[index] = (before + added).to(y.dtype)
+            continue
+        replaced, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
+        outputs = torch.nn.functional.linear(x_rows, replaced, bias).to(y.dtype)
         if size == columns:
             flat[index] = outputs
         else:
@@ -71,13 +151,15 @@ def own_linear(
     return out
 
 
-def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows):
+def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=None):
     op = "own_linear"
     require(op, own.dim() == 3 and own.shape[2] == x.shape[-1], "own is (adapters, rows, K)")
     require(op, own.shape[1] <= y.shape[-1], f"{own.shape[1]} rows for {y.shape[-1]} outputs")
     for name, tensor in (("own_at", own_at), ("own_bias", own_bias)):
         require(op, tensor.shape == own.shape[:2], f"{name} is (adapters, rows)")
-    require(op, own_table.shape[1:] == (2,), "own_table is (slots, 2)")
+    require(op, own_table.shape[1:] == (4,), "own_table is (slots, 4)")
+    shape = (y.shape[-1], x.shape[-1])
+    require(op, weight is None or weight.shape == shape, "weight is (N, K)")
     check_rows(op, x.shape[:-1], y.shape[:-1], rows)
     return y.new_empty(y.shape)
 
@@ -99,14 +181,15 @@ def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):
     op = "own_embedding"
     require(op, own.dim() == 3 and own.shape[2] == y.shape[-1], "own is (adapters, rows, N)")
     require(op, own_at.dim() == 2, "own_at is (adapters, vocabulary)")
-    require(op, own_table.shape[1:] == (2,), "own_table is (slots, 2)")
+    require(op, own_table.shape[1:] == (4,), "own_table is (slots, 4)")
     check_rows(op, ids.shape, y.shape[:-1], rows)
     return y.new_empty(y.shape)
 
 
 _SCHEMA = "Tensor y, Tensor own, Tensor own_at, Tensor own_table"
 define(
-    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows) -> Tensor",
+    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows,"
+    " Tensor? weight=None) -> Tensor",
     own_linear,
     own_linear_fake,
 )

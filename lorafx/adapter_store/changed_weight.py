@@ -1,15 +1,19 @@
 """A weight of an adapter's own that is a function of the base's, W′ = f(W).
 
 What is no product of small factors is served so: the file's tensors are kept, and W′ is computed
-from the current W when the adapter gets a slot.
+from the current W when the adapter gets a slot. Where a `Structure` says what changes, a slot has
+its few numbers instead of W′.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
+
+from lorafx.kernels.ops.own_rows import TURNED_INPUT, TURNED_OUTPUT, Structure
 
 
 class ChangedWeight(NamedTuple):
@@ -21,6 +25,7 @@ class ChangedWeight(NamedTuple):
         out_features, in_features: N and K; None where any fits.
         bias: gets the base's bias (N,) and `tensors`, and gives the adapter's; None where that is
             the base's.
+        structure: of the change, whose numbers are the first of `tensors`.
     """
 
     of: Callable[..., Tensor]
@@ -28,6 +33,43 @@ class ChangedWeight(NamedTuple):
     out_features: int | None = None
     in_features: int | None = None
     bias: Callable[..., Tensor] | None = None
+    structure: Structure | None = None
+
+    @classmethod
+    def structured(
+        cls,
+        structure: Structure,
+        numbers: Tensor,
+        out_features: int | None = None,
+        in_features: int | None = None,
+    ) -> ChangedWeight:
+        """`numbers` of any shape; those of one block serve for all."""
+        of = partial(_structured, structure=structure)
+        bias = of if structure.form == TURNED_OUTPUT else None
+        return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        """Those of its structure for a weight of this size, in one dimension."""
+        assert self.structure is not None
+        (numbers,) = self.tensors
+        return numbers.repeat(self.structure.numbers(rows, columns) // max(1, len(numbers)))
+
+    def fitted(self, out_features: int, in_features: int, *, made: bool) -> ChangedWeight:
+        """For a weight of this size, without a structure that would take more room than W′, or
+        turn inputs of a weight that is `made` in each call. Raises ValueError for another size."""
+        needed, sizes = (self.out_features, self.in_features), (out_features, in_features)
+        if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
+            text = ", ".join("any" if n is None else str(n) for n in needed)
+            raise ValueError(f"which needs to be ({text})")
+        rows = self.rows(out_features, in_features)
+        turned = self.structure is not None and self.structure.form == TURNED_INPUT
+        return self._replace(structure=None) if rows > out_features or (made and turned) else self
+
+    def rows(self, out_features: int, in_features: int) -> int:
+        """How many rows of such a weight hold it."""
+        if self.structure is None:
+            return out_features
+        return -(-self.structure.numbers(out_features, in_features) // in_features)
 
     def weight(self, base: Tensor) -> Tensor:
         """W′ of a base weight W (N, K) of float32 or wider."""
@@ -40,3 +82,7 @@ class ChangedWeight(NamedTuple):
     def _like(self, base: Tensor) -> list[Tensor]:
         dtypes = (base.dtype if t.is_floating_point() else t.dtype for t in self.tensors)
         return [t.to(base.device, dtype) for t, dtype in zip(self.tensors, dtypes, strict=True)]
+
+
+def _structured(weight: Tensor, numbers: Tensor, *, structure: Structure) -> Tensor:
+    return structure.of_weight(numbers, weight)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ from lorafx.model.extras import (
     own_refusal,
     tied_paths,
 )
+from lorafx.model.made_weights import maker_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
@@ -128,17 +130,28 @@ def _saved_tokens(state: AdapterState, places: Places) -> Iterator[tuple[str, st
 def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[str, int]]:
     """The paths of `model`'s modules that were trained as a whole, and the numbers of trained rows
     of others. Problems are left to `ExtrasReading`."""
-    changed = [key for key, made in state.made.items() if made.weight is not None]
+    changed = {key: made.weight for key, made in state.made.items() if made.weight is not None}
     config = state.config
     if not (changed or config.modules_to_save or config.trainable_token_indices):
         return [], {}
     places, graph = Places((), model), ModuleGraph(model)
     whole = [m.path for m in _saved_modules(state, places, with_copies=False) if m.eligible]
-    for key in changed:
+    tokens: dict[str, int] = {}
+    for key, weight in changed.items():
         factor = parse(key)
         assert factor is not None
-        whole.append(places.current(factor.module))
-    tokens: dict[str, int] = {}
+        path = places.current(factor.module)
+        module = graph.find(path)
+        entry = None if module is None else lookup(module)
+        if module is not None and entry is not None and entry.is_linear:
+            in_features, out_features = entry.sizes(module)
+            made = bool(maker_of(module, entry.weight))
+            with suppress(ValueError):
+                weight = weight.fitted(out_features, in_features, made=made)
+                if weight.structure is not None:
+                    tokens[path] = weight.rows(out_features, in_features)
+                    continue
+        whole.append(path)
     for path, _, tensor, _ in _saved_tokens(state, places):
         module = graph.find(path)
         if module is not None and tensor.dim() == 2 and len(tensor):
@@ -285,7 +298,7 @@ class ExtrasReading:
             self._add_weight(place, site, label, key, OwnWeight(rows[order], None, indices))
 
     def _add_weight(self, path: str, site: Site, label: str, key: str, weight: OwnWeight) -> None:
-        rows, bias, _ = weight
+        rows, bias, *_ = weight
         embedding = site.eligible.kind == "embedding"
         features = site.out_features if embedding else site.in_features
         if rows.shape[1] != features or (bias is not None and len(bias) != len(rows)):
@@ -314,13 +327,17 @@ class ExtrasReading:
             )
         if reason := own_refusal(site):
             raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
-        needed = (changed.out_features, changed.in_features)
         sizes = (site.out_features, site.in_features)
-        if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
-            text = ", ".join("any" if n is None else str(n) for n in needed)
-            raise Problem(f"{key} is for a weight of ({text}), {label} has {sizes}")
-        if not _has_room(site):
-            self._note_no_room(label, "modules_to_save", [site.path])
+        made = bool(maker_of(site.module, site.eligible.weight))
+        try:
+            changed = changed.fitted(*sizes, made=made)
+        except ValueError as error:
+            raise Problem(f"{key}: {label} has a weight of {sizes}, {error}") from None
+        if (rows := changed.rows(*sizes)) > site.own_rows:
+            if changed.structure is not None:
+                self._note_no_room(label, "trainable_tokens", {site.path: rows})
+            else:
+                self._note_no_room(label, "modules_to_save", [site.path])
         elif site.path in self.own_weights or site.path in self.changed:
             raise Problem(f"{label} is saved twice; keep one")
         else:

@@ -74,6 +74,9 @@ def fit_to_banks(
         number = places[path].group
         own, changed[number] = groups[number].bank.own, function
         assert own is not None
+        if function.structure is not None:
+            problems += _beyond_range(path, own.dtype, *function.tensors)
+            continue
         try:
             made = made_weight(groups[number], function)
         except Misfit as problem:

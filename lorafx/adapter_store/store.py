@@ -304,7 +304,7 @@ class AdapterStore:
                 if copy is None:  # dropped, which those with changed weights never are
                     continue
                 for g in copy.changed:
-                    weight = copy.own_weight(g, self._groups[g])
+                    weight = copy.in_slot(g, self._groups[g])
                     self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 
     def nbytes(self) -> dict[str, int]:
@@ -542,7 +542,7 @@ class AdapterStore:
         def write() -> list[object]:
             sources: list[object] = [copy]
             for g, group in enumerate(self._groups):
-                factors, weight = copy.factors.get(g, ()), copy.own_weight(g, group)
+                factors, weight = copy.factors.get(g, ()), copy.in_slot(g, group)
                 if g not in copy.tables:
                     copy.tables[g] = group.bank.tables(factors)
                 sources += group.bank.write(slot, factors, copy.tables[g], weight, place)

@@ -105,6 +105,15 @@ class HostCopy:
         changed = self.changed.get(number)
         return self.own_weights.get(number) if changed is None else made_weight(group, changed)
 
+    def in_slot(self, number: int, group: Group) -> OwnWeight | None:
+        """As `own_weight`, by the numbers of its structure if it has one."""
+        changed = self.changed.get(number)
+        if changed is None or changed.structure is None:
+            return self.own_weight(number, group)
+        (site,) = group.sites
+        numbers = changed.numbers(site.out_features, site.in_features)
+        return OwnWeight(numbers, structure=changed.structure)
+
     @cached_property
     def nbytes(self) -> int:
         parts: list[Iterable[Any]] = [*itertools.chain(*self.factors.values())]
@@ -156,8 +165,9 @@ class StoredAdapter:
     @property
     def depends_on_base(self) -> bool:
         """Whether some of its numbers have to be recomputed when base weights change."""
-        changed = self.host is not None and bool(self.host.changed)
-        return bool(changed or self.extras.get("dora") or self.extras.get("bias"))
+        changed = () if self.host is None else self.host.changed.values()
+        made = any(weight.structure is None for weight in changed)
+        return bool(made or self.extras.get("dora") or self.extras.get("bias"))
 
     @property
     def can_be_dropped(self) -> bool:

@@ -141,6 +141,7 @@ class RowDeltas:
         scale: Tensor | float | None,
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
@@ -171,7 +172,7 @@ class RowDeltas:
             if out is None:
                 slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
                 owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
-                out = mark.with_delta(x, y, scale, ranges, addend, owners)
+                out = mark.with_delta(x, y, scale, ranges, addend, base, owners)
             following.note(out, code)
             return self._noted(mark, out)
 

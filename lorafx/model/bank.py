@@ -26,16 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.own_rows import OwnRows
+from lorafx.kernels.ops.own_rows import ROWS, OwnRows, Structure
 
 
 class OwnWeight(NamedTuple):
     """Rows (T, K) of a site's weight that an adapter replaces, of an embedding (T, N), with bias
-    (T,) of a linear. `indices`: int32 (T,), ascending, of the replaced rows; None for all rows."""
+    (T,) of a linear. `indices`: int32 (T,), ascending, of the replaced rows; None for all rows.
+    With a `structure` of a linear's change, `rows` are its numbers, in one dimension."""
 
     rows: Tensor
     bias: Tensor | None = None
     indices: Tensor | None = None
+    structure: Structure | None = None
 
 
 class Factors(NamedTuple):
@@ -259,6 +261,10 @@ class Bank:
         if weight is None:
             return []
         count, on_cuda = len(weight.rows), self.own.is_cuda
+        if weight.structure is not None:
+            self.own[place].view(-1)[:count].copy_(weight.rows, non_blocking=on_cuda)
+            entry = torch.tensor([place, *weight.structure], dtype=torch.int32)
+            return [_copy_to(self.own_table[slot], entry)]
         rows = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
         indices = weight.indices
         indices = rows if indices is None else indices.to(rows.device, non_blocking=on_cuda)
@@ -274,7 +280,8 @@ class Bank:
             self.own_at[place, indices.long()] = rows
         else:
             self.own_at[place, :count] = indices
-        return [_copy_to(self.own_table[slot], torch.tensor([place, count], dtype=torch.int32))]
+        entry = torch.tensor([place, ROWS, count, 0], dtype=torch.int32)
+        return [_copy_to(self.own_table[slot], entry)]
 
     def _sibling_a(self, slots: slice, sibling: int, rank: int) -> Tensor:
         if self.kind == "embedding":
@@ -300,7 +307,7 @@ def _room_for_rows(
     return OwnRows(
         torch.zeros(shape, dtype=dtype, device=device),
         torch.full(places, -1, dtype=torch.int32, device=device),
-        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
+        torch.full((slots, 4), -1, dtype=torch.int32, device=device),
         None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
     )
 

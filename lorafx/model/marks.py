@@ -166,7 +166,10 @@ class SiteMark:
         ranges = self.siblings, self.offsets, self.sizes
         bias = bias if isinstance(bias, Tensor) else None
         with_delta = self.with_delta if traced else self._eager_adder()
-        y = with_delta(x, y, scale, ranges, bias)
+        weight = None
+        if self.bank.own is not None and not traced:  # in a graph, the one that it reads
+            weight = getattr(module, self.weight_name, None)
+        y = with_delta(x, y, scale, ranges, bias, weight)
         if is_tuple:  # named tuples keep their names
             return getattr(output, "_make", tuple)((y, *output[1:]))
         return y
@@ -186,10 +189,11 @@ class SiteMark:
         scale: Tensor | float | None,
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
+        base: Tensor | None = None,
         owners: Owners | None = None,
     ) -> Tensor:
-        """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`.
-        `owners` are those of the rows; without them all rows have one."""
+        """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`. `base`
+        is the weight. `owners` are those of the rows; without them all rows have one."""
         bank = self.bank
         slots, rows = (self.runtime.slots, UNPROVED) if owners is None else owners
         # DoRA is refused for sites with a handler.
@@ -213,6 +217,8 @@ class SiteMark:
             return torch.ops.lorafx.conv_site(x, y, *factors, rows, *tail)
         all_columns = sum(ranges[2]) == self.out_features
         packed = (self.weight, self.bias) if all_columns else (None, None)
+        if base is not None:
+            packed = (base.mT if self.transposed else base, None)
         shifts = None if self.handler is not None else bank.shifts
         return torch.ops.lorafx.site(
             x, y, *factors, *ranges, rows, *packed, gains, addend, *own_rows, shifts

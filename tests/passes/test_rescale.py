@@ -99,7 +99,7 @@ def taken(g: SiteGraph, at: tuple[int, ...]) -> Tensor:
     assert bank.own_at is not None
     assert bank.own_table is not None
     bank.own.normal_()
-    bank.own_table[0] = torch.tensor([1, len(at)])
+    bank.own_table[0] = torch.tensor([1, 0, len(at), 0])
     weight = g.site("w").module.weight.clone()
     for row, place in enumerate(at):
         if bank.own_bias is None:
@@ -116,14 +116,15 @@ def test_own_rows_before_and_after() -> None:
         shown(done, ReplaceRows(), first=(Match(),)),
         """\
 linear = aten.linear(x, w_weight, w_bias)
-site = lorafx.site(x, linear, bank, slots, [0], [0], [6], 2, None, None, None, None, own,
-    own_at, own_table, own_bias)
+site = lorafx.site(x, linear, bank, slots, [0], [0], [6], 2, w_weight, None, None, None,
+    own, own_at, own_table, own_bias)
 return site
 
 replace_rows: 1 edit
 
 linear = aten.linear(x, w_weight, w_bias)
-own_linear = lorafx.own_linear(x, linear, own, own_at, own_table, own_bias, slots, 2)
+own_linear = lorafx.own_linear(x, linear, own, own_at, own_table, own_bias, slots, 2,
+    w_weight)
 site = lorafx.site(x, own_linear, bank, slots, [0], [0], [6], 2)
 return site
 """,

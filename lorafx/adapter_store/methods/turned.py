@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+from lorafx.kernels.ops.own_rows import TURNED_INPUT, TURNED_OUTPUT, Structure
 from lorafx.model.targets import pattern
 
 #: The first release of PEFT with today's series of Neumann.
@@ -44,37 +45,25 @@ def _oft(given: Given) -> ChangedWeight:
                 "into a copy of the base model by PEFT 0.17"
             )
         terms = given.option("num_cayley_neumann_terms", 5)
-    eps = given.option("eps", 6e-5) if given.option("coft", False) else None
-    of = partial(_turned_inputs, size=size, terms=terms, eps=eps, place=given.place)
-    return ChangedWeight(of, (r,), in_features=None if shared else blocks * size)
-
-
-def _turned_inputs(
-    weight: Tensor, r: Tensor, *, size: int, terms: int, eps: float | None, place: str
-) -> Tensor:
-    if weight.shape[1] % size:
-        raise Misfit(
-            f"{place}: blocks of {size} do not divide the {weight.shape[1]} inputs of the weight"
-        )
-    q = r.new_zeros(len(r), size, size)
+    q = r.new_zeros(blocks, size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=r.device)
     q[:, rows, columns] = r
     q = q - q.mT
-    if eps is not None:  # COFT keeps each block near the identity
-        bound = eps / torch.sqrt(torch.tensor(len(q)))
+    if given.option("coft", False):  # COFT keeps each block near the identity
+        bound = given.option("eps", 6e-5) / math.sqrt(blocks)
         norm = q.norm(dim=(1, 2), keepdim=True)
         q = torch.where(norm <= bound, q, bound * (q / norm))
-    blocks = weight.unflatten(1, (-1, size))
-    turned = torch.einsum("nbk,bck->nbc", blocks, _cayley(q, terms).expand(blocks.shape[1], -1, -1))
-    return turned.flatten(1)
+    width = None if shared else blocks * size
+    structure = Structure(TURNED_INPUT, size)
+    return ChangedWeight.structured(structure, _cayley(q, terms).mT, in_features=width)
 
 
 def _cayley(q: Tensor, terms: int) -> Tensor:
-    """(I − Q)(I + Q)⁻¹, or of so many `terms` of PEFT's series for it."""
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    """(I − Q)(I + Q)⁻¹ − I, or of so many `terms` of PEFT's series for it."""
     if not terms:
-        return torch.linalg.solve(eye + q, eye - q, left=False)
-    result = eye + 2 * q if terms > 1 else eye
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        return torch.linalg.solve(eye + q, -2 * q, left=False)
+    result = 2 * q if terms > 1 else torch.zeros_like(q)
     if terms > 2:
         power = q @ q
         result = result + 2 * power
@@ -105,16 +94,10 @@ def _ia3(given: Given) -> ChangedWeight:
     if any(given.sizes[one] != 1 for one in ones):
         what = "(1, inputs)" if inputs else "(outputs, 1)"
         raise Misfit(f"{key} has shape {tuple(scales.shape)}, it needs {what} by the configuration")
-    scales = scales.flatten()
-    if not inputs:
-        return ChangedWeight(
-            _scaled_outputs, (scales,), out_features=len(scales), bias=_scaled_outputs
-        )
-    return ChangedWeight(torch.mul, (scales,), in_features=len(scales))
-
-
-def _scaled_outputs(weight: Tensor, scales: Tensor) -> Tensor:
-    return weight * (scales[:, None] if weight.dim() == 2 else scales)
+    structure = Structure(TURNED_INPUT if inputs else TURNED_OUTPUT, 1)
+    count = scales.numel()
+    sizes = (None, count) if inputs else (count, None)
+    return ChangedWeight.structured(structure, scales - 1, *sizes)
 
 
 def _hra(given: Given) -> ChangedWeight:
@@ -162,23 +145,16 @@ def _turned_pairs(given: Given) -> ChangedWeight:
         angles, scales = tuple(t.flatten() for t in theta), tuple(t.flatten() for t in alpha)
     else:
         angles, scales = (theta, theta), (alpha, alpha)
-    of = partial(_turned_outputs, group=group)
-    return ChangedWeight(of, (*angles, *scales), out_features=outputs, bias=of)
+    same = (scales[0] * angles[0].cos()).view(-1, 2, group // 2) - 1
+    other = (scales[1] * angles[1].sin()).view(-1, 2, group // 2)
+    corners = (same[:, 0], -other[:, 0]), (other[:, 1], same[:, 1])
+    rows = [torch.cat([torch.diag_embed(corner) for corner in row], 2) for row in corners]
+    structure = Structure(TURNED_OUTPUT, group)
+    return ChangedWeight.structured(structure, torch.cat(rows, 1), out_features=outputs)
 
 
 #: Angles by variant, in halves of the outputs.
 _PARTS = {"road_1": 1, "road_2": 2, "road_4": 4}
-
-
-def _turned_outputs(
-    weight: Tensor, angle1: Tensor, angle2: Tensor, scale1: Tensor, scale2: Tensor, *, group: int
-) -> Tensor:
-    first, second = weight.unflatten(0, (-1, 2, group // 2)).unbind(1)
-    swapped = torch.stack((-second, first), 1).flatten(0, 2)
-    same, other = scale1 * angle1.cos(), scale2 * angle2.sin()
-    if weight.dim() == 2:
-        same, other = same[:, None], other[:, None]
-    return weight * same + swapped * other
 
 
 OFT = AdapterMethod(

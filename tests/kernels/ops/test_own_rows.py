@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.errors import LoweringError
+from lorafx.kernels.ops.own_rows import KRONECKER, TURNED_INPUT, TURNED_OUTPUT, Structure
 from lorafx.model.bank import Bank, OwnWeight
 
 S, V, K, N = 3, 7, 4, 5
@@ -27,8 +28,8 @@ def bank(kind: str, rows: int) -> Bank:
     )
 
 
-def linear(b: Bank, x: Tensor, y: Tensor, rows: int = 2) -> Tensor:
-    return torch.ops.lorafx.own_linear(x, y, *b.own_rows, SLOTS, rows)
+def linear(b: Bank, x: Tensor, y: Tensor, rows: int = 2, weight: Tensor | None = None) -> Tensor:
+    return torch.ops.lorafx.own_linear(x, y, *b.own_rows, SLOTS, rows, weight)
 
 
 def embedding(b: Bank, ids: Tensor, y: Tensor) -> Tensor:
@@ -53,6 +54,37 @@ def test_a_linear(dtype: torch.dtype) -> None:
     want = y.clone()
     want[0][:, [2]] = torch.nn.functional.linear(x[0].float(), some[:1]).to(dtype)
     assert torch.allclose(linear(b, x, y), want, atol=1e-6)  # nothing is left of what was there
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        *(Structure(KRONECKER, *sizes) for sizes in ((1, 2), (5, 1), (1, 4))),
+        *(Structure(TURNED_INPUT, block) for block in (1, 2, 4)),
+        *(Structure(TURNED_OUTPUT, block) for block in (1,)),
+    ],
+)
+def test_a_structure_computes_as_its_weight(structure: Structure) -> None:
+    torch.manual_seed(0)
+    b, weight, bias = bank("linear", N), torch.randn(N, K), torch.randn(N)
+    numbers = torch.randn(structure.numbers(N, K))
+    b.write(0, [], b.tables([]), OwnWeight(numbers, structure=structure), 1)
+    b.write(1, [], b.tables([]), OwnWeight(torch.randn(N, K)))
+    x = torch.randn(4, 2, K)
+    y = torch.nn.functional.linear(x, weight, bias)
+    changed = structure.of_weight(numbers, weight)
+    shifted = structure.of_weight(numbers, bias) if structure.form == TURNED_OUTPUT else bias
+    got, want = linear(b, x, y, weight=weight), y.clone()
+    want[2] = torch.nn.functional.linear(x[2], changed, shifted)
+    assert torch.allclose(got[1:], want[1:], atol=1e-5)
+    assert not torch.allclose(got[0], want[0], atol=0.1)
+
+
+def test_turned_inputs_need_the_weight() -> None:
+    b = bank("linear", 1)
+    b.write(2, [], b.tables([]), OwnWeight(torch.ones(K), structure=Structure(TURNED_INPUT, 1)))
+    with pytest.raises(LoweringError, match="it needs the weight"):
+        linear(b, torch.ones(4, 2, K), torch.ones(4, 2, N))
 
 
 def test_an_embedding() -> None:
@@ -82,5 +114,9 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")
     linear_op, embedding_op = torch.ops.lorafx.own_linear, torch.ops.lorafx.own_embedding
     torch.library.opcheck(linear_op, (x, y, *b.own_rows, SLOTS, 2), test_utils=checks)
+    structure = Structure(KRONECKER, 1, 2)
+    b.write(1, [], b.tables([]), OwnWeight(torch.randn(12), structure=structure), 1)
+    arguments = (x, y, *b.own_rows, SLOTS, 2, torch.randn(N, K))
+    torch.library.opcheck(linear_op, arguments, test_utils=checks)
     arguments = (ids, y, e.own, e.own_at, e.own_table, SLOTS, 2)
     torch.library.opcheck(embedding_op, arguments, test_utils=checks)
