@@ -1,0 +1,133 @@
+"""Changes of a weight that have a structure, wherever a model is served: eager mode and graphs,
+transposed weights, bfloat16, the engine, torch.compile, exports."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base
+from method_files import merged, save
+from step_logits import check_three_requests
+from torch import nn
+
+import lorafx
+
+LLAMA: Mapping[str, peft.PeftConfig] = {
+    "a0": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
+    "a1": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "a2": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
+    "a3": peft.RoadConfig(group_size=4, target_modules=["v_proj"]),
+}
+GPT2: Mapping[str, peft.PeftConfig] = {
+    "a0": peft.IA3Config(
+        target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]
+    ),
+    "a1": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["c_attn"]),
+}
+IDS = torch.randint(0, 60, (4, 6), generator=torch.Generator().manual_seed(1))
+NAMES = ["a0", "a1", None, "a3"]
+
+
+@dataclass(eq=False)
+class MethodCase(Case):
+    """A case whose oracle is what PEFT merges."""
+
+    def alone(self, name: str | None) -> nn.Module:
+        if name is None:
+            return self.base
+        if name not in self.merged:
+            self.merged[name] = merged(self.base, self.folders[name])
+        return self.merged[name]
+
+
+def case_of(family: str, configs: Mapping[str, peft.PeftConfig], root: Path) -> MethodCase:
+    base = random_base(family, num_hidden_layers=1)
+    return MethodCase(base, {name: save(base, c, root / name) for name, c in configs.items()})
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> MethodCase:
+    return case_of("llama", LLAMA, tmp_path_factory.mktemp("structures"))
+
+
+def check(case: Case, cm: Any, names: list[str | None]) -> None:
+    got = cm(IDS[: len(names)], adapter_names=names).logits
+    assert error(got, case.expected(names, {"input_ids": IDS[: len(names)]})) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": "eager"},
+        {"start": "compiled"},
+        {"start": "compiled", "verify": "numeric"},
+        pytest.param({"start": "compiled", "lowering": "inductor"}, marks=pytest.mark.slow),
+    ],
+)
+def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
+    cm = llama.compile({"cache": None, **options}, dynamic=True)
+    check(llama, cm, NAMES)
+    graphs = cm.recompiles
+    check(llama, cm, ["a2", "a3", "a0", None])
+    check(llama, cm, ["a1", "a1", "a2", "a0"])
+    assert cm.recompiles == graphs == (options["start"] == "compiled")
+
+
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_transposed_weights(start: str, tmp_path: Path) -> None:
+    case = case_of("gpt2", GPT2, tmp_path)
+    check(case, case.compile({"start": start, "cache": None}), ["a0", None, "a1", "a0"])
+
+
+def test_a_slot_has_room_for_the_numbers_alone(llama: MethodCase) -> None:
+    cm = llama.compile({"start": "eager", "cache": None})
+    rooms = {site.path.rpartition(".")[2]: site.own_rows for site in cm._session.program.sites}
+    assert rooms == {"q_proj": 4, "k_proj": 1, "v_proj": 2, "down_proj": 4}
+    numbers = 4 * (48 + 12)  # k_proj has 12 outputs, down_proj 48 inputs
+    assert cm._session.store["a1"].numbers.nbytes == numbers
+
+
+def test_in_bfloat16(llama: MethodCase) -> None:
+    model = llama.model().bfloat16()
+    cm: Any = lorafx.compile(model, llama.folders, options={**REFERENCE, "start": "eager"})
+    rounded = copy.deepcopy(model).double()
+    for name in ("a0", "a1", "a3"):
+        got = cm(IDS, adapter_names=[name] * 4).logits
+        twin = merged(rounded, llama.folders[name])
+        with torch.no_grad():
+            true, dense = twin(IDS).logits, copy.deepcopy(twin).bfloat16()(IDS).logits
+        assert error(got, true) <= 2 * error(dense, true)
+
+
+def test_in_the_engine(llama: MethodCase) -> None:
+    check_three_requests(llama, llama.compile(dynamic=True))
+
+
+def test_behind_torch_compile(llama: MethodCase) -> None:
+    model = lorafx.attach(llama.model(), llama.folders, options=REFERENCE)
+    call = torch.compile(model, backend="lorafx")
+    with torch.no_grad(), lorafx.adapters(model, NAMES):
+        got = call(IDS).logits
+    assert error(got, llama.expected(NAMES, {"input_ids": IDS})) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["a0", "a1", "a3"])
+def test_exported(llama: MethodCase, name: str, tmp_path: Path) -> None:
+    llama.compile({"start": "eager"}).export_merged(name, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert error(model(IDS).logits, llama.alone(name)(IDS).logits) <= TOLERANCE
+
+
+def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
+    inputs = {"input_ids": IDS, "use_cache": False}
+    with pytest.raises(lorafx.UnsupportedAdapterError, match=r"without weights of adapters' own"):
+        lorafx.export(llama.model(), None, inputs, tmp_path / "m.pt2", adapters=llama.folders)
