@@ -91,7 +91,7 @@ def test_a_slot_has_room_for_the_numbers_alone(llama: MethodCase) -> None:
     cm = llama.compile({"start": "eager", "cache": None})
     rooms = {site.path.rpartition(".")[2]: site.own_rows for site in cm._session.program.sites}
     assert rooms == {"q_proj": 4, "k_proj": 1, "v_proj": 2, "down_proj": 4}
-    numbers = 4 * (48 + 12)  # k_proj has 12 outputs, down_proj 48 inputs
+    numbers = 4 * (12 + 40)  # outputs of k_proj, inputs of down_proj
     assert cm._session.store["a1"].numbers.nbytes == numbers
 
 
