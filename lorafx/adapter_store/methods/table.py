@@ -11,12 +11,14 @@ from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
+from lorafx.adapter_store.methods.sparse import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA),
+    *(FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -34,7 +36,7 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("POLY", "XLORA"), _MIXED),
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
-    **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
+    **dict.fromkeys(("C3A", "RANDLORA"), _OWN),
     "GLORA": _OWN,
     **dict.fromkeys(("BOFT",), _TURNED),
 }
