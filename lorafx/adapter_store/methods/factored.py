@@ -10,6 +10,7 @@ which are made only if a model has room for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -126,14 +127,14 @@ def _found(
                 if first is method:
                     leaves[mark] = key, tensor
                 break
-            if groups.get("shared") is not None:
-                shared.setdefault(method, {})[groups["shared"]] = key, tensor
-            else:
-                rest.setdefault(method, []).append((place, groups["leaf"], key, tensor))
+            leaf = groups.get("leaf") or groups["shared"]
+            rest.setdefault(method, []).append((place, leaf, key, tensor))
     for method, items in rest.items():
         for place, leaf, key, tensor in items:
-            if place in found and found[place][0] is method:
+            if place in found and found[place][0] is method:  # also copies of what is shared
                 found[place][1][leaf] = key, tensor
+            elif re.fullmatch(method.shared, leaf):
+                shared.setdefault(method, {})[leaf] = key, tensor
     for place, (_, leaves) in found.items():
         key = join(place, "alpha")
         if key in tensors:

@@ -107,14 +107,16 @@ def _ia3(given: Given) -> ChangedWeight:
         raise Misfit(f"{key} has shape {tuple(scales.shape)}, it needs {what} by the configuration")
     scales = scales.flatten()
     if not inputs:
-        return ChangedWeight(
-            _scaled_outputs, (scales,), out_features=len(scales), bias=_scaled_outputs
-        )
+        return ChangedWeight(_scaled_outputs, (scales,), len(scales), bias=_scaled_bias)
     return ChangedWeight(torch.mul, (scales,), in_features=len(scales))
 
 
 def _scaled_outputs(weight: Tensor, scales: Tensor) -> Tensor:
-    return weight * (scales[:, None] if weight.dim() == 2 else scales)
+    return weight * scales[:, None]
+
+
+def _scaled_bias(bias: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return bias * scales
 
 
 def _hra(given: Given) -> ChangedWeight:
@@ -163,7 +165,8 @@ def _turned_pairs(given: Given) -> ChangedWeight:
     else:
         angles, scales = (theta, theta), (alpha, alpha)
     of = partial(_turned_outputs, group=group)
-    return ChangedWeight(of, (*angles, *scales), out_features=outputs, bias=of)
+    bias = partial(_turned_bias, group=group)
+    return ChangedWeight(of, (*angles, *scales), outputs, bias=bias)
 
 
 #: Angles by variant, in halves of the outputs.
@@ -176,9 +179,11 @@ def _turned_outputs(
     first, second = weight.unflatten(0, (-1, 2, group // 2)).unbind(1)
     swapped = torch.stack((-second, first), 1).flatten(0, 2)
     same, other = scale1 * angle1.cos(), scale2 * angle2.sin()
-    if weight.dim() == 2:
-        same, other = same[:, None], other[:, None]
-    return weight * same + swapped * other
+    return weight * same[:, None] + swapped * other[:, None]
+
+
+def _turned_bias(bias: Tensor, weight: Tensor, *turns: Tensor, group: int) -> Tensor:
+    return _turned_outputs(bias[:, None], *turns, group=group).squeeze(1)
 
 
 OFT = AdapterMethod(

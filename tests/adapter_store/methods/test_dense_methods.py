@@ -25,6 +25,16 @@ TO = {"target_modules": ["q_proj", "odd"]}
 EVEN = {"target_modules": ["q_proj", "down_proj"]}
 CONFIGS = {
     "hira": peft.HiraConfig(r=3, rank_pattern={"odd": 2}, **TO),
+    "c3a": peft.C3AConfig(block_size=4, block_size_pattern={"q_proj": 8}, **EVEN),
+    "bat": peft.MissConfig(r=4, init_weights="bat", **EVEN),
+    "randlora": peft.RandLoraConfig(r=3, randlora_alpha=7, **TO),
+    "randlora sparse": peft.RandLoraConfig(r=4, sparse=True, **EVEN),
+    "glora": peft.GloraConfig(r=3, **TO),
+    "glora vectors": peft.GloraConfig(
+        config_A_B="vector", config_C="vector", config_D_E="vector", **TO
+    ),
+    "glora constants": peft.GloraConfig(config_A_B="constant", config_C="none", **EVEN),
+    "glora of biases": peft.GloraConfig(config_A_B="none", config_C="vector", **TO),
     "fourierft": peft.FourierFTConfig(n_frequency=20, n_frequency_pattern={"odd": 9}, **TO),
     "fourierft seed": peft.FourierFTConfig(n_frequency=50, random_loc_seed=3, scaling=40, **TO),
     "waveft": peft.WaveFTConfig(n_frequency=30, **TO),
@@ -58,11 +68,11 @@ def changed(base: nn.Module, source: AdapterSource) -> nn.Module:
         own, module = pickle.loads(pickle.dumps(of.weight)), twin.get_submodule(path)
         assert own.out_features in (None, module.out_features)
         assert own.in_features in (None, module.in_features)
-        before = module.weight.data.clone()
+        before = [parameter.data.clone() for parameter in module.parameters()]
         if module.bias is not None:
-            module.bias.data = own.own_bias(module.bias.data)
+            module.bias.data = own.own_bias(module.bias.data, module.weight.data)
         module.weight.data = own.weight(module.weight.data)
-        assert not torch.allclose(module.weight, before)
+        assert not all(map(torch.equal, before, module.parameters()))
     return twin
 
 
@@ -84,6 +94,21 @@ NAN = torch.full((3, 16), torch.nan)
 HOSTILE: Mapping[str, tuple[str, str, Tensor | None, str]] = {
     "shape": ("hira", "q_proj.hira_A", torch.ones(7, 5), r"hira_[AB] has shape"),
     "nan": ("hira", "q_proj.hira_A", NAN, r"q_proj.hira_A holds 48 NaN"),
+    "blocks": ("bat", "q_proj.miss_block", torch.ones(2, 4, 3), r"miss_block has shape"),
+    "rank of blocks": ("bat", "q_proj.miss_block", torch.ones(4, 2, 2), r"rank 2, .* says 4"),
+    "basis": ("randlora", "base_model.randlora_A", torch.ones(3, 2, 12), r"randlora_A has shape"),
+    "inputs": ("randlora", "odd.randlora_gamma", torch.ones(3, 6), r"gamma.* 6 .*\(7, 12\)"),
+    "few bases": (
+        "randlora",
+        "odd.randlora_gamma",
+        torch.ones(9, 7),
+        r"gamma.* needs \(3, smaller",
+    ),
+    "no lambda": ("randlora", "odd.randlora_lambda", None, r"odd has no randlora_lambda"),
+    "half of A": ("glora", "odd.glora_A.Xu", None, r"odd has no glora_A.Xu"),
+    "width of A": ("glora", "odd.glora_A.Xu", torch.ones(3, 9), r"glora_B.Xu has shape \(3, 12\)"),
+    "vector": ("glora", "odd.glora_D.X", torch.ones(5), r"glora_D.X has shape \(5,\)"),
+    "zeros": ("glora constants", "q_proj.glora_C.zeros", torch.ones(16, 1), r"C.zeros .*not 0"),
     "too many": ("fourierft", "q_proj.fourierft_spectrum", torch.ones(129), r"129 .*\(8, 16\)"),
     "matrix": ("waveft", "odd.waveft_spectrum", torch.ones(3, 3), r"odd.waveft_spectrum has shape"),
     "row": ("shira", "odd.shira_indices", torch.full((2, 38), 7), r"indices points outside"),

@@ -133,7 +133,6 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
         {**loha(), f"{AT.replace('q_', 'k_')}lora_A.weight": ones(2, 12)},
         r"k_proj.lora_A.weight is a factor of LoRA, .* LoHa",
     ),
-    "bat": ({**MISS, "init_weights": "bat"}, {f"{AT}miss_block": ones(5, 2, 2)}, r"'bat'.*merge"),
     "field": ({**LOHA, "tomorrow": 3}, loha(), r"tomorrow = 3: unknown field"),
     "malformed": ({**LOHA, "alpha": "much"}, loha(), r"alpha must be a finite number"),
     "beside LoRA": (
