@@ -16,9 +16,9 @@ from method_files import merged, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorafx.adapter_store.methods.factored import as_factors
+from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.methods.method import Misfit
-from lorafx.adapter_store.saved import AdapterSource, read_source
+from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import LorafxError
 
 TO = {"target_modules": ["q_proj", "odd"]}
@@ -35,6 +35,8 @@ CONFIGS = {
     ),
     "glora constants": peft.GloraConfig(config_A_B="constant", config_C="none", **EVEN),
     "glora of biases": peft.GloraConfig(config_A_B="none", config_C="vector", **TO),
+    "lokr whole": peft.LoKrConfig(r=8, alpha=3, **EVEN),
+    "loha": peft.LoHaConfig(r=4, alpha=3, **EVEN),
     "fourierft": peft.FourierFTConfig(n_frequency=20, n_frequency_pattern={"odd": 9}, **TO),
     "fourierft seed": peft.FourierFTConfig(n_frequency=50, random_loc_seed=3, scaling=40, **TO),
     "waveft": peft.WaveFTConfig(n_frequency=30, **TO),
@@ -61,7 +63,7 @@ class Small(nn.Module):
 
 def changed(base: nn.Module, source: AdapterSource) -> nn.Module:
     """`base` in float64 with each weight that the reader gives."""
-    made = as_factors(read_source(source), base).made
+    made = load_state(source, base).made
     twin: Any = copy.deepcopy(base).double()
     for key, of in made.items():
         path = key.removeprefix("base_model.model.").removesuffix(".lora_W.weight")
@@ -87,6 +89,37 @@ def test_weights_are_those_that_peft_merges(name: str, tmp_path: Path) -> None:
     twin: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     x = torch.randn(3, 16)
     torch.testing.assert_close(got(x.double()).float(), twin(x), rtol=1e-4, atol=1e-5)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_", "diffusion_model."])
+@pytest.mark.parametrize("norms", [None, (8, 1), (1, 16)])
+def test_lokr_of_lycoris_with_whole_matrices(prefix: str, norms: tuple[int, int] | None) -> None:
+    base, at = Small().double(), f"{prefix}q_proj"
+    w1, w2a, w2b = rand(2, 4), rand(4, 3), rand(3, 4)
+    tensors = {f"{at}.lokr_w1": w1, f"{at}.lokr_w2_a": w2a, f"{at}.lokr_w2_b": w2b}
+    tensors[f"{at}.alpha"] = torch.tensor(6.0)
+    want = base.q_proj.weight + 2 * torch.kron(w1, w2a @ w2b)
+    if norms is not None:
+        m = tensors[f"{at}.dora_scale"] = rand(*norms).abs()
+        want = m * want / want.norm(dim=norms.index(1), keepdim=True)
+    got = changed(base, AdapterSource(tensors))
+    torch.testing.assert_close(got.q_proj.weight, want)
+
+
+def test_norms_of_inputs_need_no_factors() -> None:
+    """Which DoRA here cannot have."""
+    base, m = Small().double(), rand(1, 16)
+    b1, a1, b2, a2 = rand(8, 1), rand(1, 16), rand(8, 1), rand(1, 16)
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    tensors = dict(zip(names, (b1, a1, b2, a2), strict=True)) | {"alpha": torch.tensor(1.0)}
+    tensors["dora_scale"] = m
+    got = changed(base, AdapterSource({f"lycoris_q_proj.{k}": t for k, t in tensors.items()}))
+    want = base.q_proj.weight + (b1 @ a1) * (b2 @ a2)
+    torch.testing.assert_close(got.q_proj.weight, m * want / want.norm(dim=0))
 
 
 NAN = torch.full((3, 16), torch.nan)
