@@ -23,8 +23,8 @@ class ChangedWeight(NamedTuple):
         of: gets W and `tensors`, on its device; floating-point ones in its dtype, float32 or wider.
         tensors: what the file has for it, and what was computed of that.
         out_features, in_features: N and K; None where any fits.
-        bias: gets the base's bias (N,) and `tensors`, and gives the adapter's; None where that is
-            the base's.
+        bias: gets the base's bias (N,), W and `tensors`, and gives the adapter's; None where that
+            is the base's.
         structure: of the change, whose numbers are the first of `tensors`.
     """
 
@@ -45,7 +45,8 @@ class ChangedWeight(NamedTuple):
     ) -> ChangedWeight:
         """`numbers` of any shape; those of one block serve for all."""
         of = partial(_structured, structure=structure)
-        bias = of if structure.form == TURNED_OUTPUT else None
+        bias = partial(_structured_bias, structure=structure)
+        bias = bias if structure.form == TURNED_OUTPUT else None
         return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
 
     def numbers(self, rows: int, columns: int) -> Tensor:
@@ -75,9 +76,9 @@ class ChangedWeight(NamedTuple):
         """W′ of a base weight W (N, K) of float32 or wider."""
         return self.of(base, *self._like(base))
 
-    def own_bias(self, base: Tensor) -> Tensor:
-        """The bias (N,) beside W′, of the base's."""
-        return base if self.bias is None else self.bias(base, *self._like(base))
+    def own_bias(self, base: Tensor, weight: Tensor) -> Tensor:
+        """The bias (N,) beside W′, of the base's bias and W."""
+        return base if self.bias is None else self.bias(base, weight, *self._like(base))
 
     def _like(self, base: Tensor) -> list[Tensor]:
         dtypes = (base.dtype if t.is_floating_point() else t.dtype for t in self.tensors)
@@ -86,3 +87,9 @@ class ChangedWeight(NamedTuple):
 
 def _structured(weight: Tensor, numbers: Tensor, *, structure: Structure) -> Tensor:
     return structure.of_weight(numbers, weight)
+
+
+def _structured_bias(
+    bias: Tensor, weight: Tensor, numbers: Tensor, *, structure: Structure
+) -> Tensor:
+    return structure.of_weight(numbers, bias)

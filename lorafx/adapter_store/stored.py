@@ -270,7 +270,7 @@ def made_weight(group: Group, changed: ChangedWeight) -> OwnWeight:
     weight, bias = dequantize(site.module).detach(), bias_of(site)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     before = weight.new_zeros(len(weight)) if bias is None else bias.to(weight)
-    after = changed.own_bias(before)
+    after = changed.own_bias(before, weight)
     none = bias is None and not bool(after.any())
     return OwnWeight(changed.weight(weight), None if none else after)
 

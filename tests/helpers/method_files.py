@@ -21,7 +21,7 @@ _BANK = {"r": 2, "num_vectors": 10, "vector_length": 4, "topk": 2}
 CONFIGS: Mapping[str, peft.PeftConfig] = {
     "lora": peft.LoraConfig(r=3, lora_alpha=4, **_TO),
     "loha": peft.LoHaConfig(
-        r=2, alpha=3, rank_pattern={"v_proj": 3}, alpha_pattern={"down_proj": 5}, **_TO
+        r=2, alpha=3, rank_pattern={"q_proj": 3}, alpha_pattern={"down_proj": 5}, **_TO
     ),
     "lokr": peft.LoKrConfig(r=2, alpha=3, **_TO),
     "lokr factor 2": peft.LoKrConfig(r=5, alpha=3, decompose_factor=2, target_modules=["q_proj"]),

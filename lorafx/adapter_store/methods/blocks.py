@@ -117,7 +117,6 @@ GRALORA = AdapterMethod(
     read=_gralora,
     fields={"alpha": checks.alpha},
     training=frozenset({"hybrid_r", "gralora_dropout", "gralora_k", "init_weights"}),
-    grows=True,
     rank="k r + hybrid_r",
 )
 BDLORA = AdapterMethod(

@@ -1,14 +1,21 @@
 """Methods that change all of W, as functions of it.
 
-HiRA    W′ = W ∘ (1 + B A)
+HiRA       W′ = W ∘ (1 + B A)
+C3A        W′ = W + C / K of circulant blocks C, whose first rows the file has
+RandLoRA   W′ = W + s Σ B diag(λ) A diag(γ) of bases A, B that all modules share
+GLoRA      W′ = W + W ∘ A + B, b′ = b + b ∘ D + E + W C
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from torch import Tensor
 
+from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
 
 
 def _hira(given: Given) -> ChangedWeight:
@@ -20,12 +27,141 @@ def _hira_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return weight + weight * (b @ a)
 
 
+def _c3a(given: Given) -> ChangedWeight:
+    kernel = given.take("c3a_kernel", "N / b", "K / b", "b")
+    n, k, b = kernel.shape
+    return ChangedWeight(_with_circulants, (kernel,), n * b, k * b)
+
+
+def _with_circulants(weight: Tensor, kernel: Tensor) -> Tensor:
+    i = torch.arange(kernel.shape[2], device=kernel.device)
+    blocks = kernel[:, :, (i - i[:, None]) % len(i)]  # (N / b, K / b, b, b)
+    return weight + blocks.transpose(1, 2).reshape(weight.shape) / weight.shape[1]
+
+
+def _randlora(given: Given) -> ChangedWeight:
+    for leaf in ("randlora_A", "randlora_B"):
+        if leaf not in given:
+            raise NotServed(
+                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
+                "(save_projection=False); save the adapter with save_projection=True"
+            )
+    lambdas = given.take("randlora_lambda", "r", "bases")
+    gammas = given.take("randlora_gamma", "bases", "smaller side")
+    given.check_rank(len(lambdas))
+    a = given.take("randlora_A", "r", "1", "largest smaller side")
+    b = given.take("randlora_B", "largest side", "all bases", "r")
+    bases, side = gammas.shape
+    if a.shape[1] != 1 or a.shape[2] < side or b.shape[1] < bases:
+        raise Misfit(
+            f"{given.place}: randlora_A has shape {tuple(a.shape)} and randlora_B "
+            f"{tuple(b.shape)}, which are not for {bases} bases of {len(lambdas)} and {side} "
+            f"numbers (randlora_gamma)"
+        )
+    scale = given.option("randlora_alpha", 640) / len(lambdas)
+    of = partial(_with_bases, scale=scale, place=given.place)
+    return ChangedWeight(of, (a, b, lambdas, gammas))
+
+
+def _with_bases(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lambdas: Tensor,
+    gammas: Tensor,
+    *,
+    scale: float,
+    place: str,
+) -> Tensor:
+    bases, side = gammas.shape
+    if min(weight.shape) != side or max(weight.shape) > len(b):
+        raise Misfit(
+            f"{place}: randlora_gamma is for {side} numbers and randlora_B for {len(b)} at most, "
+            f"the weight has {tuple(weight.shape)}"
+        )
+    # PEFT pairs the columns (base, r) of B with the rows (r, base) of A
+    rows = (lambdas[:, :, None] * a[:, :, :side] * gammas).flatten(0, 1)
+    delta = scale * (b[: max(weight.shape), :bases].flatten(1) @ rows)
+    return weight + (delta if weight.shape[1] == side else delta.mT)
+
+
+def _glora(given: Given) -> ChangedWeight:
+    paths = [factor for letter in "ABCDE" for factor in _path(given, letter)]
+    if given.sizes.get("1", 1) != 1:
+        raise Misfit(
+            f"{given.place}: vectors of glora_A to glora_E have {given.sizes['1']} columns"
+        )
+    n, k = given.sizes.get("N"), given.sizes.get("K")
+    return ChangedWeight(_glora_weight, tuple(paths), n, k, _glora_bias)
+
+
+def _path(given: Given, letter: str) -> tuple[Tensor, Tensor]:
+    """Two factors of a matrix of GLoRA, or of the column or the number that is broadcast to it."""
+    name, is_bias, one = f"glora_{letter}", letter in "DE", torch.ones(1, 1, dtype=given.dtype)
+    rows = "K" if letter == "C" else "N"
+    columns = "K" if letter in "AB" else "1"
+    if f"{name}.X" in given:
+        single = letter != "C" and tuple(given.tensors[f"{name}.X"][1].shape) == (1,)
+        x = given.take(f"{name}.X", *(("1",) if single else (rows,) if is_bias else (rows, "1")))
+        return x.view(-1, 1), one
+    if f"{name}.zeros" in given:
+        zeros = given.take(f"{name}.zeros", *((rows,) if is_bias else (rows, columns)))
+        if not given.meta and bool(zeros.any()):
+            raise Misfit(f"{given.tensors[f'{name}.zeros'][0]} is not 0 everywhere")
+        return torch.zeros_like(one), one
+    r = f"r of {letter}"
+    return given.take(f"{name}.Xd", rows, r), given.take(f"{name}.Xu", r, columns)
+
+
+def _glora_weight(weight: Tensor, *paths: Tensor) -> Tensor:
+    return weight + weight * (paths[0] @ paths[1]) + paths[2] @ paths[3]
+
+
+def _glora_bias(bias: Tensor, weight: Tensor, *paths: Tensor) -> Tensor:
+    c, d, e = (left @ right for left, right in zip(paths[4::2], paths[5::2], strict=True))
+    added = bias[:, None] * d + e + weight @ c.expand(weight.shape[1], 1)
+    return bias + added.squeeze(1)
+
+
 HIRA = AdapterMethod(
     name="HiRA",
     peft_type="HIRA",
     marks="hira_[AB]",
     read=_hira,
     training=frozenset({"hira_dropout", "init_weights"}),
+    form="own weight",
+    rank="—",
+)
+C3A = AdapterMethod(
+    name="C3A",
+    peft_type="C3A",
+    marks="c3a_kernel",
+    read=_c3a,
+    training=frozenset({"block_size", "block_size_pattern", "init_weights"}),
+    form="own weight",
+    rank="—",
+)
+RANDLORA = AdapterMethod(
+    name="RandLoRA",
+    peft_type="RANDLORA",
+    marks="randlora_(?:lambda|gamma)",
+    shared="randlora_[AB]",
+    read=_randlora,
+    fields={"randlora_alpha": checks.alpha},
+    training=frozenset(
+        {"projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout"}
+        | {"init_weights"}
+    ),
+    form="own weight",
+    rank="—",
+)
+GLORA = AdapterMethod(
+    name="GLoRA",
+    peft_type="GLORA",
+    marks=r"glora_[A-E]\.(?:Xd|Xu|X|zeros)",
+    read=_glora,
+    training=frozenset({"config_A_B", "config_C", "config_D_E", "init_weights"}),
+    unread=frozenset({"r"}),
     form="own weight",
     rank="—",
 )

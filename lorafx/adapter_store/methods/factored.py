@@ -10,6 +10,7 @@ which are made only if a model has room for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -82,8 +83,9 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
                 result = _read(given, method)
             except Misfit as problem:
                 problems.append(problem)
-        for key, _ in leaves.values():
-            tensors.pop(key)
+        for leaf, (key, _) in leaves.items():
+            if leaf != "dora_scale" or leaf in given.taken:
+                tensors.pop(key)
         of = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
         weight = result if isinstance(result, ChangedWeight) else None
         for name, tensor in _named(result, _KOHYA if config is None else _PEFT):
@@ -126,14 +128,14 @@ def _found(
                 if first is method:
                     leaves[mark] = key, tensor
                 break
-            if groups.get("shared") is not None:
-                shared.setdefault(method, {})[groups["shared"]] = key, tensor
-            else:
-                rest.setdefault(method, []).append((place, groups["leaf"], key, tensor))
+            leaf = groups.get("leaf") or groups["shared"]
+            rest.setdefault(method, []).append((place, leaf, key, tensor))
     for method, items in rest.items():
         for place, leaf, key, tensor in items:
-            if place in found and found[place][0] is method:
+            if place in found and found[place][0] is method:  # also copies of what is shared
                 found[place][1][leaf] = key, tensor
+            elif re.fullmatch(method.shared, leaf):
+                shared.setdefault(method, {})[leaf] = key, tensor
     for place, (_, leaves) in found.items():
         key = join(place, "alpha")
         if key in tensors:
@@ -172,9 +174,9 @@ def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
     made = method.read(given)
-    # α of two whole matrices of LoKr counts for nothing.
+    # α of two whole matrices of LoKr counts for nothing, and DoRA's m goes with factors.
     full = {leaf for leaf, (_, tensor) in given.tensors.items() if tensor.numel()}
-    if unread := full - given.taken - {"alpha"}:
+    if unread := full - given.taken - {"alpha", "dora_scale"}:
         raise Misfit(
             f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "
             f"{', '.join(sorted(given.taken))}; keep one"
@@ -195,28 +197,21 @@ def _check_sizes(
     planned: list[tuple[Given, AdapterMethod, MadeFactors | ChangedWeight]],
     model: nn.Module | None,
 ) -> None:
-    """Refuse factors with more numbers than the model, or than the kernels that they change."""
+    """Refuse factors with more numbers than the model."""
     factors = [
         (made, given, method) for given, method, made in planned if isinstance(made, MadeFactors)
     ]
-    limit, numbers = "", sum(made.A.numel() + made.B.numel() for made, _, _ in factors)
-    if model is not None:  # weights of four bits have two numbers in a byte
-        weights = (*model.parameters(), *model.buffers())
-        if numbers > (room := 2 * sum(weight.nbytes for weight in weights)):
-            limit = f"the model has room for {room}"
-    growing = [item for item in factors if item[2].grows]
-    if growing and not limit:
-        numbers = sum(made.A.numel() + made.B.numel() for made, _, _ in growing)
-        dense = sum(made.A.shape[1] * len(made.B) for made, _, _ in growing)
-        limit = f"the weights that they change have {dense}" if numbers >= dense else ""
-    if not limit:
+    numbers = sum(made.A.numel() + made.B.numel() for made, _, _ in factors)
+    weights = () if model is None else (*model.parameters(), *model.buffers())
+    room = 2 * sum(weight.nbytes for weight in weights)  # four bits: two numbers in a byte
+    if model is None or numbers <= room:
         return
-    made, given, method = max(growing or factors, key=lambda item: item[0].B.shape[1])
+    made, given, method = max(factors, key=lambda item: item[0].B.shape[1])
     first, tensor = next(iter(given.tensors.values()))
     raise UnsupportedAdapterError(
-        f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and {limit}; "
-        f"the largest rank is {made.B.shape[1]}, at {first} {tuple(tensor.shape)}. Train it with "
-        f"a smaller r, or {MERGE}"
+        f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and the model "
+        f"has room for {room}; the largest rank is {made.B.shape[1]}, at {first} "
+        f"{tuple(tensor.shape)}. Train it with a smaller r, or {MERGE}"
     )
 
 

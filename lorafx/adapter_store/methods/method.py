@@ -60,7 +60,6 @@ class AdapterMethod:
         complete: makes A and B of a place with K inputs and N outputs, where the file lacks either;
             it gets A, B, K, N and the fields that the reader uses.
         absent: why a file may lack all marks, and what to do then.
-        grows: its factors may have more numbers than the weight.
         form, rank, modules, against: what docs/adapters.md says of it.
     """
 
@@ -78,7 +77,6 @@ class AdapterMethod:
         Callable[[Tensor, Tensor, int, int, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
     ) = None
     absent: str = ""
-    grows: bool = False
     form: str = "low rank"
     rank: str = "r"
     modules: str = "linears"

@@ -2,7 +2,8 @@
 
 AdaLoRA    A' = E A, s = α / (ranknum + 1e-5), ranknum = init_r
 DeLoRA     A' = λ / r / (‖aᵢ‖ ‖bᵢ‖) A, times ‖W‖ of each column, which the file has
-MiSS       B = blockᵀ (N, r), A the sums over inputs whose index is i modulo r
+MiSS       B = blockᵀ (N, r), A the sums over inputs whose index is i modulo r;
+           "bat": W' = W + W B + B of each block (r, r) of W
 LoCon      A' = Σ mid[i, j] a[j] of a convolution
 PVeRA      A' = d A, B' = b B, of projections that all modules share, without its noise
 """
@@ -10,12 +11,14 @@ PVeRA      A' = d A, B' = b B, of projections that all modules share, without it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
 
 _EPS = 1e-5
@@ -46,15 +49,23 @@ def _delora(given: Given) -> MadeFactors:
     return MadeFactors((bound / len(a) / lengths)[:, None] * a * norms, b)
 
 
-def _miss(given: Given) -> MadeFactors:
+def _miss(given: Given) -> MadeFactors | ChangedWeight:
     if given.option("init_weights") == "bat":
-        raise NotServed(
-            "MiSS with init_weights = 'bat' multiplies the base weight; merge it into a copy of "
-            "the base model (`PeftModel.merge_and_unload()`) instead"
-        )
+        blocks = given.take("miss_block", "N / r", "r", "r")
+        given.check_rank(blocks.shape[1])
+        of = partial(_multiplied_blocks, place=given.place)
+        return ChangedWeight(of, (blocks,), blocks.shape[0] * blocks.shape[1])
     block = given.take("miss_block", "r", "N")
     given.check_rank(len(block))
     return MadeFactors(block.new_empty(len(block), 0), block.mT)
+
+
+def _multiplied_blocks(weight: Tensor, b: Tensor, *, place: str) -> Tensor:
+    r = b.shape[1]
+    if weight.shape[1] % r:
+        raise Misfit(f"{place}: blocks of {r} do not divide the {weight.shape[1]} inputs")
+    w = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r))  # (N / r, r, K / r, r)
+    return (w + w @ b[:, None] + b[:, :, None]).flatten(2).flatten(0, 1)
 
 
 def _complete_miss(

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
-from lorafx.adapter_store.methods.dense import HIRA
+from lorafx.adapter_store.methods.dense import C3A, GLORA, HIRA, RANDLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
+from lorafx.adapter_store.methods.sparse import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA),
+    *(C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -26,7 +28,6 @@ _MIXED = (
     "request weights by name for a fixed mixture"
 )
 _ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
-_OWN = f"it changes single entries or all of W, which no small factors are; {MERGE}"
 _TURNED = f"it turns or scales inputs or outputs; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 #: peft_type -> what to do instead.
@@ -34,13 +35,11 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("POLY", "XLORA"), _MIXED),
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
-    **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
-    "GLORA": _OWN,
     **dict.fromkeys(("BOFT",), _TURNED),
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
-    r"[ab][12]\.weight|glora_[A-E](\..+)?": "GLoRA: products of the base weight with factors",
+    r"[ab][12]\.weight": "GLoRA of LyCORIS: products of the base weight with factors",
     r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
         "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
     ),

@@ -133,7 +133,6 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
         {**loha(), f"{AT.replace('q_', 'k_')}lora_A.weight": ones(2, 12)},
         r"k_proj.lora_A.weight is a factor of LoRA, .* LoHa",
     ),
-    "bat": ({**MISS, "init_weights": "bat"}, {f"{AT}miss_block": ones(5, 2, 2)}, r"'bat'.*merge"),
     "field": ({**LOHA, "tomorrow": 3}, loha(), r"tomorrow = 3: unknown field"),
     "malformed": ({**LOHA, "alpha": "much"}, loha(), r"alpha must be a finite number"),
     "beside LoRA": (
@@ -184,13 +183,15 @@ def test_no_rank_was_left(cm: Any) -> None:
     cm.unload_adapter("a")
 
 
-def test_factors_larger_than_the_weights_are_refused(cm: Any) -> None:
+def test_a_whole_matrix_of_lokr_needs_room_for_a_weight(cm: Any) -> None:
     whole = {f"{AT}lokr_w1": ones(2, 2), f"{AT}lokr_w2": ones(5, 6)}
-    with pytest.raises(
-        UnsupportedAdapterError, match=r"(?s)LoKr.*largest rank is 10, at .*lokr_w1"
-    ):
-        cm.load_adapter(lorafx.AdapterSource(whole, config=LOKR), "a")
+    source = lorafx.AdapterSource(whole, config=LOKR)
+    with pytest.raises(lorafx.CapacityError, match=r"modules_to_save=\['q_proj'\]"):
+        cm.load_adapter(source, "a")
     assert cm.adapters == ()
+    model, x = lorafx.compile(Small().eval(), {"a": source}), ones(2, 12)
+    got, base = model(x, adapter_names=["a", None]), model(x)
+    torch.testing.assert_close(got, base + torch.tensor([[24.0], [0.0]]))  # α/r = 2
 
 
 def test_small_files_make_no_large_factors(cm: Any) -> None:

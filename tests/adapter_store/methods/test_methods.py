@@ -106,7 +106,7 @@ def test_merged_and_taken_back(served: Served) -> None:
 def test_what_they_take_is_shown(served: Served) -> None:
     state = inspected(served.folders["loha"])
     sizes = {row.path.rpartition(".")[2]: row.sizes.rank for row in state.modules}
-    assert sizes == {"q_proj": 4, "v_proj": 9, "down_proj": 4, "gate_proj": 4}
+    assert sizes == {"q_proj": 9, "v_proj": 4, "down_proj": 4, "gate_proj": 4}
     assert any("LoHa" in feature for feature in state.features)
     assert config_of(served.folders["loha"]).max_rank == 9
     assert "rank 9" in str(served.cm.explain())

@@ -66,9 +66,9 @@ def changed(base: nn.Module, folder: Path) -> nn.Module:
         own = pickle.loads(pickle.dumps(own))
         assert own.out_features in (None, module.out_features)
         assert own.in_features in (None, module.in_features)
-        module.weight.data = own.weight(module.weight.data)
         if module.bias is not None:
-            module.bias.data = own.own_bias(module.bias.data)
+            module.bias.data = own.own_bias(module.bias.data, module.weight.data)
+        module.weight.data = own.weight(module.weight.data)
     return twin
 
 

@@ -1,0 +1,175 @@
+"""Methods whose numbers stand at single positions, of W or of its spectrum.
+
+FourierFT     W′ = W + s Re F⁻¹(S), numbers of S at positions that a seed draws
+WaveFT        W′ = W + s H S Hᵀ of the inverse Haar transform H, or W + s S; as FourierFT's S
+SHiRA         W′ = W + S, rows and columns in the file
+SuperTuning   W′ = W + S + s B A, flat positions in the file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store import field_checks as checks
+from lorafx.adapter_store.changed_weight import ChangedWeight
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+
+_DRAWN = {"scaling": checks.alpha, "random_loc_seed": checks.integer}
+_DRAWN_IN_TRAINING = frozenset({"n_frequency", "n_frequency_pattern", "init_weights"})
+
+
+def _fourierft(given: Given) -> ChangedWeight:
+    return _at_drawn(given, "fourierft_spectrum", 150.0, _inverse_fourier)
+
+
+def _waveft(given: Given) -> ChangedWeight:
+    if not given.option("use_idwt", True):
+        return _at_drawn(given, "waveft_spectrum", 25.0, _as_it_is)
+    if (wavelet := given.option("wavelet_family", "db1")) != "db1":
+        raise NotServed(
+            f"{given.place}: wavelet_family = {checks.short(wavelet)} is not read, only db1; merge "
+            "it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+        )
+    return _at_drawn(given, "waveft_spectrum", 25.0, _inverse_haar)
+
+
+def _at_drawn(
+    given: Given, leaf: str, scale: float, transform: Callable[[Tensor], Tensor]
+) -> ChangedWeight:
+    """W + s·transform(S) of S with the numbers of `leaf` where the seed says."""
+    numbers = given.take(leaf, "n")
+    of = partial(
+        _with_drawn,
+        seed=given.option("random_loc_seed", 777),
+        scale=given.option("scaling", scale),
+        transform=transform,
+        key=given.tensors[leaf][0],
+    )
+    return ChangedWeight(of, (numbers,))
+
+
+def _with_drawn(
+    weight: Tensor, numbers: Tensor, *, seed: int, scale: float, transform: Any, key: str
+) -> Tensor:
+    count = len(numbers)
+    if count > weight.numel():
+        raise Misfit(f"{key} has {count} numbers, and the weight has {tuple(weight.shape)}")
+    spectrum = weight.new_zeros(weight.numel())
+    spectrum[_drawn(weight.numel(), count, seed).to(weight.device)] = numbers
+    return weight + scale * transform(spectrum.view(weight.shape))
+
+
+@lru_cache(maxsize=16)
+def _drawn(among: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(among, generator=torch.Generator().manual_seed(seed))[:count].clone()
+
+
+def _inverse_fourier(spectrum: Tensor) -> Tensor:
+    return torch.fft.ifft2(spectrum).real
+
+
+def _as_it_is(spectrum: Tensor) -> Tensor:
+    return spectrum
+
+
+def _inverse_haar(spectrum: Tensor) -> Tensor:
+    """One level of db1; PEFT has the rows' details at the right and the columns' below."""
+    n, k = spectrum.shape
+    padded = torch.nn.functional.pad(spectrum, (0, k % 2, 0, n % 2))
+    (mean, rows), (columns, both) = (half.chunk(2, 1) for half in padded.chunk(2))
+    even = torch.stack((mean + rows + columns + both, mean + rows - columns - both), -1)
+    odd = torch.stack((mean - rows + columns - both, mean - rows - columns + both), -1)
+    return torch.stack((even.flatten(1), odd.flatten(1)), 1).flatten(0, 1)[:n, :k] / 2
+
+
+def _shira(given: Given) -> ChangedWeight:
+    values = given.take("shira_weight", "n")
+    positions = given.take("shira_indices", "2", "n", dtype=torch.int64)
+    key = given.tensors["shira_indices"][0]
+    if len(positions) != 2:
+        raise Misfit(f"{key} has shape {tuple(positions.shape)}, it needs (2, {len(values)})")
+    return ChangedWeight(partial(_with_entries, key=key), (values, *positions))
+
+
+def _with_entries(
+    weight: Tensor, values: Tensor, rows: Tensor, columns: Tensor, *, key: str
+) -> Tensor:
+    for indices, size in zip((rows, columns), weight.shape, strict=True):
+        if not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise Misfit(f"{key} points outside of the weight, which has {tuple(weight.shape)}")
+    return weight.index_put((rows, columns), values, accumulate=True)
+
+
+def _supertuning(given: Given) -> ChangedWeight:
+    values = given.take("supertuning_values", "n")
+    if "supertuning_indices" not in given:
+        raise NotServed(
+            f"{given.place} has no supertuning_indices, and equal numbers in W make it uncertain "
+            "which are meant; save the adapter with save_precomputed_indices=True"
+        )
+    positions = given.take("supertuning_indices", "n", dtype=torch.int64)
+    of = partial(_with_flat_entries, key=given.tensors["supertuning_indices"][0])
+    if "supertuning_lora_A" not in given and "supertuning_lora_B" not in given:
+        return ChangedWeight(of, (values, positions))
+    a = given.take("supertuning_lora_A", "r", "K")
+    b = given.take("supertuning_lora_B", "N", "r")
+    alpha = given.option("lora_alpha")
+    scale = 2.0 if alpha is None else alpha / len(a)
+    return ChangedWeight(of, (values, positions, a * scale, b), len(b), a.shape[1])
+
+
+def _with_flat_entries(
+    weight: Tensor, values: Tensor, positions: Tensor, *pair: Tensor, key: str
+) -> Tensor:
+    rows, columns = positions // weight.shape[1], positions % weight.shape[1]
+    changed = _with_entries(weight, values, rows, columns, key=key)
+    return changed + pair[1] @ pair[0] if pair else changed
+
+
+FOURIERFT = AdapterMethod(
+    name="FourierFT",
+    peft_type="FOURIERFT",
+    marks="fourierft_spectrum",
+    read=_fourierft,
+    fields=_DRAWN,
+    training=_DRAWN_IN_TRAINING,
+    form="own weight",
+    rank="—",
+)
+WAVEFT = AdapterMethod(
+    name="WaveFT",
+    peft_type="WAVEFT",
+    marks="waveft_spectrum",
+    read=_waveft,
+    fields={**_DRAWN, "use_idwt": checks.flag, "wavelet_family": checks.text},
+    training=_DRAWN_IN_TRAINING | {"proportional_parameters"},
+    form="own weight",
+    rank="—",
+)
+SHIRA = AdapterMethod(
+    name="SHiRA",
+    peft_type="SHIRA",
+    marks="shira_(?:weight|indices)",
+    read=_shira,
+    training=frozenset({"mask_type", "random_seed", "init_weights"}),
+    unread=frozenset({"r"}),
+    form="own weight",
+    rank="—",
+)
+SUPERTUNING = AdapterMethod(
+    name="SuperTuning",
+    peft_type="SUPERTUNING",
+    marks="supertuning_(?:values|indices)",
+    leaves="supertuning_lora_[AB]",
+    read=_supertuning,
+    fields={"lora_alpha": checks.optional(checks.alpha)},
+    training=frozenset({"sparsity", "select_top", "save_precomputed_indices", "init_weights"}),
+    unread=frozenset({"r", "lora_alpha"}),
+    form="own weight",
+    rank="—",
+)
