@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
@@ -16,7 +17,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(HIRA, OFT, IA3, HRA, ROAD, VERA),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -27,7 +28,6 @@ _MIXED = (
 )
 _ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
 _OWN = f"it changes single entries or all of W, which no small factors are; {MERGE}"
-_TURNED = f"it turns or scales inputs or outputs; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 #: peft_type -> what to do instead.
 REFUSED_TYPES: Mapping[str, str] = {
@@ -36,7 +36,6 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
     "GLORA": _OWN,
-    **dict.fromkeys(("BOFT",), _TURNED),
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
@@ -45,8 +44,7 @@ _REFUSED_KEYS: Mapping[str, str] = {
         "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
     ),
     r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
-    r"oft_(blocks|diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
-    r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
+    r"oft_(diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
     r"diff(_b)?": "a whole difference of weights",
     r"lora_t[12]": "a Tucker decomposition of linears",

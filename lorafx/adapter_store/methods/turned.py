@@ -65,11 +65,11 @@ def _turned_inputs(
         norm = q.norm(dim=(1, 2), keepdim=True)
         q = torch.where(norm <= bound, q, bound * (q / norm))
     blocks = weight.unflatten(1, (-1, size))
-    turned = torch.einsum("nbk,bck->nbc", blocks, _cayley(q, terms).expand(blocks.shape[1], -1, -1))
+    turned = torch.einsum("nbk,bck->nbc", blocks, cayley(q, terms).expand(blocks.shape[1], -1, -1))
     return turned.flatten(1)
 
 
-def _cayley(q: Tensor, terms: int) -> Tensor:
+def cayley(q: Tensor, terms: int = 0) -> Tensor:
     """(I − Q)(I + Q)⁻¹, or of so many `terms` of PEFT's series for it."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if not terms:
