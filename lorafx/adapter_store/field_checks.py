@@ -107,6 +107,10 @@ rank = _check(
     "a positive integer", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= _LARGEST_RANK
 )
 alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
+seed = _check(
+    "an integer of 64 bits",
+    lambda v: isinstance(v, int) and is_number(v) and -(1 << 63) <= v < 1 << 64,
+)
 flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
 anything = _check("anything", lambda v: True)
 text = _check("a string", _is_text)

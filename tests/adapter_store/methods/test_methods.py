@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import config_of, inspected, load_state
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.runtime.marking import build_sites
 
 NAMES = list(CONFIGS)
 
@@ -122,6 +124,21 @@ def test_a_rank_over_the_banks_is_told_with_the_setting(served: Served) -> None:
 
 def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
     return lorafx.AdapterSource(folder, ignore=[rf"\.(?!{'|'.join(names)})\w+_proj\."])
+
+
+def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:
+    """PEFT draws them for down_proj too, the widest, which is left out here."""
+    folder, base = served.folders["vera drawn"], served.model()
+    _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
+    whole, part = (
+        read_adapter(source, "a", sites, model=base, max_rank=64, warn=False).weights
+        for source in (folder, _only(folder, "q_proj"))
+    )
+    ((path, of_part),) = part.items()
+    assert torch.equal(of_part.A, whole[path].A)
+    assert torch.equal(of_part.B, whole[path].B)
+    rank = inspected(folder).modules[0].sizes.rank
+    assert rank == 4
 
 
 @pytest.mark.parametrize("name", ["loha", "miss", "bdlora"])
