@@ -103,6 +103,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, int | str) else tuple(value)
 
 
+def optional(check: Check) -> Check:
+    """`check` of a field that may be null."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
 rank = _check(
     "a positive integer", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= _LARGEST_RANK
 )

@@ -318,7 +318,7 @@ def _in_terms_of_lora(values: Mapping[str, Any], method: AdapterMethod | None) -
     if method is None:
         return values
     values = {name: value for name, value in values.items() if name not in method.unread}
-    if "alpha" in method.fields and "alpha" in values:
+    if "alpha" in method.fields and values.get("alpha") is not None:
         values["lora_alpha"] = values["alpha"]
     if isinstance(bias := values.get("bias"), str) and bias.endswith("_only"):
         values["bias"] = "lora_only"  # each method has its own word for it

@@ -36,6 +36,13 @@ CONFIGS = {
     "road 2": peft.RoadConfig(variant="road_2", group_size=4, **TO),
     "road 4": peft.RoadConfig(variant="road_4", group_size=2, **TO),
     "vera": peft.VeraConfig(r=4, **TO),
+    "deft": peft.DeftConfig(r=3, **TO),
+    "deft alpha": peft.DeftConfig(r=3, alpha=6, **TO),
+    "deft qr": peft.DeftConfig(r=3, decomposition_method="qr", **TO),
+    "deft over N": peft.DeftConfig(r=9, decomposition_method="qr", alpha=4, **TO),
+    "para": peft.DeftConfig(r=3, para=True, **TO),
+    "para qr": peft.DeftConfig(r=3, para=True, decomposition_method="qr", **TO),
+    "beft": peft.BeftConfig(target_modules=["q_proj"]),
     "boft": peft.BOFTConfig(boft_block_size=4, **TO),
     "boft blocks": peft.BOFTConfig(boft_block_size=0, boft_block_num=2, **TO),
     "boft odd": peft.BOFTConfig(boft_block_size=1, **TO),
@@ -103,7 +110,10 @@ def test_the_weight_is_what_peft_merges(name: str, tmp_path: Path) -> None:
     base = Small().eval()
     folder = save(base, CONFIGS[name], tmp_path / "adapter")
     got, want = changed(base, folder), merged(base, folder)
-    assert not torch.allclose(got.q_proj.weight, base.q_proj.weight.double())
+    assert any(
+        not torch.allclose(tensor, base.state_dict()[key].double())
+        for key, tensor in got.state_dict().items()
+    )
     for key, tensor in want.state_dict().items():
         torch.testing.assert_close(got.state_dict()[key], tensor, **CLOSE)
 
@@ -204,6 +214,11 @@ HOSTILE = {
     "no scales": ("boft", "q_proj.boft_s", None, r"q_proj has no boft_s"),
     "scales": ("boft", "q_proj.boft_s", torch.ones(8, 2), r"boft_s has shape \(8, 2\)"),
     "boft nan": ("boft", "q_proj.boft_s", torch.full((8, 1), torch.nan), r"boft_s holds 8 NaN"),
+    "no R": ("deft", "q_proj.deft_R", None, r"q_proj has no deft_R"),
+    "rank over N": ("para", "q_proj.deft_P", torch.ones(8, 9), r"\(8, 9\), r is over N"),
+    "R": ("deft qr", "q_proj.deft_R", torch.ones(2, 16), r"deft_[PR] has shape .*it needs"),
+    "deft nan": ("deft qr", "q_proj.deft_P", torch.full((8, 3), torch.nan), r"deft_P holds 24 NaN"),
+    "rows": ("beft", "q_proj.beft_bias", torch.ones(2, 8), r"beft_bias has 2 rows"),
     "projection": ("vera", "vera_A", None, r"no vera_A.*save_projection=True"),
 }
 
