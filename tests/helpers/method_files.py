@@ -38,6 +38,8 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "pvera": peft.PveraConfig(r=4, **_TO),
     "pvera drawn": peft.PveraConfig(r=4, save_projection=False, projection_prng_key=7, **_TO),
     "vera drawn": peft.VeraConfig(r=4, save_projection=False, projection_prng_key=-5, **_TO),
+    "tinylora": peft.TinyLoraConfig(r=3, u=5, **_TO),
+    "tinylora tied": peft.TinyLoraConfig(r=2, u=7, weight_tying=1.0, **_TO),
     "bdlora": peft.LoraConfig(
         r=4,
         lora_alpha=6,
