@@ -93,12 +93,14 @@ _EXPORT = (
     f"plain LoRA of rank 2r, or {_MERGE}"
 )
 #: Fields of training, packaging and initialisation. The *_config fields of initialisations stay set
-#: after an exact export; `velora_config` changes gradients only.
+#: after an exact export; `velora_config` changes gradients only, `monteclora_config` samples
+#: in training only.
 _NO_ARITHMETIC = frozenset(
     {
         *("task_type", "revision", "inference_mode", "lora_dropout"),
         *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
         *("corda_config", "lora_ga_config", "velora_config", "peft_type", "init_lora_weights"),
+        "monteclora_config",
     }
 )
 
@@ -113,13 +115,15 @@ _REFUSED: Mapping[str, str] = {
     "megatron_config": "Megatron's parallel layers; export the adapter for the plain model",
     "arrow_config": "Arrow routes tokens between adapters; load those adapters separately",
     "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
-    "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
 }
 # Their empty objects count as set: PEFT would fill in defaults.
-_OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
+_OBJECTS = frozenset({"arrow_config", "kasa_config"})
 
 # Features that PEFT lacks with aLoRA, or applies to all tokens.
-_NOT_WITH_ALORA = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
+_NOT_WITH_ALORA = (
+    *("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("use_bdlora", "kasa_config", "velora_config", "monteclora_config"),
+)
 
 
 def _version(name: str, value: Any) -> tuple[int, ...] | None:
@@ -284,7 +288,24 @@ _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
+#: Fields of a configuration of trained tokens alone.
+_OF_TOKENS = frozenset({"token_indices", "target_modules", "init_weights"})
+
+
+def _with_tokens(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, for trained tokens alone (TRAINABLE_TOKENS) those that LoRA has for them."""
+    kind = values.get("peft_type")
+    if getattr(kind, "value", kind) != "TRAINABLE_TOKENS":
+        return values
+    rest = {name: value for name, value in values.items() if name not in _OF_TOKENS}
+    targets = values.get("target_modules")
+    endings = map(str, targets) if isinstance(targets, list | tuple | set) else ("",)
+    tokens = dict.fromkeys(endings, values.get("token_indices"))
+    return {**rest, "peft_type": "LORA", "trainable_token_indices": tokens}
+
+
 def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -> PeftConfig:
+    values = _with_tokens(values)
     if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"

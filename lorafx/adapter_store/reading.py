@@ -28,7 +28,7 @@ from lorafx.adapter_store.findings import (
 from lorafx.adapter_store.methods.method import Sizes
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import (
-    TRAINING_KEYS,
+    TRAINING_KEY,
     FactorKey,
     parse,
     without_prefix,
@@ -330,7 +330,7 @@ class Reading:
         return vector
 
     def _check_other_key(self, key: str) -> None:
-        if key.endswith(TRAINING_KEYS) or self._is_wrappers_copy(key):
+        if TRAINING_KEY.fullmatch(key) or self._is_wrappers_copy(key):
             return
         owner, _, attribute = key.rpartition(".")
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)

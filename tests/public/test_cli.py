@@ -147,8 +147,8 @@ def test_inspect_says_what_is_refused_and_why(run, tmp_path: Path) -> None:
     found = json.loads(run("inspect", tmp_path / "a", "--json", code=1))
     assert found["error"] == "UnsupportedAdapterError"
     assert "use_qalora = True: QALoRA pools the inputs" in found["message"]
-    other = {f"layers.{i}.q.oft_blocks": torch.ones(3, 2) for i in range(4)}
+    other = {f"layers.{i}.q.oft_diag": torch.ones(3, 2) for i in range(4)}
     save_file(other, tmp_path / "oft.safetensors")
     found = json.loads(run("inspect", tmp_path / "oft.safetensors", "--json", code=1))
     assert "OFT" in found["message"]
-    assert "4 keys, such as 'layers.0.q.oft_blocks'" in found["message"]
+    assert "4 keys, such as 'layers.0.q.oft_diag'" in found["message"]

@@ -1,7 +1,8 @@
-"""Methods that replace a part of the outputs, or add to all.
+"""Methods that replace a part of W, or add to the outputs.
 
 DEFT    W′ = W + Q (s R − Pᵀ W), Q = P, and relu(P) for P on the right; or Q of P = Q U in both
 BEFT    b′ = b + β
+KaSA    W′ = W without its r smallest singular parts, + s B diag(d) A
 """
 
 from __future__ import annotations
@@ -47,6 +48,29 @@ def _same(weight: Tensor, bias: Tensor) -> Tensor:
     return weight
 
 
+def _kasa(given: Given) -> ChangedWeight:
+    a, b, diagonal = (
+        given.take("lora_A", "r", "K"),
+        given.take("lora_B", "N", "r"),
+        given.take("lora_diag", "r"),
+    )
+    if len(a) >= min(len(b), a.shape[1]):
+        raise Misfit(
+            f"{given.place} has rank {len(a)}, and of so many singular values of W "
+            f"({len(b)}, {a.shape[1]}) none would be left"
+        )
+    scale = given.scale(len(a))
+    assert scale is not None
+    scaled = scale * diagonal[:, None] * a
+    return ChangedWeight(_without_smallest, (scaled, b), len(b), a.shape[1])
+
+
+def _without_smallest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    first = len(s) - len(a)
+    return weight - (u[:, first:] * s[first:]) @ v[first:] + b @ a
+
+
 DEFT = AdapterMethod(
     name="DEFT",
     peft_type="DEFT",
@@ -67,6 +91,16 @@ BEFT = AdapterMethod(
     marks="beft_bias",
     read=_beft,
     training=frozenset({"init_weights"}),
+    form="own weight",
+    rank="—",
+)
+KASA = AdapterMethod(
+    name="KaSA",
+    peft_type="LORA",
+    marks="lora_[AB]|lora_diag",
+    read=_kasa,
+    switch="kasa_config",
+    fields={"kasa_config": checks.anything},
     form="own weight",
     rank="—",
 )

@@ -11,14 +11,14 @@ from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
-from lorafx.adapter_store.methods.projected import BEFT, DEFT
+from lorafx.adapter_store.methods.projected import BEFT, DEFT, KASA
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -28,6 +28,7 @@ _MIXED = (
     "request weights by name for a fixed mixture"
 )
 _ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
+_PARTS = f"it changes singular parts or clusters of W, whose signs or order no file tells; {MERGE}"
 _OWN = f"it changes single entries or all of W, which no small factors are; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 #: peft_type -> what to do instead.
@@ -37,6 +38,9 @@ REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
     "GLORA": _OWN,
+    **dict.fromkeys(("PSOFT", "ADAMSS"), _PARTS),
+    "SHADOW": "a small model runs beside the base's layers; train a LoRA",
+    "LN_TUNING": f"it trains norms, which have one weight for all adapters; {MERGE}",
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
@@ -64,7 +68,7 @@ def method_of(values: Mapping[str, Any]) -> AdapterMethod | None:
     kind = getattr(kind, "value", kind)
     for method in METHODS:
         if method.switch:
-            if kind in (None, "LORA") and values.get(method.switch):
+            if kind in (None, "LORA") and values.get(method.switch) not in (None, False):
                 return method
         elif method.peft_type is not None and method.peft_type == kind:
             return method

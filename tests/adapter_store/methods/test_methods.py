@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error, random_base
@@ -124,6 +125,20 @@ def test_a_rank_over_the_banks_is_told_with_the_setting(served: Served) -> None:
 
 def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
     return lorafx.AdapterSource(folder, ignore=[rf"\.(?!{'|'.join(names)})\w+_proj\."])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["embed_tokens"], "model.embed_tokens"])
+def test_trained_tokens_alone(served: Served, targets: Any, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(
+        token_indices=[3, 5], target_modules=targets, init_weights=False
+    )
+    wrapped: Any = peft.get_peft_model(served.model(), config).eval()
+    wrapped.save_pretrained(str(tmp_path))
+    cm: Any = lorafx.compile(served.model(), adapters={"a": tmp_path})
+    ids = torch.tensor([[1, 3, 5, 7]])
+    got, want = cm(ids, adapter_names=["a"]).logits, wrapped(ids).logits
+    assert error(got, want) <= TOLERANCE < error(want, served.base(ids).logits)
 
 
 def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:

@@ -43,6 +43,7 @@ CONFIGS = {
     "para": peft.DeftConfig(r=3, para=True, **TO),
     "para qr": peft.DeftConfig(r=3, para=True, decomposition_method="qr", **TO),
     "beft": peft.BeftConfig(target_modules=["q_proj"]),
+    "kasa": peft.LoraConfig(r=3, lora_alpha=5, kasa_config=peft.KasaConfig(), **TO),
     "boft": peft.BOFTConfig(boft_block_size=4, **TO),
     "boft blocks": peft.BOFTConfig(boft_block_size=0, boft_block_num=2, **TO),
     "boft odd": peft.BOFTConfig(boft_block_size=1, **TO),
@@ -219,6 +220,9 @@ HOSTILE = {
     "R": ("deft qr", "q_proj.deft_R", torch.ones(2, 16), r"deft_[PR] has shape .*it needs"),
     "deft nan": ("deft qr", "q_proj.deft_P", torch.full((8, 3), torch.nan), r"deft_P holds 24 NaN"),
     "rows": ("beft", "q_proj.beft_bias", torch.ones(2, 8), r"beft_bias has 2 rows"),
+    "no diagonal": ("kasa", "q_proj.lora_diag", None, r"q_proj has no lora_diag"),
+    "all parts": ("kasa", "q_proj.lora_A.weight", torch.ones(8, 16), r"it needs \("),
+    "diagonal": ("kasa", "q_proj.lora_diag", torch.ones(3, 1), r"lora_diag has shape \(3, 1\)"),
     "projection": ("vera", "vera_A", None, r"no vera_A.*save_projection=True"),
 }
 
