@@ -104,17 +104,18 @@ _NO_ARITHMETIC = frozenset(
     }
 )
 
+_FOLDER = "save the adapter, and load its folder into the plain base model"
 # Fields that change the arithmetic if they are set, and what to do instead.
 _REFUSED: Mapping[str, str] = {
-    "use_bdlora": f"BD-LoRA saves the blocks of a diagonal instead of its factors; {_MERGE}",
-    "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
+    "use_bdlora": f"BD-LoRA has the blocks of a diagonal instead of its factors; {_FOLDER}",
+    "use_qalora": f"QALoRA pools the inputs of lora_A; {_FOLDER}",
     "layer_replication": (
         "the adapter belongs to a model with repeated layers; build that model, save it, and "
         "train or convert the adapter against it"
     ),
     "megatron_config": "Megatron's parallel layers; export the adapter for the plain model",
     "arrow_config": "Arrow routes tokens between adapters; load those adapters separately",
-    "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
+    "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_FOLDER}",
 }
 # Their empty objects count as set: PEFT would fill in defaults.
 _OBJECTS = frozenset({"arrow_config", "kasa_config"})

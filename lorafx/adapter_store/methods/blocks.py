@@ -2,6 +2,7 @@
 
 GraLoRA    B' A' of k² pairs, one for each block of W, beside a general pair; R = k r + hybrid_r
 BD-LoRA    A or B is the diagonal of blocks that the file has as rows
+QALoRA     A reads the means of groups of inputs, times the number of groups
 VB-LoRA    pieces of A and B are mixtures of the bank's vectors, by the softmax of their logits
 UniLoRA    each number of A and B is one of a shared vector's, times a scale
 TinyLoRA   B' = B Σ vᵢ Pᵢ, A and B of W's SVD as they are saved; modules share v, or have one each
@@ -11,12 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
+from lorafx.adapter_store.methods.method import (
+    AdapterMethod,
+    Given,
+    MadeFactors,
+    Misfit,
+    NotServed,
+    Sizes,
+)
 
 
 def _gralora(given: Given) -> MadeFactors:
@@ -70,6 +79,20 @@ def _bdlora(given: Given) -> MadeFactors:
             )
         factors[letter] = torch.block_diag(*factor.chunk(count))
     return MadeFactors(factors["a"], factors["b"], None)
+
+
+def _qalora(given: Given) -> MadeFactors:
+    return MadeFactors(given.take("lora_A", "r", "groups"), given.take("lora_B", "N", "r"), None)
+
+
+def _of_groups(
+    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A of single inputs, which layers that GPTQ has not quantised have already."""
+    size = options.get("qalora_group_size", 16)
+    if a.shape[1] * size != sizes.inputs:
+        return a, b
+    return a.repeat_interleave(size, 1) * (a.shape[1] / size), b
 
 
 def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor:
@@ -186,6 +209,15 @@ BDLORA = AdapterMethod(
     read=_bdlora,
     switch="use_bdlora",
     fields={"use_bdlora": checks.anything},
+)
+QALORA = AdapterMethod(
+    name="QALoRA",
+    peft_type="LORA",
+    marks="lora_[AB]",
+    read=_qalora,
+    switch="use_qalora",
+    fields={"use_qalora": checks.flag, "qalora_group_size": checks.rank},
+    complete=_of_groups,
 )
 VBLORA = AdapterMethod(
     name="VB-LoRA",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, TINYLORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, QALORA, TINYLORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
@@ -18,7 +18,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,6 +13,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error, random_base
 from method_files import CONFIGS, merged, save
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -139,6 +141,33 @@ def test_trained_tokens_alone(served: Served, targets: Any, tmp_path: Path) -> N
     ids = torch.tensor([[1, 3, 5, 7]])
     got, want = cm(ids, adapter_names=["a"]).logits, wrapped(ids).logits
     assert error(got, want) <= TOLERANCE < error(want, served.base(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooled", [True, False])
+def test_qalora_is_what_its_forward_computes(pooled: bool) -> None:
+    """By PEFT's own variant, which it has for layers of GPTQ alone; others have whole factors."""
+    base = nn.Sequential(nn.Linear(12, 10))
+    a, b = torch.randn(2, 3 if pooled else 12), torch.randn(10, 2)
+    factors = {"0.lora_A.weight": a, "0.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["0"]}
+    source = lorafx.AdapterSource(
+        factors, config={**config, "use_qalora": True, "qalora_group_size": 4}
+    )
+    cm: Any = lorafx.compile(copy.deepcopy(base), adapters={"a": source})
+    x = torch.randn(5, 12)
+    layer: Any = SimpleNamespace(
+        lora_A={"a": SimpleNamespace(weight=a)},
+        lora_B={"a": SimpleNamespace(weight=b)},
+        lora_dropout={"a": nn.Identity()},
+        scaling={"a": 3.0},
+        qalora_group_size={"a": 4},
+        training=False,
+        in_features=12,
+    )
+    of_peft = QALoraLinearVariant.forward(layer, "a", x, base(x)) if pooled else None
+    want = base(x) + 3 * x @ a.T @ b.T if of_peft is None else of_peft
+    torch.testing.assert_close(cm(x, adapter_names=["a"] * 5), want, rtol=1e-4, atol=1e-4)
 
 
 def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:
