@@ -12,6 +12,7 @@ The weight of a linear may also be given by what it changes, a `Structure`:
     Kronecker       y ← y + vec(w₂ X w₁ᵀ)   W + w₁ ⊗ w₂, X (k₁, K / k₁) the entries of x
     turned input    y ← y + W (D x)         W (I + D), D block-diagonal
     turned output   y ← y + D y             (I + D) W, and the bias
+    shifted output  y ← y + β               the bias + β
 
 A linear visits the slots that are present, for which the host waits if slots are on an accelerator:
 a product with the weight of every slot would cost more than the wait.
@@ -28,12 +29,13 @@ from lorafx.kernels.ops.delta import groups, row_slots
 from lorafx.kernels.ops.op_library import check_rows, define, require
 
 #: The forms of an entry of `own`: rows, or the numbers of a structure.
-ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT = range(4)
+ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT = range(5)
 
 
 class Structure(NamedTuple):
     """How a weight (N, K) is changed. Kronecker: w₁ (`first`, `second`) before w₂ (N / first, K /
-    second). Turned: the blocks of D, (K or N / first, first, first); `second` is 0."""
+    second). Turned: the blocks of D, (K or N / first, first, first). Shifted: β (N,). What a form
+    does not have is 1 or 0."""
 
     form: int
     first: int
@@ -52,7 +54,9 @@ class Structure(NamedTuple):
         return turned * self.first
 
     def of_weight(self, numbers: Tensor, weight: Tensor) -> Tensor:
-        """The changed weight (N, K); or the bias (N,), which turned outputs alone change."""
+        """The changed weight (N, K); or the bias (N,), which those of outputs alone change."""
+        if self.form == SHIFTED_OUTPUT:
+            return weight + numbers if weight.dim() == 1 else weight
         if weight.dim() == 1:
             return weight + _turned(weight[None], numbers, self.first)[0]
         if self.form == KRONECKER:
@@ -77,6 +81,8 @@ class Structure(NamedTuple):
             first, second = self._factors(numbers, x.shape[-1])
             product = x.view(-1, self.second, second.shape[1]) @ second.mT
             return (first @ product).flatten(1)
+        if self.form == SHIFTED_OUTPUT:
+            return numbers
         turned = _turned(x if self.form == TURNED_INPUT else y, numbers, self.first)
         if self.form == TURNED_OUTPUT:
             return turned

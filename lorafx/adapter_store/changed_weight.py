@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lorafx.kernels.ops.own_rows import TURNED_INPUT, TURNED_OUTPUT, Structure
+from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, TURNED_INPUT, TURNED_OUTPUT, Structure
 
 
 class ChangedWeight(NamedTuple):
@@ -45,8 +45,9 @@ class ChangedWeight(NamedTuple):
     ) -> ChangedWeight:
         """`numbers` of any shape; those of one block serve for all."""
         of = partial(_structured, structure=structure)
-        bias = partial(_structured_bias, structure=structure)
-        bias = bias if structure.form == TURNED_OUTPUT else None
+        bias = None
+        if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
+            bias = partial(_structured_bias, structure=structure)
         return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
 
     def numbers(self, rows: int, columns: int) -> Tensor:

@@ -31,7 +31,7 @@ from lorafx.adapter_store.findings import (
     equal,
     path_label,
 )
-from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
+from lorafx.adapter_store.peft_keys import TRAINING_KEY, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.stored import LoraWeights
@@ -54,7 +54,7 @@ from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
 _NAMED = 8
-_TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+_TOKENS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
 def check_vector(
@@ -100,7 +100,7 @@ def _saved_modules(state: AdapterState, places: Places, *, with_copies: bool) ->
         owner, _, attribute = key.rpartition(".")
         owner = owner.removesuffix(".base_layer")
         named = state.config.saves(without_prefix(owner))
-        is_factor = parse(key) is not None or key.endswith(TRAINING_KEYS)
+        is_factor = parse(key) is not None or TRAINING_KEY.fullmatch(key)
         bias = attribute == "bias" and state.config.bias != "none"  # trained without its weight
         if is_factor or not (named or (with_copies and not bias)):
             continue

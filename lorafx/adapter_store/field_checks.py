@@ -103,12 +103,18 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, int | str) else tuple(value)
 
 
+def optional(check: Check) -> Check:
+    """`check` of a field that may be null."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
 rank = _check(
     "a positive integer", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= _LARGEST_RANK
 )
 alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
-integer = _check(
-    "an integer of 63 bits", lambda v: isinstance(v, int) and is_number(v) and abs(v) < 1 << 63
+seed = _check(
+    "an integer of 64 bits",
+    lambda v: isinstance(v, int) and is_number(v) and -(1 << 63) <= v < 1 << 64,
 )
 flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
 anything = _check("anything", lambda v: True)
@@ -129,10 +135,6 @@ layers = _check(
     lambda v: frozenset(_as_tuple(v)),
 )
 layer_names = _check("the name, or a few names, of lists of layers", _names_layers, _as_tuple)
-
-
-def optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
 
 
 def targets(name: str, value: Any) -> str | Entries | None:

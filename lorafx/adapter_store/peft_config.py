@@ -93,33 +93,38 @@ _EXPORT = (
     f"plain LoRA of rank 2r, or {_MERGE}"
 )
 #: Fields of training, packaging and initialisation. The *_config fields of initialisations stay set
-#: after an exact export; `velora_config` changes gradients only.
+#: after an exact export; `velora_config` changes gradients only, `monteclora_config` samples
+#: in training only.
 _NO_ARITHMETIC = frozenset(
     {
         *("task_type", "revision", "inference_mode", "lora_dropout"),
         *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
         *("corda_config", "lora_ga_config", "velora_config", "peft_type", "init_lora_weights"),
+        "monteclora_config",
     }
 )
 
+_FOLDER = "save the adapter, and load its folder into the plain base model"
 # Fields that change the arithmetic if they are set, and what to do instead.
 _REFUSED: Mapping[str, str] = {
-    "use_bdlora": f"BD-LoRA saves the blocks of a diagonal instead of its factors; {_MERGE}",
-    "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
+    "use_bdlora": f"BD-LoRA has the blocks of a diagonal instead of its factors; {_FOLDER}",
+    "use_qalora": f"QALoRA pools the inputs of lora_A; {_FOLDER}",
     "layer_replication": (
         "the adapter belongs to a model with repeated layers; build that model, save it, and "
         "train or convert the adapter against it"
     ),
     "megatron_config": "Megatron's parallel layers; export the adapter for the plain model",
     "arrow_config": "Arrow routes tokens between adapters; load those adapters separately",
-    "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
-    "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
+    "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_FOLDER}",
 }
 # Their empty objects count as set: PEFT would fill in defaults.
-_OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
+_OBJECTS = frozenset({"arrow_config", "kasa_config"})
 
 # Features that PEFT lacks with aLoRA, or applies to all tokens.
-_NOT_WITH_ALORA = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
+_NOT_WITH_ALORA = (
+    *("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("use_bdlora", "kasa_config", "velora_config", "monteclora_config"),
+)
 
 
 def _version(name: str, value: Any) -> tuple[int, ...] | None:
@@ -284,7 +289,24 @@ _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
+#: Fields of a configuration of trained tokens alone.
+_OF_TOKENS = frozenset({"token_indices", "target_modules", "init_weights"})
+
+
+def _with_tokens(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, for trained tokens alone (TRAINABLE_TOKENS) those that LoRA has for them."""
+    kind = values.get("peft_type")
+    if getattr(kind, "value", kind) != "TRAINABLE_TOKENS":
+        return values
+    rest = {name: value for name, value in values.items() if name not in _OF_TOKENS}
+    targets = values.get("target_modules")
+    endings = map(str, targets) if isinstance(targets, list | tuple | set) else ("",)
+    tokens = dict.fromkeys(endings, values.get("token_indices"))
+    return {**rest, "peft_type": "LORA", "trainable_token_indices": tokens}
+
+
 def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -> PeftConfig:
+    values = _with_tokens(values)
     if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"
@@ -318,7 +340,7 @@ def _in_terms_of_lora(values: Mapping[str, Any], method: AdapterMethod | None) -
     if method is None:
         return values
     values = {name: value for name, value in values.items() if name not in method.unread}
-    if "alpha" in method.fields and "alpha" in values:
+    if "alpha" in method.fields and values.get("alpha") is not None:
         values["lora_alpha"] = values["alpha"]
     if isinstance(bias := values.get("bias"), str) and bias.endswith("_only"):
         values["bias"] = "lora_only"  # each method has its own word for it

@@ -36,8 +36,8 @@ _LETTERS: Mapping[str, Letter] = {
     **{f"{name}_{letter}": letter for name in ("lora", "lora_embedding") for letter in ("A", "B")},
     **{"lora_W": "W", "lora_magnitude_vector": "m", "lora_bias": "b"},
 }
-#: Tensors used in training only: VeLoRA compresses activations with them.
-TRAINING_KEYS = (".lora_velora_embed",)
+#: Tensors used in training only: VeLoRA compresses activations with them, MonteCLoRA samples.
+TRAINING_KEY = re.compile(r".*\.lora_(?:velora_embed|monteclora_sampler\..+)")
 
 
 class FactorKey(NamedTuple):

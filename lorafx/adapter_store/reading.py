@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -24,9 +25,10 @@ from lorafx.adapter_store.findings import (
     listed,
     path_label,
 )
+from lorafx.adapter_store.methods.method import Sizes
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import (
-    TRAINING_KEYS,
+    TRAINING_KEY,
     FactorKey,
     parse,
     without_prefix,
@@ -187,7 +189,7 @@ class Reading:
         sizes = [saved_sizes(place) for place in places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         if self.config.method is not None and self.config.method.complete is not None:
-            a, b = self.config.method.complete(a, b, k, n, self.config.options)
+            a, b = self.config.method.complete(a, b, Sizes(k, n, self._widest), self.config.options)
         key_a, key_b = self._named(keys["A"].key), self._named(keys["B"].key)
         check_shape(key_a, a, (rank, k), f"{label} needs (r, {k})")
         if len(places) == 1:
@@ -230,6 +232,21 @@ class Reading:
                         )
             weights = LoraWeights(part_a, part_b, repeats * scale, None, part_m, part_bias)
             yield site.part_path(index), weights
+
+    @cached_property
+    def _widest(self) -> int:
+        """The largest K of the linears with factors, or that the configuration names."""
+        places = [place for landing in self.landings.values() for place in landing.places]
+        inputs = []
+        for path, landing in self.places.packed_names().items():
+            places += landing.places if self.config.matches(path) else ()
+        for path, module in self.places.named_modules():
+            entry = lookup(module) if self.config.matches(path) else None
+            if (site := self.places.site(module)) is not None and entry is not None:
+                places.append((site, 0))
+            elif entry is not None and entry.is_linear:
+                inputs.append(entry.sizes(module)[0])
+        return max(*inputs, *(saved_sizes(place)[0] for place in places), 0)
 
     def _decode_changed(self, landing: SiteLanding, keys: dict[str, FactorKey], label: str) -> None:
         """Note a weight of the adapter's own that is a function of the base's."""
@@ -313,7 +330,7 @@ class Reading:
         return vector
 
     def _check_other_key(self, key: str) -> None:
-        if key.endswith(TRAINING_KEYS) or self._is_wrappers_copy(key):
+        if TRAINING_KEY.fullmatch(key) or self._is_wrappers_copy(key):
             return
         owner, _, attribute = key.rpartition(".")
         base = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)

@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lorafx.adapter_store import peft_config
+from lorafx.adapter_store.methods.table import METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.errors import UnsupportedAdapterError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.quick]
 
@@ -52,7 +53,6 @@ REFUSED = {
     "megatron_config": {"a": 1},
     "arrow_config": {"top_k": 2},
     "kasa_config": {},
-    "monteclora_config": {"num_samples": 2},
     "init_lora_weights": "pissa_niter_16",
     "peft_type": "LOHA",
     "a_field_of_tomorrow": 3,
@@ -70,7 +70,12 @@ def test_refused_by_name(field):
 
 @pytest.mark.parametrize(
     "also",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"monteclora_config": {"num_samples": 2}},
+    ],
     ids=lambda also: next(iter(also)),
 )
 def test_what_alora_is_not_trained_with(also):
@@ -88,6 +93,7 @@ def test_what_alora_is_not_trained_with(also):
         {"alora_invocation_tokens": []},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": False},
+        {"monteclora_config": {"num_samples": 2}},  # which training alone samples by
         {"corda_config": {"corda_method": "kpm"}},  # stays set after an exact export
         {"lora_dropout": 0.1, "task_type": "CAUSAL_LM", "qalora_group_size": 32},
         {"enable_lora": None, "merge_weights": False, "rank_pattern": None},  # PEFT of 2023
@@ -96,6 +102,26 @@ def test_what_alora_is_not_trained_with(also):
 )
 def test_benign_values_pass(fields):
     assert PeftConfig.read({"r": 4, **fields}).r == 4
+
+
+def test_trained_tokens_alone_are_those_of_lora():
+    own = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 5], "init_weights": True}
+    named = PeftConfig.read({**own, "target_modules": ["wte", "head"]})
+    assert named.trainable_token_indices == {"wte": (3, 5), "head": (3, 5)}
+    assert PeftConfig.read(own).trainable_token_indices == {"": (3, 5)}
+    for wrong in ([3, 3], None, [-1], "3"):
+        with pytest.raises(CheckpointError, match="trainable_token_indices"):
+            PeftConfig.read({**own, "token_indices": wrong})
+
+
+READ = {"TRAINABLE_TOKENS", *(method.peft_type for method in METHODS)}
+
+
+@pytest.mark.parametrize("kind", sorted({kind.value for kind in peft.PeftType} - READ))
+def test_every_other_method_of_the_installed_peft_has_its_own_reason(kind):
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        PeftConfig.read({"peft_type": kind})
+    assert "files of" not in str(caught.value)  # the reason of those that nobody knows
 
 
 KEYS = [

@@ -56,9 +56,9 @@ def test_one_file_whose_metadata_holds_the_configuration(base, folder, tmp_path)
     save_file(load_file(folder / WEIGHTS), file, {"adapter_config": "[1"})
     with pytest.raises(CheckpointError, match=r"adapter_config in the metadata of .* as JSON"):
         load_state(file, base)
-    config = {**json.loads((folder / CONFIG).read_text()), "use_qalora": True}
+    config = {**json.loads((folder / CONFIG).read_text()), "arrow_config": {}}
     save_file(load_file(folder / WEIGHTS), file, {"adapter_config": json.dumps(config)})
-    with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
+    with pytest.raises(UnsupportedAdapterError, match="arrow_config"):
         load_state(file, base)
 
 

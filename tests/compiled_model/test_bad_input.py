@@ -176,7 +176,7 @@ def ask(folder: Path, **fields: Any) -> None:
         (lambda folder: (folder / WEIGHTS).unlink(), CheckpointError, WEIGHTS),
         (lambda folder: (folder / CONFIG).unlink(), CheckpointError, CONFIG),
         (shutil.rmtree, CheckpointError, "spoiled"),
-        (lambda folder: ask(folder, use_qalora=True), UnsupportedAdapterError, "use_qalora"),
+        (lambda folder: ask(folder, arrow_config={}), UnsupportedAdapterError, "arrow_config"),
     ],
 )
 def test_spoiled_files(served, folder, change, error, message):

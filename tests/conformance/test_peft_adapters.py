@@ -145,6 +145,12 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
     ("MLP 8 DoRA", "MLP", targets("lin0", "lin1", **DORA)),
     ("MLP MiCA", "MLP", targets("lin0", init_lora_weights="mica", r=4)),
     ("MLP 10 VeLoRA", "MLP", targets("lin0", velora_config=VeloraConfig(num_groups=2))),
+    ("MLP KaSA", "MLP", targets("lin0", kasa_config=KasaConfig(), r=4)),
+    (
+        "MLP MonteCLoRA",
+        "MLP",
+        targets("lin0", monteclora_config=MontecloraConfig(num_samples=2)),
+    ),
     ("MLP bias", "MLP", targets("lin0", "lin1", **BIAS)),
     ("MLP 2 nn.Parameter", "MLP", targets("lin0", target_parameters=["lin1.weight"])),
     ("Embedding + Conv1D", "EmbConv1D", targets("emb", "conv1d")),
@@ -182,14 +188,9 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
     ),
     *((name, "Experts", {**PROJECTIONS, **config}) for name, config in EXPERTS.items()),
 ]
-#: What changes the base weight or is drawn anew on each call, with the field that messages name.
+#: What changes the base weight, unless PEFT converts it, with the field that messages name.
 REFUSED = [
-    ("KaSA", targets("lin0", kasa_config=KasaConfig(), r=4), "kasa_config"),
-    (
-        "MonteCLoRA",
-        targets("lin0", monteclora_config=MontecloraConfig(num_samples=2)),
-        "monteclora",
-    ),
+    (how, targets("lin0", init_lora_weights=how), "init_lora_weights") for how in ("pissa", "olora")
 ]
 
 

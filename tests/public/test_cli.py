@@ -143,12 +143,12 @@ def test_inspect_says_the_dialect_the_size_and_the_features(run, tmp_path: Path)
 def test_inspect_says_what_is_refused_and_why(run, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES / "demo_adapters" / "upper", tmp_path / "a")
     config = tmp_path / "a" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_qalora": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "arrow_config": {"top_k": 2}}))
     found = json.loads(run("inspect", tmp_path / "a", "--json", code=1))
     assert found["error"] == "UnsupportedAdapterError"
-    assert "use_qalora = True: QALoRA pools the inputs" in found["message"]
-    other = {f"layers.{i}.q.oft_blocks": torch.ones(3, 2) for i in range(4)}
+    assert "arrow_config = {'top_k': 2}: Arrow routes tokens" in found["message"]
+    other = {f"layers.{i}.q.oft_diag": torch.ones(3, 2) for i in range(4)}
     save_file(other, tmp_path / "oft.safetensors")
     found = json.loads(run("inspect", tmp_path / "oft.safetensors", "--json", code=1))
     assert "OFT" in found["message"]
-    assert "4 keys, such as 'layers.0.q.oft_blocks'" in found["message"]
+    assert "4 keys, such as 'layers.0.q.oft_diag'" in found["message"]

@@ -33,6 +33,7 @@ PREFIXES: Mapping[str, str] = {
     "clip_l.": "text_encoder",
     "clip_g.": "text_encoder_2",
     "lora_unet_": "unet",
+    "oft_unet_": "unet",
     "lora_transformer_": "transformer",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",

@@ -1,20 +1,31 @@
-"""Methods whose factors are put together of blocks, or of vectors of a bank.
+"""Methods whose factors are put together of blocks, or of vectors that modules share.
 
 GraLoRA    B' A' of k² pairs, one for each block of W, beside a general pair; R = k r + hybrid_r
 BD-LoRA    A or B is the diagonal of blocks that the file has as rows
+QALoRA     A reads the means of groups of inputs, times the number of groups
 VB-LoRA    pieces of A and B are mixtures of the bank's vectors, by the softmax of their logits
 UniLoRA    each number of A and B is one of a shared vector's, times a scale
+TinyLoRA   B' = B Σ vᵢ Pᵢ, A and B of W's SVD as they are saved; modules share v, or have one each
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit
+from lorafx.adapter_store.methods.method import (
+    AdapterMethod,
+    Given,
+    MadeFactors,
+    Misfit,
+    NotServed,
+    Sizes,
+)
 
 
 def _gralora(given: Given) -> MadeFactors:
@@ -70,6 +81,20 @@ def _bdlora(given: Given) -> MadeFactors:
     return MadeFactors(factors["a"], factors["b"], None)
 
 
+def _qalora(given: Given) -> MadeFactors:
+    return MadeFactors(given.take("lora_A", "r", "groups"), given.take("lora_B", "N", "r"), None)
+
+
+def _of_groups(
+    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A of single inputs, which layers that GPTQ has not quantised have already."""
+    size = options.get("qalora_group_size", 16)
+    if a.shape[1] * size != sizes.inputs:
+        return a, b
+    return a.repeat_interleave(size, 1) * (a.shape[1] / size), b
+
+
 def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor:
     """(dim, dim, length): the mixtures of the bank's vectors that the logits `name` say."""
     bank = given.take("vblora_vector_bank", "vectors", "length")
@@ -110,6 +135,63 @@ def _vblora(given: Given) -> MadeFactors:
     return MadeFactors(a.flatten(1), b.mT.flatten(0, 1))
 
 
+#: Numbers that are drawn to find which module of the model a P is.
+_MOST_DRAWN = 1 << 24
+
+
+def _tinylora(given: Given) -> MadeFactors:
+    a, b = given.take("tinylora_A", "r", "K"), given.take("tinylora_B", "N", "r")
+    if "tinylora_P" not in given:
+        raise NotServed(
+            f"{given.place} has no tinylora_P, which PEFT draws by the module's place in the model "
+            "(save_projection=False); save the adapter with save_projection=True"
+        )
+    p = given.take("tinylora_P", "u", "r", "r")
+    names = [leaf for leaf in given.tensors if leaf.startswith("tinylora_v.")]
+    vectors = {int(leaf.rpartition(".")[2]): given.take(leaf, "u") for leaf in names}
+    if sorted(vectors) != list(range(max(len(vectors), 1))):
+        raise Misfit(
+            f"{given.place}: the file has not all of tinylora_v, but {checks.short(names)}"
+        )
+    index = 0
+    if len(vectors) > 1:
+        if given.option("weight_tying", 0):
+            raise NotServed(
+                f"{given.place}: weight_tying = {given.option('weight_tying')} shares several "
+                "vectors by the modules' places in the model, which no file tells; train it with "
+                "1.0 or 0.0, or merge it into a copy of the base model"
+            )
+        if not given.meta:
+            index = _place_of_p(given, len(vectors))
+    mixed = torch.einsum("u,uij->ij", vectors[index], p)
+    return MadeFactors(a, b @ mixed)
+
+
+def _place_of_p(given: Given, count: int) -> int:
+    """The module's place among `count`, by the seed with which PEFT draws P."""
+    key, p = given.tensors["tinylora_P"]
+    if count * p.numel() <= _MOST_DRAWN:
+        drawn = _drawn(given.option("projection_seed", 42), count, p.shape)
+        places = [i for i, other in enumerate(drawn) if torch.equal(other.to(p.dtype), p.cpu())]
+        if len(places) == 1:
+            return places[0]
+    raise NotServed(
+        f"{key} is none of those that projection_seed draws, so nothing tells which of {count} "
+        "tinylora_v is the module's; train it with weight_tying=1.0, or merge it into a copy of "
+        "the base model"
+    )
+
+
+@lru_cache(maxsize=1)
+def _drawn(seed: int, count: int, shape: torch.Size) -> list[Tensor]:
+    std = 1 / shape[-1] ** 0.5
+    generators = (torch.Generator().manual_seed(seed + i) for i in range(count))
+    return [
+        torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32)
+        for generator in generators
+    ]
+
+
 GRALORA = AdapterMethod(
     name="GraLoRA",
     peft_type="GRALORA",
@@ -126,6 +208,15 @@ BDLORA = AdapterMethod(
     read=_bdlora,
     switch="use_bdlora",
     fields={"use_bdlora": checks.anything},
+)
+QALORA = AdapterMethod(
+    name="QALoRA",
+    peft_type="LORA",
+    marks="lora_[AB]",
+    read=_qalora,
+    switch="use_qalora",
+    fields={"use_qalora": checks.flag, "qalora_group_size": checks.rank},
+    complete=_of_groups,
 )
 VBLORA = AdapterMethod(
     name="VB-LoRA",
@@ -149,5 +240,16 @@ UNILORA = AdapterMethod(
     training=frozenset(
         {"proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights"}
         | {"save_indices"}
+    ),
+)
+TINYLORA = AdapterMethod(
+    name="TinyLoRA",
+    peft_type="TINYLORA",
+    marks="tinylora_[ABP]",
+    shared=r"tinylora_v\.[0-9]{1,6}",
+    read=_tinylora,
+    fields={"weight_tying": checks.alpha, "projection_seed": checks.seed},
+    training=frozenset(
+        {"u", "save_projection", "init_v_bound", "tinylora_dropout", "init_weights"}
     ),
 )

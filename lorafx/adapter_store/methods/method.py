@@ -44,6 +44,14 @@ class MadeFactors(NamedTuple):
     scale: float | None = 1.0
 
 
+class Sizes(NamedTuple):
+    """K and N of a place in the model, and the largest K of all places of the adapter."""
+
+    inputs: int
+    outputs: int
+    widest: int
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterMethod:
     """How adapters of a method are found and read.
@@ -57,8 +65,8 @@ class AdapterMethod:
         switch: the field of a LoRA configuration that asks for it, in place of `peft_type`.
         fields: fields of its configuration that the reader uses.
         training: fields that only training uses; `unread`: that the file's tensors tell better.
-        complete: makes A and B of a place with K inputs and N outputs, where the file lacks either;
-            it gets A, B, K, N and the fields that the reader uses.
+        complete: makes A and B of a place with these sizes, where the file lacks either, by the
+            fields that the reader uses.
         absent: why a file may lack all marks, and what to do then.
         form, rank, modules, against: what docs/adapters.md says of it.
     """
@@ -73,9 +81,9 @@ class AdapterMethod:
     fields: Mapping[str, Check] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
-    complete: (
-        Callable[[Tensor, Tensor, int, int, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
-    ) = None
+    complete: Callable[[Tensor, Tensor, Sizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = (
+        None
+    )
     absent: str = ""
     form: str = "low rank"
     rank: str = "r"

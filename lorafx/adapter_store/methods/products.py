@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, of_delta
+from lorafx.kernels.ops.own_rows import KRONECKER, Structure
 
 #: Fields of LyCORIS's methods in PEFT that nothing but training uses, or that shapes tell.
 _TRAINING = frozenset(
@@ -50,6 +51,12 @@ def _own_weight(
     if scale is None:
         raise Misfit(f"{given.place} has no alpha, and without α the scale is not known")
     dora = _norms(given, n, k)
+    if not dora and delta is _kronecker:
+        w1, w2 = tensors
+        structure = Structure(KRONECKER, *w1.shape)
+        return ChangedWeight.structured(
+            structure, torch.cat((scale * w1.flatten(), w2.flatten())), n, k
+        )
     of = partial(_with_delta, delta=delta, scale=scale, dora=bool(dora))
     return ChangedWeight(of, (*dora, *tensors), n, k)
 

@@ -5,13 +5,15 @@ DeLoRA     A' = λ / r / (‖aᵢ‖ ‖bᵢ‖) A, times ‖W‖ of each column
 MiSS       B = blockᵀ (N, r), A the sums over inputs whose index is i modulo r;
            "bat": W' = W + W B + B of each block (r, r) of W
 LoCon      A' = Σ mid[i, j] a[j] of a convolution
-PVeRA      A' = d A, B' = b B, of projections that all modules share, without its noise
+VeRA       A' = d A, B' = b B, of projections that all modules share, saved or drawn by a seed
+PVeRA      the same, without its noise
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +21,14 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
+from lorafx.adapter_store.methods.method import (
+    AdapterMethod,
+    Given,
+    MadeFactors,
+    Misfit,
+    NotServed,
+    Sizes,
+)
 
 _EPS = 1e-5
 _SMALLEST_NORM = 1e-4
@@ -69,10 +78,11 @@ def _multiplied_blocks(weight: Tensor, b: Tensor, *, place: str) -> Tensor:
 
 
 def _complete_miss(
-    a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]
+    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """A as sums of every r-th input; B of "mini" repeated over the outputs."""
     eye = torch.eye(len(a), dtype=b.dtype, device=b.device)
+    k, n = sizes.inputs, sizes.outputs
     times = n // len(b) if options.get("init_weights") == "mini" and n % len(b) == 0 else 1
     return eye.repeat(1, -(-k // len(a)))[:, :k], b.repeat(times, 1)
 
@@ -93,10 +103,9 @@ def _pvera(given: Given) -> MadeFactors:
             "PVeRA with sample_at_inference draws its activations; set it to false in "
             "adapter_config.json, which serves their mean"
         )
-    for leaf in ("pvera_A", "pvera_B"):
-        if leaf not in given:
-            raise Misfit(f"the file has no {leaf}; save the adapter with save_projection=True")
     d, b = given.take("pvera_lambda_d", "2r"), given.take("pvera_lambda_b", "N")
+    if _are_drawn(given, "pvera_A", "pvera_B") and not len(d) % 2:
+        return _on_drawn(d[: len(d) // 2], b)
     shared_a = given.take("pvera_A", "2r", "largest K")
     shared_b = given.take("pvera_B", "largest N", "r")
     rank = len(d) // 2
@@ -109,13 +118,9 @@ def _pvera(given: Given) -> MadeFactors:
 
 
 def _vera(given: Given) -> MadeFactors:
-    for leaf in ("vera_A", "vera_B"):
-        if leaf not in given:
-            raise NotServed(
-                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
-                "(save_projection=False); save the adapter with save_projection=True"
-            )
     d, b = given.take("vera_lambda_d", "r"), given.take("vera_lambda_b", "N")
+    if _are_drawn(given, "vera_A", "vera_B"):
+        return _on_drawn(d, b)
     shared_a, shared_b = given.take("vera_A", "r", "largest K"), given.take("vera_B", "any N", "r")
     if len(shared_b) < len(b):
         raise Misfit(
@@ -128,8 +133,45 @@ def _between(d: Tensor, b: Tensor, shared_a: Tensor, shared_b: Tensor) -> MadeFa
     return MadeFactors(d[:, None] * shared_a, b[:, None] * shared_b[: len(b)])
 
 
-def _cut(a: Tensor, b: Tensor, k: int, n: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    return a[:, :k], b
+def _are_drawn(given: Given, *leaves: str) -> bool:
+    """Whether the projections are not in the file but drawn by their seed."""
+    if not given.option("save_projection", True) and not any(leaf in given for leaf in leaves):
+        return True
+    for leaf in leaves:
+        if leaf not in given:
+            raise Misfit(f"the file has no {leaf}; save the adapter with save_projection=True")
+    return False
+
+
+def _on_drawn(d: Tensor, b: Tensor) -> MadeFactors:
+    """Without A, which has the inputs of the widest module: B' = b B d is multiplied into later."""
+    return MadeFactors(d.new_empty(len(d), 0), b[:, None] * d)
+
+
+def _cut_or_draw(
+    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any], *, rows: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A of so many inputs; where A has none, both as PEFT draws them, `rows` · r rows of A."""
+    if a.shape[1]:
+        return a[:, : sizes.inputs], b
+    seed = options.get("projection_prng_key", 0)
+    drawn, state = _drawn(seed, rows * len(a), sizes.widest)
+    generator = torch.Generator()
+    generator.set_state(state)
+    return drawn[: len(a), : sizes.inputs].to(a), b * _kaiming(len(b), len(a), generator).to(b)
+
+
+@lru_cache(maxsize=1)
+def _drawn(seed: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A of all modules, and the state of the generator that draws B after it."""
+    generator = torch.Generator().manual_seed(seed)
+    return _kaiming(rows, columns, generator), generator.get_state()
+
+
+def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
+    numbers = torch.empty(rows, columns, dtype=torch.float32)
+    return numbers.uniform_(-bound, bound, generator=generator)
 
 
 ADALORA = AdapterMethod(
@@ -179,12 +221,13 @@ PVERA = AdapterMethod(
     marks="pvera_lambda_[bd]",
     shared="pvera_A|pvera_B",
     read=_pvera,
-    fields={"sample_at_inference": checks.flag},
-    training=frozenset(
-        {"projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "init_weights"}
-        | {"generator_seed"}
-    ),
-    complete=_cut,
+    fields={
+        "sample_at_inference": checks.flag,
+        "save_projection": checks.flag,
+        "projection_prng_key": checks.seed,
+    },
+    training=frozenset({"pvera_dropout", "d_initial", "init_weights", "generator_seed"}),
+    complete=partial(_cut_or_draw, rows=2),
 )
 VERA = AdapterMethod(
     name="VeRA",
@@ -192,8 +235,7 @@ VERA = AdapterMethod(
     marks="vera_lambda_[bd]",
     shared="vera_A|vera_B",
     read=_vera,
-    training=frozenset(
-        {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
-    ),
-    complete=_cut,
+    fields={"save_projection": checks.flag, "projection_prng_key": checks.seed},
+    training=frozenset({"vera_dropout", "d_initial", "init_weights"}),
+    complete=_cut_or_draw,
 )

@@ -19,7 +19,7 @@ from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
 
-_DRAWN = {"scaling": checks.alpha, "random_loc_seed": checks.integer}
+_DRAWN = {"scaling": checks.alpha, "random_loc_seed": checks.seed}
 _DRAWN_IN_TRAINING = frozenset({"n_frequency", "n_frequency_pattern", "init_weights"})
 
 

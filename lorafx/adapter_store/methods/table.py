@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, QALORA, TINYLORA, UNILORA, VBLORA
+from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import C3A, GLORA, HIRA, RANDLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
+from lorafx.adapter_store.methods.projected import BEFT, DEFT, KASA
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
 from lorafx.adapter_store.methods.sparse import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
@@ -17,7 +19,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(HIRA, OFT, IA3, HRA, ROAD, VERA),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
     *(C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
 )
 
@@ -28,14 +30,16 @@ _MIXED = (
     "request weights by name for a fixed mixture"
 )
 _ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
-_TURNED = f"it turns or scales inputs or outputs; {MERGE}"
+_PARTS = f"it changes singular parts or clusters of W, whose signs or order no file tells; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 #: peft_type -> what to do instead.
 REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("POLY", "XLORA"), _MIXED),
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
     **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
-    **dict.fromkeys(("BOFT",), _TURNED),
+    **dict.fromkeys(("PSOFT", "ADAMSS"), _PARTS),
+    "SHADOW": "a small model runs beside the base's layers; train a LoRA",
+    "LN_TUNING": f"it trains norms, which have one weight for all adapters; {MERGE}",
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
@@ -44,8 +48,7 @@ _REFUSED_KEYS: Mapping[str, str] = {
         "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
     ),
     r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
-    r"oft_(blocks|diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
-    r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
+    r"oft_(diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
     r"diff(_b)?": "a whole difference of weights",
     r"lora_t[12]": "a Tucker decomposition of linears",
@@ -64,7 +67,7 @@ def method_of(values: Mapping[str, Any]) -> AdapterMethod | None:
     kind = getattr(kind, "value", kind)
     for method in METHODS:
         if method.switch:
-            if kind in (None, "LORA") and values.get(method.switch):
+            if kind in (None, "LORA") and values.get(method.switch) not in (None, False):
                 return method
         elif method.peft_type is not None and method.peft_type == kind:
             return method

@@ -55,15 +55,16 @@ def _oft(given: Given) -> ChangedWeight:
         q = torch.where(norm <= bound, q, bound * (q / norm))
     width = None if shared else blocks * size
     structure = Structure(TURNED_INPUT, size)
-    return ChangedWeight.structured(structure, _cayley(q, terms).mT, in_features=width)
+    turns = cayley(q, terms).mT - torch.eye(size, dtype=r.dtype, device=r.device)
+    return ChangedWeight.structured(structure, turns, in_features=width)
 
 
-def _cayley(q: Tensor, terms: int) -> Tensor:
-    """(I − Q)(I + Q)⁻¹ − I, or of so many `terms` of PEFT's series for it."""
+def cayley(q: Tensor, terms: int = 0) -> Tensor:
+    """(I − Q)(I + Q)⁻¹, or of so many `terms` of PEFT's series for it."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if not terms:
-        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(eye + q, -2 * q, left=False)
-    result = 2 * q if terms > 1 else torch.zeros_like(q)
+        return torch.linalg.solve(eye + q, eye - q, left=False)
+    result = eye + 2 * q if terms > 1 else eye
     if terms > 2:
         power = q @ q
         result = result + 2 * power

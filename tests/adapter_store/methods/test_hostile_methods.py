@@ -27,6 +27,7 @@ LOKR = {**LOHA, "peft_type": "LOKR"}
 ADALORA = {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 MISS = {"peft_type": "MISS", "r": 2, "target_modules": ["q_proj"]}
 VBLORA = {"peft_type": "VBLORA", "r": 1, "topk": 2, "target_modules": ["q_proj"]}
+TINY = {"peft_type": "TINYLORA", "r": 2, "target_modules": ["q_proj"]}
 AT = "base_model.model.q_proj."
 ones = torch.ones
 
@@ -39,6 +40,12 @@ def loha(**changed: Tensor | None) -> dict[str, Tensor]:
 def lokr(**changed: Tensor | None) -> dict[str, Tensor]:
     w = {"lokr_w1": ones(2, 2), "lokr_w2_a": ones(5, 2), "lokr_w2_b": ones(2, 6)}
     return {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
+
+
+def tiny(**changed: Tensor | None) -> dict[str, Tensor]:
+    w = {"tinylora_A": ones(2, 12), "tinylora_B": ones(10, 2), "tinylora_P": ones(3, 2, 2)}
+    named = {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
+    return {**named, "base_model.tinylora_v.0": ones(3)}
 
 
 class Small(nn.Module):
@@ -135,6 +142,17 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
     ),
     "field": ({**LOHA, "tomorrow": 3}, loha(), r"tomorrow = 3: unknown field"),
     "malformed": ({**LOHA, "alpha": "much"}, loha(), r"alpha must be a finite number"),
+    "no P": ({**TINY, "save_projection": False}, tiny(tinylora_P=None), r"no tinylora_P.*=True"),
+    "no v": (TINY, {k: t for k, t in tiny().items() if "_v." not in k}, r"not all of tinylora_v"),
+    "v of others": (TINY, {**tiny(), "base_model.tinylora_v.2": ones(3)}, r"not all of .*v.2"),
+    "P of no seed": (TINY, {**tiny(), "base_model.tinylora_v.1": ones(3)}, r"P is none of those"),
+    "partly tied": (
+        {**TINY, "weight_tying": 0.5},
+        {**tiny(), "base_model.tinylora_v.1": ones(3)},
+        r"weight_tying = 0.5 shares several",
+    ),
+    "sizes of P": (TINY, tiny(tinylora_P=ones(3, 2, 1)), r"tinylora_P has shape \(3, 2, 1\)"),
+    "sizes of v": (TINY, tiny(tinylora_P=ones(2, 2, 2)), r"tinylora_v.0 has shape \(3,\)"),
     "beside LoRA": (
         LOHA,
         {**loha(), f"{AT}lora_A.weight": ones(2, 12)},
@@ -186,7 +204,7 @@ def test_no_rank_was_left(cm: Any) -> None:
 def test_a_whole_matrix_of_lokr_needs_room_for_a_weight(cm: Any) -> None:
     whole = {f"{AT}lokr_w1": ones(2, 2), f"{AT}lokr_w2": ones(5, 6)}
     source = lorafx.AdapterSource(whole, config=LOKR)
-    with pytest.raises(lorafx.CapacityError, match=r"modules_to_save=\['q_proj'\]"):
+    with pytest.raises(lorafx.CapacityError, match=r"trainable_tokens=\{'q_proj': 3\}"):
         cm.load_adapter(source, "a")
     assert cm.adapters == ()
     model, x = lorafx.compile(Small().eval(), {"a": source}), ones(2, 12)

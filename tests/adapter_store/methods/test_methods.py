@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error, random_base
 from method_files import CONFIGS, merged, save
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import config_of, inspected, load_state
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.runtime.marking import build_sites
 
 NAMES = list(CONFIGS)
 
@@ -122,6 +127,62 @@ def test_a_rank_over_the_banks_is_told_with_the_setting(served: Served) -> None:
 
 def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
     return lorafx.AdapterSource(folder, ignore=[rf"\.(?!{'|'.join(names)})\w+_proj\."])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["embed_tokens"], "model.embed_tokens"])
+def test_trained_tokens_alone(served: Served, targets: Any, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(
+        token_indices=[3, 5], target_modules=targets, init_weights=False
+    )
+    wrapped: Any = peft.get_peft_model(served.model(), config).eval()
+    wrapped.save_pretrained(str(tmp_path))
+    cm: Any = lorafx.compile(served.model(), adapters={"a": tmp_path})
+    ids = torch.tensor([[1, 3, 5, 7]])
+    got, want = cm(ids, adapter_names=["a"]).logits, wrapped(ids).logits
+    assert error(got, want) <= TOLERANCE < error(want, served.base(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooled", [True, False])
+def test_qalora_is_what_its_forward_computes(pooled: bool) -> None:
+    """By PEFT's own variant, which it has for layers of GPTQ alone; others have whole factors."""
+    base = nn.Sequential(nn.Linear(12, 10))
+    a, b = torch.randn(2, 3 if pooled else 12), torch.randn(10, 2)
+    factors = {"0.lora_A.weight": a, "0.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["0"]}
+    source = lorafx.AdapterSource(
+        factors, config={**config, "use_qalora": True, "qalora_group_size": 4}
+    )
+    cm: Any = lorafx.compile(copy.deepcopy(base), adapters={"a": source})
+    x = torch.randn(5, 12)
+    layer: Any = SimpleNamespace(
+        lora_A={"a": SimpleNamespace(weight=a)},
+        lora_B={"a": SimpleNamespace(weight=b)},
+        lora_dropout={"a": nn.Identity()},
+        scaling={"a": 3.0},
+        qalora_group_size={"a": 4},
+        training=False,
+        in_features=12,
+    )
+    of_peft = QALoraLinearVariant.forward(layer, "a", x, base(x)) if pooled else None
+    want = base(x) + 3 * x @ a.T @ b.T if of_peft is None else of_peft
+    torch.testing.assert_close(cm(x, adapter_names=["a"] * 5), want, rtol=1e-4, atol=1e-4)
+
+
+def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:
+    """PEFT draws them for down_proj too, the widest, which is left out here."""
+    folder, base = served.folders["vera drawn"], served.model()
+    _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
+    whole, part = (
+        read_adapter(source, "a", sites, model=base, max_rank=64, warn=False).weights
+        for source in (folder, _only(folder, "q_proj"))
+    )
+    ((path, of_part),) = part.items()
+    assert torch.equal(of_part.A, whole[path].A)
+    assert torch.equal(of_part.B, whole[path].B)
+    rank = inspected(folder).modules[0].sizes.rank
+    assert rank == 4
 
 
 @pytest.mark.parametrize("name", ["loha", "miss", "bdlora"])

@@ -15,6 +15,7 @@ from method_files import merged, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lorafx
 from lorafx.adapter_store.methods.factored import as_factors
 from lorafx.adapter_store.saved import AdapterSource, read_source
 from lorafx.errors import LorafxError
@@ -35,8 +36,38 @@ CONFIGS = {
     "road 2": peft.RoadConfig(variant="road_2", group_size=4, **TO),
     "road 4": peft.RoadConfig(variant="road_4", group_size=2, **TO),
     "vera": peft.VeraConfig(r=4, **TO),
+    "deft": peft.DeftConfig(r=3, **TO),
+    "deft alpha": peft.DeftConfig(r=3, alpha=6, **TO),
+    "deft qr": peft.DeftConfig(r=3, decomposition_method="qr", **TO),
+    "deft over N": peft.DeftConfig(r=9, decomposition_method="qr", alpha=4, **TO),
+    "para": peft.DeftConfig(r=3, para=True, **TO),
+    "para qr": peft.DeftConfig(r=3, para=True, decomposition_method="qr", **TO),
+    "beft": peft.BeftConfig(target_modules=["q_proj"]),
+    "kasa": peft.LoraConfig(r=3, lora_alpha=5, kasa_config=peft.KasaConfig(), **TO),
+    "boft": peft.BOFTConfig(boft_block_size=4, **TO),
+    "boft blocks": peft.BOFTConfig(boft_block_size=0, boft_block_num=2, **TO),
+    "boft odd": peft.BOFTConfig(boft_block_size=1, **TO),
+    "boft 2": peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, **TO),
+    "boft 3": peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, **TO),
+    "boft 4": peft.BOFTConfig(
+        boft_block_size=2, boft_n_butterfly_factor=4, target_modules=["q_proj"]
+    ),
 }
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+class Diagonals:
+    """What PEFT's CUDA extension computes, without which it has butterflies of one factor alone."""
+
+    @staticmethod
+    def apply(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*stage) for stage in blocks])
+
+
+@pytest.fixture(autouse=True)
+def _butterflies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", Diagonals)
 
 
 class Small(nn.Module):
@@ -56,7 +87,10 @@ def changed(base: nn.Module, folder: Path) -> nn.Module:
     twin: Any = copy.deepcopy(base).double()
     for place in ("q_proj", "down_proj"):
         module = twin.get_submodule(place)
-        (key,) = (k for k in saved.made if re.search(rf"{place}\.lora_[AW]", k))
+        keys = [k for k in saved.made if re.search(rf"{place}\.lora_([AW]|down)", k)]
+        if not keys:
+            continue
+        (key,) = keys
         own = saved.made[key].weight
         if own is None:
             a, b = saved.tensors[key], saved.tensors[key.replace("lora_A", "lora_B")]
@@ -77,7 +111,10 @@ def test_the_weight_is_what_peft_merges(name: str, tmp_path: Path) -> None:
     base = Small().eval()
     folder = save(base, CONFIGS[name], tmp_path / "adapter")
     got, want = changed(base, folder), merged(base, folder)
-    assert not torch.allclose(got.q_proj.weight, base.q_proj.weight.double())
+    assert any(
+        not torch.allclose(tensor, base.state_dict()[key].double())
+        for key, tensor in got.state_dict().items()
+    )
     for key, tensor in want.state_dict().items():
         torch.testing.assert_close(got.state_dict()[key], tensor, **CLOSE)
 
@@ -94,6 +131,78 @@ def test_the_model_gives_what_peft_gives_unmerged(name: str, tmp_path: Path) -> 
     )
 
 
+def lycoris(prefix: str, *stages: int, scaled: bool, alpha: float) -> dict[str, Tensor]:
+    """A file of LyCORIS with blocks (*stages, blocks, 2, 2) of both modules."""
+    torch.manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    for name, outputs in (("q_proj", 8), ("down_proj", 12)):
+        tensors[f"{prefix}{name}.oft_blocks"] = torch.randn(*stages, outputs // 2, 2, 2)
+        tensors[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
+        if scaled:
+            tensors[f"{prefix}{name}.rescale"] = torch.randn(outputs, 1)
+    return tensors
+
+
+def by_hand(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """W′ by LyCORIS's formulas, of matrices (N, N)."""
+    of = {key.rpartition(".")[2]: t.double() for key, t in tensors.items() if name in key}
+    q = of["oft_blocks"] - of["oft_blocks"].mT
+    limit = of["alpha"] * len(weight)
+    if limit and q.norm() > limit:
+        q = q * limit / q.norm()
+    eye = torch.eye(2).double()
+    turns = (eye + q) @ torch.linalg.inv(eye - q)
+    whole = torch.eye(len(weight)).double()
+    if q.dim() == 3:
+        weight = torch.block_diag(*turns.mT) @ weight
+    for i, blocks in enumerate(turns if q.dim() == 4 else ()):
+        half = 2**i
+        order = [
+            start + j + side * half
+            for start in range(0, len(weight), 2 * half)
+            for j in range(half)
+            for side in (0, 1)
+        ]
+        weight = whole[order].T @ torch.block_diag(*blocks) @ whole[order] @ weight
+    return weight * of.get("rescale", 1)
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "oft_unet_"])
+@pytest.mark.parametrize("stages", [(), (1,), (2,)])
+@pytest.mark.parametrize(("scaled", "alpha"), [(False, 0.0), (True, 0.05)])
+def test_files_of_lycoris_mean_its_formulas(
+    prefix: str, stages: tuple[int, ...], scaled: bool, alpha: float
+) -> None:
+    base = Small().eval()
+    tensors = lycoris(prefix, *stages, scaled=scaled, alpha=alpha)
+    cm: Any = lorafx.compile(copy.deepcopy(base), adapters={"a": AdapterSource(tensors)})
+    for module, name in ((base.q_proj, "q_proj"), (base.down_proj, "down_proj")):
+        module.weight.data = by_hand(module.weight.double(), name, tensors).float()
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(cm(x, adapter_names=["a"] * 3), base(x), rtol=1e-4, atol=1e-5)
+
+
+OF_LYCORIS = {
+    "alpha": ("q_proj.alpha", None, r"lycoris_q_proj has no alpha, LyCORIS's constraint"),
+    "scales": ("q_proj.rescale", torch.ones(8, 1, 1, 1), r"rescale has shape \(8, 1, 1, 1\)"),
+    "row of scales": ("q_proj.rescale", torch.ones(1, 8), r"it needs \(8, 1\)"),
+    "stages": ("q_proj.oft_blocks", torch.ones(4, 4, 2, 2), r"no butterfly of 4 stages"),
+    "nan": ("q_proj.oft_blocks", torch.full((4, 2, 2), torch.nan), r"oft_blocks holds 16 NaN"),
+    "outputs": ("q_proj.oft_blocks", torch.ones(3, 2, 2), r"rescale has shape \(8, 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", OF_LYCORIS)
+def test_a_file_of_lycoris_that_cannot_be_meant_is_refused(case: str) -> None:
+    end, tensor, message = OF_LYCORIS[case]
+    tensors = lycoris("lycoris_", scaled=True, alpha=0.1)
+    del tensors[f"lycoris_{end}"]
+    if tensor is not None:
+        tensors[f"lycoris_{end}"] = tensor
+    with pytest.raises(LorafxError, match=message):
+        as_factors(read_source(AdapterSource(tensors)), Small())
+
+
 HOSTILE = {
     "shape": ("oft", "q_proj.oft_R.weight", torch.ones(4, 5), r"oft_R.weight has shape \(4, 5\)"),
     "nan": ("hra", "q_proj.hra_u", torch.full((16, 3), torch.nan), r"hra_u holds 48 NaN"),
@@ -101,6 +210,19 @@ HOSTILE = {
     "other side": ("ia3", "q_proj.ia3_l", torch.ones(1, 8), r"q_proj.ia3_l has shape \(1, 8\)"),
     "half": ("road 1", "q_proj.road_alpha", None, r"q_proj has no road_alpha"),
     "groups": ("road 1", "q_proj.road_theta", torch.ones(3), r"road_(theta|alpha) has shape"),
+    "square": ("boft", "q_proj.boft_R", torch.ones(1, 4, 4, 3), r"boft_R has shape \(1, 4, 4, 3\)"),
+    "no butterfly": ("boft", "q_proj.boft_R", torch.ones(4, 4, 2, 2), r"4 blocks of 2 are no butt"),
+    "no scales": ("boft", "q_proj.boft_s", None, r"q_proj has no boft_s"),
+    "scales": ("boft", "q_proj.boft_s", torch.ones(8, 2), r"boft_s has shape \(8, 2\)"),
+    "boft nan": ("boft", "q_proj.boft_s", torch.full((8, 1), torch.nan), r"boft_s holds 8 NaN"),
+    "no R": ("deft", "q_proj.deft_R", None, r"q_proj has no deft_R"),
+    "rank over N": ("para", "q_proj.deft_P", torch.ones(8, 9), r"\(8, 9\), r is over N"),
+    "R": ("deft qr", "q_proj.deft_R", torch.ones(2, 16), r"deft_[PR] has shape .*it needs"),
+    "deft nan": ("deft qr", "q_proj.deft_P", torch.full((8, 3), torch.nan), r"deft_P holds 24 NaN"),
+    "rows": ("beft", "q_proj.beft_bias", torch.ones(2, 8), r"beft_bias has 2 rows"),
+    "no diagonal": ("kasa", "q_proj.lora_diag", None, r"q_proj has no lora_diag"),
+    "all parts": ("kasa", "q_proj.lora_A.weight", torch.ones(8, 16), r"it needs \("),
+    "diagonal": ("kasa", "q_proj.lora_diag", torch.ones(3, 1), r"lora_diag has shape \(3, 1\)"),
     "projection": ("vera", "vera_A", None, r"no vera_A.*save_projection=True"),
 }
 

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.own_rows import KRONECKER, TURNED_INPUT, TURNED_OUTPUT, Structure
+from lorafx.kernels.ops.own_rows import (
+    KRONECKER,
+    SHIFTED_OUTPUT,
+    TURNED_INPUT,
+    TURNED_OUTPUT,
+    Structure,
+)
 from lorafx.model.bank import Bank, OwnWeight
 
-S, V, K, N = 3, 7, 4, 5
+S, V, K, N = 3, 7, 4, 6
 SLOTS = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
 
 
@@ -59,9 +65,10 @@ def test_a_linear(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "structure",
     [
-        *(Structure(KRONECKER, *sizes) for sizes in ((1, 2), (5, 1), (1, 4))),
+        *(Structure(KRONECKER, *sizes) for sizes in ((1, 2), (3, 1), (3, 4))),
         *(Structure(TURNED_INPUT, block) for block in (1, 2, 4)),
-        *(Structure(TURNED_OUTPUT, block) for block in (1,)),
+        *(Structure(TURNED_OUTPUT, block) for block in (1, 2)),
+        Structure(SHIFTED_OUTPUT, 1),
     ],
 )
 def test_a_structure_computes_as_its_weight(structure: Structure) -> None:
@@ -73,7 +80,8 @@ def test_a_structure_computes_as_its_weight(structure: Structure) -> None:
     x = torch.randn(4, 2, K)
     y = torch.nn.functional.linear(x, weight, bias)
     changed = structure.of_weight(numbers, weight)
-    shifted = structure.of_weight(numbers, bias) if structure.form == TURNED_OUTPUT else bias
+    of_output = structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT)
+    shifted = structure.of_weight(numbers, bias) if of_output else bias
     got, want = linear(b, x, y, weight=weight), y.clone()
     want[2] = torch.nn.functional.linear(x[2], changed, shifted)
     assert torch.allclose(got[1:], want[1:], atol=1e-5)
