@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, UNILORA, VBLORA
-from lorafx.adapter_store.methods.dense import C3A, GLORA, HIRA, RANDLORA
+from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, RANDLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
@@ -18,7 +18,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA),
-    *(C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
+    *(FULL, C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -47,7 +47,6 @@ _REFUSED_KEYS: Mapping[str, str] = {
     r"oft_(blocks|diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
     r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
-    r"diff(_b)?": "a whole difference of weights",
     r"lora_t[12]": "a Tucker decomposition of linears",
     r"ranknum(\..+)?": "AdaLoRA without its singular values (lora_E)",
     r"lora_router.*|internal_xlora_classifier.*": "a router of its own (X-LoRA, Arrow, Poly)",
