@@ -162,6 +162,10 @@ def assembled(
     if config is None:
         letters = {part.letter for part in chosen}
         config = PeftConfig(use_dora="m" in letters, lora_bias="b" in letters)
+        ends = [key.removesuffix("weight") for key in tensors if key.endswith(".lora_B.weight")]
+        for end in ends if "b" in letters else ():  # of modules without a bias it is 0
+            b = tensors[f"{end}weight"]
+            tensors.setdefault(f"{end}bias", b.new_zeros(b.shape[:1]))
     where = f"{saved.where} ({dialect})"
     return AdapterState(config, tensors, where, scale_of, dialect, left_out, made=made)
 

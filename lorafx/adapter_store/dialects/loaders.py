@@ -52,7 +52,8 @@ def converted(
     elsewhere = {part.component for part in parts} - {part.component for part in own}
     states: dict[str, AdapterState] = {}
     best, foreign = _fitting(direct, names), ""
-    for variant in _variants(own) if 0 < len(own) <= _MOST_KEYS else ():
+    factors = [part for part in own if part.letter != "W"]  # which none converts
+    for variant in _variants(factors) if 0 < len(own) <= _MOST_KEYS else ():
         for loader, made, lost in _conversions(variant, model):
             sources = _sources(made)
             scale_of = {place: {scales.get(p.place) for p in of} for place, of in sources.items()}
@@ -81,12 +82,14 @@ def converted(
             f"diffusers converts these names in different ways for this model ({', '.join(states)}"
             "); convert the adapter by the pipeline that it is for, and save it again"
         )
-    dora = next((part.key for part in own if part.letter == "m"), None)
-    if states and dora is not None:
-        raise UnsupportedAdapterError(
-            f"{dora} belongs to DoRA, which diffusers' conversion of these names leaves out; save "
-            "the adapter under the names that diffusers has for the model"
-        )
+    lost_keys = {key for state in states.values() for key in state.lost}
+    kinds = {"m": "is of DoRA", "W": "changes all of a weight", "b": "is a bias"}
+    for part in own:
+        if part.letter in kinds and states and (part.letter != "b" or part.key in lost_keys):
+            raise UnsupportedAdapterError(
+                f"{part.key} {kinds[part.letter]}, which diffusers' conversion of these names "
+                "leaves out; save the adapter under the names that diffusers has for the model"
+            )
     if foreign and not states:
         raise CheckpointError(
             f"{direct.where}: diffusers' conversion of its names makes factors for {best} modules "

@@ -4,6 +4,7 @@ HiRA       W′ = W ∘ (1 + B A)
 C3A        W′ = W + C / K of circulant blocks C, whose first rows the file has
 RandLoRA   W′ = W + s Σ B diag(λ) A diag(γ) of bases A, B that all modules share
 GLoRA      W′ = W + W ∘ A + B, b′ = b + b ∘ D + E + W C
+Full       W′ = W + diff, b′ = b + diff_b, of LyCORIS; diff_b may also stand beside factors
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
 
 
 def _hira(given: Given) -> ChangedWeight:
@@ -123,6 +124,42 @@ def _glora_bias(bias: Tensor, weight: Tensor, *paths: Tensor) -> Tensor:
     return bias + added.squeeze(1)
 
 
+def _full(given: Given) -> MadeFactors | ChangedWeight:
+    if "diff" in given:
+        key, tensor = given.tensors["diff"]
+        if tensor.dim() != 2:
+            raise NotServed(
+                f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears, "
+                "not at convolutions and norms; merge it into a copy of the base model"
+            )
+        diff = given.take("diff", "N", "K")
+        n, k = diff.shape
+        if "diff_b" not in given:
+            return ChangedWeight(torch.add, (diff,), n, k)
+        return ChangedWeight(_with_diff, (diff, given.take("diff_b", "N")), n, k, _with_diff_b)
+    bias = given.take("diff_b", "N")
+    for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
+        if down in given or up in given:
+            dims = given.tensors[down][1].dim() if down in given else 2
+            kernel, ones = ([f"{i}'s {what}" for i in range(2, dims)] for what in ("size", "one"))
+            a, b = given.take(down, "r", "K", *kernel), given.take(up, "N", "r", *ones)
+            scale = given.scale(len(a))
+            return MadeFactors(a, b, scale, bias / (scale or 1.0))
+    return ChangedWeight(_unchanged, (bias,), len(bias), None, _with_diff_b)
+
+
+def _with_diff(weight: Tensor, diff: Tensor, diff_b: Tensor) -> Tensor:
+    return weight + diff
+
+
+def _unchanged(weight: Tensor, diff_b: Tensor) -> Tensor:
+    return weight
+
+
+def _with_diff_b(bias: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
+    return bias + tensors[-1]
+
+
 HIRA = AdapterMethod(
     name="HiRA",
     peft_type="HIRA",
@@ -164,4 +201,14 @@ GLORA = AdapterMethod(
     unread=frozenset({"r"}),
     form="own weight",
     rank="—",
+)
+FULL = AdapterMethod(
+    name="whole differences (full)",
+    peft_type=None,
+    marks=r"diff(?:_b)?(?!\.)",
+    leaves="lora_(?:down|up|[AB])",
+    read=_full,
+    form="own weight; diff_b beside factors: low rank",
+    rank="r",
+    against="LyCORIS's formula",
 )

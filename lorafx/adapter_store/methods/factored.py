@@ -165,6 +165,8 @@ def _named(
         yield "lora_W.weight", torch.empty(shape, device="meta")
     else:
         yield from zip(names, (made.A, made.B), strict=True)
+        if made.bias is not None:
+            yield "lora_B.bias", made.bias
 
 
 def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:

@@ -37,11 +37,13 @@ class NotServed(Misfit):
 
 
 class MadeFactors(NamedTuple):
-    """A (R, K), B (N, R) and s; None: as the configuration says, or α is R where there is none."""
+    """A (R, K), B (N, R) and s; None: as the configuration says, or α is R where there is none.
+    `bias` (N,) is lora_B's, which s scales."""
 
     A: Tensor
     B: Tensor
     scale: float | None = 1.0
+    bias: Tensor | None = None
 
 
 class Sizes(NamedTuple):

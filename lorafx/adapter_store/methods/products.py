@@ -126,7 +126,7 @@ def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor, int | N
         if len(v) <= min(len(u), v.shape[1]):
             return u, v, r
         w = u @ v
-    v, u, _ = of_delta(w, None)
+    v, u = of_delta(w, None)[:2]
     return u, v, r
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, QALORA, TINYLORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
-from lorafx.adapter_store.methods.dense import C3A, GLORA, HIRA, RANDLORA
+from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, RANDLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.projected import BEFT, DEFT, KASA
@@ -20,7 +20,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
-    *(C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
+    *(FULL, C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -50,7 +50,6 @@ _REFUSED_KEYS: Mapping[str, str] = {
     r"bundle_emb\..+": "embeddings of a textual inversion, which ignore=['bundle_emb'] leaves out",
     r"oft_(diag|[rlL])(\.weight)?": "OFT: rotations of the base weight",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
-    r"diff(_b)?": "a whole difference of weights",
     r"lora_t[12]": "a Tucker decomposition of linears",
     r"ranknum(\..+)?": "AdaLoRA without its singular values (lora_E)",
     r"lora_router.*|internal_xlora_classifier.*": "a router of its own (X-LoRA, Arrow, Poly)",

@@ -95,3 +95,24 @@ def test_what_a_conversion_leaves_out_is_named() -> None:
         CheckpointError, match=r"lora_unet_guidance_in_in_layer\.lora_up.* an error"
     ):
         read(model, file, strict=True)
+
+
+TXT = "lora_unet_double_blocks_0_txt_attn_proj"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({f"{TXT}.diff": torch.ones(16, 16)}, "changes all of a weight, which diffusers'"),
+        (
+            {f"{TXT}.lokr_w1": torch.ones(4, 4), f"{TXT}.lokr_w2": torch.ones(4, 4)},
+            "changes all of a weight, which diffusers'",
+        ),
+        ({f"{FLUX}.diff_b": torch.ones(16)}, "diffusers, where it is installed, has no conversion"),
+    ],
+)
+def test_weights_and_biases_that_a_conversion_leaves_out_are_an_error(
+    pipe: Any, more: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(pipe.transformer, {**pair(FLUX, 16, 16), **more})

@@ -16,6 +16,7 @@ from method_files import merged, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lorafx
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.methods.method import Misfit
 from lorafx.adapter_store.saved import AdapterSource
@@ -120,6 +121,65 @@ def test_norms_of_inputs_need_no_factors() -> None:
     got = changed(base, AdapterSource({f"lycoris_q_proj.{k}": t for k, t in tensors.items()}))
     want = base.q_proj.weight + (b1 @ a1) * (b2 @ a2)
     torch.testing.assert_close(got.q_proj.weight, m * want / want.norm(dim=0))
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_", "diffusion_model."])
+def test_whole_differences(prefix: str) -> None:
+    base, at = (
+        Small().double(),
+        {name: f"{prefix}{name}." for name in ("q_proj", "down_proj", "odd")},
+    )
+    tensors = {f"{at['q_proj']}diff": rand(8, 16), f"{at['q_proj']}diff_b": rand(8)}
+    tensors |= {f"{at['down_proj']}diff": rand(12, 8), f"{at['odd']}diff_b": rand(7)}
+    got, want = changed(base, AdapterSource(tensors)), base.state_dict()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(prefix).replace("diff_b", "bias").replace("diff", "weight")
+        want[name] = want[name] + tensor
+    for name, tensor in want.items():
+        torch.testing.assert_close(got.state_dict()[name], tensor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_differences_of_biases_beside_factors(names: tuple[str, str]) -> None:
+    """Of one module: the other's bias is the base's."""
+    base = Small().eval()
+    a, b, more_a, more_b, diff_b = (
+        rand(*s).float() for s in ((2, 16), (8, 2), (2, 12), (7, 2), (8,))
+    )
+    pairs = {"q_proj": (a, b), "odd": (more_a, more_b)}
+    tensors = {"lora_unet_q_proj.diff_b": diff_b}
+    for place, pair in pairs.items():
+        tensors |= {f"lora_unet_{place}.{n}.weight": t for n, t in zip(names, pair, strict=True)}
+        tensors[f"lora_unet_{place}.alpha"] = torch.tensor(6.0)
+    want = copy.deepcopy(base)
+    want.q_proj.weight += 3 * b @ a
+    want.odd.weight += 3 * more_b @ more_a
+    want.q_proj.bias += diff_b
+    cm, x = lorafx.compile(base, {"a": AdapterSource(tensors)}), torch.randn(2, 16)
+    got = cm(x, adapter_names=["a", None])
+    torch.testing.assert_close(got, torch.stack((want(x)[0], base(x)[1])), rtol=1e-4, atol=1e-4)
+
+
+OF_LYCORIS = {
+    "kernel": ("q_proj.diff", torch.ones(8, 16, 3, 3), r"q_proj.diff has shape .* convolutions"),
+    "norm": ("q_proj.diff", torch.ones(8), r"q_proj.diff has shape \(8,\): .*norms"),
+    "beside factors": (
+        "q_proj.lora_up.weight",
+        torch.ones(8, 2),
+        r"q_proj has lora_up, which mean",
+    ),
+    "bias": ("q_proj.diff_b", torch.ones(7), r"q_proj.diff_b has shape \(7,\), it needs \(8\)"),
+    "nan": ("q_proj.diff", torch.full((8, 16), torch.nan), r"q_proj.diff holds 128 NaN"),
+}
+
+
+@pytest.mark.parametrize("case", OF_LYCORIS)
+def test_differences_that_cannot_be_meant_are_refused(case: str) -> None:
+    key, tensor, message = OF_LYCORIS[case]
+    tensors = {"lora_unet_q_proj.diff": torch.ones(8, 16), f"lora_unet_{key}": tensor}
+    with pytest.raises(LorafxError, match=message):
+        changed(Small(), AdapterSource(tensors))
 
 
 NAN = torch.full((3, 16), torch.nan)
