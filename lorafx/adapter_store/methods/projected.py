@@ -3,11 +3,17 @@
 DEFT    W′ = W + Q (s R − Pᵀ W), Q = P, and relu(P) for P on the right; or Q of P = Q U in both
 BEFT    b′ = b + β
 KaSA    W′ = W without its r smallest singular parts, + s B diag(d) A
+OSF     W′ = W without its m smallest singular parts, + U diag(S) V of m
+PEANuT  W′ = W + s (net(Wᵀ) Bᵀ)ᵀ, of encoders and decoders (r, r) with an activation between them
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
@@ -65,10 +71,55 @@ def _kasa(given: Given) -> ChangedWeight:
     return ChangedWeight(_without_smallest, (scaled, b), len(b), a.shape[1])
 
 
+def _osf(given: Given) -> ChangedWeight:
+    u, s, v = (
+        given.take("osf_svd_params.U_low", "N", "m"),
+        given.take("osf_svd_params.S_low", "m"),
+        given.take("osf_svd_params.V_low", "m", "K"),
+    )
+    if len(s) > min(len(u), v.shape[1]):
+        raise Misfit(f"{given.place} has {len(s)} singular values of W ({len(u)}, {v.shape[1]})")
+    return ChangedWeight(_without_smallest, (s[:, None] * v, u), len(u), v.shape[1])
+
+
 def _without_smallest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     first = len(s) - len(a)
     return weight - (u[:, first:] * s[first:]) @ v[first:] + b @ a
+
+
+#: Of transformers' names of activations those that are functions of torch.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **{"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid},
+    **{"silu": F.silu, "swish": F.silu},
+}
+
+
+def _peanut(given: Given) -> ChangedWeight:
+    name, depth = given.option("act_fn", "relu"), given.option("depth", 0)
+    if name not in _ACTIVATIONS:
+        raise NotServed(
+            f"{given.place}: act_fn = {name!r:.80} is none of {', '.join(_ACTIVATIONS)}"
+        )
+    if depth > len(given.tensors):
+        raise Misfit(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
+    ends = ("peanut_A", *(f"peanut_{c}coders.{i}" for c in ("en", "de") for i in range(depth)))
+    first, *hidden = (given.take(e, "r", "r" if i else "N") for i, e in enumerate(ends))
+    last = given.option("scaling", 1.0) * given.take("peanut_B", "N", "r")
+    of = partial(_with_net, activation=name)
+    return ChangedWeight(of, (first, *hidden, last), len(last))
+
+
+def _with_net(weight: Tensor, first: Tensor, *others: Tensor, activation: str) -> Tensor:
+    *hidden, last = others
+    act, half = _ACTIVATIONS[activation], len(hidden) // 2
+    columns, kept = act(weight.mT @ first.mT), []
+    for encoder in hidden[:half]:
+        kept.append(columns)
+        columns = act(columns @ encoder.mT)
+    for decoder in hidden[half:]:
+        columns = act(columns @ decoder.mT) + kept.pop()
+    return weight + last @ columns.mT
 
 
 DEFT = AdapterMethod(
@@ -101,6 +152,26 @@ KASA = AdapterMethod(
     read=_kasa,
     switch="kasa_config",
     fields={"kasa_config": checks.anything},
+    form="own weight",
+    rank="—",
+)
+OSF = AdapterMethod(
+    name="OSF",
+    peft_type="OSF",
+    marks=r"osf_svd_params\.[USV]_low",
+    read=_osf,
+    training=frozenset({"effective_rank", "init_weights", "target_svd_config"}),
+    unread=frozenset({"rank_pattern"}),
+    form="own weight",
+    rank="—",
+)
+PEANUT = AdapterMethod(
+    name="PEANuT",
+    peft_type="PEANUT",
+    marks=r"peanut_[AB]|peanut_(?:en|de)coders\.[0-9]{1,4}",
+    read=_peanut,
+    fields={"act_fn": checks.text, "depth": checks.count, "scaling": checks.alpha},
+    training=frozenset({"init_weights"}),
     form="own weight",
     rank="—",
 )
