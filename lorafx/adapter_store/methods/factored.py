@@ -10,6 +10,7 @@ which are made only if a model has room for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -173,7 +174,11 @@ def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:
         )
     made = method.read(given)
     # α of two whole matrices of LoKr counts for nothing.
-    full = {leaf for leaf, (_, tensor) in given.tensors.items() if tensor.numel()}
+    full = {
+        leaf
+        for leaf, (_, tensor) in given.tensors.items()
+        if tensor.numel() and not re.fullmatch(method.shared, leaf)
+    }
     if unread := full - given.taken - {"alpha"}:
         raise Misfit(
             f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "

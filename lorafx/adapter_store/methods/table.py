@@ -11,30 +11,15 @@ from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import HIRA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
-from lorafx.adapter_store.methods.projected import BEFT, DEFT, KASA, OSF, PEANUT
+from lorafx.adapter_store.methods.projected import BEFT, DEFT, FROD, KASA, OSF, PEANUT
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 
 #: A new method is one entry: its reader and what its configuration may say.
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
-    *(
-        HIRA,
-        OFT,
-        IA3,
-        HRA,
-        ROAD,
-        VERA,
-        BOFT,
-        LYCORIS_OFT,
-        DEFT,
-        BEFT,
-        TINYLORA,
-        KASA,
-        QALORA,
-        OSF,
-        PEANUT,
-    ),
+    *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
+    *(OSF, PEANUT, FROD),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -43,7 +28,7 @@ _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
     "request weights by name for a fixed mixture"
 )
-_ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
+_ROWS = "what it adds to a row depends on other rows; train a LoRA"
 _PARTS = f"it changes singular parts or clusters of W, whose signs or order no file tells; {MERGE}"
 _OWN = f"it changes single entries or all of W, which no small factors are; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
@@ -51,7 +36,7 @@ _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROM
 REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("POLY", "XLORA"), _MIXED),
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
-    **dict.fromkeys(("LILY", "FROD"), _ROWS),
+    "LILY": _ROWS,
     **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "RANDLORA", "SHIRA", "SUPERTUNING"), _OWN),
     "GLORA": _OWN,
     **dict.fromkeys(("PSOFT", "ADAMSS"), _PARTS),
