@@ -111,6 +111,10 @@ def optional(check: Check) -> Check:
 rank = _check(
     "a positive integer", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= _LARGEST_RANK
 )
+count = _check(
+    "an integer from 0 on",
+    lambda v: isinstance(v, int) and is_number(v) and 0 <= v <= _LARGEST_RANK,
+)
 alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
 seed = _check(
     "an integer of 64 bits",

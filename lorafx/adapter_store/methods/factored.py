@@ -177,7 +177,11 @@ def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:
         )
     made = method.read(given)
     # α of two whole matrices of LoKr counts for nothing, and DoRA's m goes with factors.
-    full = {leaf for leaf, (_, tensor) in given.tensors.items() if tensor.numel()}
+    full = {
+        leaf
+        for leaf, (_, tensor) in given.tensors.items()
+        if tensor.numel() and not re.fullmatch(method.shared, leaf)
+    }
     if unread := full - given.taken - {"alpha", "dora_scale"}:
         raise Misfit(
             f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "

@@ -3,11 +3,18 @@
 DEFT    W′ = W + Q (s R − Pᵀ W), Q = P, and relu(P) for P on the right; or Q of P = Q U in both
 BEFT    b′ = b + β
 KaSA    W′ = W without its r smallest singular parts, + s B diag(d) A
+OSF     W′ = W without its m smallest singular parts, + U diag(S) V of m
+FRoD    W′ = U (S + diag(l)) Vᵀ of a V that modules share, where W = U diag(norms) Vᵀ, and sparse S
+PEANuT  W′ = W + s (net(Wᵀ) Bᵀ)ᵀ, of encoders and decoders (r, r) with an activation between them
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
@@ -62,10 +69,93 @@ def _kasa(given: Given) -> ChangedWeight:
     return ChangedWeight(_without_smallest, (scaled, b), len(b), a.shape[1])
 
 
+def _osf(given: Given) -> ChangedWeight:
+    u, s, v = (
+        given.take("osf_svd_params.U_low", "N", "m"),
+        given.take("osf_svd_params.S_low", "m"),
+        given.take("osf_svd_params.V_low", "m", "K"),
+    )
+    if len(s) > min(len(u), v.shape[1]):
+        raise Misfit(f"{given.place} has {len(s)} singular values of W ({len(u)}, {v.shape[1]})")
+    return ChangedWeight(_without_smallest, (s[:, None] * v, u), len(u), v.shape[1])
+
+
 def _without_smallest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     first = len(s) - len(a)
     return weight - (u[:, first:] * s[first:]) @ v[first:] + b @ a
+
+
+def _frod(given: Given) -> ChangedWeight:
+    category = _category(given.path.split("."))
+    if f"frod_V.{category}" not in given:
+        raise NotServed(
+            f"the file has no frod_V.{category}, which PEFT makes of the weights of all modules "
+            "(save_projection=False); save the adapter with save_projection=True"
+        )
+    v, key = given.take(f"frod_V.{category}", "K", "K"), f"frod_s_indices.{category}"
+    indices = given.take(key, "2", "entries", dtype=torch.int64, empty=True)
+    values = given.take("frod_lambda_s_values", "entries", empty=True)
+    diagonal = given.take("frod_lambda_l", "K")
+    outside = not given.meta and bool(((indices < 0) | (indices >= len(v))).any())
+    if len(indices) != 2 or outside:
+        raise Misfit(f"{given.tensors[key][0]} needs two rows of indices from 0 to {len(v) - 1}")
+    return ChangedWeight(_rebuilt, (v, indices, values, diagonal), in_features=len(v))
+
+
+def _category(path: list[str]) -> str:
+    """PEFT's name of the modules that share V: of the last two parts, but no index."""
+    if path[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return path[-1] if len(path) < 2 or path[-2].isdigit() else "_".join(path[-2:])
+
+
+def _rebuilt(
+    weight: Tensor, v: Tensor, indices: Tensor, values: Tensor, diagonal: Tensor
+) -> Tensor:
+    v, wide, middle = v.double(), weight.double(), torch.diag(diagonal.double())
+    try:
+        u = torch.linalg.solve(v, wide.mT).mT
+    except torch.linalg.LinAlgError:
+        u = wide @ torch.linalg.pinv(v, rtol=1e-6).mT
+    norms = u.norm(dim=0)
+    u = torch.where(norms > 1e-12, u / norms, 0)
+    middle = middle.index_put(tuple(indices), values.double(), accumulate=True)
+    return (u @ middle @ v.mT).to(weight.dtype)
+
+
+#: Of transformers' names of activations those that are functions of torch.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **{"relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid},
+    **{"silu": F.silu, "swish": F.silu},
+}
+
+
+def _peanut(given: Given) -> ChangedWeight:
+    name, depth = given.option("act_fn", "relu"), given.option("depth", 0)
+    if name not in _ACTIVATIONS:
+        raise NotServed(
+            f"{given.place}: act_fn = {name!r:.80} is none of {', '.join(_ACTIVATIONS)}"
+        )
+    if depth > len(given.tensors):
+        raise Misfit(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
+    ends = ("peanut_A", *(f"peanut_{c}coders.{i}" for c in ("en", "de") for i in range(depth)))
+    first, *hidden = (given.take(e, "r", "r" if i else "N") for i, e in enumerate(ends))
+    last = given.option("scaling", 1.0) * given.take("peanut_B", "N", "r")
+    of = partial(_with_net, activation=name)
+    return ChangedWeight(of, (first, *hidden, last), len(last))
+
+
+def _with_net(weight: Tensor, first: Tensor, *others: Tensor, activation: str) -> Tensor:
+    *hidden, last = others
+    act, half = _ACTIVATIONS[activation], len(hidden) // 2
+    columns, kept = act(weight.mT @ first.mT), []
+    for encoder in hidden[:half]:
+        kept.append(columns)
+        columns = act(columns @ encoder.mT)
+    for decoder in hidden[half:]:
+        columns = act(columns @ decoder.mT) + kept.pop()
+    return weight + last @ columns.mT
 
 
 DEFT = AdapterMethod(
@@ -98,6 +188,39 @@ KASA = AdapterMethod(
     read=_kasa,
     switch="kasa_config",
     fields={"kasa_config": checks.anything},
+    form="own weight",
+    rank="—",
+)
+OSF = AdapterMethod(
+    name="OSF",
+    peft_type="OSF",
+    marks=r"osf_svd_params\.[USV]_low",
+    read=_osf,
+    training=frozenset({"effective_rank", "init_weights", "target_svd_config"}),
+    unread=frozenset({"rank_pattern"}),
+    form="own weight",
+    rank="—",
+)
+PEANUT = AdapterMethod(
+    name="PEANuT",
+    peft_type="PEANUT",
+    marks=r"peanut_[AB]|peanut_(?:en|de)coders\.[0-9]{1,4}",
+    read=_peanut,
+    fields={"act_fn": checks.text, "depth": checks.count, "scaling": checks.alpha},
+    training=frozenset({"init_weights"}),
+    form="own weight",
+    rank="—",
+)
+FROD = AdapterMethod(
+    name="FRoD",
+    peft_type="FROD",
+    marks="frod_lambda_(?:l|s_values)",
+    shared=r"frod_(?:V|s_indices|s_size)\.[\w-]+",
+    read=_frod,
+    training=frozenset(
+        {"projection_prng_key", "save_projection", "frod_dropout", "init_weights", "sparse_rate"}
+        | {"regularization_alpha", "progressbar", "runtime_offload_base_weight"}
+    ),
     form="own weight",
     rank="—",
 )

@@ -11,7 +11,7 @@ from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, RANDLORA
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
-from lorafx.adapter_store.methods.projected import BEFT, DEFT, KASA
+from lorafx.adapter_store.methods.projected import BEFT, DEFT, FROD, KASA, OSF, PEANUT
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
 from lorafx.adapter_store.methods.sparse import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
@@ -21,6 +21,7 @@ METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
     *(FULL, C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
+    *(OSF, PEANUT, FROD),
 )
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
@@ -29,14 +30,14 @@ _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
     "request weights by name for a fixed mixture"
 )
-_ROWS = "what it adds to a row depends on other rows or on a decomposition of W; train a LoRA"
+_ROWS = "what it adds to a row depends on other rows; train a LoRA"
 _PARTS = f"it changes singular parts or clusters of W, whose signs or order no file tells; {MERGE}"
 _PROMPTS = ("ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 #: peft_type -> what to do instead.
 REFUSED_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("POLY", "XLORA"), _MIXED),
     **dict.fromkeys((*_PROMPTS, "P_TUNING", "CPT", "CARTRIDGE"), _PROMPT),
-    **dict.fromkeys(("LILY", "FROD", "OSF", "PEANUT"), _ROWS),
+    "LILY": _ROWS,
     **dict.fromkeys(("PSOFT", "ADAMSS"), _PARTS),
     "SHADOW": "a small model runs beside the base's layers; train a LoRA",
     "LN_TUNING": f"it trains norms, which have one weight for all adapters; {MERGE}",
