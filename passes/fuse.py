@@ -8,20 +8,17 @@ Only if W enters the product unchanged (uncast, unexpanded) and y has no other r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
 from lorafx.model.sites import Site
-from lorafx.op_arguments import bound, in_order, operand
+from lorafx.op_arguments import bound, in_order
 from lorafx.program.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.program.frame import fake_value
-from lorafx.program.weight_uses import RESHAPES, Use
+from lorafx.program.plain_products import is_plain_product
+from lorafx.program.weight_uses import Use
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
-aten = torch.ops.aten
-FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
 #: Origins of a node, for messages and dumps.
 COPIED = ("nn_module_stack", "stack_trace")
 
@@ -36,36 +33,10 @@ class Fuse:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
         for node, (state, *_) in list(ctx.states.items()):
-            if node.target is SITE_OP and _fusible(node, state):
+            if node.target is SITE_OP and is_plain_product(node, state):
                 _fuse(ctx, node, state)
                 edits += 1
         return edits
-
-
-def _fusible(node: fx.Node, state: SiteState) -> bool:
-    use = state.use
-    if use is None or not use.plain or use.node.target not in FUSIBLE:
-        return False
-    call = bound(node)
-    x, y = call["x"], call["y"]
-    if _unviewed(use.x, until=x) is not x:
-        return False
-    if use.bias is not None and fake_value(use.bias).dim() != 1:
-        return False
-    if tuple(fake_value(x).shape[:-1]) != tuple(fake_value(node).shape[:-1]):
-        return False
-    chain: Any = y
-    while chain is not use.node:
-        if chain.target not in RESHAPES or len(chain.users) != 1:
-            return False
-        chain = operand(chain)
-    return len(use.node.users) == 1
-
-
-def _unviewed(node: Any, until: Any) -> Any:
-    while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
-        node = operand(node)
-    return node
 
 
 def _fuse(ctx: Context, node: fx.Node, state: SiteState) -> None:

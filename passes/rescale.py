@@ -1,6 +1,8 @@
 """Adapters' changes beside the delta: replaced rows of the weight, scales and biases.
 
-    y' = site(x, y, ..., W, own...)          →   y₁ = own_linear(x, y, own..., slots, rows, W)
+    y = mm(x, Wᵀ), y' = site(x, y, own...)   →   x₁ = own_input(x, own..., slots, rows)
+                                                 y = mm(x₁, Wᵀ)
+                                                 y₁ = own_linear(x, y, own..., slots, rows)
                                                  y' = site(x, y₁, ...)
     y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
@@ -13,7 +15,8 @@ arithmetic into its readers.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,11 +30,13 @@ from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.program.frame import fake_value
+from lorafx.program.plain_products import is_plain_product, views_between
 from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
 #: Arguments for scales and biases; an embedding has gains only.
 SCALE = ("gains", "addend", "shifts")
+OWN_INPUT = torch.ops.lorafx.own_input.default
 OWN_OPS = {
     SITE_OP: torch.ops.lorafx.own_linear.default,
     EMBEDDING_OP: torch.ops.lorafx.own_embedding.default,
@@ -125,9 +130,30 @@ class ReplaceRows:
             call = bound(node)
             # Unproved rows: the site's op refuses batches that mix adapters.
             call["rows"] = call["rows"] or ALL_ALIKE
+            if node.target is SITE_OP and _turn_input(ctx, node, call):
+                call.update(turned=True, weight=None)
             with gm.graph.inserting_before(node):
                 y = ctx.emit(op, *in_order(op, call))
             unused = (*OwnRows._fields, *(name for name in ("weight", "bias") if name in call))
             rebind(node, y=y, **dict.fromkeys(unused))
             edits += 1
         return edits
+
+
+def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> bool:
+    """Have the site's product read what adapters make of x; False if it cannot, so they multiply
+    it by W once more."""
+    (state, *_), rows = ctx.states[node], call["rows"]
+    if isinstance(rows, fx.Node) or not is_plain_product(node, state):
+        return False
+    use = state.use
+    assert use is not None
+    assert use.x is not None
+    with ctx.graph.inserting_before(use.node):
+        turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
+        for view in views_between(use.x, call["x"]) or ():
+            arguments = (turned, *view.args[1:])
+            turned = ctx.emit(view.target, *arguments, **view.kwargs)
+    use.node.replace_input_with(use.x, turned)
+    state.use = replace(use, x=turned)
+    return True

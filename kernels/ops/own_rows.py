@@ -128,9 +128,10 @@ def own_linear(
     slots: Tensor,
     rows: int,
     weight: Tensor | None = None,
+    turned: bool = False,
 ) -> Tensor:
-    """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace. The
-    base's `weight` (N, K) is needed where inputs are turned."""
+    """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace. Inputs
+    are `turned` already, or the base's `weight` (N, K) is needed where they are to be."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
@@ -139,7 +140,7 @@ def own_linear(
     dtype = torch.promote_types(x.dtype, own.dtype)
     for slot, index in groups(row_slots(slots, rows, count), len(table)):
         i, form, size, second = table[slot]
-        if i < 0:
+        if i < 0 or (turned and form == TURNED_INPUT):
             continue
         x_rows = x[index].to(dtype)
         if form != ROWS:
@@ -157,7 +158,7 @@ def own_linear(
     return out
 
 
-def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=None):
+def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=None, turned=False):
     op = "own_linear"
     require(op, own.dim() == 3 and own.shape[2] == x.shape[-1], "own is (adapters, rows, K)")
     require(op, own.shape[1] <= y.shape[-1], f"{own.shape[1]} rows for {y.shape[-1]} outputs")
@@ -168,6 +169,30 @@ def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=
     require(op, weight is None or weight.shape == shape, "weight is (N, K)")
     check_rows(op, x.shape[:-1], y.shape[:-1], rows)
     return y.new_empty(y.shape)
+
+
+def own_input(x: Tensor, own: Tensor, own_table: Tensor, slots: Tensor, rows: int) -> Tensor:
+    """A contiguous copy of x (..., K) with the rows that adapters turn."""
+    own_input_fake(x, own, own_table, slots, rows)
+    out = x.clone(memory_format=torch.contiguous_format)
+    columns = x.shape[-1]
+    flat, table = out.view(-1, columns), own_table.tolist()
+    dtype = torch.promote_types(x.dtype, own.dtype)
+    for slot, index in groups(row_slots(slots, rows, len(flat)), len(table)):
+        i, form, block, _ = table[slot]
+        if i >= 0 and form == TURNED_INPUT:
+            before = flat[index].to(dtype)
+            numbers = own[i].flatten()[: columns * block].to(dtype)
+            flat[index] = (before + _turned(before, numbers, block)).to(x.dtype)
+    return out
+
+
+def own_input_fake(x, own, own_table, slots, rows):
+    op = "own_input"
+    require(op, own.dim() == 3 and own.shape[2] == x.shape[-1], "own is (adapters, rows, K)")
+    require(op, own_table.shape[1:] == (4,), "own_table is (slots, 4)")
+    check_rows(op, x.shape[:-1], x.shape[:-1], rows)
+    return x.new_empty(x.shape)
 
 
 def own_embedding(
@@ -195,9 +220,14 @@ def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):
 _SCHEMA = "Tensor y, Tensor own, Tensor own_at, Tensor own_table"
 define(
     f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows,"
-    " Tensor? weight=None) -> Tensor",
+    " Tensor? weight=None, bool turned=False) -> Tensor",
     own_linear,
     own_linear_fake,
+)
+define(
+    "own_input(Tensor x, Tensor own, Tensor own_table, Tensor slots, SymInt rows) -> Tensor",
+    own_input,
+    own_input_fake,
 )
 define(
     f"own_embedding(Tensor ids, {_SCHEMA}, Tensor slots, SymInt rows) -> Tensor",

@@ -122,9 +122,10 @@ return site
 
 replace_rows: 1 edit
 
-linear = aten.linear(x, w_weight, w_bias)
-own_linear = lorafx.own_linear(x, linear, own, own_at, own_table, own_bias, slots, 2,
-    w_weight)
+own_input = lorafx.own_input(x, own, own_table, slots, 2)
+linear = aten.linear(own_input, w_weight, w_bias)
+own_linear = lorafx.own_linear(x, linear, own, own_at, own_table, own_bias, slots, 2, None,
+    True)
 site = lorafx.site(x, own_linear, bank, slots, [0], [0], [6], 2)
 return site
 """,

@@ -86,6 +86,11 @@ def test_a_structure_computes_as_its_weight(structure: Structure) -> None:
     want[2] = torch.nn.functional.linear(x[2], changed, shifted)
     assert torch.allclose(got[1:], want[1:], atol=1e-5)
     assert not torch.allclose(got[0], want[0], atol=0.1)
+    turned = torch.ops.lorafx.own_input(x, b.own, b.own_table, SLOTS, 2)
+    assert torch.equal(turned[[0, 1, 3]], x[[0, 1, 3]])
+    y = torch.nn.functional.linear(turned, weight, bias)
+    got = torch.ops.lorafx.own_linear(x, y, *b.own_rows, SLOTS, 2, None, True)
+    assert torch.allclose(got[1:], want[1:], atol=1e-5)
 
 
 def test_turned_inputs_need_the_weight() -> None:
@@ -123,8 +128,12 @@ def test_opcheck() -> None:
     linear_op, embedding_op = torch.ops.lorafx.own_linear, torch.ops.lorafx.own_embedding
     torch.library.opcheck(linear_op, (x, y, *b.own_rows, SLOTS, 2), test_utils=checks)
     structure = Structure(KRONECKER, 1, 2)
-    b.write(1, [], b.tables([]), OwnWeight(torch.randn(12), structure=structure), 1)
+    b.write(
+        1, [], b.tables([]), OwnWeight(torch.randn(structure.numbers(N, K)), structure=structure), 1
+    )
     arguments = (x, y, *b.own_rows, SLOTS, 2, torch.randn(N, K))
     torch.library.opcheck(linear_op, arguments, test_utils=checks)
+    arguments = (x, b.own, b.own_table, SLOTS, 2)
+    torch.library.opcheck(torch.ops.lorafx.own_input, arguments, test_utils=checks)
     arguments = (ids, y, e.own, e.own_at, e.own_table, SLOTS, 2)
     torch.library.opcheck(embedding_op, arguments, test_utils=checks)
