@@ -178,7 +178,7 @@ BEFT = AdapterMethod(
     marks="beft_bias",
     read=_beft,
     training=frozenset({"init_weights"}),
-    form="own weight",
+    form="bias",
     rank="—",
 )
 KASA = AdapterMethod(

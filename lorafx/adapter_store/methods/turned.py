@@ -172,7 +172,7 @@ OFT = AdapterMethod(
     },
     training=frozenset({"oft_block_size", "module_dropout", "init_weights"}),
     unread=frozenset({"r"}),
-    form="own weight",
+    form="turned inputs",
     rank="—",
 )
 IA3 = AdapterMethod(
@@ -182,7 +182,7 @@ IA3 = AdapterMethod(
     read=_ia3,
     fields={"feedforward_modules": checks.targets},
     training=frozenset({"init_ia3_weights"}),
-    form="own weight",
+    form="scaled inputs or outputs",
     rank="—",
 )
 HRA = AdapterMethod(
@@ -202,6 +202,6 @@ ROAD = AdapterMethod(
     read=_turned_pairs,
     fields={"variant": checks.anything, "group_size": checks.rank},
     training=frozenset({"init_weights"}),
-    form="own weight",
+    form="turned outputs",
     rank="—",
 )

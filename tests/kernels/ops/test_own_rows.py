@@ -127,7 +127,7 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")
     linear_op, embedding_op = torch.ops.lorafx.own_linear, torch.ops.lorafx.own_embedding
     torch.library.opcheck(linear_op, (x, y, *b.own_rows, SLOTS, 2), test_utils=checks)
-    structure = Structure(KRONECKER, 1, 2)
+    structure = Structure(KRONECKER, 2, 2)
     b.write(
         1, [], b.tables([]), OwnWeight(torch.randn(structure.numbers(N, K)), structure=structure), 1
     )
