@@ -319,6 +319,13 @@ class ExtrasReading:
         if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
             text = ", ".join("any" if n is None else str(n) for n in needed)
             raise Problem(f"{key} is for a weight of ({text}), {label} has {sizes}")
+        (_, trained), base = self.biases.get(site.path, (site, None)), bias_of(site)
+        same = trained is None or (base is not None and equal(trained, base))
+        if changed.bias is not None and not same:
+            raise Unsupported(
+                f"{key} changes the bias of {label}, which was trained besides (bias = "
+                f"{self.config.bias!r}); merge the adapter into a copy of the base model"
+            )
         if not _has_room(site):
             self._note_no_room(label, "modules_to_save", [site.path])
         elif site.path in self.own_weights or site.path in self.changed:
