@@ -333,6 +333,13 @@ class ExtrasReading:
             changed = changed.fitted(*sizes, made=made)
         except ValueError as error:
             raise Problem(f"{key}: {label} has a weight of {sizes}, {error}") from None
+        (_, trained), base = self.biases.get(site.path, (site, None)), bias_of(site)
+        same = trained is None or (base is not None and equal(trained, base))
+        if changed.bias is not None and not same:
+            raise Unsupported(
+                f"{key} changes the bias of {label}, which was trained besides (bias = "
+                f"{self.config.bias!r}); merge the adapter into a copy of the base model"
+            )
         if (rows := changed.rows(*sizes)) > site.own_rows:
             if changed.structure is not None:
                 self._note_no_room(label, "trainable_tokens", {site.path: rows})

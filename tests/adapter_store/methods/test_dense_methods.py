@@ -231,6 +231,28 @@ def test_a_file_that_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> No
         changed(base, AdapterSource(folder))
 
 
+@torch.no_grad()
+def test_they_are_served_in_one_batch(tmp_path: Path) -> None:
+    base, x = Small().eval(), torch.randn(5, 16)
+    biased = peft.FourierFTConfig(n_frequency=20, bias="fourier_only", **TO)
+    configs = {name: CONFIGS[name] for name in ("glora", "supra", "bat")} | {"biased": biased}
+    folders = {name: save(base, config, tmp_path / name) for name, config in configs.items()}
+    cm = lorafx.compile(base, folders)
+    got = cm(x, adapter_names=[*folders, None]).double()
+    want = [
+        merged(base, folder)(row.double()) for folder, row in zip(folders.values(), x, strict=False)
+    ]
+    torch.testing.assert_close(got[:4], torch.stack(want), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[4], base(x).double()[4], rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_that_was_trained_besides_is_refused(tmp_path: Path) -> None:
+    config = peft.GloraConfig(r=2, bias="glora_only", **TO)
+    folder = save(Small(), config, tmp_path / "adapter")
+    with pytest.raises(LorafxError, match=r"changes the bias of q_proj.*bias = 'lora_only'"):
+        lorafx.compile(Small(), {"a": folder})
+
+
 def test_other_wavelets_are_refused_by_name(tmp_path: Path) -> None:
     config = peft.WaveFTConfig(n_frequency=30, wavelet_family="sym3", **TO)
     folder = save(Small(), config, tmp_path / "adapter")
