@@ -27,7 +27,7 @@ from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.field_checks import Check, Malformed, is_off, json_object, short
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.table import MERGE as _MERGE
-from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of
+from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of, with_tokens
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
@@ -289,24 +289,8 @@ _READ = {f.metadata["name"] or f.name: f for f in dataclasses.fields(PeftConfig)
 _NEVER_OFF = ("r", "lora_alpha", "target_modules")
 
 
-#: Fields of a configuration of trained tokens alone.
-_OF_TOKENS = frozenset({"token_indices", "target_modules", "init_weights"})
-
-
-def _with_tokens(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields, for trained tokens alone (TRAINABLE_TOKENS) those that LoRA has for them."""
-    kind = values.get("peft_type")
-    if getattr(kind, "value", kind) != "TRAINABLE_TOKENS":
-        return values
-    rest = {name: value for name, value in values.items() if name not in _OF_TOKENS}
-    targets = values.get("target_modules")
-    endings = map(str, targets) if isinstance(targets, list | tuple | set) else ("",)
-    tokens = dict.fromkeys(endings, values.get("token_indices"))
-    return {**rest, "peft_type": "LORA", "trainable_token_indices": tokens}
-
-
 def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -> PeftConfig:
-    values = _with_tokens(values)
+    values = with_tokens(values)
     if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
             f"{where} asks for what lorafx does not do:\n"

@@ -72,3 +72,19 @@ def method_of(values: Mapping[str, Any]) -> AdapterMethod | None:
         elif method.peft_type is not None and method.peft_type == kind:
             return method
     return None
+
+
+#: Fields of a configuration of trained tokens alone.
+_OF_TOKENS = frozenset({"token_indices", "target_modules", "init_weights"})
+
+
+def with_tokens(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, for trained tokens alone (TRAINABLE_TOKENS) those that LoRA has for them."""
+    kind = values.get("peft_type")
+    if getattr(kind, "value", kind) != "TRAINABLE_TOKENS":
+        return values
+    rest = {name: value for name, value in values.items() if name not in _OF_TOKENS}
+    targets = values.get("target_modules")
+    endings = map(str, targets) if isinstance(targets, list | tuple | set) else ("",)
+    tokens = dict.fromkeys(endings, values.get("token_indices"))
+    return {**rest, "peft_type": "LORA", "trainable_token_indices": tokens}
