@@ -88,7 +88,7 @@ def _norms(given: Given, n: int, k: int) -> tuple[Tensor, ...]:
 def _is_low(given: Given, n: int, k: int, rank: int) -> bool:
     """Whether factors have no more numbers than W (N, K), and can have the file's DoRA."""
     norms = given.tensors["dora_scale"][1] if "dora_scale" in given else None
-    of_outputs = norms is None or norms.numel() == n
+    of_outputs = norms is None or norms.shape[:1] == (n,)
     return rank * (n + k) <= n * k and of_outputs
 
 
