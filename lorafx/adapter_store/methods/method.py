@@ -44,7 +44,7 @@ class MadeFactors(NamedTuple):
     scale: float | None = 1.0
 
 
-class Sizes(NamedTuple):
+class PlaceSizes(NamedTuple):
     """K and N of a place in the model, and the largest K of all places of the adapter."""
 
     inputs: int
@@ -82,9 +82,9 @@ class AdapterMethod:
     fields: Mapping[str, Check] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
-    complete: Callable[[Tensor, Tensor, Sizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = (
-        None
-    )
+    complete: (
+        Callable[[Tensor, Tensor, PlaceSizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
+    ) = None
     absent: str = ""
     grows: bool = False
     form: str = "low rank"
