@@ -25,7 +25,7 @@ from lorafx.adapter_store.findings import (
     listed,
     path_label,
 )
-from lorafx.adapter_store.methods.method import Sizes
+from lorafx.adapter_store.methods.method import PlaceSizes
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import (
     TRAINING_KEY,
@@ -189,7 +189,9 @@ class Reading:
         sizes = [saved_sizes(place) for place in places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         if self.config.method is not None and self.config.method.complete is not None:
-            a, b = self.config.method.complete(a, b, Sizes(k, n, self._widest), self.config.options)
+            a, b = self.config.method.complete(
+                a, b, PlaceSizes(k, n, self._widest), self.config.options
+            )
         key_a, key_b = self._named(keys["A"].key), self._named(keys["B"].key)
         check_shape(key_a, a, (rank, k), f"{label} needs (r, {k})")
         if len(places) == 1:

@@ -24,7 +24,7 @@ from lorafx.adapter_store.methods.method import (
     MadeFactors,
     Misfit,
     NotServed,
-    Sizes,
+    PlaceSizes,
 )
 
 
@@ -86,7 +86,7 @@ def _qalora(given: Given) -> MadeFactors:
 
 
 def _of_groups(
-    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any]
+    a: Tensor, b: Tensor, sizes: PlaceSizes, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """A of single inputs, which layers that GPTQ has not quantised have already."""
     size = options.get("qalora_group_size", 16)

@@ -46,7 +46,7 @@ class MadeFactors(NamedTuple):
     bias: Tensor | None = None
 
 
-class Sizes(NamedTuple):
+class PlaceSizes(NamedTuple):
     """K and N of a place in the model, and the largest K of all places of the adapter."""
 
     inputs: int
@@ -83,9 +83,9 @@ class AdapterMethod:
     fields: Mapping[str, Check] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
-    complete: Callable[[Tensor, Tensor, Sizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = (
-        None
-    )
+    complete: (
+        Callable[[Tensor, Tensor, PlaceSizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
+    ) = None
     absent: str = ""
     form: str = "low rank"
     rank: str = "r"

@@ -27,7 +27,7 @@ from lorafx.adapter_store.methods.method import (
     MadeFactors,
     Misfit,
     NotServed,
-    Sizes,
+    PlaceSizes,
 )
 
 _EPS = 1e-5
@@ -78,7 +78,7 @@ def _multiplied_blocks(weight: Tensor, b: Tensor, *, place: str) -> Tensor:
 
 
 def _complete_miss(
-    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any]
+    a: Tensor, b: Tensor, sizes: PlaceSizes, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """A as sums of every r-th input; B of "mini" repeated over the outputs."""
     eye = torch.eye(len(a), dtype=b.dtype, device=b.device)
@@ -149,7 +149,7 @@ def _on_drawn(d: Tensor, b: Tensor) -> MadeFactors:
 
 
 def _cut_or_draw(
-    a: Tensor, b: Tensor, sizes: Sizes, options: Mapping[str, Any], *, rows: int = 1
+    a: Tensor, b: Tensor, sizes: PlaceSizes, options: Mapping[str, Any], *, rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """A of so many inputs; where A has none, both as PEFT draws them, `rows` · r rows of A."""
     if a.shape[1]:
