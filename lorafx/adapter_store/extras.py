@@ -10,6 +10,8 @@ A whole weight is (N, K), of an embedding (V, N). Modules tied to the input embe
 trained tokens, unless others are saved for them. Saved copies of heads and embeddings that differ
 from the model's are whole weights if there is room. Other modules (norms) are refused unless their
 saved values are the model's.
+
+One file: what is read of a module and the room that it needs are told from the same tensors.
 """
 
 from __future__ import annotations

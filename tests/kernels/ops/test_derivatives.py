@@ -37,7 +37,7 @@ X, Y, RANGES = _numbers(3, K), _numbers(3, N), ([0], [0], [N])
 IDS = torch.tensor([0, 1, 1])
 EMBEDDING = (_numbers(S, 5, R), *_bank(S)[1:])
 OWN = _numbers(1, 2, K), torch.tensor([[0, 1]], dtype=torch.int32)
-TABLE = torch.tensor([[0, 2], [-1, 0]], dtype=torch.int32)
+TABLE = torch.tensor([[0, 0, 2, 0], [-1, 0, 0, 0]], dtype=torch.int32)
 GROUPS = torch.tensor([1, 3], dtype=torch.int32)
 ONE_SLOT = torch.zeros(1, dtype=torch.int32)
 #: The arguments of each op; the first floating-point tensor is differentiated.
@@ -54,6 +54,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "expert_site": (X, Y, *_bank(4), IDS, *RANGES, 1, 2),
     "rows_of": (X, Y),
     "own_linear": (X, Y, *OWN, TABLE, _numbers(1, 2), ONE_SLOT, 1),
+    "own_input": (X, OWN[0], TABLE, ONE_SLOT, 1),
     "own_embedding": (
         *(IDS, Y, _numbers(1, 2, N), torch.tensor([[0, 1, -1]], dtype=torch.int32)),
         *(TABLE, ONE_SLOT, 1),
