@@ -4,7 +4,7 @@ A Llama of hidden 1024 and 6 layers, eight requests with eight adapters of one m
 linears (IA³: k, v and down). Over the same step of the base, compiled by Inductor:
 
     decode     one token for each request
-    prefill    64 tokens for each request
+    prefill    16 tokens for each request
     peft       one adapter's step in PEFT, in eager mode, over the same base
 
     python benchmarks/methods.py [--blocks 20] [--method OFT ...] [--out results.json]
@@ -69,7 +69,7 @@ def main() -> None:
     draw = torch.Generator().manual_seed(1)
     work = {
         "decode": torch.randint(3, 4096, (REQUESTS, 1), generator=draw),
-        "prefill": torch.randint(3, 4096, (REQUESTS, 64), generator=draw),
+        "prefill": torch.randint(3, 4096, (REQUESTS, 16), generator=draw),
     }
     rows: list[dict[str, Any]] = []
     for method in given.method or METHODS:

@@ -26,6 +26,7 @@ import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.kernels.ops.delta import rescaled_rows, shifted_rows
 from lorafx.kernels.ops.own_rows import OwnRows
 from lorafx.op_arguments import bound, in_order, rebind
+from lorafx.ownership.propagate import ancestors
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
@@ -143,12 +144,12 @@ class ReplaceRows:
 def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> bool:
     """Have the site's product read what adapters make of x; False if it cannot, so they multiply
     it by W once more."""
-    (state, *_), rows = ctx.states[node], call["rows"]
-    if isinstance(rows, fx.Node) or not is_plain_product(node, state):
-        return False
+    (state, *_) = ctx.states[node]
     use = state.use
-    assert use is not None
-    assert use.x is not None
+    if use is None or use.x is None or not is_plain_product(node, state):
+        return False
+    if not _moved_before(call["rows"], use.node):
+        return False
     with ctx.graph.inserting_before(use.node):
         turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
         for view in views_between(use.x, call["x"]) or ():
@@ -156,4 +157,16 @@ def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> bool:
             turned = ctx.emit(view.target, *arguments, **view.kwargs)
     use.node.replace_input_with(use.x, turned)
     state.use = replace(use, x=turned)
+    return True
+
+
+def _moved_before(rows: Any, product: fx.Node) -> bool:
+    """Have `rows` computed before the product; False if it depends on that."""
+    if not isinstance(rows, fx.Node):
+        return True
+    later = {n for n in ancestors([rows], lambda n: not n < product) if not n < product}
+    if product in later:
+        return False
+    for node in sorted(later):
+        product.prepend(node)
     return True

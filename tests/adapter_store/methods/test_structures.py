@@ -19,6 +19,7 @@ from step_logits import check_three_requests
 from torch import nn
 
 import lorafx
+from lorafx.op_arguments import bound
 
 LLAMA: Mapping[str, peft.PeftConfig] = {
     "a0": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
@@ -79,6 +80,17 @@ def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
     check(llama, cm, ["a2", "a3", "a0", None])
     check(llama, cm, ["a1", "a1", "a2", "a0"])
     assert cm.recompiles == graphs == (options["start"] == "compiled")
+
+
+def test_turned_inputs_are_read_by_the_product_itself(llama: MethodCase, tmp_path: Path) -> None:
+    options = {"start": "compiled", "cache": None, "dump": str(tmp_path)}
+    cm = llama.compile(options, dynamic=True)
+    check(llama, cm, NAMES)
+    stages = cm._session.backend.records[-1].stages
+    (graph,) = (stage.graph.graph for stage in stages if stage.name == "replace_rows")
+    products = graph.find_nodes(op="call_function", target=torch.ops.lorafx.own_linear.default)
+    assert len(products) == 4
+    assert all(bound(node)["turned"] for node in products)
 
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
