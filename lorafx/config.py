@@ -76,8 +76,9 @@ class LoraConfig:
             Those of adapters that are given when compiling are added.
         trainable_tokens: how many rows of an embedding an adapter may replace (PEFT's
             trainable_token_indices): a number for the model's input embedding, or numbers by name
-            of a module. Heads that are tied to it follow. Adapters that are given when compiling
-            raise it to their number.
+            of a module. Heads that are tied to it follow. A linear's rows also hold the numbers of
+            what changes its inputs or outputs (OFT, IA³, LoKr). Adapters that are given when
+            compiling raise it to their number.
         max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
             in one batch, each with whole weights on the device. None for `max_adapters`.
     """

@@ -43,7 +43,7 @@ NAMES = ("a", "b", "c", "d")
 #: Those whose deltas may be part of sums.
 LINEAR = ("plain", "wide", "rslora", "ends")
 #: Those that depend on the base's own weights.
-FOLLOWING = ("dora", "biased")
+FOLLOWING = ("dora",)
 names = st.sampled_from(NAMES)
 numbers = st.integers(0, 1000)
 Sum = tuple[tuple[str, float], ...]
@@ -167,7 +167,7 @@ class Served(RuleBasedStateMachine):
 
     # --- adapters ---
 
-    @rule(name=names, kind=st.sampled_from((*LINEAR, *FOLLOWING, "own", "too wide", "absent")))
+    @rule(name=names, kind=st.sampled_from((*LINEAR, *FOLLOWING, "biased", "own", "too wide", "absent")))
     def load(self, name: str, kind: str) -> None:
         in_the_way = self.in_base is not None and (name == self.in_base or kind in FOLLOWING)
         with self.refused(kind not in self.case.folders or kind == "too wide" or in_the_way):
