@@ -39,7 +39,6 @@ METHODS: Mapping[str, peft.PeftConfig] = {
     ),
     "OFT, b = 32": peft.OFTConfig(r=0, oft_block_size=32, init_weights=False, **TO),
     "LoKr": peft.LoKrConfig(r=64, decompose_factor=16, init_weights=False, **TO),
-    "HRA, r = 8": peft.HRAConfig(r=8, init_weights=False, **TO),
 }
 
 
