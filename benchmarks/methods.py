@@ -22,7 +22,7 @@ from typing import Any
 import peft
 import torch
 from adapter_store import TARGETS, Sizes, build_model
-from protocol import as_row, compare, save
+from protocol import Ratio, as_row, compare, save
 
 import lorafx
 
@@ -56,6 +56,26 @@ def saved(model: Any, config: peft.PeftConfig, folder: Path) -> dict[str, str]:
     return paths
 
 
+def measured(
+    model: Any, base: Any, method: str, ids: torch.Tensor, blocks: int
+) -> tuple[list[Ratio], float]:
+    """The ratios over the base, and how far one adapter's logits are from PEFT's."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        paths = saved(model, METHODS[method], Path(folder))
+        cm: Any = lorafx.compile(
+            copy.deepcopy(model), paths, dynamic=True, options={"start": "compiled"}
+        )
+        eager = peft.PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"]).eval()
+        alone = cm(ids, use_cache=False, adapter_names=["a0"] * REQUESTS).logits
+        worst = float((alone - eager(input_ids=ids, use_cache=False).logits).abs().max())
+        arms = {
+            "mixed": lambda: cm(ids, use_cache=False, adapter_names=[*paths]),
+            "peft": lambda: eager(input_ids=ids, use_cache=False),
+        }
+        ratios = compare(lambda: base(input_ids=ids, use_cache=False), arms, blocks=blocks)
+    return ratios, worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=20)
@@ -72,26 +92,12 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     for method in given.method or METHODS:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            paths = saved(model, METHODS[method], Path(folder))
-            cm: Any = lorafx.compile(
-                copy.deepcopy(model), paths, dynamic=True, options={"start": "compiled"}
-            )
-            eager = peft.PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"]).eval()
-            for what, ids in work.items():
-                arms = {
-                    "mixed": lambda: cm(ids, use_cache=False, adapter_names=[*paths]),
-                    "peft": lambda: eager(input_ids=ids, use_cache=False),
-                }
-                alone = cm(ids, use_cache=False, adapter_names=["a0"] * REQUESTS).logits
-                worst = float((alone - eager(input_ids=ids, use_cache=False).logits).abs().max())
-                ratios = compare(
-                    lambda: base(input_ids=ids, use_cache=False), arms, blocks=given.blocks
-                )
-                for ratio in ratios:
-                    case = f"{method}, {what}, {ratio.arm}"
-                    rows.append(as_row(case, ratio) | {"difference from peft": worst})
-                    print(f"{case}: {ratio}, {worst:.1e} from PEFT", flush=True)
+        for what, ids in work.items():
+            ratios, worst = measured(model, base, method, ids, given.blocks)
+            for ratio in ratios:
+                case = f"{method}, {what}, {ratio.arm}"
+                rows.append(as_row(case, ratio) | {"difference from peft": worst})
+                print(f"{case}: {ratio}, {worst:.1e} from PEFT", flush=True)
     if given.out is not None:
         save(given.out, f"{REQUESTS} requests, as many adapters of a method", rows)
 

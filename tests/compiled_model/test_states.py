@@ -167,7 +167,10 @@ class Served(RuleBasedStateMachine):
 
     # --- adapters ---
 
-    @rule(name=names, kind=st.sampled_from((*LINEAR, *FOLLOWING, "biased", "own", "too wide", "absent")))
+    @rule(
+        name=names,
+        kind=st.sampled_from((*LINEAR, *FOLLOWING, "biased", "own", "too wide", "absent")),
+    )
     def load(self, name: str, kind: str) -> None:
         in_the_way = self.in_base is not None and (name == self.in_base or kind in FOLLOWING)
         with self.refused(kind not in self.case.folders or kind == "too wide" or in_the_way):
