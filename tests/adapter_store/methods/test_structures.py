@@ -157,3 +157,12 @@ def test_a_hook_that_breaks_the_graph_behind_the_product(
     options = {**REFERENCE, "start": "compiled", "cache": None}
     cm: Any = lorafx.compile(model, adapters=case.folders, options=options)
     check(case, cm, ["a0", None, "a1", "a0"])
+
+
+def test_loaded_while_another_is_merged(llama: MethodCase) -> None:
+    cm = llama.compile({"start": "eager"})
+    cm.merge("a2")
+    cm.load_adapter(str(llama.folders["a0"]), "late")
+    cm.unmerge()
+    got = cm(IDS, adapter_names=["late", "a1", None, "late"]).logits
+    assert error(got, llama.expected(["a0", "a1", None, "a0"], {"input_ids": IDS})) <= TOLERANCE
