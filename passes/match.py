@@ -31,7 +31,7 @@ from lorafx.model.marks import UNPROVED
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
-from lorafx.op_arguments import bound, in_order, rebind
+from lorafx.op_arguments import bound, in_order, operand, rebind
 from lorafx.ownership.flow import place
 from lorafx.ownership.propagate import ancestors
 from lorafx.program.addends import (
@@ -125,6 +125,7 @@ class Match:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
+        given = {mark: weight for mark in marks if (weight := _taken_weight(mark)) is not None}
         uses = _uses(ctx)
         # A module that multiplies by blocks of W may return anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
@@ -197,16 +198,30 @@ class Match:
         for state in (state for states in ctx.states.values() for state in states):
             state.use = state.use and _current(state.use, moved)
         for node, (state,) in ctx.states.items():
-            _give_weight(ctx, node, state)
+            _give_weight(ctx, node, state, given.get(node))
         return edits
 
 
-def _give_weight(ctx: Context, node: fx.Node, state: SiteState) -> None:
-    """Adapters may turn the input of the product: with room for it, a site gets the weight."""
-    call, use = bound(node), state.use
-    if node.target is not SITE_OP or call["own"] is None or use is None:
+def _taken_weight(mark: fx.Node) -> fx.Node | None:
+    """The weight that a mark read for turned inputs, which it has no more: that is no use of it."""
+    if mark.target is not SITE_OP or bound(mark)["own"] is None:
+        return None
+    weight = bound(mark)["weight"]
+    rebind(mark, weight=None)
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        view, weight = weight, operand(weight)
+        if not view.users:
+            view.graph.erase_node(view)
+    return weight
+
+
+def _give_weight(ctx: Context, node: fx.Node, state: SiteState, given: fx.Node | None) -> None:
+    """Adapters may turn the input of the product: with room for it, a site gets the weight, or
+    what is `given` where another graph has the product."""
+    call, weight = bound(node), given if state.use is None else state.use.weight
+    if node.target is not SITE_OP or call["own"] is None or weight not in ctx.frame.by_node:
         return
-    item, weight = ctx.frame.by_node[use.weight], use.weight
+    item = ctx.frame.by_node[weight]
     if item.derived is not None or item.part or fake_value(weight).dim() != 2:
         return
     with ctx.graph.inserting_before(node):

@@ -167,7 +167,7 @@ class SiteMark:
         bias = bias if isinstance(bias, Tensor) else None
         with_delta = self.with_delta if traced else self._eager_adder()
         weight = None
-        if self.bank.own is not None and not traced:  # in a graph, the one that it reads
+        if self.bank.own is not None and not (traced and (self.made or self.stored)):
             weight = getattr(module, self.weight_name, None)
         y = with_delta(x, y, scale, ranges, bias, weight)
         if is_tuple:  # named tuples keep their names

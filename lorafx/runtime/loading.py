@@ -141,9 +141,10 @@ def _prepared_load(
     program, merged = session.program, session.base.merged
     _refuse_in_use(session, name)
     program.look_at_modules()
-    if (adapter.extras["dora"] or adapter.changed) and merged is not None:
+    made = any(changed.structure is None for changed in adapter.changed.values())
+    if (adapter.extras["dora"] or made) and merged is not None:
         what = "is a DoRA adapter, whose norms come from"
-        what = "has weights that are made of" if adapter.changed else what
+        what = "has weights that are made of" if made else what
         raise ConfigError(
             f"{name!r} {what} the base's own weights, but {merged.name!r} is merged into them; "
             "call unmerge() before loading it"

@@ -143,3 +143,26 @@ def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
     inputs = {"input_ids": IDS, "use_cache": False}
     with pytest.raises(lorafx.UnsupportedAdapterError, match=r"without weights of adapters' own"):
         lorafx.export(llama.model(), None, inputs, tmp_path / "m.pt2", adapters=llama.folders)
+
+
+@pytest.mark.parametrize(("family", "configs"), [("llama", LLAMA), ("gpt2", GPT2)])
+def test_a_hook_that_breaks_the_graph_behind_the_product(
+    family: str, configs: Mapping[str, peft.PeftConfig], tmp_path: Path
+) -> None:
+    case = case_of(family, configs, tmp_path)
+    model = case.model()
+    for path, module in model.named_modules():
+        if path.endswith(("q_proj", "down_proj", "mlp.c_proj")):
+            module.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    options = {**REFERENCE, "start": "compiled", "cache": None}
+    cm: Any = lorafx.compile(model, adapters=case.folders, options=options)
+    check(case, cm, ["a0", None, "a1", "a0"])
+
+
+def test_loaded_while_another_is_merged(llama: MethodCase) -> None:
+    cm = llama.compile({"start": "eager"})
+    cm.merge("a2")
+    cm.load_adapter(str(llama.folders["a0"]), "late")
+    cm.unmerge()
+    got = cm(IDS, adapter_names=["late", "a1", None, "late"]).logits
+    assert error(got, llama.expected(["a0", "a1", None, "a0"], {"input_ids": IDS})) <= TOLERANCE
