@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import BdLoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "gate_proj"]
@@ -78,3 +79,14 @@ def merged(base: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("ignore")
         twin: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base).double(), str(folder))
         return twin.double().merge_and_unload().eval()
+
+
+def damage(folder: Path, end: str, tensor: torch.Tensor | None) -> None:
+    """Put `tensor` in the place of the one whose key ends so, or nothing."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = (key for key in tensors if key.endswith((end, f"{end}.weight")))
+    tensors.pop(key)
+    if tensor is not None:
+        tensors[key] = tensor
+    save_file(tensors, file)

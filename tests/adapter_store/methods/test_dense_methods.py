@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_files import merged, save
-from safetensors.torch import load_file, save_file
+from method_files import damage, merged, save
 from torch import Tensor, nn
 
 import lorafx
@@ -220,13 +218,7 @@ def test_a_file_that_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> No
     name, end, tensor, message = HOSTILE[case]
     base = Small().eval()
     folder = save(base, CONFIGS[name], tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    (key,) = (key for key in tensors if re.search(rf"{end}(\.weight)?$", key))
-    tensors.pop(key)
-    if tensor is not None:
-        tensors[key] = tensor
-    save_file(tensors, file)
+    damage(folder, end, tensor)
     with pytest.raises((LorafxError, Misfit), match=message):
         changed(base, AdapterSource(folder))
 

@@ -11,8 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_files import merged, save
-from safetensors.torch import load_file, save_file
+from method_files import damage, merged, save
 from torch import Tensor, nn
 
 import lorafx
@@ -249,12 +248,6 @@ def test_a_file_that_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> No
     name, end, tensor, message = HOSTILE[case]
     base = Small().eval()
     folder = save(base, CONFIGS[name], tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    (key,) = (key for key in tensors if key.endswith(end))
-    tensors.pop(key)
-    if tensor is not None:
-        tensors[key] = tensor
-    save_file(tensors, file)
+    damage(folder, end, tensor)
     with pytest.raises(LorafxError, match=message):
         changed(base, folder)
