@@ -301,11 +301,12 @@ class AdapterStore:
             self.copy_streams.use(range(self.max_adapters))
             for name, slot in self._slots.items():
                 copy = self._adapters[name].host
-                if copy is None:  # dropped, which those with changed weights never are
+                if copy is None:  # dropped, which those that are made of the base's never are
                     continue
-                for g in copy.changed:
-                    weight = copy.in_slot(g, self._groups[g])
-                    self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
+                for g, changed in copy.changed.items():
+                    if changed.structure is None:
+                        weight = copy.own_weight(g, self._groups[g])
+                        self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks, of adapters on the host ("host"), and of their files ("disk")."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
+from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
 def _hira(given: Given) -> ChangedWeight:
@@ -145,19 +146,15 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
             a, b = given.take(down, "r", "K", *kernel), given.take(up, "N", "r", *ones)
             scale = given.scale(len(a))
             return MadeFactors(a, b, scale, bias / (scale or 1.0))
-    return ChangedWeight(_unchanged, (bias,), len(bias), None, _with_diff_b)
+    return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), bias, len(bias))
 
 
 def _with_diff(weight: Tensor, diff: Tensor, diff_b: Tensor) -> Tensor:
     return weight + diff
 
 
-def _unchanged(weight: Tensor, diff_b: Tensor) -> Tensor:
-    return weight
-
-
-def _with_diff_b(bias: Tensor, weight: Tensor, *tensors: Tensor) -> Tensor:
-    return bias + tensors[-1]
+def _with_diff_b(bias: Tensor, weight: Tensor, diff: Tensor, diff_b: Tensor) -> Tensor:
+    return bias + diff_b
 
 
 HIRA = AdapterMethod(
