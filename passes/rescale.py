@@ -2,8 +2,8 @@
 
     y = mm(x, Wᵀ), y' = site(x, y, own...)   →   x₁ = own_input(x, own..., slots, rows)
                                                  y = mm(x₁, Wᵀ)
-                                                 y₁ = own_linear(x, y, own..., slots, rows)
-                                                 y' = site(x, y₁, ...)
+                                                 y₁ = site(x₁, y, ...)
+                                                 y' = own_linear(x, y₁, own..., slots, rows)
     y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
                                                  y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
                                                  y' = y₂ + shifts[s]         where shifts[s] ≠ 0
@@ -15,7 +15,7 @@ arithmetic into its readers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,40 +131,54 @@ class ReplaceRows:
             call = bound(node)
             # Unproved rows: the site's op refuses batches that mix adapters.
             call["rows"] = call["rows"] or ALL_ALIKE
-            if node.target is SITE_OP and _turn_input(ctx, node, call):
-                call.update(turned=True, weight=None)
-            with gm.graph.inserting_before(node):
-                y = ctx.emit(op, *in_order(op, call))
             unused = (*OwnRows._fields, *(name for name in ("weight", "bias") if name in call))
-            rebind(node, y=y, **dict.fromkeys(unused))
+            if node.target is SITE_OP:
+                _replace_behind(ctx, node, call, dict.fromkeys(unused))
+            else:
+                with gm.graph.inserting_before(node):
+                    y = ctx.emit(op, *in_order(op, call))
+                rebind(node, y=y, **dict.fromkeys(unused))
             edits += 1
         return edits
 
 
-def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> bool:
-    """Have the site's product read what adapters make of x; False if it cannot, so they multiply
-    it by W once more."""
+def _replace_behind(ctx: Context, node: fx.Node, call: dict[str, Any], unused: Any) -> None:
+    """Replace outputs of a linear behind its delta, which its product may be fused with. Rows of a
+    slot have the delta in them."""
+    turned = _turn_input(ctx, node, call)
+    rebind(node, **unused, **({} if turned is None else {"x": turned}))
+    if turned is not None:
+        call.update(turned=True, weight=None)
+    readers = list(node.users)
+    with ctx.graph.inserting_before(node.next):
+        y = ctx.emit(OWN_OPS[SITE_OP], *in_order(OWN_OPS[SITE_OP], {**call, "y": node}))
+    for reader in readers:
+        reader.replace_input_with(node, y)
+
+
+def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> fx.Node | None:
+    """Have the site's product read what adapters make of x, and return that; None if it cannot, so
+    they multiply it by W once more."""
     (state, *_) = ctx.states[node]
     use = state.use
     if use is None or use.x is None or not is_plain_product(node, state):
-        return False
-    if not _moved_before(call["rows"], use.node):
-        return False
+        return None
+    if not _moved_before((call["slots"], call["rows"]), use.node):
+        return None
     with ctx.graph.inserting_before(use.node):
-        turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
+        x = turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
         for view in views_between(use.x, call["x"]) or ():
-            arguments = (turned, *view.args[1:])
-            turned = ctx.emit(view.target, *arguments, **view.kwargs)
-    use.node.replace_input_with(use.x, turned)
-    state.use = replace(use, x=turned)
-    return True
+            arguments = (x, *view.args[1:])
+            x = ctx.emit(view.target, *arguments, **view.kwargs)
+    use.node.replace_input_with(use.x, x)
+    state.use = replace(use, x=x)
+    return turned
 
 
-def _moved_before(rows: Any, product: fx.Node) -> bool:
-    """Have `rows` computed before the product; False if it depends on that."""
-    if not isinstance(rows, fx.Node):
-        return True
-    later = {n for n in ancestors([rows], lambda n: not n < product) if not n < product}
+def _moved_before(values: Sequence[Any], product: fx.Node) -> bool:
+    """Have `values` computed before the product; False if they depend on that."""
+    roots = [value for value in values if isinstance(value, fx.Node) and not value < product]
+    later = {n for n in ancestors(roots, lambda n: not n < product) if not n < product}
     if product in later:
         return False
     for node in sorted(later):

@@ -9,8 +9,8 @@ Importing this module registers them. Arguments:
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
     gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.delta)
     shifts  the biases of slots (S, ΣN) float32, for banks with room for them
-    own...  rows of the weight that slots replace, for banks with room for them; they are written
-            into y before the delta is added (lorafx.kernels.ops.own_rows)
+    own...  rows of the weight that slots replace, for banks with room for them
+            (lorafx.kernels.ops.own_rows)
 
     site                  y + the deltas of one module, which its mark calls
     embedding_site        the same for an embedding
@@ -78,10 +78,10 @@ def site(
     rescaled; `shifts` are added last."""
     _check_site(x, y, bank, ranges, rows)
     check_by_column("site", bank.B, gains=gains, shifts=shifts)
-    if replaced.own is not None:
-        y = own_linear(x, y, *replaced, bank.slots, rows, weight)  # type: ignore[arg-type]
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
+    if replaced.own is not None:
+        out = own_linear(x, out, *replaced, bank.slots, rows, weight)  # type: ignore[arg-type]
     if gains is None and shifts is None:
         return out
     owners = bank.slots, rows

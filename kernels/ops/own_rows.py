@@ -5,7 +5,8 @@
 
 with i, form, count, _ = own_table[s], s the slot of row m. A slot replaces all rows of the weight
 (a module that was trained as a whole), some (tokens that were trained), or none, i = −1. Rows of
-other slots and base rows keep y, bit for bit. The delta of the same site is added to the result.
+other slots and base rows keep y, bit for bit. The y of a linear has the slot's delta, and so have
+the rows that replace its outputs; that of an embedding gets it later.
 
 The weight of a linear may also be given by what it changes, a `Structure`:
 

@@ -106,13 +106,23 @@ class HostCopy:
         return self.own_weights.get(number) if changed is None else made_weight(group, changed)
 
     def in_slot(self, number: int, group: Group) -> OwnWeight | None:
-        """As `own_weight`, by the numbers of its structure if it has one."""
+        """As `own_weight`, but the numbers of its structure if it has one, and rows of a linear
+        with its delta."""
         changed = self.changed.get(number)
         if changed is None or changed.structure is None:
-            return self.own_weight(number, group)
+            weight = self.own_weight(number, group)
+            embedding = group.bank.kind == "embedding"
+            return weight if weight is None or embedding else self._with_delta(number, weight)
         (site,) = group.sites
         numbers = changed.numbers(site.out_features, site.in_features)
         return OwnWeight(numbers, structure=changed.structure)
+
+    def _with_delta(self, number: int, weight: OwnWeight) -> OwnWeight:
+        rows = weight.rows
+        for f in self.factors.get(number, ()):
+            outputs = f.B if weight.indices is None else f.B[:, weight.indices.long()]
+            rows = torch.addmm(rows.float(), outputs.float().mT, f.A.float(), alpha=float(f.scale))
+        return weight._replace(rows=rows)
 
     @cached_property
     def nbytes(self) -> int:

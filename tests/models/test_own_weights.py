@@ -3,13 +3,17 @@ base rows, against PEFT's own merge of each row."""
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
+import oracle
 import peft
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, random_base, save_adapter
 from own_weights import own_case, save_own
+from safetensors.torch import load_file, save_file
 from step_logits import StepLogits, answers, check_logits
 from tiny_models import token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -130,6 +134,26 @@ def save_plain(case: Case) -> dict[str, Any]:
         f"p{seed}": save_own(case.base, folder / f"p{seed}", seed=seed, r=2, target_modules=QV)
         for seed in range(2)
     }
+
+
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_trained_tokens_get_the_delta_of_their_module(start, case, tmp_path):
+    """Which PEFT does not train, but whose files can be joined."""
+    state = load_file(case.folders["lora"] / "adapter_model.safetensors")
+    rows, tokens = torch.randn(2, 24), [40, 4]
+    state["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] = rows
+    config = json.loads((case.folders["lora"] / "adapter_config.json").read_text())
+    both = config | {"trainable_token_indices": {"lm_head": tokens}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(both))
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    want = copy.deepcopy(case.alone("lora"))
+    with torch.no_grad():
+        want.lm_head.weight[tokens] += rows - case.base.lm_head.weight[tokens]
+    cm = lorafx.compile(case.model(), {"a": tmp_path}, options={**REFERENCE, "start": start})
+    x = inputs(2)
+    got = cm(**x, adapter_names=["a", None])["logits"]
+    assert error(got[:1], want(**oracle.one_row(x, 0))["logits"]) <= TOLERANCE
+    assert error(got[1:], case.expected([None], oracle.one_row(x, 1))) <= TOLERANCE
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")

@@ -76,8 +76,8 @@ def dumped(folder: Path) -> list[str]:
 
 BEGINS = ["traced", "captured"]  # Dynamo's graph, and AOTAutograd's
 STAGES = ["traced", "check_lookups", "detach_results", "captured", "look_up_slots"]
-STAGES += ["write_in_place", "match", "give_out", "provenance", "replace_rows"]
-STAGES += ["rescale", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
+STAGES += ["write_in_place", "match", "give_out", "provenance", "rescale"]
+STAGES += ["replace_rows", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
 STAGES += ["join", "outline", "write_back", "joint_graph", "copy_returned_inputs"]
 
 
