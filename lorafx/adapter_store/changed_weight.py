@@ -11,9 +11,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, TURNED_INPUT, TURNED_OUTPUT, Structure
+from lorafx.kernels.ops.own_rows import (
+    KRONECKER,
+    SHIFTED_OUTPUT,
+    TURNED_INPUT,
+    TURNED_OUTPUT,
+    Structure,
+)
 
 
 class ChangedWeight(NamedTuple):
@@ -49,6 +56,19 @@ class ChangedWeight(NamedTuple):
         if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
             bias = partial(_structured_bias, structure=structure)
         return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the change is added to outputs, of which it does not depend."""
+        return self.structure is not None and self.structure.form in (KRONECKER, SHIFTED_OUTPUT)
+
+    def times(self, weight: float) -> ChangedWeight:
+        """`weight` times the change, which `adds`."""
+        assert self.structure is not None
+        (numbers,) = self.tensors
+        first = self.structure.first * self.structure.second or len(numbers)
+        scaled = torch.cat((numbers[:first].float() * weight, numbers[first:].float()))
+        return self._replace(tensors=(scaled,))
 
     def numbers(self, rows: int, columns: int) -> Tensor:
         """Those of its structure for a weight of this size, in one dimension."""

@@ -105,6 +105,11 @@ class HostCopy:
         changed = self.changed.get(number)
         return self.own_weights.get(number) if changed is None else made_weight(group, changed)
 
+    @property
+    def adds(self) -> bool:
+        """Whether all that it has is added to what the base computes, so a sum may have it."""
+        return not self.own_weights and all(c.adds for c in self.changed.values())
+
     def in_slot(self, number: int, group: Group) -> OwnWeight | None:
         """As `own_weight`, but the numbers of its structure if it has one, and rows of a linear
         with its delta."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.fitting import slots_needed
 from lorafx.adapter_store.names import Mixture
 from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
@@ -29,8 +30,10 @@ def sum_of(
     s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
     bits. Where a single adapter has factors, only their scale changes. No graph depends on weights.
 
+    What is added without factors (a Kronecker product, a shift of outputs) is multiplied by w_i.
+
     Raises ConfigError for an adapter that is not linear in its weight and for a scale beyond
-    float32, CapacityError for a sum of ranks beyond a bank's.
+    float32, CapacityError for a sum of ranks beyond a bank's, or of two such changes at a site.
     """
     summands = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summands) == 1 and summands[0][1] == 1:  # all others have weight 0
@@ -44,15 +47,32 @@ def sum_of(
             for f in group_factors:
                 terms[g].setdefault(f.sibling, []).append((f, weight))
     _check_room(name, terms, groups)
+    changed = _changes(name, summands, groups)
     factors = {g: _sum_factors(name, ts, groups[g].bank) for g, ts in enumerate(terms) if ts}
     return StoredAdapter(
         name,
         max((f.rank for sums in factors.values() for f in sums), default=0),
         ", ".join(adapter.source for adapter, _ in summands),
         tuple(dict.fromkeys(site for adapter, _ in summands for site in adapter.sites)),
-        HostCopy(factors),
+        HostCopy(factors, changed=changed),
+        extras={"own": tuple(groups[g].sites[0].path for g in changed)},
         width=slots_needed(groups, factors),
     )
+
+
+def _changes(
+    name: Mixture, summands: Sequence[tuple[StoredAdapter, float]], groups: Sequence[Group]
+) -> dict[int, ChangedWeight]:
+    changes: dict[int, ChangedWeight] = {}
+    for adapter, weight in summands:
+        for g, changed in adapter.numbers.changed.items():
+            if g in changes:
+                raise CapacityError(
+                    f"{name!r}: two of its adapters change {groups[g].sites[0].path} by more than "
+                    "low-rank factors, and a slot has room for one such change; merge one of them"
+                )
+            changes[g] = changed.times(weight)
+    return changes
 
 
 def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
@@ -64,7 +84,7 @@ def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
         "is a DoRA adapter, whose magnitudes are not linear in a weight": dora,
         "was trained with biases (lora_bias or bias)": biases,
         "has weights of its own (modules_to_save, trainable tokens or another method), which take "
-        "the place of the base's": adapter.owned,
+        "the place of the base's": not adapter.numbers.adds,
     }
     for reason, applies in reasons.items():
         if applies:

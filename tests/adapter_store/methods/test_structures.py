@@ -16,9 +16,11 @@ import transformers
 from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base
 from method_files import merged, save
 from step_logits import check_three_requests
+from sums import SumCase
 from torch import nn
 
 import lorafx
+from lorafx.errors import CapacityError
 from lorafx.op_arguments import bound
 
 LLAMA: Mapping[str, peft.PeftConfig] = {
@@ -59,7 +61,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> MethodCase:
     return case_of("llama", LLAMA, tmp_path_factory.mktemp("structures"))
 
 
-def check(case: Case, cm: Any, names: list[str | None]) -> None:
+def check(case: Case, cm: Any, names: list[Any]) -> None:
     got = cm(IDS[: len(names)], adapter_names=names).logits
     assert error(got, case.expected(names, {"input_ids": IDS[: len(names)]})) <= TOLERANCE
 
@@ -166,3 +168,21 @@ def test_loaded_while_another_is_merged(llama: MethodCase) -> None:
     cm.unmerge()
     got = cm(IDS, adapter_names=["late", "a1", None, "late"]).logits
     assert error(got, llama.expected(["a0", "a1", None, "a0"], {"input_ids": IDS})) <= TOLERANCE
+
+
+class MethodSum(SumCase, MethodCase):
+    """Sums of what PEFT merges."""
+
+
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_sums_have_kronecker_products(start: str, tmp_path: Path) -> None:
+    lokr = peft.LoKrConfig(r=64, decompose_factor=4, target_modules=["q_proj", "down_proj"])
+    configs = {"a0": lokr, "a1": lokr, "a2": LLAMA["a2"], "a3": LLAMA["a0"]}
+    case = MethodSum.of(case_of("llama", configs, tmp_path))
+    cm = case.compile({"start": start, "cache": None}, dynamic=True)
+    check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
+    check(case, cm, ["a0", {"a1": -0.5, "a2": 1.0}, {"a0": 1.5}, "a2"])
+    with pytest.raises(CapacityError, match=r"two of its adapters change model\.layers\.0"):
+        cm(IDS, adapter_names=[{"a0": 0.5, "a1": 0.5}] * 4)
+    with pytest.raises(lorafx.ConfigError, match="'a3' has weights of its own"):
+        cm(IDS, adapter_names=[{"a3": 0.5}] * 4)
