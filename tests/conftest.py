@@ -28,6 +28,7 @@ import lorafx.capture.backend  # and with it all ops, which tests call by their 
 from lorafx.capture.lowering import NodeByNode
 from lorafx.program import promises
 from lorafx.runtime import session
+from lorafx.runtime.beside import process
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
 IDLE = {"llama": ["q_proj", "down_proj"], "vit": ["fc1", "q_proj"], "plain": ["up", "head"]}
@@ -101,6 +102,14 @@ def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with one_road():
             yield
+
+
+@pytest.fixture(autouse=True)
+def _compilers_have_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests wait for graphs of processes beside. As those run for users, they stand still while
+    tests of another process take all cores."""
+    monkeypatch.setattr(process, "_go_behind", lambda: None)
+    monkeypatch.setattr(process, "_NICE", 0)
 
 
 #: Sessions made since the last collection.

@@ -35,6 +35,8 @@ from lorafx.torch_internals.versions import saves_graphs
 pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
 SECONDS = float(LONG)
+#: As users have them, not tests.
+PRIORITIES = {name: getattr(beside, name) for name in ("_go_behind", "_NICE")}
 NAMES = ["a0"] * 3
 
 
@@ -447,8 +449,10 @@ def test_it_works_when_the_serving_process_rests(
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_calls_go_first(behind: bool) -> None:
+def test_calls_go_first(behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process and its compilers take what calls leave, or little."""
+    for name, value in PRIORITIES.items():
+        monkeypatch.setattr(beside, name, value)
     child = "import os; print(os.sched_getscheduler(0), os.nice(0))"
 
     def policies() -> str:
