@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 from lorafx.errors import ConfigError
 
 BASE = "__base__"
+#: Of which there are too many to count each.
+SUMS = "__sums__"
 
 #: What a request may name.
 AdapterName: TypeAlias = "str | Mapping[str, float] | None"
@@ -95,7 +97,8 @@ def adapters_among(names: Iterable[str | None]) -> list[str]:
 
 def check_name(name: object) -> None:
     """Raise ConfigError unless `name` can name an adapter."""
-    if not isinstance(name, str) or not name or name == BASE:
+    if not isinstance(name, str) or not name or name in (BASE, SUMS):
         raise ConfigError(
-            f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
+            f"an adapter's name is a non-empty string other than {BASE!r} and {SUMS!r}, got "
+            f"{name!r}"
         )

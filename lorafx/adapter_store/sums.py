@@ -12,7 +12,7 @@ from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.fitting import slots_needed
 from lorafx.adapter_store.names import Mixture
 from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
-from lorafx.errors import CapacityError, ConfigError
+from lorafx.errors import CapacityError, ConfigError, way_out_by
 from lorafx.model.bank import Bank, Factors
 from lorafx.model.sites import Group
 
@@ -106,10 +106,10 @@ def _check_room(name: Mixture, terms: Sequence[_Terms], groups: Sequence[Group])
                 needed, added = rank, " + ".join(map(str, ranks))
                 where = f"{added} = {sum(ranks)} at {site.path}, where the bank holds {max_rank}"
     if needed:
+        room = way_out_by("max_rank", needed)
         raise CapacityError(
-            f"{name!r} has the sum of the ranks of its adapters, {where}; compile with "
-            f"LoraConfig(max_rank={needed})"
-        )
+            f"{name!r} has the sum of the ranks of its adapters, {where}; {room}"
+        ).naming(room)
 
 
 def _sum_factors(name: Mixture, terms: _Terms, bank: Bank) -> list[Factors]:

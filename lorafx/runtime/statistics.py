@@ -29,7 +29,7 @@ class Statistics:
         evictions: adapters that lost their slot to another one.
         waits: requests of continuous batching that were ready for a step and got no slot in it.
         tokens: tokens that continuous batching has run, prompts included, by adapter;
-            "__base__" is the base model.
+            "__base__" is the base model, "__sums__" all sums of adapters.
         nbytes: present bytes of the banks ("banks"), of adapters in host memory ("host"), and of
             the files that they were read from ("disk").
         places: "host", where adapters without a slot are looked up; "disk", from which adapters

@@ -82,6 +82,9 @@ _INSTEAD = {
 _NAMING = "adapter adapter_id adapter_name lora lora_adapter lora_name lora_path"
 
 
+#: The field that may also be a list of adapters with their scales.
+SUM = "lora"
+
 #: What prompts are made of. --max-body-bytes and the model's positions bound them.
 _PROMPTS = frozenset(
     (
@@ -137,7 +140,8 @@ def adapters_named(body: Mapping[str, Any]) -> dict[str, str]:
     that would choose adapters in another way: by numbers, folders, weights or rows."""
     named: dict[str, str] = {}
     for field, value in body.items():
-        if not _chooses_adapters(field) or value in (None, "", [], {}):
+        sums = field == SUM and isinstance(value, list)
+        if not _chooses_adapters(field) or sums or value in (None, "", [], {}):
             continue
         if field not in _NAMING.split() or not isinstance(value, str):
             raise RequestError(
@@ -147,6 +151,22 @@ def adapters_named(body: Mapping[str, Any]) -> dict[str, str]:
             )
         named[field] = value
     return named
+
+
+def summands(body: Mapping[str, Any]) -> dict[str, float]:
+    """Names of adapters and their scales, as llama.cpp's server takes them; none without the field.
+    Raises RequestError unless it is a list of {"name", "scale"}."""
+    asked, scales = body.get(SUM), dict[str, float]()
+    for item in asked if isinstance(asked, list) else ():
+        named = isinstance(item, dict) and item.keys() == {"name", "scale"}
+        if not named or not isinstance(item["name"], str) or item["name"] in scales:
+            raise RequestError(
+                f'`{SUM}` is a list of {{"name": ADAPTER, "scale": NUMBER}} with a name once, '
+                f"beside the base as `model`; got {item!r:.80}",
+                SUM,
+            )
+        scales[item["name"]] = item["scale"]
+    return scales
 
 
 def _chooses_adapters(field: str) -> bool:

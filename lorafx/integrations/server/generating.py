@@ -15,8 +15,9 @@ from uuid import uuid4
 
 from transformers import PreTrainedTokenizerFast
 
+from lorafx.adapter_store.names import BASE, Mixture, one_name
 from lorafx.compiled_model.compiled import CompiledModel
-from lorafx.errors import ConfigError, nearest
+from lorafx.errors import CapacityError, ConfigError, nearest
 from lorafx.generation.continuous.adapter_requests import fork_names
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 from lorafx.generation.continuous.parameters import ArgumentError, ends_of
@@ -24,10 +25,12 @@ from lorafx.integrations.server.admission import Queue
 from lorafx.integrations.server.control import Control
 from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.fields import (
+    SUM,
     Fields,
     GrammarSource,
     adapters_named,
     check_bounds,
+    summands,
 )
 from lorafx.integrations.server.grammars import Grammars
 from lorafx.integrations.server.loading import AdapterLoading
@@ -88,10 +91,17 @@ class ServedModel:
     async def resolve(self, body: Mapping[str, Any]) -> str | None:
         """As `asked_for`, after the adapter was loaded if it is found only now."""
         check_bounds(body, self.settings)
-        for name in (body.get("model"), *adapters_named(body).values()):
+        for name in (body.get("model"), *adapters_named(body).values(), *summands(body)):
             for adapter in self.settings.may_mean(name) if isinstance(name, str) else ():
                 await self.loading.find(adapter)
-        return self.asked_for(body)
+        asked = self.asked_for(body)
+        if isinstance(asked, Mixture):
+            store = self.engine.forwards.session.store
+            try:
+                await asyncio.to_thread(store.__getitem__, asked)
+            except (ConfigError, CapacityError) as error:
+                raise RequestError(message_of(error), SUM) from error
+        return asked
 
     def asked_for(self, body: Mapping[str, Any]) -> str | None:
         """The adapter that a request names by `model`, or beside the base by a field of other
@@ -100,13 +110,7 @@ class ServedModel:
         check_bounds(body, self.settings)
         chosen = self.adapter_of(body.get("model"))
         for field, name in adapters_named(body).items():
-            adapter = self._meant_by(name)
-            if adapter is None and name not in self.settings.names:
-                raise RequestError(
-                    f"`{field}` {name!r:.200} is no adapter of this server{self._nearest(name)}; "
-                    f"send one as `model`, such as {self.name}:ADAPTER. GET /v1/models lists all",
-                    field,
-                )
+            adapter = self._named_by(field, name)
             if chosen not in (None, adapter):
                 raise RequestError(
                     f"`{field}` {name!r:.200} and {chosen!r} are two models for one request; send "
@@ -114,7 +118,34 @@ class ServedModel:
                     field,
                 )
             chosen = adapter
-        return chosen
+        asked = summands(body)
+        if not asked:
+            return chosen
+        scales = {self._named_by(SUM, name) or BASE: scale for name, scale in asked.items()}
+        reason = ""
+        if chosen is not None:
+            reason = f"{chosen!r} is asked for, too"
+        elif len(scales) < len(asked):
+            reason = "an adapter is in it twice"
+        elif self._lazily:
+            reason = "a replica serves one adapter at a time"
+        if reason:
+            raise RequestError(f"`{SUM}` is a sum of adapters, and {reason}", SUM)
+        try:
+            return one_name(scales, f"`{SUM}`")
+        except ConfigError as error:
+            raise RequestError(str(error), SUM) from error
+
+    def _named_by(self, field: str, name: str) -> str | None:
+        """The adapter that a field beside `model` names; None for the base."""
+        adapter = self._meant_by(name)
+        if adapter is None and name not in self.settings.names:
+            raise RequestError(
+                f"`{field}` {name!r:.200} is no adapter of this server{self._nearest(name)}; "
+                f"send one as `model`, such as {self.name}:ADAPTER. GET /v1/models lists all",
+                field,
+            )
+        return adapter
 
     def _meant_by(self, name: str) -> str | None:
         return next((a for a in self.settings.may_mean(name) if self._has(a)), None)

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from transformers.generation.continuous_batching.requests import RequestState
 
-from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.names import BASE, SUMS, Mixture
 from lorafx.adapter_store.stored import Retired
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, hold_of
@@ -63,10 +63,12 @@ class Labels:
     their own, the others share `OTHERS`."""
 
     def __init__(self, most: int = MOST_LABELS) -> None:
-        self._names = {BASE, UNKNOWN, OTHERS}
+        self._names = {BASE, SUMS, UNKNOWN, OTHERS}
         self._most = most + len(self._names)
 
     def __call__(self, adapter: str) -> str:
+        if isinstance(adapter, Mixture):
+            return SUMS
         if adapter not in self._names:
             if len(self._names) >= self._most:
                 return OTHERS

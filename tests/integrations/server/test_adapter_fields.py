@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from served import ask, ids_of, plain, question
+from sums import SumCase
 
 from lorafx.model.keywords import ELSEWHERE
 
@@ -80,3 +83,46 @@ def test_two_adapters_for_one_request(server) -> None:
     fields = {"adapter_id": "a1", "lora_name": "a2"}
     answer = ask(server, "POST", PATHS[1], model="tiny", **fields, **question(PATHS[1], "w9", 2))
     assert answer.json()["error"]["param"] == "lora_name"
+
+
+def asked(server, path, scales, **fields):
+    lora = [{"name": name, "scale": scale} for name, scale in scales]
+    body = question(path, "w9 w31", 6, lora=lora, **fields)
+    return ask(server, "POST", path, **{"model": "tiny"} | body)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sum_of_adapters_as_llama_cpp_takes_it(files, server, path) -> None:
+    case, ids = SumCase.of(files.case), ids_of(files, path, "w9 w31")
+    for scales in ({"a0": 0.5, "a2": -3.0}, {"a1": 2.5}, {"tiny:a1": 1.0}, {"a2": 0.0}):
+        answer = asked(server, path, scales.items())
+        assert answer.status_code == 200, answer.text
+        plainly = {name.removeprefix("tiny:"): scale for name, scale in scales.items()}
+        want = replace(files, case=case).text(plainly, ids, 6)
+        assert plain(path, answer.json()).strip() == want, scales
+    metrics = ask(server, "GET", "/metrics").text
+    assert 'lorafx_tokens_total{adapter="__sums__"}' in metrics
+    assert "·" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("scales", "fields", "said"),
+    [
+        ([("a1", "1")], {}, "'a1' the weight '1'"),
+        ([("a1", True)], {}, "'a1' the weight True"),
+        ([("a1", 1e400)], {}, "'a1' the weight inf"),
+        ([("a1", 1e300)], {}, "beyond the range of float32"),
+        ([("a9", 1.0)], {}, "no adapter of this server"),
+        ([("tiny", 1.0)], {}, "gives the base model a weight"),
+        ([("a1", 1.0), ("a1", 2.0)], {}, "with a name once"),
+        ([("a1", 1.0), ("tiny:a1", 2.0)], {}, "in it twice"),
+        ([("a1", 1.0)], {"model": "tiny:a2"}, "'a2' is asked for, too"),
+        ([(f"a{n}", 1.0) for n in range(4)], {}, "--max-rank"),
+    ],
+)
+def test_what_is_no_sum_of_adapters(server, scales, fields, said) -> None:
+    answer = asked(server, PATHS[1], scales, **fields)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "lora"
+    assert said in error["message"]
