@@ -16,6 +16,7 @@ import pytest
 import torch
 from dense_merge import TOLERANCE, build_case, error
 from served import Files, ask, client_of, serving, word_tokenizer, write_files
+from sums import SumCase
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import normalize
@@ -122,6 +123,18 @@ def calls_of(server: Any) -> Iterator[list[list[_Row]]]:
         yield calls
     finally:
         batches._compute = compute
+
+
+def test_a_sum_of_adapters_beside_others(files: Files, server: Any) -> None:
+    files = replace(files, case=SumCase.of(files.case))
+    scales: Any = {"a0": 0.5, "a2": -2.0}
+    lora = [{"name": name, "scale": scale} for name, scale in scales.items()]
+    bodies = [asking(None, "w9 w12", lora=lora), asking("a1", "w9"), asking(None, "w9 w12")]
+    answers = gathered(server, *((PATH, body) for body in bodies))
+    asked = (scales, "w9 w12"), ("a1", "w9"), (None, "w9 w12")
+    for answer, (name, words) in zip(answers, asked, strict=True):
+        got = torch.tensor(answer.json()["data"][0]["embedding"])
+        assert error(got, vector(files, name, words)) <= TOLERANCE
 
 
 def test_requests_of_all_adapters_share_a_call(files, server):
