@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, TURNED_INPUT, TURNED_OUTPUT, Structure
+from lorafx.kernels.ops.own_rows import (
+    KRONECKER,
+    SHIFTED_OUTPUT,
+    TURNED_INPUT,
+    TURNED_OUTPUT,
+    Structure,
+)
 
 
 class ChangedWeight(NamedTuple):
@@ -26,6 +32,7 @@ class ChangedWeight(NamedTuple):
         bias: gets the base's bias (N,), W and `tensors`, and gives the adapter's; None where that
             is the base's.
         structure: of the change, whose numbers are the first of `tensors`.
+        adds: W′ − W is the same for all W.
     """
 
     of: Callable[..., Tensor]
@@ -34,6 +41,7 @@ class ChangedWeight(NamedTuple):
     in_features: int | None = None
     bias: Callable[..., Tensor] | None = None
     structure: Structure | None = None
+    adds: bool = False
 
     @classmethod
     def structured(
@@ -48,7 +56,8 @@ class ChangedWeight(NamedTuple):
         bias = None
         if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
             bias = partial(_structured_bias, structure=structure)
-        return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
+        adds, flat = structure.form == KRONECKER, (numbers.flatten(),)
+        return cls(of, flat, out_features, in_features, bias, structure, adds)
 
     def numbers(self, rows: int, columns: int) -> Tensor:
         """Those of its structure for a weight of this size, in one dimension."""
