@@ -139,6 +139,17 @@ def test_exported(llama: MethodCase, name: str, tmp_path: Path) -> None:
         assert error(model(IDS).logits, llama.alone(name)(IDS).logits) <= TOLERANCE
 
 
+def test_what_they_change_is_told(llama: MethodCase) -> None:
+    cm = llama.compile({"start": "eager"})
+    adapters = {adapter.name: adapter for adapter in cm.explain().adapters}
+    assert "norm" not in str(adapters["a0"])
+    assert "weights of its own at 2 of them" in str(adapters["a0"])
+    assert "own" not in str(adapters["a2"])
+    path = "model.layers.0.self_attn.q_proj"
+    assert "norm of ΔW 0" not in (text := str(cm.why(path, adapter="a0")))
+    assert "it has a weight of its own here" in text
+
+
 def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
     inputs = {"input_ids": IDS, "use_cache": False}
     with pytest.raises(lorafx.UnsupportedAdapterError, match=r"without weights of adapters' own"):
