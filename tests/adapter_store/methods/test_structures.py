@@ -26,6 +26,7 @@ LLAMA: Mapping[str, peft.PeftConfig] = {
     "a1": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "a2": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
     "a3": peft.RoadConfig(group_size=4, target_modules=["v_proj"]),
+    "a4": peft.LoKrConfig(r=8, alpha=3, target_modules=["v_proj"]),
 }
 GPT2: Mapping[str, peft.PeftConfig] = {
     "a0": peft.IA3Config(
@@ -77,7 +78,7 @@ def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
     cm = llama.compile({"cache": None, **options}, dynamic=True)
     check(llama, cm, NAMES)
     graphs = cm.recompiles
-    check(llama, cm, ["a2", "a3", "a0", None])
+    check(llama, cm, ["a4", "a3", "a0", None])
     check(llama, cm, ["a1", "a1", "a2", "a0"])
     assert cm.recompiles == graphs == (options["start"] == "compiled")
 
@@ -131,7 +132,7 @@ def test_behind_torch_compile(llama: MethodCase) -> None:
     assert error(got, llama.expected(NAMES, {"input_ids": IDS})) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["a0", "a1", "a3"])
+@pytest.mark.parametrize("name", ["a0", "a1", "a3", "a4"])
 def test_exported(llama: MethodCase, name: str, tmp_path: Path) -> None:
     llama.compile({"start": "eager"}).export_merged(name, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
