@@ -33,6 +33,7 @@ class ChangedWeight(NamedTuple):
         bias: gets the base's bias (N,), W and `tensors`, and gives the adapter's; None where that
             is the base's.
         structure: of the change, whose numbers are the first of `tensors`.
+        adds: W′ − W is the same for all W.
     """
 
     of: Callable[..., Tensor]
@@ -41,6 +42,7 @@ class ChangedWeight(NamedTuple):
     in_features: int | None = None
     bias: Callable[..., Tensor] | None = None
     structure: Structure | None = None
+    adds: bool = False
 
     @classmethod
     def structured(
@@ -55,7 +57,8 @@ class ChangedWeight(NamedTuple):
         bias = None
         if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
             bias = partial(_structured_bias, structure=structure)
-        return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure)
+        adds, flat = structure.form == KRONECKER, (numbers.flatten(),)
+        return cls(of, flat, out_features, in_features, bias, structure, adds)
 
     @property
     def adds(self) -> bool:

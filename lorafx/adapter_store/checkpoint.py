@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from lorafx.adapter_store.dialects import files, mlx
 from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.field_checks import is_off
 from lorafx.adapter_store.methods.factored import as_factors
+from lorafx.adapter_store.methods.method import of_delta
 from lorafx.adapter_store.methods.table import REFUSED_KEYS
 from lorafx.adapter_store.moved import with_present_paths
 from lorafx.adapter_store.peft_config import PeftConfig, raw_fields
 from lorafx.adapter_store.peft_keys import FactorSizes, factor_sizes, parse, without_prefix
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Saved, read_source
 from lorafx.errors import (
     CheckpointError,
@@ -28,6 +31,8 @@ from lorafx.errors import (
     UnsupportedAdapterError,
     nearest,
 )
+from lorafx.model.convolutions import weight_shape
+from lorafx.registry import lookup
 
 #: The names of dialects in `AdapterSource.dialect`.
 DIALECTS = ("mlx", "kohya", "diffusers", "loralib", "peft")
@@ -94,7 +99,37 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
         saved = as_factors(saved, model)
         state = files.state(saved, _parts(saved, adapter.dialect), model, adapter.dialect)
     state = with_present_paths(state, adapter, model)
+    if model is not None and state.made:
+        state = _with_kernels(state, model)
     return state if adapter.component is None else replace(state, left_out=())
+
+
+def _with_kernels(state: AdapterState, model: nn.Module) -> AdapterState:
+    """`state` with factors of what is added to weights of convolutions, which have no room for
+    weights of adapters' own."""
+    places, scales = Places((), model), dict(state.scales)
+    tensors, made = dict(state.tensors), dict(state.made)
+    for key, of in state.made.items():
+        path, weight = key.removesuffix(".lora_W.weight"), of.weight
+        module = places.module(path)
+        entry = None if module is None else lookup(module)
+        if module is None or entry is None or entry.kind != "conv":
+            continue
+        if weight is None or not weight.adds:
+            continue
+        shape = weight_shape(module)
+        if (weight.out_features, weight.in_features) != (shape[0], math.prod(shape[1:])):
+            continue  # which is told with its place
+        a, b, *_ = of_delta(weight.weight(weight.tensors[0].new_zeros(shape).flatten(1)), None)
+        named = {"A": a.unflatten(1, shape[1:]), "B": b.reshape(*b.shape, *[1] * len(shape[2:]))}
+        del tensors[key], made[key]
+        for letter, tensor in named.items():
+            new = key.replace("lora_W", f"lora_{letter}")
+            tensors[new], made[new] = tensor, of._replace(weight=None)
+        if state.config.lora_bias:
+            tensors[key.replace("lora_W.weight", "lora_B.bias")] = b.new_zeros(len(b))
+        scales[without_prefix(path)] = 1.0
+    return replace(state, tensors=tensors, made=made, scales=scales)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def rows_wanted(state: AdapterState, model: nn.Module) -> tuple[list[str], dict[
                 if weight.structure is not None:
                     tokens[path] = weight.rows(out_features, in_features)
                     continue
-        whole.append(path)
+        if entry is None or entry.kind in OWN_KINDS:
+            whole.append(path)
     for path, _, tensor, _ in _saved_tokens(state, places):
         module = graph.find(path)
         if module is not None and tensor.dim() == 2 and len(tensor):
@@ -322,19 +323,20 @@ class ExtrasReading:
 
     def add_changed(self, site: Site, key: str, label: str, changed: ChangedWeight) -> None:
         """Note a weight that is a function of the base's."""
-        if site.eligible.kind != "linear":
-            raise Unsupported(
-                f"{key}: {label} cannot have a weight of its own for each row: only linears can, "
-                "for what is no product of small factors"
-            )
-        if reason := own_refusal(site):
-            raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
         sizes = (site.out_features, site.in_features)
         made = bool(maker_of(site.module, site.eligible.weight))
         try:
             changed = changed.fitted(*sizes, made=made)
         except ValueError as error:
             raise Problem(f"{key}: {label} has a weight of {sizes}, {error}") from None
+        if site.eligible.kind != "linear":
+            raise Unsupported(
+                f"{key}: {label} cannot have a weight of its own for each row: only linears can, "
+                "for what is no product of small factors; merge the adapter into a copy of the "
+                "base model"
+            )
+        if reason := own_refusal(site):
+            raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
         (_, trained), base = self.biases.get(site.path, (site, None)), bias_of(site)
         same = trained is None or (base is not None and equal(trained, base))
         if changed.bias is not None and not same:

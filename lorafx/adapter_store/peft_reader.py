@@ -55,7 +55,7 @@ def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
         else:
             modules[places.current(path)] = None
         rank = max(rank, rows)
-    if (not modules or not rank) and not any(rows_wanted(state, model)):
+    if not (modules and (rank or state.made)) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), max(rank, 1))
 

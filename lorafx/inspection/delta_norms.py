@@ -17,15 +17,17 @@ from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 @dataclass(frozen=True)
 class DeltaNorms:
-    """An adapter's norms of ΔW by site, and by site the reason why it changes nothing there."""
+    """An adapter's norms of ΔW by site, by site the reason why it changes nothing there, and the
+    sites with a weight of its own, which norms leave out."""
 
     norms: dict[str, float]
     idle: dict[str, str]
+    owned: tuple[str, ...]
 
     @property
     def why_idle(self) -> str:
         """Why the adapter changes nothing anywhere, or ""."""
-        if len(self.idle) < len(self.norms) or not self.idle:
+        if self.owned or len(self.idle) < len(self.norms) or not self.idle:
             return ""
         return "no effect, because " + " or ".join(sorted(set(self.idle.values())))
 
@@ -51,13 +53,10 @@ def deltas_of(
                     square = _squared_norm(site, factors)
                     squares[site.path] = squares.get(site.path, 0.0) + square
                     reasons.setdefault(site.path, []).append(_why_idle(factors))
-        idle = {
-            path: of_parts[0]
-            for path, of_parts in reasons.items()
-            if all(of_parts) and path not in stored.owned
-        }
-        norms = {path: squares.get(path, 0.0) ** 0.5 for path in stored.sites}
-        _DELTAS[stored] = DeltaNorms(norms, idle)
+        sites = [path for path in stored.sites if path not in stored.owned]
+        idle = {path: reasons[path][0] for path in sites if all(reasons.get(path, [""]))}
+        norms = {path: squares.get(path, 0.0) ** 0.5 for path in sites}
+        _DELTAS[stored] = DeltaNorms(norms, idle, stored.owned)
     return _DELTAS.get(stored)
 
 

@@ -133,6 +133,7 @@ def _adapter_report(session: Session, name: str, quick: bool) -> AdapterReport:
         **vars(info(store, name)),
         merged=merged is not None and merged.name == name,
         norms=None if deltas is None else deltas.norms,
+        owned=store[name].owned,
         idle=() if deltas is None else tuple(deltas.idle),
         why_idle="" if deltas is None else deltas.why_idle,
     )

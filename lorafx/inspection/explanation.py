@@ -63,19 +63,21 @@ class AdapterReport(AdapterInfo):
     Attributes:
         merged: whether it is merged into base weights.
         norms: Frobenius norm of ΔW = s·B A by site, if in host memory and requested.
+        owned: the sites that have a weight of its own, which norms leave out.
         idle: the sites where it changes nothing.
         why_idle: why it changes nothing anywhere, or "".
     """
 
     merged: bool = False
     norms: Mapping[str, float] | None = None
+    owned: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     why_idle: str = ""
 
     @property
     def norm(self) -> float | None:
         """The Frobenius norm of all of ΔW, if known."""
-        return None if self.norms is None else sum(v * v for v in self.norms.values()) ** 0.5
+        return sum(v * v for v in self.norms.values()) ** 0.5 if self.norms else None
 
     def __str__(self) -> str:
         parts = [f"{self.name}: rank {self.rank}", f"{len(self.sites)} sites"]
@@ -85,6 +87,8 @@ class AdapterReport(AdapterInfo):
             parts.append(self.why_idle)
         elif self.norm is not None:
             parts.append(f"norm of ΔW {self.norm:.3g}")
+        if self.owned:
+            parts.append(f"weights of its own at {len(self.owned)} of them")
         if self.idle and not self.why_idle:
             parts.append(f"no effect at {len(self.idle)} of them ({some(self.idle, _MOST)})")
         return ", ".join(parts)

@@ -262,6 +262,8 @@ def _effect(
         norm = deltas.norms.get(site.path)
         if site.path in deltas.idle:
             notes.append(f"no effect, because {deltas.idle[site.path]}")
+    if site.path in stored.owned:
+        notes.append("it has a weight of its own here, of which norms of ΔW say nothing")
     change = None if call is None else _change_of(session, site, name, call)
     if call is None:
         notes.append("why(..., inputs={...}) also measures its change of the output")

@@ -2,6 +2,8 @@
 
 factors ─▶ a loader's `lora_state_dict` ─▶ factors under diffusers' names
     └─ which of them each operation reads ─▶ s of each result, and those that none was made of
+
+A changed weight goes through it as factors of rank one, and stands where these come out unchanged.
 """
 
 from __future__ import annotations
@@ -52,9 +54,13 @@ def converted(
     elsewhere = {part.component for part in parts} - {part.component for part in own}
     states: dict[str, AdapterState] = {}
     best, foreign = _fitting(direct, names), ""
-    factors = [part for part in own if part.letter != "W"]  # which none converts
+    weights = {part.place: part for part in own if part.letter == "W"}
+    keys = {part.key for part in own}
+    factors = [factor for part in own for factor in _stand_ins(part)]
     for variant in _variants(factors) if 0 < len(own) <= _MOST_KEYS else ():
-        for loader, made, lost in _conversions(variant, model):
+        for loader, of_factors, absent in _conversions(variant, model):
+            made, lost = _with_weights(of_factors, weights)
+            lost = (*(key for key in absent if key in keys), *lost)
             sources = _sources(made)
             scale_of = {place: {scales.get(p.place) for p in of} for place, of in sources.items()}
             if any(len(found) > 1 for found in scale_of.values()):
@@ -85,10 +91,11 @@ def converted(
     lost_keys = {key for state in states.values() for key in state.lost}
     kinds = {"m": "is of DoRA", "W": "changes all of a weight", "b": "is a bias"}
     for part in own:
-        if part.letter in kinds and states and (part.letter != "b" or part.key in lost_keys):
+        if part.letter in kinds and states and (part.letter == "m" or part.key in lost_keys):
             raise UnsupportedAdapterError(
                 f"{part.key} {kinds[part.letter]}, which diffusers' conversion of these names "
-                "leaves out; save the adapter under the names that diffusers has for the model"
+                "leaves out or splits; save the adapter under the names that diffusers has for the "
+                "model, or merge it into a copy of the base model"
             )
     if foreign and not states:
         raise CheckpointError(
@@ -110,7 +117,8 @@ def _fitting(state: AdapterState, names: ModulePaths) -> int:
 def _equal(first: AdapterState, second: AdapterState) -> bool:
     if first.tensors.keys() != second.tensors.keys() or first.scales != second.scales:
         return False
-    return all(torch.equal(t, second.tensors[key]) for key, t in first.tensors.items())
+    pairs = ((t, second.tensors[key]) for key, t in first.tensors.items())
+    return all(a is b or (not (a.is_meta or b.is_meta) and torch.equal(a, b)) for a, b in pairs)
 
 
 def _variants(parts: Sequence[NamedTensor]) -> Iterator[dict[str, NamedTensor]]:
@@ -130,6 +138,40 @@ def _variants(parts: Sequence[NamedTensor]) -> Iterator[dict[str, NamedTensor]]:
             keys[f"{prefix}{path}.{leaf}"] = part
         if len(keys) == len(parts) + flat * len(alphas):  # else two keys have become one
             yield keys
+
+
+def _stand_ins(part: NamedTensor) -> Iterator[NamedTensor]:
+    """The factor; in the place of a changed weight two of rank one, for a weight of its size."""
+    if part.letter != "W":
+        yield part
+        return
+    n, k = (torch.arange(1.0, max(size, 1) + 1) for size in part.tensor.shape)
+    for letter, tensor in (("A", k[None]), ("B", n[:, None])):
+        key = part.key.removesuffix("lora_W.weight") + _EXPECTED[part.flat][1][letter]
+        yield part._replace(key=key, letter=letter, tensor=tensor)
+
+
+def _with_weights(
+    made: Sequence[tuple[NamedTensor, list[NamedTensor]]], weights: Mapping[str, NamedTensor]
+) -> tuple[list[tuple[NamedTensor, list[NamedTensor]]], tuple[str, ...]]:
+    """`made` with the `weights`, by place, where their stand-ins are as they were, and the keys of
+    others."""
+    split = {
+        source.place
+        for part, of in made
+        for source in of
+        if not (len(of) == 1 and torch.equal(part.tensor, source.tensor))
+    }
+    result, placed = [], set[str]()
+    for part, of in made:
+        places = weights.keys() & {source.place for source in of}
+        if not places:
+            result.append((part, of))
+        elif part.letter == "B" and not places & split:
+            weight = weights[places.pop()]
+            placed.add(weight.key)
+            result.append((part._replace(key=weight.key, letter="W", tensor=weight.tensor), of))
+    return result, tuple(part.key for part in weights.values() if part.key not in placed)
 
 
 def _sources(

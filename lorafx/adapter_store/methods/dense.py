@@ -16,7 +16,14 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
+from lorafx.adapter_store.methods.method import (
+    AdapterMethod,
+    Given,
+    MadeFactors,
+    Misfit,
+    NotServed,
+    of_delta,
+)
 from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
@@ -128,15 +135,19 @@ def _glora_bias(bias: Tensor, weight: Tensor, *paths: Tensor) -> Tensor:
 def _full(given: Given) -> MadeFactors | ChangedWeight:
     if "diff" in given:
         key, tensor = given.tensors["diff"]
-        if tensor.dim() != 2:
+        if tensor.dim() < 2:
             raise NotServed(
-                f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears, "
-                "not at convolutions and norms; merge it into a copy of the base model"
+                f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears "
+                "and convolutions, not at norms; merge it into a copy of the base model"
             )
-        diff = given.take("diff", "N", "K")
+        kernel = [f"kernel {i}" for i in range(2, tensor.dim())]
+        diff = given.take("diff", "N", "K", *kernel).flatten(1)
         n, k = diff.shape
+        if kernel:
+            bias = given.take("diff_b", "N") if "diff_b" in given else None
+            return of_delta(diff, 1.0)._replace(bias=bias)
         if "diff_b" not in given:
-            return ChangedWeight(torch.add, (diff,), n, k)
+            return ChangedWeight(torch.add, (diff,), n, k, adds=True)
         return ChangedWeight(_with_diff, (diff, given.take("diff_b", "N")), n, k, _with_diff_b)
     bias = given.take("diff_b", "N")
     for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
@@ -206,6 +217,7 @@ FULL = AdapterMethod(
     leaves="lora_(?:down|up|[AB])",
     read=_full,
     form="own weight; diff_b beside factors: low rank",
-    rank="r",
+    rank="r; of a kernel its smaller side",
+    modules="linears, convolutions",
     against="LyCORIS's formula",
 )

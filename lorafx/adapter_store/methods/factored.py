@@ -88,10 +88,12 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
                 tensors.pop(key)
         of = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in leaves.values())
         weight = result if isinstance(result, ChangedWeight) else None
-        for name, tensor in _named(result, _KOHYA if config is None else _PEFT):
-            key = join(place, name)
+        named = dict(_named(result, _KOHYA if config is None else _PEFT))
+        for key in (join(place, name) for name in dict.fromkeys((*_KOHYA, *_PEFT, *named))):
             if key in tensors:
                 problems.append(Misfit(f"{key} stands beside {of}; keep one"))
+        for name, tensor in named.items():
+            key = join(place, name)
             tensors[key], made[key] = tensor, Made(method.name, of, weight)
         if not isinstance(result, ChangedWeight) and result.scale is not None:
             alpha = torch.tensor(result.scale * result.B.shape[1], dtype=torch.float64)
@@ -124,9 +126,7 @@ def _found(
             groups = match.groupdict()
             place, mark = groups["place"] or "", groups["mark"]
             if mark is not None:
-                first, leaves = found.setdefault(place, (method, {}))
-                if first is method:
-                    leaves[mark] = key, tensor
+                found.setdefault(place, (method, {}))[1][mark] = key, tensor
                 break
             leaf = groups.get("leaf") or groups["shared"]
             rest.setdefault(method, []).append((place, leaf, key, tensor))

@@ -58,7 +58,7 @@ def _own_weight(
             structure, torch.cat((scale * w1.flatten(), w2.flatten())), n, k
         )
     of = partial(_with_delta, delta=delta, scale=scale, dora=bool(dora))
-    return ChangedWeight(of, (*dora, *tensors), n, k)
+    return ChangedWeight(of, (*dora, *tensors), n, k, adds=not dora)
 
 
 def _with_delta(

@@ -97,16 +97,16 @@ def test_what_a_conversion_leaves_out_is_named() -> None:
         read(model, file, strict=True)
 
 
-TXT = "lora_unet_double_blocks_0_txt_attn_proj"
+QKV = "lora_unet_double_blocks_0_txt_attn_qkv"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({f"{TXT}.diff": torch.ones(16, 16)}, "changes all of a weight, which diffusers'"),
+        ({f"{QKV}.diff": torch.ones(48, 16)}, "txt_attn_qkv.* all of a weight, .* splits"),
         (
-            {f"{TXT}.lokr_w1": torch.ones(4, 4), f"{TXT}.lokr_w2": torch.ones(4, 4)},
-            "changes all of a weight, which diffusers'",
+            {f"{QKV}.lokr_w1": torch.ones(12, 4), f"{QKV}.lokr_w2": torch.ones(4, 4)},
+            "txt_attn_qkv.* all of a weight, .* splits",
         ),
         ({f"{FLUX}.diff_b": torch.ones(16)}, "diffusers, where it is installed, has no conversion"),
     ],

@@ -87,22 +87,27 @@ def test_a_mixed_batch_of_what_diffusers_and_kohya_save(unet, saved, caplog) -> 
     # Of the two modules alone, by the names that diffusers converts.
     torch.manual_seed(2)
     sgm, other = {}, copy.deepcopy(unet)
+    lokr, kron = {}, copy.deepcopy(unet)
     for name, path in SGM.items():
         weight = other.get_submodule(path).weight
         a, b = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
         sgm |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
         sgm[f"{name}.alpha"] = torch.tensor(1.0)
         weight += 0.5 * b @ a
+        w = {"lokr_w1": torch.randn(2, 4), "lokr_w2": torch.randn(4, weight.shape[1] // 4)}
+        lokr |= {f"{name}.{leaf}": tensor for leaf, tensor in w.items()}
+        kron.get_submodule(path).weight += torch.kron(*w.values())
     adapters = {
         "pipeline": folder / "pipeline",
         "model": folder / "model",
         "kohya": as_kohya(folder),
         "sgm": sgm,
+        "lokr": lokr,
     }
     with caplog.at_level(logging.INFO, logger="lorafx"):
         cm = lorafx.compile(copy.deepcopy(unet), adapters, options=REFERENCE)
     names = [*adapters, None]
-    own = {"sgm": other, None: unet}
+    own = {"sgm": other, "lokr": kron, None: unet}
     given = inputs(len(names))
     got = cm(**given, adapter_names=names).sample
     want = torch.cat(

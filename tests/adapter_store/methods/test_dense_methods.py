@@ -160,7 +160,6 @@ def test_differences_of_biases_beside_factors(names: tuple[str, str]) -> None:
 
 
 OF_LYCORIS = {
-    "kernel": ("q_proj.diff", torch.ones(8, 16, 3, 3), r"q_proj.diff has shape .* convolutions"),
     "norm": ("q_proj.diff", torch.ones(8), r"q_proj.diff has shape \(8,\): .*norms"),
     "beside factors": (
         "q_proj.lora_up.weight",

@@ -42,6 +42,9 @@ def lokr(**changed: Tensor | None) -> dict[str, Tensor]:
     return {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
 
 
+WHOLE = {f"{AT}lokr_w1": ones(2, 2), f"{AT}lokr_w2": ones(5, 6)}
+
+
 def tiny(**changed: Tensor | None) -> dict[str, Tensor]:
     w = {"tinylora_A": ones(2, 12), "tinylora_B": ones(10, 2), "tinylora_P": ones(3, 2, 2)}
     named = {f"{AT}{k}": t for k, t in {**w, **changed}.items() if t is not None}
@@ -101,6 +104,21 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
         None,
         {f"{AT}lora_A": ones(2, 12), f"{AT}lora_B": ones(10, 2), f"{AT}lora_E": ones(2, 1)},
         r"q_proj is of AdaLoRA, .*adapter_config.json",
+    ),
+    "two methods": (
+        None,
+        loha(lokr_w1=ones(2, 2), lokr_w2=ones(5, 6), alpha=ones(1)),
+        r"q_proj has lokr_w1, lokr_w2, which mean nothing beside .*hada_w1_a.*; keep one",
+    ),
+    "beside lora_up": (
+        None,
+        {**WHOLE, f"{AT}lora_up.weight": ones(10, 2)},
+        r"q_proj.lora_up.weight stands beside .*q_proj.lokr_w1 \(2, 2\).*; keep one",
+    ),
+    "product of whole matrices": (
+        None,
+        {**WHOLE, f"{AT}lokr_w1": ones(2, 3)},
+        r"lokr_w1 \(2, 3\).* q_proj has a weight of \(10, 12\), which needs to be \(10, 18\)",
     ),
     "nothing": (LOHA, {f"{AT}lora_A.weight": ones(2, 12)}, r"holds nothing of LoHa"),
     "block": (MISS, {f"{AT}miss_block": ones(2, 9)}, r"miss_block \(2, 9\).*q_proj needs \(10"),
@@ -202,8 +220,7 @@ def test_no_rank_was_left(cm: Any) -> None:
 
 
 def test_a_whole_matrix_of_lokr_needs_room_for_a_weight(cm: Any) -> None:
-    whole = {f"{AT}lokr_w1": ones(2, 2), f"{AT}lokr_w2": ones(5, 6)}
-    source = lorafx.AdapterSource(whole, config=LOKR)
+    source = lorafx.AdapterSource(WHOLE, config=LOKR)
     with pytest.raises(lorafx.CapacityError, match=r"trainable_tokens=\{'q_proj': 3\}"):
         cm.load_adapter(source, "a")
     assert cm.adapters == ()

@@ -97,6 +97,18 @@ def lycoris(prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors, {name: delta for name, (_, delta) in parts.items()}
 
 
+def of_full_rank() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file with more numbers as factors than the weights have."""
+    torch.manual_seed(4)
+    parts = {
+        "first": ({"first.diff": (diff := rand(12, 4, 3, 3))}, diff),
+        "mix": lokr("mix", (3, 3), (4, 4), 4),
+        "down": loha("down", 12, 12 * 9, 4),
+    }
+    tensors = {key: t for part, _ in parts.values() for key, t in part.items()}
+    return tensors, {name: delta for name, (_, delta) in parts.items()}
+
+
 @torch.no_grad()
 def by_hand(base: nn.Module, deltas: Mapping[str, Tensor], m: Tensor | None = None) -> nn.Module:
     """`base` in float64 with ΔW added, and then DoRA's norms `m` (12,) of all weights."""
@@ -126,7 +138,11 @@ class Served:
             dims = [1] * (self.base.get_submodule(name).weight.dim() - 1)
             dora[f"{name}.dora_scale"] = m.reshape(-1, *dims)
         self.exact["dora"] = by_hand(self.base, deltas, m)
-        adapters: dict[str, Any] = {**folders, "lycoris": tensors, "dora": dora}
+        full, deltas = of_full_rank()
+        self.exact["full"] = by_hand(self.base, deltas)
+        full["first.diff_b"] = m
+        self.exact["full"].first.bias.data += m
+        adapters: dict[str, Any] = {**folders, "lycoris": tensors, "dora": dora, "full": full}
         self.cm = lorafx.compile(copy.deepcopy(self.base), adapters, options=REFERENCE)
 
 
@@ -141,6 +157,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         ["loha", None, "lora", "lycoris"],
         ["loha tucker", "lokr", "adalora", "lora"],
         ["lokr tucker", "dora", None, "loha"],
+        ["full", None, "lora", "full"],
     ],
     ids=lambda names: names[0],
 )
@@ -202,6 +219,28 @@ def test_a_dilated_convolution_cannot_add_them(make: Callable[..., Any]) -> None
     tensors, _ = make("0", 12, 4 * 9 if make is loha else 4)
     with pytest.raises(lorafx.UnsupportedAdapterError, match="dilation"):
         cm.load_adapter(tensors, "a")
+    assert cm.adapters == ()
+
+
+BAD = {
+    "sizes": (
+        loha("down", 12, 12, 4)[0],
+        r"hada_w1_a .*: down has a weight of \(12, 108\), .*\(12, 12\)",
+    ),
+    "norms": (
+        lokr("down", (3, 3), (4, 36), 4)[0] | {"down.dora_scale": torch.ones(1, 108)},
+        r"lokr_w1 .*: down cannot have a weight of its own .*merge the adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("given", [True, False])
+def test_what_no_convolution_can_have(case: str, given: bool) -> None:
+    tensors, message = BAD[case]
+    cm = lorafx.compile(Convolutions(), lorafx.LoraConfig(target_modules=NAMES))
+    with pytest.raises(lorafx.CheckpointError, match=message):
+        lorafx.compile(Convolutions(), {"a": tensors}) if given else cm.load_adapter(tensors, "a")
     assert cm.adapters == ()
 
 

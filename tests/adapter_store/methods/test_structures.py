@@ -28,6 +28,7 @@ LLAMA: Mapping[str, peft.PeftConfig] = {
     "a1": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "a2": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
     "a3": peft.RoadConfig(group_size=4, target_modules=["v_proj"]),
+    "a4": peft.LoKrConfig(r=8, alpha=3, target_modules=["v_proj"]),
 }
 GPT2: Mapping[str, peft.PeftConfig] = {
     "a0": peft.IA3Config(
@@ -79,7 +80,7 @@ def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
     cm = llama.compile({"cache": None, **options}, dynamic=True)
     check(llama, cm, NAMES)
     graphs = cm.recompiles
-    check(llama, cm, ["a2", "a3", "a0", None])
+    check(llama, cm, ["a4", "a3", "a0", None])
     check(llama, cm, ["a1", "a1", "a2", "a0"])
     assert cm.recompiles == graphs == (options["start"] == "compiled")
 
@@ -133,12 +134,23 @@ def test_behind_torch_compile(llama: MethodCase) -> None:
     assert error(got, llama.expected(NAMES, {"input_ids": IDS})) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["a0", "a1", "a3"])
+@pytest.mark.parametrize("name", ["a0", "a1", "a3", "a4"])
 def test_exported(llama: MethodCase, name: str, tmp_path: Path) -> None:
     llama.compile({"start": "eager"}).export_merged(name, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert error(model(IDS).logits, llama.alone(name)(IDS).logits) <= TOLERANCE
+
+
+def test_what_they_change_is_told(llama: MethodCase) -> None:
+    cm = llama.compile({"start": "eager"})
+    adapters = {adapter.name: adapter for adapter in cm.explain().adapters}
+    assert "norm" not in str(adapters["a0"])
+    assert "weights of its own at 2 of them" in str(adapters["a0"])
+    assert "own" not in str(adapters["a2"])
+    path = "model.layers.0.self_attn.q_proj"
+    assert "norm of ΔW 0" not in (text := str(cm.why(path, adapter="a0")))
+    assert "it has a weight of its own here" in text
 
 
 def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -308,6 +309,64 @@ def test_one_file_of_kohyas(pair: Callable[[str], Pair]) -> None:
     both.cp.load_adapter(tensors, "other")
     both.check(["other", None])
     both.cp.unload_adapter("other")
+
+
+def rand(*shape: int) -> Tensor:
+    return 0.3 * torch.randn(*shape)
+
+
+def of_method(method: str, n: int, k: int, *kernel: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors by the ends of LyCORIS's keys, and ΔW by its formula."""
+    if method == "lokr":
+        w = {"lokr_w1": rand(2, 2), "lokr_w2": rand(n // 2, k // 2, *kernel)}
+        return w, torch.kron(w["lokr_w1"].view(2, 2, *[1] * len(kernel)), w["lokr_w2"])
+    if method == "diff":
+        return {"diff": (diff := rand(n, k, *kernel))}, diff
+    pairs = [(rand(n, 2), rand(2, k * math.prod(kernel))) for _ in range(2)]
+    w = {f"hada_w{i + 1}_{x}": t for i in range(2) for x, t in zip("ab", pairs[i], strict=True)}
+    return {**w, "alpha": torch.tensor(2.0)}, math.prod(a @ b for a, b in pairs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("kind", "prefixes"),
+    [
+        ("sdxl", {"unet": "lora_unet_", "text_encoder": "lora_te1_"}),
+        ("flux", {"transformer": "transformer."}),
+    ],
+)
+def test_files_of_lycoris(kind: str, prefixes: dict[str, str], start: str, tmp_path: Path) -> None:
+    """All methods in each file, each in turn, at linears and convolutions."""
+    torch.manual_seed(5)
+    pipe = tiny.pipeline(kind)
+    base = copy.deepcopy(pipe)
+    files: dict[str, dict[str, Tensor]] = {}
+    merged: dict[str | None, Any] = {None: base}
+    ends = ("to_q", "to_v", "ff.net.2", "q_proj", "fc1", "conv1", "conv_shortcut")
+    for first in range(2):
+        files[f"a{first}"], merged[f"a{first}"] = {}, copy.deepcopy(pipe)
+        for part, prefix in prefixes.items():
+            modules = getattr(merged[f"a{first}"], part).named_modules()
+            ours = [(path, module) for path, module in modules if path.endswith(ends)]
+            for number, (path, module) in enumerate(ours, first):
+                method = ("lokr", "loha", "diff")[number % 3]
+                tensors, delta = of_method(method, *module.weight.shape)
+                module.weight += delta.view(module.weight.shape)
+                path = path.replace(".", "_") if prefix.endswith("_") else path
+                files[f"a{first}"] |= {f"{prefix}{path}.{end}": t for end, t in tensors.items()}
+    folder = tiny.save_lora(pipe, tmp_path, 1, PARTS[kind])
+    adapters = {**files, "lora": folder}
+    cp = lorafx.compile_pipeline(pipe, adapters, options={**REFERENCE, "start": start})
+    names, size = ["a0", None, "a1", "lora"], tiny.SIZES[kind]
+    call = {**tiny.CALL, "height": size, "width": size}
+    call |= {"max_sequence_length": 6} if kind == "flux" else {}
+    got = cp(prompt=PROMPTS, generator=tiny.noise(range(4)), adapter_names=names, **call).images
+    for row, name in enumerate(names[:3]):
+        given = {"prompt": PROMPTS[row], "generator": tiny.noise(range(row, row + 1)), **call}
+        want = merged[name](**given).images
+        assert error(got[row : row + 1], want) <= TOLERANCE
+        assert name is None or error(want, base(**given).images) > 100 * TOLERANCE
 
 
 def test_what_is_refused(pair: Callable[[str], Pair]) -> None:
