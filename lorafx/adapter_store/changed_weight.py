@@ -33,7 +33,7 @@ class ChangedWeight(NamedTuple):
         bias: gets the base's bias (N,), W and `tensors`, and gives the adapter's; None where that
             is the base's.
         structure: of the change, whose numbers are the first of `tensors`.
-        adds: W′ − W is the same for all W.
+        adds: W′ − W, and what is added to the bias, are the same for all W.
     """
 
     of: Callable[..., Tensor]
@@ -57,17 +57,14 @@ class ChangedWeight(NamedTuple):
         bias = None
         if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
             bias = partial(_structured_bias, structure=structure)
-        adds, flat = structure.form == KRONECKER, (numbers.flatten(),)
-        return cls(of, flat, out_features, in_features, bias, structure, adds)
-
-    @property
-    def adds(self) -> bool:
-        """Whether the change is added to outputs, of which it does not depend."""
-        return self.structure is not None and self.structure.form in (KRONECKER, SHIFTED_OUTPUT)
+        adds = structure.form in (KRONECKER, SHIFTED_OUTPUT)
+        return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure, adds)
 
     def times(self, weight: float) -> ChangedWeight:
         """`weight` times the change, which `adds`."""
-        assert self.structure is not None
+        if self.structure is None:
+            bias = None if self.bias is None else partial(_times, of=self.bias, weight=weight)
+            return self._replace(of=partial(_times, of=self.of, weight=weight), bias=bias)
         (numbers,) = self.tensors
         first = self.structure.first * self.structure.second or len(numbers)
         scaled = torch.cat((numbers[:first].float() * weight, numbers[first:].float()))
@@ -107,6 +104,10 @@ class ChangedWeight(NamedTuple):
     def _like(self, base: Tensor) -> list[Tensor]:
         dtypes = (base.dtype if t.is_floating_point() else t.dtype for t in self.tensors)
         return [t.to(base.device, dtype) for t, dtype in zip(self.tensors, dtypes, strict=True)]
+
+
+def _times(base: Tensor, *tensors: Tensor, of: Callable[..., Tensor], weight: float) -> Tensor:
+    return base + weight * (of(base, *tensors) - base)
 
 
 def _structured(weight: Tensor, numbers: Tensor, *, structure: Structure) -> Tensor:

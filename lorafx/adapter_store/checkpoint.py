@@ -115,7 +115,7 @@ def _with_kernels(state: AdapterState, model: nn.Module) -> AdapterState:
         entry = None if module is None else lookup(module)
         if module is None or entry is None or entry.kind != "conv":
             continue
-        if weight is None or not weight.adds:
+        if weight is None or not weight.adds or weight.bias is not None:
             continue
         shape = weight_shape(module)
         if (weight.out_features, weight.in_features) != (shape[0], math.prod(shape[1:])):

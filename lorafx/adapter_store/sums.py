@@ -30,7 +30,7 @@ def sum_of(
     s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
     bits. Where a single adapter has factors, only their scale changes. No graph depends on weights.
 
-    What is added without factors (a Kronecker product, a shift of outputs) is multiplied by w_i.
+    What is added without factors (a Kronecker product, a whole difference) is multiplied by w_i.
 
     Raises ConfigError for an adapter that is not linear in its weight and for a scale beyond
     float32, CapacityError for a sum of ranks beyond a bank's, or of two such changes at a site.

@@ -39,7 +39,7 @@ def _hira_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _c3a(given: Given) -> ChangedWeight:
     kernel = given.take("c3a_kernel", "N / b", "K / b", "b")
     n, k, b = kernel.shape
-    return ChangedWeight(_with_circulants, (kernel,), n * b, k * b)
+    return ChangedWeight(_with_circulants, (kernel,), n * b, k * b, adds=True)
 
 
 def _with_circulants(weight: Tensor, kernel: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _randlora(given: Given) -> ChangedWeight:
         )
     scale = given.option("randlora_alpha", 640) / len(lambdas)
     of = partial(_with_bases, scale=scale, place=given.place)
-    return ChangedWeight(of, (a, b, lambdas, gammas))
+    return ChangedWeight(of, (a, b, lambdas, gammas), adds=True)
 
 
 def _with_bases(
@@ -148,7 +148,8 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
             return of_delta(diff, 1.0)._replace(bias=bias)
         if "diff_b" not in given:
             return ChangedWeight(torch.add, (diff,), n, k, adds=True)
-        return ChangedWeight(_with_diff, (diff, given.take("diff_b", "N")), n, k, _with_diff_b)
+        both = diff, given.take("diff_b", "N")
+        return ChangedWeight(_with_diff, both, n, k, _with_diff_b, adds=True)
     bias = given.take("diff_b", "N")
     for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         if down in given or up in given:

@@ -50,7 +50,7 @@ def _at_drawn(
         transform=transform,
         key=given.tensors[leaf][0],
     )
-    return ChangedWeight(of, (numbers,))
+    return ChangedWeight(of, (numbers,), adds=True)
 
 
 def _with_drawn(
@@ -93,7 +93,7 @@ def _shira(given: Given) -> ChangedWeight:
     key = given.tensors["shira_indices"][0]
     if len(positions) != 2:
         raise Misfit(f"{key} has shape {tuple(positions.shape)}, it needs (2, {len(values)})")
-    return ChangedWeight(partial(_with_entries, key=key), (values, *positions))
+    return ChangedWeight(partial(_with_entries, key=key), (values, *positions), adds=True)
 
 
 def _with_entries(
@@ -115,12 +115,12 @@ def _supertuning(given: Given) -> ChangedWeight:
     positions = given.take("supertuning_indices", "n", dtype=torch.int64)
     of = partial(_with_flat_entries, key=given.tensors["supertuning_indices"][0])
     if "supertuning_lora_A" not in given and "supertuning_lora_B" not in given:
-        return ChangedWeight(of, (values, positions))
+        return ChangedWeight(of, (values, positions), adds=True)
     a = given.take("supertuning_lora_A", "r", "K")
     b = given.take("supertuning_lora_B", "N", "r")
     alpha = given.option("lora_alpha")
     scale = 2.0 if alpha is None else alpha / len(a)
-    return ChangedWeight(of, (values, positions, a * scale, b), len(b), a.shape[1])
+    return ChangedWeight(of, (values, positions, a * scale, b), len(b), a.shape[1], adds=True)
 
 
 def _with_flat_entries(

@@ -187,13 +187,15 @@ class MethodSum(SumCase, MethodCase):
 
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
-def test_sums_have_kronecker_products(start: str, tmp_path: Path) -> None:
+def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
     lokr = peft.LoKrConfig(r=64, decompose_factor=4, target_modules=["q_proj", "down_proj"])
-    configs = {"a0": lokr, "a1": lokr, "a2": LLAMA["a2"], "a3": LLAMA["a0"]}
+    waves = peft.FourierFTConfig(n_frequency=30, target_modules=["q_proj", "v_proj"])
+    configs = {"a0": lokr, "a1": lokr, "a2": LLAMA["a2"], "a3": LLAMA["a0"], "a4": waves}
     case = MethodSum.of(case_of("llama", configs, tmp_path))
     cm = case.compile({"start": start, "cache": None}, dynamic=True)
     check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
     check(case, cm, ["a0", {"a1": -0.5, "a2": 1.0}, {"a0": 1.5}, "a2"])
+    check(case, cm, ["a4", {"a4": -0.5, "a2": 1.0}, {"a4": 3.0}, None])
     with pytest.raises(CapacityError, match=r"two of its adapters change model\.layers\.0"):
         cm(IDS, adapter_names=[{"a0": 0.5, "a1": 0.5}] * 4)
     with pytest.raises(lorafx.ConfigError, match="'a3' has weights of its own"):
