@@ -15,7 +15,6 @@ arithmetic into its readers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +24,15 @@ from torch import Tensor, fx
 import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.kernels.ops.delta import rescaled_rows, shifted_rows
 from lorafx.kernels.ops.own_rows import OwnRows
+from lorafx.model.quantized import is_stored
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.propagate import ancestors
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.program.frame import fake_value
-from lorafx.program.plain_products import is_plain_product, views_between
+from lorafx.program.plain_products import is_plain_product
+from lorafx.program.refusals import Refusal
 from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
@@ -42,6 +43,11 @@ OWN_OPS = {
     SITE_OP: torch.ops.lorafx.own_linear.default,
     EMBEDDING_OP: torch.ops.lorafx.own_embedding.default,
 }
+
+
+_IN_ANOTHER_GRAPH = (
+    "its weight is quantised, and a graph break in its call puts the product into another graph"
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class ReplaceRows:
             call = bound(node)
             # Unproved rows: the site's op refuses batches that mix adapters.
             call["rows"] = call["rows"] or ALL_ALIKE
-            if node.target is SITE_OP and _turn_input(ctx, node, call):
-                call.update(turned=True, weight=None)
+            if node.target is SITE_OP:
+                _turn_input(ctx, node, call)
             with gm.graph.inserting_before(node):
                 y = ctx.emit(op, *in_order(op, call))
             unused = (*OwnRows._fields, *(name for name in ("weight", "bias") if name in call))
@@ -141,32 +147,34 @@ class ReplaceRows:
         return edits
 
 
-def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> bool:
-    """Have the site's product read what adapters make of x; False if it cannot, so they multiply
-    it by W once more."""
-    (state, *_) = ctx.states[node]
-    use = state.use
-    if use is None or use.x is None or not is_plain_product(node, state):
-        return False
-    if not _moved_before(call["rows"], use.node):
-        return False
-    with ctx.graph.inserting_before(use.node):
-        turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
-        for view in views_between(use.x, call["x"]) or ():
-            arguments = (turned, *view.args[1:])
-            turned = ctx.emit(view.target, *arguments, **view.kwargs)
-    use.node.replace_input_with(use.x, turned)
-    state.use = replace(use, x=turned)
-    return True
+def _turn_input(ctx: Context, node: fx.Node, call: dict[str, Any]) -> None:
+    """Have the site's product read what adapters make of x. If it cannot, they multiply it by W
+    once more, which only numbers can be."""
+    (state, *_), x, y = ctx.states[node], call["x"], call["y"]
+    stored = is_stored(state.site.module, state.site.eligible)
+    made = _between(x, y) if stored or is_plain_product(node, state) else []
+    if not made:
+        if stored:
+            ctx.refuse(Refusal((state.site,), "own", _IN_ANOTHER_GRAPH))
+        return
+    # Copies, since the number of rows may come from the product.
+    with ctx.graph.inserting_before(node):
+        copies = {x: ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))}
+        for item in made:
+            copies[item] = ctx.graph.node_copy(item, lambda n: copies.get(n, n))
+    call.update(y=copies[y], turned=True, weight=None)
+    rebind(node, y=copies[y])
+    for item in reversed(made):
+        if not item.users:
+            ctx.graph.erase_node(item)
+    if not stored and state.use is not None and state.use.x is not None:
+        state.use = replace(state.use, node=copies[state.use.node], x=copies[state.use.x])
 
 
-def _moved_before(rows: Any, product: fx.Node) -> bool:
-    """Have `rows` computed before the product; False if it depends on that."""
-    if not isinstance(rows, fx.Node):
-        return True
-    later = {n for n in ancestors([rows], lambda n: not n < product) if not n < product}
-    if product in later:
-        return False
-    for node in sorted(later):
-        product.prepend(node)
-    return True
+def _between(x: fx.Node, y: fx.Node) -> list[fx.Node]:
+    """What makes y of x, in order."""
+    made = [x]
+    for item in sorted(ancestors([y], lambda n: n is not x) - {x}):
+        if not set(made).isdisjoint(item.all_input_nodes):
+            made.append(item)
+    return made[1:]

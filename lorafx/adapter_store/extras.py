@@ -48,6 +48,7 @@ from lorafx.model.extras import (
     bias_refusal,
     is_input_embedding,
     own_refusal,
+    structure_refusal,
     tied_paths,
 )
 from lorafx.model.made_weights import maker_of
@@ -327,14 +328,15 @@ class ExtrasReading:
                 f"{key}: {label} cannot have a weight of its own for each row: only linears can, "
                 "for what is no product of small factors"
             )
-        if reason := own_refusal(site):
-            raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
         sizes = (site.out_features, site.in_features)
         made = bool(maker_of(site.module, site.eligible.weight))
         try:
             changed = changed.fitted(*sizes, made=made)
         except ValueError as error:
             raise Problem(f"{key}: {label} has a weight of {sizes}, {error}") from None
+        refusal = own_refusal if changed.structure is None else structure_refusal
+        if reason := refusal(site):
+            raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
         (_, trained), base = self.biases.get(site.path, (site, None)), bias_of(site)
         same = trained is None or (base is not None and equal(trained, base))
         if changed.bias is not None and not same:
