@@ -4,7 +4,7 @@ they are, which read the inputs that adapters turn. The oracle merges into the d
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, error
+from dense_merge import REFERENCE, error, random_base
 from method_files import merged, save
-from quantised import KINDS, ROUNDS, Rounded, small_base
+from packed_integers import AwqLinear, PackedLinear
+from quantised import KINDS, SIZES, Rounded
 from torch import Tensor, nn
 
 import lorafx
@@ -55,12 +56,19 @@ class Quantised:
 
 
 def quantised(kind: str, root: Path) -> Quantised:
-    base = small_base()
+    base = random_base("llama", **SIZES, attention_bias=True)
     folders = {name: save(base, config, root / name) for name, config in ADAPTERS.items()}
     model = copy.deepcopy(base)
     KINDS[kind][0](model)
     model.eval().requires_grad_(False)
     return Quantised(model, Rounded(base, model, {}).dense().base, folders)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    lorafx.register(AwqLinear, dequantize=PackedLinear.dequantized)
+    yield
+    lorafx.unregister(AwqLinear)
 
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
@@ -76,7 +84,7 @@ def quantised(kind: str, root: Path) -> Quantised:
                 "torchao-int8-dynamic",
                 "torchao-int4-groups",
                 "bitsandbytes-8",
-                "quant_method",
+                "awq",
             )
         ),
     ],
