@@ -183,7 +183,8 @@ class Match:
             if origins[mark] is not None and mark not in kept:
                 continue
             if mark in kept or not nodes or nodes.isdisjoint(ancestors([bound(mark)["y"]])):
-                if site.own_rows and _forward_unknown(site):
+                stored = is_stored(site.module, site.eligible)
+                if site.own_rows and _forward_unknown(site) and not stored:
                     ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
             if site.eligible.handler is not None:

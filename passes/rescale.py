@@ -15,7 +15,6 @@ arithmetic into its readers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +24,15 @@ from torch import Tensor, fx
 import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.kernels.ops.delta import rescaled_rows, shifted_rows
 from lorafx.kernels.ops.own_rows import OwnRows
+from lorafx.model.quantized import is_stored
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.propagate import ancestors
 from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.program.context import CONV_OP, EMBEDDING_OP, SITE_OP, Context, is_site
 from lorafx.program.frame import fake_value
-from lorafx.program.plain_products import is_plain_product, views_between
+from lorafx.program.plain_products import is_plain_product
+from lorafx.program.refusals import Refusal
 from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
@@ -42,6 +43,11 @@ OWN_OPS = {
     SITE_OP: torch.ops.lorafx.own_linear.default,
     EMBEDDING_OP: torch.ops.lorafx.own_embedding.default,
 }
+
+
+_IN_ANOTHER_GRAPH = (
+    "its weight is quantised, and a graph break in its call puts the product into another graph"
+)
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,8 @@ class ReplaceRows:
 def _replace_behind(ctx: Context, node: fx.Node, call: dict[str, Any], unused: Any) -> None:
     """Replace outputs of a linear behind its delta, which its product may be fused with. Rows of a
     slot have the delta in them."""
-    turned = _turn_input(ctx, node, call)
-    rebind(node, **unused, **({} if turned is None else {"x": turned}))
-    if turned is not None:
-        call.update(turned=True, weight=None)
+    _turn_input(ctx, node, call)
+    rebind(node, **unused)
     readers = list(node.users)
     with ctx.graph.inserting_before(node.next):
         y = ctx.emit(OWN_OPS[SITE_OP], *in_order(OWN_OPS[SITE_OP], {**call, "y": node}))
@@ -156,31 +160,34 @@ def _replace_behind(ctx: Context, node: fx.Node, call: dict[str, Any], unused: A
         reader.replace_input_with(node, y)
 
 
-def _turn_input(ctx: Context, node: fx.Node, call: Mapping[str, Any]) -> fx.Node | None:
-    """Have the site's product read what adapters make of x, and return that; None if it cannot, so
-    they multiply it by W once more."""
-    (state, *_) = ctx.states[node]
-    use = state.use
-    if use is None or use.x is None or not is_plain_product(node, state):
-        return None
-    if not _moved_before((call["slots"], call["rows"]), use.node):
-        return None
-    with ctx.graph.inserting_before(use.node):
-        x = turned = ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))
-        for view in views_between(use.x, call["x"]) or ():
-            arguments = (x, *view.args[1:])
-            x = ctx.emit(view.target, *arguments, **view.kwargs)
-    use.node.replace_input_with(use.x, x)
-    state.use = replace(use, x=x)
-    return turned
+def _turn_input(ctx: Context, node: fx.Node, call: dict[str, Any]) -> None:
+    """Have the site's product read what adapters make of x. If it cannot, they multiply it by W
+    once more, which only numbers can be."""
+    (state, *_), x, y = ctx.states[node], call["x"], call["y"]
+    stored = is_stored(state.site.module, state.site.eligible)
+    made = _between(x, y) if stored or is_plain_product(node, state) else []
+    if not made:
+        if stored:
+            ctx.refuse(Refusal((state.site,), "own", _IN_ANOTHER_GRAPH))
+        return
+    # Copies, since the number of rows may come from the product.
+    with ctx.graph.inserting_before(node):
+        copies = {x: ctx.emit(OWN_INPUT, *in_order(OWN_INPUT, call))}
+        for item in made:
+            copies[item] = ctx.graph.node_copy(item, lambda n: copies.get(n, n))
+    call.update(turned=True, weight=None)
+    rebind(node, x=copies[x], y=copies[y])
+    for item in reversed(made):
+        if not item.users:
+            ctx.graph.erase_node(item)
+    if not stored and state.use is not None and state.use.x is not None:
+        state.use = replace(state.use, node=copies[state.use.node], x=copies[state.use.x])
 
 
-def _moved_before(values: Sequence[Any], product: fx.Node) -> bool:
-    """Have `values` computed before the product; False if they depend on that."""
-    roots = [value for value in values if isinstance(value, fx.Node) and not value < product]
-    later = {n for n in ancestors(roots, lambda n: not n < product) if not n < product}
-    if product in later:
-        return False
-    for node in sorted(later):
-        product.prepend(node)
-    return True
+def _between(x: fx.Node, y: fx.Node) -> list[fx.Node]:
+    """What makes y of x, in order."""
+    made = [x]
+    for item in sorted(ancestors([y], lambda n: n is not x) - {x}):
+        if not set(made).isdisjoint(item.all_input_nodes):
+            made.append(item)
+    return made[1:]

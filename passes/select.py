@@ -28,7 +28,7 @@ from lorafx.model.candidates import (
     weight_of,
 )
 from lorafx.model.experts import expert_weights, folded
-from lorafx.model.extras import own_refusal, replaceable_rows
+from lorafx.model.extras import own_refusal, replaceable_rows, structure_refusal
 from lorafx.model.module_graph import ModuleGraph, joined_lines
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
@@ -128,7 +128,8 @@ class _Selection:
                 _warn(f"{item.label} is left out: {_EMPTY}")
                 continue
             site = self._site(item, members)
-            reason = None if rows == 0 else site if isinstance(site, str) else own_refusal(site)
+            refusal = own_refusal if rows is None else structure_refusal
+            reason = None if rows == 0 else site if isinstance(site, str) else refusal(site)
             if reason is not None:
                 self.problems.append(
                     f"{item.label} cannot have a weight of an adapter's own for each row "

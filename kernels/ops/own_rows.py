@@ -21,7 +21,8 @@ a product with the weight of every slot would cost more than the wait.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,6 +195,24 @@ def own_input_fake(x, own, own_table, slots, rows):
     require(op, own_table.shape[1:] == (4,), "own_table is (slots, 4)")
     check_rows(op, x.shape[:-1], x.shape[:-1], rows)
     return x.new_empty(x.shape)
+
+
+def own_product(
+    x: Tensor,
+    y: Tensor,
+    replaced: OwnRows,
+    slots: Tensor,
+    rows: int,
+    product: Callable[[Tensor], Any],
+) -> Tensor:
+    """`own_linear` of y = `product`(x), a call that can read other inputs than x."""
+    turned = own_input(x, replaced.own, replaced.own_table, slots, rows)  # type: ignore[arg-type]
+    changed = (turned != x).any(-1)
+    if bool(changed.any()):
+        result = product(turned[changed])
+        result = result[0] if isinstance(result, tuple) else result
+        y = y.index_put((changed,), result.to(y.dtype))
+    return own_linear(x, y, *replaced, slots, rows, turned=True)  # type: ignore[arg-type]
 
 
 def own_embedding(

@@ -48,6 +48,7 @@ from lorafx.model.extras import (
     bias_refusal,
     is_input_embedding,
     own_refusal,
+    structure_refusal,
     tied_paths,
 )
 from lorafx.model.made_weights import maker_of
@@ -335,7 +336,8 @@ class ExtrasReading:
                 "for what is no product of small factors; merge the adapter into a copy of the "
                 "base model"
             )
-        if reason := own_refusal(site):
+        refusal = own_refusal if changed.structure is None else structure_refusal
+        if reason := refusal(site):
             raise Unsupported(f"{key}: {label} cannot have a weight of its own: {reason}")
         (_, trained), base = self.biases.get(site.path, (site, None)), bias_of(site)
         same = trained is None or (base is not None and equal(trained, base))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class RowDeltas:
         scale: Tensor | float | None,
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
-        base: Tensor | None = None,
+        base: Tensor | Callable[[Tensor], Any] | None = None,
     ) -> Tensor:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""

@@ -25,10 +25,17 @@ from lorafx.registry import lookup
 When = Literal["always", "mixed", "dora", "own", "bias"]
 #: Kinds of modules whose weight may differ between rows.
 OWN_KINDS = ("linear", "embedding")
+_STORED = "its weight is quantised"
 
 
 def own_refusal(site: Site) -> str | None:
     """Why an adapter cannot replace rows of the site's weight, or None where it can."""
+    return structure_refusal(site) or (_STORED if is_stored(site.module, site.eligible) else None)
+
+
+def structure_refusal(site: Site) -> str | None:
+    """Why an adapter cannot change the site's weight by a structure (`ChangedWeight`), or None
+    where it can."""
     entry = site.eligible
     if site.expert_weight is not None:
         return "it holds routed experts"
@@ -42,9 +49,7 @@ def own_refusal(site: Site) -> str | None:
         return "its weight is one rank's share"
     if len(site.parts) > 1:
         return "it packs several projections"
-    if is_stored(site.module, entry):
-        return "its weight is quantised"
-    return None
+    return _STORED if entry.kind != "linear" and is_stored(site.module, entry) else None
 
 
 def dora_refusal(site: Site) -> str | None:

@@ -31,6 +31,7 @@ import lorafx.kernels.ops.linear_ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
+from lorafx.kernels.ops.own_rows import own_product
 from lorafx.model.bank import Bank
 from lorafx.model.made_weights import maker_of
 from lorafx.model.runtime import Runtime
@@ -168,7 +169,8 @@ class SiteMark:
         with_delta = self.with_delta if traced else self._eager_adder()
         weight = None
         if self.bank.own is not None and not (traced and (self.made or self.stored)):
-            weight = getattr(module, self.weight_name, None)
+            stored = self.stored  # only its forward multiplies by it
+            weight = module.forward if stored else getattr(module, self.weight_name, None)
         y = with_delta(x, y, scale, ranges, bias, weight)
         if is_tuple:  # named tuples keep their names
             return getattr(output, "_make", tuple)((y, *output[1:]))
@@ -189,11 +191,12 @@ class SiteMark:
         scale: Tensor | float | None,
         ranges: Sequence[Sequence[int]],
         addend: Tensor | None = None,
-        base: Tensor | None = None,
+        base: Tensor | Callable[[Tensor], Any] | None = None,
         owners: Owners | None = None,
     ) -> Tensor:
         """y with the delta of the bank's columns `ranges`; DoRA does not rescale `addend`. `base`
-        is the weight. `owners` are those of the rows; without them all rows have one."""
+        is the weight, or what multiplies by it. `owners` are those of the rows; without them all
+        rows have one."""
         bank = self.bank
         slots, rows = (self.runtime.slots, UNPROVED) if owners is None else owners
         # DoRA is refused for sites with a handler.
@@ -203,6 +206,9 @@ class SiteMark:
         own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
+        if base is not None and not isinstance(base, Tensor):
+            y = own_product(x, y, bank.own_rows, slots, rows, base)
+            own_rows, base = (None, None, None, None), None
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             if scale is not None and bank.own is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lorafx.errors import MatchError
 from lorafx.model.attachment import marks_on
 from lorafx.model.convolutions import unmergeable
+from lorafx.model.extras import bias_of
 from lorafx.model.made_weights import maker_of
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ByStorage, Holder
@@ -140,6 +141,9 @@ def _refusal(
         return f"the adapter adds no change of its weight: {why}"
     if BiasDelta.of(delta) is not None and (why := _bias_refusal(tensors, site)):
         return f"the adapter adds a bias (lora_bias, bias), and {why}"
+    own_bias = None if delta.own_weight is None else delta.own_weight.bias
+    if own_bias is not None and (why := _own_bias_refusal(site, own_bias)):
+        return why
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device"
     if site.path in program.replaced:
@@ -158,12 +162,6 @@ def _refusal(
     held = any(h.module is site.module and tensor is weight for h, tensor in holders)
     if maker or weight is None or not held:
         return f"its weight is computed anew for each call, by {maker or 'a property'}"
-    if delta.own_weight is not None and delta.own_weight.bias is not None:
-        bias = getattr(site.module, "bias", None)
-        if bias is None:
-            return "the adapter's own weight has fewer outputs"
-        if not torch.equal(bias.detach().cpu(), delta.own_weight.bias.to(bias.dtype)):
-            return "the adapter has a bias of its own"
     if tuple(weight.shape) != delta.shape:
         return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
     return _changed_input(program, site) if program.options.delta_of == "argument" else None
@@ -194,10 +192,24 @@ def _changed_input(program: Program, site: Site) -> str | None:
     return None
 
 
+def _own_bias_refusal(site: Site, own: Tensor) -> str | None:
+    """Why a weight cannot be merged with the bias beside it: the base's is not changed."""
+    bias = bias_of(site)
+    if bias is None and bool(own.isneginf().any()):
+        return "the adapter's own weight has fewer outputs"
+    if bias is None:
+        return f"the adapter adds a bias, and {_NO_BIAS}"
+    same = torch.equal(bias.cpu(), own.to(bias.cpu()))
+    return None if same else "the adapter has a bias of its own"
+
+
+_NO_BIAS = "the base has no parameter to merge it into"
+
+
 def _bias_refusal(tensors: ByStorage[Holder], site: Site) -> str | None:
     bias = site.module._parameters.get("bias")
     if bias is None:
-        return "the base has no parameter to merge it into"
+        return _NO_BIAS
     holders = [str(h) for h, t in tensors.overlapping(bias) if h.module is not site.module]
     return f"{', '.join(holders)} is the same tensor as the base's" if holders else None
 
