@@ -31,8 +31,14 @@ ADAPTERS: Mapping[str, peft.PeftConfig] = {
     "lokr": peft.LoKrConfig(r=99, decompose_factor=4, target_modules=["o_proj", "down_proj"]),
     "beft": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
 }
-FAST = ("torchao-int8", "torchao-int4-packed", "bitsandbytes-nf4")
-SLOW = ("torchao-int8-dynamic", "torchao-int4-groups", "bitsandbytes-8", "awq")
+FAST = ("torchao-int8", "bitsandbytes-nf4")
+SLOW = (
+    "torchao-int4-packed",
+    "torchao-int8-dynamic",
+    "torchao-int4-groups",
+    "bitsandbytes-8",
+    "awq",
+)
 INPUTS = {"input_ids": torch.randint(3, 61, (4, 5), generator=torch.Generator().manual_seed(5))}
 
 
