@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
@@ -96,6 +97,8 @@ class _Selection:
         self.walked = {id(module) for module in modules.values()} - {id(None)}
         if isinstance(self.target, targets.SavedTargets):
             self.target = targets.Entries(e for e, module in modules.items() if module is None)
+        lists = (item for _, item in self.graph.modules() if isinstance(item, ParametrizationList))
+        self.makers = {id(module) for made in lists for module in made.modules()}
         self.head = targets.output_embedding(self.graph.root)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
@@ -216,7 +219,8 @@ class _Selection:
         """How many rows of its weight adapters may replace; None for all."""
         rows = replaceable_rows(self.saved, self.tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
-        return 0 if container else rows
+        # What is in a module that is saved as a whole need not have a weight.
+        return 0 if rows is None and (container or id(item.module) in self.makers) else rows
 
     def _unmatched_entries(self) -> Iterator[str]:
         root = type(self.graph.root).__qualname__

@@ -37,7 +37,6 @@ from lorafx.adapter_store.peft_keys import TRAINING_KEY, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.stored import LoraWeights
-from lorafx.errors import way_out_by
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.extras import (
@@ -229,7 +228,7 @@ class ExtrasReading:
                 "merge it into a copy of the base model"
             )
         if site is None or not _has_room(site):
-            self._note_no_room(label, "modules_to_save", [saved.path])
+            self.findings.no_room[saved.path] = None
             return
         weight_name = site.eligible.weight
         dims = {weight_name: 2, "bias": 1}
@@ -286,7 +285,7 @@ class ExtrasReading:
             assert owner is not None
             site, label = self.places.site(owner), _label(place, owner)
             if site is None or site.own_rows < len(rows):
-                self._note_no_room(label, "trainable_tokens", len(rows))
+                self.findings.no_room[place] = len(rows)
                 return
             excess = [index for index in ids if index >= site.weight_rows]
             if excess:
@@ -347,21 +346,11 @@ class ExtrasReading:
                 f"{self.config.bias!r}); merge the adapter into a copy of the base model"
             )
         if (rows := changed.rows(*sizes)) > site.own_rows:
-            if changed.structure is not None:
-                self._note_no_room(label, "trainable_tokens", {site.path: rows})
-            else:
-                self._note_no_room(label, "modules_to_save", [site.path])
+            self.findings.no_room[site.path] = None if changed.structure is None else rows
         elif site.path in self.own_weights or site.path in self.changed:
             raise Problem(f"{label} is saved twice; keep one")
         else:
             self.changed[site.path] = changed
-
-    def _note_no_room(self, label: str, setting: str, value: object) -> None:
-        needed = way_out_by(setting, value, given=True)
-        self.findings.settings.append(needed)
-        self.findings.no_room.append(
-            f"{label} has a weight of the adapter's own, for which there is no room; {needed}"
-        )
 
     def _add_bias(self, key: str, bias: Tensor) -> None:
         owner, _, attribute = key.rpartition(".")

@@ -44,7 +44,9 @@ class Findings:
     """The checkpoint, the model's places for it, and what does not fit.
 
     Attributes:
-        problems, unsupported, no_room: messages; settings: what they name.
+        problems, unsupported: messages; settings: what they name.
+        no_room: paths of modules whose weight may not be replaced -> how many rows are to be, None
+            for all.
         unavailable: saved paths of places that cannot have factors, with the reasons.
     """
 
@@ -53,7 +55,7 @@ class Findings:
         self.problems: list[str] = []
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
-        self.no_room: list[str] = []
+        self.no_room: dict[str, int | None] = {}
         self.settings: list[Setting] = []
         self.unavailable: dict[str, str] = {}
         self.largest = 0
@@ -64,7 +66,15 @@ class Findings:
 
     def raise_problems(self, name: str) -> None:
         """Raise all problems as one error, a CapacityError if all are of ranks or room."""
-        problems = [*self.unsupported, *self.problems, *self.no_room]
+        problems = [*self.unsupported, *self.problems]
+        whole = [path for path, rows in self.no_room.items() if rows is None]
+        partly = {path: rows for path, rows in self.no_room.items() if rows is not None}
+        for setting, room in {"modules_to_save": whole, "trainable_tokens": partly}.items():
+            if room:
+                needed = way_out_by(setting, room, given=True)
+                self.settings.append(needed)
+                what = f"weights of the adapter's own at {listed([*room])}"
+                problems.append(f"there is no room for {what}; {needed}")
         if self.over_rank:
             rank = max(self.over_rank.values())
             needed = way_out_by("max_rank", rank)

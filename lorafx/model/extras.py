@@ -159,7 +159,7 @@ class Extra(NamedTuple):
         room: the bank's table for it, allocated by the `setting` of LoraConfig.
         what: its name in messages.
         unapplied: the reason of a graph's refusal; {} stands for the sites.
-        training: PEFT's setting that trains it.
+        training: what PEFT trains it by.
         refusal: why a site cannot have it, or None.
     """
 
@@ -181,7 +181,7 @@ EXTRAS: Mapping[When, Extra] = {
         "modules_to_save=...",
         "a weight of an adapter's own",
         "the weight that an adapter has of its own for {} cannot be applied",
-        "modules_to_save",
+        "the module in its target_modules or modules_to_save",
         own_refusal,
     ),
     "bias": Extra(

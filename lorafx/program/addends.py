@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.model.extras import EXTRAS, When
+from lorafx.model.made_weights import maker_of
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, operand, rebind
@@ -128,7 +129,8 @@ def _additions_of_bias(
     own = [use for use in uses.values() if site in ctx.frame.by_node[use.weight].sites]
     additions = {use.node for use in own if use.bias is bias}
     additions |= {node for use in own for node, item in addends_behind(use) if item is bias}
-    if is_stored(site.module, site.eligible):  # only the whole call is known: x Wᵀ + b
+    made = maker_of(site.module, site.eligible.weight)
+    if made or is_stored(site.module, site.eligible):  # only the whole call is known: x Wᵀ + b
         additions |= {user for user in bias.users if ctx.inside(user, site.module)}
     for mark, marked in marks.items():
         if marked is site:

@@ -18,6 +18,7 @@ from method_files import merged, save
 from step_logits import check_three_requests
 from sums import SumCase
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import lorafx
 from lorafx.errors import CapacityError
@@ -200,3 +201,50 @@ def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
         cm(IDS, adapter_names=[{"a0": 0.5, "a1": 0.5}] * 4)
     with pytest.raises(lorafx.ConfigError, match="'a3' has weights of its own"):
         cm(IDS, adapter_names=[{"a3": 0.5}] * 4)
+
+
+class Turned(nn.Module):
+    """Its second linear gets the requests in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).flip(0)).flip(0)
+
+
+def test_turned_inputs_of_requests_in_another_order(tmp_path: Path) -> None:
+    base, x, names = Turned().eval(), torch.randn(3, 8), ["a4", "a2", "a4"]
+    to = {"target_modules": ["first", "second"]}
+    configs = {f"a{size}": peft.OFTConfig(oft_block_size=size, **to) for size in (2, 4)}
+    case = MethodCase(base, {name: save(base, c, tmp_path / name) for name, c in configs.items()})
+    cm = case.compile({"start": "compiled", "cache": None})
+    want = [case.alone(name)(row) for name, row in zip(names, x.double().split(1), strict=True)]
+    assert error(cm(x, adapter_names=names), torch.cat(want)) <= TOLERANCE
+
+
+def test_a_weight_that_a_parametrisation_computes(tmp_path: Path) -> None:
+    base, x = Turned().eval(), torch.randn(2, 8)
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["first"])
+    case = MethodCase(base, {"oft": save(base, config, tmp_path / "oft")})
+    model = case.model()
+    parametrizations.weight_norm(model.first)
+    cm: Any = lorafx.compile(model, case.folders, options=REFERENCE)
+    assert error(cm(x, adapter_names=["oft"] * 2), case.alone("oft")(x.double())) <= TOLERANCE
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_bias_is_merged(bias: bool, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 8, bias=bias)).eval()
+    folder = save(base, peft.BeftConfig(target_modules=["0"]), tmp_path / "beft")
+    why = "has a bias of its own" if bias else "adds a bias, and the base has no parameter"
+    with pytest.raises(lorafx.MatchError, match=f"0: the adapter {why}"):
+        lorafx.compile(base, {"beft": folder}, options=REFERENCE).merge("beft")
+
+
+@pytest.mark.parametrize("name", ["self_attn", "act_fn"])
+def test_room_where_no_weight_is(llama: MethodCase, name: str) -> None:
+    config = lorafx.LoraConfig(target_modules=["q_proj"], trainable_tokens={name: 2})
+    with pytest.raises(lorafx.TargetError, match=f"{name} .* cannot have a weight of an adapter's"):
+        lorafx.compile(llama.model(), config)
