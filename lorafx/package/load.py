@@ -23,13 +23,18 @@ from lorafx.adapter_store.saved import origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import (
     BatchError,
+    CapacityError,
     CheckpointError,
     ConfigError,
     OutOfRangeError,
     UnsupportedAdapterError,
+    respelled,
 )
 from lorafx.package.stand_in import FORMAT, KEY, REFUSED, constants_of, substitute_for
 from lorafx.runtime.requests import Requests, requests_of
+
+#: In the place of settings that no package can be exported with.
+_NO_ROOM = "packages hold low-rank factors alone, so merge it by export_merged(name, folder)"
 
 
 def load(path: str | os.PathLike[str]) -> Package:
@@ -105,21 +110,25 @@ class Package:
         """Load an adapter, in place of one of the same name. Sources and errors are those of
         `CompiledModel.load_adapter`; names of modules are those that the model has now."""
         model, sites, _, config = self._sites
-        adapter = read_adapter(
-            source,
-            name,
-            sites,
-            model=model,
-            max_rank=config.max_rank,
-            lora_config=config,
-            strict=strict,
-        )
+        try:
+            adapter = read_adapter(
+                source,
+                name,
+                sites,
+                model=model,
+                max_rank=config.max_rank,
+                lora_config=config,
+                strict=strict,
+            )
+            keep = self._store.prepare_load(adapter, origin_of(source))
+        except CapacityError as error:
+            text = respelled(error, lambda setting: _NO_ROOM if setting.given else None)
+            raise CapacityError(text) from error
         if adapter.invocation:
             raise UnsupportedAdapterError(
                 f"{name!r} is an aLoRA adapter, which begins at its invocation tokens; packages "
                 "have one adapter for all tokens of a request"
             )
-        keep = self._store.prepare_load(adapter, origin_of(source))
         with self._lock:
             keep()
 

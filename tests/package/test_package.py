@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import method_files
+import peft
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_bfloat16, error, save_adapter, valid
@@ -58,6 +60,18 @@ def check(case: Case, names: Sequence[str | None], inputs: dict[str, Tensor], go
     base = case.expected([None] * len(names), inputs)
     changed = [error(want[row], base[row]) > 100 * TOLERANCE for row in range(len(names))]
     assert changed == [name is not None for name in names]
+
+
+@pytest.mark.parametrize("name", ["oft", "lokr"])
+def test_other_methods_have_no_room(
+    package: lorafx.Package, shallow: Case, name: str, tmp_path: Path
+) -> None:
+    configs = {"oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"])}
+    configs["lokr"] = peft.LoKrConfig(r=64, alpha=3, target_modules=["q_proj"])
+    folder, before = method_files.save(shallow.base, configs[name], tmp_path), package.adapters
+    with pytest.raises(lorafx.CapacityError, match=r"q_proj.* no room; packages .*export_merged"):
+        package.load_adapter(folder, name)
+    assert package.adapters == before
 
 
 @pytest.mark.parametrize(

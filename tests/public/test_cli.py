@@ -113,6 +113,14 @@ def test_explain_answers_whether_adapters_fit(run, tmp_path: Path) -> None:
     found = json.loads(run("explain", model, *both, "--json", code=1))
     assert [fit["fits"] for fit in found["adapters"]] == [False, True]
     assert "128" in found["adapters"][0]["problem"]
+    narrow = load_file(adapters / "upper" / "adapter_model.safetensors")
+    key = next(key for key in narrow if "lora_A" in key)
+    size = len(narrow[key.replace("lora_A", "lora_B")]), narrow[key].shape[1]
+    at = key.removeprefix("base_model.model.").partition(".lora_A")[0]
+    whole = {f"{at}.lokr_w1": torch.ones(1, 1), f"{at}.lokr_w2": torch.ones(size)}
+    save_file(whole, tmp_path / "whole.safetensors")
+    said = run("explain", model, "--adapter", tmp_path / "whole.safetensors")
+    assert "fits: rank 0, 1 modules" in said
     assert len(found["report"]["sites"]) == 6
     said = run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
     assert "give --max-rank 16" in said

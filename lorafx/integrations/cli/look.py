@@ -83,7 +83,7 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
     except LorafxError as error:
         return {**fit, "problem": respelled(error, as_option)}
     notes = [str(note.message) for note in seen if issubclass(note.category, LorafxWarning)]
-    modules = len(adapter.weights)
+    modules = len({*adapter.weights, *adapter.extras["own"]})
     return {**fit, "fits": True, "rank": adapter.rank, "modules": modules, "notes": notes}
 
 
