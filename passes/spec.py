@@ -23,13 +23,14 @@ from lorafx.kernels.triton.build import plan_of
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, op_of, operand
 from lorafx.ownership.flow import place
-from lorafx.passes.rescale import SCALE
+from lorafx.passes.rescale import OWN_OPS, SCALE
 from lorafx.program.bodies import bodies
 from lorafx.program.context import (
     EXPERT_MARK,
     FUSED_OP,
     PLAIN_SITE_OPS,
     ROWS_OF,
+    SITE_OP,
     SITE_OPS,
     Context,
     SiteState,
@@ -182,7 +183,9 @@ def _without_delta(passed: Passed, weight: fx.Node) -> str:
         for user in node.users:
             if user.op == "output":
                 return f"{item.label} reaches an output without it, by {node.name}"
-            if user not in seen and isinstance(fake_value(user), (Tensor, tuple, list)):  # no size
+            if user in seen or _multiplies_turned(user, node):
+                continue
+            if isinstance(fake_value(user), (Tensor, tuple, list)):  # no size
                 seen.add(user)
                 pending.append(user)
     return ""
@@ -194,6 +197,11 @@ def _adds_delta(passed: Passed, node: fx.Node, y: fx.Node, sites: Sequence[Site]
         return False
     call = bound(node) if node.target in _DELTA_OPS else {"y": y}  # a call of a body has it all
     return y in (call.get("y"), call.get("weight"))
+
+
+def _multiplies_turned(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether `node` adds what an adapter makes of its inputs by this weight."""
+    return node.target is OWN_OPS[SITE_OP] and bound(node)["weight"] is weight
 
 
 def _left(op: OpOverload) -> Callable[[Passed, fx.Node], str]:
