@@ -160,7 +160,10 @@ def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
         lorafx.export(llama.model(), None, inputs, tmp_path / "m.pt2", adapters=llama.folders)
 
 
-@pytest.mark.parametrize(("family", "configs"), [("llama", LLAMA), ("gpt2", GPT2)])
+@pytest.mark.parametrize(
+    ("family", "configs"),
+    [("llama", LLAMA), pytest.param("gpt2", GPT2, marks=pytest.mark.slow)],
+)
 def test_a_hook_that_breaks_the_graph_behind_the_product(
     family: str, configs: Mapping[str, peft.PeftConfig], tmp_path: Path
 ) -> None:

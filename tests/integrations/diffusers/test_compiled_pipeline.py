@@ -315,6 +315,13 @@ def rand(*shape: int) -> Tensor:
     return 0.3 * torch.randn(*shape)
 
 
+#: Of keys, by component.
+_PREFIXES = {
+    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_"},
+    "flux": {"transformer": "transformer."},
+}
+
+
 def of_method(method: str, n: int, k: int, *kernel: int) -> tuple[dict[str, Tensor], Tensor]:
     """Tensors by the ends of LyCORIS's keys, and ΔW by its formula."""
     if method == "lokr":
@@ -328,15 +335,17 @@ def of_method(method: str, n: int, k: int, *kernel: int) -> tuple[dict[str, Tens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("start", ["eager", "compiled"])
 @pytest.mark.parametrize(
-    ("kind", "prefixes"),
+    ("kind", "start"),
     [
-        ("sdxl", {"unet": "lora_unet_", "text_encoder": "lora_te1_"}),
-        ("flux", {"transformer": "transformer."}),
+        ("sdxl", "eager"),
+        ("sdxl", "compiled"),
+        ("flux", "eager"),
+        pytest.param("flux", "compiled", marks=pytest.mark.slow),
     ],
 )
-def test_files_of_lycoris(kind: str, prefixes: dict[str, str], start: str, tmp_path: Path) -> None:
+def test_files_of_lycoris(kind: str, start: str, tmp_path: Path) -> None:
+    prefixes = _PREFIXES[kind]
     """All methods in each file, each in turn, at linears and convolutions."""
     torch.manual_seed(5)
     pipe = tiny.pipeline(kind)
