@@ -125,18 +125,6 @@ def calls_of(server: Any) -> Iterator[list[list[_Row]]]:
         batches._compute = compute
 
 
-def test_a_sum_of_adapters_beside_others(files: Files, server: Any) -> None:
-    files = replace(files, case=SumCase.of(files.case))
-    scales: Any = {"a0": 0.5, "a2": -2.0}
-    lora = [{"name": name, "scale": scale} for name, scale in scales.items()]
-    bodies = [asking(None, "w9 w12", lora=lora), asking("a1", "w9"), asking(None, "w9 w12")]
-    answers = gathered(server, *((PATH, body) for body in bodies))
-    asked = (scales, "w9 w12"), ("a1", "w9"), (None, "w9 w12")
-    for answer, (name, words) in zip(answers, asked, strict=True):
-        got = torch.tensor(answer.json()["data"][0]["embedding"])
-        assert error(got, vector(files, name, words)) <= TOLERANCE
-
-
 def test_requests_of_all_adapters_share_a_call(files, server):
     with calls_of(server) as calls, company(server, len(INPUTS)):
         got = gathered(server, *((PATH, asking(a, words)) for a, words in INPUTS.items()))
@@ -611,3 +599,15 @@ def test_pairs_that_are_refused(server, path, body, status, word):
 def test_classes_score_no_pairs(classifier):
     answer = ask(classifier[1], "POST", "/score", **scored("tiny"))
     assert (answer.status_code, "3 labels" in answer.text) == (400, True)
+
+
+def test_a_sum_of_adapters_beside_others(files: Files, server: Any) -> None:
+    files = replace(files, case=SumCase.of(files.case))
+    scales: Any = {"a0": 0.5, "a2": -2.0}
+    lora = [{"name": name, "scale": scale} for name, scale in scales.items()]
+    bodies = [asking(None, "w9 w12", lora=lora), asking("a1", "w9"), asking(None, "w9 w12")]
+    answers = gathered(server, *((PATH, body) for body in bodies))
+    asked = (scales, "w9 w12"), ("a1", "w9"), (None, "w9 w12")
+    for answer, (name, words) in zip(answers, asked, strict=True):
+        got = torch.tensor(answer.json()["data"][0]["embedding"])
+        assert error(got, vector(files, name, words)) <= TOLERANCE
