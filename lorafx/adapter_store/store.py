@@ -305,7 +305,7 @@ class AdapterStore:
                     continue
                 for g, changed in copy.changed.items():
                     if changed.structure is None:
-                        weight = copy.own_weight(g, self._groups[g])
+                        weight = copy.in_slot(g, self._groups[g])
                         self._groups[g].bank.write_rows(slot, weight, self._own_places[slot])
 
     def nbytes(self) -> dict[str, int]:

@@ -200,6 +200,9 @@ def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
     check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
     check(case, cm, ["a0", {"a1": -0.5, "a2": 1.0}, {"a0": 1.5}, "a2"])
     check(case, cm, ["a4", {"a4": -0.5, "a2": 1.0}, {"a4": 3.0}, None])
+    cm.merge("a2")
+    cm.unmerge()  # which makes them again
+    check(case, cm, ["a4", {"a4": -0.5, "a2": 1.0}, {"a4": 3.0}, None])
     with pytest.raises(CapacityError, match=r"two of its adapters change model\.layers\.0"):
         cm(IDS, adapter_names=[{"a0": 0.5, "a1": 0.5}] * 4)
     with pytest.raises(lorafx.ConfigError, match="'a3' has weights of its own"):
