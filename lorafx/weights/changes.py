@@ -192,6 +192,9 @@ def _changed_input(program: Program, site: Site) -> str | None:
     return None
 
 
+_NO_BIAS = "the base has no parameter to merge it into"
+
+
 def _own_bias_refusal(site: Site, own: Tensor) -> str | None:
     """Why a weight cannot be merged with the bias beside it: the base's is not changed."""
     bias = bias_of(site)
@@ -201,9 +204,6 @@ def _own_bias_refusal(site: Site, own: Tensor) -> str | None:
         return f"the adapter adds a bias, and {_NO_BIAS}"
     same = torch.equal(bias.cpu(), own.to(bias.cpu()))
     return None if same else "the adapter has a bias of its own"
-
-
-_NO_BIAS = "the base has no parameter to merge it into"
 
 
 def _bias_refusal(tensors: ByStorage[Holder], site: Site) -> str | None:

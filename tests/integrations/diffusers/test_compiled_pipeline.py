@@ -345,7 +345,6 @@ def of_method(method: str, n: int, k: int, *kernel: int) -> tuple[dict[str, Tens
     ],
 )
 def test_files_of_lycoris(kind: str, start: str, tmp_path: Path) -> None:
-    prefixes = _PREFIXES[kind]
     """All methods in each file, each in turn, at linears and convolutions."""
     torch.manual_seed(5)
     pipe = tiny.pipeline(kind)
@@ -355,7 +354,7 @@ def test_files_of_lycoris(kind: str, start: str, tmp_path: Path) -> None:
     ends = ("to_q", "to_v", "ff.net.2", "q_proj", "fc1", "conv1", "conv_shortcut")
     for first in range(2):
         files[f"a{first}"], merged[f"a{first}"] = {}, copy.deepcopy(pipe)
-        for part, prefix in prefixes.items():
+        for part, prefix in _PREFIXES[kind].items():
             modules = getattr(merged[f"a{first}"], part).named_modules()
             ours = [(path, module) for path, module in modules if path.endswith(ends)]
             for number, (path, module) in enumerate(ours, first):
