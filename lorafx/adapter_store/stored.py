@@ -123,10 +123,11 @@ class HostCopy:
         return OwnWeight(numbers, structure=changed.structure)
 
     def _with_delta(self, number: int, weight: OwnWeight) -> OwnWeight:
-        rows = weight.rows
+        rows = weight.rows  # on the base's device if they were made of its weight
         for f in self.factors.get(number, ()):
             outputs = f.B if weight.indices is None else f.B[:, weight.indices.long()]
-            rows = torch.addmm(rows.float(), outputs.float().mT, f.A.float(), alpha=float(f.scale))
+            b, a = (factor.to(rows.device, torch.float32) for factor in (outputs, f.A))
+            rows = torch.addmm(rows.float(), b.mT, a, alpha=float(f.scale))
         return weight._replace(rows=rows)
 
     @cached_property
