@@ -54,11 +54,13 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
 
 def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
     """(slot, its row indices int64) for each slot ≥ 0 in owner (M,); BatchError at `capacity`."""
-    for slot in torch.unique(owner).tolist():
+    slots, counts = torch.unique(owner, return_counts=True)
+    indices = owner.argsort(stable=True).split(counts.tolist())
+    for slot, index in zip(slots.tolist(), indices, strict=True):
         if slot >= capacity:
             raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")
         if slot >= 0:
-            yield slot, (owner == slot).nonzero().squeeze(-1)
+            yield slot, index
 
 
 def _row_index(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:

@@ -15,13 +15,14 @@ The weight of a linear may also be given by what it changes, a `Structure`:
     turned output   y ← y + D y             (I + D) W, and the bias
     shifted output  y ← y + β               the bias + β
 
-A linear visits the slots that are present, for which the host waits if slots are on an accelerator:
-a product with the weight of every slot would cost more than the wait.
+A linear visits the slots that are present, those of one structure together. The host waits for them
+if slots are on an accelerator: a product with the weight of every slot would cost more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,31 +61,33 @@ class Structure(NamedTuple):
         if self.form == SHIFTED_OUTPUT:
             return weight + numbers if weight.dim() == 1 else weight
         if weight.dim() == 1:
-            return weight + _turned(weight[None], numbers, self.first)[0]
+            return weight + _turned(weight[None, None], numbers[None], self.first)[0, 0]
         if self.form == KRONECKER:
-            return weight + torch.kron(*self._factors(numbers, weight.shape[1]))
+            (first,), (second,) = self._factors(numbers[None], weight.shape[1])
+            return weight + torch.kron(first, second)
         if self.form == TURNED_OUTPUT:
-            return weight + _turned(weight.mT, numbers, self.first).mT
-        across = numbers.view(-1, self.first, self.first).mT.flatten()
-        return weight + _turned(weight, across, self.first)
+            return weight + _turned(weight.mT[None], numbers[None], self.first)[0].mT
+        across = numbers.view(1, -1, self.first, self.first).mT.flatten(1)
+        return weight + _turned(weight[None], across, self.first)[0]
 
     def _factors(self, numbers: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """w₁ and w₂."""
+        """w₁ and w₂ of each slot."""
         cut = self.first * self.second
         return (
-            numbers[:cut].view(self.first, self.second),
-            numbers[cut:].view(-1, columns // self.second),
+            numbers[:, :cut].unflatten(1, (self.first, self.second)),
+            numbers[:, cut:].unflatten(1, (-1, columns // self.second)),
         )
 
     def added(self, numbers: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
-        """What is added to y (M, N), of x (M, K) and the base's weight (N, K), which only a turned
-        input needs."""
+        """What is added to y (S, M, N), M rows of each of S slots, of their numbers (S, …), x (S,
+        M, K) and the base's weight (N, K), which only a turned input needs."""
         if self.form == KRONECKER:
             first, second = self._factors(numbers, x.shape[-1])
-            product = x.view(-1, self.second, second.shape[1]) @ second.mT
-            return (first @ product).flatten(1)
+            product = x.reshape(len(x), -1, second.shape[2]) @ second.mT  # (S, M · k₁, N / n₁)
+            across = product.view(*x.shape[:2], self.second, -1).transpose(1, 2).flatten(2)
+            return (first @ across).unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
         if self.form == SHIFTED_OUTPUT:
-            return numbers
+            return numbers.unsqueeze(1)
         turned = _turned(x if self.form == TURNED_INPUT else y, numbers, self.first)
         if self.form == TURNED_OUTPUT:
             return turned
@@ -93,11 +96,12 @@ class Structure(NamedTuple):
 
 
 def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
-    """D x of x (M, K), D of blocks (K / block, block, block)."""
+    """D x of x (S, M, K), the D of each slot of blocks (K / block, block, block)."""
     if block == 1:
-        return x * numbers
-    pieces = x.view(len(x), -1, block).transpose(0, 1)
-    return (pieces @ numbers.view(-1, block, block).mT).transpose(0, 1).reshape(x.shape)
+        return x * numbers.unsqueeze(1)
+    pieces = x.unflatten(2, (-1, block)).transpose(1, 2)
+    across = numbers.view(*pieces.shape[:2], block, block).mT
+    return (pieces @ across).transpose(1, 2).flatten(2)
 
 
 class OwnRows(NamedTuple):
@@ -138,26 +142,61 @@ def own_linear(
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
     x, flat = x.reshape(count, x.shape[-1]), out.view(count, columns)
-    table = own_table.tolist()
     dtype = torch.promote_types(x.dtype, own.dtype)
-    for slot, index in groups(row_slots(slots, rows, count), len(table)):
-        i, form, size, second = table[slot]
-        if i < 0 or (turned and form == TURNED_INPUT):
-            continue
-        x_rows = x[index].to(dtype)
-        if form != ROWS:
-            structure, before = Structure(form, size, second), flat[index]
-            numbers = own[i].flatten()[: structure.numbers(columns, x.shape[-1])].to(dtype)
-            added = structure.added(numbers, x_rows, before.to(dtype), weight)
-            flat[index] = (before + added).to(y.dtype)
-            continue
-        replaced, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
-        outputs = torch.nn.functional.linear(x_rows, replaced, bias).to(y.dtype)
-        if size == columns:
-            flat[index] = outputs
+    forms = {ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT} | (set() if turned else {TURNED_INPUT})
+    for structure, entries, index in _alike(own_table, slots, rows, count, forms):
+        if structure.form == ROWS:
+            for i, of_slot in zip(entries, index, strict=True):
+                size = structure.first
+                replaced, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
+                outputs = torch.nn.functional.linear(x[of_slot].to(dtype), replaced, bias)
+                outputs = outputs.to(y.dtype)
+                if size == columns:
+                    flat[of_slot] = outputs
+                else:
+                    flat[of_slot[:, None], own_at[i, :size].long()] = outputs
         else:
-            flat[index[:, None], own_at[i, :size].long()] = outputs
+            numbers = own.flatten(1)[:, : structure.numbers(columns, x.shape[-1])][entries]
+            before = _rows_of(flat, index)
+            x_rows = _rows_of(x, index).to(dtype)
+            added = structure.added(numbers.to(dtype), x_rows, before.to(dtype), weight)
+            _put_rows(flat, index, before + added)
     return out
+
+
+@lru_cache(16)  # all sites of a call have the same
+def _rows_by_slot(
+    slots: tuple[int, ...], rows: int, count: int, capacity: int, device: torch.device
+) -> list[tuple[int, Tensor]]:
+    """`groups` of the slots of `count` rows."""
+    owner = row_slots(torch.tensor(slots, dtype=torch.int32, device=device), rows, count)
+    return list(groups(owner, capacity))
+
+
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """These rows (S, M) of x: (S, M, K)."""
+    return x.index_select(0, index.flatten()).view(*index.shape, -1)
+
+
+def _put_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    out.index_copy_(0, index.flatten(), rows.flatten(0, 1).to(out.dtype))
+
+
+def _alike(
+    own_table: Tensor, slots: Tensor, rows: int, count: int, forms: Container[int]
+) -> Iterator[tuple[Structure, list[int], Tensor]]:
+    """What the slots of `count` rows have of these forms: its sizes, the indices of S slots that
+    have such and equally many rows, and these rows (S, M)."""
+    table = own_table.tolist()
+    found: dict[tuple[Structure, int], list[tuple[int, Tensor]]] = {}
+    owners = tuple(slots.tolist())
+    for slot, index in _rows_by_slot(owners, rows, count, len(table), slots.device):
+        i, *sizes = table[slot]
+        if i >= 0 and sizes[0] in forms:
+            found.setdefault((Structure(*sizes), len(index)), []).append((i, index))
+    for (structure, _), alike in found.items():
+        entries, indices = zip(*alike, strict=True)
+        yield structure, list(entries), torch.stack(indices)
 
 
 def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=None, turned=False):
@@ -178,14 +217,12 @@ def own_input(x: Tensor, own: Tensor, own_table: Tensor, slots: Tensor, rows: in
     own_input_fake(x, own, own_table, slots, rows)
     out = x.clone(memory_format=torch.contiguous_format)
     columns = x.shape[-1]
-    flat, table = out.view(-1, columns), own_table.tolist()
+    flat = out.view(-1, columns)
     dtype = torch.promote_types(x.dtype, own.dtype)
-    for slot, index in groups(row_slots(slots, rows, len(flat)), len(table)):
-        i, form, block, _ = table[slot]
-        if i >= 0 and form == TURNED_INPUT:
-            before = flat[index].to(dtype)
-            numbers = own[i].flatten()[: columns * block].to(dtype)
-            flat[index] = (before + _turned(before, numbers, block)).to(x.dtype)
+    for structure, entries, index in _alike(own_table, slots, rows, len(flat), {TURNED_INPUT}):
+        before, block = _rows_of(flat, index).to(dtype), structure.first
+        numbers = own.flatten(1)[:, : columns * block][entries].to(dtype)
+        _put_rows(flat, index, before + _turned(before, numbers, block))
     return out
 
 
