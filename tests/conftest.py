@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import psutil
 import pytest
 import torch
 from both_roads import install, one_road
@@ -145,7 +146,7 @@ def _torch_state() -> Iterator[None]:
 def _few_models() -> Iterator[None]:
     """Merges and new base weights look through all models that are served, which took nine tenths
     of their time: those of earlier files are not among them. Dynamo's caches keep these alive, and
-    a collection takes seconds, so it is made once there is much to collect.
+    a collection takes a minute, so it is made where memory runs short and there is much to collect.
 
     What earlier files left is frozen: each collection by Python itself, in the middle of some test,
     went through ten million objects of theirs, which took five seconds."""
@@ -154,7 +155,7 @@ def _few_models() -> Iterator[None]:
         patch.setattr(session, "_SESSIONS", weakref.WeakValueDictionary())
         yield
         _MADE["sessions"] += len(session.sessions())
-    if _MADE["sessions"] > 200:
+    if _MADE["sessions"] > 200 and psutil.virtual_memory().percent > 60:
         torch._dynamo.reset()
         gc.unfreeze()
         gc.collect()

@@ -93,6 +93,20 @@ def test_a_structure_computes_as_its_weight(structure: Structure) -> None:
     assert torch.allclose(got[1:], want[1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT])
+def test_slots_of_one_structure_are_computed_as_each_alone(form: int) -> None:
+    b, weight = bank("linear", N), torch.randn(N, K)
+    for slot, first in enumerate((1 if form == SHIFTED_OUTPUT else 2,) * 2 + (1,)):
+        own = OwnWeight(torch.randn(14), structure=Structure(form, first, 2))
+        b.write(slot, [], b.tables([]), own, slot)
+    slots, x = torch.tensor([1, 0, -1, 1, 2, 0, 2, 2], dtype=torch.int32), torch.randn(8, 3, K)
+    y = torch.nn.functional.linear(x, weight)
+    got = torch.ops.lorafx.own_linear(x, y, *b.own_rows, slots, 3, weight)
+    for one in slots.argsort().split(1):
+        alone = torch.ops.lorafx.own_linear(x[one], y[one], *b.own_rows, slots[one], 3, weight)
+        assert torch.allclose(got[one], alone, atol=1e-5)
+
+
 def test_turned_inputs_need_the_weight() -> None:
     b = bank("linear", 1)
     b.write(2, [], b.tables([]), OwnWeight(torch.ones(K), structure=Structure(TURNED_INPUT, 1)))
