@@ -43,7 +43,7 @@ help:
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
 	@echo "make bench-cpu-peers  benchmarks/cpu_peers.py, beside llama.cpp and OpenVINO, which it builds"
 	@echo "make pictures  the plot in README.md, from the committed results"
-	@echo "make gpu       nine minutes of what is not measured yet on this GPU; again for more"
+	@echo "make gpu       eight minutes of what is not measured yet on this GPU; again for more"
 	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
 	@echo "make gpu-check   what make gpu runs, in a tiny form on the CPU"
 	@echo "make clean     remove .venv, caches and dumps"

@@ -20,13 +20,13 @@ def is_here(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def job_environment(scratch: Path, peers: Path) -> dict[str, str]:
-    """Where jobs find lorafx, this folder, the tests' helpers, and the peers."""
+def job_environment(scratch: Path) -> dict[str, str]:
+    """Where jobs find lorafx, this folder, and the tests' helpers."""
     paths = [str(FOLDER), str(ROOT / "tests" / "helpers"), str(link_lorafx(scratch))]
     paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     always = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    return environment | always | {"PYTHONPATH": ":".join(paths), "LORAFX_PEERS": str(peers)}
+    return environment | always | {"PYTHONPATH": ":".join(paths)}
 
 
 def link_lorafx(scratch: Path) -> Path:

@@ -15,10 +15,9 @@ from functools import partial
 from typing import Any
 
 import gpu_protocol
-import peers
 import torch
 from gpu_job import Context, Rows
-from gpu_jobs import ARMS, LAYERS, MIXES, Arm
+from gpu_jobs import ARMS, Arm
 from torch import Tensor
 from torch.nn.functional import linear, pad
 from triton_variants import packed_delta
@@ -32,12 +31,15 @@ from lorafx.kernels.triton.build import CONCAT, TritonSpec, build, load_tuned, p
 from lorafx.kernels.triton.ops import columns_of
 from lorafx.kernels.triton.tiles import architecture_of
 
-#: Of decoder layers: hidden size, columns of keys, intermediate size.
-MODELS = {
-    "llama-8b": (4096, 1024, 14336),
-    "llama-70b": (8192, 1024, 28672),
-    "qwen2.5-7b": (3584, 512, 18944),
+#: The packed linears of a layer of Llama-3-8B: K, and the columns of siblings.
+LAYERS = {
+    "q/k/v": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate/up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
 }
+#: Rows, distinct adapters, rank.
+MIXES = {"prefill": (8192, 8, 16), "decode": (64, 8, 16)}
 DECODE_ROWS = 256  # up to so many rows a batch is decode
 #: Copies in prefill: the activations alone flush the cache between calls, and FLOPs decide.
 PREFILL_COPIES = 4
@@ -93,15 +95,12 @@ class Case:
         return (K * N + self.slots * self.rank * (G * K + N)) * self.dtype.itemsize
 
 
-#: What a self-check runs of an arm: float16, which the interpreter gets right in peers' kernels.
-TINY = Case("tiny q/k/v", 64, (64, 32, 32), 5, 3, 8, slots=4, dtype=torch.float16)
+#: What a self-check runs of an arm.
+TINY = Case("tiny", 64, (64, 32, 32), 5, 3, 8, slots=4, dtype=torch.float16)
 
 
-def cases(model: str, phase: str, part: str) -> list[Case]:
-    h, keys, m = MODELS[model]
-    shapes = ((h, (h, keys, keys)), (h, (h,)), (h, (m, m)), (m, (h,)))
-    named = list(zip(LAYERS, shapes, strict=True))
-    return [Case(f"{model} {n}", *s, *mix) for mix in MIXES[phase][part] for n, s in named]
+def cases(phase: str) -> list[Case]:
+    return [Case(name, *sizes, *MIXES[phase]) for name, sizes in LAYERS.items()]
 
 
 # --- arms ---
@@ -220,21 +219,6 @@ def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
     return make
 
 
-def peer(case: Case, device: torch.device, *, package: str) -> ArmOfCopy:
-    """The Triton ops of another library, which has a stack a sibling, B (S, N, r)."""
-    ops = peers.find(package)
-    if isinstance(ops, str):
-        raise FileNotFoundError(f"{ops}, or {package}.zip in the folder of --peers")
-
-    def make(copy: LinearProblem) -> Callable[[], Tensor]:
-        A, B, _, _, owners = copy.bank
-        As = [part.contiguous() for part in A.split(case.in_features, 2)]
-        Bs = [part.mT.contiguous() for part in B.split(list(case.sizes), 2)]
-        return ops(peers.Layer(copy.x, copy.weight, As, Bs, owners, 1.0))
-
-    return make
-
-
 # --- right, and fast ---
 
 
@@ -251,26 +235,26 @@ def exact(case: Case, copy: LinearProblem) -> Tensor:
 
 def check(case: Case, arm: Arm, copy: LinearProblem, make: ArmOfCopy) -> float:
     """Largest error of an arm against float64, over the largest value; one row in five has no
-    adapter, except for peers, who take no such row.
+    adapter.
 
     Raises:
         RuntimeError: the arm is wrong, or gives other bits when it runs again.
     """
     owners = copy.bank[-1].clone()
-    owners[slice(None) if arm.plain else slice(4, None if not arm.needs else 0, 5)] = -1
+    owners[slice(None) if arm.plain else slice(4, None, 5)] = -1
     copy = owned(copy, owners)
     want, call = exact(case, copy), make(copy)
     got = call().clone()
     error = float((got.double() - want).abs().max() / want.abs().max())
     if not error < TOLERANCE:
         raise RuntimeError(f"{case.label}: {arm.name} is off by {error:.2e} of the largest")
-    if not arm.needs and not torch.equal(got, call()):
+    if not torch.equal(got, call()):
         raise RuntimeError(f"{case.label}: {arm.name} gives other bits when it runs again")
     return error
 
 
 def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, Any]]:
-    """Rows of results of an arm over the vendor's GEMM, A/A first; of peers also over the plan."""
+    """Rows of results of an arm over the vendor's GEMM, A/A first."""
     make = globals()[arm.make](case, meter.device, **arm.arguments)
     prompts = meter.measures and not case.decode
     count = PREFILL_COPIES if prompts else meter.copies(case.nbytes)
@@ -284,44 +268,40 @@ def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, A
     rows = [row | {"over_floor": row["median"] / floor} for row in rows]
     rows[-1] |= {"floor": floor, "copies": count, "plan": plan, "error": error}
     rows[-1] |= {"launches": len(counted)}
-    if arm.needs:
-        ours = planned(case, meter.device)
-        over = meter.arm([ours(copy) for copy in copies])
-        rows += meter.compare(f"{case.label}, over the plan", over, {arm.name: timed})[1:]
-        rows[-1]["plan"] = plan
     return rows
 
 
 def tiny_case(phase: str, arm: Arm) -> Case:
-    if arm.needs:
-        return replace(TINY, rows=1, distinct=1)  # the interpreter takes its time for their kernels
     if arm.arguments.get("name") == CONCAT:  # which is refused for float16
         return replace(TINY, rows=24, distinct=4, dtype=torch.bfloat16, prompts=True)
     return replace(TINY, rows=20, distinct=4, prompts=True) if phase == "prefill" else TINY
 
 
-def compare_arm(context: Context, *, phase: str, part: str, arm: str, model: str) -> None:
-    """Job: one arm over the vendor's GEMM, all packed linears of a model and all mixes."""
-    entry, meter = ARMS[arm], gpu_protocol.Meter(context.device)
-    own = [tiny_case(phase, entry)] if context.tiny else cases(model, phase, part)
+def compare_arms(context: Context, *, phase: str) -> None:
+    """Job: every arm of a phase over the vendor's GEMM, on each packed linear."""
+    meter = gpu_protocol.Meter(context.device)
 
-    def measured(case: Case) -> Rows:
+    def measured(arm_and_case: tuple[Arm, Case]) -> Rows:
+        arm, case = arm_and_case
         try:
-            return measure(case, entry, meter)
+            return measure(case, arm, meter)
         except Unfit as reason:
             if context.tiny:
                 raise
-            return [{"arm": arm, "case": case.label, "unfit": str(reason)}]
+            return [{"arm": arm.name, "case": case.label, "unfit": str(reason)}]
 
     def summary(rows: Rows) -> str:
-        """The arm's ratios, mix by mix: "8192/8: q/k/v 1.02, o 1.03"."""
-        mixes: dict[str, list[str]] = {}
-        for row in (row for row in rows if row.get("arm") == arm):
-            words = row["key"].split()
-            mix = "/".join(word.partition("=")[2] for word in words[-3:-1])
-            found = f"{row['median']:.3f}" if "median" in row else "unfit"
-            over = " of the plan" * (row["case"] != row["key"])
-            mixes.setdefault(mix, []).append(f"{words[1]} {found}{over}")
-        return "; ".join(f"{mix}: {', '.join(found)}" for mix, found in mixes.items())
+        """The ratios, arm by arm: "plan: q/k/v 1.02, o 1.03"."""
+        found: dict[str, list[str]] = {}
+        for row in (row for row in rows if row["arm"] != "A/A"):
+            ratio = f"{row['median']:.3f}" if "median" in row else "unfit"
+            found.setdefault(row["arm"], []).append(f"{row['case'].split()[0]} {ratio}")
+        return "; ".join(f"{arm}: {', '.join(ratios)}" for arm, ratios in found.items())
 
-    context.measure({case.label: case for case in own}, measured, summary)
+    arms = [arm for arm in ARMS.values() if phase in arm.phases]
+    own = {
+        f"{arm.name}: {case.label}": (arm, case)
+        for arm in arms
+        for case in ([tiny_case(phase, arm)] if context.tiny else cases(phase))
+    }
+    context.measure(own, measured, summary)

@@ -19,6 +19,7 @@ from calibrate import graph_of
 
 COPIES = 20
 CACHE_BYTES = 60 << 20  # of an H200's L2; the copies together are to be several times that
+KERNELS = 20  # of a step that are told
 CLOCKS = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
 
 
@@ -45,12 +46,13 @@ class Meter:
     same code runs once and its times mean nothing: a trial of the code.
 
     Attributes:
-        blocks, seconds: of the protocol.
+        blocks, seconds, until: of the protocol.
     """
 
     device: torch.device
     blocks: int = 50
     seconds: float = 0.004
+    until: float = 0.005
 
     @property
     def measures(self) -> bool:
@@ -74,8 +76,9 @@ class Meter:
         most = int(0.8 * torch.cuda.mem_get_info(self.device)[0] // nbytes)
         return max(COPIES, min(400, most, 10 * CACHE_BYTES // nbytes))
 
-    def launches(self, call: Callable[[], object]) -> list[str]:
-        """Names of the kernels that one call launches, memory sets and copies too; on a GPU."""
+    def launches(self, call: Callable[[], object]) -> list[tuple[str, float]]:
+        """The kernels that one call launches, memory sets and copies too, with microseconds; on a
+        GPU."""
         if not self.measures:
             return []
         call()
@@ -84,7 +87,8 @@ class Meter:
             call()
             torch.cuda.synchronize()
         cuda = torch.autograd.DeviceType.CUDA
-        return [event.name for event in profile.events() if event.device_type == cuda]
+        events = [event for event in profile.events() if event.device_type == cuda]
+        return [(event.name, event.time_range.elapsed_us()) for event in events]
 
     def time(self, arm: Arm, seconds: float) -> float:
         """Seconds of one call of an arm, over as many replays as fill `seconds`."""
@@ -115,6 +119,7 @@ class Meter:
     ) -> list[dict[str, Any]]:
         """Rows of results of `protocol.compare`, with this meter's clock or with `timer`."""
         sizes: dict[str, Any] = {"blocks": blocks or self.blocks, "seconds": self.seconds}
+        sizes["until"] = self.until
         if not self.measures:
             sizes = {"blocks": 1, "seconds": 0.0}
         before = clocks()
@@ -124,12 +129,22 @@ class Meter:
     def compare_steps(
         self, case: str, base: Callable[[], object], calls: Mapping[str, Callable[[], object]]
     ) -> list[dict[str, Any]]:
-        """Rows of results of whole steps. A call outside of the graph sets the mix that it serves,
-        and is made before the graph is replayed."""
-        counted = {name: self.launches(call) for name, call in {"A/A": base, **calls}.items()}
+        """Rows of results of whole steps, with the dearest kernels of each. A call outside of the
+        graph sets the mix that it serves, and is made before the graph is replayed."""
+        found = {name: self.launches(call) for name, call in {"A/A": base, **calls}.items()}
         arms = {name: self.arm([call], prepare=call) for name, call in calls.items()}
         rows = self.compare(case, self.arm([base]), arms)
-        return [row | {"launches": len(counted[row["arm"]])} for row in rows]
+        return [row | in_sum(found[row["arm"]]) for row in rows]
+
+
+def in_sum(launches: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """How many launches these are, and of the dearest kernels how many, and their microseconds."""
+    kernels: dict[str, list[float]] = {}
+    for name, microseconds in launches:
+        kernels.setdefault(name, []).append(microseconds)
+    dearest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    shown = {name[:60]: [len(times), round(sum(times), 1)] for name, times in dearest}
+    return {"launches": len(launches), "kernels": shown}
 
 
 def ask_nvidia_smi(fields: str) -> list[str]:

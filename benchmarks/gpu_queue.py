@@ -1,13 +1,12 @@
 """Measure on a GPU that is at hand for minutes: jobs in order of value, resumed where they stopped.
 
-    python benchmarks/gpu_queue.py [--limit 540] [--only WORDS] [--out DIR]    run what is not done
+    python benchmarks/gpu_queue.py [--limit 480] [--only WORDS] [--out DIR]    run what is not done
     python benchmarks/gpu_queue.py --report        what is measured, stale, failed, never run
     python benchmarks/gpu_queue.py --self-check    every job in a tiny form on the CPU
 
 Each job is a subprocess (gpu_jobs.py lists them), ended at its limit or the queue's. What it has
-found is written at once to benchmarks/results/gpu/<device>/, or below --out. Jobs that failed and
-whose sources have changed go first, then all others that are not measured in their order, then
-once more those that failed and did not change. A job that would not end in time is left out.
+found is written at once to benchmarks/results/gpu/<device>/, or below --out. Jobs that failed come
+last, lest they fail again. A job that would not end in time is left out.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ from gpu_jobs import LIMIT, ROOT, Job, all_jobs
 from gpu_results import (
     FAILED,
     MEASURED,
-    MENDED,
     NEVER,
     PARTIAL,
     RESULTS,
     Entry,
     Store,
+    digest_of,
     folder_of,
     now,
-    restore,
 )
 
 MARGIN = 5.0  # seconds that stay for writing results
@@ -64,7 +62,7 @@ class Queue:
     def __init__(self, jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> None:
         self.jobs, self.options, self.scratch = jobs, options, scratch
         self.end = time.monotonic() + options.limit - MARGIN
-        self.environment = job_environment(scratch, options.peers)
+        self.environment = job_environment(scratch)
         # Asked of another process: the queue itself leaves the GPU alone.
         device = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
         if device.returncode:
@@ -83,7 +81,7 @@ class Queue:
         jobs = [job for job in self.jobs if job.name not in self.tried]
         if not self.options.again:
             jobs = [job for job in jobs if states[job.name] != MEASURED]
-        return sorted(jobs, key=lambda job: {MENDED: 0, FAILED: 2}.get(states[job.name], 1))
+        return sorted(jobs, key=lambda job: states[job.name] == FAILED)
 
     def estimate(self, job: Job) -> float:
         """Seconds that the job took when it was measured here, or that it is thought to take."""
@@ -94,8 +92,7 @@ class Queue:
         """Run jobs until none is left that fits; those that are left."""
         while True:
             todo = self.todo()
-            ready = [job for job in todo if not missing(job, self.options.peers)]
-            job = next((job for job in ready if 1.1 * self.estimate(job) <= self.left()), None)
+            job = next((job for job in todo if 1.1 * self.estimate(job) <= self.left()), None)
             if job is None:
                 return todo
             self.tried.add(job.name)
@@ -105,19 +102,17 @@ class Queue:
 
     def run_job(self, job: Job) -> Entry:
         """Run one job; its entry is on disk, and grows there while the job runs."""
-        digest = self.store.digest(job)
-        entry = seed(self.store.entries.get(job.name), digest) | {"commit": self.options.commit}
-        cache = Path(tempfile.mkdtemp(dir=self.scratch))  # what another job has tuned is not there
-        restore(self.store.kept(job), cache)
+        entry = seed(self.store.entries.get(job.name), digest_of(job))
+        entry["commit"] = self.options.commit
         self.store.put(job.group, job.name, entry)
         command = [sys.executable, str(FOLDER / "gpu_job.py"), "--device", self.device, job.name]
         command += ["--out", str(self.options.out)] if self.options.out else []
-        start, limit, log = time.monotonic(), min(LIMIT, self.left()), cache / "log"
+        start, limit, log = time.monotonic(), min(LIMIT, self.left()), self.scratch / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=self.environment | {"LORAFX_CACHE_DIR": str(cache)},
+                env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # not a session of its own: it is to end with the queue
@@ -138,11 +133,6 @@ class Queue:
             judge(entry, status, killed, cut_off=bool(killed) and limit < LIMIT, log=told)
             self.store.put(job.group, job.name, entry)
         return entry
-
-
-def missing(job: Job, peers: Path) -> bool:
-    """Whether the peer of the job is neither installed nor in the folder `peers`."""
-    return bool(job.needs) and not (peers / f"{job.needs}.zip").exists() and not is_here(job.needs)
 
 
 def seed(earlier: Entry | None, digest: str) -> Entry:
@@ -178,15 +168,12 @@ def described(entry: Entry) -> str:
     return "; ".join(filter(None, (entry.get("why"), entry["summary"])))
 
 
-def self_check(jobs: Sequence[Job], scratch: Path, peers: Path) -> int:
+def self_check(jobs: Sequence[Job], scratch: Path) -> int:
     """Every job in its tiny form, in one process on the CPU."""
-    environment = job_environment(scratch, peers) | {"LORAFX_CACHE_DIR": str(scratch / "cache")}
+    environment = job_environment(scratch) | {"LORAFX_CACHE_DIR": str(scratch / "cache")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    absent = [job for job in jobs if missing(job, peers)]
-    for job in absent:
-        print(f"{job.name}: not checked, {job.needs} is not at hand", flush=True)
     command = [sys.executable, str(FOLDER / "gpu_job.py"), "--self-check"]
-    command += [job.name for job in jobs if job not in absent]
+    command += [job.name for job in jobs]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 
@@ -211,12 +198,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds of this run")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds of this run")
     parser.add_argument("--only", nargs="+", default=[""], help="jobs named so, in part")
     parser.add_argument("--again", action="store_true", help="measured jobs too")
     parser.add_argument("--out", type=Path, help="write results below here, not in the repository")
     parser.add_argument("--commit", default="", help="what is measured, where git does not tell")
-    parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="vllm.zip, sglang.zip")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--self-check", action="store_true")
     parser.add_argument("--can-run", action="store_true", help="whether this Python can; no output")
@@ -239,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="lorafx-gpu-") as scratch:
         if options.self_check:
-            return self_check(jobs, Path(scratch), options.peers)
+            return self_check(jobs, Path(scratch))
         with suppress(OSError):
             git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
             told = subprocess.run(git, capture_output=True, text=True).stdout.strip()

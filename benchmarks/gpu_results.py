@@ -9,8 +9,7 @@ the source files that the job names. Its state now:
     measured     ended by itself, and the sources are those of today
     stale        ended by itself, and the sources have changed since
     partial      was cut off; its rows are kept and not measured again while the sources stay
-    failed       something was wrong, or it was killed at its own limit; mended, if the sources
-                 have changed since
+    failed       something was wrong, or it was killed at its own limit
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from gpu_jobs import ROOT, Job
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 Entry = dict[str, Any]
 MEASURED, STALE, PARTIAL = "measured", "stale", "partial"
-FAILED, MENDED, NEVER = "failed", "failed, changed since", "never run"
+FAILED, NEVER = "failed", "never run"
 
 
 def now() -> str:
@@ -61,18 +59,11 @@ def source_digest(name: str) -> bytes:
     return whole.digest()
 
 
-def kept_row(path: Path, cache: Path, value: Any) -> dict[str, Any]:
-    """A row that later jobs build on: a file of lorafx's cache folder."""
-    return {"file": str(path.relative_to(cache)), "kept": value}
-
-
-def restore(rows: Iterable[dict[str, Any]], cache: Path) -> None:
-    """Put kept rows back into a cache folder: tables whole, lists one behind the other."""
-    for row in rows:
-        path, kept = cache / row["file"], row["kept"]
-        if isinstance(kept, list) and path.exists():
-            kept = json.loads(path.read_text()) + kept
-        write_json(path, kept)
+def digest_of(job: Job) -> str:
+    """Of the job's sources and arguments."""
+    about = json.dumps([job.run, job.arguments], sort_keys=True).encode()
+    sources = b"".join(source_digest(name) for name in job.sources)
+    return hashlib.sha256(about + sources).hexdigest()[:16]
 
 
 class Store:
@@ -102,23 +93,11 @@ class Store:
         names = [name for name in sorted(self.entries) if self._groups[name] == group]
         write_json(self.folder / f"{group}.json", {name: self.entries[name] for name in names})
 
-    def kept(self, job: Job) -> list[dict[str, Any]]:
-        """The rows of `kept_row` that the jobs have left that this one builds on."""
-        rows = (row for name in job.inputs for row in self.entries.get(name, {}).get("rows", ()))
-        return [{"file": row["file"], "kept": row["kept"]} for row in rows if "kept" in row]
-
-    def digest(self, job: Job) -> str:
-        """Of the job's sources, its arguments, and the rows of the jobs that it builds on."""
-        about = json.dumps([job.run, job.arguments, self.kept(job)], sort_keys=True).encode()
-        sources = b"".join(source_digest(name) for name in job.sources)
-        return hashlib.sha256(about + sources).hexdigest()[:16]
-
     def state(self, job: Job) -> str:
         """What the job's entry is worth now."""
         entry = self.entries.get(job.name)
         if entry is None:
             return NEVER
-        same = entry["sources"] == self.digest(job)
-        if entry["status"] == FAILED:
-            return FAILED if same else MENDED
-        return PARTIAL if entry["status"] == PARTIAL else MEASURED if same else STALE
+        if entry["status"] != MEASURED:
+            return str(entry["status"])
+        return MEASURED if entry["sources"] == digest_of(job) else STALE

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import peers
+import vllm_ops
 
 from lorafx.integrations.vllm import sites
 from lorafx.integrations.vllm.wrapper import LoraWrapper
@@ -119,7 +119,7 @@ def experts(modules: dict[str, Any], rows: int, count: int, k: int, inner: int) 
     site.add_lora_w2(got[1], act, None, None, weights, *routing)
     want = [up.clone(), down.clone()]
     for y, rows_of_x, name, weighted in ((want[0], x, "w13", False), (want[1], act, "w2", True)):
-        modules[peers.VLLM_EXPERTS]._run_fused_moe_lora_small_batch(
+        modules[vllm_ops.EXPERTS]._run_fused_moe_lora_small_batch(
             *(y, rows_of_x),
             *([t.contiguous() for t in getattr(layer, f"{name}_lora_{c}_stacked")] for c in "ab"),
             *(weights, ids.flatten().to(torch.int32), arguments[0], k),
@@ -129,8 +129,7 @@ def experts(modules: dict[str, Any], rows: int, count: int, k: int, inner: int) 
 
 
 def main(folder: Path) -> None:
-    modules = peers.load("vllm", folder, (*peers.VLLM_FILES, peers.VLLM_EXPERTS))
-    assert isinstance(modules, dict), modules
+    modules = vllm_ops.load(folder, (*vllm_ops.FILES, vllm_ops.EXPERTS))
     torch.manual_seed(0)
     sites.COMPILED_ON.clear()  # Triton's kernels on a CPU, too, where its interpreter runs them
     found: dict[str, float] = {}

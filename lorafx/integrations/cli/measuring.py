@@ -18,7 +18,7 @@ from lorafx.progress import progress
 
 Arm = Callable[[], object]
 
-_RESAMPLES = 2000
+_RESAMPLES, _LEAST = 2000, 8
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ def compare(
     timer: Callable[[Arm, float], float] = timed,
     itself: str = "A/A",
     title: str = "arms",
+    until: float = 0.0,
 ) -> list[Ratio]:
     """Paired ratios over the base, of the base (named `itself`) and of every arm.
 
     `timer(arm, seconds)` returns the seconds of one call, measured for about `seconds`. `title`
-    names the comparison in progress messages.
+    names the comparison in progress messages. Fewer than `blocks` are measured, at least eight,
+    once every interval lies within `until` of its median.
     """
     rng = random.Random(seed)
     arms = {itself: base, **arms}
@@ -72,7 +74,11 @@ def compare(
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     least = 4 * blocks * len(arms) * seconds
     with progress(f"{title}: measuring {blocks} blocks, for at least {least:.0f} s"):
-        for _ in range(blocks):
+        for block in range(blocks):
+            if until and block and block % _LEAST == 0:
+                found = [_ratio(name, pairs[name], rng) for name in arms]
+                if all(r.high - r.low <= 2 * until * r.median for r in found):
+                    return found
             order = list(arms)
             rng.shuffle(order)
             for name in order:
