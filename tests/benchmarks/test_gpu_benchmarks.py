@@ -4,6 +4,7 @@ that is cut off leaves, the queue's registry and report."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -50,14 +51,10 @@ def test_a_wrong_arm_is_not_measured() -> None:
 def test_blocks_end_once_intervals_are_narrow(noise: float, blocks: int) -> None:
     from protocol import compare
 
-    taken = list[float]()
-
-    def timer(arm: object, seconds: float) -> float:
-        taken.append(1 + noise * (len(taken) % 3))
-        return taken[-1]
-
+    count = itertools.count()
+    timer = lambda arm, seconds: 1 + noise * (next(count) % 3)  # noqa: E731
     compare(lambda: None, {"arm": lambda: None}, blocks=20, timer=timer, until=0.005)
-    assert len(taken) == blocks * 2 * 4
+    assert next(count) == blocks * 2 * 4
 
 
 @pytest.mark.quick
@@ -82,19 +79,17 @@ def test_workloads_are_those_of_the_model() -> None:
             assert case.slots >= case.distinct
             assert case.work(CPU).floor() >= case.work(CPU).base(), case.label
             assert chosen(case, CPU) in GPU_STRATEGIES
-        shapes = [(case.in_features, sum(case.sizes)) for case in found]
+        shapes = [(c.in_features, sum(c.sizes)) for c in found]
         assert shapes == [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
 
 
 def test_the_registry_is_sound() -> None:
-    """Names are unique, sources exist, what counts fits into eight minutes, results into few
-    files."""
+    """Names are unique, sources exist, the first jobs fit into eight minutes, results are few."""
     from gpu_jobs import ARMS, LIMIT, all_jobs
     from gpu_results import digest_of
 
     jobs = all_jobs()
-    names = [job.name for job in jobs]
-    assert len(set(names)) == len(names)
+    assert len(names := {job.name for job in jobs}) == len(jobs)
     assert sum(job.estimate for job in jobs[:5]) < 480
     for job in jobs:
         assert job.estimate <= LIMIT
