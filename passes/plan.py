@@ -21,7 +21,6 @@ from lorafx.errors import ConfigError
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import (
     FUSED,
-    UNTIMED,
     Work,
     byte_floor,
     estimate,
@@ -121,8 +120,7 @@ def _triton_choice(ctx: Context, node: fx.Node) -> tuple[str, str]:
         if name == CONCAT and _not_concat(node):
             continue
         if not modelled.refusal and (name not in FUSED or _fusable(node)):
-            untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
-            return name, f"modelled {modelled}{untimed} at {_rows(node)} rows; {_floor(ctx, node)}"
+            return name, f"modelled {modelled} at {_rows(node)} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 

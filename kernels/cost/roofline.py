@@ -9,15 +9,13 @@ share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch is in
 docs/kernels.md; "concat" takes (K + C) / K of the FLOPs with C more columns, and copies W at every
-call.
-
-The parts of "concat" were timed on an H200, the whole was not.
+call. docs/performance.md has the model beside what was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -244,10 +242,11 @@ def split_rounds(work: Work) -> int:
 # --- strategies around the vendor's GEMM ---
 
 #: Shrink and expand took 2.1 (gate/up), 3.0 (down) and 3.7 (q/k/v) times their roofline on an H200
-#: with 8192 rows.
+#: with 8192 rows (2026-11-20).
 OVER_ROOFLINE = 3.0
-#: The most columns that "concat" appends, their unit, and the unit of K in the vendor's GEMM.
-MAX_COLUMNS, UNIT, K_TILE = 256, 16, 64
+#: The most columns that "concat" appends, which is as far as it was measured (H200, 2026-11-27);
+#: their unit, and the unit of K in the vendor's GEMM.
+MAX_COLUMNS, UNIT, K_TILE = 384, 16, 64
 
 
 def _gemv(work: Work) -> float:
@@ -303,11 +302,6 @@ GPU_STRATEGIES = {
 }
 #: Strategies that compute the base product themselves.
 FUSED = ("split", "epilogue")
-#: Notes for users on strategies that were not timed on a chip.
-UNTIMED: Mapping[str, str] = {
-    "concat": "never measured on a chip",
-    "split": "its reader measured in an earlier form only",
-}
 #: The least speed of plain Triton relative to the vendor's GEMM for which a fused kernel is used if
 #: FLOPs decide: a slower product costs more than all of LoRA (5 % against 0.6 to 5 % of the floor).
 LEAST_TRITON_OVER_VENDOR = 0.97

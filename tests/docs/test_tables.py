@@ -10,11 +10,13 @@ import json
 import os
 import pkgutil
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import lorafx
 from lorafx import errors
@@ -22,6 +24,8 @@ from lorafx.adapter_store.methods.table import METHODS
 from lorafx.integrations.server.settings import Settings
 from lorafx.integrations.vllm import plugin
 from lorafx.integrations.vllm.patches import PATCHES
+from lorafx.kernels.cost.chips import CHIPS
+from lorafx.kernels.cost.roofline import Work, estimate
 from lorafx.torch_internals import versions
 from lorafx.torch_internals.shortcuts import SHORTCUTS
 
@@ -122,12 +126,42 @@ def clients() -> str:
     )
 
 
+CASE = re.compile(r"(q/k/v|o|gate/up|down) \((\d+), \d+\) M=(\d+) D=(\d+) r=(\d+)")
+
+
+def predictions() -> str:
+    """The cost model beside all that was measured of single linears on a GPU, in microseconds."""
+    taken: dict[tuple[str, ...], list[float]] = {}
+    for path in (ROOT / "benchmarks/results/gpu").glob("*h200*/[dp]*[el].json"):
+        for entry in json.loads(path.read_text()).values():
+            for row in (row for row in entry["rows"] if row["arm"] != "plan, no adapter"):
+                case, arm = CASE.search(row["case"]), row["arm"]
+                assert case is not None
+                arm = {"A/A": "vendor", "plan": row.get("plan")}.get(arm, arm)
+                taken.setdefault((*case.groups(), arm), []).append(row["milliseconds"] * 1e3)
+    rows, times = [], dict[tuple[str, ...], list[tuple[float, float]]]()
+    for (name, k, m, d, r, arm), measured in sorted(taken.items(), key=lambda item: item[0][2:]):
+        # "concat" has a block of columns for each of eight requests, whatever these share.
+        blocks = max(int(d), 8) if arm == "concat" else int(d)
+        columns = {"q/k/v": (4096, 1024, 1024), "gate/up": (14336, 14336)}.get(name, (4096,))
+        work = Work(int(k), columns, int(m), blocks, int(r), torch.bfloat16, CHIPS["cuda", 90])
+        model = 1e6 * (work.vendor() if arm == "vendor" else estimate(work)[arm].seconds)
+        found = statistics.median(measured)
+        assert model == pytest.approx(found, rel=0.15), (name, m, arm)
+        times.setdefault((name, m, d), []).append((found, model))
+        rows.append((name, m, d, arm, f"{found:.1f}", f"{model:.1f}", f"{model / found:.2f}"))
+    for pairs in times.values():  # the model has them in the right order
+        assert [model for _, model in sorted(pairs)] == sorted(model for _, model in pairs)
+    return table(("linear", "rows", "adapters", "strategy", "measured", "model", "ratio"), rows)
+
+
 @pytest.mark.parametrize(
     ("page", "name", "part"),
     [
         ("adapters.md", "methods", methods),
         ("errors.md", "table", of_errors),
         ("guides/vllm.md", "patches", patches),
+        ("performance.md", "predictions", predictions),
         ("reference/configuration.md", "lora_config", partial(fields_of, lorafx.LoraConfig)),
         ("reference/configuration.md", "options", partial(fields_of, lorafx.Options)),
         ("serving.md", "clients", clients),
