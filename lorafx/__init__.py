@@ -3,14 +3,16 @@
 cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
 
-The names below are imported when they are first used: `import lorafx` imports neither torch nor
-what compiling needs.
+The names below are imported when they are first used: `import lorafx` imports no torch. After torch
+it brings what a first call needs, which is then no part of the first answer's time.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,3 +108,17 @@ def _imported(module: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _import_for_calls() -> None:
+    """What stands in its way is raised where a name is used."""
+    from lorafx.errors import LorafxError
+
+    with suppress(LorafxError):
+        for name in ("compile", "CompiledModel"):
+            __getattr__(name)
+        _imported("lorafx.runtime.tiers")
+
+
+if hasattr(sys.modules.get("torch"), "compile"):  # torch, and not while it is being imported
+    _import_for_calls()
