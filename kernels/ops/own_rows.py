@@ -96,11 +96,12 @@ class Structure(NamedTuple):
 
 
 def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
-    """D x of x (S, M, K), the D of each slot of blocks (K / block, block, block)."""
+    """D x of x (S, M, K), the D of each slot of blocks (K / block, block, block), or of one block
+    for all."""
     if block == 1:
         return x * numbers.unsqueeze(1)
     pieces = x.unflatten(2, (-1, block)).transpose(1, 2)
-    across = numbers.view(*pieces.shape[:2], block, block).mT
+    across = numbers.unflatten(1, (-1, block, block)).mT
     return (pieces @ across).transpose(1, 2).flatten(2)
 
 
