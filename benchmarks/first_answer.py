@@ -250,7 +250,7 @@ def figures(row: dict[str, Any], seconds: float) -> dict[str, Any]:
     lengths = [
         (end, end - begin) for (begin, _), (end, prompt) in pairwise(row["steps"]) if not prompt
     ]
-    if row["arm"] != "PEFT" and len(lengths) >= 40:
+    if seconds and row["arm"] != "PEFT" and len(lengths) >= 40:
         steady = statistics.median(length for _, length in lengths[-20:])
         slow = [
             end

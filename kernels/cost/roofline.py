@@ -9,7 +9,7 @@ share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch is in
 docs/kernels.md; "concat" takes (K + C) / K of the FLOPs with C more columns, and copies W at every
-call. docs/performance.md has the model beside what was measured.
+call. docs/kernels.md has the model beside what was measured.
 """
 
 from __future__ import annotations
