@@ -115,13 +115,11 @@ class Meter:
         base: Any,
         arms: Mapping[str, Any],
         timer: Callable[[Any, float], float] | None = None,
-        blocks: int | None = None,
     ) -> list[dict[str, Any]]:
         """Rows of results of `protocol.compare`, with this meter's clock or with `timer`."""
-        sizes: dict[str, Any] = {"blocks": blocks or self.blocks, "seconds": self.seconds}
-        sizes["until"] = self.until
-        if not self.measures:
-            sizes = {"blocks": 1, "seconds": 0.0}
+        sizes: dict[str, Any] = {"blocks": 1, "seconds": 0.0}
+        if self.measures:
+            sizes = {"blocks": self.blocks, "seconds": self.seconds, "until": self.until}
         before = clocks()
         rows = protocol.rows_of(case, base, arms, **sizes, timer=timer or self.time)
         return [row | {"clocks before": before, "clocks after": clocks()} for row in rows]

@@ -25,7 +25,7 @@ from lorafx.integrations.server.settings import Settings
 from lorafx.integrations.vllm import plugin
 from lorafx.integrations.vllm.patches import PATCHES
 from lorafx.kernels.cost.chips import CHIPS
-from lorafx.kernels.cost.roofline import Work, estimate
+from lorafx.kernels.cost.roofline import GPU_STRATEGIES, Work, estimate
 from lorafx.torch_internals import versions
 from lorafx.torch_internals.shortcuts import SHORTCUTS
 
@@ -132,13 +132,15 @@ CASE = re.compile(r"(q/k/v|o|gate/up|down) \((\d+), \d+\) M=(\d+) D=(\d+) r=(\d+
 def predictions() -> str:
     """The cost model beside all that was measured of single linears on a GPU, in microseconds."""
     taken: dict[tuple[str, ...], list[float]] = {}
-    for path in (ROOT / "benchmarks/results/gpu").glob("*h200*/[dp]*[el].json"):
+    results = ROOT / "benchmarks" / "results" / "gpu"
+    for path in (*results.glob("*h200*/prefill.json"), *results.glob("*h200*/decode.json")):
         for entry in json.loads(path.read_text()).values():
-            for row in (row for row in entry["rows"] if row["arm"] != "plan, no adapter"):
+            for row in (row for row in entry["rows"] if "median" in row):
                 case, arm = CASE.search(row["case"]), row["arm"]
                 assert case is not None
                 arm = {"A/A": "vendor", "plan": row.get("plan")}.get(arm, arm)
-                taken.setdefault((*case.groups(), arm), []).append(row["milliseconds"] * 1e3)
+                if arm in ("vendor", *GPU_STRATEGIES):
+                    taken.setdefault((*case.groups(), arm), []).append(row["milliseconds"] * 1e3)
     rows, times = [], dict[tuple[str, ...], list[tuple[float, float]]]()
     for (name, k, m, d, r, arm), measured in sorted(taken.items(), key=lambda item: item[0][2:]):
         # "concat" has a block of columns for each of eight requests, whatever these share.
