@@ -3,8 +3,8 @@
 cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
 
-The names below are imported when they are first used: `import lorafx` imports no torch. After torch
-it brings what a first call needs, which is then no part of the first answer's time.
+The names below are imported when they are first used: `import lorafx` imports no torch. After
+transformers it brings what a first call needs, which is then no part of the first answer's time.
 """
 
 from __future__ import annotations
@@ -120,5 +120,6 @@ def _import_for_calls() -> None:
         _imported("lorafx.runtime.tiers")
 
 
-if hasattr(sys.modules.get("torch"), "compile"):  # torch, and not while it is being imported
+# A process without transformers may run packages only. And not while torch is being imported.
+if "transformers" in sys.modules and hasattr(sys.modules.get("torch"), "compile"):
     _import_for_calls()
