@@ -3,7 +3,7 @@
 With few rows a delta is two batched products over factors that are gathered by row,
 
     v = x Aᵀ        x (n, T, K), A (n, ρ, K), ρ the sum of the parts' ranks
-    y ← y + v B     B (n, ρ, N), scaled, zero outside of a part's columns
+    y ← y + v B     B (n, ρ, N), scaled, zero outside of a part's columns; −0 for rows of the base
 
 Gathered factors are kept for the next step, up to a share of the model's bytes, and are gathered
 again when a bank has been written. All other deltas are those of the sites' operators.
@@ -37,12 +37,12 @@ _MOST_ROWS = 32
 
 
 class RowFactors(NamedTuple):
-    """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are no base rows, (n, 1, 1), or None
-    if all are; with the versions of the bank that they were read from."""
+    """Factors by row: A (n, K, ρ), B (n, ρ, N), and which rows are the base's, (n, 1, 1), or None
+    if none is; with the versions of the bank that they were read from."""
 
     A: Tensor
     B: Tensor
-    live: Tensor | None
+    base: Tensor | None
     versions: tuple[int, ...]
 
     @property
@@ -109,9 +109,9 @@ def _gathered(
                 B[row, first : first + r, start : start + size] = columns * bank.scales[slot, i]
             first, start = first + r, start + size
     index = torch.tensor([distinct.index(slot) for slot in slots], device=A.device)
-    live = torch.tensor([slot >= 0 for slot in slots], device=A.device)[:, None, None]
+    base = torch.tensor([slot < 0 for slot in slots], device=A.device)[:, None, None]
     A = A[index].transpose(1, 2).contiguous()
-    return RowFactors(A, B[index], None if min(slots) >= 0 else live, versions)
+    return RowFactors(A, B[index], None if min(slots) >= 0 else base, versions)
 
 
 class RowDeltas:
@@ -132,6 +132,8 @@ class RowDeltas:
         self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
+        #: The last x of `linear`, its version, and itself in a wider dtype: others may share it.
+        self._widened: tuple[Tensor, int, Tensor] | None = None
 
     def add(
         self,
@@ -146,10 +148,7 @@ class RowDeltas:
         """y with the delta of the site's columns `ranges`. Raises NeedsGraph if the owners of rows
         are not known."""
         following = self._following
-        added_to = self._added.pop(mark.path, None)
-        if added_to is y:
-            return y
-        if added_to is not None:
+        if self._added.pop(mark.path, None) is not None:
             following.refuse(f"{mark.path}: its call does not return what its forward has")
         following.marked(mark, x, y)
         if mark.path not in self._touched:
@@ -168,7 +167,8 @@ class RowDeltas:
             out = None
             few = self._sites is None and rows.few
             if scale is None and mark.is_plain and ranges[2] is mark.sizes and few:
-                out = self._by_products(mark, x, y, rows.slots)
+                out = y.clone(memory_format=torch.contiguous_format)
+                out = out if self._add_products(mark, x, out, rows.slots) else None
             if out is None:
                 slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
                 owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
@@ -177,6 +177,13 @@ class RowDeltas:
             return self._noted(mark, out)
 
         return following.outside(added)
+
+    def has_added(self, mark: SiteMark, y: Any) -> bool:
+        """Whether y, the output of the mark's module, is the last result of `linear` for it."""
+        if self._added.get(mark.path) is not y:
+            return False
+        del self._added[mark.path]
+        return True
 
     def linear(self, call: LinearCall, x: Tensor) -> Tensor | None:
         """What a plain linear returns for x, with its delta; None if it has to be followed."""
@@ -190,7 +197,7 @@ class RowDeltas:
 
         def added() -> Tensor | None:
             y = F.linear(x, call.weight, module.bias)
-            return self._by_products(mark, x, y, rows.slots)
+            return y if self._add_products(mark, x, y, rows.slots) else None
 
         out = following.outside(added)
         if out is not None:
@@ -221,25 +228,32 @@ class RowDeltas:
             self._sites.append((mark.path, out.clone()))
         return out
 
-    def _by_products(
-        self, mark: SiteMark, x: Tensor, y: Tensor, slots: tuple[int, ...]
-    ) -> Tensor | None:
+    def _add_products(self, mark: SiteMark, x: Tensor, y: Tensor, slots: tuple[int, ...]) -> bool:
+        """Add the delta to y, which is contiguous. Returns False if its factors are too large."""
         acc = accumulation_dtype(x, y)
         factors = self._gathered.of(mark, slots, acc)
         if factors is None:
-            return None
-        n, dtype = len(slots), y.dtype
-        wide_x = x if x.dtype == acc else x.to(acc)
-        wide_y = y if dtype == acc else y.to(acc)
+            return False
+        n, x = len(slots), self._wide(x, acc)
         if n == 1:
-            x2, y2 = wide_x.reshape(-1, x.shape[-1]), wide_y.reshape(-1, y.shape[-1])
-            out = torch.addmm(y2, x2 @ factors.A[0], factors.B[0])
+            delta = (x.reshape(-1, x.shape[-1]) @ factors.A[0]) @ factors.B[0]
         else:
-            x3, y3 = wide_x.reshape(n, -1, x.shape[-1]), wide_y.reshape(n, -1, y.shape[-1])
-            out = torch.baddbmm(y3, torch.bmm(x3, factors.A), factors.B)
-            if factors.live is not None:  # 0 times infinity is no number
-                out = torch.where(factors.live, out, y3)
-        return (out if dtype == acc else out.to(dtype)).view(y.shape)
+            delta = torch.bmm(torch.bmm(x.reshape(n, -1, x.shape[-1]), factors.A), factors.B)
+            if factors.base is not None:  # 0 times infinity is no number, and y + -0 has y's bits
+                delta.masked_fill_(factors.base, -0.0)
+        y.view(delta.shape).add_(delta)
+        return True
+
+    def _wide(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype:
+            return x
+        if self._widened is not None:
+            last, version, wide = self._widened
+            if last is x and version == x._version and wide.dtype == dtype:
+                return wide
+        wide = x.to(dtype)
+        self._widened = x, x._version, wide
+        return wide
 
     def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
         lead = tuple(x.shape[: row_dims_of(mark.kind, x.dim())])

@@ -127,6 +127,8 @@ class SiteMark:
         """
         # Few functions are called here: Dynamo traces each, which takes a millisecond a site.
         runtime, traced = self.runtime, tracing()
+        if not traced and runtime.deltas is not None and runtime.deltas.has_added(self, output):
+            return None
         resting = None if traced else runtime.resting
         if self.first and resting is not None:
             resting.refuse_slips()

@@ -20,7 +20,7 @@ from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lorafx.ownership.labels import One, Pooled
@@ -139,8 +139,10 @@ class Memory:
 
     def born(self, tensor: Tensor, label: RealLabel | None) -> Block | None:
         """Label a result, and return its storage's labels; None for a view of a known storage."""
-        key = storage_of(tensor)
-        block = None if key is None or self._alive(key) is not None else self._new(tensor, key)
+        storage = _storage(tensor)
+        if storage is None or self._alive(storage._cdata) is not None:
+            return None
+        block = self._new(tensor, storage)
         if block is not None:
             block.born = True
             block.views[geometry_of(tensor)] = label
@@ -200,19 +202,19 @@ class Memory:
             if block.cells is not None:
                 block.cells = renamed_cells(block.cells, requests)
 
-    def _new(self, tensor: Tensor, key: int | None = None) -> Block | None:
-        key = storage_of(tensor) if key is None else key
-        if key is None:
+    def _new(self, tensor: Tensor, storage: UntypedStorage | None = None) -> Block | None:
+        storage = _storage(tensor) if storage is None else storage
+        if storage is None:
             return None
         if tensor.is_inference():  # its writes are not counted
-            self._blocks.pop(key, None)
+            self._blocks.pop(storage._cdata, None)
             return None
-        ref = StorageWeakRef(tensor.untyped_storage())
-        block = self._blocks[key] = Block(ref, self._state(tensor), tensor.element_size())
+        block = Block(StorageWeakRef(storage), self._state(tensor, storage), tensor.element_size())
+        self._blocks[storage._cdata] = block
         return block
 
-    def _state(self, tensor: Tensor) -> MemoryState:
-        return state_of(tensor, digested=self._guarded())
+    def _state(self, tensor: Tensor, storage: UntypedStorage | None = None) -> MemoryState:
+        return state_of(tensor, storage, digested=self._guarded())
 
     def _intact(self, block: Block, tensor: Tensor) -> bool:
         """Whether the memory is unchanged since it was labelled. If not, its labels are dropped."""
@@ -265,10 +267,15 @@ class Memory:
 
 def storage_of(tensor: Tensor) -> int | None:
     """The storage's id; None for composite tensors, and for those of torch.func's transforms."""
+    storage = _storage(tensor)
+    return None if storage is None else storage._cdata
+
+
+def _storage(tensor: Tensor) -> UntypedStorage | None:
     if _is_composite(type(tensor)) or tensor.layout is not torch.strided:
         return None
     try:
-        return tensor.untyped_storage()._cdata
+        return tensor.untyped_storage()
     except NotImplementedError:
         return None
 
@@ -335,8 +342,10 @@ class MemoryState(NamedTuple):
     digest: int | None
 
 
-def state_of(tensor: Tensor, *, digested: bool) -> MemoryState:
-    storage = tensor.untyped_storage()
+def state_of(
+    tensor: Tensor, storage: UntypedStorage | None = None, *, digested: bool
+) -> MemoryState:
+    storage = tensor.untyped_storage() if storage is None else storage
     return MemoryState(
         tensor._version, not storage.resizable(), _digest(tensor) if digested else None
     )
