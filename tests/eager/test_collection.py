@@ -1,4 +1,5 @@
-"""Python collects no garbage inside of an eager forward, and as before when it has ended."""
+"""Python collects no garbage inside of an eager forward, only what it has made inside of a
+generate, and as before when they have ended."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error
 from interrupting import every_place
 from torch import Tensor, nn
 
-from lorafx.runtime.collection import collection_paused
+from lorafx.runtime.collection import collection_of_new, collection_paused
 
 K = 6
 
@@ -64,13 +65,39 @@ def test_an_eager_forward_is_not_interrupted(small: Callable[..., Case], collect
     assert gc.isenabled() == collecting
 
 
-def test_an_interrupt_leaves_collection_on() -> None:
-    def paused() -> None:
-        with collection_paused():
-            assert not gc.isenabled()
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """As in a user's process: tests freeze what earlier ones left."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_a_generate_collects_what_it_has_made(llama: Case) -> None:
+    cm: Any = llama.compile({**REFERENCE, "start": "eager", "cache": None})
+    frozen: list[int] = []
+    hook = cm._orig_mod.lm_head.register_forward_pre_hook(
+        lambda *_: frozen.append(gc.get_freeze_count())
+    )
+    ids = torch.ones(2, 3, dtype=torch.long)
+    cm.generate(ids, max_new_tokens=2, do_sample=False, adapter_names=["a1", None])
+    hook.remove()
+    assert len(frozen) == 2
+    assert all(frozen)
+    assert not gc.get_freeze_count()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+@pytest.mark.parametrize("block", [collection_paused, collection_of_new])
+def test_an_interrupt_leaves_collection_on(block: Callable[[], Any]) -> None:
+    def entered() -> None:
+        with block():
+            assert not gc.isenabled() or gc.get_freeze_count()
 
     places = 0
-    for place, _ in every_place(paused):
+    for place, _ in every_place(entered):
         assert gc.isenabled(), place
+        assert not gc.get_freeze_count(), place
         places += 1
     assert places > 2
