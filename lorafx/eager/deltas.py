@@ -247,6 +247,8 @@ class RowDeltas:
     def _wide(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == dtype:
             return x
+        if x.is_inference():  # its writes are not counted
+            return x.to(dtype)
         if self._widened is not None:
             last, version, wide = self._widened
             if last is x and version == x._version and wide.dtype == dtype:
