@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.eager.following import Following
@@ -186,37 +185,49 @@ class RowDeltas:
         return True
 
     def linear(self, call: LinearCall, x: Tensor) -> Tensor | None:
-        """What a plain linear returns for x, with its delta; None if it has to be followed."""
-        following, mark, module = self._following, call.mark, call.module
-        if not following.on_top or module._parameters.get("weight") is not call.weight:
+        """What a known linear returns for x, with its delta where `call` has a mark; None if it has
+        to be followed."""
+        following, mark = self._following, call.mark
+        if not following.on_top or call.module._parameters.get("weight") is not call.weight:
             return None
         code = following.code(x)
-        rows = self._leading(code, x)
-        if rows is None:
+        if not self._leads(code, x):
+            return None
+        rows = None if mark is None else self._few(code, x)
+        if mark is not None and rows is None and not mark.stored:
             return None
 
-        def added() -> Tensor | None:
-            y = F.linear(x, call.weight, module.bias)
-            return y if self._add_products(mark, x, y, rows.slots) else None
+        def product() -> tuple[Any, bool]:
+            y = call.original(x)
+            if mark is None or rows is None or not self._is_product(mark, x, y):
+                return y, False
+            y = y.contiguous()
+            return y, self._add_products(mark, x, y, rows.slots)
 
-        out = following.outside(added)
-        if out is not None:
-            following.note(out, code)
+        y, added = following.outside(product)
+        if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+            return None
+        if added and mark is not None:
             following.marked_alone(mark)
-            self._added[mark.path] = out
-        return out
+            self._added[mark.path] = y
+        elif mark is not None and not mark.stored:
+            return None
+        following.note(y, code)
+        return y
 
-    def _leading(self, code: int, x: Tensor) -> _Rows | None:
-        """The slots of the rows of x, if they are few and those of each slot lie together; None if
-        the result's rows do not belong to whom those of x do."""
-        label, lead = self._following.label(x), tuple(x.shape[:-1])
-        if not isinstance(label, (One, Listed)):
-            return None
-        if isinstance(label, Listed) and label.dim >= len(lead):
-            return None
+    def _is_product(self, mark: SiteMark, x: Tensor, y: Any) -> bool:
+        return isinstance(y, Tensor) and y.shape == (*x.shape[:-1], mark.out_features)
+
+    def _leads(self, code: int, x: Tensor) -> bool:
+        """Whether rows of x, all its dimensions but the last, have one owner each."""
+        label = self._following.label(x)
+        return isinstance(label, One) or (isinstance(label, Listed) and label.dim < x.dim() - 1)
+
+    def _few(self, code: int, x: Tensor) -> _Rows | None:
+        """The slots of the rows of x, if they are few and those of each slot lie together."""
         if self._uniform:
             return _Rows((self._rows[0],), 1)
-        rows = self._rows_by_code(code, lead, x)
+        rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
         return rows if rows is not None and rows.few else None
 
     def outside(self, action: Callable[[], bool]) -> bool:

@@ -47,7 +47,7 @@ class EagerTier:
 
     def __init__(self, program: Program, replacing: Callable[..., Any]) -> None:
         self._program, self._replacing = program, replacing
-        self._linears = LinearCalls(program.sites)
+        self._linears = LinearCalls(program)
         self._remembered = KnownLabels()
         nbytes = sum(parameter.nbytes for parameter in program.model.parameters())
         self._looked_at: ModuleGraph | None = None

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, check_mixed
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error
+from quantised import KINDS, adapters, linears, small_base
 from tiny_models import FAMILIES
 from transformers.models.llama import modeling_llama
 
+import lorafx
 from lorafx.eager.linear_calls import LinearCall
 
 NAMES = ["a1", None, "a3", "a1"]
@@ -99,3 +101,22 @@ def test_a_weight_that_is_exchanged_meanwhile_is_followed(llama, inputs, inside)
     inside.append(look)
     check_mixed(cm, llama, NAMES, inputs)
     assert set(results) == {None}
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_quantised_linears_are_one_step(tmp_path, rows):
+    """Also those that carry no LoRA, and where rows are many. Numbers are compared in
+    tests/model/test_quantized.py."""
+    base = small_base()
+    folders = adapters(base, tmp_path)
+    KINDS["torchao-int8"][0](base)
+    cm = lorafx.compile(base.eval(), folders, options=OPTIONS)
+    quantised = [path for path, _ in linears(base)]
+    assert len(quantised) > len(cm._session.program.sites)
+    ids, names = torch.randint(3, 61, (rows, 3)), ["a", None, "b", "a"] * (rows // 4)
+    whole = cm(ids, adapter_names=names).logits
+    assert not cm.recompiles
+    for name in dict.fromkeys(names):
+        of_name = [row for row, other in enumerate(names) if other == name]
+        alone = cm(ids[of_name], adapter_names=[name] * len(of_name)).logits
+        assert error(whole[of_name], alone) <= TOLERANCE
