@@ -6,15 +6,18 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, check_mixed
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error
 from tiny_models import FAMILIES
 from transformers.models.llama import modeling_llama
 
+import lorafx
 from lorafx.eager.linear_calls import LinearCall
 
 NAMES = ["a1", None, "a3", "a1"]
@@ -99,3 +102,50 @@ def test_a_weight_that_is_exchanged_meanwhile_is_followed(llama, inputs, inside)
     inside.append(look)
     check_mixed(cm, llama, NAMES, inputs)
     assert set(results) == {None}
+
+
+def _by_numpy(x: torch.Tensor) -> Callable[[], object]:
+    memory = x.numpy()
+    return lambda: np.multiply(memory, 2, out=memory)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _by_numpy,
+        lambda x: lambda: torch._foreach_mul_([x], 2.0),
+        lambda x: lambda: setattr(x, "data", x.data * 2),
+    ],
+    ids=["numpy", "foreach", "data"],
+)
+def test_an_input_that_is_written_between_its_linears_is_read_again(llama, inputs, inside, write):
+    def look(mlp: Any, x: Any) -> None:
+        x = x.clone()
+        written = write(x)
+        mlp.gate_proj(x)
+        written()
+        results.append((mlp.up_proj(x), mlp.up_proj(x.clone())))
+
+    results: list[tuple[Any, Any]] = []
+    cm = lorafx.compile(llama.model().half(), llama.folders, options=OPTIONS)
+    inside.append(look)
+    cm(**inputs, adapter_names=["a1"] * len(NAMES))
+    assert not cm.recompiles
+    for got, want in results:
+        assert torch.equal(got, want)
+
+
+def test_rows_of_other_memory_are_those_of_that(llama, inputs, inside):
+    def look(mlp: Any, x: Any) -> None:
+        turned = x.clone()
+        mlp.gate_proj(turned)
+        turned.data = x.flip(0)
+        results.append((mlp.up_proj(turned), mlp.up_proj(x).flip(0)))
+
+    results: list[tuple[Any, Any]] = []
+    cm = llama.compile(options=OPTIONS)
+    inside.append(look)
+    cm(**inputs, adapter_names=["a1", None, None, None])
+    assert not cm.recompiles
+    for got, want in results:
+        assert error(got, want) <= TOLERANCE
