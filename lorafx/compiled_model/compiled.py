@@ -669,8 +669,7 @@ class CompiledModel(AsModule):
             generation_config, continuous_batching_config, warmup=warmup, tokenizer=tokenizer
         )
         told = progress(f"generating for {len(inputs)} prompts")
-        # The last collection of an engine that stops still finds its pages in use.
-        with collection_of_new(at_end=True), block as engine, told:
+        with collection_of_new(), block as engine, told:
             ids = []
             for row, prompt in enumerate(inputs):
                 adapter = {} if names is None else {"adapter": names[row]}

@@ -131,8 +131,8 @@ class RowDeltas:
         self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
-        #: The last x of `linear`, its version, and itself in a wider dtype: others may share it.
-        self._widened: tuple[Tensor, int, Tensor] | None = None
+        #: The state of the last x, and itself in a wider dtype: others may share it.
+        self._widened: tuple[object, Tensor] | None = None
 
     def add(
         self,
@@ -258,14 +258,13 @@ class RowDeltas:
     def _wide(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == dtype:
             return x
-        if x.is_inference():  # its writes are not counted
-            return x.to(dtype)
-        if self._widened is not None:
-            last, version, wide = self._widened
-            if last is x and version == x._version and wide.dtype == dtype:
+        state = self._following.state(x)
+        if self._widened is not None and state is not None:
+            last, wide = self._widened
+            if last is state and wide.dtype == dtype:
                 return wide
         wide = x.to(dtype)
-        self._widened = x, x._version, wide
+        self._widened = state, wide
         return wide
 
     def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:

@@ -318,9 +318,13 @@ class Following(TorchDispatchMode):
             and known[0]() is tensor
             and known[1].epoch == known[2]
             and known[3] == tensor._version
-            and tensor.untyped_storage().resizable() is not known[1].exported
         ):
-            return known[4]
+            storage = tensor.untyped_storage()
+            if (
+                storage._cdata == known[1].ref.cdata
+                and storage.resizable() is not known[1].exported
+            ):
+                return known[4]
         parameter = self._remembered.parameters.get(key)
         if parameter is not None and parameter() is tensor:
             return NOBODYS
@@ -356,6 +360,13 @@ class Following(TorchDispatchMode):
         elif block is None and code == NOBODYS and isinstance(tensor, nn.Parameter):
             remembered.parameters[id(tensor)] = weakref.ref(tensor)
         return code
+
+    def state(self, tensor: Tensor) -> object | None:
+        """An object that is another one once the tensor, whose code was looked up, is written; None
+        if not all writes are seen."""
+        known = self._known.get(id(tensor))
+        seen = known is not None and known[0]() is tensor and not known[1].exported
+        return known if seen else None
 
     def label(self, tensor: Tensor) -> RealLabel | None:
         """The owners of a tensor's elements; None if they are unknown."""

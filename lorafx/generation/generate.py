@@ -24,7 +24,7 @@ from lorafx.generation.alora import generating_forward_of
 from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
-from lorafx.runtime.collection import collection_of_new
+from lorafx.runtime.collection import collection_of_young
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.resting import adapters_in_use, refuse_elsewhere
@@ -69,7 +69,7 @@ class CompiledGenerate:
             raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
         attributes = [item for item in self._nested if item[:2] != (model, "generate")]
         replacing = self._session.replacements.replacing
-        with collection_of_new():
+        with collection_of_young():
             return replacing(attributes, self._generate, model, run, *args, **kwargs)
 
     def within(self, method: Callable[..., T]) -> Callable[..., T]:

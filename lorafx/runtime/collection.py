@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: Python's third threshold where all objects are walked over rarely; its own is 10.
+_RARELY = 199
+#: Each so many blocks of `collection_of_new` collect all garbage.
+_EACH = 10
+_blocks = itertools.count(1)
 
 
 @contextmanager
@@ -22,17 +29,36 @@ def collection_paused() -> Iterator[None]:
 
 
 @contextmanager
-def collection_of_new(*, at_end: bool = False) -> Iterator[None]:
-    """Collect only garbage that is made meanwhile, `at_end` all of that. A collection of everything
-    took 0.4 s beside torch and transformers, and came among the first eager steps; an engine of
-    transformers that stops has two, which beside a trainer took twice as long as its rollout."""
-    frozen = gc.get_freeze_count()  # by the caller, for whom it stays so
+def collection_of_young() -> Iterator[None]:
+    """Walk rarely over all objects meanwhile: that took 0.4 s beside torch and transformers, and
+    came among the first eager steps. Frozen, what dies between short blocks would live for ever:
+    Python then counts its collections anew."""
+    before = gc.get_threshold()
+    raised = before[2] < _RARELY  # not by a block on another thread, nor by the caller
     try:
-        if not frozen:
-            gc.freeze()
+        if raised:
+            gc.set_threshold(*before[:2], _RARELY)
         yield
     finally:
-        if not frozen:
-            if at_end:
-                gc.collect()
+        if raised:
+            gc.set_threshold(*before)
+
+
+@contextmanager
+def collection_of_new() -> Iterator[None]:
+    """Collect only garbage that is made meanwhile, but once in a while all: an engine of
+    transformers that stops collects twice, which beside a trainer took twice as long as its
+    rollout."""
+    if gc.get_freeze_count():  # by the caller, for whom it stays so
+        yield
+        return
+    try:
+        gc.freeze()
+        yield
+    finally:
+        try:  # an interrupt does not leave it frozen
+            if not next(_blocks) % _EACH:
+                gc.unfreeze()
+            gc.collect()  # the engine's pages, which its last collection still finds in use
+        finally:
             gc.unfreeze()

@@ -1,9 +1,10 @@
-"""Python collects no garbage inside of an eager forward, only what it has made inside of a
-generate, and as before when they have ended."""
+"""Python collects no garbage inside of an eager forward, rarely all of it inside of a generate, and
+as before when they have ended."""
 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,11 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error
 from interrupting import every_place
 from torch import Tensor, nn
 
-from lorafx.runtime.collection import collection_of_new, collection_paused
+from lorafx.runtime.collection import (
+    collection_of_new,
+    collection_of_young,
+    collection_paused,
+)
 
 K = 6
 
@@ -73,31 +78,72 @@ def nothing_frozen() -> Iterator[None]:
     gc.freeze()
 
 
-@pytest.mark.usefixtures("nothing_frozen")
-def test_a_generate_collects_what_it_has_made(llama: Case) -> None:
+def test_a_generate_rarely_walks_over_all_objects(llama: Case) -> None:
     cm: Any = llama.compile({**REFERENCE, "start": "eager", "cache": None})
-    frozen: list[int] = []
+    before, seen = gc.get_threshold(), []
     hook = cm._orig_mod.lm_head.register_forward_pre_hook(
-        lambda *_: frozen.append(gc.get_freeze_count())
+        lambda *_: seen.append(gc.get_threshold())
     )
     ids = torch.ones(2, 3, dtype=torch.long)
     cm.generate(ids, max_new_tokens=2, do_sample=False, adapter_names=["a1", None])
     hook.remove()
-    assert len(frozen) == 2
-    assert all(frozen)
+    assert len(seen) == 2
+    assert all(now[:2] == before[:2] and now[2] > before[2] for now in seen)
+    assert gc.get_threshold() == before
+
+
+class Ring:
+    """Garbage that counting references does not free, such as an error that was caught."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_dies_between_generates_is_collected_as_without_them() -> None:
+    young, old = weakref.ref(Ring()), gc.get_count()[2]
+    with collection_of_young():
+        pass
+    assert gc.get_count()[2] >= old
+    gc.collect(0)
+    assert young() is None
+
+
+def test_blocks_on_two_threads_leave_the_threshold_as_it_was() -> None:
+    before, first, second = gc.get_threshold(), collection_of_young(), collection_of_young()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_dies_between_engines_is_collected_by_and_by() -> None:
+    ring: Any = Ring()
+    old = weakref.ref(ring)
+    with collection_of_new():
+        del ring
+    for _ in range(10):
+        with collection_of_new():
+            pass
+    assert old() is None
     assert not gc.get_freeze_count()
 
 
 @pytest.mark.usefixtures("nothing_frozen")
-@pytest.mark.parametrize("block", [collection_paused, collection_of_new])
+@pytest.mark.parametrize("block", [collection_paused, collection_of_young, collection_of_new])
 def test_an_interrupt_leaves_collection_on(block: Callable[[], Any]) -> None:
+    before = gc.get_threshold()
+
     def entered() -> None:
         with block():
-            assert not gc.isenabled() or gc.get_freeze_count()
+            assert not gc.isenabled() or gc.get_freeze_count() or gc.get_threshold() != before
 
     places = 0
     for place, _ in every_place(entered):
         assert gc.isenabled(), place
         assert not gc.get_freeze_count(), place
+        assert gc.get_threshold() == before, place
         places += 1
     assert places > 2

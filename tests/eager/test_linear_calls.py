@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,3 +122,50 @@ def test_quantised_linears_are_one_step(tmp_path, rows):
         of_name = [row for row, other in enumerate(names) if other == name]
         alone = cm(ids[of_name], adapter_names=[name] * len(of_name)).logits
         assert error(whole[of_name], alone) <= TOLERANCE
+
+
+def _by_numpy(x: torch.Tensor) -> Callable[[], object]:
+    memory = x.numpy()
+    return lambda: np.multiply(memory, 2, out=memory)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _by_numpy,
+        lambda x: lambda: torch._foreach_mul_([x], 2.0),
+        lambda x: lambda: setattr(x, "data", x.data * 2),
+    ],
+    ids=["numpy", "foreach", "data"],
+)
+def test_an_input_that_is_written_between_its_linears_is_read_again(llama, inputs, inside, write):
+    def look(mlp: Any, x: Any) -> None:
+        x = x.clone()
+        written = write(x)
+        mlp.gate_proj(x)
+        written()
+        results.append((mlp.up_proj(x), mlp.up_proj(x.clone())))
+
+    results: list[tuple[Any, Any]] = []
+    cm = lorafx.compile(llama.model().half(), llama.folders, options=OPTIONS)
+    inside.append(look)
+    cm(**inputs, adapter_names=["a1"] * len(NAMES))
+    assert not cm.recompiles
+    for got, want in results:
+        assert torch.equal(got, want)
+
+
+def test_rows_of_other_memory_are_those_of_that(llama, inputs, inside):
+    def look(mlp: Any, x: Any) -> None:
+        turned = x.clone()
+        mlp.gate_proj(turned)
+        turned.data = x.flip(0)
+        results.append((mlp.up_proj(turned), mlp.up_proj(x).flip(0)))
+
+    results: list[tuple[Any, Any]] = []
+    cm = llama.compile(options=OPTIONS)
+    inside.append(look)
+    cm(**inputs, adapter_names=["a1", None, None, None])
+    assert not cm.recompiles
+    for got, want in results:
+        assert error(got, want) <= TOLERANCE
