@@ -135,6 +135,8 @@ def _generating(
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
+        for name, share in settings.shares().items():  # also of adapters that are loaded later
+            engine.set_share(name, share)
         yield GeneratingModel(compiled, engine, tokenizer, settings, lazily)
         # No client is waiting for an answer any more.
         engine.stop(hard_stop=True)
@@ -144,6 +146,11 @@ def _generating(
 def _encoding(
     compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
 ) -> Iterator[ServedModel]:
+    if settings.shares():
+        raise ConfigError(
+            "--adapter-weight and --adapter-running are of models that generate, and "
+            f"{settings.served_name} is served as an encoder; leave them out"
+        )
     model: Any = compiled._orig_mod
     pooling = None
     classifies = isinstance(model, classes_of(AutoModelForSequenceClassification, model.config))
