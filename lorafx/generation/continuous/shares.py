@@ -54,6 +54,9 @@ class Shares:
         #: Account -> share; replaced and never changed, since another thread reads it.
         self.given: Mapping[str, Share] = {}
         self._times: dict[str, float] = {}
+        #: The accounts that waited when the last step was begun, and the earliest time of those
+        #: that still wait.
+        self._waited: set[str] = set()
         self._now = 0.0
 
     def give(self, name: str | None, share: Share | None) -> None:
@@ -78,8 +81,10 @@ class Shares:
             if asking.request in requests or most is None or len(requests) < most:
                 requests.add(asking.request)
                 queue.append((index, asking))
-        times = {a.account: max(self._times.get(a.account, 0.0), self._now) for _, a in queue}
-        self._now = min(times.values(), default=self._now)
+        accounts = {asking.account for _, asking in queue}
+        self._now = min((self._times[a] for a in accounts & self._waited), default=self._now)
+        self._waited = accounts
+        times = {a: max(self._times.get(a, 0.0), self._now) for a in accounts}
         later = {account: time for account, time in self._times.items() if time > self._now}
         self._times = {**later, **times}
         keys: list[tuple[float, int]] = []
@@ -92,7 +97,7 @@ class Shares:
         """Count the tokens of a step by accounts. `contended`: whether somebody still waits who may
         begin."""
         if not contended:
-            self._times, self._now = {}, 0.0
+            self._times, self._waited, self._now = {}, set(), 0.0
             return
         for account, tokens in scheduled:
             time = self._times.get(account, self._now)
