@@ -276,16 +276,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return request_id
 
     def set_share(self, name: str | None, share: Share | None) -> None:
-        """Give an adapter this share from the next step on, or, with None, the default. The adapter
-        may be loaded later: a share has to be there before the first request, which may come as
-        soon as the adapter is loaded.
-
-        Args:
-            name: the adapter, all of its versions; None or "__base__" for the base model,
-                "__sums__" for all sums together.
-
-        Raises ConfigError if the share, or the name, cannot be one.
-        """
+        """Give all versions of an adapter this share from the next step on, or, with None, take it
+        back. None or "__base__" names the base model, "__sums__" all sums together. The adapter may
+        be loaded later, since requests may come as soon as it is. Raises ConfigError if the share,
+        or the name, cannot be one."""
         self._shares.give(name, share)
 
     def collected(

@@ -17,7 +17,7 @@ own is later: it cannot save up. If nobody has to wait, all times are equal agai
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,24 +51,22 @@ class Shares:
     """The shares of one engine, and the times of its adapters."""
 
     def __init__(self) -> None:
-        #: Account -> share; replaced and never changed, since another thread reads it.
-        self.given: Mapping[str, Share] = {}
+        #: Account -> share. Other threads change it while it is read, one entry at a time.
+        self.given: dict[str, Share] = {}
         self._times: dict[str, float] = {}
-        #: The accounts that waited when the last step was begun, and the earliest time of those
-        #: that still wait.
+        #: The accounts that waited in the last step, and the earliest time of those that still do.
         self._waited: set[str] = set()
         self._now = 0.0
 
     def give(self, name: str | None, share: Share | None) -> None:
-        """Set the share of an adapter, None for the base; without a share it has the default.
-        Raises ConfigError if it is none."""
+        """As `AdapterBatchingManager.set_share`."""
         account = BASE if name is None else name
         if account not in (BASE, SUMS):
             check_name(account)
         if share is None:
-            self.given = {key: value for key, value in self.given.items() if key != account}
+            self.given.pop(account, None)
         else:
-            self.given = {**self.given, account: checked_share(account, share)}
+            self.given[account] = checked_share(account, share)
 
     def order(self, waiting: Iterable[Asking], running: Iterable[Asking]) -> list[int]:
         """Which of the waiting sequences may begin, by their indices, in the order to begin."""
@@ -85,8 +83,7 @@ class Shares:
         self._now = min((self._times[a] for a in accounts & self._waited), default=self._now)
         self._waited = accounts
         times = {a: max(self._times.get(a, 0.0), self._now) for a in accounts}
-        later = {account: time for account, time in self._times.items() if time > self._now}
-        self._times = {**later, **times}
+        self._times |= times
         keys: list[tuple[float, int]] = []
         for index, (account, _, tokens) in queue:
             keys.append((times[account], index))
@@ -104,19 +101,13 @@ class Shares:
             self._times[account] = time + tokens / self._share(account).weight
 
     def _share(self, account: str) -> Share:
-        return self.given.get(account, _DEFAULT)
-
-
-_DEFAULT = Share()
+        return self.given.get(account) or Share()
 
 
 def checked_share(name: str, share: object) -> Share:
     """`share`, which is to be that of `name`. Raises ConfigError if it cannot be."""
     if not isinstance(share, Share):
-        raise ConfigError(
-            f"the share of {name!r} is {share!r:.80}; give a lorafx.Share(weight=..., "
-            "most_running=...)"
-        )
+        raise ConfigError(f"the share of {name!r} is a lorafx.Share; got {share!r:.80}")
     weight, most = share.weight, share.most_running
     if not 0 < as_number(weight) < float("inf"):
         raise ConfigError(

@@ -16,7 +16,7 @@ from lorafx.adapter_store.names import BASE, SUMS
 from lorafx.generation.continuous.adapter_requests import account_of
 from lorafx.generation.continuous.shares import Asking, Shares
 
-pytestmark = [pytest.mark.usefixtures("earlier_objects_frozen"), pytest.mark.one_road]
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
 CONFIG = ContinuousBatchingConfig(
     page_size=4, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=8
@@ -156,7 +156,7 @@ def test_an_idle_adapter_saves_nothing_up():
         ),
         (None, Share(weight=float("nan")), "'__base__' has weight=nan"),
         *((SUMS, Share(most_running=n), f"{SUMS}.*integer from 1 on") for n in (0, 1.5, True)),
-        ("a1", 3.0, "share of 'a1' is 3.0; give a lorafx.Share"),
+        ("a1", 3.0, "share of 'a1' is a lorafx.Share; got 3.0"),
         ("", Share(), "an adapter's name is"),
     ],
 )
