@@ -8,67 +8,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from step_logits import StepLogits, answers, check_logits
+from step_logits import StepCounts, answers, check_logits
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from lorafx import ConfigError, Share, UnknownAdapterError
+from lorafx import LorafxError, Share
 from lorafx.adapter_store.names import BASE, SUMS
-from lorafx.generation.continuous.adapter_requests import account_of
 from lorafx.generation.continuous.shares import Asking, Shares
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
-CONFIG = ContinuousBatchingConfig(
-    page_size=4, num_blocks=512, max_batch_tokens=48, max_requests_per_batch=8
-)
+SIZES = {"num_blocks": 512, "max_batch_tokens": 48, "max_requests_per_batch": 8}
+CONFIG = ContinuousBatchingConfig(page_size=4, **SIZES)
 
 
-class Watched(StepLogits):
-    """Also keeps what each step has run, and who waits behind it, by adapter."""
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        self.tokens: list[Counter[str]] = []
-        self.running: list[Counter[str]] = []
-        self.waiting: list[Counter[str]] = []
-        self.order: list[str] = []  # of first steps
-
-    def __call__(self, **batch: Any) -> Any:
-        step = self.engine._requests_of_step()
-        self.order += [f.state.request_id for f in step if f.state.request_id not in self.order]
-        ran: Counter[str] = Counter()
-        for future in step:
-            ran[account_of(future.state)] += future.query_length
-        self.tokens.append(ran)
-        for state, sequences in self.engine.sequences().items():
-            getattr(self, state).append(Counter(map(account_of, sequences)))
-        return super().__call__(**batch)
-
-    def while_waiting(self, *accounts: str) -> Counter[str]:
-        """The tokens of the steps behind which all of these wait."""
-        pairs = zip(self.tokens, self.waiting, strict=True)
-        return sum((t for t, w in pairs if all(w[a] for a in accounts)), Counter())
+def add(engine: Any, adapter: str | None, count: int) -> dict[str, str | None]:
+    """Requests of an adapter: name -> adapter."""
+    draw = random.Random(count)
+    pairs = [(draw.choices(range(3, 61), k=2 + i % 5), 2 + i % 4) for i in range(count)]
+    return {engine.add_request(p, adapter=adapter, max_new_tokens=n): adapter for p, n in pairs}
 
 
-def add(engine: Any, count: int, adapter: str | None, seed: int = 0, **others: Any) -> list[str]:
-    draw = random.Random(seed)
-    return [
-        engine.add_request(
-            [draw.randrange(3, 61) for _ in range(draw.randrange(2, 7))],
-            adapter=adapter,
-            **{"max_new_tokens": draw.randrange(2, 7), **others},
-        )
-        for _ in range(count)
-    ]
-
-
-def serve(cm: Any, shares: Any, work: Sequence[tuple[str | None, int]], case: Any) -> Watched:
+def serve(cm: Any, shares: Any, work: Sequence[tuple[str | None, int]], case: Any) -> StepCounts:
     """So many requests of each adapter, added at once; all answers are those of dense merge."""
+    adapters: dict[str, str | None] = {}
     with cm.continuous_batching(None, CONFIG, warmup=False, shares=shares) as engine:
-        seen, adapters = Watched(engine), {}
+        seen = StepCounts(engine)
         with engine.pause():
-            for seed, (adapter, count) in enumerate(work):
-                adapters |= dict.fromkeys(add(engine, count, adapter, seed), adapter)
+            for adapter, count in work:
+                adapters |= add(engine, adapter, count)
         check_logits(case, seen, answers(engine, [*adapters]), adapters)
     return seen
 
@@ -84,7 +51,8 @@ def serve(cm: Any, shares: Any, work: Sequence[tuple[str | None, int]], case: An
 def test_tokens_are_as_the_weights_while_both_wait(llama, cm, shares, work, ratio):
     seen = serve(cm, shares, work, llama)
     first, second = (BASE if adapter is None else adapter for adapter, _ in work)
-    tokens = seen.while_waiting(first, second)
+    both = [c["tokens"] for c in seen.counts if c["waiting"][first] and c["waiting"][second]]
+    tokens = sum(both, Counter())
     assert tokens.total() > 200
     assert tokens[second] / tokens[first] == pytest.approx(ratio, rel=0.15)
 
@@ -92,52 +60,47 @@ def test_tokens_are_as_the_weights_while_both_wait(llama, cm, shares, work, rati
 def test_more_adapters_than_slots_with_shares(llama, with_slots):
     shares = {"a0": Share(weight=100.0), "a1": Share(most_running=1)}
     seen = serve(with_slots(2), shares, [(f"a{i}", 6) for i in range(4)], llama)
-    assert max(running["a1"] for running in seen.running) == 1
+    assert seen.most("a1") == 1
 
 
 def test_a_bound_holds_for_all_versions_and_holds_nobody_up(llama, cm):
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         engine.set_share("a1", Share(most_running=2))
-        seen = Watched(engine)
+        seen = StepCounts(engine)
         with engine.pause():
-            adapters = dict.fromkeys(add(engine, 6, "a1"), "a1")
+            adapters = add(engine, "a1", 6)
             cm.load_adapter(llama.folders["a2"], "a1")
-            adapters |= dict.fromkeys(add(engine, 6, "a1"), "a2")
-            others = add(engine, 4, "a0") + add(engine, 2, None, max_new_tokens=9)
-            adapters |= dict(zip(others, ["a0"] * 4 + [None] * 2, strict=True))
+            adapters |= dict.fromkeys(add(engine, "a1", 6), "a2")
+            adapters |= add(engine, "a0", 4) | add(engine, None, 2)
         check_logits(llama, seen, answers(engine, [*adapters]), adapters)
-    assert max(running["a1"] for running in seen.running) == 2
-    assert {*others} <= {*seen.order[:8]}
+    assert seen.most("a1") == 2
+    assert seen.counts[0]["running"] == {"a1": 2, "a0": 4, BASE: 2}
 
 
 def test_sequences_of_one_request_count_once(cm):
     shares = {"a1": Share(most_running=1)}
     with cm.continuous_batching(None, CONFIG, warmup=False, shares=shares) as engine:
-        seen = Watched(engine)
+        seen = StepCounts(engine)
         with engine.pause():
-            ids = [
-                engine.add_request(p, adapter="a1", n=3, max_new_tokens=3) for p in ([5, 6], [7])
-            ]
-            ids += [engine.add_request([8, 9], adapter={"a1": 0.5}, max_new_tokens=3)]
-        outputs = answers(engine, [*(f"{i}__child#{c}" for i in ids[:2] for c in (0, 1)), *ids])
-    assert not any(output.error for output in outputs.values())
-    assert max(running["a1"] for running in seen.running) == 3
-    assert seen.running[0][SUMS] == 1
-    first, second = ([s for s, name in enumerate(seen.rows) if ids[i] in name] for i in (0, 1))
-    assert max(first) < min(second)
+            work = [([5, 6], "a1", 3), ([7], "a1", 3), ([8], {"a1": 0.5}, 1)]
+            ids = [engine.add_request(p, adapter=a, n=n, max_new_tokens=3) for p, a, n in work]
+        answers(engine, [f"{name}__child#1" for name in ids[:2]])
+    assert [name[:5] for name in seen.rows if name != "req_2"] == ["req_0"] * 3 + ["req_1"] * 3
+    assert seen.most("a1") == 3
+    assert seen.counts[0]["running"][SUMS] == 1
 
 
 def test_without_shares_the_order_is_that_of_arrival(llama, cm, monkeypatch):
     monkeypatch.setattr(Shares, "order", None)
     monkeypatch.setattr(Shares, "advance", None)
     seen = serve(cm, None, [("a1", 20), ("a0", 20)], llama)
-    assert seen.order == [f"req_{i}" for i in range(40)]
+    assert [*seen.rows] == [f"req_{i}" for i in range(40)]
 
 
 def test_an_idle_adapter_saves_nothing_up():
     shares = Shares()
     shares.give("a", Share())
-    a, b = [Asking("a", f"a{i}", 2) for i in range(4)], [Asking("b", f"b{i}", 2) for i in range(4)]
+    a, b = ([Asking(name, f"{name}{i}", 2) for i in range(4)] for name in "ab")
     shares.order(a, [])
     shares.advance([("a", 1000)], contended=True)
     assert shares.order(a + b, []) == [0, 4, 1, 5, 2, 6, 3, 7]
@@ -148,31 +111,17 @@ def test_an_idle_adapter_saves_nothing_up():
 
 
 @pytest.mark.parametrize(
-    ("name", "share", "text"),
+    ("shares", "text"),
     [
-        *(
-            ("a1", Share(weight=w), "'a1' has weight=.*above 0")
-            for w in (0, -1, "3", True, 10**400)
-        ),
-        (None, Share(weight=float("nan")), "'__base__' has weight=nan"),
-        *((SUMS, Share(most_running=n), f"{SUMS}.*integer from 1 on") for n in (0, 1.5, True)),
-        ("a1", 3.0, "share of 'a1' is a lorafx.Share; got 3.0"),
-        ("", Share(), "an adapter's name is"),
+        *(({"a1": Share(weight=w)}, "'a1' has weight=.*above 0") for w in (0, -1, "3", 10**400)),
+        ({None: Share(weight=float("nan"))}, "'__base__' has weight=nan"),
+        *(({SUMS: Share(most_running=n)}, f"{SUMS}.*an integer from 1 on") for n in (0, 1.5, True)),
+        ({"a1": 3.0}, "share of 'a1' is a lorafx.Share; got 3.0"),
+        ({"a9": Share()}, "no adapter named 'a9'"),
+        (["a1"], "shares is a mapping"),
     ],
 )
-def test_bad_shares_are_refused_by_name(name, share, text):
-    with pytest.raises(ConfigError, match=text):
-        Shares().give(name, share)
-
-
-def test_shares_of_adapters_that_are_not_loaded(cm):
-    with (
-        pytest.raises(UnknownAdapterError, match="'a9'"),
-        cm.continuous_batching(None, CONFIG, shares={"a9": Share()}),
-    ):
-        pass
-    with (
-        pytest.raises(ConfigError, match="shares is a mapping"),
-        cm.continuous_batching(None, CONFIG, shares=["a1"]),
-    ):
+def test_bad_shares_are_refused_by_name(cm, shares, text):
+    block = cm.continuous_batching(None, CONFIG, shares=shares)
+    with pytest.raises(LorafxError, match=text), block:
         pass

@@ -12,16 +12,15 @@ import shutil
 import signal
 import ssl
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
 from served import SMALL, ask, client_of, free_port, plain, question, serving, wait_for
+from step_logits import StepCounts
 from waiting import LONG, until
 
 from lorafx.errors import ConfigError
-from lorafx.generation.continuous.adapter_requests import account_of
 from lorafx.integrations.cli import main
 from lorafx.integrations.cli.vllm_options import ABSENT, translated
 from lorafx.integrations.server.settings import Settings
@@ -91,6 +90,7 @@ def test_bad_values(files, change, word):
     [
         ({"max_model_len": 10_000}, "--max-model-len 10000 is more than the"),
         ({"chat_template": "/nowhere"}, "--chat-template /nowhere: neither a file"),
+        ({"runner": "pooling", "adapter_weight": ("a1=2",)}, "tiny is served as an encoder"),
     ],
 )
 def test_bad_values_of_the_model(files, change, word):
@@ -130,7 +130,6 @@ def test_weights_and_bounds_of_adapters(files):
     """Also of one that is loaded later; names are those of requests."""
     given = {"adapter_weight": ("tiny:a2=3", "tiny=0.5"), "adapter_running": ("a2=2", "late=1")}
     given |= {"allow_runtime_loading": True, "adapter_root": files.adapters}
-    most = Counter()
 
     async def answers(server, models):
         async with client_of(server) as client:
@@ -142,20 +141,11 @@ def test_weights_and_bounds_of_adapters(files):
 
     with serving(files, **given) as server:
         ask(server, "POST", "/v1/load_lora_adapter", lora_name="late", lora_path="a3")
-        engine, forward = server.engine, server.engine._forward
-
-        def step(**batch):
-            nonlocal most
-            most |= Counter(map(account_of, engine.sequences()["running"]))
-            return forward(**batch)
-
-        step._supports_logits_to_keep = forward._supports_logits_to_keep
-        engine._forward = step
-        models = {"tiny:a2": "a2", "late": "a3", "tiny": None}
+        seen, models = StepCounts(server.engine), {"tiny:a2": "a2", "late": "a3", "tiny": None}
         said = asyncio.run(answers(server, [*models] * 4))
     ids = files.tokenizer("w9 w12")["input_ids"]
     assert said == [files.text(adapter, ids, 5) for adapter in models.values()] * 4
-    assert most == {"a2": 2, "late": 1, "__base__": 4}
+    assert [seen.most(adapter) for adapter in ("a2", "late", "__base__")] == [2, 1, 4]
 
 
 def asked_from(server, headers):
