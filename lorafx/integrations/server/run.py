@@ -106,6 +106,11 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
     tokenizer, kind = _tokenizer(settings), _kind(settings)
+    if kind is not AutoModelForCausalLM and settings.shares():
+        raise ConfigError(
+            "--adapter-weight and --adapter-running are of models that generate, and "
+            f"{settings.served_name} is served as an encoder; leave them out"
+        )
     with progress(f"loading {settings.served_name}"):
         model = _model(settings, kind)
     adapters = {} if lazily else dict(settings.found)
@@ -146,11 +151,6 @@ def _generating(
 def _encoding(
     compiled: CompiledModel, tokenizer: Any, settings: ModelSettings, lazily: bool
 ) -> Iterator[ServedModel]:
-    if settings.shares():
-        raise ConfigError(
-            "--adapter-weight and --adapter-running are of models that generate, and "
-            f"{settings.served_name} is served as an encoder; leave them out"
-        )
     model: Any = compiled._orig_mod
     pooling = None
     classifies = isinstance(model, classes_of(AutoModelForSequenceClassification, model.config))
