@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorafx.config import LoraConfig as LoraConfig
     from lorafx.config import Options as Options
     from lorafx.errors import *  # noqa: F403
+    from lorafx.generation.continuous.shares import Share as Share
     from lorafx.integrations.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
     from lorafx.integrations.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
     from lorafx.integrations.torch_compile.attached import adapters as adapters
@@ -56,6 +57,7 @@ _NAMES = {
     "lorafx.api": ("compile", "explain", "profile", "sampler", "why"),
     "lorafx.bisection.search": ("bisect",),
     "lorafx.config": ("After", "LoraConfig", "Options"),
+    "lorafx.generation.continuous.shares": ("Share",),
     "lorafx.integrations.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.errors": (
         *("BaseWeightsError", "BatchError", "CapacityError", "CaptureError", "CheckpointError"),

@@ -71,7 +71,7 @@ def one_name(value: Any, where: str) -> str | None:
             )
         if not isinstance(name, str) or not name or isinstance(name, Mixture):
             raise ConfigError(f"{where} has {name!r} among its names; give names of adapters")
-        weights[name] = _number(weight)
+        weights[name] = as_number(weight)
         if not math.isfinite(weights[name]):
             raise ConfigError(
                 f"{where} gives {name!r} the weight {weight!r:.80}; a weight is a finite number"
@@ -81,7 +81,8 @@ def one_name(value: Any, where: str) -> str | None:
     return Mixture(weights)
 
 
-def _number(weight: object) -> float:
+def as_number(weight: object) -> float:
+    """A weight as a float; not a number if it is none."""
     if not isinstance(weight, Real) or isinstance(weight, bool):
         return math.nan
     try:

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
     from lorafx.capture.backend import Backend
     from lorafx.generation.continuous.manager import AdapterBatchingManager
+    from lorafx.generation.continuous.shares import Share
     from lorafx.inspection.explanation import Explanation
     from lorafx.inspection.profile import Profile
     from lorafx.inspection.why import Why
@@ -572,6 +573,7 @@ class CompiledModel(AsModule):
         warmup: bool | None = None,
         timeout: float | None = None,
         tokenizer: Any = None,
+        shares: Mapping[str | None, Share] | None = None,
         **engine: Any,
     ) -> Iterator[AdapterBatchingManager]:
         """transformers' continuous batching, with an adapter for each request.
@@ -593,11 +595,14 @@ class CompiledModel(AsModule):
             timeout: seconds to wait at the end of the block for requests that are running, after
                 which they fail; None waits for all of them.
             tokenizer: the model's, for requests with `stop` or `bad_words`.
+            shares: the weight and the bound of adapters, `{"sql": lorafx.Share(weight=3.0)}`; None
+                is the base (docs/continuous_batching.md).
             **engine: arguments of transformers' manager.
 
         Raises:
-            ConfigError: transformers is too old, or the model or the configuration asks for
-                something that is not served (CUDA graphs).
+            ConfigError: transformers is too old, the model or the configuration asks for something
+                that is not served (CUDA graphs), or a share cannot be one.
+            UnknownAdapterError: a share is of an adapter that is not loaded.
             CaptureError: the model was detached.
         """
         refuse_slips(engine, self.continuous_batching, ways=_BY_REQUEST)
@@ -609,7 +614,8 @@ class CompiledModel(AsModule):
                 f"continuous batching needs transformers 5.23 or newer (the extra `hf`): {error}"
             ) from error
         manager = AdapterBatchingManager(
-            self._entries, generation_config, continuous_batching_config, tokenizer, **engine
+            *(self._entries, generation_config, continuous_batching_config, tokenizer, shares),
+            **engine,
         )
         try:
             if warmup or (warmup is None and self._entries.tiers is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from tiny_models import LLAMA_SIZES, VOCAB, Family
 from torch import Tensor
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from waiting import LONG
+
+from lorafx.generation.continuous.adapter_requests import account_of
 
 
 def decoder(name: str, targets: Sequence[Any], **sizes: Any) -> Family:
@@ -53,6 +56,28 @@ class StepLogits:
         for future, row in zip(new, logits, strict=False):
             self.rows.setdefault(future.state.request_id, []).append(row.clone())
         return output
+
+
+class StepCounts(StepLogits):
+    """Also counts by adapter the "tokens" of each step, and the sequences "running" and "waiting"
+    meanwhile."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.counts: list[dict[str, Counter[str]]] = []
+
+    def __call__(self, **batch: Any) -> Any:
+        tokens: Counter[str] = Counter()
+        for future in self.engine._requests_of_step():
+            tokens[account_of(future.state)] += future.query_length
+        by_state = self.engine.sequences().items()
+        counts = {state: Counter(map(account_of, found)) for state, found in by_state}
+        self.counts.append({"tokens": tokens, **counts})
+        return super().__call__(**batch)
+
+    def most(self, adapter: str) -> int:
+        """The most sequences of an adapter that ran in one step."""
+        return max(counts["running"][adapter] for counts in self.counts)
 
 
 def check_logits(

@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.requests import (
     RequestStatus,
 )
 
+from lorafx.adapter_store.names import BASE, SUMS, Mixture
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import LorafxError
 from lorafx.generation.continuous.parameters import Grammar, Sampling, TokenParameters
@@ -228,6 +229,13 @@ def hold_of(state: RequestState) -> Hold | None:
     """The adapter of a request; None for the base model, and for the engine's own requests while it
     warms up."""
     return state.hold if isinstance(state, AdapterRequest) else None
+
+
+def account_of(state: RequestState) -> str:
+    """The name under which a request's tokens are counted; that of all versions of its adapter."""
+    hold = hold_of(state)
+    name = BASE if hold is None else hold.stored.name
+    return SUMS if isinstance(name, Mixture) else name
 
 
 def fork_names(name: str, count: int) -> list[str]:

@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.requests import (
     RequestState,
 )
 
-from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.adapter_store.names import BASE, SUMS, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.generation.alora import invocation_columns, warn_absent
@@ -55,6 +55,7 @@ from lorafx.generation.continuous.parameters import (
     ends_of,
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
+from lorafx.generation.continuous.shares import Share, Shares
 from lorafx.model.keywords import refuse_slips
 from lorafx.runtime.kinds import CALLS
 
@@ -97,6 +98,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         generation_config: GenerationConfig | None = None,
         config: ContinuousBatchingConfig | None = None,
         tokenizer: Any = None,
+        shares: Mapping[str | None, Share] | None = None,
         **kwargs: Any,
     ) -> None:
         if forwards.session.program.is_placed:
@@ -107,6 +109,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         self.forwards = forwards
         self._tokenizer = tokenizer
+        self._shares = Shares()
+        if not isinstance(shares, Mapping | None):
+            raise ConfigError(f"shares is a mapping of names to shares; got {shares!r:.80}")
+        for name, share in (shares or {}).items():
+            if name is not None and name != SUMS:
+                forwards.session.store.check_known(name)
+            self.set_share(name, share)
         model: Any = forwards.model
         defaults = generation_config or getattr(model, "generation_config", None)
         if defaults is None:
@@ -265,6 +274,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self._wake_up_loop.set()
         return request_id
+
+    def set_share(self, name: str | None, share: Share | None) -> None:
+        """Give all versions of an adapter this share from the next step on, or, with None, take it
+        back. None or "__base__" names the base model, "__sums__" all sums together. The adapter may
+        be loaded later, since requests may come as soon as it is. Raises ConfigError if the share,
+        or the name, cannot be one."""
+        self._shares.give(name, share)
 
     def collected(
         self, requests: Sequence[str], n: int | None = None
@@ -459,7 +475,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if processor is not former:
             self._processor = processor
             scheduler: Any = processor.scheduler
-            scheduler.begin(self.forwards.session, self._fail, self._outputs.cancelled)
+            session, cancelled = self.forwards.session, self._outputs.cancelled
+            scheduler.begin(session, self._fail, cancelled, self._shares)
             # transformers offers no way to choose these classes.
             cache: Any = processor.cache
             cache.__class__ = AdapterPages

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.adapter_store.names import BASE, SUMS, Mixture
-from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
+from lorafx.generation.continuous.adapter_requests import AdapterRequest, account_of, hold_of
 from lorafx.generation.continuous.attention import ATTENDING_DEVICES
 from lorafx.generation.continuous.failures import DEVICE_ERRORS, in_parts
 from lorafx.generation.continuous.pages import StepCache
@@ -239,9 +238,7 @@ class PackedForward:
         tokens = self._entries.session.counts.tokens
         for future in batch:
             if isinstance(future.state, AdapterRequest):
-                hold = future.state.hold
-                name = BASE if hold is None else hold.stored.name
-                tokens[SUMS if isinstance(name, Mixture) else str(name)] += future.query_length
+                tokens[account_of(future.state)] += future.query_length
 
     def _token_adapters(self, step: Step, part: Sequence[int] | None) -> tuple[list[str], Tensor]:
         """The adapters of the step, or of a part of it, and the index of each token's adapter among

@@ -2,7 +2,7 @@
 the request that fails when the cache is full.
 
 transformers' schedulers decide the order and the number of tokens, `turns` which adapters may be in
-the step.
+the step, `shares`, if there are any, which waiting requests may begin and in which order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
-from lorafx.generation.continuous.adapter_requests import hold_of
+from lorafx.generation.continuous.adapter_requests import AdapterRequest, account_of, hold_of
+from lorafx.generation.continuous.shares import Asking, Shares
 from lorafx.generation.continuous.turns import Asked, Turns
 from lorafx.runtime.session import Session
 
@@ -40,11 +41,22 @@ class SlotsPerStep:
         session: Session,
         fail: Callable[[RequestState, LorafxError], None],
         cancelled: Callable[[RequestState], None],
+        shares: Shares,
     ) -> None:
-        """Respect the slots of `session`. `fail` is called with a request that cannot be served and
-        its error, `cancelled` with a request that was cancelled."""
+        """Respect the slots of `session` and the shares of adapters. `fail` is called with a
+        request that cannot be served and its error, `cancelled` with a request that was
+        cancelled."""
         self._session, self._fail, self._cancelled = session, fail, cancelled
-        self._turns = Turns()
+        self._turns, self._shares = Turns(), shares
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        scheduler: Any = super()
+        waiting: list[RequestState] = scheduler._get_waiting_candidates()
+        if not self._shares.given:
+            return waiting
+        this: Any = self
+        running = map(_asking, this.active_requests.values())
+        return [waiting[index] for index in self._shares.order(map(_asking, waiting), running)]
 
     def _process_candidates(
         self, candidates: list[RequestState], *args: Any, **kwargs: Any
@@ -60,6 +72,12 @@ class SlotsPerStep:
                 ready = running
                 result = scheduler._process_candidates(ready, *args, **kwargs)
         self.stuck = ready if not result[0] and result[1] else ()
+        if self._shares.given:
+            this: Any = self
+            contended = any(state.status == RequestStatus.PENDING for state in candidates)
+            contended |= this.block_new_requests and bool(this.waiting_requests)
+            tokens = ((account_of(future.state), future.query_length) for future in result[0])
+            self._shares.advance(tokens, contended)
         return result
 
     def clear_cancelled_requests(self) -> list[RequestState]:
@@ -106,6 +124,13 @@ class SlotsPerStep:
         """The adapters of these requests: version -> its current name in the store."""
         holds = [hold for state in candidates if (hold := hold_of(state)) is not None]
         return {hold.stored.version: hold.name for hold in holds}
+
+
+def _asking(state: RequestState) -> Asking:
+    """A sequence as shares count it: those of one request are one."""
+    family = state.family if isinstance(state, AdapterRequest) else ()
+    name = family[0] if family else state.request_id
+    return Asking(account_of(state), name, len(state.remaining_prefill_tokens))
 
 
 def _asked(state: RequestState) -> Asked | None:

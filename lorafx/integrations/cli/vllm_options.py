@@ -15,7 +15,10 @@ from typer.core import TyperCommand
 from lorafx.errors import ConfigError
 
 #: Options that may have several values after them, or a JSON list of them.
-_SEVERAL = ("--lora-modules", "--served-model-name", "--name", "--allowed-origins")
+_SEVERAL = (
+    *("--lora-modules", "--served-model-name", "--name", "--allowed-origins"),
+    *("--adapter-weight", "--adapter-running"),
+)
 #: Switches of what is always on here.
 _IMPLIED = (
     *("--enable-lora", "--enable-prefix-caching", "--enable-chunked-prefill"),

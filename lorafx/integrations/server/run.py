@@ -106,6 +106,11 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
     tokenizer, kind = _tokenizer(settings), _kind(settings)
+    if kind is not AutoModelForCausalLM and settings.shares():
+        raise ConfigError(
+            "--adapter-weight and --adapter-running are of models that generate, and "
+            f"{settings.served_name} is served as an encoder; leave them out"
+        )
     with progress(f"loading {settings.served_name}"):
         model = _model(settings, kind)
     adapters = {} if lazily else dict(settings.found)
@@ -135,6 +140,8 @@ def _generating(
         defaults, engine_config, warmup=warmup, tokenizer=tokenizer
     )
     with block as engine:
+        for name, share in settings.shares().items():  # also of adapters that are loaded later
+            engine.set_share(name, share)
         yield GeneratingModel(compiled, engine, tokenizer, settings, lazily)
         # No client is waiting for an answer any more.
         engine.stop(hard_stop=True)

@@ -9,17 +9,20 @@ import socket
 import ssl
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafx.adapter_store.names import BASE
-from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
+from lorafx.adapter_store.names import BASE, SUMS
+from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning, nearest
 
 if TYPE_CHECKING:
     from lorafx.config import LoraConfig, Options
+    from lorafx.generation.continuous.shares import Share
 
 CONFIG = "adapter_config.json"
 #: The rule for names. Unprintable ones could break lines of the log, or not be requested.
@@ -47,6 +50,8 @@ class ModelSettings(BaseModel):
     model: str
     adapters: Path | None = _of(None, "Folder of adapter folders, or one adapter's.")
     lora_modules: tuple[str, ...] = _of((), "NAME=FOLDER.")
+    adapter_weight: tuple[str, ...] = _of((), "NAME=W: its part of the tokens.")
+    adapter_running: tuple[str, ...] = _of((), "NAME=N: how many of its requests run at a time.")
     name: str | None = _of(None, "What requests call the base model.")
     aliases: tuple[str, ...] = ()
     max_adapters: int = 8
@@ -128,6 +133,7 @@ class ModelSettings(BaseModel):
                 "or have them found when they are asked for with --resolve-adapters"
             )
         self.lora_config()
+        self.shares()
         for name, path in self.found.items():
             rank = config_of(path).max_rank
             if self.max_rank is not None and rank is not None and rank > self.max_rank:
@@ -171,6 +177,30 @@ class ModelSettings(BaseModel):
             return ()
         bases = (f"{name}:" for name in self.names)
         return [*(model.removeprefix(base) for base in bases if model.startswith(base)), model]
+
+    def shares(self) -> dict[str | None, Share]:
+        """Those of `adapter_weight` and `adapter_running` by adapter, None for the base."""
+        from lorafx.generation.continuous.shares import Share, checked_share
+
+        found: dict[str | None, Share] = {}
+        given = (("adapter_weight", "weight", float), ("adapter_running", "most_running", int))
+        for field, name, kind in given:
+            for text in getattr(self, field):
+                model, _, number = text.rpartition("=")
+                adapters = self.may_mean(model)
+                known = [a for a in adapters if a in self.found or a == SUMS]
+                if adapters and not known and not (model and self.takes_adapters):
+                    near = nearest(model, [*self.names, *self.found])
+                    raise ConfigError(
+                        f"{option(field)} takes NAME=NUMBER, the name an adapter's or the base's; "
+                        f"got {text!r}, and there is no {model!r}{near}"
+                    )
+                adapter = [*known, *adapters][0] if adapters else None
+                with suppress(ValueError):  # a string is refused by the check
+                    number = kind(number)
+                share = replace(found.get(adapter, Share()), **{name: number})
+                found[adapter] = checked_share(f"{option(field)} {text}", share)
+        return found
 
     def root(self) -> Path | None:
         """The folder from which clients may load adapters; None if they may not."""

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 from served import SMALL, ask, client_of, free_port, plain, question, serving, wait_for
-from waiting import LONG
+from step_logits import StepCounts
+from waiting import LONG, until
 
 from lorafx.errors import ConfigError
 from lorafx.integrations.cli import main
@@ -67,6 +68,9 @@ def test_options_that_only_vllm_has(files, monkeypatch):
         ({"ssl_certfile": "/nowhere"}, "no HTTPS with --ssl-certfile /nowhere"),
         ({"log_level": "loud"}, "--log-level"),
         ({"max_queue": 0}, "--max-queue"),
+        ({"adapter_weight": ("a9=3",)}, "got 'a9=3', and there is no 'a9'; nearest"),
+        ({"adapter_weight": ("a1=0",)}, "'--adapter-weight a1=0' has weight=0.0; a weight is"),
+        ({"adapter_running": ("a1=2.5",)}, "--adapter-running a1=2.5' has most_running='2.5'"),
         ({"max_adapter_reads": 0}, "--max-adapter-reads"),
         ({"adapters": None, "resolve_adapters": True}, "--resolve-adapters needs the folder"),
     ],
@@ -86,6 +90,7 @@ def test_bad_values(files, change, word):
     [
         ({"max_model_len": 10_000}, "--max-model-len 10000 is more than the"),
         ({"chat_template": "/nowhere"}, "--chat-template /nowhere: neither a file"),
+        ({"runner": "pooling", "adapter_weight": ("a1=2",)}, "tiny is served as an encoder"),
     ],
 )
 def test_bad_values_of_the_model(files, change, word):
@@ -119,6 +124,28 @@ def test_names_modules_lengths_and_templates(files):
         preflight = asked_from(server, origin)
         assert preflight.headers["access-control-allow-origin"] == "http://here"
         assert asked_from(server, {**origin, "Origin": "http://there"}).status_code == 400
+
+
+def test_weights_and_bounds_of_adapters(files):
+    """Also of one that is loaded later; names are those of requests."""
+    given = {"adapter_weight": ("tiny:a2=3", "tiny=0.5"), "adapter_running": ("a2=2", "late=1")}
+    given |= {"allow_runtime_loading": True, "adapter_root": files.adapters}
+
+    async def answers(server, models):
+        async with client_of(server) as client:
+            with server.engine.pause():
+                bodies = [{"model": model, **question(PATH, "w9 w12", 5)} for model in models]
+                tasks = [asyncio.create_task(client.post(PATH, json=body)) for body in bodies]
+                await until(lambda: len(server.engine.sequences()["waiting"]) == len(models))
+            return [plain(PATH, (await task).json()).strip() for task in tasks]
+
+    with serving(files, **given) as server:
+        ask(server, "POST", "/v1/load_lora_adapter", lora_name="late", lora_path="a3")
+        seen, models = StepCounts(server.engine), {"tiny:a2": "a2", "late": "a3", "tiny": None}
+        said = asyncio.run(answers(server, [*models] * 4))
+    ids = files.tokenizer("w9 w12")["input_ids"]
+    assert said == [files.text(adapter, ids, 5) for adapter in models.values()] * 4
+    assert [seen.most(adapter) for adapter in ("a2", "late", "__base__")] == [2, 1, 4]
 
 
 def asked_from(server, headers):
