@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,15 @@ STEADY = 1.3
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what PEFT adapts. `answers`: "tokens" of `generate`, or "logits" of forwards."""
+    """A model, and what PEFT adapts. `answers`: "tokens" of `generate`, or "logits" of forwards.
+    `int8`: torchao has quantised the weights of its layers."""
 
     family: str
     layers: int
     targets: str
     answers: str = "tokens"
     dtype: str = "float32"
+    int8: bool = False
 
     def model(self) -> Any:
         import torch
@@ -89,7 +91,12 @@ class Case:
                 sizes |= {"moe_intermediate_size": 256, "num_experts": 8, "head_dim": 64}
             config = getattr(transformers, f"{self.family}Config")(**sizes)
             model = getattr(transformers, f"{self.family}ForCausalLM")(config)
-        return model.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
+        model = model.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
+        if self.int8:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+            quantize_(model.model, Int8WeightOnlyConfig())
+        return model
 
     def adapters(self, folder: Path) -> dict[str, str]:
         return {name: str(folder / name) for name in sorted({name for name in NAMES if name})}
@@ -98,6 +105,7 @@ class Case:
 CASES = {
     "Llama, 4 layers": Case("Llama", 4, r".*layers.*_proj"),
     "Llama, 4 layers, bfloat16": Case("Llama", 4, r".*layers.*_proj", dtype="bfloat16"),
+    "Llama, 4 layers, int8": Case("Llama", 4, r".*layers.*_proj", int8=True),
     "Llama, 16 layers": Case("Llama", 16, r".*layers.*_proj"),
     "Llama, 16 layers, bfloat16": Case("Llama", 16, r".*layers.*_proj", dtype="bfloat16"),
     "Llama, 32 layers": Case("Llama", 32, r".*layers.*_proj"),
@@ -112,7 +120,7 @@ def save_adapters(case: str, folder: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     for number, path in enumerate(CASES[case].adapters(Path(folder)).values()):
-        model = CASES[case].model()
+        model = replace(CASES[case], int8=False).model()
         torch.manual_seed(1 + number)
         lora = LoraConfig(r=16, target_modules=CASES[case].targets, init_lora_weights=False)
         get_peft_model(model, lora).save_pretrained(path)
