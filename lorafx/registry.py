@@ -2,7 +2,7 @@
 
 Subclasses of a registered class are eligible with it, and the nearest entry along the MRO wins.
 Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed input projection of
-`nn.MultiheadAttention`, and transformers' `Conv1D`.
+`nn.MultiheadAttention`, transformers' `Conv1D`, and bitsandbytes' `Linear4bit`, `Linear8bitLt`.
 """
 
 from __future__ import annotations
@@ -182,6 +182,12 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
         inner=True,
         carries={"out_proj": 2},
     ),
+}
+#: Linears of libraries by their homes: the attributes of K and N, and whether W is (K, N).
+_OF_LIBRARIES = {
+    ("transformers.pytorch_utils", "Conv1D"): ("nx", "nf", True),
+    ("bitsandbytes.nn.modules", "Linear4bit"): ("in_features", "out_features", False),
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): ("in_features", "out_features", False),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
 
@@ -373,8 +379,10 @@ def lookup_class(cls: type) -> Eligible | None:
 def own_entry(cls: type) -> Eligible | None:
     """The entry of this class itself, not of its base classes."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
-    if entry is None and cls is _transformers_conv1d():
-        entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
+    home = cls.__module__, cls.__name__
+    if entry is None and home in _OF_LIBRARIES and _is_of(cls, *home):
+        inputs, outputs, transposed = _OF_LIBRARIES[home]
+        entry = Eligible(cls, "linear", FeatureSizes(inputs, outputs), transposed=transposed)
     return entry
 
 
@@ -383,6 +391,6 @@ def registrations() -> tuple[object, ...]:
     return tuple(_REGISTERED.values())
 
 
-def _transformers_conv1d() -> type[nn.Module] | None:
-    """transformers' Conv1D if imported, as it is with any model: importing it takes seconds."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+def _is_of(cls: type, module: str, name: str) -> bool:
+    """Whether the class is that of a library, which is not imported for it: that takes seconds."""
+    return getattr(sys.modules.get(module), name, None) is cls

@@ -47,13 +47,16 @@ class LinearCalls:
         self._runtime = program.runtime
         sites = [(s.module, s.path) for s in program.sites if isinstance(s.module, nn.Linear)]
         paths = {id(module): path for module, path in sites}
-        #: Modules of quantised weights, whose registered forward is a product.
-        self._quantised = {
+        #: Modules of quantised weights, whose registered forward is a product. One that looks for
+        #: outliers in x rounds otherwise where x differs in its last bit, as a graph's may.
+        self.quantised = {
             id(module): module
             for module, entry in program.quantised.entries
             if entry.is_linear and not has_own_forward(module, entry)
         }
-        modules = {id(module): module for module, _ in sites} | self._quantised
+        for module in program.quantised.sized_by_data:
+            self.quantised.pop(id(module), None)
+        modules = {id(module): module for module, _ in sites} | self.quantised
         self._modules = [(module, paths.get(key)) for key, module in modules.items()]
         self._calls: dict[int, LinearCall] = {}
 
@@ -62,7 +65,7 @@ class LinearCalls:
         now."""
         for module, path in self._modules:
             mark = _mark_alone(module) if path in touched else None
-            if "forward" in vars(module) or (mark is None and id(module) not in self._quantised):
+            if "forward" in vars(module) or (mark is None and id(module) not in self.quantised):
                 continue
             call, weight = self._calls.get(id(module)), module._parameters.get("weight")
             if call is None or call.mark is not mark or call.weight is not weight:

@@ -157,7 +157,9 @@ class EagerTier:
         graph = self._program.graph
         if self._looked_at is not graph:
             self._looked_at = graph
-            self._unknown = not all(_is_seen(module) for _, module in graph.modules())
+            steps = self._linears.quantised
+            seen = (_is_seen(module, id(module) in steps) for _, module in graph.modules())
+            self._unknown = not all(seen)
         return self._unknown
 
     def _labelled_arguments(self, counted: Mapping[int, Tensor], *, watched: bool) -> Memory:
@@ -174,8 +176,9 @@ class EagerTier:
         return memory
 
 
-def _is_seen(module: nn.Module) -> bool:
-    """Whether the module's forward and hooks are code of the `_SEEN` packages."""
+def _is_seen(module: nn.Module, is_step: bool) -> bool:
+    """Whether the module's hooks, and its forward unless that is one step, are code of the `_SEEN`
+    packages."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     forward: Any = vars(module).get("forward")
     if type(forward).__module__.startswith("lorafx."):  # such as `generate`'s, around another one
@@ -183,7 +186,8 @@ def _is_seen(module: nn.Module) -> bool:
     own = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
     if forward is not None and not own and cell_of_forward(module) is None:
         return False
-    code = (type(module), *(hook if callable(hook) else type(hook) for hook in hooks))
+    classes = () if is_step else (type(module),)
+    code = (*classes, *(hook if callable(hook) else type(hook) for hook in hooks))
     return all(str(item.__module__).partition(".")[0] in _SEEN for item in code)
 
 

@@ -220,9 +220,9 @@ class QuantisedModules:
         return [item for item in names if WrapperSubclass().holds(*item)]
 
     @cached_property
-    def sizes_by_data(self) -> bool:
-        """Whether some kernel returns tensors whose sizes depend on other tensors' contents."""
-        return any(item.sizes_by_data(module) for item, module, _ in self._of_libraries)
+    def sized_by_data(self) -> list[nn.Module]:
+        """Those whose kernels return tensors whose sizes depend on other tensors' contents."""
+        return [module for item, module, _ in self._of_libraries if item.sizes_by_data(module)]
 
     @cached_property
     def _of_libraries(self) -> list[tuple[Format, nn.Module, str]]:

@@ -252,7 +252,7 @@ class Entry:
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
-            sizes_by_data=lambda: session.program.quantised.sizes_by_data,
+            sizes_by_data=lambda: bool(session.program.quantised.sized_by_data),
             keep_guards=backend.keep_guards,
             saved=saved,
             saves=bool(session.program.options.cache),

@@ -106,12 +106,13 @@ def test_a_weight_that_is_exchanged_meanwhile_is_followed(llama, inputs, inside)
 
 
 @pytest.mark.parametrize("rows", [4, 40])
-def test_quantised_linears_are_one_step(tmp_path, rows):
+@pytest.mark.parametrize("kind", ["torchao-int8", "bitsandbytes-nf4"])
+def test_quantised_linears_are_one_step(tmp_path, kind, rows):
     """Also those that carry no LoRA, and where rows are many. Numbers are compared in
     tests/model/test_quantized.py."""
     base = small_base()
     folders = adapters(base, tmp_path)
-    KINDS["torchao-int8"][0](base)
+    KINDS[kind][0](base)
     cm = lorafx.compile(base.eval(), folders, options=OPTIONS)
     quantised = [path for path, _ in linears(base)]
     assert len(quantised) > len(cm._session.program.sites)
