@@ -147,8 +147,10 @@ class BrokenLinear(AwqLinear):
         return y
 
 
+@pytest.mark.one_road
 @registered(BrokenLinear)
 def test_a_graph_break_in_the_call_of_the_module(tmp_path: Path) -> None:
+    """Only a graph refuses it."""
     dense, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(2, 64)
     config = peft.OFTConfig(oft_block_size=4, target_modules=["0"])
     folders = {"oft": save(dense, config, tmp_path / "oft")}
@@ -158,3 +160,9 @@ def test_a_graph_break_in_the_call_of_the_module(tmp_path: Path) -> None:
         lorafx.MatchError, match=r"its weight is quantised, and a .* modules_to_save"
     ):
         cm(x, adapter_names=["oft", None])
+    eager = {**REFERENCE, "cache": None, "start": "eager"}
+    cm = lorafx.compile(nn.Sequential(BrokenLinear(dense[0])), folders, options=eager)
+    got, changed = cm(x, adapter_names=["oft", None]), merged(dense, folders["oft"])
+    turn = torch.linalg.solve(dense[0].weight.double(), changed[0].weight.double())
+    assert error(got[0], x[0].double() @ (model[0].dequantized().double() @ turn).mT) <= 1e-4
+    assert torch.equal(got[1], model(x)[1])
