@@ -380,7 +380,7 @@ def own_entry(cls: type) -> Eligible | None:
     """The entry of this class itself, not of its base classes."""
     entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
     home = cls.__module__, cls.__name__
-    if entry is None and home in _OF_LIBRARIES and _is_of(cls, *home):
+    if entry is None and home in _OF_LIBRARIES and class_of_library(*home) is cls:
         inputs, outputs, transposed = _OF_LIBRARIES[home]
         entry = Eligible(cls, "linear", FeatureSizes(inputs, outputs), transposed=transposed)
     return entry
@@ -391,6 +391,7 @@ def registrations() -> tuple[object, ...]:
     return tuple(_REGISTERED.values())
 
 
-def _is_of(cls: type, module: str, name: str) -> bool:
-    """Whether the class is that of a library, which is not imported for it: that takes seconds."""
-    return getattr(sys.modules.get(module), name, None) is cls
+def class_of_library(module: str, name: str) -> type | None:
+    """A class of a library that is imported, which takes seconds; None if it is not."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls if isinstance(cls, type) else None

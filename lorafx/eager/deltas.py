@@ -3,7 +3,7 @@
 With few rows a delta is two batched products over factors that are gathered by row,
 
     v = x Aᵀ        x (n, T, K), A (n, ρ, K), ρ the sum of the parts' ranks
-    y ← y + v B     B (n, ρ, N), scaled, zero outside of a part's columns; −0 for rows of the base
+    y ← y + v B     B (n, ρ, N), scaled, zero outside of a part's columns; y − 0 for the base's rows
 
 Gathered factors are kept for the next step, up to a share of the model's bytes, and are gathered
 again when a bank has been written. All other deltas are those of the sites' operators.
@@ -191,34 +191,32 @@ class RowDeltas:
         if not following.on_top or call.module._parameters.get("weight") is not call.weight:
             return None
         code = following.code(x)
-        if not self._leads(code, x):
+        if not self._leads(x):
             return None
         rows = None if mark is None else self._few(code, x)
-        if mark is not None and rows is None and not mark.stored:
+        without = mark is None or mark.stored  # the product may stand alone: the mark adds the rest
+        if rows is None and not without:
             return None
 
         def product() -> tuple[Any, bool]:
             y = call.original(x)
-            if mark is None or rows is None or not self._is_product(mark, x, y):
+            if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+                return None, False  # the mark says what is wrong
+            if mark is None or rows is None or y.shape[-1] != mark.out_features:
                 return y, False
             y = y.contiguous()
             return y, self._add_products(mark, x, y, rows.slots)
 
         y, added = following.outside(product)
-        if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+        if y is None or not (added or without):
             return None
+        following.note(y, code)
         if added and mark is not None:
             following.marked_alone(mark)
             self._added[mark.path] = y
-        elif mark is not None and not mark.stored:
-            return None
-        following.note(y, code)
         return y
 
-    def _is_product(self, mark: SiteMark, x: Tensor, y: Any) -> bool:
-        return isinstance(y, Tensor) and y.shape == (*x.shape[:-1], mark.out_features)
-
-    def _leads(self, code: int, x: Tensor) -> bool:
+    def _leads(self, x: Tensor) -> bool:
         """Whether rows of x, all its dimensions but the last, have one owner each."""
         label = self._following.label(x)
         return isinstance(label, One) or (isinstance(label, Listed) and label.dim < x.dim() - 1)

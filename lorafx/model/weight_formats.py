@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.placements import is_placed, local
-from lorafx.registry import Eligible
+from lorafx.registry import Eligible, class_of_library
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 
@@ -318,8 +318,8 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 
 def _is(value: Any, module: str, name: str) -> bool:
     """Whether `value` is an instance of a library's class, without importing the library."""
-    cls = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(value, cls)
+    cls = class_of_library(module, name)
+    return cls is not None and isinstance(value, cls)
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
