@@ -134,8 +134,9 @@ def _found(
         for place, leaf, key, tensor in items:
             if place in found and found[place][0] is method:  # also copies of what is shared
                 found[place][1][leaf] = key, tensor
-            elif re.fullmatch(method.shared, leaf):
-                shared.setdefault(method, {})[leaf] = key, tensor
+            elif re.fullmatch(method.shared, leaf):  # converted once, and not for each module
+                wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+                shared.setdefault(method, {})[leaf] = key, wide
     for place, (_, leaves) in found.items():
         key = join(place, "alpha")
         if key in tensors:
@@ -205,7 +206,9 @@ def _check_sizes(
 ) -> None:
     """Refuse factors with more numbers than the model."""
     factors = [
-        (made, given, method) for given, method, made in planned if isinstance(made, MadeFactors)
+        (_low_rank(made), given, method)
+        for given, method, made in planned
+        if isinstance(made, MadeFactors) or made.pair is not None
     ]
     numbers = sum(made.A.numel() + made.B.numel() for made, _, _ in factors)
     weights = () if model is None else (*model.parameters(), *model.buffers())
@@ -219,6 +222,10 @@ def _check_sizes(
         f"has room for {room}; the largest rank is {made.B.shape[1]}, at {first} "
         f"{tuple(tensor.shape)}. Train it with a smaller r, or {MERGE}"
     )
+
+
+def _low_rank(made: MadeFactors | ChangedWeight) -> MadeFactors:
+    return made if isinstance(made, MadeFactors) else MadeFactors(*made.factors())
 
 
 def _raise(saved: Saved, problems: list[Misfit]) -> None:
