@@ -45,7 +45,7 @@ class Recorder:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.context.fail(report.nodeid, report.longreprtext)
+            self.context.fail(report.nodeid, str(report.longrepr))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, rows, failures = report.nodeid, self.context.rows, self.context.entry["failures"]
@@ -58,7 +58,7 @@ class Recorder:
         if not found.failed:
             rows.append({"key": test, "outcome": found.outcome, "seconds": seconds})
         elif test not in failures:  # the end of a process that its test has told of says nothing
-            self.context.fail(test, found.longreprtext)
+            self.context.fail(test, str(found.longrepr))
         counted = Counter(row["outcome"] for row in rows) + Counter(failed=len(failures))
         self.context.write(summary=", ".join(f"{n} {what}" for what, n in sorted(counted.items())))
 

@@ -152,12 +152,13 @@ def test_what_a_job_has_found_is_kept_however_it_ends(
     assert again["before"] == (["second"] if status == "failed" else [])
 
 
-#: A file of tests, one of which ends its process.
-TESTS = """import os, pytest
+#: A file of tests, one of which ends its process, and one leaves the GPU in error.
+TESTS = """import gpu_tests, os, pytest
 def test_a(): os._exit(7)
 def test_b(): assert 0
 def test_c(): pytest.skip("not here")
-def test_d(): pass
+def test_d(): gpu_tests.gpu_error = lambda: "an illegal address"
+def test_e(): pass
 """
 
 
@@ -173,8 +174,9 @@ def test_a_test_that_ends_its_process_costs_no_other(
     entry = {"rows": [], "failures": {}, "before": []}
     gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=str(file), workers=2)
     found = {row["key"][-1]: row["outcome"] for row in entry["rows"]}
-    assert found == {"c": "skipped", "d": "passed"}
+    assert found == {"c": "skipped", "e": "passed"}
     why = {key[-1]: text for key, text in entry["failures"].items()}
     assert "crashed while running" in why["a"]
     assert "assert 0" in why["b"]
-    assert entry["summary"] == "2 failed, 1 passed, 1 skipped"
+    assert why["d"] == "left the GPU in error: an illegal address"
+    assert entry["summary"] == "3 failed, 1 passed, 1 skipped"
