@@ -1,7 +1,8 @@
 """One job of the GPU queue in a process of its own, which writes what it finds as it comes.
 
-    python benchmarks/gpu_job.py --device NAME [--out DIR] JOB     run a job, whose entry is there
-    python benchmarks/gpu_job.py --self-check JOB...               in a tiny form on the CPU
+    python benchmarks/gpu_job.py --device NAME --out DIR [--tiny] JOB
+
+The entry is there already; with --tiny the job runs in a tiny form on the CPU.
 
 Exit status: 0 the job ended by itself (what was wrong stands in its entry), else it broke.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpu_jobs import Job, all_jobs
+from gpu_jobs import all_jobs
 from gpu_results import Entry, Store, now
 
 T = TypeVar("T")
@@ -52,11 +53,11 @@ class Context:
         entry: what was found: "rows", each with the key of its case; "failures", why, by case;
             "before", cases that failed in an earlier run; "summary", a line for the report.
         keep: puts the entry on disk.
-        tiny: a self-check: small sizes, on the CPU.
+        tiny: a self-check: small sizes, on the CPU, in Triton's interpreter.
         device: a torch.device.
     """
 
-    def __init__(self, entry: Entry, keep: Callable[[], object], *, tiny: bool = False) -> None:
+    def __init__(self, entry: Entry, keep: Callable[[], object], *, tiny: bool) -> None:
         import torch
 
         self.entry, self._keep, self.tiny = entry, keep, tiny
@@ -108,55 +109,27 @@ def end_with_the_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def run(job: Job, context: Context) -> None:
-    """Call the job's function without gradients, and note that it came to its end."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     import torch
+    from gpu_protocol import machine_of
 
-    module, _, name = job.run.partition(":")
+    [job] = (job for job in all_jobs() if job.name == options.name)
+    store = Store(options.device, options.out)
+    entry = store.entries[job.name]
+    context = Context(entry, lambda: store.put(job.group, job.name, entry), tiny=options.tiny)
+    entry["machine"] = machine_of(context.device)
+    module, _, function = job.run.partition(":")
     with torch.no_grad():
-        getattr(importlib.import_module(module), name)(context, **job.arguments)
+        getattr(importlib.import_module(module), function)(context, **job.arguments)
     context.write(ended=True)
 
 
-def self_check(jobs: Sequence[Job]) -> int:
-    """Run the jobs' tiny forms; how many failed or found nothing."""
-    wrong = 0
-    for job in jobs:
-        entry: Entry = {"rows": [], "failures": {}, "before": [], "seconds": 0.0}
-        try:
-            run(job, Context(entry, lambda: None, tiny=True))
-        except Exception:
-            entry["failures"]["job"] = traceback.format_exc()
-        right = entry["rows"] and not entry["failures"]
-        wrong += not right
-        found = f"{len(entry['rows'])} rows, {entry['seconds']:.1f} s"
-        print(f"{job.name}: {'right' if right else 'WRONG'}, {found}", flush=True)
-        for key, why in entry["failures"].items():
-            print(f"  {key}: {why}", flush=True)
-    return wrong
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--device")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--self-check", action="store_true")
-    options = parser.parse_args()
-    known = {job.name: job for job in all_jobs()}
-    jobs = [known[name] for name in options.names]
-    if options.self_check:
-        return min(self_check(jobs), 100)
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-    from gpu_protocol import gpu_machine
-
-    [job], store = jobs, Store(options.device, options.out)
-    entry = store.entries[job.name]
-    context = Context(entry, lambda: store.put(job.group, job.name, entry))
-    entry["machine"] = gpu_machine(context.device)
-    run(job, context)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

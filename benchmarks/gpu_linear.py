@@ -17,13 +17,11 @@ from typing import Any
 import gpu_protocol
 import torch
 from gpu_job import Context, Rows
-from gpu_jobs import ARMS, Arm
 from torch import Tensor
 from torch.nn.functional import linear, pad
 from triton_variants import packed_delta
 from tune import LinearProblem
 
-from lorafx.errors import LoweringError
 from lorafx.integrations.vllm.launches import launches
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.roofline import FUSED, Work, estimate
@@ -38,9 +36,12 @@ LAYERS = {
     "gate/up": (4096, (14336, 14336)),
     "down": (14336, (4096,)),
 }
-#: Rows, distinct adapters, rank.
+#: Rows, distinct adapters, rank. In prefill the rows of an adapter lie behind one another.
 MIXES = {"prefill": (8192, 8, 16), "decode": (64, 8, 16)}
-DECODE_ROWS = 256  # up to so many rows a batch is decode
+#: What a self-check runs in their place.
+TINY_LAYERS = {"tiny": (64, (64, 32, 32))}
+TINY_MIXES = {"prefill": (24, 4, 8), "decode": (5, 3, 8)}
+DTYPE, SLOTS = torch.bfloat16, 32
 #: Copies in prefill: the activations alone flush the cache between calls, and FLOPs decide.
 PREFILL_COPIES = 4
 #: Requests of a batch of prompts, each with M / REQUESTS rows.
@@ -51,8 +52,7 @@ TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class Case:
-    """One linear and one batch. `prompts`: rows of an adapter lie behind one another, as in
-    prefill, though there are few. Time must grow with `distinct` adapters, not with `slots`."""
+    """One linear and one batch. Time must grow with `distinct` adapters, not with SLOTS."""
 
     name: str
     in_features: int
@@ -60,47 +60,38 @@ class Case:
     rows: int
     distinct: int
     rank: int
-    slots: int = 32
-    dtype: torch.dtype = torch.bfloat16
-    prompts: bool = False
+    phase: str
 
     @property
     def label(self) -> str:
         shape = f"{self.name} ({self.in_features}, {sum(self.sizes)})"
         return f"{shape} M={self.rows} D={self.distinct} r={self.rank}"
 
-    @property
-    def decode(self) -> bool:
-        return self.rows <= DECODE_ROWS and not self.prompts
-
     def spec(self, strategy: str) -> TritonSpec:
         """What kernels of `strategy` are generated for."""
-        delta = packed_delta(self.in_features, self.sizes, self.rank, self.dtype)
-        return TritonSpec(delta, self.dtype if strategy in (*FUSED, CONCAT) else None)
+        delta = packed_delta(self.in_features, self.sizes, self.rank, DTYPE)
+        return TritonSpec(delta, DTYPE if strategy in (*FUSED, CONCAT) else None)
 
     def work(self, device: torch.device) -> Work:
         """The case as the cost model takes it."""
         shape = (self.in_features, self.sizes, self.rows, self.distinct, self.rank)
-        return Work(*shape, self.dtype, chip_of(device))
+        return Work(*shape, DTYPE, chip_of(device))
 
     def copy(self, device: torch.device) -> LinearProblem:
         """Tensors of one of the copies that an arm rotates over."""
-        spread = {"distinct": self.distinct, "turns": self.decode, "slots": self.slots}
+        spread = {"slots": SLOTS, "distinct": self.distinct, "turns": self.phase == "decode"}
         return LinearProblem.random(self.spec("epilogue"), self.rows, device, **spread)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight and bank of one copy."""
         K, N, G = self.in_features, sum(self.sizes), len(self.sizes)
-        return (K * N + self.slots * self.rank * (G * K + N)) * self.dtype.itemsize
+        return (K * N + SLOTS * self.rank * (G * K + N)) * DTYPE.itemsize
 
 
-#: What a self-check runs of an arm.
-TINY = Case("tiny", 64, (64, 32, 32), 5, 3, 8, slots=4, dtype=torch.float16)
-
-
-def cases(phase: str) -> list[Case]:
-    return [Case(name, *sizes, *MIXES[phase]) for name, sizes in LAYERS.items()]
+def cases(phase: str, *, tiny: bool = False) -> list[Case]:
+    layers, mixes = (TINY_LAYERS, TINY_MIXES) if tiny else (LAYERS, MIXES)
+    return [Case(name, *sizes, *mixes[phase], phase) for name, sizes in layers.items()]
 
 
 # --- arms ---
@@ -108,8 +99,18 @@ def cases(phase: str) -> list[Case]:
 ArmOfCopy = Callable[[LinearProblem], Callable[[], Tensor]]
 
 
-class Unfit(Exception):
-    """A case that an arm is not for; says why."""
+@dataclass(frozen=True)
+class Arm:
+    """A way to compute one packed linear with LoRA, which is compared with the vendor's GEMM.
+
+    Attributes:
+        plain: whether it computes the base alone.
+    """
+
+    name: str
+    phases: tuple[str, ...]
+    make: Callable[[Case, torch.device], ArmOfCopy]
+    plain: bool = False
 
 
 def base_of(copy: LinearProblem) -> Tensor:
@@ -122,21 +123,12 @@ def chosen(case: Case, device: torch.device) -> str:
     return next(iter(estimate(case.work(device))))
 
 
-def built(case: Case, spec: TritonSpec, strategy: str, **arguments: Any) -> int:
-    try:
-        kernel = build(spec, strategy, rows_hint=case.rows, **arguments)
-    except LoweringError as reason:
-        raise Unfit(f"{case.label}: {reason}") from reason
-    if kernel is None:
-        raise Unfit(f"{case.label}: no kernel is generated for {strategy}")
-    return kernel
-
-
 def strategy(case: Case, device: torch.device, *, name: str) -> ArmOfCopy:
     """One of lorafx's strategies."""
     if name == CONCAT:
         return concat(case, device)
-    kernel = built(case, case.spec(name), name, device=device)
+    kernel = build(case.spec(name), name, rows_hint=case.rows, device=device)
+    assert kernel is not None
 
     def call(copy: LinearProblem) -> Tensor:
         return (copy if name in FUSED else replace(copy, y=base_of(copy))).run(name, kernel)
@@ -147,11 +139,8 @@ def strategy(case: Case, device: torch.device, *, name: str) -> ArmOfCopy:
 def concat(case: Case, device: torch.device) -> ArmOfCopy:
     """x and W made longer, as in a compiled model: there what computes x writes it into x' itself,
     so x' is filled beforehand; W' = [W | B] is copied together at every call."""
-    spec = case.spec(CONCAT)
-    kernels = [
-        built(case, replace(spec, by_request=alike), CONCAT, device=device)
-        for alike in (False, True)
-    ]
+    specs = [replace(case.spec(CONCAT), by_request=alike) for alike in (False, True)]
+    kernels = [build(spec, CONCAT, rows_hint=case.rows, device=device) for spec in specs]
 
     def make(copy: LinearProblem) -> Callable[[], Tensor]:
         *bank, owners = copy.bank
@@ -202,8 +191,7 @@ def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
     """What layers of vLLM call in CUDA graphs: kernels by the rows of a step, slots of its rows in
     a table for longer steps."""
     kernels = launches(case.spec("segments").delta, device)
-    if kernels is None:
-        raise Unfit(f"{case.label}: no kernels are generated")
+    assert kernels is not None
 
     def make(copy: LinearProblem) -> Callable[[], Tensor]:
         table = torch.full((2 * case.rows,), -1, dtype=torch.int32, device=device)
@@ -217,6 +205,19 @@ def in_vllm(case: Case, device: torch.device) -> ArmOfCopy:
         return call
 
     return make
+
+
+BOTH, PREFILL, DECODE = ("prefill", "decode"), ("prefill",), ("decode",)
+#: The most promising first.
+ARMS = (
+    Arm("plan", BOTH, planned),
+    *(Arm(name, PREFILL, partial(strategy, name=name)) for name in (CONCAT, "segments")),
+    Arm("split", DECODE, partial(strategy, name="split")),
+    Arm("epilogue", BOTH, partial(strategy, name="epilogue")),
+    Arm("inside vLLM", BOTH, in_vllm),
+    Arm("plan, no adapter", BOTH, nobody, plain=True),
+    Arm("gemv", DECODE, partial(strategy, name="gemv")),
+)
 
 
 # --- right, and fast ---
@@ -255,8 +256,7 @@ def check(case: Case, arm: Arm, copy: LinearProblem, make: ArmOfCopy) -> float:
 
 def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, Any]]:
     """Rows of results of an arm over the vendor's GEMM, A/A first."""
-    make = globals()[arm.make](case, meter.device, **arm.arguments)
-    prompts = meter.measures and not case.decode
+    make, prompts = arm.make(case, meter.device), meter.measures and case.phase == "prefill"
     count = PREFILL_COPIES if prompts else meter.copies(case.nbytes)
     copies = [case.copy(meter.device) for _ in range(count)]
     error, counted = check(case, arm, copies[0], make), meter.launches(make(copies[0]))
@@ -264,44 +264,27 @@ def measure(case: Case, arm: Arm, meter: gpu_protocol.Meter) -> list[dict[str, A
     base = meter.arm([partial(base_of, copy) for copy in copies])
     rows = meter.compare(case.label, base, {arm.name: timed})
     work, plan = case.work(meter.device), chosen(case, meter.device)
-    floor = work.floor() / work.base()
-    rows = [row | {"over_floor": row["median"] / floor} for row in rows]
-    rows[-1] |= {"floor": floor, "copies": count, "plan": plan, "error": error}
-    rows[-1] |= {"launches": len(counted)}
+    rows[-1] |= {"floor": work.floor() / work.base(), "copies": count, "plan": plan}
+    rows[-1] |= {"error": error, "launches": len(counted)}
     return rows
-
-
-def tiny_case(phase: str, arm: Arm) -> Case:
-    if arm.arguments.get("name") == CONCAT:  # which is refused for float16
-        return replace(TINY, rows=24, distinct=4, dtype=torch.bfloat16, prompts=True)
-    return replace(TINY, rows=20, distinct=4, prompts=True) if phase == "prefill" else TINY
 
 
 def compare_arms(context: Context, *, phase: str) -> None:
     """Job: every arm of a phase over the vendor's GEMM, on each packed linear."""
     meter = gpu_protocol.Meter(context.device)
 
-    def measured(arm_and_case: tuple[Arm, Case]) -> Rows:
-        arm, case = arm_and_case
-        try:
-            return measure(case, arm, meter)
-        except Unfit as reason:
-            if context.tiny:
-                raise
-            return [{"arm": arm.name, "case": case.label, "unfit": str(reason)}]
-
     def summary(rows: Rows) -> str:
         """The ratios, arm by arm: "plan: q/k/v 1.02, o 1.03"."""
         found: dict[str, list[str]] = {}
         for row in (row for row in rows if row["arm"] != "A/A"):
-            ratio = f"{row['median']:.3f}" if "median" in row else "unfit"
-            found.setdefault(row["arm"], []).append(f"{row['case'].split()[0]} {ratio}")
+            ratio = f"{row['case'].split()[0]} {row['median']:.3f}"
+            found.setdefault(row["arm"], []).append(ratio)
         return "; ".join(f"{arm}: {', '.join(ratios)}" for arm, ratios in found.items())
 
-    arms = [arm for arm in ARMS.values() if phase in arm.phases]
     own = {
-        f"{arm.name}: {case.label}": (arm, case)
-        for arm in arms
-        for case in ([tiny_case(phase, arm)] if context.tiny else cases(phase))
+        f"{arm.name}: {case.label}": (case, arm)
+        for arm in ARMS
+        for case in cases(phase, tiny=context.tiny)
+        if phase in arm.phases
     }
-    context.measure(own, measured, summary)
+    context.measure(own, lambda case_and_arm: measure(*case_and_arm, meter), summary)

@@ -26,16 +26,15 @@ from typing import Any
 import gpu_protocol
 import torch
 import torch._inductor.config
-from cpu_mixed import peft_mixed
+from cpu_mixed import RANK, TARGETS, build_model, peft_mixed, save_adapters
 from gpu_job import Context, Rows, ratios
-from protocol import errors, names_of, save_adapter
+from protocol import errors, names_of
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import lorafx
 from lorafx.kernels.cost.roofline import factor_elements
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Of each kind of step: requests, tokens of each, and the distinct adapters of the mixes.
 STEPS = {"decode": (64, 1, (0, 1, 8, 32)), "prefill": (8, 1024, (0, 1, 8))}
 #: Most time over the base's by step and adapters, of docs/performance.md.
@@ -47,44 +46,30 @@ GOALS: Mapping[str, Mapping[int, float]] = {
 #: model's float32 sums are in another order than with the merged weight.
 ROUNDING, TINY_ROUNDING = 4.0, 10.0
 REQUESTS, PROMPT, NEW = 8, 128, 32
-LAYERS, RANK, TINY_RANK = 4, 16, 4
-
-
-def config_of(layers: int, *, tiny: bool = False) -> LlamaConfig:
-    """Llama-3-8B with fewer layers and as much less vocabulary."""
-    hidden, inner, heads, keys, positions = 4096, 14336, 32, 8, 8192
-    vocabulary = 128256 * layers // 32
-    if tiny:
-        layers, hidden, inner, heads, keys, positions, vocabulary = 1, 64, 96, 4, 2, 64, 128
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        vocab_size=vocabulary,
-        max_position_embeddings=positions,
-        rope_theta=500000.0,
-    )
+LAYERS = 4
+SIZES = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 128}
 
 
 def made(
     context: Context, folder: str, count: int, layers: int = LAYERS
 ) -> tuple[LlamaForCausalLM, dict[str, str]]:
-    """The model, and the paths of `count` adapters, with α = r."""
-    tiny = context.tiny
-    torch.manual_seed(0)
+    """Llama-3-8B with fewer layers and as small a vocabulary, and paths of `count` adapters."""
     with torch.device(context.device):
-        model = LlamaForCausalLM(config_of(layers, tiny=tiny))
-    model = model.to(torch.float32 if tiny else torch.bfloat16).eval()
-    rank, targets = TINY_RANK if tiny else RANK, list(TARGETS)
-    paths = {
-        f"a{seed}": save_adapter(
-            model, Path(folder) / f"a{seed}", rank, targets, std=0.02, seed=seed
-        )
-        for seed in range(count)
-    }
-    return model, paths
+        if context.tiny:
+            model = build_model(1, torch.float32, **TINY)
+        else:
+            vocabulary = 128256 * layers // 32
+            model = build_model(layers, torch.bfloat16, **SIZES, vocab_size=vocabulary)
+    return model, save_adapters(model, Path(folder), count)
 
 
 def compiled(model: LlamaForCausalLM, paths: dict[str, str]) -> lorafx.CompiledModel:
@@ -94,24 +79,24 @@ def compiled(model: LlamaForCausalLM, paths: dict[str, str]) -> lorafx.CompiledM
     return lorafx.compile(copy.deepcopy(model), paths, options=options)
 
 
-def floor_of(model: LlamaForCausalLM, rank: int, distinct: int) -> float:
+def floor_of(model: LlamaForCausalLM, distinct: int) -> float:
     """Bytes of a decode step with D adapters over the base's."""
     named = model.named_modules()
     linears = {p: m for p, m in named if isinstance(m, nn.Linear) and p.split(".")[-1] in TARGETS}
     weights = sum(linear.weight.numel() for linear in (*linears.values(), model.lm_head))
-    return 1 + distinct * factor_elements(linears.values(), rank) / weights
+    return 1 + distinct * factor_elements(linears.values(), RANK) / weights
 
 
-def run_step(context: Context, *, kind: str) -> None:
+def run_step(context: Context, *, phase: str) -> None:
     """Job: one kind of step."""
-    batch, tokens, mixes = STEPS[kind]
+    batch, tokens, mixes = STEPS[phase]
     if context.tiny:
         batch, tokens, mixes = 3, min(tokens, 2), (0, 1, 2)
 
     def measured(key: str) -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             model, paths = made(context, folder, max(mixes))
-            cm, rank = compiled(model, paths), TINY_RANK if context.tiny else RANK
+            cm = compiled(model, paths)
             ids = torch.randint(model.config.vocab_size, (batch, tokens), device=context.device)
             call, calls = {"input_ids": ids, "use_cache": False}, {}
             about: dict[str, dict[str, Any]] = {}
@@ -122,18 +107,18 @@ def run_step(context: Context, *, kind: str) -> None:
                 error = max(got / max(own, 1e-6) for got, own in found)
                 if not error < (TINY_ROUNDING if context.tiny else ROUNDING):
                     raise RuntimeError(f"{key} D={distinct}: error {error:.1f}")
-                floor = floor_of(model, rank, distinct) if kind == "decode" else 1.0
-                about[name] = {"floor": floor, "goal": GOALS[kind].get(distinct)}
+                floor = floor_of(model, distinct) if phase == "decode" else 1.0
+                about[name] = {"floor": floor, "goal": GOALS[phase].get(distinct)}
                 about[name]["error_over_rounding"] = error
             meter = gpu_protocol.Meter(context.device, seconds=0.02)
             # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have it.
             backend = "eager" if context.tiny else "inductor"
             base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
-            case = f"{key}, {model.config.num_hidden_layers} layers, r={rank}"
+            case = f"{key}, {model.config.num_hidden_layers} layers, r={RANK}"
             rows = meter.compare_steps(case, partial(base, **call), calls)
             return [row | about.get(row["arm"], {}) for row in rows]
 
-    key = f"{kind} [{batch}, {tokens}]"
+    key = f"{phase} [{batch}, {tokens}]"
     context.measure({key: key}, measured)
 
 

@@ -160,8 +160,10 @@ def clocks() -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), ask_nvidia_smi(CLOCKS), strict=False))
 
 
-def gpu_machine(device: torch.device) -> dict[str, object]:
+def machine_of(device: torch.device) -> dict[str, object]:
     """What the figures were measured on, the GPU first."""
+    if device.type != "cuda":
+        return protocol.machine()
     import triton
 
     properties = torch.cuda.get_device_properties(device)

@@ -12,11 +12,16 @@ last, lest they fail again. A job that would not end in time is left out.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
+import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +30,6 @@ from pathlib import Path
 if str(Path(__file__).resolve().parent) not in sys.path:  # PYTHONSAFEPATH keeps it off
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_here import FOLDER, NEEDED, is_here, job_environment, stop
 from gpu_job import KEPT, RUNNING
 from gpu_jobs import LIMIT, ROOT, Job, all_jobs
 from gpu_results import (
@@ -41,12 +45,63 @@ from gpu_results import (
     now,
 )
 
+FOLDER = Path(__file__).resolve().parent
+NEEDED = ("torch", "triton", "safetensors", "jinja2", "transformers", "peft", "pytest", "xdist")
 MARGIN = 5.0  # seconds that stay for writing results
 DEVICE = "import torch; print(torch.cuda.get_device_name(), torch.__version__, sep='\\n')"
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+# --- processes of jobs ---
+
+
+def is_here(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def job_environment(scratch: Path, *, tiny: bool) -> dict[str, str]:
+    """Where jobs find lorafx, this folder, and the tests' helpers; `tiny` ones see no GPU."""
+    paths = [str(FOLDER), str(ROOT / "tests" / "helpers"), str(link_lorafx(scratch))]
+    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    always = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if tiny:
+        always |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        always |= {"LORAFX_CACHE_DIR": str(scratch / "cache")}
+    return environment | always | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def link_lorafx(scratch: Path) -> Path:
+    """A folder to find lorafx in where it is not installed: a link, and its entry points.
+
+    The root itself must not be on the path, where passes/ and kernels/ would shadow others."""
+    folder = scratch / "site"
+    folder.mkdir()
+    if not is_here("lorafx"):
+        (folder / "lorafx").symlink_to(ROOT / "lorafx")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        source = (ROOT / "lorafx/__init__.py").read_text()
+        version = re.findall(r'^__version__ = "(.+)"', source, re.M)[0]
+        about = folder / f"lorafx-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: lorafx\nVersion: {version}\n"
+        )
+        with (about / "entry_points.txt").open("w") as file:
+            for group, points in project["entry-points"].items():
+                lines = [f"{name} = {target}" for name, target in points.items()]
+                print(f"[{group}]", *lines, sep="\n", file=file)
+    return folder
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """End the job's processes where they still run; its exit status. What it found is on disk."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+    return process.wait()
 
 
 # --- the queue ---
@@ -62,13 +117,8 @@ class Queue:
     def __init__(self, jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> None:
         self.jobs, self.options, self.scratch = jobs, options, scratch
         self.end = time.monotonic() + options.limit - MARGIN
-        self.environment = job_environment(scratch)
-        # Asked of another process: the queue itself leaves the GPU alone.
-        device = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
-        if device.returncode:
-            why = device.stderr.strip().splitlines()[-1:]
-            sys.exit(f"gpu_queue.py measures on a GPU, and torch finds none here: {why}")
-        self.device = folder_of(*device.stdout.splitlines()[-2:])
+        self.environment = job_environment(scratch, tiny=options.self_check)
+        self.device = "self-check" if options.self_check else device_here()
         self.store = Store(self.device, options.out)
         self.tried: set[str] = set()
 
@@ -99,6 +149,8 @@ class Queue:
             say(f"{job.name}: about {self.estimate(job):.0f} s, {len(todo)} jobs to do")
             entry = self.run_job(job)
             say(f"{job.name}: {entry['status']} in {entry['seconds']:.0f} s; {described(entry)}")
+            if entry["status"] == FAILED:
+                print(entry["log"], flush=True)
 
     def run_job(self, job: Job) -> Entry:
         """Run one job; its entry is on disk, and grows there while the job runs."""
@@ -106,8 +158,9 @@ class Queue:
         entry["commit"] = self.options.commit
         self.store.put(job.group, job.name, entry)
         command = [sys.executable, str(FOLDER / "gpu_job.py"), "--device", self.device, job.name]
-        command += ["--out", str(self.options.out)] if self.options.out else []
-        start, limit, log = time.monotonic(), min(LIMIT, self.left()), self.scratch / "log"
+        command += ["--out", str(self.options.out)] + ["--tiny"] * self.options.self_check
+        limit = self.left() if self.options.self_check else min(LIMIT, self.left())
+        start, log = time.monotonic(), self.scratch / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -135,6 +188,15 @@ class Queue:
         return entry
 
 
+def device_here() -> str:
+    """The folder of the GPU. Asked of another process: the queue itself leaves the GPU alone."""
+    told = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True)
+    if told.returncode:
+        why = told.stderr.strip().splitlines()[-1:]
+        sys.exit(f"gpu_queue.py measures on a GPU, and torch finds none here: {why}")
+    return folder_of(*told.stdout.splitlines()[-2:])
+
+
 def seed(earlier: Entry | None, digest: str) -> Entry:
     """What a job starts from: rows of an earlier run of the same sources, and what failed."""
     entry: Entry = {"status": PARTIAL, "sources": digest, "date": now(), "seconds": 0.0}
@@ -153,8 +215,9 @@ def judge(entry: Entry, status: int, killed: str, *, cut_off: bool, log: str) ->
     if cut_off:  # nobody's fault
         entry |= {"status": PARTIAL, "why": killed, "log": log}
         entry["failures"] = {key: why for key, why in failures.items() if why != RUNNING}
-    elif killed or failures or status or not ended:
+    elif killed or failures or status or not ended or not entry["rows"]:
         why = killed or f"the process ended with status {status}" * (status or not ended)
+        why = why or "it found nothing" * (not failures)
         for key, text in failures.items():
             why = f"{key}: {(text.strip().splitlines() or [''])[-1]}; {len(failures)} in all; {why}"
             break
@@ -166,15 +229,6 @@ def judge(entry: Entry, status: int, killed: str, *, cut_off: bool, log: str) ->
 def described(entry: Entry) -> str:
     """What was found, in a line."""
     return "; ".join(filter(None, (entry.get("why"), entry["summary"])))
-
-
-def self_check(jobs: Sequence[Job], scratch: Path) -> int:
-    """Every job in its tiny form, in one process on the CPU."""
-    environment = job_environment(scratch) | {"LORAFX_CACHE_DIR": str(scratch / "cache")}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(FOLDER / "gpu_job.py"), "--self-check"]
-    command += [job.name for job in jobs]
-    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 
 def report(jobs: Sequence[Job], stores: Mapping[str, Store]) -> None:
@@ -201,7 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=480.0, help="seconds of this run")
     parser.add_argument("--only", nargs="+", default=[""], help="jobs named so, in part")
     parser.add_argument("--again", action="store_true", help="measured jobs too")
-    parser.add_argument("--out", type=Path, help="write results below here, not in the repository")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="write results below here")
     parser.add_argument("--commit", default="", help="what is measured, where git does not tell")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--self-check", action="store_true")
@@ -225,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="lorafx-gpu-") as scratch:
         if options.self_check:
-            return self_check(jobs, Path(scratch))
+            options.limit, options.out = math.inf, Path(scratch) / "found"
         with suppress(OSError):
             git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
             told = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -233,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         queue = Queue(jobs, options, Path(scratch))
         left = [f"{job.name} ({queue.estimate(job):.0f} s)" for job in queue.run()]
     print(f"not run: {'; '.join(left) or 'nothing is left'}")
-    return 0
+    states = {job.name: queue.store.state(job) for job in jobs}
+    return int(options.self_check and set(states.values()) != {MEASURED})
 
 
 if __name__ == "__main__":

@@ -34,14 +34,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a file that is whole at any moment: it is renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(f"{json.dumps(value, indent=1)}\n")
-    scratch.replace(path)
-
-
 def folder_of(device: str, torch_version: str) -> str:
     """The folder of a device, a torch: "NVIDIA H200", "2.11.0+cu130" → "nvidia-h200-torch2.11"."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -73,8 +65,8 @@ class Store:
         entries: by job; entries of jobs that are no more stay in their files.
     """
 
-    def __init__(self, device: str, out: Path | None = None) -> None:
-        self.folder = (out or RESULTS) / device
+    def __init__(self, device: str, out: Path) -> None:
+        self.folder = out / device
         self.entries: dict[str, Entry] = {}
         self._groups: dict[str, str] = {}
         for folder in dict.fromkeys((RESULTS / device, self.folder)):
@@ -88,10 +80,14 @@ class Store:
                     self.entries[name], self._groups[name] = entry, path.stem
 
     def put(self, group: str, name: str, entry: Entry) -> None:
-        """Keep the entry, and write the file of its group."""
+        """Keep the entry, and write the file of its group, which is whole at any moment."""
         self.entries[name], self._groups[name] = entry, group
         names = [name for name in sorted(self.entries) if self._groups[name] == group]
-        write_json(self.folder / f"{group}.json", {name: self.entries[name] for name in names})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f"{group}.tmp"
+        entries = {name: self.entries[name] for name in names}
+        scratch.write_text(f"{json.dumps(entries, indent=1)}\n")
+        scratch.replace(scratch.with_suffix(".json"))
 
     def state(self, job: Job) -> str:
         """What the job's entry is worth now."""

@@ -153,15 +153,15 @@ def on_cpu(options: argparse.Namespace) -> None:
                     save(options.out or RESULTS, TITLE + refusal, rows, machine_and_load)
 
 
-def run_on_gpu(context: Context, *, kind: str) -> None:
+def run_on_gpu(context: Context, *, phase: str) -> None:
     """Job: decode or prefill of one layer of the real sizes, every arm a CUDA graph. The layer's
     experts are 20 times an H200's cache, so weights are not rotated."""
-    context.measure({kind: kind}, lambda kind: gpu_case(kind, context))
+    context.measure({phase: phase}, lambda phase: gpu_case(phase, context))
 
 
-def gpu_case(kind: str, context: Context) -> list[dict[str, Any]]:
+def gpu_case(phase: str, context: Context) -> list[dict[str, Any]]:
     """Rows of results of one batch through one layer."""
-    shape, dtype, size = GPU_SHAPES[kind], torch.bfloat16, "real"
+    shape, dtype, size = GPU_SHAPES[phase], torch.bfloat16, "real"
     if context.tiny:
         shape, dtype, size = (3, min(2, shape[1])), torch.float32, "tiny"
     meter = gpu_protocol.Meter(context.device, seconds=0.02)
@@ -175,13 +175,13 @@ def gpu_case(kind: str, context: Context) -> list[dict[str, Any]]:
         chosen = moe_cases.routes(model, ids)
         error, own_error = moe_cases.largest_errors(model, paths, cm, ids)
         if not error < ROUNDING * own_error:
-            raise RuntimeError(f"{kind}: off by {error:.2e}, a merged model by {own_error:.2e}")
+            raise RuntimeError(f"{phase}: off by {error:.2e}, a merged model by {own_error:.2e}")
         mixes = {f"lorafx D={d}": d for d in sorted({0, 1, len(paths)})}
         calls = {
             name: step(cm, ids, adapter_names=names_of(len(ids), d)) for name, d in mixes.items()
         }
         label = (
-            f"{kind} {list(shape)} {'fp32' if context.tiny else 'bf16'}, one layer of {size} sizes"
+            f"{phase} {list(shape)} {'fp32' if context.tiny else 'bf16'}, one layer of {size} sizes"
         )
         rows = meter.compare_steps(label, step(base, ids), calls)
         about = {"goal": GPU_GOAL, "error": error, "error_of_merged": own_error}

@@ -24,12 +24,12 @@ FOLDER = ROOT / "benchmarks"
 @pytest.mark.slow
 def test_every_arm_is_right_and_measured() -> None:
     import gpu_linear
-    from gpu_jobs import ARMS
     from gpu_protocol import Meter
 
-    for arm in ARMS.values():
+    for arm in gpu_linear.ARMS:
         for phase in arm.phases:
-            rows = gpu_linear.measure(gpu_linear.tiny_case(phase, arm), arm, Meter(CPU))
+            [case] = gpu_linear.cases(phase, tiny=True)
+            rows = gpu_linear.measure(case, arm, Meter(CPU))
             assert [row["arm"] for row in rows] == ["A/A", arm.name]
             assert rows[-1]["error"] < gpu_linear.TOLERANCE
 
@@ -37,13 +37,10 @@ def test_every_arm_is_right_and_measured() -> None:
 @pytest.mark.quick
 def test_a_wrong_arm_is_not_measured() -> None:
     import gpu_linear
-    from gpu_jobs import ARMS
 
-    copy = gpu_linear.TINY.copy(CPU)
+    [case], plan = gpu_linear.cases("decode", tiny=True), gpu_linear.ARMS[0]
     with pytest.raises(RuntimeError, match=r"tiny .* plan is off by"):
-        gpu_linear.check(
-            gpu_linear.TINY, ARMS["plan"], copy, lambda c: partial(gpu_linear.base_of, c)
-        )
+        gpu_linear.check(case, plan, case.copy(CPU), lambda c: partial(gpu_linear.base_of, c))
 
 
 @pytest.mark.quick
@@ -69,14 +66,14 @@ def test_without_a_gpu_the_queue_refuses(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.quick
 def test_workloads_are_those_of_the_model() -> None:
-    from gpu_linear import MIXES, cases, chosen
+    from gpu_linear import MIXES, SLOTS, cases, chosen
 
     from lorafx.kernels.cost.roofline import GPU_STRATEGIES
 
     for phase in MIXES:
         found = cases(phase)
         for case in found:
-            assert case.slots >= case.distinct
+            assert case.distinct <= SLOTS
             assert case.work(CPU).floor() >= case.work(CPU).base(), case.label
             assert chosen(case, CPU) in GPU_STRATEGIES
         shapes = [(c.in_features, sum(c.sizes)) for c in found]
@@ -85,7 +82,8 @@ def test_workloads_are_those_of_the_model() -> None:
 
 def test_the_registry_is_sound() -> None:
     """Names are unique, sources exist, the first jobs fit into eight minutes, results are few."""
-    from gpu_jobs import ARMS, LIMIT, all_jobs
+    from gpu_jobs import LIMIT, all_jobs
+    from gpu_linear import ARMS
     from gpu_results import digest_of
 
     jobs = all_jobs()
@@ -98,7 +96,7 @@ def test_the_registry_is_sound() -> None:
         assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
     from lorafx.kernels.cost.roofline import GPU_STRATEGIES
 
-    assert set(GPU_STRATEGIES) <= {arm.arguments.get("name") for arm in ARMS.values()}
+    assert set(GPU_STRATEGIES) <= {arm.name for arm in ARMS}
     assert len({job.group for job in jobs}) <= 8
     files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert files == {name.partition(": ")[2] for name in names if name.startswith("tests: ")}
@@ -143,7 +141,7 @@ def test_what_a_job_has_found_is_kept_however_it_ends(
     here = {"FOLDER": tmp_path, "DEVICE": "print('None', '1.0.0', sep='\\n')", "MARGIN": 0.0}
     for name, value in here.items():
         monkeypatch.setattr(gpu_queue, name, value)
-    options = argparse.Namespace(limit=limit, out=out, commit="", again=False)
+    options = argparse.Namespace(limit=limit, out=out, commit="", self_check=False)
     job = Job("job", "steps", "none:none", {}, ("Makefile",), 1.0)
     entry = gpu_queue.Queue([job], options, tmp_path / "scratch").run_job(job)
     assert entry == json.loads((out / "none-torch1.0" / "steps.json").read_text())["job"]
@@ -154,12 +152,13 @@ def test_what_a_job_has_found_is_kept_however_it_ends(
     assert again["before"] == (["second"] if status == "failed" else [])
 
 
-#: A file of tests, one of which ends its process.
-TESTS = """import os, pytest
+#: A file of tests, one of which ends its process, and one leaves the GPU in error.
+TESTS = """import gpu_tests, os, pytest
 def test_a(): os._exit(7)
 def test_b(): assert 0
 def test_c(): pytest.skip("not here")
-def test_d(): pass
+def test_d(): gpu_tests.gpu_error = lambda: "an illegal address"
+def test_e(): pass
 """
 
 
@@ -173,10 +172,11 @@ def test_a_test_that_ends_its_process_costs_no_other(
     file.write_text(TESTS)
     monkeypatch.setenv("PYTHONPATH", f"{FOLDER}:{ROOT}")
     entry = {"rows": [], "failures": {}, "before": []}
-    gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=str(file), lanes=2)
+    gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=str(file), workers=2)
     found = {row["key"][-1]: row["outcome"] for row in entry["rows"]}
-    assert found == {"c": "skipped", "d": "passed"}
+    assert found == {"c": "skipped", "e": "passed"}
     why = {key[-1]: text for key, text in entry["failures"].items()}
-    assert why["a"].startswith("the process ended with status 7")
+    assert "crashed while running" in why["a"]
     assert "assert 0" in why["b"]
-    assert entry["summary"] == "2 failed, 1 passed, 1 skipped"
+    assert why["d"] == "left the GPU in error: an illegal address"
+    assert entry["summary"] == "3 failed, 1 passed, 1 skipped"

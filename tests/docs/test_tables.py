@@ -63,8 +63,11 @@ def of_errors() -> str:
 
 
 def methods() -> str:
-    rows = [(f"`{m.name}`", m.form, m.rank, m.modules, m.against) for m in METHODS]
-    return table(("method", "form", "rank", "at", "tested against"), rows)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for m in METHODS:
+        alike.setdefault((m.form, m.rank, m.modules, m.against), []).append(f"`{m.name}`")
+    rows = [(", ".join(names), *about) for about, names in alike.items()]
+    return table(("methods", "form", "rank", "at", "tested against"), rows)
 
 
 def patches() -> str:
@@ -133,7 +136,7 @@ def predictions() -> str:
     """The cost model beside all that was measured of single linears on a GPU, in microseconds."""
     taken: dict[tuple[str, ...], list[float]] = {}
     results = ROOT / "benchmarks" / "results" / "gpu"
-    for path in (*results.glob("*h200*/prefill.json"), *results.glob("*h200*/decode.json")):
+    for path in results.glob("*h200*/linears.json"):
         for entry in json.loads(path.read_text()).values():
             for row in (row for row in entry["rows"] if "median" in row):
                 case, arm = CASE.search(row["case"]), row["arm"]
@@ -141,7 +144,8 @@ def predictions() -> str:
                 arm = {"A/A": "vendor", "plan": row.get("plan")}.get(arm, arm)
                 if arm in ("vendor", *GPU_STRATEGIES):
                     taken.setdefault((*case.groups(), arm), []).append(row["milliseconds"] * 1e3)
-    rows, times = [], dict[tuple[str, ...], list[tuple[float, float]]]()
+    rows = dict[tuple[str, ...], dict[str, str]]()
+    times = dict[tuple[str, ...], list[tuple[float, float]]]()
     for (name, k, m, d, r, arm), measured in sorted(taken.items(), key=lambda item: item[0][2:]):
         # "concat" has a block of columns for each of eight requests, whatever these share.
         blocks = max(int(d), 8) if arm == "concat" else int(d)
@@ -151,10 +155,12 @@ def predictions() -> str:
         found = statistics.median(measured)
         assert model == pytest.approx(found, rel=0.15), (name, m, arm)
         times.setdefault((name, m, d), []).append((found, model))
-        rows.append((name, m, d, arm, f"{found:.1f}", f"{model:.1f}", f"{model / found:.2f}"))
+        rows.setdefault((m, d, arm), {})[name] = f"{found:.0f}, {model / found:.2f}"
     for pairs in times.values():  # the model has them in the right order
         assert [model for _, model in sorted(pairs)] == sorted(model for _, model in pairs)
-    return table(("linear", "rows", "adapters", "strategy", "measured", "model", "ratio"), rows)
+    names = ("q/k/v", "o", "gate/up", "down")
+    cells = [(*key, *(found.get(name, "") for name in names)) for key, found in rows.items()]
+    return table(("rows", "adapters", "strategy", *names), cells)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,18 @@ def test_tuning_finds_nothing_slower(
 @pytest.mark.parametrize("name", ["epilogue", "gemv", "segments"])
 def test_an_arm_of_a_linear_is_measured(device: torch.device, name: str) -> None:
     import gpu_linear
-    from gpu_jobs import Arm
     from gpu_protocol import Meter
 
-    case = gpu_linear.Case("test qkv", 1024, (1024, 256, 256), 16, 4, 16)
+    case = gpu_linear.Case("test qkv", 1024, (1024, 256, 256), 16, 4, 16, "decode")
     meter = Meter(device, blocks=3, seconds=0.001)
-    arm = Arm(name, ("decode",), "strategy", {"name": name})
-    base, ours = gpu_linear.measure(case, arm, meter)
+    make = partial(gpu_linear.strategy, name=name)
+    base, ours = gpu_linear.measure(case, gpu_linear.Arm(name, ("decode",), make), meter)
     assert (base["arm"], ours["arm"]) == ("A/A", name)
     assert 0.5 < base["median"] < 2
     assert 0.2 < ours["median"] < 50
-    kernel = gpu_linear.built(case, case.spec(name), name, device=device)
+    kernel = module.build(case.spec(name), name, rows_hint=case.rows, device=device)
     planned = sorted(k.jit.__name__ for k in plan_of(kernel).all_kernels)
-    call = gpu_linear.strategy(case, device, name=name)(case.copy(device))
+    call = make(case, device)(case.copy(device))
     launched = [kernel for kernel, _ in meter.launches(call)]
     assert sorted(k for k in launched if k in planned) == planned
     assert ours["launches"] == len(launched)

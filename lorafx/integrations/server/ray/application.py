@@ -48,7 +48,7 @@ def _split(value: Any) -> Any:
 
 
 class RaySettings(ModelSettings):
-    """How a model is served on Ray (docs/serving.md). Paths are the same on all machines. Raises
+    """How a model is served on Ray (docs/guides/ray.md). Paths are the same on all machines. Raises
     what `ModelSettings` raises.
 
     Attributes:
