@@ -38,6 +38,7 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "unilora": peft.UniLoraConfig(r=2, theta_d_length=32, save_indices=True, **_TO),
     "pvera": peft.PveraConfig(r=4, **_TO),
     "pvera drawn": peft.PveraConfig(r=4, save_projection=False, projection_prng_key=7, **_TO),
+    "vera": peft.VeraConfig(r=4, **_TO),
     "vera drawn": peft.VeraConfig(r=4, save_projection=False, projection_prng_key=-5, **_TO),
     "tinylora": peft.TinyLoraConfig(r=3, u=5, **_TO),
     "tinylora tied": peft.TinyLoraConfig(r=2, u=7, weight_tying=1.0, **_TO),
