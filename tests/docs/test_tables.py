@@ -63,7 +63,11 @@ def of_errors() -> str:
 
 
 def methods() -> str:
-    rows = [(f"`{m.name}`", m.form, m.rank, m.modules, m.against) for m in METHODS]
+    rows = []
+    for m in METHODS:
+        against = ["PEFT"] * bool(m.peft_type) + ["LyCORIS's formula"] * m.lycoris
+        rank = m.rank if "low rank" in m.form else "—"
+        rows.append((f"`{m.name}`", m.form, rank, m.modules, ", ".join(against)))
     return table(("method", "form", "rank", "at", "tested against"), rows)
 
 

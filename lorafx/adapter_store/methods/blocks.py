@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.methods.method import (
+    MERGE,
     AdapterMethod,
     Given,
     MadeFactors,
@@ -143,7 +144,7 @@ def _tinylora(given: Given) -> MadeFactors:
             raise NotServed(
                 f"{given.place}: weight_tying = {given.option('weight_tying')} shares several "
                 "vectors by the modules' places in the model, which no file tells; train it with "
-                "1.0 or 0.0, or merge it into a copy of the base model"
+                f"1.0 or 0.0, or {MERGE}"
             )
         if not given.meta:
             index = _place_of_p(given, len(vectors))
@@ -161,8 +162,7 @@ def _place_of_p(given: Given, count: int) -> int:
             return places[0]
     raise NotServed(
         f"{key} is none of those that projection_seed draws, so nothing tells which of {count} "
-        "tinylora_v is the module's; train it with weight_tying=1.0, or merge it into a copy of "
-        "the base model"
+        f"tinylora_v is the module's; train it with weight_tying=1.0, or {MERGE}"
     )
 
 

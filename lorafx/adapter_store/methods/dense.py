@@ -125,7 +125,7 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
                 f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears "
                 f"and convolutions, not at norms; {MERGE}"
             )
-        kernel = [f"kernel {i}" for i in range(2, tensor.dim())]
+        kernel = given.kernel("diff")
         diff = given.take("diff", "N", "K", *kernel).flatten(1)
         bias = (given.take("diff_b", "N"),) if "diff_b" in given else ()
         if kernel:
@@ -135,9 +135,11 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
     diff_b = given.take("diff_b", "N")
     for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         if down in given or up in given:
-            dims = given.tensors[down][1].dim() if down in given else 2
-            a = given.take(down, "r", "K", *[f"kernel {i}" for i in range(2, dims)])
-            b = given.take(up, "N", "r", *["1"] * (dims - 2))
+            kernel = given.kernel(down)
+            a, b = (
+                given.take(down, "r", "K", *kernel),
+                given.take(up, "N", "r", *["1"] * len(kernel)),
+            )
             scale = given.scale(len(a))
             return MadeFactors(a, b, scale, diff_b / (scale or 1.0))
     return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), diff_b)

@@ -174,6 +174,11 @@ class Given:
             raise Misfit(f"{key} holds {unsound} NaN or infinite values")
         return tensor.to(dtype)
 
+    def kernel(self, leaf: str) -> list[str]:
+        """Names of the dimensions behind the first two."""
+        dims = self.tensors[leaf][1].dim() if leaf in self.tensors else 0
+        return [f"kernel {i}" for i in range(1, dims - 1)]
+
     def pair(self, name: str, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """`name`_A (r, K) and `name`_B (N, r)."""
         a = self.take(f"{name}_A", "r", "K", empty=empty)

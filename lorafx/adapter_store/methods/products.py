@@ -102,8 +102,7 @@ def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor]:
     """u and v of the matrix `name`."""
     rows, columns = f"{name}'s rows", f"{name}'s columns"
     if name in given:
-        kernel = [f"kernel {i}" for i in range(2, given.tensors[name][1].dim())]
-        w = given.take(name, rows, columns, *kernel).flatten(1)
+        w = given.take(name, rows, columns, *given.kernel(name)).flatten(1)
     else:
         u, v = _pair(given, name, core if core in given else "", rows, columns)
         if len(v) <= min(len(u), v.shape[1]):
@@ -125,7 +124,7 @@ def _lokr(given: Given) -> MadeFactors | ChangedWeight:
             )
     scale = 1.0 if r is None else given.scale(r)  # in LyCORIS those have none
     given.sizes.update(N=len(u1) * len(u2), K=v1.shape[1] * v2.shape[1])
-    is_kernel = "lokr_t2" in given or any(t.dim() > 2 for _, t in given.tensors.values())
+    is_kernel = any(t.dim() > 2 for _, t in given.tensors.values())
     if is_kernel or _is_low(given, len(v1) * len(v2)):
         return MadeFactors(_kronecker(v1, v2), _kronecker(u1, u2), scale)
     w1, w2, scale = u1 @ v1, u2 @ v2, _known(given, scale)

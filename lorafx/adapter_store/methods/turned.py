@@ -76,18 +76,17 @@ def cayley(q: Tensor, terms: int = 0) -> Tensor:
 
 
 def _ia3(given: Given) -> ChangedWeight:
-    key, tensor = given.tensors["ia3_l"]
     path, modules = given.path, given.option("feedforward_modules")
     if modules is None:
         raise Misfit(
-            f"{key} scales inputs or outputs as feedforward_modules says, which "
+            f"{given.key('ia3_l')} scales inputs or outputs as feedforward_modules says, which "
             "adapter_config.json lacks; name them there"
         )
     if isinstance(modules, str):
         inputs = pattern(modules).fullmatches(path)
     else:
         inputs = path.endswith(tuple(modules))
-    dims = *(("1", "K") if inputs else ("N", "1")), *["1"] * (tensor.dim() - 2)
+    dims = *(("1", "K") if inputs else ("N", "1")), *["1"] * len(given.kernel("ia3_l"))
     scales = given.take("ia3_l", *dims, by=" by feedforward_modules")
     structure = Structure(TURNED_INPUT if inputs else TURNED_OUTPUT, 1)
     return ChangedWeight.structured(structure, scales - 1)
