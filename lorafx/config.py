@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lorafx.errors import ConfigError, Setting, nearest
 from lorafx.torch_internals import versions
@@ -79,6 +79,10 @@ class LoraConfig:
             of a module. Heads that are tied to it follow. A linear's rows also hold the numbers of
             what changes its inputs or outputs (OFT, IA³, LoKr). Adapters that are given when
             compiling raise it to their number.
+        scaled_pair: A (R, K) and B (N, R) of the largest K and N, of which VeRA adapters scale rows
+            and columns, so that each takes R + N numbers of a linear where `trainable_tokens` has
+            room for them. It is that of the first such adapter given when compiling, unless its
+            rank is within `max_rank`: then each is served by factors, as those of other pairs are.
         max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
             in one batch, each with whole weights on the device. None for `max_adapters`.
     """
@@ -97,6 +101,7 @@ class LoraConfig:
     lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
+    scaled_pair: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
     max_own_weights: int | None = None
     slot_rank: int | None = None
 
@@ -117,6 +122,16 @@ class LoraConfig:
                 f"{setting} = {self.slot_rank} is over max_rank = {self.max_rank}; give less, or a "
                 "larger max_rank"
             ).naming(setting)
+        pair = self.scaled_pair
+        if pair is not None and [t.dim() for t in pair] + [len(pair[0])] != [
+            2,
+            2,
+            pair[1].shape[1],
+        ]:
+            raise ConfigError(
+                "LoraConfig.scaled_pair must be A (R, K) and B (N, R), got "
+                f"{' and '.join(str(tuple(t.shape)) for t in pair)}"
+            )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(

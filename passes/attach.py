@@ -26,7 +26,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment, marks_on
-from lorafx.model.bank import Bank
+from lorafx.model.bank import Bank, SharedPair
 from lorafx.model.convolutions import window_of
 from lorafx.model.extras import BIAS_KINDS
 from lorafx.model.made_weights import maker_of
@@ -162,10 +162,22 @@ def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, .
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         groups.setdefault(key, []).append(site)
-    return tuple(_group(siblings, config) for siblings in groups.values())
+    pairs: dict[object, SharedPair] = {}
+    return tuple(_group(items, config, _pair_for(items[0], pairs)) for items in groups.values())
 
 
-def _group(siblings: list[Site], config: LoraConfig) -> Group:
+def _pair_for(site: Site, pairs: dict[object, SharedPair]) -> SharedPair | None:
+    """The site's pair in its dtype and on its device: views of one of the `pairs` for all sites."""
+    if site.pair is None:
+        return None
+    key = site.dtype, site.device
+    if key not in pairs:
+        with torch.inference_mode(False):
+            pairs[key] = SharedPair(*(t.to(site.device, site.dtype) for t in site.pair))
+    return pairs[key].of(site.in_features, site.out_features)
+
+
+def _group(siblings: list[Site], config: LoraConfig, pair: SharedPair | None) -> Group:
     first = siblings[0]
     sizes = tuple(site.out_features for site in siblings)
     parts = tuple(part for site in siblings for part in site.parts)
@@ -183,6 +195,7 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         own_rows=first.own_rows,
         own_weights=min(config.max_own_weights or config.max_adapters, config.max_adapters),
         own_dtype=first.dtype,
+        pair=pair,
         slot_rank=config.slot_rank and config.slot_rank * first.terms,
     )
     for tensor in bank.tensors.values():

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
 from lorafx.model import targets
+from lorafx.model.bank import SharedPair
 from lorafx.model.candidates import (
     Candidate,
     ExpertsCandidate,
@@ -140,7 +141,8 @@ class _Selection:
                 )
             elif isinstance(site, Site):
                 every = site.weight_rows if rows != 0 else 0
-                sites.append(replace(site, own_rows=every if rows is None else min(rows, every)))
+                own = every if rows is None else min(rows, every)
+                sites.append(replace(site, own_rows=own, pair=self._pair_for(site, own)))
             elif self.by_default:
                 left_out.append(f"{item.label}: {site}")
                 _warn(f"{item.label} carries no LoRA: {site}")
@@ -155,6 +157,12 @@ class _Selection:
         if self.problems:
             raise TargetError(_list_of_problems(self.problems))
         return tuple(sites)
+
+    def _pair_for(self, site: Site, own_rows: int) -> SharedPair | None:
+        if self.config.scaled_pair is None or not own_rows or not site.eligible.is_linear:
+            return None
+        pair = SharedPair(*self.config.scaled_pair)
+        return None if pair.of(site.in_features, site.out_features) is None else pair
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
         taken = {id(site.module) for site in sites}

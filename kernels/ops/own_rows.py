@@ -14,6 +14,7 @@ The weight of a linear may also be given by what it changes, a `Structure`:
     turned input    y ← y + W (D x)         W (I + D), D block-diagonal
     turned output   y ← y + D y             (I + D) W, and the bias
     shifted output  y ← y + β               the bias + β
+    scaled pair     y ← y + b ∘ B (d ∘ A x) W + diag(b) B diag(d) A, of an A and B for all slots
 
 A linear visits the slots that are present, those of one structure together. The host waits for them
 if slots are on an accelerator: a product with the weight of every slot would cost more.
@@ -32,13 +33,13 @@ from lorafx.kernels.ops.delta import groups, row_slots
 from lorafx.kernels.ops.op_library import check_rows, define, require
 
 #: The forms of an entry of `own`: rows, or the numbers of a structure.
-ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT = range(5)
+ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR = range(6)
 
 
 class Structure(NamedTuple):
     """How a weight (N, K) is changed. Kronecker: w₁ (`first`, `second`) before w₂ (N / first, K /
-    second). Turned: the blocks of D, (K or N / first, first, first). Shifted: β (N,). What a form
-    does not have is 1 or 0."""
+    second). Turned: the blocks of D, (K or N / first, first, first). Shifted: β (N,). Scaled: d
+    (first,) before b (N,). What a form does not have is 1 or 0."""
 
     form: int
     first: int
@@ -51,13 +52,16 @@ class Structure(NamedTuple):
             if rows % self.first or columns % self.second:
                 raise ValueError(f"which w1 ({self.first}, {self.second}) does not divide")
             return self.first * self.second + (rows // self.first) * (columns // self.second)
+        if self.form == SCALED_PAIR:
+            return self.first + rows
         turned, what = (columns, "inputs") if self.form == TURNED_INPUT else (rows, "outputs")
         if turned % self.first:
             raise ValueError(f"and blocks of {self.first} do not divide its {what}")
         return turned * self.first
 
     def of_weight(self, numbers: Tensor, weight: Tensor) -> Tensor:
-        """The changed weight (N, K); or the bias (N,), which those of outputs alone change."""
+        """The changed weight (N, K), but of a pair; or the bias (N,), which those of outputs alone
+        change."""
         if self.form == SHIFTED_OUTPUT:
             return weight + numbers if weight.dim() == 1 else weight
         if weight.dim() == 1:
@@ -78,9 +82,23 @@ class Structure(NamedTuple):
             numbers[:, cut:].unflatten(1, (-1, columns // self.second)),
         )
 
-    def added(self, numbers: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def added(
+        self,
+        numbers: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        pair: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
         """What is added to y (S, M, N), M rows of each of S slots, of their numbers (S, …), x (S,
-        M, K) and the base's weight (N, K), which only a turned input needs."""
+        M, K), the base's weight (N, K), which only a turned input needs, and the A and B of a
+        `pair`, in its own dtype."""
+        if self.form == SCALED_PAIR:
+            a, b = pair
+            require("own_linear", a is not None and b is not None, "there is no pair to scale")
+            d, outputs = numbers.unsqueeze(1).split_with_sizes((self.first, y.shape[-1]), -1)
+            inner = torch.nn.functional.linear(x.to(a.dtype), a) * d  # type: ignore[union-attr, arg-type]
+            return torch.nn.functional.linear(inner.to(b.dtype), b) * outputs  # type: ignore[union-attr, arg-type]
         if self.form == KRONECKER:
             first, second = self._factors(numbers, x.shape[-1])
             product = x.reshape(len(x), -1, second.shape[2]) @ second.mT  # (S, M · k₁, N / n₁)
@@ -112,13 +130,16 @@ class OwnRows(NamedTuple):
     structure. own_at, int32: for a linear (M, T), the output that each row computes; for an
     embedding (M, V), the row of each id, −1 for the base's. own_table, int32 (S, 4): the index of
     a slot among the M, −1 for none, the form, and the number of rows or a structure's sizes.
-    own_bias (M, T): the bias of a linear for each row.
+    own_bias (M, T): the bias of a linear for each row. pair_a (R, K), pair_b (N, R): the pair that
+    adapters scale, views of the model's one, if the bank was given one.
     """
 
     own: Tensor | None = None
     own_at: Tensor | None = None
     own_table: Tensor | None = None
     own_bias: Tensor | None = None
+    pair_a: Tensor | None = None
+    pair_b: Tensor | None = None
 
 
 #: The schema of these arguments, which are absent if the bank has no room for such rows.
@@ -132,6 +153,8 @@ def own_linear(
     own_at: Tensor,
     own_table: Tensor,
     own_bias: Tensor,
+    pair_a: Tensor | None,
+    pair_b: Tensor | None,
     slots: Tensor,
     rows: int,
     weight: Tensor | None = None,
@@ -139,12 +162,13 @@ def own_linear(
 ) -> Tensor:
     """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace. Inputs
     are `turned` already, or the base's `weight` (N, K) is needed where they are to be."""
-    own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows)
+    own_linear_fake(x, y, own, own_at, own_table, own_bias, pair_a, pair_b, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
     x, flat = x.reshape(count, x.shape[-1]), out.view(count, columns)
     dtype = torch.promote_types(x.dtype, own.dtype)
-    forms = {ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT} | (set() if turned else {TURNED_INPUT})
+    forms = {ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR}
+    forms |= set() if turned else {TURNED_INPUT}
     for structure, entries, index in _alike(own_table, slots, rows, count, forms):
         if structure.form == ROWS:
             for i, of_slot in zip(entries, index, strict=True):
@@ -160,7 +184,8 @@ def own_linear(
             numbers = own.flatten(1)[:, : structure.numbers(columns, x.shape[-1])][entries]
             before = _rows_of(flat, index)
             x_rows = _rows_of(x, index).to(dtype)
-            added = structure.added(numbers.to(dtype), x_rows, before.to(dtype), weight)
+            pair = pair_a, pair_b
+            added = structure.added(numbers.to(dtype), x_rows, before.to(dtype), weight, pair)
             _put_rows(flat, index, before + added)
     return out
 
@@ -200,7 +225,9 @@ def _alike(
         yield structure, list(entries), torch.stack(indices)
 
 
-def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=None, turned=False):
+def own_linear_fake(
+    x, y, own, own_at, own_table, own_bias, pair_a, pair_b, slots, rows, weight=None, turned=False
+):
     op = "own_linear"
     require(op, own.dim() == 3 and own.shape[2] == x.shape[-1], "own is (adapters, rows, K)")
     require(op, own.shape[1] <= y.shape[-1], f"{own.shape[1]} rows for {y.shape[-1]} outputs")
@@ -209,6 +236,8 @@ def own_linear_fake(x, y, own, own_at, own_table, own_bias, slots, rows, weight=
     require(op, own_table.shape[1:] == (4,), "own_table is (slots, 4)")
     shape = (y.shape[-1], x.shape[-1])
     require(op, weight is None or weight.shape == shape, "weight is (N, K)")
+    require(op, pair_a is None or pair_a.shape[1:] == shape[1:], "pair_a is (R, K)")
+    require(op, pair_b is None or pair_b.shape[:1] == shape[:1], "pair_b is (N, R)")
     check_rows(op, x.shape[:-1], y.shape[:-1], rows)
     return y.new_empty(y.shape)
 
@@ -277,7 +306,8 @@ def own_embedding_fake(ids, y, own, own_at, own_table, slots, rows):
 
 _SCHEMA = "Tensor y, Tensor own, Tensor own_at, Tensor own_table"
 define(
-    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor slots, SymInt rows,"
+    f"own_linear(Tensor x, {_SCHEMA}, Tensor own_bias, Tensor? pair_a, Tensor? pair_b,"
+    " Tensor slots, SymInt rows,"
     " Tensor? weight=None, bool turned=False) -> Tensor",
     own_linear,
     own_linear_fake,

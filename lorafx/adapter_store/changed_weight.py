@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lorafx.kernels.ops.own_rows import (
     KRONECKER,
+    SCALED_PAIR,
     SHIFTED_OUTPUT,
     TURNED_INPUT,
     TURNED_OUTPUT,
     Structure,
 )
+from lorafx.model.bank import SharedPair
 
 
 class ChangedWeight(NamedTuple):
@@ -34,6 +36,7 @@ class ChangedWeight(NamedTuple):
             is the base's.
         structure: of the change, whose numbers are the first of `tensors`.
         adds: W′ − W, and what is added to the bias, are the same for all W.
+        pair: what the structure scales, if it does.
         misfit: gets N, K and `tensors`, and says why they are for no such W, "" if they are.
     """
 
@@ -44,6 +47,7 @@ class ChangedWeight(NamedTuple):
     bias: Callable[..., Tensor] | None = None
     structure: Structure | None = None
     adds: bool = False
+    pair: SharedPair | None = None
     misfit: Callable[..., str] | None = None
 
     @classmethod
@@ -55,6 +59,28 @@ class ChangedWeight(NamedTuple):
             bias = partial(_structured_bias, structure=structure)
         adds = structure.form in (KRONECKER, SHIFTED_OUTPUT)
         return cls(of, (numbers.flatten(),), bias=bias, structure=structure, adds=adds)
+
+    @classmethod
+    def scaled_pair(cls, d: Tensor, b: Tensor, pair: SharedPair) -> ChangedWeight:
+        """W′ = W + diag(b) B diag(d) A of the pair (A, B), d (R,) and b (N,)."""
+        of, structure = partial(_with_pair, pair=pair), Structure(SCALED_PAIR, len(d), 1)
+        numbers = torch.cat((d, b))
+        return cls(of, (numbers,), len(b), structure=structure, adds=True, pair=pair)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, any K) and B (N, R) whose product a pair's change is."""
+        assert self.pair is not None
+        d, b = self._scales()
+        return d[:, None] * self.pair.A, b[:, None] * self.pair.B[: len(b)]
+
+    def on(self, pair: SharedPair) -> ChangedWeight:
+        """The same of an equal pair."""
+        return ChangedWeight.scaled_pair(*self._scales(), pair)
+
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        (numbers,), structure = self.tensors, self.structure
+        assert structure is not None
+        return numbers[: structure.first], numbers[structure.first :]
 
     def times(self, weight: float) -> ChangedWeight:
         """`weight` times the change, which `adds`."""
@@ -111,6 +137,12 @@ class ChangedWeight(NamedTuple):
 
 def _times(base: Tensor, *tensors: Tensor, of: Callable[..., Tensor], weight: float) -> Tensor:
     return base + weight * (of(base, *tensors) - base)
+
+
+def _with_pair(weight: Tensor, numbers: Tensor, *, pair: SharedPair) -> Tensor:
+    d, b = numbers[: len(pair.A)], numbers[len(pair.A) :]
+    a = d[:, None] * pair.A[:, : weight.shape[1]].to(weight)
+    return weight + (b[:, None] * pair.B[: len(b)].to(weight)) @ a
 
 
 def _structured(weight: Tensor, numbers: Tensor, *, structure: Structure) -> Tensor:

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.dialects import files, mlx
 from lorafx.adapter_store.dialects.spelling import NamedTensor
 from lorafx.adapter_store.field_checks import is_off
@@ -31,6 +32,7 @@ from lorafx.errors import (
     UnsupportedAdapterError,
     nearest,
 )
+from lorafx.model.bank import SharedPair
 from lorafx.model.convolutions import weight_shape
 from lorafx.registry import lookup
 
@@ -102,6 +104,28 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     if model is not None and state.made:
         state = _with_kernels(state, model)
     return state if adapter.component is None else replace(state, left_out=())
+
+
+def with_factors(
+    state: AdapterState, serves: Callable[[str, ChangedWeight], SharedPair | None]
+) -> AdapterState:
+    """`state` with factors of scaled pairs but at the modules, by saved path, that `serves` finds
+    an equal pair for, which takes the place of theirs."""
+    scales, tensors, made = dict(state.scales), dict(state.tensors), dict(state.made)
+    for key, of in state.made.items():
+        path, weight = key.removesuffix(".lora_W.weight"), of.weight
+        if weight is None or weight.pair is None:
+            continue
+        pair = serves(path, weight)
+        if pair is not None:
+            made[key] = of._replace(weight=weight.on(pair))
+            continue
+        del tensors[key], made[key]
+        for letter, factor in zip("AB", weight.factors(), strict=True):
+            new = key.replace("lora_W", f"lora_{letter}")
+            tensors[new], made[new] = factor, of._replace(weight=None)
+        scales[without_prefix(path)] = 1.0
+    return replace(state, tensors=tensors, made=made, scales=scales)
 
 
 def _with_kernels(state: AdapterState, model: nn.Module) -> AdapterState:
@@ -223,7 +247,8 @@ def _features(state: AdapterState) -> Iterator[str]:
         value = getattr(state.config, name)
         if not is_off(value):
             yield text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
-    for method, low in dict.fromkeys((m.method, m.weight is None) for m in state.made.values()):
+    kinds = ((m.method, m.weight is None or m.weight.pair is not None) for m in state.made.values())
+    for method, low in dict.fromkeys(kinds):
         what = "factors whose product is its ΔW" if low else "a weight of its own"
         yield f"{method}, read as {what}"
     if state.config.bias != "none":

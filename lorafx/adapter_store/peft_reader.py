@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.changed_weight import ChangedWeight
+from lorafx.adapter_store.checkpoint import load_state, with_factors
 from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.findings import (
     Findings,
@@ -31,6 +33,7 @@ from lorafx.adapter_store.reading import Reading, expert_parameters, rank_of_exp
 from lorafx.adapter_store.stored import Adapter as Adapter
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning, some
+from lorafx.model.bank import SharedPair
 from lorafx.model.sites import Site
 
 
@@ -88,8 +91,9 @@ def read_adapter(
         CapacityError: all problems are of ranks over `max_rank` or room for replaced weights.
         CheckpointError: otherwise. The error has all problems of the file.
     """
-    state = load_state(source, model)
-    findings = Findings(state, Places(sites, model), max_rank)
+    places = Places(sites, model)
+    state = with_factors(load_state(source, model), partial(_pair_at, places))
+    findings = Findings(state, places, max_rank)
     reading = Reading(findings)
     weights = reading.run()
     # The factors of a renamed module are not missing as well.
@@ -143,6 +147,16 @@ def read_adapter(
         compared=reading.compared,
         invocation=state.config.invocation,
     )
+
+
+def _pair_at(places: Places, path: str, weight: ChangedWeight) -> SharedPair | None:
+    """The pair of the site at a saved path, if it is that of `weight`."""
+    module = places.module(path)
+    site = None if module is None else places.site(module)
+    if site is None or site.pair is None or weight.pair is None:
+        return None
+    rows = weight.rows(site.out_features, site.in_features)
+    return site.pair if rows <= site.own_rows and site.pair.equals(weight.pair) else None
 
 
 def _is_of_another_class(config: PeftConfig, model: nn.Module) -> bool:

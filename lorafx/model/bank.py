@@ -40,6 +40,22 @@ class OwnWeight(NamedTuple):
     structure: Structure | None = None
 
 
+class SharedPair(NamedTuple):
+    """A (R, K) and B (N, R) of the largest K and N, of which each adapter scales rows and columns
+    by vectors of its own (VeRA)."""
+
+    A: Tensor
+    B: Tensor
+
+    def of(self, in_features: int, out_features: int) -> SharedPair | None:
+        """That of a linear of this size, as views; None for a larger one."""
+        fits = in_features <= self.A.shape[1] and out_features <= len(self.B)
+        return SharedPair(self.A[:, :in_features], self.B[:out_features]) if fits else None
+
+    def equals(self, other: SharedPair) -> bool:
+        return all(a is b or torch.equal(a, b) for a, b in zip(self, other, strict=True))
+
+
 class Factors(NamedTuple):
     """One sibling's factors in the bank's layout, for `Bank.write`.
 
@@ -77,7 +93,7 @@ class Bank:
         ranks, scales: (S, G) int32, float32; rank 0 where the adapter does not touch the sibling.
         alike: (S, G) int32, of `experts` alone: the first sibling with the same A, rank and scale.
         gains, shifts: (S, ΣN) float32, DoRA's scale of each output − 1, and biases; or None.
-        own, own_at, own_table, own_bias: as in OwnRows; or None.
+        own, own_at, own_table, own_bias, pair_a, pair_b: as in OwnRows; or None.
         slot_rank: p; 0 of a part of a bank, which is not written.
     """
 
@@ -93,6 +109,8 @@ class Bank:
     own_at: Tensor | None = None
     own_table: Tensor | None = None
     own_bias: Tensor | None = None
+    pair_a: Tensor | None = None
+    pair_b: Tensor | None = None
     shifts: Tensor | None = None
     slot_rank: int = 0
 
@@ -113,10 +131,12 @@ class Bank:
         own_rows: int = 0,
         own_weights: int = 0,
         own_dtype: torch.dtype | None = None,
+        pair: SharedPair | None = None,
         slot_rank: int | None = None,
     ) -> Bank:
         """A bank of zeros, with room for `own_rows` replaced rows for each of `own_weights`
-        adapters. Each slot begins `slot_rank` (None: `rank`) rows behind the previous one."""
+        adapters, and the `pair` that they may scale. Each slot begins `slot_rank` (None: `rank`)
+        rows behind the previous one."""
         siblings, columns = len(out_features), sum(out_features)
         step = rank if slot_rank is None else min(slot_rank, rank)
         if experts > 1:  # the last slot of an expert extends into slots of no adapter
@@ -139,6 +159,8 @@ class Bank:
             by_column = apart if step == rank else shared
             rows = (own_weights, own_rows, columns if embedding else in_features)
             room = _room_for_rows(kind, slots, rows, in_features, own_dtype or dtype, device)
+            if pair is not None:
+                room = room._replace(pair_a=pair.A, pair_b=pair.B)
             sibling = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
                 A=strided(slots, in_features, rank, strides=by_column)
@@ -166,7 +188,7 @@ class Bank:
 
     @property
     def own_rows(self) -> OwnRows:
-        return OwnRows(self.own, self.own_at, self.own_table, self.own_bias)
+        return OwnRows(*(getattr(self, name) for name in OwnRows._fields))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -187,8 +209,11 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
+        """Without the pair, which many banks have."""
         total = 0
-        for tensor in self.tensors.values():
+        for name, tensor in self.tensors.items():
+            if name in ("pair_a", "pair_b"):
+                continue
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             span = 1 + sum((size - 1) * stride for size, stride in steps)
             total += span * tensor.itemsize if tensor.numel() else 0

@@ -205,12 +205,13 @@ class SiteMark:
         gains = bank.gains if self.handler is None else None
         # A plain tuple: a NamedTuple made while Dynamo traces would have the graph depend on an
         # object of this process, and such graphs cannot be saved.
-        own_rows = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
+        own_rows: tuple[Tensor | None, ...] = (bank.own, bank.own_at, bank.own_table)
+        own_rows += (bank.own_bias, bank.pair_a, bank.pair_b)
         if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
         if base is not None and not isinstance(base, Tensor):
             y = own_product(x, y, bank.own_rows, slots, rows, base)
-            own_rows, base = (None, None, None, None), None
+            own_rows, base = (None,) * len(own_rows), None
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             if scale is not None and bank.own is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorafx.kernels.ops.op_library import Ranges
-from lorafx.model.bank import Bank
+from lorafx.model.bank import Bank, SharedPair
 from lorafx.model.experts import ExpertWeight
 from lorafx.placements import forward_of
 from lorafx.registry import Eligible
@@ -60,6 +60,7 @@ class Site:
             adapter's B determine them.
         expert_weight: the parameter of routed experts that is the site, whose path it then has.
         own_rows: how many rows of the weight an adapter may replace.
+        pair: what adapters may scale here, of the model's largest sizes.
     """
 
     path: str
@@ -75,6 +76,7 @@ class Site:
     undeclared: tuple[str, ...] = ()
     expert_weight: ExpertWeight | None = None
     own_rows: int = 0
+    pair: SharedPair | None = None
 
     @property
     def weight_rows(self) -> int:

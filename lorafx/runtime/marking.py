@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.changed_weight import ChangedWeight
+from lorafx.adapter_store.checkpoint import load_state, with_factors
 from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig, targeted_paths
 from lorafx.adapter_store.peft_model import (
@@ -29,6 +30,7 @@ from lorafx.adapter_store.peft_model import (
     without_wrappers,
 )
 from lorafx.adapter_store.peft_reader import adapter_target_modules
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterSource, AdapterState, Origin, origin_of
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import LoraConfig, Options
@@ -36,9 +38,10 @@ from lorafx.errors import CaptureError, ConfigError, LorafxWarning, LoweringErro
 from lorafx.interrupts import Rollback
 from lorafx.kernels.cpu.compiler import check_compiler
 from lorafx.model.attachment import Attachment
+from lorafx.model.bank import SharedPair
 from lorafx.model.extras import token_rooms
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.sites import Site
+from lorafx.model.sites import Site, has_own_forward
 from lorafx.model.targets import AdapterNames
 from lorafx.model_passes import run_model_passes
 from lorafx.passes.alias import Alias
@@ -46,6 +49,7 @@ from lorafx.passes.select import Select
 from lorafx.placements import agreed
 from lorafx.program.argument_roles import check_names
 from lorafx.program.program import Preparation, Program
+from lorafx.registry import lookup
 from lorafx.runtime.collection import collection_paused
 from lorafx.runtime.session import sessions
 from lorafx.torch_internals.versions import check_triton
@@ -220,6 +224,11 @@ def request_of(
     origins = {name: origin_of(source) for name, source in adapters.items()}
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
+    pair = _pair_for(states.values(), config)
+    serves = partial(_pair_at, Places((), model), pair)
+    states = {name: with_factors(state, serves) for name, state in states.items()}
+    if pair is not None:  # with room for factors of other pairs, and of other modules
+        config = replace(_config_of(lora_config, states, model), scaled_pair=pair)
     dora, biases = config.use_dora, config.lora_bias
     whole_modules = dict.fromkeys(config.modules_to_save)
     tokens = token_rooms(config.trainable_tokens, model)
@@ -239,6 +248,31 @@ def request_of(
     )
     from_files = {name: origin for name, origin in origins.items() if origin is not None}
     return Request(config, states, from_files)
+
+
+def _pair_for(states: Iterable[AdapterState], config: LoraConfig) -> SharedPair | None:
+    """The configured pair, else the first that adapters scale, if banks have no room for factors of
+    its rank."""
+    if config.scaled_pair is not None:
+        return SharedPair(*config.scaled_pair)
+    weights = (made.weight for state in states for made in state.made.values())
+    pairs = (weight.pair for weight in weights if weight is not None)
+    return next((p for p in pairs if p is not None and len(p.A) > config.max_rank), None)
+
+
+def _pair_at(
+    places: Places, pair: SharedPair | None, path: str, weight: ChangedWeight
+) -> SharedPair | None:
+    """`pair`, if it is that of `weight` and the module at a saved path is a linear that can have a
+    weight of each adapter's own."""
+    module = places.module(path)
+    entry = None if module is None else lookup(module)
+    if pair is None or module is None or entry is None or not entry.is_linear:
+        return None
+    special = entry.output_sizes or entry.handler or entry.sharding or entry.inner
+    if special or has_own_forward(module, entry) or weight.pair is None:
+        return None
+    return pair if pair.equals(weight.pair) else None
 
 
 def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:

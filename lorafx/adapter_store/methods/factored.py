@@ -147,10 +147,12 @@ def _found(tensors: Mapping[str, Tensor], chosen: AdapterMethod | None) -> dict[
                 break
             rest.append((method, place, groups.get("leaf") or groups["shared"], key))
     for method, place, leaf, key in rest:
+        tensor = tensors[key]
         if place in found and found[place].method is method:  # also copies of what is shared
-            found[place].own[leaf] = key, tensors[key]
-        elif re.fullmatch(method.shared, leaf):
-            shared[method][leaf] = key, tensors[key]
+            found[place].own[leaf] = key, tensor
+        elif re.fullmatch(method.shared, leaf):  # converted once, and not for each module
+            wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            shared[method][leaf] = key, wide
     for place, of in found.items():
         key = join(place, "alpha")
         if key in tensors:
@@ -218,7 +220,11 @@ def _check_sizes(
     model: nn.Module | None,
 ) -> None:
     """Refuse factors with more numbers than the model."""
-    factors = [(made, given) for given, made in planned if isinstance(made, MadeFactors)]
+    factors = [
+        (_low_rank(made), given)
+        for given, made in planned
+        if isinstance(made, MadeFactors) or made.pair is not None
+    ]
     numbers = sum(made.A.numel() + made.B.numel() for made, _ in factors)
     weights = () if model is None else (*model.parameters(), *model.buffers())
     room = 2 * sum(weight.nbytes for weight in weights)  # four bits: two numbers in a byte
@@ -231,6 +237,10 @@ def _check_sizes(
         f"model has room for {room}; the largest rank is {made.B.shape[1]}, at {first} "
         f"{tuple(tensor.shape)}. Train it with a smaller r, or {MERGE}"
     )
+
+
+def _low_rank(made: MadeFactors | ChangedWeight) -> MadeFactors:
+    return made if isinstance(made, MadeFactors) else MadeFactors(*made.factors())
 
 
 def _raise(saved: Saved, problems: list[Misfit]) -> None:

@@ -29,6 +29,7 @@ from lorafx.adapter_store.methods.method import (
     NotServed,
     PlaceSizes,
 )
+from lorafx.model.bank import SharedPair
 
 _EPS = 1e-5
 _SMALLEST_NORM = 1e-4
@@ -93,7 +94,7 @@ def _locon(given: Given) -> MadeFactors:
     return MadeFactors(a, b, given.scale(len(b.mT)))
 
 
-def _pvera(given: Given) -> MadeFactors:
+def _pvera(given: Given) -> MadeFactors | ChangedWeight:
     if given.option("sample_at_inference"):
         raise NotServed(
             "PVeRA with sample_at_inference draws its activations; set it to false in "
@@ -110,10 +111,10 @@ def _pvera(given: Given) -> MadeFactors:
             f"{given.place}: pvera_B has shape {tuple(shared_b.shape)}, it needs ({len(b)} or "
             f"more, {rank}), half of pvera_lambda_d"
         )
-    return _between(d[:rank], b, shared_a[:rank], shared_b)
+    return ChangedWeight.scaled_pair(d[:rank], b, SharedPair(shared_a[:rank], shared_b))
 
 
-def _vera(given: Given) -> MadeFactors:
+def _vera(given: Given) -> MadeFactors | ChangedWeight:
     d, b = given.take("vera_lambda_d", "r"), given.take("vera_lambda_b", "N")
     if _are_drawn(given, "vera_A", "vera_B"):
         return _on_drawn(d, b)
@@ -122,11 +123,7 @@ def _vera(given: Given) -> MadeFactors:
         raise Misfit(
             f"{given.place}: vera_B has shape {tuple(shared_b.shape)}, it needs {len(b)} rows"
         )
-    return _between(d, b, shared_a, shared_b)
-
-
-def _between(d: Tensor, b: Tensor, shared_a: Tensor, shared_b: Tensor) -> MadeFactors:
-    return MadeFactors(d[:, None] * shared_a, b[:, None] * shared_b[: len(b)])
+    return ChangedWeight.scaled_pair(d, b, SharedPair(shared_a, shared_b))
 
 
 def _are_drawn(given: Given, *leaves: str) -> bool:
@@ -224,6 +221,7 @@ PVERA = AdapterMethod(
     },
     training=frozenset({"pvera_dropout", "d_initial", "init_weights", "generator_seed"}),
     complete=partial(_cut_or_draw, rows=2),
+    rank="r, or once for all of a pair",
 )
 VERA = AdapterMethod(
     name="VeRA",
@@ -234,4 +232,5 @@ VERA = AdapterMethod(
     fields={"save_projection": checks.flag, "projection_prng_key": checks.seed},
     training=frozenset({"vera_dropout", "d_initial", "init_weights"}),
     complete=_cut_or_draw,
+    rank="r, or once for all of a pair",
 )

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -93,7 +93,7 @@ def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
         *(own_sources(), machine(), str(torch.get_num_threads()), str(torch.get_default_dtype())),
         *_setting_texts(prints),
         prints.loosely(options),
-        prints.loosely(program.config),
+        prints.loosely(replace(program.config, scaled_pair=None)),
         prints.loosely(dict(entry)),
         prints.loosely(registrations()),
         *_module_texts(program, prints),
