@@ -126,8 +126,8 @@ replace_rows: 1 edit
 own_input = lorafx.own_input(x, own, own_table, slots, 2)
 linear = aten.linear(own_input, w_weight, w_bias)
 site = lorafx.site(own_input, linear, bank, slots, [0], [0], [6], 2)
-own_linear = lorafx.own_linear(x, site, own, own_at, own_table, own_bias, slots, 2, None,
-    True)
+own_linear = lorafx.own_linear(x, site, own, own_at, own_table, own_bias, None, None, slots,
+    2, None, True)
 return own_linear
 """,
     )

@@ -86,7 +86,8 @@ def test_an_adapter_has_its_vectors_alone(files: Files) -> None:
     assert host.nbytes == sum(4 * (RANK + linear.out_features) for linear in sizes)
     views = [g.bank.pair_a for g in cm._session.program.groups]
     storages = {view.untyped_storage().data_ptr() for view in views if view is not None}
-    assert len(views) == 4 and len(storages) == 1
+    assert len(views) == 4
+    assert len(storages) == 1
 
 
 PATHS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.gate_proj")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from torch import Tensor
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.own_rows import (
     KRONECKER,
+    SCALED_PAIR,
     SHIFTED_OUTPUT,
     TURNED_INPUT,
     TURNED_OUTPUT,
     Structure,
 )
-from lorafx.model.bank import Bank, OwnWeight
+from lorafx.model.bank import Bank, OwnWeight, SharedPair
 
 S, V, K, N = 3, 7, 4, 6
 SLOTS = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
@@ -105,6 +108,28 @@ def test_slots_of_one_structure_are_computed_as_each_alone(form: int) -> None:
     for one in slots.argsort().split(1):
         alone = torch.ops.lorafx.own_linear(x[one], y[one], *b.own_rows, slots[one], 3, weight)
         assert torch.allclose(got[one], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_pair(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pair = SharedPair(torch.randn(3, K + 1), torch.randn(N + 2, 3))
+    b = replace(bank("linear", N), **dict(zip(("pair_a", "pair_b"), pair.of(K, N), strict=True)))
+    adapters = [torch.randn(3 + N) for _ in range(2)]
+    for slot, numbers in enumerate(adapters):
+        own = OwnWeight(numbers, structure=Structure(SCALED_PAIR, 3, 1))
+        b.write(slot, [], b.tables([]), own, slot)
+    x, y = torch.randn(4, 2, K).to(dtype), torch.randn(4, 2, N).to(dtype)
+    got = linear(b, x, y)
+    for row, (d, u) in ((2, adapters[0].split((3, N))), (0, adapters[1].split((3, N)))):
+        inner = x[row].double() @ pair.A[:, :K].double().mT
+        want = y[row] + (inner * d) @ pair.B[:N].double().mT * u
+        assert (got[row] - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert torch.equal(got[[1, 3]], y[[1, 3]])
+    arguments = x, y, *b.own_rows, SLOTS, 2
+    torch.library.opcheck(torch.ops.lorafx.own_linear.default, arguments)
+    with pytest.raises(LoweringError, match="no pair"):
+        linear(replace(b, pair_a=None, pair_b=None), x, y)
 
 
 def test_turned_inputs_need_the_weight() -> None:
