@@ -58,8 +58,6 @@ def _gralora(given: Given) -> MadeFactors:
 
 def _bdlora(given: Given) -> MadeFactors:
     options = given.option("use_bdlora", {})
-    if not isinstance(options, Mapping):  # PEFT's own object
-        options = getattr(options, "__dict__", options)
     if not isinstance(options, Mapping):
         raise Misfit(f"use_bdlora must hold fields, it is {checks.short(options)}")
     a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "columns of B")

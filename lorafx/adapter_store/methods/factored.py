@@ -50,12 +50,6 @@ class _Found(NamedTuple):
     own: Tensors
     shared: Tensors
 
-    def read(
-        self, place: str, config: PeftConfig | None, *, meta: bool
-    ) -> tuple[Given, MadeFactors | ChangedWeight]:
-        given = Given(self.method, place, self.own | self.shared, config, meta=meta)
-        return given, _read(given)
-
 
 def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     """`saved` with factors or changed weights in place of other methods' tensors. Without a
@@ -90,7 +84,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     planned: dict[str, tuple[Given, MadeFactors | ChangedWeight]] = {}
     for place, of_module in found.items():
         try:
-            planned[place] = of_module.read(place, config, meta=True)
+            planned[place] = _read(place, of_module, config, meta=True)
         except Misfit as problem:
             problems.append(problem)
     _raise(saved, problems)
@@ -100,7 +94,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         method, leaves, _ = found[place]
         if model is not None and place in mine:
             try:
-                given, result = found[place].read(place, config, meta=False)
+                given, result = _read(place, found[place], config, meta=False)
             except Misfit as problem:
                 problems.append(problem)
         for leaf, (key, _) in leaves.items():
@@ -181,29 +175,32 @@ def _named(
             yield "lora_B.bias", made.bias
 
 
-def _read(given: Given) -> MadeFactors | ChangedWeight:
-    method = given.method
-    if given.config is None and not method.lycoris:
+def _read(
+    place: str, found: _Found, config: PeftConfig | None, *, meta: bool
+) -> tuple[Given, MadeFactors | ChangedWeight]:
+    method = found.method
+    if config is None and not method.lycoris:
         raise Misfit(
-            f"{given.place} is of {method.name}, which is not known without a configuration; give "
+            f"{place} is of {method.name}, which is not known without a configuration; give "
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
+    given = Given(method, place, found.own | found.shared, config, meta=meta)
     made = method.read(given)
     # α of two whole matrices of LoKr counts for nothing, and DoRA's m goes with factors.
     full = {
         leaf
-        for leaf, (_, tensor) in given.tensors.items()
+        for leaf, (_, tensor) in found.own.items()
         if tensor.numel() and not re.fullmatch(method.shared, leaf)
     }
     if unread := full - given.taken - {"alpha", "dora_scale"}:
         raise Misfit(
-            f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "
+            f"{place} has {', '.join(sorted(unread))}, which mean nothing beside "
             f"{', '.join(sorted(given.taken))}; keep one"
         )
     if isinstance(made, ChangedWeight):
-        sizes = given.sizes
-        return made._replace(out_features=sizes.get("N"), in_features=sizes.get("K"))
-    return made
+        n, k = given.sizes.get("N"), given.sizes.get("K")
+        made = made._replace(out_features=n, in_features=k)
+    return given, made
 
 
 def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
