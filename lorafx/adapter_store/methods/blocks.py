@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.methods.method import (
     MERGE,
+    SAVE_PROJECTION,
     AdapterMethod,
     Given,
     MadeFactors,
@@ -50,16 +51,11 @@ def _gralora(given: Given) -> MadeFactors:
         more_b = given.take("gralora_B_general", "N", "hybrid_r")
         general = len(more_a)
         factor_a, factor_b = torch.cat([factor_a, more_a]), torch.cat([factor_b, more_b], 1)
-    if given.config is None:
-        return MadeFactors(factor_a, factor_b, given.scale(r + general))
-    alpha = given.scale(r)
-    return MadeFactors(factor_a, factor_b, None if alpha is None else alpha * r / (r + general))
+    return MadeFactors(factor_a, factor_b, given.known_scale(r) * r / (r + general))
 
 
 def _bdlora(given: Given) -> MadeFactors:
     options = given.option("use_bdlora", {})
-    if not isinstance(options, Mapping):
-        raise Misfit(f"use_bdlora must hold fields, it is {checks.short(options)}")
     a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "columns of B")
     names, count = given.path.rpartition(".")[2], options.get("nblocks")
     factors = {"a": a, "b": b}
@@ -189,7 +185,7 @@ BDLORA = AdapterMethod(
     marks="lora_[AB]",
     read=_bdlora,
     switch="use_bdlora",
-    fields={"use_bdlora": checks.anything},
+    fields={"use_bdlora": checks.mapping},
 )
 QALORA = AdapterMethod(
     name="QALoRA",
@@ -230,10 +226,7 @@ TINYLORA = AdapterMethod(
     marks="tinylora_[ABP]",
     shared=r"tinylora_v\.[0-9]{1,6}",
     read=_tinylora,
-    absent={
-        "tinylora_P": "which PEFT draws by the module's place in the model "
-        "(save_projection=False); save the adapter with save_projection=True"
-    },
+    absent={"tinylora_P": f"which PEFT draws by the module's place in the model {SAVE_PROJECTION}"},
     fields={"weight_tying": checks.alpha, "projection_seed": checks.seed},
     training=frozenset(
         {"u", "save_projection", "init_v_bound", "tinylora_dropout", "init_weights"}

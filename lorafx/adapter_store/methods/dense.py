@@ -18,6 +18,7 @@ from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import (
     MERGE,
+    SAVE_PROJECTION,
     AdapterMethod,
     Given,
     MadeFactors,
@@ -177,8 +178,7 @@ RANDLORA = AdapterMethod(
     read=_randlora,
     absent=dict.fromkeys(
         ("randlora_A", "randlora_B"),
-        "which PEFT draws for the largest of all modules (save_projection=False); save the adapter "
-        "with save_projection=True",
+        f"which PEFT draws for the largest of all modules {SAVE_PROJECTION}",
     ),
     fields={"randlora_alpha": checks.alpha},
     training=frozenset(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafx.adapter_store.peft_config import PeftConfig
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+SAVE_PROJECTION = "(save_projection=False); save the adapter with save_projection=True"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Names of adapters that remain in keys of a model in memory.
 _NAMES = r"(?:\.(?!weight(?:\.|$))[^.]+)?"
@@ -137,16 +138,11 @@ class Given:
         return self.tensors[leaf][0]
 
     def take(
-        self,
-        leaf: str,
-        *dims: str,
-        dtype: torch.dtype | None = None,
-        empty: bool = False,
-        by: str = "",
+        self, leaf: str, *dims: str, dtype: torch.dtype | None = None, empty: bool = False
     ) -> Tensor:
-        """The tensor in `self.dtype`, or as integers in `dtype`; `dims`, which a field may say (as
-        `by` tells), name its dimensions. Raises `Misfit` if it is absent, or has other sizes or
-        (unless it may be `empty`) no numbers."""
+        """The tensor in `self.dtype`, or as integers in `dtype`; `dims`
+        name its dimensions. Raises `Misfit` if it is absent, or has other sizes or (unless it may
+        be `empty`) no numbers."""
         if leaf not in self.tensors:
             if why := self.method.absent.get(leaf.partition(".")[0]):
                 raise NotServed(f"{self.place} has no {leaf}, {why}")
@@ -159,7 +155,7 @@ class Given:
         fits = len(shape) == len(dims) and (empty or all(shape))
         found = dict(zip(dims, shape, strict=True)) if fits else {}
         if tuple(self.sizes.get(dim, found.get(dim)) for dim in dims) != shape:
-            raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))}){by}")
+            raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
         self.sizes.update(found)
         numbers = tensor.is_floating_point() or tensor.is_complex()
         if tensor.dtype not in _FLOATS if dtype is None else numbers:
@@ -184,10 +180,14 @@ class Given:
         a = self.take(f"{name}_A", "r", "K", empty=empty)
         return a, self.take(f"{name}_B", "N", "r", empty=empty)
 
-    def indices(self, leaf: str, *dims: str, below: int, empty: bool = False) -> Tensor:
-        """Integers from 0 to `below` - 1; raises `Misfit` as `take`, and for others."""
+    def indices(
+        self, leaf: str, *dims: str, below: int | None = None, empty: bool = False
+    ) -> Tensor:
+        """Integers, from 0 on if they are `below` a number; raises `Misfit` as `take`, and for
+        others."""
         indices = self.take(leaf, *dims, dtype=torch.int64, empty=empty)
-        if not self.meta and bool(((indices < 0) | (indices >= below)).any()):
+        bounded = below is not None and not self.meta
+        if bounded and bool(((indices < 0) | (indices >= below)).any()):
             raise Misfit(f"{self.key(leaf)} points outside of the {below} that it may name")
         return indices
 
@@ -215,6 +215,13 @@ class Given:
                 "α = r; write the one that is meant"
             )
         return None if alpha is None else alpha / rank
+
+    def known_scale(self, rank: int) -> float:
+        """`scale`; raises `Misfit` without either."""
+        scale = self.scale(rank)
+        if scale is None:
+            raise Misfit(f"{self.place} has no alpha, and without α the scale is not known")
+        return scale
 
     def check_rank(self, rank: int, why: str = "") -> None:
         """Raises `Misfit` unless the configuration, if it names an r here, names this one."""

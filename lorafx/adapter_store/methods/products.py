@@ -39,16 +39,13 @@ def _pair(given: Given, name: str, core: str, rows: str, columns: str) -> tuple[
     return b.mT, torch.einsum("ijkl,jc->ickl", t, a).flatten(1)
 
 
-def _known(given: Given, scale: float | None) -> float:
-    if scale is None:
-        raise Misfit(f"{given.place} has no alpha, and without α the scale is not known")
-    return scale
-
-
 def _own_weight(
     given: Given, delta: Callable[..., Tensor], tensors: tuple[Tensor, ...], scale: float
 ) -> ChangedWeight:
-    dora = _norms(given)
+    dora: tuple[Tensor, ...] = ()
+    if "dora_scale" in given:  # m of inputs or of outputs
+        of_inputs = given.tensors["dora_scale"][1].shape == (1, given.sizes["K"])
+        dora = (given.take("dora_scale", *(("1", "K") if of_inputs else ("N", "1"))),)
     of = partial(_with_delta, delta=delta, scale=scale, dora=bool(dora))
     return ChangedWeight(of, (*dora, *tensors), adds=not dora)
 
@@ -64,14 +61,6 @@ def _with_delta(
     return changed * torch.where(norms > 0, m / norms, 1)
 
 
-def _norms(given: Given) -> tuple[Tensor, ...]:
-    """DoRA's m of outputs (N, 1) or of inputs (1, K), if there is one."""
-    if "dora_scale" not in given:
-        return ()
-    of_inputs = given.tensors["dora_scale"][1].shape == (1, given.sizes["K"])
-    return (given.take("dora_scale", *(("1", "K") if of_inputs else ("N", "1"))),)
-
-
 def _is_low(given: Given, rank: int) -> bool:
     """Whether factors have no more numbers than W (N, K), and can have the file's DoRA."""
     n, k = given.sizes["N"], given.sizes["K"]
@@ -85,10 +74,11 @@ def _loha(given: Given) -> MadeFactors | ChangedWeight:
     (b1, a1), (b2, a2) = (
         _pair(given, f"hada_w{i}", f"hada_t{i}" if is_kernel else "", "N", "K") for i in (1, 2)
     )
-    scale, rank = given.scale(len(a1)), len(a1) * len(a2)
-    if not is_kernel and not _is_low(given, rank):
-        return _own_weight(given, _hadamard, (b1, a1, b2, a2), _known(given, scale))
-    if rank > min(len(b1), a1.shape[1]):
+    r = len(a1)
+    if not is_kernel and not _is_low(given, r * r):
+        return _own_weight(given, _hadamard, (b1, a1, b2, a2), given.known_scale(r))
+    scale = given.scale(r)
+    if r * r > min(len(b1), a1.shape[1]):
         return of_delta(_hadamard(b1, a1, b2, a2), scale)
     a, b = a1[:, None] * a2, b1[:, :, None] * b2[:, None]
     return MadeFactors(a.flatten(0, 1), b.flatten(1), scale)
@@ -114,7 +104,7 @@ def _halves(given: Given, name: str, core: str) -> tuple[Tensor, Tensor]:
 
 def _lokr(given: Given) -> MadeFactors | ChangedWeight:
     (u1, v1), (u2, v2) = _halves(given, "lokr_w1", ""), _halves(given, "lokr_w2", "lokr_t2")
-    r = given.sizes.get("r")  # two whole matrices have none
+    r = given.sizes.get("r")  # whole matrices have none
     if r is None and given.config is not None:
         r = given.config.rank(given.path)
         if r is None:
@@ -122,12 +112,13 @@ def _lokr(given: Given) -> MadeFactors | ChangedWeight:
                 f"{given.place} has whole matrices, and the scale α/r depends on r, which "
                 "adapter_config.json lacks"
             )
-    scale = 1.0 if r is None else given.scale(r)  # in LyCORIS those have none
     given.sizes.update(N=len(u1) * len(u2), K=v1.shape[1] * v2.shape[1])
     is_kernel = any(t.dim() > 2 for _, t in given.tensors.values())
     if is_kernel or _is_low(given, len(v1) * len(v2)):
+        scale = 1.0 if r is None else given.scale(r)  # in LyCORIS two whole matrices have none
         return MadeFactors(_kronecker(v1, v2), _kronecker(u1, u2), scale)
-    w1, w2, scale = u1 @ v1, u2 @ v2, _known(given, scale)
+    w1, w2 = u1 @ v1, u2 @ v2
+    scale = 1.0 if r is None else given.known_scale(r)
     if "dora_scale" in given:
         return _own_weight(given, _kronecker, (w1, w2), scale)
     numbers = torch.cat((scale * w1.flatten(), w2.flatten()))

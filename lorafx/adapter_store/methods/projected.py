@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit
+from lorafx.adapter_store.methods.method import SAVE_PROJECTION, AdapterMethod, Given, Misfit
 from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
@@ -53,8 +53,7 @@ def _kasa(given: Given) -> ChangedWeight:
             f"{given.place} has rank {len(a)}, and of so many singular values of W "
             f"({len(b)}, {a.shape[1]}) none would be left"
         )
-    scale = given.scale(len(a))
-    assert scale is not None
+    scale = given.known_scale(len(a))
     return ChangedWeight(_without_smallest, (scale * diagonal[:, None] * a, b))
 
 
@@ -188,10 +187,7 @@ FROD = AdapterMethod(
     marks="frod_lambda_(?:l|s_values)",
     shared=r"frod_(?:V|s_indices|s_size)\.[\w-]+",
     read=_frod,
-    absent={
-        "frod_V": "which PEFT makes of the weights of all modules (save_projection=False); save "
-        "the adapter with save_projection=True"
-    },
+    absent={"frod_V": f"which PEFT makes of the weights of all modules {SAVE_PROJECTION}"},
     training=frozenset(
         {"projection_prng_key", "save_projection", "frod_dropout", "init_weights", "sparse_rate"}
         | {"regularization_alpha", "progressbar", "runtime_offload_base_weight"}

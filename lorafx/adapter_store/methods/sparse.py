@@ -23,10 +23,6 @@ _DRAWN = {"scaling": checks.alpha, "random_loc_seed": checks.seed}
 _DRAWN_IN_TRAINING = frozenset({"n_frequency", "n_frequency_pattern", "init_weights"})
 
 
-def _fourierft(given: Given) -> ChangedWeight:
-    return _at_drawn(given, "fourierft_spectrum", 150.0, _inverse_fourier)
-
-
 def _waveft(given: Given) -> ChangedWeight:
     if not given.option("use_idwt", True):
         return _at_drawn(given, "waveft_spectrum", 25.0, _as_it_is)
@@ -84,7 +80,7 @@ def _inverse_haar(spectrum: Tensor) -> Tensor:
 
 def _shira(given: Given) -> ChangedWeight:
     values = given.take("shira_weight", "n")
-    positions = given.take("shira_indices", "2", "n", dtype=torch.int64)
+    positions = given.indices("shira_indices", "2", "n")
     return ChangedWeight(_with_entries, (values, *positions), adds=True, misfit=_entries_misfit)
 
 
@@ -102,7 +98,7 @@ def _with_entries(weight: Tensor, values: Tensor, rows: Tensor, columns: Tensor)
 
 def _supertuning(given: Given) -> ChangedWeight:
     values = given.take("supertuning_values", "n")
-    positions = given.take("supertuning_indices", "n", dtype=torch.int64)
+    positions = given.indices("supertuning_indices", "n")
     pair: tuple[Tensor, ...] = ()
     if "supertuning_lora_A" in given or "supertuning_lora_B" in given:
         a, b = given.pair("supertuning_lora")
@@ -126,7 +122,7 @@ FOURIERFT = AdapterMethod(
     name="FourierFT",
     peft_type="FOURIERFT",
     marks="fourierft_spectrum",
-    read=_fourierft,
+    read=partial(_at_drawn, leaf="fourierft_spectrum", scale=150.0, transform=_inverse_fourier),
     fields=_DRAWN,
     training=_DRAWN_IN_TRAINING,
     form="own weight",

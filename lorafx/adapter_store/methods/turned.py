@@ -86,8 +86,12 @@ def _ia3(given: Given) -> ChangedWeight:
         inputs = pattern(modules).fullmatches(path)
     else:
         inputs = path.endswith(tuple(modules))
-    dims = *(("1", "K") if inputs else ("N", "1")), *["1"] * len(given.kernel("ia3_l"))
-    scales = given.take("ia3_l", *dims, by=" by feedforward_modules")
+    kernel = ["1"] * len(given.kernel("ia3_l"))
+    if inputs:
+        scales = given.take("ia3_l", "1", "K by feedforward_modules", *kernel)
+    else:
+        scales = given.take("ia3_l", "N by feedforward_modules", "1", *kernel)
+    given.sizes["K" if inputs else "N"] = scales.numel()
     structure = Structure(TURNED_INPUT if inputs else TURNED_OUTPUT, 1)
     return ChangedWeight.structured(structure, scales - 1)
 

@@ -344,7 +344,7 @@ HOSTILE: list[tuple[str, str, Tensor | None, str]] = [
         "ia3",
         "q_proj.ia3_l",
         torch.ones(1, 8),
-        r"ia3_l has shape \(1, 8\), .* by feedforward_modules",
+        r"ia3_l has shape \(1, 8\), it needs \(N by feedforward",
     ),
     ("road 1", "q_proj.road_alpha", None, r"q_proj has no road_alpha"),
     ("road 1", "q_proj.road_theta", torch.ones(3), r"road_(theta|alpha) has shape"),
