@@ -186,10 +186,9 @@ class Given:
         """Integers, from 0 on if they are `below` a number; raises `Misfit` as `take`, and for
         others."""
         indices = self.take(leaf, *dims, dtype=torch.int64, empty=empty)
-        bounded = below is not None and not self.meta
-        if bounded and bool(((indices < 0) | (indices >= below)).any()):
-            raise Misfit(f"{self.key(leaf)} points outside of the {below} that it may name")
-        return indices
+        if below is None or self.meta or not ((indices < 0) | (indices >= below)).any():
+            return indices
+        raise Misfit(f"{self.key(leaf)} points outside of the {below} that it may name")
 
     def number(self, leaf: str) -> float | None:
         """The one finite number that the tensor is; None if it is absent."""
