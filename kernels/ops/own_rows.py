@@ -22,8 +22,9 @@ if slots are on an accelerator: a product with the weight of every slot would co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from lorafx.kernels.ops.op_library import check_rows, define, require
 
 #: The forms of an entry of `own`: rows, or the numbers of a structure.
 ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR = range(6)
+_NOT_OF_INPUTS = frozenset({ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR})
 
 
 class Structure(NamedTuple):
@@ -163,15 +165,15 @@ def own_linear(
     """A contiguous copy of y (..., N) with the outputs of x (..., K) that adapters replace. Inputs
     are `turned` already, or the base's `weight` (N, K) is needed where they are to be."""
     own_linear_fake(x, y, own, own_at, own_table, own_bias, pair_a, pair_b, slots, rows)
-    out = y.clone(memory_format=torch.contiguous_format)
     count, columns = x.shape[:-1].numel(), y.shape[-1]
-    x, flat = x.reshape(count, x.shape[-1]), out.view(count, columns)
-    dtype = torch.promote_types(x.dtype, own.dtype)
-    forms = {ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR}
-    forms |= set() if turned else {TURNED_INPUT}
-    for structure, entries, index in _alike(own_table, slots, rows, count, forms):
+    forms = _NOT_OF_INPUTS if turned else _NOT_OF_INPUTS | {TURNED_INPUT}
+    found = _alike(own_table, slots, rows, count, forms)
+    x, before, out = x.reshape(count, x.shape[-1]), y.reshape(count, columns), _copy(y, found)
+    flat, dtype = out.view(count, columns), torch.promote_types(x.dtype, own.dtype)
+    for alike in found:
+        structure = alike.structure
         if structure.form == ROWS:
-            for i, of_slot in zip(entries, index, strict=True):
+            for i, of_slot in zip(alike.entries, alike.places, strict=True):
                 size = structure.first
                 replaced, bias = own[i, :size].to(dtype), own_bias[i, :size].to(dtype)
                 outputs = torch.nn.functional.linear(x[of_slot].to(dtype), replaced, bias)
@@ -181,48 +183,79 @@ def own_linear(
                 else:
                     flat[of_slot[:, None], own_at[i, :size].long()] = outputs
         else:
-            numbers = own.flatten(1)[:, : structure.numbers(columns, x.shape[-1])][entries]
-            before = _rows_of(flat, index)
-            x_rows = _rows_of(x, index).to(dtype)
+            numbers = alike.numbers(own, columns, dtype)
+            y_rows, x_rows = alike.rows_of(before), alike.rows_of(x).to(dtype)
             pair = pair_a, pair_b
-            added = structure.added(numbers.to(dtype), x_rows, before.to(dtype), weight, pair)
-            _put_rows(flat, index, before + added)
+            added = structure.added(numbers, x_rows, y_rows.to(dtype), weight, pair)
+            alike.put(flat, y_rows + added)
     return out
 
 
-@lru_cache(16)  # all sites of a call have the same
-def _rows_by_slot(
-    slots: tuple[int, ...], rows: int, count: int, capacity: int, device: torch.device
-) -> list[tuple[int, Tensor]]:
-    """`groups` of the slots of `count` rows."""
-    owner = row_slots(torch.tensor(slots, dtype=torch.int32, device=device), rows, count)
-    return list(groups(owner, capacity))
+class _Alike(NamedTuple):
+    """Slots with one structure and equally many rows: their `entries` of what adapters have of
+    their own, `chosen` as an index, and their `places` (S, M) among the rows, of which they may
+    have `every` one in order."""
+
+    structure: Structure
+    entries: list[int]
+    chosen: slice | Tensor
+    places: Tensor
+    every: bool
+
+    def numbers(self, own: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Those of each slot (S, …), for a weight of so many rows."""
+        return own.flatten(1)[self.chosen, : self.structure.numbers(rows, own.shape[2])].to(dtype)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """These rows of x: (S, M, K)."""
+        rows = x if self.every else x.index_select(0, self.places.flatten())
+        return rows.view(*self.places.shape, -1)
+
+    def put(self, out: Tensor, rows: Tensor) -> None:
+        rows = rows.flatten(0, 1).to(out.dtype)
+        _ = out.copy_(rows) if self.every else out.index_copy_(0, self.places.flatten(), rows)
 
 
-def _rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """These rows (S, M) of x: (S, M, K)."""
-    return x.index_select(0, index.flatten()).view(*index.shape, -1)
-
-
-def _put_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    out.index_copy_(0, index.flatten(), rows.flatten(0, 1).to(out.dtype))
+def _copy(x: Tensor, found: list[_Alike]) -> Tensor:
+    """A contiguous copy of x, or room for one of which all rows will be written."""
+    written = any(alike.every and alike.structure.form != ROWS for alike in found)
+    like = torch.empty_like if written else torch.clone
+    return like(x, memory_format=torch.contiguous_format)
 
 
 def _alike(
-    own_table: Tensor, slots: Tensor, rows: int, count: int, forms: Container[int]
-) -> Iterator[tuple[Structure, list[int], Tensor]]:
-    """What the slots of `count` rows have of these forms: its sizes, the indices of S slots that
-    have such and equally many rows, and these rows (S, M)."""
-    table = own_table.tolist()
-    found: dict[tuple[Structure, int], list[tuple[int, Tensor]]] = {}
-    owners = tuple(slots.tolist())
-    for slot, index in _rows_by_slot(owners, rows, count, len(table), slots.device):
+    own_table: Tensor, slots: Tensor, rows: int, count: int, forms: frozenset[int]
+) -> list[_Alike]:
+    """What the slots of `count` rows have of these forms."""
+    table = tuple(map(tuple, own_table.tolist()))
+    return _found(table, tuple(slots.tolist()), rows, count, forms, slots.device)
+
+
+@lru_cache(64)  # the same at many sites of a call
+def _found(
+    table: tuple[tuple[int, ...], ...],
+    slots: tuple[int, ...],
+    rows: int,
+    count: int,
+    forms: frozenset[int],
+    device: torch.device,
+) -> list[_Alike]:
+    owner = row_slots(torch.tensor(slots, dtype=torch.int32, device=device), rows, count)
+    by_structure: dict[tuple[Structure, int], list[tuple[int, int, Tensor]]] = {}
+    for slot, index in groups(owner, len(table)):
         i, *sizes = table[slot]
         if i >= 0 and sizes[0] in forms:
-            found.setdefault((Structure(*sizes), len(index)), []).append((i, index))
-    for (structure, _), alike in found.items():
-        entries, indices = zip(*alike, strict=True)
-        yield structure, list(entries), torch.stack(indices)
+            kind = Structure(*sizes), len(index)
+            by_structure.setdefault(kind, []).append((int(index[0]), i, index))
+    found = []
+    for (structure, _), slots_alike in by_structure.items():
+        _, entries, indices = zip(*sorted(slots_alike, key=itemgetter(0)), strict=True)
+        places, behind = torch.stack(indices), entries[0] + len(entries)
+        adjacent = entries == tuple(range(entries[0], behind))
+        chosen = slice(entries[0], behind) if adjacent else torch.tensor(entries, device=device)
+        every = torch.equal(places.flatten(), torch.arange(count, device=device))
+        found.append(_Alike(structure, [*entries], chosen, places, every))
+    return found
 
 
 def own_linear_fake(
@@ -245,14 +278,14 @@ def own_linear_fake(
 def own_input(x: Tensor, own: Tensor, own_table: Tensor, slots: Tensor, rows: int) -> Tensor:
     """A contiguous copy of x (..., K) with the rows that adapters turn."""
     own_input_fake(x, own, own_table, slots, rows)
-    out = x.clone(memory_format=torch.contiguous_format)
-    columns = x.shape[-1]
-    flat = out.view(-1, columns)
-    dtype = torch.promote_types(x.dtype, own.dtype)
-    for structure, entries, index in _alike(own_table, slots, rows, len(flat), {TURNED_INPUT}):
-        before, block = _rows_of(flat, index).to(dtype), structure.first
-        numbers = own.flatten(1)[:, : columns * block][entries].to(dtype)
-        _put_rows(flat, index, before + _turned(before, numbers, block))
+    columns, dtype = x.shape[-1], torch.promote_types(x.dtype, own.dtype)
+    count = x.shape[:-1].numel()
+    found = _alike(own_table, slots, rows, count, frozenset({TURNED_INPUT}))
+    out, x = _copy(x, found), x.reshape(count, columns)
+    for alike in found:
+        before, block = alike.rows_of(x).to(dtype), alike.structure.first
+        turned = _turned(before, alike.numbers(own, 0, dtype), block)
+        alike.put(out.view(count, columns), before + turned)
     return out
 
 

@@ -92,6 +92,16 @@ class ChangedWeight(NamedTuple):
         scaled = torch.cat((numbers[:first].float() * weight, numbers[first:].float()))
         return self._replace(tensors=(scaled,))
 
+    def plus(self, other: ChangedWeight) -> ChangedWeight:
+        """Both changes, which add, as W′ without a structure."""
+        parts = self, other
+        biased = any(part.bias is not None for part in parts)
+        return ChangedWeight(
+            partial(_with_both, parts=parts),
+            bias=partial(_bias_of_both, parts=parts) if biased else None,
+            adds=True,
+        )
+
     def numbers(self, rows: int, columns: int) -> Tensor:
         """Those of its structure for a weight of this size, in one dimension."""
         assert self.structure is not None
@@ -133,6 +143,14 @@ class ChangedWeight(NamedTuple):
     def _like(self, base: Tensor) -> list[Tensor]:
         dtypes = (base.dtype if t.is_floating_point() else t.dtype for t in self.tensors)
         return [t.to(base.device, dtype) for t, dtype in zip(self.tensors, dtypes, strict=True)]
+
+
+def _with_both(weight: Tensor, *, parts: tuple[ChangedWeight, ...]) -> Tensor:
+    return weight + sum(part.weight(weight) - weight for part in parts)
+
+
+def _bias_of_both(bias: Tensor, weight: Tensor, *, parts: tuple[ChangedWeight, ...]) -> Tensor:
+    return bias + sum(part.own_bias(bias, weight) - bias for part in parts)
 
 
 def _times(base: Tensor, *tensors: Tensor, of: Callable[..., Tensor], weight: float) -> Tensor:

@@ -30,10 +30,11 @@ def sum_of(
     s is the w_i · s_i of largest magnitude, so nothing overflows and that adapter's B keeps its
     bits. Where a single adapter has factors, only their scale changes. No graph depends on weights.
 
-    What is added without factors (a Kronecker product, a whole difference) is multiplied by w_i.
+    What is added without factors (a Kronecker product, a whole difference) is multiplied by w_i;
+    several of them at a site are a weight of the sum's own.
 
     Raises ConfigError for an adapter that is not linear in its weight and for a scale beyond
-    float32, CapacityError for a sum of ranks beyond a bank's, or of two such changes at a site.
+    float32, CapacityError for a sum of ranks beyond a bank's, or without room for that weight.
     """
     summands = [(adapters[member], weight) for member, weight in name.weights if weight]
     if len(summands) == 1 and summands[0][1] == 1:  # all others have weight 0
@@ -66,12 +67,16 @@ def _changes(
     changes: dict[int, ChangedWeight] = {}
     for adapter, weight in summands:
         for g, changed in adapter.numbers.changed.items():
-            if g in changes:
+            scaled = changed.times(weight)
+            changes[g] = changes[g].plus(scaled) if g in changes else scaled
+            own, site = groups[g].bank.own, groups[g].sites[0]
+            assert own is not None
+            if changes[g].structure is None and own.shape[1] < site.weight_rows:
+                needed = way_out_by("modules_to_save", [site.path])
                 raise CapacityError(
-                    f"{name!r}: two of its adapters change {groups[g].sites[0].path} by more than "
-                    "low-rank factors, and a slot has room for one such change; merge one of them"
-                )
-            changes[g] = changed.times(weight)
+                    f"{name!r}: several of its adapters change {site.path} by more than low-rank "
+                    f"factors, which takes room for a whole weight of the sum's own; {needed}"
+                ).naming(needed)
     return changes
 
 

@@ -160,9 +160,13 @@ def test_a_hook_that_breaks_the_graph_behind_the_product(
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
 def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
-    lokr = peft.LoKrConfig(r=64, decompose_factor=4, target_modules=["q_proj", "down_proj"])
+    lokr, other, third = (
+        peft.LoKrConfig(r=64, decompose_factor=4, target_modules=targets)
+        for targets in (["q_proj", "down_proj"], ["q_proj"], ["down_proj"])
+    )
     waves = peft.FourierFTConfig(n_frequency=30, target_modules=["q_proj", "v_proj"])
-    configs = {"a0": lokr, "a1": lokr, "a2": LLAMA["a2"], "a3": LLAMA["a0"], "a4": waves}
+    configs = {"a0": lokr, "a1": other, "a2": LLAMA["a2"], "a3": LLAMA["a0"], "a4": waves}
+    configs["a5"] = third
     case = MethodCase.of_configs("llama", configs, tmp_path)
     cm = case.compile({"start": start, "cache": None}, dynamic=True)
     check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
@@ -171,8 +175,11 @@ def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
     cm.merge("a2")
     cm.unmerge()  # which makes them again
     check(case, cm, ["a4", {"a4": -0.5, "a2": 1.0}, {"a4": 3.0}, None])
-    with pytest.raises(CapacityError, match=r"two of its adapters change model\.layers\.0"):
-        cm(IDS, adapter_names=[{"a0": 0.5, "a1": 0.5}] * 4)
+    several = {"a0": 0.5, "a1": -1.5, "a4": 2.0, "a2": 1.0}  # q_proj has room for a whole weight
+    check(case, cm, [several, "a0", {"a1": 1.0, "a4": 1.0}, None])
+    room = r"change model\.layers\.0\.mlp\.down_proj .*LoraConfig\(modules_to_save="
+    with pytest.raises(CapacityError, match=room):
+        cm(IDS, adapter_names=[{"a0": 0.5, "a5": 0.5}] * 4)
     with pytest.raises(lorafx.ConfigError, match="'a3' has weights of its own"):
         cm(IDS, adapter_names=[{"a3": 0.5}] * 4)
 
