@@ -37,6 +37,7 @@ class ChangedWeight(NamedTuple):
         structure: of the change, whose numbers are the first of `tensors`.
         adds: W′ − W, and what is added to the bias, are the same for all W.
         pair: what the structure scales, if it does.
+        misfit: gets N, K and `tensors`, and says why they are for no such W, "" if they are.
     """
 
     of: Callable[..., Tensor]
@@ -47,28 +48,24 @@ class ChangedWeight(NamedTuple):
     structure: Structure | None = None
     adds: bool = False
     pair: SharedPair | None = None
+    misfit: Callable[..., str] | None = None
 
     @classmethod
-    def structured(
-        cls,
-        structure: Structure,
-        numbers: Tensor,
-        out_features: int | None = None,
-        in_features: int | None = None,
-    ) -> ChangedWeight:
+    def structured(cls, structure: Structure, numbers: Tensor) -> ChangedWeight:
         """`numbers` of any shape; those of one block serve for all."""
         of = partial(_structured, structure=structure)
         bias = None
         if structure.form in (TURNED_OUTPUT, SHIFTED_OUTPUT):
             bias = partial(_structured_bias, structure=structure)
         adds = structure.form in (KRONECKER, SHIFTED_OUTPUT)
-        return cls(of, (numbers.flatten(),), out_features, in_features, bias, structure, adds)
+        return cls(of, (numbers.flatten(),), bias=bias, structure=structure, adds=adds)
 
     @classmethod
     def scaled_pair(cls, d: Tensor, b: Tensor, pair: SharedPair) -> ChangedWeight:
         """W′ = W + diag(b) B diag(d) A of the pair (A, B), d (R,) and b (N,)."""
         of, structure = partial(_with_pair, pair=pair), Structure(SCALED_PAIR, len(d), 1)
-        return cls(of, (torch.cat((d, b)),), len(b), None, None, structure, True, pair)
+        numbers = torch.cat((d, b))
+        return cls(of, (numbers,), len(b), structure=structure, adds=True, pair=pair)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, any K) and B (N, R) whose product a pair's change is."""
@@ -111,13 +108,20 @@ class ChangedWeight(NamedTuple):
         (numbers,) = self.tensors
         return numbers.repeat(self.structure.numbers(rows, columns) // max(1, len(numbers)))
 
+    def why_not(self, out_features: int, in_features: int) -> str:
+        """Why it is for no weight of this size, "" if it is."""
+        needed, sizes = (self.out_features, self.in_features), (out_features, in_features)
+        if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
+            return (
+                f"which needs to be ({', '.join('any' if n is None else str(n) for n in needed)})"
+            )
+        return "" if self.misfit is None else self.misfit(*sizes, *self.tensors)
+
     def fitted(self, out_features: int, in_features: int, *, made: bool) -> ChangedWeight:
         """For a weight of this size, without a structure that would take more room than W′, or
         turn inputs of a weight that is `made` in each call. Raises ValueError for another size."""
-        needed, sizes = (self.out_features, self.in_features), (out_features, in_features)
-        if any(n not in (None, size) for n, size in zip(needed, sizes, strict=True)):
-            text = ", ".join("any" if n is None else str(n) for n in needed)
-            raise ValueError(f"which needs to be ({text})")
+        if why := self.why_not(out_features, in_features):
+            raise ValueError(why)
         rows = self.rows(out_features, in_features)
         turned = self.structure is not None and self.structure.form == TURNED_INPUT
         return self._replace(structure=None) if rows > out_features or (made and turned) else self

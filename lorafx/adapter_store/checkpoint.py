@@ -142,7 +142,8 @@ def _with_kernels(state: AdapterState, model: nn.Module) -> AdapterState:
         if weight is None or not weight.adds or weight.bias is not None:
             continue
         shape = weight_shape(module)
-        if (weight.out_features, weight.in_features) != (shape[0], math.prod(shape[1:])):
+        known = None not in (weight.out_features, weight.in_features)
+        if not known or weight.why_not(shape[0], math.prod(shape[1:])):
             continue  # which is told with its place
         a, b, *_ = of_delta(weight.weight(weight.tensors[0].new_zeros(shape).flatten(1)), None)
         named = {"A": a.unflatten(1, shape[1:]), "B": b.reshape(*b.shape, *[1] * len(shape[2:]))}

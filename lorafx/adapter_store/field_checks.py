@@ -123,6 +123,7 @@ seed = _check(
 flag = _check("true or false", lambda v: isinstance(v, int) and v in (0, 1), bool)
 anything = _check("anything", lambda v: True)
 text = _check("a string", _is_text)
+mapping = _check("an object with fields", lambda v: isinstance(v, Mapping))
 bias = _check("none, lora_only or all", lambda v: v in ("none", "lora_only", "all"))
 strings = _check("a list of strings", lambda v: _is_list_of(v, _is_text), _sorted_tuple)
 names = _check(

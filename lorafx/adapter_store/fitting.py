@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import Misfit
 from lorafx.adapter_store.saved import Origin
 from lorafx.adapter_store.stored import (
     Adapter,
@@ -77,12 +76,8 @@ def fit_to_banks(
         if function.structure is not None:
             problems += _beyond_range(path, own.dtype, *function.tensors)
             continue
-        try:
-            made = made_weight(groups[number], function)
-        except Misfit as problem:
-            problems.append(str(problem))
-        else:
-            problems += _beyond_range(path, own.dtype, made.rows, made.bias)
+        made = made_weight(groups[number], function)
+        problems += _beyond_range(path, own.dtype, made.rows, made.bias)
     if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"

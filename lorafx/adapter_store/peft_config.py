@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -25,8 +26,8 @@ from torch import nn
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.field_checks import Check, Malformed, is_off, json_object, short
+from lorafx.adapter_store.methods.method import MERGE as _MERGE
 from lorafx.adapter_store.methods.method import AdapterMethod
-from lorafx.adapter_store.methods.table import MERGE as _MERGE
 from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of, with_tokens
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import ModuleGraph, join
@@ -49,11 +50,12 @@ _LARGEST = 1 << 26
 def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
     """The raw fields in a folder, a mapping or a `peft.LoraConfig`, and their name in messages."""
     if isinstance(source, Mapping):
-        values, where = dict(source), "adapter configuration"
+        values = {name: _plain(value) for name, value in source.items()}
+        where = "adapter configuration"
     elif dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
         # Not source.to_dict(), which depends on the installed PEFT; private fields are not read.
         names = [f.name for f in dataclasses.fields(source)]
-        return {name: getattr(source, name) for name in names}, "peft configuration"
+        return {name: _plain(getattr(source, name)) for name in names}, "peft configuration"
     elif isinstance(source, str | os.PathLike):
         values, where = _load_file(Path(source))
     else:
@@ -64,6 +66,14 @@ def raw_fields(source: Any) -> tuple[dict[str, Any], str]:
     if not all(isinstance(name, str) for name in values):
         raise CheckpointError(f"{where} must map field names to values, it is {short(values)}")
     return values, where
+
+
+def _plain(value: Any) -> Any:
+    """An enumeration's value, and the fields of a configuration in PEFT's, as files have them."""
+    if isinstance(value, Enum):
+        return value.value
+    own = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dict(vars(value)) if own else value
 
 
 def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
@@ -333,7 +343,6 @@ def _in_terms_of_lora(values: Mapping[str, Any], method: AdapterMethod | None) -
 
 def _refusals(values: Mapping[str, Any], method: AdapterMethod | None) -> Iterable[str]:
     kind = values.get("peft_type")
-    kind = getattr(kind, "value", kind)
     if method is None and kind is not None and not (isinstance(kind, str) and kind == "LORA"):
         reason = REFUSED_TYPES.get(kind) if isinstance(kind, str) else None
         types = ", ".join(dict.fromkeys(m.peft_type for m in METHODS if m.peft_type))

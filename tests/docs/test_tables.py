@@ -65,7 +65,10 @@ def of_errors() -> str:
 def methods() -> str:
     alike: dict[tuple[str, ...], list[str]] = {}
     for m in METHODS:
-        alike.setdefault((m.form, m.rank, m.modules, m.against), []).append(f"`{m.name}`")
+        against = ["PEFT"] * bool(m.peft_type) + ["LyCORIS's formula"] * m.lycoris
+        rank = m.rank if "low rank" in m.form else "—"
+        kind = m.form, rank, m.modules, ", ".join(against)
+        alike.setdefault(kind, []).append(f"`{m.name}`")
     rows = [(", ".join(names), *about) for about, names in alike.items()]
     return table(("methods", "form", "rank", "at", "tested against"), rows)
 

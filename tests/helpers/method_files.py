@@ -6,13 +6,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from dense_merge import Case, random_base
 from peft.tuners.lora import BdLoraConfig
 from safetensors.torch import load_file, save_file
+from sums import SumCase
 from torch import nn
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "gate_proj"]
@@ -38,6 +41,7 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "unilora": peft.UniLoraConfig(r=2, theta_d_length=32, save_indices=True, **_TO),
     "pvera": peft.PveraConfig(r=4, **_TO),
     "pvera drawn": peft.PveraConfig(r=4, save_projection=False, projection_prng_key=7, **_TO),
+    "vera": peft.VeraConfig(r=4, **_TO),
     "vera drawn": peft.VeraConfig(r=4, save_projection=False, projection_prng_key=-5, **_TO),
     "tinylora": peft.TinyLoraConfig(r=3, u=5, **_TO),
     "tinylora tied": peft.TinyLoraConfig(r=2, u=7, weight_tying=1.0, **_TO),
@@ -79,6 +83,29 @@ def merged(base: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("ignore")
         twin: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base).double(), str(folder))
         return twin.double().merge_and_unload().eval()
+
+
+@dataclass(eq=False)
+class _MergedByPeft(Case):
+    def alone(self, name: str | None) -> nn.Module:
+        if name is None:
+            return self.base
+        if name not in self.merged:
+            self.merged[name] = merged(self.base, self.folders[name])
+        return self.merged[name]
+
+
+class MethodCase(SumCase, _MergedByPeft):
+    """A case whose oracle is what PEFT merges, also of sums."""
+
+    @classmethod
+    def of_configs(
+        cls, family: str, configs: Mapping[str, peft.PeftConfig], root: Path
+    ) -> MethodCase:
+        base = random_base(family, num_hidden_layers=1)
+        return cls(
+            base, {name: save(base, config, root / name) for name, config in configs.items()}
+        )
 
 
 def damage(folder: Path, end: str, tensor: torch.Tensor | None) -> None:

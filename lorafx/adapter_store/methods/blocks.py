@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.methods.method import (
+    MERGE,
+    SAVE_PROJECTION,
     AdapterMethod,
     Given,
     MadeFactors,
@@ -42,29 +44,18 @@ def _gralora(given: Given) -> MadeFactors:
     for j, block in enumerate(b):
         factor_b[j, :, :, j] = block.unflatten(0, (k, r // k)).permute(2, 0, 1)
     factor_b = factor_b.flatten(2).flatten(0, 1)
+    given.sizes.update(N=len(factor_b), K=factor_a.shape[1])
     general = 0
     if "gralora_A_general" in given or "gralora_B_general" in given:
         more_a = given.take("gralora_A_general", "hybrid_r", "K")
         more_b = given.take("gralora_B_general", "N", "hybrid_r")
-        if (len(more_b), more_a.shape[1]) != (len(factor_b), factor_a.shape[1]):
-            raise Misfit(
-                f"{given.place}: the general pair is for ({len(more_b)}, {more_a.shape[1]}), the "
-                f"blocks for ({len(factor_b)}, {factor_a.shape[1]})"
-            )
         general = len(more_a)
         factor_a, factor_b = torch.cat([factor_a, more_a]), torch.cat([factor_b, more_b], 1)
-    if given.config is None:
-        return MadeFactors(factor_a, factor_b, given.scale(r + general))
-    alpha = given.scale(r)
-    return MadeFactors(factor_a, factor_b, None if alpha is None else alpha * r / (r + general))
+    return MadeFactors(factor_a, factor_b, given.known_scale(r) * r / (r + general))
 
 
 def _bdlora(given: Given) -> MadeFactors:
     options = given.option("use_bdlora", {})
-    if not isinstance(options, Mapping):  # PEFT's own object
-        options = getattr(options, "__dict__", options)
-    if not isinstance(options, Mapping):
-        raise Misfit(f"use_bdlora must hold fields, it is {checks.short(options)}")
     a, b = given.take("lora_A", "r", "K"), given.take("lora_B", "N", "columns of B")
     names, count = given.path.rpartition(".")[2], options.get("nblocks")
     factors = {"a": a, "b": b}
@@ -102,13 +93,12 @@ def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor
         weights, indices = given.take(name, *dims, "vectors").topk(min(count, len(bank)), dim=-1)
         weights = weights.softmax(-1)
     else:
-        indices = given.take(f"{name}_topk_indices", *dims, "topk", dtype=torch.int64)
-        _check_indices(given, f"{name}_topk_indices", indices, len(bank))
+        indices = given.indices(f"{name}_topk_indices", *dims, "topk", below=len(bank))
         weights = bank.new_zeros(*indices.shape)
         if indices.shape[-1] > 1:
             weights[..., :-1] = given.take(f"{name}_topk_weights", *dims, "topk - 1")
             if not given.meta and float(weights.min()) < 0:
-                raise Misfit(f"{given.tensors[f'{name}_topk_weights'][0]} has negative numbers")
+                raise Misfit(f"{given.key(f'{name}_topk_weights')} has negative numbers")
         weights[..., -1] = 1 - weights[..., :-1].sum(-1)
     return (weights[..., None] * bank[indices]).sum(-2)
 
@@ -117,15 +107,9 @@ def _unilora(given: Given) -> MadeFactors:
     theta = given.take("unilora_theta_d", "length")
     factors: dict[str, Tensor] = {}
     for letter, dims in (("A", ("r", "K")), ("B", ("N", "r"))):
-        indices = given.take(f"unilora_indices_{letter}", *dims, dtype=torch.int64)
-        _check_indices(given, f"unilora_indices_{letter}", indices, len(theta))
+        indices = given.indices(f"unilora_indices_{letter}", *dims, below=len(theta))
         factors[letter] = theta[indices] * given.take(f"unilora_scales_{letter}", *dims)
     return MadeFactors(factors["A"], factors["B"])
-
-
-def _check_indices(given: Given, leaf: str, indices: Tensor, count: int) -> None:
-    if not given.meta and not 0 <= int(indices.min()) <= int(indices.max()) < count:
-        raise Misfit(f"{given.tensors[leaf][0]} points outside of the {count} that are shared")
 
 
 def _vblora(given: Given) -> MadeFactors:
@@ -140,12 +124,7 @@ _MOST_DRAWN = 1 << 24
 
 
 def _tinylora(given: Given) -> MadeFactors:
-    a, b = given.take("tinylora_A", "r", "K"), given.take("tinylora_B", "N", "r")
-    if "tinylora_P" not in given:
-        raise NotServed(
-            f"{given.place} has no tinylora_P, which PEFT draws by the module's place in the model "
-            "(save_projection=False); save the adapter with save_projection=True"
-        )
+    a, b = given.pair("tinylora")
     p = given.take("tinylora_P", "u", "r", "r")
     names = [leaf for leaf in given.tensors if leaf.startswith("tinylora_v.")]
     vectors = {int(leaf.rpartition(".")[2]): given.take(leaf, "u") for leaf in names}
@@ -159,7 +138,7 @@ def _tinylora(given: Given) -> MadeFactors:
             raise NotServed(
                 f"{given.place}: weight_tying = {given.option('weight_tying')} shares several "
                 "vectors by the modules' places in the model, which no file tells; train it with "
-                "1.0 or 0.0, or merge it into a copy of the base model"
+                f"1.0 or 0.0, or {MERGE}"
             )
         if not given.meta:
             index = _place_of_p(given, len(vectors))
@@ -177,8 +156,7 @@ def _place_of_p(given: Given, count: int) -> int:
             return places[0]
     raise NotServed(
         f"{key} is none of those that projection_seed draws, so nothing tells which of {count} "
-        "tinylora_v is the module's; train it with weight_tying=1.0, or merge it into a copy of "
-        "the base model"
+        f"tinylora_v is the module's; train it with weight_tying=1.0, or {MERGE}"
     )
 
 
@@ -207,7 +185,7 @@ BDLORA = AdapterMethod(
     marks="lora_[AB]",
     read=_bdlora,
     switch="use_bdlora",
-    fields={"use_bdlora": checks.anything},
+    fields={"use_bdlora": checks.mapping},
 )
 QALORA = AdapterMethod(
     name="QALoRA",
@@ -236,7 +214,7 @@ UNILORA = AdapterMethod(
     marks="unilora_(?:indices|scales)_[AB]",
     shared="unilora_theta_d",
     read=_unilora,
-    absent="; PEFT saves them with UniLoraConfig(save_indices=True) alone",
+    absent={"unilora_indices_A": "which PEFT saves with UniLoraConfig(save_indices=True) alone"},
     training=frozenset(
         {"proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights"}
         | {"save_indices"}
@@ -248,6 +226,7 @@ TINYLORA = AdapterMethod(
     marks="tinylora_[ABP]",
     shared=r"tinylora_v\.[0-9]{1,6}",
     read=_tinylora,
+    absent={"tinylora_P": f"which PEFT draws by the module's place in the model {SAVE_PROJECTION}"},
     fields={"weight_tying": checks.alpha, "projection_seed": checks.seed},
     training=frozenset(
         {"u", "save_projection", "init_v_bound", "tinylora_dropout", "init_weights"}

@@ -22,10 +22,9 @@ from lorafx.adapter_store.methods.turned import cayley
 
 
 def _boft(given: Given) -> ChangedWeight:
-    r, s = given.take("boft_R", "stages", "blocks", "size", "size"), given.take("boft_s", "N", "1")
-    if s.shape[1] != 1:
-        raise Misfit(f"{given.tensors['boft_s'][0]} has shape {tuple(s.shape)}, it needs (N, 1)")
-    return ChangedWeight(_boft_weight, (r, s), len(s), _rows_of(given, "boft_R", r))
+    r = given.take("boft_R", "stages", "blocks", "size", "size")
+    given.sizes["K"] = _rows_of(given, "boft_R", r)
+    return ChangedWeight(_boft_weight, (r, given.take("boft_s", "N", "1")))
 
 
 def _boft_weight(weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
@@ -36,21 +35,15 @@ def _boft_weight(weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
 def _lycoris(given: Given) -> ChangedWeight:
     stages = ("stages",) if given.tensors["oft_blocks"][1].dim() == 4 else ()
     r = given.take("oft_blocks", *stages, "blocks", "size", "size")
-    outputs, alpha = _rows_of(given, "oft_blocks", r), given.number("alpha")
+    outputs = given.sizes["N"] = _rows_of(given, "oft_blocks", r)
+    alpha = given.number("alpha")
     if alpha is None:
         raise Misfit(
             f"{given.place} has no alpha, LyCORIS's constraint of oft_blocks; write it, 0 for none"
         )
-    tensors = [r]
-    if "rescale" in given:
-        tensors.append(given.take("rescale", "N", "1"))
-        if tensors[1].shape != (outputs, 1):
-            raise Misfit(
-                f"{given.tensors['rescale'][0]} has shape {tuple(tensors[1].shape)}, it needs "
-                f"({outputs}, 1)"
-            )
+    rescale = (given.take("rescale", "N", "1"),) if "rescale" in given else ()
     limit = alpha * outputs if alpha > 0 else math.inf
-    return ChangedWeight(partial(_lycoris_weight, limit=limit), tuple(tensors), outputs)
+    return ChangedWeight(partial(_lycoris_weight, limit=limit), (r, *rescale))
 
 
 def _lycoris_weight(
@@ -71,7 +64,7 @@ def _rows_of(given: Given, leaf: str, r: Tensor) -> int:
     count, size = r.shape[-3], r.shape[-1]
     if stages > 1 and (size % 2 or count % (1 << (stages - 1))):
         raise Misfit(
-            f"{given.tensors[leaf][0]} has shape {tuple(r.shape)}: {count} blocks of {size} are no "
+            f"{given.key(leaf)} has shape {tuple(r.shape)}: {count} blocks of {size} are no "
             f"butterfly of {stages} stages"
         )
     return count * size
@@ -100,7 +93,6 @@ BOFT = AdapterMethod(
         | {"init_weights"}
     ),
     form="own weight",
-    rank="—",
 )
 LYCORIS_OFT = AdapterMethod(
     name="Diag-OFT, BOFT of LyCORIS",
@@ -109,6 +101,5 @@ LYCORIS_OFT = AdapterMethod(
     leaves="rescale",
     read=_lycoris,
     form="own weight",
-    rank="—",
-    against="LyCORIS's formula",
+    lycoris=True,
 )

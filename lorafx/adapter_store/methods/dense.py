@@ -17,6 +17,8 @@ from torch import Tensor
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.methods.method import (
+    MERGE,
+    SAVE_PROJECTION,
     AdapterMethod,
     Given,
     MadeFactors,
@@ -28,8 +30,7 @@ from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
 def _hira(given: Given) -> ChangedWeight:
-    a, b = given.take("hira_A", "r", "K"), given.take("hira_B", "N", "r")
-    return ChangedWeight(_hira_weight, (a, b), len(b), a.shape[1])
+    return ChangedWeight(_hira_weight, given.pair("hira"))
 
 
 def _hira_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def _hira_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _c3a(given: Given) -> ChangedWeight:
     kernel = given.take("c3a_kernel", "N / b", "K / b", "b")
     n, k, b = kernel.shape
-    return ChangedWeight(_with_circulants, (kernel,), n * b, k * b, adds=True)
+    given.sizes.update(N=n * b, K=k * b)
+    return ChangedWeight(_with_circulants, (kernel,), adds=True)
 
 
 def _with_circulants(weight: Tensor, kernel: Tensor) -> Tensor:
@@ -49,45 +51,34 @@ def _with_circulants(weight: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _randlora(given: Given) -> ChangedWeight:
-    for leaf in ("randlora_A", "randlora_B"):
-        if leaf not in given:
-            raise NotServed(
-                f"the file has no {leaf}, which PEFT draws for the largest of all modules "
-                "(save_projection=False); save the adapter with save_projection=True"
-            )
     lambdas = given.take("randlora_lambda", "r", "bases")
     gammas = given.take("randlora_gamma", "bases", "smaller side")
     given.check_rank(len(lambdas))
     a = given.take("randlora_A", "r", "1", "largest smaller side")
     b = given.take("randlora_B", "largest side", "all bases", "r")
     bases, side = gammas.shape
-    if a.shape[1] != 1 or a.shape[2] < side or b.shape[1] < bases:
+    if a.shape[2] < side or b.shape[1] < bases:
         raise Misfit(
             f"{given.place}: randlora_A has shape {tuple(a.shape)} and randlora_B "
             f"{tuple(b.shape)}, which are not for {bases} bases of {len(lambdas)} and {side} "
             f"numbers (randlora_gamma)"
         )
     scale = given.option("randlora_alpha", 640) / len(lambdas)
-    of = partial(_with_bases, scale=scale, place=given.place)
-    return ChangedWeight(of, (a, b, lambdas, gammas), adds=True)
+    of = partial(_with_bases, scale=scale)
+    return ChangedWeight(of, (a, b, lambdas, gammas), adds=True, misfit=_bases_misfit)
+
+
+def _bases_misfit(n: int, k: int, a: Tensor, b: Tensor, lambdas: Tensor, gammas: Tensor) -> str:
+    side = gammas.shape[1]
+    if min(n, k) == side and max(n, k) <= len(b):
+        return ""
+    return f"and randlora_gamma is for {side} numbers, randlora_B for {len(b)} at most"
 
 
 def _with_bases(
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    lambdas: Tensor,
-    gammas: Tensor,
-    *,
-    scale: float,
-    place: str,
+    weight: Tensor, a: Tensor, b: Tensor, lambdas: Tensor, gammas: Tensor, *, scale: float
 ) -> Tensor:
     bases, side = gammas.shape
-    if min(weight.shape) != side or max(weight.shape) > len(b):
-        raise Misfit(
-            f"{place}: randlora_gamma is for {side} numbers and randlora_B for {len(b)} at most, "
-            f"the weight has {tuple(weight.shape)}"
-        )
     # PEFT pairs the columns (base, r) of B with the rows (r, base) of A
     rows = (lambdas[:, :, None] * a[:, :, :side] * gammas).flatten(0, 1)
     delta = scale * (b[: max(weight.shape), :bases].flatten(1) @ rows)
@@ -96,12 +87,7 @@ def _with_bases(
 
 def _glora(given: Given) -> ChangedWeight:
     paths = [factor for letter in "ABCDE" for factor in _path(given, letter)]
-    if given.sizes.get("1", 1) != 1:
-        raise Misfit(
-            f"{given.place}: vectors of glora_A to glora_E have {given.sizes['1']} columns"
-        )
-    n, k = given.sizes.get("N"), given.sizes.get("K")
-    return ChangedWeight(_glora_weight, tuple(paths), n, k, _glora_bias)
+    return ChangedWeight(_glora_weight, tuple(paths), bias=_glora_bias)
 
 
 def _path(given: Given, letter: str) -> tuple[Tensor, Tensor]:
@@ -116,7 +102,7 @@ def _path(given: Given, letter: str) -> tuple[Tensor, Tensor]:
     if f"{name}.zeros" in given:
         zeros = given.take(f"{name}.zeros", *((rows,) if is_bias else (rows, columns)))
         if not given.meta and bool(zeros.any()):
-            raise Misfit(f"{given.tensors[f'{name}.zeros'][0]} is not 0 everywhere")
+            raise Misfit(f"{given.key(f'{name}.zeros')} is not 0 everywhere")
         return torch.zeros_like(one), one
     r = f"r of {letter}"
     return given.take(f"{name}.Xd", rows, r), given.take(f"{name}.Xu", r, columns)
@@ -138,30 +124,29 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
         if tensor.dim() < 2:
             raise NotServed(
                 f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears "
-                "and convolutions, not at norms; merge it into a copy of the base model"
+                f"and convolutions, not at norms; {MERGE}"
             )
-        kernel = [f"kernel {i}" for i in range(2, tensor.dim())]
+        kernel = given.kernel("diff")
         diff = given.take("diff", "N", "K", *kernel).flatten(1)
-        n, k = diff.shape
+        bias = (given.take("diff_b", "N"),) if "diff_b" in given else ()
         if kernel:
-            bias = given.take("diff_b", "N") if "diff_b" in given else None
-            return of_delta(diff, 1.0)._replace(bias=bias)
-        if "diff_b" not in given:
-            return ChangedWeight(torch.add, (diff,), n, k, adds=True)
-        both = diff, given.take("diff_b", "N")
-        return ChangedWeight(_with_diff, both, n, k, _with_diff_b, adds=True)
-    bias = given.take("diff_b", "N")
+            return of_delta(diff, 1.0)._replace(bias=bias[0] if bias else None)
+        own_bias = _with_diff_b if bias else None
+        return ChangedWeight(_with_diff, (diff, *bias), bias=own_bias, adds=True)
+    diff_b = given.take("diff_b", "N")
     for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         if down in given or up in given:
-            dims = given.tensors[down][1].dim() if down in given else 2
-            kernel, ones = ([f"{i}'s {what}" for i in range(2, dims)] for what in ("size", "one"))
-            a, b = given.take(down, "r", "K", *kernel), given.take(up, "N", "r", *ones)
+            kernel = given.kernel(down)
+            a, b = (
+                given.take(down, "r", "K", *kernel),
+                given.take(up, "N", "r", *["1"] * len(kernel)),
+            )
             scale = given.scale(len(a))
-            return MadeFactors(a, b, scale, bias / (scale or 1.0))
-    return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), bias, len(bias))
+            return MadeFactors(a, b, scale, diff_b / (scale or 1.0))
+    return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), diff_b)
 
 
-def _with_diff(weight: Tensor, diff: Tensor, diff_b: Tensor) -> Tensor:
+def _with_diff(weight: Tensor, diff: Tensor, *diff_b: Tensor) -> Tensor:
     return weight + diff
 
 
@@ -176,7 +161,6 @@ HIRA = AdapterMethod(
     read=_hira,
     training=frozenset({"hira_dropout", "init_weights"}),
     form="own weight",
-    rank="—",
 )
 C3A = AdapterMethod(
     name="C3A",
@@ -185,7 +169,6 @@ C3A = AdapterMethod(
     read=_c3a,
     training=frozenset({"block_size", "block_size_pattern", "init_weights"}),
     form="own weight",
-    rank="—",
 )
 RANDLORA = AdapterMethod(
     name="RandLoRA",
@@ -193,13 +176,16 @@ RANDLORA = AdapterMethod(
     marks="randlora_(?:lambda|gamma)",
     shared="randlora_[AB]",
     read=_randlora,
+    absent=dict.fromkeys(
+        ("randlora_A", "randlora_B"),
+        f"which PEFT draws for the largest of all modules {SAVE_PROJECTION}",
+    ),
     fields={"randlora_alpha": checks.alpha},
     training=frozenset(
         {"projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout"}
         | {"init_weights"}
     ),
     form="own weight",
-    rank="—",
 )
 GLORA = AdapterMethod(
     name="GLoRA",
@@ -209,7 +195,6 @@ GLORA = AdapterMethod(
     training=frozenset({"config_A_B", "config_C", "config_D_E", "init_weights"}),
     unread=frozenset({"r"}),
     form="own weight",
-    rank="—",
 )
 FULL = AdapterMethod(
     name="whole differences (full)",
@@ -220,5 +205,5 @@ FULL = AdapterMethod(
     form="own weight; diff_b beside factors: low rank",
     rank="r; of a kernel its smaller side",
     modules="linears, convolutions",
-    against="LyCORIS's formula",
+    lycoris=True,
 )

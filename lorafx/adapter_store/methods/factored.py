@@ -13,17 +13,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.dialects.spelling import spelt
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, NotServed
-from lorafx.adapter_store.methods.table import MERGE, METHODS
+from lorafx.adapter_store.methods.method import (
+    MERGE,
+    AdapterMethod,
+    Given,
+    MadeFactors,
+    Misfit,
+    NotServed,
+)
+from lorafx.adapter_store.methods.table import METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.saved import Made, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.module_graph import join
@@ -36,6 +43,14 @@ _KEYS = {method: method.pattern() for method in METHODS}
 _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
 
 
+class _Found(NamedTuple):
+    """The tensors of a module: its own, and those that all modules of the method share."""
+
+    method: AdapterMethod
+    own: Tensors
+    shared: Tensors
+
+
 def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     """`saved` with factors or changed weights in place of other methods' tensors. Without a
     `model`, and for other components than `saved.component`, they are meta tensors. Raises
@@ -46,16 +61,17 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     chosen = fields.method if isinstance(fields, PeftConfig) else None
     if isinstance(fields, PeftConfig) and chosen is None:
         return saved
-    found, shared = _found(saved.tensors, chosen)
+    found = _found(saved.tensors, chosen)
     if not found:
         if chosen is not None:
             raise CheckpointError(
                 f"{saved.where} holds nothing of {chosen.name}, which its configuration names: no "
-                f"key ends in {chosen.marks}{chosen.absent}"
+                f"key ends in {chosen.marks}"
+                + "".join(f"; no {leaf}, {why}" for leaf, why in chosen.absent.items())
             )
         return saved
     if isinstance(fields, Mapping):  # without a peft_type, which the keys tell
-        kind = next((method.peft_type for method, _ in found.values()), None)
+        kind = next(iter(found.values())).method.peft_type
         fields = PeftConfig.read(
             {"peft_type": kind, **fields},
             where=f"the configuration of {saved.where}",
@@ -65,22 +81,20 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     problems: list[Misfit] = []
     tensors: dict[str, Tensor] = dict(saved.tensors)
     made: dict[str, Made] = {}
-    planned: dict[str, tuple[Given, AdapterMethod, MadeFactors | ChangedWeight]] = {}
-    for place, (method, leaves) in found.items():
-        given = _given(place, leaves | shared.get(method, {}), config, meta=True)
+    planned: dict[str, tuple[Given, MadeFactors | ChangedWeight]] = {}
+    for place, of_module in found.items():
         try:
-            planned[place] = given, method, _read(given, method)
+            planned[place] = _read(place, of_module, config, meta=True)
         except Misfit as problem:
             problems.append(problem)
     _raise(saved, problems)
     mine = {place for place in planned if _is_wanted(place, saved, config is None)}
     _check_sizes(saved, [planned[place] for place in mine], model)
-    for place, (given, method, result) in planned.items():
-        leaves = found[place][1]
+    for place, (given, result) in planned.items():
+        method, leaves, _ = found[place]
         if model is not None and place in mine:
-            given = _given(place, leaves | shared.get(method, {}), config, meta=False)
             try:
-                result = _read(given, method)
+                given, result = _read(place, found[place], config, meta=False)
             except Misfit as problem:
                 problems.append(problem)
         for leaf, (key, _) in leaves.items():
@@ -101,23 +115,20 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
     if chosen is not None and not chosen.switch:
         problems += _of_lora(chosen, tensors.keys() - made.keys())
     _raise(saved, problems)
-    for method in shared:
-        for key, _ in shared[method].values():
-            tensors.pop(key)
+    for key in {key for of in found.values() for key, _ in of.shared.values()}:
+        tensors.pop(key)
     if config is not None and not (config.method and config.method.switch):
         # The ranks of the factors are others, and each has its s.
         config = replace(config, r=None, rank_pattern={}, use_rslora=False)
     return replace(saved, tensors=tensors, fields=config, made=made)
 
 
-def _found(
-    tensors: Mapping[str, Tensor], chosen: AdapterMethod | None
-) -> tuple[dict[str, tuple[AdapterMethod, Tensors]], dict[AdapterMethod, Tensors]]:
-    """The tensors of each module with marks of a method, and those that all modules share."""
+def _found(tensors: Mapping[str, Tensor], chosen: AdapterMethod | None) -> dict[str, _Found]:
+    """The tensors of each module with marks of a method."""
     methods = [m for m in METHODS if not m.switch] if chosen is None else [chosen]
-    found: dict[str, tuple[AdapterMethod, Tensors]] = {}
-    rest: dict[AdapterMethod, list[tuple[str, str, str, Tensor]]] = {}
-    shared: dict[AdapterMethod, Tensors] = {}
+    found: dict[str, _Found] = {}
+    shared: dict[AdapterMethod, Tensors] = {method: {} for method in methods}
+    rest: list[tuple[AdapterMethod, str, str, str]] = []
     for key, tensor in tensors.items():
         for method in methods:
             match = _KEYS[method].fullmatch(key)
@@ -126,23 +137,21 @@ def _found(
             groups = match.groupdict()
             place, mark = groups["place"] or "", groups["mark"]
             if mark is not None:
-                found.setdefault(place, (method, {}))[1][mark] = key, tensor
+                found.setdefault(place, _Found(method, {}, shared[method])).own[mark] = key, tensor
                 break
-            leaf = groups.get("leaf") or groups["shared"]
-            rest.setdefault(method, []).append((place, leaf, key, tensor))
-    for method, items in rest.items():
-        for place, leaf, key, tensor in items:
-            if place in found and found[place][0] is method:  # also copies of what is shared
-                found[place][1][leaf] = key, tensor
-            elif re.fullmatch(method.shared, leaf):  # converted once, and not for each module
-                wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-                shared.setdefault(method, {})[leaf] = key, wide
-    for place, (_, leaves) in found.items():
+            rest.append((method, place, groups.get("leaf") or groups["shared"], key))
+    for method, place, leaf, key in rest:
+        tensor = tensors[key]
+        if place in found and found[place].method is method:  # also copies of what is shared
+            found[place].own[leaf] = key, tensor
+        elif re.fullmatch(method.shared, leaf):  # converted once, and not for each module
+            wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            shared[method][leaf] = key, wide
+    for place, of in found.items():
         key = join(place, "alpha")
         if key in tensors:
-            leaves["alpha"] = key, tensors[key]
-    used = {method for method, _ in found.values()}
-    return found, {method: leaves for method, leaves in shared.items() if method in used}
+            of.own["alpha"] = key, tensors[key]
+    return found
 
 
 def _of_lora(chosen: AdapterMethod, keys: Iterable[str]) -> Iterator[Misfit]:
@@ -151,10 +160,6 @@ def _of_lora(chosen: AdapterMethod, keys: Iterable[str]) -> Iterator[Misfit]:
         factor = parse(key)
         if factor is not None and factor.letter in ("A", "B"):
             yield Misfit(f"{key} is a factor of LoRA, and the configuration names {chosen.name}")
-
-
-def _given(place: str, tensors: Tensors, config: PeftConfig | None, *, meta: bool) -> Given:
-    return Given(place, without_prefix(place), tensors, config, meta=meta)
 
 
 def _named(
@@ -170,25 +175,32 @@ def _named(
             yield "lora_B.bias", made.bias
 
 
-def _read(given: Given, method: AdapterMethod) -> MadeFactors | ChangedWeight:
-    if given.config is None and method.peft_type not in ("LOHA", "LOKR", None):
+def _read(
+    place: str, found: _Found, config: PeftConfig | None, *, meta: bool
+) -> tuple[Given, MadeFactors | ChangedWeight]:
+    method = found.method
+    if config is None and not method.lycoris:
         raise Misfit(
-            f"{given.place} is of {method.name}, which is not known without a configuration; give "
+            f"{place} is of {method.name}, which is not known without a configuration; give "
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
+    given = Given(method, place, found.own | found.shared, config, meta=meta)
     made = method.read(given)
     # α of two whole matrices of LoKr counts for nothing, and DoRA's m goes with factors.
     full = {
         leaf
-        for leaf, (_, tensor) in given.tensors.items()
+        for leaf, (_, tensor) in found.own.items()
         if tensor.numel() and not re.fullmatch(method.shared, leaf)
     }
     if unread := full - given.taken - {"alpha", "dora_scale"}:
         raise Misfit(
-            f"{given.place} has {', '.join(sorted(unread))}, which mean nothing beside "
+            f"{place} has {', '.join(sorted(unread))}, which mean nothing beside "
             f"{', '.join(sorted(given.taken))}; keep one"
         )
-    return made
+    if isinstance(made, ChangedWeight):
+        n, k = given.sizes.get("N"), given.sizes.get("K")
+        made = made._replace(out_features=n, in_features=k)
+    return given, made
 
 
 def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
@@ -201,25 +213,25 @@ def _is_wanted(place: str, saved: Saved, dotted: bool) -> bool:
 
 def _check_sizes(
     saved: Saved,
-    planned: list[tuple[Given, AdapterMethod, MadeFactors | ChangedWeight]],
+    planned: list[tuple[Given, MadeFactors | ChangedWeight]],
     model: nn.Module | None,
 ) -> None:
     """Refuse factors with more numbers than the model."""
     factors = [
-        (_low_rank(made), given, method)
-        for given, method, made in planned
+        (_low_rank(made), given)
+        for given, made in planned
         if isinstance(made, MadeFactors) or made.pair is not None
     ]
-    numbers = sum(made.A.numel() + made.B.numel() for made, _, _ in factors)
+    numbers = sum(made.A.numel() + made.B.numel() for made, _ in factors)
     weights = () if model is None else (*model.parameters(), *model.buffers())
     room = 2 * sum(weight.nbytes for weight in weights)  # four bits: two numbers in a byte
     if model is None or numbers <= room:
         return
-    made, given, method = max(factors, key=lambda item: item[0].B.shape[1])
+    made, given = max(factors, key=lambda item: item[0].B.shape[1])
     first, tensor = next(iter(given.tensors.values()))
     raise UnsupportedAdapterError(
-        f"{saved.where}: as factors {method.name} would have {numbers} numbers here, and the model "
-        f"has room for {room}; the largest rank is {made.B.shape[1]}, at {first} "
+        f"{saved.where}: as factors {given.method.name} would have {numbers} numbers here, and the "
+        f"model has room for {room}; the largest rank is {made.B.shape[1]}, at {first} "
         f"{tuple(tensor.shape)}. Train it with a smaller r, or {MERGE}"
     )
 

@@ -10,7 +10,7 @@ then with the numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.field_checks import Check
+from lorafx.adapter_store.field_checks import Check, short
+from lorafx.adapter_store.peft_keys import without_prefix
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_config import PeftConfig
 
+MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+SAVE_PROJECTION = "(save_projection=False); save the adapter with save_projection=True"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Names of adapters that remain in keys of a model in memory.
 _NAMES = r"(?:\.(?!weight(?:\.|$))[^.]+)?"
@@ -69,8 +72,9 @@ class AdapterMethod:
         training: fields that only training uses; `unread`: that the file's tensors tell better.
         complete: makes A and B of a place with these sizes, where the file lacks either, by the
             fields that the reader uses.
-        absent: why a file may lack all marks, and what to do then.
-        form, rank, modules, against: what docs/adapters.md says of it.
+        lycoris: LyCORIS writes it too, without a configuration.
+        absent: keys that PEFT may leave out, as far as their first dot; why, and what to do then.
+        form, rank, modules: what docs/adapters.md says of it.
     """
 
     name: str
@@ -86,11 +90,11 @@ class AdapterMethod:
     complete: (
         Callable[[Tensor, Tensor, PlaceSizes, Mapping[str, Any]], tuple[Tensor, Tensor]] | None
     ) = None
-    absent: str = ""
+    lycoris: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
     form: str = "low rank"
     rank: str = "r"
     modules: str = "linears"
-    against: str = "PEFT"
 
     def pattern(self) -> re.Pattern[str]:
         """Keys of its tensors: the module's part, and the end as `mark`, `leaf` or `shared`."""
@@ -106,27 +110,32 @@ class Given:
         place: what their keys have before the ends; `path`: the module's, as patterns match it.
         config: the adapter's configuration, None where α is a tensor beside the factors.
         dtype: float32, or float64 where a tensor is that.
-        sizes: the dimensions that are known by now, by the names that readers give them.
+        sizes: the dimensions that are known by now, by the names that readers give them. A changed
+            weight is for one of "N" and "K", or for any where they are not known.
     """
 
     def __init__(
         self,
+        method: AdapterMethod,
         place: str,
-        path: str,
         tensors: Mapping[str, tuple[str, Tensor]],
         config: PeftConfig | None,
         *,
-        meta: bool = False,
+        meta: bool,
     ) -> None:
-        self.place, self.path, self.tensors, self.config = place, path, tensors, config
-        self.meta = meta
+        self.method, self.place, self.path = method, place, without_prefix(place)
+        self.tensors, self.config, self.meta = tensors, config, meta
         wide = any(tensor.dtype == torch.float64 for _, tensor in tensors.values())
         self.dtype = torch.float64 if wide else torch.float32
-        self.sizes: dict[str, int] = {}
+        self.sizes = {"1": 1, "2": 2}
         self.taken: set[str] = set()
 
     def __contains__(self, leaf: str) -> bool:
         return leaf in self.tensors
+
+    def key(self, leaf: str) -> str:
+        """As the file has it."""
+        return self.tensors[leaf][0]
 
     def take(
         self, leaf: str, *dims: str, dtype: torch.dtype | None = None, empty: bool = False
@@ -135,6 +144,8 @@ class Given:
         name its dimensions. Raises `Misfit` if it is absent, or has other sizes or (unless it may
         be `empty`) no numbers."""
         if leaf not in self.tensors:
+            if why := self.method.absent.get(leaf.partition(".")[0]):
+                raise NotServed(f"{self.place} has no {leaf}, {why}")
             there = ", ".join(key for key, _ in self.tensors.values())
             raise Misfit(f"{self.place} has no {leaf}, which belongs to {there}")
         self.taken.add(leaf)
@@ -159,6 +170,26 @@ class Given:
             raise Misfit(f"{key} holds {unsound} NaN or infinite values")
         return tensor.to(dtype)
 
+    def kernel(self, leaf: str) -> list[str]:
+        """Names of the dimensions behind the first two."""
+        dims = self.tensors[leaf][1].dim() if leaf in self.tensors else 0
+        return [f"kernel {i}" for i in range(1, dims - 1)]
+
+    def pair(self, name: str, *, empty: bool = False) -> tuple[Tensor, Tensor]:
+        """`name`_A (r, K) and `name`_B (N, r)."""
+        a = self.take(f"{name}_A", "r", "K", empty=empty)
+        return a, self.take(f"{name}_B", "N", "r", empty=empty)
+
+    def indices(
+        self, leaf: str, *dims: str, below: int | None = None, empty: bool = False
+    ) -> Tensor:
+        """Integers, from 0 on if they are `below` a number; raises `Misfit` as `take`, and for
+        others."""
+        indices = self.take(leaf, *dims, dtype=torch.int64, empty=empty)
+        if below is None or self.meta or not ((indices < 0) | (indices >= below)).any():
+            return indices
+        raise Misfit(f"{self.key(leaf)} points outside of the {below} that it may name")
+
     def number(self, leaf: str) -> float | None:
         """The one finite number that the tensor is; None if it is absent."""
         if leaf not in self.tensors:
@@ -173,7 +204,7 @@ class Given:
     def scale(self, rank: int) -> float | None:
         """α/r, with α of the tensor or of the configuration; None without either."""
         alpha = self.number("alpha")
-        key = self.tensors["alpha"][0] if alpha is not None else "alpha (alpha_pattern)"
+        key = self.key("alpha") if alpha is not None else "alpha (alpha_pattern)"
         if alpha is None and self.config is not None:
             self.check_rank(rank, ", and the scale α/r depends on it")
             alpha = self.config.scale(self.path, rank) * rank
@@ -183,6 +214,13 @@ class Given:
                 "α = r; write the one that is meant"
             )
         return None if alpha is None else alpha / rank
+
+    def known_scale(self, rank: int) -> float:
+        """`scale`; raises `Misfit` without either."""
+        scale = self.scale(rank)
+        if scale is None:
+            raise Misfit(f"{self.place} has no alpha, and without α the scale is not known")
+        return scale
 
     def check_rank(self, rank: int, why: str = "") -> None:
         """Raises `Misfit` unless the configuration, if it names an r here, names this one."""
@@ -196,6 +234,15 @@ class Given:
     def option(self, name: str, default: Any = None) -> Any:
         """A field of the configuration that is the method's own."""
         return default if self.config is None else self.config.options.get(name, default)
+
+    def choice(self, name: str, default: str, among: Iterable[str]) -> str:
+        """A field that names one of these; raises `NotServed` for another value."""
+        value, names = self.option(name, default), tuple(among)
+        if value not in names:
+            raise NotServed(
+                f"{self.place}: {name} = {short(value)} is none of {', '.join(names)}; {MERGE}"
+            )
+        return str(value)
 
 
 def of_delta(delta: Tensor, scale: float | None) -> MadeFactors:

@@ -19,25 +19,21 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+from lorafx.adapter_store.methods.method import SAVE_PROJECTION, AdapterMethod, Given, Misfit
 from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
 def _deft(given: Given) -> ChangedWeight:
     p = given.take("deft_P", "N", "r")
-    kind = given.option("decomposition_method", "relu")
-    if kind not in ("relu", "qr"):
-        raise NotServed(
-            f"{given.place}: decomposition_method = {checks.short(kind)} is none of relu, qr"
-        )
+    kind = given.choice("decomposition_method", "relu", ("relu", "qr"))
     if p.shape[1] > len(p):
-        raise Misfit(f"{given.tensors['deft_P'][0]} has shape {tuple(p.shape)}, r is over N")
+        raise Misfit(f"{given.key('deft_P')} has shape {tuple(p.shape)}, r is over N")
     q, right = (p, p.relu()) if kind == "relu" else (torch.linalg.qr(p).Q,) * 2
     if given.option("para", False):  # it removes alone
-        return ChangedWeight(_replaced, (q, right), len(p))
+        return ChangedWeight(_replaced, (q, right))
     alpha, r = given.option("alpha"), given.take("deft_R", "r", "K")
     scaled = r * alpha / len(r) if alpha else r
-    return ChangedWeight(_replaced, (q, right, scaled), len(p), r.shape[1])
+    return ChangedWeight(_replaced, (q, right, scaled))
 
 
 def _replaced(weight: Tensor, q: Tensor, right: Tensor, injected: Tensor | None = None) -> Tensor:
@@ -47,26 +43,18 @@ def _replaced(weight: Tensor, q: Tensor, right: Tensor, injected: Tensor | None 
 
 def _beft(given: Given) -> ChangedWeight:
     bias = given.take("beft_bias", "1", "N")
-    if len(bias) != 1:
-        raise Misfit(f"{given.tensors['beft_bias'][0]} has {len(bias)} rows, it needs 1")
-    return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), bias, bias.shape[1])
+    return ChangedWeight.structured(Structure(SHIFTED_OUTPUT, 1), bias)
 
 
 def _kasa(given: Given) -> ChangedWeight:
-    a, b, diagonal = (
-        given.take("lora_A", "r", "K"),
-        given.take("lora_B", "N", "r"),
-        given.take("lora_diag", "r"),
-    )
+    (a, b), diagonal = given.pair("lora"), given.take("lora_diag", "r")
     if len(a) >= min(len(b), a.shape[1]):
         raise Misfit(
             f"{given.place} has rank {len(a)}, and of so many singular values of W "
             f"({len(b)}, {a.shape[1]}) none would be left"
         )
-    scale = given.scale(len(a))
-    assert scale is not None
-    scaled = scale * diagonal[:, None] * a
-    return ChangedWeight(_without_smallest, (scaled, b), len(b), a.shape[1])
+    scale = given.known_scale(len(a))
+    return ChangedWeight(_without_smallest, (scale * diagonal[:, None] * a, b))
 
 
 def _osf(given: Given) -> ChangedWeight:
@@ -77,7 +65,7 @@ def _osf(given: Given) -> ChangedWeight:
     )
     if len(s) > min(len(u), v.shape[1]):
         raise Misfit(f"{given.place} has {len(s)} singular values of W ({len(u)}, {v.shape[1]})")
-    return ChangedWeight(_without_smallest, (s[:, None] * v, u), len(u), v.shape[1])
+    return ChangedWeight(_without_smallest, (s[:, None] * v, u))
 
 
 def _without_smallest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -88,19 +76,11 @@ def _without_smallest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _frod(given: Given) -> ChangedWeight:
     category = _category(given.path.split("."))
-    if f"frod_V.{category}" not in given:
-        raise NotServed(
-            f"the file has no frod_V.{category}, which PEFT makes of the weights of all modules "
-            "(save_projection=False); save the adapter with save_projection=True"
-        )
-    v, key = given.take(f"frod_V.{category}", "K", "K"), f"frod_s_indices.{category}"
-    indices = given.take(key, "2", "entries", dtype=torch.int64, empty=True)
+    v, leaf = given.take(f"frod_V.{category}", "K", "K"), f"frod_s_indices.{category}"
+    indices = given.indices(leaf, "2", "entries", below=len(v), empty=True)
     values = given.take("frod_lambda_s_values", "entries", empty=True)
     diagonal = given.take("frod_lambda_l", "K")
-    outside = not given.meta and bool(((indices < 0) | (indices >= len(v))).any())
-    if len(indices) != 2 or outside:
-        raise Misfit(f"{given.tensors[key][0]} needs two rows of indices from 0 to {len(v) - 1}")
-    return ChangedWeight(_rebuilt, (v, indices, values, diagonal), in_features=len(v))
+    return ChangedWeight(_rebuilt, (v, indices, values, diagonal))
 
 
 def _category(path: list[str]) -> str:
@@ -132,18 +112,13 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _peanut(given: Given) -> ChangedWeight:
-    name, depth = given.option("act_fn", "relu"), given.option("depth", 0)
-    if name not in _ACTIVATIONS:
-        raise NotServed(
-            f"{given.place}: act_fn = {name!r:.80} is none of {', '.join(_ACTIVATIONS)}"
-        )
+    name, depth = given.choice("act_fn", "relu", _ACTIVATIONS), given.option("depth", 0)
     if depth > len(given.tensors):
         raise Misfit(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
     ends = ("peanut_A", *(f"peanut_{c}coders.{i}" for c in ("en", "de") for i in range(depth)))
     first, *hidden = (given.take(e, "r", "r" if i else "N") for i, e in enumerate(ends))
     last = given.option("scaling", 1.0) * given.take("peanut_B", "N", "r")
-    of = partial(_with_net, activation=name)
-    return ChangedWeight(of, (first, *hidden, last), len(last))
+    return ChangedWeight(partial(_with_net, activation=name), (first, *hidden, last))
 
 
 def _with_net(weight: Tensor, first: Tensor, *others: Tensor, activation: str) -> Tensor:
@@ -170,7 +145,6 @@ DEFT = AdapterMethod(
     },
     training=frozenset({"init_scale", "deft_dropout", "init_weights"}),
     form="own weight",
-    rank="—",
 )
 BEFT = AdapterMethod(
     name="BEFT",
@@ -179,7 +153,6 @@ BEFT = AdapterMethod(
     read=_beft,
     training=frozenset({"init_weights"}),
     form="bias",
-    rank="—",
 )
 KASA = AdapterMethod(
     name="KaSA",
@@ -189,7 +162,6 @@ KASA = AdapterMethod(
     switch="kasa_config",
     fields={"kasa_config": checks.anything},
     form="own weight",
-    rank="—",
 )
 OSF = AdapterMethod(
     name="OSF",
@@ -199,7 +171,6 @@ OSF = AdapterMethod(
     training=frozenset({"effective_rank", "init_weights", "target_svd_config"}),
     unread=frozenset({"rank_pattern"}),
     form="own weight",
-    rank="—",
 )
 PEANUT = AdapterMethod(
     name="PEANuT",
@@ -209,7 +180,6 @@ PEANUT = AdapterMethod(
     fields={"act_fn": checks.text, "depth": checks.count, "scaling": checks.alpha},
     training=frozenset({"init_weights"}),
     form="own weight",
-    rank="—",
 )
 FROD = AdapterMethod(
     name="FRoD",
@@ -217,10 +187,10 @@ FROD = AdapterMethod(
     marks="frod_lambda_(?:l|s_values)",
     shared=r"frod_(?:V|s_indices|s_size)\.[\w-]+",
     read=_frod,
+    absent={"frod_V": f"which PEFT makes of the weights of all modules {SAVE_PROJECTION}"},
     training=frozenset(
         {"projection_prng_key", "save_projection", "frod_dropout", "init_weights", "sparse_rate"}
         | {"regularization_alpha", "progressbar", "runtime_offload_base_weight"}
     ),
     form="own weight",
-    rank="—",
 )

@@ -36,10 +36,7 @@ _SMALLEST_NORM = 1e-4
 
 
 def _adalora(given: Given) -> MadeFactors:
-    a, b = given.take("lora_A", "r", "K", empty=True), given.take("lora_B", "N", "r", empty=True)
-    e = given.take("lora_E", "r", "1", empty=True)
-    if e.shape[1] != 1:
-        raise Misfit(f"{given.tensors['lora_E'][0]} has shape {tuple(e.shape)}, it needs (r, 1)")
+    (a, b), e = given.pair("lora", empty=True), given.take("lora_E", "r", "1", empty=True)
     assert given.config is not None
     if not len(a):  # all of its singular values were pruned
         return MadeFactors(a.new_zeros(1, a.shape[1]), b.new_zeros(len(b), 1))
@@ -51,10 +48,8 @@ def _adalora(given: Given) -> MadeFactors:
 
 
 def _delora(given: Given) -> MadeFactors:
-    a, b = given.take("delora_A", "r", "K"), given.take("delora_B", "N", "r")
+    a, b = given.pair("delora")
     bound, norms = given.take("delora_lambda", "1"), given.take("delora_w_norm", "K")
-    if len(bound) != 1:
-        raise Misfit(f"{given.tensors['delora_lambda'][0]} has {len(bound)} numbers, it needs 1")
     lengths = a.norm(dim=1).clamp(min=_SMALLEST_NORM) * b.norm(dim=0).clamp(min=_SMALLEST_NORM)
     return MadeFactors((bound / len(a) / lengths)[:, None] * a * norms, b)
 
@@ -63,17 +58,20 @@ def _miss(given: Given) -> MadeFactors | ChangedWeight:
     if given.option("init_weights") == "bat":
         blocks = given.take("miss_block", "N / r", "r", "r")
         given.check_rank(blocks.shape[1])
-        of = partial(_multiplied_blocks, place=given.place)
-        return ChangedWeight(of, (blocks,), blocks.shape[0] * blocks.shape[1])
+        given.sizes["N"] = blocks.shape[0] * blocks.shape[1]
+        return ChangedWeight(_multiplied_blocks, (blocks,), misfit=_blocks_misfit)
     block = given.take("miss_block", "r", "N")
     given.check_rank(len(block))
     return MadeFactors(block.new_empty(len(block), 0), block.mT)
 
 
-def _multiplied_blocks(weight: Tensor, b: Tensor, *, place: str) -> Tensor:
+def _blocks_misfit(n: int, k: int, blocks: Tensor) -> str:
+    r = blocks.shape[1]
+    return f"and blocks of {r} do not divide its inputs" if k % r else ""
+
+
+def _multiplied_blocks(weight: Tensor, b: Tensor) -> Tensor:
     r = b.shape[1]
-    if weight.shape[1] % r:
-        raise Misfit(f"{place}: blocks of {r} do not divide the {weight.shape[1]} inputs")
     w = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r))  # (N / r, r, K / r, r)
     return (w + w @ b[:, None] + b[:, :, None]).flatten(2).flatten(0, 1)
 
@@ -92,8 +90,6 @@ def _locon(given: Given) -> MadeFactors:
     mid = given.take("lora_mid", "r", "r", "kernel 1", "kernel 2")
     a = given.take("lora_down", "r", "channels", "1", "1").flatten(1)
     b = given.take("lora_up", "N", "r", "1", "1").flatten(1)
-    if given.sizes["1"] != 1:
-        raise Misfit(f"{given.tensors['lora_down'][0]} has a kernel, and lora_mid has another")
     a = torch.einsum("ijkl,jc->ickl", mid, a).flatten(1)
     return MadeFactors(a, b, given.scale(len(b.mT)))
 
@@ -209,8 +205,8 @@ LOCON = AdapterMethod(
     marks="lora_mid",
     leaves="lora_down|lora_up",
     read=_locon,
+    lycoris=True,
     modules="convolutions",
-    against="LyCORIS's formula",
 )
 PVERA = AdapterMethod(
     name="PVeRA",

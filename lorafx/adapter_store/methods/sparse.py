@@ -17,24 +17,16 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+from lorafx.adapter_store.methods.method import AdapterMethod, Given
 
 _DRAWN = {"scaling": checks.alpha, "random_loc_seed": checks.seed}
 _DRAWN_IN_TRAINING = frozenset({"n_frequency", "n_frequency_pattern", "init_weights"})
 
 
-def _fourierft(given: Given) -> ChangedWeight:
-    return _at_drawn(given, "fourierft_spectrum", 150.0, _inverse_fourier)
-
-
 def _waveft(given: Given) -> ChangedWeight:
     if not given.option("use_idwt", True):
         return _at_drawn(given, "waveft_spectrum", 25.0, _as_it_is)
-    if (wavelet := given.option("wavelet_family", "db1")) != "db1":
-        raise NotServed(
-            f"{given.place}: wavelet_family = {checks.short(wavelet)} is not read, only db1; merge "
-            "it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
-        )
+    given.choice("wavelet_family", "db1", ("db1",))
     return _at_drawn(given, "waveft_spectrum", 25.0, _inverse_haar)
 
 
@@ -42,25 +34,24 @@ def _at_drawn(
     given: Given, leaf: str, scale: float, transform: Callable[[Tensor], Tensor]
 ) -> ChangedWeight:
     """W + s·transform(S) of S with the numbers of `leaf` where the seed says."""
-    numbers = given.take(leaf, "n")
     of = partial(
         _with_drawn,
         seed=given.option("random_loc_seed", 777),
         scale=given.option("scaling", scale),
         transform=transform,
-        key=given.tensors[leaf][0],
     )
-    return ChangedWeight(of, (numbers,), adds=True)
+    return ChangedWeight(of, (given.take(leaf, "n"),), adds=True, misfit=_drawn_misfit)
+
+
+def _drawn_misfit(n: int, k: int, numbers: Tensor) -> str:
+    return f"which has no room for {len(numbers)} numbers" if len(numbers) > n * k else ""
 
 
 def _with_drawn(
-    weight: Tensor, numbers: Tensor, *, seed: int, scale: float, transform: Any, key: str
+    weight: Tensor, numbers: Tensor, *, seed: int, scale: float, transform: Any
 ) -> Tensor:
-    count = len(numbers)
-    if count > weight.numel():
-        raise Misfit(f"{key} has {count} numbers, and the weight has {tuple(weight.shape)}")
     spectrum = weight.new_zeros(weight.numel())
-    spectrum[_drawn(weight.numel(), count, seed).to(weight.device)] = numbers
+    spectrum[_drawn(weight.numel(), len(numbers), seed).to(weight.device)] = numbers
     return weight + scale * transform(spectrum.view(weight.shape))
 
 
@@ -89,45 +80,41 @@ def _inverse_haar(spectrum: Tensor) -> Tensor:
 
 def _shira(given: Given) -> ChangedWeight:
     values = given.take("shira_weight", "n")
-    positions = given.take("shira_indices", "2", "n", dtype=torch.int64)
-    key = given.tensors["shira_indices"][0]
-    if len(positions) != 2:
-        raise Misfit(f"{key} has shape {tuple(positions.shape)}, it needs (2, {len(values)})")
-    return ChangedWeight(partial(_with_entries, key=key), (values, *positions), adds=True)
+    positions = given.indices("shira_indices", "2", "n")
+    return ChangedWeight(_with_entries, (values, *positions), adds=True, misfit=_entries_misfit)
 
 
-def _with_entries(
-    weight: Tensor, values: Tensor, rows: Tensor, columns: Tensor, *, key: str
-) -> Tensor:
-    for indices, size in zip((rows, columns), weight.shape, strict=True):
-        if not 0 <= int(indices.min()) <= int(indices.max()) < size:
-            raise Misfit(f"{key} points outside of the weight, which has {tuple(weight.shape)}")
+def _entries_misfit(n: int, k: int, values: Tensor, rows: Tensor, columns: Tensor) -> str:
+    inside = all(
+        0 <= int(indices.min()) <= int(indices.max()) < size
+        for indices, size in ((rows, n), (columns, k))
+    )
+    return "" if inside else "and its indices point outside of it"
+
+
+def _with_entries(weight: Tensor, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return weight.index_put((rows, columns), values, accumulate=True)
 
 
 def _supertuning(given: Given) -> ChangedWeight:
     values = given.take("supertuning_values", "n")
-    if "supertuning_indices" not in given:
-        raise NotServed(
-            f"{given.place} has no supertuning_indices, and equal numbers in W make it uncertain "
-            "which are meant; save the adapter with save_precomputed_indices=True"
-        )
-    positions = given.take("supertuning_indices", "n", dtype=torch.int64)
-    of = partial(_with_flat_entries, key=given.tensors["supertuning_indices"][0])
-    if "supertuning_lora_A" not in given and "supertuning_lora_B" not in given:
-        return ChangedWeight(of, (values, positions), adds=True)
-    a = given.take("supertuning_lora_A", "r", "K")
-    b = given.take("supertuning_lora_B", "N", "r")
-    alpha = given.option("lora_alpha")
-    scale = 2.0 if alpha is None else alpha / len(a)
-    return ChangedWeight(of, (values, positions, a * scale, b), len(b), a.shape[1], adds=True)
+    positions = given.indices("supertuning_indices", "n")
+    pair: tuple[Tensor, ...] = ()
+    if "supertuning_lora_A" in given or "supertuning_lora_B" in given:
+        a, b = given.pair("supertuning_lora")
+        alpha = given.option("lora_alpha")
+        pair = a * (2.0 if alpha is None else alpha / len(a)), b
+    tensors = values, positions, *pair
+    return ChangedWeight(_with_flat_entries, tensors, adds=True, misfit=_flat_entries_misfit)
 
 
-def _with_flat_entries(
-    weight: Tensor, values: Tensor, positions: Tensor, *pair: Tensor, key: str
-) -> Tensor:
+def _flat_entries_misfit(n: int, k: int, values: Tensor, positions: Tensor, *pair: Tensor) -> str:
+    return _entries_misfit(n, k, values, positions // k, positions % k)
+
+
+def _with_flat_entries(weight: Tensor, values: Tensor, positions: Tensor, *pair: Tensor) -> Tensor:
     rows, columns = positions // weight.shape[1], positions % weight.shape[1]
-    changed = _with_entries(weight, values, rows, columns, key=key)
+    changed = _with_entries(weight, values, rows, columns)
     return changed + pair[1] @ pair[0] if pair else changed
 
 
@@ -135,11 +122,10 @@ FOURIERFT = AdapterMethod(
     name="FourierFT",
     peft_type="FOURIERFT",
     marks="fourierft_spectrum",
-    read=_fourierft,
+    read=partial(_at_drawn, leaf="fourierft_spectrum", scale=150.0, transform=_inverse_fourier),
     fields=_DRAWN,
     training=_DRAWN_IN_TRAINING,
     form="own weight",
-    rank="—",
 )
 WAVEFT = AdapterMethod(
     name="WaveFT",
@@ -149,7 +135,6 @@ WAVEFT = AdapterMethod(
     fields={**_DRAWN, "use_idwt": checks.flag, "wavelet_family": checks.text},
     training=_DRAWN_IN_TRAINING | {"proportional_parameters"},
     form="own weight",
-    rank="—",
 )
 SHIRA = AdapterMethod(
     name="SHiRA",
@@ -159,7 +144,6 @@ SHIRA = AdapterMethod(
     training=frozenset({"mask_type", "random_seed", "init_weights"}),
     unread=frozenset({"r"}),
     form="own weight",
-    rank="—",
 )
 SUPERTUNING = AdapterMethod(
     name="SuperTuning",
@@ -167,9 +151,12 @@ SUPERTUNING = AdapterMethod(
     marks="supertuning_(?:values|indices)",
     leaves="supertuning_lora_[AB]",
     read=_supertuning,
+    absent={
+        "supertuning_indices": "and equal numbers in W make it uncertain which are meant; save the "
+        "adapter with save_precomputed_indices=True"
+    },
     fields={"lora_alpha": checks.optional(checks.alpha)},
     training=frozenset({"sparsity", "select_top", "save_precomputed_indices", "init_weights"}),
     unread=frozenset({"r", "lora_alpha"}),
     form="own weight",
-    rank="—",
 )

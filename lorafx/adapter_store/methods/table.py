@@ -9,7 +9,7 @@ from typing import Any
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, QALORA, TINYLORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
 from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, RANDLORA
-from lorafx.adapter_store.methods.method import AdapterMethod
+from lorafx.adapter_store.methods.method import MERGE, AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.projected import BEFT, DEFT, FROD, KASA, OSF, PEANUT
 from lorafx.adapter_store.methods.scaled import ADALORA, DELORA, LOCON, MISS, PVERA, VERA
@@ -24,7 +24,6 @@ METHODS: tuple[AdapterMethod, ...] = (
     *(OSF, PEANUT, FROD),
 )
 
-MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
 _PROMPT = "it learns prompts and no weights; put them before the inputs (`inputs_embeds`) instead"
 _MIXED = (
     "a router of its own mixes adapters for each token; load its adapters one by one, and give a "
@@ -64,7 +63,6 @@ REFUSED_KEYS = [
 def method_of(values: Mapping[str, Any]) -> AdapterMethod | None:
     """The method that a configuration asks for; None for LoRA, and for one that is not read."""
     kind = values.get("peft_type")
-    kind = getattr(kind, "value", kind)
     for method in METHODS:
         if method.switch:
             if kind in (None, "LORA") and values.get(method.switch) not in (None, False):
@@ -80,8 +78,7 @@ _OF_TOKENS = frozenset({"token_indices", "target_modules", "init_weights"})
 
 def with_tokens(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields, for trained tokens alone (TRAINABLE_TOKENS) those that LoRA has for them."""
-    kind = values.get("peft_type")
-    if getattr(kind, "value", kind) != "TRAINABLE_TOKENS":
+    if values.get("peft_type") != "TRAINABLE_TOKENS":
         return values
     rest = {name: value for name, value in values.items() if name not in _OF_TOKENS}
     targets = values.get("target_modules")

@@ -26,7 +26,7 @@ _NEUMANN = (0, 18)
 
 def _oft(given: Given) -> ChangedWeight:
     r = given.take("oft_R", "blocks", "numbers of a block")
-    key, (blocks, count) = given.tensors["oft_R"][0], r.shape
+    key, (blocks, count) = given.key("oft_R"), r.shape
     size = (1 + math.isqrt(1 + 8 * count)) // 2
     if size * (size - 1) // 2 != count:
         raise Misfit(
@@ -53,10 +53,10 @@ def _oft(given: Given) -> ChangedWeight:
         bound = given.option("eps", 6e-5) / math.sqrt(blocks)
         norm = q.norm(dim=(1, 2), keepdim=True)
         q = torch.where(norm <= bound, q, bound * (q / norm))
-    width = None if shared else blocks * size
-    structure = Structure(TURNED_INPUT, size)
+    if not shared:
+        given.sizes["K"] = blocks * size
     turns = cayley(q, terms).mT - torch.eye(size, dtype=r.dtype, device=r.device)
-    return ChangedWeight.structured(structure, turns, in_features=width)
+    return ChangedWeight.structured(Structure(TURNED_INPUT, size), turns)
 
 
 def cayley(q: Tensor, terms: int = 0) -> Tensor:
@@ -76,38 +76,32 @@ def cayley(q: Tensor, terms: int = 0) -> Tensor:
 
 
 def _ia3(given: Given) -> ChangedWeight:
-    key, tensor = given.tensors["ia3_l"]
     path, modules = given.path, given.option("feedforward_modules")
     if modules is None:
         raise Misfit(
-            f"{key} scales inputs or outputs as feedforward_modules says, which "
+            f"{given.key('ia3_l')} scales inputs or outputs as feedforward_modules says, which "
             "adapter_config.json lacks; name them there"
         )
     if isinstance(modules, str):
         inputs = pattern(modules).fullmatches(path)
     else:
         inputs = path.endswith(tuple(modules))
-    ones = tuple(f"1 ({i})" for i in range(max(tensor.dim(), 2) - 1))  # convolutions have more
+    kernel = ["1"] * len(given.kernel("ia3_l"))
     if inputs:
-        scales = given.take("ia3_l", ones[0], "K", *ones[1:])
+        scales = given.take("ia3_l", "1", "K by feedforward_modules", *kernel)
     else:
-        scales = given.take("ia3_l", "N", *ones)
-    if any(given.sizes[one] != 1 for one in ones):
-        what = "(1, inputs)" if inputs else "(outputs, 1)"
-        raise Misfit(f"{key} has shape {tuple(scales.shape)}, it needs {what} by the configuration")
+        scales = given.take("ia3_l", "N by feedforward_modules", "1", *kernel)
+    given.sizes["K" if inputs else "N"] = scales.numel()
     structure = Structure(TURNED_INPUT if inputs else TURNED_OUTPUT, 1)
-    count = scales.numel()
-    sizes = (None, count) if inputs else (count, None)
-    return ChangedWeight.structured(structure, scales - 1, *sizes)
+    return ChangedWeight.structured(structure, scales - 1)
 
 
 def _hra(given: Given) -> ChangedWeight:
     u = given.take("hra_u", "K", "r")
     given.check_rank(u.shape[1])
     if not given.meta and not bool(u.norm(dim=0).all()):
-        raise Misfit(f"{given.tensors['hra_u'][0]} has a column of zeros, which is no direction")
-    of = partial(_reflected, basis=given.option("apply_GS", False))
-    return ChangedWeight(of, (u,), in_features=len(u))
+        raise Misfit(f"{given.key('hra_u')} has a column of zeros, which is no direction")
+    return ChangedWeight(partial(_reflected, basis=given.option("apply_GS", False)), (u,))
 
 
 def _reflected(weight: Tensor, u: Tensor, *, basis: bool) -> Tensor:
@@ -123,17 +117,11 @@ def _reflected(weight: Tensor, u: Tensor, *, basis: bool) -> Tensor:
 
 def _turned_pairs(given: Given) -> ChangedWeight:
     theta, alpha = given.take("road_theta", "angles"), given.take("road_alpha", "angles")
-    variant, group = given.option("variant", "road_1"), given.option("group_size", 64)
-    variant = getattr(variant, "value", variant)  # PEFT's own object
-    if variant not in _PARTS:
-        raise NotServed(
-            f"{given.place}: variant = {checks.short(variant)} is none of {', '.join(_PARTS)}"
-        )
-    halves = _PARTS[variant]
-    outputs, rest = divmod(2 * len(theta), halves)
+    variant, group = given.choice("variant", "road_1", _PARTS), given.option("group_size", 64)
+    outputs, rest = divmod(2 * len(theta), _PARTS[variant])
     if rest or group % 2 or outputs % group:
         raise Misfit(
-            f"{given.tensors['road_theta'][0]} has shape {tuple(theta.shape)}, which are no groups "
+            f"{given.key('road_theta')} has shape {tuple(theta.shape)}, which are no groups "
             f"of {group} outputs (group_size) by {variant}"
         )
     if variant == "road_1":  # both of a pair have one angle
@@ -150,8 +138,8 @@ def _turned_pairs(given: Given) -> ChangedWeight:
     other = (scales[1] * angles[1].sin()).view(-1, 2, group // 2)
     corners = (same[:, 0], -other[:, 0]), (other[:, 1], same[:, 1])
     rows = [torch.cat([torch.diag_embed(corner) for corner in row], 2) for row in corners]
-    structure = Structure(TURNED_OUTPUT, group)
-    return ChangedWeight.structured(structure, torch.cat(rows, 1), out_features=outputs)
+    given.sizes["N"] = outputs
+    return ChangedWeight.structured(Structure(TURNED_OUTPUT, group), torch.cat(rows, 1))
 
 
 #: Angles by variant, in halves of the outputs.
@@ -173,7 +161,6 @@ OFT = AdapterMethod(
     training=frozenset({"oft_block_size", "module_dropout", "init_weights"}),
     unread=frozenset({"r"}),
     form="turned inputs",
-    rank="—",
 )
 IA3 = AdapterMethod(
     name="IA³",
@@ -183,7 +170,6 @@ IA3 = AdapterMethod(
     fields={"feedforward_modules": checks.targets},
     training=frozenset({"init_ia3_weights"}),
     form="scaled inputs or outputs",
-    rank="—",
 )
 HRA = AdapterMethod(
     name="HRA",
@@ -193,7 +179,6 @@ HRA = AdapterMethod(
     fields={"apply_GS": checks.flag},
     training=frozenset({"init_weights"}),
     form="own weight",
-    rank="—",
 )
 ROAD = AdapterMethod(
     name="RoAd",
@@ -203,5 +188,4 @@ ROAD = AdapterMethod(
     fields={"variant": checks.anything, "group_size": checks.rank},
     training=frozenset({"init_weights"}),
     form="turned outputs",
-    rank="—",
 )

@@ -93,12 +93,32 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
         r"q_proj.lokr_w1 \(2, 3\).*\(4, 18\), q_proj needs",
     ),
     "rows": (LOKR, lokr(lokr_w2_a=ones(4, 2)), r"lokr_w2_a \(4, 2\).*\(8, 4\), q_proj needs"),
+    "ranks": (
+        LOKR,
+        lokr(lokr_w1=None, lokr_w1_a=ones(2, 3), lokr_w1_b=ones(3, 2)),
+        r"lokr_w2_a has shape \(5, 2\), it needs \(.*, 3\)",
+    ),
+    "variant": (
+        {"peft_type": "ROAD", "variant": [1], "target_modules": ["q_proj"]},
+        {f"{AT}road_theta": ones(5), f"{AT}road_alpha": ones(5)},
+        r"q_proj: variant = \[1\] is none of road_1, road_2, road_4; merge it",
+    ),
+    "wavelet": (
+        {"peft_type": "WAVEFT", "wavelet_family": "sym3", "target_modules": ["q_proj"]},
+        {f"{AT}waveft_spectrum": ones(5)},
+        r"wavelet_family = 'sym3' is none of db1; merge it",
+    ),
+    "projection": (
+        {"peft_type": "VERA", "r": 2, "target_modules": ["q_proj"]},
+        {f"{AT}vera_lambda_d": ones(2), f"{AT}vera_lambda_b": ones(10)},
+        r"no vera_A.*save_projection=True",
+    ),
     "w2 twice": (LOKR, lokr(lokr_w2_b=None), r"q_proj has no lokr_w2_b"),
     "no alpha of E": (ADALORA, {f"{AT}lora_E": ones(2, 1)}, r"q_proj has no lora_A"),
     "E": (
         ADALORA,
         {f"{AT}lora_A": ones(2, 12), f"{AT}lora_B": ones(10, 2), f"{AT}lora_E": ones(2, 2)},
-        r"q_proj.lora_E has shape \(2, 2\), it needs \(r, 1\)",
+        r"q_proj.lora_E has shape \(2, 2\), it needs \(2, 1\)",
     ),
     "of AdaLoRA alone": (
         None,

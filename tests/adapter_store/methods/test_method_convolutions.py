@@ -222,7 +222,17 @@ def test_a_dilated_convolution_cannot_add_them(make: Callable[..., Any]) -> None
     assert cm.adapters == ()
 
 
-BAD = {
+OUTSIDE = {
+    "mix.supertuning_values": rand(3),
+    "mix.supertuning_indices": torch.tensor([1, 2, 144]),
+    "mix.supertuning_lora_A": rand(2, 12),
+    "mix.supertuning_lora_B": rand(12, 2),
+}
+BAD: dict[str, tuple[Any, str]] = {
+    "positions": (
+        AdapterSource(OUTSIDE, config={"peft_type": "SUPERTUNING", "target_modules": ["mix"]}),
+        r"supertuning_indices .* mix has a weight of \(12, 12\), and its indices point outside",
+    ),
     "sizes": (
         loha("down", 12, 12, 4)[0],
         r"hada_w1_a .*: down has a weight of \(12, 108\), .*\(12, 12\)",

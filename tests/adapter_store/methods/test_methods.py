@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, error, random_base
-from method_files import CONFIGS, merged, save
+from dense_merge import TOLERANCE, check_mixed, error
+from method_files import CONFIGS, MethodCase
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,103 +24,49 @@ from lorafx.runtime.marking import build_sites
 NAMES = list(CONFIGS)
 
 
-class Served:
-    """One compiled model with an adapter of every method."""
-
-    def __init__(self, root: Path) -> None:
-        self.base = random_base("llama", num_hidden_layers=1)
-        self.folders = {n: save(self.base, c, root / n) for n, c in CONFIGS.items()}
-        self.exact: dict[str | None, nn.Module] = {None: copy.deepcopy(self.base).double()}
-        config = lorafx.LoraConfig(max_rank=24, max_adapters=len(CONFIGS))
-        self.cm: Any = lorafx.compile(
-            self.model(), config, adapters=self.folders, dynamic=True, options=REFERENCE
-        )
-
-    def model(self) -> nn.Module:
-        return copy.deepcopy(self.base)
-
-    def alone(self, name: str | Mapping[str, float] | None) -> nn.Module:
-        if isinstance(name, Mapping):
-            return self._sum(name)
-        if name not in self.exact:
-            self.exact[name] = merged(self.base, self.folders[name])
-        return self.exact[name]
-
-    @torch.no_grad()
-    def _sum(self, weights: Mapping[str, float]) -> nn.Module:
-        result = copy.deepcopy(self.exact[None])
-        bases = dict(self.exact[None].named_parameters())
-        others = {name: dict(self.alone(name).named_parameters()) for name in weights}
-        for path, parameter in result.named_parameters():
-            for name, weight in weights.items():
-                parameter += weight * (others[name][path] - bases[path])
-        return result
-
-    def check(self, names: Sequence[Any]) -> None:
-        torch.manual_seed(len(names))
-        ids = torch.randint(0, 60, (len(names), 6))
-        got = self.cm(ids, adapter_names=names).logits
-        with torch.no_grad():
-            want = torch.cat([self.alone(n)(ids[i : i + 1]).logits for i, n in enumerate(names)])
-            base = self.exact[None](ids).logits
-        for row, name in enumerate(names):
-            assert error(got[row].double(), want[row]) <= TOLERANCE, name
-            assert name is None or error(want[row], base[row]) > 1000 * TOLERANCE, name
+IDS = torch.randint(0, 60, (4, 6), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(tmp_path_factory.mktemp("methods"))
+def case(tmp_path_factory: pytest.TempPathFactory) -> MethodCase:
+    return MethodCase.of_configs("llama", CONFIGS, tmp_path_factory.mktemp("methods"))
 
 
-def test_every_method_in_mixed_batches_of_one_graph(served: Served) -> None:
-    served.check([NAMES[1], None, "lora", NAMES[2]])
-    captured = served.cm.recompiles
-    for first, second in zip(NAMES[3::2], [*NAMES[4::2], "lokr"], strict=False):
-        served.check([None, first, "lora", second])
-    served.check(["pvera", "bdlora", "miss", "loha"])
-    assert served.cm.recompiles == captured
+@pytest.fixture(scope="module")
+def cm(case: MethodCase) -> Any:
+    """One compiled model with an adapter of every method."""
+    return case.with_room(max_rank=24, max_adapters=len(CONFIGS))
 
 
-def test_sums(served: Served) -> None:
-    served.check([{"loha": 0.7, "lora": 0.3}, None, {"lokr": -0.5, "miss": 1.5}, "lora"])
+def test_every_method_in_mixed_batches_of_one_graph(case: MethodCase, cm: Any) -> None:
+    inputs, captured = {"input_ids": IDS}, []
+    batches = [[NAMES[1], None, "lora", NAMES[2]], ["pvera", "bdlora", "miss", "loha"]]
+    pairs = zip(NAMES[3::2], [*NAMES[4::2], "lokr"], strict=False)
+    for names in (*batches, *([None, first, "lora", second] for first, second in pairs)):
+        check_mixed(cm, case, names, inputs)
+        captured.append(cm.recompiles)
+    assert captured[0] == captured[-1]
 
 
-def test_generated_tokens_are_those_of_the_merged_models(served: Served) -> None:
-    ids = torch.tensor([[3, 5, 7], [3, 5, 7], [2, 4, 6]])
-    names = ["loha", None, "lokr"]
-    got = served.cm.generate(ids, adapter_names=names, max_new_tokens=6, do_sample=False)
-    for row, name in enumerate(names):
-        alone: Any = served.alone(name)
-        want = alone.generate(ids[row : row + 1], max_new_tokens=6, do_sample=False)
-        assert torch.equal(got[row, : want.shape[1]], want[0])  # which may end before the others
+def test_sums(case: MethodCase, cm: Any) -> None:
+    names: list[Any] = [{"loha": 0.7, "lora": 0.3}, None, {"lokr": -0.5, "miss": 1.5}, "lora"]
+    check_mixed(cm, case, names, {"input_ids": IDS})
 
 
-def test_merged_and_taken_back(served: Served) -> None:
-    ids = torch.arange(8).reshape(2, 4)
-    before = served.cm(ids).logits
-    served.cm.merge("lokr")
-    got = served.cm(ids).logits
-    served.cm.unmerge()
-    with torch.no_grad():
-        assert error(got.double(), served.alone("lokr")(ids).logits) <= TOLERANCE
-    assert torch.equal(served.cm(ids).logits, before)
-
-
-def test_what_they_take_is_shown(served: Served) -> None:
-    state = inspected(served.folders["loha"])
+def test_what_they_take_is_shown(case: MethodCase, cm: Any) -> None:
+    state = inspected(case.folders["loha"])
     sizes = {row.path.rpartition(".")[2]: row.sizes.rank for row in state.modules}
     assert sizes == {"q_proj": 9, "v_proj": 4, "down_proj": 4, "gate_proj": 4}
     assert any("LoHa" in feature for feature in state.features)
-    assert config_of(served.folders["loha"]).max_rank == 9
-    assert "rank 9" in str(served.cm.explain())
+    assert config_of(case.folders["loha"]).max_rank == 9
+    assert "rank 9" in str(cm.explain())
 
 
-def test_a_rank_over_the_banks_is_told_with_the_setting(served: Served) -> None:
+def test_a_rank_over_the_banks_is_told_with_the_setting(case: MethodCase) -> None:
     config = lorafx.LoraConfig(max_rank=4, target_modules=["q_proj", "v_proj"])
-    cm = lorafx.compile(served.model(), config)
+    cm = lorafx.compile(case.model(), config)
     with pytest.raises(lorafx.CapacityError, match=r"rank 9 is over max_rank = 4.*max_rank=9"):
-        cm.load_adapter(_only(served.folders["loha"], "q_proj", "v_proj"), "loha")
+        cm.load_adapter(_only(case.folders["loha"], "q_proj", "v_proj"), "loha")
     assert cm.adapters == ()
 
 
@@ -131,16 +76,16 @@ def _only(folder: Path, *names: str) -> lorafx.AdapterSource:
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [["embed_tokens"], "model.embed_tokens"])
-def test_trained_tokens_alone(served: Served, targets: Any, tmp_path: Path) -> None:
+def test_trained_tokens_alone(case: MethodCase, targets: Any, tmp_path: Path) -> None:
     config = peft.TrainableTokensConfig(
         token_indices=[3, 5], target_modules=targets, init_weights=False
     )
-    wrapped: Any = peft.get_peft_model(served.model(), config).eval()
+    wrapped: Any = peft.get_peft_model(case.model(), config).eval()
     wrapped.save_pretrained(str(tmp_path))
-    cm: Any = lorafx.compile(served.model(), adapters={"a": tmp_path})
+    cm: Any = lorafx.compile(case.model(), adapters={"a": tmp_path})
     ids = torch.tensor([[1, 3, 5, 7]])
     got, want = cm(ids, adapter_names=["a"]).logits, wrapped(ids).logits
-    assert error(got, want) <= TOLERANCE < error(want, served.base(ids).logits)
+    assert error(got, want) <= TOLERANCE < error(want, case.base(ids).logits)
 
 
 @torch.no_grad()
@@ -170,9 +115,9 @@ def test_qalora_is_what_its_forward_computes(pooled: bool) -> None:
     torch.testing.assert_close(cm(x, adapter_names=["a"] * 5), want, rtol=1e-4, atol=1e-4)
 
 
-def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:
+def test_drawn_projections_are_those_of_all_targets(case: MethodCase) -> None:
     """PEFT draws them for down_proj too, the widest, which is left out here."""
-    folder, base = served.folders["vera drawn"], served.model()
+    folder, base = case.folders["vera drawn"], case.model()
     _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
     whole, part = (
         read_adapter(source, "a", sites, model=base, max_rank=64, warn=False).weights
@@ -186,22 +131,22 @@ def test_drawn_projections_are_those_of_all_targets(served: Served) -> None:
 
 
 @pytest.mark.parametrize("name", ["loha", "miss", "bdlora"])
-def test_names_of_another_place_keep_their_patterns(served: Served, name: str) -> None:
-    saved = load_file(served.folders[name] / "adapter_model.safetensors")
+def test_names_of_another_place_keep_their_patterns(case: MethodCase, name: str) -> None:
+    saved = load_file(case.folders[name] / "adapter_model.safetensors")
     moved = {key.replace("model.model.layers", "model.text.layers"): t for key, t in saved.items()}
     source = lorafx.AdapterSource(moved, config=CONFIGS[name], prefix=("text", "model"))
-    got, want = load_state(source, served.base), load_state(served.folders[name], served.base)
+    got, want = load_state(source, case.base), load_state(case.folders[name], case.base)
     plain = {key.removeprefix("base_model.model."): t for key, t in want.tensors.items()}
     assert got.scales == want.scales
     assert got.tensors.keys() == plain.keys()
     assert all(torch.equal(tensor, plain[key]) for key, tensor in got.tensors.items())
 
 
-def test_bfloat16_factors_are_read_exactly(served: Served) -> None:
-    saved = load_file(served.folders["loha"] / "adapter_model.safetensors")
+def test_bfloat16_factors_are_read_exactly(case: MethodCase) -> None:
+    saved = load_file(case.folders["loha"] / "adapter_model.safetensors")
     halved = {key: tensor.bfloat16() for key, tensor in saved.items()}
     config = CONFIGS["loha"]
-    state = load_state(lorafx.AdapterSource(halved, config=config), served.base)
+    state = load_state(lorafx.AdapterSource(halved, config=config), case.base)
 
     def delta(path: str) -> tuple[Tensor, Tensor]:
         pair = [state.tensors[f"{path}.lora_{letter}.weight"] for letter in "BA"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
-from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base
-from method_files import merged, save
+from dense_merge import REFERENCE, TOLERANCE, Case, error
+from method_files import MethodCase, merged, save
 from step_logits import check_three_requests
-from sums import SumCase
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -41,26 +39,9 @@ IDS = torch.randint(0, 60, (4, 6), generator=torch.Generator().manual_seed(1))
 NAMES = ["a0", "a1", None, "a3"]
 
 
-@dataclass(eq=False)
-class MethodCase(Case):
-    """A case whose oracle is what PEFT merges."""
-
-    def alone(self, name: str | None) -> nn.Module:
-        if name is None:
-            return self.base
-        if name not in self.merged:
-            self.merged[name] = merged(self.base, self.folders[name])
-        return self.merged[name]
-
-
-def case_of(family: str, configs: Mapping[str, peft.PeftConfig], root: Path) -> MethodCase:
-    base = random_base(family, num_hidden_layers=1)
-    return MethodCase(base, {name: save(base, c, root / name) for name, c in configs.items()})
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> MethodCase:
-    return case_of("llama", LLAMA, tmp_path_factory.mktemp("structures"))
+    return MethodCase.of_configs("llama", LLAMA, tmp_path_factory.mktemp("structures"))
 
 
 def check(case: Case, cm: Any, names: list[Any]) -> None:
@@ -99,7 +80,7 @@ def test_turned_inputs_are_read_by_the_product_itself(llama: MethodCase, tmp_pat
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
 def test_transposed_weights(start: str, tmp_path: Path) -> None:
-    case = case_of("gpt2", GPT2, tmp_path)
+    case = MethodCase.of_configs("gpt2", GPT2, tmp_path)
     check(case, case.compile({"start": start, "cache": None}), ["a0", None, "a1", "a0"])
 
 
@@ -167,7 +148,7 @@ def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
 def test_a_hook_that_breaks_the_graph_behind_the_product(
     family: str, configs: Mapping[str, peft.PeftConfig], tmp_path: Path
 ) -> None:
-    case = case_of(family, configs, tmp_path)
+    case = MethodCase.of_configs(family, configs, tmp_path)
     model = case.model()
     for path, module in model.named_modules():
         if path.endswith(("q_proj", "down_proj", "mlp.c_proj")):
@@ -175,19 +156,6 @@ def test_a_hook_that_breaks_the_graph_behind_the_product(
     options = {**REFERENCE, "start": "compiled", "cache": None}
     cm: Any = lorafx.compile(model, adapters=case.folders, options=options)
     check(case, cm, ["a0", None, "a1", "a0"])
-
-
-def test_loaded_while_another_is_merged(llama: MethodCase) -> None:
-    cm = llama.compile({"start": "eager"})
-    cm.merge("a2")
-    cm.load_adapter(str(llama.folders["a0"]), "late")
-    cm.unmerge()
-    got = cm(IDS, adapter_names=["late", "a1", None, "late"]).logits
-    assert error(got, llama.expected(["a0", "a1", None, "a0"], {"input_ids": IDS})) <= TOLERANCE
-
-
-class MethodSum(SumCase, MethodCase):
-    """Sums of what PEFT merges."""
 
 
 @pytest.mark.parametrize("start", ["eager", "compiled"])
@@ -199,7 +167,7 @@ def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
     waves = peft.FourierFTConfig(n_frequency=30, target_modules=["q_proj", "v_proj"])
     configs = {"a0": lokr, "a1": other, "a2": LLAMA["a2"], "a3": LLAMA["a0"], "a4": waves}
     configs["a5"] = third
-    case = MethodSum.of(case_of("llama", configs, tmp_path))
+    case = MethodCase.of_configs("llama", configs, tmp_path)
     cm = case.compile({"start": start, "cache": None}, dynamic=True)
     check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
     check(case, cm, ["a0", {"a1": -0.5, "a2": 1.0}, {"a0": 1.5}, "a2"])
