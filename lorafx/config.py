@@ -79,10 +79,9 @@ class LoraConfig:
             of a module. Heads that are tied to it follow. A linear's rows also hold the numbers of
             what changes its inputs or outputs (OFT, IA³, LoKr). Adapters that are given when
             compiling raise it to their number.
-        scaled_pair: A (R, K) and B (N, R) of the largest K and N, of which VeRA adapters scale rows
-            and columns, so that each takes R + N numbers of a linear where `trainable_tokens` has
-            room for them. It is that of the first such adapter given when compiling, unless its
-            rank is within `max_rank`: then each is served by factors, as those of other pairs are.
+        scaled_pair: A (R, K) and B (N, R), of the largest sizes, whose rows and columns VeRA
+            adapters scale where `trainable_tokens` has room for their R + N numbers. Those given
+            when compiling set it if `max_rank` has no room for factors.
         max_own_weights: how many adapters with replaced weights, or rows of weights, can be active
             in one batch, each with whole weights on the device. None for `max_adapters`.
     """
