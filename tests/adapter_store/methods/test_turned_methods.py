@@ -174,6 +174,7 @@ def by_hand(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "oft_unet_"])
 @pytest.mark.parametrize("stages", [(), (1,), (2,)])
 @pytest.mark.parametrize(("scaled", "alpha"), [(False, 0.0), (True, 0.05)])
+@pytest.mark.usefixtures("in_eager_mode")
 def test_files_of_lycoris_mean_its_formulas(
     prefix: str, stages: tuple[int, ...], scaled: bool, alpha: float
 ) -> None:
