@@ -91,7 +91,7 @@ def test_in_inductors_code(case):
         check_mixed(cm, case, names, inputs())
 
 
-def test_adapters_take_turns(case):
+def test_adapters_take_turns(in_eager_mode, case):
     """Three slots, and room for weights of one adapter's own."""
     config = LoraConfig(
         ["q_proj", "v_proj", "k_proj", "o_proj"],
@@ -240,7 +240,7 @@ def compiled(case: Case, **options: str) -> lorafx.CompiledModel:
     )
 
 
-def test_a_sum_that_is_one_adapter_counts_before_it_is_made(narrow) -> None:
+def test_a_sum_that_is_one_adapter_counts_before_it_is_made(in_eager_mode: None, narrow) -> None:
     cm = compiled(narrow, overflow="waves")
     torch.manual_seed(0)
     inputs = token_inputs(4, 5)

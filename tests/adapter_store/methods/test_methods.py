@@ -87,10 +87,12 @@ def test_sums(served: Served) -> None:
     served.check([{"loha": 0.7, "lora": 0.3}, None, {"lokr": -0.5, "miss": 1.5}, "lora"])
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_generated_tokens_are_those_of_the_merged_models(served: Served) -> None:
+    cm: Any = lorafx.compile(served.model(), served.folders, options=REFERENCE)
     ids = torch.tensor([[3, 5, 7], [3, 5, 7], [2, 4, 6]])
     names = ["loha", None, "lokr"]
-    got = served.cm.generate(ids, adapter_names=names, max_new_tokens=6, do_sample=False)
+    got = cm.generate(ids, adapter_names=names, max_new_tokens=6, do_sample=False)
     for row, name in enumerate(names):
         alone: Any = served.alone(name)
         want = alone.generate(ids[row : row + 1], max_new_tokens=6, do_sample=False)

@@ -30,11 +30,7 @@ from lorafx.integrations.server.settings import Settings
 from lorafx.torch_internals.versions import saves_graphs
 
 OPTIONS = [
-    *(
-        part
-        for name, value in SMALL.items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ),
+    *(part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value)))
 ]
 
 
