@@ -301,6 +301,7 @@ def test_what_is_not_served_is_refused(cm, config, text):
         pass
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, caplog, monkeypatch):
     """Flash attention is what transformers takes for it: any attention of such a name. What is
     registered here computes on a CPU, and has no package that transformers could load."""
