@@ -118,7 +118,7 @@ def test_a_row_does_not_depend_on_its_neighbours(fresh: lorafx.Package) -> None:
 
 @pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
-    """Inductor's graph of the same model is quick: `test_bfloat16` of test_attention_on_cpu.py."""
+    """Quick is Inductor's graph of this model: `test_bfloat16` of test_attention_on_cpu.py."""
 
     def serve(
         base: nn.Module,

@@ -33,7 +33,7 @@ ADAPTERS: Mapping[str, peft.PeftConfig] = {
     "lokr": peft.LoKrConfig(r=99, decompose_factor=4, target_modules=["o_proj", "down_proj"]),
     "beft": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
 }
-# Linears of torchao in mixed batches: tests/model/test_quantized.py.
+# Quick for torchao are mixed batches of LoRA, in tests/model/test_quantized.py.
 FAST = ("bitsandbytes-nf4",)
 SLOW = (
     "torchao-int8",
