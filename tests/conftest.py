@@ -30,6 +30,7 @@ from lorafx.capture.lowering import NodeByNode
 from lorafx.program import promises
 from lorafx.runtime import session
 from lorafx.runtime.beside import process
+from lorafx.runtime.beside.compilers import Compilers
 
 #: Of each family, targets of the adapter "idle", which is saved as PEFT initialises it: B = 0.
 IDLE = {"llama": ["q_proj", "down_proj"], "vit": ["fc1", "q_proj"], "plain": ["up", "head"]}
@@ -180,6 +181,16 @@ def fixed_sizes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="class")
+def in_eager_mode() -> Iterator[None]:
+    """What the test compiles answers without graphs, and makes none beside: at a tenth of the cost,
+    where graphs are not the point. (Of a class as `fixed_sizes` is.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFX_START", "eager")
+        patch.setattr(Compilers, "consider", lambda *_: False)
+        yield
+
+
 @pytest.fixture
 def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of `lowering="inductor"` run node by node after all passes, by the kernels that lorafx
@@ -193,8 +204,6 @@ def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls in eager mode start no processes beside, whose graphs the test does not wait for: each
     compiles for a second or more."""
-    from lorafx.runtime.beside.compilers import Compilers
-
     monkeypatch.setattr(Compilers, "consider", lambda *_: False)
 
 

@@ -30,12 +30,7 @@ MODEL, SITES = small()
 # --- configurations ---
 
 #: Minutes and more for a matcher that backtracks, on paths of a few dozen letters.
-CATASTROPHIC = [
-    r"(([a-z_.0-9])*)*X",
-    r"(.|.)*X",
-    r"(\w|_|\.)+\d{9}",
-    r"(?=(.*.*)*X)a",
-]
+CATASTROPHIC = [r"(([a-z_.0-9])*)*X", r"(.|.)*X", r"(\w|_|\.)+\d{9}", r"(?=(.*.*)*X)a"]
 
 
 @pytest.mark.parametrize("text", CATASTROPHIC)

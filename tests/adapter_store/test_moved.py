@@ -54,6 +54,7 @@ def case(text: nn.Module, folder: Path) -> Case:
     return Case(base, {"a": folder, "b": folder}, {"a": merged, "b": merged})
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_found_by_itself_and_by_key_mapping_in_one_batch(case: Case, caplog) -> None:
     mapped = lorafx.AdapterSource(case.folders["b"], key_mapping=MAPPING)
     with caplog.at_level(logging.INFO, logger="lorafx"):
@@ -130,7 +131,7 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
     save_file(changed, file)
 
 
-def test_a_mixed_batch_of_every_naming(tmp_path: Path) -> None:
+def test_a_mixed_batch_of_every_naming(in_eager_mode: None, tmp_path: Path) -> None:
     base = random_base("llama", num_hidden_layers=1)
     folders = {
         name: save_adapter(base, tmp_path / name, rank=2, targets=["down_proj"], seed=seed)

@@ -56,6 +56,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     )
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_the_language_part_of_a_model_with_a_vision_tower(tmp_path: Path) -> None:
     base = llava(random_base("llama"), 24)
     language = under(base, "model.language_model.")
@@ -69,7 +70,7 @@ def test_the_language_part_of_a_model_with_a_vision_tower(tmp_path: Path) -> Non
     check_mixed(cm, case, ["text", None, "text"], token_inputs(3, 5))
 
 
-def test_a_mixed_batch_of_a_part_and_the_whole(case: Case) -> None:
+def test_a_mixed_batch_of_a_part_and_the_whole(in_eager_mode: None, case: Case) -> None:
     with pytest.warns(LorafxWarning, match=r"'last' .* for 3 of them \(50 %\): model.layers.0"):
         cm = case.compile()
     inputs = token_inputs(4, 6)
@@ -103,6 +104,7 @@ def test_strict_when_loading(case: Case, attached: bool, strict: bool) -> None:
         load(case.folders["last"], "last", **({"strict": False} if strict else {}))
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_a_peft_model_that_lacks_nothing_is_taken_over_without_a_word(case: Case) -> None:
     """PEFT gives what its file lacked factors of its own, with B = 0."""
     pm = peft.PeftModel.from_pretrained(case.model(), case.folders["last"], adapter_name="last")

@@ -16,13 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava import llava
 from torch import Tensor, nn
-from transformers import (
-    LlamaModel,
-    SiglipConfig,
-    SiglipModel,
-    SiglipTextModel,
-    SiglipVisionModel,
-)
+from transformers import LlamaModel, SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisionModel
 
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter

@@ -22,6 +22,9 @@ FACTOR = 1.0
 CONSTANTS = SimpleNamespace(shift=0.0)
 
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
+
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()

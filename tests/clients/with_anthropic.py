@@ -27,11 +27,7 @@ from client_checks import (
 
 messages = anthropic.Anthropic(base_url=SERVER, api_key=KEY).messages
 ask = partial(messages.create, model=MODEL, max_tokens=500)
-TOOL = {
-    "name": "weather",
-    "description": FUNCTION["description"],
-    "input_schema": PARAMETERS,
-}
+TOOL = {"name": "weather", "description": FUNCTION["description"], "input_schema": PARAMETERS}
 
 
 def text():

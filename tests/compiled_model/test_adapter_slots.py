@@ -108,6 +108,11 @@ def served(request, tmp_path_factory) -> Served:
     return Served(request.param, tmp_path_factory.mktemp("adapters"))
 
 
+#: That slots find their tokens in each family, `test_each_token_gets_its_own_adapter` shows.
+OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (_opt, _bert)]
+ONE_FAMILY = pytest.mark.parametrize("served", [_llama, *OTHERS], indirect=True)
+
+
 def _inputs(rows: int, length: int) -> dict[str, Tensor]:
     ids = torch.randint(0, VOCABULARY, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -125,6 +130,7 @@ def test_each_token_gets_its_own_adapter(served: Served) -> None:
     assert served.cm.recompiles == before
 
 
+@ONE_FAMILY
 def test_slots_of_one_adapter_a_request_are_adapter_names(served: Served) -> None:
     inputs = _inputs(3, 5)
     by_name = served.cm(**inputs, adapter_names=["a1", None, "a0"])[0]
@@ -242,6 +248,7 @@ def test_behind_a_graph_break_a_token_is_nobodys(turned: bool, tmp_path: Path) -
         cm(input_ids=ids, adapter_slots=SLOTS)
 
 
+@ONE_FAMILY
 def test_frames_of_others_between_dynamo_and_the_backend(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

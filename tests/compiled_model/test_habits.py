@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from dense_merge import REFERENCE, check_mixed
-from tiny_models import token_inputs
+from tiny_models import FAMILIES, token_inputs
 
 import lorafx
 from lorafx.errors import CaptureError, ConfigError
@@ -30,7 +30,7 @@ def cm(shallow: Any) -> Any:
     return shallow.compile(dynamic=False)
 
 
-def test_a_peft_model_that_is_compiled_again_says_so(shallow):
+def test_a_peft_model_that_is_compiled_again_says_so(in_eager_mode, shallow):
     pm = wrapped(shallow)
     cm = lorafx.compile(pm, options=REFERENCE)
     for again in (lorafx.compile, lorafx.attach):
@@ -120,8 +120,8 @@ def test_a_third_argument_by_place_is_refused_with_the_way_to_give_both(shallow,
 
 
 @pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2), (False, 3)])
-def test_dynamic_is_as_in_torch_compile(shallow, dynamic, graphs):
-    cm = lorafx.compile(shallow.model(), shallow.folders, dynamic=dynamic, options=REFERENCE)
+def test_dynamic_is_as_in_torch_compile(plain, dynamic, graphs):
+    cm = lorafx.compile(plain.model(), plain.folders, dynamic=dynamic, options=REFERENCE)
     for rows in (2, 3, 4):
-        check_mixed(cm, shallow, ["a1", *[None] * (rows - 1)], token_inputs(rows, 6))
+        check_mixed(cm, plain, ["a1", *[None] * (rows - 1)], FAMILIES["plain"].inputs(rows, 6))
     assert cm.recompiles == graphs

@@ -20,7 +20,7 @@ from waiting import LONG
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, UnknownAdapterError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
+pytestmark = pytest.mark.usefixtures("in_eager_mode")
 
 EMBEDDING = "base_model.model.model.embed_tokens"
 NAMES = ["a0", "a1", "a2", "a3", "a4"]

@@ -179,7 +179,7 @@ def test_any_order_of_steps_syncs_and_calls(case):
     assert not sampler.training
 
 
-def test_the_first_adapter_is_the_default_until_another_is_chosen():
+def test_the_first_adapter_is_the_default_until_another_is_chosen(in_eager_mode):
     model = trainer()
     sampler, oracle = sampler_of(model), Oracle(model)
     assert sampler.active_adapter == "x"
@@ -193,7 +193,7 @@ def test_the_first_adapter_is_the_default_until_another_is_chosen():
         assert torch.equal(tokens, model.generate(**INPUTS, max_new_tokens=2, do_sample=False))
 
 
-def test_adapters_that_come_and_go():
+def test_adapters_that_come_and_go(in_eager_mode):
     model = trainer()
     sampler = sampler_of(model)
     model.add_adapter("z", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -337,7 +337,7 @@ def test_there_is_no_second_copy_of_the_base():
 PAGES = transformers.ContinuousBatchingConfig(page_size=8, num_blocks=16)
 
 
-def test_requests_under_way_keep_their_version_and_later_ones_have_the_new_one():
+def test_requests_under_way_keep_their_version_and_later_ones_have_the_new_one(in_eager_mode):
     model = trainer()
     sampler, oracle = lorafx.sampler(model, REFERENCE), Oracle(model)
     prompt = list(range(3, 20))
@@ -384,7 +384,7 @@ def new_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
 def logprob_errors(dtype: torch.dtype) -> tuple[float, float]:
     """The largest errors of log-probabilities that a sampler tells, and of those of the trainer's
     own forward: against the latter in float32."""
-    model = trainer(hidden_size=64, num_hidden_layers=2).to(dtype)
+    model = trainer(hidden_size=64).to(dtype)
     generation = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1)
     prompts, sampler = [[3, 4, 5], [6, 7], [8, 9, 10, 11]], lorafx.sampler(model, REFERENCE)
     torch.manual_seed(0)
@@ -403,7 +403,7 @@ def logprob_errors(dtype: torch.dtype) -> tuple[float, float]:
     return float(errors[0]), float(errors[1])
 
 
-def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward():
+def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward(in_eager_mode):
     assert logprob_errors(torch.float32)[0] <= 1e-5
     sampled, own = logprob_errors(torch.bfloat16)
     assert own > 1e-4
@@ -413,7 +413,7 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward():
 # --- what is refused, and served ---
 
 
-def test_adapters_merged_by_the_trainer_are_refused_until_they_are_out_again():
+def test_adapters_merged_by_the_trainer_are_refused_until_they_are_out_again(in_eager_mode):
     model = trainer()
     sampler = sampler_of(model)
     before = sampler(**INPUTS).logits
@@ -541,7 +541,7 @@ def test_models_that_cannot_be_sampled_from_are_refused_and_unchanged():
     cm.detach()
 
 
-def test_an_adapter_that_does_not_fit_leaves_all_as_they_were():
+def test_an_adapter_that_does_not_fit_leaves_all_as_they_were(in_eager_mode):
     model = trainer()
     sampler = sampler_of(model)
     before, versions = sampler(**INPUTS).logits, sampler.adapter_versions

@@ -77,9 +77,9 @@ def test_mixed_batches_are_dense_merge_and_make_no_graph(
     assert cm.stats().evictions > evictions
 
 
-def test_generate_with_a_cache(case: Case, served: Any) -> None:
+def test_generate_with_a_cache(in_eager_mode: None, case: Case) -> None:
     names = ["large", None, "small 1", "small 0"]
-    got = served.generate(**IDS, adapter_names=names, max_new_tokens=3, do_sample=False)
+    got = compiled(case).generate(**IDS, adapter_names=names, max_new_tokens=3, do_sample=False)
     for row, name in enumerate(names):
         own = {"input_ids": IDS["input_ids"][row : row + 1]}
         want = case.alone(name).generate(**own, max_new_tokens=3, do_sample=False)

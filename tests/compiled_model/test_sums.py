@@ -105,7 +105,8 @@ def test_routed_experts(tmp_path: Path) -> None:
     assert cm.recompiles == captured
 
 
-def test_generated_tokens(case: SumCase, served: Any) -> None:
+def test_generated_tokens(in_eager_mode: None, case: SumCase) -> None:
+    served: Any = case.with_room()
     names, inputs = [MIX, None, "a3", {"a1": 2.0}], feed(4)
     for more in ({}, {"num_beams": 2}):
         got = served.generate(**inputs, **FIXED, do_sample=False, **more, adapter_names=names)

@@ -21,12 +21,7 @@ from lorafx.compiled_model.names import GENERATING, REFUSED
 pytestmark = pytest.mark.quick
 
 #: Found, and yet they run no layer: those that prepare the model or its arguments.
-HARMLESS = {
-    "init_weights",
-    "initialize_weights",
-    "post_init",
-    "prepare_inputs_for_generation",
-}
+HARMLESS = {"init_weights", "initialize_weights", "post_init", "prepare_inputs_for_generation"}
 
 
 def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -92,11 +92,7 @@ def own_logging() -> Iterator[None]:
 @pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_page(
-    path: Path,
-    written: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    plain_aten: None,
+    path: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_aten: None
 ) -> None:
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -127,8 +123,9 @@ def test_the_first_block_of_a_page_shows_its_set_up(path: Path) -> None:
     assert stands_for or "invisible-code-block" not in before
 
 
-def test_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It needs nothing of the repository, and its rows are what PEFT gives for each alone."""
+def test_readme(in_eager_mode: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It needs nothing of the repository, and its rows are what PEFT gives for each alone. As for
+    users, the first answers come from eager mode."""
     monkeypatch.chdir(tmp_path)
     made = run(page(README))
     rows = []

@@ -4,6 +4,8 @@ as before when they have ended."""
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +16,8 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error
 from interrupting import every_place
 from torch import Tensor, nn
 
-from lorafx.runtime.collection import (
-    collection_of_new,
-    collection_of_young,
-    collection_paused,
-)
+from lorafx.runtime import collection
+from lorafx.runtime.collection import collection_of_new, collection_of_young, collection_paused
 
 K = 6
 
@@ -118,17 +117,24 @@ def test_blocks_on_two_threads_leave_the_threshold_as_it_was() -> None:
     assert gc.get_threshold() == before
 
 
-@pytest.mark.usefixtures("nothing_frozen")
+BY_AND_BY = """
+import gc, runpy, sys, weakref
+
+block, ring = runpy.run_path(sys.argv[1])["collection_of_new"], type("Ring", (), {})()
+ring.own, old = ring, weakref.ref(ring)
+with block():
+    del ring
+for _ in range(10):
+    with block():
+        pass
+assert old() is None
+assert not gc.get_freeze_count()
+"""
+
+
 def test_what_dies_between_engines_is_collected_by_and_by() -> None:
-    ring: Any = Ring()
-    old = weakref.ref(ring)
-    with collection_of_new():
-        del ring
-    for _ in range(10):
-        with collection_of_new():
-            pass
-    assert old() is None
-    assert not gc.get_freeze_count()
+    """In a process of its own: each block walks over ten million objects of earlier tests here."""
+    subprocess.run([sys.executable, "-c", BY_AND_BY, collection.__file__], check=True)
 
 
 @pytest.mark.usefixtures("nothing_frozen")

@@ -35,6 +35,8 @@ from torch.nn.utils import prune
 from lorafx.errors import BatchError
 from lorafx.runtime.entry import Entry
 
+pytestmark = pytest.mark.usefixtures("nothing_beside")
+
 
 class Asked(Exception):
     """The call asked for a graph."""
@@ -149,10 +151,7 @@ FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
     "addmm": (lambda w, x: torch.addmm(w.bias, x[0], w.weight.T)[None], True),
     "mm": (lambda w, x: torch.mm(x[0], w.weight.T)[None], True),
     "bmm": (lambda w, x: torch.bmm(x, w.weight.T.expand(len(x), -1, -1)), True),
-    "baddbmm": (
-        lambda w, x: torch.baddbmm(w.bias, x, w.weight.T.expand(len(x), -1, -1)),
-        True,
-    ),
+    "baddbmm": (lambda w, x: torch.baddbmm(w.bias, x, w.weight.T.expand(len(x), -1, -1)), True),
     "einsum": (lambda w, x: torch.einsum("btk,nk->btn", x, w.weight), True),
     "of a copy": (lambda w, x: F.linear(x, w.weight.clone().contiguous(), w.bias), True),
     "from the left": (lambda w, x: turned(w.weight, x), False),

@@ -116,8 +116,9 @@ def test_encoder_decoder(case_of):
     assert "forward" not in vars(cm._orig_mod.get_encoder())
 
 
-def test_forward_is_put_back(served):
+def test_forward_is_put_back(in_eager_mode, shallow):
     """After success, after an exception in the middle, and with a forward of the user's own."""
+    served = shallow.compile()
     model, inputs = served.model, prompts(2)
 
     def fail(*args: Any, **kwargs: Any) -> Any:

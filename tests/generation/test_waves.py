@@ -33,6 +33,11 @@ def served(shallow):
 
 
 @pytest.fixture
+def eagerly(in_eager_mode, shallow):
+    return compiled(shallow)
+
+
+@pytest.fixture
 def inputs() -> dict[str, Tensor]:
     torch.manual_seed(3)
     return token_inputs(len(NAMES), 5)
@@ -70,11 +75,11 @@ def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(shallow, se
     assert cache.get_seq_length() == 5
 
 
-def test_generate(shallow, served, inputs):
+def test_generate(shallow, eagerly, inputs):
     kwargs = {"num_beams": 2, "num_return_sequences": 2}
     with pytest.raises(BatchError, match="leave out return_dict_in_generate"):
-        served.generate(**inputs, **FIXED, return_dict_in_generate=True, adapter_names=NAMES)
-    got = served.generate(**inputs, **FIXED, do_sample=False, **kwargs, adapter_names=NAMES)
+        eagerly.generate(**inputs, **FIXED, return_dict_in_generate=True, adapter_names=NAMES)
+    got = eagerly.generate(**inputs, **FIXED, do_sample=False, **kwargs, adapter_names=NAMES)
     rows = [
         shallow.alone(name).generate(
             **{key: value[row : row + 1] for key, value in inputs.items()},
@@ -87,13 +92,13 @@ def test_generate(shallow, served, inputs):
     assert torch.equal(got, torch.cat(rows))
 
 
-def test_generated_rows_are_padded_to_the_longest(shallow, served, inputs):
+def test_generated_rows_are_padded_to_the_longest(shallow, eagerly, inputs):
     """Each wave ends when its rows have; the whole is what one batch gives."""
     kwargs = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
-    free = served.generate(**inputs, **kwargs, eos_token_id=None, adapter_names=NAMES)
+    free = eagerly.generate(**inputs, **kwargs, eos_token_id=None, adapter_names=NAMES)
     lengths = set()
     for end in free[:, 5:8].unique().tolist():  # tokens that end some rows early
-        got = served.generate(**inputs, **kwargs, eos_token_id=end, adapter_names=NAMES)
+        got = eagerly.generate(**inputs, **kwargs, eos_token_id=end, adapter_names=NAMES)
         want = free.clone()
         for row in want:
             ends = (row[5:] == end).nonzero().flatten().tolist()

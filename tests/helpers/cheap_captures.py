@@ -26,3 +26,5 @@ torch._dynamo.config.run_gc_after_compile = False
 # And it times the guards, behind a flush of all the CPU's caches: that is a tenth where graphs are
 # small.
 torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
+# It words each of a trace's side effects, with its stack, for a log that is off: a sixtieth.
+torch._dynamo.config.side_effect_replay_policy = "silent"

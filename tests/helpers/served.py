@@ -7,12 +7,13 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import torch
 from dense_merge import Case, build_case
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +25,7 @@ from lorafx.integrations.server.generating import GeneratingModel
 from lorafx.integrations.server.routes import build_app
 from lorafx.integrations.server.run import Opened, opened
 from lorafx.integrations.server.settings import Settings
+from lorafx.runtime.beside.compilers import Compilers
 
 #: Sizes of the engine that make chunks and pages small.
 SMALL = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48, "lowering": "reference"}
@@ -97,9 +99,18 @@ def write_files(folder: Path, **changes: Any) -> Files:
 
 
 @contextmanager
-def serving(files: Files, **settings: Any) -> Iterator[Opened]:
-    given = {**SMALL, "adapters": files.adapters, **settings}
-    with opened(Settings(model=str(files.model), **given)) as server:
+def serving(files: Files, *, graphs: bool = False, **settings: Any) -> Iterator[Opened]:
+    """Requests are answered in eager mode unless there are to be `graphs`, which take ten seconds a
+    server."""
+    given = Settings(**{"model": str(files.model), **SMALL, "adapters": files.adapters, **settings})
+    with ExitStack() as opening:
+        with pytest.MonkeyPatch.context() as patch:
+            if not graphs:
+                patch.setenv("LORAFX_START", "eager")
+                patch.setattr(Compilers, "consider", lambda *_: False)
+            server = opening.enter_context(opened(given))
+            if not graphs:
+                server.compiled._entries.tiers.compilers.consider = lambda *_: False
         yield server
 
 

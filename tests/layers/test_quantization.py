@@ -8,12 +8,7 @@ from tiny import randomise
 from transformers import LlamaForCausalLM
 
 import lorafx
-from lorafx.layers import (
-    Int8ChannelLinearMethod,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    load_weights,
-)
+from lorafx.layers import Int8ChannelLinearMethod, QKVParallelLinear, ReplicatedLinear, load_weights
 
 
 def int8(**options):

@@ -83,13 +83,7 @@ def test_it_says_what_re_says(text: str, path: str) -> None:
 
 
 #: Patterns that take `re` minutes and more on a path that they nearly match.
-CATASTROPHIC = [
-    "(a+)+$",
-    "(a|a)*b",
-    "(.*a){20}",
-    ".*.*.*.*.*.*.*.*x",
-    "(?!(a|a)*b)a*c",
-]
+CATASTROPHIC = ["(a+)+$", "(a|a)*b", "(.*a){20}", ".*.*.*.*.*.*.*.*x", "(?!(a|a)*b)a*c"]
 
 
 @pytest.mark.parametrize("text", CATASTROPHIC)

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafx
-from lorafx.errors import (
-    ConfigError,
-    MatchError,
-    UnsupportedAdapterError,
-)
+from lorafx.errors import ConfigError, MatchError, UnsupportedAdapterError
 
 
 class Tower(nn.Module):

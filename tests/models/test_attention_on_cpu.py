@@ -1,8 +1,8 @@
 """Attention by the generated kernel in whole models: prompts, padding, windows, encoders, and steps
 with a cache whose heads queries share.
 
-Inductor's code calls the kernel where heads are shared, in a static cache and in bfloat16. The
-other models differ in what the kernel is given, and run node by node.
+Inductor's code calls the kernel where heads are shared and in bfloat16 (and, slowly, in a static
+cache). The other models differ in what the kernel is given, and run node by node.
 """
 
 from __future__ import annotations
@@ -61,12 +61,20 @@ def test_other_prompts(family: str, changes: dict[str, Any], prompts: Any, tmp_p
     check_prompts(family, changes, prompts, tmp_path)
 
 
-@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
-def test_decode_steps(cache: str | None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("cache", "code"),
+    [
+        (None, "node_by_node"),
+        ("static", "node_by_node"),
+        pytest.param("static", None, marks=pytest.mark.slow),  # by Inductor's code
+    ],
+    ids=["dynamic", "static", "static by Inductor"],
+)
+def test_decode_steps(cache: str | None, code: str | None, tmp_path: Path, request: Any) -> None:
     """Tokens of a mixed batch are those of each row's merged model, with one graph for prompts and
     one for steps."""
-    if cache is None:
-        request.getfixturevalue("node_by_node")
+    if code is not None:
+        request.getfixturevalue(code)
     layers = 2 if cache else 1  # outlined layers write a static cache in place
     case = build_case("llama", tmp_path, num_hidden_layers=layers)
     cm = case.compile(BY_INDUCTOR)

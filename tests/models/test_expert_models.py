@@ -15,13 +15,7 @@ import pytest
 import tiny
 import torch
 from dense_merge import REFERENCE, check_mixed
-from expert_models import (
-    MIXED,
-    experts_modules,
-    ids,
-    moe_case,
-    router_names,
-)
+from expert_models import MIXED, experts_modules, ids, moe_case, router_names
 from tiny_inputs import inputs
 from transformers.integrations import use_experts_implementation
 from transformers.models.step3p7 import modeling_step3p7
@@ -39,11 +33,7 @@ MODELS = {
     "llama4": ["q_proj, k_proj, v_proj", "gate_proj, up_proj"],
     "granitemoe": ["q_proj, k_proj, v_proj"],
     "qwen2_moe": ["q_proj, k_proj, v_proj", "gate_proj, up_proj"],
-    "qwen3_next": [
-        "in_proj_qkvz, in_proj_ba",
-        "q_proj, k_proj, v_proj",
-        "gate_proj, up_proj",
-    ],
+    "qwen3_next": ["in_proj_qkvz, in_proj_ba", "q_proj, k_proj, v_proj", "gate_proj, up_proj"],
     "qwen3_vl_moe": ["q_proj, k_proj, v_proj"],
 }
 
@@ -57,8 +47,7 @@ QUICK = ("mixtral", "gpt_oss", "qwen3_next")
 
 
 @pytest.mark.parametrize(
-    "model_type",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+    "model_type", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 )
 def test_mixed_batches(model_type: str, tmp_path: Path) -> None:
     case = moe_case(model_type, tmp_path)

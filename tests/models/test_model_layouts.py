@@ -6,13 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_merge import Case, case_by_targets, error
-from layouts import (
-    LAYOUTS,
-    elements_apart,
-    last_first,
-    row_stride,
-    rows_apart,
-)
+from layouts import LAYOUTS, elements_apart, last_first, row_stride, rows_apart
 from torch import Tensor, nn
 
 import lorafx

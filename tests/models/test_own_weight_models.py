@@ -82,7 +82,7 @@ def test_classifiers(config, model, targets, tmp_path):
     check_mixed(case.compile(dynamic=False), case, ["a", None, "b", "plain", "a"], x)
 
 
-def test_room_by_a_peft_configuration(tmp_path):
+def test_room_by_a_peft_configuration(in_eager_mode, tmp_path):
     """Its names are endings, and PEFT lists heads that the model does not have."""
     base = random_base(_family(transformers.BertForSequenceClassification, transformers.BertConfig))
     plan = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
@@ -100,7 +100,7 @@ def _family(model: Any, config: Any) -> Any:
     return Family(lambda **changes: model(config(**{**SMALL, **changes})), ())
 
 
-def test_a_base_with_a_larger_vocabulary(tmp_path):
+def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
     """The base is resized for one adapter's new tokens. One that was trained without them has no
     logits for them."""
     small = random_base("llama", num_hidden_layers=1)
@@ -123,7 +123,7 @@ def test_a_base_with_a_larger_vocabulary(tmp_path):
     assert error(got[[0, 2]], case.expected(["new", None, None], x)[[0, 2]]) <= TOLERANCE
 
 
-def test_what_peft_saves_of_itself_where_a_vocabulary_grew(tmp_path):
+def test_what_peft_saves_of_itself_where_a_vocabulary_grew(in_eager_mode, tmp_path):
     """By default `save_pretrained` writes all that the wrappers of embedding and head hold."""
     random_base("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
 

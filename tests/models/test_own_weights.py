@@ -91,7 +91,7 @@ def test_in_inductors_code(case):
         check_mixed(cm, case, names, inputs())
 
 
-def test_adapters_take_turns(case):
+def test_adapters_take_turns(in_eager_mode, case):
     """Three slots, and room for weights of one adapter's own."""
     config = LoraConfig(
         ["q_proj", "v_proj", "k_proj", "o_proj"],
@@ -174,7 +174,7 @@ def test_continuous_batching(case, served):
 # PEFT models
 
 
-def test_a_peft_model_that_is_taken_over(case):
+def test_a_peft_model_that_is_taken_over(in_eager_mode, case):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
     wrapped.load_adapter(str(case.folders["head"]), "head")
     names = set(dict(wrapped.named_modules()))
@@ -201,7 +201,7 @@ def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
         lorafx.compile(case.model(), {"n": folder})
 
 
-def test_no_room(case):
+def test_no_room(in_eager_mode, case):
     config = LoraConfig([*QV, "k_proj", "o_proj", "embed_tokens", "lm_head"])
     lora = {"lora": case.folders["lora"]}
     cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE, dynamic=False)
@@ -240,7 +240,7 @@ def compiled(case: Case, **options: str) -> lorafx.CompiledModel:
     )
 
 
-def test_a_sum_that_is_one_adapter_counts_before_it_is_made(narrow) -> None:
+def test_a_sum_that_is_one_adapter_counts_before_it_is_made(in_eager_mode: None, narrow) -> None:
     cm = compiled(narrow, overflow="waves")
     torch.manual_seed(0)
     inputs = token_inputs(4, 5)
@@ -254,7 +254,7 @@ def test_a_sum_that_is_one_adapter_counts_before_it_is_made(narrow) -> None:
         cm(**inputs, adapter_names=[alone, "second", None, None])
 
 
-@pytest.mark.usefixtures("earlier_objects_frozen")
+@pytest.mark.usefixtures("earlier_objects_frozen", "in_eager_mode")
 def test_requests_of_an_engine_take_turns(narrow) -> None:
     cm = compiled(narrow)
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=24)

@@ -75,6 +75,7 @@ def inputs() -> dict[str, torch.Tensor]:
         pytest.param("bitsandbytes-8", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("in_eager_mode")
 def test_loaded_quantised_then_a_peft_model_of_it(
     kind: str, saved: tuple[nn.Module, Path, dict[str, Path]]
 ) -> None:

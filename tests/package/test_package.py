@@ -116,7 +116,10 @@ def test_a_row_does_not_depend_on_its_neighbours(fresh: lorafx.Package) -> None:
     assert torch.equal(one[0], other[0])
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
+    """Quick is Inductor's graph of this model: `test_bfloat16` of test_attention_on_cpu.py."""
+
     def serve(
         base: nn.Module,
         folders: dict[str, Path],

@@ -20,6 +20,8 @@ from transformers import StaticCache
 import lorafx
 from lorafx import OutOfRangeError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 
 def ids(rows: int = 3, length: int = 4, **wrong: int) -> torch.Tensor:
     tokens = torch.ones(rows, length, dtype=torch.int64)
@@ -44,7 +46,7 @@ def test_token_ids(case_of: Callable[..., Case], names: Any) -> None:
 
 
 def test_positions(case_of: Callable[..., Case]) -> None:
-    cm = case_of("gpt2").compile()
+    cm = case_of("gpt2").compile(dynamic=True)
     positions = torch.arange(4)[None] + 61
     with pytest.raises(OutOfRangeError, match=r"position_ids\[0, 3\] is 64, but .*wpe.weight has"):
         cm(input_ids=ids(), position_ids=positions)

@@ -299,7 +299,7 @@ def between(seed: int, length: int):
 
 def test_random_programs_between_site_and_requests():
     given = 0
-    for seed in range(16):
+    for seed in range(8):
         fn = between(seed, 1 + seed % 5)
         gm, proofs, kept = rewritten(fn)
         proved = all(isinstance(proof, RowMap) for proof in proofs.values())
@@ -311,4 +311,4 @@ def test_random_programs_between_site_and_requests():
             with torch.no_grad():
                 alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(4)])
                 torch.testing.assert_close(gm(x, slots), alone, msg=f"seed {seed}")
-    assert given > 4
+    assert given > 2

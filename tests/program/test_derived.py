@@ -29,13 +29,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case_of(OneLayer, tmp_path_factory.mktemp("layer"))
 
 
-@pytest.mark.parametrize(
-    ("kept", "product"),
-    [
-        ("views", "bmm"),
-        ("permuted copies", "matmul"),
-    ],
-)
+@pytest.mark.parametrize(("kept", "product"), [("views", "bmm"), ("permuted copies", "matmul")])
 def test_absorbed_weights_carry_the_delta(layer: Case, kept: str, product: str) -> None:
     """Post-processed on the compiled model, before its first call."""
     model = absorbed(layer, product=product)

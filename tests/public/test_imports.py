@@ -89,7 +89,8 @@ with torch.no_grad():
     model(ids)
 import lorafx
 known = set(sys.modules)
-cm = lorafx.compile(model, {"a": folder}, options={"lowering": "reference", "start": "eager"})
+options = {"lowering": "reference", "start": "eager"}
+cm = lorafx.compile(model, {"a": folder}, options=options, dynamic=False)
 cm(ids, adapter_names=["a", None])
 assert cm.recompiles == 0 and [kind.tier for kind in cm.status().kinds] == ["eager"]
 found = [name for name in later if name in sys.modules] + [*sys.modules.keys() - known]

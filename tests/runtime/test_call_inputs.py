@@ -52,7 +52,7 @@ def test_generate(cm: Any) -> None:
             cm.generate(*args, **kwargs, adapter_names=["a0"], max_new_tokens=1)
 
 
-def test_a_first_argument_that_is_no_tokens(tmp_path: Path) -> None:
+def test_a_first_argument_that_is_no_tokens(in_eager_mode: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
     heads = {
@@ -77,7 +77,7 @@ def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
 
 @pytest.mark.parametrize("names", [None, ["a0", None, "a1"]])
 def test_32_bit_integers_run_the_graphs_of_64(shallow: Case, names: Any) -> None:
-    cm, inputs = shallow.compile(), token_inputs(3, 4)
+    cm, inputs = shallow.compile(dynamic=False), token_inputs(3, 4)
     want = cm(**inputs, adapter_names=names).logits
     graphs = cm.recompiles
     short = {name: value.int() for name, value in inputs.items()}

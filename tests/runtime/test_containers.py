@@ -57,13 +57,7 @@ def merged(case: Case, batch: Any, dim: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     "container",
-    [
-        lambda x, y: [x, y],
-        lambda x, y: (x, {"y": y}),
-        lambda x, y: {"x": x, "y": y},
-        Fields,
-        Names,
-    ],
+    [lambda x, y: [x, y], lambda x, y: (x, {"y": y}), lambda x, y: {"x": x, "y": y}, Fields, Names],
 )
 def test_items_are_requests_as_arguments_are(small, container):
     case = small(Pair, ["up"], ["up", "down"])

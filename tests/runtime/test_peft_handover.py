@@ -14,7 +14,7 @@ from tiny_models import token_inputs
 import lorafx
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
+pytestmark = pytest.mark.usefixtures("in_eager_mode")
 
 BATCH = {"input_ids": torch.arange(3, 15).reshape(2, 6)}
 
@@ -42,7 +42,7 @@ def answer(model: Any, **kwargs: Any) -> torch.Tensor:
 def handed_over(shallow: Any) -> tuple[peft.PeftModel, Any]:
     """A PeftModel, and what lorafx made of it. Uses that are refused change neither."""
     pm = wrapped(shallow)
-    return pm, lorafx.compile(pm, options=REFERENCE)
+    return pm, lorafx.compile(pm, options={**REFERENCE, "start": "eager"})
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,7 @@ FEATURES = {
     "DoRA": {"use_dora": True},
     "biases": {"lora_bias": True},
     # The last: transformers' `set_adapter` fails where another one has no such weights.
-    "own": {
-        "modules_to_save": ["lm_head"],
-        "trainable_token_indices": {"embed_tokens": [3, 7]},
-    },
+    "own": {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 7]}},
 }
 
 

@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import (
-    TOLERANCE,
-    Case,
-    build_case,
-    check_mixed,
-    error,
-    valid,
-)
+from dense_merge import TOLERANCE, Case, build_case, check_mixed, error, valid
 from expert_models import moe_case
 from full_disk import no_file_over
 from merging import bits
@@ -26,7 +19,7 @@ from waiting import LONG
 
 from lorafx.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
+pytestmark = pytest.mark.usefixtures("in_eager_mode")
 
 
 def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str, Tensor]) -> Any:

@@ -13,13 +13,7 @@ from tiny_models import plain_inputs, token_inputs
 from torch import Tensor
 
 import lorafx
-from lorafx.errors import (
-    BatchError,
-    CaptureError,
-    ConfigError,
-    MatchError,
-    UnknownAdapterError,
-)
+from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError, UnknownAdapterError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 

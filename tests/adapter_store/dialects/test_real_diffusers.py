@@ -82,6 +82,7 @@ def as_kohya(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_a_mixed_batch_of_what_diffusers_and_kohya_save(unet, saved, caplog) -> None:
     folder, merged = saved
     # Of the two modules alone, by the names that diffusers converts.

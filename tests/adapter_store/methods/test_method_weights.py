@@ -253,6 +253,7 @@ def by_hand(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> Tensor:
         ("lora_unet_", (2,), False, 0.0),
     ],
 )
+@pytest.mark.usefixtures("in_eager_mode")
 def test_files_of_lycoris_mean_its_formulas(
     prefix: str, stages: tuple[int, ...], scaled: bool, alpha: float
 ) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import lorafx
 
+pytestmark = pytest.mark.usefixtures("nothing_beside")
+
 ADAPTERS: Mapping[str, peft.PeftConfig] = {
     "oft": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]),
     "ia3": peft.IA3Config(
@@ -31,8 +33,10 @@ ADAPTERS: Mapping[str, peft.PeftConfig] = {
     "lokr": peft.LoKrConfig(r=99, decompose_factor=4, target_modules=["o_proj", "down_proj"]),
     "beft": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
 }
-FAST = ("torchao-int8", "bitsandbytes-nf4")
+# Quick for torchao are mixed batches of LoRA, in tests/model/test_quantized.py.
+FAST = ("bitsandbytes-nf4",)
 SLOW = (
+    "torchao-int8",
     "torchao-int4-packed",
     "torchao-int8-dynamic",
     "torchao-int4-groups",

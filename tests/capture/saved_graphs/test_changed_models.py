@@ -169,11 +169,7 @@ def test_another_default_dtype(begun: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"max_adapters": 9},
-        {"target_modules": ["up", "down", "head", "embed"]},
-    ],
+    "config", [{"max_adapters": 9}, {"target_modules": ["up", "down", "head", "embed"]}]
 )
 def test_other_modules_or_room_for_adapters(begun: Start, config: Any) -> None:
     config = lorafx.LoraConfig(**{"target_modules": "all-linear", **config})

@@ -42,11 +42,7 @@ def _reset() -> None:
 
 
 def start(
-    model: nn.Module,
-    case: Case,
-    cache: Path,
-    lowering: str = "reference",
-    dynamic: bool = True,
+    model: nn.Module, case: Case, cache: Path, lowering: str = "reference", dynamic: bool = True
 ) -> Any:
     """`model`, compiled in a process that begins now as far as Dynamo knows."""
     torch._dynamo.reset()

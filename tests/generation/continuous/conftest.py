@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,28 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="session")
-def _made() -> dict[int | None, Any]:
-    """Slots -> the compiled model."""
+def _made() -> dict[tuple[int | None, str], Any]:
+    """Slots and how calls start -> the compiled model."""
     return {}
 
 
 @pytest.fixture
-def with_slots(llama: Case, _made: dict[int | None, Any]) -> Iterator[Callable[[int | None], Any]]:
+def with_slots(
+    llama: Case, _made: dict[tuple[int | None, str], Any]
+) -> Iterator[Callable[[int | None], Any]]:
     """`llama` compiled with so many slots, None for one an adapter: each once. After the test it
     has its own adapters and weights again, none of them pinned."""
     used: list[Any] = []
 
     def of(slots: int | None) -> Any:
-        if slots not in _made:
-            if slots is None:
-                _made[slots] = llama.compile()
-            else:
-                config = lorafx.LoraConfig(max_adapters=slots, max_rank=8)
-                _made[slots] = lorafx.compile(
-                    llama.model(), config, adapters=llama.folders, options=REFERENCE
-                )
-        used.append(_made[slots])
-        return _made[slots]
+        key = slots, os.environ["LORAFX_START"]  # which `in_eager_mode` changes
+        if key not in _made:
+            config = slots and lorafx.LoraConfig(max_adapters=slots, max_rank=8)
+            _made[key] = lorafx.compile(
+                llama.model(), config, adapters=llama.folders, options=REFERENCE
+            )
+        used.append(_made[key])
+        return _made[key]
 
     yield of
     for cm in used:

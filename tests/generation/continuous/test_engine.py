@@ -120,7 +120,7 @@ def test_a_block_is_shared_only_within_one_version_of_an_adapter(llama, cm):
         check_logits(llama, seen, outputs, dict.fromkeys(outputs, "a2"))
 
 
-def test_more_adapters_than_slots_take_turns(llama, with_slots):
+def test_more_adapters_than_slots_take_turns(in_eager_mode, llama, with_slots):
     cm = with_slots(2)
     before, free = cm.stats(), 2 - len(cm._session.store.resident)
     work = [([5 + i, 6, 7, 8], f"a{i % 8}") for i in range(24)] + [([9, 9], None)] * 2
@@ -132,7 +132,7 @@ def test_more_adapters_than_slots_take_turns(llama, with_slots):
     assert stats.loads - before.loads == evictions + free
 
 
-def test_requests_keep_the_version_that_they_were_added_with(llama, with_slots):
+def test_requests_keep_the_version_that_they_were_added_with(in_eager_mode, llama, with_slots):
     cm = with_slots(2)
     prompt = [3, 4, 5]
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
@@ -190,7 +190,7 @@ def test_hooks_and_a_forward_in_place_of_its_own_run_at_each_step(llama, cm):
         assert other.generated_tokens == [int(logits.argmax())]
 
 
-def test_cancelled_requests_and_calls_between_steps(llama, cm):
+def test_cancelled_requests_and_calls_between_steps(in_eager_mode, llama, cm):
     inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)
@@ -301,6 +301,7 @@ def test_what_is_not_served_is_refused(cm, config, text):
         pass
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, caplog, monkeypatch):
     """Flash attention is what transformers takes for it: any attention of such a name. What is
     registered here computes on a CPU, and has no package that transformers could load."""

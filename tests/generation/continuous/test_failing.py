@@ -168,6 +168,7 @@ def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog)
     check_logits(limited, seen, outputs, work)
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_an_engine_that_failed_again_and_again_serves_those_beside_bad_requests(limited) -> None:
     """Somebody sends one request after the other for which the model raises."""
     cm = limited.compile()
@@ -225,7 +226,7 @@ def test_an_engine_whose_device_is_lost_says_that_it_has_stopped(cm) -> None:
 @pytest.fixture(scope="module")
 def sampling(llama: Case) -> Any:
     """An engine whose requests may say how their tokens are chosen."""
-    cm = llama.compile()
+    cm = llama.compile({"start": "eager"})
     generation = copy.deepcopy(cm._orig_mod.generation_config)
     generation.do_sample, generation.temperature = True, 0.9
     generation.top_k, generation.top_p = 5, 0.9

@@ -15,8 +15,7 @@ from lorafx import LorafxError, Share
 from lorafx.adapter_store.names import BASE, SUMS
 from lorafx.generation.continuous.shares import Asking, Shares
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
-
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen", "in_eager_mode")
 SIZES = {"num_blocks": 512, "max_batch_tokens": 48, "max_requests_per_batch": 8}
 CONFIG = ContinuousBatchingConfig(page_size=4, **SIZES)
 

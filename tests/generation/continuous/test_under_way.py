@@ -20,7 +20,6 @@ from lorafx import BatchError, LorafxWarning
 from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = [pytest.mark.usefixtures("earlier_objects_frozen"), pytest.mark.one_road]
-
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)
 SMALL = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
@@ -38,6 +37,7 @@ def test_replaced_versions_are_let_go_of(plain):
     assert cm.memory()["host"] == host
 
 
+@pytest.mark.usefixtures("in_eager_mode")
 def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama, with_slots):
     cm = with_slots(2)
     cm.pin_adapter("a0")
@@ -45,7 +45,7 @@ def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama, wi
     serve_checked(llama, cm, work, CONFIG, new=20)
 
 
-def test_requests_fail_where_all_slots_are_pinned_to_others(llama, with_slots):
+def test_requests_fail_where_all_slots_are_pinned_to_others(in_eager_mode, llama, with_slots):
     cm = with_slots(1)
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)
@@ -58,7 +58,7 @@ def test_requests_fail_where_all_slots_are_pinned_to_others(llama, with_slots):
     check_logits(llama, seen, outputs, dict(zip(fine, (None, "a2"), strict=True)))
 
 
-def test_blocks_of_earlier_base_weights_are_not_shared(llama, cm):
+def test_blocks_of_earlier_base_weights_are_not_shared(in_eager_mode, llama, cm):
     changed = copy.deepcopy(llama.base)
     torch.manual_seed(5)
     for parameter in changed.parameters():
@@ -98,7 +98,7 @@ def test_further_sequences_fail_with_their_request(llama):
     assert all("not proved" in output.error for output in outputs.values())
 
 
-def test_a_name_serves_one_request_at_a_time(llama, cm):
+def test_a_name_serves_one_request_at_a_time(in_eager_mode, llama, cm):
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)
         with engine.pause():
@@ -115,7 +115,7 @@ def test_a_name_serves_one_request_at_a_time(llama, cm):
         check_logits(llama, seen, answers(engine, ["x", "y"]), dict.fromkeys("xy", "a3"))
 
 
-def test_prompts_that_are_no_token_ids_are_refused(cm):
+def test_prompts_that_are_no_token_ids_are_refused(in_eager_mode, cm):
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         for prompt in ([], [3, 1000], [3, -5], "abc", [3.5]):
             with pytest.raises(BatchError, match="input_ids"):
@@ -123,7 +123,7 @@ def test_prompts_that_are_no_token_ids_are_refused(cm):
         assert not engine._outputs._names
 
 
-def test_what_waits_for_a_slot_makes_room_in_the_cache(llama, with_slots):
+def test_what_waits_for_a_slot_makes_room_in_the_cache(in_eager_mode, llama, with_slots):
     cm = with_slots(1)
     names = {}
     with cm.continuous_batching(None, SMALL, warmup=False) as engine:
@@ -141,7 +141,7 @@ def test_what_waits_for_a_slot_makes_room_in_the_cache(llama, with_slots):
         assert output.prompt_ids + output.generated_tokens == want
 
 
-def test_requests_that_are_left_after_the_timeout_fail(cm):
+def test_requests_that_are_left_after_the_timeout_fail(in_eager_mode, cm):
     with cm.continuous_batching(None, CONFIG, warmup=False, timeout=0.1) as engine:
         added = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=800, eos_token_id=-1)
     output = engine.output_router.output_queue.get(timeout=1)
@@ -210,7 +210,7 @@ EAGER = {**REFERENCE, "start": "eager", "cache": None}
     ("family", "attention"),
     [("llama", "sdpa"), ("llama", "eager"), ("gemma3", "sdpa"), (GPT_OSS, "eager")],
 )
-def test_first_requests(tmp_path: Path, family: Any, attention: str) -> None:
+def test_first_requests(nothing_beside: None, tmp_path: Path, family: Any, attention: str) -> None:
     """Prompts in chunks, windows, adapters and the base beside each other."""
     case = build_case(family, tmp_path)
     with torch.no_grad():
@@ -233,10 +233,10 @@ def test_first_requests(tmp_path: Path, family: Any, attention: str) -> None:
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
-def test_graphs_take_over_between_steps(llama) -> None:
+def test_graphs_take_over_between_steps(shallow) -> None:
     """They are compiled beside from the engine's start on; requests are answered meanwhile, and
     one that is under way changes tiers."""
-    cm = llama.compile({**EAGER, "lowering": "inductor"})
+    cm = shallow.compile(EAGER)
     with cm.continuous_batching(None, CONFIG) as engine:
         assert cm.recompiles == 0
         seen = StepLogits(engine)
@@ -254,7 +254,7 @@ def test_graphs_take_over_between_steps(llama) -> None:
             assert cm.wait(LONG)
             assert cm.recompiles == 0
         outputs = answers(engine, list(ids))
-    check_logits(llama, seen, outputs, ids)
+    check_logits(shallow, seen, outputs, ids)
     assert 5 <= eager < len(seen.steps)
     assert cm.recompiles >= 1
     assert "ready" in {kind.tier for kind in cm.status().kinds}

@@ -34,7 +34,7 @@ from lorafx.errors import (
 from lorafx.runtime.loading import load_parts
 
 #: Eager mode beside moves what a pipeline has between two calls of its models.
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_beside")]
 
 PARTS = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),
@@ -339,8 +339,9 @@ def of_method(method: str, n: int, k: int, *kernel: int) -> tuple[dict[str, Tens
     ("kind", "start"),
     [
         ("sdxl", "eager"),
-        ("sdxl", "compiled"),
         ("flux", "eager"),
+        # Methods in graphs: tests/adapter_store/methods; parts in graphs: `test_a_mixed_batch`.
+        pytest.param("sdxl", "compiled", marks=pytest.mark.slow),
         pytest.param("flux", "compiled", marks=pytest.mark.slow),
     ],
 )

@@ -30,11 +30,7 @@ from lorafx.integrations.server.settings import Settings
 from lorafx.torch_internals.versions import saves_graphs
 
 OPTIONS = [
-    *(
-        part
-        for name, value in SMALL.items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ),
+    *(part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value)))
 ]
 
 
@@ -110,7 +106,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
 def test_requests_are_answered_while_graphs_are_compiled(files, monkeypatch):
     monkeypatch.setenv("LORAFX_START", "eager")
-    path, given = "/v1/completions", {"cache": None}
+    path, given = "/v1/completions", {"cache": None, "graphs": True}
     with serving(files, **given) as server:
         ids = files.tokenizer("w9 w12")["input_ids"]
         for adapter, name in (("a1", "tiny:a1"), (None, "tiny")):

@@ -202,7 +202,12 @@ def saved(model: nn.Module) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+#: As `deepcopy` does, they ask the model by `__reduce_ex__`.
+COPIES = (lambda model: pickle.loads(pickle.dumps(model)), saved)
+SLOW = [pytest.param(copied, marks=pytest.mark.slow) for copied in COPIES]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, *SLOW])
 def test_copies_are_the_base_of_their_own(plain: Case, copied: Callable[[Any], Any]) -> None:
     model, inputs = attached(plain), feed(2, 4)
     for names in ("a0", ["a0", None]):

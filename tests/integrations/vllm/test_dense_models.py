@@ -20,11 +20,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 def eager(served: Served) -> Iterator[VllmEngine]:
     """Every adapter in a slot; prompts of more than 64 tokens in chunks."""
     engine = VllmEngine(
-        served.model,
-        enforce_eager=True,
-        max_loras=32,
-        max_num_seqs=40,
-        max_num_batched_tokens=64,
+        served.model, enforce_eager=True, max_loras=32, max_num_seqs=40, max_num_batched_tokens=64
     )
     yield engine
     engine.close()

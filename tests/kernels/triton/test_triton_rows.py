@@ -37,7 +37,7 @@ def sorted_tiles(case: Case, strategy: str, block_m: int = 16) -> dict[str, obje
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "segments, sorted", "epilogue, sorted"])
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
     """Any slots in any order, any rows a request, M not a multiple of anything."""
