@@ -6,12 +6,12 @@ all from the trainer's parameters to the answer that the adapter is served, in t
 version:
 
     folder    PEFT's save_pretrained into a folder on the disk, which the request names
-    file      PEFT's state dict as one file in /dev/shm, which the request names
-    rounded   the same, rounded by the trainer to the server's bfloat16, in tensors that it keeps
-    body      the rounded one, as the body of the request
+    file      lorafx.write_adapter in the server's bfloat16 into /dev/shm; the request names it
+    saved     PEFT's state dict by safetensors' save_file into /dev/shm, in float32
+    body      the state dict as the body of the request, in float32
     before    folder, with a server that runs another checkout (--before)
 
-A ratio is that to `folder`, of turns in one run, with both processes on the same cores. `write_ms`
+A ratio is that to `folder` (A/A), of turns in one run, with both processes on the same cores. `write_ms`
 and `load_ms` are the trainer's part and the request's, as medians.
 
     python benchmarks/adapter_sync.py [--layers N] [--blocks N] [--before CHECKOUT] [--out FILE]
@@ -39,6 +39,8 @@ from safetensors.torch import save as as_bytes
 from safetensors.torch import save_file
 from trainer_http import BINARY, post
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorafx
 
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 RANK, LOAD = 16, "/v1/load_lora_adapter"
@@ -70,7 +72,6 @@ def serve(layers: int) -> None:
     """The routes of `lorafx serve`, without an engine, on a port that is printed."""
     import uvicorn
 
-    import lorafx
     from lorafx.integrations.server.generating import ServedModel
     from lorafx.integrations.server.routes import build_app
     from lorafx.integrations.server.settings import Settings
@@ -114,8 +115,7 @@ class Trainer:
         self.policy.save_pretrained(self.folder)
         fields = (self.folder / "adapter_config.json").read_text()
         self.metadata = {"adapter_config": fields}
-        state = get_peft_model_state_dict(self.policy)
-        self.rounded = {key: torch.empty_like(t, dtype=torch.bfloat16) for key, t in state.items()}
+        self.state = get_peft_model_state_dict(self.policy)  # the parameters themselves
         self.seconds: dict[str, list[tuple[float, float]]] = {}
 
     def in_folder(self) -> Path:
@@ -123,20 +123,17 @@ class Trainer:
         return self.folder
 
     def in_file(self) -> Path:
-        save_file(get_peft_model_state_dict(self.policy), self.shared, self.metadata)
+        config = self.policy.peft_config["default"]
+        lorafx.write_adapter(self.shared, self.state, config, torch.bfloat16)
         return self.shared
 
-    def in_rounded_file(self) -> Path:
-        save_file(self.round(), self.shared, self.metadata)
-        return self.shared
+    def saved(self) -> Path:
+        new = self.shared.with_name("saved.safetensors")
+        save_file(get_peft_model_state_dict(self.policy), new, self.metadata)
+        return new
 
     def in_body(self) -> bytes:
-        return as_bytes(self.round(), self.metadata)
-
-    def round(self) -> dict[str, torch.Tensor]:
-        for key, tensor in get_peft_model_state_dict(self.policy).items():
-            self.rounded[key].copy_(tensor)
-        return self.rounded
+        return as_bytes(get_peft_model_state_dict(self.policy), self.metadata)
 
     def road(self, name: str, url: str, write: Callable[[], Path | bytes]) -> Callable[[], None]:
         times = self.seconds[name] = []
@@ -174,7 +171,7 @@ def main() -> None:
         base = trainer.road("A/A", url, trainer.in_folder)
         arms = {
             "file": trainer.road("file", url, trainer.in_file),
-            "rounded": trainer.road("rounded", url, trainer.in_rounded_file),
+            "saved": trainer.road("saved", url, trainer.saved),
             "body": trainer.road("body", url, trainer.in_body),
         }
         if given.before:

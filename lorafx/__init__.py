@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lorafx.generation.continuous.shares import Share as Share
     from lorafx.integrations.diffusers.compiled_pipeline import CompiledPipeline as CompiledPipeline
     from lorafx.integrations.diffusers.compiled_pipeline import compile_pipeline as compile_pipeline
+    from lorafx.integrations.shared_file import write_adapter as write_adapter
     from lorafx.integrations.torch_compile.attached import adapters as adapters
     from lorafx.integrations.torch_compile.attached import attach as attach
     from lorafx.integrations.torch_compile.attached import detach as detach
@@ -59,6 +60,7 @@ _NAMES = {
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.generation.continuous.shares": ("Share",),
     "lorafx.integrations.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
+    "lorafx.integrations.shared_file": ("write_adapter",),
     "lorafx.errors": (
         *("BaseWeightsError", "BatchError", "CapacityError", "CaptureError", "CheckpointError"),
         *("ConfigError", "LorafxError", "LorafxWarning", "LoweringError", "MatchError"),
