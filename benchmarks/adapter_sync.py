@@ -11,8 +11,8 @@ version:
     body      the state dict as the body of the request, in float32
     before    folder, with a server that runs another checkout (--before)
 
-A ratio is that to `folder` (A/A), of turns in one run, with both processes on the same cores. `write_ms`
-and `load_ms` are the trainer's part and the request's, as medians.
+A ratio is that to `folder` (A/A), of turns in one run, with both processes on the same cores.
+`write_ms` and `load_ms` are the trainer's part and the request's, as medians.
 
     python benchmarks/adapter_sync.py [--layers N] [--blocks N] [--before CHECKOUT] [--out FILE]
 """

@@ -33,8 +33,6 @@ from lorafx.model.sites import Group, Site
 next_version = itertools.count(1).__next__
 #: Entries of W + s·B A in memory at a time.
 _CHUNK = 1 << 22
-#: So many columns of a transposed matrix of low rank fit a core's cache.
-_COLUMNS = 2048
 
 
 class LoraWeights(NamedTuple):
@@ -278,11 +276,7 @@ class Retired(str):
 def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
     """A contiguous copy on the host, page-locked if `pin`."""
     copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
-    if tensor.dim() != 2 or tensor.device.type != "cpu" or tensor.stride(1) == 1:
-        return copy.copy_(tensor.detach())
-    for new, old in zip(copy.split(_COLUMNS, 1), tensor.detach().split(_COLUMNS, 1), strict=True):
-        new.copy_(old)
-    return copy
+    return copy.copy_(tensor.detach())
 
 
 @torch.no_grad()

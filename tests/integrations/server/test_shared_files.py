@@ -4,6 +4,7 @@ read once, whatever becomes of the file, and a file that does not fit changes no
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import tempfile
@@ -14,10 +15,12 @@ import httpx2
 import pytest
 import torch
 import uvicorn
+from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 from served import anew, ask, client_of, free_port, gated, question, wait_for
 from waiting import LONG, until
 
+import lorafx
 from lorafx.adapter_store import saved
 from lorafx.adapter_store.untrusted_files import read_file, unsound
 
@@ -69,7 +72,9 @@ def test_each_version_over_http(files, loader, shared):
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=LONG) as client:
             wait_for(client)
             for version in ("a1", "a2", "a1"):
-                save_file(parts(files, version)[0], shared / FILE, parts(files, version)[1])
+                tensors, metadata = parts(files, version)
+                config = json.loads(metadata["adapter_config"])
+                lorafx.write_adapter(shared / FILE, tensors, config)
                 answer = client.post(LOAD, json=loading())
                 assert answer.status_code == 200, answer.text
                 with (shared / FILE).open("r+b") as file:
@@ -177,3 +182,21 @@ def test_numbers_that_are_not_finite_are_counted(dtype):
     assert not unsound(torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
     odd = torch.tensor([[1, torch.nan, -torch.inf], [torch.inf, 0, torch.nan]], dtype=dtype)
     assert unsound(odd) == unsound(odd.mT) == 4
+
+
+def test_what_is_written(tmp_path):
+    """Also over a longer file, of several dtypes, and fields that JSON does not have."""
+    file, numbers = tmp_path / FILE, torch.randn(3, 4)
+    tensors = {"a": numbers.bfloat16()[:, :3], "b": numbers.mT, "c": torch.ones(0, 2)}
+    for given, dtype in [(tensors, None), (tensors, torch.float16), ({"a": numbers}, None)]:
+        lorafx.write_adapter(file, given, LoraConfig(target_modules={"v", "q"}), dtype)
+        found, metadata = read_file(file)
+        assert {key: t.to(dtype or t.dtype).tolist() for key, t in given.items()} == {
+            key: t.tolist() for key, t in found.items()
+        }
+        assert load_file(file).keys() == given.keys()
+        assert json.loads(metadata["adapter_config"])["target_modules"] == ["q", "v"]
+    for wrong, word in [(numbers.int(), "int32"), (numbers.to_sparse(), "sparse")]:
+        with pytest.raises(lorafx.CheckpointError, match=word):
+            lorafx.write_adapter(file, {"a": wrong}, {})
+    assert torch.equal(load_file(file)["a"], numbers)
