@@ -47,8 +47,7 @@ def dense_tensors(tensors: Any, where: str) -> dict[str, Tensor]:
 
 
 def unsound(tensor: Tensor) -> int:
-    """How many numbers are NaN or infinite. One pass where none is: torch.isfinite of all takes 13
-    times as long."""
+    """How many numbers are NaN or infinite. torch.isfinite takes 13 times as long as the bounds."""
     if not tensor.numel() or all(math.isfinite(bound.item()) for bound in tensor.aminmax()):
         return 0
     return int((~torch.isfinite(tensor)).sum())
