@@ -15,6 +15,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, without_prefix
 from lorafx.adapter_store.places import TARGETS, Places
 from lorafx.adapter_store.saved import AdapterState
+from lorafx.adapter_store.untrusted_files import unsound
 from lorafx.errors import (
     CapacityError,
     CheckpointError,
@@ -144,9 +145,8 @@ def check_sound(key: str, tensor: Tensor) -> None:
             f"{key} is {tensor.dtype}; factors are read in float16, bfloat16, float32, float64, "
             "float8_e4m3fn and float8_e5m2"
         )
-    unsound = int((~torch.isfinite(tensor)).sum())
-    if unsound:
-        raise Problem(f"{key} holds {unsound} NaN or infinite values")
+    if count := unsound(tensor):
+        raise Problem(f"{key} holds {count} NaN or infinite values")
 
 
 def check_shape(key: str, tensor: Tensor, expected: tuple[int, int], needs: str) -> None:

@@ -19,6 +19,7 @@ from lorafx.adapter_store.stored import (
     made_weight,
     measure,
 )
+from lorafx.adapter_store.untrusted_files import unsound
 from lorafx.errors import CapacityError, CheckpointError, way_out_by
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.extras import EXTRAS
@@ -105,13 +106,8 @@ def fit_to_banks(
 
 def _beyond_range(path: str, dtype: torch.dtype, *tensors: Tensor | None) -> list[str]:
     """A line where numbers of these `tensors` are not finite in `dtype`."""
-    finite = all(_is_finite(tensor.to(dtype)) for tensor in tensors if tensor is not None)
-    return [] if finite else [f"{path}: values beyond the range of {dtype}"]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. One pass: torch.isfinite of all takes 13 times as long."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    beyond = any(unsound(tensor.to(dtype)) for tensor in tensors if tensor is not None)
+    return [f"{path}: values beyond the range of {dtype}"] if beyond else []
 
 
 def slots_needed(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:

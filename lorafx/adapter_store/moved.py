@@ -74,8 +74,8 @@ def _mapping_of_moved(state: AdapterState, model: nn.Module) -> Mapping[str, str
     for key, tensor in state.tensors.items():
         if (factor := parse(key)) is not None:
             factors.setdefault(without_prefix(factor.module), {})[factor.letter] = tensor
-    lost = {path: pair for path, pair in factors.items() if places.meaning(path) is None}
     known = {without_compiled(path): module for path, module in model.named_modules()}
+    lost = {p: pair for p, pair in factors.items() if p not in known and places.meaning(p) is None}
     first_path = next(iter(lost), "").split(".")
     for cut in range(len(first_path) - 1):
         old, end = (".".join(part) for part in (first_path[:cut], first_path[cut:]))

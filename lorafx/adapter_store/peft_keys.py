@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -57,6 +58,7 @@ class FactorKey(NamedTuple):
         return "embedding" in self.factor
 
 
+@lru_cache(1 << 14)
 def parse(key: str) -> FactorKey | None:
     bias = _BIAS.match(key)
     if bias is not None:

@@ -17,14 +17,10 @@ from torch import nn
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.checkpoint import load_state, with_factors
 from lorafx.adapter_store.extras import rows_wanted
-from lorafx.adapter_store.findings import (
-    Findings,
-)
+from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.missing_factors import MissingFactors
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import (
-    factor_sizes,
-)
+from lorafx.adapter_store.peft_keys import factor_sizes
 from lorafx.adapter_store.places import (
     ExpertPlace,
     Places,

@@ -124,6 +124,8 @@ class SavedNames:
 
 def without_compiled(path: str) -> str:
     """`path` without the names of torch.compile's wrappers."""
+    if COMPILED not in path:
+        return path
     return ".".join(part for part in path.split(".") if part != COMPILED)
 
 

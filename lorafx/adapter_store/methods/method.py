@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.field_checks import Check, short
 from lorafx.adapter_store.peft_keys import without_prefix
+from lorafx.adapter_store.untrusted_files import unsound
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_config import PeftConfig
@@ -165,9 +166,8 @@ class Given:
         dtype = dtype or self.dtype
         if self.meta:
             return torch.empty(shape, dtype=dtype, device="meta")
-        unsound = int((~torch.isfinite(tensor)).sum())
-        if unsound:
-            raise Misfit(f"{key} holds {unsound} NaN or infinite values")
+        if count := unsound(tensor):
+            raise Misfit(f"{key} holds {count} NaN or infinite values")
         return tensor.to(dtype)
 
     def kernel(self, leaf: str) -> list[str]:

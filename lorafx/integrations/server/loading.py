@@ -1,9 +1,11 @@
 """Adapters that come and go while requests are answered: those that clients load and unload, and
-those that are found when a request first asks for them. All are in one folder."""
+those that are found when a request first asks for them. All are in one folder, or in files there,
+which a trainer may write over or remove as soon as it has its answer."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,17 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from lorafx.adapter_store.names import BASE
+from lorafx.adapter_store.saved import AdapterSource, read_source
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, nearest
 from lorafx.integrations.server.errors import RequestError, message_of
-from lorafx.integrations.server.settings import UNPRINTABLE, ModelSettings, Settings, adapter_folder
+from lorafx.integrations.server.settings import (
+    CONFIG,
+    UNPRINTABLE,
+    ModelSettings,
+    Settings,
+    adapter_folder,
+)
 
 
 class UnloadFields(BaseModel):
@@ -45,11 +54,12 @@ class AdapterLoading:
         if isinstance(settings, Settings):
             self._loads = settings.root() if settings.allow_runtime_loading else None
             self._finds = settings.root() if settings.resolve_adapters else None
+            self._largest = settings.max_upload_bytes
             self._limit = asyncio.Semaphore(settings.max_adapter_reads)
         self._readings: dict[str, asyncio.Task[None]] = {}
 
     def load(self, body: dict[str, Any], content: bytes | None = None) -> Response:
-        """Load the adapter in folder `lora_path`, or of this content, as `lora_name`; returns the
+        """Load the adapter at `lora_path`, or of this content, as `lora_name`; returns the
         answer, which has its version in a header. Raises RequestError if that is refused."""
         root = None if content is not None else self._folder_or_refuse()
         name, path = _text(body, "lora_name"), root and _text(body, "lora_path")
@@ -63,8 +73,11 @@ class AdapterLoading:
                 '"load_inplace": true to replace it',
                 "lora_name",
             )
-        source: Any = _folder_inside(root, path) if root and path else content
+        source: Any = _inside(root, path, self._largest) if root and path else content
         try:
+            if isinstance(source, Path) and not source.is_dir():
+                # Copied once, here. Without its origin: the store would read the file again.
+                source = AdapterSource(replace(read_source(AdapterSource(source)), origin=None))
             self._compiled.load_adapter(source, name)
         except LorafxError as error:
             field = "lora_path" if content is None else None
@@ -110,7 +123,7 @@ class AdapterLoading:
     async def _read(self, root: Path, name: str) -> None:
         async with self._limit:
             try:
-                folder = await asyncio.to_thread(_folder_inside, root, name)
+                folder = await asyncio.to_thread(_inside, root, name)
                 await asyncio.to_thread(self._compiled.load_adapter, folder, name)
             except LorafxError as error:
                 raise RequestError(
@@ -126,22 +139,29 @@ def _text(body: dict[str, Any], field: str) -> str:
     return value
 
 
-def _folder_inside(root: Path, path: str) -> Path:
-    """The folder `path`, relative to `root`. Raises RequestError unless it and its files are in
-    `root` after all links have been followed; the error does not tell what is elsewhere."""
+def _inside(root: Path, path: str, largest: int = 0) -> Path:
+    """The folder `path`, relative to `root`, or a file of safetensors of at most `largest` bytes.
+    Raises RequestError unless it is in `root` with its files, or the configuration beside it, after
+    all links have been followed; the error does not tell what is elsewhere."""
     outside = RequestError(
         f"{path!r:.200} is not inside the folder that adapters are loaded from",
         "lora_path",
         status=403,
     )
     try:
-        folder = (root / path).resolve()
-        if not folder.is_relative_to(root):
+        found = (root / path).resolve()
+        if not found.is_relative_to(root):
             raise outside
-        if not folder.is_dir():
-            raise RequestError(f"there is no folder {path!r:.200}", "lora_path", status=404)
-        if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
+        single = found.suffix == ".safetensors" and found.is_file()  # pipes may have no end
+        if not single and not found.is_dir():
+            text = f"there is no folder and no file *.safetensors {path!r:.200}"
+            raise RequestError(text, "lora_path", status=404)
+        read = [found.parent / CONFIG] if single else found.iterdir()
+        if any(not file.resolve().is_relative_to(root) for file in read):
             raise outside
+        if single and found.stat().st_size > largest:
+            text = f"{path!r:.200} has more than {largest} bytes, which --max-upload-bytes allows"
+            raise RequestError(text, "lora_path", status=413)
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # links in a loop, a long name
         raise outside from error
-    return folder
+    return found
