@@ -112,9 +112,12 @@ def _described(program: Program) -> dict[str, Any]:
             'there: model.to("cpu")'
         )
     if rooms := room_of(program.groups):
+        way, pair = "leave these adapters and settings out", program.config.scaled_pair
+        if pair is not None:
+            way = f"give LoraConfig(max_rank={len(pair[0])}), for factors of VeRA adapters"
         raise UnsupportedAdapterError(
-            f"packages hold low-rank factors alone, without {', '.join(rooms)}; leave these "
-            "adapters and settings out, or merge the adapter by export_merged(name, folder)"
+            f"packages hold low-rank factors alone, without {', '.join(rooms)}; {way}, or merge "
+            "the adapter by export_merged(name, folder)"
         )
     if program.config.slot_rank is not None:
         raise ConfigError("LoraConfig.slot_rank is not exported; leave it out")

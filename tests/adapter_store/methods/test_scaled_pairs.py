@@ -144,6 +144,13 @@ def test_folders_that_are_loaded_later(files: Files) -> None:
     files.check(cm, ["one", None, "lora"])
 
 
+def test_packages_have_factors(files: Files, tmp_path: Path) -> None:
+    inputs, path = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}, tmp_path / "m.pt2"
+    base = copy.deepcopy(files.base)
+    with pytest.raises(lorafx.UnsupportedAdapterError, match=rf"LoraConfig\(max_rank={RANK}\)"):
+        lorafx.export(base, files.of("one"), inputs, path)
+
+
 def test_a_pair_that_is_none() -> None:
     with pytest.raises(lorafx.ConfigError, match=r"scaled_pair.*\(2, 3\) and \(4, 3\)"):
         lorafx.LoraConfig(scaled_pair=(torch.zeros(2, 3), torch.zeros(4, 3)))
