@@ -231,7 +231,7 @@ def _alike(
     return _found(table, tuple(slots.tolist()), rows, count, forms, slots.device)
 
 
-@lru_cache(64)  # the same at many sites of a call
+@lru_cache(32)  # the same at many sites of a call
 def _found(
     table: tuple[tuple[int, ...], ...],
     slots: tuple[int, ...],
