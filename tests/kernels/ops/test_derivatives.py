@@ -53,7 +53,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "expert_mark": (Y, _numbers(2, R, K)),
     "expert_site": (X, Y, *_bank(4), IDS, *RANGES, 1, 2),
     "rows_of": (X, Y),
-    "own_linear": (X, Y, *OWN, TABLE, _numbers(1, 2), ONE_SLOT, 1),
+    "own_linear": (X, Y, *OWN, TABLE, _numbers(1, 2), None, None, ONE_SLOT, 1),
     "own_input": (X, OWN[0], TABLE, ONE_SLOT, 1),
     "own_embedding": (
         *(IDS, Y, _numbers(1, 2, N), torch.tensor([[0, 1, -1]], dtype=torch.int32)),
