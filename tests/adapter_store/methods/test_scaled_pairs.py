@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,16 @@ def test_a_pair_that_takes_more_than_the_weight(tmp_path: Path) -> None:
     x = torch.randn(2, 8)
     want = merged(base, folder)(x.double())
     assert error(cm(x, adapter_names=["head", None])[:1].double(), want[:1]) <= TOLERANCE
+
+
+def test_a_path_that_ends_another_one(tmp_path: Path) -> None:
+    more = nn.Sequential(OrderedDict(fc=nn.LayerNorm(8)))
+    base = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), more=more)).eval()
+    folder = save(base, vera(target_modules="fc"), tmp_path / "fc")
+    cm: Any = lorafx.compile(copy.deepcopy(base), [folder], options=ROADS["eager"])
+    x = torch.randn(2, 8)
+    want = merged(base, folder)(x.double())
+    assert error(cm(x, adapter_names=["fc", None])[:1].double(), want[:1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
