@@ -121,16 +121,17 @@ class LoraConfig:
                 f"{setting} = {self.slot_rank} is over max_rank = {self.max_rank}; give less, or a "
                 "larger max_rank"
             ).naming(setting)
-        pair = self.scaled_pair
-        if pair is not None and [t.dim() for t in pair] + [len(pair[0])] != [
-            2,
-            2,
-            pair[1].shape[1],
-        ]:
-            raise ConfigError(
-                "LoraConfig.scaled_pair must be A (R, K) and B (N, R), got "
-                f"{' and '.join(str(tuple(t.shape)) for t in pair)}"
-            )
+        match self.scaled_pair:
+            case None:
+                pass
+            case (Tensor(shape=(r, _)), Tensor(shape=(_, also_r))) if r == also_r:
+                pass
+            case other:
+                items = other if isinstance(other, (list, tuple)) else (other,)
+                shapes = " and ".join(str(getattr(t, "shape", type(t).__name__)) for t in items)
+                raise ConfigError(
+                    f"LoraConfig.scaled_pair must be A (R, K) and B (N, R), got {shapes}"
+                )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(

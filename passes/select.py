@@ -85,6 +85,7 @@ class _Selection:
         self.saved = targets.Entries(self.config.modules_to_save)
         tokens = self.config.trainable_tokens
         self.tokens = tokens if isinstance(tokens, Mapping) else {}
+        self.suffixes = [name for name in self.tokens if self.graph.find(name) is None]
         self.by_default = self.target is None or targets.is_all_linear(self.target)
         self.packed = PackedNames(self.graph, self.config.packed_modules)
         self.modules = [
@@ -225,7 +226,9 @@ class _Selection:
 
     def _rows_asked(self, item: Candidate) -> int | None:
         """How many rows of its weight adapters may replace; None for all."""
-        rows = replaceable_rows(self.saved, self.tokens, item.paths)
+        names = (*self.suffixes, *item.paths)  # a full path names that module only
+        tokens = {name: self.tokens[name] for name in names if name in self.tokens}
+        rows = replaceable_rows(self.saved, tokens, item.paths)
         container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
         # What is in a module that is saved as a whole need not have a weight.
         return 0 if rows is None and (container or id(item.module) in self.makers) else rows

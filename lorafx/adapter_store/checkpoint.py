@@ -194,7 +194,7 @@ class Inspected:
 
 def inspected(source: Any) -> Inspected:
     """The contents of an adapter; raises as `load_state`."""
-    state = load_state(source)
+    state = with_factors(load_state(source), lambda *_: None)
     config, scales, tensors = state.config, state.scales, state.tensors
     rows = [
         InspectedModule(
@@ -247,8 +247,7 @@ def _features(state: AdapterState) -> Iterator[str]:
         value = getattr(state.config, name)
         if not is_off(value):
             yield text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
-    kinds = ((m.method, m.weight is None or m.weight.pair is not None) for m in state.made.values())
-    for method, low in dict.fromkeys(kinds):
+    for method, low in dict.fromkeys((m.method, m.weight is None) for m in state.made.values()):
         what = "factors whose product is its ΔW" if low else "a weight of its own"
         yield f"{method}, read as {what}"
     if state.config.bias != "none":

@@ -115,6 +115,9 @@ count = _check(
     "an integer from 0 on",
     lambda v: isinstance(v, int) and is_number(v) and 0 <= v <= _LARGEST_RANK,
 )
+terms = _check(
+    "an integer from 1 to 1000", lambda v: isinstance(v, int) and is_number(v) and 0 < v <= 1000
+)
 alpha = _check("a finite number", lambda v: is_number(v) and abs(v) <= _LARGEST_ALPHA)
 seed = _check(
     "an integer of 64 bits",

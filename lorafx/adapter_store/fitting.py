@@ -72,13 +72,8 @@ def fit_to_banks(
     changed: dict[int, ChangedWeight] = {}
     for path, function in adapter.changed.items():
         number = places[path].group
-        own, changed[number] = groups[number].bank.own, function
-        assert own is not None
-        if function.structure is not None:
-            problems += _beyond_range(path, own.dtype, *function.tensors)
-            continue
-        made = made_weight(groups[number], function)
-        problems += _beyond_range(path, own.dtype, made.rows, made.bias)
+        changed[number] = function
+        problems += change_beyond_range(groups[number], function)
     if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
@@ -102,6 +97,14 @@ def fit_to_banks(
         compared=adapter.compared,
         width=slots_needed(groups, factors),
     )
+
+
+def change_beyond_range(group: Group, changed: ChangedWeight) -> list[str]:
+    """A line if its numbers, or the weight that it makes, are beyond the range of the bank's."""
+    own, made = group.bank.own, changed.structure is None
+    assert own is not None
+    numbers = made_weight(group, changed)[:2] if made else changed.tensors
+    return _beyond_range(group.sites[0].path, own.dtype, *numbers)
 
 
 def _beyond_range(path: str, dtype: torch.dtype, *tensors: Tensor | None) -> list[str]:

@@ -151,7 +151,7 @@ def _pair_at(places: Places, path: str, weight: ChangedWeight) -> SharedPair | N
     site = None if module is None else places.site(module)
     if site is None or site.pair is None or weight.pair is None:
         return None
-    rows = weight.rows(site.out_features, site.in_features)
+    rows = min(weight.rows(site.out_features, site.in_features), site.out_features)
     return site.pair if rows <= site.own_rows and site.pair.equals(weight.pair) else None
 
 

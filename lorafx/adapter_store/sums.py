@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.fitting import slots_needed
+from lorafx.adapter_store.fitting import change_beyond_range, slots_needed
 from lorafx.adapter_store.names import Mixture
 from lorafx.adapter_store.stored import HostCopy, StoredAdapter, host_copy, next_version
 from lorafx.errors import CapacityError, ConfigError, way_out_by
@@ -77,6 +77,9 @@ def _changes(
                     f"{name!r}: several of its adapters change {site.path} by more than low-rank "
                     f"factors, which takes room for a whole weight of the sum's own; {needed}"
                 ).naming(needed)
+    for g, changed in changes.items():
+        if problems := change_beyond_range(groups[g], changed):
+            raise ConfigError(f"{name!r}: {problems[0]}; give smaller scales")
     return changes
 
 

@@ -32,7 +32,7 @@ def _deft(given: Given) -> ChangedWeight:
     if given.option("para", False):  # it removes alone
         return ChangedWeight(_replaced, (q, right))
     alpha, r = given.option("alpha"), given.take("deft_R", "r", "K")
-    scaled = r * alpha / len(r) if alpha else r
+    scaled = r * (alpha / len(r)) if alpha else r
     return ChangedWeight(_replaced, (q, right, scaled))
 
 
@@ -117,7 +117,7 @@ def _peanut(given: Given) -> ChangedWeight:
         raise Misfit(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
     ends = ("peanut_A", *(f"peanut_{c}coders.{i}" for c in ("en", "de") for i in range(depth)))
     first, *hidden = (given.take(e, "r", "r" if i else "N") for i, e in enumerate(ends))
-    last = given.option("scaling", 1.0) * given.take("peanut_B", "N", "r")
+    last = float(given.option("scaling", 1.0)) * given.take("peanut_B", "N", "r")
     return ChangedWeight(partial(_with_net, activation=name), (first, *hidden, last))
 
 

@@ -153,7 +153,7 @@ OFT = AdapterMethod(
     read=_oft,
     fields={
         "use_cayley_neumann": checks.flag,
-        "num_cayley_neumann_terms": checks.rank,
+        "num_cayley_neumann_terms": checks.terms,
         "block_share": checks.flag,
         "coft": checks.flag,
         "eps": checks.alpha,

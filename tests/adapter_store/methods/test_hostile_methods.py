@@ -125,6 +125,11 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
         {f"{AT}lora_A": ones(2, 12), f"{AT}lora_B": ones(10, 2), f"{AT}lora_E": ones(2, 1)},
         r"q_proj is of AdaLoRA, .*adapter_config.json",
     ),
+    "endless": (
+        {"peft_type": "OFT", "num_cayley_neumann_terms": 10**9, "target_modules": ["q_proj"]},
+        {f"{AT}oft_R.weight": ones(3, 6)},
+        r"num_cayley_neumann_terms must be an integer from 1 to 1000",
+    ),
     "two methods": (
         None,
         loha(lokr_w1=ones(2, 2), lokr_w2=ones(5, 6), alpha=ones(1)),
@@ -207,6 +212,19 @@ def test_what_is_wrong_is_named_and_nothing_changes(case: str, cm: Any) -> None:
         cm.load_adapter(lorafx.AdapterSource(tensors, config=config), "a")
     assert cm.adapters == ()
     assert cm.memory() == before
+
+
+@pytest.mark.parametrize("field", ["alpha", "scaling"])
+def test_integers_beyond_64_bits_are_numbers(field: str) -> None:
+    w = {"deft_P": ones(10, 2), "deft_R": ones(2, 12)}
+    if field == "scaling":
+        w = {"peanut_A": ones(2, 10), "peanut_B": ones(10, 2)}
+    kind = next(iter(w)).partition("_")[0].upper()
+    config = {"peft_type": kind, "r": 2, "target_modules": ["q_proj"], field: 10**30}
+    tensors = {f"{AT}{key}": tensor for key, tensor in w.items()}
+    (made,) = load_state(lorafx.AdapterSource(tensors, config=config), Small()).made.values()
+    assert made.weight is not None
+    assert float(made.weight.tensors[-1].max()) >= 5e29
 
 
 @pytest.mark.parametrize("given", [LOHA, {k: v for k, v in LOHA.items() if k != "peft_type"}])

@@ -59,6 +59,7 @@ def test_what_they_take_is_shown(case: MethodCase, cm: Any) -> None:
     assert sizes == {"q_proj": 9, "v_proj": 4, "down_proj": 4, "gate_proj": 4}
     assert any("LoHa" in feature for feature in state.features)
     assert config_of(case.folders["loha"]).max_rank == 9
+    assert {row.sizes.rank for row in inspected(case.folders["vera"]).modules} == {4}
     assert "rank 9" in str(cm.explain())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def test_sums_have_one_scaled_pair(files: Files) -> None:
     )
     with pytest.raises(lorafx.CapacityError, match="modules_to_save"):
         cm(torch.zeros(1, 2, dtype=torch.long), adapter_names=[{"one": 1, "second one": 1}])
+    with pytest.raises(lorafx.ConfigError, match=r"values beyond the range of torch.float32"):
+        cm(torch.zeros(1, 2, dtype=torch.long), adapter_names=[{"one": 1e39}])
     ids = torch.randint(0, 60, (1, 6))
     got = cm(ids, adapter_names=[{"one": 0.5, "lora": -2.0}]).logits
     want = copy.deepcopy(files.exact[None])
@@ -151,6 +154,33 @@ def test_packages_have_factors(files: Files, tmp_path: Path) -> None:
         lorafx.export(base, files.of("one"), inputs, path)
 
 
-def test_a_pair_that_is_none() -> None:
-    with pytest.raises(lorafx.ConfigError, match=r"scaled_pair.*\(2, 3\) and \(4, 3\)"):
-        lorafx.LoraConfig(scaled_pair=(torch.zeros(2, 3), torch.zeros(4, 3)))
+def test_a_pair_that_takes_more_than_the_weight(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).eval()
+    folder = save(base, vera(target_modules=["0", "1"]), tmp_path / "head")
+    cm: Any = lorafx.compile(copy.deepcopy(base), [folder], options=ROADS["eager"])
+    x = torch.randn(2, 8)
+    want = merged(base, folder)(x.double())
+    assert error(cm(x, adapter_names=["head", None])[:1].double(), want[:1]) <= TOLERANCE
+
+
+def test_a_path_that_ends_another_one(tmp_path: Path) -> None:
+    more = nn.Sequential(OrderedDict(fc=nn.LayerNorm(8)))
+    base = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), more=more)).eval()
+    folder = save(base, vera(target_modules="fc"), tmp_path / "fc")
+    cm: Any = lorafx.compile(copy.deepcopy(base), [folder], options=ROADS["eager"])
+    x = torch.randn(2, 8)
+    want = merged(base, folder)(x.double())
+    assert error(cm(x, adapter_names=["fc", None])[:1].double(), want[:1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("pair", "got"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(4, 3)), r"\[2, 3\]\) and torch.Size\(\[4, 3\]"),
+        ((torch.zeros(2, 3), None), r"\[2, 3\]\) and NoneType"),
+        ("ab", "str"),
+    ],
+)
+def test_a_pair_that_is_none(pair: Any, got: str) -> None:
+    with pytest.raises(lorafx.ConfigError, match=rf"scaled_pair.*{got}"):
+        lorafx.LoraConfig(scaled_pair=pair)
