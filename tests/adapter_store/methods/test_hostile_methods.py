@@ -148,6 +148,11 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Tensor], str]] = {
     "nothing": (LOHA, {f"{AT}lora_A.weight": ones(2, 12)}, r"holds nothing of LoHa"),
     "block": (MISS, {f"{AT}miss_block": ones(2, 9)}, r"miss_block \(2, 9\).*q_proj needs \(10"),
     "bank": (VBLORA, TOPK, r"logits_A_topk_indices points outside of the 4"),
+    "too few weights": (
+        VBLORA,
+        {**TOPK, f"{AT}vblora_logits_A_topk_indices": torch.zeros(1, 3, 3, dtype=torch.int64)},
+        r"logits_A_topk_weights has shape \(1, 3, 1\), it needs \(1, 3, 2\)",
+    ),
     "rank of a block": (MISS, {f"{AT}miss_block": ones(1, 10)}, r"rank 1, .* says 2 there"),
     "negative": (
         VBLORA,
