@@ -223,7 +223,7 @@ def config_of(folder: Path) -> PeftConfig:
         config = PeftConfig.read(fields, where=where, methods=True)
         if config.method is None:
             return config
-    state = load_state(folder)
+    state = with_factors(load_state(folder), lambda *_: None)
     ranks = [sizes.rank for sizes in factor_sizes(state.tensors).values() if sizes.rank]
     return replace(state.config, r=max(ranks, default=None))
 

@@ -95,6 +95,7 @@ def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor
     else:
         indices = given.indices(f"{name}_topk_indices", *dims, "topk", below=len(bank))
         weights = bank.new_zeros(*indices.shape)
+        given.sizes["topk - 1"] = indices.shape[-1] - 1
         if indices.shape[-1] > 1:
             weights[..., :-1] = given.take(f"{name}_topk_weights", *dims, "topk - 1")
             if not given.meta and float(weights.min()) < 0:

@@ -154,23 +154,21 @@ def test_packages_have_factors(files: Files, tmp_path: Path) -> None:
         lorafx.export(base, files.of("one"), inputs, path)
 
 
-def test_a_pair_that_takes_more_than_the_weight(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).eval()
-    folder = save(base, vera(target_modules=["0", "1"]), tmp_path / "head")
-    cm: Any = lorafx.compile(copy.deepcopy(base), [folder], options=ROADS["eager"])
-    x = torch.randn(2, 8)
-    want = merged(base, folder)(x.double())
-    assert error(cm(x, adapter_names=["head", None])[:1].double(), want[:1]) <= TOLERANCE
+#: A head whose pair takes more room than its weight, and a path that ends another one.
+NAMED = (
+    nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)),
+    nn.Sequential(
+        OrderedDict(fc=nn.Linear(8, 8), a=nn.Sequential(OrderedDict(fc=nn.LayerNorm(8))))
+    ),
+)
 
 
-def test_a_path_that_ends_another_one(tmp_path: Path) -> None:
-    more = nn.Sequential(OrderedDict(fc=nn.LayerNorm(8)))
-    base = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), more=more)).eval()
-    folder = save(base, vera(target_modules="fc"), tmp_path / "fc")
-    cm: Any = lorafx.compile(copy.deepcopy(base), [folder], options=ROADS["eager"])
-    x = torch.randn(2, 8)
+@pytest.mark.parametrize(("base", "targets"), zip(NAMED, (["0", "1"], "fc"), strict=True))
+def test_rooms_of_single_linears(base: nn.Module, targets: Any, tmp_path: Path) -> None:
+    folder, x = save(base, vera(target_modules=targets), tmp_path / "a"), torch.randn(2, 8)
+    cm: Any = lorafx.compile(copy.deepcopy(base).eval(), [folder], options=ROADS["eager"])
     want = merged(base, folder)(x.double())
-    assert error(cm(x, adapter_names=["fc", None])[:1].double(), want[:1]) <= TOLERANCE
+    assert error(cm(x, adapter_names=["a", None])[:1].double(), want[:1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
