@@ -162,6 +162,7 @@ def test_e(): pass
 """
 
 
+@pytest.mark.slow  # its workers cannot be started by one of pytest-xdist's own
 def test_a_test_that_ends_its_process_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
