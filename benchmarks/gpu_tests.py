@@ -29,7 +29,7 @@ def run_file(context: Context, *, file: str, workers: int) -> None:
     order = {"done": [row["key"] for row in context.rows], "last": context.entry["before"]}
     told = {ORDER: json.dumps(order), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     options = [f"--rootdir={ROOT}", "--tb=short", "-pgpu_tests", "-pno:cacheprovider"]
-    options += [f"-n{workers}", "--max-worker-restart=1000", file]
+    options += [f"-n{workers}", "--max-worker-restart=20", file]
     with mock.patch.dict(os.environ, told):
         status = pytest.main(options, [Recorder(context)])
     if status not in ENDED:

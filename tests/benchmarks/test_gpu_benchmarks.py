@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -160,20 +161,27 @@ def test_c(): pytest.skip("not here")
 def test_d(): gpu_tests.gpu_error = lambda: "an illegal address"
 def test_e(): pass
 """
+RUN = """import json, pathlib, sys, gpu_tests
+from gpu_job import Context
+
+entry = {"rows": [], "failures": {}, "before": []}
+gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=sys.argv[1], workers=2)
+pathlib.Path(sys.argv[2]).write_text(json.dumps(entry))
+"""
 
 
-@pytest.mark.slow  # its workers cannot be started by one of pytest-xdist's own
-def test_a_test_that_ends_its_process_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gpu_tests
-    from gpu_job import Context
-
-    file = tmp_path / "test_four.py"
+def test_a_test_that_ends_its_process_costs_no_other(tmp_path: Path) -> None:
+    """In a process of its own, as jobs are: workers that start workers may do so for ever."""
+    file, result = tmp_path / "test_four.py", tmp_path / "entry.json"
     file.write_text(TESTS)
-    monkeypatch.setenv("PYTHONPATH", f"{FOLDER}:{ROOT}")
-    entry = {"rows": [], "failures": {}, "before": []}
-    gpu_tests.run_file(Context(entry, lambda: None, tiny=True), file=str(file), workers=2)
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    subprocess.run(
+        [sys.executable, "-c", RUN, str(file), str(result)],
+        env=variables | {"PYTHONPATH": f"{FOLDER}:{ROOT}"},
+        check=True,
+        timeout=600,
+    )
+    entry = json.loads(result.read_text())
     found = {row["key"][-1]: row["outcome"] for row in entry["rows"]}
     assert found == {"c": "skipped", "e": "passed"}
     why = {key[-1]: text for key, text in entry["failures"].items()}
