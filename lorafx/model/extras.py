@@ -19,7 +19,7 @@ from lorafx.model import targets
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.quantized import is_stored, readable
 from lorafx.model.sites import Site
-from lorafx.registry import lookup
+from lorafx.registry import Eligible, lookup
 
 #: Batches in which a graph refuses a site.
 When = Literal["always", "mixed", "dora", "own", "bias"]
@@ -39,17 +39,22 @@ def structure_refusal(site: Site) -> str | None:
     entry = site.eligible
     if site.expert_weight is not None:
         return "it holds routed experts"
+    if reason := class_refusal(entry):
+        return reason
+    if len(site.parts) > 1:
+        return "it packs several projections"
+    return _STORED if entry.kind != "linear" and is_stored(site.module, entry) else None
+
+
+def class_refusal(entry: Eligible) -> str | None:
+    """Why no module with this entry can have another weight for each row, or None."""
     if entry.kind not in OWN_KINDS:
         return "only linears and embeddings have another weight for each row"
     if entry.inner:
         return "its forward does more than multiply by this weight"
     if entry.handler is not None:
         return "a registered handler says what its call computes, but not with another weight"
-    if entry.sharding is not None:
-        return "its weight is one rank's share"
-    if len(site.parts) > 1:
-        return "it packs several projections"
-    return _STORED if entry.kind != "linear" and is_stored(site.module, entry) else None
+    return None if entry.sharding is None else "its weight is one rank's share"
 
 
 def dora_refusal(site: Site) -> str | None:

@@ -39,7 +39,7 @@ from lorafx.interrupts import Rollback
 from lorafx.kernels.cpu.compiler import check_compiler
 from lorafx.model.attachment import Attachment
 from lorafx.model.bank import SharedPair
-from lorafx.model.extras import token_rooms
+from lorafx.model.extras import class_refusal, token_rooms
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site, has_own_forward
 from lorafx.model.targets import AdapterNames
@@ -269,10 +269,9 @@ def _pair_at(
     entry = None if module is None else lookup(module)
     if pair is None or module is None or entry is None or not entry.is_linear:
         return None
-    special = entry.output_sizes or entry.handler or entry.sharding or entry.inner
-    if special or has_own_forward(module, entry) or weight.pair is None:
+    if entry.output_sizes or class_refusal(entry) or has_own_forward(module, entry):
         return None
-    return pair if pair.equals(weight.pair) else None
+    return pair if weight.pair is not None and pair.equals(weight.pair) else None
 
 
 def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
