@@ -185,9 +185,8 @@ def own_linear(
         else:
             numbers = alike.numbers(own, columns, dtype)
             y_rows, x_rows = alike.rows_of(before), alike.rows_of(x).to(dtype)
-            pair = pair_a, pair_b
-            added = structure.added(numbers, x_rows, y_rows.to(dtype), weight, pair)
-            alike.put(flat, y_rows + added)
+            like_y, pair = y_rows.to(dtype), (pair_a, pair_b)
+            alike.put(flat, y_rows + structure.added(numbers, x_rows, like_y, weight, pair))
     return out
 
 
@@ -197,7 +196,7 @@ class _Alike(NamedTuple):
     have `every` one in order."""
 
     structure: Structure
-    entries: list[int]
+    entries: tuple[int, ...]
     chosen: slice | Tensor
     places: Tensor
     every: bool
@@ -254,7 +253,7 @@ def _found(
         adjacent = entries == tuple(range(entries[0], behind))
         chosen = slice(entries[0], behind) if adjacent else torch.tensor(entries, device=device)
         every = torch.equal(places.flatten(), torch.arange(count, device=device))
-        found.append(_Alike(structure, [*entries], chosen, places, every))
+        found.append(_Alike(structure, entries, chosen, places, every))
     return found
 
 

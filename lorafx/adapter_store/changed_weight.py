@@ -70,8 +70,7 @@ class ChangedWeight(NamedTuple):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, any K) and B (N, R) whose product a pair's change is."""
         assert self.pair is not None
-        d, b = self._scales()
-        return d[:, None] * self.pair.A, b[:, None] * self.pair.B[: len(b)]
+        return _scaled(self.pair, *self._scales())
 
     def on(self, pair: SharedPair) -> ChangedWeight:
         """The same of an equal pair."""
@@ -158,9 +157,14 @@ def _times(base: Tensor, *tensors: Tensor, of: Callable[..., Tensor], weight: fl
 
 
 def _with_pair(weight: Tensor, numbers: Tensor, *, pair: SharedPair) -> Tensor:
-    d, b = numbers[: len(pair.A)], numbers[len(pair.A) :]
-    a = d[:, None] * pair.A[:, : weight.shape[1]].to(weight)
-    return weight + (b[:, None] * pair.B[: len(b)].to(weight)) @ a
+    n, k = weight.shape
+    like = SharedPair(pair.A[:, :k].to(weight), pair.B[:n].to(weight))
+    a, b = _scaled(like, numbers[: len(pair.A)], numbers[len(pair.A) :])
+    return weight + b @ a
+
+
+def _scaled(pair: SharedPair, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return d[:, None] * pair.A, b[:, None] * pair.B[: len(b)]
 
 
 def _structured(weight: Tensor, numbers: Tensor, *, structure: Structure) -> Tensor:

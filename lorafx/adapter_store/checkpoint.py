@@ -106,8 +106,12 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     return state if adapter.component is None else replace(state, left_out=())
 
 
+def no_pair(path: str, weight: ChangedWeight) -> None:
+    """For `with_factors` everywhere."""
+
+
 def with_factors(
-    state: AdapterState, serves: Callable[[str, ChangedWeight], SharedPair | None]
+    state: AdapterState, serves: Callable[[str, ChangedWeight], SharedPair | None] = no_pair
 ) -> AdapterState:
     """`state` with factors of scaled pairs but at the modules, by saved path, that `serves` finds
     an equal pair for, which takes the place of theirs."""
@@ -194,7 +198,7 @@ class Inspected:
 
 def inspected(source: Any) -> Inspected:
     """The contents of an adapter; raises as `load_state`."""
-    state = with_factors(load_state(source), lambda *_: None)
+    state = with_factors(load_state(source))
     config, scales, tensors = state.config, state.scales, state.tensors
     rows = [
         InspectedModule(
@@ -223,7 +227,7 @@ def config_of(folder: Path) -> PeftConfig:
         config = PeftConfig.read(fields, where=where, methods=True)
         if config.method is None:
             return config
-    state = with_factors(load_state(folder), lambda *_: None)
+    state = with_factors(load_state(folder))
     ranks = [sizes.rank for sizes in factor_sizes(state.tensors).values() if sizes.rank]
     return replace(state.config, r=max(ranks, default=None))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.checkpoint import load_state, with_factors
+from lorafx.adapter_store.checkpoint import load_state, no_pair, with_factors
 from lorafx.adapter_store.extras import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig, targeted_paths
 from lorafx.adapter_store.peft_model import (
@@ -225,7 +225,7 @@ def request_of(
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     pair = _pair_for(states.values(), config)
-    serves = partial(_pair_at, Places((), model), pair)
+    serves = no_pair if pair is None else partial(_pair_at, Places((), model), pair)
     states = {name: with_factors(state, serves) for name, state in states.items()}
     if pair is not None:  # with room for factors of other pairs, and of other modules
         config = replace(_config_of(lora_config, states, model), scaled_pair=pair)
@@ -261,13 +261,13 @@ def _pair_for(states: Iterable[AdapterState], config: LoraConfig) -> SharedPair 
 
 
 def _pair_at(
-    places: Places, pair: SharedPair | None, path: str, weight: ChangedWeight
+    places: Places, pair: SharedPair, path: str, weight: ChangedWeight
 ) -> SharedPair | None:
     """`pair`, if it is that of `weight` and the module at a saved path is a linear that can have a
     weight of each adapter's own."""
     module = places.module(path)
     entry = None if module is None else lookup(module)
-    if pair is None or module is None or entry is None or not entry.is_linear:
+    if module is None or entry is None or not entry.is_linear:
         return None
     if entry.output_sizes or class_refusal(entry) or has_own_forward(module, entry):
         return None
