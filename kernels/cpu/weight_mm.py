@@ -215,7 +215,8 @@ def op_library() -> ctypes.CDLL:
 
 def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
     """Multiply many float32 rows by oneDNN, or by MKL; None chooses the faster one. If MKL has only
-    general code, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights)."""
+    general code, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights), and
+    0.43 to 1.09 for 72 to 2,048 with AVX2 alone (Zen 3, least where the weight is widest)."""
     if enabled is None:
         enabled = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
     linear = torch_function("aoti_torch_cpu__linear_pointwise") if enabled else None

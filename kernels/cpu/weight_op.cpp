@@ -302,11 +302,11 @@ extern "C" int32_t lorafx_install(const WeightShims* shims) {
 extern "C" void lorafx_load_by(void (*load)(const Key*)) { kernels.load = load; }
 extern "C" int32_t lorafx_add(const Kernel* kernel) { return kernels.add(kernel); }
 
-// Whether aten.mm has the best instructions of this CPU: MKL takes AVX-512 on Intel's alone.
+// Whether aten.mm has general code only: MKL has code of its own for Intel's CPUs alone.
 extern "C" int32_t lorafx_mm_is_slow() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+    return !__builtin_cpu_is("intel");
 #else
     return 0;
 #endif

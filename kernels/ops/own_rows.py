@@ -88,17 +88,17 @@ class Structure(NamedTuple):
         self,
         numbers: Tensor,
         x: Tensor,
-        y: Tensor,
+        columns: int,
         weight: Tensor | None,
         pair: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        """What is added to y (S, M, N), M rows of each of S slots, of their numbers (S, …), x (S,
-        M, K), the base's weight (N, K), which only a turned input needs, and the A and B of a
-        `pair`, in its own dtype."""
+        """What is added to y (S, M, N), M rows of each of S slots, `columns` N, of their numbers
+        (S, …), x (S, M, K), the base's weight (N, K), which only a turned input needs, and the A
+        and B of a `pair`, in its own dtype. Outputs are turned by `_turn`."""
         if self.form == SCALED_PAIR:
             a, b = pair
             require("own_linear", a is not None and b is not None, "there is no pair to scale")
-            d, outputs = numbers.unsqueeze(1).split_with_sizes((self.first, y.shape[-1]), -1)
+            d, outputs = numbers.unsqueeze(1).split_with_sizes((self.first, columns), -1)
             inner = torch.nn.functional.linear(x.to(a.dtype), a) * d  # type: ignore[union-attr, arg-type]
             return torch.nn.functional.linear(inner.to(b.dtype), b) * outputs  # type: ignore[union-attr, arg-type]
         if self.form == KRONECKER:
@@ -108,9 +108,7 @@ class Structure(NamedTuple):
             return (first @ across).unflatten(2, (x.shape[1], -1)).transpose(1, 2).flatten(2)
         if self.form == SHIFTED_OUTPUT:
             return numbers.unsqueeze(1)
-        turned = _turned(x if self.form == TURNED_INPUT else y, numbers, self.first)
-        if self.form == TURNED_OUTPUT:
-            return turned
+        turned = _turned(x, numbers, self.first)
         require("own_linear", weight is not None, "inputs are turned, so it needs the weight")
         return torch.nn.functional.linear(turned, weight.to(turned.dtype))  # type: ignore[union-attr]
 
@@ -123,6 +121,13 @@ def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
     pieces = x.unflatten(2, (-1, block)).transpose(1, 2)
     across = numbers.unflatten(1, (-1, block, block)).mT
     return (pieces @ across).transpose(1, 2).flatten(2)
+
+
+def _turn(x: Tensor, numbers: Tensor, block: int, room: Tensor | None) -> Tensor:
+    """x + D x, written into `room` if there is one."""
+    if block == 1:
+        return torch.addcmul(x, x, numbers.unsqueeze(1), out=room)
+    return torch.add(x, _turned(x, numbers, block), out=room)
 
 
 class OwnRows(NamedTuple):
@@ -185,8 +190,14 @@ def own_linear(
         else:
             numbers = alike.numbers(own, columns, dtype)
             y_rows, x_rows = alike.rows_of(before), alike.rows_of(x).to(dtype)
-            like_y, pair = y_rows.to(dtype), (pair_a, pair_b)
-            alike.put(flat, y_rows + structure.added(numbers, x_rows, like_y, weight, pair))
+            room = alike.room(flat, dtype)
+            if structure.form == TURNED_OUTPUT:
+                changed = _turn(y_rows.to(dtype), numbers, structure.first, room)
+            else:
+                added = structure.added(numbers, x_rows, columns, weight, (pair_a, pair_b))
+                changed = torch.add(y_rows, added, out=room)
+            if room is None:
+                alike.put(flat, changed)
     return out
 
 
@@ -209,6 +220,11 @@ class _Alike(NamedTuple):
         """These rows of x: (S, M, K)."""
         rows = x if self.every else x.index_select(0, self.places.flatten())
         return rows.view(*self.places.shape, -1)
+
+    def room(self, out: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """These rows of `out` (S, M, K), if what is computed in `dtype` can be written there."""
+        fits = self.every and torch.promote_types(dtype, out.dtype) == out.dtype
+        return out.view(*self.places.shape, -1) if fits else None
 
     def put(self, out: Tensor, rows: Tensor) -> None:
         rows = rows.flatten(0, 1).to(out.dtype)
@@ -282,9 +298,11 @@ def own_input(x: Tensor, own: Tensor, own_table: Tensor, slots: Tensor, rows: in
     found = _alike(own_table, slots, rows, count, frozenset({TURNED_INPUT}))
     out, x = _copy(x, found), x.reshape(count, columns)
     for alike in found:
-        before, block = alike.rows_of(x).to(dtype), alike.structure.first
-        turned = _turned(before, alike.numbers(own, 0, dtype), block)
-        alike.put(out.view(count, columns), before + turned)
+        flat, numbers = out.view(count, columns), alike.numbers(own, 0, dtype)
+        before, room = alike.rows_of(x).to(dtype), alike.room(flat, dtype)
+        turned = _turn(before, numbers, alike.structure.first, room)
+        if room is None:
+            alike.put(flat, turned)
     return out
 
 
