@@ -53,6 +53,7 @@ from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.cpu.kernels import WIDE, Kernels
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, BankArgs, check_bank, check_rows, define, require
+from lorafx.kernels.ops.own_rows import PRODUCTS
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 aten = torch.ops.aten
@@ -226,6 +227,8 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
 def _enter(spec: WeightSpec, isa: Isa, library: ctypes.CDLL) -> bool:
     functions = library.lorafx_kernel, getattr(library, "lorafx_widen", None)
     add_kernel(op_library(), spec.key, *map(address, functions), max_rows(spec.dtype))
+    if spec == WeightSpec(spec.dtype, spec.dtype):
+        PRODUCTS[spec.dtype] = WEIGHT_MM
     return True
 
 

@@ -35,6 +35,9 @@ from lorafx.kernels.ops.op_library import check_rows, define, require
 
 #: The forms of an entry of `own`: rows, or the numbers of a structure.
 ROWS, KRONECKER, TURNED_INPUT, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR = range(6)
+#: x Wᵀ of x (M, K) on a CPU, by the dtype of both, once code for it is generated and loaded
+#: (lorafx.kernels.cpu.weight_mm). Until then aten computes it.
+PRODUCTS: dict[torch.dtype, Callable[[Tensor, Tensor], Tensor]] = {}
 _NOT_OF_INPUTS = frozenset({ROWS, KRONECKER, TURNED_OUTPUT, SHIFTED_OUTPUT, SCALED_PAIR})
 
 
@@ -99,8 +102,7 @@ class Structure(NamedTuple):
             a, b = pair
             require("own_linear", a is not None and b is not None, "there is no pair to scale")
             d, outputs = numbers.unsqueeze(1).split_with_sizes((self.first, columns), -1)
-            inner = torch.nn.functional.linear(x.to(a.dtype), a) * d  # type: ignore[union-attr, arg-type]
-            return torch.nn.functional.linear(inner.to(b.dtype), b) * outputs  # type: ignore[union-attr, arg-type]
+            return _linear(_linear(x, a) * d, b) * outputs  # type: ignore[arg-type]
         if self.form == KRONECKER:
             first, second = self._factors(numbers, x.shape[-1])
             product = x.reshape(len(x), -1, second.shape[2]) @ second.mT  # (S, M · k₁, N / n₁)
@@ -110,7 +112,15 @@ class Structure(NamedTuple):
             return numbers.unsqueeze(1)
         turned = _turned(x, numbers, self.first)
         require("own_linear", weight is not None, "inputs are turned, so it needs the weight")
-        return torch.nn.functional.linear(turned, weight.to(turned.dtype))  # type: ignore[union-attr]
+        return _linear(turned, weight.to(turned.dtype))  # type: ignore[union-attr]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ of x (S, M, K), in the dtype of the weight."""
+    x, product = x.to(weight.dtype), PRODUCTS.get(weight.dtype)
+    if product is None or x.device.type != "cpu":
+        return torch.nn.functional.linear(x, weight)
+    return product(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 
 
 def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
