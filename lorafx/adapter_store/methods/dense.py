@@ -4,6 +4,7 @@ HiRA       W′ = W ∘ (1 + B A)
 C3A        W′ = W + C / K of circulant blocks C, whose first rows the file has
 RandLoRA   W′ = W + s Σ B diag(λ) A diag(γ) of bases A, B that all modules share
 GLoRA      W′ = W + W ∘ A + B, b′ = b + b ∘ D + E + W C
+of LyCORIS  W′ = W + s (W A + B) of A = a₁ a₂, B = b₁ b₂; of older files A = a₂ a₁, B = b₂ b₁
 Full       W′ = W + diff, b′ = b + diff_b, of LyCORIS; diff_b may also stand beside factors
 """
 
@@ -118,6 +119,21 @@ def _glora_bias(bias: Tensor, weight: Tensor, *paths: Tensor) -> Tensor:
     return bias + added.squeeze(1)
 
 
+def _lycoris_glora(given: Given) -> ChangedWeight:
+    shape = given.tensors["a1"][1].shape if "a1" in given else (0, 0)
+    i, j = (2, 1) if shape[0] < shape[-1] else (1, 2)  # (r, K) in older files
+    a_left, a_right = given.take(f"a{i}", "K", "r"), given.take(f"a{j}", "r", "K")
+    b_left, b_right = given.take(f"b{i}", "N", "r"), given.take(f"b{j}", "r", "K")
+    of = partial(_lycoris_glora_weight, scale=given.known_scale(len(a_right)))
+    return ChangedWeight(of, (a_left, a_right, b_left, b_right))
+
+
+def _lycoris_glora_weight(
+    weight: Tensor, left: Tensor, right: Tensor, b_left: Tensor, b_right: Tensor, *, scale: float
+) -> Tensor:
+    return weight + scale * (weight @ left @ right + b_left @ b_right)
+
+
 def _full(given: Given) -> MadeFactors | ChangedWeight:
     if "diff" in given:
         key, tensor = given.tensors["diff"]
@@ -195,6 +211,14 @@ GLORA = AdapterMethod(
     training=frozenset({"config_A_B", "config_C", "config_D_E", "init_weights"}),
     unread=frozenset({"r"}),
     form="own weight",
+)
+LYCORIS_GLORA = AdapterMethod(
+    name="GLoRA of LyCORIS",
+    peft_type=None,
+    marks=r"[ab][12](?=\.weight)",
+    read=_lycoris_glora,
+    form="own weight",
+    lycoris=True,
 )
 FULL = AdapterMethod(
     name="whole differences (full)",

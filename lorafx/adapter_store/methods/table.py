@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafx.adapter_store.methods.blocks import BDLORA, GRALORA, QALORA, TINYLORA, UNILORA, VBLORA
 from lorafx.adapter_store.methods.butterfly import BOFT, LYCORIS_OFT
-from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, RANDLORA
+from lorafx.adapter_store.methods.dense import C3A, FULL, GLORA, HIRA, LYCORIS_GLORA, RANDLORA
 from lorafx.adapter_store.methods.method import MERGE, AdapterMethod
 from lorafx.adapter_store.methods.products import LOHA, LOKR
 from lorafx.adapter_store.methods.projected import BEFT, DEFT, FROD, KASA, OSF, PEANUT
@@ -20,7 +20,7 @@ from lorafx.adapter_store.methods.turned import HRA, IA3, OFT, ROAD
 METHODS: tuple[AdapterMethod, ...] = (
     *(ADALORA, LOHA, LOKR, MISS, DELORA, GRALORA, VBLORA, UNILORA, PVERA, BDLORA, LOCON),
     *(HIRA, OFT, IA3, HRA, ROAD, VERA, BOFT, LYCORIS_OFT, DEFT, BEFT, TINYLORA, KASA, QALORA),
-    *(FULL, C3A, RANDLORA, GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
+    *(FULL, C3A, RANDLORA, GLORA, LYCORIS_GLORA, FOURIERFT, WAVEFT, SHIRA, SUPERTUNING),
     *(OSF, PEANUT, FROD),
 )
 
@@ -43,7 +43,6 @@ REFUSED_TYPES: Mapping[str, str] = {
 }
 #: The last parts of keys -> the other method that uses them.
 _REFUSED_KEYS: Mapping[str, str] = {
-    r"[ab][12]\.weight": "GLoRA of LyCORIS: products of the base weight with factors",
     r"lora_(gate|up|down|gate_and_up)_[abAB](\..+)?": (
         "factors of grouped experts by torchtune or NeMo AutoModel: export it in PEFT's format"
     ),

@@ -220,7 +220,6 @@ def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None
         ("base_model.model.a.oft_r.weight", "OFT"),
         ("lora_unet_a.w_norm", "norm of LyCORIS"),
         ("lora_unet_a.lora_t1", "Tucker"),
-        ("lora_unet_a.b1.weight", "GLoRA"),
         ("bundle_emb.style.string_to_param.*", "textual inversion"),
         ("model.layers.0.mlp.experts.lora_gate_and_up_A", "grouped experts"),
     ],

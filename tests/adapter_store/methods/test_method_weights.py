@@ -185,6 +185,26 @@ def test_whole_differences(prefix: str) -> None:
         torch.testing.assert_close(got.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize(("i", "j"), [(1, 2), (2, 1)])  # (2, 1): files of older versions
+def test_glora_of_lycoris(i: int, j: int) -> None:
+    base = Small().double()
+    a, c, b, d = rand(16, 2), rand(2, 16), rand(8, 2), rand(2, 16)
+    named = {f"a{i}": a, f"a{j}": c, f"b{i}": b, f"b{j}": d}
+    tensors = {f"lycoris_q_proj.{name}.weight": tensor for name, tensor in named.items()}
+    tensors["lycoris_q_proj.alpha"] = torch.tensor(6.0)
+    got, weight = changed(base, AdapterSource(tensors)), base.q_proj.weight
+    torch.testing.assert_close(got.q_proj.weight, weight + 3 * (weight @ a @ c + b @ d))
+    for name, tensor, message in (
+        ("b1", None, r"lycoris_q_proj has no b1"),
+        (f"b{j}", rand(2, 15), rf"b{j}.weight has shape \(2, 15\), it needs \(2, 16\)"),
+        (f"a{j}", torch.full((2, 16), torch.nan), rf"a{j}.weight holds 32 NaN"),
+        (f"a{i}", rand(16, 2, 1, 1), r"has shape \(16, 2, 1, 1\)"),
+    ):
+        key = f"lycoris_q_proj.{name}.weight"
+        others = {k: t for k, t in tensors.items() if k != key}
+        refused(AdapterSource(others if tensor is None else {**others, key: tensor}), message)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("names", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
 def test_differences_of_biases_beside_factors(names: tuple[str, str]) -> None:
