@@ -168,7 +168,8 @@ class Provenance:
                     reason += (
                         f". One copy per request was tried, and ended at {ctx.kept_shared[node]}"
                     )
-                ctx.refuse(Refusal(sites, "mixed", reason))
+                if 0 not in node.meta["val"].shape:  # an expert that no token chose has no rows
+                    ctx.refuse(Refusal(sites, "mixed", reason))
                 rebind(node, rows=ALL_ALIKE)
         for node in [node for node in gm.graph.nodes if node.target is ROWS_OF]:
             node.replace_all_uses_with(bound(node)["y"])
