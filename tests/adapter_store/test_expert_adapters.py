@@ -209,7 +209,9 @@ def test_tinkers_names_of_experts_without_a_gate() -> None:
     a, b = up.values()
     found = delta(model, read(model, {**up, **nothing}), "gate_up_proj")
     assert torch.allclose(found, 1.5 * b @ a, atol=1e-5)
-    with pytest.raises(CheckpointError, match=r"w3\S+: shapes \(0,\) and \(0,\) are not \(3, r, 5\)"):
+    with pytest.raises(
+        CheckpointError, match=r"w3\S+: shapes \(0,\) and \(0,\) are not \(3, r, 5\)"
+    ):
         read(Model(), {**pair((1, 2, 5), (3, 4, 2), f"{PATH}.w1"), **nothing})
 
 
