@@ -176,9 +176,11 @@ class ExpertReading:
         """The factors of a wrapper. Which of A and B takes the input depends on PEFT's release."""
         a, b = pair["A"].tensor, pair["B"].tensor
         count, k, n = _sizes_of(weight, "all")
-        if a.dim() == b.dim() == 3 and a.shape == (count, b.shape[1], k) and a.numel():
-            if b.shape == (n, a.shape[1], count):
-                return a, b.permute(2, 0, 1)
+        if a.dim() == 3 and a.numel() and (a.shape, b.shape) == (
+            (count, rank := a.shape[1], k),
+            (n, rank, count),
+        ):
+            return a, b.permute(2, 0, 1)
         version, swapped = self.config.peft_version, None
         if version is not None:
             old = version < _READS_TRANSPOSED
