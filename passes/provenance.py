@@ -24,7 +24,7 @@ from lorafx.op_arguments import bound, rebind
 from lorafx.ownership import indexing
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.site_rules import input_of, row_dims
-from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.ownership.symbolic import ONE, BatchSymbols
 from lorafx.program.context import OWN_MASK, ROWS_OF, Context, is_site
 from lorafx.program.emitter import Emitter
 from lorafx.program.frame import (
@@ -153,6 +153,10 @@ class Provenance:
             ctx.handover.writable = ctx.frame.writable
             ctx.handover.constant = constants_of(gm.graph, ctx.frame)
             ctx.handover.seen &= not proofs
+        for node in [n for n in marks if isinstance(proofs[n], Unproved)]:
+            if 0 in node.meta["val"].shape:  # an expert that no token chose has no rows
+                proofs[node] = RowMap(ONE)
+                rebind(node, rows=1)
         unit = "token" if ctx.frame.per_token else "request"
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):

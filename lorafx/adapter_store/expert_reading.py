@@ -8,7 +8,10 @@
 
     in PEFT's wrappers        A (r·E, K), row e·r + j;   B (N, r·E), column j·E + e
     exchanged there           A (r·E, N), B (K, r·E):    ΔW[e] = s · (B[e] A[e])ᵀ
-    under a parameter's name  A (E, r, K), B (E, N, r); one of them may be shared, (r, K) or (N, r)
+    there as vLLM stacks it   A (E, r, K), B (N, r, E)
+    under a parameter's name  A (E, r, K), B (E, N, r); a shared one has E = 1, or is (r, K) or
+                              (N, r) beside the other's three dimensions
+    shared, of single experts experts.gate_proj.lora_A (1, r, K), experts.3.gate_proj.lora_B (N, r)
 
 The inner wrapper belongs to the first registered parameter; a single wrapper has the outer name.
 PEFT exchanges A and B if the module's `is_transposed`, or before 0.19 the order of dimensions,
@@ -91,10 +94,12 @@ class ExpertReading:
         elif not experts.sites:
             self.findings.unavailable[place.saved] = not_selected([experts.path])
         else:
+            tensor = self.findings.state.tensors[factor.key]
+            if weight and not (weight.halves or weight.down) and tensor.shape == (0,):
+                return  # Tinker's w3 of experts that have no gate, whose only projection is w1
             _, pairs = self._modules.setdefault(id(experts.module), (experts, {}))
             name = "" if weight is None else weight.name
             pair = pairs.setdefault(_Target(name, place.half, place.expert, place.nested), {})
-            tensor = self.findings.state.tensors[factor.key]
             first = pair.setdefault(factor.letter, _SavedTensor(factor.key, tensor, place.saved))
             self.findings.check_same(factor, first.key, place.saved)
 
@@ -121,7 +126,7 @@ class ExpertReading:
         for weight, pair in assigned:
             with self.findings.noting():
                 terms.setdefault(weight.name, []).extend(self._wrapper_terms(experts, weight, pair))
-        for target, pair in pairs.items():
+        for target, pair in _with_shared(pairs).items():
             if target.parameter:
                 with self.findings.noting():
                     named_terms = self._named_terms(weights[target.parameter], target, pair)
@@ -171,6 +176,16 @@ class ExpertReading:
         """The factors of a wrapper. Which of A and B takes the input depends on PEFT's release."""
         a, b = pair["A"].tensor, pair["B"].tensor
         count, k, n = _sizes_of(weight, "all")
+        if (
+            a.dim() == 3
+            and a.numel()
+            and (a.shape, b.shape)
+            == (
+                (count, rank := a.shape[1], k),
+                (n, rank, count),
+            )
+        ):
+            return a, b.permute(2, 0, 1)
         version, swapped = self.config.peft_version, None
         if version is not None:
             old = version < _READS_TRANSPOSED
@@ -217,13 +232,13 @@ class ExpertReading:
         (key_a, a, saved), (key_b, b, _) = pair["A"], pair["B"]
         count, k, n = _sizes_of(weight, target.half)
         if target.expert is None:
-            experts, shared = range(count), {a.dim(), b.dim()} == {2, 3}
-            a, b = (t.expand(count, -1, -1) if shared and t.dim() == 2 else t for t in (a, b))
+            experts = range(count)
+            a, b = (_of_each(t, count) if 3 in (a.dim(), b.dim()) else t for t in (a, b))
             rank = b.shape[-1] if b.dim() else 0
             if a.shape != (count, rank, k) or b.shape != (count, n, rank) or not a.numel():
                 raise Problem(
                     f"{key_a}, {key_b}: shapes {tuple(a.shape)} and {tuple(b.shape)} are not "
-                    f"({count}, r, {k}) and ({count}, {n}, r), of which one may be shared"
+                    f"({count}, r, {k}) and ({count}, {n}, r), of which one may be shared (1, …)"
                 )
         else:
             experts, rank = range(target.expert, target.expert + 1), len(a) if a.dim() else 0
@@ -238,6 +253,28 @@ class ExpertReading:
     ) -> list[_Term]:
         scale = self.findings.scale(name, original, saved, a.shape[1])
         return [] if scale is None else [_Term(half, experts, a, b, scale, name)]
+
+
+def _with_shared(pairs: Mapping[_Target, _Pair]) -> Mapping[_Target, _Pair]:
+    """The pairs, where a factor of all experts completes those of single ones that lack it."""
+    completed, used = dict(pairs), set()
+    for target, pair in pairs.items():
+        everyone = target._replace(expert=None)
+        shared = pairs.get(everyone, {})
+        if target.expert is None or len(shared) != 1 or len(pair) != 1 or shared.keys() & pair:
+            continue
+        used.add(everyone)
+        ((letter, saved),) = shared.items()
+        if saved.tensor.dim() == 3 and len(saved.tensor) == 1:
+            saved = saved._replace(tensor=saved.tensor[0])
+        completed[target] = {**pair, letter: saved}
+    return {target: pair for target, pair in completed.items() if target not in used}
+
+
+def _of_each(factor: Tensor, experts: int) -> Tensor:
+    """A factor for each expert, of one that all may share: (r, K) or (1, r, K)."""
+    alone = factor.dim() == 2 or (factor.dim() == 3 and len(factor) == 1)
+    return factor.expand(experts, -1, -1) if alone else factor
 
 
 def _check_pair(pair: _Pair) -> None:

@@ -150,7 +150,7 @@ class RowDeltas:
         if self._added.pop(mark.path, None) is not None:
             following.refuse(f"{mark.path}: its call does not return what its forward has")
         following.marked(mark, x, y)
-        if mark.path not in self._touched:
+        if mark.path not in self._touched or not y.numel():
             return self._noted(mark, y)
 
         def added() -> Tensor:

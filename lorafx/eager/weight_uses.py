@@ -234,6 +234,8 @@ class WeightUses:
         products = self.marked_alone(mark)
         if mark.stored or mark.handler is not None or mark.path not in self._program.batch.touched:
             return None
+        if not y.numel():
+            return None  # an expert that no token chose: torch multiplies nothing
         if len(products) != 1:
             if not products:
                 return "no product with its weight was seen in its module's call"

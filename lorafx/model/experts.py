@@ -235,7 +235,7 @@ def covers(weight: ExpertWeight, name: str) -> Half | None:
     if down != weight.down:
         return None
     if not weight.halves and not weight.down:
-        return "all" if half in ("all", "up") else None
+        return "all" if half in ("all", "up") or name == "w1" else None
     return half
 
 

@@ -177,7 +177,9 @@ class Indices:
             else:
                 self.at.append(index)
                 self.masked.append(False)
-                self.cells.append(cells)
+                # One number chooses for all, as one of Python's does, whoever it was made of.
+                unknown = index.numel() == 1 and labels[id(index)] is None
+                self.cells.append(torch.full_like(cells, NOBODY) if unknown else cells)
 
     @staticmethod
     def of(named: Mapping[str, Any], labels: Labels) -> Indices:

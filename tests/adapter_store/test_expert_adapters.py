@@ -159,6 +159,9 @@ FORMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable, Callable]] = 
     "apart": ((3, 2, 4), (3, 5, 2), lambda a, e: a[e], lambda b, e: b[e]),
     "one A": ((2, 4), (3, 5, 2), lambda a, e: a, lambda b, e: b[e]),
     "one B": ((3, 2, 4), (5, 2), lambda a, e: a[e], lambda b, e: b),
+    "one A of three dimensions": ((1, 2, 4), (3, 5, 2), lambda a, e: a[0], lambda b, e: b[e]),
+    "one B of three dimensions": ((3, 2, 4), (1, 5, 2), lambda a, e: a[e], lambda b, e: b[0]),
+    "one of each": ((1, 2, 4), (1, 5, 2), lambda a, e: a[0], lambda b, e: b[0]),
 }
 
 
@@ -171,6 +174,45 @@ def test_factors_of_all_experts(form: str) -> None:
     found = delta(model, read(model, tensors), "down_proj")
     want = torch.stack([1.5 * own_b(b, e) @ own_a(a, e) for e in range(3)])
     assert torch.allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 2, 5)])
+def test_a_shared_factor_beside_those_of_single_experts(shape: tuple[int, ...]) -> None:
+    """As Megatron-Bridge writes them. Expert 1, which has no B, keeps its weights."""
+    model, a = Model(halves="interleaved"), noise(*shape)
+    own = {f"{PATH}.{e}.up_proj.lora_B": noise(4, 2, seed=e) for e in (0, 2)}
+    found = delta(model, read(model, {f"{PATH}.up_proj.lora_A": a, **own}), "gate_up_proj")
+    want = torch.zeros(3, 8, 5)
+    for e in (0, 2):
+        want[e, 1::2] = 1.5 * own[f"{PATH}.{e}.up_proj.lora_B"] @ a.reshape(2, 5)
+    assert torch.allclose(found, want, atol=1e-5)
+
+
+def test_factors_that_are_stacked_in_both_wrappers() -> None:
+    """As vLLM stacks them; square parameters need no version, since no release exchanges these."""
+    model = Model(hidden=4, inner=2)
+    tensors = {
+        **pair((3, 2, 4), (4, 2, 3), f"{PATH}.base_layer"),
+        **pair((3, 1, 2), (4, 1, 3), PATH, seed=3),
+    }
+    adapter = read(model, tensors, peft_version=None, rank_pattern={"experts.down_proj": 1})
+    for name, path, s in (("gate_up_proj", f"{PATH}.base_layer", 1.5), ("down_proj", PATH, 3)):
+        a, b = tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
+        want = torch.stack([s * b[:, :, e] @ a[e] for e in range(3)])
+        assert torch.allclose(delta(model, adapter, name), want, atol=1e-5)
+
+
+def test_tinkers_names_of_experts_without_a_gate() -> None:
+    model = Model(halves="")
+    nothing = dict.fromkeys((f"{PATH}.w3.lora_A", f"{PATH}.w3.lora_B"), torch.empty(0))
+    up = pair((1, 2, 5), (3, 4, 2), f"{PATH}.w1")
+    a, b = up.values()
+    found = delta(model, read(model, {**up, **nothing}), "gate_up_proj")
+    assert torch.allclose(found, 1.5 * b @ a, atol=1e-5)
+    with pytest.raises(
+        CheckpointError, match=r"w3\S+: shapes \(0,\) and \(0,\) are not \(3, r, 5\)"
+    ):
+        read(Model(), {**pair((1, 2, 5), (3, 4, 2), f"{PATH}.w1"), **nothing})
 
 
 BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
@@ -206,10 +248,31 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {},
         r"\(6, 4\) and \(5, 6\) are not \(3, r, 4\) and \(3, 5, r\), of which one may be shared",
     ),
-    "no expert of that shared A": (
-        {f"{PATH}.w2.lora_A": noise(2, 4), f"{PATH}.0.w2.lora_B": noise(5, 2)},
+    "a shared A without any B": ({f"{PATH}.w2.lora_A": noise(1, 2, 4)}, {}, "has no factor B"),
+    "a shared A of another rank": (
+        {f"{PATH}.w2.lora_A": noise(1, 3, 4), f"{PATH}.0.w2.lora_B": noise(5, 2)},
+        {},
+        r"w2.lora_B\S* has shape \(5, 2\), \S+ needs \(5, r = 3\)",
+    ),
+    "a shared A of two": (
+        {f"{PATH}.w2.lora_A": noise(2, 2, 4), f"{PATH}.0.w2.lora_B": noise(5, 2)},
+        {},
+        r"w2.lora_A\S* has shape \(2, 2, 4\)",
+    ),
+    "a shared A beside another": (
+        {**pair((2, 4), (5, 2), f"{PATH}.0.w2"), f"{PATH}.w2.lora_A": noise(1, 2, 4)},
         {},
         "has no factor B",
+    ),
+    "shared by two of three": (
+        pair((2, 2, 4), (3, 5, 2), f"{PATH}.w2"),
+        {},
+        r"\(2, 2, 4\) and \(3, 5, 2\) are not \(3, r, 4\)",
+    ),
+    "stacked for another number": (
+        pair((4, 2, 4), (5, 2, 4), PATH),
+        {"target_parameters": ["experts.down_proj"]},
+        r"\(4, 2, 4\)",
     ),
 }
 

@@ -8,20 +8,39 @@ qwen3_next. It is no oracle here: W + ΔW is added up expert by expert.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
-from dense_merge import REFERENCE, check_mixed
-from expert_models import MIXED, experts_modules, ids, moe_case, router_names
+from dense_merge import REFERENCE, Case, check_mixed
+from expert_models import (
+    MIXED,
+    SCALE,
+    Pair,
+    Projection,
+    experts_modules,
+    ids,
+    merged_pairs,
+    moe_base,
+    moe_case,
+    pairs_of,
+    router_names,
+    save_older,
+    write,
+)
 from tiny_inputs import inputs
 from transformers.integrations import use_experts_implementation
 from transformers.models.step3p7 import modeling_step3p7
 
 import lorafx
 from lorafx.errors import MatchError
+
+Pairs = Mapping[Projection, Pair]
+#: The names of halves in Mixtral.
+WORDS = {"gate": "w1", "up": "w3", "all": "w2"}
 
 #: Model type -> packs that `explain` shows, by last names. Qwen3-MoE is in test_qwen3_moe.
 MODELS = {
@@ -67,6 +86,91 @@ def test_mixed_batches(model_type: str, tmp_path: Path) -> None:
     for pack in MODELS[model_type]:
         assert f"[{pack}]" in told, told
     assert "refused" not in told
+
+
+def test_every_layout_in_one_batch(tmp_path: Path) -> None:
+    """Adapters with one A of gate and up and one B of down for all experts, as four libraries lay
+    them out; one with a pair for each expert; one of PEFT; a base row."""
+    base = moe_base("mixtral")
+    ((path, _),) = experts_modules(base)
+    case = Case(base, {})
+    for seed, layout in enumerate(("tinker", "bridge", "stacked", "apart")):
+        pairs = pairs_of(base, lambda expert, name: 2, seed=seed)
+        a = {where.half: pair[0] for where, pair in pairs.items() if where.expert == 0}
+        b = pairs[Projection(f"{path}.down_proj", 0, "all")][1]
+        if layout == "stacked":  # gate and up have one A, and are one parameter
+            a["up"] = a["gate"]
+        for where, pair in list(pairs.items()) if layout != "apart" else ():
+            down = where.half == "all"
+            pairs[where] = (pair[0], b) if down else (a[where.half], pair[1])
+        case.merged[layout] = merged_pairs(base, pairs)
+        case.folders[layout] = LAYOUTS[layout](tmp_path / layout, path, pairs)
+    case.folders["peft"] = oracle.save_adapter(
+        base,
+        tmp_path / "peft",
+        rank=3,
+        targets=[],
+        seed=9,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    cm = case.compile(dynamic=False)
+    names = ["tinker", "bridge", None, "stacked", "apart", "peft"]
+    check_mixed(cm, case, names, ids(len(names)))
+    graphs = cm.recompiles
+    check_mixed(cm, case, names[::-1], ids(len(names), seed=2))
+    assert cm.recompiles == graphs
+
+
+def _halves(path: str, pairs: Pairs) -> Iterator[tuple[str, list[Pair]]]:
+    """(half, the pairs of its experts in order)."""
+    for parameter, half in (("gate_up_proj", "gate"), ("gate_up_proj", "up"), ("down_proj", "all")):
+        places = (Projection(f"{path}.{parameter}", e, half) for e in range(len(pairs) // 3))
+        yield half, [pairs[place] for place in places]
+
+
+def save_tinker(folder: Path, path: str, pairs: Pairs) -> Path:
+    """w1, w3, w2: the shared factor is (1, ...), the others (E, ...); as SGLang reads them."""
+    tensors = {}
+    for half, items in _halves(path, pairs):
+        name = f"{path}.{WORDS[half]}"
+        a, b = (torch.stack(factors) for factors in zip(*items, strict=True))
+        a, b = (a, b[:1]) if half == "all" else (a[:1], b)
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    return write(folder, tensors, r=2, lora_alpha=2 * SCALE)
+
+
+def save_bridge(folder: Path, path: str, pairs: Pairs) -> Path:
+    """As Megatron-Bridge: the shared factor has no number, the others are of single experts."""
+    tensors = {}
+    for half, items in _halves(path, pairs):
+        name, shared = ("down_proj", "B") if half == "all" else (f"{half}_proj", "A")
+        for expert, pair in enumerate(items):
+            for letter, factor in zip("AB", pair, strict=True):
+                if letter == shared:
+                    tensors[f"{path}.{name}.lora_{letter}.weight"] = factor[None]
+                else:
+                    tensors[f"{path}.{expert}.{name}.lora_{letter}.weight"] = factor
+    return write(folder, tensors, r=2, lora_alpha=2 * SCALE)
+
+
+def save_stacked(folder: Path, path: str, pairs: Pairs) -> Path:
+    """A (E, r, K) and B (N, r, E) under the names of PEFT's wrappers, as vLLM reads them."""
+    gate, up, down = (items for _, items in _halves(path, pairs))
+    tensors = {}
+    both = [(a, torch.cat([b, b_up])) for (a, b), (_, b_up) in zip(gate, up, strict=True)]
+    for name, items in ((f"{path}.base_layer", both), (path, down)):
+        tensors[f"{name}.lora_A.weight"] = torch.stack([a for a, _ in items])
+        tensors[f"{name}.lora_B.weight"] = torch.stack([b for _, b in items], dim=-1)
+    return write(folder, tensors, r=2, lora_alpha=2 * SCALE)
+
+
+#: Writers of the same factors in a library's layout.
+LAYOUTS = {
+    "tinker": save_tinker,
+    "bridge": save_bridge,
+    "stacked": save_stacked,
+    "apart": lambda folder, path, pairs: save_older(folder, pairs),
+}
 
 
 @pytest.mark.slow

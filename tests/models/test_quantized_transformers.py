@@ -7,15 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracle
 import peft
 import pytest
 import torch
 import transformers
-from dense_merge import REFERENCE, error
+from dense_merge import REFERENCE, PeftCase, check_mixed, error
+from expert_models import experts_modules, ids, moe_base
 from quantised import ROUNDS, Rounded, adapters, small_base
 from torch import nn
 
 import lorafx
+from lorafx.model.quantized import is_stored
+from lorafx.registry import lookup
 
 NAMES = ["a", None, "b", "a"]
 
@@ -113,3 +117,32 @@ def test_loaded_quantised_then_a_peft_model_of_it(
     assert error(cm(**given, adapter_names=NAMES).logits, got) <= tolerance
     cm.detach()
     assert wrapped.base_model.model.model.layers[0].mlp.down_proj is layer
+
+
+@pytest.mark.parametrize(
+    "kind", ["torchao-int8", pytest.param("bitsandbytes-nf4", marks=pytest.mark.slow)]
+)
+def test_experts_beside_quantised_linears(kind: str, tmp_path: Path) -> None:
+    """transformers quantises linears alone, so 3-D experts stay as they are, and carry adapters."""
+    base = moe_base("mixtral")
+    base.save_pretrained(tmp_path / "base")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    folders = {
+        name: oracle.save_adapter(
+            base,
+            tmp_path / name,
+            rank=rank,
+            targets=[p for p in oracle.linears(base) if p.endswith("q_proj")],
+            seed=rank,
+            target_parameters=parameters[: 3 - rank],
+        )
+        for name, rank in (("a", 1), ("b", 2))
+    }
+    model = load(tmp_path / "base", kind)
+    ((_, experts),) = experts_modules(model)
+    assert experts.down_proj.dtype == torch.float32
+    projection = next(m for path, m in model.named_modules() if path.endswith("q_proj"))
+    assert is_stored(projection, lookup(projection))
+    case = PeftCase(model, folders)
+    cm = case.compile(dynamic=False)
+    check_mixed(cm, case, NAMES, ids(len(NAMES)))
