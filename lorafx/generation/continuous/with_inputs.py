@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, EngineOutputs, account_of
@@ -139,7 +138,7 @@ class RequestsWithInputs:
 
 #: Arguments of `generate`: the logits of one more token, before anything is done to them.
 _ONE_TOKEN: Mapping[str, Any] = {
-    "generation_config": GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0),
+    **{"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "pad_token_id": 0},
     "return_dict_in_generate": True,
     "output_logits": True,
     "use_cache": True,
@@ -149,6 +148,8 @@ _ONE_TOKEN: Mapping[str, Any] = {
 def _with_token(inputs: Mapping[str, Any], token: int) -> dict[str, Any]:
     """The inputs with one more token in each tensor of `input_ids` and `attention_mask` (1, T)."""
     more = {"input_ids": token, "attention_mask": 1}
-    columns = {name: torch.cat([inputs[name], inputs[name].new_full((1, 1), value)], 1)
-               for name, value in more.items()}
+    columns = {
+        name: torch.cat([inputs[name], inputs[name].new_full((1, 1), value)], 1)
+        for name, value in more.items()
+    }
     return {**inputs, **columns}
