@@ -80,7 +80,9 @@ def qwen2_audio() -> tuple[Any, Any]:
     )
     reader = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     shown = "<|audio_bos|> <|AUDIO|> <|audio_eos|>"
-    processor = transformers.Qwen2AudioProcessor(reader, tokenizer(shown))
+    marks = {"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+    marks["audio_token"] = "<|AUDIO|>"
+    processor = transformers.Qwen2AudioProcessor(reader, tokenizer(shown, **marks))
     return transformers.Qwen2AudioForConditionalGeneration(config), processor
 
 
