@@ -82,7 +82,9 @@ def qwen2_audio() -> tuple[Any, Any]:
     shown = "<|audio_bos|> <|AUDIO|> <|audio_eos|>"
     marks = {"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
     marks["audio_token"] = "<|AUDIO|>"
-    processor = transformers.Qwen2AudioProcessor(reader, tokenizer(shown, **marks))
+    words = tokenizer(shown, **marks)
+    # Without it the class's own template is saved.
+    processor = transformers.Qwen2AudioProcessor(reader, words, chat_template=words.chat_template)
     return transformers.Qwen2AudioForConditionalGeneration(config), processor
 
 

@@ -268,7 +268,8 @@ def _with_media(
     """The prompt of a text with images and sounds. Raises RequestError if it cannot be one."""
     if fields.truncate_prompt_tokens is not None:
         raise RequestError(
-            "`truncate_prompt_tokens` is for prompts of text; leave it out", "truncate_prompt_tokens"
+            "`truncate_prompt_tokens` is for prompts of text; leave it out",
+            "truncate_prompt_tokens",
         )
     inputs = media.inputs(text, special)
     model: Any = served.compiled._orig_mod
