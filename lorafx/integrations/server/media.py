@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from lorafx.integrations.server.errors import RequestError
@@ -82,7 +81,9 @@ class Media:
         except (binascii.Error, ValueError) as error:
             raise _refused(place, f"its data are no base64: {error}") from error
 
-    def _image(self, part: Mapping[str, Any], place: str) -> Image.Image:
+    def _image(self, part: Mapping[str, Any], place: str) -> Any:
+        from PIL import Image  # a server of text needs none
+
         asked = part.get("image_url")
         url = asked.get("url") if isinstance(asked, dict) else asked
         head = _URL.match(url[:80]) if isinstance(url, str) else None

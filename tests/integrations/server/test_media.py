@@ -187,7 +187,7 @@ def _address(address: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "part, words",
+    ("part", "words"),
     [
         (image_part(_bomb(60, 60)), "--max-pixels"),
         (image_part(_bomb(60_000, 60_000)), "--max-pixels"),
@@ -219,7 +219,7 @@ def test_what_is_refused(seeing, monkeypatch, part, words) -> None:
 
 
 @pytest.mark.parametrize(
-    "data, words",
+    ("data", "words"),
     [
         (sound(1, 9000), "--max-audio-seconds"),
         (sound(1)[:-3], "its end is missing"),
