@@ -47,7 +47,8 @@ class RequestsWithInputs:
         self._forwards, self._outputs, self._parked = forwards, outputs, parked
         self._generate = CompiledGenerate(forwards)
         self._failed: dict[str, Exception] = {}
-        self._choosing = Choosing(SimpleNamespace(failed=self._failed), tokenizer)
+        step: Any = SimpleNamespace(failed=self._failed)
+        self._choosing = Choosing(step, tokenizer)
         self._thread = ThreadPoolExecutor(1, "lorafx-inputs")
         self.waiting: dict[str, AdapterRequest] = {}
         self.running: dict[str, AdapterRequest] = {}

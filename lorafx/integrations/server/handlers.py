@@ -103,7 +103,7 @@ class Handler:
         await self.served.control.admitted()
         sequences = Sequences(self.served, adapter)
         for prompt in prompts:
-            more = {} if prompt.inputs is None else {"inputs": prompt.inputs}
+            more: dict[str, Any] = {} if prompt.inputs is None else {"inputs": prompt.inputs}
             sequences.add(prompt.ids, fields.length, streaming=fields.stream, **more, **arguments)
         if fields.stream:
             return StreamingResponse(answer.events(sequences), media_type="text/event-stream")

@@ -1,5 +1,5 @@
-"""Images and sounds in the messages of a chat: read from data URLs and base64, bounded before anything
-is decoded, and made into inputs of the model by its processor.
+"""Images and sounds in the messages of a chat: read from data URLs and base64, bounded before
+anything is decoded, and made into inputs of the model by its processor.
 
     {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
     {"type": "input_audio", "input_audio": {"data": "...", "format": "wav"}}
@@ -85,7 +85,7 @@ class Media:
         from PIL import Image  # a server of text needs none
 
         asked = part.get("image_url")
-        url = asked.get("url") if isinstance(asked, dict) else asked
+        url: Any = asked.get("url") if isinstance(asked, dict) else asked
         head = _URL.match(url[:80]) if isinstance(url, str) else None
         if head is None:
             raise _refused(
