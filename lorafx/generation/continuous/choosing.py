@@ -236,7 +236,7 @@ class ChoosingRunner(ModelRunner):
             shares = logits.softmax(-1)
             if not self.do_sample:
                 shares = shares_of(logits[drawn], [*choosing.drawn.values()])
-            tokens[drawn] = self._drawn(drawn, shares).to(tokens.dtype)
+            tokens[drawn] = drawn_tokens(choosing, drawn, shares).to(tokens.dtype)
         if not choosing.rows:
             return
         logprobs = None
@@ -248,12 +248,13 @@ class ChoosingRunner(ModelRunner):
             logprobs = found[:, 0].tolist()
         choosing.end(tokens.tolist(), logprobs)
 
-    def _drawn(self, rows: Sequence[int], shares: Tensor) -> Tensor:
-        """A token for each of these rows from `shares` (K, V): torch.multinomial takes 20 times as
-        long. In float64 a number below 1 times the sum stays below the sum."""
-        sums = shares.cumsum(-1, dtype=torch.float64)
-        numbers = self.choosing.numbers(rows).to(sums.device)
-        return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
+
+def drawn_tokens(choosing: Choosing, rows: Sequence[int], shares: Tensor) -> Tensor:
+    """A token for each of these rows from `shares` (K, V): torch.multinomial takes 20 times as
+    long. In float64 a number below 1 times the sum stays below the sum."""
+    sums = shares.cumsum(-1, dtype=torch.float64)
+    numbers = choosing.numbers(rows).to(sums.device)
+    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
 
 
 def shares_of(logits: Tensor, asked: Sequence[Sampling]) -> Tensor:

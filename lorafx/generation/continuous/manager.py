@@ -48,6 +48,7 @@ from lorafx.generation.continuous.parameters import (
     ArgumentError,
     Grammar,
     Sampling,
+    TokenParameters,
     checked_number,
     checked_parameters,
     checked_prompt,
@@ -56,6 +57,7 @@ from lorafx.generation.continuous.parameters import (
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.generation.continuous.shares import Share, Shares
+from lorafx.generation.continuous.with_inputs import RequestsWithInputs
 from lorafx.model.keywords import refuse_slips
 from lorafx.runtime.kinds import CALLS
 
@@ -160,6 +162,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._choosing = Choosing(self._packed, tokenizer)
         processors.insert(0, self._choosing)
         self._outputs = self.output_router = EngineOutputs()
+        self._with_inputs = RequestsWithInputs(forwards, tokenizer, self._outputs, self._parked)
         self.health = StepHealth()
         #: Whether the thread begins with steps, for whose graphs to be compiled while requests are
         #: answered eagerly. They run there, since torch's settings, on which graphs depend, are a
@@ -183,6 +186,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         ignore_eos: bool = False,
         return_logprobs: bool | None = None,
         grammar: Grammar | None = None,
+        inputs: Mapping[str, torch.Tensor] | None = None,
         **parameters: Any,
     ) -> str:
         """Queue a request, and return its name.
@@ -200,6 +204,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return_logprobs: tell the log-probability of each token: `logprobs` as it was chosen,
                 `token_logprobs` by the model's logits. None for what the configuration says.
             grammar: which tokens may come (`Grammar`).
+            inputs: those of `generate` for this prompt if there are more than its tokens: what a
+                processor returns, with `input_ids` and `attention_mask` (1, T). Such a request is
+                answered by `generate` beside the steps, and takes turns with others of its kind.
             parameters: how tokens are chosen, when they end, and what the outputs tell of them
                 (docs/continuous_batching.md): `temperature`, `top_k`, `top_p` and `min_p`, if the
                 engine samples and was given `per_request_processors=True`; `seed`,
@@ -248,6 +255,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "prompt; leave it out",
             )
         hold, begins = self._hold_adapter(adapter, prompt)
+        if inputs is not None:
+            self._check_inputs(inputs, prompt, hold, asked)
         request_id = self._register_name(request_id, count)
         state = AdapterRequest(
             request_id=request_id,
@@ -266,6 +275,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             grammar=grammar,
             prompt_logprobs=[] if asked.prompt_logprobs is None else [None],
         )
+        if inputs is not None:
+            self._with_inputs.add(state.apart(), inputs)
+            return request_id
         try:
             for sequence in state.apart() if len(prompt) == 1 else (state,):
                 self.input_queue.put(sequence, block=True, timeout=10)
@@ -274,6 +286,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise
         self._wake_up_loop.set()
         return request_id
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel a request before its next token."""
+        if not self._with_inputs.cancel(request_id):
+            super().cancel_request(request_id)
 
     def set_share(self, name: str | None, share: Share | None) -> None:
         """Give all versions of an adapter this share from the next step on, or, with None, take it
@@ -320,6 +337,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Stop the engine as transformers does. After `timeout` seconds running requests fail."""
         thread, status = self._generation_thread, self.background_thread_status
         if thread is not None and not status.is_pause_requested(local=True):
+            self._with_inputs.stop(hard=hard_stop, timeout=timeout)
             how = status.HARD_STOP if hard_stop else status.FLUSH_AND_STOP
             status.request_stop(how, self.distributed_helper.global_rank)
             self._wake_up_loop.set()  # transformers lets an idle thread wait for 0.1 s
@@ -348,10 +366,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         scheduler = None if self._processor is None else self._processor.scheduler
         with self.input_queue.mutex:
             waiting = [*self.input_queue.queue]
+        waiting += self._with_inputs.waiting.copy().values()
+        running: list[Any] = [*self._with_inputs.running.copy().values()]
         if scheduler is None:
-            return {"running": [], "waiting": waiting}
+            return {"running": running, "waiting": waiting}
         waiting += scheduler.waiting_requests.values()
-        return {"running": [*scheduler.active_requests.values()], "waiting": waiting}
+        return {"running": [*running, *scheduler.active_requests.values()], "waiting": waiting}
 
     @property
     def busy(self) -> bool:
@@ -432,6 +452,33 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             warn_absent(str(hold.stored.name), hold.stored.invocation)
             return None, 0
         return hold, column
+
+    def _check_inputs(
+        self,
+        inputs: Mapping[str, Any],
+        prompt: list[int],
+        hold: Hold | None,
+        asked: TokenParameters,
+    ) -> None:
+        """Raise ConfigError if a request with these inputs would be answered otherwise than one
+        without."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.tolist() != [prompt]:
+            raise ArgumentError("inputs", "has the prompt as `input_ids` (1, T)")
+        if asked.prompt_logprobs is not None:
+            raise ArgumentError("prompt_logprobs", "is for prompts of tokens alone; leave it out")
+        if hold is not None and hold.stored.invocation:
+            raise ArgumentError("inputs", f"is not for the aLoRA adapter {hold.name!r:.80}")
+        if self.generation_config.do_sample and self._sampling is None:
+            raise ArgumentError(
+                "inputs", "needs an engine with per_request_processors=True where it samples"
+            )
+
+    def _parked(self) -> None:
+        """Return when no pause keeps the engine's thread."""
+        status = self.background_thread_status
+        while status.is_pause_requested() and self.is_running():
+            time.sleep(0.005)
 
     def _vocabulary(self) -> int:
         """The number of tokens for which the model has logits."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from lorafx.generation.continuous.adapter_requests import SequenceOutput, TokenLogprobs
@@ -18,10 +19,12 @@ _LOWEST = -9999.0
 
 
 class Prompt(NamedTuple):
-    """The token ids of a prompt, and its text if the client sent one."""
+    """The token ids of a prompt, its text if the client sent one, and the inputs of the model if it
+    has others than tokens."""
 
     ids: list[int]
     text: str | None = None
+    inputs: Mapping[str, Tensor] | None = None
 
 
 class Choice:

@@ -203,6 +203,7 @@ class GeneratingModel(ServedModel):
     """A served language model.
 
     Attributes:
+        processor: transformers' processor of images and sounds; None if the model takes text only.
         ends: the tokens that end a sequence.
     """
 
@@ -213,10 +214,12 @@ class GeneratingModel(ServedModel):
         tokenizer: PreTrainedTokenizerFast,
         settings: ModelSettings,
         lazily: bool = False,
+        processor: Any = None,
     ) -> None:
         assert engine.batch_processor is not None
         cache = int(engine.batch_processor.cache.max_tokens_read)
         super().__init__(compiled, engine, tokenizer, settings, lazily, [cache])
+        self.processor = processor
         self.ends = frozenset(ends_of(engine.generation_config.eos_token_id))
         #: By which the parts of an answer are found, if the model has one.
         self.template = response_template(tokenizer, compiled._orig_mod)

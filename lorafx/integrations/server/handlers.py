@@ -29,6 +29,7 @@ from lorafx.integrations.server.fields import (
     ResponseFields,
 )
 from lorafx.integrations.server.generating import GeneratingModel, Sequences, ServedModel
+from lorafx.integrations.server.media import Media
 from lorafx.integrations.server.messages import text_messages
 from lorafx.integrations.server.request_log import current_record
 from lorafx.integrations.server.responses import ResponseAnswer
@@ -95,14 +96,15 @@ class Handler:
         current_record().asks_for(adapter)
         fields = self.read(body)
         self.served.queue.take(fields.sequences, had=1)
-        large = len(await request.body()) > _LARGE
+        large = self.served.processor is not None or len(await request.body()) > _LARGE
         prompts = await asyncio.to_thread(self.prompts, fields) if large else self.prompts(fields)
         arguments = await self.served.arguments(fields, self.grammar(fields, prompts))
         answer = self.answer(fields, prompts, request.state.request_id, body["model"])
         await self.served.control.admitted()
         sequences = Sequences(self.served, adapter)
         for prompt in prompts:
-            sequences.add(prompt.ids, fields.length, streaming=fields.stream, **arguments)
+            more: dict[str, Any] = {} if prompt.inputs is None else {"inputs": prompt.inputs}
+            sequences.add(prompt.ids, fields.length, streaming=fields.stream, **more, **arguments)
         if fields.stream:
             return StreamingResponse(answer.events(sequences), media_type="text/event-stream")
         return JSONResponse(await answer.whole(sequences))
@@ -132,10 +134,13 @@ class MessageHandler(Handler):
     template."""
 
     asked = "messages"
+    #: Whether messages may have images and sounds.
+    media = False
 
     def prompts(self, fields: Any) -> list[Prompt]:
         _check_chat(self.served, fields)
-        messages = text_messages(fields.messages)
+        media = Media(self.served.processor, self.served.settings) if self.media else None
+        messages = text_messages(fields.messages, media)
         text = _rendered(
             self.served,
             messages,
@@ -145,7 +150,10 @@ class MessageHandler(Handler):
             continue_final_message=fields.continue_final_message,
             **fields.variables,
         )
-        prompt = _encoded(self.served, text, special=bool(fields.add_special_tokens))
+        special = bool(fields.add_special_tokens)
+        if media:
+            return [_with_media(self.served, media, text, special, fields)]
+        prompt = _encoded(self.served, text, special=special)
         return [self.cut(prompt, fields)._replace(text=text)]
 
     def grammar(self, fields: Any, prompts: list[Prompt]) -> GrammarSource | None:
@@ -174,7 +182,7 @@ class MessageHandler(Handler):
 
     def _opened(self, template: ResponseTemplate, prompt: Prompt, fields: Any) -> str:
         continued = fields.continue_final_message
-        begun = text_messages(fields.messages)[-1]["content"] if continued else ""
+        begun = text_messages(fields.messages[-1:])[-1]["content"] if continued else ""
         return opened_reasoning(template, prompt.text or "", begun)
 
     def sequence(self, prompt: Prompt, fields: ChatFields | ResponseFields) -> MessageSequence:
@@ -199,7 +207,7 @@ class MessageHandler(Handler):
 class Chat(MessageHandler):
     """/v1/chat/completions."""
 
-    fields = ChatFields
+    fields, media = ChatFields, True
 
     def answer(
         self, fields: ChatFields, prompts: list[Prompt], name: str, model: str
@@ -252,6 +260,21 @@ def prompts_of(served: ServedModel, field: str, asked: Any, special: bool | None
 def _encoded(served: ServedModel, text: str, special: bool) -> Prompt:
     """The prompt of a text, with `special` tokens or without."""
     return Prompt(served.tokenizer(text, add_special_tokens=special)["input_ids"], text)
+
+
+def _with_media(
+    served: GeneratingModel, media: Media, text: str, special: bool, fields: Any
+) -> Prompt:
+    """The prompt of a text with images and sounds. Raises RequestError if it cannot be one."""
+    if fields.truncate_prompt_tokens is not None:
+        raise RequestError(
+            "`truncate_prompt_tokens` is for prompts of text; leave it out",
+            "truncate_prompt_tokens",
+        )
+    inputs = media.inputs(text, special)
+    model: Any = served.compiled._orig_mod
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    return Prompt(inputs["input_ids"][0].tolist(), text, inputs)
 
 
 def _check_chat(served: GeneratingModel, fields: MessageFields) -> None:

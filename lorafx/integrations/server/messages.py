@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.media import KINDS, Media
 
 #: The parts of a message with text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -18,12 +20,16 @@ _IN_ORDER = ("reasoning", "content", "tool_calls")
 _TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
 
-def text_messages(messages: Any) -> list[dict[str, Any]]:
-    """A request's messages as chat templates take them: contents are strings, arguments of calls
-    are objects, and what is null was not sent. Raises RequestError unless they are text."""
+def text_messages(messages: Any, media: Media | None = None) -> list[dict[str, Any]]:
+    """A request's messages as chat templates take them: contents are strings, or lists of parts if
+    `media` reads some of them, arguments of calls are objects, and what is null was not sent.
+    Raises RequestError for parts of other types."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("`messages` is a list of messages, at least one", "messages")
-    return [_text_message(message) for message in messages]
+    return [
+        _text_message(message, None if media is None else partial(_read, media, index))
+        for index, message in enumerate(messages)
+    ]
 
 
 def input_messages(asked: Any) -> list[dict[str, Any]]:
@@ -82,11 +88,30 @@ def _of_item(item: Any) -> dict[str, Any]:
     )
 
 
-def _text_message(message: Any) -> dict[str, Any]:
+def _read(media: Media, index: int, content: Any) -> Any:
+    """The content of the message `index` for the template: a string unless it has media."""
+    parts = content if isinstance(content, list) else ()
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    read = []
+    for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+        place = f"messages[{index}].content[{number}]"
+        if isinstance(kind, str) and kind in KINDS:
+            read.append(media.part(part, place))
+        elif kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            known = ", ".join((*_TEXT_PARTS, *KINDS))
+            raise RequestError(
+                f"{place}: a part has one of the types {known}; got {kind or part!r:.80}", place
+            )
+        else:
+            read.append({"type": "text", "text": part["text"]})
+    return read if any(part["type"] != "text" for part in read) else _text(content)
+
+
+def _text_message(message: Any, content: Callable[[Any], Any] | None = None) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"a message is an object with a `role`; got {message!r:.80}")
     sent = {name: value for name, value in message.items() if value is not None}
-    made = {"role": sent["role"], "content": _text(sent.get("content", ""))}
+    made = {"role": sent["role"], "content": (content or _text)(sent.get("content", ""))}
     for name in _TEXTS:
         if name in sent and not isinstance(sent[name], str):
             raise RequestError(f"the `{name}` of a message is a string; got {sent[name]!r:.80}")

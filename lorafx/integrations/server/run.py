@@ -21,7 +21,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -45,6 +47,9 @@ from lorafx.torch_internals.transformers_parts import classes_of
 #: How many kernels oneDNN keeps, and how many descriptions of them, unless the environment says so.
 #: It makes one for each number of rows, of about a megabyte; 1,024 of them is its own default.
 _KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+#: transformers' kinds of models that generate. A model with images may be of the second only.
+_GENERATING = (AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 class Opened(NamedTuple):
@@ -106,7 +111,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
     tokenizer, kind = _tokenizer(settings), _kind(settings)
-    if kind is not AutoModelForCausalLM and settings.shares():
+    if kind not in _GENERATING and settings.shares():
         raise ConfigError(
             "--adapter-weight and --adapter-running are of models that generate, and "
             f"{settings.served_name} is served as an encoder; leave them out"
@@ -119,7 +124,7 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
         config = config_covering(config, settings.found, model)
     with progress(f"adding {len(adapters)} adapters"):
         compiled = compile_model(model, config, adapters=adapters, options=settings.options())
-    serving = _generating if kind is AutoModelForCausalLM else _encoding
+    serving = _generating if kind in _GENERATING else _encoding
     with serving(compiled, tokenizer, settings, lazily) as served:
         try:
             yield Opened(build_app(served), compiled, served.engine, served.control)
@@ -142,7 +147,8 @@ def _generating(
     with block as engine:
         for name, share in settings.shares().items():  # also of adapters that are loaded later
             engine.set_share(name, share)
-        yield GeneratingModel(compiled, engine, tokenizer, settings, lazily)
+        processor = _processor(settings)
+        yield GeneratingModel(compiled, engine, tokenizer, settings, lazily, processor)
         # No client is waiting for an answer any more.
         engine.stop(hard_stop=True)
 
@@ -201,6 +207,15 @@ def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _processor(settings: ModelSettings) -> Any:
+    """The model's processor of images or sounds, if it has files of one."""
+    files = ("processor_config.json", "preprocessor_config.json")
+    if all(saved_json(settings.model, file) is None for file in files):
+        return None
+    with _readable(settings.model):
+        return AutoProcessor.from_pretrained(settings.model)
+
+
 def _template(given: str) -> str:
     """The chat template in a file, or itself in one line. Raises ConfigError if it is neither."""
     if "{{" in given or "{%" in given:
@@ -226,7 +241,7 @@ def _kind(settings: ModelSettings) -> Any:
     encodes = encodes or any(map(is_saved, (AutoModel, AutoModelForMaskedLM)))
     classifies = is_saved(AutoModelForSequenceClassification)
     if settings.runner == "generate" or (settings.runner == "auto" and not encodes | classifies):
-        return AutoModelForCausalLM
+        return next((k for k in _GENERATING if classes_of(k, config)), AutoModelForCausalLM)
     return AutoModelForSequenceClassification if classifies else AutoModel
 
 

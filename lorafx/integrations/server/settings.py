@@ -73,6 +73,10 @@ class ModelSettings(BaseModel):
     max_field_size: int = _of(
         1 << 17, "The most letters and entries of a field, but of prompts.", ge=1
     )
+    max_media: int = _of(16, "The most images and sounds of a request.", ge=0)
+    max_media_bytes: int = _of(4 << 20, "The most bytes of an image or a sound.", ge=1)
+    max_pixels: int = _of(1 << 24, "The most pixels of a request's images.", ge=1)
+    max_audio_seconds: float = _of(60, "The most seconds of a request's sounds.", gt=0)
     max_queue: _Count = None
     max_body_bytes: _Count = None
     runner: Literal["auto", "generate", "pooling"] = _of(
