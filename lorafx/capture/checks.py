@@ -129,7 +129,8 @@ class Checks:
             if touched:
                 call = program.call
                 unseen = call is not None and call.memory.unseen
-                raise refusal.error(", ".join(touched), unseen=unseen)
+                eagerly = program.options.start == "eager"
+                raise refusal.error(", ".join(touched), unseen=unseen, eagerly=eagerly)
 
     def refuse_changed(self, program: Program, arguments: Sequence[Any]) -> None:
         """Raise ProvenanceError if the batch touches a site, whose rows are not known any more."""

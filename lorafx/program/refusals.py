@@ -37,9 +37,11 @@ class LastingRefusal:
     when: When
     reason: str
 
-    def error(self, names: str = "", *, unseen: bool = False) -> LorafxError:
+    def error(
+        self, names: str = "", *, unseen: bool = False, eagerly: bool = False
+    ) -> LorafxError:
         """The error of a batch with adapters at the sites, or at those of these `names`; `unseen`:
-        its memory left torch's sight."""
+        its memory left torch's sight; `eagerly`: eager mode has tried it."""
         names = names or ", ".join(path or "the model" for path in self.sites)
         if self.when in EXTRAS:
             extra = EXTRAS[self.when]
@@ -52,10 +54,10 @@ class LastingRefusal:
                 f"LoRA cannot be applied at {names}: {self.reason}. Leave the module out by "
                 "exclude_modules, or unload the adapters that touch it"
             )
+        eager = "use Options(start='eager'), which follows rows by their values, "
         return ProvenanceError(
             f"this batch mixes adapters, and at {names} it is not proved which request a row "
             f"belongs to: {UNSEEN if unseen else self.reason}. Run one adapter per batch, "
-            "use Options(start='eager'), which follows rows by their values, declare which "
-            "dimension of an argument holds the requests by LoraConfig(row_dims=...), or leave "
-            "the module out by exclude_modules"
+            f"{'' if eagerly else eager}declare which dimension of an argument holds the requests "
+            "by LoraConfig(row_dims=...), or leave the module out by exclude_modules"
         )

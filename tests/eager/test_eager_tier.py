@@ -344,6 +344,7 @@ def test_rows_that_move_are_right_or_refused(model: type[Rows], small: Any) -> N
             try:
                 got = cm(**{"x": inputs["x"].clone()}, adapter_names=names)["logits"]
             except lorafx.LorafxError as refused:
+                assert "start='eager'" not in str(refused)  # which is on
                 outcomes.append(type(refused))
                 continue
             outcomes.append(None)
