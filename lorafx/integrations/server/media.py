@@ -46,7 +46,7 @@ class Media:
         RequestError, which names the `place`, if it is not read or exceeds a bound."""
         name, reader = KINDS[part["type"]]
         if getattr(self._processor, reader, None) is None:
-            raise _refused(place, f"the model takes no {name}; leave the part out")
+            raise _refused(place, f"the model takes no {name} ({part['type']}); leave it out")
         if sum(map(len, self._found.values())) >= self._settings.max_media:
             most = self._settings.max_media
             raise _refused(place, f"a request has at most {most} of them, as --max-media says")
