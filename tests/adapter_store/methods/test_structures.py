@@ -95,6 +95,7 @@ def test_a_slot_has_room_for_the_numbers_alone(llama: MethodCase) -> None:
 
 
 def test_in_bfloat16(llama: MethodCase) -> None:
+    """By the mean square: the largest of few errors is one rounding more or less, as it happens."""
     model = llama.model().bfloat16()
     cm: Any = lorafx.compile(model, llama.folders, options={**REFERENCE, "start": "eager"})
     rounded = copy.deepcopy(model).double()
@@ -103,7 +104,8 @@ def test_in_bfloat16(llama: MethodCase) -> None:
         twin = merged(rounded, llama.folders[name])
         with torch.no_grad():
             true, dense = twin(IDS).logits, copy.deepcopy(twin).bfloat16()(IDS).logits
-        assert error(got, true) <= 2 * error(dense, true)
+        errors = [(result - true).square().mean().sqrt().item() for result in (got, dense)]
+        assert errors[0] <= 1.5 * errors[1]
 
 
 def test_in_the_engine(llama: MethodCase) -> None:
