@@ -37,9 +37,7 @@ class LastingRefusal:
     when: When
     reason: str
 
-    def error(
-        self, names: str = "", *, unseen: bool = False, eagerly: bool = False
-    ) -> LorafxError:
+    def error(self, names: str = "", *, unseen: bool = False, eagerly: bool = False) -> LorafxError:
         """The error of a batch with adapters at the sites, or at those of these `names`; `unseen`:
         its memory left torch's sight; `eagerly`: eager mode has tried it."""
         names = names or ", ".join(path or "the model" for path in self.sites)
