@@ -23,7 +23,7 @@ if slots are on an accelerator: a product with the weight of every slot would co
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -133,11 +133,11 @@ def _turned(x: Tensor, numbers: Tensor, block: int) -> Tensor:
     return (pieces @ across).transpose(1, 2).flatten(2)
 
 
-def _turn(x: Tensor, numbers: Tensor, block: int, room: Tensor | None) -> Tensor:
-    """x + D x, written into `room` if there is one."""
+def _turn(x: Tensor, numbers: Tensor, block: int, out: Tensor | None = None) -> Tensor:
+    """x + D x, written into `out` if it is given."""
     if block == 1:
-        return torch.addcmul(x, x, numbers.unsqueeze(1), out=room)
-    return torch.add(x, _turned(x, numbers, block), out=room)
+        return torch.addcmul(x, x, numbers.unsqueeze(1), out=out)
+    return torch.add(x, _turned(x, numbers, block), out=out)
 
 
 class OwnRows(NamedTuple):
@@ -200,14 +200,13 @@ def own_linear(
         else:
             numbers = alike.numbers(own, columns, dtype)
             y_rows, x_rows = alike.rows_of(before), alike.rows_of(x).to(dtype)
-            room = alike.room(flat, dtype)
+            change: Callable[..., Tensor]
             if structure.form == TURNED_OUTPUT:
-                changed = _turn(y_rows.to(dtype), numbers, structure.first, room)
+                change = partial(_turn, y_rows.to(dtype), numbers, structure.first)
             else:
                 added = structure.added(numbers, x_rows, columns, weight, (pair_a, pair_b))
-                changed = torch.add(y_rows, added, out=room)
-            if room is None:
-                alike.put(flat, changed)
+                change = partial(torch.add, y_rows, added)
+            alike.put(flat, dtype, change)
     return out
 
 
@@ -231,13 +230,13 @@ class _Alike(NamedTuple):
         rows = x if self.every else x.index_select(0, self.places.flatten())
         return rows.view(*self.places.shape, -1)
 
-    def room(self, out: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """These rows of `out` (S, M, K), if what is computed in `dtype` can be written there."""
-        fits = self.every and torch.promote_types(dtype, out.dtype) == out.dtype
-        return out.view(*self.places.shape, -1) if fits else None
-
-    def put(self, out: Tensor, rows: Tensor) -> None:
-        rows = rows.flatten(0, 1).to(out.dtype)
+    def put(self, out: Tensor, dtype: torch.dtype, change: Callable[..., Tensor]) -> None:
+        """Write these rows of `out` as `change` computes them in `dtype`: at once (`out=`) where
+        they fit in."""
+        if self.every and torch.promote_types(dtype, out.dtype) == out.dtype:
+            change(out=out.view(*self.places.shape, -1))
+            return
+        rows = change().flatten(0, 1).to(out.dtype)
         _ = out.copy_(rows) if self.every else out.index_copy_(0, self.places.flatten(), rows)
 
 
@@ -308,11 +307,9 @@ def own_input(x: Tensor, own: Tensor, own_table: Tensor, slots: Tensor, rows: in
     found = _alike(own_table, slots, rows, count, frozenset({TURNED_INPUT}))
     out, x = _copy(x, found), x.reshape(count, columns)
     for alike in found:
-        flat, numbers = out.view(count, columns), alike.numbers(own, 0, dtype)
-        before, room = alike.rows_of(x).to(dtype), alike.room(flat, dtype)
-        turned = _turn(before, numbers, alike.structure.first, room)
-        if room is None:
-            alike.put(flat, turned)
+        before, numbers = alike.rows_of(x).to(dtype), alike.numbers(own, 0, dtype)
+        change = partial(_turn, before, numbers, alike.structure.first)
+        alike.put(out.view(count, columns), dtype, change)
     return out
 
 

@@ -176,15 +176,8 @@ class ExpertReading:
         """The factors of a wrapper. Which of A and B takes the input depends on PEFT's release."""
         a, b = pair["A"].tensor, pair["B"].tensor
         count, k, n = _sizes_of(weight, "all")
-        if (
-            a.dim() == 3
-            and a.numel()
-            and (a.shape, b.shape)
-            == (
-                (count, rank := a.shape[1], k),
-                (n, rank, count),
-            )
-        ):
+        rank = a.shape[1] if a.dim() == 3 else 0
+        if rank and a.shape == (count, rank, k) and b.shape == (n, rank, count):  # vLLM's
             return a, b.permute(2, 0, 1)
         version, swapped = self.config.peft_version, None
         if version is not None:

@@ -4,7 +4,7 @@ HiRA       W′ = W ∘ (1 + B A)
 C3A        W′ = W + C / K of circulant blocks C, whose first rows the file has
 RandLoRA   W′ = W + s Σ B diag(λ) A diag(γ) of bases A, B that all modules share
 GLoRA      W′ = W + W ∘ A + B, b′ = b + b ∘ D + E + W C
-of LyCORIS  W′ = W + s (W A + B) of A = a₁ a₂, B = b₁ b₂; of older files A = a₂ a₁, B = b₂ b₁
+           W′ = W + s (W A + B) of LyCORIS's, A = a₁ a₂, B = b₁ b₂; a₂ a₁ and b₂ b₁ in older files
 Full       W′ = W + diff, b′ = b + diff_b, of LyCORIS; diff_b may also stand beside factors
 """
 
