@@ -4,6 +4,7 @@ A Llama of hidden 1024, intermediate 2816 and 6 layers, LoRA of rank 16 on all i
 and bf16, decode [8, 1] and prefill [8, 128]. Time over the compiled base model in the same run:
 
     python benchmarks/cpu_mixed.py [--quick] [--dtype fp32|bf16] [--case decode|prefill] [--rows 16]
+                                   [--blocks 10]
 
 With `--rows` so many requests a batch, with as many adapters as there are rows, at most eight.
 """
@@ -108,9 +109,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--case", choices=LENGTHS, action="append")
     parser.add_argument("--rows", type=int, nargs="+", default=[8])
+    parser.add_argument("--blocks", type=int, default=20, help="of each arm, by turns")
     parser.add_argument("--out", default="benchmarks/results/cpu_mixed.json")
     options = parser.parse_args()
-    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 20, 0.1)
+    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, options.blocks, 0.1)
     rows = []
     for dtype in options.dtype or DTYPES:
         for case in options.case or LENGTHS:

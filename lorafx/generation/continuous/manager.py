@@ -337,7 +337,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Stop the engine as transformers does. After `timeout` seconds running requests fail."""
         thread, status = self._generation_thread, self.background_thread_status
         if thread is not None and not status.is_pause_requested(local=True):
+            began = time.monotonic()
             self._with_inputs.stop(hard=hard_stop, timeout=timeout)
+            if timeout is not None:
+                timeout = max(0.0, timeout - (time.monotonic() - began))
             how = status.HARD_STOP if hard_stop else status.FLUSH_AND_STOP
             status.request_stop(how, self.distributed_helper.global_rank)
             self._wake_up_loop.set()  # transformers lets an idle thread wait for 0.1 s
