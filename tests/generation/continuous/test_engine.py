@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -285,6 +286,23 @@ def test_an_idle_engine_is_woken_to_stop(cm):
         engine._wake_up_loop.wait = wait_long
         assert waiting.wait(LONG)
     assert set(woken) == {True}
+
+
+def test_a_stop_waits_once(in_eager_mode, cm, monkeypatch):
+    """For requests with inputs and for those of steps together, not for each."""
+    joined = []
+    with cm.continuous_batching(None, CONFIG) as engine:
+        thread = engine._generation_thread
+        join = thread.join
+
+        def note(timeout: float | None = None) -> None:
+            joined.append(timeout)
+            join(timeout)
+
+        monkeypatch.setattr(thread, "join", note)
+        monkeypatch.setattr(engine._with_inputs, "stop", lambda **_: time.sleep(0.2))
+        engine.stop(timeout=LONG)
+    assert joined[0] <= LONG - 0.2
 
 
 @pytest.mark.parametrize(
