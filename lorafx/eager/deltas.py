@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.eager.following import Following
 from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
-from lorafx.eager.known_labels import WEIGHTS
+from lorafx.eager.known_labels import NOBODYS, WEIGHTS
 from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
+from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.labels import One
 from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Listed, Patchy, RealLabel, settled
 from lorafx.ownership.site_rules import row_dims_of
@@ -131,6 +132,8 @@ class RowDeltas:
         self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
+        #: The paths of routed experts with products since their marks.
+        self._multiplied: set[str] = set()
         #: The state of the last x, and itself in a wider dtype: others may share it.
         self._widened: tuple[object, Tensor] | None = None
 
@@ -215,6 +218,79 @@ class RowDeltas:
             following.marked_alone(mark)
             self._added[mark.path] = y
         return y
+
+    @property
+    def on_top(self) -> bool:
+        """Whether the operators that run now are followed."""
+        return self._following.on_top
+
+    def weight(self, module: nn.Module, name: str, mark: SiteMark | None) -> Tensor:
+        """The weight of a module of experts, of a site if it has a mark; one that a parametrisation
+        computes is known as the site's from now on."""
+        if name in module._parameters:
+            return module._parameters[name]  # type: ignore[return-value]
+        made = self._following.outside(lambda: getattr(module, name))
+        self._following.note_weight(made, mark)
+        return made
+
+    def product(
+        self,
+        mark: SiteMark | None,
+        expert: int,
+        x: Tensor,
+        others: Sequence[Any],
+        call: Callable[[], Tensor],
+    ) -> Tensor:
+        """What `call` computes of x (…, K) and one expert's matrix, and of `others`, with the delta
+        of this expert where `mark` is a touched site's: y (…, N)."""
+        following, path = self._following, "" if mark is None else mark.path
+        if not following.on_top or any(following.code(t) != NOBODYS for t in tensors_in(others)):
+            return call()  # whose operators are followed
+        code, leads, rows = following.code(x), self._leads(x), None
+        if path in self._touched and x.numel():
+            rows = _Rows((self._rows[0],), 1) if self._uniform else None
+            if rows is None and leads:
+                rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
+            if rows is None:
+                following.refuse(
+                    f"{path}: which request each row of an expert's input belongs to is not known"
+                )
+            code = code if leads else UNKNOWN_CODE  # an adapter changes it
+        elif not leads and code != NOBODYS:
+            return call()
+
+        def added() -> Tensor:
+            y = call()
+            if y.shape[:-1] != x.shape[:-1]:
+                following.refuse(f"{path}: an expert's product has other rows than its input")
+            if mark is None or rows is None:
+                return y
+            bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
+            keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
+            y = y.contiguous()
+            if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
+                return y
+            slots = torch.tensor(keys, dtype=torch.int32, device=y.device)
+            factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+            ranges = mark.siblings, mark.offsets, mark.sizes
+            return torch.ops.lorafx.site(x, y, *factors, *ranges, rows.each)
+
+        y = following.outside(added)
+        following.note(y, code)
+        self._multiplied.add(path)
+        return y
+
+    def experts(self, mark: SiteMark) -> None:
+        """The module of routed experts has run, with the products of this site. Refuses the call if
+        another use of the weight was seen, or none."""
+        others = self._following.marked_alone(mark)
+        seen = mark.path in self._multiplied
+        self._multiplied.discard(mark.path)
+        if mark.path in self._touched and (others or not seen):
+            self._following.refuse(
+                f"{mark.path}: eager mode adds LoRA to routed experts where they run one after "
+                "another, by F.linear(x, W[e]) or x @ W[e], which its module does not do"
+            )
 
     def _leads(self, x: Tensor) -> bool:
         """Whether rows of x, all its dimensions but the last, have one owner each."""

@@ -253,7 +253,9 @@ def labels_by_signature(
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
     # In a graph rows of no request that are joined with others count as copies for each request.
-    joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
+    # What is added to rows of nobody, such as those that one expert has got, is where it was put.
+    joins = MOVES.get(packet) is moved_cells or packet is aten.index_add
+    joins_shared = joins and any(isinstance(i, Shared) for i in inputs)
     single = alone(inputs)
     if single is not None and not (joins_shared and isinstance(single, One)):
         return [single] * len(outputs)

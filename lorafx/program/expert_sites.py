@@ -43,7 +43,8 @@ ALIKE = "alike"
 _NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
 _QUANTISED = (
     "{} holds the weights of its experts in a quantised format, and the kernels that take "
-    "that format compute their products"
+    "that format compute their products. Eager mode serves experts that run one after another: "
+    "model.set_experts_implementation('eager') and Options(start='eager')"
 )
 
 

@@ -236,8 +236,10 @@ class Program:
         held = (module._parameters.get(name), module._buffers.get(name), vars(module).get(name))
         tensors = [item for item in held if isinstance(item, Tensor)]
         if held[0] is None and held[1] is None:
-            bias = module._parameters.get("bias")
-            tensors += (item for item in module.parameters() if item is not bias)
+            bias, maker = module._parameters.get("bias"), module
+            if is_parametrized(module, name):
+                maker = module.parametrizations[name]  # type: ignore[index]
+            tensors += (item for item in maker.parameters() if item is not bias)
         return tensors
 
     def is_touched(self, site: Site) -> bool:

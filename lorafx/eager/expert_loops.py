@@ -1,0 +1,151 @@
+"""Routed experts that an eager forward runs one after another, by slices of 3-D weights.
+
+    y = x W[e]ᵀ   →   y' = y + s · (x A[e]ᵀ) B[e]        x (T, K), the rows that a router gave e
+
+While such a module runs, `ExpertLoop` is its forward. It sees which expert a slice is of, and the
+products with it, as functions of torch, before a library's tensor subclass takes them apart: the
+base's product is the library's own, in one step, as that of a linear is (`linear_calls`). Another
+use of the weights is seen by the operators that it runs, and the mark refuses the call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached, is_parametrized
+
+from lorafx.model.experts import ExpertWeight, expert_weights
+from lorafx.model.marks import Runtime, SiteMark
+from lorafx.model.replaced_methods import ReplacedMethod, Replacement
+from lorafx.model.weight_formats import in_library_format
+from lorafx.program.program import Program
+from lorafx.torch_internals.dynamo import never_traced
+from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
+
+#: x W, by a matrix (in, out); F.linear's is (out, in).
+_PRODUCTS: frozenset[Any] = frozenset(
+    (Tensor.__matmul__, Tensor.matmul, Tensor.mm, torch.matmul, torch.mm)
+)
+#: What swaps the dimensions of a matrix.
+_TURNS: frozenset[Any] = frozenset(
+    (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+)
+
+
+class _Weight(NamedTuple):
+    """The matrices of all experts (E, N, K), or (E, K, N) if `in_first`; with a mark if a site."""
+
+    tensor: Tensor
+    mark: SiteMark | None
+    in_first: bool
+
+
+class _Slice(NamedTuple):
+    """One expert's matrix."""
+
+    tensor: Tensor  # so that nothing else gets its id
+    mark: SiteMark | None
+    in_first: bool
+    expert: int
+
+
+class _Products(TorchFunctionMode):
+    """Adds the deltas to products with slices of weights."""
+
+    def __init__(self, deltas: Any, weights: Iterable[_Weight]) -> None:
+        super().__init__()
+        self._deltas = deltas
+        self._weights = {id(weight.tensor): weight for weight in weights}
+        self._slices: dict[int, _Slice] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        call = partial(func, *args, **named)
+        if func is Tensor.__getitem__ and id(args[0]) in self._weights:
+            return self._sliced(self._weights[id(args[0])], args[1], call())
+        if func in _TURNS and (found := self._slices.get(id(args[0]))) is not None:
+            return self._kept(found._replace(tensor=call(), in_first=not found.in_first))
+        if func is F.linear or func in _PRODUCTS:
+            x, weight, *others = *args, *named.values()
+            found = self._slices.get(id(weight))
+            if found is not None and found.in_first is (func is not F.linear):
+                return self._deltas.product(found.mark, found.expert, x, others, call)
+        return call()
+
+    def _sliced(self, weight: _Weight, index: Any, result: Tensor) -> Tensor:
+        expert = _number(index)
+        if expert is None or result.shape != weight.tensor.shape[1:]:
+            return result
+        count = weight.tensor.shape[0]
+        return self._kept(_Slice(result, weight.mark, weight.in_first, expert % count))
+
+    def _kept(self, found: _Slice) -> Tensor:
+        self._slices[id(found.tensor)] = found
+        return found.tensor
+
+
+never_traced(_Products.__torch_function__.__code__)
+
+
+def _number(index: Any) -> int | None:
+    """The number that a single index is; None for slices, masks and several."""
+    if isinstance(index, bool) or (isinstance(index, Tensor) and index.dim()):
+        return None
+    try:
+        with DisableTorchFunction():
+            return operator.index(index)
+    except TypeError:
+        return None
+
+
+class ExpertLoop(ReplacedMethod):
+    """The forward of a module of experts while an eager forward runs."""
+
+    def __init__(
+        self, module: nn.Module, weights: Sequence[ExpertWeight], runtime: Runtime
+    ) -> None:
+        super().__init__(module, "forward")
+        self.module, self.weights, self._runtime = module, weights, runtime
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        deltas, module = self._runtime.deltas, self.module
+        if deltas is None or not deltas.on_top:
+            return self.original(*args, **kwargs)
+        hooks = module._forward_hooks.values()
+        marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
+        made = any(is_parametrized(module, weight.name) for weight in self.weights)
+        # A parametrisation computes its weight once in a forward, as bitsandbytes has it.
+        with cached() if made else nullcontext():
+            weights = [
+                _Weight(deltas.weight(module, w.name, mark), mark, w.transposed)
+                for w, mark in ((w, marks.get(w.name)) for w in self.weights)
+            ]
+            with _Products(deltas, weights):
+                return self.original(*args, **kwargs)
+
+
+class ExpertLoops:
+    """The `ExpertLoop`s of a program: modules with sites, or with weights in a library's format."""
+
+    def __init__(self, program: Program) -> None:
+        self._calls: list[tuple[nn.Module, ExpertLoop]] = []
+        sites = {id(site.module) for site in program.sites if site.expert_weight is not None}
+        for _, module in program.graph.modules():
+            weights = expert_weights(module) or ()
+            if id(module) in sites or any(in_library_format(module, w.name) for w in weights):
+                self._calls.append((module, ExpertLoop(module, weights, program.runtime)))
+
+    def of_forwards(self) -> Iterator[Replacement]:
+        """Their forwards, but those that something else has replaced."""
+        for module, call in self._calls:
+            if "forward" not in vars(module):
+                yield module, "forward", call
