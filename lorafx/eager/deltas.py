@@ -229,9 +229,13 @@ class RowDeltas:
         computes is known as the site's from now on."""
         if name in module._parameters:
             return module._parameters[name]  # type: ignore[return-value]
-        made = self._following.outside(lambda: getattr(module, name))
-        self._following.note_weight(made, mark)
-        return made
+
+        def made() -> Tensor:
+            weight = getattr(module, name)
+            self._following.note_weight(weight, mark)
+            return weight
+
+        return self._following.outside(made)
 
     def product(
         self,
@@ -244,41 +248,45 @@ class RowDeltas:
         """What `call` computes of x (…, K) and one expert's matrix, and of `others`, with the delta
         of this expert where `mark` is a touched site's: y (…, N)."""
         following, path = self._following, "" if mark is None else mark.path
-        if not following.on_top or any(following.code(t) != NOBODYS for t in tensors_in(others)):
-            return call()  # whose operators are followed
-        code, leads, rows = following.code(x), self._leads(x), None
-        if path in self._touched and x.numel():
-            rows = _Rows((self._rows[0],), 1) if self._uniform else None
-            if rows is None and leads:
-                rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
-            if rows is None:
-                following.refuse(
-                    f"{path}: which request each row of an expert's input belongs to is not known"
-                )
-            code = code if leads else UNKNOWN_CODE  # an adapter changes it
-        elif not leads and code != NOBODYS:
-            return call()
 
-        def added() -> Tensor:
+        def product() -> Tensor | None:
+            code, leads, rows = following.code(x), self._leads(x), None
+            if any(following.code(item) != NOBODYS for item in tensors_in(others)):
+                return None
+            if path in self._touched and x.numel():
+                rows = _Rows((self._rows[0],), 1) if self._uniform else None
+                if rows is None and leads:
+                    rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
+                if rows is None:
+                    following.refuse(
+                        f"{path}: which request each row of an expert's input belongs to is not "
+                        "known"
+                    )
+                code = code if leads else UNKNOWN_CODE  # an adapter changes it
+            elif not leads and code != NOBODYS:
+                return None
             y = call()
-            if y.shape[:-1] != x.shape[:-1]:
-                following.refuse(f"{path}: an expert's product has other rows than its input")
-            if mark is None or rows is None:
-                return y
-            bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
-            keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
-            y = y.contiguous()
-            if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
-                return y
-            slots = torch.tensor(keys, dtype=torch.int32, device=y.device)
-            factors = bank.A, bank.B, bank.ranks, bank.scales, slots
-            ranges = mark.siblings, mark.offsets, mark.sizes
-            return torch.ops.lorafx.site(x, y, *factors, *ranges, rows.each)
+            if mark is not None and rows is not None:
+                y = self._with_expert(mark, expert, x, y, rows)
+            following.note(y, code)
+            self._multiplied.add(path)
+            return y
 
-        y = following.outside(added)
-        following.note(y, code)
-        self._multiplied.add(path)
-        return y
+        y = following.outside(product) if following.on_top else None
+        return call() if y is None else y  # by operators that are followed
+
+    def _with_expert(self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: _Rows) -> Tensor:
+        """y with the deltas of rows that go through one expert: those of its slots of the bank."""
+        bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
+        keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
+        y = y.contiguous()
+        if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
+            return y
+        slots = torch.tensor(keys, dtype=torch.int32, device=y.device)
+        factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+        return torch.ops.lorafx.site(
+            x, y, *factors, mark.siblings, mark.offsets, mark.sizes, rows.each
+        )
 
     def experts(self, mark: SiteMark) -> None:
         """The module of routed experts has run, with the products of this site. Refuses the call if
