@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.eager.following import Following
-from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
 from lorafx.eager.known_labels import NOBODYS, WEIGHTS
+from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
 from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
@@ -193,31 +193,31 @@ class RowDeltas:
         following, mark = self._following, call.mark
         if not following.on_top or call.module._parameters.get("weight") is not call.weight:
             return None
-        code = following.code(x)
-        if not self._leads(x):
-            return None
-        rows = None if mark is None else self._few(code, x)
         without = mark is None or mark.stored  # the product may stand alone: the mark adds the rest
-        if rows is None and not without:
-            return None
 
-        def product() -> tuple[Any, bool]:
+        def product() -> Tensor | None:
+            code = following.code(x)
+            if not self._leads(x):
+                return None
+            rows = None if mark is None else self._few(code, x)
+            if rows is None and not without:
+                return None
             y = call.original(x)
             if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
-                return None, False  # the mark says what is wrong
-            if mark is None or rows is None or y.shape[-1] != mark.out_features:
-                return y, False
-            y = y.contiguous()
-            return y, self._add_products(mark, x, y, rows.slots)
+                return None  # the mark says what is wrong
+            added = False
+            if mark is not None and rows is not None and y.shape[-1] == mark.out_features:
+                y = y.contiguous()
+                added = self._add_products(mark, x, y, rows.slots)
+            if not (added or without):
+                return None
+            following.note(y, code)
+            if added and mark is not None:
+                following.marked_alone(mark)
+                self._added[mark.path] = y
+            return y
 
-        y, added = following.outside(product)
-        if y is None or not (added or without):
-            return None
-        following.note(y, code)
-        if added and mark is not None:
-            following.marked_alone(mark)
-            self._added[mark.path] = y
-        return y
+        return following.outside(product)
 
     @property
     def on_top(self) -> bool:
@@ -275,7 +275,9 @@ class RowDeltas:
         y = following.outside(product) if following.on_top else None
         return call() if y is None else y  # by operators that are followed
 
-    def _with_expert(self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: _Rows) -> Tensor:
+    def _with_expert(
+        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: _Rows
+    ) -> Tensor:
         """y with the deltas of rows that go through one expert: those of its slots of the bank."""
         bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
         keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)

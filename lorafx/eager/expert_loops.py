@@ -11,7 +11,7 @@ use of the weights is seen by the operators that it runs, and the mark refuses t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -134,18 +134,21 @@ class ExpertLoop(ReplacedMethod):
 
 
 class ExpertLoops:
-    """The `ExpertLoop`s of a program: modules with sites, or with weights in a library's format."""
+    """The `ExpertLoop`s of a program: of modules with sites, or with weights in a format."""
 
     def __init__(self, program: Program) -> None:
-        self._calls: list[tuple[nn.Module, ExpertLoop]] = []
-        sites = {id(site.module) for site in program.sites if site.expert_weight is not None}
+        sites = [site for site in program.sites if site.expert_weight is not None]
+        self._calls: list[tuple[set[str], bool, ExpertLoop]] = []
         for _, module in program.graph.modules():
             weights = expert_weights(module) or ()
-            if id(module) in sites or any(in_library_format(module, w.name) for w in weights):
-                self._calls.append((module, ExpertLoop(module, weights, program.runtime)))
+            paths = {site.path for site in sites if site.module is module}
+            stored = any(in_library_format(module, weight.name) for weight in weights)
+            if paths or stored:
+                self._calls.append((paths, stored, ExpertLoop(module, weights, program.runtime)))
 
-    def of_forwards(self) -> Iterator[Replacement]:
-        """Their forwards, but those that something else has replaced."""
-        for module, call in self._calls:
-            if "forward" not in vars(module):
-                yield module, "forward", call
+    def of(self, touched: Set[str]) -> Iterator[Replacement]:
+        """The forwards of modules that adapters touch, or whose weights are in a format; but those
+        that something else has replaced."""
+        for paths, stored, call in self._calls:
+            if "forward" not in vars(call.module) and (stored or not touched.isdisjoint(paths)):
+                yield call.module, "forward", call

@@ -128,7 +128,7 @@ class EagerTier:
         runtime.deltas = RowDeltas(program, following, self._gathered, sites)
         try:
             action = partial(target, *args, **kwargs)
-            calls = [*self._loops.of_forwards()]
+            calls = [*self._loops.of(program.batch.touched)]
             if not watched and sites is None:
                 calls += self._linears.of(program.batch.touched)
             action = partial(self._replacing, calls, action)

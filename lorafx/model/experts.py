@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.model.module_graph import join
-from lorafx.placements import Placements, is_placed, local
 from lorafx.model.weight_formats import Bitsandbytes4Parameter
+from lorafx.placements import Placements, is_placed, local
 from lorafx.registry import Eligible, lookup
 
 #: How gate and up lie in the columns of the first weight, "" where there is no gate.

@@ -3,7 +3,7 @@
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
 e is the expert of each row, read from the base's dispatch: the ends of the sorted groups, the
-chosen indices, or the place in the batch of matrices.
+chosen indices, the number of a slice, or the place in the batch of matrices.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ def _as_matrix(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
 def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
     assert use.x is not None
     device = fake_value(use.x).device
+    if isinstance(use.choice, int):
+        sizes, kind = [ctx.size(use.x, 0)], {"dtype": torch.int32, "device": device}
+        return ctx.emit(aten.full.default, sizes, use.choice, **kind)
     if use.kind == "chosen":
         assert use.choice is not None
         return nonnegative(ctx, use.choice, site.experts)
