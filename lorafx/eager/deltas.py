@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafx.eager.following import Following
-from lorafx.eager.known_labels import NOBODYS, WEIGHTS
 from lorafx.eager.known_labels import UNKNOWN as UNKNOWN_CODE
+from lorafx.eager.known_labels import WEIGHTS
 from lorafx.eager.linear_calls import LinearCall
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.model.bank import Bank
 from lorafx.model.marks import UNPROVED, Owners, SiteMark
-from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.labels import One
 from lorafx.ownership.real_labels import NOBODY, UNKNOWN, Listed, Patchy, RealLabel, settled
 from lorafx.ownership.site_rules import row_dims_of
@@ -129,11 +128,9 @@ class RowDeltas:
         self._touched = program.batch.touched
         self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
         #: Slots by row, by the code of x and its row dimensions.
-        self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
+        self._by_code: dict[tuple[int, tuple[int, ...]], Rows] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
-        #: The paths of routed experts with products since their marks.
-        self._multiplied: set[str] = set()
         #: The state of the last x, and itself in a wider dtype: others may share it.
         self._widened: tuple[object, Tensor] | None = None
 
@@ -160,7 +157,7 @@ class RowDeltas:
             code = following.code(x)
             agree = following.code(y) == code
             if self._uniform:
-                rows = _Rows((self._rows[0],), 1)
+                rows = Rows((self._rows[0],), 1)
                 code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
             elif agree:
                 rows = self._rows_of(mark, code, x)
@@ -224,93 +221,15 @@ class RowDeltas:
         """Whether the operators that run now are followed."""
         return self._following.on_top
 
-    def weight(self, module: nn.Module, name: str, mark: SiteMark | None) -> Tensor:
-        """The weight of a module of experts, of a site if it has a mark; one that a parametrisation
-        computes is known as the site's from now on."""
-        if name in module._parameters:
-            return module._parameters[name]  # type: ignore[return-value]
-
-        def made() -> Tensor:
-            weight = getattr(module, name)
-            self._following.note_weight(weight, mark)
-            return weight
-
-        return self._following.outside(made)
-
-    def product(
-        self,
-        mark: SiteMark | None,
-        expert: int,
-        x: Tensor,
-        others: Sequence[Any],
-        call: Callable[[], Tensor],
-    ) -> Tensor:
-        """What `call` computes of x (…, K) and one expert's matrix, and of `others`, with the delta
-        of this expert where `mark` is a touched site's: y (…, N)."""
-        following, path = self._following, "" if mark is None else mark.path
-
-        def product() -> Tensor | None:
-            code, leads, rows = following.code(x), self._leads(x), None
-            if any(following.code(item) != NOBODYS for item in tensors_in(others)):
-                return None
-            if path in self._touched and x.numel():
-                rows = _Rows((self._rows[0],), 1) if self._uniform else None
-                if rows is None and leads:
-                    rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
-                if rows is None:
-                    following.refuse(
-                        f"{path}: which request each row of an expert's input belongs to is not "
-                        "known"
-                    )
-                code = code if leads else UNKNOWN_CODE  # an adapter changes it
-            elif not leads and code != NOBODYS:
-                return None
-            y = call()
-            if mark is not None and rows is not None:
-                y = self._with_expert(mark, expert, x, y, rows)
-            following.note(y, code)
-            self._multiplied.add(path)
-            return y
-
-        y = following.outside(product) if following.on_top else None
-        return call() if y is None else y  # by operators that are followed
-
-    def _with_expert(
-        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: _Rows
-    ) -> Tensor:
-        """y with the deltas of rows that go through one expert: those of its slots of the bank."""
-        bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
-        keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
-        y = y.contiguous()
-        if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
-            return y
-        slots = torch.tensor(keys, dtype=torch.int32, device=y.device)
-        factors = bank.A, bank.B, bank.ranks, bank.scales, slots
-        return torch.ops.lorafx.site(
-            x, y, *factors, mark.siblings, mark.offsets, mark.sizes, rows.each
-        )
-
-    def experts(self, mark: SiteMark) -> None:
-        """The module of routed experts has run, with the products of this site. Refuses the call if
-        another use of the weight was seen, or none."""
-        others = self._following.marked_alone(mark)
-        seen = mark.path in self._multiplied
-        self._multiplied.discard(mark.path)
-        if mark.path in self._touched and (others or not seen):
-            self._following.refuse(
-                f"{mark.path}: eager mode adds LoRA to routed experts where they run one after "
-                "another, by F.linear(x, W[e]) or x @ W[e], which its module does not do"
-            )
-
     def _leads(self, x: Tensor) -> bool:
         """Whether rows of x, all its dimensions but the last, have one owner each."""
         label = self._following.label(x)
         return isinstance(label, One) or (isinstance(label, Listed) and label.dim < x.dim() - 1)
 
-    def _few(self, code: int, x: Tensor) -> _Rows | None:
+    def _few(self, code: int, x: Tensor) -> Rows | None:
         """The slots of the rows of x, if they are few and those of each slot lie together."""
         if self._uniform:
-            return _Rows((self._rows[0],), 1)
+            return Rows((self._rows[0],), 1)
         rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
         return rows if rows is not None and rows.few else None
 
@@ -351,7 +270,7 @@ class RowDeltas:
         self._widened = state, wide
         return wide
 
-    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
+    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> Rows:
         lead = tuple(x.shape[: row_dims_of(mark.kind, x.dim())])
         found = self._rows_by_code(code, lead, x)
         if found is None:
@@ -360,7 +279,7 @@ class RowDeltas:
             )
         return found
 
-    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> Rows | None:
         found = self._by_code.get((code, lead))
         if found is None:
             found = self._slots(self._following.label(x), lead, x)
@@ -368,10 +287,10 @@ class RowDeltas:
                 self._by_code[code, lead] = found
         return found
 
-    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> Rows | None:
         label = settled(label)
         if isinstance(label, One):
-            return _Rows((self._rows[label.request],), 1)
+            return Rows((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):
             if NOBODY in label.owners:  # in a graph they are copies for each request
                 return None
@@ -379,19 +298,19 @@ class RowDeltas:
             each, times = math.prod(lead[label.dim + 1 :]), len(slots) // len(self._rows)
             if times > 1 and slots == tuple(s for s in slots[::times] for _ in range(times)):
                 slots, each = slots[::times], each * times
-            return _Rows(slots, each, leads=math.prod(lead[: label.dim]) == 1)
+            return Rows(slots, each, leads=math.prod(lead[: label.dim]) == 1)
         if isinstance(label, Patchy):
             cells = label.cells.expand(x.shape).reshape(math.prod(lead), -1)
             owners = cells.amax(1, keepdim=True)
             mixed = (cells != owners) & (cells != NOBODY)
             if bool((cells == UNKNOWN).any() | mixed.any() | (owners == NOBODY).any()):
                 return None
-            return _Rows(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
+            return Rows(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
         return None
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Row m has slot slots[(m // each) % n]. `leads`: the rows of each slot lie together."""
 
     slots: tuple[int, ...]

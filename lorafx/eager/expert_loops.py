@@ -11,7 +11,7 @@ use of the weights is seen by the operators that it runs, and the mark refuses t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached, is_parametrized
 
+from lorafx.eager.deltas import RowDeltas, Rows
+from lorafx.eager.known_labels import NOBODYS, UNKNOWN
 from lorafx.model.experts import ExpertWeight, expert_weights
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
 from lorafx.model.weight_formats import in_library_format
+from lorafx.ownership.effects import tensors_in
 from lorafx.program.program import Program
 from lorafx.torch_internals.dynamo import never_traced
 from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
@@ -37,6 +40,91 @@ _PRODUCTS: frozenset[Any] = frozenset(
 _TURNS: frozenset[Any] = frozenset(
     (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 )
+
+
+class LoopDeltas(RowDeltas):
+    """The deltas of one eager forward, with those of experts that run one after another."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        #: The paths of experts with products since their marks.
+        self._multiplied: set[str] = set()
+
+    def weight(self, module: nn.Module, name: str, mark: SiteMark | None) -> Tensor:
+        """The weight of a module of experts, of a site if it has a mark; one that a parametrisation
+        computes is known as the site's from now on."""
+        if name in module._parameters:
+            return module._parameters[name]  # type: ignore[return-value]
+
+        def made() -> Tensor:
+            weight = getattr(module, name)
+            self._following.note_weight(weight, mark)
+            return weight
+
+        return self._following.outside(made)
+
+    def product(
+        self,
+        mark: SiteMark | None,
+        expert: int,
+        x: Tensor,
+        others: Sequence[Any],
+        call: Callable[[], Tensor],
+    ) -> Tensor:
+        """What `call` computes of x (…, K) and one expert's matrix, and of `others`, with the delta
+        of this expert where `mark` is a touched site's: y (…, N)."""
+        following, path = self._following, "" if mark is None else mark.path
+
+        def product() -> Tensor | None:
+            code, leads, rows = following.code(x), self._leads(x), None
+            if any(following.code(item) != NOBODYS for item in tensors_in(others)):
+                return None
+            if path in self._touched and x.numel():
+                rows = Rows((self._rows[0],), 1) if self._uniform else None
+                if rows is None and leads:
+                    rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
+                if rows is None:
+                    following.refuse(
+                        f"{path}: which request each row of an expert's input belongs to is not "
+                        "known"
+                    )
+                code = code if leads else UNKNOWN  # an adapter changes it
+            elif not leads and code != NOBODYS:
+                return None
+            y = call()
+            if mark is not None and rows is not None:
+                y = self._with_expert(mark, expert, x, y, rows)
+            following.note(y, code)
+            self._multiplied.add(path)
+            return y
+
+        y = following.outside(product) if following.on_top else None
+        return call() if y is None else y  # by operators that are followed
+
+    def _with_expert(self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        """y with the deltas of rows that go through one expert: those of its slots of the bank."""
+        bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
+        keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
+        y = y.contiguous()
+        if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
+            return y
+        slots = torch.tensor(keys, dtype=torch.int32, device=y.device)
+        factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+        return torch.ops.lorafx.site(
+            x, y, *factors, mark.siblings, mark.offsets, mark.sizes, rows.each
+        )
+
+    def experts(self, mark: SiteMark) -> None:
+        """The module of routed experts has run, with the products of this site. Refuses the call if
+        another use of the weight was seen, or none."""
+        others = self._following.marked_alone(mark)
+        seen = mark.path in self._multiplied
+        self._multiplied.discard(mark.path)
+        if mark.path in self._touched and (others or not seen):
+            self._following.refuse(
+                f"{mark.path}: eager mode adds LoRA to routed experts where they run one after "
+                "another, by F.linear(x, W[e]) or x @ W[e], which its module does not do"
+            )
 
 
 class _Weight(NamedTuple):
@@ -59,7 +147,7 @@ class _Slice(NamedTuple):
 class _Products(TorchFunctionMode):
     """Adds the deltas to products with slices of weights."""
 
-    def __init__(self, deltas: Any, weights: Iterable[_Weight]) -> None:
+    def __init__(self, deltas: LoopDeltas, weights: Iterable[_Weight]) -> None:
         super().__init__()
         self._deltas = deltas
         self._weights = {id(weight.tensor): weight for weight in weights}
@@ -68,7 +156,7 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        named = kwargs or {}
+        named: dict[str, Any] = kwargs or {}
         call = partial(func, *args, **named)
         if func is Tensor.__getitem__ and id(args[0]) in self._weights:
             return self._sliced(self._weights[id(args[0])], args[1], call())
@@ -120,7 +208,7 @@ class ExpertLoop(ReplacedMethod):
         deltas, module = self._runtime.deltas, self.module
         if deltas is None or not deltas.on_top:
             return self.original(*args, **kwargs)
-        hooks = module._forward_hooks.values()
+        hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
         made = any(is_parametrized(module, weight.name) for weight in self.weights)
         # A parametrisation computes its weight once in a forward, as bitsandbytes has it.

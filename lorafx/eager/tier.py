@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorafx.eager.deltas import GatheredFactors, RowDeltas
-from lorafx.eager.expert_loops import ExpertLoops
+from lorafx.eager.deltas import GatheredFactors
+from lorafx.eager.expert_loops import ExpertLoops, LoopDeltas
 from lorafx.eager.following import Following, NeedsGraph
 from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
@@ -125,7 +125,7 @@ class EagerTier:
         following = (WatchedInPython if watched else InPython)(
             memory, uses, remembered=self._remembered, undo=undo, watched=watched
         )
-        runtime.deltas = RowDeltas(program, following, self._gathered, sites)
+        runtime.deltas = LoopDeltas(program, following, self._gathered, sites)
         try:
             action = partial(target, *args, **kwargs)
             calls = [*self._loops.of(program.batch.touched)]

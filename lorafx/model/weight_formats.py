@@ -233,7 +233,8 @@ class Bitsandbytes4Parameter(Format):
         return getattr(module, name).detach()
 
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
-        return list(module.parametrizations[name].parameters())  # type: ignore[index]
+        makers: Any = module.parametrizations
+        return list(makers[name].parameters())
 
     def described(self, module: nn.Module, name: str) -> Tensor:
         """A tensor of the weight's sizes and dtype, on meta."""
@@ -243,9 +244,10 @@ class Bitsandbytes4Parameter(Format):
     def _maker(self, module: nn.Module, name: str) -> Any:
         if not is_parametrized(module, name):
             return None
-        makers: Any = module.parametrizations[name]  # type: ignore[index]
-        known = _is(makers[0], "bitsandbytes.nn.parametrize", "Bnb4bitParametrization")
-        return makers[0] if known and len(makers) == 1 else None
+        makers: Any = module.parametrizations
+        maker, *others = makers[name]
+        known = _is(maker, "bitsandbytes.nn.parametrize", "Bnb4bitParametrization")
+        return maker if known and not others else None
 
 
 class WrapperSubclass(Format):

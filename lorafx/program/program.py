@@ -238,7 +238,7 @@ class Program:
         if held[0] is None and held[1] is None:
             bias, maker = module._parameters.get("bias"), module
             if is_parametrized(module, name):
-                maker = module.parametrizations[name]  # type: ignore[index]
+                maker = module.get_submodule(f"parametrizations.{name}")
             tensors += (item for item in maker.parameters() if item is not bias)
         return tensors
 
