@@ -332,7 +332,8 @@ class Program:
             if constant is not None and constant() is tensor:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
-            label = f"{sites[0].path}.{sites[0].eligible.weight}"
+            label, of_experts = sites[0].path, sites[0].expert_weight is not None
+            label += "" if of_experts else f".{sites[0].eligible.weight}"
             weight = self.weight_of(sites[0])
             made = "" if weight is not None and key in (id(weight), id(local(weight))) else MADE
             placed = is_placed(weight)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -157,7 +158,7 @@ def small_case(experts: type[nn.Module], folder: Path) -> Case:
     torch.manual_seed(0)
     base = Model(experts).eval().requires_grad_(False)
     randomise(base)
-    names = {"both": ["experts.gate_up_proj", "experts.down_proj"], "down": ["experts.down_proj"]}
+    names = {"both": ["gate_up_proj", "down_proj"], "down": ["down_proj"]}
     return Case(
         base,
         {
@@ -175,6 +176,29 @@ def test_constant_numbers_are_in_the_graph(tmp_path: Path) -> None:
     for names in (["both", None, "down"], ["down", "both", "both"]):
         check_mixed(cm, case, names, {"input_ids": torch.randint(0, 50, (3, 4))})
     assert cm.recompiles == 1
+
+
+class WithoutASwitch(nn.Module):
+    """A loop of transformers that `set_experts_implementation` does not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"num_local_experts": 3, "hidden_size": 16, "moe_intermediate_size": 10}
+        of_step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+        self.loop = of_step.Step3p7Experts(SimpleNamespace(**sizes, hidden_act="silu"))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        chosen = torch.topk(weights, 2, dim=-1)
+        return self.loop(x, chosen.indices, chosen.values)
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+def test_a_loop_without_a_switch(tmp_path: Path) -> None:
+    case = small_case(WithoutASwitch, tmp_path)
+    cm = case.compile()
+    for names in (["both", None, "down"], ["down", "both"], ["both"]):
+        check_mixed(cm, case, names, {"input_ids": torch.randint(0, 50, (len(names), 4))})
+    assert cm.recompiles == 0
 
 
 class Doubled(AllExperts):
