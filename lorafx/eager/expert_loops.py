@@ -11,7 +11,7 @@ use of the weights is seen by the operators that it runs, and the mark refuses t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 
 from lorafx.eager.deltas import RowDeltas, Rows
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN
-from lorafx.model.experts import ExpertWeight, expert_weights
+from lorafx.model.experts import expert_weights
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
 from lorafx.model.weight_formats import in_library_format
@@ -114,21 +114,28 @@ class LoopDeltas(RowDeltas):
             x, y, *factors, mark.siblings, mark.offsets, mark.sizes, rows.each
         )
 
+    def has_added(self, mark: SiteMark, y: Any) -> bool:
+        """As of a linear, and of a module, such as a router, that returns more than its product."""
+        if mark.kind == "experts" or mark.path not in self._multiplied:
+            return super().has_added(mark, y)
+        self.experts(mark)
+        return True
+
     def experts(self, mark: SiteMark) -> None:
-        """The module of routed experts has run, with the products of this site. Refuses the call if
-        another use of the weight was seen, or none."""
+        """The module of a site has run, with its products. Refuses the call if another use of the
+        weight was seen, or none."""
         others = self._following.marked_alone(mark)
         seen = mark.path in self._multiplied
         self._multiplied.discard(mark.path)
         if mark.path in self._touched and (others or not seen):
             self._following.refuse(
-                f"{mark.path}: eager mode adds LoRA to routed experts where they run one after "
-                "another, by F.linear(x, W[e]) or x @ W[e], which its module does not do"
+                f"{mark.path}: eager mode adds LoRA here to products F.linear(x, W) and x @ W, of "
+                "routed experts to those with slices W[e], and its module computes others"
             )
 
 
 class _Weight(NamedTuple):
-    """The matrices of all experts (E, N, K), or (E, K, N) if `in_first`; with a mark if a site."""
+    """A matrix, or all experts' (E, N, K), or (E, K, N) if `in_first`; with its site's mark."""
 
     tensor: Tensor
     mark: SiteMark | None
@@ -136,22 +143,24 @@ class _Weight(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """One expert's matrix."""
+    """One expert's matrix, or that of a router."""
 
     tensor: Tensor  # so that nothing else gets its id
     mark: SiteMark | None
     in_first: bool
-    expert: int
+    expert: int = 0
 
 
 class _Products(TorchFunctionMode):
     """Adds the deltas to products with slices of weights."""
 
-    def __init__(self, deltas: LoopDeltas, weights: Iterable[_Weight]) -> None:
+    def __init__(self, deltas: LoopDeltas, weights: Sequence[_Weight]) -> None:
         super().__init__()
         self._deltas = deltas
-        self._weights = {id(weight.tensor): weight for weight in weights}
-        self._slices: dict[int, _Slice] = {}
+        self._weights = {id(item.tensor): item for item in weights if item.tensor.dim() == 3}
+        marked = (item for item in weights if item.tensor.dim() == 2 and item.mark is not None)
+        alone = (_Slice(*item) for item in marked if item.mark.is_plain and not item.mark.made)
+        self._slices = {id(item.tensor): item for item in alone}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -196,11 +205,10 @@ def _number(index: Any) -> int | None:
 
 
 class ExpertLoop(ReplacedMethod):
-    """The forward of a module of experts while an eager forward runs."""
+    """The forward of a module of experts, or a router, while an eager forward runs. `weights`:
+    names of parameters, and whether they are stored as (in, out)."""
 
-    def __init__(
-        self, module: nn.Module, weights: Sequence[ExpertWeight], runtime: Runtime
-    ) -> None:
+    def __init__(self, module: nn.Module, weights: Mapping[str, bool], runtime: Runtime) -> None:
         super().__init__(module, "forward")
         self.module, self.weights, self._runtime = module, weights, runtime
 
@@ -210,33 +218,33 @@ class ExpertLoop(ReplacedMethod):
             return self.original(*args, **kwargs)
         hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
-        made = any(is_parametrized(module, weight.name) for weight in self.weights)
+        made = any(is_parametrized(module, name) for name in self.weights)
         # A parametrisation computes its weight once in a forward, as bitsandbytes has it.
         with cached() if made else nullcontext():
             weights = [
-                _Weight(deltas.weight(module, w.name, mark), mark, w.transposed)
-                for w, mark in ((w, marks.get(w.name)) for w in self.weights)
+                _Weight(deltas.weight(module, name, marks.get(name)), marks.get(name), in_first)
+                for name, in_first in self.weights.items()
             ]
             with _Products(deltas, weights):
                 return self.original(*args, **kwargs)
 
 
 class ExpertLoops:
-    """The `ExpertLoop`s of a program: of modules with sites, or with weights in a format."""
+    """The `ExpertLoop`s of a program: of modules of experts with sites, or with weights in a
+    format, and of those whose weights carry LoRA for their own sake, such as routers."""
 
     def __init__(self, program: Program) -> None:
-        sites = [site for site in program.sites if site.expert_weight is not None]
-        self._calls: list[tuple[set[str], bool, ExpertLoop]] = []
+        sites = [site for site in program.sites if site.eligible.cls is nn.Module]
+        self._calls: list[ExpertLoop] = []
         for _, module in program.graph.modules():
-            weights = expert_weights(module) or ()
-            paths = {site.path for site in sites if site.module is module}
-            stored = any(in_library_format(module, weight.name) for weight in weights)
-            if paths or stored:
-                self._calls.append((paths, stored, ExpertLoop(module, weights, program.runtime)))
+            here = [site for site in sites if site.module is module]
+            experts = {w.name: w.transposed for w in expert_weights(module) or ()}
+            weights = experts or {s.eligible.weight: s.eligible.transposed for s in here}
+            if here or any(in_library_format(module, name) for name in experts):
+                self._calls.append(ExpertLoop(module, weights, program.runtime))
 
-    def of(self, touched: Set[str]) -> Iterator[Replacement]:
-        """The forwards of modules that adapters touch, or whose weights are in a format; but those
-        that something else has replaced."""
-        for paths, stored, call in self._calls:
-            if "forward" not in vars(call.module) and (stored or not touched.isdisjoint(paths)):
+    def of_forwards(self) -> Iterator[Replacement]:
+        """The forwards, but those that something else has replaced."""
+        for call in self._calls:
+            if "forward" not in vars(call.module):
                 yield call.module, "forward", call

@@ -128,7 +128,7 @@ class EagerTier:
         runtime.deltas = LoopDeltas(program, following, self._gathered, sites)
         try:
             action = partial(target, *args, **kwargs)
-            calls = [*self._loops.of(program.batch.touched)]
+            calls = [*self._loops.of_forwards()]
             if not watched and sites is None:
                 calls += self._linears.of(program.batch.touched)
             action = partial(self._replacing, calls, action)

@@ -198,14 +198,12 @@ def some(expert: int, name: str) -> int:
     return {"gate_proj": 2, "up_proj": 3, "down_proj": 1}[name] + expert % 2
 
 
-def moe_case(
-    model_type: str, folder: Path, base: nn.Module | None = None, *, with_routers: bool = True
-) -> Case:
+def moe_case(model_type: str, folder: Path, base: nn.Module | None = None) -> Case:
     """A base with four adapters: "params" of PEFT on experts, routers and every linear, "older"
     with a name for each expert and every second linear, "down" of PEFT on one parameter, "dense"
     of PEFT on linears alone."""
     base = moe_base(model_type) if base is None else base
-    routers, linears = router_names(base) if with_routers else [], oracle.linears(base)
+    routers, linears = router_names(base), oracle.linears(base)
     attention = [path for path in linears if path.endswith(("q_proj", "o_proj"))]
     folders = {
         "params": oracle.save_adapter(

@@ -70,8 +70,7 @@ def quantised(base: nn.Module, kind: str, folder: Path) -> tuple[nn.Module, Case
         dense = lorafx.dequantize(model.get_submodule(path), name)
         assert error(dense, getattr(experts, name)) > TOLERANCE
         getattr(experts, name).data.copy_(dense)
-    case = moe_case(base.config.model_type, folder, twin, with_routers=False)
-    return model, case
+    return model, moe_case(base.config.model_type, folder, twin)
 
 
 def check_calls(cm: Any, case: Case) -> None:
@@ -89,7 +88,7 @@ def check_calls(cm: Any, case: Case) -> None:
 @pytest.mark.usefixtures("in_eager_mode")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_dense_slices(model_type: str, tmp_path: Path) -> None:
-    case = moe_case(model_type, tmp_path, in_a_loop(model_type), with_routers=False)
+    case = moe_case(model_type, tmp_path, in_a_loop(model_type))
     cm = case.compile()
     check_calls(cm, case)
     assert cm.recompiles == 0
