@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached, is_parametrized
 
-from lorafx.eager.deltas import RowDeltas, Rows
+from lorafx.eager.deltas import RowDeltas, SlotsByRow
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import Runtime, SiteMark
@@ -80,7 +80,7 @@ class LoopDeltas(RowDeltas):
             if any(following.code(item) != NOBODYS for item in tensors_in(others)):
                 return None
             if path in self._touched and x.numel():
-                rows = Rows((self._rows[0],), 1) if self._uniform else None
+                rows = SlotsByRow((self._rows[0],), 1) if self._uniform else None
                 if rows is None and leads:
                     rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
                 if rows is None:
@@ -101,7 +101,9 @@ class LoopDeltas(RowDeltas):
         y = following.outside(product) if following.on_top else None
         return call() if y is None else y  # by operators that are followed
 
-    def _with_expert(self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+    def _with_expert(
+        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: SlotsByRow
+    ) -> Tensor:
         """y with the deltas of rows that go through one expert: those of its slots of the bank."""
         bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
         keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
@@ -158,9 +160,8 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._deltas = deltas
         self._weights = {id(item.tensor): item for item in weights if item.tensor.dim() == 3}
-        marked = (item for item in weights if item.tensor.dim() == 2 and item.mark is not None)
-        alone = (_Slice(*item) for item in marked if item.mark.is_plain and not item.mark.made)
-        self._slices = {id(item.tensor): item for item in alone}
+        matrices = (_Slice(*item) for item in weights if item.tensor.dim() == 2)
+        self._slices = {id(item.tensor): item for item in matrices if _is_plain(item.mark)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -188,6 +189,10 @@ class _Products(TorchFunctionMode):
     def _kept(self, found: _Slice) -> Tensor:
         self._slices[id(found.tensor)] = found
         return found.tensor
+
+
+def _is_plain(mark: SiteMark | None) -> bool:
+    return mark is not None and mark.is_plain and not mark.made
 
 
 never_traced(_Products.__torch_function__.__code__)
