@@ -128,7 +128,7 @@ class RowDeltas:
         self._touched = program.batch.touched
         self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
         #: Slots by row, by the code of x and its row dimensions.
-        self._by_code: dict[tuple[int, tuple[int, ...]], SlotsByRow] = {}
+        self._by_code: dict[tuple[int, tuple[int, ...]], RowLayout] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
         #: The state of the last x, and itself in a wider dtype: others may share it.
@@ -157,7 +157,7 @@ class RowDeltas:
             code = following.code(x)
             agree = following.code(y) == code
             if self._uniform:
-                rows = SlotsByRow((self._rows[0],), 1)
+                rows = RowLayout((self._rows[0],), 1)
                 code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
             elif agree:
                 rows = self._rows_of(mark, code, x)
@@ -226,10 +226,10 @@ class RowDeltas:
         label = self._following.label(x)
         return isinstance(label, One) or (isinstance(label, Listed) and label.dim < x.dim() - 1)
 
-    def _few(self, code: int, x: Tensor) -> SlotsByRow | None:
+    def _few(self, code: int, x: Tensor) -> RowLayout | None:
         """The slots of the rows of x, if they are few and those of each slot lie together."""
         if self._uniform:
-            return SlotsByRow((self._rows[0],), 1)
+            return RowLayout((self._rows[0],), 1)
         rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
         return rows if rows is not None and rows.few else None
 
@@ -270,7 +270,7 @@ class RowDeltas:
         self._widened = state, wide
         return wide
 
-    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> SlotsByRow:
+    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> RowLayout:
         lead = tuple(x.shape[: row_dims_of(mark.kind, x.dim())])
         found = self._rows_by_code(code, lead, x)
         if found is None:
@@ -279,7 +279,7 @@ class RowDeltas:
             )
         return found
 
-    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> SlotsByRow | None:
+    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> RowLayout | None:
         found = self._by_code.get((code, lead))
         if found is None:
             found = self._slots(self._following.label(x), lead, x)
@@ -287,12 +287,10 @@ class RowDeltas:
                 self._by_code[code, lead] = found
         return found
 
-    def _slots(
-        self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor
-    ) -> SlotsByRow | None:
+    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> RowLayout | None:
         label = settled(label)
         if isinstance(label, One):
-            return SlotsByRow((self._rows[label.request],), 1)
+            return RowLayout((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):
             if NOBODY in label.owners:  # in a graph they are copies for each request
                 return None
@@ -300,19 +298,19 @@ class RowDeltas:
             each, times = math.prod(lead[label.dim + 1 :]), len(slots) // len(self._rows)
             if times > 1 and slots == tuple(s for s in slots[::times] for _ in range(times)):
                 slots, each = slots[::times], each * times
-            return SlotsByRow(slots, each, leads=math.prod(lead[: label.dim]) == 1)
+            return RowLayout(slots, each, leads=math.prod(lead[: label.dim]) == 1)
         if isinstance(label, Patchy):
             cells = label.cells.expand(x.shape).reshape(math.prod(lead), -1)
             owners = cells.amax(1, keepdim=True)
             mixed = (cells != owners) & (cells != NOBODY)
             if bool((cells == UNKNOWN).any() | mixed.any() | (owners == NOBODY).any()):
                 return None
-            return SlotsByRow(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
+            return RowLayout(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
         return None
 
 
 @dataclass(frozen=True)
-class SlotsByRow:
+class RowLayout:
     """Row m has slot slots[(m // each) % n]. `leads`: the rows of each slot lie together."""
 
     slots: tuple[int, ...]

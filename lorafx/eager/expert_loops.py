@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached, is_parametrized
 
-from lorafx.eager.deltas import RowDeltas, SlotsByRow
+from lorafx.eager.deltas import RowDeltas, RowLayout
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import Runtime, SiteMark
@@ -80,7 +80,7 @@ class LoopDeltas(RowDeltas):
             if any(following.code(item) != NOBODYS for item in tensors_in(others)):
                 return None
             if path in self._touched and x.numel():
-                rows = SlotsByRow((self._rows[0],), 1) if self._uniform else None
+                rows = RowLayout((self._rows[0],), 1) if self._uniform else None
                 if rows is None and leads:
                     rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
                 if rows is None:
@@ -102,7 +102,7 @@ class LoopDeltas(RowDeltas):
         return call() if y is None else y  # by operators that are followed
 
     def _with_expert(
-        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: SlotsByRow
+        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: RowLayout
     ) -> Tensor:
         """y with the deltas of rows that go through one expert: those of its slots of the bank."""
         bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
