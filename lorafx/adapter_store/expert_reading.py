@@ -336,9 +336,10 @@ def _assemble(site: Site, terms: Sequence[_Term]) -> Iterator[tuple[str, LoraWei
         ]
         if not part_terms:
             continue
-        weight = site.module.get_parameter(site.expert_weight.name)
-        joined, sharding = _join_terms(len(weight), part_terms), site.eligible.sharding
-        own = own_indices(weight, 0)
+        weight = site.module._parameters.get(site.expert_weight.name)  # None: it is computed
+        count = site.experts if weight is None else len(weight)
+        joined, sharding = _join_terms(count, part_terms), site.eligible.sharding
+        own = None if weight is None else own_indices(weight, 0)
         if own is not None:  # this rank's experts
             tensors = (item for item in joined if isinstance(item, Tensor))
             joined = LoraWeights(*(tensor[own] for tensor in tensors))

@@ -146,9 +146,10 @@ class Places:
         """`module` at `path` as routed experts, selected or not."""
         weights = None if id(module) in self._experts else saved_weights(module)
         if weights is not None:
-            order = list(module._parameters)
-            ordered = sorted(weights, key=lambda weight: order.index(weight.name))
-            self._experts[id(module)] = Experts(path, module, tuple(ordered))
+            order = list(module._parameters)  # one that a parametrisation makes is not there
+            if all(weight.name in order for weight in weights):
+                weights = tuple(sorted(weights, key=lambda weight: order.index(weight.name)))
+            self._experts[id(module)] = Experts(path, module, weights)
         return self._experts.get(id(module))
 
     def module(self, path: str) -> nn.Module | None:

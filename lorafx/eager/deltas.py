@@ -128,7 +128,7 @@ class RowDeltas:
         self._touched = program.batch.touched
         self._rows, self._uniform = program.runtime.rows, program.runtime.uniform
         #: Slots by row, by the code of x and its row dimensions.
-        self._by_code: dict[tuple[int, tuple[int, ...]], _Rows] = {}
+        self._by_code: dict[tuple[int, tuple[int, ...]], RowLayout] = {}
         #: Results of `linear` whose marks have not come yet, by path.
         self._added: dict[str, Tensor] = {}
         #: The state of the last x, and itself in a wider dtype: others may share it.
@@ -157,7 +157,7 @@ class RowDeltas:
             code = following.code(x)
             agree = following.code(y) == code
             if self._uniform:
-                rows = _Rows((self._rows[0],), 1)
+                rows = RowLayout((self._rows[0],), 1)
                 code = code if agree and code > WEIGHTS else UNKNOWN_CODE  # an adapter changes it
             elif agree:
                 rows = self._rows_of(mark, code, x)
@@ -190,41 +190,46 @@ class RowDeltas:
         following, mark = self._following, call.mark
         if not following.on_top or call.module._parameters.get("weight") is not call.weight:
             return None
-        code = following.code(x)
-        if not self._leads(x):
-            return None
-        rows = None if mark is None else self._few(code, x)
         without = mark is None or mark.stored  # the product may stand alone: the mark adds the rest
-        if rows is None and not without:
-            return None
 
-        def product() -> tuple[Any, bool]:
+        def product() -> Tensor | None:
+            code = following.code(x)
+            if not self._leads(x):
+                return None
+            rows = None if mark is None else self._few(code, x)
+            if rows is None and not without:
+                return None
             y = call.original(x)
             if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
-                return None, False  # the mark says what is wrong
-            if mark is None or rows is None or y.shape[-1] != mark.out_features:
-                return y, False
-            y = y.contiguous()
-            return y, self._add_products(mark, x, y, rows.slots)
+                return None  # the mark says what is wrong
+            added = False
+            if mark is not None and rows is not None and y.shape[-1] == mark.out_features:
+                y = y.contiguous()
+                added = self._add_products(mark, x, y, rows.slots)
+            if not (added or without):
+                return None
+            following.note(y, code)
+            if added and mark is not None:
+                following.marked_alone(mark)
+                self._added[mark.path] = y
+            return y
 
-        y, added = following.outside(product)
-        if y is None or not (added or without):
-            return None
-        following.note(y, code)
-        if added and mark is not None:
-            following.marked_alone(mark)
-            self._added[mark.path] = y
-        return y
+        return following.outside(product)
+
+    @property
+    def on_top(self) -> bool:
+        """Whether the operators that run now are followed."""
+        return self._following.on_top
 
     def _leads(self, x: Tensor) -> bool:
         """Whether rows of x, all its dimensions but the last, have one owner each."""
         label = self._following.label(x)
         return isinstance(label, One) or (isinstance(label, Listed) and label.dim < x.dim() - 1)
 
-    def _few(self, code: int, x: Tensor) -> _Rows | None:
+    def _few(self, code: int, x: Tensor) -> RowLayout | None:
         """The slots of the rows of x, if they are few and those of each slot lie together."""
         if self._uniform:
-            return _Rows((self._rows[0],), 1)
+            return RowLayout((self._rows[0],), 1)
         rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
         return rows if rows is not None and rows.few else None
 
@@ -265,7 +270,7 @@ class RowDeltas:
         self._widened = state, wide
         return wide
 
-    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> _Rows:
+    def _rows_of(self, mark: SiteMark, code: int, x: Tensor) -> RowLayout:
         lead = tuple(x.shape[: row_dims_of(mark.kind, x.dim())])
         found = self._rows_by_code(code, lead, x)
         if found is None:
@@ -274,7 +279,7 @@ class RowDeltas:
             )
         return found
 
-    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+    def _rows_by_code(self, code: int, lead: tuple[int, ...], x: Tensor) -> RowLayout | None:
         found = self._by_code.get((code, lead))
         if found is None:
             found = self._slots(self._following.label(x), lead, x)
@@ -282,10 +287,10 @@ class RowDeltas:
                 self._by_code[code, lead] = found
         return found
 
-    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> _Rows | None:
+    def _slots(self, label: RealLabel | None, lead: tuple[int, ...], x: Tensor) -> RowLayout | None:
         label = settled(label)
         if isinstance(label, One):
-            return _Rows((self._rows[label.request],), 1)
+            return RowLayout((self._rows[label.request],), 1)
         if isinstance(label, Listed) and label.dim < len(lead):
             if NOBODY in label.owners:  # in a graph they are copies for each request
                 return None
@@ -293,19 +298,19 @@ class RowDeltas:
             each, times = math.prod(lead[label.dim + 1 :]), len(slots) // len(self._rows)
             if times > 1 and slots == tuple(s for s in slots[::times] for _ in range(times)):
                 slots, each = slots[::times], each * times
-            return _Rows(slots, each, leads=math.prod(lead[: label.dim]) == 1)
+            return RowLayout(slots, each, leads=math.prod(lead[: label.dim]) == 1)
         if isinstance(label, Patchy):
             cells = label.cells.expand(x.shape).reshape(math.prod(lead), -1)
             owners = cells.amax(1, keepdim=True)
             mixed = (cells != owners) & (cells != NOBODY)
             if bool((cells == UNKNOWN).any() | mixed.any() | (owners == NOBODY).any()):
                 return None
-            return _Rows(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
+            return RowLayout(tuple(self._rows[owner] for owner in owners.flatten().tolist()), 1)
         return None
 
 
 @dataclass(frozen=True)
-class _Rows:
+class RowLayout:
     """Row m has slot slots[(m // each) % n]. `leads`: the rows of each slot lie together."""
 
     slots: tuple[int, ...]

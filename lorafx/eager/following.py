@@ -469,10 +469,16 @@ class Following(TorchDispatchMode):
         """Whether the operators that run now are followed by this mode, and no transform runs."""
         return _get_current_dispatch_mode() is self and not self.over and not transformed()
 
-    def marked_alone(self, mark: SiteMark) -> None:
-        """As `marked`, of a delta that was added with its product."""
-        if self._uses is not None:
-            self._uses.marked_alone(mark)
+    def marked_alone(self, mark: SiteMark) -> bool:
+        """As `marked`, of deltas that were added with their products. Returns whether there were
+        products without."""
+        return self._uses is not None and bool(self._uses.marked_alone(mark))
+
+    def note_weight(self, tensor: Tensor, mark: SiteMark | None) -> None:
+        """The tensor is what computes a weight, that of the site of `mark` if there is one."""
+        self.note(tensor, NOBODYS)
+        if self._uses is not None and mark is not None:
+            self._uses.note_made(tensor, mark.path)
 
     def marked(self, mark: SiteMark, x: Tensor, y: Tensor) -> None:
         """The mark adds the delta of x to y. Refuses the call where y is not the site's product."""

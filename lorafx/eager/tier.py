@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorafx.eager.deltas import GatheredFactors, RowDeltas
+from lorafx.eager.deltas import GatheredFactors
+from lorafx.eager.expert_loops import ExpertLoops, LoopDeltas
 from lorafx.eager.following import Following, NeedsGraph
 from lorafx.eager.in_python import InPython, WatchedInPython
 from lorafx.eager.known_labels import KnownLabels
@@ -47,7 +48,7 @@ class EagerTier:
 
     def __init__(self, program: Program, replacing: Callable[..., Any]) -> None:
         self._program, self._replacing = program, replacing
-        self._linears = LinearCalls(program)
+        self._linears, self._loops = LinearCalls(program), ExpertLoops(program)
         self._remembered = KnownLabels()
         nbytes = sum(parameter.nbytes for parameter in program.model.parameters())
         self._looked_at: ModuleGraph | None = None
@@ -124,12 +125,13 @@ class EagerTier:
         following = (WatchedInPython if watched else InPython)(
             memory, uses, remembered=self._remembered, undo=undo, watched=watched
         )
-        runtime.deltas = RowDeltas(program, following, self._gathered, sites)
+        runtime.deltas = LoopDeltas(program, following, self._gathered, sites)
         try:
             action = partial(target, *args, **kwargs)
+            calls = [*self._loops.of_forwards()]
             if not watched and sites is None:
-                calls = [*self._linears.of(program.batch.touched)]
-                action = partial(self._replacing, calls, action)
+                calls += self._linears.of(program.batch.touched)
+            action = partial(self._replacing, calls, action)
             result = following.run(action)
             following.check(result)
             program.keep_constants(memory)

@@ -132,6 +132,12 @@ class WeightUses:
         """Whether the call has made something of weights alone."""
         return bool(self._made)
 
+    def note_made(self, tensor: Tensor, path: str) -> None:
+        """The tensor is what the module at `path` computes as its weight."""
+        if (key := storage_of(tensor)) is not None and path in self._program.batch.touched:
+            storage, sites = StorageWeakRef(tensor.untyped_storage()), [self._by_path[path]]
+            self._made[key] = MadeWeight(storage, sites, True, geometry_of(tensor), None)
+
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
         if storage_of(tensor) is not None:

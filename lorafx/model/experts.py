@@ -22,11 +22,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.model.module_graph import join
+from lorafx.model.weight_formats import Bitsandbytes4Parameter
 from lorafx.placements import Placements, is_placed, local
 from lorafx.registry import Eligible, lookup
 
@@ -34,12 +36,17 @@ from lorafx.registry import Eligible, lookup
 Halves = Literal["", "stacked", "interleaved"]
 
 
-#: Why a loop over experts carries no LoRA, and what to do.
+#: How a loop over experts becomes a product that graphs have.
+SWITCH = (
+    "Call model.set_experts_implementation('grouped_mm') where the model has that method, and its "
+    "experts are not quantised; otherwise apply "
+    "transformers.integrations.use_experts_implementation to the class before the model is built, "
+    "and set config._experts_implementation = 'grouped_mm'"
+)
+#: Why a graph of a loop over experts carries no LoRA, and what to do.
 LOOP = (
-    "a Python loop over experts is not captured. Call "
-    "model.set_experts_implementation('grouped_mm') where the model has that method; "
-    "otherwise apply transformers.integrations.use_experts_implementation to the class "
-    "before the model is built, and set config._experts_implementation = 'grouped_mm'"
+    "a Python loop over experts is not captured. Use Options(start='eager'), which follows it. "
+    f"{SWITCH}"
 )
 
 
@@ -135,9 +142,12 @@ def unlike_experts(module: nn.Module) -> str | None:
 
 
 def _stacked_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    made: Any = module.parametrizations if is_parametrized(module) else ()
+    four_bits = Bitsandbytes4Parameter()
+    stored = ((n, four_bits.described(module, n)) for n in made if four_bits.holds(module, n))
     return [
         (name, parameter)
-        for name, parameter in module._parameters.items()
+        for name, parameter in (*module._parameters.items(), *stored)
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
     ]
 

@@ -300,6 +300,9 @@ class SiteMark:
         traced = tracing() and self.runtime.graph_passes
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)
+        if not traced and self.runtime.deltas is not None:
+            self.runtime.deltas.experts(self)
+            return None
         slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
         if bool(self.bank.ranks.unflatten(0, (self.bank.experts, -1))[:, slots].any()):
             raise MatchError(

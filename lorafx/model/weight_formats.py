@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.placements import is_placed, local
 from lorafx.registry import Eligible, class_of_library
@@ -222,6 +223,33 @@ class Bitsandbytes4(Format):
         return restore
 
 
+class Bitsandbytes4Parameter(Format):
+    """What `replace_parameter_4bit` makes of any parameter: a parametrisation dequantises it."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        return self._maker(module, name) is not None
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        return getattr(module, name).detach()
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        makers: Any = module.parametrizations
+        return list(makers[name].parameters())
+
+    def described(self, module: nn.Module, name: str) -> Tensor:
+        """A tensor of the weight's sizes and dtype, on meta."""
+        state: Any = self._maker(module, name).quant_state
+        return torch.empty(tuple(state.shape), dtype=state.dtype, device="meta")
+
+    def _maker(self, module: nn.Module, name: str) -> Any:
+        if not is_parametrized(module, name):
+            return None
+        makers: Any = module.parametrizations
+        maker, *others = makers[name]
+        known = _is(maker, "bitsandbytes.nn.parametrize", "Bnb4bitParametrization")
+        return maker if known and not others else None
+
+
 class WrapperSubclass(Format):
     """A tensor subclass that wraps others and has `dequantize()`: torchao's."""
 
@@ -284,11 +312,16 @@ class Plain(Format):
 LIBRARIES: tuple[Format, ...] = (
     Bitsandbytes4(),
     Bitsandbytes8(),
+    Bitsandbytes4Parameter(),
     WrapperSubclass(),
     FineGrained8(),
 )
 #: The first that holds a weight is its format.
 FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
+
+
+def in_library_format(module: nn.Module, name: str) -> bool:
+    return any(item.holds(module, name) for item in LIBRARIES)
 
 
 def is_dense(weight: Tensor) -> bool:

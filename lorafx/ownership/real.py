@@ -47,9 +47,11 @@ aten = torch.ops.aten
 Labels = Mapping[int, "RealLabel | None"]  # by identity of the tensor
 
 
-def cells_in(value: Tensor, labels: Labels) -> Tensor:
-    """The cells of a tensor, one for each element."""
-    return cells_of(labels[id(value)], value.dim(), value.device).expand(value.shape)
+def cells_in(value: Tensor, labels: Labels, dims: int | None = None) -> Tensor:
+    """The cells of a tensor, one for each element, or for each of those of the first `dims`
+    dimensions: cells of a label have size one where it is the same for all others."""
+    cells = cells_of(labels[id(value)], value.dim(), value.device)
+    return cells.expand(*value.shape[:dims], *cells.shape[len(value.shape[:dims]) :])
 
 
 def moved_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
@@ -76,14 +78,19 @@ def position_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: 
 def indexed_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor:
     """x[indices], x.index_select(dim, index)."""
     index = Indices.of(named, labels)
-    return index.owned(cells_in(named["self"], labels)[index.key])
+    return index.owned(cells_in(named["self"], labels, len(index.at))[index.key])
 
 
 def put_cells(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
     """x[indices] = y, or += y: y's owners at the indices; None if two differ at one of them."""
-    table, index = cells_in(named["self"], labels).clone(), Indices.of(named, labels)
+    index, source = Indices.of(named, labels), named.get("source", named.get("values"))
+    dims, every = len(index.at), named["self"].dim()  # behind them owners are mostly the same
+    sizes = (cells_of(labels[id(t)], t.dim(), t.device).shape for t in (named["self"], source))
+    alike = all(set(shape[len(shape) - every + dims :]) <= {1} for shape in sizes)
+    table = cells_in(named["self"], labels, dims if alike else None).clone()
     before = table[index.key]
-    owners = cells_in(named.get("source", named.get("values")), labels).expand(before.shape)
+    owners = cells_in(source, labels, max(source.dim() - every + dims, 0) if alike else None)
+    owners = owners.expand(before.shape)
     if named.get("accumulate") or func.overloadpacket is aten.index_add:
         owners = joined(before, owners)
     owners = index.owned(owners)
@@ -253,7 +260,9 @@ def labels_by_signature(
     if rule is pointwise.unlabelled:
         return [SHARED] * len(outputs)
     # In a graph rows of no request that are joined with others count as copies for each request.
-    joins_shared = MOVES.get(packet) is moved_cells and any(isinstance(i, Shared) for i in inputs)
+    # What is added to rows of nobody, such as those that one expert has got, is where it was put.
+    joins = MOVES.get(packet) is moved_cells or packet is aten.index_add
+    joins_shared = joins and any(isinstance(i, Shared) for i in inputs)
     single = alone(inputs)
     if single is not None and not (joins_shared and isinstance(single, One)):
         return [single] * len(outputs)

@@ -3,7 +3,7 @@
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
 e is the expert of each row, read from the base's dispatch: the ends of the sorted groups, the
-chosen indices, or the place in the batch of matrices.
+chosen indices, the number of a slice, or the place in the batch of matrices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ ALIKE = "alike"
 _NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
 _QUANTISED = (
     "{} holds the weights of its experts in a quantised format, and the kernels that take "
-    "that format compute their products"
+    "that format compute their products. Eager mode serves experts that run one after another: "
+    "model.set_experts_implementation('eager') and Options(start='eager')"
 )
 
 
@@ -123,6 +124,9 @@ def _as_matrix(ctx: Context, node: fx.Node, use: Use) -> fx.Node:
 def _experts_of(ctx: Context, site: Site, use: Use) -> fx.Node:
     assert use.x is not None
     device = fake_value(use.x).device
+    if isinstance(use.choice, int):
+        sizes, kind = [ctx.size(use.x, 0)], {"dtype": torch.int32, "device": device}
+        return ctx.emit(aten.full.default, sizes, use.choice, **kind)
     if use.kind == "chosen":
         assert use.choice is not None
         return nonnegative(ctx, use.choice, site.experts)

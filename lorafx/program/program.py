@@ -236,8 +236,10 @@ class Program:
         held = (module._parameters.get(name), module._buffers.get(name), vars(module).get(name))
         tensors = [item for item in held if isinstance(item, Tensor)]
         if held[0] is None and held[1] is None:
-            bias = module._parameters.get("bias")
-            tensors += (item for item in module.parameters() if item is not bias)
+            bias, maker = module._parameters.get("bias"), module
+            if is_parametrized(module, name):
+                maker = module.get_submodule(f"parametrizations.{name}")
+            tensors += (item for item in maker.parameters() if item is not bias)
         return tensors
 
     def is_touched(self, site: Site) -> bool:
@@ -330,7 +332,8 @@ class Program:
             if constant is not None and constant() is tensor:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
-            label = f"{sites[0].path}.{sites[0].eligible.weight}"
+            label, of_experts = sites[0].path, sites[0].expert_weight is not None
+            label += "" if of_experts else f".{sites[0].eligible.weight}"
             weight = self.weight_of(sites[0])
             made = "" if weight is not None and key in (id(weight), id(local(weight))) else MADE
             placed = is_placed(weight)

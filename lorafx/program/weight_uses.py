@@ -14,6 +14,7 @@ transposes:
 
     sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) their ends
     chosen     y = bmm(x, W[ids])            a weight gathered for each row
+    picked     y = x W[e]ᵀ                   one expert's, whose number is constant
     all        y = bmm(x, W)                 every expert multiplies its rows, x (E, T, K)
 
 One file: one interpreter (`_follow`) runs three tables of handlers, which share what is carried.
@@ -44,7 +45,9 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 T = TypeVar("T", bound="_Whole")
-UseKind = Literal["linear", "blocks", "embedding", "conv", "sorted", "chosen", "all", "unknown"]
+UseKind = Literal[
+    "linear", "blocks", "embedding", "conv", "sorted", "chosen", "picked", "all", "unknown"
+]
 
 #: Operators that keep values and sizes.
 SAME_VALUE = frozenset(
@@ -72,7 +75,7 @@ class Use:
         bias: the addend of an addmm or linear.
         plain: W is neither cast nor broadcast, so that the GEMM may be fused.
         swapped: W is the left operand; the last dimensions of x and y are swapped.
-        choice: offs or ids of routed experts.
+        choice: offs or ids of routed experts, or the number of one.
         blocks: of "blocks"; the groups are the first dimension of x.
         stored: the operand is W in its stored format (int8), without the scale.
         wraps: ids below zero count from the last row.
@@ -87,7 +90,7 @@ class Use:
     plain: bool = False
     swapped: bool = False
     blocks: Blocks | None = None
-    choice: fx.Node | None = None
+    choice: fx.Node | int | None = None
     stored: bool = False
     wraps: bool = False
     gains: tuple[Any, ...] = ()
@@ -96,13 +99,13 @@ class Use:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A node that is W, or W[ids] of routed experts; its last dimensions are (in, out) if
+    """A node that is W, W[ids] of routed experts, or W[e]; its last dimensions are (in, out) if
     `in_first`."""
 
     weight: fx.Node
     node: fx.Node
     in_first: bool = False
-    ids: fx.Node | None = None
+    ids: fx.Node | int | None = None
     stored: bool = False
     gains: tuple[Any, ...] = ()
 
@@ -445,10 +448,32 @@ def expert_uses(weight: fx.Node, *, transposed: bool) -> list[Use]:
 
 
 def _transposed(carrier: _Whole, user: fx.Node) -> _Whole | Use:
-    order = order_of(user, 3)
-    if order[0] != 0:
+    dims = fake_value(user).dim()
+    order = order_of(user, dims)
+    if dims == 3 and order[0] != 0:
         return carrier.unknown(user, "its dimensions are permuted")
-    return replace(carrier, node=user, in_first=carrier.in_first != (order == [0, 2, 1]))
+    swapped = order[-2:] == [dims - 1, dims - 2]
+    return replace(carrier, node=user, in_first=carrier.in_first != swapped)
+
+
+def _picked(carrier: _Whole, user: fx.Node) -> _Whole | Use:
+    index, dim, sizes = bound(user)["index"], bound(user)["dim"], fake_value(carrier.node).shape
+    if carrier.ids is not None or dim % len(sizes) or not isinstance(index, int):
+        return carrier.unknown(user, "it is not indexed by one expert's number")
+    return replace(carrier, node=user, ids=index % sizes[0])
+
+
+def _by_one(carrier: _Whole, user: fx.Node) -> Use:
+    """x W[e]ᵀ, with or without an addend."""
+    call = bound(user)
+    of_linear = ("bias", "input", "weight")
+    addend, left, right = contractions.PRODUCTS.get(called_by(user), of_linear)
+    out_first, fits = user.target is aten.linear.default, isinstance(carrier.ids, int)
+    fits &= call[right] is carrier.node and carrier.node not in (call[left], call.get(addend))
+    fits &= all(call.get(name, 1) == 1 for name in ("alpha", "beta"))
+    if fits and carrier.in_first is not out_first:
+        return Use("picked", carrier.weight, user, call[left], choice=carrier.ids)
+    return carrier.unknown(user, "a product with x W in place of x Wᵀ")
 
 
 def _chosen(carrier: _Whole, user: fx.Node) -> _Whole | Use:
@@ -482,8 +507,10 @@ def _batched(carrier: _Whole, user: fx.Node) -> Use:
 
 _OF_EXPERTS: dict[Any, _Handler] = {
     **dict.fromkeys(SAME_VALUE, _kept),
-    **dict.fromkeys((aten.transpose.int, aten.permute.default), _transposed),
+    **dict.fromkeys(PERMUTATIONS, _transposed),
     aten.index.Tensor: _chosen,
+    aten.select.int: _picked,
+    **dict.fromkeys((aten.mm.default, aten.addmm.default, aten.linear.default), _by_one),
     GROUPED_MM: _sorted,
     aten.bmm.default: _batched,
 }

@@ -109,13 +109,14 @@ class Entry:
         runtime = session.program.runtime
         active, warming = bool(runtime.active), session.running.warming
         if active:
-            self._refuse_loops()
             refuse_nested(named)
         warms_base = not active and warming and self.base_graphs == "warmup"
         base = not active and (warms_base or self.base_graphs is True)
         runtime.active = not base
         call = ForwardCall(self, args, kwargs, base)
         tiers = None if warming or session.replays else self.tiers
+        if tiers is None and (looping := self.looping):
+            raise LastingRefusal(looping, "always", LOOP).error()
         result: Any = None
         for tier in (self.run_graph,) if tiers is None else tiers.of(call):
             if not isinstance(result := tier(call), Missed):
@@ -286,13 +287,13 @@ class Entry:
             self.traced[state, base] = self._new_traced(base=base)
         return self.traced[state, base]
 
-    def _refuse_loops(self) -> None:
-        """Raise MatchError if the batch touches experts that the base runs in a loop, which Dynamo
-        breaks into pieces."""
+    @property
+    def looping(self) -> tuple[str, ...]:
+        """The experts that the batch touches and the base runs in a loop, which Dynamo breaks into
+        pieces."""
         program = self.session.program
         touched = (s for s in self.experts if program.is_touched(s) and loops(s.module))
-        if looping := tuple(site.path for site in touched):
-            raise LastingRefusal(looping, "always", LOOP).error()
+        return tuple(site.path for site in touched) if program.runtime.active else ()
 
 
 #: The state of a model whose modules, hooks, methods and weights have not changed.

@@ -29,7 +29,9 @@ from lorafx.config import Options, dump_folder
 from lorafx.eager.following import NeedsGraph
 from lorafx.eager.tier import EagerTier
 from lorafx.errors import VerifyError
+from lorafx.model.experts import SWITCH
 from lorafx.placements import divides_experts
+from lorafx.program.refusals import LastingRefusal
 from lorafx.runtime.beside.compilers import MOST_PROCESSES, Compilers
 from lorafx.runtime.beside.preparation import is_prepared, prepare_files, preparing
 from lorafx.runtime.beside.process import can_fork
@@ -86,6 +88,8 @@ class Tiers:
         self.compilers.look()
         if kind.refused:
             raise VerifyError(f"{kind.name}: {kind.reason}")
+        if call.forward.looping:  # Dynamo would break it into pieces, where no row is known
+            return (self._in_a_loop,)
         if kind.here:
             return (call.forward.run_graph,)
         return (
@@ -147,6 +151,17 @@ class Tiers:
                 self.compilers.end_of(kind)
                 kind.processes, kind.wrong = kind.processes - 1, kind.wrong + 1
             raise
+        self.eager_calls += 1
+        return result
+
+    def _in_a_loop(self, call: ForwardCall) -> Any:
+        """The answer of eager mode to a call that runs touched experts one after another."""
+        run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
+        try:
+            result = self.in_python(call, run)
+        except NeedsGraph as refusal:
+            why = f"{refusal}. {SWITCH}"
+            raise LastingRefusal(call.forward.looping, "always", why).error() from None
         self.eager_calls += 1
         return result
 

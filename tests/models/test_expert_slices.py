@@ -1,0 +1,224 @@
+"""Routed experts as slices W[e] of 3-D weights, one after another: transformers' "eager".
+
+    y[t] = Σ_e w[t, e] · down[e] (silu(gate[e] x[t]) · up[e] x[t])        e among the chosen of t
+
+There the weights may be quantised by torchao or bitsandbytes, whose products the base keeps. Which
+rows an expert gets is known by their values only, so eager mode serves such batches. Slices whose
+numbers are constant are in graphs, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from expert_models import MIXED, experts_modules, ids, moe_base, moe_case
+from tiny import randomise
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import MatchError
+
+PARAMETERS = ("gate_up_proj", "down_proj")
+#: Who is in a batch: several, one for all, one request, and one whose rows an expert gets first.
+BATCHES = (MIXED, ["down"] * 5, ["params"], [None, "older"])
+
+
+def by_torchao(config: str) -> Callable[[nn.Module], None]:
+    def quantise(model: nn.Module) -> None:
+        library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        chosen = {r"re:.*experts\.(gate_up|down)_proj": getattr(library, config)()}
+        library.quantize_(model, library.FqnToConfig(chosen), filter_fn=None)
+
+    return quantise
+
+
+def by_bitsandbytes(model: nn.Module) -> None:
+    library = pytest.importorskip("bitsandbytes.nn.parametrize", reason="no bitsandbytes")
+    for _, module in list(experts_modules(model)):
+        for name in PARAMETERS:
+            library.replace_parameter_4bit(module, name, compress_statistics=True)
+
+
+QUANTISED: dict[str, Callable[[nn.Module], None]] = {
+    "int8": by_torchao("Int8WeightOnlyConfig"),
+    "fp8": by_torchao("Float8WeightOnlyConfig"),
+    "nf4": by_bitsandbytes,
+}
+
+
+def in_a_loop(model_type: str) -> nn.Module:
+    base = moe_base(model_type)
+    base.set_experts_implementation("eager")
+    return base
+
+
+def quantised(base: nn.Module, kind: str, folder: Path) -> tuple[nn.Module, Case]:
+    """`base` with quantised experts, and a case whose base has their dequantised numbers."""
+    model, twin = copy.deepcopy(base), copy.deepcopy(base)
+    QUANTISED[kind](model)
+    ((path, experts),) = experts_modules(twin)
+    for name in PARAMETERS:
+        dense = lorafx.dequantize(model.get_submodule(path), name)
+        assert error(dense, getattr(experts, name)) > TOLERANCE
+        getattr(experts, name).data.copy_(dense)
+    return model, moe_case(base.config.model_type, folder, twin)
+
+
+def check_calls(cm: Any, case: Case) -> None:
+    for names in BATCHES:
+        check_mixed(cm, case, names, ids(len(names)))
+    given = ids(len(MIXED))["input_ids"]
+    length = {"max_new_tokens": 4, "do_sample": False}
+    tokens = cm.generate(given, adapter_names=MIXED, **length)
+    for row, name in enumerate(MIXED):
+        assert torch.equal(
+            tokens[row], case.alone(name).generate(given[row : row + 1], **length)[0]
+        )
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_dense_slices(model_type: str, tmp_path: Path) -> None:
+    case = moe_case(model_type, tmp_path, in_a_loop(model_type))
+    cm = case.compile()
+    check_calls(cm, case)
+    assert cm.recompiles == 0
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_slices(kind: str, model_type: str, tmp_path: Path) -> None:
+    """Against W + ΔW of the dequantised weights. The library's weights stay what they were."""
+    model, case = quantised(in_a_loop(model_type), kind, tmp_path)
+    before = {name: type(value) for name, value in model.named_parameters()}
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    check_calls(cm, case)
+    assert cm.recompiles == 0
+    assert {name: type(value) for name, value in model.named_parameters()} == before
+    attention = ["dense", None]  # the loop's own products stand between the rows of others
+    check_mixed(cm, case, attention, ids(2))
+    with pytest.raises(MatchError, match="cannot be merged, and nothing has changed"):
+        cm.merge("down")
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+def test_grouped_products_with_four_bits_are_refused(tmp_path: Path) -> None:
+    """The graph of a parametrisation that caches returns the whole weight."""
+    model, case = quantised(moe_base("qwen3_moe"), "nf4", tmp_path)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
+    with pytest.raises(
+        MatchError, match=r"quantised format.*set_experts_implementation\('eager'\)"
+    ):
+        cm(**ids(2), adapter_names=["down", None])
+    model.set_experts_implementation("eager")
+    check_mixed(cm, case, ["down", None], ids(2))
+
+
+class AllExperts(nn.Module):
+    """Every token goes through every expert, by slices with constant numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(3, 20, 16))
+        self.down_proj = nn.Parameter(torch.empty(3, 16, 10))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(3):
+            gate, up = (x @ self.gate_up_proj[e].T).chunk(2, dim=-1)
+            y = y + weights[:, e, None] * F.linear(F.silu(gate) * up, self.down_proj[e - 3])
+        return y
+
+
+class Model(nn.Module):
+    def __init__(self, experts: type[nn.Module] = AllExperts) -> None:
+        super().__init__()
+        self.embed, self.gate = nn.Embedding(50, 16), nn.Linear(16, 3)
+        self.experts, self.head = experts(), nn.Linear(16, 50)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        x = hidden.reshape(-1, 16)
+        y = self.experts(x, torch.softmax(self.gate(x), dim=-1))
+        return self.head(hidden + y.view(hidden.shape))
+
+
+def small_case(experts: type[nn.Module], folder: Path) -> Case:
+    torch.manual_seed(0)
+    base = Model(experts).eval().requires_grad_(False)
+    randomise(base)
+    names = {"both": ["gate_up_proj", "down_proj"], "down": ["down_proj"]}
+    return Case(
+        base,
+        {
+            name: oracle.save_adapter(
+                base, folder / name, rank=2, targets=["gate"], seed=1, target_parameters=parameters
+            )
+            for name, parameters in names.items()
+        },
+    )
+
+
+def test_constant_numbers_are_in_the_graph(tmp_path: Path) -> None:
+    case = small_case(AllExperts, tmp_path)
+    cm = case.compile(dynamic=False)
+    for names in (["both", None, "down"], ["down", "both", "both"]):
+        check_mixed(cm, case, names, {"input_ids": torch.randint(0, 50, (3, 4))})
+    assert cm.recompiles == 1
+
+
+class WithoutASwitch(nn.Module):
+    """A loop of transformers that `set_experts_implementation` does not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"num_local_experts": 3, "hidden_size": 16, "moe_intermediate_size": 10}
+        of_step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+        self.loop = of_step.Step3p7Experts(SimpleNamespace(**sizes, hidden_act="silu"))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        chosen = torch.topk(weights, 2, dim=-1)
+        return self.loop(x, chosen.indices, chosen.values)
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+def test_a_loop_without_a_switch(tmp_path: Path) -> None:
+    case = small_case(WithoutASwitch, tmp_path)
+    cm = case.compile()
+    for names in (["both", None, "down"], ["down", "both"], ["both"]):
+        check_mixed(cm, case, names, {"input_ids": torch.randint(0, 50, (len(names), 4))})
+    assert cm.recompiles == 0
+
+
+class Doubled(AllExperts):
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return F.linear(x, (2 * self.gate_up_proj)[0])[:, :16] + super().forward(x, weights)
+
+
+class Summed(AllExperts):
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return x + self.gate_up_proj[0].sum() + super().forward(x, weights)
+
+
+@pytest.mark.parametrize("experts", [Doubled, Summed])
+def test_another_use_of_the_weights_is_refused(
+    experts: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both roads, but for adapters that leave that weight alone."""
+    case, inputs = small_case(experts, tmp_path), {"input_ids": torch.randint(0, 50, (2, 4))}
+    for start in ("compiled", "eager"):
+        monkeypatch.setenv("LORAFX_START", start)
+        cm = case.compile(dynamic=False)
+        with pytest.raises(MatchError, match=r"experts\.gate_up_proj"):
+            cm(**inputs, adapter_names=["both", None])
+        check_mixed(cm, case, ["down", None], inputs)
