@@ -232,21 +232,15 @@ def plain(case_of: Callable[..., Case]) -> Case:
 
 
 @pytest.fixture(scope="session")
-def shallow(case_of: Callable[..., Case]) -> Case:
-    """A Llama of one layer, for what needs many graphs."""
-    return case_of("llama", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="session")
 def looked(
-    shallow: Case, case_of: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory
+    case_of: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Looked]:
     """The compiled model of a family, for what only looks at it: made once."""
     made: dict[str, Looked] = {}
 
     def of(family: str) -> Looked:
         if family not in made:
-            case = shallow if family == "llama" else case_of(family)
+            case = case_of(family)
             made[family] = Looked(case, family, tmp_path_factory.mktemp(f"idle_{family}"))
         return made[family]
 

@@ -31,7 +31,7 @@ CONFIG = "adapter_config.json"
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    return random_base("llama", num_hidden_layers=1)
+    return random_base("llama")
 
 
 @pytest.fixture(scope="module")

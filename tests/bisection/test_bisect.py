@@ -34,7 +34,7 @@ def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
 def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family: str) -> None:
-    case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
+    case = case_of(family)
     cm = case.compile(dynamic=family == "llama")
     given = FAMILIES[family].inputs(len(NAMES), 5)
     before = {name: tensor.clone() for name, tensor in cm._orig_mod.state_dict().items()}

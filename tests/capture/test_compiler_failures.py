@@ -122,14 +122,14 @@ def test_inductor_fails_on_graphs_of_either_kind(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_a_cpp_compiler_fails_and_nothing_is_kept(
-    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
         raise CppCompileError(["g++"], "no space left on device")
 
     folder, names = tmp_path / "graphs", ["a1", None, "a3"]
     options = {"lowering": "inductor", "cache": str(folder)}
-    cm, inputs = shallow.compile(options, dynamic=True), FAMILIES["llama"].inputs(3, 4)
+    cm, inputs = llama.compile(options, dynamic=True), FAMILIES["llama"].inputs(3, 4)
     CppPythonBindingsCodeCache.cache_clear()
     with monkeypatch.context() as broken:
         broken.setattr(CppPythonBindingsCodeCache, "_load_library", fail)
@@ -140,7 +140,7 @@ def test_a_cpp_compiler_fails_and_nothing_is_kept(
             assert not cm._session.backend.records
     assert not [file for file in folder.rglob("*") if file.is_file()]
     CppPythonBindingsCodeCache.cache_clear()  # it keeps compilers that have failed
-    check_mixed(cm, shallow, names, inputs)
+    check_mixed(cm, llama, names, inputs)
     assert len(cm._session.backend.records) == 1
     assert any(file.is_file() for file in folder.rglob("*"))
 

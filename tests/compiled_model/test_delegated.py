@@ -216,8 +216,8 @@ def test_a_part_that_the_adapter_leaves_alone_is_the_base_s(small):
         lambda cm, x: cm.get_compiled_call(None),
     ],
 )
-def test_methods_of_transformers_that_are_refused(shallow, use):
-    cm = shallow.compile()
+def test_methods_of_transformers_that_are_refused(llama, use):
+    cm = llama.compile()
     cm.set_adapter("a1")
     with pytest.raises(CaptureError, match=r"\w+\(\) (runs|starts|is about|compiles).*(use|call) "):
         use(cm, token_inputs(2, 4))
@@ -242,21 +242,21 @@ def test_an_encoder_by_itself(case_of):
 
 
 @pytest.mark.slow
-def test_generate_in_a_method(shallow, monkeypatch):
+def test_generate_in_a_method(llama, monkeypatch):
     """Dynamo cannot trace `generate`; here it runs in Python, its forwards compiled."""
 
     def answer(self: Any, input_ids: Tensor) -> Tensor:
         return self.generate(input_ids=input_ids, **FIXED)[:, input_ids.shape[1] :]
 
-    monkeypatch.setattr(type(shallow.base), "answer", answer, raising=False)
-    cm, ids = shallow.compile(), token_inputs(3, 5)["input_ids"]
+    monkeypatch.setattr(type(llama.base), "answer", answer, raising=False)
+    cm, ids = llama.compile(), token_inputs(3, 5)["input_ids"]
     names = ["a1", None, "a0"]
     got = cm.answer(ids, adapter_names=names)
-    want = [shallow.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
+    want = [llama.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
     assert torch.equal(got, torch.cat(want))
     cm.set_adapter("a3")
     graphs = cm.recompiles
-    assert torch.equal(cm.answer(ids), shallow.alone("a3").answer(ids))
+    assert torch.equal(cm.answer(ids), llama.alone("a3").answer(ids))
     assert cm.recompiles == graphs
     cm.set_adapter(None)
-    assert torch.equal(cm.answer(ids), shallow.base.answer(ids))
+    assert torch.equal(cm.answer(ids), llama.base.answer(ids))

@@ -48,7 +48,7 @@ def classifier() -> nn.Module:
 #: A base, and the configurations of its two adapters.
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "llama": (
-        functools.partial(FAMILIES["llama"].build, num_hidden_layers=1),
+        FAMILIES["llama"].build,
         {**LLAMA, "use_dora": True},
         {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     ),

@@ -31,7 +31,7 @@ MIX = {"a0": 0.7, "a1": 0.3}
 def case(tmp_path_factory: pytest.TempPathFactory) -> SumCase:
     """A Llama of one layer with two adapters of its embedding, one of them by rsLoRA."""
     folder = tmp_path_factory.mktemp("sums")
-    made = SumCase.of(build_case("llama", folder, num_hidden_layers=1))
+    made = SumCase.of(build_case("llama", folder))
     made.folders["rs"] = save_adapter(
         made.base,
         folder / "rs",
@@ -237,7 +237,7 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
         "tokens": {"target_modules": qv, "trainable_token_indices": [3, 5]},
         "low": {"target_modules": qv, "r": 3},
     }
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     own = SumCase.of(own_case(base, tmp_path / "own", configs))
     cm, inputs = own.compile(), feed(3)
     for name in ("own", "tokens"):

@@ -53,7 +53,7 @@ def wanted(case: Case, inputs: dict[str, Tensor], names: Any, **kwargs: Any) -> 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     patterns = {"a": r".*(q_proj|down_proj|lm_head)", "b": r".*(v_proj|up_proj|lm_head)"}
     return case_by_targets(base, tmp_path_factory.mktemp("rows"), patterns)
 

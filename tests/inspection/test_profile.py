@@ -27,7 +27,7 @@ Made = tuple[Case, Any, dict[str, torch.Tensor], Profile]
 @pytest.fixture(scope="module", params=["plain", "vit", "llama"])
 def made(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Made:
     family = request.param
-    case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
+    case = case_of(family)
     torch.manual_seed(0)
     inputs = FAMILIES[family].inputs(len(NAMES), 5)
     lowering = {"lowering": "inductor"} if family == "plain" else None

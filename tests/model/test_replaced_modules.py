@@ -162,7 +162,7 @@ def test_other_modules_may_come_and_change(case: Case) -> None:
 
 
 def test_resized_embeddings(tmp_path: Path) -> None:
-    base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
+    base = random_base("llama", tie_word_embeddings=False)
     folders = {
         "head": dense_merge.save_adapter(
             base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]

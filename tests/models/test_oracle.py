@@ -170,7 +170,7 @@ def test_mixed_batches(case_of, tmp_path, family):
 
 def test_tied_embeddings_with_lora_on_both_ends(case_of):
     """One weight, two sites, two deltas: an adapter of one end does not change the other."""
-    case = case_of("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    case = case_of("llama", tie_word_embeddings=True)
     model = case.model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     cm = lorafx.compile(model, case.folders, options={"lowering": "reference"}, dynamic=False)

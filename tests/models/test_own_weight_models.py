@@ -32,7 +32,7 @@ def inputs(rows: int, length: int = 6) -> dict[str, torch.Tensor]:
 
 def test_tied_weights(tmp_path):
     """Whole modules are apart as they were saved; trained tokens are the head's rows too."""
-    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     case = own_case(
         base,
         tmp_path,
@@ -103,7 +103,7 @@ def _family(model: Any, config: Any) -> Any:
 def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
     """The base is resized for one adapter's new tokens. One that was trained without them has no
     logits for them."""
-    small = random_base("llama", num_hidden_layers=1)
+    small = random_base("llama")
     saved = {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]}
     before = own_case(small, tmp_path / "small", {"old": saved})
     large = copy.deepcopy(small)
@@ -125,7 +125,7 @@ def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
 
 def test_what_peft_saves_of_itself_where_a_vocabulary_grew(in_eager_mode, tmp_path):
     """By default `save_pretrained` writes all that the wrappers of embedding and head hold."""
-    random_base("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    random_base("llama").save_pretrained(tmp_path / "base")
 
     def resized():
         base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")

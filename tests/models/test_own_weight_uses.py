@@ -142,7 +142,6 @@ def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_pat
 
 
 QV = ["q_proj", "v_proj"]
-ONE_LAYER = {"num_hidden_layers": 1}
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
@@ -155,7 +154,7 @@ def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]
 def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     """PEFT ties what is tied to an input embedding with trained tokens, and not the other way
     round; with different tokens for both, each has its own."""
-    base = random_base("llama", **ONE_LAYER, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     config = {"target_modules": QV, "trainable_token_indices": tokens}
     case = own_case(base, tmp_path, {"tokens": config})
     x = inputs(2)
@@ -188,7 +187,7 @@ def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     ],
 )
 def test_a_file_that_lacks_a_weight(config: Any, key: str, message: str, tmp_path):
-    base = random_base("llama", **ONE_LAYER)
+    base = random_base("llama")
     folder = save_own(base, tmp_path / "a", seed=1, r=2, target_modules=QV, **config)
     lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
     edited(folder, lambda state: {k: t for k, t in state.items() if not k.endswith(key)})

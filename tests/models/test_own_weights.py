@@ -38,7 +38,7 @@ MIXES = (NAMES[::-1], ["head", "head", "tokens", "tokens", "both", "lora", "lora
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     return own_case(base, tmp_path_factory.mktemp("own"), CAUSAL)
 
 
@@ -224,7 +224,7 @@ def test_settings_that_name_nothing(case):
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp("own")
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     plan = {"target_modules": QV, "modules_to_save": ["lm_head"]}
     found = own_case(base, folder, {"first": plan, "second": plan})
     found.folders["plain"] = save_adapter(base, folder / "plain", rank=2, targets=QV)

@@ -51,11 +51,11 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("fixed_sizes")
-def test_of_a_model_that_generates(shallow: Case) -> None:
-    cm, inputs = shallow.compile(), token_inputs(2, 5)
+def test_of_a_model_that_generates(llama: Case) -> None:
+    cm, inputs = llama.compile(), token_inputs(2, 5)
     short = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     before = cm.generate(**inputs, **short, adapter_names=["a1", None])
-    models = {"a1": shallow.alone("a1"), None: shallow.base}
+    models = {"a1": llama.alone("a1"), None: llama.base}
     forward = tripled(type(cm._orig_mod).forward)
     try:
         for model in (cm._orig_mod, *models.values()):

@@ -31,7 +31,7 @@ def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+    return build_case("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -233,10 +233,10 @@ def test_first_requests(nothing_beside: None, tmp_path: Path, family: Any, atten
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
-def test_graphs_take_over_between_steps(shallow) -> None:
+def test_graphs_take_over_between_steps(llama) -> None:
     """They are compiled beside from the engine's start on; requests are answered meanwhile, and
     one that is under way changes tiers."""
-    cm = shallow.compile(EAGER)
+    cm = llama.compile(EAGER)
     with cm.continuous_batching(None, CONFIG) as engine:
         assert cm.recompiles == 0
         seen = StepLogits(engine)
@@ -254,7 +254,7 @@ def test_graphs_take_over_between_steps(shallow) -> None:
             assert cm.wait(LONG)
             assert cm.recompiles == 0
         outputs = answers(engine, list(ids))
-    check_logits(shallow, seen, outputs, ids)
+    check_logits(llama, seen, outputs, ids)
     assert 5 <= eager < len(seen.steps)
     assert cm.recompiles >= 1
     assert "ready" in {kind.tier for kind in cm.status().kinds}
