@@ -22,7 +22,6 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.errors import CheckpointError, ConfigError
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -96,27 +96,27 @@ def test_a_pass_that_fails_is_named_with_the_switch(
 
     monkeypatch.setattr(Outline, "run", run)
     c = case(tmp_path, Net())
-    cm = c.compile(dynamic=False)
+    cm = c.compile()
     with pytest.raises(CaptureError, match=r"the pass 'outline' failed on a graph of Net: ") as got:
         cm(**batch(), adapter_names=MIXED)
     assert "the pass has a mistake" in str(got.value)
     assert "Options(passes={'outline': False})" in str(got.value)
     assert got.value.__cause__ is not None
     check_mixed(cm, c, [None, None, None], batch())
-    without = c.compile({"passes": {"outline": False}}, dynamic=False)
+    without = c.compile({"passes": {"outline": False}})
     check_mixed(without, c, MIXED, batch())
 
 
 @pytest.mark.usefixtures("no_lowering")
 def test_inductor_fails_on_graphs_of_either_kind(tmp_path: Path) -> None:
     c = case(tmp_path, Odd())
-    cm = c.compile({"lowering": "inductor", "base_graphs": True}, dynamic=False)
+    cm = c.compile({"lowering": "inductor", "base_graphs": True})
     for names in (MIXED, [None] * 3):
         with pytest.raises(LoweringError, match="nobody has written this one") as got:
             cm(**batch(), adapter_names=names)
         assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
         assert 'Options(lowering="reference")' in str(got.value)
-    check_mixed(c.compile(dynamic=False), c, MIXED, batch())
+    check_mixed(c.compile(), c, MIXED, batch())
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_graphs_with_adapters_fail_and_the_error_says_how_the_base_is_served(
         raise TypeError("no")
 
     c = case(tmp_path, Net())
-    cm = c.compile({"base_graphs": False}, dynamic=False)
-    apart = c.compile({"base_graphs": True}, dynamic=False)
+    cm = c.compile({"base_graphs": False})
+    apart = c.compile({"base_graphs": True})
     with monkeypatch.context() as broken:
         broken.setattr(Provenance, "run", run)
         for names in ([None] * 3, MIXED):

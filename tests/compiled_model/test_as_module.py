@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 import lorafx
 from lorafx.errors import CaptureError, ConfigError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 INPUTS = token_inputs(2, 6)
 NAMES = ["a0", "a1"]
@@ -31,7 +31,7 @@ SHORT = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_
 @pytest.fixture(scope="module")
 def cm(llama: Any) -> Any:
     """For what leaves it as it is."""
-    return llama.compile(dynamic=False)
+    return llama.compile()
 
 
 def check_same(cm: Any, case: Any, before: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ def test_names_that_it_has_none_of_are_the_models_own(llama, small):
 
 
 def test_settings_are_heard_by_calls_and_generate(llama):
-    cm = llama.compile(dynamic=False)
+    cm = llama.compile()
     cm.generation_config = transformers.GenerationConfig(**{**SHORT, "max_new_tokens": 1})
     assert cm.generate(**INPUTS, adapter_names=NAMES).shape[1] == INPUTS["input_ids"].shape[1] + 1
     labels = INPUTS["input_ids"]
@@ -88,7 +88,7 @@ def test_settings_are_heard_by_calls_and_generate(llama):
 
 
 def test_hooks_run_once_for_each_forward(llama):
-    cm, seen = llama.compile(dynamic=False), []
+    cm, seen = llama.compile(), []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         seen.append({*kwargs})
@@ -130,7 +130,7 @@ def test_hooks_run_once_for_each_forward(llama):
 
 
 def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(llama):
-    cm, given = llama.compile(dynamic=False), []
+    cm, given = llama.compile(), []
 
     def times(model: Any, **fixed: Any) -> Callable[..., Any]:
         own = model.forward
@@ -175,7 +175,7 @@ def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(llama):
 
 @pytest.mark.parametrize("start", ["compiled", "eager"])
 def test_functional_call_has_the_weights_of_the_call(llama, start):
-    cm = llama.compile({"start": start}, dynamic=False)
+    cm = llama.compile({"start": start})
     before = cm(**INPUTS, adapter_names=NAMES).logits
     own = {name: value.clone() for name, value in cm.state_dict().items()}
     state = {name: value * 1.25 for name, value in own.items()}
@@ -254,7 +254,7 @@ def test_a_module_around_it_has_its_names_too(cm, llama):
 
 
 def test_its_state_is_loaded_into_it_and_into_other_models(llama):
-    cm, changed = llama.compile(dynamic=False), llama.model()
+    cm, changed = llama.compile(), llama.model()
     before = cm(**INPUTS, adapter_names=NAMES).logits
     state = copy.deepcopy(cm.state_dict())
     changed.load_state_dict(state)
@@ -277,7 +277,7 @@ def test_it_is_saved_as_its_model(cm, tmp_path):
 
 
 def test_trainers_give_it_settings_and_save_it_as_its_model(llama, tmp_path):
-    cm = llama.compile(dynamic=False)
+    cm = llama.compile()
     settings = transformers.GenerationConfig(**SHORT)
     arguments = transformers.Seq2SeqTrainingArguments(
         str(tmp_path), predict_with_generate=True, generation_config=settings, use_cpu=True
@@ -359,7 +359,7 @@ def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
 
 @pytest.mark.parametrize("prepare", ["prepare", "prepare in half precision", "hook"])
 def test_accelerate_prepares_it_and_hangs_hooks_on_it(llama, prepare):
-    cm = llama.compile(dynamic=False)
+    cm = llama.compile()
     want, dtypes = cm(**INPUTS, adapter_names=NAMES).logits, set()
     if prepare == "hook":
         got = accelerate.hooks.add_hook_to_module(cm, accelerate.hooks.ModelHook())

@@ -12,8 +12,6 @@ from torch import nn
 import lorafx
 from lorafx.errors import CaptureError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 
 def storages(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""

@@ -16,7 +16,7 @@ SHARED = {"base_graphs": False}
 
 @pytest.fixture(scope="module")
 def served(llama: Case) -> lorafx.CompiledModel:
-    cm = llama.compile(options=SHARED)
+    cm = llama.compile(options=SHARED, dynamic=True)
     cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
     return cm
 
@@ -39,7 +39,7 @@ def test_half_as_many_graphs(llama: Case, served: lorafx.CompiledModel) -> None:
 
 def test_merged_weights(llama: Case) -> None:
     torch.manual_seed(0)
-    cm, inputs = llama.compile(options=SHARED, dynamic=False), token_inputs(2, 5)
+    cm, inputs = llama.compile(options=SHARED), token_inputs(2, 5)
     before = base(llama, inputs)
     assert error(cm(**inputs).logits, before) <= 1e-5
     cm.merge("a1")

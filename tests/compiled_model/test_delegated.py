@@ -76,7 +76,6 @@ class Head(nn.Module):
         return self.first(x).mean(1)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_method_of_a_module_that_was_added_later_is_served_too(encoder):
     cm = encoder.compile()
     cm.encode(X, adapter_names=MIX)
@@ -112,7 +111,6 @@ def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
         getattr(cm, name)(X, adapter_names=["a", None])
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_method_in_a_function_that_users_compile(encoder):
     cm = encoder.compile()
     want = rows(encoder, MIX, Encoder.encode)
@@ -121,7 +119,6 @@ def test_a_method_in_a_function_that_users_compile(encoder):
     assert cm.recompiles == 1
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_methods_while_an_adapter_is_merged(encoder):
     cm = encoder.compile()
     cm.merge("a")
@@ -134,7 +131,6 @@ def test_methods_while_an_adapter_is_merged(encoder):
     cm.unmerge()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("name", ["each", "later"])
 def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
     cm = encoder.compile()
@@ -146,7 +142,6 @@ def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
     getattr(cm, name)(X).close()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
     """Python that a graph break leaves may call the compiled model for something else."""
     cm = encoder.compile()
@@ -163,7 +158,6 @@ def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
     assert error(inner[0], rows(encoder, ["b", None], Encoder.encode)) <= 1e-5
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize(
     "use",
     [
@@ -226,7 +220,6 @@ def test_methods_of_transformers_that_are_refused(llama, use):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fixed_sizes")
 def test_an_encoder_by_itself(case_of):
     case = case_of("t5", num_layers=1, num_decoder_layers=1)
     cm, inputs = case.compile(), seq2seq_inputs(2, 5)

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, token_inputs
 import lorafx
 from lorafx.errors import CaptureError, ConfigError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 INPUTS = token_inputs(2, 6)
 Q = "model.layers.0.self_attn.q_proj"
@@ -27,7 +27,7 @@ def wrapped(case: Any) -> peft.PeftModel:
 
 @pytest.fixture(scope="module")
 def cm(llama: Any) -> Any:
-    return llama.compile(dynamic=False)
+    return llama.compile()
 
 
 def test_a_peft_model_that_is_compiled_again_says_so(in_eager_mode, llama):

@@ -85,7 +85,7 @@ def trainer(case: str = "llama", *, base: bool = False, **changes: Any) -> peft.
 
 
 def sampler_of(model: nn.Module, **options: Any) -> Any:
-    return lorafx.sampler(model, {**REFERENCE, **options}, dynamic=False)
+    return lorafx.sampler(model, {**REFERENCE, **options})
 
 
 def trained_of(model: Any) -> dict[str, Tensor]:

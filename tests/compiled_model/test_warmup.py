@@ -18,6 +18,8 @@ from lorafx.errors import ConfigError
 from lorafx.program.argument_roles import CACHES
 from lorafx.runtime.example_inputs import derived_example
 
+pytestmark = pytest.mark.any_sizes
+
 FEED = FAMILIES["plain"].inputs
 
 

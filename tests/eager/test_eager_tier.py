@@ -446,7 +446,7 @@ def steering(held: str) -> Any:
     return of_last_call
 
 
-@pytest.mark.usefixtures("fixed_sizes", "nothing_beside")
+@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("held", ["direction", "module"])
 @pytest.mark.parametrize("start", ["eager", "compiled"])
 def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) -> None:
@@ -465,7 +465,7 @@ def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) 
         check_eager(cm)
 
 
-@pytest.mark.usefixtures("fixed_sizes", "nothing_beside")
+@pytest.mark.usefixtures("nothing_beside")
 def test_what_a_hook_keeps_of_a_call_belongs_to_its_requests(llama: Case) -> None:
     cm, ids = llama.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
     cm._orig_mod.model.layers[0].register_forward_hook(steering("last call"))

@@ -13,6 +13,8 @@ from tiny_models import seq2seq_inputs, token_inputs
 import lorafx
 from lorafx.errors import BatchError, LorafxError
 
+pytestmark = pytest.mark.any_sizes
+
 NEW = 4
 NAMES = ["a1", None, "a3", "a0"]
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": NEW, "max_new_tokens": NEW}

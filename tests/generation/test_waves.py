@@ -16,6 +16,8 @@ import lorafx
 from lorafx.errors import BatchError, CapacityError, UnknownAdapterError
 from lorafx.generation.waves import waves_of
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a1", None, "a3", "a0", "a1", "a4", "a2"]
 NEW = 4
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": NEW, "max_new_tokens": NEW}

@@ -86,7 +86,7 @@ def test_base_and_plain_rows_keep_their_bits(served):
 
 @pytest.mark.slow
 def test_in_inductors_code(case):
-    cm = case.compile({"lowering": "inductor"}, dynamic=False)
+    cm = case.compile({"lowering": "inductor"})
     for names in (NAMES, MIXES[0]):
         check_mixed(cm, case, names, inputs())
 
@@ -178,7 +178,7 @@ def test_a_peft_model_that_is_taken_over(in_eager_mode, case):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
     wrapped.load_adapter(str(case.folders["head"]), "head")
     names = set(dict(wrapped.named_modules()))
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
     assert isinstance(cm._orig_mod.lm_head, torch.nn.Linear)
     check_mixed(cm, case, ["head", "both", None], inputs(3))
     cm.detach()
@@ -204,7 +204,7 @@ def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
 def test_no_room(in_eager_mode, case):
     config = LoraConfig([*QV, "k_proj", "o_proj", "embed_tokens", "lm_head"])
     lora = {"lora": case.folders["lora"]}
-    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE)
     with pytest.raises(CapacityError, match=r"LoraConfig\(modules_to_save=\['lm_head'\]\)"):
         cm.load_adapter(str(case.folders["head"]), "head")
     with pytest.raises(CapacityError, match=r"trainable_tokens=\{'.*embed_tokens': 4\}"):

@@ -18,7 +18,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.package.stand_in import constants_of, described, substitute_for
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.any_sizes, pytest.mark.quick]
 
 
 def check(model: nn.Module, config: lorafx.LoraConfig, folders: Mapping[str, Path]) -> None:

@@ -20,8 +20,6 @@ from transformers import StaticCache
 import lorafx
 from lorafx import OutOfRangeError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 
 def ids(rows: int = 3, length: int = 4, **wrong: int) -> torch.Tensor:
     tokens = torch.ones(rows, length, dtype=torch.int64)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafx.integrations.cli import main
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("fixed_sizes")]
+pytestmark = pytest.mark.quick
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL, ADAPTERS = EXAMPLES / "demo_model", EXAMPLES / "demo_adapters"

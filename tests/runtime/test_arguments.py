@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 import lorafx
 from lorafx.errors import BatchError, ConfigError, ProvenanceError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 MIX = ["a", None, "b"]
 

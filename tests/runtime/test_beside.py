@@ -32,7 +32,10 @@ from lorafx.runtime.beside.private_folder import PrivateFolder
 from lorafx.runtime.beside.process import Process
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
+pytestmark = [
+    pytest.mark.any_sizes,
+    pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs"),
+]
 
 SECONDS = float(LONG)
 #: As users have them, not tests.

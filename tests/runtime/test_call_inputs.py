@@ -77,7 +77,7 @@ def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
 
 @pytest.mark.parametrize("names", [None, ["a0", None, "a1"]])
 def test_32_bit_integers_run_the_graphs_of_64(llama: Case, names: Any) -> None:
-    cm, inputs = llama.compile(dynamic=False), token_inputs(3, 4)
+    cm, inputs = llama.compile(), token_inputs(3, 4)
     want = cm(**inputs, adapter_names=names).logits
     graphs = cm.recompiles
     short = {name: value.int() for name, value in inputs.items()}

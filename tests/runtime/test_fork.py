@@ -23,8 +23,6 @@ from lorafx.errors import CaptureError
 from lorafx.model.bank import Bank
 from lorafx.weights import merge
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 __all__ = ["fresh_dynamo", "meanwhile", "pausing"]
 
 

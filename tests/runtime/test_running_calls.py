@@ -16,8 +16,6 @@ from waiting import LONG
 
 from lorafx.errors import BatchError, CapacityError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 __all__ = ["fresh_dynamo", "meanwhile", "pausing"]
 
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import CaptureError, MatchError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["a", None, "b"]
 
 

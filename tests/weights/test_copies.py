@@ -22,8 +22,6 @@ from lorafx.errors import BaseWeightsError, MatchError
 from lorafx.model.module_graph import Holder
 from lorafx.weights.copies import outdated_copies
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 WIDTH = 32
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError, UnknownAdapterError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["a0", None, "a1", "a3"]
 
 

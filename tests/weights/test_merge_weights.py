@@ -24,8 +24,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 QV = {"target_modules": ["q_proj", "v_proj"]}
 
 

@@ -19,8 +19,6 @@ from lorafx.errors import BaseWeightsError, BatchError, CaptureError, Checkpoint
 from lorafx.layers import ReplicatedLinear, UnquantizedLinearMethod, load_weights
 from lorafx.runtime.requests import Requests
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 Pairs = list[tuple[str, Tensor]]
 IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
 NAMES = ["a0", None, "a2"]

@@ -49,7 +49,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]

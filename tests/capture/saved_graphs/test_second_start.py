@@ -141,6 +141,8 @@ import torch
 from torch import nn
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 weights, adapters, cache, result = sys.argv[1:]
 
 

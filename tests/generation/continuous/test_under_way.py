@@ -19,7 +19,11 @@ import lorafx
 from lorafx import BatchError, LorafxWarning
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = [pytest.mark.usefixtures("earlier_objects_frozen"), pytest.mark.one_road]
+pytestmark = [
+    pytest.mark.any_sizes,
+    pytest.mark.usefixtures("earlier_objects_frozen"),
+    pytest.mark.one_road,
+]
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)
 SMALL = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
@@ -80,7 +84,7 @@ def test_blocks_of_earlier_base_weights_are_not_shared(in_eager_mode, llama, cm)
 
 def test_further_sequences_fail_with_their_request(llama):
     """The model reads what is not known to be of one request."""
-    cm = llama.compile(dynamic=False)
+    cm = llama.compile()
     layer = cm._orig_mod.model.layers[0].self_attn
     plain = type(layer).forward
 
