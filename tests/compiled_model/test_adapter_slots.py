@@ -23,6 +23,8 @@ from transformers.models.opt.modeling_opt import OPTForCausalLM
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 VOCABULARY = 61
 SIZES = {
     "hidden_size": 32,

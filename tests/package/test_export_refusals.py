@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Small(nn.Module):
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from waiting import LONG
 import lorafx
 from lorafx.kernels.cpu.compiler import find_compiler
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.any_sizes, needs_compiler]
 
 ROOT = Path(__file__).parents[2]
 CONFIG = lorafx.LoraConfig(max_adapters=3, max_rank=8)
