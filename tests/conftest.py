@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import psutil
@@ -90,6 +90,19 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+#: What captures graphs, and has `dynamic`.
+_CAPTURING = (lorafx.compile, lorafx.sampler)
+
+
+def _capture(*, any_sizes: bool) -> None:
+    for entry in _CAPTURING:
+        cast(Any, entry).__kwdefaults__["dynamic"] = any_sizes
+
+
+# Graphs are captured for the sizes of the first call, at half the cost of graphs for any batch size
+# and length, except in tests marked `any_sizes`, or that say `dynamic`.
+_capture(any_sizes=False)
+
 install()
 #: Whatever a pass promises is checked after it and after those behind.
 promises.CHECK_ALL = True
@@ -104,6 +117,21 @@ def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with one_road():
             yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sizes(request: pytest.FixtureRequest) -> Iterator[None]:
+    _capture(any_sizes=request.node.get_closest_marker("any_sizes") is not None)
+    yield
+    _capture(any_sizes=False)
+
+
+@pytest.fixture(autouse=True)
+def _sizes_of_test(_sizes: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    before = cast(Any, lorafx.compile).__kwdefaults__["dynamic"]
+    _capture(any_sizes=request.node.get_closest_marker("any_sizes") is not None)
+    yield
+    _capture(any_sizes=before)
 
 
 @pytest.fixture(autouse=True)
@@ -171,20 +199,10 @@ def earlier_objects_frozen() -> None:
 
 
 @pytest.fixture(scope="class")
-def fixed_sizes() -> Iterator[None]:
-    """`lorafx.compile` captures graphs of fixed sizes where a test does not ask for others: at half
-    the cost of graphs for any batch size and length. (Of a class, so that a test outside of one has
-    it before the fixtures that compile, and Hypothesis takes it.)"""
-    defaults: Any = lorafx.compile.__kwdefaults__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(defaults, "dynamic", False)
-        yield
-
-
-@pytest.fixture(scope="class")
 def in_eager_mode() -> Iterator[None]:
     """What the test compiles answers without graphs, and makes none beside: at a tenth of the cost,
-    where graphs are not the point. (Of a class as `fixed_sizes` is.)"""
+    where graphs are not the point. (Of a class, so that a test outside of one has it before the
+    fixtures that compile, and Hypothesis takes it.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAFX_START", "eager")
         patch.setattr(Compilers, "consider", lambda *_: False)
@@ -232,21 +250,15 @@ def plain(case_of: Callable[..., Case]) -> Case:
 
 
 @pytest.fixture(scope="session")
-def shallow(case_of: Callable[..., Case]) -> Case:
-    """A Llama of one layer, for what needs many graphs."""
-    return case_of("llama", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="session")
 def looked(
-    shallow: Case, case_of: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory
+    case_of: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Looked]:
     """The compiled model of a family, for what only looks at it: made once."""
     made: dict[str, Looked] = {}
 
     def of(family: str) -> Looked:
         if family not in made:
-            case = shallow if family == "llama" else case_of(family)
+            case = case_of(family)
             made[family] = Looked(case, family, tmp_path_factory.mktemp(f"idle_{family}"))
         return made[family]
 

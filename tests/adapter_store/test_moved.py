@@ -22,7 +22,6 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.errors import CheckpointError, ConfigError
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -132,7 +131,7 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
 
 
 def test_a_mixed_batch_of_every_naming(in_eager_mode: None, tmp_path: Path) -> None:
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     folders = {
         name: save_adapter(base, tmp_path / name, rank=2, targets=["down_proj"], seed=seed)
         for seed, name in enumerate(NAMINGS)
@@ -149,7 +148,7 @@ def test_a_mixed_batch_of_every_naming(in_eager_mode: None, tmp_path: Path) -> N
 
 def test_a_layer_that_the_model_lacks_is_not_another_one(tmp_path: Path) -> None:
     """Of the same names and sizes, and the only one there is."""
-    model = random_base("llama", num_hidden_layers=1)
+    model = random_base("llama")
     folder = save_adapter(model, tmp_path, rank=2, targets=["q_proj"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

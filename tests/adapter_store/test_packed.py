@@ -23,8 +23,6 @@ from lorafx.layers import MergedColumnParallelLinear
 from lorafx.model.packed_names import spans
 from lorafx.runtime.marking import build_sites
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 LAYERS = range(2)
 #: Adapters by what they touch; "part" leaves slices out.
 TARGETS = {

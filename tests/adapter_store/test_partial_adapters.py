@@ -20,8 +20,6 @@ from torch import nn
 import lorafx
 from lorafx.errors import CheckpointError, LorafxWarning
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

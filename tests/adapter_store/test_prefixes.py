@@ -55,14 +55,14 @@ class Headed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = random_base("llama", num_hidden_layers=1)
+        self.trunk = random_base("llama")
         self.head = nn.Linear(8, 3)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "text": lambda: random_base("llama", num_hidden_layers=1),
-    "trunk": lambda: LlamaModel(random_base("llama", num_hidden_layers=1).config),
-    "images and text": lambda: llava(random_base("llama", num_hidden_layers=1), 20),
+    "text": lambda: random_base("llama"),
+    "trunk": lambda: LlamaModel(random_base("llama").config),
+    "images and text": lambda: llava(random_base("llama"), 20),
     "headed": Headed,
     "siglip": lambda: SiglipModel(siglip_config(24)),
     "siglip's text": lambda: SiglipTextModel(siglip_config().text_config),

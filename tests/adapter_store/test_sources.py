@@ -22,7 +22,6 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -31,7 +30,7 @@ CONFIG = "adapter_config.json"
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    return random_base("llama", num_hidden_layers=1)
+    return random_base("llama")
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def same(found: dict[str, LoraWeights], adapter: Adapter) -> bool:
     )
 
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture

@@ -29,12 +29,12 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
-    return case.compile({"passes": {"mine": lorafx.After(after, run)}}, dynamic=False)
+    return case.compile({"passes": {"mine": lorafx.After(after, run)}})
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
 def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family: str) -> None:
-    case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
+    case = case_of(family)
     cm = case.compile(dynamic=family == "llama")
     given = FAMILIES[family].inputs(len(NAMES), 5)
     before = {name: tensor.clone() for name, tensor in cm._orig_mod.state_dict().items()}
@@ -87,7 +87,7 @@ def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
 
 
 def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
-    cm = plain.compile(dynamic=False)
+    cm = plain.compile()
     with pytest.raises(ConfigError, match=r"takes a model from lorafx\.compile"):
         lorafx.bisect(plain.base, inputs, NAMES)
     with pytest.raises(BatchError, match="3 adapter_names for a batch of 4"):

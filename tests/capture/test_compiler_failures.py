@@ -96,40 +96,40 @@ def test_a_pass_that_fails_is_named_with_the_switch(
 
     monkeypatch.setattr(Outline, "run", run)
     c = case(tmp_path, Net())
-    cm = c.compile(dynamic=False)
+    cm = c.compile()
     with pytest.raises(CaptureError, match=r"the pass 'outline' failed on a graph of Net: ") as got:
         cm(**batch(), adapter_names=MIXED)
     assert "the pass has a mistake" in str(got.value)
     assert "Options(passes={'outline': False})" in str(got.value)
     assert got.value.__cause__ is not None
     check_mixed(cm, c, [None, None, None], batch())
-    without = c.compile({"passes": {"outline": False}}, dynamic=False)
+    without = c.compile({"passes": {"outline": False}})
     check_mixed(without, c, MIXED, batch())
 
 
 @pytest.mark.usefixtures("no_lowering")
 def test_inductor_fails_on_graphs_of_either_kind(tmp_path: Path) -> None:
     c = case(tmp_path, Odd())
-    cm = c.compile({"lowering": "inductor", "base_graphs": True}, dynamic=False)
+    cm = c.compile({"lowering": "inductor", "base_graphs": True})
     for names in (MIXED, [None] * 3):
         with pytest.raises(LoweringError, match="nobody has written this one") as got:
             cm(**batch(), adapter_names=names)
         assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
         assert 'Options(lowering="reference")' in str(got.value)
-    check_mixed(c.compile(dynamic=False), c, MIXED, batch())
+    check_mixed(c.compile(), c, MIXED, batch())
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_a_cpp_compiler_fails_and_nothing_is_kept(
-    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
         raise CppCompileError(["g++"], "no space left on device")
 
     folder, names = tmp_path / "graphs", ["a1", None, "a3"]
     options = {"lowering": "inductor", "cache": str(folder)}
-    cm, inputs = shallow.compile(options, dynamic=True), FAMILIES["llama"].inputs(3, 4)
+    cm, inputs = llama.compile(options, dynamic=True), FAMILIES["llama"].inputs(3, 4)
     CppPythonBindingsCodeCache.cache_clear()
     with monkeypatch.context() as broken:
         broken.setattr(CppPythonBindingsCodeCache, "_load_library", fail)
@@ -140,7 +140,7 @@ def test_a_cpp_compiler_fails_and_nothing_is_kept(
             assert not cm._session.backend.records
     assert not [file for file in folder.rglob("*") if file.is_file()]
     CppPythonBindingsCodeCache.cache_clear()  # it keeps compilers that have failed
-    check_mixed(cm, shallow, names, inputs)
+    check_mixed(cm, llama, names, inputs)
     assert len(cm._session.backend.records) == 1
     assert any(file.is_file() for file in folder.rglob("*"))
 
@@ -152,8 +152,8 @@ def test_graphs_with_adapters_fail_and_the_error_says_how_the_base_is_served(
         raise TypeError("no")
 
     c = case(tmp_path, Net())
-    cm = c.compile({"base_graphs": False}, dynamic=False)
-    apart = c.compile({"base_graphs": True}, dynamic=False)
+    cm = c.compile({"base_graphs": False})
+    apart = c.compile({"base_graphs": True})
     with monkeypatch.context() as broken:
         broken.setattr(Provenance, "run", run)
         for names in ([None] * 3, MIXED):

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import ProvenanceError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 K = 6
 MIXED = ["a", None, "b"]
 
@@ -89,7 +87,7 @@ def test_forwards_that_are_no_functions(small, changed):
     case = small(Choosy, ["up", "down"])
     model, x = case.model(), rows(3)
     model.forward = changed(model.forward)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
     assert error(cm(x=x, adapter_names=MIXED)["logits"], case.expected(MIXED, {"x": x})) <= 1e-5
 
 

@@ -33,7 +33,7 @@ def test_no_order_by_memory_for_graphs_with_adapters(
     monkeypatch.setattr(memory, "reorder_for_peak_memory", noting)
     torch.manual_seed(0)
     inputs = FAMILIES["plain"].inputs(len(NAMES), 4)
-    cm = plain.compile(options={"lowering": "inductor", "base_graphs": True}, dynamic=False)
+    cm = plain.compile(options={"lowering": "inductor", "base_graphs": True})
     with torch._inductor.config.patch(fx_graph_cache=False):
         cm(**inputs)
         assert ordered, "the base is compiled as Inductor would"

@@ -88,7 +88,7 @@ def test_each_row_gets_its_own_features(small, cls):
 def test_positions_that_do_not_fit_the_requests_are_refused(small, options):
     torch.manual_seed(0)
     case = small(Scattered, ["eye", "w"])
-    cm = case.compile(options, dynamic=False)
+    cm = case.compile(options)
     fits, odd = batch(3), batch(3, counts=(2 * PER, 0, PER))
     cm(**fits, adapter_names=MIXED)
     with pytest.raises(BatchError, match=r"request 0 has 4 positions .* is 2, so"):

@@ -79,7 +79,7 @@ def test_each_rewrite_has_a_stage_and_a_report(
     model: type[Model], options: dict[str, Any], shown: dict[str, str], tmp_path: Path
 ) -> None:
     case, dump = case_of(model(), tmp_path), tmp_path / "dump"
-    cm = case.compile({"dump": str(dump), **options}, dynamic=False)
+    cm = case.compile({"dump": str(dump), **options})
     cm._orig_mod.requires_grad_("detach_results" in shown)
     check(cm, case)
     everything = [*DYNAMO_PASSES, *GRAPH_PASSES, *LOWERING_PASSES]
@@ -104,7 +104,7 @@ def test_each_rewrite_has_a_stage_and_a_report(
 
 def test_graphs_of_the_base_have_the_passes_over_dynamos(tmp_path: Path) -> None:
     case = case_of(Model(), tmp_path)
-    cm = case.compile({"dump": str(tmp_path / "dump"), "base_graphs": True}, dynamic=False)
+    cm = case.compile({"dump": str(tmp_path / "dump"), "base_graphs": True})
     cm(**inputs())
     (record,) = cm._session.backend.records
     assert [stage.name for stage in record.stages] == ["traced", "check_lookups", "detach_results"]
@@ -135,7 +135,7 @@ def test_a_broken_pass_beside_a_rewrite_is_named(after: str, tmp_path: Path) -> 
         (turns_round, VerifyError, "'mine'"),
     )
     for run, kind, told in broken:
-        cm = case.compile({"passes": {"mine": lorafx.After(after, run)}}, dynamic=False)
+        cm = case.compile({"passes": {"mine": lorafx.After(after, run)}})
         with pytest.raises(kind, match=told):
             cm(**inputs(), adapter_names=MIXED)
 
@@ -148,7 +148,7 @@ def test_a_pass_of_the_users_sees_dynamos_graph(tmp_path: Path) -> None:
         return 0
 
     case = case_of(Model(), tmp_path)
-    check(case.compile({"passes": {"mine": lorafx.After("traced", notes)}}, dynamic=False), case)
+    check(case.compile({"passes": {"mine": lorafx.After("traced", notes)}}), case)
     assert any("embedding" in name for name in seen)
     with pytest.raises(lorafx.ConfigError, match="pass 'check_lookups' cannot be switched off"):
         case.compile({"passes": {"check_lookups": False}})
@@ -184,7 +184,7 @@ class Noting(Observer):
 @pytest.mark.one_road
 def test_an_observer_is_told_of_each_step(tmp_path: Path) -> None:
     case, noting = case_of(Model(), tmp_path), Noting()
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     with cm._session.backend.observed_by(noting):
         cm(**inputs(), adapter_names=MIXED)
     graphs = [item.name for item in (*GRAPH_PASSES, *LOWERING_PASSES)]
@@ -203,7 +203,7 @@ def test_an_observer_is_told_of_each_step(tmp_path: Path) -> None:
 @pytest.mark.one_road
 def test_an_observer_is_told_of_a_compilation_that_fails(tmp_path: Path) -> None:
     case, noting = case_of(Model(), tmp_path), Noting()
-    cm = case.compile({"passes": {"mine": lorafx.After("match", raises)}}, dynamic=False)
+    cm = case.compile({"passes": {"mine": lorafx.After("match", raises)}})
     with cm._session.backend.observed_by(noting), pytest.raises(CaptureError, match="'mine'"):
         cm(**inputs(), adapter_names=MIXED)
     assert noting.told[0] == "begins graph 0 lora"

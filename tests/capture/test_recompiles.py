@@ -19,17 +19,19 @@ from transformers.utils.logging import get_logger
 
 from lorafx.errors import CaptureError
 
+pytestmark = pytest.mark.any_sizes
+
 
 def frames() -> int:
     """Frames that Dynamo has compiled in this process."""
     return counters["frames"]["ok"]
 
 
-def test_twenty_mixes_and_a_swap_on_one_graph(shallow):
-    cm = shallow.compile()
+def test_twenty_mixes_and_a_swap_on_one_graph(llama):
+    cm = llama.compile()
     draw = random.Random(0)
     torch.manual_seed(0)
-    check_mixed(cm, shallow, ["a0", None, "a1", "a2"], token_inputs(4, 6))
+    check_mixed(cm, llama, ["a0", None, "a1", "a2"], token_inputs(4, 6))
     captured, seen, mixes = cm.recompiles, frames(), set()
     while len(mixes) < 20:
         names = tuple(draw.choice([None, "a0", "a1", "a2", "a3", "a4"]) for _ in range(4))
@@ -37,16 +39,16 @@ def test_twenty_mixes_and_a_swap_on_one_graph(shallow):
             mixes.add(names)
             inputs = token_inputs(4, draw.randrange(2, 12))
             if len(mixes) % 5 == 0:
-                check_mixed(cm, shallow, names, inputs)
+                check_mixed(cm, llama, names, inputs)
             else:
                 cm(**inputs, adapter_names=names)
     cm.unload_adapter("a2")
-    cm.load_adapter(shallow.folders["a4"], "a2")  # another adapter under a known name
+    cm.load_adapter(llama.folders["a4"], "a2")  # another adapter under a known name
     inputs = token_inputs(4, 5)
-    want = shallow.expected(["a4", "a0", None, "a4"], inputs)
+    want = llama.expected(["a4", "a0", None, "a4"], inputs)
     got = cm(**inputs, adapter_names=["a2", "a0", None, "a4"]).logits
     assert error(got, want) <= 1e-5
-    check_mixed(cm, shallow, ["a3", "a1", "a0"], token_inputs(3, 7))
+    check_mixed(cm, llama, ["a3", "a1", "a0"], token_inputs(3, 7))
     assert (cm.recompiles, frames()) == (captured, seen)
 
 
@@ -63,7 +65,7 @@ def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain):
 
 
 def test_the_recompile_limit_is_an_error_not_silent_eager(plain):
-    cm = plain.compile(options={"recompile_limit": 1}, dynamic=False)
+    cm = plain.compile(options={"recompile_limit": 1})
     feed = FAMILIES["plain"].inputs
     torch.manual_seed(0)
     check_mixed(cm, plain, ["a0", "a1"], feed(2, 3))
@@ -77,7 +79,7 @@ def _text(guard: Any) -> str:
 
 
 def test_no_guard_on_marks_is_checked(
-    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a model's own frame. Dynamo makes all guards before they are chosen."""
     names = ["a1", None, "a3"]
@@ -89,14 +91,14 @@ def test_no_guard_on_marks_is_checked(
         return build(self, guards, *args, **kwargs)
 
     monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
-    cm: Any = shallow.compile({"cache": str(tmp_path / "graphs")}, dynamic=False)
+    cm: Any = llama.compile({"cache": str(tmp_path / "graphs")})
     inputs = token_inputs(len(names), 4)
-    check_mixed(cm, shallow, names, inputs)
+    check_mixed(cm, llama, names, inputs)
     *before, last = made
     assert not last
     assert [len(guards) > 1 for guards in before] == [True]
-    check_mixed(cm, shallow, [None] * len(names), inputs)  # by code of the base's own
-    check_mixed(cm, shallow, names, inputs)
+    check_mixed(cm, llama, [None] * len(names), inputs)  # by code of the base's own
+    check_mixed(cm, llama, names, inputs)
     assert cm.recompiles == 2
 
 

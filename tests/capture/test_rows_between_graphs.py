@@ -131,7 +131,6 @@ class Summed(Layers):
         return self.w(summed(h))
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("cls", [Summed, InBuffer])
 def test_what_has_no_one_owner_is_refused(small, cls):
     torch.manual_seed(0)
@@ -185,7 +184,6 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small):
         cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("cls", [OfRequests, OfWeight])
 def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
     torch.manual_seed(0)
@@ -238,7 +236,6 @@ def writing(write: Callable[[Tensor], None], cls: type[Written] = Written) -> ty
     return type(cls.__name__, (cls,), {"write": staticmethod(write)})
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("write", WRITERS)
 def test_rows_that_are_moved_unseen_are_refused(small, write):
     torch.manual_seed(0)
@@ -266,7 +263,6 @@ def read_by_address(h: Tensor) -> None:
     assert np.isfinite(np.from_dlpack(h)).all()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_what_is_only_read_keeps_its_owners(small):
     torch.manual_seed(0)
     case = small(writing(read_by_address, Read), ["first", "w"])

@@ -113,7 +113,6 @@ def test_tables_that_no_request_chooses_from(small):
     assert cm.recompiles == 1
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
     case = small(Sorted, Sorted.sites)
     cm = case.compile()
@@ -125,7 +124,6 @@ def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
     assert "self.pos(positions(D)" in str(told.value)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_one_slot_a_token_is_refused(small):
     """Which token's copy a shared row would be is not said."""
     case = small(Added, Added.sites)

@@ -22,9 +22,6 @@ FACTOR = 1.0
 CONSTANTS = SimpleNamespace(shift=0.0)
 
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
-
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -85,7 +85,7 @@ PAST = (KeptOut, InGenerator, Caught, OfCopy)
 @pytest.mark.parametrize("cls", PAST)
 def test_weights_past_their_modules_are_refused(small, cls):
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     for names in BATCHES * 2:
         with pytest.raises(MatchError, match=rf"at w: aten.*{Path(__file__).name}"):
             cm(**inputs, adapter_names=names)
@@ -109,7 +109,7 @@ class Dequantised(Layers):
 def test_parts_of_composite_weights_are_weights(small, start, names):
     case = small(Dequantised, ["first", "w"])
     torchao("Int8WeightOnlyConfig")(case.base)
-    cm = case.compile({"start": start, "cache": None}, dynamic=False)
+    cm = case.compile({"start": start, "cache": None})
     with pytest.raises(MatchError, match="at w: aten"):
         cm(x=torch.randn(3, 4, 64), adapter_names=names)
 
@@ -117,7 +117,7 @@ def test_parts_of_composite_weights_are_weights(small, start, names):
 @pytest.mark.parametrize(("cls", "target"), [(KeptOut, "first"), (Called, "w")])
 def test_what_reads_no_weight_of_a_site_is_served(small, cls, target):
     case, inputs = small(cls, [target]), {"x": torch.randn(3, K)}
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]
         assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5

@@ -23,6 +23,8 @@ from transformers.models.opt.modeling_opt import OPTForCausalLM
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 VOCABULARY = 61
 SIZES = {
     "hidden_size": 32,
@@ -181,7 +183,6 @@ class Pooled(nn.Module):
         return self.head(self.reversed(x.flip(1)).sum(1))
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("target", ["head", "reversed"])
 def test_rows_that_are_not_the_tokens_in_order_are_refused(target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -228,7 +229,6 @@ def _saved(model: nn.Module, folder: Path, target: str) -> tuple[str, Tensor]:
     return str(folder), (merged - model.get_submodule(target).weight).detach()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("turned", [False, True])
 def test_behind_a_graph_break_a_token_is_nobodys(turned: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 import lorafx
 from lorafx.errors import CaptureError, ConfigError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 INPUTS = token_inputs(2, 6)
 NAMES = ["a0", "a1"]
@@ -29,9 +29,9 @@ SHORT = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_
 
 
 @pytest.fixture(scope="module")
-def cm(shallow: Any) -> Any:
+def cm(llama: Any) -> Any:
     """For what leaves it as it is."""
-    return shallow.compile(dynamic=False)
+    return llama.compile()
 
 
 def check_same(cm: Any, case: Any, before: torch.Tensor) -> None:
@@ -46,9 +46,9 @@ def alone_of(case: Any, use: Callable[[Any, Any], torch.Tensor]) -> torch.Tensor
     return torch.cat([use(case.alone(name), row) for name, row in zip(NAMES, rows, strict=True)])
 
 
-def test_names_that_it_has_none_of_are_the_models_own(shallow, small):
-    given = shallow.model()
-    cm = lorafx.compile(given, shallow.folders, options=REFERENCE)
+def test_names_that_it_has_none_of_are_the_models_own(llama, small):
+    given = llama.model()
+    cm = lorafx.compile(given, llama.folders, options=REFERENCE)
     assert cm._orig_mod is given
     assert cm.model is given.model
     assert cm.model.layers[0] is given.model.layers[0]
@@ -77,8 +77,8 @@ def test_names_that_it_has_none_of_are_the_models_own(shallow, small):
     assert [*plain] == [*plain._orig_mod]
 
 
-def test_settings_are_heard_by_calls_and_generate(shallow):
-    cm = shallow.compile(dynamic=False)
+def test_settings_are_heard_by_calls_and_generate(llama):
+    cm = llama.compile()
     cm.generation_config = transformers.GenerationConfig(**{**SHORT, "max_new_tokens": 1})
     assert cm.generate(**INPUTS, adapter_names=NAMES).shape[1] == INPUTS["input_ids"].shape[1] + 1
     labels = INPUTS["input_ids"]
@@ -87,8 +87,8 @@ def test_settings_are_heard_by_calls_and_generate(shallow):
     assert cm(**INPUTS, labels=labels, adapter_names=NAMES).loss.item() == 7 != before.item()
 
 
-def test_hooks_run_once_for_each_forward(shallow):
-    cm, seen = shallow.compile(dynamic=False), []
+def test_hooks_run_once_for_each_forward(llama):
+    cm, seen = llama.compile(), []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         seen.append({*kwargs})
@@ -111,7 +111,7 @@ def test_hooks_run_once_for_each_forward(shallow):
         return ids
 
     plain = cm(**INPUTS, adapter_names=NAMES).logits
-    want = alone_of(shallow, generated)
+    want = alone_of(llama, generated)
     handles = hooked(cm)
     seen.clear()
     assert torch.equal(cm(**INPUTS, adapter_names=NAMES).logits, plain * -3)
@@ -123,14 +123,14 @@ def test_hooks_run_once_for_each_forward(shallow):
     assert torch.equal(cm.forward(**INPUTS, adapter_names=NAMES).logits, plain)  # as on a model
     for handle in handles:
         handle.remove()
-    check_same(cm, shallow, plain)
+    check_same(cm, llama, plain)
     assert not seen
     with pytest.raises(CaptureError, match="a backward hook would never run"):
         cm.register_full_backward_hook(lambda *_: None)
 
 
-def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(shallow):
-    cm, given = shallow.compile(dynamic=False), []
+def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(llama):
+    cm, given = llama.compile(), []
 
     def times(model: Any, **fixed: Any) -> Callable[..., Any]:
         own = model.forward
@@ -151,7 +151,7 @@ def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(shallow):
 
     plain = cm(**INPUTS, adapter_names=NAMES).logits
     tokens = cm.generate(**INPUTS, **SHORT, adapter_names=NAMES)
-    own, want = cm.forward, alone_of(shallow, generated)
+    own, want = cm.forward, alone_of(llama, generated)
     cm.forward = times(cm)
     given.clear()
     assert torch.equal(cm(**INPUTS, adapter_names=NAMES).logits, plain * -3)
@@ -162,20 +162,20 @@ def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(shallow):
     assert error(cm(**INPUTS).logits[1], plain[1] * -3) <= 1e-5
     cm.set_adapter(None)
     cm.forward = lambda input_ids, attention_mask: own(input_ids, attention_mask)
-    check_same(cm, shallow, plain)  # which takes no names
+    check_same(cm, llama, plain)  # which takes no names
     cm.forward = own
     cm.forward = times(cm, adapter_names=NAMES[::-1])  # which chooses others
     got, other = cm(**INPUTS, adapter_names=NAMES).logits, own(**INPUTS, adapter_names=NAMES[::-1])
     assert torch.equal(got, other.logits * -3)
     del cm.forward
-    check_same(cm, shallow, plain)
+    check_same(cm, llama, plain)
     assert torch.equal(cm.generate(**INPUTS, **SHORT, adapter_names=NAMES), tokens)
     assert "forward" not in vars(cm._orig_mod)
 
 
 @pytest.mark.parametrize("start", ["compiled", "eager"])
-def test_functional_call_has_the_weights_of_the_call(shallow, start):
-    cm = shallow.compile({"start": start}, dynamic=False)
+def test_functional_call_has_the_weights_of_the_call(llama, start):
+    cm = llama.compile({"start": start})
     before = cm(**INPUTS, adapter_names=NAMES).logits
     own = {name: value.clone() for name, value in cm.state_dict().items()}
     state = {name: value * 1.25 for name, value in own.items()}
@@ -187,7 +187,7 @@ def test_functional_call_has_the_weights_of_the_call(shallow, start):
     for _ in range(2):
         given = {**INPUTS, "adapter_names": NAMES}
         got = torch.func.functional_call(cm, state, (), given).logits
-        assert error(got, alone_of(shallow, changed)) <= 1e-5
+        assert error(got, alone_of(llama, changed)) <= 1e-5
         assert error(cm(**INPUTS, adapter_names=NAMES).logits, before) <= 1e-6
 
 
@@ -242,7 +242,7 @@ def test_parameters_modules_and_state_have_the_models_own_names(cm):
         assert cm.get_parameter(name) is parameter
 
 
-def test_a_module_around_it_has_its_names_too(cm, shallow):
+def test_a_module_around_it_has_its_names_too(cm, llama):
     around = nn.ModuleDict({"lm": cm})
     state = around.state_dict()
     assert [key.removeprefix("lm.") for key in state] == list(cm._orig_mod.state_dict())
@@ -250,11 +250,11 @@ def test_a_module_around_it_has_its_names_too(cm, shallow):
         name for name, _ in around.named_parameters()
     ]
     around.load_state_dict({key: value.clone() for key, value in state.items()})
-    check_mixed(cm, shallow, NAMES, INPUTS)
+    check_mixed(cm, llama, NAMES, INPUTS)
 
 
-def test_its_state_is_loaded_into_it_and_into_other_models(shallow):
-    cm, changed = shallow.compile(dynamic=False), shallow.model()
+def test_its_state_is_loaded_into_it_and_into_other_models(llama):
+    cm, changed = llama.compile(), llama.model()
     before = cm(**INPUTS, adapter_names=NAMES).logits
     state = copy.deepcopy(cm.state_dict())
     changed.load_state_dict(state)
@@ -266,7 +266,7 @@ def test_its_state_is_loaded_into_it_and_into_other_models(shallow):
     with pytest.raises(ConfigError, match=r"assign=True.*leave out assign"):
         cm.load_state_dict(state, assign=True)
     cm.load_state_dict(state)
-    check_same(cm, shallow, before)
+    check_same(cm, llama, before)
 
 
 def test_it_is_saved_as_its_model(cm, tmp_path):
@@ -276,8 +276,8 @@ def test_it_is_saved_as_its_model(cm, tmp_path):
     assert all(torch.equal(saved[key], value) for key, value in cm.state_dict().items())
 
 
-def test_trainers_give_it_settings_and_save_it_as_its_model(shallow, tmp_path):
-    cm = shallow.compile(dynamic=False)
+def test_trainers_give_it_settings_and_save_it_as_its_model(llama, tmp_path):
+    cm = llama.compile()
     settings = transformers.GenerationConfig(**SHORT)
     arguments = transformers.Seq2SeqTrainingArguments(
         str(tmp_path), predict_with_generate=True, generation_config=settings, use_cpu=True
@@ -326,23 +326,23 @@ def test_training_mode_is_the_models(cm):
         (lambda m: nn.ModuleList([m]).half(), r"torch\.float16 on cpu"),
     ],
 )
-def test_a_conversion_is_refused_at_once_and_changes_nothing(cm, shallow, convert, wanted):
+def test_a_conversion_is_refused_at_once_and_changes_nothing(cm, llama, convert, wanted):
     before = cm(**INPUTS, adapter_names=NAMES).logits
     places = [parameter.data_ptr() for parameter in cm.parameters()]
     with pytest.raises(CaptureError, match=f"float32 on cpu, not for {wanted}: detach"):
         convert(cm)
     assert cm.float().to("cpu").to(torch.float32).cpu() is cm
     assert [parameter.data_ptr() for parameter in cm.parameters()] == places
-    check_same(cm, shallow, before)
+    check_same(cm, llama, before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_changes_nothing(cm, shallow):
+def test_a_device_that_is_not_there_changes_nothing(cm, llama):
     before = cm(**INPUTS, adapter_names=NAMES).logits
     for move in (cm.cuda, lambda: cm.to("cuda")):
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
             move()
-        check_same(cm, shallow, before)
+        check_same(cm, llama, before)
 
 
 def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
@@ -358,8 +358,8 @@ def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
 
 
 @pytest.mark.parametrize("prepare", ["prepare", "prepare in half precision", "hook"])
-def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
-    cm = shallow.compile(dynamic=False)
+def test_accelerate_prepares_it_and_hangs_hooks_on_it(llama, prepare):
+    cm = llama.compile()
     want, dtypes = cm(**INPUTS, adapter_names=NAMES).logits, set()
     if prepare == "hook":
         got = accelerate.hooks.add_hook_to_module(cm, accelerate.hooks.ModelHook())
@@ -385,7 +385,7 @@ def test_accelerate_prepares_it_and_hangs_hooks_on_it(shallow, prepare):
     assert dtypes == {torch.bfloat16}
     assert accelerator.unwrap_model(cm, keep_fp32_wrapper=False) is cm
     dtypes.clear()
-    check_same(cm, shallow, want)
+    check_same(cm, llama, want)
     cm.generate(**INPUTS, **told, adapter_names=NAMES)
     assert dtypes == {torch.float32}
 

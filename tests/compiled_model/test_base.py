@@ -12,8 +12,6 @@ from torch import nn
 import lorafx
 from lorafx.errors import CaptureError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 
 def storages(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""
@@ -28,9 +26,9 @@ def storages(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "plain"])
-def test_without_adapters_the_reference_is_bit_equal_to_eager(shallow, plain, family):
+def test_without_adapters_the_reference_is_bit_equal_to_eager(llama, plain, family):
     torch.manual_seed(0)
-    case = {"llama": shallow, "plain": plain}[family]
+    case = {"llama": llama, "plain": plain}[family]
     cm = case.compile()
     for rows in (3, 1):
         inputs = FAMILIES[family].inputs(rows, 5)
@@ -112,11 +110,11 @@ def test_packed_weights_take_no_more_memory(case_of):
 # What happens to the weights afterwards
 
 
-def test_casting_after_compile_is_refused_where_weights_are_packed(shallow):
-    cm = shallow.compile()
+def test_casting_after_compile_is_refused_where_weights_are_packed(llama):
+    cm = llama.compile()
     torch.manual_seed(0)
     inputs = token_inputs(2, 4)
-    check_mixed(cm, shallow, ["a0", None], inputs)
+    check_mixed(cm, llama, ["a0", None], inputs)
     cm._orig_mod.to(torch.bfloat16)
     with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed"):
         cm(**inputs, adapter_names=["a0", None])

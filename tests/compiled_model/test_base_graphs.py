@@ -15,8 +15,8 @@ SHARED = {"base_graphs": False}
 
 
 @pytest.fixture(scope="module")
-def served(shallow: Case) -> lorafx.CompiledModel:
-    cm = shallow.compile(options=SHARED)
+def served(llama: Case) -> lorafx.CompiledModel:
+    cm = llama.compile(options=SHARED, dynamic=True)
     cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
     return cm
 
@@ -26,24 +26,24 @@ def base(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return case.base(**inputs).logits
 
 
-def test_half_as_many_graphs(shallow: Case, served: lorafx.CompiledModel) -> None:
+def test_half_as_many_graphs(llama: Case, served: lorafx.CompiledModel) -> None:
     torch.manual_seed(0)
     assert served.recompiles == 4  # {prompt, decode} × {one request, several}
     for rows, names in ((3, [None] * 3), (1, [None]), (2, None)):
         inputs = token_inputs(rows, 7)
         got = served(**inputs, adapter_names=names).logits
-        assert error(got, base(shallow, inputs)) <= 1e-5
-    check_mixed(served, shallow, ["a0", None, "a1"], token_inputs(3, 5))
+        assert error(got, base(llama, inputs)) <= 1e-5
+    check_mixed(served, llama, ["a0", None, "a1"], token_inputs(3, 5))
     assert served.recompiles == 4
 
 
-def test_merged_weights(shallow: Case) -> None:
+def test_merged_weights(llama: Case) -> None:
     torch.manual_seed(0)
-    cm, inputs = shallow.compile(options=SHARED, dynamic=False), token_inputs(2, 5)
-    before = base(shallow, inputs)
+    cm, inputs = llama.compile(options=SHARED), token_inputs(2, 5)
+    before = base(llama, inputs)
     assert error(cm(**inputs).logits, before) <= 1e-5
     cm.merge("a1")
-    assert error(cm(**inputs).logits, shallow.expected(["a1"] * 2, inputs)) <= 1e-5
+    assert error(cm(**inputs).logits, llama.expected(["a1"] * 2, inputs)) <= 1e-5
     cm.unmerge()
     assert error(cm(**inputs, adapter_names=[None] * 2).logits, before) <= 1e-5
     assert cm.recompiles == 1
@@ -104,17 +104,17 @@ def test_a_model_whose_rows_are_not_proved(small) -> None:
 
 
 @pytest.mark.slow
-def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
+def test_graphs_of_the_base_are_those_that_warm_up_made(llama: Case) -> None:
     """Until then calls without an adapter run the graphs with adapters."""
     torch.manual_seed(0)
-    cm = shallow.compile(options={"base_graphs": "warmup"})
+    cm = llama.compile(options={"base_graphs": "warmup"})
     inputs, wanted = token_inputs(3, 5), [True]
-    want = base(shallow, inputs)
-    check_mixed(cm, shallow, ["a0", None, "a1"], inputs)
+    want = base(llama, inputs)
+    check_mixed(cm, llama, ["a0", None, "a1"], inputs)
     assert error(cm(**inputs).logits, want) <= 1e-5
     assert lora(cm) == wanted
     plain = {"input_ids": inputs["input_ids"]}
-    assert error(cm(**plain).logits, base(shallow, plain)) <= 1e-5  # there is no graph for it yet
+    assert error(cm(**plain).logits, base(llama, plain)) <= 1e-5  # there is no graph for it yet
     wanted.append(True)
     assert error(cm(**inputs).logits, want) <= 1e-5
     assert lora(cm) == wanted
@@ -122,7 +122,7 @@ def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
     wanted += [False, False, True]  # and a step
     assert lora(cm) == wanted
     assert torch.equal(cm(**inputs).logits, want)
-    check_mixed(cm, shallow, ["a0", None, "a1"], inputs)
+    check_mixed(cm, llama, ["a0", None, "a1"], inputs)
     assert lora(cm) == wanted
 
 

@@ -76,7 +76,6 @@ class Head(nn.Module):
         return self.first(x).mean(1)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_method_of_a_module_that_was_added_later_is_served_too(encoder):
     cm = encoder.compile()
     cm.encode(X, adapter_names=MIX)
@@ -112,7 +111,6 @@ def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
         getattr(cm, name)(X, adapter_names=["a", None])
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_method_in_a_function_that_users_compile(encoder):
     cm = encoder.compile()
     want = rows(encoder, MIX, Encoder.encode)
@@ -121,7 +119,6 @@ def test_a_method_in_a_function_that_users_compile(encoder):
     assert cm.recompiles == 1
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_methods_while_an_adapter_is_merged(encoder):
     cm = encoder.compile()
     cm.merge("a")
@@ -134,7 +131,6 @@ def test_methods_while_an_adapter_is_merged(encoder):
     cm.unmerge()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("name", ["each", "later"])
 def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
     cm = encoder.compile()
@@ -146,7 +142,6 @@ def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
     getattr(cm, name)(X).close()
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
     """Python that a graph break leaves may call the compiled model for something else."""
     cm = encoder.compile()
@@ -163,7 +158,6 @@ def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
     assert error(inner[0], rows(encoder, ["b", None], Encoder.encode)) <= 1e-5
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize(
     "use",
     [
@@ -216,8 +210,8 @@ def test_a_part_that_the_adapter_leaves_alone_is_the_base_s(small):
         lambda cm, x: cm.get_compiled_call(None),
     ],
 )
-def test_methods_of_transformers_that_are_refused(shallow, use):
-    cm = shallow.compile()
+def test_methods_of_transformers_that_are_refused(llama, use):
+    cm = llama.compile()
     cm.set_adapter("a1")
     with pytest.raises(CaptureError, match=r"\w+\(\) (runs|starts|is about|compiles).*(use|call) "):
         use(cm, token_inputs(2, 4))
@@ -226,7 +220,6 @@ def test_methods_of_transformers_that_are_refused(shallow, use):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fixed_sizes")
 def test_an_encoder_by_itself(case_of):
     case = case_of("t5", num_layers=1, num_decoder_layers=1)
     cm, inputs = case.compile(), seq2seq_inputs(2, 5)
@@ -242,21 +235,21 @@ def test_an_encoder_by_itself(case_of):
 
 
 @pytest.mark.slow
-def test_generate_in_a_method(shallow, monkeypatch):
+def test_generate_in_a_method(llama, monkeypatch):
     """Dynamo cannot trace `generate`; here it runs in Python, its forwards compiled."""
 
     def answer(self: Any, input_ids: Tensor) -> Tensor:
         return self.generate(input_ids=input_ids, **FIXED)[:, input_ids.shape[1] :]
 
-    monkeypatch.setattr(type(shallow.base), "answer", answer, raising=False)
-    cm, ids = shallow.compile(), token_inputs(3, 5)["input_ids"]
+    monkeypatch.setattr(type(llama.base), "answer", answer, raising=False)
+    cm, ids = llama.compile(), token_inputs(3, 5)["input_ids"]
     names = ["a1", None, "a0"]
     got = cm.answer(ids, adapter_names=names)
-    want = [shallow.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
+    want = [llama.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
     assert torch.equal(got, torch.cat(want))
     cm.set_adapter("a3")
     graphs = cm.recompiles
-    assert torch.equal(cm.answer(ids), shallow.alone("a3").answer(ids))
+    assert torch.equal(cm.answer(ids), llama.alone("a3").answer(ids))
     assert cm.recompiles == graphs
     cm.set_adapter(None)
-    assert torch.equal(cm.answer(ids), shallow.base.answer(ids))
+    assert torch.equal(cm.answer(ids), llama.base.answer(ids))

@@ -88,7 +88,6 @@ def built(tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_features_of_images_and_texts(built):
     cm, alone = built(clip)
     torch.manual_seed(0)
@@ -140,7 +139,6 @@ def images(rows: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fixed_sizes")
 def test_generate_encodes_images_with_the_adapter(built):
     """transformers has `get_image_features` run before the first forward."""
     cm, alone = built(llava)
@@ -151,7 +149,6 @@ def test_generate_encodes_images_with_the_adapter(built):
         assert torch.equal(cm.generate(**batch, **SHORT, adapter_names=[name] * 2), want)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.slow
 def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built):
     """Its first call registers hooks for the hidden states of the vision tower."""
@@ -166,7 +163,6 @@ def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built)
         assert torch.equal(tokens[row : row + 1], want)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.slow
 def test_generate_of_a_model_inside_of_the_model(built):
     """BLIP-2's own `generate` never calls its forward, but its parts, and the `generate` of its
@@ -195,7 +191,6 @@ def test_generate_of_a_model_inside_of_the_model(built):
         cm._orig_mod.vision_model(batch["pixel_values"])
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_hook_on_a_part_that_generate_calls_by_itself_runs_once(built):
     """That of a site ran in its graph, and around it."""
     cm, alone = built(blip2)

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, token_inputs
 import lorafx
 from lorafx.errors import CaptureError, ConfigError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 INPUTS = token_inputs(2, 6)
 Q = "model.layers.0.self_attn.q_proj"
@@ -26,39 +26,39 @@ def wrapped(case: Any) -> peft.PeftModel:
 
 
 @pytest.fixture(scope="module")
-def cm(shallow: Any) -> Any:
-    return shallow.compile(dynamic=False)
+def cm(llama: Any) -> Any:
+    return llama.compile()
 
 
-def test_a_peft_model_that_is_compiled_again_says_so(in_eager_mode, shallow):
-    pm = wrapped(shallow)
+def test_a_peft_model_that_is_compiled_again_says_so(in_eager_mode, llama):
+    pm = wrapped(llama)
     cm = lorafx.compile(pm, options=REFERENCE)
     for again in (lorafx.compile, lorafx.attach):
         with pytest.raises(CaptureError, match=r"already compiled this PeftModel.*lorafx\.detach"):
             again(pm, options=REFERENCE)
     assert str(lorafx.explain(pm)) == str(cm.explain())
-    check_mixed(cm, shallow, ["a1", None], INPUTS)
+    check_mixed(cm, llama, ["a1", None], INPUTS)
     assert lorafx.detach(pm) is cm._orig_mod
     cm = lorafx.compile(pm, options=REFERENCE)  # it has its adapters again
-    check_mixed(cm, shallow, ["a1", None], INPUTS)
+    check_mixed(cm, llama, ["a1", None], INPUTS)
 
 
-def test_a_peft_model_that_is_attached_again_says_so(shallow):
-    pm = wrapped(shallow)
+def test_a_peft_model_that_is_attached_again_says_so(llama):
+    pm = wrapped(llama)
     model = lorafx.attach(pm, options=REFERENCE)
     for again in (lorafx.compile, lorafx.attach):
         with pytest.raises(CaptureError, match=r"detach"):
             again(pm, options=REFERENCE)
-    lorafx.load_adapter(pm, shallow.folders["a0"], "a0")
+    lorafx.load_adapter(pm, llama.folders["a0"], "a0")
     assert lorafx.detach(pm) is model
     assert lorafx.attach(pm, options=REFERENCE) is model
 
 
-def test_a_name_that_is_a_folder_too_is_a_name(cm, shallow, tmp_path, monkeypatch):
+def test_a_name_that_is_a_folder_too_is_a_name(cm, llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sql").mkdir()
-    cm.load_adapter(str(shallow.folders["a1"]), "sql")
-    check_mixed(cm, shallow, ["a1", None], INPUTS)
+    cm.load_adapter(str(llama.folders["a1"]), "sql")
+    check_mixed(cm, llama, ["a1", None], INPUTS)
     got = cm(**INPUTS, adapter_names=["sql", None]).logits
     assert torch.equal(got, cm(**INPUTS, adapter_names=["a1", None]).logits)
     cm.unload_adapter("sql")
@@ -89,31 +89,31 @@ def test_methods_of_peft_name_the_way_out(cm, name, way):
         ({"dynamic": "auto"}, "dynamic is True, False or None.*got 'auto'"),
     ],
 )
-def test_arguments_of_other_libraries_name_the_way_out(shallow, given, way):
-    model = shallow.model()
+def test_arguments_of_other_libraries_name_the_way_out(llama, given, way):
+    model = llama.model()
     with pytest.raises(ConfigError, match=way):
-        lorafx.compile(model, shallow.folders, options=REFERENCE, **given)
+        lorafx.compile(model, llama.folders, options=REFERENCE, **given)
     if "dynamic" not in given:
         with pytest.raises(ConfigError, match=way):
-            lorafx.attach(model, shallow.folders, options=REFERENCE, **given)
+            lorafx.attach(model, llama.folders, options=REFERENCE, **given)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_asks_for_nothing_is_taken(shallow):
+def test_what_asks_for_nothing_is_taken(llama):
     nothing = {"fullgraph": False, "disable": False}
-    cm = lorafx.compile(shallow.model(), shallow.folders, options=REFERENCE, **nothing)
-    cm.load_adapter(shallow.folders["a1"], "same", is_trainable=False, torch_device=None)
+    cm = lorafx.compile(llama.model(), llama.folders, options=REFERENCE, **nothing)
+    cm.load_adapter(llama.folders["a1"], "same", is_trainable=False, torch_device=None)
     with pytest.raises(ConfigError, match=r"load_adapter takes no is_trainable=True: .*PEFT"):
-        cm.load_adapter(shallow.folders["a1"], "other", is_trainable=True)
+        cm.load_adapter(llama.folders["a1"], "other", is_trainable=True)
     with pytest.raises(ConfigError, match=r"no argument 'adaptername'; nearest: adapter_name"):
-        cm.load_adapter(shallow.folders["a1"], adaptername="other")
-    assert cm.list_adapters() == [*shallow.folders, "same"]
+        cm.load_adapter(llama.folders["a1"], adaptername="other")
+    assert cm.list_adapters() == [*llama.folders, "same"]
 
 
 @pytest.mark.parametrize("function", [lorafx.compile, lorafx.attach])
-def test_a_third_argument_by_place_is_refused_with_the_way_to_give_both(shallow, function):
-    model, config = shallow.model(), peft.LoraConfig(target_modules=["q_proj"])
-    for given in ((shallow.folders, config), (config, shallow.folders)):
+def test_a_third_argument_by_place_is_refused_with_the_way_to_give_both(llama, function):
+    model, config = llama.model(), peft.LoraConfig(target_modules=["q_proj"])
+    for given in ((llama.folders, config), (config, llama.folders)):
         with pytest.raises(ConfigError, match=r"\(model, lora_config, adapters=\.\.\.\)"):
             function(model, *given)
     assert not any(module._forward_hooks for module in model.modules())

@@ -242,7 +242,7 @@ def test_prefetch(case, inputs):
 
 def test_adapters_with_copies_of_base_weights_outlive_new_ones(inputs, tmp_path):
     """PEFT saves the base weight of an embedding that it trains, as it is then."""
-    base, targets = random_base("llama", num_hidden_layers=1), ["q_proj", "embed_tokens"]
+    base, targets = random_base("llama"), ["q_proj", "embed_tokens"]
     folders = {
         name: save_adapter(base, tmp_path / name, rank=2, targets=targets) for name in ("b0", "b1")
     }

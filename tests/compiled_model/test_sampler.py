@@ -48,7 +48,7 @@ def classifier() -> nn.Module:
 #: A base, and the configurations of its two adapters.
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "llama": (
-        functools.partial(FAMILIES["llama"].build, num_hidden_layers=1),
+        FAMILIES["llama"].build,
         {**LLAMA, "use_dora": True},
         {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     ),
@@ -85,7 +85,7 @@ def trainer(case: str = "llama", *, base: bool = False, **changes: Any) -> peft.
 
 
 def sampler_of(model: nn.Module, **options: Any) -> Any:
-    return lorafx.sampler(model, {**REFERENCE, **options}, dynamic=False)
+    return lorafx.sampler(model, {**REFERENCE, **options})
 
 
 def trained_of(model: Any) -> dict[str, Tensor]:

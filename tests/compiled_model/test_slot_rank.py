@@ -24,7 +24,7 @@ IDS = {"input_ids": torch.arange(24).view(4, 6)}
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A Llama of one layer with adapters of unequal ranks, two of them on the embedding too."""
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     folder = tmp_path_factory.mktemp("ranks")
     folders: dict[str, Path] = {}
     for seed, (name, rank) in enumerate(RANKS.items()):

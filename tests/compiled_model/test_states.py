@@ -35,7 +35,6 @@ import lorafx
 from lorafx.errors import BatchError, CapacityError, CaptureError, ConfigError, LorafxError
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.filterwarnings("ignore:.*training mode"),
 ]
 SLOTS, ROWS = 3, 3

@@ -31,7 +31,7 @@ MIX = {"a0": 0.7, "a1": 0.3}
 def case(tmp_path_factory: pytest.TempPathFactory) -> SumCase:
     """A Llama of one layer with two adapters of its embedding, one of them by rsLoRA."""
     folder = tmp_path_factory.mktemp("sums")
-    made = SumCase.of(build_case("llama", folder, num_hidden_layers=1))
+    made = SumCase.of(build_case("llama", folder))
     made.folders["rs"] = save_adapter(
         made.base,
         folder / "rs",
@@ -75,7 +75,6 @@ def test_a_weight_of_one_is_the_adapter_and_of_zero_the_base(case: SumCase, serv
     assert error(served(**inputs, adapter_names=names).logits, plain) <= TOLERANCE
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_parts_of_packed_projections(case_of: Any) -> None:
     case = SumCase.of(case_of("phi3"))
     names = [{"a0": 0.7, "a1": -0.4}, None, {"a2": 0.5, "a1": 0.5, "a4": 2.0}, "a0"]
@@ -92,7 +91,6 @@ def test_as_peft_joins_adapters(case: SumCase, served: Any) -> None:
     assert error(served(**inputs, adapter_names=[MIX, MIX]).logits, want) <= TOLERANCE
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_routed_experts(tmp_path: Path) -> None:
     case = SumCase.of(moe_case("qwen3_moe", tmp_path))
     names = [{"params": 0.7, "older": 0.4}, None, {"older": -0.5}, "down", {"down": 1, "older": 2}]
@@ -139,7 +137,6 @@ def test_the_default(case: SumCase, served: Any) -> None:
         served.set_adapter(None)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     cm = case.with_room(max_adapters=3)
     inputs, host = feed(3), cm.memory()["host"]
@@ -185,7 +182,6 @@ def test_members_of_a_running_call_stay(case: SumCase, served: Any) -> None:
     assert len(raised) == 8
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_too_large_a_rank(case: SumCase) -> None:
     cm = case.compile()  # room for the largest of its adapters, 8
     inputs = feed(2)
@@ -220,7 +216,6 @@ def test_what_is_no_sum(served: Any, given: Any, kind: type[Exception], said: st
     assert (served._session.store.resident, served.memory(), served.recompiles) == before
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     dora = SumCase.of(family_case("plain", tmp_path / "dora"))
     cm, inputs = dora.compile(), FAMILIES["plain"].inputs(3, 4)
@@ -237,7 +232,7 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
         "tokens": {"target_modules": qv, "trainable_token_indices": [3, 5]},
         "low": {"target_modules": qv, "r": 3},
     }
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     own = SumCase.of(own_case(base, tmp_path / "own", configs))
     cm, inputs = own.compile(), feed(3)
     for name in ("own", "tokens"):

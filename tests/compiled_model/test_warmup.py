@@ -18,6 +18,8 @@ from lorafx.errors import ConfigError
 from lorafx.program.argument_roles import CACHES
 from lorafx.runtime.example_inputs import derived_example
 
+pytestmark = pytest.mark.any_sizes
+
 FEED = FAMILIES["plain"].inputs
 
 
@@ -50,14 +52,14 @@ class Warm:
 
 
 @pytest.fixture(scope="module")
-def warm(shallow: Case) -> Warm:
-    return Warm(shallow)
+def warm(llama: Case) -> Warm:
+    return Warm(llama)
 
 
-def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
+def test_forward_and_decode_compile_nothing(llama: Case, warm: Warm) -> None:
     """One request and several, prompts and single tokens with a cache, any mix and none."""
     cm = warm.served
-    cache = next(n for n in CACHES if n in inspect.signature(shallow.base.forward).parameters)
+    cache = next(n for n in CACHES if n in inspect.signature(llama.base.forward).parameters)
     captured = Captured(cm)
     assert warm.graphs == 8  # {prompt, decode} × {base, adapters} × {one request, several}
     torch.manual_seed(0)
@@ -72,7 +74,7 @@ def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
             **{cache: output[cache]},
             adapter_names=names,
         )
-    check_mixed(cm, shallow, ["a0", None, "a1"], token_inputs(3, 5))
+    check_mixed(cm, llama, ["a0", None, "a1"], token_inputs(3, 5))
     assert not captured.more
 
 
@@ -83,7 +85,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_generate_compiles_nothing(shallow: Case, warm: Warm, size: int) -> None:
+def test_generate_compiles_nothing(llama: Case, warm: Warm, size: int) -> None:
     """Prompts of equal lengths and padded ones, beams, batches of any mix and of none. That one
     request has graphs of its own, `test_forward_and_decode_compile_nothing` shows quickly."""
     cm = warm.served
@@ -100,14 +102,14 @@ def test_generate_compiles_nothing(shallow: Case, warm: Warm, size: int) -> None
         cm.generate(inputs["input_ids"], **fixed, adapter_names=names)
         for row, name in enumerate(names):
             one = {key: value[row : row + 1] for key, value in inputs.items()}
-            want = shallow.alone(name).generate(**one, **fixed)[0]
+            want = llama.alone(name).generate(**one, **fixed)[0]
             assert torch.equal(got[row][: len(want)], want)
     names = ["a1", None] if size == 2 else ["a2"]
     fixed["num_beams"], inputs = size, token_inputs(size, 5)
     got = cm.generate(**inputs, **fixed, adapter_names=names)
     for row, name in enumerate(names):
         one = {key: value[row : row + 1] for key, value in inputs.items()}
-        want = shallow.alone(name).generate(**one, **fixed)[0]
+        want = llama.alone(name).generate(**one, **fixed)[0]
         assert torch.equal(got[row][: len(want)], want)
     assert not captured.more
 
@@ -262,7 +264,7 @@ def test_progress_is_shown_on_a_terminal_only(
 # --- what cannot be done ---
 
 
-def test_bad_arguments(plain: Case, shallow: Case) -> None:
+def test_bad_arguments(plain: Case, llama: Case) -> None:
     cm = plain.compile()
     with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):
         cm.warmup()
@@ -284,12 +286,12 @@ def test_bad_arguments(plain: Case, shallow: Case) -> None:
     with pytest.raises(lorafx.CaptureError, match="detached"):
         cm.warmup(FEED(1, 2))
     with pytest.raises(ConfigError, match=r"generate=.* got 3"):
-        shallow.compile().warmup(generate=3)
+        llama.compile().warmup(generate=3)
 
 
 def test_the_configuration_says_what_ids_there_are() -> None:
     """No id outside the vocabulary, and none that means something to the model."""
-    model = random_base("llama", num_hidden_layers=1, vocab_size=9, pad_token_id=0)
+    model = random_base("llama", vocab_size=9, pad_token_id=0)
     example = derived_example(model, torch.device("cpu"), 3, 8)
     assert example.named["input_ids"].shape == example.named["attention_mask"].shape == (3, 8)
     special = {model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id}

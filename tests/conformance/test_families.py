@@ -13,6 +13,8 @@ import tiny
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import examine
 
+pytestmark = pytest.mark.any_sizes
+
 CASES = (
     ("causal", "qwen2_moe"),
     pytest.param("causal", "xlnet", marks=pytest.mark.slow),

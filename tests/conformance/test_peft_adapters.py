@@ -253,10 +253,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
             for name, config in cases.items():
                 alone[name] = train(base, model, config, folders[name])
             room = lorafx.LoraConfig(max_adapters=max(8, len(cases)), max_rank=8)
-            settings: dict[str, Any] = {"dynamic": False} if model == "Experts" else {}
             options = {"lowering": "reference"}
             cm = lorafx.compile(
-                copy.deepcopy(base), room, adapters=folders, options=options, **settings
+                copy.deepcopy(base),
+                room,
+                adapters=folders,
+                options=options,
+                dynamic=model != "Experts",
             )
             compiled[model] = Served(cm, alone)
         return compiled[model]

@@ -14,6 +14,8 @@ from toolchain import needs_compiler
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a", None, "b", "a"]
 
 

@@ -28,7 +28,10 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 from lorafx import Options
 
 #: Nobody is to learn that from our own examples.
-pytestmark = pytest.mark.filterwarnings("error:.* is in training mode:lorafx.LorafxWarning")
+pytestmark = [
+    pytest.mark.any_sizes,
+    pytest.mark.filterwarnings("error:.* is in training mode:lorafx.LorafxWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -446,15 +446,15 @@ def steering(held: str) -> Any:
     return of_last_call
 
 
-@pytest.mark.usefixtures("fixed_sizes", "nothing_beside")
+@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("held", ["direction", "module"])
 @pytest.mark.parametrize("start", ["eager", "compiled"])
-def test_hooks_that_steer_by_what_they_hold(shallow: Case, start: str, held: str) -> None:
-    cm, inputs, hook = shallow.compile({**EAGER, "start": start}), {}, steering(held)
+def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) -> None:
+    cm, inputs, hook = llama.compile({**EAGER, "start": start}), {}, steering(held)
     inputs["input_ids"] = torch.randint(3, VOCAB, (4, 6))
     want = []
     for row, name in enumerate(MIXED[:4]):
-        alone = copy.deepcopy(shallow.alone(name))
+        alone = copy.deepcopy(llama.alone(name))
         alone.model.layers[0].register_forward_hook(hook)
         want.append(alone(inputs["input_ids"][row : row + 1]).logits)
     if start == "eager":
@@ -465,9 +465,9 @@ def test_hooks_that_steer_by_what_they_hold(shallow: Case, start: str, held: str
         check_eager(cm)
 
 
-@pytest.mark.usefixtures("fixed_sizes", "nothing_beside")
-def test_what_a_hook_keeps_of_a_call_belongs_to_its_requests(shallow: Case) -> None:
-    cm, ids = shallow.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
+@pytest.mark.usefixtures("nothing_beside")
+def test_what_a_hook_keeps_of_a_call_belongs_to_its_requests(llama: Case) -> None:
+    cm, ids = llama.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
     cm._orig_mod.model.layers[0].register_forward_hook(steering("last call"))
     cm(ids, adapter_names=MIXED[:4])
     with pytest.raises(ProvenanceError, match="it is not known which requests"):

@@ -22,6 +22,7 @@ from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import MatchError, ProvenanceError
 
 pytestmark = [
+    pytest.mark.any_sizes,
     pytest.mark.usefixtures("earlier_objects_frozen"),
     pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
 ]
@@ -299,7 +300,6 @@ class Reads(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     torch.manual_seed(0)
     model = Reads().eval()
@@ -318,7 +318,6 @@ def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     cm(input_ids=ids, adapter_names=["body", None])
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_behind_routed_experts_it_is_refused(tmp_path) -> None:
     """Dispatch sorts the tokens, and which is which is not proved behind it."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}

@@ -13,16 +13,18 @@ from tiny_models import seq2seq_inputs, token_inputs
 import lorafx
 from lorafx.errors import BatchError, LorafxError
 
+pytestmark = pytest.mark.any_sizes
+
 NEW = 4
 NAMES = ["a1", None, "a3", "a0"]
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": NEW, "max_new_tokens": NEW}
 
 
 @pytest.fixture(scope="module")
-def generated(shallow):
+def generated(llama):
     """One compiled model for the module, whose graphs are shared as in use, and whether each graph
     of its first prompts, of two sizes, was captured with adapters."""
-    cm = shallow.compile()
+    cm = llama.compile()
     for inputs in (prompts(), prompts(3, 7)):
         names = ["a1", None, "a3", "a0"][: len(inputs["input_ids"])]
         cm.generate(**inputs, **FIXED, do_sample=False, adapter_names=names)
@@ -58,12 +60,12 @@ def prompts(rows: int = len(NAMES), length: int = 5) -> dict[str, torch.Tensor]:
     ],
     ids=["greedy", "no-cache", "beams", "beams-returned"],
 )
-def test_tokens_are_those_of_the_merged_models(shallow, served, kwargs):
+def test_tokens_are_those_of_the_merged_models(llama, served, kwargs):
     inputs = prompts()
     got = served.generate(**inputs, **FIXED, **kwargs, adapter_names=NAMES)
-    want = oracle_tokens(shallow, NAMES, inputs, **kwargs)
+    want = oracle_tokens(llama, NAMES, inputs, **kwargs)
     assert torch.equal(got, want)
-    check_changed(shallow, got, inputs, **kwargs)
+    check_changed(llama, got, inputs, **kwargs)
 
 
 def check_changed(case: Any, got: torch.Tensor, inputs: Any, **kwargs: Any) -> None:
@@ -76,7 +78,7 @@ def check_changed(case: Any, got: torch.Tensor, inputs: Any, **kwargs: Any) -> N
 
 
 @pytest.mark.parametrize("returned", [1, 2])
-def test_sampling(shallow, served, returned):
+def test_sampling(llama, served, returned):
     """With the same noise a row's sample does not depend on its neighbours' adapters: rows of a
     mixed batch are those of the single-adapter batches with the same seed."""
     inputs, names = prompts(3), ["a1", None, "a3"]
@@ -86,12 +88,12 @@ def test_sampling(shallow, served, returned):
     assert got.shape[0] == 3 * returned
     for row, name in enumerate(names):
         torch.manual_seed(6)
-        want = shallow.alone(name).generate(**inputs, **kwargs)
+        want = llama.alone(name).generate(**inputs, **kwargs)
         own = slice(row * returned, (row + 1) * returned)
         assert torch.equal(got[own], want[own])
 
 
-def test_positional_prompts_and_the_default_adapter(shallow, served):
+def test_positional_prompts_and_the_default_adapter(llama, served):
     inputs = prompts(2)
     mask = inputs["attention_mask"]  # without padding the graphs are others
     served.set_adapter("a3")
@@ -99,7 +101,7 @@ def test_positional_prompts_and_the_default_adapter(shallow, served):
         got = served.generate(inputs["input_ids"], attention_mask=mask, **FIXED, do_sample=False)
     finally:
         served.set_adapter(None)
-    assert torch.equal(got, oracle_tokens(shallow, ["a3"] * 2, inputs, do_sample=False))
+    assert torch.equal(got, oracle_tokens(llama, ["a3"] * 2, inputs, do_sample=False))
 
 
 def test_encoder_decoder(case_of):
@@ -116,9 +118,9 @@ def test_encoder_decoder(case_of):
     assert "forward" not in vars(cm._orig_mod.get_encoder())
 
 
-def test_forward_is_put_back(in_eager_mode, shallow):
+def test_forward_is_put_back(in_eager_mode, llama):
     """After success, after an exception in the middle, and with a forward of the user's own."""
-    served = shallow.compile()
+    served = llama.compile()
     model, inputs = served.model, prompts(2)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -145,15 +147,15 @@ def test_what_cannot_be_generated(served, plain):
         plain.compile().generate(ids=torch.zeros(1, 2).long())
 
 
-def test_static_caches_keep_their_graphs_when_mixes_change(shallow):
-    cm, inputs, static = shallow.compile(), prompts(), {"cache_implementation": "static"}
+def test_static_caches_keep_their_graphs_when_mixes_change(llama):
+    cm, inputs, static = llama.compile(), prompts(), {"cache_implementation": "static"}
     none = [None] * len(NAMES)
     for names in (none, NAMES, ["a0", "a0", None, "a2"], none):
         got = cm.generate(**inputs, **FIXED, **static, do_sample=False, adapter_names=names)
-        want = oracle_tokens(shallow, names, inputs, do_sample=False, **static)
+        want = oracle_tokens(llama, names, inputs, do_sample=False, **static)
         assert torch.equal(got, want), names
         if names is NAMES:
-            check_changed(shallow, got, inputs, do_sample=False, **static)
+            check_changed(llama, got, inputs, do_sample=False, **static)
     # Those of calls without an adapter are the base model's own.
     assert [record.lora for record in cm._session.backend.records] == [False, False, True, True]
 

@@ -11,6 +11,8 @@ from tiny_models import VOCAB, Family
 from torch import nn
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
+pytestmark = pytest.mark.any_sizes
+
 FIXED = {"eos_token_id": None, "pad_token_id": 1, "min_new_tokens": 2, "max_new_tokens": 2} | {
     "do_sample": False, "return_dict_in_generate": True, "output_logits": True
 }  # fmt: skip
@@ -37,7 +39,6 @@ def florence2() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fixed_sizes")
 def test_adapters_of_the_vision_tower_the_encoder_and_the_decoder(tmp_path):
     base = random_base(Family(florence2, ()))
     targets = {

@@ -28,7 +28,7 @@ import lorafx
 from lorafx.eager.following import running
 from lorafx.errors import BatchError
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
 
 NAMES = ["a", None, "b"]
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False, "max_new_tokens": 3}
@@ -53,7 +53,7 @@ def wanted(case: Case, inputs: dict[str, Tensor], names: Any, **kwargs: Any) -> 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     patterns = {"a": r".*(q_proj|down_proj|lm_head)", "b": r".*(v_proj|up_proj|lm_head)"}
     return case_by_targets(base, tmp_path_factory.mktemp("rows"), patterns)
 

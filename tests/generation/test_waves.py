@@ -16,6 +16,8 @@ import lorafx
 from lorafx.errors import BatchError, CapacityError, UnknownAdapterError
 from lorafx.generation.waves import waves_of
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a1", None, "a3", "a0", "a1", "a4", "a2"]
 NEW = 4
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": NEW, "max_new_tokens": NEW}
@@ -28,13 +30,13 @@ def compiled(case: Any, slots: int = 2, **options: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(shallow):
-    return compiled(shallow)
+def served(llama):
+    return compiled(llama)
 
 
 @pytest.fixture
-def eagerly(in_eager_mode, shallow):
-    return compiled(shallow)
+def eagerly(in_eager_mode, llama):
+    return compiled(llama)
 
 
 @pytest.fixture
@@ -43,28 +45,28 @@ def inputs() -> dict[str, Tensor]:
     return token_inputs(len(NAMES), 5)
 
 
-def test_rows_are_those_of_the_merged_models(shallow, served, inputs):
-    check_mixed(served, shallow, NAMES, inputs)
+def test_rows_are_those_of_the_merged_models(llama, served, inputs):
+    check_mixed(served, llama, NAMES, inputs)
     assert served.stats().evictions > 0
     before = served.recompiles
-    check_mixed(served, shallow, ["a4", "a3", "a2", "a1", "a0", "a0", None], inputs)
+    check_mixed(served, llama, ["a4", "a3", "a2", "a1", "a0", "a0", None], inputs)
     assert served.recompiles == before
 
 
-def test_refused_by_default(shallow, inputs):
-    cm = compiled(shallow, overflow="refuse")
+def test_refused_by_default(llama, inputs):
+    cm = compiled(llama, overflow="refuse")
     with pytest.raises(CapacityError, match=r'max_adapters=5\) or Options\(overflow="waves"\)'):
         cm(**inputs, adapter_names=NAMES)
 
 
-def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(shallow, served, inputs):
+def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(llama, served, inputs):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     first = served(input_ids=ids[:, :3], attention_mask=mask[:, :3], adapter_names=NAMES)
     cache = first.past_key_values
     assert cache.get_seq_length() == 3
     assert all(len(layer.keys) == len(NAMES) for layer in cache.layers)
     later = {"input_ids": ids[:, 3:], "attention_mask": mask}
-    for given in (cache, StaticCache(config=shallow.base.config, max_cache_len=8)):
+    for given in (cache, StaticCache(config=llama.base.config, max_cache_len=8)):
         with pytest.raises(BatchError, match=r"'past_key_values' is a \w+Cache.*more adapters"):
             served(**later, past_key_values=given, adapter_names=NAMES)
     assert cache.get_seq_length() == 3
@@ -75,13 +77,13 @@ def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(shallow, se
     assert cache.get_seq_length() == 5
 
 
-def test_generate(shallow, eagerly, inputs):
+def test_generate(llama, eagerly, inputs):
     kwargs = {"num_beams": 2, "num_return_sequences": 2}
     with pytest.raises(BatchError, match="leave out return_dict_in_generate"):
         eagerly.generate(**inputs, **FIXED, return_dict_in_generate=True, adapter_names=NAMES)
     got = eagerly.generate(**inputs, **FIXED, do_sample=False, **kwargs, adapter_names=NAMES)
     rows = [
-        shallow.alone(name).generate(
+        llama.alone(name).generate(
             **{key: value[row : row + 1] for key, value in inputs.items()},
             **FIXED,
             do_sample=False,
@@ -92,7 +94,7 @@ def test_generate(shallow, eagerly, inputs):
     assert torch.equal(got, torch.cat(rows))
 
 
-def test_generated_rows_are_padded_to_the_longest(shallow, eagerly, inputs):
+def test_generated_rows_are_padded_to_the_longest(llama, eagerly, inputs):
     """Each wave ends when its rows have; the whole is what one batch gives."""
     kwargs = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
     free = eagerly.generate(**inputs, **kwargs, eos_token_id=None, adapter_names=NAMES)
@@ -135,15 +137,15 @@ def test_names_are_checked_before_the_first_wave(served, inputs):
     assert served.stats().loads == loads
 
 
-def test_pinned_adapters_keep_their_slots(shallow, served, inputs):
+def test_pinned_adapters_keep_their_slots(llama, served, inputs):
     served.pin_adapter("a3")
     try:
-        check_mixed(served, shallow, NAMES, inputs)
+        check_mixed(served, llama, NAMES, inputs)
         assert "a3" in served._session.store.resident
         served.pin_adapter("a0")
         with pytest.raises(CapacityError):
             served(**inputs, adapter_names=NAMES)
-        check_mixed(served, shallow, ["a0", "a3", "a0", None, "a3", "a3", "a0"], inputs)
+        check_mixed(served, llama, ["a0", "a3", "a0", None, "a3", "a3", "a0"], inputs)
     finally:
         served.unpin_adapter("a3")
         served.unpin_adapter("a0")

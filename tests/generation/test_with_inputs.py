@@ -14,6 +14,8 @@ from tiny import randomise
 import lorafx
 from lorafx.errors import ConfigError
 
+pytestmark = pytest.mark.any_sizes
+
 IMAGE, START = 5, 6
 NEW = 6
 

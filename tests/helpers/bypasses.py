@@ -212,7 +212,7 @@ def compile_prepared(case: Case, **options: Any) -> Any:
     model = case.model()
     model.prepare()
     options = {**REFERENCE, "cache": None, **options}
-    return lorafx.compile(model, case.folders, options=options, dynamic=False)
+    return lorafx.compile(model, case.folders, options=options)
 
 
 def expected(case: Case, names: Sequence[str | None], x: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ def serve(
     model = placed(rank, size, folder, **(settings or {}))
     state = {name: whole(value) for name, value in model.state_dict().items()}
     # Sizes are fixed where nothing is generated: graphs for any cost twice as much.
-    dynamic = {"dynamic": False} if changes is None else {}
-    cm = lorafx.compile(model, folders, options=dict(options), **dynamic)
+    cm = lorafx.compile(model, folders, options=dict(options), dynamic=changes is not None)
 
     def logits() -> list[Tensor]:
         return [cm(input_ids=ids, adapter_names=names).logits for ids, names in batches]

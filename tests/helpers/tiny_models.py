@@ -1,6 +1,6 @@
 """Tiny random models of the families that the tests name, and what adapters of each target.
 
-Depth is llama's, gpt2's and gemma3's part: two layers, of which some adapters touch one. The other
+Depth is the part of gpt2 and gemma3: two layers, of which some adapters touch one. The other
 families have one layer.
 
 A `Family` is a constructor, its inputs for a batch, and the target modules of five adapters of
@@ -104,7 +104,7 @@ _LLAMA_TARGETS = (
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
-        _model(transformers.LlamaConfig, transformers.LlamaForCausalLM, **LLAMA_SIZES),
+        _model(transformers.LlamaConfig, transformers.LlamaForCausalLM, **ONE_LAYER),
         _LLAMA_TARGETS,
     ),
     "qwen3": Family(

@@ -32,7 +32,7 @@ def test_sites_and_bytes_are_those_of_the_compiled_model(
     told = lorafx.explain(model, CONFIG)
     assert {n: id(tensor) for n, tensor in model.state_dict(keep_vars=True).items()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    cm = lorafx.compile(model, CONFIG, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, CONFIG, options=REFERENCE)
     made = cm.explain()
     assert (told.sites, told.banks, told.passes) == (made.sites, made.banks, made.passes)
     assert (told.weight_bytes, told.adapter_bytes) == (made.weight_bytes, made.adapter_bytes)

@@ -27,11 +27,11 @@ Made = tuple[Case, Any, dict[str, torch.Tensor], Profile]
 @pytest.fixture(scope="module", params=["plain", "vit", "llama"])
 def made(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Made:
     family = request.param
-    case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
+    case = case_of(family)
     torch.manual_seed(0)
     inputs = FAMILIES[family].inputs(len(NAMES), 5)
     lowering = {"lowering": "inductor"} if family == "plain" else None
-    cm = case.compile(lowering, dynamic=False)
+    cm = case.compile(lowering)
     check_mixed(cm, case, NAMES, inputs)
     return case, cm, inputs, cm.profile(inputs, NAMES, calls=2)
 
@@ -161,7 +161,7 @@ def test_a_model_of_several_graphs(plain: Case) -> None:
     model.load_state_dict(plain.base.state_dict())
     torch.manual_seed(0)
     inputs = FAMILIES["plain"].inputs(len(NAMES), 5)
-    cm = lorafx.compile(model, plain.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, plain.folders, options=REFERENCE)
     for _ in range(2):
         check_mixed(cm, plain, NAMES, inputs)
         profile = cm.profile(inputs, NAMES, calls=1)

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 import lorafx
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 #: Of each family an adapter, and the first module in the order of the forward that it changes.
 FIRST = {
     "llama": ("a0", "model.layers.0.self_attn.q_proj"),

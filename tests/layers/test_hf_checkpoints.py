@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 import lorafx
 from lorafx.layers import load_weights
 
+pytestmark = pytest.mark.any_sizes
+
 VOCAB = 61
 
 

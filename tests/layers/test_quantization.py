@@ -84,7 +84,7 @@ def test_lora_on_quantised_packed_layers(quantised):
     model, cases, folders = quantised
     ids, names = torch.randint(0, 61, (4, 5)), ["all", None, "some", "all"]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    cm = lorafx.compile(model, folders, options={"lowering": "reference"}, dynamic=False)
+    cm = lorafx.compile(model, folders, options={"lowering": "reference"})
     oracle.assert_close(cm(ids, adapter_names=names), cases.rows(names, {"input_ids": ids}))
     qkv = cm._orig_mod.model.layers[0].self_attn.qkv_proj
     assert isinstance(qkv, QKVParallelLinear)

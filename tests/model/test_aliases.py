@@ -21,8 +21,6 @@ from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import MAX_PATHS, ModuleGraph
 from lorafx.runtime.marking import build_sites
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 K = 6
 NAMES = ["a", None, "b", "a"]
 EXPERTS = 5

@@ -31,7 +31,7 @@ def test_no_inputs(tmp_path: Path, targets: str | list[str]) -> None:
     cases = oracle.Oracle.of(model, {"a": folder})
     config = lorafx.LoraConfig(target_modules=targets)
     with pytest.warns(lorafx.LorafxWarning, match=r"extra \(Linear\) is left out") as warned:
-        cm = lorafx.compile(model, config, adapters={"a": folder}, options=REFERENCE, dynamic=False)
+        cm = lorafx.compile(model, config, adapters={"a": folder}, options=REFERENCE)
     assert len([w for w in warned if issubclass(w.category, lorafx.LorafxWarning)]) == 1
     assert [site.path for site in cm.sites] == ["main"]
     x = torch.randn(2, 4)

@@ -157,7 +157,7 @@ def test_wrong_handlers_are_errors_by_name(
     registered(WithBias, handler=handler)
     case, inputs = case_of(Tuples, tmp_path), {"x": torch.randn(2, 3, K)}
     with pytest.raises(MatchError, match=message):
-        case.compile(dynamic=False)(**inputs, adapter_names=["b", None])
+        case.compile()(**inputs, adapter_names=["b", None])
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
     with pytest.raises(MatchError, match=message):
         run_eagerly(eager, "b", inputs)

@@ -28,8 +28,8 @@ SLIPS = (
 
 
 @pytest.fixture(scope="module")
-def cm(shallow: Case) -> Any:
-    return shallow.compile()
+def cm(llama: Case) -> Any:
+    return llama.compile()
 
 
 @pytest.mark.parametrize("name", SLIPS)
@@ -72,9 +72,9 @@ def test_other_methods_and_names_that_a_part_declares() -> None:
     assert torch.equal(cm.encode(x, anything=1), cm.encode(x))
 
 
-def test_marked_models(shallow: Case) -> None:
+def test_marked_models(llama: Case) -> None:
     name = "adapter_names"
-    model, inputs = attached(shallow), token_inputs(3, 4)
+    model, inputs = attached(llama), token_inputs(3, 4)
     said = rf"'{name}'.*with lorafx.adapters\(model"
     with torch.no_grad(), pytest.raises(ConfigError, match=said):
         model(**inputs, **{name: ["a0", None, "a1"]})

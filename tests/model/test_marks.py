@@ -134,7 +134,7 @@ ADAPTERS = {
 @pytest.mark.quick
 @pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
 def test_covering(tmp_path, targets):
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     case = own_case(base, tmp_path, ADAPTERS)
     asked = LoraConfig(target_modules=targets, max_adapters=3, trainable_tokens=2)
     later = config_covering(asked, case.folders, base)

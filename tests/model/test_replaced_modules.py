@@ -91,7 +91,7 @@ CHANGES = [by_setattr, the_head, popped, swapped]
 def test_what_is_replaced_is_refused_until_it_is_back(
     case: Case, change: Callable[[Stack], None]
 ) -> None:
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     model = cm._orig_mod
     check(cm, case)
     kept = [(module, dict(module._modules)) for module in model.modules()]
@@ -123,7 +123,7 @@ def test_what_is_replaced_is_refused_until_it_is_back(
 
 
 def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check(cm, case)
     changed = case.model()
     replacement = frozen(nn.Linear(8, 5))
@@ -139,7 +139,7 @@ def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
 
 def test_other_modules_may_come_and_change(case: Case) -> None:
     """Their weights are known as weights, and `load_weights` writes to what is there."""
-    cm, changed = case.compile(dynamic=False), case.model()
+    cm, changed = case.compile(), case.model()
     check(cm, case)
     for model in (cm._orig_mod, changed):
         torch.manual_seed(7)
@@ -162,7 +162,7 @@ def test_other_modules_may_come_and_change(case: Case) -> None:
 
 
 def test_resized_embeddings(tmp_path: Path) -> None:
-    base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
+    base = random_base("llama", tie_word_embeddings=False)
     folders = {
         "head": dense_merge.save_adapter(
             base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]
@@ -172,7 +172,7 @@ def test_resized_embeddings(tmp_path: Path) -> None:
         ),
     }
     case, batch = Case(base, folders), token_inputs(2, 5)
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     cm(**batch, adapter_names=["head", None])
     torch.manual_seed(0)
     cm._orig_mod.resize_token_embeddings(136)
@@ -233,7 +233,7 @@ def test_attached_models_in_eager_mode(case: Case) -> None:
 
 def test_no_call_walks_the_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in ordinary calls nor where modules of no model of lorafx's are made."""
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check(cm, case)
     looks = []
     watch = cm._session.program.site_watch

@@ -24,8 +24,6 @@ from lorafx.errors import MatchError
 from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.runtime.marking import build_sites
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["both", "embed", None, "head", "both"]
 
 

@@ -96,14 +96,14 @@ def test_rows_that_are_not_dora_keep_their_bits(served):
 
 def test_weights_that_are_stored_transposed(cases):
     case = cases("gpt2")
-    check_mixed(case.compile(dynamic=False), case, NAMES, inputs())
+    check_mixed(case.compile(), case, NAMES, inputs())
 
 
 @pytest.mark.parametrize("lowering", ["inductor", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_in_inductors_code(plain, lowering):
     """Packed siblings with biases, an embedding, and a module that is called twice."""
-    cm = plain.compile({"lowering": lowering}, dynamic=False)
+    cm = plain.compile({"lowering": lowering})
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm)
     for names in MIXES:
@@ -139,7 +139,7 @@ def test_room_can_be_kept_for_later(plain, tmp_path):
 
 def test_new_base_weights_are_measured_again(plain):
     """In place: neither graphs nor addresses change."""
-    cm = plain.compile(dynamic=False)
+    cm = plain.compile()
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm), [group.bank.gains.data_ptr() for group in cm._session.program.groups]
     torch.manual_seed(7)

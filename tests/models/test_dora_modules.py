@@ -35,7 +35,7 @@ def test_parts_of_packed_projections(tmp_path):
         "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
     }
     case = dora_case(apart, tmp_path, targets)
-    cm = lorafx.compile(packed, case.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(packed, case.folders, options=REFERENCE)
     check_mixed(cm, case, NAMES, {"input_ids": torch.arange(20).view(4, 5)})
 
 
@@ -63,7 +63,7 @@ def test_weights_used_without_their_module(tmp_path):
     torch.manual_seed(0)
     base = Uses().eval().requires_grad_(False)
     case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, 6)})
 
 
@@ -102,7 +102,7 @@ def test_a_quantised_base(tmp_path):
     model = by_torchao()
     folder = dora_file(tmp_path / "d", 9, 6)
     cm, x = (
-        lorafx.compile(model, {"d": folder}, options=REFERENCE, dynamic=False),
+        lorafx.compile(model, {"d": folder}, options=REFERENCE),
         torch.randn(2, 3, 6),
     )
     weight = lorafx.dequantize(model.w)
@@ -126,7 +126,7 @@ def test_outputs_that_ranks_share(tmp_path):
     for rank in range(2):
         model = rank_of_two(rank)
         load_weights(model, {"w.weight": weight})
-        cm = lorafx.compile(model, {"d": folder}, options=REFERENCE, dynamic=False)
+        cm = lorafx.compile(model, {"d": folder}, options=REFERENCE)
         found.append(cm(x=x, adapter_names=["d", None])["logits"])
     got = torch.cat(found, -1)
     assert error(got[:1], F.linear(x[:1], merged_with(weight, folder))) <= TOLERANCE
@@ -169,7 +169,7 @@ def test_experts_are_refused_by_name(tmp_path):
     folder = hand_made.random_factors(tmp_path / "d", "experts", 6, 8)
     add_magnitudes(folder, {"experts": torch.rand(6)})
     config = lorafx.LoraConfig(target_modules="experts.*", use_dora=True)
-    cm = lorafx.compile(Routed().eval(), config, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(Routed().eval(), config, options=REFERENCE)
     with pytest.raises(UnsupportedAdapterError) as caught:
         cm.load_adapter(folder, "d")
     assert "use_dora is set with factors of routed experts (experts)" in str(caught.value)

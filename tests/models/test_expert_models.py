@@ -113,7 +113,7 @@ def test_every_layout_in_one_batch(tmp_path: Path) -> None:
         seed=9,
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     names = ["tinker", "bridge", None, "stacked", "apart", "peft"]
     check_mixed(cm, case, names, ids(len(names)))
     graphs = cm.recompiles
@@ -191,7 +191,7 @@ def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: P
     folder = oracle.save_adapter(base, tmp_path, rank=3, targets=[], **every)
     reference = oracle.Oracle.of(base, {"a": folder})
     names, batch = ["a", None, "a"], inputs(base, "causal", 3, 5, padding=False)
-    refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE, dynamic=False)
+    refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE)
     with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*use_experts_implementation"):
         refused(**batch, adapter_names=names)
 
@@ -203,5 +203,5 @@ def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: P
     switched.load_state_dict(experts.state_dict())
     base.set_submodule(path, switched.requires_grad_(False))
     config._experts_implementation = "grouped_mm"
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
     oracle.assert_close(cm(**batch, adapter_names=names), reference.rows(names, batch))

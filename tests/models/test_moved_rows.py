@@ -93,7 +93,7 @@ def partly_filled(m: Rows, x: Tensor) -> Tensor:
 )
 def test_rows_of_two_requests_or_none_are_refused(small, forward, where):
     case: Case = small(lambda: Rows(forward), ["up", "down"])
-    cm, x = case.compile(dynamic=False), torch.randn(4, 6)
+    cm, x = case.compile(), torch.randn(4, 6)
     with pytest.raises(ProvenanceError, match=rf"{where}.*Options\(start='eager'\)"):
         cm(x, adapter_names=MIX)
     got = cm(x, adapter_names=["b"] * 4)["logits"]

@@ -89,14 +89,14 @@ def test_merging(cm: Any, case: Case) -> None:
 def test_other_ways_in(case: Case) -> None:
     """A name of the attention means its output projection too, and a PeftModel is taken over."""
     config = peft.LoraConfig(target_modules=["cross"], r=4)
-    cm: Any = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
+    cm: Any = lorafx.compile(case.model(), config, options=REFERENCE)
     assert [site.path for site in cm.sites] == ["cross", "cross.out_proj"]
     cm.load_adapter(case.folders["cross"], "cross")
     check_mixed(cm, case, ["cross", None], inputs(2))
     model = peft.PeftModel.from_pretrained(
         case.model(), str(case.folders["cross"]), adapter_name="cross"
     )
-    cm = lorafx.compile(model.eval(), options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model.eval(), options=REFERENCE)
     check_mixed(cm, case, ["cross", None], inputs(2))
 
 

@@ -17,6 +17,8 @@ from transformers import (
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 MIXED = ["a0", None, "a1", "a2", "a3", "a4", "a1"]
 
 
@@ -170,10 +172,10 @@ def test_mixed_batches(case_of, tmp_path, family):
 
 def test_tied_embeddings_with_lora_on_both_ends(case_of):
     """One weight, two sites, two deltas: an adapter of one end does not change the other."""
-    case = case_of("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    case = case_of("llama", tie_word_embeddings=True)
     model = case.model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    cm = lorafx.compile(model, case.folders, options={"lowering": "reference"}, dynamic=False)
+    cm = lorafx.compile(model, case.folders, options={"lowering": "reference"})
     torch.manual_seed(2)
     assert {"model.embed_tokens", "lm_head"} <= {site.path for site in cm.sites}
     check_mixed(cm, case, MIXED, token_inputs(len(MIXED), 6))
@@ -185,7 +187,7 @@ def test_tied_embeddings_with_lora_on_both_ends(case_of):
 )
 def test_bfloat16_is_as_near_to_fp64_as_the_merged_model_in_bfloat16(tmp_path, lowering):
     def serve(base, folders, inputs, names):
-        cm = lorafx.compile(base, folders, options={"lowering": lowering}, dynamic=False)
+        cm = lorafx.compile(base, folders, options={"lowering": lowering})
         return cm(**inputs, adapter_names=names).logits
 
     check_bfloat16(tmp_path, serve)

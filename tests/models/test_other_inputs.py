@@ -38,7 +38,7 @@ def test_earlier_tokens_are_known_as_cache(tmp_path: Path) -> None:
         ["a", None, "b"],
     )
     ids = token_inputs(3, 6)["input_ids"]
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     cache = cm(ids[:, :4], adapter_names=names).past_key_values
     got = cm(ids[:, 4:], cache=cache, adapter_names=names).logits
     for row, name in enumerate(names):

@@ -27,7 +27,7 @@ def repeats(cm: Any, index: int = 0) -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def served(llama) -> tuple[Any, Any]:
     """With the pass and without it, for all tests that ask nothing of a new model."""
-    return llama.compile(dynamic=False), llama.compile(OFF, dynamic=False)
+    return llama.compile(), llama.compile(OFF)
 
 
 def test_layers_are_one_and_the_results_are_the_same(llama, served):
@@ -49,6 +49,6 @@ def test_two_kinds_of_layer_are_two_bodies(tmp_path):
     torch.manual_seed(0)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     case = build_case("gemma3", tmp_path, num_hidden_layers=3, layer_types=kinds)
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check_mixed(cm, case, NAMES, FAMILIES["gemma3"].inputs(4, 7))
     assert repeats(cm) == [("model.layers.0", "model.layers.2")]

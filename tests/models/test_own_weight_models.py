@@ -32,7 +32,7 @@ def inputs(rows: int, length: int = 6) -> dict[str, torch.Tensor]:
 
 def test_tied_weights(tmp_path):
     """Whole modules are apart as they were saved; trained tokens are the head's rows too."""
-    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     case = own_case(
         base,
         tmp_path,
@@ -43,12 +43,12 @@ def test_tied_weights(tmp_path):
             "lora": {"target_modules": QV},
         },
     )
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check_mixed(cm, case, ["head", "tokens", None, "embed", "lora"], inputs(5))
     # What trains both at once saves both.
     both = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     tied = own_case(base, tmp_path / "tied", {"both": {"target_modules": QV, **both}})
-    check_mixed(tied.compile(dynamic=False), tied, ["both", None], inputs(2))
+    check_mixed(tied.compile(), tied, ["both", None], inputs(2))
 
 
 SMALL = {
@@ -79,7 +79,7 @@ def test_classifiers(config, model, targets, tmp_path):
     torch.manual_seed(0)
     x = right_padded(5, 6)
     x["input_ids"] *= x["attention_mask"]
-    check_mixed(case.compile(dynamic=False), case, ["a", None, "b", "plain", "a"], x)
+    check_mixed(case.compile(), case, ["a", None, "b", "plain", "a"], x)
 
 
 def test_room_by_a_peft_configuration(in_eager_mode, tmp_path):
@@ -89,7 +89,7 @@ def test_room_by_a_peft_configuration(in_eager_mode, tmp_path):
     case = own_case(base, tmp_path, {"a": plan})
     config = json.loads((case.folders["a"] / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier", "score"]
-    cm = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(case.model(), config, options=REFERENCE)
     assert "Linear, 24 -> 3, float32, room for 3 rows of an adapter's own" in str(cm.explain())
     cm.load_adapter(str(case.folders["a"]), "a")
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def _family(model: Any, config: Any) -> Any:
 def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
     """The base is resized for one adapter's new tokens. One that was trained without them has no
     logits for them."""
-    small = random_base("llama", num_hidden_layers=1)
+    small = random_base("llama")
     saved = {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]}
     before = own_case(small, tmp_path / "small", {"old": saved})
     large = copy.deepcopy(small)
@@ -112,7 +112,7 @@ def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
     with pytest.raises(CheckpointError, match=r"has 65 rows.*resize_token_embeddings\(65\)"):
         lorafx.compile(small, case.folders)
     folders = {**case.folders, "old": before.folders["old"]}
-    cm = lorafx.compile(case.model(), folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(case.model(), folders, options=REFERENCE)
     x = inputs(3)
     got = cm(**x, adapter_names=["new", "old", None])["logits"]
     want = before.expected(["old"] * 3, x)[1]
@@ -125,7 +125,7 @@ def test_a_base_with_a_larger_vocabulary(in_eager_mode, tmp_path):
 
 def test_what_peft_saves_of_itself_where_a_vocabulary_grew(in_eager_mode, tmp_path):
     """By default `save_pretrained` writes all that the wrappers of embedding and head hold."""
-    random_base("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    random_base("llama").save_pretrained(tmp_path / "base")
 
     def resized():
         base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
@@ -141,7 +141,7 @@ def test_what_peft_saves_of_itself_where_a_vocabulary_grew(in_eager_mode, tmp_pa
     head = "base_model.model.lm_head"
     copies = {f"{head}.original_module.weight", f"{head}.modules_to_save.weight"}
     assert copies <= saved.keys()
-    cm = lorafx.compile(resized(), {"a": tmp_path / "a"}, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(resized(), {"a": tmp_path / "a"}, options=REFERENCE)
     x = inputs(2)
     x["input_ids"][0, 4] = VOCAB + 1
     got = cm(**x, adapter_names=["a", None])["logits"]

@@ -42,7 +42,7 @@ def test_a_transposed_weight_and_positions(tmp_path):
     }
     fixed = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     case = own_case(base, tmp_path, {name: {**fixed, **plan} for name, plan in plans.items()})
-    check_mixed(case.compile(dynamic=False), case, ["conv", None, "positions", "tokens"], inputs(4))
+    check_mixed(case.compile(), case, ["conv", None, "positions", "tokens"], inputs(4))
 
 
 class Offset(nn.Linear):
@@ -128,21 +128,20 @@ def test_uses_that_are_found(make, tmp_path):
     torch.manual_seed(0)
     case = saved_case(built(make()), tmp_path)
     ids = torch.randint(V, (3, 4))
-    check_mixed(case.compile(dynamic=False), case, ["own", None, "plain"], {"ids": ids})
+    check_mixed(case.compile(), case, ["own", None, "plain"], {"ids": ids})
 
 
 @pytest.mark.parametrize("make", [lambda: Model(Offset), Biasless, Broken])
 def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_path):
     torch.manual_seed(0)
     case = saved_case(built(make()), tmp_path)
-    cm, ids = case.compile(dynamic=False), torch.randint(V, (3, 4))
+    cm, ids = case.compile(), torch.randint(V, (3, 4))
     with pytest.raises(MatchError, match="an adapter has of its own for head cannot be applied"):
         cm(ids=ids, adapter_names=["own", None, "plain"])
     check_mixed(cm, case, ["plain", None, "plain"], {"ids": ids})
 
 
 QV = ["q_proj", "v_proj"]
-ONE_LAYER = {"num_hidden_layers": 1}
 
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
@@ -155,14 +154,14 @@ def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]
 def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     """PEFT ties what is tied to an input embedding with trained tokens, and not the other way
     round; with different tokens for both, each has its own."""
-    base = random_base("llama", **ONE_LAYER, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     config = {"target_modules": QV, "trainable_token_indices": tokens}
     case = own_case(base, tmp_path, {"tokens": config})
     x = inputs(2)
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["tokens"])).eval()
     with torch.no_grad():
         want = wrapped(**x)["logits"][0]
-    got = case.compile(dynamic=False)(**x, adapter_names=["tokens", None])["logits"]
+    got = case.compile()(**x, adapter_names=["tokens", None])["logits"]
     assert error(got[0], want) <= TOLERANCE
     assert error(got[1], case.expected([None] * 2, x)[1]) <= TOLERANCE
 
@@ -188,7 +187,7 @@ def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     ],
 )
 def test_a_file_that_lacks_a_weight(config: Any, key: str, message: str, tmp_path):
-    base = random_base("llama", **ONE_LAYER)
+    base = random_base("llama")
     folder = save_own(base, tmp_path / "a", seed=1, r=2, target_modules=QV, **config)
     lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
     edited(folder, lambda state: {k: t for k, t in state.items() if not k.endswith(key)})

@@ -38,7 +38,7 @@ MIXES = (NAMES[::-1], ["head", "head", "tokens", "tokens", "both", "lora", "lora
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     return own_case(base, tmp_path_factory.mktemp("own"), CAUSAL)
 
 
@@ -86,7 +86,7 @@ def test_base_and_plain_rows_keep_their_bits(served):
 
 @pytest.mark.slow
 def test_in_inductors_code(case):
-    cm = case.compile({"lowering": "inductor"}, dynamic=False)
+    cm = case.compile({"lowering": "inductor"})
     for names in (NAMES, MIXES[0]):
         check_mixed(cm, case, names, inputs())
 
@@ -178,7 +178,7 @@ def test_a_peft_model_that_is_taken_over(in_eager_mode, case):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
     wrapped.load_adapter(str(case.folders["head"]), "head")
     names = set(dict(wrapped.named_modules()))
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
     assert isinstance(cm._orig_mod.lm_head, torch.nn.Linear)
     check_mixed(cm, case, ["head", "both", None], inputs(3))
     cm.detach()
@@ -204,7 +204,7 @@ def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
 def test_no_room(in_eager_mode, case):
     config = LoraConfig([*QV, "k_proj", "o_proj", "embed_tokens", "lm_head"])
     lora = {"lora": case.folders["lora"]}
-    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE)
     with pytest.raises(CapacityError, match=r"LoraConfig\(modules_to_save=\['lm_head'\]\)"):
         cm.load_adapter(str(case.folders["head"]), "head")
     with pytest.raises(CapacityError, match=r"trainable_tokens=\{'.*embed_tokens': 4\}"):
@@ -224,7 +224,7 @@ def test_settings_that_name_nothing(case):
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp("own")
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     plan = {"target_modules": QV, "modules_to_save": ["lm_head"]}
     found = own_case(base, folder, {"first": plan, "second": plan})
     found.folders["plain"] = save_adapter(base, folder / "plain", rank=2, targets=QV)

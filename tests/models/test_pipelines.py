@@ -21,7 +21,6 @@ import lorafx
 from lorafx.errors import ConfigError
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
 

@@ -90,7 +90,7 @@ def test_loaded_quantised_then_a_peft_model_of_it(
         model(**given)
     tolerance = 1e-5 if kind == "torchao-int8" else ROUNDS
     want = Rounded(base, model, folders).rows(list(NAMES), given)
-    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, folders, options=REFERENCE)
     got = cm(**given, adapter_names=NAMES).logits
     assert error(got, want) <= tolerance
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_loaded_quantised_then_a_peft_model_of_it(
     wrapped.set_adapter("a")
     with torch.no_grad():
         theirs = wrapped(**given).logits
-    cm = lorafx.compile(wrapped, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(wrapped, options=REFERENCE)
     assert cm._orig_mod.model.layers[0].mlp.down_proj is layer.base_layer
     assert error(cm(**given, adapter_names=["a"] * 4).logits, theirs) <= tolerance
     assert error(cm(**given, adapter_names=NAMES).logits, got) <= tolerance
@@ -144,5 +144,5 @@ def test_experts_beside_quantised_linears(kind: str, tmp_path: Path) -> None:
     projection = next(m for path, m in model.named_modules() if path.endswith("q_proj"))
     assert is_stored(projection, lookup(projection))
     case = PeftCase(model, folders)
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     check_mixed(cm, case, NAMES, ids(len(NAMES)))

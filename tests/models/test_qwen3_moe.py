@@ -93,7 +93,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
     """`set_experts_implementation` before compiling, and after it: the switch is noticed."""
     model = shallow.model()
     model.set_experts_implementation("batched_mm")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
     check_mixed(cm, shallow, MIXED, ids())
     graphs = cm.recompiles
     model.set_experts_implementation("grouped_mm")
@@ -107,7 +107,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
 def test_a_loop_over_experts_is_in_no_graph(shallow: Case) -> None:
     model = shallow.model()
     model.set_experts_implementation("eager")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
     for names in (MIXED, ["down"] * 5):
         with pytest.raises(
             MatchError, match=r"(?s)layers.0.mlp.experts.*start='eager'.*grouped_mm"
@@ -136,7 +136,7 @@ def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:
     with oracle.by_present_names(shallow.model()) as twin:
         model = oracle.PeftModel.from_pretrained(twin, str(shallow.folders["params"]), "params")
     before = dict(model.named_modules()).keys()
-    cm = lorafx.compile(model, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, options=REFERENCE)
     case = Case(shallow.base, shallow.folders, shallow.merged)
     check_mixed(cm, case, ["params", None, "params"], ids(3))
     cm.detach()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Small(nn.Module):
     def __init__(self) -> None:
@@ -124,9 +126,9 @@ def test_arguments(inputs: Any, path: str, match: str, tmp_path: Path) -> None:
         lorafx.export(Plain().eval(), LINEAR, inputs, tmp_path / path)
 
 
-def test_caches(shallow: Case, tmp_path: Path) -> None:
+def test_caches(llama: Case, tmp_path: Path) -> None:
     with pytest.raises(lorafx.ConfigError, match=r"'past_key_values' is a DynamicCache.*use_cache"):
-        lorafx.export(shallow.model(), None, token_inputs(2, 4), tmp_path / "m.pt2")
+        lorafx.export(llama.model(), None, token_inputs(2, 4), tmp_path / "m.pt2")
 
 
 def test_a_compiled_model(small: Callable[..., Case], tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from tiny_models import FAMILIES
 import lorafx
 from lorafx.package.export import _OPTIONS, captured
 
+pytestmark = pytest.mark.any_sizes
+
 #: What the sizes of inputs are beside the number of requests, and their limits.
 SIZES: Mapping[str, tuple[set[Any], dict[str, int]]] = {
     "bert": ({"input_ids_1"}, {"input_ids_1": 64}),  # a table of 64 positions

@@ -22,19 +22,19 @@ from waiting import LONG
 import lorafx
 from lorafx.kernels.cpu.compiler import find_compiler
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.any_sizes, needs_compiler]
 
 ROOT = Path(__file__).parents[2]
 CONFIG = lorafx.LoraConfig(max_adapters=3, max_rank=8)
 
 
 @pytest.fixture(scope="module")
-def path(shallow: Case, tmp_path_factory: pytest.TempPathFactory) -> str:
+def path(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(3)
     inputs = {**token_inputs(3, 5), "use_cache": False}
-    model = shallow.model()
+    model = llama.model()
     path = tmp_path_factory.mktemp("package") / "llama.pt2"
-    written = lorafx.export(model, CONFIG, inputs, path, adapters=shallow.folders)
+    written = lorafx.export(model, CONFIG, inputs, path, adapters=llama.folders)
     assert not any(module._forward_hooks for module in model.modules())
     return written
 
@@ -45,11 +45,11 @@ def package(path: str) -> lorafx.Package:
 
 
 @pytest.fixture
-def fresh(package: lorafx.Package, shallow: Case) -> lorafx.Package:
+def fresh(package: lorafx.Package, llama: Case) -> lorafx.Package:
     """The package with the adapters of the case, a0 to a4."""
     for name in package.adapters:
         package.unload_adapter(name)
-    for name, folder in shallow.folders.items():
+    for name, folder in llama.folders.items():
         package.load_adapter(folder, name)
     return package
 
@@ -64,11 +64,11 @@ def check(case: Case, names: Sequence[str | None], inputs: dict[str, Tensor], go
 
 @pytest.mark.parametrize("name", ["oft", "lokr"])
 def test_other_methods_have_no_room(
-    package: lorafx.Package, shallow: Case, name: str, tmp_path: Path
+    package: lorafx.Package, llama: Case, name: str, tmp_path: Path
 ) -> None:
     configs = {"oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"])}
     configs["lokr"] = peft.LoKrConfig(r=64, alpha=3, target_modules=["q_proj"])
-    folder, before = method_files.save(shallow.base, configs[name], tmp_path), package.adapters
+    folder, before = method_files.save(llama.base, configs[name], tmp_path), package.adapters
     with pytest.raises(lorafx.CapacityError, match=r"no room .*q_proj; packages .*export_merged"):
         package.load_adapter(folder, name)
     assert package.adapters == before
@@ -86,27 +86,27 @@ def test_other_methods_have_no_room(
     ],
 )
 def test_rows_are_those_of_dense_merges(
-    fresh: lorafx.Package, shallow: Case, names: list[str | None], length: int
+    fresh: lorafx.Package, llama: Case, names: list[str | None], length: int
 ) -> None:
     inputs = token_inputs(len(names), length)
-    check(shallow, names, inputs, fresh(**inputs, adapter_names=names)["logits"])
+    check(llama, names, inputs, fresh(**inputs, adapter_names=names)["logits"])
 
 
-def test_adapters_take_turns_in_the_slots(fresh: lorafx.Package, shallow: Case) -> None:
+def test_adapters_take_turns_in_the_slots(fresh: lorafx.Package, llama: Case) -> None:
     inputs = token_inputs(3, 5)
     for names in (["a0", "a1", "a2"], ["a3", None, "a4"], ["a1", "a2", "a3"]):
-        check(shallow, names, inputs, fresh(**inputs, adapter_names=names)["logits"])
+        check(llama, names, inputs, fresh(**inputs, adapter_names=names)["logits"])
     with pytest.raises(lorafx.CapacityError, match="3 slots"):
         fresh(**token_inputs(4, 5), adapter_names=["a0", "a1", "a2", "a3"])
 
 
 def test_a_smaller_adapter_takes_the_slot_of_a_larger_one(
-    fresh: lorafx.Package, shallow: Case
+    fresh: lorafx.Package, llama: Case
 ) -> None:
     inputs = token_inputs(1, 5)
     fresh(**inputs, adapter_names=["a1"])  # rank 5, on all linears
-    fresh.load_adapter(shallow.folders["a0"], "a1")  # rank 2, on two of them
-    check(shallow, ["a0"], inputs, fresh(**inputs, adapter_names=["a1"])["logits"])
+    fresh.load_adapter(llama.folders["a0"], "a1")  # rank 2, on two of them
+    check(llama, ["a0"], inputs, fresh(**inputs, adapter_names=["a1"])["logits"])
 
 
 def test_a_row_does_not_depend_on_its_neighbours(fresh: lorafx.Package) -> None:
@@ -136,11 +136,11 @@ def test_bfloat16(tmp_path: Path) -> None:
     check_bfloat16(tmp_path, serve)
 
 
-def test_sums_of_adapters(fresh: lorafx.Package, shallow: Case) -> None:
+def test_sums_of_adapters(fresh: lorafx.Package, llama: Case) -> None:
     inputs = token_inputs(2, 5)
     names: list[Any] = [{"a0": 1.0}, {"a0": 0.5}]
     got = fresh(**inputs, adapter_names=names)["logits"]
-    check(shallow, ["a0"], {k: v[:1] for k, v in inputs.items()}, got[:1])
+    check(llama, ["a0"], {k: v[:1] for k, v in inputs.items()}, got[:1])
     assert not torch.allclose(got[1], fresh(**inputs, adapter_names=["a0", "a0"])["logits"][1])
 
 
@@ -167,7 +167,7 @@ def test_sums_of_adapters(fresh: lorafx.Package, shallow: Case) -> None:
 )
 def test_bad_calls_are_refused_and_good_ones_served_after(
     fresh: lorafx.Package,
-    shallow: Case,
+    llama: Case,
     change: dict[str, Any],
     kind: type[lorafx.LorafxError],
     match: str,
@@ -178,12 +178,12 @@ def test_bad_calls_are_refused_and_good_ones_served_after(
     with pytest.raises(lorafx.ConfigError, match="missing a required argument: 'attention_mask'"):
         fresh(inputs["input_ids"])
     check(
-        shallow, ["a0", None], inputs, fresh(*inputs.values(), adapter_names=["a0", None])["logits"]
+        llama, ["a0", None], inputs, fresh(*inputs.values(), adapter_names=["a0", None])["logits"]
     )
 
 
 def test_adapters_that_do_not_fit_are_refused(
-    fresh: lorafx.Package, shallow: Case, tmp_path: Path
+    fresh: lorafx.Package, llama: Case, tmp_path: Path
 ) -> None:
     saved = {
         f"base_model.model.model.layers.0.self_attn.z_proj.lora_{letter}.weight": torch.ones(shape)
@@ -194,7 +194,7 @@ def test_adapters_that_do_not_fit_are_refused(
         (tmp_path, lorafx.CheckpointError, "adapter_config.json|no adapter"),
         (elsewhere, lorafx.CheckpointError, "z_proj"),
         (
-            save_adapter(shallow.base, tmp_path / "wide", rank=9, targets=["q_proj"], seed=1),
+            save_adapter(llama.base, tmp_path / "wide", rank=9, targets=["q_proj"], seed=1),
             lorafx.CapacityError,
             "9",
         ),
@@ -234,16 +234,16 @@ assert not found, found
 
 
 def test_a_process_without_transformers_and_the_compiler(
-    path: str, shallow: Case, tmp_path: Path
+    path: str, llama: Case, tmp_path: Path
 ) -> None:
     inputs = token_inputs(3, 6)
     torch.save(inputs, tmp_path / "inputs.pt")
-    folders = [shallow.folders["a1"], shallow.folders["a3"]]
+    folders = [llama.folders["a1"], llama.folders["a3"]]
     files = [path, *folders, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
     subprocess.run([sys.executable, "-c", ALONE, *map(str, files)], check=True, timeout=LONG)
     mixed, exchanged = torch.load(tmp_path / "outputs.pt")
-    check(shallow, ["a1", None, "a3"], inputs, mixed)
-    check(shallow, ["a1", None, "a1"], inputs, exchanged)
+    check(llama, ["a1", None, "a3"], inputs, mixed)
+    check(llama, ["a1", None, "a1"], inputs, exchanged)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def run_in_cpp(
 
 
 def test_cpp_runs_it_and_exchanges_adapters(
-    program: Path, path: str, fresh: lorafx.Package, shallow: Case, tmp_path: Path
+    program: Path, path: str, fresh: lorafx.Package, llama: Case, tmp_path: Path
 ) -> None:
     inputs = token_inputs(4, 6)
     for names in (["a1", "a0"], ["a3", "a1"]):
@@ -284,7 +284,7 @@ def test_cpp_runs_it_and_exchanges_adapters(
         done = run_in_cpp(program, path, tmp_path / "banks.pt", given, tmp_path)
         assert not done.returncode, done.stderr
         (logits,) = torch.load(tmp_path / "outputs.pt", weights_only=False)
-        check(shallow, rows, inputs, logits)
+        check(llama, rows, inputs, logits)
 
 
 def test_cpp_gets_an_error_for_a_slot_or_an_id_out_of_range(

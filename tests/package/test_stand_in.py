@@ -18,7 +18,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.package.stand_in import constants_of, described, substitute_for
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.any_sizes, pytest.mark.quick]
 
 
 def check(model: nn.Module, config: lorafx.LoraConfig, folders: Mapping[str, Path]) -> None:
@@ -38,8 +38,8 @@ def check(model: nn.Module, config: lorafx.LoraConfig, folders: Mapping[str, Pat
     assert any(tensor.any() for tensor in got.values())
 
 
-def test_llama(shallow: Case) -> None:
-    check(shallow.model(), lorafx.LoraConfig(max_rank=8), shallow.folders)
+def test_llama(llama: Case) -> None:
+    check(llama.model(), lorafx.LoraConfig(max_rank=8), llama.folders)
 
 
 @pytest.mark.parametrize("packed", [True, False])

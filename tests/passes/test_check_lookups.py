@@ -20,8 +20,6 @@ from transformers import StaticCache
 import lorafx
 from lorafx import OutOfRangeError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 
 def ids(rows: int = 3, length: int = 4, **wrong: int) -> torch.Tensor:
     tokens = torch.ones(rows, length, dtype=torch.int64)
@@ -61,16 +59,16 @@ def test_labels(case_of: Callable[..., Case]) -> None:
         cm(input_ids=ids(), labels=ids(_1=-100, _5=VOCAB))
 
 
-def test_places_behind_a_static_cache(shallow: Case) -> None:
-    cm = shallow.compile()
+def test_places_behind_a_static_cache(llama: Case) -> None:
+    cm = llama.compile()
     cache = StaticCache(config=cm.config, max_cache_len=6)
     cm(input_ids=ids(), past_key_values=cache)
     with pytest.raises(OutOfRangeError, match="past_key_values is 6, but past_key_values has 6"):
         cm(input_ids=ids(), past_key_values=cache)
 
 
-def test_models_that_users_compile(shallow: Case) -> None:
-    model = attached(shallow)
+def test_models_that_users_compile(llama: Case) -> None:
+    model = attached(llama)
     call = compiled(model)
     inputs = token_inputs(3, 4)
     served(call, model, ["a0", None, "a1"], inputs)
@@ -79,14 +77,14 @@ def test_models_that_users_compile(shallow: Case) -> None:
         served(call, model, ["a0", None, "a1"], inputs)
 
 
-def test_saved_graphs(shallow: Case, tmp_path: Path) -> None:
-    cache, model = tmp_path / "graphs", shallow.model()
+def test_saved_graphs(llama: Case, tmp_path: Path) -> None:
+    cache, model = tmp_path / "graphs", llama.model()
     cache.mkdir(mode=0o700)
     options = {"lowering": "reference", "cache": str(cache), "base_graphs": True}
     call: dict[str, Any] = {"adapter_names": ["a0", None, "a1"], "attention_mask": ids()}
-    lorafx.compile(model, shallow.folders, options=options)(input_ids=ids(), **call)
+    lorafx.compile(model, llama.folders, options=options)(input_ids=ids(), **call)
     torch._dynamo.reset()
-    cm = lorafx.compile(shallow.model(), shallow.folders, options=options)
+    cm = lorafx.compile(llama.model(), llama.folders, options=options)
     cm(input_ids=ids(), **call)
     assert [record.saved for record in cm._session.backend.records] == ["loaded from the folder"]
     with pytest.raises(OutOfRangeError, match=r"input_ids\[0, 0\]"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dense_merge import check_mixed
 from torch import Tensor, nn
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("fixed_sizes")]
+pytestmark = pytest.mark.quick
 
 NAMES = ["a", None, "b", "a"]
 K = 6

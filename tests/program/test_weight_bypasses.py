@@ -79,7 +79,7 @@ UNKNOWN: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
 @pytest.mark.parametrize("use", UNKNOWN)
 def test_an_unknown_use_is_refused_by_name_where_an_adapter_touches_it(small, use):
     case = small(partial(Bypass, UNKNOWN[use]), ["w"], ["first"])
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     inputs = features(2, 3)
     for names in (["a", "a"], ["a", None], ["b", "a"]):
         with pytest.raises(MatchError, match="LoRA cannot be applied at w: its weight is used in"):
@@ -106,7 +106,7 @@ class Indexed(nn.Module):
 @pytest.mark.quick
 def test_rows_of_an_embedding_by_indexing(small):
     case = small(Indexed, ["embed"])
-    check_mixed(case.compile(dynamic=False), case, NAMES, tokens(4, 3))
+    check_mixed(case.compile(), case, NAMES, tokens(4, 3))
 
 
 class FastPath(nn.Module):
@@ -120,7 +120,7 @@ class FastPath(nn.Module):
 
 def test_transformer_encoder_layers_take_no_fast_path_past_lora(small):
     case = small(FastPath, ["layer.linear1"])
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     inputs = features(4, 3)
     before = torch.backends.mha.get_fastpath_enabled()
     check_mixed(cm, case, NAMES, inputs)
@@ -167,7 +167,7 @@ def tokens(rows: int, length: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("end", ["embed", "head"])
 def test_a_tied_weight_of_which_only_one_end_is_selected(small, end):
     case = small(Tied, [end])
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     assert [site.path for site in cm.sites] == [end]
     check_mixed(cm, case, NAMES, tokens(4, 3))
 
@@ -188,7 +188,7 @@ class OneWeightTwice(nn.Module):
 def test_two_modules_over_one_weight_of_which_one_is_selected(small):
     """Told apart by the module whose forward the use is in."""
     case = small(OneWeightTwice, ["w"])
-    check_mixed(case.compile(dynamic=False), case, NAMES, features(4, 3))
+    check_mixed(case.compile(), case, NAMES, features(4, 3))
 
 
 @pytest.mark.parametrize("how", PAST)

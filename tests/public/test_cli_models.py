@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafx.integrations.cli import main
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("fixed_sizes")]
+pytestmark = pytest.mark.quick
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL, ADAPTERS = EXAMPLES / "demo_model", EXAMPLES / "demo_adapters"
@@ -147,7 +147,7 @@ def test_bench_measures_all_arms_in_one_run(run, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A Llama of one layer, for what captures many graphs."""
-    return write_files(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
+    return write_files(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ with torch.no_grad():
 import lorafx
 known = set(sys.modules)
 options = {"lowering": "reference", "start": "eager"}
-cm = lorafx.compile(model, {"a": folder}, options=options, dynamic=False)
+cm = lorafx.compile(model, {"a": folder}, options=options)
 cm(ids, adapter_names=["a", None])
 assert cm.recompiles == 0 and [kind.tier for kind in cm.status().kinds] == ["eager"]
 found = [name for name in later if name in sys.modules] + [*sys.modules.keys() - known]

@@ -20,8 +20,6 @@ from lorafx.errors import ProvenanceError, VerifyError
 from lorafx.op_arguments import bound
 from lorafx.program.context import FUSED_OP, SITE_OP, Context
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["a1", None, "a3", "a0"]
 
 

@@ -14,7 +14,7 @@ from transformers import BatchEncoding
 import lorafx
 from lorafx.errors import BatchError, ConfigError, ProvenanceError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 MIX = ["a", None, "b"]
 
@@ -109,11 +109,11 @@ def test_names_that_are_no_arguments(case: Case, name: str, match: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_models_that_take_any_keyword(shallow: Case) -> None:
+def test_models_that_take_any_keyword(llama: Case) -> None:
     """Those of transformers do, for their attention: only a slip of a known name is refused."""
     config = lorafx.LoraConfig(row_dims={"input_idss": 0})
     with pytest.raises(ConfigError, match=r"'input_idss'.*nearest: input_ids"):
-        lorafx.compile(shallow.model(), config, adapters=shallow.folders)
+        lorafx.compile(llama.model(), config, adapters=llama.folders)
     for name in ("pixel_values", "something_of_its_own"):
         config = lorafx.LoraConfig(row_dims={name: None})
-        lorafx.compile(shallow.model(), config, adapters=shallow.folders, options=REFERENCE)
+        lorafx.compile(llama.model(), config, adapters=llama.folders, options=REFERENCE)

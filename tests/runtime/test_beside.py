@@ -32,7 +32,10 @@ from lorafx.runtime.beside.private_folder import PrivateFolder
 from lorafx.runtime.beside.process import Process
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
+pytestmark = [
+    pytest.mark.any_sizes,
+    pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs"),
+]
 
 SECONDS = float(LONG)
 #: As users have them, not tests.
@@ -219,8 +222,8 @@ def test_what_cannot_be_saved_is_compiled_here_where_that_is_asked_for(small: An
     assert tiers(cm) == ["ready"]
 
 
-def test_calls_that_need_a_graph_wait_for_it(shallow: Case) -> None:
-    cm, inputs = started(shallow), token_inputs(2, 4)
+def test_calls_that_need_a_graph_wait_for_it(llama: Case) -> None:
+    cm, inputs = started(llama), token_inputs(2, 4)
     slots = torch.tensor([[0, 0, -1, -1], [-1, 0, 0, 0]])
     cm(**inputs, adapter_names=["a0"], adapter_slots=slots)
     assert tiers(cm) == ["ready"]
@@ -278,8 +281,8 @@ def test_a_process_that_nobody_needs(small: Any, monkeypatch: pytest.MonkeyPatch
     assert processes(cm) == []
 
 
-def test_generate(shallow: Case) -> None:
-    cm = started(shallow)
+def test_generate(llama: Case) -> None:
+    cm = started(llama)
     prompts = {**token_inputs(3, 4), "max_new_tokens": 6, "do_sample": False}
     names = ["a0", None, "a1"]
     want = cm.generate(**prompts, adapter_names=names)

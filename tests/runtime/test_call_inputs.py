@@ -21,8 +21,8 @@ IDS = [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.fixture(scope="module")
-def cm(shallow: Case) -> Any:
-    return shallow.compile()
+def cm(llama: Case) -> Any:
+    return llama.compile()
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
 
 
 @pytest.mark.parametrize("names", [None, ["a0", None, "a1"]])
-def test_32_bit_integers_run_the_graphs_of_64(shallow: Case, names: Any) -> None:
-    cm, inputs = shallow.compile(dynamic=False), token_inputs(3, 4)
+def test_32_bit_integers_run_the_graphs_of_64(llama: Case, names: Any) -> None:
+    cm, inputs = llama.compile(), token_inputs(3, 4)
     want = cm(**inputs, adapter_names=names).logits
     graphs = cm.recompiles
     short = {name: value.int() for name, value in inputs.items()}
@@ -85,9 +85,9 @@ def test_32_bit_integers_run_the_graphs_of_64(shallow: Case, names: Any) -> None
     assert cm.recompiles == graphs
 
 
-def test_as_many_names_as_prompts(shallow: Case) -> None:
+def test_as_many_names_as_prompts(llama: Case) -> None:
     """In a call, in `generate` and in `generate_batch` alike: none is for several rows."""
-    cm, inputs = shallow.compile(), token_inputs(4, 4)
+    cm, inputs = llama.compile(), token_inputs(4, 4)
     for names in (["a0"], ["a0"] * 2, ["a0"] * 5):
         said = f"adapter_names has {numbered(len(names), 'entry', 'entries')}"
         with pytest.raises(BatchError, match=f"{said}, but the batch has 4 rows"):

@@ -24,7 +24,6 @@ def tripled(original: Any) -> Any:
     return forward
 
 
-@pytest.mark.usefixtures("fixed_sizes")
 def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     cm, inputs = plain.compile(), plain_inputs(3, 4)
     want, base = plain.expected(NAMES, inputs) * -3, plain.expected([None] * 3, inputs) * -3
@@ -50,12 +49,11 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
     check_mixed(cm, plain, NAMES, inputs)
 
 
-@pytest.mark.usefixtures("fixed_sizes")
-def test_of_a_model_that_generates(shallow: Case) -> None:
-    cm, inputs = shallow.compile(), token_inputs(2, 5)
+def test_of_a_model_that_generates(llama: Case) -> None:
+    cm, inputs = llama.compile(), token_inputs(2, 5)
     short = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     before = cm.generate(**inputs, **short, adapter_names=["a1", None])
-    models = {"a1": shallow.alone("a1"), None: shallow.base}
+    models = {"a1": llama.alone("a1"), None: llama.base}
     forward = tripled(type(cm._orig_mod).forward)
     try:
         for model in (cm._orig_mod, *models.values()):
@@ -99,7 +97,7 @@ class Layered(nn.Module):
 def test_of_the_class_of_a_layer(cls, name, replaced, start, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     case = case_by_targets(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
-    cm, inputs = case.compile({"start": start}, dynamic=False), {"x": torch.randn(3, 8)}
+    cm, inputs = case.compile({"start": start}), {"x": torch.randn(3, 8)}
 
     def check() -> None:
         for _ in range(2):

@@ -18,6 +18,8 @@ from lorafx.errors import LorafxWarning, VerifyError
 from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
 from lorafx.torch_internals.versions import saves_graphs
 
+pytestmark = pytest.mark.any_sizes
+
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 
 SECONDS = float(LONG)
@@ -79,7 +81,7 @@ def test_calls_stay_eager_where_a_graph_is_lowered_wrongly(
 
 @needs_saving
 def test_each_run_begins_with_the_calls_own_cache(
-    shallow: Case, monkeypatch: pytest.MonkeyPatch
+    llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph's run has written the cache when the graph is run operator by operator."""
     run = NodeByNode.__call__
@@ -88,7 +90,7 @@ def test_each_run_begins_with_the_calls_own_cache(
         return [item * 1.01 if item.is_floating_point() else item for item in run(self, arguments)]
 
     monkeypatch.setattr(NodeByNode, "__call__", wrong)
-    cm, ids = started(shallow), token_inputs(3, 5)["input_ids"]
+    cm, ids = started(llama), token_inputs(3, 5)["input_ids"]
 
     def generated_until_compiled() -> None:
         for _ in range(2):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BatchError, LorafxWarning, ProvenanceError
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
+pytestmark = pytest.mark.quick
 
 MIX = ["a", None, "b"]
 

@@ -31,7 +31,6 @@ from lorafx.errors import (
     TargetError,
 )
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
 SIZE = 6
 NAMES = ["a0", None, "a1"]
 

@@ -23,15 +23,13 @@ from lorafx.errors import CaptureError
 from lorafx.model.bank import Bank
 from lorafx.weights import merge
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 __all__ = ["fresh_dynamo", "meanwhile", "pausing"]
 
 
 @pytest.fixture(scope="module")
-def lm(shallow: Case) -> Any:
+def lm(llama: Case) -> Any:
     """A language model for prompts of any length."""
-    return shallow.compile()
+    return llama.compile()
 
 
 def _in_child(action: Callable[[], None], seconds: int = LONG) -> int:
@@ -59,7 +57,7 @@ def _in_child(action: Callable[[], None], seconds: int = LONG) -> int:
         *(pytest.param(w, marks=pytest.mark.slow) for w in ("generate", "warm-up")),
     ],
 )
-def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, lm, what):
+def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, llama, lm, what):
     """Its locks are held by nobody in the child, and what it was doing is not half done there."""
     torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
     case, x = pausing, rows()
@@ -120,7 +118,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
         if what == "generate":
             inputs, names = {"input_ids": torch.ones(2, 4, dtype=torch.long)}, ["a1", None]
             assert "forward" not in vars(lm._orig_mod)
-            got, want = lm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)
+            got, want = lm(**inputs, adapter_names=names).logits, llama.expected(names, inputs)
             assert error(got, want) <= 1e-5
             return
         if what in ("weights", "merge"):

@@ -19,8 +19,6 @@ import lorafx
 from lorafx.errors import CaptureError
 from lorafx.runtime.running import IDLE
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 K = 6
 NAMES = ["a", None, "b", "c"]
 

@@ -39,9 +39,9 @@ def answer(model: Any, **kwargs: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def handed_over(shallow: Any) -> tuple[peft.PeftModel, Any]:
+def handed_over(llama: Any) -> tuple[peft.PeftModel, Any]:
     """A PeftModel, and what lorafx made of it. Uses that are refused change neither."""
-    pm = wrapped(shallow)
+    pm = wrapped(llama)
     return pm, lorafx.compile(pm, options={**REFERENCE, "start": "eager"})
 
 
@@ -57,9 +57,7 @@ def handed_over(shallow: Any) -> tuple[peft.PeftModel, Any]:
         lambda pm: pm.state_dict(),
     ],
 )
-def test_a_peft_model_that_was_handed_over_says_so(
-    shallow, handed_over, use, tmp_path, monkeypatch
-):
+def test_a_peft_model_that_was_handed_over_says_so(llama, handed_over, use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pm, cm = handed_over
     with pytest.raises(
@@ -69,12 +67,12 @@ def test_a_peft_model_that_was_handed_over_says_so(
     assert not list(tmp_path.iterdir())
     assert isinstance(pm, peft.PeftModel)
     assert pm.get_base_model() is cm._orig_mod
-    check_mixed(cm, shallow, ["a0", None], BATCH)
+    check_mixed(cm, llama, ["a0", None], BATCH)
 
 
 @pytest.mark.parametrize("back", ["detach", "failed compile"])
-def test_a_peft_model_that_was_given_back_is_what_it_was(shallow, back):
-    pm = wrapped(shallow)
+def test_a_peft_model_that_was_given_back_is_what_it_was(llama, back):
+    pm = wrapped(llama)
     pm.set_adapter("a0")
     before, own, names = answer(pm), set(vars(pm)), set(pm.state_dict())
     if back == "detach":
@@ -86,15 +84,15 @@ def test_a_peft_model_that_was_given_back_is_what_it_was(shallow, back):
     assert set(vars(pm)) == own
     assert set(pm.state_dict()) == names
     with pm.disable_adapter():
-        assert torch.equal(answer(pm), answer(shallow.base))
+        assert torch.equal(answer(pm), answer(llama.base))
     pm.set_adapter("a1")
-    assert error(answer(pm), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
+    assert error(answer(pm), llama.expected(["a1", "a1"], BATCH)) <= 1e-5
     pm.merge_and_unload()
 
 
 @needs_its_peft
-def test_adapters_that_transformers_injected_are_taken_over(shallow):
-    model = injected(shallow, "a0", "a1")
+def test_adapters_that_transformers_injected_are_taken_over(llama):
+    model = injected(llama, "a0", "a1")
     model.set_adapter("a0")
     before, inputs = answer(model), token_inputs(3, 5)
     cm = lorafx.compile(model, options=REFERENCE)
@@ -103,26 +101,26 @@ def test_adapters_that_transformers_injected_are_taken_over(shallow):
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not model._hf_peft_config_loaded
     assert not hasattr(model, "peft_config")
-    check_mixed(cm, shallow, ["a1", None, "a0"], inputs)
-    assert error(answer(cm), shallow.expected(["a0", "a0"], BATCH)) <= 1e-5  # the active one
+    check_mixed(cm, llama, ["a1", None, "a0"], inputs)
+    assert error(answer(cm), llama.expected(["a0", "a0"], BATCH)) <= 1e-5  # the active one
     cm.set_adapter(None)
-    assert torch.equal(answer(cm), answer(shallow.base))
+    assert torch.equal(answer(cm), answer(llama.base))
     assert cm.detach() is model
     assert torch.equal(answer(model), before)
     assert model.active_adapters() == ["a0"]
     model.set_adapter("a1")
-    assert error(answer(model), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
+    assert error(answer(model), llama.expected(["a1", "a1"], BATCH)) <= 1e-5
 
 
 @needs_its_peft
-def test_several_active_adapters_are_a_sum(shallow):
-    model = injected(shallow, "a0", "a1")
+def test_several_active_adapters_are_a_sum(llama):
+    model = injected(llama, "a0", "a1")
     model.set_adapter(["a0", "a1"])
     before = answer(model)
     cm = lorafx.compile(model, options=REFERENCE)
     assert error(answer(cm), before) <= 1e-5
     got = answer(cm, adapter_names=["a1", {"a0": 1.0, "a1": 1.0}])
-    assert error(got[:1], shallow.expected(["a1"], BATCH)) <= 1e-5
+    assert error(got[:1], llama.expected(["a1"], BATCH)) <= 1e-5
     assert error(got[1:], before[1:]) <= 1e-5
     cm.detach()
     assert torch.equal(answer(model), before)
@@ -141,9 +139,9 @@ FEATURES = {
 
 
 @needs_its_peft
-def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
+def test_adapters_that_were_trained_in_the_model_and_never_saved(llama):
     """Each by transformers' own methods; what they compute is compared while they are in it."""
-    model = shallow.model().train()
+    model = llama.model().train()
     alone = {}
     for name, feature in FEATURES.items():
         model.add_adapter(
@@ -160,7 +158,7 @@ def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
     model.disable_adapters()
     cm = lorafx.compile(model, options=REFERENCE)
     assert cm.adapters == tuple(FEATURES)
-    base = answer(shallow.base)
+    base = answer(llama.base)
     for first, second in zip(FEATURES, [*list(FEATURES)[1:], None], strict=True):
         got = answer(cm, adapter_names=[first, second])
         want = torch.stack([alone[first][0], alone.get(second, base)[1]])
@@ -169,8 +167,8 @@ def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
     assert error(answer(cm), base) <= 1e-6
 
 
-def test_merged_adapters_and_other_layers_of_peft_are_refused_and_nothing_changes(shallow, plain):
-    pm = wrapped(shallow)
+def test_merged_adapters_and_other_layers_of_peft_are_refused_and_nothing_changes(llama, plain):
+    pm = wrapped(llama)
     pm.merge_adapter()
     with pytest.raises(CheckpointError, match=r"a1 are merged .*unmerge_adapter"):
         lorafx.compile(pm, options=REFERENCE)
@@ -181,16 +179,16 @@ def test_merged_adapters_and_other_layers_of_peft_are_refused_and_nothing_change
     assert set(dict(model.named_modules())) == names
 
 
-def test_scales_that_were_set_in_the_model_count(shallow):
-    pm = wrapped(shallow)
+def test_scales_that_were_set_in_the_model_count(llama):
+    pm = wrapped(llama)
     pm.base_model.model.model.layers[0].self_attn.q_proj.set_scale("a1", 0.5)
     before = answer(pm)
     assert error(answer(lorafx.compile(pm, options=REFERENCE)), before) <= 1e-5
-    assert error(before, shallow.expected(["a1", "a1"], BATCH)) > 1e-3
+    assert error(before, llama.expected(["a1", "a1"], BATCH)) > 1e-3
 
 
-def test_adapters_of_a_part_of_the_model_are_refused(shallow):
-    outer = torch.nn.Sequential(wrapped(shallow)).eval()
+def test_adapters_of_a_part_of_the_model_are_refused(llama):
+    outer = torch.nn.Sequential(wrapped(llama)).eval()
     with pytest.raises(
         CheckpointError, match=r"0\.base_model.*belong to a part of it; compile that part"
     ):
@@ -198,13 +196,13 @@ def test_adapters_of_a_part_of_the_model_are_refused(shallow):
 
 
 @pytest.mark.parametrize("how", ["load_adapter", "get_peft_model", "of the compiled model"])
-def test_injection_after_compiling_is_refused(shallow, how):
+def test_injection_after_compiling_is_refused(llama, how):
     """All rows would have that adapter, those of the base too."""
-    cm = shallow.compile()
+    cm = llama.compile()
     before = answer(cm)
     config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
     if how == "load_adapter":
-        cm._orig_mod.load_adapter(str(shallow.folders["a1"]), "x")
+        cm._orig_mod.load_adapter(str(llama.folders["a1"]), "x")
     else:
         peft.get_peft_model(cm if how == "of the compiled model" else cm._orig_mod, config, "x")
     for use in (answer, lambda m: answer(m, adapter_names=["a0", None]), lambda m: m.merge("a0")):

@@ -16,15 +16,13 @@ from waiting import LONG
 
 from lorafx.errors import BatchError, CapacityError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 __all__ = ["fresh_dynamo", "meanwhile", "pausing"]
 
 
 @pytest.fixture(scope="module")
-def lm(shallow: Case) -> Any:
+def lm(llama: Case) -> Any:
     """A language model that tests share, for prompts of any length."""
-    return shallow.compile()
+    return llama.compile()
 
 
 def test_a_pin_on_another_thread_waits_for_the_call(pausing, meanwhile):
@@ -95,7 +93,7 @@ def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
 
 
 @pytest.mark.slow
-def test_what_a_streamer_may_do(shallow, lm):
+def test_what_a_streamer_may_do(llama, lm):
     cm = lm
     prompt, names = {"input_ids": torch.ones(1, 3, dtype=torch.long)}, ["a0"]
     seen: list[Any] = []
@@ -103,9 +101,9 @@ def test_what_a_streamer_may_do(shallow, lm):
     class Streamer:
         def put(self, tokens: Tensor) -> None:
             if not seen:
-                cm.load_adapter(shallow.folders["a2"], "new")
+                cm.load_adapter(llama.folders["a2"], "new")
                 for act in (
-                    lambda: cm.load_adapter(shallow.folders["a2"], "a0"),
+                    lambda: cm.load_adapter(llama.folders["a2"], "a0"),
                     lambda: cm.unload_adapter("a0"),
                     lambda: cm.set_adapter("a1"),
                 ):
@@ -113,14 +111,14 @@ def test_what_a_streamer_may_do(shallow, lm):
                         act()
             elif len(seen) == 1:
                 got = cm(**prompt, adapter_names=["new"]).logits
-                assert error(got, shallow.expected(["a2"], prompt)) <= 1e-5
+                assert error(got, llama.expected(["a2"], prompt)) <= 1e-5
             seen.append(tokens)
 
         def end(self) -> None: ...
 
     settings = {"max_new_tokens": 4, "do_sample": False}
     streamed = cm.generate(**prompt, **settings, adapter_names=names, streamer=Streamer())
-    assert torch.equal(streamed, shallow.alone("a0").generate(**prompt, **settings))
+    assert torch.equal(streamed, llama.alone("a0").generate(**prompt, **settings))
     assert len(seen) == 5
     cm.unload_adapter("new")
 
@@ -154,7 +152,7 @@ def test_the_model_itself_on_another_thread_is_no_part_of_the_call(pausing, mean
     assert error(base, pausing.expected([None] * 3, {"x": x})) <= 1e-5
 
 
-def test_nor_is_it_of_generate(shallow, lm):
+def test_nor_is_it_of_generate(llama, lm):
     """Whose compiled forwards stand in for those of the model meanwhile."""
     cm, inputs = lm, {"input_ids": torch.arange(1, 7)[None]}
     found: list[Any] = []
@@ -170,4 +168,4 @@ def test_nor_is_it_of_generate(shallow, lm):
     assert len(found) >= 3
     assert {type(error) for error in found} == {BatchError}
     (got,) = elsewhere(lambda: cm._orig_mod(**inputs).logits)
-    assert error(got, shallow.expected([None], inputs)) <= 1e-5
+    assert error(got, llama.expected([None], inputs)) <= 1e-5

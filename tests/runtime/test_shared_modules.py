@@ -16,8 +16,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import CaptureError, MatchError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["a", None, "b"]
 
 
@@ -89,7 +87,7 @@ def cases_of(base: nn.Module, layers: list[str], folder: Path) -> SimpleNamespac
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
+    base = random_base("llama", tie_word_embeddings=False)
     return cases_of(base, ["q_proj", "down_proj"], tmp_path_factory.mktemp("llama"))
 
 
@@ -236,7 +234,7 @@ def test_new_base_weights_are_those_of_both(pair: Pair) -> None:
 def test_assisted_generation(llama: SimpleNamespace, tmp_path: Path) -> None:
     """Greedy, so the result is the target's own, whatever the draft proposes."""
     target_model = llama.target.model()
-    draft_model = FAMILIES["llama"].build(tie_word_embeddings=False, num_hidden_layers=1).eval()
+    draft_model = FAMILIES["llama"].build(tie_word_embeddings=False).eval()
     draft_model.requires_grad_(False)
     draft_model.model.embed_tokens = target_model.model.embed_tokens
     draft_model.lm_head = target_model.lm_head

@@ -17,7 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import lorafx
 from lorafx.errors import CaptureError, MatchError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
 NAMES = ["a0", "a1"]
 
 

@@ -157,7 +157,7 @@ CONFIG = lorafx.LoraConfig(max_rank=2, target_modules="all-linear")
 
 
 def compiled(model: nn.Module) -> Any:
-    return lorafx.compile(model.eval(), CONFIG, options=REFERENCE, dynamic=False)
+    return lorafx.compile(model.eval(), CONFIG, options=REFERENCE)
 
 
 class _Gone:

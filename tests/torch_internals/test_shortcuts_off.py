@@ -54,7 +54,7 @@ def compare(case: Case, on: Sequence[str], calls: Calls, **options: Any) -> list
     for names in (ALL, on):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        cm = case.compile({"shortcuts": list(names), **options}, dynamic=False)
+        cm = case.compile({"shortcuts": list(names), **options})
         answers.append(list(calls(cm)))
     with_all, without = answers
     assert len(with_all) == len(without) > 0

@@ -17,8 +17,6 @@ import lorafx
 from lorafx.errors import BaseWeightsError
 from lorafx.layers import FusedMoE, MergedColumnParallelLinear
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 EXPERTS, WIDTH, INNER = 3, 16, 5
 
 

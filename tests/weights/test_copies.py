@@ -22,8 +22,6 @@ from lorafx.errors import BaseWeightsError, MatchError
 from lorafx.model.module_graph import Holder
 from lorafx.weights.copies import outdated_copies
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 WIDTH = 32
 
 
@@ -164,17 +162,17 @@ def test_absorbed_copies_are_refused(layer: Case, kept: str) -> None:
     assert torch.equal(cm._orig_mod.self_attn.o_proj.weight, fresh[name])
 
 
-def test_what_inductor_compiled(shallow: Case) -> None:
+def test_what_inductor_compiled(llama: Case) -> None:
     """Weights are inputs of its graphs, none is folded into one or laid out anew, also where the
     process is set to freeze them."""
     with torch._inductor.config.patch(freezing=True):
-        cm = shallow.compile({"lowering": "inductor"})
+        cm = llama.compile({"lowering": "inductor"})
         for names in (ROWS, [None] * 3):
             cm(**IDS, adapter_names=names)
         graphs = cm.recompiles
-        fresh = new_weights(shallow.base, 6)
+        fresh = new_weights(llama.base, 6)
         cm.load_weights(iter(plain(fresh).items()))
-        case = Case(fresh, shallow.folders)
+        case = Case(fresh, llama.folders)
         check_mixed(cm, case, ROWS, IDS)
         check_mixed(cm, case, [None] * 3, IDS)
         assert cm.recompiles == graphs

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lorafx.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
 
 

@@ -92,7 +92,7 @@ def test_tied_weights_that_are_told_apart_are_written_as_two(
 
 def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread is served while the files are written; a merge waits for them."""
-    case = build_case("llama", tmp_path / "adapters", num_hidden_layers=1)
+    case = build_case("llama", tmp_path / "adapters")
     cm = case.compile()
     inputs = token_inputs(3, 5)
     names = ["a1", None, "a0"]

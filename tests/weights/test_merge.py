@@ -15,8 +15,6 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError, UnknownAdapterError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 NAMES = ["a0", None, "a1", "a3"]
 
 
@@ -31,7 +29,7 @@ def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+    return build_case("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 QV = {"target_modules": ["q_proj", "v_proj"]}
 
 
@@ -119,7 +117,7 @@ def test_heads_embeddings_and_tokens(tmp_path: Path) -> None:
         "both": {"modules_to_save": ["lm_head", "embed_tokens"]},
         "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [5, 40]}},
     }
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     case = own_case(base, tmp_path, {n: {**QV, **p} for n, p in plans.items()})
     cm = case.compile()
     x = own_inputs()
@@ -132,7 +130,7 @@ def test_heads_embeddings_and_tokens(tmp_path: Path) -> None:
 
 def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
     """Trained tokens of both ends are one change; another head would need a tensor of its own."""
-    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     plans = {
         "tokens": {"trainable_token_indices": [3, 5]},
         "head": {"modules_to_save": ["lm_head"]},
@@ -146,7 +144,7 @@ def test_a_tied_weight_with_trained_tokens(tmp_path: Path) -> None:
 
 
 def test_a_tied_weight_whose_ends_change_unlike(tmp_path: Path) -> None:
-    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    base = random_base("llama", tie_word_embeddings=True)
     plans = {"both": {"target_modules": ["embed_tokens", "lm_head"]}}
     cm = own_case(base, tmp_path, plans).compile()
     with pytest.raises(MatchError, match="the adapter changes each of them by another update"):

@@ -21,8 +21,6 @@ from two_ranks import on_ranks
 import lorafx
 from lorafx.errors import BaseWeightsError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 SEEDS = itertools.count(11)
 NAMED = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",

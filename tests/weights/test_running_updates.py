@@ -17,8 +17,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BatchError, CaptureError, ConfigError
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 
 class Two(nn.Module):
     def __init__(self) -> None:

@@ -19,8 +19,6 @@ from lorafx.errors import BaseWeightsError, BatchError, CaptureError, Checkpoint
 from lorafx.layers import ReplicatedLinear, UnquantizedLinearMethod, load_weights
 from lorafx.runtime.requests import Requests
 
-pytestmark = pytest.mark.usefixtures("fixed_sizes")
-
 Pairs = list[tuple[str, Tensor]]
 IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
 NAMES = ["a0", None, "a2"]
@@ -48,8 +46,8 @@ SOURCES: dict[str, Callable[[Pairs], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def served(shallow: Case) -> Any:
-    return shallow.compile()
+def served(llama: Case) -> Any:
+    return llama.compile()
 
 
 def values(cm: Any) -> dict[str, Tensor]:
@@ -61,17 +59,17 @@ def same(cm: Any, before: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_source(served: Any, shallow: Case, kind: str) -> None:
-    fresh = new_weights(shallow.base, 31 + len(kind))
+def test_every_source(served: Any, llama: Case, kind: str) -> None:
+    fresh = new_weights(llama.base, 31 + len(kind))
     served.load_weights(SOURCES[kind](list(plain(fresh).items())))
     assert same(served, plain(fresh))
-    check_mixed(served, Case(fresh, shallow.folders), NAMES, IDS)
+    check_mixed(served, Case(fresh, llama.folders), NAMES, IDS)
 
 
 @pytest.mark.parametrize("kind", ["list", "function"])
-def test_all_problems_at_once(served: Any, shallow: Case, kind: str) -> None:
+def test_all_problems_at_once(served: Any, llama: Case, kind: str) -> None:
     before = values(served)
-    state = plain(new_weights(shallow.base, 5))
+    state = plain(new_weights(llama.base, 5))
     del state["model.norm.weight"]
     state[UP] = state[UP].T.contiguous()
     pairs = [
@@ -102,17 +100,17 @@ def test_all_problems_at_once(served: Any, shallow: Case, kind: str) -> None:
 
 
 @pytest.mark.parametrize("lost", [lambda t: t.to("meta"), Tensor.to_sparse, Tensor.to_sparse_csr])
-def test_tensors_without_dense_numbers(served: Any, shallow: Case, lost: Any) -> None:
+def test_tensors_without_dense_numbers(served: Any, llama: Case, lost: Any) -> None:
     before = values(served)
-    state = plain(new_weights(shallow.base, 8))
+    state = plain(new_weights(llama.base, 8))
     with pytest.raises(BaseWeightsError, match=f"{UP}: the checkpoint's .* is no dense tensor"):
         served.load_weights({**state, UP: lost(state[UP])})
     assert same(served, before)
     served(**IDS, adapter_names=NAMES)
 
 
-def test_what_is_no_source(served: Any, shallow: Case, tmp_path: Path) -> None:
-    for wrong in (shallow.base, lambda: None):
+def test_what_is_no_source(served: Any, llama: Case, tmp_path: Path) -> None:
+    for wrong in (llama.base, lambda: None):
         with pytest.raises(ConfigError, match=r"weights are .* got (NoneType|LlamaForCausalLM)"):
             served.load_weights(wrong)
     for index in ("[1]", '{"weight_map": {"a": 5}}'):
@@ -123,9 +121,9 @@ def test_what_is_no_source(served: Any, shallow: Case, tmp_path: Path) -> None:
         served.load_weights("a" * 5000)
 
 
-def test_a_generator_that_fails_half_way(served: Any, shallow: Case) -> None:
+def test_a_generator_that_fails_half_way(served: Any, llama: Case) -> None:
     before = values(served)
-    state = plain(new_weights(shallow.base, 6))
+    state = plain(new_weights(llama.base, 6))
 
     def failing() -> Iterator[tuple[str, Tensor]]:
         for index, pair in enumerate(state.items()):
@@ -139,8 +137,8 @@ def test_a_generator_that_fails_half_way(served: Any, shallow: Case) -> None:
     served(**IDS, adapter_names=NAMES)
 
 
-def test_a_function_that_fails_the_second_time(served: Any, shallow: Case) -> None:
-    state = plain(new_weights(shallow.base, 7))
+def test_a_function_that_fails_the_second_time(served: Any, llama: Case) -> None:
+    state = plain(new_weights(llama.base, 7))
     rounds: list[int] = []
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
@@ -159,9 +157,9 @@ def test_a_function_that_fails_the_second_time(served: Any, shallow: Case) -> No
     assert same(served, state)
 
 
-def test_some_of_them_when_asked(served: Any, shallow: Case) -> None:
+def test_some_of_them_when_asked(served: Any, llama: Case) -> None:
     before = values(served)
-    state = plain(new_weights(shallow.base, 8))
+    state = plain(new_weights(llama.base, 8))
     some = {name: state[name] for name in [UP, "model.norm.weight"]}
     with pytest.raises(BaseWeightsError, match=r"lm_head.weight: nothing in the checkpoint"):
         served.load_weights(some)
@@ -175,8 +173,8 @@ def test_some_of_them_when_asked(served: Any, shallow: Case) -> None:
         served.load_weights({UP: torch.zeros(1)}, strict=False)
 
 
-def test_safetensors_files(served: Any, shallow: Case, tmp_path: Path) -> None:
-    state = plain(new_weights(shallow.base, 10))
+def test_safetensors_files(served: Any, llama: Case, tmp_path: Path) -> None:
+    state = plain(new_weights(llama.base, 10))
     names = list(state)
     for index, part in enumerate((names[:4], names[4:])):
         save_file({n: state[n].contiguous() for n in part}, tmp_path / f"{index}.safetensors")
@@ -214,8 +212,8 @@ def test_its_own_tensors(served: Any) -> None:
     assert same(served, {**before, k: before[v], v: before[k]})
 
 
-def test_casts_and_what_is_no_plain_number(served: Any, shallow: Case) -> None:
-    state = plain(new_weights(shallow.base, 12))
+def test_casts_and_what_is_no_plain_number(served: Any, llama: Case) -> None:
+    state = plain(new_weights(llama.base, 12))
     served.load_weights({name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
     assert same(served, {name: tensor.bfloat16().float() for name, tensor in state.items()})
     for dtype in (torch.float8_e4m3fn, torch.int8):
@@ -225,8 +223,8 @@ def test_casts_and_what_is_no_plain_number(served: Any, shallow: Case) -> None:
         served.load_weights({**state, UP: state[UP].to(torch.complex64)})
 
 
-def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shallow: Case) -> None:
-    state = plain(new_weights(shallow.base, 13))
+def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, llama: Case) -> None:
+    state = plain(new_weights(llama.base, 13))
     started, done, inside = threading.Event(), threading.Event(), []
 
     def hook(*_: Any) -> None:

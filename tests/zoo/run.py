@@ -398,7 +398,7 @@ def on_road(
     config = lorafx.LoraConfig(max_rank=3, max_adapters=2)
     start = time.perf_counter()
     try:
-        cm = lorafx.compile(model, config, adapters=sources, options=options, dynamic=False)
+        cm = lorafx.compile(model, config, adapters=sources, options=options)
         got = tensors_of(cm(*x, adapter_names=NAMES))
     except lorafx.LorafxError as error:
         right = isinstance(error, lorafx.ProvenanceError) and want.mixed > TOLERANCE

@@ -23,7 +23,6 @@ from lorafx.errors import (
 from lorafx.runtime.marking import build_sites
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -30,7 +30,7 @@ DIALECTS = sorted(WRITERS)
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Adapters of unequal ranks and scales, one for each dialect, as PEFT saves them."""
     folder = tmp_path_factory.mktemp("peft")
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     targets = {"mlx": ["embed_tokens", "q_proj", "up_proj"], "loralib": ["embed_tokens", "o_proj"]}
     return Case(
         base,
@@ -49,7 +49,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 pytestmark = [
-    pytest.mark.usefixtures("fixed_sizes"),
     pytest.mark.quick,
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -22,7 +22,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.config import LoraConfig
 from lorafx.runtime.marking import build_sites
 
-pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
 #: The first implementation's names of two of the UNet's modules.
 SGM = {

@@ -58,7 +58,7 @@ _ATTENTIONS = {"attn1": "self_attn", "attn2": "cross_attn"}
 _FFN = {"net.0.proj": "0", "net.2": "2"}
 MODELS = {
     "llama": Given(
-        lambda: random_base("llama", num_hidden_layers=1),
+        lambda: random_base("llama"),
         dict.fromkeys(
             [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.down_proj")], ""
         ),

@@ -109,7 +109,7 @@ def test_loaded_without_room(case: MethodCase) -> None:
 
 
 def test_new_base_weights(case: MethodCase) -> None:
-    cm, other = case.compile(), random_base("llama", num_hidden_layers=1)
+    cm, other = case.compile(), random_base("llama")
     cm(IDS, adapter_names=["oft", None, "hira", None])
     with torch.no_grad():
         for parameter in other.parameters():

@@ -297,7 +297,7 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_damage_is_an_error_of_lorafx(name: str, tmp_path: Path) -> None:
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     _, sites = build_sites(base, lorafx.LoraConfig(target_modules="all-linear"))
     folder = save(base, CONFIGS[name], tmp_path)
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -33,7 +33,7 @@ class Files:
     """Three adapters of one pair, one of another, one of another method, and a base."""
 
     def __init__(self, root: Path) -> None:
-        self.base = random_base("llama", num_hidden_layers=1)
+        self.base = random_base("llama")
         configs = {
             "one": vera(),
             "second one": vera(),

@@ -157,7 +157,7 @@ def test_a_hook_that_breaks_the_graph_behind_the_product(
         if path.endswith(("q_proj", "down_proj", "mlp.c_proj")):
             module.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     options = {**REFERENCE, "start": "compiled", "cache": None}
-    cm: Any = lorafx.compile(model, adapters=case.folders, options=options, dynamic=False)
+    cm: Any = lorafx.compile(model, adapters=case.folders, options=options)
     check(case, cm, ["a0", None, "a1", "a0"])
 
 

@@ -55,25 +55,25 @@ def state(cm: Any) -> list[str]:
     return [record.saved for record in cm._session.backend.records]
 
 
-def test_loaded_graphs_serve_mixes_sizes_and_new_adapters(shallow: Case, cache: Path) -> None:
-    first = start(shallow.model(), shallow, cache)
-    check_mixed(first, shallow, MIX, token_inputs(3, 5))
+def test_loaded_graphs_serve_mixes_sizes_and_new_adapters(llama: Case, cache: Path) -> None:
+    first = start(llama.model(), llama, cache)
+    check_mixed(first, llama, MIX, token_inputs(3, 5))
     assert state(first) == [SAVED]
 
-    cm = start(shallow.model(), shallow, cache)
-    check_mixed(cm, shallow, MIX, token_inputs(3, 5))
+    cm = start(llama.model(), llama, cache)
+    check_mixed(cm, llama, MIX, token_inputs(3, 5))
     assert state(cm) == [LOADED]
-    check_mixed(cm, shallow, ["a2", "a4", None, "a3", "a1"], token_inputs(5, 9))
-    check_mixed(cm, shallow, [None, "a2"], token_inputs(2, 3))
+    check_mixed(cm, llama, ["a2", "a4", None, "a3", "a1"], token_inputs(5, 9))
+    check_mixed(cm, llama, [None, "a2"], token_inputs(2, 3))
     cm.unload_adapter("a1")
-    cm.load_adapter(shallow.folders["a4"], "a1")
+    cm.load_adapter(llama.folders["a4"], "a1")
     inputs = token_inputs(3, 4)
     got = cm(**inputs, adapter_names=["a1", None, "a0"]).logits
-    want = shallow.expected(["a4", None, "a0"], inputs)
+    want = llama.expected(["a4", None, "a0"], inputs)
     assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
     assert state(cm) == [LOADED]  # and nothing was compiled for any of it
     assert cm.explain().sections  # whose lines name the sites of loaded graphs
-    base, want = cm(**inputs, adapter_names=[None] * 3).logits, shallow.base(**inputs).logits
+    base, want = cm(**inputs, adapter_names=[None] * 3).logits, llama.base(**inputs).logits
     assert torch.equal(valid(inputs, base), valid(inputs, want))
 
 
@@ -112,16 +112,16 @@ def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
 @pytest.mark.slow
-def test_graphs_of_continuous_batching(shallow: Case, cache: Path) -> None:
+def test_graphs_of_continuous_batching(llama: Case, cache: Path) -> None:
     sizes = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     for found in (SAVED, LOADED):
-        cm = start(shallow.model(), shallow, cache)
+        cm = start(llama.model(), llama, cache)
         with cm.continuous_batching(None, sizes) as engine:
             seen = StepLogits(engine)
             names = ["a0", None, "a3", "a1"]
             ids = [engine.add_request([3, 4, 5], adapter=name, max_new_tokens=3) for name in names]
             outputs = answers(engine, ids)
-        check_logits(shallow, seen, outputs, dict(zip(ids, names, strict=True)))
+        check_logits(llama, seen, outputs, dict(zip(ids, names, strict=True)))
         assert state(cm) == [found] * 2
 
 
@@ -140,6 +140,8 @@ import json, sys
 import torch
 from torch import nn
 import lorafx
+
+pytestmark = pytest.mark.any_sizes
 
 weights, adapters, cache, result = sys.argv[1:]
 

@@ -118,7 +118,7 @@ def test_what_no_guard_tells(
         """What became of the graph of a model that begins now; its answer is the oracle's."""
         torch._dynamo.reset()
         case = Case(model, folders)
-        cm = case.compile({"cache": str(cache)}, dynamic=False)
+        cm = case.compile({"cache": str(cache)})
         check_mixed(cm, case, ["a0", None, "a1"], inputs)
         return str(cm._session.backend.records[0].saved)
 

@@ -33,7 +33,7 @@ def eight_of() -> Callable[..., Case]:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """One layer, eight adapters."""
-    return eight("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+    return eight("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")

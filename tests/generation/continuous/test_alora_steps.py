@@ -13,6 +13,7 @@ from step_logits import StepLogits, answers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 pytestmark = [
+    pytest.mark.any_sizes,
     pytest.mark.usefixtures("earlier_objects_frozen"),
     pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
 ]

@@ -26,7 +26,7 @@ import lorafx
 from lorafx import BatchError, ConfigError, LoraConfig, UnknownAdapterError
 from lorafx.generation.continuous.manager import AdapterBatchingManager
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("earlier_objects_frozen")]
 
 QWEN3_MOE = decoder(
     "Qwen3Moe",

@@ -23,7 +23,7 @@ import lorafx
 from lorafx import BatchError, ConfigError, MatchError
 from lorafx.generation.continuous.failures import IN_A_ROW, in_parts
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("earlier_objects_frozen")]
 
 PAGES = {"page_size": 4, "num_blocks": 12, "max_batch_tokens": 16}
 CONFIG = ContinuousBatchingConfig(**PAGES)

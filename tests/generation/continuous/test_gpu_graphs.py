@@ -12,6 +12,8 @@ from toolchain import needs_compiler
 from torch import Tensor
 from torch._C import DispatchKey
 
+pytestmark = pytest.mark.any_sizes
+
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 

@@ -16,7 +16,7 @@ from lorafx import ConfigError
 from lorafx.generation.continuous.choosing import shares_of
 from lorafx.generation.continuous.parameters import Sampling
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("earlier_objects_frozen")]
 
 CONFIG = ContinuousBatchingConfig(
     page_size=4, num_blocks=64, max_batch_tokens=16, per_request_processors=True

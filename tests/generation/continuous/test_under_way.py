@@ -19,7 +19,11 @@ import lorafx
 from lorafx import BatchError, LorafxWarning
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = [pytest.mark.usefixtures("earlier_objects_frozen"), pytest.mark.one_road]
+pytestmark = [
+    pytest.mark.any_sizes,
+    pytest.mark.usefixtures("earlier_objects_frozen"),
+    pytest.mark.one_road,
+]
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)
 SMALL = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
@@ -80,7 +84,7 @@ def test_blocks_of_earlier_base_weights_are_not_shared(in_eager_mode, llama, cm)
 
 def test_further_sequences_fail_with_their_request(llama):
     """The model reads what is not known to be of one request."""
-    cm = llama.compile(dynamic=False)
+    cm = llama.compile()
     layer = cm._orig_mod.model.layers[0].self_attn
     plain = type(layer).forward
 
@@ -233,10 +237,10 @@ def test_first_requests(nothing_beside: None, tmp_path: Path, family: Any, atten
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
-def test_graphs_take_over_between_steps(shallow) -> None:
+def test_graphs_take_over_between_steps(llama) -> None:
     """They are compiled beside from the engine's start on; requests are answered meanwhile, and
     one that is under way changes tiers."""
-    cm = shallow.compile(EAGER)
+    cm = llama.compile(EAGER)
     with cm.continuous_batching(None, CONFIG) as engine:
         assert cm.recompiles == 0
         seen = StepLogits(engine)
@@ -254,7 +258,7 @@ def test_graphs_take_over_between_steps(shallow) -> None:
             assert cm.wait(LONG)
             assert cm.recompiles == 0
         outputs = answers(engine, list(ids))
-    check_logits(shallow, seen, outputs, ids)
+    check_logits(llama, seen, outputs, ids)
     assert 5 <= eager < len(seen.steps)
     assert cm.recompiles >= 1
     assert "ready" in {kind.tier for kind in cm.status().kinds}

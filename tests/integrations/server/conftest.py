@@ -14,7 +14,7 @@ from lorafx.integrations.server.run import Opened
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files(tmp_path_factory.mktemp("served"), num_hidden_layers=1)
+    return write_files(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 from served import asgi, ask, client_of, gated, idle, ids_of, question, said, serving
 from waiting import LONG, until
 
+pytestmark = pytest.mark.any_sizes
+
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 

@@ -405,7 +405,7 @@ def test_the_files_of_sentence_transformers(files, tmp_path, modules, config, wa
 
 
 def test_an_adapter_of_another_model_is_named_at_the_start(files, tmp_path):
-    other = replace(files, adapters=write_files(tmp_path, num_hidden_layers=1).adapters)
+    other = replace(files, adapters=write_files(tmp_path).adapters)
     wanted = "target_modules entry '.*' of the adapter 'a.' names no module of BertModel"
     with pytest.raises(TargetError, match=wanted), serving(other):
         pass

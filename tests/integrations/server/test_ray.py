@@ -136,9 +136,7 @@ def cluster(files: Files, **settings: Any) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    files = write_files(
-        tmp_path_factory.mktemp("ray"), num_hidden_layers=1, max_position_embeddings=256
-    )
+    files = write_files(tmp_path_factory.mktemp("ray"), max_position_embeddings=256)
     deployment = {"health_check_period_s": 1}
     with cluster(
         files, max_adapters=SLOTS, held=HELD, num_replicas=2, deployment=deployment

@@ -242,6 +242,8 @@ MANY_NUMBERS_OF_ROWS = """
 import os, torch
 from lorafx.integrations.server.run import bound_kernels
 
+pytestmark = pytest.mark.any_sizes
+
 bound_kernels()
 weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(128, 128))
 

@@ -45,7 +45,7 @@ async def answers(server: Opened, names: list[str | None]) -> list[str]:
 
 
 def test_they_are_answered_beside_lora_while_they_are_replaced(tmp_path: Path) -> None:
-    files = write_files(tmp_path, num_hidden_layers=1)
+    files = write_files(tmp_path)
     base, names = files.case.base, [None, "a0", *CONFIGS]
     for name, config in CONFIGS.items():
         folder = save(base, config, files.adapters / name)

@@ -59,7 +59,7 @@ def spoken(server, files, **others):
 def speaker(tmp_path_factory):
     """A model that has room for longer answers, with a tokenizer of signs."""
     folder = tmp_path_factory.mktemp("signs")
-    files = write_files(folder, num_hidden_layers=1, max_position_embeddings=512)
+    files = write_files(folder, max_position_embeddings=512)
     tokenizer(files.case.base.config.vocab_size).save_pretrained(files.model)
     with serving(files) as server:
         yield server

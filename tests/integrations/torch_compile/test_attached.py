@@ -114,18 +114,18 @@ def test_sums(plain: Case) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_generate(shallow: Case, beams: int) -> None:
+def test_generate(llama: Case, beams: int) -> None:
     torch.manual_seed(0)
-    model, inputs, names = attached(shallow), token_inputs(3, 6), ["a1", None, "a0"]
+    model, inputs, names = attached(llama), token_inputs(3, 6), ["a1", None, "a0"]
     fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3, "do_sample": False}
     with lorafx.adapters(model, names):
         got = model.generate(**inputs, **fixed, num_beams=beams)
     for row, name in enumerate(names):
         one = {key: value[row : row + 1] for key, value in inputs.items()}
-        alone = shallow.alone(name).generate(**one, **fixed, num_beams=beams)
+        alone = llama.alone(name).generate(**one, **fixed, num_beams=beams)
         assert torch.equal(got[row], alone[0])
     base = model.generate(**inputs, **fixed, num_beams=beams)
-    assert torch.equal(base, shallow.base.generate(**inputs, **fixed, num_beams=beams))
+    assert torch.equal(base, llama.base.generate(**inputs, **fixed, num_beams=beams))
     with pytest.raises(BatchError, match="adapter_names has 3 entries, but the batch has 6 rows"):
         served(model, model, names, token_inputs(6, 4))
 

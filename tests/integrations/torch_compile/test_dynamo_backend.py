@@ -136,14 +136,14 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("first", ["base", "block"])
 @pytest.mark.parametrize(
-    "family", ["plain", pytest.param("shallow", marks=pytest.mark.slow), "broken"]
+    "family", ["plain", pytest.param("llama", marks=pytest.mark.slow), "broken"]
 )
 def test_the_first_call(request: Any, small: Callable[..., Case], family: str, first: str) -> None:
     torch.manual_seed(0)
     case = small(Broken, ["w"]) if family == "broken" else request.getfixturevalue(family)
     inputs = {
         "plain": lambda: feed(3, 5),
-        "shallow": lambda: token_inputs(3, 5),
+        "llama": lambda: token_inputs(3, 5),
         "broken": lambda: {"x": torch.randn(3, 4, 6)},
     }[family]()
     a, b = list(case.folders)[:2]
@@ -247,7 +247,7 @@ def test_an_attached_model_keeps_its_own_options(plain: Case) -> None:
 
 @torch.no_grad()
 def test_every_switch_of_peft_has_its_effect(tmp_path: Path) -> None:
-    base = random_base("llama", num_hidden_layers=1)
+    base = random_base("llama")
     for index, name in enumerate("ab"):
         targets = ["q_proj", "o_proj", "down_proj"]
         save_adapter(base, tmp_path / name, rank=3 + index, seed=index, targets=targets)
