@@ -115,7 +115,7 @@ def test_quantised_slices(kind: str, model_type: str, tmp_path: Path) -> None:
 def test_grouped_products_with_four_bits_are_refused(tmp_path: Path) -> None:
     """The graph of a parametrisation that caches returns the whole weight."""
     model, case = quantised(moe_base("qwen3_moe"), "nf4", tmp_path)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
     with pytest.raises(
         MatchError, match=r"quantised format.*set_experts_implementation\('eager'\)"
     ):
@@ -171,7 +171,7 @@ def small_case(experts: type[nn.Module], folder: Path) -> Case:
 
 def test_constant_numbers_are_in_the_graph(tmp_path: Path) -> None:
     case = small_case(AllExperts, tmp_path)
-    cm = case.compile(dynamic=False)
+    cm = case.compile()
     for names in (["both", None, "down"], ["down", "both", "both"]):
         check_mixed(cm, case, names, {"input_ids": torch.randint(0, 50, (3, 4))})
     assert cm.recompiles == 1
@@ -218,7 +218,7 @@ def test_another_use_of_the_weights_is_refused(
     case, inputs = small_case(experts, tmp_path), {"input_ids": torch.randint(0, 50, (2, 4))}
     for start in ("compiled", "eager"):
         monkeypatch.setenv("LORAFX_START", start)
-        cm = case.compile(dynamic=False)
+        cm = case.compile()
         with pytest.raises(MatchError, match=r"experts\.gate_up_proj"):
             cm(**inputs, adapter_names=["both", None])
         check_mixed(cm, case, ["down", None], inputs)
