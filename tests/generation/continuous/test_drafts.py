@@ -71,18 +71,31 @@ def truth(case: Case, work: Any, new: int) -> dict[Any, list[int]]:
 
 
 def added(engine: Any, work: Any, new: int) -> list[str]:
+    """The names of these requests, of which every second one asks for log-probabilities."""
     return [
-        engine.add_request(p, adapter=a, max_new_tokens=new, ignore_eos=True) for p, a in work
+        engine.add_request(
+            p, adapter=a, max_new_tokens=new, ignore_eos=True, logprobs=None if i % 2 else 0
+        )
+        for i, (p, a) in enumerate(work)
     ]
 
 
 def check_tokens(case: Case, engine: Any, work: Any, new: int = 12) -> None:
     with engine.pause():
         ids = added(engine, work, new)
-    outputs = answers(engine, ids)
+    check_outputs(case, work, answers(engine, ids), new)
+
+
+def check_outputs(case: Case, work: Any, outputs: Mapping[str, Any], new: int) -> None:
     for (prompt, name), output in zip(work, outputs.values(), strict=True):
         assert output.error is None, output.error
-        assert [*prompt, *output.generated_tokens] == greedy(case, name, prompt, new)
+        tokens = [*prompt, *output.generated_tokens]
+        assert tokens == greedy(case, name, prompt, new)
+        with torch.no_grad():
+            logits = case.alone(name)(input_ids=torch.tensor([tokens]))["logits"][0]
+        rows = logits[len(prompt) - 1 :].log_softmax(-1)
+        for told, row in zip(output.token_logprobs, rows, strict=False):
+            assert close([told.logprob], [float(row[told.token])])
 
 
 def test_a_prompt_is_looked_up_as_transformers_does() -> None:
@@ -314,8 +327,7 @@ def test_a_request_that_fails_within_a_draft_fails_alone(llama, engines, draftin
     failed = outputs.pop(bad)
     assert "its grammar raised RuntimeError: no such rule" in failed.error
     assert failed.generated_tokens == tokens[:3]
-    for (prompt, name), output in zip(WORK, outputs.values(), strict=True):
-        assert [*prompt, *output.generated_tokens] == sequences[name or "__base__", (*prompt,)]
+    check_outputs(llama, WORK, outputs, 12)
 
 
 @eagerly
@@ -329,10 +341,8 @@ def test_an_adapter_is_replaced_while_drafts_are_verified(llama, compiled, draft
         outputs = answers(engine, [*ids, after])
     finally:
         compiled.load_adapter(llama.folders["a1"], "a1")
-    last = outputs.pop(after)
-    assert [4, 6, *last.generated_tokens] == greedy(llama, "a2", [4, 6], 12)
-    for (prompt, name), output in zip(WORK, outputs.values(), strict=True):
-        assert [*prompt, *output.generated_tokens] == greedy(llama, name, prompt, 40)
+    check_outputs(llama, [([4, 6], "a2")], {after: outputs.pop(after)}, 12)
+    check_outputs(llama, WORK, outputs, 40)
 
 
 @eagerly
