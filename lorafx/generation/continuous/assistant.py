@@ -15,33 +15,35 @@ from typing import Any
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.names import BASE
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, hold_of
+from lorafx.generation.continuous.drafts import Asked, Proposer
+from lorafx.runtime.session import Session
 
 
-class Assistant:
+class Assistant(Proposer):
     """Proposes what a draft model would generate. A request uses the draft's adapter of the name of
-    its own, if there is one when its draft begins, and else the draft's base.
+    its own, if there is one when its draft begins, and else the draft's default.
 
     Args:
         engine: one of the draft that is not started; its parts run here, in another's thread.
         forward: what `engine` calls for the draft.
-        store: the draft's adapters; None if it can have none.
+        session: the draft's; None if it is not compiled, and has no adapters.
     """
 
     def __init__(
-        self, engine: ContinuousBatchingManager, forward: Any, store: AdapterStore | None
+        self, engine: ContinuousBatchingManager, forward: Any, session: Session | None
     ) -> None:
-        self._engine, self._forward, self._store = engine, forward, store
+        self._engine, self._forward, self._session = engine, forward, session
         self._drafting: dict[str, tuple[RequestState, AdapterRequest]] = {}
 
     def begin(self) -> None:
-        """Begin anew, without any request."""
+        """See Proposer."""
         self._engine.batch_processor = self._engine._create_batch_processor()
         self._drafting.clear()
 
     def warmup(self) -> None:
-        """Compile the graphs of the draft's steps."""
+        """See Proposer."""
         self._engine.warmup()
 
     def end(self) -> None:
@@ -54,9 +56,7 @@ class Assistant:
             engine.model.set_attn_implementation(engine._original_attn_impl)
             engine._original_attn_impl = None
 
-    def propose(
-        self, asked: Sequence[tuple[AdapterRequest, int]], active: Mapping[str, RequestState]
-    ) -> Sequence[Sequence[int]]:
+    def propose(self, asked: Asked, active: Mapping[str, RequestState]) -> Sequence[Sequence[int]]:
         """At most so many tokens for each of these requests; none while the draft has not seen all
         of a long prompt, or has no slot or no page for the request."""
         processor: Any = self._engine.batch_processor
@@ -77,9 +77,9 @@ class Assistant:
             using = names if hold is None else names | {hold.name}
             missing = _tokens_from(state, draft.position_offset)
             tokens = missing[:room]
-            if not tokens or (self._store is not None and not self._store.fits(frozenset(using))):
-                continue
-            if not cache.can_store_request_tokens(draft, len(tokens) + count - 1):
+            session, more = self._session, len(tokens) + count - 1
+            has_slot = session is None or session.store.fits(frozenset(using))
+            if not (tokens and has_slot and cache.can_store_request_tokens(draft, more)):
                 continue
             names, room = using, room - len(tokens)
             draft.tokens_to_process = tokens
@@ -98,10 +98,11 @@ class Assistant:
     def _draft_of(self, state: AdapterRequest) -> AdapterRequest:
         """What generates the draft of a request: another of the same name."""
         if state.request_id not in self._drafting:
-            hold, store = hold_of(state), self._store
-            if hold is not None:
-                known = store is not None and hold.name in store
-                hold = store.hold(hold.name) if known and store is not None else None
+            theirs, session, hold = hold_of(state), self._session, None
+            if session is not None:
+                known = theirs is not None and theirs.name in session.store
+                name = theirs.name if theirs is not None and known else session.default
+                hold = None if name is None or name == BASE else session.store.hold(name)
             draft = AdapterRequest(state.request_id, initial_tokens=[], hold=hold)
             self._drafting[state.request_id] = state, draft
         return self._drafting[state.request_id][1]

@@ -19,14 +19,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.continuous_batching.cache_allocators import (
     SlidingAttentionCacheAllocator,
 )
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -43,54 +42,22 @@ from lorafx.generation.continuous.parameters import checked_number, vocabulary_o
 from lorafx.progress import LOG
 from lorafx.runtime.forwards import CompiledForwards
 
-#: Tokens that a draft model guesses in a step, the last ones that are looked up in a prompt, and
-#: the most of a step of a draft model, if nobody says otherwise.
-GUESSED, MATCHED, DRAFTED = 5, 2, 2048
-#: `AdapterBatchingManager._choose`.
-Choose = Callable[[ContinuousBatchingIOs, Callable[[], None]], None]
+#: Requests, and how many tokens of each are to be guessed at most.
+Asked: TypeAlias = Sequence[tuple[AdapterRequest, int]]
+#: How many tokens a draft model guesses if nobody says it.
+_GUESSED = 5
 
 
-def checked_count(
-    model: Any, draft: Any, guessed: int | None, looked_up: int | None, defaults: GenerationConfig
-) -> int | None:
-    """How many tokens a step guesses by the model `draft`, or if that is None by looking them up;
-    None for no drafts. Raises ConfigError if it is no number, or the draft cannot serve."""
-    if draft is None:
-        if guessed is not None:
-            raise ConfigError("num_assistant_tokens is of an assistant_model; give one, too")
-        asked = defaults.prompt_lookup_num_tokens if looked_up is None else looked_up
-        return None if asked is None else int(checked_number("prompt_lookup_num_tokens", asked))
-    if looked_up is not None:
-        raise ConfigError(
-            "assistant_model and prompt_lookup_num_tokens are two ways to guess tokens; give one"
-        )
-    if not isinstance(draft, CompiledForwards | PreTrainedModel):
-        raise ConfigError(
-            "assistant_model is a model of transformers, or what lorafx.compile returned for one; "
-            f"got {type(draft).__name__}"
-        )
-    drafting = draft.model if isinstance(draft, CompiledForwards) else draft
-    sizes = vocabulary_of(model), vocabulary_of(drafting)
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"assistant_model has {sizes[1]} tokens and the model {sizes[0]}: a draft guesses "
-            "tokens of the model; give one with the same vocabulary"
-        )
-    asked = guessed if guessed is not None else defaults.num_assistant_tokens or GUESSED
-    return int(checked_number("num_assistant_tokens", asked))
-
-
-class Proposer(Protocol):
+class Proposer:
     """Where drafts come from."""
 
-    def propose(
-        self, asked: Sequence[tuple[AdapterRequest, int]], active: Mapping[str, RequestState]
-    ) -> Sequence[Sequence[int]]:
-        """At most so many tokens for each of these requests; none where nothing is likely. Called
-        in each step with all requests that are `active`, by name."""
+    def propose(self, asked: Asked, active: Mapping[str, RequestState]) -> Sequence[Sequence[int]]:
+        """A draft for each of the requests `asked`, empty where nothing is likely. Called in each
+        step; `active` has all requests that have begun, by name."""
+        raise NotImplementedError
 
     def begin(self) -> None:
-        """Begin anew, without any request."""
+        """Begin without any request."""
 
     def warmup(self) -> None:
         """Compile what proposing needs."""
@@ -100,22 +67,22 @@ class Proposer(Protocol):
 
 
 class Drafts:
-    """The drafts of an engine's steps.
+    """The drafts of an engine's steps, of at most `count` tokens.
 
     Attributes:
-        proposed, accepted: how many tokens were verified, and how many of them kept.
+        proposed, accepted: how many tokens were verified, and after how many the sequence went on.
     """
 
     def __init__(self, proposer: Proposer, count: int, model: Any) -> None:
-        self.proposer, self._failed = proposer, False
+        self.proposer = proposer
         self.proposed = self.accepted = 0
-        self._count = count
+        self._count, self._failed = count, False
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._positions = int(positions or 2**31)
         self._drafted: list[AdapterRequest] = []
         self._of_step: dict[str, list[int]] = {}
 
-    def begin(self, processor: ContinuousBatchProcessor) -> None:
+    def begin(self, processor: Any) -> None:
         """Draft for the steps of this processor."""
         allocators = processor.cache.cache_allocators.values()
         rings = [a for a in allocators if isinstance(a, SlidingAttentionCacheAllocator)]
@@ -125,8 +92,8 @@ class Drafts:
     def propose(
         self, states: Sequence[RequestState], budget: int, active: Mapping[str, RequestState]
     ) -> None:
-        """Add drafts to the tokens that a step of `budget` tokens is to process. They are at most
-        half of it: prompts have to get on."""
+        """Add drafts to the tokens that a step of `budget` tokens is to process: at most half of
+        it, since prompts have to get on."""
         if self._failed:
             return
         decoding = [
@@ -149,7 +116,7 @@ class Drafts:
         self._drafted = [state for state, _ in asked]
 
     def _room(self, state: AdapterRequest, most: int) -> int:
-        """How many tokens may be proposed: each step chooses one more than it keeps."""
+        """How many tokens may be guessed, where a step generates one more."""
         allowed = state._new_tokens_limit - len(state.generated_tokens)
         return min(most, allowed - 1, self._positions - state.position_offset - 1)
 
@@ -159,73 +126,69 @@ class Drafts:
         found = {id(future.state) for future in batch}
         self._of_step = {}
         for state in self._drafted:
-            if id(state) in found and len(state.tokens_to_process) > 1:
-                self._of_step[state.request_id] = state.tokens_to_process[1:]
-            else:
+            if id(state) not in found:
                 del state.tokens_to_process[1:]
+            elif len(state.tokens_to_process) > 1:
+                self._of_step[state.request_id] = state.tokens_to_process[1:]
         self._drafted = []
 
     def begin_step(self, step: ContinuousBatchingIOs) -> Mapping[str, Sequence[int]]:
-        """The drafts of the step, by request, whose logits are then those of the token before."""
-        lengths = [
-            len(self._of_step.get(future.state.request_id, ()))
-            for future in step.requests_in_batch
-            if future.has_new_token
-        ]
-        indices = step.logits_indices[: len(lengths)]
-        indices -= torch.tensor(lengths, dtype=indices.dtype, device=indices.device)
+        """The drafts of the step, by request, whose logits are then those before the draft."""
+        names = [f.state.request_id for f in step.requests_in_batch if f.has_new_token]
+        lengths = torch.tensor([len(self._of_step.get(name, ())) for name in names])
+        step.logits_indices[: len(names)] -= lengths.to(step.logits_indices)
         return self._of_step
 
     def verify(
         self,
         batch: Sequence[FutureRequestState],
-        processor: ContinuousBatchProcessor,
+        processor: Any,
         packed: PackedForward,
-        choose: Choose,
+        choose: Callable[[Any, Callable[[], None]], None],
     ) -> None:
         """Choose the further tokens of the step `batch`, whose first ones have been chosen."""
-        step, cache, depth = processor.inputs_and_outputs, processor.cache, 0
+        step, depth = processor.inputs_and_outputs, 0
         alive = [f for f in step.requests_in_batch if f.state.request_id in self._of_step]
-        verified = {future.state.request_id: future.state.position_offset for future in alive}
-        self.proposed += sum(len(self._of_step[name]) for name in verified)
+        ends = {future.state.request_id: future.state.position_offset for future in alive}
+        self.proposed += sum(len(self._of_step[name]) for name in ends)
         for future in alive:
             future.state.position_offset -= future.query_length
         while True:
             for future in alive:  # of which one more token has come to stay
-                future.complete_blocks = cache.count_new_complete_blocks(future.state, 1)
+                future.complete_blocks = processor.cache.count_new_complete_blocks(future.state, 1)
                 future.state.position_offset += 1
             processor.update_batch()
-            alive = [future for future in alive if self._kept(future.state, depth)]
+            alive = [future for future in alive if self._is_kept(future.state, depth)]
             step.requests_in_batch, step.num_request_in_batch = alive, len(alive)
             if not alive:
                 break
             self.accepted += len(alive)
-            choose(step, partial(self._next, processor, packed, alive, depth))
+            choose(step, partial(self._choose_next, processor, packed, alive, depth))
             alive, depth = step.requests_in_batch, depth + 1
         rejected: list[bool] = []
         for future in batch:
             state, count = future.state, 0
-            if state.request_id in verified and state.status == RequestStatus.DECODING:
-                count = verified[state.request_id] - state.position_offset
             # The pages of a sequence that has ended may be another's by now.
+            if state.request_id in ends and state.status == RequestStatus.DECODING:
+                count = ends[state.request_id] - state.position_offset
             rejected += [False] * (future.query_length - count) + [True] * count
         undo, packed.undo = packed.undo, None
         if undo is not None:  # None if the whole step has failed
             with stream_context(step.compute_stream):
                 undo(torch.tensor(rejected))
 
-    def _kept(self, state: RequestState, depth: int) -> bool:
+    def _is_kept(self, state: RequestState, depth: int) -> bool:
         draft = self._of_step[state.request_id][depth : depth + 1]
         return state.status == RequestStatus.DECODING and draft == state.generated_tokens[-1:]
 
-    def _next(
+    def _choose_next(
         self,
-        processor: ContinuousBatchProcessor,
+        processor: Any,
         packed: PackedForward,
         alive: Sequence[FutureRequestState],
         depth: int,
     ) -> None:
-        """Choose a token behind the draft's token `depth` of each of these requests."""
+        """Choose what follows the draft's token `depth` of each of these requests."""
         step, runner = processor.inputs_and_outputs, processor.model_runner
         names = [future.state.request_id for future in alive]
         with stream_context(step.compute_stream):
@@ -234,34 +197,27 @@ class Drafts:
                 if not is_finite:
                     packed.failed[name] = FloatingPointError(NOT_FINITE)
             if runner.logit_processor.do_processing:
-                tokens = [self._of_step[name][depth] for name in names]
-                ids = torch.tensor(tokens, device=logits.device)
+                ids = torch.tensor([self._of_step[name][depth] for name in names])
                 # Processors with arguments by request are `Choosing`'s part.
-                logits = runner.logit_processor(ids, logits, logits.new_empty(0, len(names)))
+                none = logits.new_empty(0, len(names))
+                logits = runner.logit_processor(ids.to(logits.device), logits, none)
             runner._sample(logits[None], step.output_ids)
         step.retrieve_device_outputs()
 
 
-class PromptLookup:
+class PromptLookup(Proposer):
     """Proposes what stood behind an earlier occurrence of a sequence's last tokens, as transformers
     does: of `longest` tokens, or else of fewer, and the first occurrence."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
 
-    def propose(
-        self, asked: Sequence[tuple[AdapterRequest, int]], active: Mapping[str, RequestState]
-    ) -> Sequence[Sequence[int]]:
-        """Those of each request."""
+    def propose(self, asked: Asked, active: Mapping[str, RequestState]) -> Sequence[Sequence[int]]:
+        """See Proposer."""
         return [
             looked_up(state.initial_tokens + state.generated_tokens, count, self._longest)
             for state, count in asked
         ]
-
-    def begin(self) -> None:
-        """Nothing is kept."""
-
-    warmup = end = begin
 
 
 def looked_up(tokens: Sequence[int], count: int, longest: int) -> Sequence[int]:
@@ -275,3 +231,32 @@ def looked_up(tokens: Sequence[int], count: int, longest: int) -> Sequence[int]:
                 behind = at // size + length
                 return tokens[behind : behind + count]
     return ()
+
+
+def checked_count(
+    model: Any, draft: Any, guessed: int | None, looked_up: int | None, defaults: GenerationConfig
+) -> int | None:
+    """How many tokens are guessed by the model `draft`, or if that is None by looking them up; None
+    for no drafts. Raises ConfigError if the number, or the draft, cannot be one."""
+    if draft is None:
+        if guessed is not None:
+            raise ConfigError("num_assistant_tokens is of an assistant_model; give one, too")
+        asked = defaults.prompt_lookup_num_tokens if looked_up is None else looked_up
+        return None if asked is None else int(checked_number("prompt_lookup_num_tokens", asked))
+    if looked_up is not None:
+        raise ConfigError(
+            "assistant_model and prompt_lookup_num_tokens are two ways to guess tokens; give one"
+        )
+    if not isinstance(draft, CompiledForwards | PreTrainedModel):
+        raise ConfigError(
+            "assistant_model is a model of transformers, or what lorafx.compile returned for one; "
+            f"got {type(draft).__name__}"
+        )
+    theirs = vocabulary_of(draft.model if isinstance(draft, CompiledForwards) else draft)
+    if theirs != vocabulary_of(model):
+        raise ConfigError(
+            f"assistant_model has {theirs} tokens and the model {vocabulary_of(model)}: a draft "
+            "guesses tokens of the model; give one with the same vocabulary"
+        )
+    asked = guessed if guessed is not None else defaults.num_assistant_tokens or _GUESSED
+    return int(checked_number("num_assistant_tokens", asked))

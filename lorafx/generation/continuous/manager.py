@@ -43,13 +43,7 @@ from lorafx.generation.continuous.adapter_requests import (
 from lorafx.generation.continuous.assistant import Assistant
 from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
-from lorafx.generation.continuous.drafts import (
-    DRAFTED,
-    MATCHED,
-    Drafts,
-    PromptLookup,
-    checked_count,
-)
+from lorafx.generation.continuous.drafts import Drafts, PromptLookup, checked_count
 from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.parameters import (
@@ -637,24 +631,25 @@ def _drafts(
     config: ContinuousBatchingConfig,
     defaults: GenerationConfig,
 ) -> Drafts | None:
-    """The drafts of `count` tokens of an engine, None if there are none. Without a size the draft's
-    cache takes a tenth of the free memory, with one it has as many pages as the engine's."""
+    """The drafts of an engine. The cache of a draft model has as many pages as the engine's, or if
+    the configuration says none a tenth of the free memory."""
     if count is None:
         return None
     if draft is None:
-        return Drafts(PromptLookup(defaults.max_matching_ngram_size or MATCHED), count, model)
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
+        return Drafts(PromptLookup(defaults.max_matching_ngram_size or 2), count, model)
     config = dataclasses.replace(
         config,
-        max_batch_tokens=min(config.max_batch_tokens or DRAFTED, DRAFTED),
+        max_batch_tokens=min(config.max_batch_tokens or 2048, 2048),  # which bound a mask
         max_memory_percent=0.1 if config.num_blocks is None else config.max_memory_percent,
     )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
     if isinstance(draft, CompiledForwards):
         engine = AdapterBatchingManager(draft, greedy, config)
-        return Drafts(Assistant(engine, engine._forward, draft.session.store), count, model)
-    with _errors_of_engine(draft):
-        plain = ContinuousBatchingManager(draft, greedy, served_config(config))
-    return Drafts(Assistant(plain, draft, None), count, model)
+        return Drafts(Assistant(engine, engine._forward, draft.session), count, model)
+    plain: Any = draft
+    with _errors_of_engine(plain):
+        its_engine = ContinuousBatchingManager(plain, greedy, served_config(config))
+    return Drafts(Assistant(its_engine, plain, None), count, model)
 
 
 def _tempered(config: GenerationConfig) -> GenerationConfig:

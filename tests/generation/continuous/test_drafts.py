@@ -21,7 +21,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 import lorafx
 from lorafx import ConfigError
 from lorafx.generation.continuous.adapter_requests import account_of, fork_names
-from lorafx.generation.continuous.drafts import looked_up
+from lorafx.generation.continuous.drafts import Proposer, looked_up
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 eagerly = pytest.mark.usefixtures("in_eager_mode")
@@ -30,7 +30,7 @@ CONFIG = ContinuousBatchingConfig(**PAGES, per_request_processors=True)
 WORK = [([7, 8, 9] * 4, "a1"), ([*range(9, 29)], None), ([5, 5, 5, 5], "a3"), ([4, 6], "a1")]
 
 
-class Guesses:
+class Guesses(Proposer):
     """Proposes what `sequences` (by adapter and prompt) go on with, of which tokens are wrong at
     random. Where they are not known, all are wrong."""
 
@@ -48,10 +48,6 @@ class Guesses:
         self.farthest = max(self.farthest, at + count)
         draft = [*known[at : at + count]] or [3] * count
         return [3 + i if self.random.random() < self.wrong else t for i, t in enumerate(draft)]
-
-    def begin(self) -> None: ...
-
-    warmup = end = begin
 
 
 def greedy(case: Case, name: str | None, prompt: Sequence[int], new: int) -> list[int]:
@@ -186,15 +182,18 @@ def check_sequences(case: Case, cm: Any, new: int = 24) -> None:
 
 @eagerly
 def test_what_was_rejected_is_in_no_page_that_others_find(llama, drafting) -> None:
-    """Requests go on from where a draft was rejected, in pages that the first one has left."""
+    """A sequence ends where a draft was rejected, with the last token of a page."""
     prompt = [*range(30, 41)]
     sequence = greedy(llama, "a1", prompt, 30)
-    engine = drafting(Guesses({("a1", (*prompt,)): sequence}, wrong=0.5))
-    check_tokens(llama, engine, [(prompt, "a1")], 20)
-    for length in range(12, 28):
-        name = engine.add_request(sequence[:length], adapter="a1", max_new_tokens=3)
-        tokens = answers(engine, [name])[name].generated_tokens
-        assert tokens == sequence[length : length + 3]
+    engine, ended = drafting(Guesses({}, wrong=1.0)), 0
+    for length in range(16, 32, 4):
+        name = engine.add_request(
+            prompt, adapter="a1", max_new_tokens=30, stop_token_ids=[sequence[length - 1]]
+        )
+        tokens = [*prompt, *answers(engine, [name])[name].generated_tokens]
+        ended += len(tokens) == length
+        check_tokens(llama, engine, [(sequence[: length + 2], "a1")], 3)
+    assert ended
 
 
 class Grammar:
