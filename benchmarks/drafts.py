@@ -96,7 +96,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    model, draft = build(given.hidden, given.layers), build(given.hidden // 2, given.layers // 3)
+    model, draft = (
+        build(given.hidden, given.layers),
+        build(given.hidden // 2, given.layers * 2 // 5),
+    )
     sizes = [
         sum(p.numel() for layer in m.model.layers for p in layer.parameters())
         for m in (model, draft)

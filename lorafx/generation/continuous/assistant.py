@@ -100,8 +100,8 @@ class Assistant(Proposer):
         if state.request_id not in self._drafting:
             theirs, session, hold = hold_of(state), self._session, None
             if session is not None:
-                known = theirs is not None and theirs.name in session.store
-                name = theirs.name if theirs is not None and known else session.default
+                name = None if theirs is None else theirs.stored.name  # also of a former version
+                name = name if name in session.store else session.default
                 hold = None if name is None or name == BASE else session.store.hold(name)
             draft = AdapterRequest(state.request_id, initial_tokens=[], hold=hold)
             self._drafting[state.request_id] = state, draft

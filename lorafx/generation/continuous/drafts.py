@@ -67,18 +67,19 @@ class Proposer:
 
 
 class Drafts:
-    """The drafts of an engine's steps, of at most `count` tokens.
+    """The drafts of an engine's steps, of at most `count` tokens, within the positions of `models`.
 
     Attributes:
         proposed, accepted: how many tokens were verified, and after how many the sequence went on.
     """
 
-    def __init__(self, proposer: Proposer, count: int, model: Any) -> None:
+    def __init__(self, proposer: Proposer, count: int, *models: Any) -> None:
         self.proposer = proposer
         self.proposed = self.accepted = 0
         self._count, self._failed = count, False
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._positions = int(positions or 2**31)
+        configs = [model.config.get_text_config() for model in models]
+        positions = [getattr(config, "max_position_embeddings", None) for config in configs]
+        self._positions = min([2**31, *filter(None, positions)])
         self._drafted: list[AdapterRequest] = []
         self._of_step: dict[str, list[int]] = {}
 

@@ -527,9 +527,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         former = self.batch_processor
-        if self.drafts is not None:
-            self.drafts.proposer.begin()  # before the engine's cache takes the free memory
         with _errors_of_engine(self.model):
+            if self.drafts is not None:
+                self.drafts.proposer.begin()  # before the engine's cache takes the free memory
             processor = super()._create_batch_processor()
         if processor is not former:
             self._processor = processor
@@ -632,24 +632,25 @@ def _drafts(
     defaults: GenerationConfig,
 ) -> Drafts | None:
     """The drafts of an engine. The cache of a draft model has as many pages as the engine's, or if
-    the configuration says none a tenth of the free memory."""
+    the configuration does not say it a tenth of the memory."""
     if count is None:
         return None
     if draft is None:
         return Drafts(PromptLookup(defaults.max_matching_ngram_size or 2), count, model)
-    config = dataclasses.replace(
-        config,
-        max_batch_tokens=min(config.max_batch_tokens or 2048, 2048),  # which bound a mask
-        max_memory_percent=0.1 if config.num_blocks is None else config.max_memory_percent,
-    )
+    tokens = min(config.max_batch_tokens or 2048, 2048)  # which bound a mask
+    share = config.max_memory_percent
+    if config.num_blocks is None:
+        share = (share or 0.9) / 10
+    config = dataclasses.replace(config, max_batch_tokens=tokens, max_memory_percent=share)
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
     if isinstance(draft, CompiledForwards):
         engine = AdapterBatchingManager(draft, greedy, config)
-        return Drafts(Assistant(engine, engine._forward, draft.session), count, model)
+        assistant = Assistant(engine, engine._forward, draft.session)
+        return Drafts(assistant, count, model, draft.model)
     plain: Any = draft
     with _errors_of_engine(plain):
         its_engine = ContinuousBatchingManager(plain, greedy, served_config(config))
-    return Drafts(Assistant(its_engine, plain, None), count, model)
+    return Drafts(Assistant(its_engine, plain, None), count, model, plain)
 
 
 def _tempered(config: GenerationConfig) -> GenerationConfig:
