@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         GenerationConfig,
     )
     from transformers.generation.continuous_batching.requests import GenerationOutput
+    from transformers.modeling_utils import PreTrainedModel
 
     from lorafx.capture.backend import Backend
     from lorafx.generation.continuous.manager import AdapterBatchingManager
@@ -574,6 +575,9 @@ class CompiledModel(AsModule):
         timeout: float | None = None,
         tokenizer: Any = None,
         shares: Mapping[str | None, Share] | None = None,
+        assistant_model: PreTrainedModel | CompiledModel | None = None,
+        num_assistant_tokens: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
         **engine: Any,
     ) -> Iterator[AdapterBatchingManager]:
         """transformers' continuous batching, with an adapter for each request.
@@ -597,11 +601,17 @@ class CompiledModel(AsModule):
             tokenizer: the model's, for requests with `stop` or `bad_words`.
             shares: the weight and the bound of adapters, `{"sql": lorafx.Share(weight=3.0)}`; None
                 is the base (docs/continuous_batching.md).
+            assistant_model: a smaller model of the same vocabulary, which guesses
+                `num_assistant_tokens` tokens (5) of each request; steps verify them together. A
+                compiled one uses its adapter of the name of the request's, if it has one.
+            prompt_lookup_num_tokens: guess so many tokens by what stood behind the same tokens
+                before; None for what the generation_config says.
             **engine: arguments of transformers' manager.
 
         Raises:
             ConfigError: transformers is too old, the model or the configuration asks for something
-                that is not served (CUDA graphs), or a share cannot be one.
+                that is not served (CUDA graphs), a share cannot be one, or the assistant_model
+                cannot serve.
             UnknownAdapterError: a share is of an adapter that is not loaded.
             CaptureError: the model was detached.
         """
@@ -613,8 +623,15 @@ class CompiledModel(AsModule):
             raise ConfigError(
                 f"continuous batching needs transformers 5.23 or newer (the extra `hf`): {error}"
             ) from error
+        draft: Any = assistant_model
+        if isinstance(draft, CompiledModel):
+            draft._entries.check_attached()
+            draft = draft._entries
         manager = AdapterBatchingManager(
             *(self._entries, generation_config, continuous_batching_config, tokenizer, shares),
+            assistant_model=draft,
+            num_assistant_tokens=num_assistant_tokens,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             **engine,
         )
         try:

@@ -320,6 +320,17 @@ class AdapterPages(PagedAttentionCache):
         unused = kept + self.compute_free_capacity(relative=False)
         return float(1 - unused / (self.num_sectors * self.bytes_per_sector))
 
+    def can_store_request_tokens(
+        self, state: RequestState, request_len: int, dry_run: bool = False
+    ) -> bool:
+        """Whether there is room for so many tokens of a request, if need be without its draft."""
+        if super().can_store_request_tokens(state, request_len, dry_run):
+            return True
+        if state.status != RequestStatus.DECODING or request_len == 1:
+            return False
+        del state.tokens_to_process[1:]  # in place: the scheduler schedules this list
+        return bool(super().can_store_request_tokens(state, 1, dry_run))
+
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """How many of the prompt's tokens are in the cache, computed by the same adapter."""
         state = self.waiting(request_id)

@@ -9,10 +9,10 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.requests import (
     GenerationOutput,
     RequestState,
 )
+from transformers.modeling_utils import PreTrainedModel
 
 from lorafx.adapter_store.names import BASE, SUMS, AdapterName, one_name
 from lorafx.adapter_store.stored import Hold
@@ -39,8 +40,10 @@ from lorafx.generation.continuous.adapter_requests import (
     fork_names,
     weights_now,
 )
+from lorafx.generation.continuous.assistant import Assistant
 from lorafx.generation.continuous.attention import EngineAttention
 from lorafx.generation.continuous.choosing import Choosing, ChoosingRunner
+from lorafx.generation.continuous.drafts import Drafts, PromptLookup, checked_count
 from lorafx.generation.continuous.failures import StepHealth, client_errors
 from lorafx.generation.continuous.packed_call import PackedForward
 from lorafx.generation.continuous.parameters import (
@@ -54,16 +57,14 @@ from lorafx.generation.continuous.parameters import (
     checked_prompt,
     checked_sampling,
     ends_of,
+    vocabulary_of,
 )
 from lorafx.generation.continuous.scheduling import FullCache, all_pinned, within_slots
 from lorafx.generation.continuous.shares import Share, Shares
 from lorafx.generation.continuous.with_inputs import RequestsWithInputs
 from lorafx.model.keywords import refuse_slips
+from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.kinds import CALLS
-
-if TYPE_CHECKING:
-    from lorafx.runtime.forwards import CompiledForwards
-
 
 _COMPILED = "lorafx compiles the model itself"
 _PADDED = "only CUDA graphs and compilation by the engine pad"
@@ -101,6 +102,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         config: ContinuousBatchingConfig | None = None,
         tokenizer: Any = None,
         shares: Mapping[str | None, Share] | None = None,
+        assistant_model: CompiledForwards | PreTrainedModel | None = None,
+        num_assistant_tokens: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if forwards.session.program.is_placed:
@@ -127,6 +131,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         config = ContinuousBatchingConfig() if config is None else config
         served = served_config(config)
+        draft, looked_up = assistant_model, prompt_lookup_num_tokens
+        guessed = checked_count(model, draft, num_assistant_tokens, looked_up, defaults)
         per_request = bool(defaults.do_sample and served.per_request_processors)
         self._tells_logprobs = config.return_logprobs
         self._attention = EngineAttention(forwards.session)
@@ -138,6 +144,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     continuous_batching_config=served,
                     **kwargs,
                 )
+            #: The drafts of its steps; None if it has none.
+            self.drafts = _drafts(model, draft, guessed, config, defaults)
         except BaseException:
             self._attention.give_back()
             raise
@@ -234,7 +242,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise ConfigError(f"request_id is a string; got {request_id!r}")
         if not isinstance(ignore_eos, bool):
             raise ConfigError(f"ignore_eos is true or false; got {ignore_eos!r:.80}")
-        config, size = self.generation_config, self._vocabulary()
+        config, size = self.generation_config, vocabulary_of(self.forwards.model)
         if max_new_tokens is None:
             max_new_tokens = config.max_new_tokens
         else:
@@ -349,14 +357,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 hard_stop, timeout = thread.is_alive(), None
         super().stop(block, timeout, keep_for_next_session, hard_stop)
         self._attention.give_back()
-        if not self.is_running() and not keep_for_next_session:
-            self._processor = None
-            self._packed.pages = None
+        if not keep_for_next_session:
+            self._free()
 
     def destroy(self) -> None:
         """End the engine as transformers does, and give back the model's attention."""
         super().destroy()
         self._attention.give_back()
+        self._free()
+
+    def _free(self) -> None:
+        if not self.is_running():
+            self._processor = self.batch_processor = None
+            self._packed.pages = None
+            if self.drafts is not None:
+                self.drafts.proposer.end()
 
     def unhealthy(self) -> str | None:
         """Why the engine is not expected to serve requests: it takes none, or its last steps have
@@ -411,6 +426,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         session, steps = self.forwards.session, partial(self._run_steps, self.batch_processor, 1)
         with session.lock:
             session.note(session.running._replace(warming=True), steps)
+        if self.drafts is not None:
+            self.drafts.proposer.warmup()
         self.warmed_up = True
 
     @torch.no_grad()
@@ -483,13 +500,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         while status.is_pause_requested() and self.is_running():
             time.sleep(0.005)
 
-    def _vocabulary(self) -> int:
-        """The number of tokens for which the model has logits."""
-        model: Any = self.forwards.model
-        return int(getattr(model.get_output_embeddings(), "out_features", 0)) or int(
-            model.config.get_text_config().vocab_size
-        )
-
     def _register_name(self, request_id: str | None, count: int) -> str:
         """Register a request of `count` sequences under this name, or a new one, which is returned.
         Raises BatchError if a running request has the name."""
@@ -521,12 +531,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         former = self.batch_processor
         with _errors_of_engine(self.model):
+            if self.drafts is not None:
+                self.drafts.proposer.begin()  # before the engine's cache takes the free memory
             processor = super()._create_batch_processor()
         if processor is not former:
             self._processor = processor
             scheduler: Any = processor.scheduler
             session, cancelled = self.forwards.session, self._outputs.cancelled
-            scheduler.begin(session, self._fail, cancelled, self._shares)
+            scheduler.begin(session, self._fail, cancelled, self._shares, self.drafts)
+            if self.drafts is not None:
+                self.drafts.begin(processor)
             # transformers offers no way to choose these classes.
             cache: Any = processor.cache
             cache.__class__ = AdapterPages
@@ -544,12 +558,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return processor
 
     def _generation_step(self) -> None:
-        processor, packed = self._processor, self._packed
+        processor, packed, drafts = self._processor, self._packed, self.drafts
         step = processor.inputs_and_outputs
+        batch = step.requests_in_batch
+        packed.drafts = {} if drafts is None else drafts.begin_step(step)
+        self._choose(step, partial(processor._generation_step, self._forward))
+        if drafts is not None and packed.drafts:
+            drafts.verify(batch, processor, packed, self._choose)
+
+    def _choose(self, step: ContinuousBatchingIOs, run: Callable[[], None]) -> None:
+        """Call `run`, which chooses tokens of the step's requests, and end those that fail."""
+        packed = self._packed
         asked = self._choosing.begin(step.requests_in_batch)
         self.logit_processor.do_processing = self._processes or asked
         try:
-            processor._generation_step(self._forward)
+            run()
             self._choosing.score_prompts()
         except torch.AcceleratorError:
             raise  # the device is lost, so the engine ends with this error
@@ -602,6 +625,35 @@ def _errors_of_engine(model: Any) -> Iterator[None]:
             f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
             "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
         ) from error
+
+
+def _drafts(
+    model: Any,
+    draft: CompiledForwards | PreTrainedModel | None,
+    count: int | None,
+    config: ContinuousBatchingConfig,
+    defaults: GenerationConfig,
+) -> Drafts | None:
+    """The drafts of an engine. The cache of a draft model has as many pages as the engine's, or if
+    the configuration does not say it a tenth of the memory."""
+    if count is None:
+        return None
+    if draft is None:
+        return Drafts(PromptLookup(defaults.max_matching_ngram_size or 2), count, model)
+    tokens = min(config.max_batch_tokens or 2048, 2048)  # which bound a mask
+    share = config.max_memory_percent
+    if config.num_blocks is None:
+        share = (share or 0.9) / 10
+    config = dataclasses.replace(config, max_batch_tokens=tokens, max_memory_percent=share)
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
+    if isinstance(draft, CompiledForwards):
+        engine = AdapterBatchingManager(draft, greedy, config)
+        assistant = Assistant(engine, engine._forward, draft.session)
+        return Drafts(assistant, count, model, draft.model)
+    plain: Any = draft
+    with _errors_of_engine(plain):
+        its_engine = ContinuousBatchingManager(plain, greedy, served_config(config))
+    return Drafts(Assistant(its_engine, plain, None), count, model, plain)
 
 
 def _tempered(config: GenerationConfig) -> GenerationConfig:

@@ -28,6 +28,11 @@ from lorafx.generation.continuous.pages import StepCache
 from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Requests
 
+NOT_FINITE = (
+    "the logits of its next token are not finite; look for infinite or very large numbers in its "
+    "adapter, or give the model a dtype with a larger range"
+)
+
 
 class Step(NamedTuple):
     """One step.
@@ -36,7 +41,8 @@ class Step(NamedTuple):
         batch: its requests, in the order of their tokens.
         named: the arguments of the model.
         order: indices of the requests in `batch`; those with a new token come first.
-        last: the index of the last token of each request of `order`, among all tokens.
+        last: the index of the last token of each request of `order` before its draft, among all
+            tokens.
         scored: the requests in `batch` with tokens whose logits are asked for beside those of the
             last ones, each once for each such token. These logits come last.
     """
@@ -60,10 +66,7 @@ class Step(NamedTuple):
             logits = logits[self.last]
         rows = [row for row, request in enumerate(self.order) if request in part]
         if not logits[rows].amax(-1).isfinite().all():
-            raise FloatingPointError(
-                "the logits of its next token are not finite; look for infinite or very large "
-                "numbers in its adapter, or give the model a dtype with a larger range"
-            )
+            raise FloatingPointError(NOT_FINITE)
 
 
 class PackedForward:
@@ -74,6 +77,9 @@ class PackedForward:
         pages: the engine's cache; setting it to None frees it.
         failed: the errors of the requests of the last step that failed, by name.
         scored: the logits of the last step that tell the log-probabilities of prompts, by request.
+        drafts: the draft of each request of the coming step that has one, by name.
+        further: the logits (k, V) of the last step behind the tokens of drafts, by name.
+        undo: writes back what the last step, if it had drafts, overwrote (`StepCache.snapshot`).
     """
 
     def __init__(
@@ -86,6 +92,9 @@ class PackedForward:
         self.pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
         self.scored: list[tuple[AdapterRequest, Tensor]] = []
+        self.drafts: Mapping[str, Sequence[int]] = {}
+        self.further: dict[str, Tensor] = {}
+        self.undo: Callable[[Tensor | None], None] | None = None
 
     def _supports_logits_to_keep(self) -> bool:
         """Whether the head can be computed for some tokens only; the engine calls this."""
@@ -120,16 +129,17 @@ class PackedForward:
             "use_cache": False,
             "is_causal": False,
         }
-        self.failed, self.scored = {}, []
+        self.failed, self.scored, self.further = {}, [], {}
         batch = self._batch()
         order = sorted(range(len(batch)), key=lambda index: not batch[index].has_new_token)
         ends = [*accumulate(future.query_length for future in batch)]
-        last = torch.tensor([ends[index] - 1 for index in order], dtype=torch.int32)
+        guessed = [len(self.drafts.get(future.state.request_id, ())) for future in batch]
+        last = torch.tensor([ends[i] - 1 - guessed[i] for i in order], dtype=torch.int32)
         last = last.to(input_ids.device)
         scored = [
             (index, end - future.query_length + token)
             for index, (future, end) in enumerate(zip(batch, ends, strict=True))
-            for token in _unscored(future)
+            for token in _unscored(future, guessed[index])
         ]
         tokens = torch.tensor([token for _, token in scored], dtype=torch.int32)
         single = False
@@ -142,14 +152,15 @@ class PackedForward:
         step = Step(batch, named, order, last, [index for index, _ in scored])
         with session.lock:
             self._count_tokens(batch)
-            restore = pages.snapshot() if len(batch) > 1 else None
+            restore = pages.snapshot() if len(batch) > 1 or self.drafts else None
+            self.undo = restore if self.drafts else None
             try:
                 output = self._run(step)
                 step.check(output, range(len(batch)))
             except DEVICE_ERRORS:
                 raise
             except Exception as error:
-                if restore is None:
+                if restore is None or len(batch) == 1:
                     raise
                 restore(None)
                 output = self._run_in_parts(step, restore, error, kwargs["cu_seq_lens_k"])
@@ -166,7 +177,10 @@ class PackedForward:
         counts = Counter(step.scored)
         for index, rows in zip(counts, logits.split([*counts.values()]), strict=True):
             state: Any = step.batch[index].state
-            self.scored.append((state, rows))
+            if state.request_id in self.drafts:
+                self.further[state.request_id] = rows
+            else:
+                self.scored.append((state, rows))
 
     def _run_in_parts(
         self,
@@ -271,9 +285,12 @@ def _owners(counts: Sequence[int], length: int) -> Tensor:
     return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
 
 
-def _unscored(future: FutureRequestState) -> range:
-    """The tokens of a request in the step whose logits its prompt's log-probabilities need."""
+def _unscored(future: FutureRequestState, guessed: int) -> range:
+    """The tokens of a request in the step whose logits its draft of `guessed` tokens, or its
+    prompt's log-probabilities, need."""
     state = future.state
+    if guessed:
+        return range(future.query_length - guessed, future.query_length)
     if isinstance(state, AdapterRequest) and state.scoring:
         return state.unscored(future.query_length)
     return range(0)

@@ -34,6 +34,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "logprobs": (0, sys.maxsize),
     "prompt_logprobs": (0, sys.maxsize),
     "n": (1, 1024),
+    "num_assistant_tokens": (1, 1024),
+    "prompt_lookup_num_tokens": (1, 1024),
 }
 #: How many strings `stop` and `bad_words` may have. Each step looks at all of them.
 MOST_STRINGS = 1024
@@ -160,6 +162,13 @@ def checked_prompt(model: Any, input_ids: Iterable[Any]) -> list[int]:
     if not prompt:
         raise BatchError("input_ids is empty; give at least one token")
     return prompt
+
+
+def vocabulary_of(model: Any) -> int:
+    """The number of tokens for which a model has logits."""
+    return int(getattr(model.get_output_embeddings(), "out_features", 0)) or int(
+        model.config.get_text_config().vocab_size
+    )
 
 
 def ends_of(eos_token_id: Any) -> list[int]:

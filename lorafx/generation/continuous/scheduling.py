@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.generation.continuous.adapter_requests import AdapterRequest, account_of, hold_of
+from lorafx.generation.continuous.drafts import Drafts
 from lorafx.generation.continuous.shares import Asking, Shares
 from lorafx.generation.continuous.turns import Asked, Turns
 from lorafx.runtime.session import Session
@@ -42,12 +43,13 @@ class SlotsPerStep:
         fail: Callable[[RequestState, LorafxError], None],
         cancelled: Callable[[RequestState], None],
         shares: Shares,
+        drafts: Drafts | None,
     ) -> None:
-        """Respect the slots of `session` and the shares of adapters. `fail` is called with a
-        request that cannot be served and its error, `cancelled` with a request that was
-        cancelled."""
+        """Respect the slots of `session` and the shares of adapters, and run `drafts`. `fail` is
+        called with a request that cannot be served and its error, `cancelled` with a request that
+        was cancelled."""
         self._session, self._fail, self._cancelled = session, fail, cancelled
-        self._turns, self._shares = Turns(), shares
+        self._turns, self._shares, self._drafts = Turns(), shares, drafts
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         scheduler: Any = super()
@@ -59,26 +61,38 @@ class SlotsPerStep:
         return [waiting[index] for index in self._shares.order(map(_asking, waiting), running)]
 
     def _process_candidates(
-        self, candidates: list[RequestState], *args: Any, **kwargs: Any
+        self, candidates: list[RequestState], token_budget: int, *args: Any
     ) -> _Scheduled:
         ready = self._ready(self._servable(candidates))
         scheduler: Any = super()
-        result: _Scheduled = scheduler._process_candidates(ready, *args, **kwargs)
+        this: Any = self
+        if self._drafts is not None:
+            self._drafts.propose(ready, token_budget, this.active_requests)
+        result: _Scheduled = scheduler._process_candidates(ready, token_budget, *args)
         if not result[0] and result[1]:
             # Requests that wait for a slot may occupy the cache, so running ones are tried first.
             begun = [state for state in candidates if state.status != RequestStatus.PENDING]
             running = self._ready(begun) if len(ready) < len(candidates) else []
             if running:
                 ready = running
-                result = scheduler._process_candidates(ready, *args, **kwargs)
+                result = scheduler._process_candidates(ready, token_budget, *args)
         self.stuck = ready if not result[0] and result[1] else ()
+        if self._drafts is not None:
+            self._drafts.scheduled(result[0])
         if self._shares.given:
-            this: Any = self
             contended = any(state.status == RequestStatus.PENDING for state in candidates)
             contended |= this.block_new_requests and bool(this.waiting_requests)
             tokens = ((account_of(future.state), future.query_length) for future in result[0])
             self._shares.advance(tokens, contended)
         return result
+
+    def _schedule_request(
+        self, state: RequestState, request_tokens: list[int], token_budget: int, *args: Any
+    ) -> None:
+        if state.status == RequestStatus.DECODING:  # what does not fit is of its draft
+            del request_tokens[token_budget:]
+        scheduler: Any = super()
+        scheduler._schedule_request(state, request_tokens, token_budget, *args)
 
     def clear_cancelled_requests(self) -> list[RequestState]:
         """Forget the requests that were cancelled, and return them."""

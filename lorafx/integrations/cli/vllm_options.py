@@ -39,7 +39,7 @@ _ABSENT: Mapping[str, str] = {
     "quantised models are served as their config.json says": "quantization kv-cache-dtype",
     "code of a model's repository is never run": "trust-remote-code",
     "see --lowering, --cache and --warmup": "enforce-eager compilation-config",
-    "tokens are not guessed ahead": "speculative-config",
+    "see --assistant-model and --prompt-lookup-num-tokens": "speculative-config",
     "requests give a `seed` of their own": "seed",
     "--temperature sets the default of requests": "generation-config",
     "answers are parsed by the tokenizer's response_template": "tool-call-parser reasoning-parser",

@@ -111,13 +111,14 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
     tokenizer, kind = _tokenizer(settings), _kind(settings)
-    if kind not in _GENERATING and settings.shares():
+    if kind not in _GENERATING and (settings.shares() or settings.guesses()):
         raise ConfigError(
-            "--adapter-weight and --adapter-running are of models that generate, and "
-            f"{settings.served_name} is served as an encoder; leave them out"
+            "--adapter-weight, --adapter-running, --assistant-model and --prompt-lookup-num-tokens "
+            f"are of models that generate, and {settings.served_name} is served as an encoder; "
+            "leave them out"
         )
     with progress(f"loading {settings.served_name}"):
-        model = _model(settings, kind)
+        model = _model(settings, kind, settings.model)
     adapters = {} if lazily else dict(settings.found)
     config = settings.lora_config()
     if lazily and config.target_modules is None:
@@ -141,8 +142,11 @@ def _generating(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
     defaults, warmup = _defaults(settings, model), settings.warmup or None
+    guesses, draft = settings.guesses(), settings.assistant_model
+    if draft is not None:
+        guesses["assistant_model"] = _model(settings, AutoModelForCausalLM, draft)
     block = compiled.continuous_batching(
-        defaults, engine_config, warmup=warmup, tokenizer=tokenizer
+        defaults, engine_config, warmup=warmup, tokenizer=tokenizer, **guesses
     )
     with block as engine:
         for name, share in settings.shares().items():  # also of adapters that are loaded later
@@ -245,13 +249,13 @@ def _kind(settings: ModelSettings) -> Any:
     return AutoModelForSequenceClassification if classifies else AutoModel
 
 
-def _model(settings: ModelSettings, kind: Any) -> Any:
+def _model(settings: ModelSettings, kind: Any, name: str) -> Any:
     dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype, None)
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--dtype {settings.dtype}: torch has no dtype of this name")
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _readable(settings.model):
-        model = kind.from_pretrained(settings.model, dtype=dtype, attn_implementation="sdpa")
+    with _readable(name):
+        model = kind.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -66,6 +66,9 @@ class ModelSettings(BaseModel):
     max_batch_tokens: _Count = None
     max_num_seqs: _Count = None
     max_memory_percent: float | None = Field(default=None, gt=0, le=1)
+    assistant_model: str | None = _of(None, "A smaller model, which guesses tokens ahead.")
+    num_assistant_tokens: _Count = _of(None, "How many it guesses.")
+    prompt_lookup_num_tokens: _Count = _of(None, "Guess so many by earlier text.")
     max_model_len: _Count = None
     max_logprobs: int = _of(20, "Likeliest tokens that a request may ask for; -1 for all.", ge=-1)
     max_fields: int = _of(128, "The most fields of a request.", ge=1)
@@ -254,6 +257,11 @@ class ModelSettings(BaseModel):
             use_dora=any(config.use_dora for config in saved),
             lora_bias=any(config.lora_bias or config.bias != "none" for config in saved),
         )
+
+    def guesses(self) -> dict[str, Any]:
+        """Arguments of `continuous_batching` by which tokens are guessed ahead."""
+        names = ("assistant_model", "num_assistant_tokens", "prompt_lookup_num_tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def engine(self, on_cpu: bool) -> dict[str, Any]:
         """Arguments of `ContinuousBatchingConfig`."""

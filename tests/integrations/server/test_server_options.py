@@ -91,6 +91,7 @@ def test_bad_values(files, change, word):
         ({"max_model_len": 10_000}, "--max-model-len 10000 is more than the"),
         ({"chat_template": "/nowhere"}, "--chat-template /nowhere: neither a file"),
         ({"runner": "pooling", "adapter_weight": ("a1=2",)}, "tiny is served as an encoder"),
+        ({"runner": "pooling", "prompt_lookup_num_tokens": 3}, "tiny is served as an encoder"),
     ],
 )
 def test_bad_values_of_the_model(files, change, word):
@@ -124,6 +125,22 @@ def test_names_modules_lengths_and_templates(files):
         preflight = asked_from(server, origin)
         assert preflight.headers["access-control-allow-origin"] == "http://here"
         assert asked_from(server, {**origin, "Origin": "http://there"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "tiny", "num_assistant_tokens": 2}],
+)
+def test_tokens_are_guessed_ahead(files, given):
+    if "assistant_model" in given:
+        given = {**given, "assistant_model": str(files.model)}
+    with serving(files, **given) as server:
+        for adapter in ("a1", None):
+            body = {"model": adapter or "tiny", **question(PATH, "w9 w12 w9 w12", 16)}
+            answer = ask(server, "POST", PATH, **body).json()
+            ids = files.tokenizer("w9 w12 w9 w12")["input_ids"]
+            assert plain(PATH, answer).strip() == files.text(adapter, ids, 16)
+        assert server.engine.drafts.accepted > 0
 
 
 def test_weights_and_bounds_of_adapters(files):
