@@ -24,7 +24,7 @@ from lorafx import ConfigError
 from lorafx.generation.continuous.adapter_requests import account_of, fork_names
 from lorafx.generation.continuous.drafts import Proposer, looked_up
 
-pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("earlier_objects_frozen")]
 eagerly = pytest.mark.usefixtures("in_eager_mode")
 PAGES = {"page_size": 4, "num_blocks": 128, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES, per_request_processors=True)
