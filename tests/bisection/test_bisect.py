@@ -19,6 +19,8 @@ import lorafx
 from lorafx.errors import BatchError, ConfigError
 from lorafx.kernels.cpu.weight_mm import WEIGHT_MM_DELTA
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a1", None, "a3", "a0"]
 
 
@@ -29,7 +31,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
-    return case.compile({"passes": {"mine": lorafx.After(after, run)}})
+    return case.compile({"passes": {"mine": lorafx.After(after, run)}}, dynamic=False)
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
@@ -87,7 +89,7 @@ def test_an_error_from_before_rows_are_known(plain: Case, inputs: Any) -> None:
 
 
 def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
-    cm = plain.compile()
+    cm = plain.compile(dynamic=False)
     with pytest.raises(ConfigError, match=r"takes a model from lorafx\.compile"):
         lorafx.bisect(plain.base, inputs, NAMES)
     with pytest.raises(BatchError, match="3 adapter_names for a batch of 4"):

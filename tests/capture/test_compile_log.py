@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lorafx import progress
 
+pytestmark = pytest.mark.any_sizes
+
 FEED = FAMILIES["plain"].inputs
 LINE = re.compile(r"graph (\d+ \w+) of PlainModel: (.*); (\d+\.\d) s \((.*)\)")
 

@@ -92,7 +92,7 @@ def check_all(cm: Any, case: Case) -> None:
 @pytest.mark.parametrize("model", GIVEN, ids=lambda model: model.__name__)
 def test_mixed_batches_on_one_graph(model, small):
     case = small(model, model.sites)
-    check_all(case.compile(), case)
+    check_all(case.compile(dynamic=True), case)
 
 
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -103,7 +103,7 @@ def test_tables_that_no_request_chooses_from(small):
     tables = ("position_embeddings", "token_type_embeddings")
     sites = tuple(f"bert.embeddings.{name}" for name in tables)
     case = small(lambda: transformers.BertForMaskedLM(config), sites, lora_alpha=24)
-    cm = case.compile()
+    cm = case.compile(dynamic=True)
     for mix, length in ((["a", None, "b"], 5), (["b", "b"], 4), (["b", "a", None, "a"], 6)):
         feed = {"input_ids": torch.randint(3, 64, (len(mix), length))}
         feed["attention_mask"] = torch.ones_like(feed["input_ids"])

@@ -11,12 +11,14 @@ from torch import nn
 import lorafx
 from lorafx.errors import ProvenanceError
 
+pytestmark = pytest.mark.any_sizes
+
 SHARED = {"base_graphs": False}
 
 
 @pytest.fixture(scope="module")
 def served(llama: Case) -> lorafx.CompiledModel:
-    cm = llama.compile(options=SHARED, dynamic=True)
+    cm = llama.compile(options=SHARED)
     cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
     return cm
 
@@ -39,7 +41,7 @@ def test_half_as_many_graphs(llama: Case, served: lorafx.CompiledModel) -> None:
 
 def test_merged_weights(llama: Case) -> None:
     torch.manual_seed(0)
-    cm, inputs = llama.compile(options=SHARED), token_inputs(2, 5)
+    cm, inputs = llama.compile(options=SHARED, dynamic=False), token_inputs(2, 5)
     before = base(llama, inputs)
     assert error(cm(**inputs).logits, before) <= 1e-5
     cm.merge("a1")

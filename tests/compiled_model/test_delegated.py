@@ -90,7 +90,7 @@ def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
     def use(model: Any, x: Tensor) -> Tensor:
         return getattr(model, name)(x)
 
-    cm = encoder.compile()
+    cm = encoder.compile(dynamic=True)
     assert torch.equal(use(cm, X), use(encoder.base, X))
     cm.set_adapter("b")
     assert error(use(cm, X), rows(encoder, ["b"] * 3, use)) <= 1e-5

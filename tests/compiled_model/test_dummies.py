@@ -15,6 +15,8 @@ from lorafx.errors import CapacityError, ConfigError
 from lorafx.layers import FusedMoE
 from lorafx.runtime.marking import build_sites
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Cut(nn.Linear):
     """A linear whose factors' rank is cut over `shards` processes."""

@@ -16,6 +16,8 @@ import lorafx
 from lorafx.adapter_store.names import one_name
 from lorafx.errors import CapacityError, ConfigError
 
+pytestmark = pytest.mark.any_sizes
+
 RANKS = {"small 0": 2, "small 1": 3, "small 2": 4, "middle": 7, "large": 16}
 SLOTS = 4
 IDS = {"input_ids": torch.arange(24).view(4, 6)}

@@ -15,6 +15,8 @@ from waiting import LONG
 import lorafx
 from lorafx.errors import UnknownAdapterError
 
+pytestmark = pytest.mark.any_sizes
+
 VERSIONS = 2
 CALLS = 10
 MOST_CALLS = 200

@@ -21,6 +21,8 @@ from transformers.models.llama import modeling_llama
 import lorafx
 from lorafx.eager.linear_calls import LinearCall
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a1", None, "a3", "a1"]
 OPTIONS = {**REFERENCE, "start": "eager", "cache": None}
 

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 import lorafx
 from lorafx.errors import CaptureError, ProvenanceError
 
+pytestmark = pytest.mark.any_sizes
+
 K, N = 6, 9
 NAMES = ["a", None, "b", "a"]
 

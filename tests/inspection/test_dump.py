@@ -16,6 +16,8 @@ from viewed_graphs import page_data
 
 from lorafx import ConfigError, LorafxWarning, UnknownAdapterError
 
+pytestmark = pytest.mark.any_sizes
+
 FEED = FAMILIES["llama"].inputs
 
 Nodes = dict[str, dict[str, Any]]
@@ -25,7 +27,7 @@ Nodes = dict[str, dict[str, Any]]
 def dumped(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A Llama of two layers, which `outline` makes calls of one body; a base graph beside it."""
     folder = tmp_path_factory.mktemp("dump")
-    cm = llama.compile({"dump": str(folder)})
+    cm = llama.compile({"dump": str(folder)}, dynamic=False)
     for rows in (["a0", None], [None, None]):
         cm(**FEED(len(rows), 4), adapter_names=rows)
     return cm, folder
@@ -116,7 +118,7 @@ class OddUse(nn.Module):
 def test_refusals_are_there_from_the_pass_that_makes_them(
     small: Callable[..., Case], tmp_path: Path
 ) -> None:
-    cm = small(OddUse, ["up", "odd"], ["up"]).compile({"dump": str(tmp_path)})
+    cm = small(OddUse, ["up", "odd"], ["up"]).compile({"dump": str(tmp_path)}, dynamic=False)
     cm(torch.randn(2, 6), adapter_names=["b", None])
     _, (graph,) = page_data(tmp_path / "index.html")
     at = [stage["name"] for stage in graph["stages"]].index("match")
@@ -137,7 +139,7 @@ def test_a_page_is_written_as_graphs_come(
     plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
-    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    cm, feed = plain.compile(dynamic=False), FAMILIES["plain"].inputs
     cm(**feed(2, 4), adapter_names=["a0", None])
     assert len(page_data(tmp_path / "index.html")[1]) == 1
     cm(**feed(2, 4), adapter_names=[None, None])
@@ -152,7 +154,7 @@ def test_a_page_is_written_as_graphs_come(
 
 
 def test_graphs_that_were_not_kept_are_said(plain: Case, tmp_path: Path) -> None:
-    cm = plain.compile()
+    cm = plain.compile(dynamic=False)
     cm(**FAMILIES["plain"].inputs(2, 4), adapter_names=["a0", None])
     with pytest.warns(LorafxWarning, match=r"has no stages of graph 0 lora, which were not kept"):
         cm.dump(tmp_path)
@@ -161,7 +163,7 @@ def test_graphs_that_were_not_kept_are_said(plain: Case, tmp_path: Path) -> None
 
 
 def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: Path) -> None:
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 4)
+    cm, inputs = plain.compile(dynamic=False), FAMILIES["plain"].inputs(2, 4)
     rows = ["a0", None]
     want = cm(**inputs, adapter_names=rows)["logits"]
     cm(**inputs)
@@ -173,7 +175,7 @@ def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: P
     assert cm.recompiles == 2
     assert torch.equal(cm(**inputs, adapter_names=rows)["logits"], want)
     assert cm.recompiles == 2
-    direct = plain.compile({"dump": str(tmp_path / "direct")})
+    direct = plain.compile({"dump": str(tmp_path / "direct")}, dynamic=False)
     direct(**inputs, adapter_names=rows)
     whole = tmp_path / "direct" / "graph-0-lora"
     for stage in ("03-captured.py", "14-pack.py", "14-pack.diff"):
@@ -182,7 +184,7 @@ def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: P
 
 
 def test_a_dump_of_a_call_that_was_never_made(plain: Case, tmp_path: Path) -> None:
-    cm, inputs = plain.compile(), FAMILIES["plain"].inputs(2, 4)
+    cm, inputs = plain.compile(dynamic=False), FAMILIES["plain"].inputs(2, 4)
     cm.dump(tmp_path, inputs, ["a0", None])
     assert cm.recompiles == 0
     (graph,) = page_data(tmp_path / "index.html")[1]
@@ -199,7 +201,7 @@ def test_a_folder_that_cannot_be_written_to_changes_no_graph(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "file" / "dump"))
-    cm, rows = plain.compile(), ["a0", None]
+    cm, rows = plain.compile(dynamic=False), ["a0", None]
     inputs = FAMILIES["plain"].inputs(2, 4)
     message = "the dump in .*file/dump is incomplete.*Not a directory"
     with pytest.warns(LorafxWarning, match=message) as seen:
@@ -209,4 +211,4 @@ def test_a_folder_that_cannot_be_written_to_changes_no_graph(
     with pytest.raises(ConfigError, match=r"file/dump cannot be written: .*Name a folder"):
         cm.dump(tmp_path / "file" / "dump")
     monkeypatch.delenv("LORAFX_DUMP")
-    torch.testing.assert_close(found, plain.compile()(**inputs, adapter_names=rows))
+    torch.testing.assert_close(found, plain.compile(dynamic=False)(**inputs, adapter_names=rows))

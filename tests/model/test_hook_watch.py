@@ -13,6 +13,8 @@ from dense_merge import TOLERANCE, case_by_targets, error
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a", None, "b"]
 Registered = Callable[[nn.Module], RemovableHandle]
 

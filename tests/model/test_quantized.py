@@ -21,6 +21,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import lorafx
 from lorafx.layers import FusedMoE
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a", None, "b", "a"]
 #: Kinds that go the same ways as others do.
 SLOW = (
@@ -137,7 +139,7 @@ def test_banks_have_the_compute_dtype(saved: tuple[nn.Module, dict[str, Path]]) 
         )
         made.load_state_dict(linear.state_dict())
         setattr(model.get_submodule(parent), name, made.to("cpu"))
-    cm = lorafx.compile(model.eval(), folders, options=REFERENCE)
+    cm = lorafx.compile(model.eval(), folders, options=REFERENCE, dynamic=False)
     assert {group.bank.B.dtype for group in cm._session.program.groups} == {torch.bfloat16}
     assert not cm._session.program.packed
     given = inputs()
@@ -164,7 +166,7 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
     plain = nn.ModuleDict({"inner": nn.Linear(64, 32, bias=False)})
     config = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
     peft.get_peft_model(plain, config).save_pretrained(str(tmp_path))
-    cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
+    cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE, dynamic=False)
     x = torch.randn(2, 64)
     assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
     with pytest.raises(
@@ -176,7 +178,7 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
 def test_a_weight_that_another_one_replaces(saved: tuple[nn.Module, dict[str, Path]]) -> None:
     """Each object has graphs of its own, since Dynamo does not compare how it wraps its tensors."""
     first, second = (case_of(kind, saved) for kind in ("torchao-int4", "torchao-int4-groups"))
-    cm = lorafx.compile(copy.deepcopy(first.model), first.folders, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(first.model), first.folders, options=REFERENCE, dynamic=False)
     given, graphs = inputs(), 0
     for case in (first, second, case_of("torchao-int4-groups", saved)):
         for (_, old), (_, new) in zip(linears(cm._orig_mod), linears(case.model), strict=True):
@@ -222,7 +224,7 @@ def test_experts_held_by_a_subclass_are_refused_by_name(tmp_path: Path) -> None:
     case, model = Oracle.of(plain, folders), copy.deepcopy(plain)
     weight = model.experts.w13_weight
     model.experts.w13_weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
-    cm = lorafx.compile(model, folders, options=REFERENCE)
+    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     x = torch.randn(2, 3, 6)
     for names in ([None, None], ["router", None]):
         assert difference([cm(x, adapter_names=names)], case.rows(names, {"x": x})) <= 1e-5

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 import lorafx
 from lorafx.errors import ConfigError, MatchError, UnsupportedAdapterError
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Tower(nn.Module):
     """x (B, 6, L): a convolution, two linears of one input, a norm, a linear."""
@@ -107,7 +109,7 @@ def test_rows_of_one_batch(cm: Any, base: nn.Module, folders: dict[str, Path]) -
 
 def test_new_base_weights(base: nn.Module, folders: dict[str, Path]) -> None:
     """A bias in the place of the base's stays what it is; one that is added moves with it."""
-    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE, dynamic=False)
     changed = tower()
     for parameter in changed.parameters():
         parameter.mul_(1.25)
@@ -155,7 +157,7 @@ def test_biases_of_the_whole_model(base: nn.Module, tmp_path: Path) -> None:
     )
     check(cm, base, folders, ["all", None])
     with pytest.raises(UnsupportedAdapterError, match=r"bias of out \(Linear\) was trained"):
-        lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+        lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE, dynamic=False)
     norm = save(base, tmp_path / "norm", trained="norm.bias", **config)
     with pytest.raises(UnsupportedAdapterError, match=r"bias of norm \(LayerNorm\) was trained"):
         cm.load_adapter(norm, "norm")
@@ -192,7 +194,7 @@ def test_uses_of_a_bias_past_its_module(use: str, start: str, tmp_path: Path) ->
     wanted = oracle.Oracle.of(model, adapters)
     x, names = torch.randn(3, 4, 6), ["a", None, "bb"]
     options = {**REFERENCE, "start": start, "cache": None}
-    cm = lorafx.compile(model, adapters, options=options)
+    cm = lorafx.compile(model, adapters, options=options, dynamic=False)
     if not reason:
         return oracle.assert_close(cm(x=x, adapter_names=names), wanted.rows(names, {"x": x}))
     with pytest.raises(MatchError, match=reason):

@@ -19,7 +19,7 @@ from toolchain import needs_compiler
 import lorafx
 from lorafx.kernels.cpu.compiler import has_matrix_tiles
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.any_sizes, needs_compiler]
 
 BY_INDUCTOR = {"lowering": "inductor"}
 NAMES = ["a1", None, "a3", "a0"]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError, ProvenanceError
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Pyramid(nn.Module):
     """x (B, 4, L), L a multiple of four: convolutions of one, two and three dimensions."""
@@ -156,7 +158,7 @@ def test_by_inductor(tmp_path: Path) -> None:
         name: oracle.save_adapter(model, tmp_path / name, rank=2, targets=["1", "3"], **config)
         for name, config in configs.items()
     }
-    cm = lorafx.compile(copy.deepcopy(model), paths)
+    cm = lorafx.compile(copy.deepcopy(model), paths, dynamic=False)
     merged = {None: model, **{name: oracle.merged(model, path) for name, path in paths.items()}}
     x, names = torch.randn(4, 4, 9), ["scaled", None, "plain", "biased"]
     rows = [merged[name](row[None]) for name, row in zip(names, x, strict=True)]
@@ -185,7 +187,7 @@ class Past(nn.Module):
 def _past(how: str, folder: Path) -> tuple[Any, nn.Module, nn.Module]:
     base = seeded(lambda: Past(how)).eval().requires_grad_(False)
     path = oracle.save_adapter(base, folder, rank=2, targets=["conv"])
-    cm = lorafx.compile(copy.deepcopy(base), {"a": path}, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), {"a": path}, options=REFERENCE, dynamic=False)
     return cm, base, oracle.merged(base, path)
 
 

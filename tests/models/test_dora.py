@@ -18,6 +18,8 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import CheckpointError
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
 MIXES = (NAMES, NAMES[::-1], ["d1", "d1", "p2", "d3", None, None], ["p2", None] * 3)
 
@@ -96,14 +98,14 @@ def test_rows_that_are_not_dora_keep_their_bits(served):
 
 def test_weights_that_are_stored_transposed(cases):
     case = cases("gpt2")
-    check_mixed(case.compile(), case, NAMES, inputs())
+    check_mixed(case.compile(dynamic=False), case, NAMES, inputs())
 
 
 @pytest.mark.parametrize("lowering", ["inductor", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_in_inductors_code(plain, lowering):
     """Packed siblings with biases, an embedding, and a module that is called twice."""
-    cm = plain.compile({"lowering": lowering})
+    cm = plain.compile({"lowering": lowering}, dynamic=False)
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm)
     for names in MIXES:
@@ -139,7 +141,7 @@ def test_room_can_be_kept_for_later(plain, tmp_path):
 
 def test_new_base_weights_are_measured_again(plain):
     """In place: neither graphs nor addresses change."""
-    cm = plain.compile()
+    cm = plain.compile(dynamic=False)
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm), [group.bank.gains.data_ptr() for group in cm._session.program.groups]
     torch.manual_seed(7)

@@ -38,6 +38,8 @@ from transformers.models.step3p7 import modeling_step3p7
 import lorafx
 from lorafx.errors import MatchError
 
+pytestmark = pytest.mark.any_sizes
+
 Pairs = Mapping[Projection, Pair]
 #: The names of halves in Mixtral.
 WORDS = {"gate": "w1", "up": "w3", "all": "w2"}
@@ -113,7 +115,7 @@ def test_every_layout_in_one_batch(tmp_path: Path) -> None:
         seed=9,
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     names = ["tinker", "bridge", None, "stacked", "apart", "peft"]
     check_mixed(cm, case, names, ids(len(names)))
     graphs = cm.recompiles
@@ -191,7 +193,7 @@ def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: P
     folder = oracle.save_adapter(base, tmp_path, rank=3, targets=[], **every)
     reference = oracle.Oracle.of(base, {"a": folder})
     names, batch = ["a", None, "a"], inputs(base, "causal", 3, 5, padding=False)
-    refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE)
+    refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE, dynamic=False)
     with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*use_experts_implementation"):
         refused(**batch, adapter_names=names)
 
@@ -203,5 +205,5 @@ def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: P
     switched.load_state_dict(experts.state_dict())
     base.set_submodule(path, switched.requires_grad_(False))
     config._experts_implementation = "grouped_mm"
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE, dynamic=False)
     oracle.assert_close(cm(**batch, adapter_names=names), reference.rows(names, batch))

@@ -16,6 +16,8 @@ from torch._inductor.utils import run_and_get_code
 import lorafx
 from lorafx.errors import ConfigError
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["params", None, "older", "down", "dense", "params"]
 
 
@@ -33,7 +35,7 @@ def ids(rows: int = 6, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor
 @pytest.mark.slow
 def test_one_op_a_product(case: Case) -> None:
     """The keys are found inside of it; nothing of slots, experts or rows is computed beside it."""
-    cm = case.compile({"lowering": "inductor"})
+    cm = case.compile({"lowering": "inductor"}, dynamic=False)
     with torch.no_grad():
         _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
     text = "\n".join(code)
@@ -54,7 +56,7 @@ def test_one_op_a_product(case: Case) -> None:
 def test_slots_of_experts_that_share_room(case: Case) -> None:
     """Adapters of a larger rank take several slots of every expert, and overwrite no other."""
     config = lorafx.LoraConfig(max_adapters=5, max_rank=4, slot_rank=2)
-    cm = lorafx.compile(case.model(), config, adapters=case.folders)
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, dynamic=False)
     store = cm._session.store
     assert [store[name].width for name in case.folders] == [2, 1, 1, 2]
     check_mixed(cm, case, NAMES, ids())

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError, UnsupportedAdapterError
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Reader(nn.Module):
     """x (B, T, 8): an encoder layer, then attention from x to itself turned round."""
@@ -89,14 +91,14 @@ def test_merging(cm: Any, case: Case) -> None:
 def test_other_ways_in(case: Case) -> None:
     """A name of the attention means its output projection too, and a PeftModel is taken over."""
     config = peft.LoraConfig(target_modules=["cross"], r=4)
-    cm: Any = lorafx.compile(case.model(), config, options=REFERENCE)
+    cm: Any = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
     assert [site.path for site in cm.sites] == ["cross", "cross.out_proj"]
     cm.load_adapter(case.folders["cross"], "cross")
     check_mixed(cm, case, ["cross", None], inputs(2))
     model = peft.PeftModel.from_pretrained(
         case.model(), str(case.folders["cross"]), adapter_name="cross"
     )
-    cm = lorafx.compile(model.eval(), options=REFERENCE)
+    cm = lorafx.compile(model.eval(), options=REFERENCE, dynamic=False)
     check_mixed(cm, case, ["cross", None], inputs(2))
 
 

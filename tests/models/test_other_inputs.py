@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafx.errors import BatchError
 
+pytestmark = pytest.mark.any_sizes
+
 SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "pad_token_id": 0} | {
     "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 66
 }  # fmt: skip
@@ -38,7 +40,7 @@ def test_earlier_tokens_are_known_as_cache(tmp_path: Path) -> None:
         ["a", None, "b"],
     )
     ids = token_inputs(3, 6)["input_ids"]
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     cache = cm(ids[:, :4], adapter_names=names).past_key_values
     got = cm(ids[:, 4:], cache=cache, adapter_names=names).logits
     for row, name in enumerate(names):

@@ -44,7 +44,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def served(case: Case) -> Any:
-    return case.compile()
+    return case.compile(dynamic=True)
 
 
 def inputs(rows: int = len(NAMES), length: int = 6) -> dict[str, torch.Tensor]:

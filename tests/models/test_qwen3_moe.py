@@ -27,6 +27,8 @@ from torch import nn
 import lorafx
 from lorafx.errors import MatchError
 
+pytestmark = pytest.mark.any_sizes
+
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -93,7 +95,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
     """`set_experts_implementation` before compiling, and after it: the switch is noticed."""
     model = shallow.model()
     model.set_experts_implementation("batched_mm")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, shallow, MIXED, ids())
     graphs = cm.recompiles
     model.set_experts_implementation("grouped_mm")
@@ -107,7 +109,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
 def test_a_loop_over_experts_is_in_no_graph(shallow: Case) -> None:
     model = shallow.model()
     model.set_experts_implementation("eager")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
     for names in (MIXED, ["down"] * 5):
         with pytest.raises(
             MatchError, match=r"(?s)layers.0.mlp.experts.*start='eager'.*grouped_mm"
@@ -136,7 +138,7 @@ def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:
     with oracle.by_present_names(shallow.model()) as twin:
         model = oracle.PeftModel.from_pretrained(twin, str(shallow.folders["params"]), "params")
     before = dict(model.named_modules()).keys()
-    cm = lorafx.compile(model, options=REFERENCE)
+    cm = lorafx.compile(model, options=REFERENCE, dynamic=False)
     case = Case(shallow.base, shallow.folders, shallow.merged)
     check_mixed(cm, case, ["params", None, "params"], ids(3))
     cm.detach()

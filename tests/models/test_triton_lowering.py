@@ -20,6 +20,8 @@ from torch._inductor.utils import run_and_get_code
 from lorafx.errors import ConfigError
 from lorafx.torch_internals import inductor
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
 
@@ -97,7 +99,7 @@ def written_in_place(code: str) -> None:
 def test_base_rows_keep_their_bits_whatever_their_neighbours_use(plain: Case) -> None:
     """In one graph, whose products of the base are the same calls for every mix."""
     plan = dict.fromkeys(["up", "gate", "down", "head"], "gemv")
-    cm = plain.compile(options={**TRITON, "plan": plan})
+    cm = plain.compile(options={**TRITON, "plan": plan}, dynamic=False)
     inputs = inputs_of("plain")
     some = cm(**inputs, adapter_names=NAMES)["logits"]
     captured = cm.recompiles
@@ -117,7 +119,7 @@ def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
 
 def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:
     options = {**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}}
-    cm = plain.compile(options=options)
+    cm = plain.compile(options=options, dynamic=False)
     with pytest.raises(Exception, match="base product is not part of the node"):
         cm(**inputs_of("plain"), adapter_names=NAMES)
 
@@ -134,7 +136,7 @@ def test_a_captured_launch_reads_weights_and_banks_in_place_and_slots_from_a_cop
         return make_boxed_func(gm)  # what is made of them costs a C++ kernel each
 
     monkeypatch.setattr(inductor, "compile_fx_inner", spy)
-    cm = plain.compile(options={"lowering": "inductor"})
+    cm = plain.compile(options={"lowering": "inductor"}, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)
     ((values, fixed),) = seen
     tensors = {i: value for i, value in enumerate(values) if isinstance(value, torch.Tensor)}

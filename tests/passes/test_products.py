@@ -22,7 +22,7 @@ from lorafx.passes.match import Match
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.any_sizes, needs_compiler]
 
 aten = torch.ops.aten
 K, N = 4, 6

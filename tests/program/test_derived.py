@@ -20,6 +20,8 @@ from lorafx.errors import MatchError
 from lorafx.layers import ReplicatedLinear
 from lorafx.layers.base import Int8ChannelLinearMethod
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = ["a", None, "b", "a", "c"]
 
 
@@ -45,7 +47,7 @@ def test_absorbed_weights_carry_the_delta(layer: Case, kept: str, product: str) 
 
 def test_absorbed_in_every_forward(layer: Case) -> None:
     model = absorbed(layer, AbsorbedInForward, "matmul")
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, layer, NAMES, states(5, 4))
 
 
@@ -104,7 +106,7 @@ def _slanted(attention: nn.Module) -> None:
 @pytest.mark.parametrize("change", [_scaled, _slanted])
 def test_parts_that_no_rule_follows_are_refused_by_name(layer: Case, change) -> None:
     model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     post_process(model, "copies")
     change(model.self_attn)
     inputs = states(3, 4)
@@ -124,7 +126,7 @@ def test_excluded_projections_absorb_freely(layer: Case) -> None:
     model = absorbed(layer)
     chosen = lorafx.LoraConfig(target_modules=["o_proj"])
     folders = {"c": layer.folders["c"]}
-    cm = lorafx.compile(model, chosen, adapters=folders, options=REFERENCE)
+    cm = lorafx.compile(model, chosen, adapters=folders, options=REFERENCE, dynamic=False)
     post_process(model, "copies")
     check_mixed(cm, layer, ["c", None, "c"], states(3, 4))
 
@@ -192,7 +194,7 @@ def test_quantised_weights(quantised: tuple[Case, dict], how: str) -> None:
     case, state = quantised
     model = Latent(how).eval()
     model.load_state_dict(state)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     model.post_process()
     check_mixed(cm, case, NAMES, {"x": torch.randn(5, 4, model.width)})
     assert "refused" not in str(cm.explain())

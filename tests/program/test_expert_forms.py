@@ -18,6 +18,8 @@ from transformers.integrations import moe
 import lorafx
 from lorafx.errors import TargetError
 
+pytestmark = pytest.mark.any_sizes
+
 E, K, H, I = 4, 2, 8, 12  # noqa: E741
 
 

@@ -12,6 +12,8 @@ from method_files import MethodCase
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 CONFIGS = {
     "lora": peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),

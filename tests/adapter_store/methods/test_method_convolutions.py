@@ -18,6 +18,8 @@ import lorafx
 from lorafx.adapter_store.checkpoint import components, load_state
 from lorafx.adapter_store.saved import AdapterSource, read_source
 
+pytestmark = pytest.mark.any_sizes
+
 
 class Convolutions(nn.Module):
     """A kernel of 3, one of 1, a stride, and a linear: (B, 4, 8, 8) -> (B, 12)."""

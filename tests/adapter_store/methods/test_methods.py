@@ -21,6 +21,8 @@ from lorafx.adapter_store.checkpoint import config_of, inspected, load_state
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.runtime.marking import build_sites
 
+pytestmark = pytest.mark.any_sizes
+
 NAMES = list(CONFIGS)
 
 

@@ -17,13 +17,15 @@ import lorafx
 from lorafx.capture.saved_graphs.folder import BrokenFile, files, folder_of, read, trim, write
 from lorafx.errors import ConfigError, LorafxWarning
 
+pytestmark = pytest.mark.any_sizes
+
 MIX = ("a0", None, "a1")
 
 
 def served(plain: Case, folder: Path | str) -> list[str]:
     """What became of the graphs of a model that begins now; its answer is the oracle's."""
     torch._dynamo.reset()
-    cm = plain.compile(options={**REFERENCE, "cache": str(folder)})
+    cm = plain.compile(options={**REFERENCE, "cache": str(folder)}, dynamic=False)
     torch.manual_seed(0)
     check_mixed(cm, plain, MIX, plain_inputs(3, 5))
     return [record.saved for record in cm._session.backend.records]
@@ -50,7 +52,7 @@ def test_broken_files_are_told_and_replaced(plain: Case, tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_written_to_fails_no_call(plain: Case, tmp_path: Path) -> None:
     home = tmp_path / "graphs"
     torch._dynamo.reset()
-    cm = plain.compile(options={**REFERENCE, "cache": str(home)})
+    cm = plain.compile(options={**REFERENCE, "cache": str(home)}, dynamic=False)
     home.rmdir()
     home.write_text("a file")
     torch.manual_seed(0)
@@ -182,6 +184,6 @@ def test_a_folder_that_nobody_asked_for_fails_and_warns_of_nothing(plain: Case, 
     auto.rename(elsewhere)
     auto.symlink_to(elsewhere)
     assert "is not a folder" in served_quietly(plain)
-    cm = plain.compile(options={**REFERENCE, "cache": "auto"})
+    cm = plain.compile(options={**REFERENCE, "cache": "auto"}, dynamic=False)
     check_mixed(cm, plain, MIX, plain_inputs(3, 5))
     assert "is not a folder" in str(cm.explain())
