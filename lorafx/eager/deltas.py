@@ -172,7 +172,7 @@ class RowDeltas:
                 slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
                 owners = Owners(slots, UNPROVED if len(rows.slots) == 1 else rows.each)
                 out = mark.with_delta(x, y, scale, ranges, addend, base, owners)
-            following.note(out, code)
+            following.note(out, following.settled(code))
             return self._noted(mark, out)
 
         return following.outside(added)
@@ -208,7 +208,7 @@ class RowDeltas:
                 added = self._add_products(mark, x, y, rows.slots)
             if not (added or without):
                 return None
-            following.note(y, code)
+            following.note(y, following.settled(code) if added else code)
             if added and mark is not None:
                 following.marked_alone(mark)
                 self._added[mark.path] = y

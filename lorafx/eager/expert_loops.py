@@ -22,15 +22,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached, is_parametrized
 
 from lorafx.eager.deltas import RowDeltas, RowLayout
-from lorafx.eager.known_labels import NOBODYS, UNKNOWN
+from lorafx.eager.in_python import Readers
+from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
 from lorafx.model.weight_formats import in_library_format
 from lorafx.ownership.effects import tensors_in
+from lorafx.ownership.memory import Geometry, geometry_of, storage_of
 from lorafx.program.program import Program
 from lorafx.torch_internals.dynamo import never_traced
-from lorafx.torch_internals.graph_parts import DisableTorchFunction, TorchFunctionMode
+from lorafx.torch_internals.graph_parts import (
+    DeviceContext,
+    DisableTorchFunction,
+    TorchFunctionMode,
+)
+from lorafx.torch_internals.graph_parts import _get_current_function_mode_stack as function_modes
 
 #: x W, by a matrix (in, out); F.linear's is (out, in).
 _PRODUCTS: frozenset[Any] = frozenset(
@@ -65,21 +72,26 @@ class LoopDeltas(RowDeltas):
 
     def product(
         self,
-        mark: SiteMark | None,
-        expert: int,
+        weight: _Slice,
+        used: Tensor,
         x: Tensor,
         others: Sequence[Any],
         call: Callable[[], Tensor],
     ) -> Tensor:
-        """What `call` computes of x (…, K) and one expert's matrix, and of `others`, with the delta
-        of this expert where `mark` is a touched site's: y (…, N)."""
-        following, path = self._following, "" if mark is None else mark.path
+        """What `call` computes of x (…, K) and one expert's matrix, which is `used`, and of
+        `others`, with the delta of this expert where its mark is a touched site's: y (…, N)."""
+        following, mark = self._following, weight.mark
+        path = "" if mark is None else mark.path
 
-        def product() -> Tensor | None:
+        def rows_of() -> tuple[int, RowLayout | None] | None:
             code, leads, rows = following.code(x), self._leads(x), None
             if any(following.code(item) != NOBODYS for item in tensors_in(others)):
                 return None
-            if path in self._touched and x.numel():
+            if following.code(used) not in (NOBODYS, WEIGHTS):
+                return None
+            if mark is not None and path in self._touched and x.numel():
+                if place_of(used) != weight.place or not following.is_own(used, mark):
+                    return None
                 rows = RowLayout((self._rows[0],), 1) if self._uniform else None
                 if rows is None and leads:
                     rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
@@ -88,18 +100,26 @@ class LoopDeltas(RowDeltas):
                         f"{path}: which request each row of an expert's input belongs to is not "
                         "known"
                     )
-                code = code if leads else UNKNOWN  # an adapter changes it
+                code = following.settled(code) if leads else UNKNOWN  # an adapter changes it
             elif not leads and code != NOBODYS:
                 return None
-            y = call()
+            return code, rows
+
+        found = following.outside(rows_of) if following.on_top else None
+        if found is None:
+            return call()  # by operators that are followed
+        code, rows = found
+        product = following.of_library(call)
+
+        def with_delta() -> Tensor:
+            y = product
             if mark is not None and rows is not None:
-                y = self._with_expert(mark, expert, x, y, rows)
+                y = self._with_expert(mark, weight.expert, x, y, rows)
             following.note(y, code)
             self._multiplied.add(path)
             return y
 
-        y = following.outside(product) if following.on_top else None
-        return call() if y is None else y  # by operators that are followed
+        return following.outside(with_delta)
 
     def _with_expert(
         self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: RowLayout
@@ -145,12 +165,19 @@ class _Weight(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """One expert's matrix, or that of a router."""
+    """One expert's matrix, or that of a router, and where in its memory it was when it was made."""
 
     tensor: Tensor  # so that nothing else gets its id
     mark: SiteMark | None
     in_first: bool
+    place: Geometry | None
     expert: int = 0
+
+
+def place_of(tensor: Tensor) -> Geometry | None:
+    """The geometry of a tensor; None for one that consists of others."""
+    with DisableTorchFunction():  # nothing reads its memory
+        return None if storage_of(tensor) is None else geometry_of(tensor)
 
 
 class _Products(TorchFunctionMode):
@@ -160,7 +187,9 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._deltas = deltas
         self._weights = {id(item.tensor): item for item in weights if item.tensor.dim() == 3}
-        matrices = (_Slice(*item) for item in weights if item.tensor.dim() == 2)
+        matrices = (
+            _Slice(*item, place_of(item.tensor)) for item in weights if item.tensor.dim() == 2
+        )
         self._slices = {id(item.tensor): item for item in matrices if _is_plain(item.mark)}
 
     def __torch_function__(
@@ -171,12 +200,15 @@ class _Products(TorchFunctionMode):
         if func is Tensor.__getitem__ and id(args[0]) in self._weights:
             return self._sliced(self._weights[id(args[0])], args[1], call())
         if func in _TURNS and (found := self._slices.get(id(args[0]))) is not None:
-            return self._kept(found._replace(tensor=call(), in_first=not found.in_first))
+            turned = call()
+            return self._kept(
+                found._replace(tensor=turned, in_first=not found.in_first, place=place_of(turned))
+            )
         if func is F.linear or func in _PRODUCTS:
             x, weight, *others = *args, *named.values()
             found = self._slices.get(id(weight))
             if found is not None and found.in_first is (func is not F.linear):
-                return self._deltas.product(found.mark, found.expert, x, others, call)
+                return self._deltas.product(found, weight, x, others, call)
         return call()
 
     def _sliced(self, weight: _Weight, index: Any, result: Tensor) -> Tensor:
@@ -184,7 +216,8 @@ class _Products(TorchFunctionMode):
         if expert is None or result.shape != weight.tensor.shape[1:]:
             return result
         count = weight.tensor.shape[0]
-        return self._kept(_Slice(result, weight.mark, weight.in_first, expert % count))
+        place = place_of(result)
+        return self._kept(_Slice(result, weight.mark, weight.in_first, place, expert % count))
 
     def _kept(self, found: _Slice) -> Tensor:
         self._slices[id(found.tensor)] = found
@@ -196,6 +229,11 @@ def _is_plain(mark: SiteMark | None) -> bool:
 
 
 never_traced(_Products.__torch_function__.__code__)
+
+
+def _is_ours(mode: object) -> bool:
+    """Whether a mode of torch's functions changes no product."""
+    return isinstance(mode, (_Products, Readers, DeviceContext))
 
 
 def _number(index: Any) -> int | None:
@@ -219,7 +257,7 @@ class ExpertLoop(ReplacedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         deltas, module = self._runtime.deltas, self.module
-        if deltas is None or not deltas.on_top:
+        if deltas is None or not deltas.on_top or not all(map(_is_ours, function_modes())):
             return self.original(*args, **kwargs)
         hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}

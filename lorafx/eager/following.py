@@ -43,7 +43,7 @@ from lorafx.ownership.effects import (
 )
 from lorafx.ownership.memory import Block, Memory, geometry_of
 from lorafx.ownership.real import alone, labels_by_signature, labels_by_values
-from lorafx.ownership.real_labels import Patchy, RealLabel, Shared
+from lorafx.ownership.real_labels import Listed, Patchy, RealLabel, Shared, settled
 from lorafx.placements import is_placed_class
 from lorafx.program.argument_roles import tensor_leaves
 from lorafx.program.derived import is_numbers, is_varied
@@ -192,6 +192,10 @@ class Following(TorchDispatchMode):
             return action()
         finally:
             _push_on_torch_dispatch_stack(self)
+
+    def of_library(self, action: Callable[[], T]) -> T:
+        """As `outside`, where functions of torch are what a library's tensor makes of them."""
+        return Following.outside(self, action)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -368,6 +372,11 @@ class Following(TorchDispatchMode):
         seen = known is not None and known[0]() is tensor and not known[1].exported
         return known if seen else None
 
+    def settled(self, code: int) -> int:
+        """The code of rows with deltas: one of nobody that had a request's is the request's."""
+        label = self._remembered.labels[code]
+        return self._remembered.code(settled(label)) if isinstance(label, Listed) else code
+
     def label(self, tensor: Tensor) -> RealLabel | None:
         """The owners of a tensor's elements; None if they are unknown."""
         return self._remembered.labels[self.code(tensor)]
@@ -471,8 +480,13 @@ class Following(TorchDispatchMode):
 
     def marked_alone(self, mark: SiteMark) -> bool:
         """As `marked`, of deltas that were added with their products. Returns whether there were
-        products without."""
-        return self._uses is not None and bool(self._uses.marked_alone(mark))
+        products without, or numbers read of the weight."""
+        uses = self._uses
+        return uses is not None and (bool(uses.marked_alone(mark)) or mark.path in uses.numbers)
+
+    def is_own(self, tensor: Tensor, mark: SiteMark) -> bool:
+        """Whether the tensor is of the site's weight, as the model had it when the call began."""
+        return self._uses is None or self._uses.is_own(tensor, mark.path)
 
     def note_weight(self, tensor: Tensor, mark: SiteMark | None) -> None:
         """The tensor is what computes a weight, that of the site of `mark` if there is one."""

@@ -49,7 +49,7 @@ class WatchedInPython(InPython):
 
     def run(self, action: Callable[[], T]) -> T:
         def with_readers() -> T:
-            with _Readers(self):
+            with Readers(self):
                 return action()
 
         return super().run(with_readers)
@@ -69,7 +69,7 @@ class WatchedInPython(InPython):
             super().marked(mark, x, y)
 
 
-class _Readers(TorchFunctionMode):
+class Readers(TorchFunctionMode):
     """Refuses touched sites' weights in memory that is handed out past their modules' calls."""
 
     def __init__(self, following: Following) -> None:
@@ -87,6 +87,6 @@ class _Readers(TorchFunctionMode):
 
 
 for _method in (
-    WatchedInPython.__torch_dispatch__, WatchedInPython.outside, _Readers.__torch_function__
+    WatchedInPython.__torch_dispatch__, WatchedInPython.outside, Readers.__torch_function__
 ):  # fmt: skip
     never_traced(_method.__code__)

@@ -106,6 +106,10 @@ class WeightUses:
         self._written: set[int | None] = set()
         #: Products with a site's weight in its module's call since its last mark, by path.
         self._products: dict[str, list[WeightProduct]] = {}
+        #: The ids of the storages of weights that parametrisations have computed.
+        self._computed: set[int] = set()
+        #: The paths of sites of whose weights Python has read numbers.
+        self.numbers: set[str] = set()
         #: The paths of sites whose marks have added deltas.
         self._marked: set[str] = set()
 
@@ -137,6 +141,19 @@ class WeightUses:
         if (key := storage_of(tensor)) is not None and path in self._program.batch.touched:
             storage, sites = StorageWeakRef(tensor.untyped_storage()), [self._by_path[path]]
             self._made[key] = MadeWeight(storage, sites, True, geometry_of(tensor), None)
+            self._computed.add(key)
+
+    def is_own(self, tensor: Tensor, path: str) -> bool:
+        """Whether the tensor lies in the weight of the site at `path`, which this call has neither
+        replaced nor written."""
+        parts = [tensor] if storage_of(tensor) is not None else plain_tensors(tensor)
+        keys = set(map(storage_of, parts))
+        own = keys <= self._computed or not any(map(self._made_in, parts))
+        return (
+            own
+            and keys.isdisjoint(self._written)
+            and self._by_path[path] in (self.near(tensor) or ())
+        )
 
     def near(self, tensor: Tensor) -> list[Site] | None:
         """The touched sites with weights in the tensor's memory; None if no site's is there."""
@@ -203,6 +220,8 @@ class WeightUses:
             version = results._version if counts else None
             product = WeightProduct(func, args, kwargs, results, version, changed)
         self.read(func.overloadpacket, sites, product)
+        if not outputs:
+            self.numbers.update(site.path for site in sites)
         if not owned:
             changed, first = changed or func not in SAME_VALUE, next(iter(used))
             transposed = None if changed else self._orientation(first, sites[0])

@@ -37,7 +37,8 @@ with private_names():
         guard_or_true,
         statically_known_true,
     )
-    from torch.overrides import TorchFunctionMode
+    from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
     from torch.utils._python_dispatch import (
         TorchDispatchMode,
         _get_current_dispatch_mode,

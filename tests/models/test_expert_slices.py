@@ -23,9 +23,10 @@ from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from expert_models import MIXED, experts_modules, ids, moe_base, moe_case
 from tiny import randomise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import lorafx
-from lorafx.errors import MatchError
+from lorafx.errors import LorafxError, MatchError
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 #: Who is in a batch: several, one for all, one request, and one whose rows an expert gets first.
@@ -222,3 +223,73 @@ def test_another_use_of_the_weights_is_refused(
         with pytest.raises(MatchError, match=r"experts\.gate_up_proj"):
             cm(**inputs, adapter_names=["both", None])
         check_mixed(cm, case, ["down", None], inputs)
+
+
+class Divided(AllExperts):
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, weights) / self.gate_up_proj[0].abs().amax().item()
+
+
+class Moved(AllExperts):
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        w = self.gate_up_proj[0]
+        w.data = 2 * w.data
+        return F.linear(x, w)[:, :16] + super().forward(x, weights)
+
+
+class Joined(nn.Module):
+    """What is computed of a row of nobody beside rows of one request is used for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop, self.gate = AllExperts(), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        beside = torch.cat([x.new_ones(1, 16), x[:4]])
+        beside = self.loop(beside, torch.softmax(beside[:, :3], dim=-1))
+        return self.loop(x + beside[:1], torch.softmax(self.gate(x), dim=-1))
+
+
+class Lent(nn.Module):
+    """A loop that runs with another weight than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop, self.other = AllExperts(), nn.Parameter(torch.empty(3, 20, 16))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.func.functional_call(self.loop, {"gate_up_proj": self.other}, (x, weights))
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is F.linear else result
+
+
+class UnderAMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = AllExperts()
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        with Doubling():
+            return self.loop(x, weights)
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+@pytest.mark.parametrize(
+    "experts",
+    [Divided, Moved, Joined, Lent, UnderAMode],
+    ids=lambda cls: cls.__name__,
+)
+def test_answers_are_right_or_refused(experts: type[nn.Module], tmp_path: Path) -> None:
+    """Where the products of a loop are not all that its weights, or its rows, are used for."""
+    case, inputs = small_case(experts, tmp_path), {"input_ids": torch.randint(0, 50, (2, 4))}
+    cm = case.compile()
+    for names in (["both", None], ["both", "both"]):
+        try:
+            got = cm(**inputs, adapter_names=names)
+        except LorafxError:
+            continue
+        assert error(got, case.expected(names, inputs)) <= 1e-5
