@@ -103,3 +103,21 @@ def test_patches_have_the_adapter_of_their_request(case: Case, monkeypatch) -> N
         want.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
     assert got == want
     assert len({tuple(want[row]) for row in (1, 2, 5)}) == 3  # the adapters change the answer
+
+
+def test_prompt_lookup_of_the_model_leaves_requests_with_inputs_alone(case: Case) -> None:
+    """`generate` would keep the draft's tokens in the cache."""
+    inputs = _inputs(0, 2, 2)
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, :1]  # what a draft finds again
+
+    def answer(count: int | None) -> list[int]:
+        model = case.model()
+        model.generation_config.prompt_lookup_num_tokens = count
+        cm: Any = lorafx.compile(model, case.folders, options={**REFERENCE, "start": "eager"})
+        config = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=64)
+        with cm.continuous_batching(continuous_batching_config=config, warmup=False) as engine:
+            prompt = inputs["input_ids"][0].tolist()
+            name = engine.add_request(prompt, max_new_tokens=NEW, ignore_eos=True, inputs=inputs)
+            return engine.collected([name])[name].generated_tokens
+
+    assert answer(3) == answer(None)

@@ -80,6 +80,13 @@ class Drafts:
         configs = [model.config.get_text_config() for model in models]
         positions = [getattr(config, "max_position_embeddings", None) for config in configs]
         self._positions = min([2**31, *filter(None, positions)])
+        ropes = [getattr(config, "rope_parameters", None) or {} for config in configs]
+        #: Where longrope changes all rotations of a step, which follow its farthest token.
+        self._changes = [
+            rope["original_max_position_embeddings"]
+            for rope in ropes
+            if rope.get("rope_type") == "longrope"
+        ]
         self._drafted: list[AdapterRequest] = []
         self._of_step: dict[str, list[int]] = {}
 
@@ -119,7 +126,9 @@ class Drafts:
     def _room(self, state: AdapterRequest, most: int) -> int:
         """How many tokens may be guessed, where a step generates one more."""
         allowed = state._new_tokens_limit - len(state.generated_tokens)
-        return min(most, allowed - 1, self._positions - state.position_offset - 1)
+        ahead = (position for position in self._changes if position > state.position_offset)
+        end = min([self._positions, *ahead])
+        return min(most, allowed - 1, end - state.position_offset - 1)
 
     def scheduled(self, batch: Sequence[FutureRequestState]) -> None:
         """Note the drafts that are in the step, and forget the others: a request that is begun
@@ -253,7 +262,13 @@ def checked_count(
             "assistant_model is a model of transformers, or what lorafx.compile returned for one; "
             f"got {type(draft).__name__}"
         )
-    theirs = vocabulary_of(draft.model if isinstance(draft, CompiledForwards) else draft)
+    drafting: Any = draft.model if isinstance(draft, CompiledForwards) else draft
+    if not drafting.can_generate() or drafting.config.is_encoder_decoder:
+        raise ConfigError(
+            "assistant_model is a causal language model, which guesses the next tokens of a "
+            f"sequence; got {type(drafting).__name__}"
+        )
+    theirs = vocabulary_of(drafting)
     if theirs != vocabulary_of(model):
         raise ConfigError(
             f"assistant_model has {theirs} tokens and the model {vocabulary_of(model)}: a draft "

@@ -143,6 +143,7 @@ _ONE_TOKEN: Mapping[str, Any] = {
     "return_dict_in_generate": True,
     "output_logits": True,
     "use_cache": True,
+    "prompt_lookup_num_tokens": None,  # a draft would stay in the cache
 }
 
 

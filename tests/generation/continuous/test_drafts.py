@@ -13,6 +13,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, random_base
 from step_logits import answers
+from tiny_models import FAMILIES
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
@@ -367,6 +368,29 @@ def test_a_small_cache_and_few_tokens_a_step(llama, compiled, scheduler) -> None
 
 
 @eagerly
+def test_a_draft_ends_where_longrope_changes_all_rotations(eight_of, tmp_path) -> None:
+    """A draft beyond that position would have the tokens before it rotated by the longer factors,
+    as no step without it does."""
+    rope = {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 20},
+        **{"short_factor": [1.0] * 3, "long_factor": [2.0, 3.0, 4.0]},
+    }
+    case = eight_of("llama", tmp_path, rope_parameters=rope, max_position_embeddings=64)
+    cm, answers = case.compile({"start": "eager"}), []
+    for guessed in (None, 6):
+        with cm.continuous_batching(
+            None, CONFIG, warmup=False, prompt_lookup_num_tokens=guessed
+        ) as engine:
+            if guessed:
+                told = {("a1", (*WORK[0][0],)): [*WORK[0][0], *answers[0]]}
+                engine.drafts.proposer = Guesses(told, wrong=0.0)
+            name = engine.add_request(WORK[0][0], adapter="a1", max_new_tokens=24, ignore_eos=True)
+            answers.append(engine.collected([name])[name].generated_tokens)
+            assert not guessed or engine.drafts.accepted > 6
+    assert answers[0] == answers[1]
+
+
+@eagerly
 def test_a_draft_ends_with_the_positions_of_the_model(eight_of, tmp_path) -> None:
     case = eight_of("llama", tmp_path, num_hidden_layers=1, max_position_embeddings=24)
     guesses = Guesses(truth(case, WORK[:1], 30), wrong=0.0)
@@ -423,6 +447,8 @@ def test_a_draft_that_fails_is_told_and_left_out(llama, compiled, caplog) -> Non
     ("arguments", "says"),
     [
         ({"assistant_model": "other"}, "assistant_model has 50 tokens and the model 61"),
+        ({"assistant_model": "bert"}, "is a causal language model.*got BertForMaskedLM"),
+        ({"assistant_model": "t5"}, "is a causal language model.*got T5ForConditionalGeneration"),
         ({"assistant_model": "name"}, "assistant_model is a model of transformers.*got str"),
         ({"num_assistant_tokens": 3}, "num_assistant_tokens is of an assistant_model"),
         ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens is an integer from 1"),
@@ -433,7 +459,10 @@ def test_a_draft_that_fails_is_told_and_left_out(llama, compiled, caplog) -> Non
 )
 def test_drafts_that_cannot_be_are_refused(llama, compiled, arguments, says) -> None:
     given: dict[str, Any] = dict(arguments)
-    made = {"other": lambda: random_base("llama", vocab_size=50), "same": llama.model}
+    made = {
+        **{name: FAMILIES[name].build for name in ("bert", "t5")},
+        **{"other": lambda: random_base("llama", vocab_size=50), "same": llama.model},
+    }
     if given.get("assistant_model") in made:
         given["assistant_model"] = made[given["assistant_model"]]()
     with (
