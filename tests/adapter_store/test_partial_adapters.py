@@ -43,7 +43,7 @@ def under(base: nn.Module, prefix: str) -> list[str]:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A Llama with one adapter of its last layer and one of both layers."""
-    base = random_base("llama")
+    base = random_base("llama", num_hidden_layers=2)
     folder = tmp_path_factory.mktemp("partial")
     return Case(
         base,
@@ -56,7 +56,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.usefixtures("in_eager_mode")
 def test_the_language_part_of_a_model_with_a_vision_tower(tmp_path: Path) -> None:
-    base = llava(random_base("llama"), 24)
+    base = llava(random_base("llama", num_hidden_layers=2), 24)
     language = under(base, "model.language_model.")
     case = Case(base, {"text": partly(base, tmp_path / "text", language)})
     with pytest.warns(LorafxWarning, match=r"no factors for 4 of them \(40 %\)") as caught:

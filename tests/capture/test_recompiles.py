@@ -65,7 +65,7 @@ def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain):
 
 
 def test_the_recompile_limit_is_an_error_not_silent_eager(plain):
-    cm = plain.compile(options={"recompile_limit": 1})
+    cm = plain.compile(options={"recompile_limit": 1}, dynamic=False)
     feed = FAMILIES["plain"].inputs
     torch.manual_seed(0)
     check_mixed(cm, plain, ["a0", "a1"], feed(2, 3))
@@ -91,7 +91,7 @@ def test_no_guard_on_marks_is_checked(
         return build(self, guards, *args, **kwargs)
 
     monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
-    cm: Any = llama.compile({"cache": str(tmp_path / "graphs")})
+    cm: Any = llama.compile({"cache": str(tmp_path / "graphs")}, dynamic=False)
     inputs = token_inputs(len(names), 4)
     check_mixed(cm, llama, names, inputs)
     *before, last = made

@@ -25,6 +25,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 
+pytestmark = pytest.mark.any_sizes
+
 MIX = ("a0", None, "a1")
 LOADED, SAVED = "loaded from the folder", "saved for other processes"
 
@@ -140,8 +142,6 @@ import json, sys
 import torch
 from torch import nn
 import lorafx
-
-pytestmark = pytest.mark.any_sizes
 
 weights, adapters, cache, result = sys.argv[1:]
 

@@ -29,6 +29,8 @@ from lorafx.integrations.server.run import run
 from lorafx.integrations.server.settings import Settings
 from lorafx.torch_internals.versions import saves_graphs
 
+pytestmark = pytest.mark.any_sizes
+
 OPTIONS = [
     *(part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value)))
 ]
@@ -241,8 +243,6 @@ def test_a_model_without_a_usable_tokenizer(files, tmp_path):
 MANY_NUMBERS_OF_ROWS = """
 import os, torch
 from lorafx.integrations.server.run import bound_kernels
-
-pytestmark = pytest.mark.any_sizes
 
 bound_kernels()
 weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(128, 128))
