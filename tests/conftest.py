@@ -10,6 +10,7 @@ import signal
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,19 +120,24 @@ def _roads(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def _sizes_of(node: Any) -> Iterator[None]:
+    before = cast(Any, lorafx.compile).__kwdefaults__["dynamic"]
+    _capture(any_sizes=node.get_closest_marker("any_sizes") is not None)
+    yield
+    _capture(any_sizes=before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _sizes(request: pytest.FixtureRequest) -> Iterator[None]:
-    _capture(any_sizes=request.node.get_closest_marker("any_sizes") is not None)
-    yield
-    _capture(any_sizes=False)
+    with _sizes_of(request.node):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _sizes_of_test(_sizes: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cast(Any, lorafx.compile).__kwdefaults__["dynamic"]
-    _capture(any_sizes=request.node.get_closest_marker("any_sizes") is not None)
-    yield
-    _capture(any_sizes=before)
+    with _sizes_of(request.node):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -228,10 +228,14 @@ class RowDeltas:
 
     def _few(self, code: int, x: Tensor) -> RowLayout | None:
         """The slots of the rows of x, if they are few and those of each slot lie together."""
+        rows = self._leading(code, x)
+        return rows if rows is not None and rows.few else None
+
+    def _leading(self, code: int, x: Tensor) -> RowLayout | None:
+        """The slots of the rows of x, all its dimensions but the last; None if not known."""
         if self._uniform:
             return RowLayout((self._rows[0],), 1)
-        rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
-        return rows if rows is not None and rows.few else None
+        return self._rows_by_code(code, tuple(x.shape[:-1]), x)
 
     def outside(self, action: Callable[[], bool]) -> bool:
         """The result of `action`, whose operators are not followed."""

@@ -92,9 +92,7 @@ class LoopDeltas(RowDeltas):
             if mark is not None and path in self._touched and x.numel():
                 if place_of(used) != weight.place or not following.is_own(used, mark):
                     return None
-                rows = RowLayout((self._rows[0],), 1) if self._uniform else None
-                if rows is None and leads:
-                    rows = self._rows_by_code(code, tuple(x.shape[:-1]), x)
+                rows = self._leading(code, x) if leads or self._uniform else None
                 if rows is None:
                     following.refuse(
                         f"{path}: which request each row of an expert's input belongs to is not "

@@ -146,7 +146,7 @@ class WeightUses:
     def is_own(self, tensor: Tensor, path: str) -> bool:
         """Whether the tensor lies in the weight of the site at `path`, which this call has neither
         replaced nor written."""
-        parts = [tensor] if storage_of(tensor) is not None else plain_tensors(tensor)
+        parts = [*plain_tensors(tensor)]
         keys = set(map(storage_of, parts))
         own = keys <= self._computed or not any(map(self._made_in, parts))
         return (

@@ -139,9 +139,8 @@ class Tiers:
     def _eagerly(self, kind: Kind, call: ForwardCall) -> Any:
         """The answer of eager mode, while a process beside compiles the graph of this kind."""
         forked = self.compilers.consider(call, kind, self._verdict)
-        run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
         try:
-            result = self.in_python(call, run)
+            return self._run_eagerly(call)
         except NeedsGraph as refusal:
             kind.here, kind.reason = True, f"compiled in this process, since {refusal}"
             self.compilers.end_of(kind)
@@ -151,17 +150,18 @@ class Tiers:
                 self.compilers.end_of(kind)
                 kind.processes, kind.wrong = kind.processes - 1, kind.wrong + 1
             raise
-        self.eager_calls += 1
-        return result
 
     def _in_a_loop(self, call: ForwardCall) -> Any:
         """The answer of eager mode to a call that runs touched experts one after another."""
-        run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
         try:
-            result = self.in_python(call, run)
+            return self._run_eagerly(call)
         except NeedsGraph as refusal:
             why = f"{refusal}. {SWITCH}"
             raise LastingRefusal(call.forward.looping, "always", why).error() from None
+
+    def _run_eagerly(self, call: ForwardCall) -> Any:
+        run = partial(self._eager.run, call.forward.in_python, call.args, call.kwargs)
+        result = self.in_python(call, run)
         self.eager_calls += 1
         return result
 
