@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from dense_merge import build_case, check_mixed
 from tiny_models import FAMILIES, token_inputs
@@ -24,17 +23,13 @@ def repeats(cm: Any, index: int = 0) -> list[tuple[str, ...]]:
     return [told.paths for told in record(cm, index).outlined]
 
 
-@pytest.fixture(scope="module")
-def served(llama) -> tuple[Any, Any]:
-    """With the pass and without it, for all tests that ask nothing of a new model."""
-    return llama.compile(), llama.compile(OFF)
-
-
-def test_layers_are_one_and_the_results_are_the_same(llama, served):
+def test_layers_are_one_and_the_results_are_the_same(tmp_path):
+    """With the pass and without it."""
     torch.manual_seed(0)
     inputs = token_inputs(4, 6)
-    cm, off = served
-    check_mixed(cm, llama, NAMES, inputs)
+    case = build_case("llama", tmp_path, num_hidden_layers=LAYERS)
+    cm, off = case.compile(), case.compile(OFF)
+    check_mixed(cm, case, NAMES, inputs)
     assert repeats(cm) == [tuple(f"model.layers.{index}" for index in range(LAYERS))]
     got, want = (each(**inputs, adapter_names=NAMES).logits for each in (cm, off))
     assert torch.equal(got, want)
