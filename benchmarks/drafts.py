@@ -142,7 +142,8 @@ def main() -> None:
                     f"gain {statistics.median(gains):.2f} [{min(gains):.2f}, {max(gains):.2f}]",
                 )
     if given.out is not None:
-        save(given.out, f"drafts in the engine, {vars(given)}, parameters {sizes}", rows)
+        settings = {k: v for k, v in vars(given).items() if k != "out"}
+        save(given.out, f"drafts in the engine, {settings}, parameters {sizes}", rows)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ LONG = 900
 
 
 def _looks(condition: Callable[[], object]) -> Iterator[float]:
-    """How long to sleep before each further look."""
-    end = time.monotonic() + LONG
+    """How long to sleep before each further look: the longer it takes, the fewer there are."""
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() < end, "it never came"
-        yield 0.005
+        waited = time.monotonic() - start
+        assert waited < LONG, "it never came"
+        yield min(max(0.005, waited / 20), 0.5)
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -52,8 +52,9 @@ class Compilers:
         self._program, self._kinds = program, kinds
         #: Through it graphs are handed over where `Options.cache` has no folder.
         self.folder = PrivateFolder()
-        #: Grows with each graph that may have come into the folder.
-        self.saved = int(bool(program.options.cache))
+        #: Grows with each graph that may have come into the folder; 0: there was none before. To
+        #: look for one takes as long as an eager step of a small model.
+        self.saved = int(_usable_folder(program.options.cache) is not None)
         self.processes: list[Process] = []
         self._shown: LongWork | None = None
         self._said: set[str] = set()
