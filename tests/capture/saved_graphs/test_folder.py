@@ -14,7 +14,9 @@ from dense_merge import REFERENCE, Case, check_mixed
 from tiny_models import plain_inputs
 
 import lorafx
+from lorafx.capture.missed import Missed
 from lorafx.capture.saved_graphs.folder import BrokenFile, files, folder_of, read, trim, write
+from lorafx.capture.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.errors import ConfigError, LorafxWarning
 
 pytestmark = pytest.mark.any_sizes
@@ -166,6 +168,18 @@ def test_graphs_are_kept_by_default(
     assert served_quietly(plain) == "not saved: LORAFX_CACHE_BYTES is 0"
     monkeypatch.setenv("LORAFX_CACHE_BYTES", "a lot")
     assert "must be a number of bytes" in served_quietly(plain)
+
+
+@pytest.mark.one_road
+def test_eager_calls_look_for_no_graphs_where_there_is_no_folder(
+    plain: Case, in_eager_mode: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(SavedGraphs, "found", lambda *_: looks.append(1) or Missed())
+    cm = plain.compile(REFERENCE)  # LORAFX_CACHE_BYTES is 0
+    torch.manual_seed(0)
+    check_mixed(cm, plain, MIX, plain_inputs(3, 5))
+    assert not looks
 
 
 def test_a_folder_that_nobody_asked_for_fails_and_warns_of_nothing(plain: Case, auto: Path) -> None:
