@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -83,7 +83,19 @@ def _changes(
     return changes
 
 
-def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
+def refuse_in_gates(adapters: Iterable[StoredAdapter]) -> None:
+    """Raise ConfigError for an adapter that is not linear in a weight, or has more than factors."""
+    for adapter in adapters:
+        _refuse_nonlinear("adapter_gates", adapter)
+        if adapter.numbers.changed:
+            raise ConfigError(
+                f"adapter_gates: {adapter.name!r} changes weights by more than low-rank factors, "
+                "which gates per token do not add; give it by adapter_slots, or one mix for a row "
+                "by gates of shape (B, k)"
+            )
+
+
+def _refuse_nonlinear(name: str, adapter: StoredAdapter) -> None:
     dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
     reasons = {
         "is an aLoRA adapter, which serves only the tokens from its invocation on": (

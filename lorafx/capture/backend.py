@@ -47,7 +47,7 @@ from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
-from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
+from lorafx.program.frame import LOOKED_UP, Frame
 from lorafx.program.program import PassReport, Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
@@ -102,19 +102,17 @@ class Backend:
         finally:
             self._observers.remove(observer)
 
-    def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self(gm, examples, per_token=True)
-
     def __call__(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int = 0
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Raises as `compile`."""
         return self.compile(gm, examples, per_token=per_token).executable
 
     def compile(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int = 0
     ) -> Compilation:
-        """Compile a frame whose inputs are `examples`. Raises ReplacedModuleError, and keeps no
+        """Compile a frame whose inputs are `examples`, and whose tokens have `per_token` slots
+        each, 0 if requests have them. Raises ReplacedModuleError, and keeps no
         graph, if an adapter of the batch touches a replaced module."""
         program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
@@ -195,7 +193,7 @@ class Backend:
 
         return after
 
-    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
+    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int) -> Frame:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
@@ -313,7 +311,7 @@ class Backend:
         if operators is not None:
             run = by_operator_if_tracked(run, operators)
         banks = [
-            None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
+            None if name in LOOKED_UP else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
         return Lowered(run, extra, banks, whole=operators is None)

@@ -64,14 +64,17 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
         seconds[part] += time.perf_counter() - start - (sum(seconds.values()) - before)
 
 
-def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
+_SLOTS = ("slots per request", "slots per token", "{} gates per token")
+
+
+def form_of(program: Program, *, begins_call: bool, per_token: int) -> dict[str, str]:
     """The form of the running call: a text for each property in which graphs differ."""
     call, runtime = program.call, program.runtime
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
     form = {
         "adapters": "with adapters" if runtime.active else "without adapters",
-        "slots": "slots per token" if per_token else "slots per request",
+        "slots": _SLOTS[min(per_token, 2)].format(per_token),
         "part": "the whole call" if begins_call else "a part of a call",
         "requests": "a batch of one" if len(runtime.rows) == 1 else "several requests",
     }

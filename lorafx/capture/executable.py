@@ -29,9 +29,10 @@ from lorafx.capture.driver import NumericCheck
 from lorafx.eager.following import Following, owners_are_noted, running, unfollowed
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.extras import EXTRAS
+from lorafx.model.runtime import Runtime
 from lorafx.ownership.labels import One
 from lorafx.ownership.real_labels import SHARED
-from lorafx.program.frame import SLOTS
+from lorafx.program.frame import GATE_SLOTS, ONE_SLOT, SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
@@ -221,8 +222,7 @@ def _added_inputs(
         zip(lowered.extra, lowered.banks, strict=True)
     ):
         if layout is None:
-            slots = program.runtime.graph_slots
-            inputs.append(slots if name == SLOTS else slots[:1])
+            inputs.append(_slots_input(program.runtime, name))
             continue
         site = program.site_of_weight(arguments[position], index)
         bank = program.bank_of_weight(arguments[position], index)
@@ -249,6 +249,13 @@ def _added_inputs(
             )
         inputs.append(value)
     return inputs
+
+
+def _slots_input(runtime: Runtime, name: str) -> Tensor:
+    if name in (SLOTS, ONE_SLOT):
+        return runtime.graph_slots if name == SLOTS else runtime.graph_slots[:1]
+    assert runtime.gates is not None
+    return runtime.gates.slots if name == GATE_SLOTS else runtime.gates.weights
 
 
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:

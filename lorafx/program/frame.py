@@ -21,6 +21,9 @@ from lorafx.torch_internals.frames import input_place
 #: Slots that the executable looks up: one for each request, or only the first if no input tells the
 #: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
+#: The fields of `lorafx.model.runtime.Gates`, which it looks up as well.
+GATE_SLOTS, GATE_WEIGHTS = "gate_slots", "gate_weights"
+LOOKED_UP = (SLOTS, ONE_SLOT, GATE_SLOTS, GATE_WEIGHTS)
 
 
 class Frame:
@@ -32,8 +35,8 @@ class Frame:
         self.writable: tuple[int, ...] = ()
         #: Whether it begins with the call's arguments, which mean the same in every call.
         self.begins_call = False
-        #: Whether slots are given per token, in row-major order of (B, T), not per request.
-        self.per_token = False
+        #: How many slots each token has, in row-major order of (B, T); 0: they are per request.
+        self.per_token = 0
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that
@@ -104,6 +107,12 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # An argument of size one beside larger ones is shared by all requests.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+    def slot_count(self) -> Any:
+        """The number of slots of a batch: of its requests, or of their tokens; as `batch_size`."""
+        size, lengths = self.batch_size(), token_inputs(self).items() if self.per_token else ()
+        lengths = [fake_value(node).shape[dim] for node, dim in lengths]
+        return size * lengths[0] if lengths and size is not None else size
 
 
 def fake_value(node: fx.Node) -> Any:

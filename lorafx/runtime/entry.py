@@ -56,7 +56,7 @@ class Entry:
         function: Callable[..., Any],
         name: str = "forward",
         *,
-        per_token: bool = False,
+        per_token: int = 0,
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -247,9 +247,10 @@ class Entry:
         from lorafx.capture.traced import Traced
 
         saved = self._saved_graphs(base=base)
+        per_token = {"per_token": self.per_token} if self.per_token else {}
         return Traced(
             self.target,
-            _weak_method(backend.per_token if self.per_token else backend.__call__),
+            functools.partial(_weak_method(backend.__call__), **per_token),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -319,10 +320,10 @@ def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """`method` without a strong reference to its object: Dynamo never frees a backend."""
     reference = weakref.WeakMethod(method)
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **settings: Any) -> Any:
         strong = reference()
         assert strong is not None
-        return strong(*arguments)
+        return strong(*arguments, **settings)
 
     return call
 

@@ -42,7 +42,7 @@ class CompiledForwards:
         self,
         module: nn.Module,
         *,
-        per_token: bool = False,
+        per_token: int = 0,
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import members
+from lorafx.adapter_store.names import adapters_among, members
 from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
+from lorafx.adapter_store.sums import refuse_in_gates
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.replaced_methods import Replacements
-from lorafx.model.runtime import Runtime
+from lorafx.model.runtime import Gates, Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
 from lorafx.runtime.requests import (
@@ -312,7 +313,7 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        at_rest, deltas = self.active_at_rest, runtime.deltas
+        at_rest, deltas, gates = self.active_at_rest, runtime.deltas, runtime.gates
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running, runtime.deltas = running, None
@@ -328,7 +329,7 @@ class Session:
             for other, was_active in resting:
                 other.active = was_active
             if before.entries:  # the forward around this one goes on with its own batch
-                runtime.set_rows(rows)
+                runtime.set_rows(rows, gates)
                 runtime.active = active
             else:
                 self.store.copy_streams.end_uses()
@@ -341,11 +342,12 @@ class Session:
             BatchError: names and rows do not fit together, arguments with one entry per token do
                 not have the shape of `adapter_slots`, or the tokens at which an aLoRA adapter is
                 activated are not known.
+            ConfigError: gates for an adapter that is not linear in a weight.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
             ReplacedModuleError: a module that carries an adapter was replaced or removed.
         """
         program, running, requests = self.program, self.running, self.requests
-        call, tokens = program.new_call(roles, named), requests.tokens
+        call, tokens, gates = program.new_call(roles, named), requests.tokens, None
         if tokens is None:
             rows = roles.rows(named)
             names = requests.of_rows(rows, call=call)
@@ -360,8 +362,13 @@ class Session:
                 check_tokens(tokens, roles, named)
             rows, used = None, requests.used()
             names = tuple(used.values())
+            if requests.weights is not None:
+                refuse_in_gates(map(self.store.__getitem__, adapters_among(names)))
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
+            if requests.weights is not None:
+                gates = Gates(row_slots, requests.weights.flatten(0, 1).T.contiguous())
+                row_slots = gates.slots[0]
         if program.model.training is not self.trains:
             self.trains = program.model.training
             if self.trains:
@@ -371,7 +378,7 @@ class Session:
         if not self._called:
             program.note_constants()
             self._called = True
-        program.runtime.set_rows(row_slots)
+        program.runtime.set_rows(row_slots, gates)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)

@@ -1,0 +1,107 @@
+"""`adapter_gates` of a call: several adapters, each with a weight, for each row or each token.
+
+(B, k)      a row's mix is a sum of adapters, which has a name like any other
+(B, T, k)   a token has k adapters and weights of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.names import BASE, AdapterName, Mixture
+from lorafx.errors import BatchError
+from lorafx.runtime.requests import Requests, checked_names, requests_of
+
+#: The gates of a token at most: each is computed for all tokens.
+MOST_GATES = 16
+
+
+def requests_with_gates(
+    names: Sequence[AdapterName] | None,
+    slots: Tensor | None,
+    gates: Any,
+    loaded: Sequence[str],
+) -> Requests | None:
+    """As `requests_of`, with the `adapter_gates` of the call, which may be None.
+
+    Raises:
+        BatchError: `gates` are not a pair of tensors of one shape, (B, k) or (B, T, k); more than
+            `MOST_GATES`; an index out of range; a weight that is negative or not finite; or
+            `adapter_slots` beside them.
+    """
+    if gates is None:
+        return requests_of(names, slots, loaded)
+    if slots is not None:
+        raise BatchError("adapter_slots and adapter_gates each say what a token gets; give one")
+    pointed = checked_names(names) or tuple(loaded)
+    indices, weights = _checked(gates, pointed)
+    bases = [index for index, name in enumerate(pointed) if name in (None, BASE)]
+    unused = torch.isin(indices, torch.tensor([-1, *bases])) | (weights == 0)
+    indices, weights = torch.where(unused, -1, indices), torch.where(unused, 0, weights)
+    if indices.dim() == 2:
+        rows = zip(indices.tolist(), weights.tolist(), strict=True)
+        return Requests(tuple(_sum(pointed, zip(*row, strict=True)) for row in rows))
+    if bool(unused.all()):
+        return Requests((None,) * len(indices), all_tokens=True)
+    count = indices.shape[-1]
+    if count == 1 and bool((weights[indices >= 0] == 1).all()):
+        return requests_of(pointed, indices[..., 0])
+    # Powers of two: a graph serves all counts up to its own.
+    more = max(2, 1 << (count - 1).bit_length()) - count
+    indices = torch.nn.functional.pad(indices, (0, more), value=-1)
+    return Requests(pointed, indices, weights=torch.nn.functional.pad(weights, (0, more)))
+
+
+def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+    """Indices int64 and weights float32 on the host."""
+    if not (isinstance(gates, (tuple, list)) and list(map(type, gates)) == [Tensor, Tensor]):
+        raise BatchError(
+            f"adapter_gates must be a pair of tensors, (slots, weights), got {gates!r:.80}"
+        )
+    slots, weights = gates
+    integers = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
+    if not integers or not weights.is_floating_point():
+        raise BatchError(
+            "adapter_gates must be integers, which point at adapters, and floating-point weights, "
+            f"got {slots.dtype} and {weights.dtype}"
+        )
+    if slots.shape != weights.shape or slots.dim() not in (2, 3) or not slots.numel():
+        raise BatchError(
+            "adapter_gates must have one shape, (B, k) or (B, T, k), got "
+            f"{tuple(slots.shape)} and {tuple(weights.shape)}"
+        )
+    if slots.shape[-1] > MOST_GATES:
+        raise BatchError(
+            f"adapter_gates have {slots.shape[-1]} adapters for each token, and may have "
+            f"{MOST_GATES}; keep those of the largest weights"
+        )
+    slots, weights = slots.to("cpu", torch.int64), weights.to("cpu", torch.float32)
+    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+        raise BatchError(
+            f"adapter_gates point at {int(slots.min())} to {int(slots.max())}, but there are "
+            f"{len(names)} adapters ({', '.join(map(str, names)) or 'none'}); -1 is the base model"
+        )
+    wrong = weights[~(weights.isfinite() & (weights >= 0))]
+    if len(wrong):
+        raise BatchError(
+            f"adapter_gates have the weight {float(wrong[0])}; weights are finite, and 0 or more"
+        )
+    return slots, weights
+
+
+def _sum(names: Sequence[str | None], mix: Iterable[tuple[int, float]]) -> str | None:
+    """The name of a row's mix."""
+    weights: dict[str, float] = {}
+    for index, weight in mix:
+        name = names[index] if index >= 0 else None
+        if name is None:
+            continue
+        for member, share in name.weights if isinstance(name, Mixture) else ((name, 1.0),):
+            weights[member] = weights.get(member, 0.0) + share * weight
+    if list(weights.values()) == [1.0]:
+        return next(iter(weights))
+    return Mixture(weights) if weights else None
