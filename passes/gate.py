@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.kernels.ops.own_rows import OwnRows
-from lorafx.op_arguments import bound, in_order
+from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.program.context import COPIED, Context, is_site
 from lorafx.program.frame import GATE_SLOTS, GATE_WEIGHTS, fake_value
+from lorafx.program.refusals import Refusal
 from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
@@ -41,7 +42,8 @@ class Gate:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         # Where rows are not proved, a refusal stops the adapters that touch the site.
         sites = [n for n in gm.graph.nodes if is_site(n) and bound(n)["rows"] not in (0, ALL_ALIKE)]
-        if ctx.frame.per_token < 2 or not sites:
+        sites = [node for node in sites if ctx.frame.gates and not _permuted(ctx, node)]
+        if not sites:
             return 0
         slots, weights = (
             ctx.gates_input(name, dtype, bound(sites[0])["slots"])
@@ -51,11 +53,22 @@ class Gate:
             # Copies: kernels take the beginning of a buffer for aligned.
             each = [
                 ctx.emit(aten.clone.default, ctx.emit(aten.select.int, slots, 0, gate))
-                for gate in range(ctx.frame.per_token)
+                for gate in range(ctx.frame.gates)
             ]
         for node in sites:
             _gate(ctx, node, each, weights)
         return len(sites)
+
+
+def _permuted(ctx: Context, node: fx.Node) -> bool:
+    """Whether the rows of a site have slots of their own, behind those of the requests. A refusal
+    then stops the adapters that touch it."""
+    if bound(node)["slots"].op == "placeholder":
+        return False
+    sites = tuple(state.site for state in ctx.states[node])
+    ctx.refuse(Refusal(sites, "mixed", "its rows are permuted, and no gates follow them"))
+    rebind(node, rows=ALL_ALIKE)
+    return True
 
 
 def _gate(ctx: Context, node: fx.Node, slots: Sequence[fx.Node], weights: fx.Node) -> None:

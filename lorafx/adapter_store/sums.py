@@ -41,7 +41,7 @@ def sum_of(
         single = summands[0][0]
         return replace(single, name=name, host=single.numbers, version=next_version())
     for adapter, _ in summands:
-        _refuse_nonlinear(name, adapter)
+        _refuse_nonlinear(repr(name), adapter)
     terms: list[_Terms] = [{} for _ in groups]
     for adapter, weight in summands:
         for g, group_factors in adapter.numbers.factors.items():
@@ -95,7 +95,7 @@ def refuse_in_gates(adapters: Iterable[StoredAdapter]) -> None:
             )
 
 
-def _refuse_nonlinear(name: str, adapter: StoredAdapter) -> None:
+def _refuse_nonlinear(what: str, adapter: StoredAdapter) -> None:
     dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
     reasons = {
         "is an aLoRA adapter, which serves only the tokens from its invocation on": (
@@ -109,7 +109,7 @@ def _refuse_nonlinear(name: str, adapter: StoredAdapter) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ConfigError(
-                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
+                f"{what}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
                 f"other scale; name it alone, {adapter.name!r}"
             )
 

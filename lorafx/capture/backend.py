@@ -103,17 +103,27 @@ class Backend:
             self._observers.remove(observer)
 
     def __call__(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int = 0
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        *,
+        per_token: bool = False,
+        gates: int = 0,
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Raises as `compile`."""
-        return self.compile(gm, examples, per_token=per_token).executable
+        return self.compile(gm, examples, per_token=per_token, gates=gates).executable
 
     def compile(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int = 0
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        *,
+        per_token: bool = False,
+        gates: int = 0,
     ) -> Compilation:
-        """Compile a frame whose inputs are `examples`, and whose tokens have `per_token` slots
-        each, 0 if requests have them. Raises ReplacedModuleError, and keeps no
-        graph, if an adapter of the batch touches a replaced module."""
+        """Compile a frame whose inputs are `examples`; `Frame` has what the others are. Raises
+        ReplacedModuleError, and keeps no graph, if an adapter of the batch touches a replaced
+        module."""
         program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
         inductor = isinstance(self.lowering, InductorLowering)
@@ -122,10 +132,11 @@ class Backend:
             from lorafx.torch_internals.cpp import ask_compiler
 
             ask_compiler()
-        frame = self._new_frame(gm, examples, per_token=per_token)
+        frame = self._new_frame(gm, examples)
+        frame.per_token, frame.gates = per_token, gates
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
-        call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
+        call = form_of(program, frame)
         record = self._new_record(frame, examples, call)
         record.seconds["Dynamo"] = traced
         compilation = self._observed(gm, examples, frame, record)
@@ -193,12 +204,11 @@ class Backend:
 
         return after
 
-    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: int) -> Frame:
+    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Frame:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = program.frame(gm.graph, examples)
-        frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         return frame
 

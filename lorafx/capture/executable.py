@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
 from lorafx.eager.following import Following, owners_are_noted, running, unfollowed
-from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.errors import CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.model.extras import EXTRAS
 from lorafx.model.runtime import Runtime
 from lorafx.ownership.labels import One
@@ -255,6 +255,12 @@ def _slots_input(runtime: Runtime, name: str) -> Tensor:
     if name in (SLOTS, ONE_SLOT):
         return runtime.graph_slots if name == SLOTS else runtime.graph_slots[:1]
     assert runtime.gates is not None
+    if not runtime.gates.per_token and runtime.graph_slots is not runtime.slots:
+        raise ProvenanceError(
+            "this model is several graphs, and one of them has some of the batch's rows, or others "
+            "in their place: which gates they have is not known; name one sum for each row, or "
+            "leave the modules that break the graph out of the compiled forward"
+        )
     return runtime.gates.slots if name == GATE_SLOTS else runtime.gates.weights
 
 

@@ -43,7 +43,8 @@ def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
     if session.requests.tokens_known or not _activates(session):
-        return entries.of(entries.model, per_token=session.requests.per_token)
+        requests = session.requests
+        return entries.of(entries.model, per_token=requests.per_token, gates=requests.gates)
     return ActivatedForward(entries, entries.model)
 
 
@@ -109,7 +110,7 @@ class ActivatedForward:
         self._past = 0
         self._by_row = entries.of(module)
         self.name, self.roles = self._by_row.name, self._by_row.roles
-        self._by_token = entries.of(module, per_token=1)
+        self._by_token = entries.of(module, per_token=True)
         functools.update_wrapper(self, module.forward)  # `generate` reads its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

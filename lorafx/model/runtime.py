@@ -37,11 +37,12 @@ def holds_slots(value: object) -> bool:
 
 
 class Gates(NamedTuple):
-    """Several adapters for each of n tokens: `slots` (k, n) int32, −1 for none, and their `weights`
-    (k, n) float32, 0 for none."""
+    """Several adapters for each of n tokens, or n requests: `slots` (k, n) int32, −1 for none, and
+    their `weights` (k, n) float32, 0 for none."""
 
     slots: Tensor
     weights: Tensor
+    per_token: bool
 
 
 class RefusesAtRest(Protocol):
@@ -140,7 +141,8 @@ class Runtime:
         if gates is not None:
             self.active = int(gates.slots.max()) >= 0
             self.uniform = not self.active
-            self.gates = Gates(*(values.to(self.device) for values in gates))
+            slots, weights = (values.to(self.device) for values in gates[:2])
+            self.gates = gates._replace(slots=slots, weights=weights)
 
     def clear(self) -> None:
         self.set_rows([-1])

@@ -294,7 +294,7 @@ class Context:
     def gates_input(self, name: str, dtype: torch.dtype, slots: fx.Node) -> fx.Node:
         """A field of `Gates` (k, n) as an input; `slots` (n,) are the frame's."""
         assert self.fake_mode is not None
-        like, gates = fake_value(slots), self.frame.per_token
+        like, gates = fake_value(slots), self.frame.gates
         with self.fake_mode:
             value = torch.empty((gates, *like.shape), dtype=dtype, device=like.device)
         return self._extra_input((0, 0), name, value)

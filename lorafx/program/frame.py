@@ -35,8 +35,10 @@ class Frame:
         self.writable: tuple[int, ...] = ()
         #: Whether it begins with the call's arguments, which mean the same in every call.
         self.begins_call = False
-        #: How many slots each token has, in row-major order of (B, T); 0: they are per request.
-        self.per_token = 0
+        #: Whether slots are given per token, in row-major order of (B, T), not per request.
+        self.per_token = False
+        #: The number of adapters that a token, or a request, has with weights; 0: one without.
+        self.gates = 0
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that

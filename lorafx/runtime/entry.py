@@ -56,7 +56,8 @@ class Entry:
         function: Callable[..., Any],
         name: str = "forward",
         *,
-        per_token: int = 0,
+        per_token: bool = False,
+        gates: int = 0,
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -68,7 +69,8 @@ class Entry:
         self.name = f"the {name} of {type(module).__name__}"
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
-        self.per_token = per_token
+        #: How graphs get the slots of rows, as `Frame` has it.
+        self.slots = {"per_token": per_token, "gates": gates}
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
@@ -247,10 +249,9 @@ class Entry:
         from lorafx.capture.traced import Traced
 
         saved = self._saved_graphs(base=base)
-        per_token = {"per_token": self.per_token} if self.per_token else {}
         return Traced(
             self.target,
-            functools.partial(_weak_method(backend.__call__), **per_token),
+            functools.partial(_weak_method(backend.__call__), **self.slots),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -273,7 +274,7 @@ class Entry:
             "module": paths.get(id(self.module)),
             "name": self.name,
             "base": base,
-            "per token": self.per_token,
+            **self.slots,
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }

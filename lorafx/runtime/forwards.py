@@ -42,7 +42,8 @@ class CompiledForwards:
         self,
         module: nn.Module,
         *,
-        per_token: int = 0,
+        per_token: bool = False,
+        gates: int = 0,
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
@@ -50,10 +51,10 @@ class CompiledForwards:
         called directly. A new entry is made if the forward has been replaced."""
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
-        key = id(module), per_token, packed, name
+        key = id(module), per_token, gates, packed, name
         entry = self.made.get(key)
         if entry is None or entry.function != function:
-            shape = {"per_token": per_token, "packed": packed}
+            shape = {"per_token": per_token, "gates": gates, "packed": packed}
             entry = Entry(self.session, module, function, name, **shape, tiers=self.tiers)
             self.made[key] = entry
         return entry

@@ -62,11 +62,15 @@ class Requests(NamedTuple):
     weights: Tensor | None = None
 
     @property
-    def per_token(self) -> int:
-        """The number of adapters of each token; 0 where requests have them."""
-        if self.tokens is None:
-            return 0
-        return 1 if self.weights is None else self.weights.shape[-1]
+    def per_token(self) -> bool:
+        """Whether tokens have slots, and not requests, as one token each with gates is."""
+        tokens = self.tokens
+        return tokens is not None and (self.weights is None or tokens.shape[1] > 1)
+
+    @property
+    def gates(self) -> int:
+        """The number of gates of each token, or request; 0 where it has one adapter."""
+        return 0 if self.weights is None else self.weights.shape[-1]
 
     @property
     def tokens_known(self) -> bool:
@@ -128,7 +132,7 @@ class Requests(NamedTuple):
         # A table on tensors: a loop over 8,192 tokens takes a millisecond.
         table = torch.tensor(by_place, dtype=torch.int32)
         slots = table.index_select(0, self.tokens.flatten().int() + 1)
-        return slots if self.weights is None else slots.view(-1, self.per_token).T.contiguous()
+        return slots if self.weights is None else slots.view(-1, self.gates).T.contiguous()
 
 
 def _sizes_text(call: Call | None) -> str:

@@ -367,7 +367,8 @@ class Session:
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
             if requests.weights is not None:
-                gates = Gates(row_slots, requests.weights.flatten(0, 1).T.contiguous())
+                weights = requests.weights.flatten(0, 1).T.contiguous()
+                gates = Gates(row_slots, weights, requests.per_token)
                 row_slots = gates.slots[0]
         if program.model.training is not self.trains:
             self.trains = program.model.training
