@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafx import errors as errors
     from lorafx import layers as layers
+    from lorafx.adapter_store.names import Arrow as Arrow
     from lorafx.adapter_store.saved import AdapterSource as AdapterSource
     from lorafx.api import compile as compile
     from lorafx.api import explain as explain
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 #: The names below by the modules that define them.
 _NAMES = {
+    "lorafx.adapter_store.names": ("Arrow",),
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("compile", "explain", "profile", "sampler", "why"),
     "lorafx.bisection.search": ("bisect",),

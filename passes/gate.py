@@ -6,14 +6,21 @@
 with slots_j and w_j (n,) of `lorafx.model.runtime.Gates`, and row m that of the token
 (m // rows) mod n. A row without a gate keeps the bits of y.
 
+Rows with a route (`Arrow`) choose c of their k adapters, and weights, at each module:
+
+    s = site(x, 0, bank, routes, rows)      |s_j[m]| is row m's likeness to adapter j
+    slots'_i[m], w_i[m]                     of the i-th largest: softmax(|s| / temperature)
+
 Scales, biases and own weights of adapters are not linear in a weight: a session refuses gates for
 adapters that have any, so the ops lose their arguments for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,12 +29,14 @@ from lorafx.kernels.ops.own_rows import OwnRows
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.ownership.site_rules import row_dims
 from lorafx.program.context import COPIED, Context, is_site
-from lorafx.program.frame import GATE_SLOTS, GATE_WEIGHTS, fake_value
+from lorafx.program.frame import fake_value
 from lorafx.program.refusals import Refusal
 from lorafx.program.row_maps import ALL_ALIKE
 
 aten = torch.ops.aten
 
+#: Fields of `Gates`; the last three are for rows that choose.
+_FIELDS = ("slots", "weights", "routes", "top_k", "temperatures")
 #: Arguments of adapters that are not linear in a weight, and for products that are not here.
 _DROPPED = ("gains", "addend", "shifts", "weight", "bias", *OwnRows._fields)
 
@@ -45,18 +54,18 @@ class Gate:
         sites = [node for node in sites if ctx.frame.gates and not _permuted(ctx, node)]
         if not sites:
             return 0
-        slots, weights = (
-            ctx.gates_input(name, dtype, bound(sites[0])["slots"])
-            for name, dtype in ((GATE_SLOTS, torch.int32), (GATE_WEIGHTS, torch.float32))
-        )
+        inputs = {
+            name: ctx.gates_input(name, bound(sites[0])["slots"])
+            for name in (_FIELDS if ctx.frame.chosen else _FIELDS[:2])
+        }
         with gm.graph.inserting_before(sites[0]):
             # Copies: kernels take the beginning of a buffer for aligned.
             each = [
-                ctx.emit(aten.clone.default, ctx.emit(aten.select.int, slots, 0, gate))
-                for gate in range(ctx.frame.gates)
+                ctx.emit(aten.clone.default, ctx.emit(aten.select.int, inputs["slots"], 0, gate))
+                for gate in range(0 if ctx.frame.chosen else ctx.frame.gates)
             ]
         for node in sites:
-            _gate(ctx, node, each, weights)
+            _gate(ctx, node, inputs, each)
         return len(sites)
 
 
@@ -71,11 +80,19 @@ def _permuted(ctx: Context, node: fx.Node) -> bool:
     return True
 
 
-def _gate(ctx: Context, node: fx.Node, slots: Sequence[fx.Node], weights: fx.Node) -> None:
+def _gate(
+    ctx: Context, node: fx.Node, inputs: Mapping[str, fx.Node], slots: Sequence[fx.Node]
+) -> None:
     call, state = bound(node), ctx.states.pop(node)
     call.update((name, None) for name in _DROPPED if name in call)
     y, dims = call["y"], row_dims(node)
     value = fake_value(y)
+
+    def delta(**own: Any) -> fx.Node:
+        made = ctx.emit(node.target, *in_order(node.target, {**call, **own}))
+        made.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
+        ctx.states[made] = [replace(item) for item in state]
+        return made
 
     def added(y: Tensor, w: Tensor, *deltas: Tensor) -> Tensor:
         w = w.view(len(deltas), *y.shape[:dims], *[1] * (y.dim() - dims))
@@ -88,14 +105,48 @@ def _gate(ctx: Context, node: fx.Node, slots: Sequence[fx.Node], weights: fx.Nod
         sizes = [ctx.size(y, dim) for dim in range(value.dim())]
         settings = {"dtype": value.dtype, "device": value.device}
         call["y"] = ctx.emit(aten.full.default, sizes, 0, **settings)
-        deltas = []
-        for own in slots:
-            deltas.append(ctx.emit(node.target, *in_order(node.target, {**call, "slots": own})))
-            deltas[-1].meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
-            ctx.states[deltas[-1]] = [replace(item) for item in state]
-        owner = ctx.row_owners(weights, call["rows"], ctx.row_count(y, dims))
-        rows = ctx.emit(aten.index.Tensor, weights, [None, owner])
-        total = ctx.traced(added, y, rows, *deltas)
+        owner = ctx.row_owners(inputs["weights"], call["rows"], ctx.row_count(y, dims))
+        weights = ctx.emit(aten.index.Tensor, inputs["weights"], [None, owner])
+        if ctx.frame.chosen:
+            routes = ctx.emit(aten.clone.default, inputs["routes"])
+            likeness = delta(slots=routes)
+            fields = (inputs[name] for name in _FIELDS if name != "weights")
+            choose = partial(_chosen, ctx.frame.chosen)
+            own, weights = ctx.traced(choose, likeness, owner, weights, *fields)
+            each = [ctx.emit(aten.select.int, own, 0, gate) for gate in range(ctx.frame.chosen)]
+            deltas = [delta(slots=ctx.emit(aten.clone.default, item), rows=1) for item in each]
+        else:
+            deltas = [delta(slots=item) for item in slots]
+        total = ctx.traced(added, y, weights, *deltas)
         ctx.gated[total] = state
         node.replace_all_uses_with(total)
     ctx.graph.erase_node(node)
+
+
+def _chosen(
+    count: int,
+    likeness: Tensor,
+    owner: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    routes: Tensor,
+    top_k: Tensor,
+    temperatures: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The slots and weights (count, M) of what each row chooses, by its `likeness` (…, N), of
+    which the first k outputs are those to its gates."""
+    gates = slots.shape[0]
+    own = slots[:, owner]
+    scores = likeness.reshape(-1, likeness.shape[-1])[:, :gates].abs().float()
+    scores = torch.where(own.T >= 0, scores, -torch.inf)
+    best, order = scores.topk(count, dim=1)
+    kept = torch.arange(count, device=owner.device) < top_k[owner][:, None]
+    shares = ((best - best[:, :1]) / temperatures[owner][:, None]).exp() * kept
+    shares = shares / shares.sum(1, keepdim=True)
+    routed = routes[owner] >= 0
+    order = torch.where(routed[:, None] & kept, order, 0).T
+    chosen = torch.where(routed & kept.T, own.gather(0, order), -1)
+    given = torch.arange(count, device=owner.device)[:, None] == 0
+    chosen = torch.where(~routed & given, own[:1], chosen)
+    shares = torch.where(routed & kept.T, shares.T, torch.where(given & ~routed, weights[:1], 0.0))
+    return chosen.to(torch.int32), shares

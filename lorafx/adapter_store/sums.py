@@ -83,13 +83,13 @@ def _changes(
     return changes
 
 
-def refuse_in_gates(adapters: Iterable[StoredAdapter]) -> None:
+def refuse_in_gates(adapters: Iterable[StoredAdapter], what: object = "adapter_gates") -> None:
     """Raise ConfigError for an adapter that is not linear in a weight, or has more than factors."""
     for adapter in adapters:
-        _refuse_nonlinear("adapter_gates", adapter)
+        _refuse_nonlinear(f"{what}", adapter)
         if adapter.numbers.changed:
             raise ConfigError(
-                f"adapter_gates: {adapter.name!r} changes weights by more than low-rank factors, "
+                f"{what}: {adapter.name!r} changes weights by more than low-rank factors, "
                 "which gates per token do not add; give it by adapter_slots, or one mix for a row "
                 "by gates of shape (B, k)"
             )

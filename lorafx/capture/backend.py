@@ -109,9 +109,12 @@ class Backend:
         *,
         per_token: bool = False,
         gates: int = 0,
+        chosen: int = 0,
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Raises as `compile`."""
-        return self.compile(gm, examples, per_token=per_token, gates=gates).executable
+        return self.compile(
+            gm, examples, per_token=per_token, gates=gates, chosen=chosen
+        ).executable
 
     def compile(
         self,
@@ -120,6 +123,7 @@ class Backend:
         *,
         per_token: bool = False,
         gates: int = 0,
+        chosen: int = 0,
     ) -> Compilation:
         """Compile a frame whose inputs are `examples`; `Frame` has what the others are. Raises
         ReplacedModuleError, and keeps no graph, if an adapter of the batch touches a replaced
@@ -133,7 +137,7 @@ class Backend:
 
             ask_compiler()
         frame = self._new_frame(gm, examples)
-        frame.per_token, frame.gates = per_token, gates
+        frame.per_token, frame.gates, frame.chosen = per_token, gates, chosen
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
         call = form_of(program, frame)

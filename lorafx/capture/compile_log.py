@@ -71,6 +71,7 @@ def form_of(program: Program, frame: Frame) -> dict[str, str]:
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
     unit = f"{frame.gates} gates" if frame.gates else "slots"
+    unit = f"{frame.chosen} chosen of {unit}" if frame.chosen else unit
     form = {
         "adapters": "with adapters" if runtime.active else "without adapters",
         "slots": f"{unit} per {'token' if frame.per_token else 'request'}",

@@ -32,7 +32,7 @@ from lorafx.model.extras import EXTRAS
 from lorafx.model.runtime import Runtime
 from lorafx.ownership.labels import One
 from lorafx.ownership.real_labels import SHARED
-from lorafx.program.frame import GATE_SLOTS, ONE_SLOT, SLOTS
+from lorafx.program.frame import GATES, ONE_SLOT, SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
@@ -261,7 +261,8 @@ def _slots_input(runtime: Runtime, name: str) -> Tensor:
             "in their place: which gates they have is not known; name one sum for each row, or "
             "leave the modules that break the graph out of the compiled forward"
         )
-    return runtime.gates.slots if name == GATE_SLOTS else runtime.gates.weights
+    value: Tensor = getattr(runtime.gates, GATES[name])
+    return value
 
 
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:

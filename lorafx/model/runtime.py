@@ -37,12 +37,22 @@ def holds_slots(value: object) -> bool:
 
 
 class Gates(NamedTuple):
-    """Several adapters for each of n tokens, or n requests: `slots` (k, n) int32, −1 for none, and
-    their `weights` (k, n) float32, 0 for none."""
+    """Several adapters for each of n tokens, or n requests.
+
+    Attributes:
+        slots: (k, n) int32, −1 for none.
+        weights: (k, n) float32, 0 for none.
+        per_token: there is a column for each token.
+        routes: (n,) int32, the slot of what chooses among them; −1 where they have `weights`.
+        top_k, temperatures: (n,) int32 and float32, how that chooses (`Arrow`).
+    """
 
     slots: Tensor
     weights: Tensor
     per_token: bool
+    routes: Tensor | None = None
+    top_k: Tensor | None = None
+    temperatures: Tensor | None = None
 
 
 class RefusesAtRest(Protocol):
@@ -141,8 +151,9 @@ class Runtime:
         if gates is not None:
             self.active = int(gates.slots.max()) >= 0
             self.uniform = not self.active
-            slots, weights = (values.to(self.device) for values in gates[:2])
-            self.gates = gates._replace(slots=slots, weights=weights)
+            fields = gates._asdict().items()
+            moved = {n: v.to(self.device) for n, v in fields if isinstance(v, Tensor)}
+            self.gates = gates._replace(**moved)
 
     def clear(self) -> None:
         self.set_rows([-1])

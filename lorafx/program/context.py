@@ -291,13 +291,15 @@ class Context:
             )
         return self._extra_input(weight_key, ONE_SLOT if size is None else SLOTS, value)
 
-    def gates_input(self, name: str, dtype: torch.dtype, slots: fx.Node) -> fx.Node:
-        """A field of `Gates` (k, n) as an input; `slots` (n,) are the frame's."""
+    def gates_input(self, name: str, slots: fx.Node) -> fx.Node:
+        """A field of `Gates` as an input; `slots` (n,) are the frame's."""
         assert self.fake_mode is not None
-        like, gates = fake_value(slots), self.frame.gates
+        like, many = fake_value(slots), name in ("slots", "weights")
+        dtype = torch.float32 if name in ("weights", "temperatures") else torch.int32
+        shape = (self.frame.gates, *like.shape) if many else like.shape
         with self.fake_mode:
-            value = torch.empty((gates, *like.shape), dtype=dtype, device=like.device)
-        return self._extra_input((0, 0), name, value)
+            value = torch.empty(shape, dtype=dtype, device=like.device)
+        return self._extra_input((0, 0), f"gate_{name}", value)
 
     def _extra_input(self, weight_key: tuple[int, int], name: str, value: Tensor) -> fx.Node:
         key = (*weight_key, name)

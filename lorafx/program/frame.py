@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
+from lorafx.model.runtime import Gates
 from lorafx.program.argument_roles import TOKEN_DIMS, Role
 from lorafx.program.inputs import FrameInput
 from lorafx.program.stack import calling_modules
@@ -21,9 +22,9 @@ from lorafx.torch_internals.frames import input_place
 #: Slots that the executable looks up: one for each request, or only the first if no input tells the
 #: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
-#: The fields of `lorafx.model.runtime.Gates`, which it looks up as well.
-GATE_SLOTS, GATE_WEIGHTS = "gate_slots", "gate_weights"
-LOOKED_UP = (SLOTS, ONE_SLOT, GATE_SLOTS, GATE_WEIGHTS)
+#: Inputs that are fields of `lorafx.model.runtime.Gates`, looked up as well.
+GATES = {f"gate_{name}": name for name in Gates._fields if name != "per_token"}
+LOOKED_UP = (SLOTS, ONE_SLOT, *GATES)
 
 
 class Frame:
@@ -39,6 +40,8 @@ class Frame:
         self.per_token = False
         #: The number of adapters that a token, or a request, has with weights; 0: one without.
         self.gates = 0
+        #: How many of these adapters modules choose for a token at most; 0: they are given.
+        self.chosen = 0
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that

@@ -58,6 +58,7 @@ class Entry:
         *,
         per_token: bool = False,
         gates: int = 0,
+        chosen: int = 0,
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class Entry:
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         #: How graphs get the slots of rows, as `Frame` has it.
-        self.slots = {"per_token": per_token, "gates": gates}
+        self.slots = {"per_token": per_token, "gates": gates, "chosen": chosen}
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
@@ -104,7 +105,7 @@ class Entry:
             named = kwargs = plain_tokens(kwargs)
         if self.module is session.program.model and self.is_forward:
             check_inputs(self.roles, named)
-        session.set_batch(self.roles, self.roles.spread(named))
+        session.set_batch(self.roles, self.roles.spread(named), gates=self.slots["gates"])
         _fix_image_sizes(named)
         session.program.pack_watch.check()
         session.program.quantised.settle_again()

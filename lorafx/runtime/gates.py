@@ -6,18 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.names import BASE, AdapterName, Mixture
+from lorafx.adapter_store.names import BASE, MOST_GATES, AdapterName, Arrow, Mixture
 from lorafx.errors import BatchError
+from lorafx.model.runtime import Gates
 from lorafx.runtime.requests import Requests, checked_names, requests_of
-
-#: The gates of a token at most: each is computed for all tokens.
-MOST_GATES = 16
 
 
 def requests_with_gates(
@@ -38,6 +36,7 @@ def requests_with_gates(
     if slots is not None:
         raise BatchError("adapter_slots and adapter_gates each say what a token gets; give one")
     pointed = checked_names(names) or tuple(loaded)
+    choices(pointed, 0)
     indices, weights = _checked(gates, pointed)
     bases = [index for index, name in enumerate(pointed) if name in (None, BASE)]
     unused = torch.isin(indices, torch.tensor([-1, *bases])) | (weights == 0)
@@ -50,10 +49,61 @@ def requests_with_gates(
     count = indices.shape[-1]
     if count == 1 and bool((weights[indices >= 0] == 1).all()):
         return requests_of(pointed, indices[..., 0])
-    # Powers of two: a graph serves all counts up to its own.
-    more = max(2, 1 << (count - 1).bit_length()) - count
+    more = _rounded(count) - count
     indices = torch.nn.functional.pad(indices, (0, more), value=-1)
     return Requests(pointed, indices, weights=torch.nn.functional.pad(weights, (0, more)))
+
+
+def _rounded(count: int) -> int:
+    """The number of gates of a graph for `count`: a power of two, so that it serves others, too."""
+    return max(2, 1 << (count - 1).bit_length())
+
+
+def chosen_among(names: Iterable[str | None]) -> tuple[int, int]:
+    """Of the routes among these names: how many adapters a module chooses among, rounded, and how
+    many of them at most; zeros without a route."""
+    routes = [name for name in names if isinstance(name, Arrow)]
+    if not routes:
+        return 0, 0
+    most = max(len(name.experts) for name in routes)
+    return _rounded(most), max(name.top_k for name in routes)
+
+
+def choices(names: Iterable[str | None], gates: int) -> list[str]:
+    """The adapters that the routes among `names` choose from. Raises BatchError for a route where
+    rows have no gates."""
+    routes = [name for name in names if isinstance(name, Arrow)]
+    if routes and not gates:
+        raise BatchError(
+            f"{routes[0]!r} chooses adapters by itself, which calls of a compiled model and its "
+            "generate() serve for whole rows. It has no part in adapter_slots or adapter_gates, "
+            "beside aLoRA, and in continuous batching: name one of its adapters there"
+        )
+    return [expert for route in routes for expert in route.experts]
+
+
+def gates_of_rows(
+    names: Sequence[str | None], slots: Mapping[str | None, int], count: int
+) -> Gates:
+    """`count` gates for each row: those that its route chooses from, or its adapter."""
+    of_rows, weights, chosen = [], [], []
+    for name in names:
+        route = name if isinstance(name, Arrow) else None
+        own = [slots[n] for n in ((name,) if route is None else route.experts)]
+        of_rows.append(own + [-1] * (count - len(own)))
+        weights.append([float(own[0] >= 0 and route is None)] + [0.0] * (count - 1))
+        chosen.append(
+            (-1, 0, 1.0) if route is None else (slots[route], route.top_k, route.temperature)
+        )
+    routes, top_k, temperatures = zip(*chosen, strict=True)
+    return Gates(
+        torch.tensor(of_rows, dtype=torch.int32).T.contiguous(),
+        torch.tensor(weights).T.contiguous(),
+        False,
+        torch.tensor(routes, dtype=torch.int32),
+        torch.tensor(top_k, dtype=torch.int32),
+        torch.tensor(temperatures),
+    )
 
 
 def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from lorafx.model.replaced_methods import Replacements
 from lorafx.model.runtime import Gates, Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
+from lorafx.runtime.gates import choices, gates_of_rows
 from lorafx.runtime.requests import (
     BLOCK_THREADS,
     IN_BLOCKS,
@@ -335,8 +336,8 @@ class Session:
                 self.store.copy_streams.end_uses()
                 runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
-    def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
-        """Give every row, or every token, of the call its slot.
+    def set_batch(self, roles: RoleTable, named: Mapping[str, Any], *, gates: int = 0) -> None:
+        """Give every row, or every token, of the call its slot; or so many `gates`, if any.
 
         Raises:
             BatchError: names and rows do not fit together, arguments with one entry per token do
@@ -347,14 +348,19 @@ class Session:
             ReplacedModuleError: a module that carries an adapter was replaced or removed.
         """
         program, running, requests = self.program, self.running, self.requests
-        call, tokens, gates = program.new_call(roles, named), requests.tokens, None
+        call, tokens, several = program.new_call(roles, named), requests.tokens, None
         if tokens is None:
             rows = roles.rows(named)
             names = requests.of_rows(rows, call=call)
             if self.base.merged is not None and not running.warming:
                 names = [None] * len(names)  # the merged weights serve all rows
+            count, names = len(names), [*names, *choices(names, gates)]
             slots = self.store.acquire(names, running.slots_in_use)
-            row_slots: Sequence[int] | Tensor = slots
+            row_slots: Sequence[int] | Tensor = slots[:count]
+            if gates:
+                of_name = dict(zip(names, slots, strict=True))
+                several = gates_of_rows(names[:count], of_name, gates)
+                row_slots = several.slots[0]
         else:
             if requests.packed:
                 roles.check_rows(named, tokens.numel())
@@ -362,14 +368,15 @@ class Session:
                 check_tokens(tokens, roles, named)
             rows, used = None, requests.used()
             names = tuple(used.values())
+            choices(names, 0)
             if requests.weights is not None:
                 refuse_in_gates(map(self.store.__getitem__, adapters_among(names)))
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
             if requests.weights is not None:
                 weights = requests.weights.flatten(0, 1).T.contiguous()
-                gates = Gates(row_slots, weights, requests.per_token)
-                row_slots = gates.slots[0]
+                several = Gates(row_slots, weights, requests.per_token)
+                row_slots = several.slots[0]
         if program.model.training is not self.trains:
             self.trains = program.model.training
             if self.trains:
@@ -379,7 +386,7 @@ class Session:
         if not self._called:
             program.note_constants()
             self._called = True
-        program.runtime.set_rows(row_slots, gates)
+        program.runtime.set_rows(row_slots, several)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
