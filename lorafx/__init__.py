@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafx.bisection.search import bisect as bisect
     from lorafx.compiled_model.compiled import CompiledModel as CompiledModel
     from lorafx.compiled_model.sampler import Sampler as Sampler
+    from lorafx.compiled_model.xlora import XLora as XLora
     from lorafx.config import After as After
     from lorafx.config import LoraConfig as LoraConfig
     from lorafx.config import Options as Options
@@ -76,6 +77,7 @@ _NAMES = {
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
     "lorafx.compiled_model.sampler": ("Sampler",),
+    "lorafx.compiled_model.xlora": ("XLora",),
     "lorafx.integrations.torch_compile.attached": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),

@@ -44,14 +44,21 @@ def requests_with_gates(
     if indices.dim() == 2:
         rows = zip(indices.tolist(), weights.tolist(), strict=True)
         return Requests(tuple(_sum(pointed, zip(*row, strict=True)) for row in rows))
-    if bool(unused.all()):
-        return Requests((None,) * len(indices), all_tokens=True)
     count = indices.shape[-1]
     if count == 1 and bool((weights[indices >= 0] == 1).all()):
         return requests_of(pointed, indices[..., 0])
-    more = _rounded(count) - count
+    return requests_of_tokens(pointed, indices, weights)
+
+
+def requests_of_tokens(names: Sequence[str | None], indices: Tensor, weights: Tensor) -> Requests:
+    """Those of gates (B, T, k), int64 and float32, which are finite and on the host."""
+    indices = torch.where(weights == 0, -1, indices)
+    if bool((indices < 0).all()):
+        return Requests((None,) * len(indices), all_tokens=True)
+    more = _rounded(indices.shape[-1]) - indices.shape[-1]
     indices = torch.nn.functional.pad(indices, (0, more), value=-1)
-    return Requests(pointed, indices, weights=torch.nn.functional.pad(weights, (0, more)))
+    weights = torch.nn.functional.pad(weights, (0, more))
+    return Requests(tuple(names), indices, weights=weights)
 
 
 def _rounded(count: int) -> int:

@@ -47,12 +47,12 @@ TARGETS = {
 class Served:
     """A model with two adapters on disk, and its oracle by token."""
 
-    def __init__(self, build, folder: Path, **options) -> None:
+    def __init__(self, build, folder: Path, targets=None, **options) -> None:
         torch.manual_seed(0)
         self.base = build().eval()
         self.deltas: list[dict[str, Tensor]] = []
         self.paths = {}
-        for index, targets in enumerate(TARGETS[build]):
+        for index, targets in enumerate(targets or TARGETS[build]):
             peft_model = get_peft_model(
                 copy.deepcopy(self.base), LoraConfig(r=3 + index, target_modules=targets)
             )
