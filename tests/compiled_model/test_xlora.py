@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import XLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from token_adapters import VOCABULARY, Served, inputs_of, llama
+from token_adapters import TARGETS, VOCABULARY, Served, inputs_of, llama
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lorafx
 
@@ -43,18 +43,17 @@ class Mixed:
         return model
 
 
-def neox() -> nn.Module:
+def qwen2() -> nn.Module:
+    """Its q, k and v have biases."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=4, vocab_size=VOCABULARY))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
 
 
-OTHERS = {neox: (["query_key_value"], ["dense_h_to_4h", "dense_4h_to_h"])}
-
-
-@pytest.fixture(scope="module", params=[llama, neox], ids=lambda build: build.__name__)
+@pytest.fixture(scope="module", params=[llama, qwen2], ids=lambda build: build.__name__)
 def mixed(request, tmp_path_factory) -> Mixed:
     folder = tmp_path_factory.mktemp("adapters")
-    return Mixed(Served(request.param, folder, OTHERS.get(request.param)), folder / "xlora")
+    return Mixed(Served(request.param, folder, TARGETS[llama]), folder / "xlora")
 
 
 @pytest.mark.parametrize(
