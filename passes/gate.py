@@ -49,9 +49,11 @@ class Gate:
     required: bool = True
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        if not ctx.frame.gates:
+            return 0
         # Where rows are not proved, a refusal stops the adapters that touch the site.
-        sites = [n for n in gm.graph.nodes if is_site(n) and bound(n)["rows"] not in (0, ALL_ALIKE)]
-        sites = [node for node in sites if ctx.frame.gates and not _permuted(ctx, node)]
+        sites = [n for n in gm.graph.nodes if is_site(n) and bound(n)["rows"] != ALL_ALIKE]
+        sites = [node for node in sites if not _refused(ctx, node)]
         if not sites:
             return 0
         inputs = {
@@ -69,13 +71,19 @@ class Gate:
         return len(sites)
 
 
-def _permuted(ctx: Context, node: fx.Node) -> bool:
-    """Whether the rows of a site have slots of their own, behind those of the requests. A refusal
-    then stops the adapters that touch it."""
-    if bound(node)["slots"].op == "placeholder":
+def _refused(ctx: Context, node: fx.Node) -> bool:
+    """Whether it is not known which gates the rows of a site have; adapters that touch it are then
+    refused."""
+    if bound(node)["rows"] == 0:
+        reason = "row ownership was not analysed"
+    elif bound(node)["slots"].op != "placeholder":
+        reason = "its rows are permuted, and no gates follow them"
+    elif ctx.frame.layers and not ctx.frame.begins_call:
+        reason = "layers may share its graph, and each has weights of its own"
+    else:
         return False
     sites = tuple(state.site for state in ctx.states[node])
-    ctx.refuse(Refusal(sites, "mixed", "its rows are permuted, and no gates follow them"))
+    ctx.refuse(Refusal(sites, "mixed", reason))
     rebind(node, rows=ALL_ALIKE)
     return True
 
@@ -106,7 +114,11 @@ def _gate(
         settings = {"dtype": value.dtype, "device": value.device}
         call["y"] = ctx.emit(aten.full.default, sizes, 0, **settings)
         owner = ctx.row_owners(inputs["weights"], call["rows"], ctx.row_count(y, dims))
-        weights = ctx.emit(aten.index.Tensor, inputs["weights"], [None, owner])
+        weights = inputs["weights"]
+        if layers := ctx.frame.layers:  # adapters touch no others
+            layer = layers.index(path) if (path := state[0].site.path) in layers else 0
+            weights = ctx.emit(aten.select.int, weights, 0, layer)
+        weights = ctx.emit(aten.index.Tensor, weights, [None, owner])
         if ctx.frame.chosen:
             routes = ctx.emit(aten.clone.default, inputs["routes"])
             likeness = delta(slots=routes)

@@ -110,11 +110,11 @@ class Backend:
         per_token: bool = False,
         gates: int = 0,
         chosen: int = 0,
+        layers: tuple[str, ...] = (),
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Raises as `compile`."""
-        return self.compile(
-            gm, examples, per_token=per_token, gates=gates, chosen=chosen
-        ).executable
+        settings = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
+        return self.compile(gm, examples, **settings).executable
 
     def compile(
         self,
@@ -124,6 +124,7 @@ class Backend:
         per_token: bool = False,
         gates: int = 0,
         chosen: int = 0,
+        layers: tuple[str, ...] = (),
     ) -> Compilation:
         """Compile a frame whose inputs are `examples`; `Frame` has what the others are. Raises
         ReplacedModuleError, and keeps no graph, if an adapter of the batch touches a replaced
@@ -137,7 +138,8 @@ class Backend:
 
             ask_compiler()
         frame = self._new_frame(gm, examples)
-        frame.per_token, frame.gates, frame.chosen = per_token, gates, chosen
+        frame.per_token, frame.gates = per_token, gates
+        frame.chosen, frame.layers = chosen, layers
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
         call = form_of(program, frame)

@@ -49,7 +49,7 @@ class XLora:
 
     Raises:
         UnknownAdapterError: an adapter is not loaded.
-        UnsupportedAdapterError: scalings by layer, or more than 16 adapters.
+        UnsupportedAdapterError: more than 16 adapters.
         CheckpointError: the folder has no X-LoRA, or tensors that are no classifier for it.
         ConfigError: a field has a value that cannot be meant.
     """
@@ -58,11 +58,6 @@ class XLora:
         fields, where = raw_fields(folder)
         if fields.get("peft_type") != "XLORA":
             raise CheckpointError(f"{where} has peft_type {fields.get('peft_type')!r}, not 'XLORA'")
-        if fields.get("layerwise_scalings"):
-            raise UnsupportedAdapterError(
-                f"{where} has layerwise_scalings: weights of a token's adapters by layer, and "
-                "lorafx has one weight for all; serve it by PEFT"
-            )
         self.names = list(fields.get("adapters") or ())
         if not 0 < len(self.names) <= MOST_GATES:
             raise UnsupportedAdapterError(
@@ -80,8 +75,14 @@ class XLora:
                 f"{where} has top_k_lora={top_k!r} and softmax_temperature={temperature!r}; give "
                 f"1 to {len(self.names)}, and a number above 0"
             )
+        self._layers: tuple[str, ...] = ()
+        if fields.get("layerwise_scalings"):
+            touched = {site for name in self.names for site in cm._session.store[name].sites}
+            paths = (path for path, _ in cm._orig_mod.named_modules())
+            self._layers = tuple(path for path in paths if path in touched)
         depth, hidden = fields.get("xlora_depth", 1), fields.get("hidden_size")
-        self._layers = _classifier(Path(folder), len(self.names), depth, hidden)
+        count = len(self.names) * max(1, len(self._layers))
+        self._linears = _classifier(Path(folder), count, depth, hidden)
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
@@ -92,18 +93,21 @@ class XLora:
         inputs = {**inputs, "use_cache": False}
         tokens = inputs.get("input_ids")
         shape = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+        parts = (*shape, len(self._layers), len(self.names)) if self._layers else (*shape, -1)
         first = torch.full((*shape, len(self.names)), float(self._fields["scaling_pass_value"]))
         asked = {**inputs, "output_hidden_states": True, "return_dict": True}
         hidden = self._run(first, asked).hidden_states[-1]
-        for number, (weight, bias) in enumerate(self._layers):
+        for number, (weight, bias) in enumerate(self._linears):
             x = F.relu(hidden) if number else hidden
             hidden = F.linear(x, weight.to(hidden), None if bias is None else bias.to(hidden))
+        hidden = hidden.reshape(parts)
         if self._fields["enable_softmax"]:
             hidden = torch.softmax(hidden / self._fields["softmax_temperature"], -1)
         return self._run(hidden, inputs)
 
     def _run(self, scalings: Tensor, inputs: dict[str, Any]) -> Any:
-        """A pass with these scalings (B, T, adapters), of which the largest count."""
+        """A pass with these scalings (B, T, adapters), or (B, T, layers, adapters), of which the
+        largest count."""
         if (top_k := self._fields["top_k_lora"]) is not None:
             kept = torch.zeros_like(scalings).scatter_(-1, scalings.topk(top_k, -1).indices, 1.0)
             scalings = scalings * kept
@@ -111,8 +115,9 @@ class XLora:
             among = scalings.masked_fill(scalings == 0, -torch.inf)
             scalings = torch.softmax(among, -1).masked_fill(scalings == 0, 0.0)
         weights = scalings.float().cpu() * self._fields["global_scaling_weight"]
-        slots = torch.arange(len(self.names)).expand(weights.shape)
-        requests: Any = requests_of_tokens(self.names, slots, weights)
+        slots = torch.arange(len(self.names)).expand(*weights.shape[:2], -1)
+        layers = self._layers if weights.dim() == 4 else ()
+        requests: Any = requests_of_tokens(self.names, slots, weights, layers)
         return self._cm(**inputs, adapter_names=requests)
 
 
@@ -134,7 +139,7 @@ def _classifier(
     fits = all(a[0] == b[1] for a, b in pairwise(sizes)) and len(sizes) == len(linears) == depth
     if not fits or (sizes[0][1], sizes[-1][0]) != (hidden, count):
         raise CheckpointError(
-            f"{file} holds no classifier of {count} adapters with xlora_depth={depth!r} and "
+            f"{file} holds no classifier of {count} outputs with xlora_depth={depth!r} and "
             f"hidden_size={hidden!r}: its weights are "
             f"{', '.join(str(tuple(size)) for size in sizes) or 'none'}. PEFT 0.21 leaves out the "
             "layers whose number is an adapter's name; save all as xlora_classifier.safetensors"

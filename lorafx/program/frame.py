@@ -42,6 +42,8 @@ class Frame:
         self.gates = 0
         #: How many of these adapters modules choose for a token at most; 0: they are given.
         self.chosen = 0
+        #: Paths of the sites that have weights of their own, in the order of these; else none.
+        self.layers: tuple[str, ...] = ()
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that

@@ -59,6 +59,7 @@ class Entry:
         per_token: bool = False,
         gates: int = 0,
         chosen: int = 0,
+        layers: tuple[str, ...] = (),
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class Entry:
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         #: How graphs get the slots of rows, as `Frame` has it.
-        self.slots = {"per_token": per_token, "gates": gates, "chosen": chosen}
+        self.slots = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.

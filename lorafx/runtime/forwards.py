@@ -45,6 +45,7 @@ class CompiledForwards:
         *,
         per_token: bool = False,
         gates: int = 0,
+        layers: tuple[str, ...] = (),
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
@@ -55,10 +56,11 @@ class CompiledForwards:
         chosen = 0
         if not (per_token or gates or packed):
             gates, chosen = chosen_among(self.session.requests.names)
-        key = id(module), per_token, gates, chosen, packed, name
+        key = id(module), per_token, gates, chosen, layers, packed, name
         entry = self.made.get(key)
         if entry is None or entry.function != function:
-            shape = {"per_token": per_token, "gates": gates, "chosen": chosen, "packed": packed}
+            slots = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
+            shape: dict[str, Any] = {**slots, "packed": packed}
             entry = Entry(self.session, module, function, name, **shape, tiers=self.tiers)
             self.made[key] = entry
         return entry

@@ -50,15 +50,19 @@ def requests_with_gates(
     return requests_of_tokens(pointed, indices, weights)
 
 
-def requests_of_tokens(names: Sequence[str | None], indices: Tensor, weights: Tensor) -> Requests:
-    """Those of gates (B, T, k), int64 and float32, which are finite and on the host."""
-    indices = torch.where(weights == 0, -1, indices)
+def requests_of_tokens(
+    names: Sequence[str | None], indices: Tensor, weights: Tensor, layers: tuple[str, ...] = ()
+) -> Requests:
+    """Those of gates (B, T, k), int64 and float32, which are on the host; with `layers`, paths of
+    sites, weights (B, T, L, k)."""
+    unused = (weights == 0).all(2) if layers else weights == 0
+    indices = torch.where(unused, -1, indices)
     if bool((indices < 0).all()):
         return Requests((None,) * len(indices), all_tokens=True)
     more = _rounded(indices.shape[-1]) - indices.shape[-1]
     indices = torch.nn.functional.pad(indices, (0, more), value=-1)
     weights = torch.nn.functional.pad(weights, (0, more))
-    return Requests(tuple(names), indices, weights=weights)
+    return Requests(tuple(names), indices, weights=weights, layers=layers)
 
 
 def _rounded(count: int) -> int:

@@ -49,7 +49,8 @@ class Requests(NamedTuple):
         serve: runs a forward with these arguments inside of `generate`, where requests are prompts,
             and finds whose its rows are.
         owners: the prompt of each request of such a forward.
-        weights: (B, T, k) float32, the weight of each gate, 0 where it names the base.
+        weights: (B, T, k) float32, the weight of each gate, 0 where it names the base; or (B, T,
+            L, k), those at each of L `layers`, the paths of sites.
     """
 
     names: tuple[str | None, ...]
@@ -60,6 +61,7 @@ class Requests(NamedTuple):
     serve: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] | None = None
     owners: tuple[int, ...] | None = None
     weights: Tensor | None = None
+    layers: tuple[str, ...] = ()
 
     @property
     def per_token(self) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import adapters_among, members
+from lorafx.adapter_store.names import Mixture, adapters_among, members
 from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
@@ -358,6 +358,8 @@ class Session:
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots: Sequence[int] | Tensor = slots[:count]
             if gates:
+                beside = [n for n in adapters_among(names) if not isinstance(n, Mixture)]
+                refuse_in_gates(map(self.store.__getitem__, beside), "a batch with a route")
                 of_name = dict(zip(names, slots, strict=True))
                 several = gates_of_rows(names[:count], of_name, gates)
                 row_slots = several.slots[0]
@@ -374,7 +376,7 @@ class Session:
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
             if requests.weights is not None:
-                weights = requests.weights.flatten(0, 1).T.contiguous()
+                weights = requests.weights.flatten(0, 1).movedim(0, -1).contiguous()
                 several = Gates(row_slots, weights, requests.per_token)
                 row_slots = several.slots[0]
         if program.model.training is not self.trains:

@@ -214,3 +214,6 @@ def test_what_is_refused(routed: Routed, tmp_path: Path) -> None:
         )
         with pytest.raises(lorafx.ConfigError, match=message):
             other(**inputs, adapter_names=[lorafx.Arrow(["a", name], 1), None])
+        if name == "dora":  # beside a route, a row would lose its magnitudes
+            with pytest.raises(lorafx.ConfigError, match="a batch with a route: 'dora' is a DoRA"):
+                other(**inputs, adapter_names=[lorafx.Arrow(["a"], 1), "dora"])

@@ -62,6 +62,7 @@ def mixed(request, tmp_path_factory) -> Mixed:
         {},
         {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
         {"top_k_lora": 1, "scaling_pass_value": 0.5},
+        {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
         {"enable_softmax": False, "scaling_pass_value": 1.0},
         {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
     ],
@@ -98,14 +99,14 @@ def test_what_is_refused(tmp_path_factory) -> None:
     fields, tensors = json.loads(config.read_text()), load_file(file)
     for changes, error, message in (
         ({"peft_type": "LORA"}, lorafx.CheckpointError, "peft_type 'LORA', not 'XLORA'"),
-        ({"layerwise_scalings": True}, lorafx.UnsupportedAdapterError, "layerwise_scalings"),
+        ({"layerwise_scalings": True}, lorafx.CheckpointError, "no classifier of 12 outputs"),
         ({"adapters": {}}, lorafx.UnsupportedAdapterError, "0 adapters"),
         (
             {"adapters": {"0": "", "zz": ""}},
             lorafx.UnknownAdapterError,
             "'zz', which is not loaded",
         ),
-        ({"adapters": {"0": ""}}, lorafx.CheckpointError, "no classifier of 1 adapters"),
+        ({"adapters": {"0": ""}}, lorafx.CheckpointError, "no classifier of 1 outputs"),
         ({"top_k_lora": 3}, lorafx.ConfigError, "top_k_lora=3"),
         ({"softmax_temperature": 0.0}, lorafx.ConfigError, r"softmax_temperature=0\.0"),
     ):

@@ -52,9 +52,9 @@ class Served:
         self.base = build().eval()
         self.deltas: list[dict[str, Tensor]] = []
         self.paths = {}
-        for index, targets in enumerate(targets or TARGETS[build]):
+        for index, names in enumerate(targets or TARGETS[build]):
             peft_model = get_peft_model(
-                copy.deepcopy(self.base), LoraConfig(r=3 + index, target_modules=targets)
+                copy.deepcopy(self.base), LoraConfig(r=3 + index, target_modules=names)
             )
             for name, parameter in peft_model.named_parameters():
                 if "lora_" in name:
