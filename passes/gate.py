@@ -93,11 +93,12 @@ def _gate(
 ) -> None:
     call, state = bound(node), ctx.states.pop(node)
     call.update((name, None) for name in _DROPPED if name in call)
+    op: Any = node.target
     y, dims = call["y"], row_dims(node)
     value = fake_value(y)
 
     def delta(**own: Any) -> fx.Node:
-        made = ctx.emit(node.target, *in_order(node.target, {**call, **own}))
+        made = ctx.emit(op, *in_order(op, {**call, **own}))
         made.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
         ctx.states[made] = [replace(item) for item in state]
         return made

@@ -32,7 +32,7 @@ def made_of(
 
 
 def purified(
-    name: Mixture, adapters: Mapping[str, StoredAdapter], groups: Sequence[Group]
+    name: str, adapters: Mapping[str, StoredAdapter], groups: Sequence[Group]
 ) -> StoredAdapter:
     """The first member of `name` without the mean A and B of the others. Raises ConfigError for
     others of other modules or ranks."""
@@ -70,7 +70,9 @@ def prototypes_of(
     there are more of them than `max_rank`.
     """
     refuse_in_gates((adapters[member] for member in members(name)), name)
-    experts = [adapters[n] if n in adapters else made_of(n, adapters, groups) for n in name.experts]
+    experts = [
+        adapters[n] if n in adapters else purified(n, adapters, groups) for n in name.experts
+    ]
     factors: dict[int, list[Factors]] = {}
     for g, group in enumerate(groups):
         given = [{f.sibling: f for f in expert.numbers.factors.get(g, ())} for expert in experts]

@@ -113,7 +113,12 @@ class Backend:
         layers: tuple[str, ...] = (),
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Raises as `compile`."""
-        settings = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
+        settings: dict[str, Any] = {
+            "per_token": per_token,
+            "gates": gates,
+            "chosen": chosen,
+            "layers": layers,
+        }
         return self.compile(gm, examples, **settings).executable
 
     def compile(

@@ -6,6 +6,7 @@ y = W x + g · Σ_j w_j Δ_j(x)             at each site of a second one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lorafx.runtime.gates import MOST_GATES, requests_of_tokens
 #: The classifier's file by the library of the paper, and by PEFT.
 _FILES = ("xlora_classifier.safetensors", SAFETENSORS)
 #: Fields that numbers depend on -> their defaults.
-_FIELDS = {
+_FIELDS: Mapping[str, Any] = {
     "enable_softmax": True,
     "enable_softmax_topk": False,
     "softmax_temperature": 1.0,

@@ -44,7 +44,7 @@ def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     session = entries.session
     if session.requests.tokens_known or not _activates(session):
         requests = session.requests
-        slots = {"per_token": requests.per_token, "gates": requests.gates}
+        slots: dict[str, Any] = {"per_token": requests.per_token, "gates": requests.gates}
         return entries.of(entries.model, **slots, layers=requests.layers)
     return ActivatedForward(entries, entries.model)
 

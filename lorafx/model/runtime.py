@@ -152,7 +152,9 @@ class Runtime:
             self.active = int(gates.slots.max()) >= 0
             self.uniform = not self.active
             fields = gates._asdict().items()
-            moved = {n: v.to(self.device) for n, v in fields if isinstance(v, Tensor)}
+            moved: dict[str, Any] = {
+                n: v.to(self.device) for n, v in fields if isinstance(v, Tensor)
+            }
             self.gates = gates._replace(**moved)
 
     def clear(self) -> None:

@@ -214,7 +214,7 @@ class Context:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.call(self.graph, target, args, **kwargs)
 
-    def traced(self, function: Callable[..., Tensor], *operands: fx.Node) -> Any:
+    def traced(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
         """The result of `function` of these nodes: its operators become nodes of the graph."""
         values = [fake_value(node) for node in operands]
         with enable_python_dispatcher(), self.fake_mode or nullcontext():

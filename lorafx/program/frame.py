@@ -117,8 +117,8 @@ class Frame:
 
     def slot_count(self) -> Any:
         """The number of slots of a batch: of its requests, or of their tokens; as `batch_size`."""
-        size, lengths = self.batch_size(), token_inputs(self).items() if self.per_token else ()
-        lengths = [fake_value(node).shape[dim] for node, dim in lengths]
+        size, tokens = self.batch_size(), token_inputs(self) if self.per_token else {}
+        lengths = [fake_value(node).shape[dim] for node, dim in tokens.items()]
         return size * lengths[0] if lengths and size is not None else size
 
 

@@ -72,7 +72,12 @@ class Entry:
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         #: How graphs get the slots of rows, as `Frame` has it.
-        self.slots = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
+        self.slots: dict[str, Any] = {
+            "per_token": per_token,
+            "gates": gates,
+            "chosen": chosen,
+            "layers": layers,
+        }
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.

@@ -133,8 +133,8 @@ class Requests(NamedTuple):
         by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
         # A table on tensors: a loop over 8,192 tokens takes a millisecond.
         table = torch.tensor(by_place, dtype=torch.int32)
-        slots = table.index_select(0, self.tokens.flatten().int() + 1)
-        return slots if self.weights is None else slots.view(-1, self.gates).T.contiguous()
+        by_token = table.index_select(0, self.tokens.flatten().int() + 1)
+        return by_token if self.weights is None else by_token.view(-1, self.gates).T.contiguous()
 
 
 def _sizes_text(call: Call | None) -> str:
