@@ -103,23 +103,10 @@ class Backend:
             self._observers.remove(observer)
 
     def __call__(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        *,
-        per_token: bool = False,
-        gates: int = 0,
-        chosen: int = 0,
-        layers: tuple[str, ...] = (),
+        self, gm: fx.GraphModule, examples: Sequence[Any], **form: Any
     ) -> Callable[..., Any]:
-        """The executable of a frame, for Dynamo. Raises as `compile`."""
-        settings: dict[str, Any] = {
-            "per_token": per_token,
-            "gates": gates,
-            "chosen": chosen,
-            "layers": layers,
-        }
-        return self.compile(gm, examples, **settings).executable
+        """The executable of a frame, for Dynamo. Arguments and errors are those of `compile`."""
+        return self.compile(gm, examples, **form).executable
 
     def compile(
         self,

@@ -118,6 +118,8 @@ def _slots_of_rows(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
     """The slots of a graph's rows, or None where they are those of the batch."""
+    if checks.per_token:
+        return None
     slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
@@ -255,11 +257,10 @@ def _slots_input(runtime: Runtime, name: str) -> Tensor:
     if name in (SLOTS, ONE_SLOT):
         return runtime.graph_slots if name == SLOTS else runtime.graph_slots[:1]
     assert runtime.gates is not None
-    if not runtime.gates.per_token and runtime.graph_slots is not runtime.slots:
+    if runtime.graph_slots is not runtime.slots:
         raise ProvenanceError(
-            "this model is several graphs, and one of them has some of the batch's rows, or others "
-            "in their place: which gates they have is not known; name one sum for each row, or "
-            "leave the modules that break the graph out of the compiled forward"
+            "this model is several graphs, and one of them has other rows than the batch: which "
+            "gates they have is not known; name one adapter or sum for each row"
         )
     value: Tensor = getattr(runtime.gates, GATES[name])
     return value
