@@ -42,14 +42,12 @@ class Gates(NamedTuple):
     Attributes:
         slots: (k, n) int32, −1 for none.
         weights: (k, n) float32, 0 for none.
-        per_token: there is a column for each token.
         routes: (n,) int32, the slot of what chooses among them; −1 where they have `weights`.
         top_k, temperatures: (n,) int32 and float32, how that chooses (`Arrow`).
     """
 
     slots: Tensor
     weights: Tensor
-    per_token: bool
     routes: Tensor | None = None
     top_k: Tensor | None = None
     temperatures: Tensor | None = None
@@ -151,11 +149,8 @@ class Runtime:
         if gates is not None:
             self.active = int(gates.slots.max()) >= 0
             self.uniform = not self.active
-            fields = gates._asdict().items()
-            moved: dict[str, Any] = {
-                n: v.to(self.device) for n, v in fields if isinstance(v, Tensor)
-            }
-            self.gates = gates._replace(**moved)
+            moved: list[Any] = [None if v is None else v.to(self.device) for v in gates]
+            self.gates = Gates(*moved)
 
     def clear(self) -> None:
         self.set_rows([-1])

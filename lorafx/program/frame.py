@@ -23,7 +23,7 @@ from lorafx.torch_internals.frames import input_place
 #: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
 #: Inputs that are fields of `lorafx.model.runtime.Gates`, looked up as well.
-GATES = {f"gate_{name}": name for name in Gates._fields if name != "per_token"}
+GATES = {f"gate_{name}": name for name in Gates._fields}
 LOOKED_UP = (SLOTS, ONE_SLOT, *GATES)
 
 

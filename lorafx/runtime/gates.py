@@ -110,7 +110,6 @@ def gates_of_rows(
     return Gates(
         torch.tensor(of_rows, dtype=torch.int32).T.contiguous(),
         torch.tensor(weights).T.contiguous(),
-        False,
         torch.tensor(routes, dtype=torch.int32),
         torch.tensor(top_k, dtype=torch.int32),
         torch.tensor(temperatures),

@@ -377,7 +377,7 @@ class Session:
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
             if requests.weights is not None:
                 weights = requests.weights.flatten(0, 1).movedim(0, -1).contiguous()
-                several = Gates(row_slots, weights, requests.per_token)
+                several = Gates(row_slots, weights)
                 row_slots = several.slots[0]
         if program.model.training is not self.trains:
             self.trains = program.model.training

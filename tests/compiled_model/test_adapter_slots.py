@@ -123,6 +123,36 @@ class Halves(nn.Module):
         return self.second(x.flip(1) if self.turned else x)
 
 
+class Functional(nn.Module):
+    """Nothing calls the linear: its weight is found in the graph."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.embed(input_ids), self.first.weight)
+
+
+@torch.no_grad()
+def test_a_weight_that_no_module_multiplies_by(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Functional().eval(), torch.randint(0, VOCABULARY, (2, 4))
+    path, delta = _saved(model, tmp_path / "first", "first")
+    cm = lorafx.compile(model, {"a": path}, options={"lowering": "reference"})
+    weights = torch.rand(2, 4)
+    added, used = model.embed(ids) @ delta.T, (SLOTS == 0).float()
+    for settings, mix in (
+        ({"adapter_slots": SLOTS}, used),
+        ({"adapter_gates": (SLOTS[..., None], weights[..., None])}, used * weights),
+    ):
+        want = nn.functional.linear(model.embed(ids), model.first.weight) + added * mix[..., None]
+        got = cm(input_ids=ids, **settings)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 SLOTS = torch.tensor([[0, -1, -1, 0], [-1, 0, 0, 0]])
 
 
