@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafx import errors as errors
     from lorafx import layers as layers
+    from lorafx.adapter_store.names import Arrow as Arrow
     from lorafx.adapter_store.saved import AdapterSource as AdapterSource
     from lorafx.api import compile as compile
     from lorafx.api import explain as explain
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lorafx.bisection.search import bisect as bisect
     from lorafx.compiled_model.compiled import CompiledModel as CompiledModel
     from lorafx.compiled_model.sampler import Sampler as Sampler
+    from lorafx.compiled_model.xlora import XLora as XLora
     from lorafx.config import After as After
     from lorafx.config import LoraConfig as LoraConfig
     from lorafx.config import Options as Options
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 
 #: The names below by the modules that define them.
 _NAMES = {
+    "lorafx.adapter_store.names": ("Arrow",),
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("compile", "explain", "profile", "sampler", "why"),
     "lorafx.bisection.search": ("bisect",),
@@ -74,6 +77,7 @@ _NAMES = {
     "lorafx.registry": ("register", "register_oot", "unregister"),
     "lorafx.compiled_model.compiled": ("CompiledModel",),
     "lorafx.compiled_model.sampler": ("Sampler",),
+    "lorafx.compiled_model.xlora": ("XLora",),
     "lorafx.integrations.torch_compile.attached": (
         *("adapters", "attach", "detach", "load_adapter", "unload_adapter"),
     ),

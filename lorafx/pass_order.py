@@ -23,6 +23,7 @@ from lorafx.passes.check_lookups import CheckLookups
 from lorafx.passes.copy_returned_inputs import CopyReturnedInputs
 from lorafx.passes.detach_results import DetachResults
 from lorafx.passes.fuse import Fuse
+from lorafx.passes.gate import Gate
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.joint_graph import JointGraph
 from lorafx.passes.look_up_slots import LookUpSlots
@@ -65,6 +66,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Match(),
     GiveOut(),
     Provenance(),
+    Gate(),
     Rescale(),
     ReplaceRows(),
     Attend(),

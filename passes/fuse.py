@@ -13,14 +13,11 @@ from torch import fx
 
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, in_order
-from lorafx.program.context import FUSED_OP, SITE_OP, Context, SiteState
+from lorafx.program.context import COPIED, FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.program.frame import fake_value
 from lorafx.program.plain_products import is_plain_product
 from lorafx.program.weight_uses import Use
 from lorafx.torch_internals.graph_parts import unset_fake_temporarily
-
-#: Origins of a node, for messages and dumps.
-COPIED = ("nn_module_stack", "stack_trace")
 
 
 @dataclass(frozen=True)

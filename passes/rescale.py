@@ -14,7 +14,6 @@ arithmetic into its readers.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,13 +107,9 @@ class _Scales:
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[: row_dims(node)])
-        key, emit = (slots, rows, *map(as_expr, leading)), self.ctx.emit
+        key = (slots, rows, *map(as_expr, leading))
         if key not in self.owners:
-            count: Any = 1
-            for dim in range(len(leading)):
-                size = self.ctx.size(node, dim)
-                known = isinstance(count, int) and isinstance(size, int)
-                count = count * size if known else emit(operator.mul, count, size)
+            count = self.ctx.row_count(node, len(leading))
             # Unproved rows: the site's op refuses batches that mix adapters.
             rows = rows if isinstance(rows, fx.Node) or rows > 0 else ALL_ALIKE
             self.owners[key] = self.ctx.row_slots(slots, rows, count)

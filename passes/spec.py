@@ -193,6 +193,8 @@ def _without_delta(passed: Passed, weight: fx.Node) -> str:
 
 def _adds_delta(passed: Passed, node: fx.Node, y: fx.Node, sites: Sequence[Site]) -> bool:
     """Whether `node` adds the delta of one of these sites to y, or multiplies by y, its weight."""
+    if any(state.site in sites for state in passed.ctx.gated.get(node, ())):
+        return y in node.all_input_nodes
     if not any(state.site in sites for state in passed.states.get(node, ())):
         return False
     call = bound(node) if node.target in _DELTA_OPS else {"y": y}  # a call of a body has it all

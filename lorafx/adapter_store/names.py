@@ -3,18 +3,21 @@
 "sql"                            the adapter
 {"sql": 0.5}                     the adapter at half its scale
 {"sql": 0.7, "style": 0.3}       the sum of two
+Arrow(["sql", "style"])          those that each module chooses for a token
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
 from lorafx.errors import ConfigError
 
 BASE = "__base__"
+#: The adapters of a token at most: each is computed for all tokens.
+MOST_GATES = 16
 #: Of which there are too many to count each.
 SUMS = "__sums__"
 
@@ -26,21 +29,102 @@ class Mixture(str):
     """The name of a sum of adapters, "0.7·sql + 0.3·style"; `weights` are sorted by name."""
 
     weights: tuple[tuple[str, float], ...]
+    _key: tuple[Any, ...]
 
     def __new__(cls, weights: Mapping[str, float]) -> Mixture:
         ordered = tuple(sorted(weights.items()))
         text = super().__new__(cls, " + ".join(f"{weight:g}·{name}" for name, weight in ordered))
         text.weights = ordered
+        text._key = (ordered,)
         return text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mixture) and self.weights == other.weights
+        return isinstance(other, Mixture) and self._key == other._key
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(self.weights)
+        return hash(self._key)
+
+
+class Arrow(Mixture):
+    """A name for rows whose adapters each module chooses, token by token, as PEFT's Arrow does.
+
+        y = W x + Σ_j w_j Δ_j(x)        w = softmax over the `top_k` largest |v_jᵀ x| / temperature
+
+    v_j is the first right singular vector of the module's B_j A_j. It goes wherever a call takes a
+    name, and needs no training.
+
+    Args:
+        adapters: 16 loaded adapters at most, all with plain LoRA on the same linears.
+        top_k: how many of them a token gets.
+        temperature: above 0; a lower one makes the weights of the largest larger.
+        general: loaded adapters whose mean A and mean B are subtracted from those of each of the
+            others (general knowledge subtraction).
+
+    Raises:
+        ConfigError: an argument is none of these.
+    """
+
+    top_k: int
+    temperature: float
+    general: tuple[str, ...]
+
+    def __new__(
+        cls,
+        adapters: Sequence[str],
+        top_k: int = 3,
+        temperature: float = 1.0,
+        general: Sequence[str] = (),
+    ) -> Arrow:
+        for names in (adapters, general):
+            if isinstance(names, str) or not all(map(_is_plain, names)):
+                raise ConfigError(f"Arrow takes lists of names of adapters, got {names!r:.80}")
+        if not 0 < len(adapters) <= MOST_GATES or len({*adapters, *general}) != len(
+            [*adapters, *general]
+        ):
+            raise ConfigError(
+                f"Arrow takes 1 to {MOST_GATES} different adapters, got {list(adapters)!r:.80}, "
+                f"and others as general ones, got {list(general)!r:.80}"
+            )
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 < top_k <= len(adapters):
+            raise ConfigError(
+                f"Arrow has top_k={top_k!r}; give a number of its adapters, 1 to {len(adapters)}"
+            )
+        if not 0 < as_number(temperature) < math.inf:
+            raise ConfigError(f"Arrow has temperature={temperature!r}; give a number above 0")
+        less = f" less {', '.join(general)}" if general else ""
+        chosen = f"{top_k} of {', '.join(adapters)}{less} at {temperature:g}"
+        text = str.__new__(cls, f"arrow({chosen})")
+        text.weights = tuple((name, 1.0) for name in (*adapters, *general))
+        text.top_k, text.temperature, text.general = top_k, float(temperature), tuple(general)
+        text._key = cls, text.weights, text.top_k, text.temperature, text.general
+        return text
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The adapters to choose from."""
+        names = members(self)[: len(self.weights) - len(self.general)]
+        return tuple(Purified(name, self.general) for name in names) if self.general else names
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        names = members(self)[: len(self.weights) - len(self.general)]
+        return names, self.top_k, self.temperature, self.general
+
+
+class Purified(Mixture):
+    """An adapter whose A and B have the mean of the `general` ones' subtracted."""
+
+    def __new__(cls, name: str, general: Sequence[str]) -> Purified:
+        text = str.__new__(cls, f"{name} less {', '.join(general)}")
+        text.weights = tuple((n, 1.0) for n in (name, *general))
+        text._key = cls, text.weights
+        return text
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", BASE) and not isinstance(name, Mixture)
 
 
 def members(name: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from weakref import WeakSet
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.fitting import fit_to_banks, places_of
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
+from lorafx.adapter_store.routes import made_of
 from lorafx.adapter_store.stored import (
     Adapter,
     Hold,
@@ -40,7 +41,6 @@ from lorafx.adapter_store.stored import (
     StoredAdapter,
     measure,
 )
-from lorafx.adapter_store.sums import sum_of
 from lorafx.adapter_store.windows import arrange, no_slots, too_many, window
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest, way_out_by
 from lorafx.interrupts import free_after_fork, undisturbed
@@ -425,7 +425,7 @@ class AdapterStore:
         for name in idle[: max(0, len(idle) - self.max_adapters)]:
             undisturbed(partial(self._unload, name))
         for name in missing:
-            self._adapters[name] = sum_of(name, self._adapters, self._groups)
+            self._adapters[name] = made_of(name, self._adapters, self._groups)
             self.host.grown = True
 
     def _remove_sums_of(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,7 +41,7 @@ def sum_of(
         single = summands[0][0]
         return replace(single, name=name, host=single.numbers, version=next_version())
     for adapter, _ in summands:
-        _refuse_nonlinear(name, adapter)
+        _refuse_nonlinear(repr(name), adapter)
     terms: list[_Terms] = [{} for _ in groups]
     for adapter, weight in summands:
         for g, group_factors in adapter.numbers.factors.items():
@@ -83,7 +83,19 @@ def _changes(
     return changes
 
 
-def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
+def refuse_in_gates(adapters: Iterable[StoredAdapter], what: object = "adapter_gates") -> None:
+    """Raise ConfigError for an adapter that is not linear in a weight, or has more than factors."""
+    for adapter in adapters:
+        _refuse_nonlinear(f"{what}", adapter)
+        if adapter.numbers.changed:
+            raise ConfigError(
+                f"{what}: {adapter.name!r} changes weights by more than low-rank factors, "
+                "which gates per token do not add; give it by adapter_slots, or one mix for a row "
+                "by gates of shape (B, k)"
+            )
+
+
+def _refuse_nonlinear(what: str, adapter: StoredAdapter) -> None:
     dora, biases = (adapter.extras.get(name) for name in ("dora", "bias"))
     reasons = {
         "is an aLoRA adapter, which serves only the tokens from its invocation on": (
@@ -97,7 +109,7 @@ def _refuse_nonlinear(name: Mixture, adapter: StoredAdapter) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ConfigError(
-                f"{name!r}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
+                f"{what}: {adapter.name!r} {reason}, so it can be part of no sum and has no "
                 f"other scale; name it alone, {adapter.name!r}"
             )
 

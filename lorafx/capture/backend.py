@@ -47,7 +47,7 @@ from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
-from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
+from lorafx.program.frame import LOOKED_UP, Frame
 from lorafx.program.program import PassReport, Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
@@ -102,20 +102,25 @@ class Backend:
         finally:
             self._observers.remove(observer)
 
-    def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return self(gm, examples, per_token=True)
-
     def __call__(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
+        self, gm: fx.GraphModule, examples: Sequence[Any], **form: Any
     ) -> Callable[..., Any]:
-        """The executable of a frame, for Dynamo. Raises as `compile`."""
-        return self.compile(gm, examples, per_token=per_token).executable
+        """The executable of a frame, for Dynamo. Arguments and errors are those of `compile`."""
+        return self.compile(gm, examples, **form).executable
 
     def compile(
-        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool = False
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        *,
+        per_token: bool = False,
+        gates: int = 0,
+        chosen: int = 0,
+        layers: tuple[str, ...] = (),
     ) -> Compilation:
-        """Compile a frame whose inputs are `examples`. Raises ReplacedModuleError, and keeps no
-        graph, if an adapter of the batch touches a replaced module."""
+        """Compile a frame whose inputs are `examples`; `Frame` has what the others are. Raises
+        ReplacedModuleError, and keeps no graph, if an adapter of the batch touches a replaced
+        module."""
         program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
         inductor = isinstance(self.lowering, InductorLowering)
@@ -124,10 +129,12 @@ class Backend:
             from lorafx.torch_internals.cpp import ask_compiler
 
             ask_compiler()
-        frame = self._new_frame(gm, examples, per_token=per_token)
+        frame = self._new_frame(gm, examples)
+        frame.per_token, frame.gates = per_token, gates
+        frame.chosen, frame.layers = chosen, layers
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
-        call = form_of(program, begins_call=frame.begins_call, per_token=per_token)
+        call = form_of(program, frame)
         record = self._new_record(frame, examples, call)
         record.seconds["Dynamo"] = traced
         compilation = self._observed(gm, examples, frame, record)
@@ -195,12 +202,11 @@ class Backend:
 
         return after
 
-    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool) -> Frame:
+    def _new_frame(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Frame:
         program = self.program
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = program.frame(gm.graph, examples)
-        frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         return frame
 
@@ -313,7 +319,7 @@ class Backend:
         if operators is not None:
             run = by_operator_if_tracked(run, operators)
         banks = [
-            None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
+            None if name in LOOKED_UP else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
         return Lowered(run, extra, banks, whole=operators is None)

@@ -31,7 +31,7 @@ class Checks:
     """The checks of a graph, and the positions of its inputs among its arguments.
 
     Attributes:
-        begins_call, inside: as in `Frame`.
+        begins_call, per_token, inside: as in `Frame`.
         weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension) of inputs that carry requests.
         arguments: position -> role of the inputs that are arguments of the call at capture.
@@ -44,6 +44,7 @@ class Checks:
     """
 
     begins_call: bool
+    per_token: bool = False
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     banks: dict[str, tuple[int, int]] = field(default_factory=dict)
     requests: list[tuple[int, int]] = field(default_factory=list)
@@ -60,7 +61,7 @@ class Checks:
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any]) -> Checks:
         """The checks of a frame whose inputs are `examples`."""
-        checks = cls(frame.begins_call)
+        checks = cls(frame.begins_call, frame.per_token)
         for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
             for index, site in enumerate(item.sites):
                 if item.derived is None:

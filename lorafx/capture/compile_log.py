@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafx.capture.record import GraphRecord
 from lorafx.program.argument_roles import PRIMARY
+from lorafx.program.frame import Frame
 from lorafx.program.program import Program
 from lorafx.progress import LOG, LongWork, compiling
 from lorafx.torch_internals.frames import failed_guard
@@ -64,15 +65,17 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
         seconds[part] += time.perf_counter() - start - (sum(seconds.values()) - before)
 
 
-def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
+def form_of(program: Program, frame: Frame) -> dict[str, str]:
     """The form of the running call: a text for each property in which graphs differ."""
     call, runtime = program.call, program.runtime
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
+    unit = f"{frame.gates} gates" if frame.gates else "slots"
+    unit = f"{frame.chosen} chosen of {unit}" if frame.chosen else unit
     form = {
         "adapters": "with adapters" if runtime.active else "without adapters",
-        "slots": "slots per token" if per_token else "slots per request",
-        "part": "the whole call" if begins_call else "a part of a call",
+        "slots": f"{unit} per {'token' if frame.per_token else 'request'}",
+        "part": "the whole call" if frame.begins_call else "a part of a call",
         "requests": "a batch of one" if len(runtime.rows) == 1 else "several requests",
     }
     if isinstance(tokens, Tensor) and tokens.dim() > 1:

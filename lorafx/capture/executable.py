@@ -27,11 +27,12 @@ from torch import Tensor, fx
 from lorafx.capture.checks import Checks
 from lorafx.capture.driver import NumericCheck
 from lorafx.eager.following import Following, owners_are_noted, running, unfollowed
-from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.errors import CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.model.extras import EXTRAS
+from lorafx.model.runtime import Runtime
 from lorafx.ownership.labels import One
 from lorafx.ownership.real_labels import SHARED
-from lorafx.program.frame import SLOTS
+from lorafx.program.frame import GATES, ONE_SLOT, SLOTS
 from lorafx.program.program import Program
 from lorafx.program.row_handoff import OfList, Rows
 from lorafx.program.stack import calling_modules
@@ -117,6 +118,8 @@ def _slots_of_rows(
     program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
 ) -> Tensor | None:
     """The slots of a graph's rows, or None where they are those of the batch."""
+    if checks.per_token:
+        return None
     slots, count = program.runtime.slots, checks.row_count(arguments)
     if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
         return slots[list(rows.owners)]
@@ -221,8 +224,7 @@ def _added_inputs(
         zip(lowered.extra, lowered.banks, strict=True)
     ):
         if layout is None:
-            slots = program.runtime.graph_slots
-            inputs.append(slots if name == SLOTS else slots[:1])
+            inputs.append(_slots_input(program.runtime, name))
             continue
         site = program.site_of_weight(arguments[position], index)
         bank = program.bank_of_weight(arguments[position], index)
@@ -249,6 +251,19 @@ def _added_inputs(
             )
         inputs.append(value)
     return inputs
+
+
+def _slots_input(runtime: Runtime, name: str) -> Tensor:
+    if name in (SLOTS, ONE_SLOT):
+        return runtime.graph_slots if name == SLOTS else runtime.graph_slots[:1]
+    assert runtime.gates is not None
+    if runtime.graph_slots is not runtime.slots:
+        raise ProvenanceError(
+            "this model is several graphs, and one of them has other rows than the batch: which "
+            "gates they have is not known; name one adapter or sum for each row"
+        )
+    value: Tensor = getattr(runtime.gates, GATES[name])
+    return value
 
 
 def _zeros(layout: BankLayout, device: torch.device) -> Tensor:

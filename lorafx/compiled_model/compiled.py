@@ -37,7 +37,7 @@ from lorafx.generation.generate import CompiledGenerate
 from lorafx.generation.waves import in_waves
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
-from lorafx.model.keywords import BY_ROW, refuse_slips
+from lorafx.model.keywords import BY_ROW, GENERATE, refuse_slips
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.program.stack import refuse_pipeline_slips, unwrapped
@@ -46,9 +46,10 @@ from lorafx.runtime.collection import collection_of_new
 from lorafx.runtime.entry import Entry, entered
 from lorafx.runtime.example_inputs import as_call
 from lorafx.runtime.forwards import CompiledForwards
+from lorafx.runtime.gates import requests_with_gates
 from lorafx.runtime.kinds import Status
 from lorafx.runtime.loading import load_adapter, name_to_load, prepared_unload
-from lorafx.runtime.requests import Requests, check_tensors, checked_names, requests_of
+from lorafx.runtime.requests import Requests, check_tensors, checked_names
 from lorafx.runtime.resting import Resting
 from lorafx.runtime.running import refuse_transformed
 from lorafx.runtime.session import Session
@@ -131,6 +132,7 @@ class CompiledModel(AsModule):
         *args: Any,
         adapter_names: Sequence[AdapterName] | None = None,
         adapter_slots: Tensor | None = None,
+        adapter_gates: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's forward with an adapter for each row.
@@ -143,24 +145,28 @@ class CompiledModel(AsModule):
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. With a cache,
                 T are the new tokens. Shape (B,) gives one per request, as names do.
+            adapter_gates: slots and weights (B, T, k): token t of row b gets the sum over j of
+                `weights[b, t, j]`, finite and not negative, times the delta of adapter
+                `slots[b, t, j]`, an index as in `adapter_slots`. k is 16 at most. Shape (B, k)
+                gives one mix per request.
             *args, **kwargs: of the model's own forward.
 
         Raises:
             ConfigError: `adapter_names` is not a list of names; a sum has a weight that is not
-                finite, or an adapter that is not linear in it (DoRA, weights of its own); or a
-                keyword is a slip for one of these, or another library's for it.
-            BatchError: names or slots do not fit the batch; or an aLoRA adapter has no `input_ids`
-                to be looked for in, or a cache whose tokens are not known.
+                finite; a sum or gates have an adapter that is not linear in it (DoRA, weights of
+                its own); or a keyword is a slip for one of these, or another library's for it.
+            BatchError: names, slots or gates do not fit the batch; or an aLoRA adapter has no
+                `input_ids` to be looked for in, or a cache whose tokens are not known.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots, unless `Options.overflow` is "waves";
                 or a sum of ranks over `max_rank`.
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
-        running = self._session.running
-        if running.inner and running.here and adapter_names is None and adapter_slots is None:
+        running, ways = self._session.running, (adapter_names, adapter_slots, adapter_gates)
+        if running.inner and running.here and ways == (None, None, None):
             return running.inner(*args, **kwargs)
-        serve = self._serving(kwargs, adapter_names, adapter_slots, whole=False)
+        serve = self._serving(kwargs, *ways, whole=False)
         return refusing_backward(serve(args, kwargs))
 
     @untraced
@@ -169,10 +175,11 @@ class CompiledModel(AsModule):
         *args: Any,
         adapter_names: Sequence[AdapterName] | None = None,
         adapter_slots: Tensor | None = None,
+        adapter_gates: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As `forward`, with the hooks of the model around, and what users put in its place."""
-        serve = self._serving(kwargs, adapter_names, adapter_slots, whole=True)
+        serve = self._serving(kwargs, adapter_names, adapter_slots, adapter_gates, whole=True)
         return refusing_backward(serve(args, kwargs))
 
     def _serving(
@@ -180,13 +187,14 @@ class CompiledModel(AsModule):
         kwargs: Mapping[str, Any],
         adapter_names: Sequence[AdapterName] | None,
         adapter_slots: Tensor | None,
+        adapter_gates: tuple[Tensor, Tensor] | None,
         *,
         whole: bool,
     ) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
         """What serves a call with these adapters, given its arguments."""
         self._entries.check_attached()
         refuse_slips(kwargs, self._orig_mod.forward, self._orig_mod)
-        requests = requests_of(adapter_names, adapter_slots, self.adapters)
+        requests = requests_with_gates(adapter_names, adapter_slots, adapter_gates, self.adapters)
         if requests is None:
             refuse_pipeline_slips(self._orig_mod)
 
@@ -199,18 +207,28 @@ class CompiledModel(AsModule):
 
     @untraced
     def generate(
-        self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[AdapterName] | None = None,
+        adapter_gates: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """transformers' `generate` with an adapter for each prompt, named as in `forward`, for all
-        rows that come from it. Raises LorafxError if the model has no `generate`, BatchError if it
-        is not proved from which prompt a row comes, and what `forward` raises."""
+        """transformers' `generate` with an adapter for each prompt, named as in `forward`, or gates
+        (B, k), one mix for each, for all rows that come from it. Raises LorafxError if the model
+        has no `generate`, BatchError if it is not proved from which prompt a row comes, and what
+        `forward` raises."""
         self._entries.check_attached()
         generating = getattr(self._orig_mod, "generate", self._orig_mod.forward)
-        refuse_slips(kwargs, generating, self._orig_mod, BY_ROW)
+        refuse_slips(kwargs, generating, self._orig_mod, GENERATE)
         main = getattr(self._orig_mod, "main_input_name", "input_ids")
         check_tensors({main: args[0], **kwargs} if args else kwargs)
-        requests = requests_of(adapter_names)
+        requests = requests_with_gates(adapter_names, None, adapter_gates, self.adapters)
         if requests is not None:
+            if adapter_gates is not None and adapter_gates[0].dim() == 3:
+                raise BatchError(
+                    "generate() makes tokens, for which adapter_gates of shape (B, T, k) say "
+                    "nothing; give (B, k), one mix for each prompt, or call the model itself"
+                )
             requests.check_prompts(kwargs.get("input_ids", args[0] if args else kwargs.get(main)))
 
         def find() -> Callable[..., Any]:

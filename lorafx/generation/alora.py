@@ -43,7 +43,9 @@ def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
     if session.requests.tokens_known or not _activates(session):
-        return entries.of(entries.model, per_token=session.requests.tokens is not None)
+        requests = session.requests
+        slots: dict[str, Any] = {"per_token": requests.per_token, "gates": requests.gates}
+        return entries.of(entries.model, **slots, layers=requests.layers)
     return ActivatedForward(entries, entries.model)
 
 

@@ -19,9 +19,11 @@ from lorafx.errors import ConfigError, nearest
 KEYWORDS: Mapping[str, str] = {
     "adapter_names": 'adapter_names=["sql", None, ...], one name or None per row',
     "adapter_slots": "adapter_slots=, a tensor of integers that point into adapter_names",
+    "adapter_gates": "adapter_gates=(slots, weights), both (B, T, k), or (B, k)",
 }
 #: Those of calls that take one adapter for each row.
 BY_ROW: Mapping[str, str] = {"adapter_names": KEYWORDS["adapter_names"]}
+GENERATE = {**BY_ROW, "adapter_gates": "adapter_gates=(slots, weights), both (B, k)"}
 #: Names of PEFT, vLLM, SGLang, LoRAX, text-generation-inference, adapters and diffusers, and names
 #: that lorafx uses elsewhere -> the keyword of lorafx.
 ELSEWHERE: Mapping[str, str] = {
@@ -37,6 +39,7 @@ ELSEWHERE: Mapping[str, str] = {
         "adapter_names",
     ),
     **dict.fromkeys(("adapter_slot", "adapter_index", "adapter_indices"), "adapter_slots"),
+    **dict.fromkeys(("gates", "lora_gates", "routing_weights"), "adapter_gates"),
 }
 #: Similarity from which a name counts as misspelt.
 _MISSPELT = 0.85

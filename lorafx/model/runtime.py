@@ -1,6 +1,7 @@
 """What a forward needs to know about its batch: which slot each request uses.
 
     slots: (n,) int32 on the model's device, −1 for a base row
+    gates: k slots and weights for each row, where tokens have several adapters
 
 One Runtime serves all marks of one model. The host sets it before a forward; marks and graphs only
 read it. The slots are written in place, at the beginning of a buffer.
@@ -13,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ def holds_slots(value: object) -> bool:
     return value is _SLOTS
 
 
+class Gates(NamedTuple):
+    """Several adapters for each of n tokens, or n requests.
+
+    Attributes:
+        slots: (k, n) int32, −1 for none.
+        weights: (k, n) float32, 0 for none.
+        routes: (n,) int32, the slot of what chooses among them; −1 where they have `weights`.
+        top_k, temperatures: (n,) int32 and float32, how that chooses (`Arrow`).
+    """
+
+    slots: Tensor
+    weights: Tensor
+    routes: Tensor | None = None
+    top_k: Tensor | None = None
+    temperatures: Tensor | None = None
+
+
 class RefusesAtRest(Protocol):
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError if the default adapter changes the layer."""
@@ -52,6 +70,7 @@ class Runtime:
     Attributes:
         capacity: number of slots; requests use 0 to capacity − 1, or −1.
         rows: the slots as host ints.
+        gates: what tokens have in place of one slot each, else None; `rows` are then the first.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
             captured then is the base model's. So does None, outside of calls while an adapter is
             the default or a block of `lorafx.adapters` is open; other libraries' traces of layers
@@ -77,6 +96,7 @@ class Runtime:
         self.deltas: Any = None
         self._graph_slots: Tensor | None = None
         self.rows: tuple[int, ...] = ()
+        self.gates: Gates | None = None
         self.active: bool | None = False
         self._register()
         self.clear()
@@ -100,9 +120,10 @@ class Runtime:
         finally:
             self._graph_slots = before
 
-    def set_rows(self, slots: Sequence[int] | Tensor) -> None:
-        """Serve requests with these slots, in [−1, capacity), from the next forward on. Raises
-        BatchError for no request, a slot out of range, or new slots during CUDA graph capture."""
+    def set_rows(self, slots: Sequence[int] | Tensor, gates: Gates | None = None) -> None:
+        """Serve requests with these slots, in [−1, capacity), or with `gates`, of which they are
+        the first, from the next forward on. Raises BatchError for no request, a slot out of range,
+        or new slots during CUDA graph capture."""
         rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
             raise BatchError("a batch needs at least one request, got an empty list of slots")
@@ -124,7 +145,12 @@ class Runtime:
             self.rows = ()  # so that an interrupted write does not count
             self._write(rows, slots if isinstance(slots, Tensor) else None)
             self.rows = rows
-        self.active, self.uniform = high >= 0, low == high
+        self.active, self.uniform, self.gates = high >= 0, low == high, gates
+        if gates is not None:
+            self.active = int(gates.slots.max()) >= 0
+            self.uniform = not self.active
+            moved: list[Any] = [None if v is None else v.to(self.device) for v in gates]
+            self.gates = Gates(*moved)
 
     def clear(self) -> None:
         self.set_rows([-1])
@@ -155,13 +181,13 @@ class Runtime:
             _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        excluded = ("_key", "_buffer", "_graph_slots", "session", "resting", "deltas")
+        excluded = ("_key", "_buffer", "_graph_slots", "session", "resting", "deltas", "gates")
         state = {k: v for k, v in vars(self).items() if k not in excluded}
         return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session = self.resting = self.deltas = self._graph_slots = None
+        self.session = self.resting = self.deltas = self._graph_slots = self.gates = None
         self._register()
         self._write(self.rows)
 

@@ -19,7 +19,7 @@ from lorafx.errors import MatchError
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound
 from lorafx.ownership.flow import place, plain_path
-from lorafx.program.frame import ONE_SLOT, SLOTS, Frame, fake_value
+from lorafx.program.frame import LOOKED_UP, ONE_SLOT, SLOTS, Frame, fake_value
 from lorafx.program.inputs import FrameInput, InputKind
 from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.program.refusals import Refusal
@@ -54,6 +54,8 @@ _CASTS = {
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
 #: Ops without generated kernels, unchanged by every lowering.
 PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
+#: Origins of a node, for messages and dumps.
+COPIED = ("nn_module_stack", "stack_trace")
 
 
 def is_site(node: fx.Node) -> bool:
@@ -103,6 +105,8 @@ class Context:
     outlined: list[Outlined] = field(default_factory=list)
     #: Sites with a shared x, and why `give_out` did not copy it for each request.
     kept_shared: dict[fx.Node, str] = field(default_factory=dict)
+    #: Sums of weighed deltas, which `gate` made -> the sites.
+    gated: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     #: Site nodes moved by `outline` -> the call that computes each, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     #: The bases of the results that AOTAutograd knew, when Inductor rewrites the graph.
@@ -210,7 +214,7 @@ class Context:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.call(self.graph, target, args, **kwargs)
 
-    def traced(self, function: Callable[..., Tensor], *operands: fx.Node) -> Any:
+    def traced(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
         """The result of `function` of these nodes: its operators become nodes of the graph."""
         values = [fake_value(node) for node in operands]
         with enable_python_dispatcher(), self.fake_mode or nullcontext():
@@ -229,10 +233,23 @@ class Context:
 
     def row_slots(self, slots: fx.Node, rows: Any, count: Any) -> fx.Node:
         """`lorafx.kernels.ops.delta.row_slots` in aten, for proved rows."""
-        index = self.numbers(count, torch.int64, fake_value(slots).device)
+        return self.emit(aten.index.Tensor, slots, [self.row_owners(slots, rows, count)])
+
+    def row_owners(self, slots: fx.Node, rows: Any, count: Any) -> fx.Node:
+        """(m // rows) mod n for `count` rows m, int64; n is the last size of `slots`."""
+        value = fake_value(slots)
+        index = self.numbers(count, torch.int64, value.device)
         index = self.emit(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
-        index = self.emit(aten.remainder.Scalar, index, self.size(slots, 0))
-        return self.emit(aten.index.Tensor, slots, [index])
+        return self.emit(aten.remainder.Scalar, index, self.size(slots, value.dim() - 1))
+
+    def row_count(self, node: fx.Node, dims: int) -> Any:
+        """The number of rows in the first `dims` dimensions of a node."""
+        count: Any = 1
+        for dim in range(dims):
+            size = self.size(node, dim)
+            known = isinstance(count, int) and isinstance(size, int)
+            count = count * size if known else self.emit(operator.mul, count, size)
+        return count
 
     def bank_inputs(self, site: Site, weight: fx.Node) -> dict[str, fx.Node | None]:
         """The site's bank fields and slots as inputs, which executables look up by the weight: a
@@ -265,7 +282,7 @@ class Context:
 
     def slots_input(self, weight_key: tuple[int, int]) -> fx.Node:
         assert self.fake_mode is not None
-        size = self.frame.batch_size()
+        size = self.frame.slot_count()
         with self.fake_mode:
             value = torch.empty(
                 (1 if size is None else size,),
@@ -273,6 +290,17 @@ class Context:
                 device=self.program.groups[0].bank.A.device,
             )
         return self._extra_input(weight_key, ONE_SLOT if size is None else SLOTS, value)
+
+    def gates_input(self, name: str, slots: fx.Node) -> fx.Node:
+        """A field of `Gates` as an input; `slots` (n,) are the frame's."""
+        assert self.fake_mode is not None
+        like, many = fake_value(slots), name in ("slots", "weights")
+        dtype = torch.float32 if name in ("weights", "temperatures") else torch.int32
+        layers = (len(self.frame.layers),) if self.frame.layers and name == "weights" else ()
+        shape = (*layers, self.frame.gates, *like.shape) if many else like.shape
+        with self.fake_mode:
+            value = torch.empty(shape, dtype=dtype, device=like.device)
+        return self._extra_input((0, 0), f"gate_{name}", value)
 
     def _extra_input(self, weight_key: tuple[int, int], name: str, value: Tensor) -> fx.Node:
         key = (*weight_key, name)
@@ -283,7 +311,7 @@ class Context:
             node = self.graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
+        kind: InputKind = "slots" if name in LOOKED_UP else "bank"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from lorafx.errors import ProvenanceError
+from lorafx.model.runtime import Gates
 from lorafx.program.argument_roles import TOKEN_DIMS, Role
 from lorafx.program.inputs import FrameInput
 from lorafx.program.stack import calling_modules
@@ -21,6 +22,9 @@ from lorafx.torch_internals.frames import input_place
 #: Slots that the executable looks up: one for each request, or only the first if no input tells the
 #: number of requests.
 SLOTS, ONE_SLOT = "slots", "slot"
+#: Inputs that are fields of `lorafx.model.runtime.Gates`, looked up as well.
+GATES = {f"gate_{name}": name for name in Gates._fields}
+LOOKED_UP = (SLOTS, ONE_SLOT, *GATES)
 
 
 class Frame:
@@ -34,6 +38,12 @@ class Frame:
         self.begins_call = False
         #: Whether slots are given per token, in row-major order of (B, T), not per request.
         self.per_token = False
+        #: The number of adapters that a token, or a request, has with weights; 0: one without.
+        self.gates = 0
+        #: How many of these adapters modules choose for a token at most; 0: they are given.
+        self.chosen = 0
+        #: Paths of the sites that have weights of their own, in the order of these; else none.
+        self.layers: tuple[str, ...] = ()
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that
@@ -104,6 +114,12 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # An argument of size one beside larger ones is shared by all requests.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+    def slot_count(self) -> Any:
+        """The number of slots of a batch: of its requests, or of their tokens; as `batch_size`."""
+        size, tokens = self.batch_size(), token_inputs(self) if self.per_token else {}
+        lengths = [fake_value(node).shape[dim] for node, dim in tokens.items()]
+        return size * lengths[0] if lengths and size is not None else size
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -57,6 +57,9 @@ class Entry:
         name: str = "forward",
         *,
         per_token: bool = False,
+        gates: int = 0,
+        chosen: int = 0,
+        layers: tuple[str, ...] = (),
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -68,7 +71,13 @@ class Entry:
         self.name = f"the {name} of {type(module).__name__}"
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
-        self.per_token = per_token
+        #: How graphs get the slots of rows, as `Frame` has it.
+        self.slots: dict[str, Any] = {
+            "per_token": per_token,
+            "gates": gates,
+            "chosen": chosen,
+            "layers": layers,
+        }
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
@@ -102,7 +111,7 @@ class Entry:
             named = kwargs = plain_tokens(kwargs)
         if self.module is session.program.model and self.is_forward:
             check_inputs(self.roles, named)
-        session.set_batch(self.roles, self.roles.spread(named))
+        session.set_batch(self.roles, self.roles.spread(named), gates=self.slots["gates"])
         _fix_image_sizes(named)
         session.program.pack_watch.check()
         session.program.quantised.settle_again()
@@ -249,7 +258,7 @@ class Entry:
         saved = self._saved_graphs(base=base)
         return Traced(
             self.target,
-            _weak_method(backend.per_token if self.per_token else backend.__call__),
+            functools.partial(_weak_method(backend.__call__), **self.slots),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -272,7 +281,7 @@ class Entry:
             "module": paths.get(id(self.module)),
             "name": self.name,
             "base": base,
-            "per token": self.per_token,
+            **self.slots,
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }
@@ -319,10 +328,10 @@ def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """`method` without a strong reference to its object: Dynamo never frees a backend."""
     reference = weakref.WeakMethod(method)
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **settings: Any) -> Any:
         strong = reference()
         assert strong is not None
-        return strong(*arguments)
+        return strong(*arguments, **settings)
 
     return call
 

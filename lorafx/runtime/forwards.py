@@ -15,6 +15,7 @@ from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import takes
 from lorafx.model.replaced_methods import forward_of
 from lorafx.runtime.entry import Entry
+from lorafx.runtime.gates import chosen_among
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.dynamo import any_global_hook
 
@@ -43,6 +44,8 @@ class CompiledForwards:
         module: nn.Module,
         *,
         per_token: bool = False,
+        gates: int = 0,
+        layers: tuple[str, ...] = (),
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
@@ -50,10 +53,14 @@ class CompiledForwards:
         called directly. A new entry is made if the forward has been replaced."""
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
-        key = id(module), per_token, packed, name
+        chosen = 0
+        if not (per_token or gates or packed):
+            gates, chosen = chosen_among(self.session.requests.names)
+        key = id(module), per_token, gates, chosen, layers, packed, name
         entry = self.made.get(key)
         if entry is None or entry.function != function:
-            shape = {"per_token": per_token, "packed": packed}
+            slots = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
+            shape: dict[str, Any] = {**slots, "packed": packed}
             entry = Entry(self.session, module, function, name, **shape, tiers=self.tiers)
             self.made[key] = entry
         return entry

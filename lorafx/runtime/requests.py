@@ -41,14 +41,16 @@ class Requests(NamedTuple):
 
     Attributes:
         names: the adapter of each request; None is the base.
-        tokens: (B, T), the index into `names` of each token's adapter, -1 for the base; None where
-            all tokens of a request use the same adapter.
+        tokens: (B, T), the index into `names` of each token's adapter, -1 for the base, or (B, T,
+            k), those of its gates; None where all tokens of a request use the same adapter.
         uniform: `names` has a single entry, which is the adapter of every row.
         packed: the tokens, (1, T), are those of several sequences, each of them a request.
         all_tokens: an aLoRA adapter is active for all tokens of its request.
         serve: runs a forward with these arguments inside of `generate`, where requests are prompts,
             and finds whose its rows are.
         owners: the prompt of each request of such a forward.
+        weights: (B, T, k) float32, the weight of each gate, 0 where it names the base; or (B, T,
+            L, k), those at each of L `layers`, the paths of sites.
     """
 
     names: tuple[str | None, ...]
@@ -58,6 +60,19 @@ class Requests(NamedTuple):
     all_tokens: bool = False
     serve: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any] | None = None
     owners: tuple[int, ...] | None = None
+    weights: Tensor | None = None
+    layers: tuple[str, ...] = ()
+
+    @property
+    def per_token(self) -> bool:
+        """Whether tokens have slots, and not requests, as one token each with gates is."""
+        tokens = self.tokens
+        return tokens is not None and (self.weights is None or tokens.shape[1] > 1)
+
+    @property
+    def gates(self) -> int:
+        """The number of gates of each token, or request; 0 where it has one adapter."""
+        return 0 if self.weights is None else self.weights.shape[-1]
 
     @property
     def tokens_known(self) -> bool:
@@ -72,7 +87,8 @@ class Requests(NamedTuple):
     def part(self, rows: Sequence[int]) -> Requests:
         """The requests of some rows of the batch."""
         if self.tokens is not None:
-            return self._replace(tokens=self.tokens[list(rows)])
+            weights = None if self.weights is None else self.weights[list(rows)]
+            return self._replace(tokens=self.tokens[list(rows)], weights=weights)
         return self._replace(names=tuple(self.names[row] for row in rows))
 
     def check_prompts(self, prompts: Any) -> None:
@@ -111,12 +127,14 @@ class Requests(NamedTuple):
         return {place: self.names[place] if place >= 0 else None for place in places}
 
     def of_tokens(self, slots: Mapping[int, int]) -> Tensor:
-        """The slot of each token, int32 (B · T,), one request after another, by those of `used`."""
+        """The slot of each token, int32 (B · T,), one request after another, by those of `used`;
+        with gates (k, B · T)."""
         assert self.tokens is not None
         by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
         # A table on tensors: a loop over 8,192 tokens takes a millisecond.
         table = torch.tensor(by_place, dtype=torch.int32)
-        return table.index_select(0, self.tokens.flatten().int() + 1)
+        by_token = table.index_select(0, self.tokens.flatten().int() + 1)
+        return by_token if self.weights is None else by_token.view(-1, self.gates).T.contiguous()
 
 
 def _sizes_text(call: Call | None) -> str:
@@ -132,6 +150,11 @@ def served_by(merged: str, requests: Requests) -> Requests:
     if requests.uniform:
         return requests
     tokens = requests.tokens
+    if requests.weights is not None:
+        raise BatchError(
+            f"{merged!r} is merged into the base weights, so no token can have a part of it; call "
+            "unmerge() to serve adapter_gates"
+        )
     used = requests.names if tokens is None else requests.used().values()
     others = dict.fromkeys(name for name in used if name != merged)
     if others:
@@ -147,15 +170,15 @@ def served_by(merged: str, requests: Requests) -> Requests:
 
 def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
     """Raise BatchError unless the arguments have as many tokens as `tokens`, (B, T)."""
-    rows, length = tokens.shape
+    rows, length = tokens.shape[:2]
     roles.check_rows(named, rows)
     for name, dim in new_tokens(named).items():
         value = named[name]
         if roles.role(name, value, named).dim == 0 and value.shape[dim] != length:
             raise BatchError(
-                f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
-                "give one slot for each token of the call. Tokens that are in a cache already have "
-                "none"
+                f"{'adapter_slots has' if tokens.dim() == 2 else 'adapter_gates have'} shape "
+                f"{tuple(tokens.shape)}, and {name!r} {tuple(value.shape)}; give one slot for each "
+                "token of the call. Tokens that are in a cache already have none"
             )
 
 

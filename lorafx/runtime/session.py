@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import members
+from lorafx.adapter_store.names import Mixture, adapters_among, members
 from lorafx.adapter_store.peft_model import has_peft_attributes
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.adapter_store.stored import Kept
+from lorafx.adapter_store.sums import refuse_in_gates
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.model.extras import EXTRAS, When
 from lorafx.model.replaced_methods import Replacements
-from lorafx.model.runtime import Runtime
+from lorafx.model.runtime import Gates, Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
+from lorafx.runtime.gates import choices, gates_of_rows
 from lorafx.runtime.requests import (
     BLOCK_THREADS,
     IN_BLOCKS,
@@ -312,7 +314,7 @@ class Session:
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        at_rest, deltas = self.active_at_rest, runtime.deltas
+        at_rest, deltas, gates = self.active_at_rest, runtime.deltas, runtime.gates
         resting: list[tuple[Runtime, bool | None]] = []
         try:  # as in `note`
             self.running, runtime.deltas = running, None
@@ -328,31 +330,39 @@ class Session:
             for other, was_active in resting:
                 other.active = was_active
             if before.entries:  # the forward around this one goes on with its own batch
-                runtime.set_rows(rows)
+                runtime.set_rows(rows, gates)
                 runtime.active = active
             else:
                 self.store.copy_streams.end_uses()
                 runtime.active = self.active_at_rest  # a block may have begun or ended meanwhile
 
-    def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
-        """Give every row, or every token, of the call its slot.
+    def set_batch(self, roles: RoleTable, named: Mapping[str, Any], *, gates: int = 0) -> None:
+        """Give every row, or every token, of the call its slot; or so many `gates`, if any.
 
         Raises:
             BatchError: names and rows do not fit together, arguments with one entry per token do
                 not have the shape of `adapter_slots`, or the tokens at which an aLoRA adapter is
                 activated are not known.
+            ConfigError: gates for an adapter that is not linear in a weight.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
             ReplacedModuleError: a module that carries an adapter was replaced or removed.
         """
         program, running, requests = self.program, self.running, self.requests
-        call, tokens = program.new_call(roles, named), requests.tokens
+        call, tokens, several = program.new_call(roles, named), requests.tokens, None
         if tokens is None:
             rows = roles.rows(named)
             names = requests.of_rows(rows, call=call)
             if self.base.merged is not None and not running.warming:
                 names = [None] * len(names)  # the merged weights serve all rows
+            count, names = len(names), [*names, *choices(names, gates)]
             slots = self.store.acquire(names, running.slots_in_use)
-            row_slots: Sequence[int] | Tensor = slots
+            row_slots: Sequence[int] | Tensor = slots[:count]
+            if gates:
+                beside = [n for n in adapters_among(names) if not isinstance(n, Mixture)]
+                refuse_in_gates(map(self.store.__getitem__, beside), "a batch with a route")
+                of_name = dict(zip(names, slots, strict=True))
+                several = gates_of_rows(names[:count], of_name, gates)
+                row_slots = several.slots[0]
         else:
             if requests.packed:
                 roles.check_rows(named, tokens.numel())
@@ -360,8 +370,15 @@ class Session:
                 check_tokens(tokens, roles, named)
             rows, used = None, requests.used()
             names = tuple(used.values())
+            choices(names, 0)
+            if requests.weights is not None:
+                refuse_in_gates(map(self.store.__getitem__, adapters_among(names)))
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots = requests.of_tokens(dict(zip(used, slots, strict=True)))
+            if requests.weights is not None:
+                weights = requests.weights.flatten(0, 1).movedim(0, -1).contiguous()
+                several = Gates(row_slots, weights)
+                row_slots = several.slots[0]
         if program.model.training is not self.trains:
             self.trains = program.model.training
             if self.trains:
@@ -371,7 +388,7 @@ class Session:
         if not self._called:
             program.note_constants()
             self._called = True
-        program.runtime.set_rows(row_slots)
+        program.runtime.set_rows(row_slots, several)
         if running.active:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)

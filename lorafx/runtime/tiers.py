@@ -170,6 +170,8 @@ class Tiers:
         session, runtime = call.session, self._program.runtime
         if session.requests.tokens is not None and not session.requests.packed:
             raise NeedsGraph("tokens of one request have slots of their own")
+        if runtime.gates is not None:
+            raise NeedsGraph("modules choose among the adapters of a request")
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
         active, threads = runtime.active, torch.get_num_threads()
         try:

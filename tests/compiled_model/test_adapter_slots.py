@@ -8,133 +8,41 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from token_adapters import TARGETS, VOCABULARY, Served, bert, inputs_of, llama, opt, token_hook
 from torch import Tensor, nn
 from torch._dynamo import convert_frame
-from transformers import (
-    BertConfig,
-    BertModel,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    StaticCache,
-)
-from transformers.models.opt.modeling_opt import OPTForCausalLM
+from transformers import DynamicCache, StaticCache
 
 import lorafx
 
 pytestmark = pytest.mark.any_sizes
 
-VOCABULARY = 61
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": VOCABULARY,
-}
 
-
-def _llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2))
-
-
-def _opt() -> nn.Module:
-    """Its feed-forward sees (batch · tokens, hidden)."""
-    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32}
-    return OPTForCausalLM(OPTConfig(**SIZES, **sizes, dropout=0.0))
-
-
-def _bert() -> nn.Module:
-    config = BertConfig(**SIZES, intermediate_size=48, max_position_embeddings=32)
-    return BertModel(config, add_pooling_layer=False)
-
-
-TARGETS = {
-    _llama: (["q_proj", "v_proj"], ["up_proj", "down_proj", "o_proj", "embed_tokens"]),
-    _opt: (["fc1", "fc2"], ["q_proj", "k_proj", "out_proj"]),
-    _bert: (["query", "value"], ["intermediate.dense", "output.dense", "word_embeddings"]),
-}
-
-
-class Served:
-    """A model with two adapters on disk, and its oracle by token."""
-
-    def __init__(self, build, folder: Path) -> None:
-        torch.manual_seed(0)
-        self.base = build().eval()
-        self.deltas: list[dict[str, Tensor]] = []
-        paths = {}
-        for index, targets in enumerate(TARGETS[build]):
-            peft_model = get_peft_model(
-                copy.deepcopy(self.base), LoraConfig(r=3 + index, target_modules=targets)
-            )
-            for name, parameter in peft_model.named_parameters():
-                if "lora_" in name:
-                    nn.init.normal_(parameter, std=0.2)
-            paths[f"a{index}"] = str(folder / f"a{index}")
-            peft_model.save_pretrained(paths[f"a{index}"])
-            merged = dict(peft_model.merge_and_unload().named_parameters())
-            own = dict(self.base.named_parameters())
-            self.deltas.append({name: merged[name] - own[name] for name in own})
-        self.cm = lorafx.compile(copy.deepcopy(self.base), paths, options={"lowering": "reference"})
-
-    def oracle(self, slots: Tensor, **inputs: Tensor) -> Tensor:
-        """Every linear and embedding adds x ΔWᵀ of each token's own adapter."""
-        model = copy.deepcopy(self.base)
-        for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                deltas = [delta.get(f"{path}.weight") for delta in self.deltas]
-                module.register_forward_hook(_token_hook(deltas, slots))
-        with torch.no_grad():
-            return model(**inputs)[0]
-
-
-def _token_hook(deltas: list[Tensor | None], slots: Tensor):
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for index, delta in enumerate(deltas):
-            if delta is None or not delta.any():
-                continue
-            if isinstance(module, nn.Embedding):
-                added = nn.functional.embedding(args[0], delta)
-            else:
-                added = args[0] @ delta.T
-            mask = (slots == index).reshape(*added.shape[:-1], 1)
-            output = output + added * mask
-        return output
-
-    return hook
-
-
-@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__[1:])
+@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__)
 def served(request, tmp_path_factory) -> Served:
     return Served(request.param, tmp_path_factory.mktemp("adapters"))
 
 
 #: That slots find their tokens in each family, `test_each_token_gets_its_own_adapter` shows.
-OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (_opt, _bert)]
-ONE_FAMILY = pytest.mark.parametrize("served", [_llama, *OTHERS], indirect=True)
-
-
-def _inputs(rows: int, length: int) -> dict[str, Tensor]:
-    ids = torch.randint(0, VOCABULARY, (rows, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (opt, bert)]
+ONE_FAMILY = pytest.mark.parametrize("served", [llama, *OTHERS], indirect=True)
 
 
 def test_each_token_gets_its_own_adapter(served: Served) -> None:
     for rows, length in ((1, 7), (1, 9), (3, 6), (4, 8), (6, 6)):
-        inputs = _inputs(rows, length)
+        inputs = inputs_of(rows, length)
         slots = torch.randint(-1, 2, (rows, length))
         slots[0, :2] = torch.tensor([0, 1])  # never one adapter a request
         got = served.cm(**inputs, adapter_slots=slots)[0]
         torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
     before = served.cm.recompiles
-    served.cm(**_inputs(5, 7), adapter_slots=torch.tensor([[0, 1, -1, 1, 0, 0, 1]] * 5))
+    served.cm(**inputs_of(5, 7), adapter_slots=torch.tensor([[0, 1, -1, 1, 0, 0, 1]] * 5))
     assert served.cm.recompiles == before
 
 
 @ONE_FAMILY
 def test_slots_of_one_adapter_a_request_are_adapter_names(served: Served) -> None:
-    inputs = _inputs(3, 5)
+    inputs = inputs_of(3, 5)
     by_name = served.cm(**inputs, adapter_names=["a1", None, "a0"])[0]
     for slots in (torch.tensor([1, -1, 0]), torch.tensor([[1] * 5, [-1] * 5, [0] * 5])):
         got = served.cm(**inputs, adapter_slots=slots)[0]
@@ -142,7 +50,7 @@ def test_slots_of_one_adapter_a_request_are_adapter_names(served: Served) -> Non
 
 
 def test_slots_index_the_names_that_are_given(served: Served) -> None:
-    inputs = _inputs(2, 4)
+    inputs = inputs_of(2, 4)
     slots = torch.tensor([[0, 1, 1, -1], [1, 1, 0, 0]])
     got = served.cm(**inputs, adapter_slots=slots, adapter_names=["a1", "a0"])[0]
     swapped = torch.where(slots < 0, slots, 1 - slots)
@@ -163,7 +71,7 @@ def test_slots_index_the_names_that_are_given(served: Served) -> None:
 )
 def test_slots_that_do_not_fit_are_refused(served: Served, slots: Tensor, message: str) -> None:
     with pytest.raises(lorafx.BatchError, match=message):
-        served.cm(**_inputs(2, 4), adapter_slots=slots)
+        served.cm(**inputs_of(2, 4), adapter_slots=slots)
 
 
 class Pooled(nn.Module):
@@ -215,6 +123,36 @@ class Halves(nn.Module):
         return self.second(x.flip(1) if self.turned else x)
 
 
+class Functional(nn.Module):
+    """Nothing calls the linear: its weight is found in the graph."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.embed(input_ids), self.first.weight)
+
+
+@torch.no_grad()
+def test_a_weight_that_no_module_multiplies_by(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Functional().eval(), torch.randint(0, VOCABULARY, (2, 4))
+    path, delta = _saved(model, tmp_path / "first", "first")
+    cm = lorafx.compile(model, {"a": path}, options={"lowering": "reference"})
+    weights = torch.rand(2, 4)
+    added, used = model.embed(ids) @ delta.T, (SLOTS == 0).float()
+    for settings, mix in (
+        ({"adapter_slots": SLOTS}, used),
+        ({"adapter_gates": (SLOTS[..., None], weights[..., None])}, used * weights),
+    ):
+        want = nn.functional.linear(model.embed(ids), model.first.weight) + added * mix[..., None]
+        got = cm(input_ids=ids, **settings)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 SLOTS = torch.tensor([[0, -1, -1, 0], [-1, 0, 0, 0]])
 
 
@@ -236,7 +174,7 @@ def test_behind_a_graph_break_a_token_is_nobodys(turned: bool, tmp_path: Path) -
     path, delta = _saved(model, tmp_path / "first", "first")
     cm = lorafx.compile(model, {"a": path}, options={"lowering": "reference"})
     oracle = copy.deepcopy(model)
-    oracle.first.register_forward_hook(_token_hook([delta], SLOTS))
+    oracle.first.register_forward_hook(token_hook([delta], (SLOTS[..., None] == 0).float()))
     with torch.no_grad():
         want = oracle(ids)
     torch.testing.assert_close(cm(input_ids=ids, adapter_slots=SLOTS), want, rtol=1e-5, atol=1e-5)
@@ -260,7 +198,7 @@ def test_frames_of_others_between_dynamo_and_the_backend(
 
     monkeypatch.setattr(convert_frame, "compile_frame", compile_frame)
     torch._dynamo.reset()
-    inputs, slots = _inputs(3, 6), torch.randint(-1, 2, (3, 6))
+    inputs, slots = inputs_of(3, 6), torch.randint(-1, 2, (3, 6))
     slots[0, :2] = torch.tensor([0, 1])
     got = served.cm(**inputs, adapter_slots=slots)[0]
     torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
@@ -272,7 +210,7 @@ def test_frames_of_others_between_dynamo_and_the_backend(
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""
-    served = Served(_llama, tmp_path)
+    served = Served(llama, tmp_path)
     ids = torch.randint(0, VOCABULARY, (rows, 9))
     slots = torch.randint(-1, 2, (rows, 9))
     slots[0, :2] = slots[0, 4:6] = torch.tensor([0, 1])

@@ -206,7 +206,7 @@ def test_forward_has_the_signature_of_the_models_own(cm):
     model = cm._orig_mod
     for got, own in ((cm.forward, model.forward), (type(cm).forward, type(model).forward)):
         found, wanted = (inspect.signature(method).parameters for method in (got, own))
-        assert found.keys() - wanted.keys() == {"adapter_names", "adapter_slots"}
+        assert found.keys() - wanted.keys() == {"adapter_names", "adapter_slots", "adapter_gates"}
         assert [name for name in found if name in wanted] == list(wanted)
         assert all(found[name] == wanted[name] for name in wanted)
     assert find_labels(type(cm)) == ["labels"]
@@ -225,7 +225,7 @@ def test_a_class_of_models_whose_loss_is_asked_for_says_so(small):
     compiled = case.compile()
     assert can_return_loss(type(compiled))
     found = inspect.signature(compiled.forward).parameters
-    assert list(found) == ["x", "return_loss", "adapter_names", "adapter_slots"]
+    assert list(found) == ["x", "return_loss", "adapter_names", "adapter_slots", "adapter_gates"]
 
 
 def test_parameters_modules_and_state_have_the_models_own_names(cm):

@@ -178,7 +178,7 @@ def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: P
     direct = plain.compile({"dump": str(tmp_path / "direct")}, dynamic=False)
     direct(**inputs, adapter_names=rows)
     whole = tmp_path / "direct" / "graph-0-lora"
-    for stage in ("03-captured.py", "14-pack.py", "14-pack.diff"):
+    for stage in ("03-captured.py", "15-pack.py", "15-pack.diff"):
         again = tmp_path / "lora" / "graph-0-lora" / stage
         assert again.read_text().splitlines()[1:] == (whole / stage).read_text().splitlines()[1:]
 

@@ -196,7 +196,7 @@ class EncoderBatches:
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         model: Any = self._compiled._orig_mod
         ids, mask = ids.to(model.device), mask.to(model.device)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if any(row.types for row in rows):
             types = [torch.tensor(row.types or [0] * len(row.tokens)) for row in rows]
             inputs["token_type_ids"] = pad_sequence(types, batch_first=True).to(model.device)
