@@ -28,6 +28,12 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "triton": ("split", "epilogue", "gemv", "segments", "concat", "aten"),
     "reference": ("aten",),
 }
+#: What fields may be with `batch_invariant`: Inductor's code alone computes each number alike.
+_IN_ANY_BATCH = (
+    ("lowering", ("auto", "inductor")),
+    ("start", ("auto", "compiled")),
+    ("base_graphs", ("auto", False)),
+)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Verify = Literal["lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
@@ -218,6 +224,10 @@ class Options:
             where nothing can be compiled.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
+        batch_invariant: the bits of a request do not depend on its batch: how many requests are
+            beside it, which adapters they use, their order, padding, chunks of its prompt; nor on
+            whether the engine or a forward computes it. On a CPU, in graphs; what cannot hold is
+            refused by name (docs/reliability.md).
     """
 
     lowering: LoweringName = "auto"
@@ -235,6 +245,7 @@ class Options:
     start: Start = "auto"
     fallback: Fallback = "eager"
     mode: str | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
@@ -270,6 +281,13 @@ class Options:
                 raise ConfigError(
                     f"{setting} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
+                ).naming(setting)
+        for name, allowed in _IN_ANY_BATCH if self.batch_invariant else ():
+            if getattr(self, name) not in allowed:
+                setting = Setting(name, f"Options.{name}")
+                raise ConfigError(
+                    f"{setting} = {getattr(self, name)!r} cannot have the same bits in any batch; "
+                    f"leave it out, or batch_invariant"
                 ).naming(setting)
         if self.shortcuts is not None:
             from lorafx.torch_internals.shortcuts import SHORTCUTS

@@ -64,13 +64,13 @@ class Products:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        edits = 0
+        edits, fixed = 0, ctx.program.options.batch_invariant
         # The parts are products themselves.
         for find in (_product_in_parts, _product, _packed_product, _affine_product):
             for node in [*gm.graph.nodes]:
                 product = find(node) if node.users else None
-                if product is not None and _pays(product):
-                    _replace(gm.graph, product)
+                if product is not None and _pays(product._replace(fixed=fixed)):
+                    _replace(gm.graph, product._replace(fixed=fixed))
                     edits += 1
         return edits
 
@@ -85,6 +85,7 @@ class Product(NamedTuple):
     sizes: list[int] | None = None
     scale: fx.Node | None = None
     zero: fx.Node | None = None
+    fixed: bool = False
 
 
 def _pays(product: Product) -> bool:
@@ -96,7 +97,7 @@ def _pays(product: Product) -> bool:
     if product.bias is not None and fake_value(product.bias).dtype != x.dtype:
         return False
     spec, rows = _spec_of(product._asdict()), x.shape[0]
-    if not isinstance(rows, int) or rows <= max_rows(x.dtype):
+    if product.fixed or not isinstance(rows, int) or rows <= max_rows(x.dtype):
         return ready(spec)
     return product.scale is None and ready(spec) and beats_aten(rows, x.dtype)
 
