@@ -74,7 +74,7 @@ class CheckOrder:
             )
         refused = [node for node in gm.graph.nodes if not _holds(node)]
         if refused:
-            names = dict.fromkeys(f"{op_of(node)} ({place(node)})" for node in refused)
+            names = dict.fromkeys(_name(ctx, node) for node in refused)
             raise CaptureError(
                 "Options(batch_invariant=True): the bits that some operators compute may depend on "
                 f"the batch: {some(names)}. {_way_out(refused)}"
@@ -91,6 +91,12 @@ def _packet(node: fx.Node) -> Any:
 def _count(node: fx.Node) -> Any:
     value = node.meta["val"]
     return (value[0] if isinstance(value, (tuple, list)) else value).numel()
+
+
+def _name(ctx: Context, node: fx.Node) -> str:
+    inputs = [ctx.frame.by_node.get(item) for item in node.all_input_nodes]
+    sites = [site.path for item in inputs if item is not None for site in item.sites]
+    return f"{op_of(node)} ({sites[0] if sites else place(node)})"
 
 
 def _way_out(refused: Sequence[fx.Node]) -> str:

@@ -65,6 +65,9 @@ class Products:
         if ctx.program.options.lowering != "inductor":
             return 0
         edits, fixed = 0, ctx.program.options.batch_invariant
+        if fixed:
+            for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
+                edits += _flatten(ctx, node)
         # The parts are products themselves.
         for find in (_product_in_parts, _product, _packed_product, _affine_product):
             for node in [*gm.graph.nodes]:
@@ -73,6 +76,26 @@ class Products:
                     _replace(gm.graph, product._replace(fixed=fixed))
                     edits += 1
         return edits
+
+
+def _flatten(ctx: Context, node: fx.Node) -> bool:
+    """bmm(x, W) by one weight (K, N) for all → mm(x, W), where the rows of a strided x were no
+    view. Returns whether it is one."""
+    x, right = node.args
+    weight = right
+    while weight.target in (aten.expand.default, *VIEWS) and fake_value(weight).dim() > 2:
+        weight = operand(weight)
+    if tuple(fake_value(weight).shape) != tuple(fake_value(right).shape[1:]):
+        return False
+    K, N = fake_value(weight).shape
+    with ctx.graph.inserting_before(node):
+        rows = ctx.emit(aten.reshape.default, x, [-1, K])
+        y = ctx.emit(aten.mm.default, rows, weight)
+        sizes = [ctx.size(x, 0), ctx.size(x, 1), N]
+        result = ctx.emit(aten.reshape.default, y, sizes)
+    node.replace_all_uses_with(result)
+    ctx.graph.erase_node(node)
+    return True
 
 
 class Product(NamedTuple):
