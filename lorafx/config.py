@@ -286,8 +286,9 @@ class Options:
             if getattr(self, name) not in allowed:
                 setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
-                    f"{setting} = {getattr(self, name)!r} cannot have the same bits in any batch; "
-                    f"leave it out, or batch_invariant"
+                    f"{setting} = {getattr(self, name)!r} does not have the same bits in any "
+                    "batch, and batch_invariant asks for it: leave out one of them, on a GPU and "
+                    "without a C++ compiler batch_invariant"
                 ).naming(setting)
         if self.shortcuts is not None:
             from lorafx.torch_internals.shortcuts import SHORTCUTS

@@ -50,9 +50,7 @@ class AttendDense:
             shared = _before_repeat(key), _before_repeat(value)
             if shared[0] is not None and shared[1] is not None:
                 key, value = shared
-            form = AttentionForm.of(
-                *fx.map_arg((query, key, value, mask), fake_value), fixed=fixed
-            )
+            form = AttentionForm.of(*fx.map_arg((query, key, value, mask), fake_value), fixed=fixed)
             if (
                 form is None
                 or not _is_quicker(form, fake_value(query))

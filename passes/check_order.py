@@ -51,7 +51,15 @@ _MOVES = {
     *(prims.convert_element_type, aten.index_copy, aten.argmax, aten.argmin, aten.topk, aten.sort),
 }
 _EXACT = {aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all}
-_SUMS = {aten.sum, aten.mean, aten.var, aten.var_mean, aten.cumsum, aten.prod, aten.linalg_vector_norm}
+_SUMS = {
+    aten.sum,
+    aten.mean,
+    aten.var,
+    aten.var_mean,
+    aten.cumsum,
+    aten.prod,
+    aten.linalg_vector_norm,
+}
 _PRODUCTS = {aten.mm, aten.bmm}
 
 

@@ -16,9 +16,10 @@ scale (G, N, 2) that has the zero in it,
 On a CPU few rows are multiplied by generated code that reads the weight once (dense.cpp), and
 widens integers in registers. More are multiplied by aten.mm and addmm, or by oneDNN if that is
 faster; of integers W is then made in the dtype of x. The choice is made at each call in C++
-(weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler and on other devices aten computes
-all. A row that generated code computes is bit-equal in all such batches. For few rows a product and
-its delta are one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
+(weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler
+and on other devices aten computes all. A row that generated code computes is bit-equal in all such
+batches. For few rows a product and its delta are one parallel region (delta_beside.cpp), with the
+same bits. No gradient is registered.
 
     source(spec, isa) = #defines and constants of spec
                         + vectors.h + epilogue.h + dense_args.h (+ packed.h) + dense.cpp

@@ -79,7 +79,7 @@ _NO_HARNESS = {"benchmark_harness": False}
 #: graph was compiled for: 0.15 ms of a step of 6 layers. Inputs are guarded or checked before, and
 #: opcheck compares results of lorafx's operators with their fakes.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
-#: Options(batch_invariant=True): numbers are rounded wherever the model rounds them, whatever is fused.
+#: Options(batch_invariant=True): numbers are rounded where the model does so, whatever is fused.
 _ROUNDED = {"emulate_precision_casts": True}
 #: The same where a graph has sums of a fixed number of rows, such as one: no threads share a sum.
 _ONE_THREAD = {"cpp.min_chunk_size": sys.maxsize}

@@ -308,12 +308,10 @@ def _base_graphs(session: Session) -> bool | str:
     switch off, writes zeros where a batch is padded, so such a model has graphs of the base.
     """
     options, device = session.program.options, session.program.runtime.device
-    if options.batch_invariant:
-        return False
     if options.base_graphs != "auto":
         return options.base_graphs
     if options.lowering == "reference" or session.has_mha:
-        return True
+        return not options.batch_invariant
     return False if device.type == "cpu" else "warmup"
 
 

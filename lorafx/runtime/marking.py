@@ -168,15 +168,10 @@ def _mark(
     return Marked(program, attachment, store, taken_over)
 
 
-_BITS = "Options(batch_invariant=True)"
-
-
 def _resolved(options: Options, device: torch.device) -> Options:
     """`options` with "auto" resolved: Triton on CUDA and ROCm devices, else Inductor; on a CPU
     without a C++ compiler plain aten, with a warning. Raises UnsupportedVersionError for a triton
-    that is not torch's own where its kernels run, and ConfigError where bits depend on the batch."""
-    if options.batch_invariant and device.type != "cpu":
-        raise ConfigError(f"{_BITS} is for models on a CPU, and this one is on {device}; leave it out")
+    that is not torch's own where its kernels run."""
     if options.lowering == "triton" or (options.lowering == "auto" and device.type == "cuda"):
         check_triton()
         return replace(options, lowering="triton")
@@ -186,8 +181,6 @@ def _resolved(options: Options, device: torch.device) -> Options:
         try:
             check_compiler()
         except LoweringError as error:
-            if options.batch_invariant:
-                raise ConfigError(f"{_BITS} needs generated kernels: {error}") from error
             warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=4)
             return replace(options, lowering="reference")
     return replace(options, lowering="inductor")

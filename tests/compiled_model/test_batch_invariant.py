@@ -74,7 +74,9 @@ def test_bits_in_batches(served: Served) -> None:
 
 
 @settings(max_examples=20)
-@given(requests=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(NAMES)), min_size=1, max_size=9))
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(NAMES)), min_size=1, max_size=9)
+)
 def test_bits_in_any_mix(served: Served, requests: list[tuple[int, str | None]]) -> None:
     prompts, names = zip(*requests, strict=True)
     got = served.logits(served.prompts[list(prompts)], [*names])

@@ -80,7 +80,9 @@ def test_generated(case: str) -> None:
     check(call)
 
 
-@pytest.mark.parametrize("case", ["plain", "of several heads", "a window", "bfloat16", "a fixed window"])
+@pytest.mark.parametrize(
+    "case", ["plain", "of several heads", "a window", "bfloat16", "a fixed window"]
+)
 @pytest.mark.parametrize("compiles", [True, False])
 def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiles:

@@ -117,7 +117,13 @@ def test_fixed_bits_depend_on_the_keys_that_a_query_sees(dtype: torch.dtype) -> 
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
         for first, last in ((0, 70), (69, 70), (3, 36)):
             part = ATTENTION(
-                query[:, :, first:last], keys, values, [mask[None, None, first:last]], False, 0.3, True
+                query[:, :, first:last],
+                keys,
+                values,
+                [mask[None, None, first:last]],
+                False,
+                0.3,
+                True,
             )
             assert torch.equal(part, whole[:, :, first:last])
 
