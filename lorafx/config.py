@@ -29,7 +29,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "reference": ("aten",),
 }
 #: What fields may be with `batch_invariant`: Inductor's code alone computes each number alike.
-_IN_ANY_BATCH = (
+_IN_ANY_BATCH: tuple[tuple[str, tuple[object, ...]], ...] = (
     ("lowering", ("auto", "inductor")),
     ("start", ("auto", "compiled")),
     ("base_graphs", ("auto", False)),
@@ -282,8 +282,8 @@ class Options:
                     f"{setting} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 ).naming(setting)
-        for name, allowed in _IN_ANY_BATCH if self.batch_invariant else ():
-            if getattr(self, name) not in allowed:
+        for name, fitting in _IN_ANY_BATCH if self.batch_invariant else ():
+            if getattr(self, name) not in fitting:
                 setting = Setting(name, f"Options.{name}")
                 raise ConfigError(
                     f"{setting} = {getattr(self, name)!r} does not have the same bits in any "

@@ -91,8 +91,10 @@ class AttentionForm:
     def of_key(cls, key: Key) -> AttentionForm | None:
         code, *sizes, fixed = key
         dtype = dtype_of(code)
-        known = dtype is not None and dtype in ELEMENTS
-        return cls(dtype, *sizes, bool(fixed)) if known else None
+        if dtype is None or dtype not in ELEMENTS:
+            return None
+        size, group, key_row, value_row = sizes
+        return cls(dtype, size, group, key_row, value_row, bool(fixed))
 
 
 def _is(size: Any, other: Any) -> bool:
@@ -150,7 +152,7 @@ def attention(
 
 
 def attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Tensor], *_: Any
+    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Tensor], *others: Any
 ) -> Tensor:
     require("attention", query.dim() == key.dim() == 4, "query and key are (B, heads, tokens, D)")
     (B, H, T, D), (_, heads, *_) = query.shape, key.shape
