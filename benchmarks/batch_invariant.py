@@ -1,4 +1,4 @@
-"""What Options(batch_invariant=True) costs on a CPU: steps, products and attention, with over without.
+"""What Options(batch_invariant=True) costs on a CPU: steps, products, attention, with over without.
 
 A Llama (hidden 1024, intermediate 2816, 16 heads of queries and 4 of keys), adapters of rank 16 on
 all linears, one in each row: prompts of some length, and decode steps by one token (a prompt of one
