@@ -224,10 +224,8 @@ class Options:
             where nothing can be compiled.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
-        batch_invariant: the bits of a request do not depend on its batch: how many requests are
-            beside it, which adapters they use, their order, padding, chunks of its prompt; nor on
-            whether the engine or a forward computes it. On a CPU, in graphs; what cannot hold is
-            refused by name (docs/reliability.md).
+        batch_invariant: whether a request has the same bits in any batch; what cannot have them is
+            refused (docs/reliability.md). On a CPU, by Inductor.
     """
 
     lowering: LoweringName = "auto"
