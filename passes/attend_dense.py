@@ -58,7 +58,9 @@ class AttendDense:
             ):
                 continue
             masks = [] if mask is None else [mask]
-            arguments = query, key, value, masks, call["is_causal"], scale_of(call), fixed
+            arguments: tuple[Any, ...] = query, key, value, masks, call["is_causal"], scale_of(call)
+            if fixed:
+                arguments = (*arguments, fixed)
             take_place(ctx, attention, result, ATTENTION, *arguments)
             _erase_unused(gm.graph, [result, attention, call["key"], call["value"]])
             edits += 1
