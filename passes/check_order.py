@@ -124,7 +124,7 @@ def _holds(node: fx.Node) -> bool:
     if op in _OF_ROWS or packet in _MOVES or packet in _EXACT or is_view(node):
         return not bound(node).get("accumulate", False)
     if packet in _PRODUCTS:
-        return fake_value(node.args[0]).shape[-1] == 1
+        return bool(fake_value(bound(node)["self"]).shape[-1] == 1)
     if packet in _SUMS:
         return _sums_alike(node)
     return torch.Tag.pointwise in op.tags

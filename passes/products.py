@@ -81,8 +81,9 @@ class Products:
 def _flatten(ctx: Context, node: fx.Node) -> bool:
     """bmm(x, W) by one weight (K, N) for all → mm(x, W), where the rows of a strided x were no
     view. Returns whether it is one."""
-    x, right = node.args
-    weight = right
+    call = bound(node)
+    x, right = call["self"], call["mat2"]
+    weight: Any = right
     while weight.target in (aten.expand.default, *VIEWS) and fake_value(weight).dim() > 2:
         weight = operand(weight)
     if tuple(fake_value(weight).shape) != tuple(fake_value(right).shape[1:]):

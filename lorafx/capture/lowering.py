@@ -110,8 +110,8 @@ class InductorLowering:
         from lorafx.torch_internals.inductor import compile_fx_inner, get_static_input_idxs
 
         settings = {} if self.asserts or not _is_tested(gm, inputs) else _NO_ASSERTS
-        settings |= _ONE_THREAD if gm.meta.get(FEW_SUMS) else {}
-        with inductor_config.patch({**settings, **self.patches, **_IN_ORDER, **_NO_HARNESS}):
+        few = _ONE_THREAD if gm.meta.get(FEW_SUMS) else {}
+        with inductor_config.patch({**settings, **few, **self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does before its inner compile for inference, after LOWERING_PASSES.
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = module.graph.output_node()
