@@ -136,6 +136,11 @@ def _checked(options: Options | Mapping[str, Any] | None, dynamic: object) -> Op
     options = Options.of(options)
     if dynamic is not None and not isinstance(dynamic, bool):
         raise ConfigError(f"dynamic is True, False or None, as in torch.compile; got {dynamic!r}")
+    if options.batch_invariant and dynamic is not True:
+        raise ConfigError(
+            "Options(batch_invariant=True) needs dynamic=True: a graph for one size may add in an "
+            "order of its own"
+        )
     if options.cache and options.cache != AUTO:
         folder_of(options.cache)  # raises if it cannot be used
     return options

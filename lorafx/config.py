@@ -28,6 +28,12 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "triton": ("split", "epilogue", "gemv", "segments", "concat", "aten"),
     "reference": ("aten",),
 }
+#: What fields may be with `batch_invariant`: Inductor's code alone computes each number alike.
+_IN_ANY_BATCH: tuple[tuple[str, tuple[object, ...]], ...] = (
+    ("lowering", ("auto", "inductor")),
+    ("start", ("auto", "compiled")),
+    ("base_graphs", ("auto", False)),
+)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Verify = Literal["lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
@@ -218,6 +224,8 @@ class Options:
             where nothing can be compiled.
         mode: a mode of torch.compile, which selects settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
+        batch_invariant: whether a request has the same bits in any batch; what cannot have them is
+            refused (docs/reliability.md). On a CPU, by Inductor.
     """
 
     lowering: LoweringName = "auto"
@@ -235,6 +243,7 @@ class Options:
     start: Start = "auto"
     fallback: Fallback = "eager"
     mode: str | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
@@ -270,6 +279,14 @@ class Options:
                 raise ConfigError(
                     f"{setting} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
+                ).naming(setting)
+        for name, fitting in _IN_ANY_BATCH if self.batch_invariant else ():
+            if getattr(self, name) not in fitting:
+                setting = Setting(name, f"Options.{name}")
+                raise ConfigError(
+                    f"{setting} = {getattr(self, name)!r} does not have the same bits in any "
+                    "batch, and batch_invariant asks for it: leave out one of them, on a GPU and "
+                    "without a C++ compiler batch_invariant"
                 ).naming(setting)
         if self.shortcuts is not None:
             from lorafx.torch_internals.shortcuts import SHORTCUTS

@@ -20,6 +20,7 @@ from lorafx.model_passes import MODEL_PASSES, ModelPass
 from lorafx.passes.attend import Attend
 from lorafx.passes.attend_dense import AttendDense
 from lorafx.passes.check_lookups import CheckLookups
+from lorafx.passes.check_order import CheckOrder
 from lorafx.passes.copy_returned_inputs import CopyReturnedInputs
 from lorafx.passes.detach_results import DetachResults
 from lorafx.passes.fuse import Fuse
@@ -77,6 +78,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Lower(),
     Products(),
     Join(),
+    CheckOrder(),
     Outline(),
     WriteBack(),
 )

@@ -65,7 +65,8 @@ class Attend:
                 replaced, result = _nodes_from_cache(attention), only_result(attention)
                 if replaced is None or result is None or not _fits(replaced[-1], attention):
                     continue
-                arguments = _arguments(bound(replaced[-1]), bound(attention))
+                fixed = ctx.program.options.batch_invariant
+                arguments = _arguments(bound(replaced[-1]), bound(attention), fixed=fixed)
                 if not is_generated(PagedStep(*fx.map_arg(arguments, fake_value))):
                     continue
                 take_place(ctx, attention, result, PAGED_ATTENTION, *arguments)
@@ -75,9 +76,9 @@ class Attend:
         return edits
 
 
-def _arguments(step: dict[str, Any], call: dict[str, Any]) -> tuple[Any, ...]:
+def _arguments(step: dict[str, Any], call: dict[str, Any], *, fixed: bool) -> tuple[Any, ...]:
     values = {"query": call["query"], "scale": scale_of(call), "cap": 0.0, "sinks": None}
-    return in_order(PAGED_ATTENTION, step, **values)
+    return in_order(PAGED_ATTENTION, step, **values, fixed=fixed)
 
 
 def _nodes_from_cache(attention: fx.Node) -> list[fx.Node] | None:

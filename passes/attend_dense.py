@@ -41,7 +41,7 @@ class AttendDense:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        edits = 0
+        edits, fixed = 0, ctx.program.options.batch_invariant
         for attention in gm.graph.find_nodes(op="call_function", target=_BY_TORCH):
             result, call = only_result(attention), bound(attention)
             if result is None or call["dropout_p"]:
@@ -50,7 +50,7 @@ class AttendDense:
             shared = _before_repeat(key), _before_repeat(value)
             if shared[0] is not None and shared[1] is not None:
                 key, value = shared
-            form = AttentionForm.of(*fx.map_arg((query, key, value, mask), fake_value))
+            form = AttentionForm.of(*fx.map_arg((query, key, value, mask), fake_value), fixed=fixed)
             if (
                 form is None
                 or not _is_quicker(form, fake_value(query))
@@ -58,7 +58,9 @@ class AttendDense:
             ):
                 continue
             masks = [] if mask is None else [mask]
-            arguments = query, key, value, masks, call["is_causal"], scale_of(call)
+            arguments: tuple[Any, ...] = query, key, value, masks, call["is_causal"], scale_of(call)
+            if fixed:
+                arguments = (*arguments, fixed)
             take_place(ctx, attention, result, ATTENTION, *arguments)
             _erase_unused(gm.graph, [result, attention, call["key"], call["value"]])
             edits += 1
@@ -69,7 +71,7 @@ def _is_quicker(form: AttentionForm, query: torch.Tensor) -> bool:
     """Whether the kernel is known to take less time than torch's operator, which multiplies many
     queries in bfloat16 by the matrix tiles of a CPU that has them."""
     one = isinstance(query.shape[2], int) and query.shape[2] == 1
-    return one or form.dtype != torch.bfloat16 or not has_matrix_tiles()
+    return one or form.fixed or form.dtype != torch.bfloat16 or not has_matrix_tiles()
 
 
 def _before_repeat(node: fx.Node) -> fx.Node | None:

@@ -64,15 +64,39 @@ class Products:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        edits = 0
+        edits, fixed = 0, ctx.program.options.batch_invariant
+        if fixed:
+            for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
+                edits += _flatten(ctx, node)
         # The parts are products themselves.
         for find in (_product_in_parts, _product, _packed_product, _affine_product):
             for node in [*gm.graph.nodes]:
                 product = find(node) if node.users else None
-                if product is not None and _pays(product):
-                    _replace(gm.graph, product)
+                if product is not None and _pays(product._replace(fixed=fixed)):
+                    _replace(gm.graph, product._replace(fixed=fixed))
                     edits += 1
         return edits
+
+
+def _flatten(ctx: Context, node: fx.Node) -> bool:
+    """bmm(x, W) by one weight (K, N) for all → mm(x, W), where the rows of a strided x were no
+    view. Returns whether it is one."""
+    call = bound(node)
+    x, right = call["self"], call["mat2"]
+    weight: Any = right
+    while weight.target in (aten.expand.default, *VIEWS) and fake_value(weight).dim() > 2:
+        weight = operand(weight)
+    if tuple(fake_value(weight).shape) != tuple(fake_value(right).shape[1:]):
+        return False
+    K, N = fake_value(weight).shape
+    with ctx.graph.inserting_before(node):
+        rows = ctx.emit(aten.reshape.default, x, [-1, K])
+        y = ctx.emit(aten.mm.default, rows, weight)
+        sizes = [ctx.size(x, 0), ctx.size(x, 1), N]
+        result = ctx.emit(aten.reshape.default, y, sizes)
+    node.replace_all_uses_with(result)
+    ctx.graph.erase_node(node)
+    return True
 
 
 class Product(NamedTuple):
@@ -85,6 +109,7 @@ class Product(NamedTuple):
     sizes: list[int] | None = None
     scale: fx.Node | None = None
     zero: fx.Node | None = None
+    fixed: bool = False
 
 
 def _pays(product: Product) -> bool:
@@ -96,7 +121,7 @@ def _pays(product: Product) -> bool:
     if product.bias is not None and fake_value(product.bias).dtype != x.dtype:
         return False
     spec, rows = _spec_of(product._asdict()), x.shape[0]
-    if not isinstance(rows, int) or rows <= max_rows(x.dtype):
+    if product.fixed or not isinstance(rows, int) or rows <= max_rows(x.dtype):
         return ready(spec)
     return product.scale is None and ready(spec) and beats_aten(rows, x.dtype)
 

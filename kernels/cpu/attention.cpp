@@ -5,13 +5,15 @@
 //
 // Adjacent rows are a run, a page at most: its keys are planes of shrink, its values of expand
 // (tiles.h). Sums and softmax are float32, run after run with the largest score so far taken off; a run
-// that is hidden from all queries is not read.
+// that is hidden from all queries is not read. FIXED: scores are computed twice, for their largest and
+// then for the weights, which are added key after key. Then a query's bits depend on the keys that it
+// sees alone: not on runs, pages, hidden keys or the queries beside it.
 //
 // Before this text stand the generated preamble, vectors.h, tiles.h and attention_args.h. The preamble
 // sets the parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
 // queries' heads of each; A_STRIDE and B_STRIDE, between rows of keys and of values; RUN = R, rows of a
-// run at most; MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the
-// mask hides. In a paged cache ROW = HEADS · D = A_STRIDE = B_STRIDE; for tensors HEADS is 1.
+// run at most; MOST, rows of queries and heads of a unit of work; CAPPED; FIXED; HIDDEN, from which on down
+// the mask hides. In a paged cache ROW = HEADS · D = A_STRIDE = B_STRIDE; for tensors HEADS is 1.
 extern "C" float tanhf(float);
 
 struct Args {  // mirrors attention.py
@@ -99,8 +101,8 @@ template <int ROWS> INLINE void add_values(const Tile* c, long m) {
     expand<ROWS>(c->s->sums + m, 0, c->values, c->s->scores + m * RUN, c->size, D);
 }
 
-// Turns the scores of a row into weights, and rescales its earlier sums to them.
-static void weigh(State* s, long row, const float* bias, int size, float cap) {
+// Turns the scores of a row into weights, and rescales its earlier sums to them; or finds the largest alone.
+static void weigh(State* s, long row, const float* bias, int size, float cap, bool find) {
     float* p = s->scores + row * RUN;
 #if CAPPED
     for (int i = 0; i < size; i++) p[i] = cap * tanhf(p[i] / cap);
@@ -117,14 +119,16 @@ static void weigh(State* s, long row, const float* bias, int size, float cap) {
         const float less = exp_of((vec){} + (before - top))[0];
         s->top[row] = top;
         s->total[row] *= less;
-        for (long i = 0; i < D; i++) s->sums[row][i] *= less;
+        for (long i = 0; i < D && !find; i++) s->sums[row][i] *= less;
     }
+    if (find) return;
     for (int i = 0; i < size; i += LANES) {
         vec score = load_raw<vec>(p + i);  // NaN stays NaN, whatever `top` is
         vec weight = score == -__builtin_inff() ? (vec){} : exp_of(score - top);
         memcpy(p + i, &weight, sizeof weight);
-        s->total[row] += weight;
+        if (!FIXED) s->total[row] += weight;
     }
+    for (int i = 0; FIXED && i < size; i++) s->total[row][0] += p[i];
 }
 
 // The mask of the unit's tokens for keys [j, j + size); the tokens [first, last) that see one of them.
@@ -154,20 +158,9 @@ static void bias_of(const Call* c, const Unit* u, State* s, int64_t j, int size,
     }
 }
 
-static void attend(const Call* c, const Unit* u, State* s) {
+// Adds the keys that the rows see, or finds the largest scores alone.
+static void visit(const Call* c, const Unit* u, State* s, long rows, bool find) {
     const Args* g = c->args;
-    const long rows = u->tokens * GROUP;
-    for (long h = 0, row = 0; h < u->heads; h++)
-        for (long t = 0; t < u->tokens; t++)
-            for (long i = 0; i < GROUP; i++, row++) {
-                const long head = (u->head + h) * GROUP + i;
-                s->x[row] = u->query + head * g->query_head + t * g->query_token;
-                s->sums[row] = s->acc + row * D;
-                s->top[row] = g->sinks ? g->sinks[head] : -__builtin_inff();
-                s->total[row] = (vec){};
-                if (g->sinks) s->total[row][0] = 1;
-            }
-    memset(s->acc, 0, u->heads * rows * D * sizeof(float));
     for (int64_t j = u->begin, size; j < u->end; j += size) {
         const int64_t place = c->places ? c->places[j] : j, step = place < 0 ? -1 : 1;
         const int64_t most = u->end - j < RUN ? u->end - j : RUN;
@@ -185,16 +178,36 @@ static void attend(const Call* c, const Unit* u, State* s) {
             const long begin = h * rows + first * GROUP, end = h * rows + last * GROUP;
             FOR_TILES(scores_of, &tile, begin, end)
             for (long row = begin; row < end; row++)
-                weigh(s, row, s->bias + (row - h * rows) / GROUP * RUN, size, g->cap);
-            FOR_TILES(add_values, &tile, begin, end)
+                weigh(s, row, s->bias + (row - h * rows) / GROUP * RUN, size, g->cap, find);
+            if (!find) FOR_TILES(add_values, &tile, begin, end)
         }
     }
+}
+
+static void attend(const Call* c, const Unit* u, State* s) {
+    const Args* g = c->args;
+    const long rows = u->tokens * GROUP;
+    for (long h = 0, row = 0; h < u->heads; h++)
+        for (long t = 0; t < u->tokens; t++)
+            for (long i = 0; i < GROUP; i++, row++) {
+                const long head = (u->head + h) * GROUP + i;
+                s->x[row] = u->query + head * g->query_head + t * g->query_token;
+                s->sums[row] = s->acc + row * D;
+                s->top[row] = g->sinks ? g->sinks[head] : -__builtin_inff();
+                s->total[row] = (vec){};
+                if (g->sinks && !FIXED) s->total[row][0] = 1;
+            }
+    memset(s->acc, 0, u->heads * rows * D * sizeof(float));
+    if (FIXED) visit(c, u, s, rows, true);
+    visit(c, u, s, rows, false);
     for (long h = 0, row = 0; h < u->heads; h++)
         for (long t = 0; t < u->tokens; t++)
             for (long i = 0; i < GROUP; i++, row++) {
                 const long head = (u->head + h) * GROUP + i;
                 X::T* out = u->out + t * c->out_token + head * D;
-                const float total = sum(s->total[row]), share = total == 0 ? 0 : 1 / total;
+                float total = sum(s->total[row]);
+                if (FIXED && g->sinks) total += exp_of((vec){} + (g->sinks[head] - s->top[row]))[0];
+                const float share = total == 0 ? 0 : 1 / total;
                 for (long k = 0; k < D; k += LANES) {
                     const long bytes = (D - k < LANES ? D - k : LANES) * sizeof(float);
                     vec part = load_first<vec>(s->sums[row] + k, bytes) * share;

@@ -18,7 +18,7 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, tile_sizes
 from lorafx.kernels.cpu.kernels import Kernels, with_parallel
-from lorafx.kernels.ops.op_library import define_on
+from lorafx.kernels.ops.op_library import define_on, require
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
 ATTENTION_FILES = ("vectors.h", "tiles.h", "attention_args.h", "attention.cpp")
@@ -28,6 +28,8 @@ RUN = 32
 UNIT_ROWS = 64
 # The most query rows for which keys stream from memory and are prefetched.
 PREFETCH_ROWS = 4
+#: Why `fixed` attention fails.
+NO_FIXED = "there is no generated kernel, which alone has an order of additions that is fixed"
 
 
 class AttentionArgs(ctypes.Structure):
@@ -46,19 +48,20 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
-def attention_sizes(isa: Isa, size: int, group: int) -> dict[str, int]:
+def attention_sizes(isa: Isa, size: int, group: int, *, fixed: bool) -> dict[str, int]:
     """The constants of attention.cpp but for distances in memory."""
     return {
         **tile_sizes(isa),
         **{"K": size, "D": size, "GROUP": group, "R": RUN, "RUN": RUN},
         **{"MOST": max(UNIT_ROWS, group), "PREFETCH_ROWS": PREFETCH_ROWS},
+        **{"FIXED": int(fixed), "CHAINED": int(fixed)},
     }
 
 
 def source(spec: AttentionSpec, isa: Isa) -> str:
     row = spec.heads * spec.size
     sizes = {
-        **attention_sizes(isa, spec.size, spec.group),
+        **attention_sizes(isa, spec.size, spec.group, fixed=spec.fixed),
         **{"HEADS": spec.heads, "ROW": row, "A_STRIDE": row, "B_STRIDE": row},
     }
     hidden = torch.finfo(spec.dtype).min / 2
@@ -74,6 +77,7 @@ def cpu_attention(step: PagedStep) -> Tensor:
     """`paged_attention` on a CPU; it raises what its reference raises."""
     check_step(step)
     kernel = kernel_of(step)
+    require("paged_attention", kernel is not None or not step.fixed, NO_FIXED)
     return by_request(step) if kernel is None else run(step, *kernel)
 
 

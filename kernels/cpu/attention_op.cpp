@@ -1,4 +1,4 @@
-// The CPU kernel of lorafx::attention(query, key, value, mask[], causal, scale): finds the generated
+// The CPU kernel of lorafx::attention(query, key, value, mask[], causal, scale, fixed): finds the generated
 // kernel for the dtype, the head and the strides, and hands it the tensors. Before this text stand
 // handles.h, kernel_table.h and attention_args.h.
 
@@ -47,7 +47,7 @@ static void attention(uint64_t* stack, uint64_t, uint64_t) {
     require(!torch.data_ptr(out.tensor, &data), "lorafx: a tensor without plain memory");
     a.out = data;
     if (B && T && D) {
-        const Kernel* kernel = kernels.find({{q.dtype, D, group, k.strides[2], v.strides[2]}});
+        const Kernel* kernel = kernels.find({{q.dtype, D, group, k.strides[2], v.strides[2], (uint8_t)stack[6]}});
         require(kernel && kernel->run, "lorafx::attention: there is no kernel for these tensors");
         require(!kernel->run(&a), "lorafx::attention: out of memory");
     }

@@ -51,6 +51,7 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
         "PAIRS": isa.pairs,
         "AHEAD": AHEAD,
         "ONE_STREAM": 0,
+        "CHAINED": 0,
         "SERIAL_WORK": SERIAL_WORK,
     }
 
@@ -147,7 +148,7 @@ def register(
 
 
 Key = tuple[int, ...]
-_KEY_PARTS, _MOST_WORDS = 5, 24
+_KEY_PARTS, _MOST_WORDS = 6, 24
 
 
 def add_kernel(library: ctypes.CDLL, key: Key, *words: int) -> None:

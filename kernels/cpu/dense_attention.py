@@ -5,7 +5,7 @@
 
     query (B, H, T, D), key and value (B, H / G, N, D); mask (B or 1, H or 1, T or 1, N) or none,
     one for each head only if G is 1. `causal`: query t sees keys up to t. Where it sees none,
-    y is 0.
+    y is 0. `fixed`: the bits of a query depend on the keys that it sees alone.
 
 On a CPU it is the kernel of paged attention (attention.cpp) over tensors, which reads each key once
 for the G heads of queries that share it. Dtype, D, G and the distances between keys and between
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.cpu.attention import ATTENTION_FILES, attention_sizes
+from lorafx.kernels.cpu.attention import ATTENTION_FILES, NO_FIXED, attention_sizes
 from lorafx.kernels.cpu.compiler import Isa
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
@@ -47,17 +47,18 @@ ATTENTION_OPS = ("attention_args.h", "attention_op.cpp")
 @dataclass(frozen=True)
 class AttentionForm:
     """What a kernel is generated for: the dtype, numbers of a head, heads of queries that share one
-    of keys, and numbers from one key, and from one value, to the next."""
+    of keys, numbers from one key, and from one value, to the next, and whether bits are `fixed`."""
 
     dtype: torch.dtype
     size: int
     group: int
     key_row: int
     value_row: int
+    fixed: bool = False
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, fixed: bool = False
     ) -> AttentionForm | None:
         """None if no kernel is generated; the tensors may be fake."""
         tensors = (query, key, value, *([] if mask is None else [mask]))
@@ -78,7 +79,7 @@ class AttentionForm:
             sizes.append((mask, (*(size if _is(given, size) else 1 for given, size in fitting), N)))
         if not all(_is(a, b) for t, shape in sizes for a, b in zip(t.shape, shape, strict=True)):
             return None
-        return cls(query.dtype, D, H // heads, key.stride(2), value.stride(2))
+        return cls(query.dtype, D, H // heads, key.stride(2), value.stride(2), fixed)
 
     @property
     def key(self) -> Key:
@@ -88,9 +89,12 @@ class AttentionForm:
 
     @classmethod
     def of_key(cls, key: Key) -> AttentionForm | None:
-        code, *sizes = key
+        code, *sizes, fixed = key
         dtype = dtype_of(code)
-        return None if dtype is None or dtype not in ELEMENTS else cls(dtype, *sizes)
+        if dtype is None or dtype not in ELEMENTS:
+            return None
+        size, group, key_row, value_row = sizes
+        return cls(dtype, size, group, key_row, value_row, bool(fixed))
 
 
 def _is(size: Any, other: Any) -> bool:
@@ -100,7 +104,7 @@ def _is(size: Any, other: Any) -> bool:
 
 def source(form: AttentionForm, isa: Isa) -> str:
     sizes = {
-        **attention_sizes(isa, form.size, form.group),
+        **attention_sizes(isa, form.size, form.group, fixed=form.fixed),
         **{"HEADS": 1, "ROW": form.size, "A_STRIDE": form.key_row, "B_STRIDE": form.value_row},
     }
     # Only -infinity hides a key from all queries: torch adds any other number.
@@ -124,14 +128,22 @@ _LOAD = loader(op_library, AttentionForm.of_key, GENERATED.ready)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Tensor], causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Sequence[Tensor],
+    causal: bool,
+    scale: float,
+    fixed: bool = False,
 ) -> Tensor:
-    """The result (B, H, T, D), a transposed (B, T, H, D)."""
+    """The result (B, H, T, D), a transposed (B, T, H, D). Raises LoweringError if no generated
+    kernel computes a `fixed` one."""
     attention_fake(query, key, value, mask, causal, scale)
-    form = AttentionForm.of(query, key, value, mask[0] if mask else None)
+    form = AttentionForm.of(query, key, value, mask[0] if mask else None, fixed=fixed)
     # A graph from a cache may be the first to need the kernel, which then replaces this function.
     if form is not None and GENERATED.ready(form):
-        return ATTENTION(query, key, value, mask, causal, scale)
+        return ATTENTION(query, key, value, mask, causal, scale, fixed)
+    require("attention", not fixed, NO_FIXED)
     added = mask[0] if mask else None
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, added, is_causal=causal, scale=scale, enable_gqa=True
@@ -140,7 +152,7 @@ def attention(
 
 
 def attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Tensor], causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Tensor], *others: Any
 ) -> Tensor:
     require("attention", query.dim() == key.dim() == 4, "query and key are (B, heads, tokens, D)")
     (B, H, T, D), (_, heads, *_) = query.shape, key.shape
@@ -152,8 +164,8 @@ def attention_fake(
 
 
 define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor[] mask, bool causal, float scale) "
-    "-> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor[] mask, bool causal, float scale, "
+    "bool fixed=False) -> Tensor",
     attention,
     attention_fake,
     lowered=True,

@@ -4,7 +4,7 @@
 // gives. Open addressing; an entry is published by its address, and stays, since a thread may call it.
 
 struct Key {
-    int64_t parts[5];  // 0 where there are fewer
+    int64_t parts[6];  // 0 where there are fewer
 };
 
 template <class Kernel> struct Table {

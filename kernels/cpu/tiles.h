@@ -49,12 +49,21 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
     }
 }
 
-// y[row][c] += Σ_k v[row][k] B[k][c] for ROWS × N pairs of vectors; `last` columns if not WHOLE
+// y[row][c] += Σ_k v[row][k] B[k][c] for ROWS × N pairs of vectors; `last` columns if not WHOLE.
+// CHAINED: products are added to y one after another, so calls for parts of the rank have its bits.
 template <int ROWS, int N, bool WHOLE>
 INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float* v, int rank,
                         long last) {
     typedef Columns<W, Y> C;
+    const long bytes = WHOLE ? sizeof(typename C::part) : last * sizeof(Y::T);
+    auto read = [&](int row, int n) __attribute__((always_inline)) {
+        Y::T* p = y[row] + column + n * 2 * LANES;
+        return C::widen(WHOLE ? load_raw<typename C::part>(p) : load_first<typename C::part>(p, bytes));
+    };
     Pair acc[ROWS][N] = {};
+    if (CHAINED)
+        UNROLL for (int row = 0; row < ROWS; row++)
+            UNROLL for (int n = 0; n < N; n++) acc[row][n] = read(row, n);
     for (int k = 0; k < rank; k++) {
         Pair bs[N];
         UNROLL for (int n = 0; n < N; n++) {
@@ -74,11 +83,9 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
     }
     UNROLL for (int row = 0; row < ROWS; row++) {
         UNROLL for (int n = 0; n < N; n++) {
-            Y::T* p = y[row] + column + n * 2 * LANES;
-            long bytes = WHOLE ? sizeof(C::part) : last * sizeof *p;
-            Pair old = C::widen(WHOLE ? load_raw<C::part>(p) : load_first<C::part>(p, bytes));
-            C::part out = C::narrow({old.first + acc[row][n].first, old.second + acc[row][n].second});
-            memcpy(p, &out, bytes);
+            Pair old = CHAINED ? Pair{} : read(row, n), a = acc[row][n];
+            C::part out = C::narrow(CHAINED ? a : Pair{old.first + a.first, old.second + a.second});
+            memcpy(y[row] + column + n * 2 * LANES, &out, bytes);
         }
     }
 }

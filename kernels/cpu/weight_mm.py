@@ -16,9 +16,10 @@ scale (G, N, 2) that has the zero in it,
 On a CPU few rows are multiplied by generated code that reads the weight once (dense.cpp), and
 widens integers in registers. More are multiplied by aten.mm and addmm, or by oneDNN if that is
 faster; of integers W is then made in the dtype of x. The choice is made at each call in C++
-(weight_op.cpp), so no graph depends on M. Without a compiler and on other devices aten computes
-all. A row that generated code computes is bit-equal in all such batches. For few rows a product and
-its delta are one parallel region (delta_beside.cpp), with the same bits. No gradient is registered.
+(weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler
+and on other devices aten computes all. A row that generated code computes is bit-equal in all such
+batches. For few rows a product and its delta are one parallel region (delta_beside.cpp), with the
+same bits. No gradient is registered.
 
     source(spec, isa) = #defines and constants of spec
                         + vectors.h + epilogue.h + dense_args.h (+ packed.h) + dense.cpp
@@ -263,15 +264,17 @@ def product(
     sizes: Sequence[int] | None = None,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     """y. `sizes` are parts of N that are multiplied one by one if rows are many (`split_is_faster`
-    of the cost model)."""
-    operands = x, weight, bias, sizes, scale, zero
+    of the cost model). Raises LoweringError if no generated kernel computes a `fixed` product."""
+    operands = x, weight, bias, sizes, scale, zero, fixed
     # A graph from a cache may be the first to need the kernel, which then replaces this function.
     if x.device.type == "cpu" and ready(WeightSpec.of(x, weight, scale, zero)):
         y: Tensor = WEIGHT_MM(*operands)
         return y
     product_fake(*operands)
+    require("weight_mm", not fixed, "there is no generated kernel for a fixed product")
     if scale is not None and weight.dtype == PACKED:
         group = x.shape[1] // scale.shape[0]
         y = aten._weight_int4pack_mm_for_cpu(x, weight, group, scale.to(x.dtype))
@@ -287,6 +290,7 @@ def product_fake(
     sizes: Sequence[int] | None = None,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     op = "weight_mm"
     require(op, x.dim() == 2 and weight.dim() == 2, "x is (M, K), weight (N, K)")
@@ -322,7 +326,7 @@ def product_and_delta(
     x: Tensor, weight: Tensor, bank: BankArgs, rows: int, kernel: int, *others: Any
 ) -> Tensor:
     """`product` plus its delta; `others` are those of `product`."""
-    spec = WeightSpec.of(x, weight, *others[2:])
+    spec = WeightSpec.of(x, weight, *others[2:4])
     if x.device.type == "cpu" and kernel in KERNELS and ready(spec):
         joined: Tensor = WEIGHT_MM_DELTA(x, weight, *bank, rows, kernel, *others)
         return joined
@@ -347,6 +351,7 @@ def products_and_deltas(
     bank: BankArgs,
     rows: int,
     kernels: Sequence[int],
+    fixed: bool = False,
 ) -> list[Tensor]:
     """`product_and_delta` of each weight, its scale and zero behind it; one call takes less time
     than several."""
@@ -356,12 +361,15 @@ def products_and_deltas(
     results = []
     for i, kernel in enumerate(kernels):
         weight, *scales = weights[i * tables : (i + 1) * tables]
-        others = biases[i] if biases else None, None, *scales
+        scale, zero = (*scales, None, None)[:2]
+        others = biases[i] if biases else None, None, scale, zero, fixed
         results.append(WEIGHT_MM_DELTA(x, weight, *bank, rows, kernel, *others))
     return results
 
 
-_OTHERS = "Tensor? bias=None, int[]? sizes=None, Tensor? scale=None, Tensor? zero=None"
+_OTHERS = (
+    "Tensor? bias=None, int[]? sizes=None, Tensor? scale=None, Tensor? zero=None, bool fixed=False"
+)
 define(
     f"weight_mm(Tensor x, Tensor weight, {_OTHERS}) -> Tensor",
     *(product, product_fake),
@@ -375,7 +383,7 @@ define(
 )
 define(
     f"weight_mms_delta(Tensor x, Tensor[] weights, Tensor[] biases, {BANK}, SymInt rows, "
-    "int[] kernels) -> Tensor[]",
+    "int[] kernels, bool fixed=False) -> Tensor[]",
     *(products_and_deltas, products_and_deltas),
     lowered=True,
 )

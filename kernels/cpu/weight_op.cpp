@@ -1,13 +1,14 @@
 // CPU kernels of lorafx::weight_mm and others: few rows by generated code, many by a library.
 //
-//     weight_mm(x, weight, bias?, sizes?, scale?, zero?) -> y
-//     weight_mm_delta(x, weight, A, B, ranks, scales, slots, rows, kernel, bias?, sizes?, scale?, zero?) -> y
+//     weight_mm(x, weight, bias?, sizes?, scale?, zero?, fixed) -> y
+//     weight_mm_delta(x, weight, A, B, ranks, scales, slots, rows, kernel, bias?, sizes?, scale?, zero?, fixed) -> y
 //
 // and for several weights of one x and bank
 //
-//     weight_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels) -> y[]
+//     weight_mms_delta(x, weights, biases, A, B, ranks, scales, slots, rows, kernels, fixed) -> y[]
 //
-// The choice is made at each call, so a graph serves any number of rows. A weight with a scale is integers;
+// The choice is made at each call, so a graph serves any number of rows; `fixed` rows are always multiplied
+// by generated code, which makes each row's bits independent of their number. A weight with a scale is integers;
 // the scale of packed ones has the zero in it. For many rows integers become a dense weight. Ops with a
 // delta add what run_delta_ adds: of few rows in the product's parallel region, of many after it. Before
 // this text stand handles.h, kernel_table.h, epilogue.h and dense_args.h.
@@ -70,9 +71,9 @@ static int32_t with_epilogue(void* context, const Epilogue* epilogue) {
 
 // Returns whether y was computed; a delta is then part of it. `args` has what is not of x, w and bias.
 static bool by_kernel(const Kernel* k, const View& x, const View& w, const View* bias, Handle y,
-                      const Delta* delta, Args args = {}) {
+                      const Delta* delta, bool fixed, Args args = {}) {
     const int64_t M = x.sizes[0], K = x.sizes[1], N = w.sizes[0];
-    if (!k || !k->run || M > k->most_rows || !M || !K || !N) return false;
+    if (!k || !k->run || (M > k->most_rows && !fixed) || !M || !K || !N) return false;
     if (K > 1 && (x.strides[1] != 1 || w.strides[1] != 1)) return false;
     if (bias && N > 1 && bias->strides[0] != 1) return false;
     void* data;
@@ -135,7 +136,7 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
     }
 }
 
-static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta* delta) {
+static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta* delta, bool fixed) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
             "lorafx: x (M, K) and weight (N, K) do not fit together");
@@ -148,11 +149,14 @@ static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta*
     const Kernel* k = bias && bs.dtype != xs.dtype ? 0 : kernels.find({{xs.dtype, ws.dtype}});
     OwnedTensor y;
     bool added = false;
-    if (!by_onednn(k, x, xs, w, ws, bias, b, &y.tensor)) {
+    if (fixed || !by_onednn(k, x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        if (by_kernel(k, xs, ws, b, y.tensor, delta)) added = true;
-        else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
+        if (by_kernel(k, xs, ws, b, y.tensor, delta, fixed)) added = true;
+        else {
+            require(!fixed || !M || !xs.sizes[1] || !N, "lorafx: no generated product fits x and weight");
+            by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
+        }
     }
     if (delta && !added) {
         delta->operands[0] = (uint64_t)y.tensor;
@@ -178,7 +182,8 @@ struct Weight {
     }
 };
 
-static Handle stored_product(Handle bias, Handle x, const Weight& weight, Handle list, Delta* delta) {
+static Handle stored_product(Handle bias, Handle x, const Weight& weight, Handle list, Delta* delta,
+                             bool fixed) {
     View xs((uint64_t)x), ws((uint64_t)weight.parts[0].tensor), scale((uint64_t)weight.parts[1].tensor);
     const View bs(bias ? View((uint64_t)bias) : View());
     const View zero(weight.count > 2 ? View((uint64_t)weight.parts[2].tensor) : View());
@@ -208,7 +213,7 @@ static Handle stored_product(Handle bias, Handle x, const Weight& weight, Handle
     if (groups == 1 || args.group % LONGEST_STEP == 0) {
         succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
-        if (by_kernel(k, xs, ws, bias ? &bs : 0, y.tensor, delta, args)) return y.release();
+        if (by_kernel(k, xs, ws, bias ? &bs : 0, y.tensor, delta, fixed, args)) return y.release();
     }
     OwnedTensor dense;
     const int64_t shape[] = {N, K}, steps[] = {packed || !K ? 1 : K, packed ? N : 1};
@@ -219,12 +224,12 @@ static Handle stored_product(Handle bias, Handle x, const Weight& weight, Handle
     widened.in_features = K, widened.out_features = N;
     widened.parallel = torch.parallel;
     if (K && N) k->widen(&widened);
-    return dense_product(bias, x, dense.tensor, list, delta);
+    return dense_product(bias, x, dense.tensor, list, delta, fixed);
 }
 
-static Handle product(Handle bias, Handle x, const Weight& weight, Handle sizes, Delta* delta) {
-    return weight.count > 1 ? stored_product(bias, x, weight, sizes, delta)
-                            : dense_product(bias, x, weight.parts[0].tensor, sizes, delta);
+static Handle product(Handle bias, Handle x, const Weight& weight, Handle sizes, Delta* delta, bool fixed) {
+    return weight.count > 1 ? stored_product(bias, x, weight, sizes, delta, fixed)
+                            : dense_product(bias, x, weight.parts[0].tensor, sizes, delta, fixed);
 }
 
 // An optional value has a place of its own in memory, which the kernel frees, or is null.
@@ -236,7 +241,7 @@ static Handle taken(uint64_t value) {
 }
 
 // A boxed kernel owns what is on its stack, and leaves its result there: x, weight; with a delta the bank,
-// rows, kernel; bias, sizes, scale, zero.
+// rows, kernel; bias, sizes, scale, zero, fixed.
 template <bool DELTA> static void weight_op(uint64_t* stack, uint64_t, uint64_t) {
     OwnedTensor x, bias, bank[5];
     Weight weight;
@@ -256,12 +261,13 @@ template <bool DELTA> static void weight_op(uint64_t* stack, uint64_t, uint64_t)
     const bool scaled = weight.parts[1].tensor, shifted = weight.parts[2].tensor;
     require(scaled || !shifted, "lorafx: a zero without a scale");
     weight.count = 1 + scaled + shifted;
-    stack[0] = (uint64_t)product(bias.tensor, x.tensor, weight, sizes.handle, DELTA ? &delta : 0);
+    const bool fixed = (uint8_t)next[4];
+    stack[0] = (uint64_t)product(bias.tensor, x.tensor, weight, sizes.handle, DELTA ? &delta : 0, fixed);
 }
 
 static const size_t MOST_WEIGHTS = 8;
 
-// Products of one x, each with its delta: x, weights, biases, the bank, rows, kernels. Each weight has
+// Products of one x, each with its delta: x, weights, biases, the bank, rows, kernels, fixed. Each weight has
 // as many tensors in the list as the others; there are no biases, or one each.
 static void several(uint64_t* stack, uint64_t, uint64_t) {
     OwnedTensor operands[6], biases[MOST_WEIGHTS], results[MOST_WEIGHTS];  // operands: x, the bank
@@ -281,7 +287,8 @@ static void several(uint64_t* stack, uint64_t, uint64_t) {
     for (size_t i = 0; i < count; i++) {
         Delta delta = {{0, stack[0], stack[3], stack[4], stack[5], stack[6], stack[7]}, (int64_t)stack[8], 0};
         succeeds(torch.list_item(ids.handle, i, &delta.kernel));
-        results[i].tensor = product(biases[i].tensor, operands[0].tensor, weights[i], 0, &delta);
+        results[i].tensor = product(biases[i].tensor, operands[0].tensor, weights[i], 0, &delta,
+                                    (uint8_t)stack[10]);
     }
     for (size_t i = 0; i < count; i++) succeeds(more.push(made.handle, (uint64_t)results[i].release()));
     stack[0] = (uint64_t)made.handle;

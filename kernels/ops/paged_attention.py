@@ -114,6 +114,7 @@ class PagedStep(NamedTuple):
         mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
         cap: c of c · tanh(score / c), before the mask is added; 0 for none.
         sinks: (H,), a further score for each head, with value 0.
+        fixed: a query's bits depend on the keys that it sees alone, on a CPU.
     """
 
     query: Tensor
@@ -131,6 +132,7 @@ class PagedStep(NamedTuple):
     scale: float
     cap: float = 0.0
     sinks: Tensor | None = None
+    fixed: bool = False
 
     def empty_result(self) -> Tensor:
         """A tensor (1, T, H, D) for the result, which is returned transposed."""
@@ -147,12 +149,14 @@ class AttentionSpec:
     group: int
     size: int
     capped: bool = False
+    fixed: bool = False
 
     @classmethod
     def of_sizes(cls, step: PagedStep, **settings: Any) -> Self:
         heads, size = int(step.key.shape[1]), int(step.key.shape[3])
         group = int(step.query.shape[1]) // heads
-        return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **settings)
+        settings |= {"capped": step.cap != 0, "fixed": step.fixed}
+        return cls(step.query.dtype, heads, group, size, **settings)
 
 
 def paged_attention(step: PagedStep) -> Tensor:
@@ -228,7 +232,7 @@ define(
 define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, Tensor read, "
     "Tensor write, Tensor seen, Tensor mask, int first_key, int first_value, int sentinel, "
-    "bool ring, float scale, float cap=0., Tensor? sinks=None) -> Tensor",
+    "bool ring, float scale, float cap=0., Tensor? sinks=None, bool fixed=False) -> Tensor",
     paged_attention,
     paged_attention_fake,
 )

@@ -7,6 +7,7 @@ reference   aten operators, run node by node; the base is eager
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from lorafx.capture.record import Stage
 from lorafx.config import Options
+from lorafx.passes.check_order import FEW_SUMS
 from lorafx.program.bodies import bodies
 from lorafx.torch_internals.compat import mode_settings
 from lorafx.torch_internals.graph_parts import OpOverload
@@ -77,6 +79,10 @@ _NO_HARNESS = {"benchmark_harness": False}
 #: graph was compiled for: 0.15 ms of a step of 6 layers. Inputs are guarded or checked before, and
 #: opcheck compares results of lorafx's operators with their fakes.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
+#: Options(batch_invariant=True): numbers are rounded where the model does so, whatever is fused.
+_ROUNDED = {"emulate_precision_casts": True}
+#: The same where a graph has sums of a fixed number of rows, such as one: no threads share a sum.
+_ONE_THREAD = {"cpp.min_chunk_size": sys.maxsize}
 #: Namespaces of operators whose fakes are trusted.
 _TESTED = ("aten", "prims", "lorafx")
 
@@ -85,8 +91,8 @@ _TESTED = ("aten", "prims", "lorafx")
 class InductorLowering:
     """Inductor, whose caches hash the rewritten graph, so a changed pass invalidates them.
 
-    `patches` are settings for a `mode` of torch.compile; `asserts`: generated code compares all
-    sizes and strides.
+    `patches` are settings, such as those for a `mode` of torch.compile; `asserts`: generated code
+    compares all sizes and strides.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
@@ -104,7 +110,8 @@ class InductorLowering:
         from lorafx.torch_internals.inductor import compile_fx_inner, get_static_input_idxs
 
         settings = {} if self.asserts or not _is_tested(gm, inputs) else _NO_ASSERTS
-        with inductor_config.patch({**settings, **self.patches, **_IN_ORDER, **_NO_HARNESS}):
+        few = _ONE_THREAD if gm.meta.get(FEW_SUMS) else {}
+        with inductor_config.patch({**settings, **few, **self.patches, **_IN_ORDER, **_NO_HARNESS}):
             # What compile_fx does before its inner compile for inference, after LOWERING_PASSES.
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = module.graph.output_node()
@@ -169,7 +176,8 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     """The lowering named by `Options.lowering`, with settings `patches` of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
+    rounded = _ROUNDED if options.batch_invariant else {}
     return InductorLowering(
-        {**mode_settings(options.mode), **(patches or {})},
+        {**mode_settings(options.mode), **rounded, **(patches or {})},
         asserts=options.verify == "numeric",
     )

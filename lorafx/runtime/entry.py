@@ -320,7 +320,7 @@ def _base_graphs(session: Session) -> bool | str:
     if options.base_graphs != "auto":
         return options.base_graphs
     if options.lowering == "reference" or session.has_mha:
-        return True
+        return not options.batch_invariant
     return False if device.type == "cpu" else "warmup"
 
 

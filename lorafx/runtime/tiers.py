@@ -50,7 +50,7 @@ T = TypeVar("T")
 def starts_eagerly(program: Program) -> bool:
     """Whether calls are answered eagerly until there are graphs, by `Options.start`."""
     options, device = program.options, program.runtime.device
-    start = options.start
+    start = "compiled" if options.batch_invariant else options.start
     if start == "auto":  # checked as the option is
         start = Options(start=cast(Any, os.environ.get("LORAFX_START", "auto"))).start
     if start == "auto":

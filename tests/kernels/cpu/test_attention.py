@@ -26,6 +26,10 @@ def step(**changes: Any) -> dict[str, Any]:
     return paged_step(REQUESTS, **{"size": 10, "padding": 1, **changes})
 
 
+def case_of(name: str, **changes: Any) -> dict[str, Any]:
+    return {**step(**CASES[name], **changes), "fixed": "fixed" in name}
+
+
 def wanted(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """By the mask over the rows of all, in float64; and the cache afterwards."""
     cache = call["cache"].clone()
@@ -63,23 +67,32 @@ CASES: dict[str, dict[str, Any]] = {
     "a window": {"window": 4},
     "bfloat16": {"dtype": torch.bfloat16, "group": 2, "size": 64},
     "float16": {"dtype": torch.float16, "heads": 3, "size": 17},
+    "fixed": {"group": 2, "size": 17},
+    "a fixed window": {"window": 4, "dtype": torch.bfloat16},
 }
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES)
 def test_generated(case: str) -> None:
-    call = step(**CASES[case])
+    call = case_of(case)
     assert module.kernel_of(PagedStep(**call)) is not None
     check(call)
 
 
-@pytest.mark.parametrize("case", ["plain", "of several heads", "a window", "bfloat16"])
+@pytest.mark.parametrize(
+    "case", ["plain", "of several heads", "a window", "bfloat16", "a fixed window"]
+)
 @pytest.mark.parametrize("compiles", [True, False])
 def test_caps_and_sinks(case: str, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiles:
         monkeypatch.setattr(module, "kernel_of", lambda *_: None)
-    check(step(**CASES[case], cap=0.5, sinks=True))
+    call = case_of(case, cap=0.5, sinks=True)
+    if call["fixed"] and not compiles:
+        with pytest.raises(LoweringError, match="no generated kernel"):
+            PAGED_ATTENTION(**call)
+    else:
+        check(call)
 
 
 @pytest.mark.usefixtures("refused_sources")

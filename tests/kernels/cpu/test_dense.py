@@ -111,6 +111,36 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fixed_rows_are_the_same_in_batches_of_any_size(dtype: torch.dtype, threads: int) -> None:
+    few = weight_mm.max_rows(dtype)
+    bias, x, weight = operands(2 * few + 5, 1024, 75, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = lora.weight_mm(x, weight, bias, fixed=True)
+        check(together, x, weight, bias)
+        for rows in (1, 3, few, few + 1):
+            got = lora.weight_mm(x[:rows], weight, bias, fixed=True)
+            assert torch.equal(got, together[:rows])
+    finally:
+        torch.set_num_threads(before)
+    if dtype == torch.float32:  # otherwise the library's order is another
+        assert not torch.equal(lora.weight_mm(x, weight, bias), together)
+
+
+@needs_compiler
+def test_a_fixed_product_without_a_kernel_is_refused() -> None:
+    _, x, weight = operands(3, 8, 5, torch.float64)
+    with pytest.raises(RuntimeError, match="no generated product"):
+        lora.weight_mm(x, weight, fixed=True)
+    _, x, _ = operands(8, 5, 5, torch.float32)
+    with pytest.raises(RuntimeError, match="no generated product"):
+        lora.weight_mm(x.T, torch.randn(6, 8), fixed=True)
+
+
+@needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [[], [3, 6]], ids=str)
 def test_opcheck(bias: bool, sizes: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -63,9 +64,9 @@ def wanted(query: Tensor, key: Tensor, value: Tensor, mask: list[Tensor], causal
     return scores.softmax(-1).nan_to_num(0) @ v
 
 
-def check(operands: Any, mask: list[Tensor], causal: bool = False) -> None:
+def check(operands: Any, mask: list[Tensor], causal: bool = False, fixed: bool = False) -> None:
     query = operands[0]
-    got = ATTENTION(*operands, mask, causal, 0.3)
+    got = ATTENTION(*operands, mask, causal, 0.3, fixed)
     assert got.dtype == query.dtype
     assert got.transpose(1, 2).is_contiguous()
     assert error(got.double(), wanted(*operands, mask, causal)) <= TOLERANCE[query.dtype]
@@ -76,17 +77,17 @@ def check(operands: Any, mask: list[Tensor], causal: bool = False) -> None:
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.usefixtures("tried_anew")
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
-    for sizes in SIZES:
+    for sizes, fixed in [*itertools.product(SIZES[:-1], (False, True)), (SIZES[-1], False)]:
         B, T, N, heads, group, _ = sizes
         operands = tensors(*sizes, dtype)
-        form = AttentionForm.of(*operands, None)
+        form = AttentionForm.of(*operands, None, fixed=fixed)
         assert form is not None
         dense_attention.GENERATED.load(form, isa)
-        check(operands, [])
-        check(operands, [], causal=True)
+        check(operands, [], fixed=fixed)
+        check(operands, [], causal=True, fixed=fixed)
         *for_all, per_head = masks(B, T, N, heads * group, dtype)
         for mask in (*for_all, *([per_head] if group == 1 else [])):
-            check(operands, [mask])
+            check(operands, [mask], fixed=fixed)
 
 
 @needs_compiler
@@ -99,6 +100,32 @@ def test_neighbours_change_nothing() -> None:
         assert torch.equal(ATTENTION(*own, [], True, 0.3)[0], whole[b])
     first = ATTENTION(query[:, :, :1], key, value, [], True, 0.3)
     assert torch.equal(first, whole[:, :, :1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fixed_bits_depend_on_the_keys_that_a_query_sees(dtype: torch.dtype) -> None:
+    """Not on hidden keys on either side, nor on how many queries there are."""
+    query, key, value = tensors(1, 70, 70, 2, 2, 16, dtype)
+    value = value.transpose(1, 2).contiguous().transpose(1, 2)
+    whole = ATTENTION(query, key, value, [], True, 0.3, True)
+    for left, right in ((0, 1), (1, 0), (37, 0), (5, 40)):
+        beside = [torch.randn(1, 2, n, 16).to(dtype) for n in (left, right)]
+        keys, values = (torch.cat([beside[0], part, beside[1]], 2) for part in (key, value))
+        seen = torch.ones(70, 70, dtype=torch.bool).tril()
+        hidden = ~torch.nn.functional.pad(seen, (left, right))
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+        for first, last in ((0, 70), (69, 70), (3, 36)):
+            part = ATTENTION(
+                query[:, :, first:last],
+                keys,
+                values,
+                [mask[None, None, first:last]],
+                False,
+                0.3,
+                True,
+            )
+            assert torch.equal(part, whole[:, :, first:last])
 
 
 @needs_compiler
