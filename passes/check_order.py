@@ -65,7 +65,7 @@ _PRODUCTS = {aten.mm, aten.bmm}
 
 @dataclass(frozen=True)
 class CheckOrder:
-    """With batch_invariant, operators whose additions may depend on the batch are refused."""
+    """With batch_invariant, no operator's additions depend on the batch."""
 
     name: str = "check_order"
     required: bool = True

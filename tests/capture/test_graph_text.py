@@ -150,7 +150,7 @@ def test_models_do_not_dump_over_one_another(small: Any, tmp_path: Path, monkeyp
     first, second = tmp_path / "dump", tmp_path / "dump" / "Up-2"
     for folder in (first, second):
         assert "graphs: 1" in (folder / "explain.txt").read_text()
-        assert (folder / "graph-0-lora" / "20-outline.py").exists()
+        assert (folder / "graph-0-lora" / "21-outline.py").exists()
     compiled[0].detach()
     again = case.compile(dynamic=False)
     again(torch.randn(2, 4), adapter_names=["b", None])

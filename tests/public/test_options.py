@@ -76,7 +76,7 @@ BEGINS = ["traced", "captured"]  # Dynamo's graph, and AOTAutograd's
 STAGES = ["traced", "check_lookups", "detach_results", "captured", "look_up_slots"]
 STAGES += ["write_in_place", "match", "give_out", "provenance", "gate", "rescale"]
 STAGES += ["replace_rows", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
-STAGES += ["join", "outline", "write_back", "joint_graph", "copy_returned_inputs"]
+STAGES += ["join", "check_order", "outline", "write_back", "joint_graph", "copy_returned_inputs"]
 
 
 def test_dumps(plain, inputs, tmp_path, monkeypatch):
