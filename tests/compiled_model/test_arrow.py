@@ -172,6 +172,8 @@ def test_adapters_that_change(routed: Routed) -> None:
         ((["a", "b"], 3), "top_k=3; give a number of its adapters, 1 to 2"),
         ((["a", "b"], True), "top_k=True"),
         ((["a", "b"], 1, 0.0), r"temperature=0\.0"),
+        ((["a", "b"], 1, 1e-300), "temperature=1e-300; give a number above 0"),
+        ((["a", "b"], 1, 1e300), r"temperature=1e\+300"),
         ((["a", "b"], 1, float("nan")), "temperature=nan"),
         ((["a", "b"], 1, float("inf")), "temperature=inf"),
     ],
