@@ -184,8 +184,8 @@ def adapters_among(names: Iterable[str | None]) -> list[str]:
 
 def check_name(name: object) -> None:
     """Raise ConfigError unless `name` can name an adapter."""
-    if not isinstance(name, str) or not name or name in (BASE, SUMS):
+    if not isinstance(name, str) or not name or name in (BASE, SUMS) or isinstance(name, Mixture):
         raise ConfigError(
-            f"an adapter's name is a non-empty string other than {BASE!r} and {SUMS!r}, got "
-            f"{name!r}"
+            f"an adapter's name is a non-empty string other than {BASE!r} and {SUMS!r}, and no "
+            f"sum or route, got {name!r}"
         )
