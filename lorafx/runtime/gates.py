@@ -118,7 +118,7 @@ def gates_of_rows(
 
 def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
     """Indices int64 and weights float32 on the host."""
-    if not isinstance(gates, (tuple, list)) or [True, True] != [*map(_is_dense, gates)]:
+    if not isinstance(gates, (tuple, list)) or len(gates) != 2 or not all(map(_is_dense, gates)):
         raise BatchError(
             "adapter_gates must be a pair of tensors, (slots, weights), which are dense and have "
             f"values, got {gates!r:.80}"
