@@ -132,7 +132,7 @@ def test_what_is_refused(tmp_path_factory) -> None:
     bias = next(key for key in tensors if key.endswith("bias"))
     for changes, message in (
         ({"other": torch.ones(1)}, "'other', which is no part"),
-        ({f"layers.{'9' * 5000}.bias": torch.ones(1)}, "999', which is no part"),
+        ({f"layers.{'9' * 5000}.bias": torch.ones(1)}, "999, which is no part"),
         ({f"more.{bias}": torch.ones(2)}, "which is no part"),
         ({bias: torch.ones(3)}, "no classifier of 2 outputs"),
         ({bias: torch.ones(2, dtype=torch.int64)}, "other values than finite floats"),
