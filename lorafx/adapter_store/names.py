@@ -59,7 +59,7 @@ class Arrow(Mixture):
     Args:
         adapters: 16 loaded adapters at most, all with plain LoRA on the same linears.
         top_k: how many of them a token gets.
-        temperature: above 0; a lower one makes the weights of the largest larger.
+        temperature: 1e-37 to 1e37; a lower one makes the weights of the largest larger.
         general: loaded adapters whose mean A and mean B are subtracted from those of each of the
             others (general knowledge subtraction).
 
@@ -92,8 +92,10 @@ class Arrow(Mixture):
             raise ConfigError(
                 f"Arrow has top_k={top_k!r}; give a number of its adapters, 1 to {len(adapters)}"
             )
-        if not 0 < as_number(temperature) < math.inf:
-            raise ConfigError(f"Arrow has temperature={temperature!r}; give a number above 0")
+        if not 1e-37 < as_number(temperature) < 1e37:  # 0 and inf in float32 would be NaN
+            raise ConfigError(
+                f"Arrow has temperature={temperature!r}; give a number above 0 (1e-37 to 1e37)"
+            )
         less = f" less {', '.join(general)}" if general else ""
         chosen = f"{top_k} of {', '.join(adapters)}{less} at {temperature:g}"
         text = str.__new__(cls, f"arrow({chosen})")
@@ -182,8 +184,8 @@ def adapters_among(names: Iterable[str | None]) -> list[str]:
 
 def check_name(name: object) -> None:
     """Raise ConfigError unless `name` can name an adapter."""
-    if not isinstance(name, str) or not name or name in (BASE, SUMS):
+    if not isinstance(name, str) or not name or name in (BASE, SUMS) or isinstance(name, Mixture):
         raise ConfigError(
-            f"an adapter's name is a non-empty string other than {BASE!r} and {SUMS!r}, got "
-            f"{name!r}"
+            f"an adapter's name is a non-empty string other than {BASE!r} and {SUMS!r}, and no "
+            f"sum or route, got {name!r}"
         )

@@ -29,7 +29,14 @@ from weakref import WeakSet
 
 from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.fitting import fit_to_banks, places_of
-from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
+from lorafx.adapter_store.names import (
+    BASE,
+    Arrow,
+    Mixture,
+    adapters_among,
+    check_name,
+    members,
+)
 from lorafx.adapter_store.routes import made_of
 from lorafx.adapter_store.stored import (
     Adapter,
@@ -139,7 +146,9 @@ class AdapterStore:
             return frozenset(self._pinned)
 
     def fits(self, names: frozenset[str]) -> bool:
-        """Whether there are slots for all these adapters at once, and room for replaced weights."""
+        """Whether there are slots for all these adapters at once, with those that routes choose
+        from, and room for replaced weights."""
+        names |= {n for name in names if isinstance(name, Arrow) for n in name.experts}
         with self._lock:
             pinned = self._pinned_beside(names)
             if self._count_owning(names | pinned) > self._own_room:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafx.adapter_store.names import as_number
 from lorafx.adapter_store.peft_config import raw_fields
 from lorafx.adapter_store.saved import SAFETENSORS
 from lorafx.adapter_store.untrusted_files import read_file
@@ -30,6 +31,8 @@ from lorafx.runtime.gates import MOST_GATES, requests_of_tokens
 
 #: The classifier's file by the library of the paper, and by PEFT.
 _FILES = ("xlora_classifier.safetensors", SAFETENSORS)
+#: Of layers of a classifier.
+_NUMBERS = frozenset(map(str, range(100)))
 #: Fields that numbers depend on -> their defaults.
 _FIELDS: Mapping[str, Any] = {
     "enable_softmax": True,
@@ -59,7 +62,8 @@ class XLora:
         fields, where = raw_fields(folder)
         if fields.get("peft_type") != "XLORA":
             raise CheckpointError(f"{where} has peft_type {fields.get('peft_type')!r}, not 'XLORA'")
-        self.names = list(fields.get("adapters") or ())
+        adapters = fields.get("adapters")
+        self.names = list(adapters) if isinstance(adapters, (dict, list)) else []
         if not 0 < len(self.names) <= MOST_GATES:
             raise UnsupportedAdapterError(
                 f"{where} has {len(self.names)} adapters, and a token has 1 to {MOST_GATES}"
@@ -70,12 +74,9 @@ class XLora:
                 f"{missing[0]!r}) first"
             )
         self._cm, self._fields = cm, {n: fields.get(n, value) for n, value in _FIELDS.items()}
-        top_k, temperature = self._fields["top_k_lora"], self._fields["softmax_temperature"]
-        if not 0 < (top_k or 1) <= len(self.names) or top_k == 0 or not temperature > 0:
-            raise ConfigError(
-                f"{where} has top_k_lora={top_k!r} and softmax_temperature={temperature!r}; give "
-                f"1 to {len(self.names)}, and a number above 0"
-            )
+        for name, value in self._fields.items():
+            if problem := _problem(name, value, len(self.names)):
+                raise ConfigError(f"{where} has {name}={value!r:.40}; give {problem}")
         self._layers: tuple[str, ...] = ()
         if fields.get("layerwise_scalings"):
             touched = {site for name in self.names for site in cm._session.store[name].sites}
@@ -88,12 +89,20 @@ class XLora:
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward of whole sequences, `input_ids` or `inputs_embeds` (B, T, …), twice.
-        Raises BatchError for a cache, and what `CompiledModel.forward` raises."""
-        if inputs.get("past_key_values") is not None:
-            raise BatchError("X-LoRA runs whole sequences twice, so it takes no past_key_values")
+        Raises BatchError for a cache, names or no tokens, and as `CompiledModel.forward`."""
+        refused = ("past_key_values", "adapter_names", "adapter_slots", "adapter_gates")
+        if given := [name for name in refused if inputs.get(name) is not None]:
+            raise BatchError(
+                f"X-LoRA runs whole sequences twice, with its own gates, so it takes no {given[0]}"
+            )
         inputs = {**inputs, "use_cache": False}
         tokens = inputs.get("input_ids")
-        shape = (inputs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            raise BatchError(
+                "X-LoRA takes the keyword input_ids (B, T), or inputs_embeds (B, T, …)"
+            )
+        shape = tokens.shape[:2]
         parts = (*shape, len(self._layers), len(self.names)) if self._layers else (*shape, -1)
         first = torch.full((*shape, len(self.names)), float(self._fields["scaling_pass_value"]))
         asked = {**inputs, "output_hidden_states": True, "return_dict": True}
@@ -122,6 +131,19 @@ class XLora:
         return self._cm(**inputs, adapter_names=requests)
 
 
+def _problem(name: str, value: object, count: int) -> str:
+    """What a field, of which the value cannot be meant, should be; empty if it can."""
+    number, default = as_number(value), _FIELDS[name]
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if default is None:
+        fits = value is None or (isinstance(value, int) and 0 < number <= count)
+        return "" if fits else f"a number of its adapters, 1 to {count}"
+    positive = name == "softmax_temperature"
+    fits = (1e-37 if positive else -1e37) < number < 1e37  # what float32 holds
+    return "" if fits else "a number above 0" if positive else "a finite number"
+
+
 def _classifier(
     folder: Path, count: int, depth: object, hidden: object
 ) -> list[tuple[Tensor, Tensor | None]]:
@@ -132,12 +154,16 @@ def _classifier(
     found: dict[int, dict[str, Tensor]] = {}
     for key, tensor in read_file(file)[0].items():
         *_, layers, number, kind = ("", "", *key.split("."))
-        if layers != "layers" or not number.isdecimal() or kind not in ("weight", "bias"):
+        known = layers == "layers" and number in _NUMBERS and kind in ("weight", "bias")
+        if not known or kind in found.setdefault(int(number), {}):
             raise CheckpointError(f"{file} has {key!r:.80}, which is no part of a classifier")
-        found.setdefault(int(number), {})[kind] = tensor
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+            raise CheckpointError(f"{file}: {key!r} has other values than finite floats")
+        found[int(number)][kind] = tensor
     linears = [(found[number].get("weight"), found[number].get("bias")) for number in sorted(found)]
     sizes = [weight.shape for weight, _ in linears if weight is not None and weight.dim() == 2]
     fits = all(a[0] == b[1] for a, b in pairwise(sizes)) and len(sizes) == len(linears) == depth
+    fits &= all(b is None or b.shape == s[:1] for s, (_, b) in zip(sizes, linears, strict=False))
     if not fits or (sizes[0][1], sizes[-1][0]) != (hidden, count):
         raise CheckpointError(
             f"{file} holds no classifier of {count} outputs with xlora_depth={depth!r} and "

@@ -118,9 +118,10 @@ def gates_of_rows(
 
 def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
     """Indices int64 and weights float32 on the host."""
-    if not (isinstance(gates, (tuple, list)) and list(map(type, gates)) == [Tensor, Tensor]):
+    if not isinstance(gates, (tuple, list)) or len(gates) != 2 or not all(map(_is_dense, gates)):
         raise BatchError(
-            f"adapter_gates must be a pair of tensors, (slots, weights), got {gates!r:.80}"
+            "adapter_gates must be a pair of tensors, (slots, weights), which are dense and have "
+            f"values, got {gates!r:.80}"
         )
     slots, weights = gates
     integers = not (slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool)
@@ -151,6 +152,11 @@ def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
             f"adapter_gates have the weight {float(wrong[0])}; weights are finite, and 0 or more"
         )
     return slots, weights
+
+
+def _is_dense(value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not (value.is_nested or value.is_meta)
 
 
 def _sum(names: Sequence[str | None], mix: Iterable[tuple[int, float]]) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.names import Arrow
 from lorafx.errors import MatchError
 from lorafx.model.attachment import marks_on
 from lorafx.model.convolutions import unmergeable
@@ -78,6 +79,11 @@ def changes_of(
 ) -> list[Change]:
     """The changes of merging the adapter `name`, in the order of sites. Raises MatchError, which
     names all weights that cannot be changed. `requantize`: quantised weights may be requantised."""
+    if isinstance(name, Arrow):
+        raise MatchError(
+            f"{name!r} chooses adapters for each token, so no weight is W + ΔW for all of them; "
+            "name one of its adapters, or serve it without merging"
+        )
     if store[name].invocation:
         raise MatchError(
             f"adapter {name!r} cannot be merged: it is an aLoRA adapter, which leaves the tokens "

@@ -99,7 +99,7 @@ def test_one_mix_for_a_row_is_a_sum_of_adapters(served: Served) -> None:
     weights = torch.tensor([[0.5, 0.25], [1.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
     sums = [{"a0": 0.5, "a1": 0.25}, None, "a1"]
     want = served.cm(**inputs, adapter_names=sums)[0]
-    gates = {"adapter_names": NAMES, "adapter_gates": (slots, weights)}
+    gates = {"adapter_names": NAMES, "adapter_gates": (slots, torch.nn.Parameter(weights))}
     before = served.cm.recompiles
     assert torch.equal(served.cm(**inputs, **gates)[0], want)
     assert served.cm.recompiles == before
@@ -134,6 +134,9 @@ S, W = torch.tensor([[[0, 2]] * 4] * 2), torch.full((2, 4, 2), 0.5)
     [
         (S, r"a pair of tensors, \(slots, weights\)"),
         ((S.tolist(), W), "a pair of tensors"),
+        ((S, W.to_sparse()), "which are dense and have values"),
+        ((S.to("meta"), W), "which are dense and have values"),
+        ((S, torch.nested.nested_tensor([W[0], W[1]])), "which are dense and have values"),
         ((W, S), "must be integers.*float32 and torch.int64"),
         ((S > 0, W), "must be integers.*torch.bool"),
         ((S, W[..., :1]), r"one shape.*\(2, 4, 2\) and \(2, 4, 1\)"),

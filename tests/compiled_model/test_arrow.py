@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,8 @@ def test_adapters_that_change(routed: Routed) -> None:
         ((["a", "b"], 3), "top_k=3; give a number of its adapters, 1 to 2"),
         ((["a", "b"], True), "top_k=True"),
         ((["a", "b"], 1, 0.0), r"temperature=0\.0"),
+        ((["a", "b"], 1, 1e-300), "temperature=1e-300; give a number above 0"),
+        ((["a", "b"], 1, 1e300), r"temperature=1e\+300"),
         ((["a", "b"], 1, float("nan")), "temperature=nan"),
         ((["a", "b"], 1, float("inf")), "temperature=inf"),
     ],
@@ -179,6 +182,35 @@ def test_adapters_that_change(routed: Routed) -> None:
 def test_arguments_are_checked(arguments, message: str) -> None:
     with pytest.raises(lorafx.ConfigError, match=message):
         lorafx.Arrow(*arguments)
+
+
+@ONE_FAMILY
+def test_a_route_is_no_adapter(routed: Routed, tmp_path: Path) -> None:
+    arrow, inputs, cm = lorafx.Arrow(["a", "b"], 1), inputs_of(2, 3), routed.cm
+    want = cm(**inputs, adapter_names=[arrow, None])[0]
+    for action in (cm.merge, partial(cm.export_merged, folder=tmp_path)):
+        with pytest.raises(lorafx.MatchError, match="chooses adapters for each token, so no"):
+            action(arrow)
+    assert cm.merged is None
+    for name in (arrow, lorafx.Arrow(["a", "c"], 1)):
+        with pytest.raises(lorafx.ConfigError, match="and no sum or route"):
+            cm.load_adapter(routed.paths["c"], name)
+    assert torch.equal(cm(**inputs, adapter_names=[arrow, None])[0], want)
+
+
+@ONE_FAMILY
+def test_waves_have_slots_for_what_routes_choose_from(routed: Routed) -> None:
+    few = lorafx.compile(
+        copy.deepcopy(routed.base),
+        lorafx.LoraConfig(max_rank=8, max_adapters=3),
+        adapters=routed.paths,
+        options={"lowering": "reference", "overflow": "waves"},
+    )
+    inputs = inputs_of(5, 4)
+    names = [lorafx.Arrow(["a", "b"], 1), "c", lorafx.Arrow(["c", "b"], 2), None, "a"]
+    want = routed.cm(**inputs, adapter_names=names)[0]
+    got = few(**inputs, adapter_names=names)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_route_is_a_value() -> None:

@@ -86,8 +86,16 @@ def test_what_is_refused(tmp_path_factory) -> None:
     mixed = Mixed(Served(llama, folder), folder / "xlora")
     mixed.peft()
     cm = mixed.served.cm
-    with pytest.raises(lorafx.BatchError, match="takes no past_key_values"):
-        lorafx.XLora(cm, mixed.folder)(**inputs_of(2, 3), past_key_values=object())
+    xlora, ids = lorafx.XLora(cm, mixed.folder), inputs_of(2, 3)["input_ids"]
+    for inputs, message in (
+        ({"input_ids": ids, "past_key_values": object()}, "takes no past_key_values"),
+        ({"input_ids": ids, "adapter_slots": ids}, "takes no adapter_slots"),
+        ({}, r"takes the keyword input_ids \(B, T\)"),
+        ({"input_ids": ids[0]}, "takes the keyword input_ids"),
+        ({"input_ids": ids.tolist()}, "takes the keyword input_ids"),
+    ):
+        with pytest.raises(lorafx.BatchError, match=message):
+            xlora(**inputs)
 
     def refused(error: type[lorafx.LorafxError], message: str) -> None:
         with pytest.raises(error, match=message):
@@ -108,13 +116,30 @@ def test_what_is_refused(tmp_path_factory) -> None:
         ),
         ({"adapters": {"0": ""}}, lorafx.CheckpointError, "no classifier of 1 outputs"),
         ({"top_k_lora": 3}, lorafx.ConfigError, "top_k_lora=3"),
+        ({"top_k_lora": "1"}, lorafx.ConfigError, "top_k_lora='1'; give a number of its"),
+        ({"top_k_lora": True}, lorafx.ConfigError, "top_k_lora=True"),
         ({"softmax_temperature": 0.0}, lorafx.ConfigError, r"softmax_temperature=0\.0"),
+        ({"softmax_temperature": None}, lorafx.ConfigError, "softmax_temperature=None"),
+        ({"softmax_temperature": 1e-300}, lorafx.ConfigError, "give a number above 0"),
+        ({"global_scaling_weight": 1e300}, lorafx.ConfigError, "give a finite number"),
+        ({"scaling_pass_value": float("nan")}, lorafx.ConfigError, "scaling_pass_value=nan"),
+        ({"enable_softmax": "false"}, lorafx.ConfigError, "enable_softmax='false'; give true or"),
+        ({"adapters": 3}, lorafx.UnsupportedAdapterError, "0 adapters"),
     ):
         config.write_text(json.dumps({**fields, **changes}))
         refused(error, message)
     config.write_text(json.dumps(fields))
-    save_file({**tensors, "other": torch.ones(1)}, file)
-    refused(lorafx.CheckpointError, "'other', which is no part")
+    bias = next(key for key in tensors if key.endswith("bias"))
+    for changes, message in (
+        ({"other": torch.ones(1)}, "'other', which is no part"),
+        ({f"layers.{'9' * 5000}.bias": torch.ones(1)}, "999, which is no part"),
+        ({f"more.{bias}": torch.ones(2)}, "which is no part"),
+        ({bias: torch.ones(3)}, "no classifier of 2 outputs"),
+        ({bias: torch.ones(2, dtype=torch.int64)}, "other values than finite floats"),
+        ({bias: torch.full((2,), torch.nan)}, "other values than finite floats"),
+    ):
+        save_file({**tensors, **changes}, file)
+        refused(lorafx.CheckpointError, message)
     file.unlink()
     refused(lorafx.CheckpointError, "PEFT 0.21 leaves out the layers")
     (mixed.folder / "adapter_model.safetensors").unlink()
