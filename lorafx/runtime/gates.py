@@ -155,8 +155,9 @@ def _checked(gates: Any, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
 
 
 def _is_dense(value: object) -> bool:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return dense and not (value.is_nested or value.is_meta)
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_nested or value.is_meta)
 
 
 def _sum(names: Sequence[str | None], mix: Iterable[tuple[int, float]]) -> str | None:
