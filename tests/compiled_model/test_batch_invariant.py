@@ -49,9 +49,15 @@ class Served:
         return self._alone[key]
 
 
-@pytest.fixture(
-    scope="module", params=[("llama", torch.float32), ("gemma3", torch.bfloat16)], ids=str
-)
+#: The second takes six minutes of CPU time. Bits of bfloat16 and of windows are quickly shown by
+#: the kernels' own tests (tests/kernels/cpu: test_dense, test_dense_attention, test_attention).
+SERVED = [
+    ("llama", torch.float32),
+    pytest.param(("gemma3", torch.bfloat16), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=SERVED, ids=str)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Wider than the other tiny models: a product of a vendor adds in more than one order, and no
     size is a whole number of vectors."""
@@ -86,7 +92,7 @@ def test_bits_in_any_mix(served: Served, requests: list[tuple[int, str | None]])
     assert served.cm.recompiles - graphs <= 1  # that of one request, where no test was before
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_bits_of_chunks_and_padding(served: Served, rows: int) -> None:
     """The prompt in chunks, down to a token; beside padding on either side."""
     names = [*NAMES[:rows]]

@@ -50,7 +50,11 @@ def qwen2() -> nn.Module:
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
 
 
-@pytest.fixture(scope="module", params=[llama, qwen2], ids=lambda build: build.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[llama, pytest.param(qwen2, marks=pytest.mark.slow)],
+    ids=["llama", "qwen2"],
+)
 def mixed(request, tmp_path_factory) -> Mixed:
     folder = tmp_path_factory.mktemp("adapters")
     return Mixed(Served(request.param, folder, TARGETS[llama]), folder / "xlora")
