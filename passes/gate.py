@@ -49,7 +49,8 @@ class Gate:
     required: bool = True
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        if not ctx.frame.gates:
+        form = ctx.frame.slots
+        if not form.gates:
             return 0
         # Where rows are not proved, a refusal stops the adapters that touch the site.
         sites = [n for n in gm.graph.nodes if is_site(n) and bound(n)["rows"] != ALL_ALIKE]
@@ -58,13 +59,13 @@ class Gate:
             return 0
         inputs = {
             name: ctx.gates_input(name, bound(sites[0])["slots"])
-            for name in (_FIELDS if ctx.frame.chosen else _FIELDS[:2])
+            for name in (_FIELDS if form.chosen else _FIELDS[:2])
         }
         with gm.graph.inserting_before(sites[0]):
             # Copies: kernels take the beginning of a buffer for aligned.
             each = [
                 ctx.emit(aten.clone.default, ctx.emit(aten.select.int, inputs["slots"], 0, gate))
-                for gate in range(0 if ctx.frame.chosen else ctx.frame.gates)
+                for gate in range(0 if form.chosen else form.gates)
             ]
         for node in sites:
             _gate(ctx, node, inputs, each)
@@ -78,7 +79,7 @@ def _refused(ctx: Context, node: fx.Node) -> bool:
         reason = "row ownership was not analysed"
     elif bound(node)["slots"].op != "placeholder":
         reason = "its rows are permuted, and no gates follow them"
-    elif ctx.frame.layers and not ctx.frame.begins_call:
+    elif ctx.frame.slots.layers and not ctx.frame.begins_call:
         reason = "layers may share its graph, and each has weights of its own"
     else:
         return False
@@ -91,7 +92,7 @@ def _refused(ctx: Context, node: fx.Node) -> bool:
 def _gate(
     ctx: Context, node: fx.Node, inputs: Mapping[str, fx.Node], slots: Sequence[fx.Node]
 ) -> None:
-    call, state = bound(node), ctx.states.pop(node)
+    call, state, form = bound(node), ctx.states.pop(node), ctx.frame.slots
     call.update((name, None) for name in _DROPPED if name in call)
     op: Any = node.target
     y, dims = call["y"], row_dims(node)
@@ -116,17 +117,20 @@ def _gate(
         call["y"] = ctx.emit(aten.full.default, sizes, 0, **settings)
         owner = ctx.row_owners(inputs["weights"], call["rows"], ctx.row_count(y, dims))
         weights = inputs["weights"]
-        if layers := ctx.frame.layers:  # adapters touch no others
-            layer = layers.index(path) if (path := state[0].site.path) in layers else 0
+        if form.layers:  # adapters touch no others
+            path = state[0].site.path
+            layer = form.layers.index(path) if path in form.layers else 0
             weights = ctx.emit(aten.select.int, weights, 0, layer)
         weights = ctx.emit(aten.index.Tensor, weights, [None, owner])
-        if ctx.frame.chosen:
+        if form.chosen:
             routes = ctx.emit(aten.clone.default, inputs["routes"])
             likeness = delta(slots=routes)
             fields = (inputs[name] for name in _FIELDS if name != "weights")
-            choose = partial(_chosen, ctx.frame.chosen)
+            choose = partial(_chosen, form.chosen)
             own, weights = ctx.traced(choose, likeness, owner, weights, *fields)
-            each = [ctx.emit(aten.select.int, own, 0, gate) for gate in range(ctx.frame.chosen)]
+            each = [
+                ctx.emit(aten.select.int, own, 0, gate) for gate in range(ctx.frame.slots.chosen)
+            ]
             deltas = [delta(slots=ctx.emit(aten.clone.default, item), rows=1) for item in each]
         else:
             deltas = [delta(slots=item) for item in slots]

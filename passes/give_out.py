@@ -96,7 +96,7 @@ def _batch(frame: Frame) -> BatchSymbols | None:
         batch = batch_of(frame)
     except ProvenanceError:
         return None
-    return None if frame.per_token or batch.is_one else batch
+    return None if frame.slots.per_token or batch.is_one else batch
 
 
 def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:

@@ -26,7 +26,7 @@ class LookUpSlots:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         frame = ctx.frame
-        if frame.begins_call or frame.per_token:
+        if frame.begins_call or frame.slots.per_token:
             return 0
         handle = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
         if handle is None:

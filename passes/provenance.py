@@ -127,13 +127,13 @@ class Provenance:
             batch = batch_of(ctx.frame)
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
-            if not ctx.frame.per_token:  # some results may depend on no request
+            if not ctx.frame.slots.per_token:  # some results may depend on no request
                 unrelated = BatchSymbols.of([sympy.Symbol("no_requests")])
                 seeds = seeds_of(ctx.frame.by_node, unrelated)
                 ctx.handover = prove_results(gm.graph, seeds, unrelated)[1]
         else:
             seeds = seeds_of(ctx.frame.by_node, batch)
-            if ctx.frame.per_token:
+            if ctx.frame.slots.per_token:
                 # Labels of results of earlier graphs name requests, not tokens.
                 earlier = Mixed("it comes from an earlier graph")
                 items = ctx.frame.by_node.items()
@@ -147,7 +147,7 @@ class Provenance:
                 if slots is not None:
                     check(gm.graph, fits, slots, batch)
             proofs = apply(gm.graph, proofs, batch)
-        if not ctx.frame.per_token:
+        if not ctx.frame.slots.per_token:
             ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed
             ctx.handover.counted = ctx.frame.counted
             ctx.handover.writable = ctx.frame.writable
@@ -157,7 +157,7 @@ class Provenance:
             if 0 in node.meta["val"].shape:  # an expert that no token chose has no rows
                 proofs[node] = RowMap(ONE)
                 rebind(node, rows=1)
-        unit = "token" if ctx.frame.per_token else "request"
+        unit = "token" if ctx.frame.slots.per_token else "request"
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
                 state.rows = (

@@ -47,7 +47,7 @@ from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
-from lorafx.program.frame import LOOKED_UP, Frame
+from lorafx.program.frame import LOOKED_UP, PER_REQUEST, Frame, SlotForm
 from lorafx.program.program import PassReport, Program
 from lorafx.program.stack import called_directly
 from lorafx.torch_internals.aot_autograd import aot_autograd
@@ -103,24 +103,16 @@ class Backend:
             self._observers.remove(observer)
 
     def __call__(
-        self, gm: fx.GraphModule, examples: Sequence[Any], **form: Any
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, slots: SlotForm = PER_REQUEST
     ) -> Callable[..., Any]:
         """The executable of a frame, for Dynamo. Arguments and errors are those of `compile`."""
-        return self.compile(gm, examples, **form).executable
+        return self.compile(gm, examples, slots=slots).executable
 
     def compile(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        *,
-        per_token: bool = False,
-        gates: int = 0,
-        chosen: int = 0,
-        layers: tuple[str, ...] = (),
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, slots: SlotForm = PER_REQUEST
     ) -> Compilation:
-        """Compile a frame whose inputs are `examples`; `Frame` has what the others are. Raises
-        ReplacedModuleError, and keeps no graph, if an adapter of the batch touches a replaced
-        module."""
+        """Compile a frame whose inputs are `examples`. Raises ReplacedModuleError, and keeps no
+        graph, if an adapter of the batch touches a replaced module."""
         program, self._value_at, self._watched = self.program, None, None
         traced = tracing_seconds()
         inductor = isinstance(self.lowering, InductorLowering)
@@ -130,8 +122,7 @@ class Backend:
 
             ask_compiler()
         frame = self._new_frame(gm, examples)
-        frame.per_token, frame.gates = per_token, gates
-        frame.chosen, frame.layers = chosen, layers
+        frame.slots = slots
         active = bool(program.runtime.active)
         is_entry = frame.begins_call and not program.site_watch.missing
         call = form_of(program, frame)
@@ -163,7 +154,7 @@ class Backend:
         program.in_pieces |= frame.follows_another or bool(checks.arguments) or ends_in_break()
         lora = bool(program.runtime.active) and frame.carries_lora
         title = f"graph {len(self.records)} {'lora' if lora else 'base'}"
-        title += " per token" if frame.per_token else ""
+        title += " per token" if frame.slots.per_token else ""
         changed = "".join(places.change() for places in program.watched_places[-1:])
         why = reason(call, [record.form for record in self.records], changed)
         keeps = self._keeps_stages or program.options.verify == "numeric"

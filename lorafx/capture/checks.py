@@ -31,7 +31,7 @@ class Checks:
     """The checks of a graph, and the positions of its inputs among its arguments.
 
     Attributes:
-        begins_call, per_token, inside: as in `Frame`.
+        begins_call, inside: as in `Frame`; per_token: as in its `slots`.
         weights, banks: site path -> position, and index among the weight's or the group's sites.
         requests: (position, dimension) of inputs that carry requests.
         arguments: position -> role of the inputs that are arguments of the call at capture.
@@ -61,7 +61,7 @@ class Checks:
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any]) -> Checks:
         """The checks of a frame whose inputs are `examples`."""
-        checks = cls(frame.begins_call, frame.per_token)
+        checks = cls(frame.begins_call, frame.slots.per_token)
         for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
             for index, site in enumerate(item.sites):
                 if item.derived is None:

@@ -67,14 +67,14 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 def form_of(program: Program, frame: Frame) -> dict[str, str]:
     """The form of the running call: a text for each property in which graphs differ."""
-    call, runtime = program.call, program.runtime
+    call, runtime, slots = program.call, program.runtime, frame.slots
     named: Mapping[str, object] = {} if call is None else call.named
     tokens = next((named[name] for name in PRIMARY if isinstance(named.get(name), Tensor)), None)
-    unit = f"{frame.gates} gates" if frame.gates else "slots"
-    unit = f"{frame.chosen} chosen of {unit}" if frame.chosen else unit
+    unit = f"{slots.gates} gates" if slots.gates else "slots"
+    unit = f"{slots.chosen} chosen of {unit}" if slots.chosen else unit
     form = {
         "adapters": "with adapters" if runtime.active else "without adapters",
-        "slots": f"{unit} per {'token' if frame.per_token else 'request'}",
+        "slots": f"{unit} per {'token' if slots.per_token else 'request'}",
         "part": "the whole call" if frame.begins_call else "a part of a call",
         "requests": "a batch of one" if len(runtime.rows) == 1 else "several requests",
     }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.argument_roles import RoleTable, caches
+from lorafx.program.frame import SlotForm
 from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 from lorafx.runtime.resting import refuse_elsewhere
@@ -43,9 +44,7 @@ def forward_of(entries: CompiledForwards) -> Callable[..., Any]:
     """The compiled forward of the model, for the requests of the running call."""
     session = entries.session
     if session.requests.tokens_known or not _activates(session):
-        requests = session.requests
-        slots: dict[str, Any] = {"per_token": requests.per_token, "gates": requests.gates}
-        return entries.of(entries.model, **slots, layers=requests.layers)
+        return entries.of(entries.model, slots=session.requests.slot_form)
     return ActivatedForward(entries, entries.model)
 
 
@@ -111,7 +110,7 @@ class ActivatedForward:
         self._past = 0
         self._by_row = entries.of(module)
         self.name, self.roles = self._by_row.name, self._by_row.roles
-        self._by_token = entries.of(module, per_token=True)
+        self._by_token = entries.of(module, slots=SlotForm(per_token=True))
         functools.update_wrapper(self, module.forward)  # `generate` reads its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -296,8 +296,9 @@ class Context:
         assert self.fake_mode is not None
         like, many = fake_value(slots), name in ("slots", "weights")
         dtype = torch.float32 if name in ("weights", "temperatures") else torch.int32
-        layers = (len(self.frame.layers),) if self.frame.layers and name == "weights" else ()
-        shape = (*layers, self.frame.gates, *like.shape) if many else like.shape
+        form = self.frame.slots
+        layers = (len(form.layers),) if form.layers and name == "weights" else ()
+        shape = (*layers, form.gates, *like.shape) if many else like.shape
         with self.fake_mode:
             value = torch.empty(shape, dtype=dtype, device=like.device)
         return self._extra_input((0, 0), f"gate_{name}", value)

@@ -7,7 +7,7 @@ compilation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -27,6 +27,26 @@ GATES = {f"gate_{name}": name for name in Gates._fields}
 LOOKED_UP = (SLOTS, ONE_SLOT, *GATES)
 
 
+class SlotForm(NamedTuple):
+    """How a graph gets the slots of rows.
+
+    Attributes:
+        per_token: slots are given per token, in row-major order of (B, T), not per request.
+        gates: the number of adapters that a token, or a request, has with weights; 0: one without.
+        chosen: how many of these adapters modules choose for a token at most; 0: they are given.
+        layers: paths of the sites that have weights of their own, in the order of these; else none.
+    """
+
+    per_token: bool = False
+    gates: int = 0
+    chosen: int = 0
+    layers: tuple[str, ...] = ()
+
+
+#: One slot for each request.
+PER_REQUEST = SlotForm()
+
+
 class Frame:
     """A captured frame's inputs by position, and by placeholder of its graph."""
 
@@ -36,14 +56,7 @@ class Frame:
         self.writable: tuple[int, ...] = ()
         #: Whether it begins with the call's arguments, which mean the same in every call.
         self.begins_call = False
-        #: Whether slots are given per token, in row-major order of (B, T), not per request.
-        self.per_token = False
-        #: The number of adapters that a token, or a request, has with weights; 0: one without.
-        self.gates = 0
-        #: How many of these adapters modules choose for a token at most; 0: they are given.
-        self.chosen = 0
-        #: Paths of the sites that have weights of their own, in the order of these; else none.
-        self.layers: tuple[str, ...] = ()
+        self.slots = PER_REQUEST
         #: Arguments with an entry for each token -> that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
         #: Arguments with several sequences of each request in dimension 1; executables check that
@@ -117,7 +130,7 @@ class Frame:
 
     def slot_count(self) -> Any:
         """The number of slots of a batch: of its requests, or of their tokens; as `batch_size`."""
-        size, tokens = self.batch_size(), token_inputs(self) if self.per_token else {}
+        size, tokens = self.batch_size(), token_inputs(self) if self.slots.per_token else {}
         lengths = [fake_value(node).shape[dim] for node, dim in tokens.items()]
         return size * lengths[0] if lengths and size is not None else size
 
@@ -141,7 +154,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
         sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
         dim = item.requests_dim
         if item.kind == "slots":
-            if not frame.per_token and item.label != ONE_SLOT:
+            if not frame.slots.per_token and item.label != ONE_SLOT:
                 symbols.update(sizes)
         elif dim is not None and dim < len(sizes):
             symbols.add(sizes[dim])

@@ -26,6 +26,7 @@ from lorafx.model.replaced_methods import ReplacedMethod
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import MOST_REQUESTS
 from lorafx.program.argument_roles import IMAGES, RoleTable
+from lorafx.program.frame import PER_REQUEST, SlotForm
 from lorafx.program.program import Program
 from lorafx.program.refusals import LastingRefusal
 from lorafx.program.row_handoff import label_arguments
@@ -56,10 +57,7 @@ class Entry:
         function: Callable[..., Any],
         name: str = "forward",
         *,
-        per_token: bool = False,
-        gates: int = 0,
-        chosen: int = 0,
-        layers: tuple[str, ...] = (),
+        slots: SlotForm = PER_REQUEST,
         packed: bool = False,
         tiers: Tiers | None = None,
     ) -> None:
@@ -71,13 +69,7 @@ class Entry:
         self.name = f"the {name} of {type(module).__name__}"
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
-        #: How graphs get the slots of rows, as `Frame` has it.
-        self.slots: dict[str, Any] = {
-            "per_token": per_token,
-            "gates": gates,
-            "chosen": chosen,
-            "layers": layers,
-        }
+        self.slots = slots
         self.target = _to_trace(session.program, module, function) if self.is_forward else function
         #: Whether calls without an adapter run the base's own graphs; "warmup": as soon as `warmup`
         #: has compiled some.
@@ -111,7 +103,7 @@ class Entry:
             named = kwargs = plain_tokens(kwargs)
         if self.module is session.program.model and self.is_forward:
             check_inputs(self.roles, named)
-        session.set_batch(self.roles, self.roles.spread(named), gates=self.slots["gates"])
+        session.set_batch(self.roles, self.roles.spread(named), gates=self.slots.gates)
         _fix_image_sizes(named)
         session.program.pack_watch.check()
         session.program.quantised.settle_again()
@@ -258,7 +250,7 @@ class Entry:
         saved = self._saved_graphs(base=base)
         return Traced(
             self.target,
-            functools.partial(_weak_method(backend.__call__), **self.slots),
+            functools.partial(_weak_method(backend.__call__), slots=self.slots),
             name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
@@ -281,7 +273,7 @@ class Entry:
             "module": paths.get(id(self.module)),
             "name": self.name,
             "base": base,
-            **self.slots,
+            **self.slots._asdict(),
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }

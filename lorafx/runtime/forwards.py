@@ -14,8 +14,9 @@ from lorafx.model.attachment import Attachment
 from lorafx.model.changes_watch import hooks_of
 from lorafx.model.keywords import takes
 from lorafx.model.replaced_methods import forward_of
+from lorafx.program.frame import PER_REQUEST, SlotForm
 from lorafx.runtime.entry import Entry
-from lorafx.runtime.gates import chosen_among
+from lorafx.runtime.gates import form_of_names
 from lorafx.runtime.session import Session
 from lorafx.torch_internals.dynamo import any_global_hook
 
@@ -43,9 +44,7 @@ class CompiledForwards:
         self,
         module: nn.Module,
         *,
-        per_token: bool = False,
-        gates: int = 0,
-        layers: tuple[str, ...] = (),
+        slots: SlotForm = PER_REQUEST,
         packed: bool = False,
         method: MethodType | None = None,
     ) -> Entry:
@@ -53,14 +52,12 @@ class CompiledForwards:
         called directly. A new entry is made if the forward has been replaced."""
         name = "forward" if method is None else method.__name__
         function = forward_of(module) if method is None else method
-        chosen = 0
-        if not (per_token or gates or packed):
-            gates, chosen = chosen_among(self.session.requests.names)
-        key = id(module), per_token, gates, chosen, layers, packed, name
+        if slots == PER_REQUEST and not packed:
+            slots = form_of_names(self.session.requests.names)
+        key = id(module), slots, packed, name
         entry = self.made.get(key)
         if entry is None or entry.function != function:
-            slots = {"per_token": per_token, "gates": gates, "chosen": chosen, "layers": layers}
-            shape: dict[str, Any] = {**slots, "packed": packed}
+            shape: dict[str, Any] = {"slots": slots, "packed": packed}
             entry = Entry(self.session, module, function, name, **shape, tiers=self.tiers)
             self.made[key] = entry
         return entry

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE, MOST_GATES, AdapterName, Arrow, Mixture
 from lorafx.errors import BatchError
 from lorafx.model.runtime import Gates
+from lorafx.program.frame import PER_REQUEST, SlotForm
 from lorafx.runtime.requests import Requests, checked_names, requests_of
 
 
@@ -36,7 +37,7 @@ def requests_with_gates(
     if slots is not None:
         raise BatchError("adapter_slots and adapter_gates each say what a token gets; give one")
     pointed = checked_names(names) or tuple(loaded)
-    choices(pointed, 0)
+    refuse_routes(pointed)
     indices, weights = _checked(gates, pointed)
     bases = [index for index, name in enumerate(pointed) if name in (None, BASE)]
     unused = torch.isin(indices, torch.tensor([-1, *bases])) | (weights == 0)
@@ -70,27 +71,28 @@ def _rounded(count: int) -> int:
     return max(2, 1 << (count - 1).bit_length())
 
 
-def chosen_among(names: Iterable[str | None]) -> tuple[int, int]:
-    """Of the routes among these names: how many adapters a module chooses among, rounded, and how
-    many of them at most; zeros without a route."""
-    routes = [name for name in names if isinstance(name, Arrow)]
+def form_of_names(names: Iterable[str | None]) -> SlotForm:
+    """How rows with these names have slots: with a route each has those that modules choose from,
+    their number rounded."""
+    routes = routes_among(names)
     if not routes:
-        return 0, 0
-    most = max(len(name.experts) for name in routes)
-    return _rounded(most), max(name.top_k for name in routes)
+        return PER_REQUEST
+    most = max(len(route.experts) for route in routes)
+    return SlotForm(gates=_rounded(most), chosen=max(route.top_k for route in routes))
 
 
-def choices(names: Iterable[str | None], gates: int) -> list[str]:
-    """The adapters that the routes among `names` choose from. Raises BatchError for a route where
-    rows have no gates."""
-    routes = [name for name in names if isinstance(name, Arrow)]
-    if routes and not gates:
+def routes_among(names: Iterable[str | None]) -> list[Arrow]:
+    return [name for name in names if isinstance(name, Arrow)]
+
+
+def refuse_routes(names: Iterable[str | None]) -> None:
+    """Raise BatchError for a route, where rows have no gates."""
+    for route in routes_among(names):
         raise BatchError(
-            f"{routes[0]!r} chooses adapters by itself, which calls of a compiled model and its "
+            f"{route!r} chooses adapters by itself, which calls of a compiled model and its "
             "generate() serve for whole rows. It has no part in adapter_slots or adapter_gates, "
             "beside aLoRA, and in continuous batching: name one of its adapters there"
         )
-    return [expert for route in routes for expert in route.experts]
 
 
 def gates_of_rows(

@@ -16,6 +16,7 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, numbered
 from lorafx.program.argument_checks import sizes_of
 from lorafx.program.argument_roles import PRIMARY, TOKEN_DIMS, RoleTable, new_tokens
+from lorafx.program.frame import PER_REQUEST, SlotForm
 from lorafx.program.program import Call
 
 Names = Sequence["str | None"]
@@ -64,15 +65,14 @@ class Requests(NamedTuple):
     layers: tuple[str, ...] = ()
 
     @property
-    def per_token(self) -> bool:
-        """Whether tokens have slots, and not requests, as one token each with gates is."""
-        tokens = self.tokens
-        return tokens is not None and (self.weights is None or tokens.shape[1] > 1)
-
-    @property
-    def gates(self) -> int:
-        """The number of gates of each token, or request; 0 where it has one adapter."""
-        return 0 if self.weights is None else self.weights.shape[-1]
+    def slot_form(self) -> SlotForm:
+        """How graphs get their slots, which names alone may change (`form_of_names`). One token
+        each with gates is a request."""
+        if self.tokens is None:
+            return PER_REQUEST
+        if self.weights is None:
+            return SlotForm(per_token=True)
+        return SlotForm(self.tokens.shape[1] > 1, self.weights.shape[-1], layers=self.layers)
 
     @property
     def tokens_known(self) -> bool:
@@ -134,7 +134,11 @@ class Requests(NamedTuple):
         # A table on tensors: a loop over 8,192 tokens takes a millisecond.
         table = torch.tensor(by_place, dtype=torch.int32)
         by_token = table.index_select(0, self.tokens.flatten().int() + 1)
-        return by_token if self.weights is None else by_token.view(-1, self.gates).T.contiguous()
+        return (
+            by_token
+            if self.weights is None
+            else by_token.view(-1, self.weights.shape[-1]).T.contiguous()
+        )
 
 
 def _sizes_text(call: Call | None) -> str:

@@ -33,7 +33,7 @@ from lorafx.model.replaced_methods import Replacements
 from lorafx.model.runtime import Gates, Runtime
 from lorafx.program.argument_roles import RoleTable
 from lorafx.program.program import AT_REST, Batch, Program
-from lorafx.runtime.gates import choices, gates_of_rows
+from lorafx.runtime.gates import gates_of_rows, refuse_routes, routes_among
 from lorafx.runtime.requests import (
     BLOCK_THREADS,
     IN_BLOCKS,
@@ -354,7 +354,11 @@ class Session:
             names = requests.of_rows(rows, call=call)
             if self.base.merged is not None and not running.warming:
                 names = [None] * len(names)  # the merged weights serve all rows
-            count, names = len(names), [*names, *choices(names, gates)]
+            count = len(names)
+            if gates:
+                names = [*names, *(n for route in routes_among(names) for n in route.experts)]
+            else:
+                refuse_routes(names)
             slots = self.store.acquire(names, running.slots_in_use)
             row_slots: Sequence[int] | Tensor = slots[:count]
             if gates:
@@ -370,7 +374,7 @@ class Session:
                 check_tokens(tokens, roles, named)
             rows, used = None, requests.used()
             names = tuple(used.values())
-            choices(names, 0)
+            refuse_routes(names)
             if requests.weights is not None:
                 refuse_in_gates(map(self.store.__getitem__, adapters_among(names)))
             slots = self.store.acquire(names, running.slots_in_use)

@@ -64,7 +64,7 @@ from lorafx.generation.continuous.shares import Share, Shares
 from lorafx.generation.continuous.with_inputs import RequestsWithInputs
 from lorafx.model.keywords import refuse_slips
 from lorafx.runtime.forwards import CompiledForwards
-from lorafx.runtime.gates import choices
+from lorafx.runtime.gates import refuse_routes
 from lorafx.runtime.kinds import CALLS
 
 _COMPILED = "lorafx compiles the model itself"
@@ -462,7 +462,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             name = session.default if adapter is DEFAULT else one_name(adapter, "adapter")
             if name is None or name == BASE:
                 return None, 0
-            choices([name], 0)
+            refuse_routes([name])
             hold = session.store.hold(name)
         name, pinned = hold.name, session.store.pinned
         if pinned and name not in pinned and not session.store.fits(frozenset({name})):
