@@ -15,7 +15,8 @@ scale (G, N, 2) that has the zero in it,
 
 On a CPU few rows are multiplied by generated code that reads the weight once (dense.cpp), and
 widens integers in registers. More are multiplied by aten.mm and addmm, or by oneDNN if that is
-faster; of integers W is then made in the dtype of x. The choice is made at each call in C++
+faster, and in float32 where aten has no instructions for the dtype; of integers W is then made in
+the dtype of x. The choice is made at each call in C++
 (weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler
 and on other devices aten computes all. A row that generated code computes is bit-equal in all such
 batches. For few rows a product and its delta are one parallel region (delta_beside.cpp), with the
@@ -168,9 +169,6 @@ def source(spec: WeightSpec, isa: Isa) -> str:
 #: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
 #: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
 MAX_ROWS = 64
-#: The same for float16 if aten.mm has no instructions for it: the generated kernel is 3 to 5 times
-#: as fast for 4 to 512 rows; more were not measured.
-MAX_ROWS_FLOAT16 = 512
 #: The same for bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, not measured.
 MAX_ROWS_WITH_TILES = 8
 
@@ -184,16 +182,7 @@ def max_rows(dtype: torch.dtype) -> int:
     """The number of rows up to which the generated kernel is used; 0 if there is none."""
     if dtype not in ELEMENTS:
         return 0
-    if dtype == torch.bfloat16 and has_matrix_tiles():
-        return MAX_ROWS_WITH_TILES
-    return MAX_ROWS_FLOAT16 if dtype == torch.float16 and _aten_converts_float16() else MAX_ROWS
-
-
-@functools.cache
-def _aten_converts_float16() -> bool:
-    """Whether aten.mm converts float16 itself, and does not use oneDNN."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
-    return supported is not None and not supported()
+    return MAX_ROWS_WITH_TILES if dtype == torch.bfloat16 and has_matrix_tiles() else MAX_ROWS
 
 
 WEIGHT_OPS = ("epilogue.h", "dense_args.h", "weight_op.cpp")
@@ -207,11 +196,14 @@ def op_library() -> ctypes.CDLL:
         "aoti_torch_cpu_addmm_out",
         "torch_new_list_reserve_size",
         "torch_list_push_back",
+        "aoti_torch_copy_",
     )
     functions = [dispatcher().lorafx_run_delta]
     library = register("lorafx::weight_mm", WEIGHT_OPS, shims, functions, _LOAD)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
     many_by_onednn(library)
+    for dtype in _INSTRUCTIONS:
+        many_in_float32(library, dtype)
     return library
 
 
@@ -223,6 +215,23 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
         enabled = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
     linear = torch_function("aoti_torch_cpu__linear_pointwise") if enabled else None
     library.lorafx_add_many(dtype_code(torch.float32), linear)
+
+
+#: Whether oneDNN has instructions for a dtype; aten.mm converts each number by itself otherwise.
+_INSTRUCTIONS = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
+
+def many_in_float32(library: ctypes.CDLL, dtype: torch.dtype, enabled: bool | None = None) -> None:
+    """Multiply many rows of a dtype in float32; None does so where aten has no instructions for it.
+    Converting takes 0.14 to 0.25 of aten.mm's time for 65 to 1,024 rows, and as long as generated
+    code for 64 to 128 (Zen 3, AVX2, one thread, W of 1024 × 1024 to 2816 × 1024)."""
+    if enabled is None:
+        supported = getattr(torch.ops.mkldnn, _INSTRUCTIONS[dtype], None)
+        enabled = supported is not None and not supported()
+    library.lorafx_widen_many(dtype_code(dtype), dtype_code(torch.float32) if enabled else 0)
 
 
 def _enter(spec: WeightSpec, isa: Isa, library: ctypes.CDLL) -> bool:

@@ -29,6 +29,7 @@ struct WeightShims {  // the order of _SHIMS in cpu_source.py, then of `op_libra
     int32_t (*addmm)(Handle, Handle, Handle, Handle, double, double);
     int32_t (*new_list)(size_t, Handle*);
     int32_t (*push)(Handle, uint64_t);
+    int32_t (*copy)(Handle to, Handle from, int32_t);
     RunDelta run_delta;
 };
 static WeightShims more;
@@ -46,6 +47,13 @@ typedef int32_t (*Linear)(Handle x, Handle weight, Handle* bias, const char* att
                           int64_t count, const char** algorithm, Handle* y);
 static const int DTYPES = 64;
 static Linear linears[DTYPES];  // by torch's number of a dtype
+
+// The dtype in which many rows of another are multiplied, or 0; and the columns of W converted at a time.
+static int32_t wider[DTYPES];
+static const int64_t CONVERTED_COLUMNS = 256;
+static int32_t wider_than(int32_t dtype) {
+    return dtype >= 0 && dtype < DTYPES ? __atomic_load_n(wider + dtype, __ATOMIC_ACQUIRE) : 0;
+}
 
 // Elements of the longest step of a generated kernel, which no group may cut.
 static const int64_t LONGEST_STEP = 32;
@@ -136,6 +144,38 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
     }
 }
 
+static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta* delta, bool fixed);
+
+// Where aten.mm has no instructions for a dtype. W is converted block by block, which a cache holds.
+static bool converted(const Kernel* k, Handle x, const View& xs, Handle w, const View& ws, Handle bias,
+                       const View* bs, Handle y) {
+    const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
+    const int32_t type = wider_than(xs.dtype);
+    if (!type || M <= (k ? k->most_rows : 0) || !K || !N) return false;
+    const int64_t rows[] = {M, K}, block[] = {CONVERTED_COLUMNS < N ? CONVERTED_COLUMNS : N, K}, strides[] = {K, 1};
+    OwnedTensor left, space;
+    succeeds(torch.empty(2, rows, strides, type, 0, 0, &left.tensor));
+    succeeds(torch.empty(2, block, strides, type, 0, 0, &space.tensor));
+    succeeds(more.copy(left.tensor, x, 0));
+    for (int64_t first = 0; first < N; first += block[0]) {
+        const int64_t size = N - first < block[0] ? N - first : block[0], sizes[] = {size, K}, one = 1;
+        OwnedTensor stored, right, addend, out;
+        succeeds(more.view(w, 2, sizes, ws.strides, first * ws.strides[0], &stored.tensor));
+        succeeds(more.view(space.tensor, 2, sizes, strides, 0, &right.tensor));
+        succeeds(more.copy(right.tensor, stored.tensor, 0));
+        if (bias) {
+            OwnedTensor narrow;
+            part(&narrow, bias, 1, 0, size, 0, bs->strides[0], first);
+            succeeds(torch.empty(1, &size, &one, type, 0, 0, &addend.tensor));
+            succeeds(more.copy(addend.tensor, narrow.tensor, 0));
+        }
+        const OwnedTensor wide((uint64_t)dense_product(addend.tensor, left.tensor, right.tensor, 0, 0, false));
+        part(&out, y, 2, M, size, N, 1, first);
+        succeeds(more.copy(out.tensor, wide.tensor, 0));
+    }
+    return true;
+}
+
 static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta* delta, bool fixed) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
@@ -153,7 +193,7 @@ static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta*
         succeeds(torch.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
         if (delta) delta->operands[0] = (uint64_t)y.tensor;
         if (by_kernel(k, xs, ws, b, y.tensor, delta, fixed)) added = true;
-        else {
+        else if (fixed || !converted(k, x, xs, w, ws, bias, b, y.tensor)) {
             require(!fixed || !M || !xs.sizes[1] || !N, "lorafx: no generated product fits x and weight");
             by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
         }
@@ -323,6 +363,11 @@ extern "C" void lorafx_add_many(int32_t dtype, Linear linear) {
     if (dtype >= 0 && dtype < DTYPES) __atomic_store_n(linears + dtype, linear, __ATOMIC_RELEASE);
 }
 
+extern "C" void lorafx_widen_many(int32_t dtype, int32_t type) {
+    if (dtype >= 0 && dtype < DTYPES) __atomic_store_n(wider + dtype, type, __ATOMIC_RELEASE);
+}
+
 extern "C" int32_t lorafx_has_many(int32_t dtype) {
+    if (wider_than(dtype)) return 1;
     return dtype >= 0 && dtype < DTYPES && __atomic_load_n(linears + dtype, __ATOMIC_ACQUIRE);
 }

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
 
-from lorafx.kernels.cpu.weight_mm import max_rows
+from lorafx.kernels.cpu.weight_mm import many_in_float32, max_rows, op_library
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
@@ -113,16 +113,24 @@ def scaled(g: SiteGraph, x: fx.Node) -> fx.Node:
     [
         (many, max_rows(torch.float32), torch.float32, 1),
         (many, max_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
+        (many, max_rows(torch.float16) + 1, torch.float16, 1),
         (many, 3, torch.float64, 0),
         (scaled, 3, torch.float32, 0),
     ],
 )
 def test_what_is_left_alone(build, rows: int, dtype: torch.dtype, edits: int) -> None:
+    """On a CPU with instructions for bfloat16, and none for float16."""
     g, x = start(rows, dtype)
     done = g.output(build(g, x))
-    want = done.result()
-    assert done.run(Products()) == edits
-    assert error(done.result()[0], want[0]) <= 1e-6
+    want, library = done.result(), op_library()
+    many_in_float32(library, torch.bfloat16, False)
+    many_in_float32(library, torch.float16, True)
+    try:
+        assert done.run(Products()) == edits
+        assert error(done.result()[0], want[0]) <= (1e-3 if dtype == torch.float16 else 1e-6)
+    finally:
+        many_in_float32(library, torch.bfloat16)
+        many_in_float32(library, torch.float16)
 
 
 B, T = 3, 2

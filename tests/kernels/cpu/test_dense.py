@@ -62,15 +62,22 @@ def any_rows(tried_anew: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     assert all(weight_mm.ready(dense(dtype)) for dtype in DTYPES)
 
 
-@pytest.fixture(params=["aten", "onednn"])
+@pytest.fixture(params=["aten", "onednn", "float32"])
 def library(request) -> Iterator[None]:
     """What multiplies many rows, on any CPU."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
     weight_mm.ready(dense(torch.float32))
-    weight_mm.many_by_onednn(weight_mm.op_library(), request.param == "onednn")
+    set_many(request.param == "onednn", request.param == "float32")
     yield
-    weight_mm.many_by_onednn(weight_mm.op_library())
+    set_many(None, None)
+
+
+def set_many(onednn: bool | None, float32: bool | None) -> None:
+    library = weight_mm.op_library()
+    weight_mm.many_by_onednn(library, onednn)
+    for dtype in (torch.bfloat16, torch.float16):
+        weight_mm.many_in_float32(library, dtype, float32)
 
 
 @needs_compiler
@@ -98,6 +105,29 @@ def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
         bias, x, weight = operands(rows, 33, 47, dtype)
         check(lora.weight_mm(x, weight, sizes=sizes), x, weight)
         check(lora.weight_mm(x, weight, bias, sizes=sizes), x, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("float32", [False, True])
+def test_many_rows_in_float32(dtype: torch.dtype, float32: bool) -> None:
+    """W in blocks, of which the last is smaller; with strides; of integers."""
+    set_many(None, float32)
+    try:
+        bias, x, weight = operands(200, 40, 600, dtype)
+        with torch.profiler.profile() as seen:
+            got = lora.weight_mm(x, weight)
+        assert ("aten::copy_" in {event.key for event in seen.key_averages()}) is float32
+        check(got, x, weight)
+        check(lora.weight_mm(x, weight, bias), x, weight, bias)
+        apart, columns = x.T.contiguous().T, weight.T.contiguous().T  # of stride M, and N
+        check(lora.weight_mm(apart, columns, bias[:1].expand(600)), x, weight, bias[:1].expand(600))
+        form = weight_mm.WeightSpec(dtype, torch.int8, torch.float32)
+        assert weight_mm.ready(form)
+        q, scale = torch.randint(-9, 9, weight.shape, dtype=torch.int8), torch.rand(600, 1)
+        check(lora.weight_mm(x, q, scale=scale), x, (q * scale).to(dtype))
+    finally:
+        set_many(None, None)
 
 
 @needs_compiler
