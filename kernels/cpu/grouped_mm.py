@@ -101,10 +101,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """y (M, N) for x (M, K), sorted by expert, weight (E, K, N) and offs, int32 (E,), the ends of
     the experts' rows. Raises LoweringError for an end behind the last row."""
     _check(x, weight, offs)
-    groups = _groups(offs)
-    for start, end in groups:
-        if not start <= end <= len(x):
-            raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
+    groups = groups_of("grouped_mm", offs, len(x))
     y = x.new_empty(x.shape[0], weight.shape[2])
     y[groups[-1][1] if groups else 0 :].zero_()
     matrix_tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
@@ -119,8 +116,13 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-def _groups(offs: Tensor) -> list[tuple[int, int]]:
-    return list(itertools.pairwise([0, *offs.tolist()]))
+def groups_of(op: str, offs: Tensor, rows: int) -> list[tuple[int, int]]:
+    """Where the rows of each expert begin and end. Raises LoweringError if that is not in order."""
+    groups = list(itertools.pairwise([0, *offs.tolist()]))
+    for start, end in groups:
+        if not start <= end <= rows:
+            raise LoweringError(f"lorafx::{op}: offs ends at {end}, of {rows} rows")
+    return groups
 
 
 def grouped_mm_fake(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -150,7 +152,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     if x_needs:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
     if weight_needs:
-        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in _groups(offs)])
+        of_weight = torch.stack(
+            [
+                x[start:end].T @ grad[start:end]
+                for start, end in groups_of("grouped_mm", offs, len(x))
+            ]
+        )
     return of_x, of_weight, None
 
 
