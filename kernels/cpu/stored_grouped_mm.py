@@ -65,7 +65,7 @@ def stored_grouped_mm_fake(
 
 
 def _divides(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    return len(shape) == 3 and all(n % max(part, 1) == 0 for n, part in zip(sizes, shape))
+    return len(shape) == 3 and all(n % max(part, 1) == 0 for n, part in zip(sizes, shape, strict=True))
 
 
 def _product(

@@ -110,8 +110,14 @@ def uses_implementation(module: nn.Module) -> bool:
 def held_parts(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     """The parts of a weight of experts by their paths; none of a plain one, or of one of which one
     expert cannot be read alone."""
-    try:
-        stored = stored_of(module, name)
-    except ConfigError:
-        return []
+    stored = None if unreadable(module, name) else stored_of(module, name)
     return [] if stored is None else list(zip(stored.paths, parts_of(module, stored), strict=True))
+
+
+def unreadable(module: nn.Module, name: str) -> str | None:
+    """Why one expert of the weight `name` cannot be read alone; None if it can."""
+    try:
+        stored_of(module, name)
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -17,6 +17,7 @@ import lorafx.model.marks
 import lorafx.package.load  # noqa: F401  (all define ops)
 from lorafx.errors import CaptureError
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
+from lorafx.kernels.cpu.stored_grouped_mm import STORED_GROUPED_MM
 from lorafx.kernels.ops.op_library import _LIBRARY
 
 ops = torch.ops.lorafx
@@ -60,6 +61,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *(TABLE, ONE_SLOT, 1),
     ),
     "grouped_mm": (X, _numbers(2, K, N), GROUPS),
+    "stored_grouped_mm": (
+        *(X, [torch.arange(2 * N * K, dtype=torch.int8).view(2, N, K), torch.ones(2, 1, 1)]),
+        *(GROUPS, "affine", [2, N, K], False),
+    ),
 }
 #: Ops without a floating-point result of an argument.
 OF_INDICES = {"checked_index", "expert_slots", "own_mask"}
@@ -119,8 +124,10 @@ WAYS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_it_has_its_derivative_or_raises(name: str, way: str) -> None:
     run, x = _function(name)
-    if name == "grouped_mm" and way == "autograd":
-        parts = zip((0, 1), (1, 3), CALLS[name][1], strict=True)
+    if name.endswith("grouped_mm") and way == "autograd":
+        weight = CALLS[name][1]
+        weight = weight if name == "grouped_mm" else weight[0].float().mT
+        parts = zip((0, 1), (1, 3), weight, strict=True)
         ones = [torch.ones(end - start, N) @ weight.T for start, end, weight in parts]
         torch.testing.assert_close(WAYS[way](run, x), torch.cat(ones))
         return
@@ -141,3 +148,4 @@ def test_the_forward_runs_with_gradients_enabled() -> None:
     with_gradients = ops.site(call[0], call[1].clone().requires_grad_(), *call[2:])
     torch.testing.assert_close(with_gradients, ops.site(*call))
     assert GROUPED_MM is not None
+    assert STORED_GROUPED_MM is not None
