@@ -38,11 +38,13 @@ MANY_ROWS_WITH_TILES = 16
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """A generated kernel of y[m] = W_e x[m], for W (E, N, K)."""
+    """A generated kernel of y[m] = W_e x[m], for W (E, N, K); `stored`: of int8, with scales by
+    row (E, N), float32."""
 
     dtype: torch.dtype
     in_features: int
     out_features: int
+    stored: bool = False
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
@@ -59,7 +61,7 @@ class ProductArgs(ctypes.Structure):
     """`struct Args` of product.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "x", "w", "ends")),
+        *((name, ctypes.c_void_p) for name in ("y", "x", "w", "ends", "scales")),
         *((name, ctypes.c_int64) for name in ("x_stride", "experts", "threads")),
         ("parallel", ctypes.c_void_p),
     )
@@ -77,7 +79,8 @@ def source(spec: ProductSpec, isa: Isa) -> str:
         "ONE_STREAM": 1,  # unlike factors and keys, weights are not in a cache
     }
     files = ("vectors.h", "tiles.h", "product.cpp")
-    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files)
+    defines = {"STORED": int(spec.stored), **({"W": "I8"} if spec.stored else {})}
+    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files, defines)
 
 
 GENERATED = Kernels("products with the weights of experts stay with aten", source, with_parallel)
@@ -89,9 +92,18 @@ def kernel_of(x: Tensor, weight: Tensor) -> tuple[Any, int] | None:
     return None if spec is None else GENERATED.ready(spec)
 
 
-def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor, kernel: Any, parallel: int) -> None:
+def run(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    kernel: Any,
+    parallel: int,
+    scales: Tensor | None = None,
+) -> None:
     offs = offs.contiguous()
-    pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
+    tensors = (y, x, weight, offs, weight if scales is None else scales)
+    pointers = (tensor.data_ptr() for tensor in tensors)
     sizes = x.stride(0), len(offs), torch.get_num_threads()
     if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
         raise LoweringError("lorafx::grouped_mm: out of memory")

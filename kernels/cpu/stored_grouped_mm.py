@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.cpu.grouped_mm import groups_of
+from lorafx.kernels.cpu.grouped_mm import GENERATED, MANY_ROWS, ProductSpec, groups_of, run
 from lorafx.kernels.cpu.weight_mm import LONGEST_STEP, WEIGHT_MM
 from lorafx.kernels.ops.op_library import define, require
 
@@ -38,6 +38,8 @@ def stored_grouped_mm(
     y = stored_grouped_mm_fake(x, weight, offs, form, sizes, turned)
     x, groups = x.contiguous(), groups_of("stored_grouped_mm", offs, len(x))
     y[groups[-1][1] if groups else 0 :].zero_()
+    if _by_one_kernel(y, x, weight, offs, form, turned):
+        return y
     for expert, (start, end) in enumerate(groups):
         if end > start:
             y[start:end] = _product(x[start:end], weight, expert, form, sizes, turned)
@@ -65,7 +67,32 @@ def stored_grouped_mm_fake(
 
 
 def _divides(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    return len(shape) == 3 and all(n % max(part, 1) == 0 for n, part in zip(sizes, shape, strict=True))
+    return len(shape) == 3 and all(
+        n % max(part, 1) == 0 for n, part in zip(sizes, shape, strict=True)
+    )
+
+
+def _by_one_kernel(
+    y: Tensor, x: Tensor, parts: Sequence[Tensor], offs: Tensor, form: str, turned: bool
+) -> bool:
+    """Whether a generated kernel computes y, in one parallel region: of int8 numbers with a scale
+    for each output, and few rows."""
+    q, scale, *zero = parts
+    if form != AFFINE or q.dtype != torch.int8 or turned or x.device.type != "cpu":
+        return False
+    (E, N, K), few = q.shape, len(x) < MANY_ROWS * len(offs) and q.is_contiguous()
+    if not few or scale.shape[1:] != (N, 1) or any(bool(table.any()) for table in zero):
+        return False
+    kernel = GENERATED.ready(ProductSpec(torch.float32, K, N, stored=True))
+    if kernel is None:
+        return False
+    exact = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+    scales = scale.float().expand(E, N, 1).contiguous()
+    run(exact, x.float(), q, offs, *kernel, scales)
+    if exact is not y:
+        rows = int(offs[-1])
+        y[:rows] = exact[:rows]
+    return True
 
 
 def _product(

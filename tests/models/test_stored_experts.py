@@ -1,5 +1,4 @@
-"""Routed experts by lorafx's implementation, `model.set_experts_implementation("lorafx")`: dense and
-quantised ones, in graphs and in eager mode; against W + ΔW of the dequantised weights."""
+"""Routed experts by `model.set_experts_implementation("lorafx")`: dense and quantised ones, in graphs and in eager mode; against W + ΔW of the dequantised weights."""
 
 from __future__ import annotations
 
@@ -121,7 +120,7 @@ def test_the_base_alone(kind: str, tmp_path: Path) -> None:
 
     compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for rows, length in ((3, 6), (5, 4), (2, 7)):
+        for rows, length in ((5, 4), (6, 8), (7, 9)):  # no part has such sizes
             batch = ids(rows, length)
             assert error(compiled(**batch).logits, case.base(**batch).logits) <= TOLERANCE
     assert len(graphs) == 1
