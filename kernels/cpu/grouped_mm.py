@@ -92,18 +92,11 @@ def kernel_of(x: Tensor, weight: Tensor) -> tuple[Any, int] | None:
     return None if spec is None else GENERATED.ready(spec)
 
 
-def run(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offs: Tensor,
-    kernel: Any,
-    parallel: int,
-    scales: Tensor | None = None,
-) -> None:
+def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor, *call: Any) -> None:
+    """`call`: the kernel, torch's function that shares out work, and scales of a stored weight."""
+    kernel, parallel, *scales = call
     offs = offs.contiguous()
-    tensors = (y, x, weight, offs, weight if scales is None else scales)
-    pointers = (tensor.data_ptr() for tensor in tensors)
+    pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs, *(scales or [weight])))
     sizes = x.stride(0), len(offs), torch.get_num_threads()
     if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
         raise LoweringError("lorafx::grouped_mm: out of memory")

@@ -25,10 +25,10 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 from lorafx.eager.deltas import RowDeltas, RowLayout
 from lorafx.eager.in_python import Readers
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS
-from lorafx.model.experts import expert_weights
+from lorafx.model.experts import BY_LORAFX, expert_weights, implementation
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
-from lorafx.model.stored_experts import held_parts, uses_implementation
+from lorafx.model.stored_experts import held_parts
 from lorafx.model.weight_formats import in_library_format
 from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.memory import Geometry, geometry_of, storage_of
@@ -290,7 +290,7 @@ class ExpertLoop(ReplacedMethod):
             return self.original(*args, **kwargs)
         hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
-        as_stored = uses_implementation(module)
+        as_stored = implementation(module) == BY_LORAFX
         made = not as_stored and any(is_parametrized(module, name) for name in self.weights)
         # A parametrisation computes its weight once in a forward, as bitsandbytes has it.
         with cached() if made else nullcontext():

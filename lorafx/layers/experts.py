@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lorafx.kernels.cpu.stored_grouped_mm  # noqa: F401  defines the op
+from lorafx.errors import ConfigError
 from lorafx.layers.moe import grouped_product
 from lorafx.model.stored_experts import parts_of, stored_of
 
@@ -45,6 +46,8 @@ def forward(
 def _product(module: Any, name: str, x: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
     """Rows of x times the weights of their experts `ids`, with the experts' biases."""
     stored, turned = stored_of(module, name), module.is_transposed
+    if isinstance(stored, str):
+        raise ConfigError(stored)
     if stored is None:
         weight = getattr(module, name)
         y = grouped_product(x.to(weight.dtype), weight if turned else weight.mT, ends)

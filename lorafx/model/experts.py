@@ -36,12 +36,13 @@ from lorafx.registry import Eligible, lookup
 Halves = Literal["", "stacked", "interleaved"]
 
 
+#: The implementation of `lorafx.layers.experts`.
+BY_LORAFX = "lorafx"
 #: How a loop over experts becomes a product that graphs have.
 SWITCH = (
-    "Call model.set_experts_implementation('grouped_mm') where the model has that method, and its "
-    "experts are not quantised; otherwise apply "
-    "transformers.integrations.use_experts_implementation to the class before the model is built, "
-    "and set config._experts_implementation = 'grouped_mm'"
+    "Call model.set_experts_implementation('lorafx') where the model has that method; otherwise "
+    "apply transformers.integrations.use_experts_implementation to the class before the model is "
+    "built, and set config._experts_implementation = 'grouped_mm'"
 )
 #: Why a graph of a loop over experts carries no LoRA, and what to do.
 LOOP = (
@@ -155,8 +156,12 @@ def _stacked_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 def loops(module: nn.Module) -> bool:
     """Whether transformers' switch makes the module run one expert after another in Python."""
     switched = isinstance(getattr(module, "has_gate", None), bool)
-    config = getattr(module, "config", None)
-    return switched and getattr(config, "_experts_implementation", None) == "eager"
+    return switched and implementation(module) == "eager"
+
+
+def implementation(module: nn.Module) -> str | None:
+    """The name by which transformers' switch chooses how the module computes its experts."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def _matching_pair(

@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.stored_grouped_mm import AFFINE
 from lorafx.model.weight_formats import Bitsandbytes4Parameter, is_dense, is_wrapped
 from lorafx.torch_internals.dynamo import assume_constant_result
 
-#: lorafx's name among transformers' implementations of experts.
-IMPLEMENTATION = "lorafx"
 #: Settings of a wrapper that change none of the numbers that its parts stand for.
 _NEUTRAL = {"block_size", "dtype", "target_dtype", "reduce_range", "mm_config", "kernel_preference"}
 
@@ -39,31 +36,24 @@ class Stored(NamedTuple):
 
 
 @assume_constant_result
-def stored_of(module: nn.Module, name: str) -> Stored | None:
-    """How the weight `name` of a module of experts is stored; None for plain numbers.
-
-    Raises:
-        ConfigError: one expert of its format cannot be read alone.
-    """
-    weight: Any = None if is_parametrized(module, name) else getattr(module, name)
-    if weight is None:
-        found = _of_four_bits(module, name)
-    elif is_wrapped(weight):
-        found = _affine(weight, name)
-    elif is_dense(weight):
+def stored_of(module: nn.Module, name: str) -> Stored | str | None:
+    """How the weight `name` of a module of experts is stored; None for plain numbers, and for a
+    format of which one expert cannot be read alone, a sentence that says so."""
+    made = is_parametrized(module, name)
+    weight: Any = None if made else getattr(module, name)
+    if not made and not is_wrapped(weight) and is_dense(weight):
         return None
-    else:
-        found = None
-    if found is None:
-        kind = "a parametrisation" if weight is None else f"{type(weight).__qualname__} of its kind"
-        raise ConfigError(
-            f"the experts' {name} of {type(module).__qualname__} is stored in {kind}, of which "
-            "lorafx cannot read one expert alone; call model.set_experts_implementation('eager')"
-        )
-    return found
+    found = _of_four_bits(module, name) if made else _affine(weight, name)
+    kind = "by a parametrisation" if made else f"as a {type(weight).__qualname__} of its kind"
+    return found or (
+        f"{name} of {type(module).__qualname__} is stored {kind}, of which lorafx cannot read one "
+        "expert alone; call model.set_experts_implementation('eager')"
+    )
 
 
 def _affine(weight: Any, name: str) -> Stored | None:
+    if not is_wrapped(weight):
+        return None
     names, settings = weight.__tensor_flatten__()
     known = names in (["qdata", "scale"], ["qdata", "scale", "zero_point"])
     if not known or any(
@@ -93,7 +83,7 @@ def _of_four_bits(module: nn.Module, name: str) -> Stored | None:
 
 def parts_of(module: nn.Module, stored: Stored) -> list[Tensor]:
     found = []
-    for path in stored.paths:
+    for path in stored.paths:  # a loop that Dynamo traces
         value: Any = module
         for name in path.split("."):
             value = getattr(value, name)
@@ -101,23 +91,10 @@ def parts_of(module: nn.Module, stored: Stored) -> list[Tensor]:
     return found
 
 
-def uses_implementation(module: nn.Module) -> bool:
-    """Whether transformers' switch makes the module compute its experts by lorafx's operators."""
-    config = getattr(module, "config", None)
-    return getattr(config, "_experts_implementation", None) == IMPLEMENTATION
-
-
 def held_parts(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     """The parts of a weight of experts by their paths; none of a plain one, or of one of which one
     expert cannot be read alone."""
-    stored = None if unreadable(module, name) else stored_of(module, name)
-    return [] if stored is None else list(zip(stored.paths, parts_of(module, stored), strict=True))
-
-
-def unreadable(module: nn.Module, name: str) -> str | None:
-    """Why one expert of the weight `name` cannot be read alone; None if it can."""
-    try:
-        stored_of(module, name)
-    except ConfigError as error:
-        return str(error)
-    return None
+    stored = stored_of(module, name)
+    if not isinstance(stored, Stored):
+        return []
+    return list(zip(stored.paths, parts_of(module, stored), strict=True))

@@ -496,12 +496,10 @@ def _sorted(carrier: _Whole, user: fx.Node) -> Use:
 def _stored(carrier: _Whole, user: fx.Node) -> Use | list[Use]:
     """A grouped product with quantised experts, whose first part stands for all of them."""
     call = bound(user)
-    parts = call["weight"]
-    if carrier.node is not carrier.weight or carrier.node not in parts:
-        return carrier.unknown(user, "a grouped product with what was made of it")
-    if call["transposed"] is not carrier.in_first:
-        return carrier.unknown(user, "a grouped product with x W in place of x Wᵀ")
-    if carrier.node is not parts[0]:
+    fits = carrier.node is carrier.weight and carrier.node in call["weight"]
+    if not fits or call["transposed"] is not carrier.in_first:
+        return carrier.unknown(user, "a grouped product with x W in place of x Wᵀ, or another W")
+    if carrier.node is not call["weight"][0]:
         return []
     return Use("sorted", carrier.weight, user, call["input"], choice=call["offs"])
 

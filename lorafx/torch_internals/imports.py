@@ -7,12 +7,11 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 
 class _AfterImport(MetaPathFinder):
-    def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
+    def __init__(self, name: str, action: Callable[[Any], object]) -> None:
         self._name, self._action = name, action
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -23,20 +22,14 @@ class _AfterImport(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             run = loader.exec_module
-
-            def executed(module: ModuleType) -> None:
-                run(module)
-                self._action(module)
-
-            loader.exec_module = executed
+            loader.exec_module = lambda module: (run(module), self._action(module))
         return spec
 
 
-def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
+def when_imported(name: str, action: Callable[[Any], object]) -> None:
     """Call `action` with the module `name`: now if it has been imported, or else right after it
     has. Nothing is imported here."""
-    module = sys.modules.get(name)
-    if module is not None:
-        action(module)
+    if name in sys.modules:
+        action(sys.modules[name])
     else:
         sys.meta_path.insert(0, _AfterImport(name, action))

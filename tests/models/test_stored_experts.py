@@ -1,4 +1,5 @@
-"""Routed experts by `model.set_experts_implementation("lorafx")`: dense and quantised ones, in graphs and in eager mode; against W + ΔW of the dequantised weights."""
+"""Routed experts by `model.set_experts_implementation("lorafx")`: dense and quantised ones, in
+graphs and in eager mode; against W + ΔW of the dequantised weights."""
 
 from __future__ import annotations
 
