@@ -160,7 +160,8 @@ class Program:
         self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self.weight_watch = weight_watch(self.quantised.wrapped)
-        self._stored_experts = [
+        #: Quantised weights of experts: the module's path, the module, and the attribute.
+        self.stored_experts = [
             (path, module, weight.name)
             for path, module in self.graph.modules()
             for weight in expert_weights(module) or ()
@@ -255,7 +256,7 @@ class Program:
 
     def _expert_parts(self) -> Iterator[tuple[str, Tensor]]:
         """The parts of quantised experts, with their paths, of modules without sites, too."""
-        for path, module, name in self._stored_experts:
+        for path, module, name in self.stored_experts:
             for part, tensor in held_parts(module, name):
                 yield f"{path}.{part}", tensor
 

@@ -41,18 +41,24 @@ def by_groups(model: nn.Module) -> None:
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
-def by_bitsandbytes(model: nn.Module) -> None:
-    library = pytest.importorskip("bitsandbytes.nn.parametrize", reason="no bitsandbytes")
-    for _, module in list(experts_modules(model)):
-        for name in PARAMETERS:
-            library.replace_parameter_4bit(module, name, compress_statistics=True)
+def by_bitsandbytes(kind: str) -> Callable[[nn.Module], None]:
+    def quantise(model: nn.Module) -> None:
+        library = pytest.importorskip("bitsandbytes.nn.parametrize", reason="no bitsandbytes")
+        for _, module in list(experts_modules(model)):
+            for name in PARAMETERS:
+                library.replace_parameter_4bit(
+                    module, name, compress_statistics=True, quant_type=kind
+                )
+
+    return quantise
 
 
 QUANTISED: dict[str, Callable[[nn.Module], None]] = {
     "int8": by_torchao("Int8WeightOnlyConfig"),
     "fp8": by_torchao("Float8WeightOnlyConfig"),
     "int4": by_groups,
-    "nf4": by_bitsandbytes,
+    "nf4": by_bitsandbytes("nf4"),
+    "fp4": by_bitsandbytes("fp4"),
 }
 
 

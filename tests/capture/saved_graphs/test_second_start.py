@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch._dynamo
 from dense_merge import TOLERANCE, Case, check_mixed, error, save_adapter, valid
+from expert_models import MIXED, ids, moe_base
 from quantised import KINDS, Rounded, adapters, small_base
+from quantised_experts import quantised
 from step_logits import StepLogits, answers, check_logits
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
@@ -109,6 +111,18 @@ def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
         cm = lorafx.compile(model, folders, options=options)
         got = cm(**inputs, adapter_names=names).logits
         assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        assert state(cm) == [found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("int8", "int8"), ("nf4", "nf4", "fp4")], ids=str)
+def test_quantised_experts(kinds: tuple[str, ...], tmp_path: Path, cache: Path) -> None:
+    """A graph serves one format: that of nf4 no weight in fp4 with parts of the same sizes."""
+    for kind, found in zip(kinds, (SAVED, LOADED, SAVED), strict=False):
+        model, case = quantised(moe_base("qwen3_moe"), kind, tmp_path)
+        model.set_experts_implementation("lorafx")
+        cm = start(model, case, cache, dynamic=False)
+        check_mixed(cm, case, MIXED, ids())
         assert state(cm) == [found]
 
 
