@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 from lorafx.eager.deltas import RowDeltas, RowLayout
 from lorafx.eager.in_python import Readers
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS
-from lorafx.model.experts import BY_LORAFX, expert_weights, implementation
+from lorafx.model.experts import by_lorafx, expert_weights
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
 from lorafx.model.stored_experts import held_parts
@@ -290,7 +290,7 @@ class ExpertLoop(ReplacedMethod):
             return self.original(*args, **kwargs)
         hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
-        as_stored = implementation(module) == BY_LORAFX
+        as_stored = by_lorafx(module)
         made = not as_stored and any(is_parametrized(module, name) for name in self.weights)
         # A parametrisation computes its weight once in a forward, as bitsandbytes has it.
         with cached() if made else nullcontext():

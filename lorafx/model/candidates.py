@@ -12,14 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.model import targets
 from lorafx.model.convolutions import impossible_convolution, weight_shape
-from lorafx.model.experts import (
-    BY_LORAFX,
-    ExpertWeight,
-    checkpoint_names,
-    folded,
-    implementation,
-    unlike_experts,
-)
+from lorafx.model.experts import ExpertWeight, by_lorafx, checkpoint_names, folded, unlike_experts
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Part, has_own_forward
@@ -173,7 +166,7 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
         )
     if why := refusal(module, entry.weight):
         return why
-    if entry.kind == "experts" and implementation(module) == BY_LORAFX:
+    if entry.kind == "experts" and by_lorafx(module):
         stored = stored_of(module, entry.weight)
         if isinstance(stored, str):
             return stored

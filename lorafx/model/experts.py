@@ -36,8 +36,6 @@ from lorafx.registry import Eligible, lookup
 Halves = Literal["", "stacked", "interleaved"]
 
 
-#: The implementation of `lorafx.layers.experts`.
-BY_LORAFX = "lorafx"
 #: How a loop over experts becomes a product that graphs have.
 SWITCH = (
     "Call model.set_experts_implementation('lorafx') where the model has that method; otherwise "
@@ -156,12 +154,14 @@ def _stacked_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 def loops(module: nn.Module) -> bool:
     """Whether transformers' switch makes the module run one expert after another in Python."""
     switched = isinstance(getattr(module, "has_gate", None), bool)
-    return switched and implementation(module) == "eager"
+    config = getattr(module, "config", None)
+    return switched and getattr(config, "_experts_implementation", None) == "eager"
 
 
-def implementation(module: nn.Module) -> str | None:
-    """The name by which transformers' switch chooses how the module computes its experts."""
-    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+def by_lorafx(module: nn.Module) -> bool:
+    """Whether transformers' switch makes `lorafx.layers.experts` the forward of the module."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) == "lorafx"
 
 
 def _matching_pair(

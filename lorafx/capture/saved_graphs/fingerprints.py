@@ -51,7 +51,7 @@ _SIZE_MARKS = (
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
 #: What they read follows from the place in the graph and the gradient mode, which is guarded, or is
-#: in the key.
+#: in the key, as what tensors are made of is.
 _OWN_CONSTANTS = (derives, stored_of)
 _MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 

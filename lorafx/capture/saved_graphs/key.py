@@ -28,7 +28,6 @@ from lorafx.capture.saved_graphs.fingerprints import Fingerprints, Undescribed, 
 from lorafx.capture.saved_graphs.guards import value_at
 from lorafx.config import IMPORTED
 from lorafx.model.module_graph import storage_key
-from lorafx.model.stored_experts import stored_of
 from lorafx.program.argument_roles import Role
 from lorafx.program.inputs import FrameInput
 from lorafx.program.program import Program
@@ -151,8 +150,6 @@ def _module_texts(program: Program, prints: Fingerprints) -> Iterator[str]:
 def _program_texts(program: Program, prints: Fingerprints) -> Iterator[str]:
     runtime = program.runtime
     yield repr((runtime.capacity, runtime.device, runtime.graph_passes))
-    for _, module, name in program.stored_experts:
-        yield repr(stored_of(module, name))
     for site in program.sites:
         yield prints.loosely(site)
     places = {id(site): index for index, site in enumerate(program.sites)}
@@ -188,6 +185,7 @@ def can_save(program: Program) -> bool:
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
         and program.quantised.are_wrapped
+        and all(name in module._parameters for _, module, name in program.stored_experts)
         and not any(global_hooks)
     )
 

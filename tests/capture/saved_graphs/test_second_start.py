@@ -115,11 +115,10 @@ def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [("int8", "int8"), ("nf4", "nf4", "fp4")], ids=str)
-def test_quantised_experts(kinds: tuple[str, ...], tmp_path: Path, cache: Path) -> None:
-    """A graph serves one format: that of nf4 no weight in fp4 with parts of the same sizes."""
-    for kind, found in zip(kinds, (SAVED, LOADED, SAVED), strict=False):
-        model, case = quantised(moe_base("qwen3_moe"), kind, tmp_path)
+def test_quantised_experts(tmp_path: Path, cache: Path) -> None:
+    """Those that are tensors which wrap others, as other weights are."""
+    for found in (SAVED, LOADED):
+        model, case = quantised(moe_base("qwen3_moe"), "int8", tmp_path)
         model.set_experts_implementation("lorafx")
         cm = start(model, case, cache, dynamic=False)
         check_mixed(cm, case, MIXED, ids())
