@@ -103,7 +103,7 @@ class Routed(nn.Module):
         if ends is None:
             y = torch.bmm(x.unsqueeze(1), weight[experts]).squeeze(1)
         else:
-            y = moe.grouped_product(x, weight, ends)
+            y = moe._grouped_mm(x, weight, ends)
         return y if bias is None else y + bias[experts]
 
     def activated(self, y: Tensor) -> Tensor:
