@@ -18,6 +18,8 @@ from protocol import errors, save_adapter
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import lorafx
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
 RANK = 16
@@ -77,6 +79,31 @@ def twin(model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausalLM:
     """A copy over the very same parameters. Copies of the weights differ in speed by where they lie
     (up to 1.18 for batched_mm, between models of the same generated code)."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def quantised(model: Qwen3MoeForCausalLM, kind: str) -> Qwen3MoeForCausalLM | None:
+    """A copy with experts in int8 or nf4, by lorafx's implementation, whose dequantised numbers the
+    experts of `model` get; None for another kind."""
+    stored = copy.deepcopy(model) if kind in ("int8", "nf4") else None
+    names = ("gate_up_proj", "down_proj")
+    if kind == "int8":
+        from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+        chosen = {rf"re:.*experts\.{name}": Int8WeightOnlyConfig() for name in names}
+        quantize_(stored, FqnToConfig(chosen), filter_fn=None)
+    for layer, dense in zip(
+        stored.model.layers if stored else (), model.model.layers, strict=False
+    ):
+        for name in names:
+            if kind == "nf4":
+                from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+                replace_parameter_4bit(layer.mlp.experts, name, compress_statistics=True)
+            parameter = getattr(dense.mlp.experts, name)
+            parameter.data.copy_(lorafx.dequantize(layer.mlp.experts, name))
+    if stored is not None:
+        stored.set_experts_implementation("lorafx")
+    return stored
 
 
 def routers(model: nn.Module) -> list[nn.Module]:

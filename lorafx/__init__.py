@@ -15,6 +15,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from lorafx.torch_internals.imports import when_imported
+
 if TYPE_CHECKING:
     from lorafx import errors as errors
     from lorafx import layers as layers
@@ -126,6 +128,20 @@ def _import_for_calls() -> None:
         _imported("lorafx.runtime.tiers")
 
 
+def _experts(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`lorafx.layers.experts.forward`."""
+    from lorafx.layers.experts import forward
+
+    return forward(module, *args, **kwargs)
+
+
+def _offer_experts(moe: Any) -> None:
+    """Make model.set_experts_implementation("lorafx") known to transformers."""
+    if hasattr(moe, "ExpertsInterface"):
+        moe.ExpertsInterface.register("lorafx", _experts)
+
+
+when_imported("transformers.integrations.moe", _offer_experts)
 # A process without transformers may run packages only. And not while torch is being imported.
 if "transformers" in sys.modules and hasattr(sys.modules.get("torch"), "compile"):
     _import_for_calls()

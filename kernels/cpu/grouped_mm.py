@@ -38,11 +38,13 @@ MANY_ROWS_WITH_TILES = 16
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """A generated kernel of y[m] = W_e x[m], for W (E, N, K)."""
+    """A generated kernel of y[m] = W_e x[m], for W (E, N, K); `stored`: of int8, with scales by
+    row (E, N), float32."""
 
     dtype: torch.dtype
     in_features: int
     out_features: int
+    stored: bool = False
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor) -> ProductSpec | None:
@@ -59,7 +61,7 @@ class ProductArgs(ctypes.Structure):
     """`struct Args` of product.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "x", "w", "ends")),
+        *((name, ctypes.c_void_p) for name in ("y", "x", "w", "ends", "scales")),
         *((name, ctypes.c_int64) for name in ("x_stride", "experts", "threads")),
         ("parallel", ctypes.c_void_p),
     )
@@ -77,7 +79,8 @@ def source(spec: ProductSpec, isa: Isa) -> str:
         "ONE_STREAM": 1,  # unlike factors and keys, weights are not in a cache
     }
     files = ("vectors.h", "tiles.h", "product.cpp")
-    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files)
+    defines = {"STORED": int(spec.stored), **({"W": "I8"} if spec.stored else {})}
+    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files, defines)
 
 
 GENERATED = Kernels("products with the weights of experts stay with aten", source, with_parallel)
@@ -89,9 +92,11 @@ def kernel_of(x: Tensor, weight: Tensor) -> tuple[Any, int] | None:
     return None if spec is None else GENERATED.ready(spec)
 
 
-def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor, kernel: Any, parallel: int) -> None:
+def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor, *call: Any) -> None:
+    """`call`: the kernel, torch's function that shares out work, and scales of a stored weight."""
+    kernel, parallel, *scales = call
     offs = offs.contiguous()
-    pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
+    pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs, *(scales or [weight])))
     sizes = x.stride(0), len(offs), torch.get_num_threads()
     if kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
         raise LoweringError("lorafx::grouped_mm: out of memory")
@@ -101,10 +106,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """y (M, N) for x (M, K), sorted by expert, weight (E, K, N) and offs, int32 (E,), the ends of
     the experts' rows. Raises LoweringError for an end behind the last row."""
     _check(x, weight, offs)
-    groups = _groups(offs)
-    for start, end in groups:
-        if not start <= end <= len(x):
-            raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
+    groups = groups_of("grouped_mm", offs, len(x))
     y = x.new_empty(x.shape[0], weight.shape[2])
     y[groups[-1][1] if groups else 0 :].zero_()
     matrix_tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
@@ -119,8 +121,13 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-def _groups(offs: Tensor) -> list[tuple[int, int]]:
-    return list(itertools.pairwise([0, *offs.tolist()]))
+def groups_of(op: str, offs: Tensor, rows: int) -> list[tuple[int, int]]:
+    """Where the rows of each expert begin and end. Raises LoweringError if that is not in order."""
+    groups = list(itertools.pairwise([0, *offs.tolist()]))
+    for start, end in groups:
+        if not start <= end <= rows:
+            raise LoweringError(f"lorafx::{op}: offs ends at {end}, of {rows} rows")
+    return groups
 
 
 def grouped_mm_fake(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -150,7 +157,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     if x_needs:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
     if weight_needs:
-        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in _groups(offs)])
+        of_weight = torch.stack(
+            [
+                x[start:end].T @ grad[start:end]
+                for start, end in groups_of("grouped_mm", offs, len(x))
+            ]
+        )
     return of_x, of_weight, None
 
 

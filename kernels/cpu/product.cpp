@@ -1,8 +1,9 @@
 // Sorted rows times the weights of their experts on a CPU: y[m] = W_e x[m] for rows m of expert e,
-// W (E, N, K). For few rows an expert, where the time goes into reading W once.
+// W (E, N, K). For few rows an expert, where the time goes into reading W once. STORED: W is int8, with
+// a scale for each of its rows.
 //
 // Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
-// parameters: element types X, W, Y, all the same; LANES; K, N; R, the columns of a unit of work; TILE
+// parameters: element types X, W, Y, all the same unless STORED; LANES; K, N; R, the columns of a unit of work; TILE
 // and PLANES as in delta.cpp.
 
 typedef void (*Body)(int64_t, int64_t, void*);
@@ -11,6 +12,7 @@ struct Args {  // mirrors grouped_mm.py
     const void* x;  // (M, K), contiguous rows `x_stride` apart
     const void* w;
     const int32_t* ends;  // (E,), where the rows of each expert end, ascending
+    const float* scales;  // (E, N), read if STORED
     int64_t x_stride, experts, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
 };
@@ -25,6 +27,7 @@ static const long BLOCKS = (N + R - 1) / R;
 struct Unit {  // columns [column, column + size) of one expert
     const Args* args;
     const W::T* w;
+    const float* scales;
     long column;
     int size;
 };
@@ -38,8 +41,11 @@ template <int ROWS> INLINE void product(const Unit* u, long m) {
     for (int row = 0; row < ROWS; row++) {
         Y::T* y = (Y::T*)g->y + (m + row) * N + u->column;
         for (int n = 0; n < u->size; n += LANES) {
-            Y::raw part = Y::narrow(load_raw<vec>(v + row * R + n));
-            memcpy(y + n, &part, (u->size - n < LANES ? u->size - n : LANES) * sizeof *y);
+            const int count = u->size - n < LANES ? u->size - n : LANES;
+            vec sums = load_raw<vec>(v + row * R + n);
+            if (STORED) sums *= load_first<vec>(u->scales + n, count * sizeof(float));
+            Y::raw part = Y::narrow(sums);
+            memcpy(y + n, &part, count * sizeof *y);
         }
     }
 }
@@ -50,7 +56,8 @@ static void run_units(int64_t begin, int64_t end, void* context) {
     for (int64_t unit = begin; unit < end; unit++) {
         const long e = c->present[unit / BLOCKS], column = unit % BLOCKS * R;
         const int size = N - column < R ? N - column : R;
-        const Unit u = {g, (const W::T*)g->w + (e * N + column) * K, column, size};
+        const W::T* w = (const W::T*)g->w + (e * N + column) * K;
+        const Unit u = {g, w, STORED ? g->scales + e * N + column : 0, column, size};
         FOR_TILES(product, &u, e ? g->ends[e - 1] : 0, g->ends[e])
     }
 }

@@ -1,6 +1,7 @@
-"""Routed experts that an eager forward runs one after another, by slices of 3-D weights.
+"""Routed experts of an eager forward, by slices of 3-D weights or by products of sorted rows.
 
     y = x W[e]ᵀ   →   y' = y + s · (x A[e]ᵀ) B[e]        x (T, K), the rows that a router gave e
+    y = lorafx::[stored_]grouped_mm(x, W, offs)          the same of all e, rows sorted by expert
 
 While such a module runs, `ExpertLoop` is its forward. It sees which expert a slice is of, and the
 products with it, as functions of torch, before a library's tensor subclass takes them apart: the
@@ -24,9 +25,10 @@ from torch.nn.utils.parametrize import cached, is_parametrized
 from lorafx.eager.deltas import RowDeltas, RowLayout
 from lorafx.eager.in_python import Readers
 from lorafx.eager.known_labels import NOBODYS, UNKNOWN, WEIGHTS
-from lorafx.model.experts import expert_weights
+from lorafx.model.experts import by_lorafx, expert_weights
 from lorafx.model.marks import Runtime, SiteMark
 from lorafx.model.replaced_methods import ReplacedMethod, Replacement
+from lorafx.model.stored_experts import held_parts
 from lorafx.model.weight_formats import in_library_format
 from lorafx.ownership.effects import tensors_in
 from lorafx.ownership.memory import Geometry, geometry_of, storage_of
@@ -46,6 +48,10 @@ _PRODUCTS: frozenset[Any] = frozenset(
 #: What swaps the dimensions of a matrix.
 _TURNS: frozenset[Any] = frozenset(
     (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+)
+#: Products of sorted rows with the weights of all experts.
+_GROUPED: frozenset[Any] = frozenset(
+    (torch.ops.lorafx.grouped_mm, torch.ops.lorafx.stored_grouped_mm)
 )
 
 
@@ -120,10 +126,18 @@ class LoopDeltas(RowDeltas):
         return following.outside(with_delta)
 
     def _with_expert(
-        self, mark: SiteMark, expert: int, x: Tensor, y: Tensor, rows: RowLayout
+        self, mark: SiteMark, expert: int | Tensor, x: Tensor, y: Tensor, rows: RowLayout
     ) -> Tensor:
-        """y with the deltas of rows that go through one expert: those of its slots of the bank."""
+        """y with the deltas of rows that go through one expert: those of its slots of the bank; or
+        through all, by the ends of their rows."""
         bank, capacity = mark.bank, len(mark.bank.ranks) // mark.bank.experts
+        if isinstance(expert, Tensor):
+            numbers = torch.arange(len(x), device=y.device)
+            chosen = torch.searchsorted(expert, numbers, out_int32=True, right=True)
+            slots = torch.tensor(rows.slots, dtype=torch.int32, device=y.device)
+            given = bank.A, bank.B, bank.ranks, bank.scales, slots, chosen
+            ranges = mark.siblings, mark.offsets, mark.sizes
+            return torch.ops.lorafx.expert_site(x, y, *given, *ranges, rows.each, bank.experts)
         keys = tuple(expert * capacity + slot if slot >= 0 else -1 for slot in rows.slots)
         y = y.contiguous()
         if rows.few and self._sites is None and self._add_products(mark, x, y, keys):
@@ -150,26 +164,30 @@ class LoopDeltas(RowDeltas):
         if mark.path in self._touched and (others or not seen):
             self._following.refuse(
                 f"{mark.path}: eager mode adds LoRA here to products F.linear(x, W) and x @ W, of "
-                "routed experts to those with slices W[e], and its module computes others"
+                "routed experts to those with slices W[e], or by lorafx's implementation, and its "
+                "module computes others"
             )
 
 
 class _Weight(NamedTuple):
-    """A matrix, or all experts' (E, N, K), or (E, K, N) if `in_first`; with its site's mark."""
+    """A matrix, or all experts' (E, N, K), or (E, K, N) if `in_first`; with its site's mark.
+    `stored`: the tensor is the first of the parts that hold all experts'."""
 
     tensor: Tensor
     mark: SiteMark | None
     in_first: bool
+    stored: bool = False
 
 
 class _Slice(NamedTuple):
-    """One expert's matrix, or that of a router, and where in its memory it was when it was made."""
+    """One expert's matrix, or that of a router, and where in its memory it was when it was made; or
+    all experts' for rows that end at `expert` (E,)."""
 
     tensor: Tensor  # so that nothing else gets its id
     mark: SiteMark | None
     in_first: bool
     place: Geometry | None
-    expert: int = 0
+    expert: int | Tensor = 0
 
 
 def place_of(tensor: Tensor) -> Geometry | None:
@@ -184,11 +202,13 @@ class _Products(TorchFunctionMode):
     def __init__(self, deltas: LoopDeltas, weights: Sequence[_Weight]) -> None:
         super().__init__()
         self._deltas = deltas
-        self._weights = {id(item.tensor): item for item in weights if item.tensor.dim() == 3}
-        matrices = (
-            _Slice(*item, place_of(item.tensor)) for item in weights if item.tensor.dim() == 2
-        )
-        self._slices = {id(item.tensor): item for item in matrices if _is_plain(item.mark)}
+        whole = [item for item in weights if item.stored or item.tensor.dim() == 3]
+        self._weights = {id(item.tensor): item for item in whole}
+        self._slices = {
+            id(item.tensor): _Slice(*item[:3], place_of(item.tensor))
+            for item in weights
+            if item.tensor.dim() == 2 and not item.stored and _is_plain(item.mark)
+        }
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -197,6 +217,17 @@ class _Products(TorchFunctionMode):
         call = partial(func, *args, **named)
         if func is Tensor.__getitem__ and id(args[0]) in self._weights:
             return self._sliced(self._weights[id(args[0])], args[1], call())
+        if func in _GROUPED:
+            x, held, ends, *_ = args
+            first = held[0] if isinstance(held, list) else held
+            whole = self._weights.get(id(first))
+            if whole is not None and whole.in_first is (args[-1] if first is not held else True):
+                by_ends = _Slice(first, whole.mark, whole.in_first, place_of(first), ends)
+                return self._deltas.product(by_ends, first, x, (), call)
+        if func in _TURNS and id(args[0]) in self._weights:
+            turned, whole = call(), self._weights[id(args[0])]
+            self._weights[id(turned)] = whole._replace(tensor=turned, in_first=not whole.in_first)
+            return turned
         if func in _TURNS and (found := self._slices.get(id(args[0]))) is not None:
             turned = call()
             return self._kept(
@@ -259,13 +290,15 @@ class ExpertLoop(ReplacedMethod):
             return self.original(*args, **kwargs)
         hooks: Iterable[object] = module._forward_hooks.values()
         marks = {hook.weight_name: hook for hook in hooks if isinstance(hook, SiteMark)}
-        made = any(is_parametrized(module, name) for name in self.weights)
+        as_stored = by_lorafx(module)
+        made = not as_stored and any(is_parametrized(module, name) for name in self.weights)
         # A parametrisation computes its weight once in a forward, as bitsandbytes has it.
         with cached() if made else nullcontext():
-            weights = [
-                _Weight(deltas.weight(module, name, marks.get(name)), marks.get(name), in_first)
-                for name, in_first in self.weights.items()
-            ]
+            weights = []
+            for name, in_first in self.weights.items():
+                parts, mark = held_parts(module, name) if as_stored else [], marks.get(name)
+                tensor = parts[0][1] if parts else deltas.weight(module, name, mark)
+                weights.append(_Weight(tensor, mark, in_first, bool(parts)))
             with _Products(deltas, weights):
                 return self.original(*args, **kwargs)
 

@@ -96,9 +96,9 @@ class FusedMoE(LoadableLayer):
         ids, order = experts.flatten().sort(stable=True)
         numbers = torch.arange(self.num_experts, device=ids.device)
         ends = torch.searchsorted(ids, numbers, right=True).to(torch.int32)
-        inner = _grouped_mm(x[order // self.top_k], self.w13_weight.transpose(1, 2), ends)
+        inner = grouped_product(x[order // self.top_k], self.w13_weight.transpose(1, 2), ends)
         gate, up = inner.chunk(2, dim=-1)
-        y = _grouped_mm(F.silu(gate) * up, self.w2_weight.transpose(1, 2), ends)
+        y = grouped_product(F.silu(gate) * up, self.w2_weight.transpose(1, 2), ends)
         y = y[order.argsort()].unflatten(0, (-1, self.top_k))
         y = (y * shares.to(y.dtype).unsqueeze(-1)).sum(dim=1)
         return self.tp.all_reduce(y).reshape(hidden_states.shape)
@@ -165,7 +165,7 @@ class FusedMoE(LoadableLayer):
         )
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):  # as autocast does for matmul
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

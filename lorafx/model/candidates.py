@@ -12,10 +12,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.model import targets
 from lorafx.model.convolutions import impossible_convolution, weight_shape
-from lorafx.model.experts import ExpertWeight, checkpoint_names, folded, unlike_experts
+from lorafx.model.experts import ExpertWeight, by_lorafx, checkpoint_names, folded, unlike_experts
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Part, has_own_forward
+from lorafx.model.stored_experts import stored_of
 from lorafx.model.weight_formats import is_dense, is_wrapped
 from lorafx.placements import is_placed, local, refusal
 from lorafx.registry import Eligible, lookup
@@ -165,6 +166,10 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
         )
     if why := refusal(module, entry.weight):
         return why
+    if entry.kind == "experts" and by_lorafx(module):
+        stored = stored_of(module, entry.weight)
+        if isinstance(stored, str):
+            return stored
     if entry.kind not in ("linear", "experts") and is_placed(getattr(module, entry.weight, None)):
         return f"its weight is a DTensor, which is served for linears and experts only; {LEAVE}"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():

@@ -38,10 +38,9 @@ Halves = Literal["", "stacked", "interleaved"]
 
 #: How a loop over experts becomes a product that graphs have.
 SWITCH = (
-    "Call model.set_experts_implementation('grouped_mm') where the model has that method, and its "
-    "experts are not quantised; otherwise apply "
-    "transformers.integrations.use_experts_implementation to the class before the model is built, "
-    "and set config._experts_implementation = 'grouped_mm'"
+    "Call model.set_experts_implementation('lorafx') where the model has that method; otherwise "
+    "apply transformers.integrations.use_experts_implementation to the class before the model is "
+    "built, and set config._experts_implementation = 'grouped_mm'"
 )
 #: Why a graph of a loop over experts carries no LoRA, and what to do.
 LOOP = (
@@ -157,6 +156,12 @@ def loops(module: nn.Module) -> bool:
     switched = isinstance(getattr(module, "has_gate", None), bool)
     config = getattr(module, "config", None)
     return switched and getattr(config, "_experts_implementation", None) == "eager"
+
+
+def by_lorafx(module: nn.Module) -> bool:
+    """Whether transformers' switch makes `lorafx.layers.experts` the forward of the module."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) == "lorafx"
 
 
 def _matching_pair(

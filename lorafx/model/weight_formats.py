@@ -227,7 +227,7 @@ class Bitsandbytes4Parameter(Format):
     """What `replace_parameter_4bit` makes of any parameter: a parametrisation dequantises it."""
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        return self._maker(module, name) is not None
+        return self.maker(module, name) is not None
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         return getattr(module, name).detach()
@@ -238,10 +238,11 @@ class Bitsandbytes4Parameter(Format):
 
     def described(self, module: nn.Module, name: str) -> Tensor:
         """A tensor of the weight's sizes and dtype, on meta."""
-        state: Any = self._maker(module, name).quant_state
+        state: Any = self.maker(module, name).quant_state
         return torch.empty(tuple(state.shape), dtype=state.dtype, device="meta")
 
-    def _maker(self, module: nn.Module, name: str) -> Any:
+    def maker(self, module: nn.Module, name: str) -> Any:
+        """The parametrisation; None for a weight of another kind."""
         if not is_parametrized(module, name):
             return None
         makers: Any = module.parametrizations

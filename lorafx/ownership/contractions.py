@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
+from lorafx.kernels.cpu.stored_grouped_mm import STORED_GROUPED_MM
 from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single
@@ -81,11 +82,12 @@ def grouped(node: fx.Node, flow: Flow) -> Label:
     args = bound(node)
     rows = args.get("self", args.get("input", args.get("mat_a")))
     weight = args.get("mat2", args.get("weight", args.get("mat_b")))
-    label, shared = flow.label(rows), [flow.label(weight), flow.label(args.get("bias"))]
-    shapes = len(flow.shape(rows)), len(flow.shape(weight))
+    parts = weight if isinstance(weight, (list, tuple)) else [weight]  # of one that is stored
+    label, shared = flow.label(rows), [flow.label(part) for part in (*parts, args.get("bias"))]
+    fits = len(flow.shape(rows)) == 2 and (parts is weight or len(flow.shape(weight)) == 3)
     if any(other is not None for other in shared):
         return flow.lost(node, "expert weights depend on requests")
-    if isinstance(label, Own) and (label.dim != 0 or shapes != (2, 3)):
+    if isinstance(label, Own) and (label.dim != 0 or not fits):
         return flow.lost(node, f"groups over {label}")
     return label
 
@@ -140,7 +142,9 @@ RULES: dict[object, Rule] = {
     aten.addr: einsum({"vec1": "n", "vec2": "m"}, "nm", "self"),
     aten._weight_int8pack_mm: einsum({"self": "nk", "mat2": "mk", "scales": "m"}, "nm"),
     **dict.fromkeys((aten.matmul, aten.linear), matmul),
-    **dict.fromkeys((aten._grouped_mm, GROUPED_MM.overloadpacket), grouped),
+    **dict.fromkeys(
+        (aten._grouped_mm, GROUPED_MM.overloadpacket, STORED_GROUPED_MM.overloadpacket), grouped
+    ),
     **dict.fromkeys(
         (
             aten._scaled_dot_product_flash_attention_for_cpu,

@@ -43,8 +43,8 @@ ALIKE = "alike"
 _NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
 _QUANTISED = (
     "{} holds the weights of its experts in a quantised format, and the kernels that take "
-    "that format compute their products. Eager mode serves experts that run one after another: "
-    "model.set_experts_implementation('eager') and Options(start='eager')"
+    "that format compute their products. Call model.set_experts_implementation('lorafx'), which "
+    "multiplies by them as they are stored"
 )
 
 
@@ -56,12 +56,14 @@ def insert_expert_sites(ctx: Context) -> int:
         sites = [s for s in item.sites if s.eligible.kind == "experts"]
         if item.kind != "weight" or not sites:
             continue
-        if item.part or not is_dense(fake_value(node)):
+        uses = expert_uses(node, transposed=sites[0].eligible.transposed)
+        quantised = item.part or not is_dense(fake_value(node))
+        if quantised and any(use.kind == "unknown" for use in uses):
             if id(sites[0]) not in served:  # each part of a tensor subclass is an input
                 ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
             served.update(map(id, sites))
             continue
-        for use in expert_uses(node, transposed=sites[0].eligible.transposed):
+        for use in uses:
             owner = _owner_of_experts(ctx, sites, use)
             if isinstance(owner, Refusal):
                 ctx.refuse(owner)

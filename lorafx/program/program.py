@@ -25,12 +25,15 @@ from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
+from lorafx.model.experts import expert_weights
 from lorafx.model.extras import When
 from lorafx.model.module_graph import Holder, ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
+from lorafx.model.stored_experts import held_parts
+from lorafx.model.weight_formats import in_library_format
 from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.model_memory import (
@@ -157,6 +160,13 @@ class Program:
         self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self.weight_watch = weight_watch(self.quantised.wrapped)
+        #: Quantised weights of experts: the module's path, the module, and the attribute.
+        self.stored_experts = [
+            (path, module, weight.name)
+            for path, module in self.graph.modules()
+            for weight in expert_weights(module) or ()
+            if in_library_format(module, weight.name)
+        ]
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -240,7 +250,15 @@ class Program:
             if is_parametrized(module, name):
                 maker = module.get_submodule(f"parametrizations.{name}")
             tensors += (item for item in maker.parameters() if item is not bias)
+        if site.expert_weight is not None:
+            tensors += (part for _, part in held_parts(module, name))
         return tensors
+
+    def _expert_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """The parts of quantised experts, with their paths, of modules without sites, too."""
+        for path, module, name in self.stored_experts:
+            for part, tensor in held_parts(module, name):
+                yield f"{path}.{part}", tensor
 
     def is_touched(self, site: Site) -> bool:
         return site.path in self.batch.touched
@@ -331,11 +349,14 @@ class Program:
             constant = self.constants.get(id(tensor))
             if constant is not None and constant() is tensor:
                 known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        parts = {id(tensor): path for path, tensor in self._expert_parts()}
+        known |= {key: FrameInput("state", path) for key, path in parts.items()}
         for key, sites in self._sites_by_weight().items():
             label, of_experts = sites[0].path, sites[0].expert_weight is not None
             label += "" if of_experts else f".{sites[0].eligible.weight}"
             weight = self.weight_of(sites[0])
-            made = "" if weight is not None and key in (id(weight), id(local(weight))) else MADE
+            whole = weight is not None and key in (id(weight), id(local(weight)))
+            made = "" if whole else parts.get(key, MADE)
             placed = is_placed(weight)
             known[key] = FrameInput("weight", label, sites=tuple(sites), part=made, placed=placed)
         for group in self.groups:
@@ -361,6 +382,7 @@ class Program:
         for _, module in self.graph.modules():
             yield from (t for t in module._parameters.values() if t is not None)
             yield from (t for t in module._buffers.values() if t is not None)
+        yield from (tensor for _, tensor in self._expert_parts())
         for reference in self.constants.values():
             if (constant := reference()) is not None:
                 yield constant

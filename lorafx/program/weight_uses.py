@@ -32,6 +32,7 @@ import torch
 from torch import fx
 
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
+from lorafx.kernels.cpu.stored_grouped_mm import STORED_GROUPED_MM
 from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.weight_formats import is_dense
 from lorafx.op_arguments import bound, index_of, operand
@@ -492,6 +493,17 @@ def _sorted(carrier: _Whole, user: fx.Node) -> Use:
     return carrier.unknown(user, "a grouped product with x W in place of x Wᵀ")
 
 
+def _stored(carrier: _Whole, user: fx.Node) -> Use | list[Use]:
+    """A grouped product with quantised experts, whose first part stands for all of them."""
+    call = bound(user)
+    fits = carrier.node is carrier.weight and carrier.node in call["weight"]
+    if not fits or call["transposed"] is not carrier.in_first:
+        return carrier.unknown(user, "a grouped product with x W in place of x Wᵀ, or another W")
+    if carrier.node is not call["weight"][0]:
+        return []
+    return Use("sorted", carrier.weight, user, call["input"], choice=call["offs"])
+
+
 def _batched(carrier: _Whole, user: fx.Node) -> Use:
     call = bound(user)
     left, right = call["self"], call["mat2"]
@@ -512,6 +524,7 @@ _OF_EXPERTS: dict[Any, _Handler] = {
     aten.select.int: _picked,
     **dict.fromkeys((aten.mm.default, aten.addmm.default, aten.linear.default), _by_one),
     GROUPED_MM: _sorted,
+    STORED_GROUPED_MM: _stored,
     aten.bmm.default: _batched,
 }
 

@@ -9,8 +9,6 @@ numbers are constant are in graphs, too.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +17,9 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
-from expert_models import MIXED, experts_modules, ids, moe_base, moe_case
+from dense_merge import REFERENCE, Case, check_mixed, error
+from expert_models import ids, moe_base, moe_case
+from quantised_experts import check_calls, quantised
 from tiny import randomise
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -28,62 +27,11 @@ from torch.overrides import TorchFunctionMode
 import lorafx
 from lorafx.errors import LorafxError, MatchError
 
-PARAMETERS = ("gate_up_proj", "down_proj")
-#: Who is in a batch: several, one for all, one request, and one whose rows an expert gets first.
-BATCHES = (MIXED, ["down"] * 5, ["params"], [None, "older"])
-
-
-def by_torchao(config: str) -> Callable[[nn.Module], None]:
-    def quantise(model: nn.Module) -> None:
-        library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        chosen = {r"re:.*experts\.(gate_up|down)_proj": getattr(library, config)()}
-        library.quantize_(model, library.FqnToConfig(chosen), filter_fn=None)
-
-    return quantise
-
-
-def by_bitsandbytes(model: nn.Module) -> None:
-    library = pytest.importorskip("bitsandbytes.nn.parametrize", reason="no bitsandbytes")
-    for _, module in list(experts_modules(model)):
-        for name in PARAMETERS:
-            library.replace_parameter_4bit(module, name, compress_statistics=True)
-
-
-QUANTISED: dict[str, Callable[[nn.Module], None]] = {
-    "int8": by_torchao("Int8WeightOnlyConfig"),
-    "fp8": by_torchao("Float8WeightOnlyConfig"),
-    "nf4": by_bitsandbytes,
-}
-
 
 def in_a_loop(model_type: str) -> nn.Module:
     base = moe_base(model_type)
     base.set_experts_implementation("eager")
     return base
-
-
-def quantised(base: nn.Module, kind: str, folder: Path) -> tuple[nn.Module, Case]:
-    """`base` with quantised experts, and a case whose base has their dequantised numbers."""
-    model, twin = copy.deepcopy(base), copy.deepcopy(base)
-    QUANTISED[kind](model)
-    ((path, experts),) = experts_modules(twin)
-    for name in PARAMETERS:
-        dense = lorafx.dequantize(model.get_submodule(path), name)
-        assert error(dense, getattr(experts, name)) > TOLERANCE
-        getattr(experts, name).data.copy_(dense)
-    return model, moe_case(base.config.model_type, folder, twin)
-
-
-def check_calls(cm: Any, case: Case) -> None:
-    for names in BATCHES:
-        check_mixed(cm, case, names, ids(len(names)))
-    given = ids(len(MIXED))["input_ids"]
-    length = {"max_new_tokens": 4, "do_sample": False}
-    tokens = cm.generate(given, adapter_names=MIXED, **length)
-    for row, name in enumerate(MIXED):
-        assert torch.equal(
-            tokens[row], case.alone(name).generate(given[row : row + 1], **length)[0]
-        )
 
 
 @pytest.mark.usefixtures("in_eager_mode")
@@ -97,7 +45,7 @@ def test_dense_slices(model_type: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_eager_mode")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 def test_quantised_slices(kind: str, model_type: str, tmp_path: Path) -> None:
     """Against W + ΔW of the dequantised weights. The library's weights stay what they were."""
     model, case = quantised(in_a_loop(model_type), kind, tmp_path)
@@ -118,7 +66,7 @@ def test_grouped_products_with_four_bits_are_refused(tmp_path: Path) -> None:
     model, case = quantised(moe_base("qwen3_moe"), "nf4", tmp_path)
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
     with pytest.raises(
-        MatchError, match=r"quantised format.*set_experts_implementation\('eager'\)"
+        MatchError, match=r"quantised format.*set_experts_implementation\('lorafx'\)"
     ):
         cm(**ids(2), adapter_names=["down", None])
     model.set_experts_implementation("eager")

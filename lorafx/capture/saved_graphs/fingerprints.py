@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.model.stored_experts import stored_of
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.torch_internals.dynamo import derives
 from lorafx.torch_internals.graph_parts import OpOverload, OpOverloadPacket, _dispatch_keys
@@ -49,8 +50,9 @@ _SIZE_MARKS = (
     *("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices"),
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
-#: What they read follows from the place in the graph and the gradient mode, which is guarded.
-_OWN_CONSTANTS = (derives,)
+#: What they read follows from the place in the graph and the gradient mode, which is guarded, or is
+#: in the key, as what tensors are made of is.
+_OWN_CONSTANTS = (derives, stored_of)
 _MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 
 

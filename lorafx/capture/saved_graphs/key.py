@@ -185,6 +185,7 @@ def can_save(program: Program) -> bool:
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
         and program.quantised.are_wrapped
+        and all(name in module._parameters for _, module, name in program.stored_experts)
         and not any(global_hooks)
     )
 

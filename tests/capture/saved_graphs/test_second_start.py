@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch._dynamo
 from dense_merge import TOLERANCE, Case, check_mixed, error, save_adapter, valid
+from expert_models import MIXED, ids, moe_base
 from quantised import KINDS, Rounded, adapters, small_base
+from quantised_experts import quantised
 from step_logits import StepLogits, answers, check_logits
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
@@ -109,6 +111,17 @@ def test_a_base_of_integers(kind: str, tmp_path: Path, cache: Path) -> None:
         cm = lorafx.compile(model, folders, options=options)
         got = cm(**inputs, adapter_names=names).logits
         assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        assert state(cm) == [found]
+
+
+@pytest.mark.slow
+def test_quantised_experts(tmp_path: Path, cache: Path) -> None:
+    """Those that are tensors which wrap others, as other weights are."""
+    for found in (SAVED, LOADED):
+        model, case = quantised(moe_base("qwen3_moe"), "int8", tmp_path)
+        model.set_experts_implementation("lorafx")
+        cm = start(model, case, cache, dynamic=False)
+        check_mixed(cm, case, MIXED, ids())
         assert state(cm) == [found]
 
 
