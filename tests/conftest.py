@@ -28,6 +28,8 @@ from torch.fx.experimental import _config as shape_config
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.capture.lowering import NodeByNode
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.integrations.torch_compile import attached as attaching
 from lorafx.program import promises
 from lorafx.runtime import session
 from lorafx.runtime.beside import process
@@ -98,6 +100,9 @@ _CAPTURING = (lorafx.compile, lorafx.sampler)
 def _capture(*, any_sizes: bool) -> None:
     for entry in _CAPTURING:
         cast(Any, entry).__kwdefaults__["dynamic"] = any_sizes
+    # `lorafx.attach` always captures for any.
+    made = lambda *parts, dynamic: CompiledModel(*parts, dynamic=any_sizes)  # noqa: E731
+    cast(Any, attaching).CompiledModel = made
 
 
 # Graphs are captured for the sizes of the first call, at half the cost of graphs for any batch size

@@ -27,7 +27,7 @@ VOCABULARY = 61
 
 
 def llama() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
@@ -138,9 +138,10 @@ def _gap(layer: nn.Module) -> float:
 @ONE_FAMILY
 def test_generating_and_the_default(routed: Routed) -> None:
     arrow, inputs = lorafx.Arrow(["a", "b"], 2, 0.3), inputs_of(3, 5)
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     got = routed.cm.generate(**inputs, adapter_names=["c", arrow, None], **settings)
-    want = routed.peft("ab", 2, 0.3).generate(input_ids=inputs["input_ids"][1:2], **settings)
+    own = {name: value[1:2] for name, value in inputs.items()}
+    want = routed.peft("ab", 2, 0.3).generate(**own, **settings)
     assert torch.equal(got[1:2], want)
     routed.cm.set_adapter(arrow)
     assert torch.equal(routed.cm.generate(**inputs, **settings)[1:2], want)
@@ -199,12 +200,16 @@ def test_a_route_is_no_adapter(routed: Routed, tmp_path: Path) -> None:
 
 
 @ONE_FAMILY
-def test_waves_have_slots_for_what_routes_choose_from(routed: Routed) -> None:
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_waves_have_slots_for_what_routes_choose_from(
+    routed: Routed, start: str, nothing_beside: None
+) -> None:
+    """Which slots a wave has is chosen before either road."""
     few = lorafx.compile(
         copy.deepcopy(routed.base),
         lorafx.LoraConfig(max_rank=8, max_adapters=3),
         adapters=routed.paths,
-        options={"lowering": "reference", "overflow": "waves"},
+        options={"lowering": "reference", "overflow": "waves", "start": start},
     )
     inputs = inputs_of(5, 4)
     names = [lorafx.Arrow(["a", "b"], 1), "c", lorafx.Arrow(["c", "b"], 2), None, "a"]

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.any_sizes
 
 
 class Mixed:
-    def __init__(self, served: Served, folder: Path) -> None:
-        self.served, self.folder = served, folder
+    def __init__(self, build, folder: Path, **options) -> None:
+        self.served, self.folder = Served(build, folder, TARGETS[llama], **options), folder / "xlora"
         names = {"0": served.paths["a0"], "1": served.paths["a1"]}
         for name, path in names.items():
             served.cm.load_adapter(path, name)
@@ -56,23 +56,43 @@ def qwen2() -> nn.Module:
     ids=["llama", "qwen2"],
 )
 def mixed(request, tmp_path_factory) -> Mixed:
-    folder = tmp_path_factory.mktemp("adapters")
-    return Mixed(Served(request.param, folder, TARGETS[llama]), folder / "xlora")
+    return Mixed(request.param, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
-        {"top_k_lora": 1, "scaling_pass_value": 0.5},
-        {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
-        {"enable_softmax": False, "scaling_pass_value": 1.0},
-        {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
-    ],
-    ids=lambda fields: ",".join(fields) or "defaults",
-)
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory) -> Mixed:
+    return Mixed(llama, tmp_path_factory.mktemp("adapters"), start="eager", cache=None)
+
+
+FIELDS = [
+    {},
+    {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
+    {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
+    {"top_k_lora": 1, "scaling_pass_value": 0.5},
+    {"enable_softmax": False, "scaling_pass_value": 1.0},
+    {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+]
+#: That weights for all modules and for each reach the graphs, two show; the others differ in how
+#: weights are made, before any graph.
+IN_GRAPHS = [*FIELDS[:2], *(pytest.param(f, marks=pytest.mark.slow) for f in FIELDS[2:])]
+
+
+def names_of(fields) -> str:
+    return ",".join(fields) or "defaults"
+
+
+@pytest.mark.usefixtures("nothing_beside")
+@pytest.mark.parametrize("fields", FIELDS[2:], ids=names_of)
+def test_logits_in_eager_mode_are_pefts(eager: Mixed, fields) -> None:
+    check(eager, fields)
+
+
+@pytest.mark.parametrize("fields", IN_GRAPHS, ids=names_of)
 def test_logits_are_pefts(mixed: Mixed, fields) -> None:
+    check(mixed, fields)
+
+
+def check(mixed: Mixed, fields) -> None:
     model = mixed.peft(**fields)
     xlora = lorafx.XLora(mixed.served.cm, mixed.folder)
     inputs = inputs_of(3, 6)
@@ -86,8 +106,7 @@ def test_logits_are_pefts(mixed: Mixed, fields) -> None:
 
 
 def test_what_is_refused(tmp_path_factory) -> None:
-    folder = tmp_path_factory.mktemp("adapters")
-    mixed = Mixed(Served(llama, folder), folder / "xlora")
+    mixed = Mixed(llama, tmp_path_factory.mktemp("adapters"), start="eager", cache=None)
     mixed.peft()
     cm = mixed.served.cm
     xlora, ids = lorafx.XLora(cm, mixed.folder), inputs_of(2, 3)["input_ids"]

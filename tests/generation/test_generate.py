@@ -148,7 +148,7 @@ def test_what_cannot_be_generated(served, plain):
 
 
 def test_static_caches_keep_their_graphs_when_mixes_change(llama):
-    cm, inputs, static = llama.compile(), prompts(), {"cache_implementation": "static"}
+    cm, inputs, static = llama.compile(dynamic=False), prompts(), {"cache_implementation": "static"}
     none = [None] * len(NAMES)
     for names in (none, NAMES, ["a0", "a0", None, "a2"], none):
         got = cm.generate(**inputs, **FIXED, **static, do_sample=False, adapter_names=names)
