@@ -177,9 +177,11 @@ def test_gates_stand_alone(served: Served) -> None:
         served.cm(**inputs_of(2, 4), adapter_names=["a0", "a1", "zz"], adapter_gates=(S, W))
 
 
-@ONE_FAMILY
-def test_tokens_behind_a_cache(served: Served) -> None:
-    """Chunks, and steps of one token, get what the whole gets."""
+@pytest.mark.usefixtures("nothing_beside")
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_tokens_behind_a_cache(start: str, tmp_path) -> None:
+    """Chunks, and steps of one token, get what the whole gets. (In graphs, quickly: slots.)"""
+    served = Served(llama, tmp_path, start=start)
     ids, (slots, weights) = inputs_of(3, 9)["input_ids"], gates_of(3, 9, 2)
     want = served.mixed(mix_of(slots, weights), input_ids=ids)
     past = DynamicCache(config=served.base.config)

@@ -14,7 +14,7 @@ from tiny import randomise
 import lorafx
 from lorafx.errors import ConfigError
 
-pytestmark = pytest.mark.any_sizes
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
 
 IMAGE, START = 5, 6
 NEW = 6

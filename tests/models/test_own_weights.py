@@ -157,7 +157,8 @@ def test_trained_tokens_get_the_delta_of_their_module(start, case, tmp_path):
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
-def test_continuous_batching(case, served):
+def test_continuous_batching(in_eager_mode, case):
+    served = case.compile()
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     with served.continuous_batching(None, config, warmup=False) as engine:
         seen = StepLogits(engine)

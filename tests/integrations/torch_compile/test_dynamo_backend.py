@@ -58,7 +58,10 @@ def test_without_lora_it_is_inductor_bit_for_bit(dynamic: bool | None) -> None:
 @pytest.mark.parametrize(
     "mode",
     # That a mode is handed on, the last one shows.
-    [None, pytest.param("reduce-overhead", marks=pytest.mark.slow), "max-autotune-no-cudagraphs"],
+    [
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in (None, "reduce-overhead")),
+        "max-autotune-no-cudagraphs",
+    ],
 )
 def test_a_mode_holds_for_the_base_and_that_of_attach_for_adapters(
     plain: Case, mode: str | None
