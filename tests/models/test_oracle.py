@@ -143,7 +143,7 @@ TABLE = {**FAMILIES, **SMALL, **OTHERS}
 #: Batch and length of each call of one graph.
 CALLS = {"sequence first": ((3, 6), (3, 3), (4, 2))}
 #: `make test-all` has those too that differ from others of them in what no rule depends on.
-ALIKE = {"bert", "gemma3", "phi3", "qwen3", "t5"}  # t5: tests/generation/test_generate.py
+ALIKE = {"bert", "gemma3", "phi3", "qwen3"}
 
 
 @pytest.mark.parametrize(

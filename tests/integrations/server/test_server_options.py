@@ -197,13 +197,14 @@ def certificate(folder):
     (folder / "key.pem").write_bytes(key.private_bytes(pem, form, none))
 
 
-def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd):
+def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd, nothing_beside):
     certificate(tmp_path)
     port, process = free_port(), os.getpid()
     line = f"serve {files.model} --enable-lora --max-loras 2 --max-lora-rank 8 --port {port}"
     line += f" --lora-modules a={files.adapters}/a1 b={files.adapters}/a2 --max-model-len 30"
     line += f" --ssl-certfile {tmp_path}/cert.pem --ssl-keyfile {tmp_path}/key.pem"
     line += " --served-model-name one two --host localhost --uvicorn-log-level info"
+    monkeypatch.setenv("LORAFX_START", "eager")
     small = [part for n, v in SMALL.items() for part in (f"--{n.replace('_', '-')}", str(v))]
     monkeypatch.setattr(sys, "argv", ["lorafx", *line.split(), *small])
 
