@@ -230,10 +230,15 @@ def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls in eager mode start no processes beside, whose graphs the test does not wait for: each
-    compiles for a second or more."""
-    monkeypatch.setattr(Compilers, "consider", lambda *_: False)
+def compiled_beside() -> None:
+    """Calls in eager mode start processes that compile their graphs."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests do not wait for those graphs, and each process compiles for a second or more."""
+    if "compiled_beside" not in request.fixturenames:
+        monkeypatch.setattr(Compilers, "consider", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

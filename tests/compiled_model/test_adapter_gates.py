@@ -113,7 +113,6 @@ def test_one_mix_for_a_row_is_a_sum_of_adapters(served: Served) -> None:
     torch.testing.assert_close(served.cm(**inputs, **gates)[0], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_generated_tokens_have_the_mix_of_their_row(start: str, tmp_path) -> None:
     """A sum of adapters; and behind a cache chunks, and steps of one token, get what the whole

@@ -201,9 +201,7 @@ def test_a_route_is_no_adapter(routed: Routed, tmp_path: Path) -> None:
 
 @ONE_FAMILY
 @pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_waves_have_slots_for_what_routes_choose_from(
-    routed: Routed, start: str, nothing_beside: None
-) -> None:
+def test_waves_have_slots_for_what_routes_choose_from(routed: Routed, start: str) -> None:
     """Which slots a wave has is chosen before either road."""
     few = lorafx.compile(
         copy.deepcopy(routed.base),

@@ -176,7 +176,7 @@ def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(cm, llama)
 
 
 @pytest.mark.parametrize("start", ["compiled", "eager"])
-def test_functional_call_has_the_weights_of_the_call(cm, llama, start, nothing_beside):
+def test_functional_call_has_the_weights_of_the_call(cm, llama, start):
     cm = cm if start == "compiled" else llama.compile({"start": start})
     before = cm(**INPUTS, adapter_names=NAMES).logits
     own = {name: value.clone() for name, value in cm.state_dict().items()}

@@ -270,7 +270,7 @@ def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
 # --- what the trainer notices ---
 
 
-def test_training_is_the_same_bit_for_bit(nothing_beside):
+def test_training_is_the_same_bit_for_bit():
     """Beside a sampler that answers eagerly, and beside graphs where checkpoints are on."""
 
     def losses(*, sampled: bool, checkpoints: bool) -> tuple[list[Tensor], list[Tensor]]:

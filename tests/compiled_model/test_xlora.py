@@ -21,10 +21,12 @@ pytestmark = pytest.mark.any_sizes
 
 class Mixed:
     def __init__(self, build, folder: Path, **options) -> None:
-        self.served, self.folder = Served(build, folder, TARGETS[llama], **options), folder / "xlora"
-        names = {"0": served.paths["a0"], "1": served.paths["a1"]}
-        for name, path in names.items():
-            served.cm.load_adapter(path, name)
+        self.served, self.folder = (
+            Served(build, folder, TARGETS[llama], **options),
+            folder / "xlora",
+        )
+        for number in "01":
+            self.served.cm.load_adapter(self.served.paths[f"a{number}"], number)
 
     def peft(self, **fields) -> nn.Module:
         """PEFT's model, saved into the folder."""
@@ -81,7 +83,6 @@ def names_of(fields) -> str:
     return ",".join(fields) or "defaults"
 
 
-@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("fields", FIELDS[2:], ids=names_of)
 def test_logits_in_eager_mode_are_pefts(eager: Mixed, fields) -> None:
     check(eager, fields)

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 import lorafx
 from lorafx.runtime.entry import Entry
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 #: Programs that once found something.
 KEPT: tuple[Program, ...] = (
     Program(("SequenceFirst", "ActingSubclass"), ("", "b"), ("b", "b")),  # a product expands x

@@ -106,7 +106,7 @@ def test_positional_prompts_and_the_default_adapter(llama, served):
 
 
 @pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_encoder_decoder(case_of, start, nothing_beside):
+def test_encoder_decoder(case_of, start):
     """Its graphs, but for a cache, are in tests/models/test_oracle.py."""
     case = case_of("t5", num_layers=1, num_decoder_layers=1)
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ import lorafx
 from lorafx.eager.following import running
 from lorafx.errors import BatchError
 
-pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.any_sizes
 
 NAMES = ["a", None, "b"]
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False, "max_new_tokens": 3}

@@ -14,7 +14,7 @@ from tiny import randomise
 import lorafx
 from lorafx.errors import ConfigError
 
-pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.any_sizes
 
 IMAGE, START = 5, 6
 NEW = 6

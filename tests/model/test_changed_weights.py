@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.quick
 
 NAMES = ["a", None, "b", "a"]
 X = torch.randn(len(NAMES), 8, generator=torch.Generator().manual_seed(3))

@@ -21,8 +21,6 @@ from torch.nn.utils import parametrizations, prune
 import lorafx
 from lorafx.errors import MatchError
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 K = 8
 NAMES = ["a", None, "b", "a"]
 X = torch.randn(4, 3, K, generator=torch.Generator().manual_seed(0))

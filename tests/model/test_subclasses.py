@@ -19,8 +19,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import LorafxWarning, MatchError
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 K, N = 6, 8
 NAMES = ["a", None, "b", "a"]
 

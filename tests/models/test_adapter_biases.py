@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import lorafx
 from lorafx.errors import ConfigError, MatchError, UnsupportedAdapterError
 
-pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.any_sizes
 
 
 class Tower(nn.Module):

@@ -89,7 +89,6 @@ class Model(nn.Module):
         return self.head(hidden + self.mlp(hidden))
 
 
-@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize(
     ("block", "start"),
     [

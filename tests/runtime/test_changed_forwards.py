@@ -49,7 +49,6 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
     check_mixed(cm, plain, NAMES, inputs)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_of_a_model_that_generates(llama: Case, start: str) -> None:
     cm, inputs = llama.compile({"start": start, "cache": None}), token_inputs(2, 5)
@@ -96,7 +95,9 @@ class Layered(nn.Module):
         (nn.Tanh, "forward", lambda _, x: x.sigmoid()),
     ],
 )
-def test_of_the_class_of_a_layer(cls, name, replaced, start, tmp_path, monkeypatch) -> None:
+def test_of_the_class_of_a_layer(
+    compiled_beside, cls, name, replaced, start, tmp_path, monkeypatch
+) -> None:
     torch.manual_seed(0)
     case = case_by_targets(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
     cm, inputs = case.compile({"start": start}), {"x": torch.randn(3, 8)}

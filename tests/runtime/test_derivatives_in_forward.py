@@ -31,8 +31,6 @@ from lorafx.errors import (
     TargetError,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 SIZE = 6
 NAMES = ["a0", None, "a1"]
 

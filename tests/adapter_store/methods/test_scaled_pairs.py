@@ -18,8 +18,6 @@ from torch import nn
 import lorafx
 from lorafx.runtime.marking import config_covering
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 RANK = 24
 ROADS: Mapping[str, lorafx.Options] = {
     "eager": lorafx.Options(start="eager"),

@@ -22,8 +22,6 @@ import lorafx
 from lorafx.errors import CapacityError
 from lorafx.op_arguments import bound
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 LLAMA: Mapping[str, peft.PeftConfig] = {
     "a0": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
     "a1": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

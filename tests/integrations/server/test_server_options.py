@@ -197,7 +197,7 @@ def certificate(folder):
     (folder / "key.pem").write_bytes(key.private_bytes(pem, form, none))
 
 
-def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd, nothing_beside):
+def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd):
     certificate(tmp_path)
     port, process = free_port(), os.getpid()
     line = f"serve {files.model} --enable-lora --max-loras 2 --max-lora-rank 8 --port {port}"
