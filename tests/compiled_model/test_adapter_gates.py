@@ -113,11 +113,8 @@ def test_one_mix_for_a_row_is_a_sum_of_adapters(served: Served) -> None:
     torch.testing.assert_close(served.cm(**inputs, **gates)[0], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_generated_tokens_have_the_mix_of_their_row(start: str, tmp_path) -> None:
-    """A sum of adapters; and behind a cache chunks, and steps of one token, get what the whole
-    gets. (In graphs, quickly: slots.)"""
-    served, inputs = Served(llama, tmp_path, start=start), inputs_of(3, 5)
+def test_generated_tokens_have_the_mix_of_their_row(in_eager_mode: None, tmp_path) -> None:
+    served, inputs = Served(llama, tmp_path), inputs_of(3, 5)
     slots = torch.tensor([[0, 2], [1, -1], [2, 2]])
     weights = torch.tensor([[0.5, 0.25], [1.0, 1.0], [0.5, 0.5]])
     sums = [{"a0": 0.5, "a1": 0.25}, None, "a1"]
@@ -128,18 +125,24 @@ def test_generated_tokens_have_the_mix_of_their_row(start: str, tmp_path) -> Non
     by_token = slots[:, None].expand(-1, 5, -1), weights[:, None].expand(-1, 5, -1)
     with pytest.raises(lorafx.BatchError, match=r"generate\(\) makes tokens.*give \(B, k\)"):
         served.cm.generate(**inputs, adapter_names=NAMES, adapter_gates=by_token)
+
+
+@pytest.mark.slow
+def test_tokens_behind_a_cache(tmp_path) -> None:
+    """Chunks, and steps of one token, get what the whole gets. (Quickly: test_adapter_slots.)"""
+    served = Served(llama, tmp_path)
     ids, (slots, weights) = inputs_of(3, 9)["input_ids"], gates_of(3, 9, 2)
     want = served.mixed(mix_of(slots, weights), input_ids=ids)
     past = DynamicCache(config=served.base.config)
-    for begin, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
         got = served.cm(
-            input_ids=ids[:, begin:end],
+            input_ids=ids[:, start:end],
             attention_mask=torch.ones_like(ids[:, :end]),
             past_key_values=past,
             adapter_names=NAMES,
-            adapter_gates=(slots[:, begin:end], weights[:, begin:end]),
+            adapter_gates=(slots[:, start:end], weights[:, start:end]),
         )
-        torch.testing.assert_close(got[0], want[:, begin:end], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[0], want[:, start:end], rtol=1e-5, atol=1e-5)
 
 
 @ONE_FAMILY

@@ -210,15 +210,14 @@ def test_frames_of_others_between_dynamo_and_the_backend(
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""
-    static = cache is StaticCache
-    served = Served(llama, tmp_path, dynamic=not static)
+    served = Served(llama, tmp_path)
     ids = torch.randint(0, VOCABULARY, (rows, 9))
     slots = torch.randint(-1, 2, (rows, 9))
     slots[0, :2] = slots[0, 4:6] = torch.tensor([0, 1])
     want = served.oracle(slots, input_ids=ids)
     config = served.base.config
-    past = cache(config, max_cache_len=16) if static else cache(config=config)
-    for start, end in ((0, 4), (4, 8), (8, 9)) if static else ((0, 4), (4, 7), (7, 8), (8, 9)):
+    past = cache(config=config) if cache is DynamicCache else cache(config, max_cache_len=16)
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
         got = served.cm(
             input_ids=ids[:, start:end],
             attention_mask=torch.ones_like(ids[:, :end]),

@@ -61,39 +61,26 @@ def mixed(request, tmp_path_factory) -> Mixed:
     return Mixed(request.param, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="module")
-def eager(tmp_path_factory) -> Mixed:
-    return Mixed(llama, tmp_path_factory.mktemp("adapters"), start="eager", cache=None)
-
-
+#: Slow are fields one by one, and the ways to leave out a softmax.
 FIELDS = [
     {},
-    {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
-    {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
-    {"top_k_lora": 1, "scaling_pass_value": 0.5},
-    {"enable_softmax": False, "scaling_pass_value": 1.0},
-    {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+    {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3}
+    | {"top_k_lora": 1, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
+    *(
+        pytest.param(fields, marks=pytest.mark.slow)
+        for fields in (
+            {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
+            {"top_k_lora": 1, "scaling_pass_value": 0.5},
+            {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
+            {"enable_softmax": False, "scaling_pass_value": 1.0},
+            {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+        )
+    ),
 ]
-#: That weights for all modules and for each reach the graphs, two show; the others differ in how
-#: weights are made, before any graph.
-IN_GRAPHS = [*FIELDS[:2], *(pytest.param(f, marks=pytest.mark.slow) for f in FIELDS[2:])]
 
 
-def names_of(fields) -> str:
-    return ",".join(fields) or "defaults"
-
-
-@pytest.mark.parametrize("fields", FIELDS[2:], ids=names_of)
-def test_logits_in_eager_mode_are_pefts(eager: Mixed, fields) -> None:
-    check(eager, fields)
-
-
-@pytest.mark.parametrize("fields", IN_GRAPHS, ids=names_of)
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: ",".join(fields) or "defaults")
 def test_logits_are_pefts(mixed: Mixed, fields) -> None:
-    check(mixed, fields)
-
-
-def check(mixed: Mixed, fields) -> None:
     model = mixed.peft(**fields)
     xlora = lorafx.XLora(mixed.served.cm, mixed.folder)
     inputs = inputs_of(3, 6)

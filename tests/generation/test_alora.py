@@ -39,17 +39,6 @@ def llama(tmp_path_factory) -> Served:
     return served
 
 
-@pytest.fixture(params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def road(request, llama) -> Served:
-    """In eager mode; slowly, in graphs of its own."""
-    if request.param == "compiled":
-        return llama
-    request.getfixturevalue("in_eager_mode")
-    served = copy.copy(llama)
-    served.cm = llama.compile()
-    return served
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Served:
     return Served("gpt2", tmp_path_factory.mktemp("adapters"))
@@ -146,14 +135,18 @@ class _Always:
         return forced
 
 
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"prefill_chunk_size": 4}])
-def test_however_generate_hands_over_the_tokens(road, settings) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    # Prompts in chunks, quickly: test_alora_steps.
+    [{"use_cache": False}, pytest.param({"prefill_chunk_size": 4}, marks=pytest.mark.slow)],
+)
+def test_however_generate_hands_over_the_tokens(llama, settings) -> None:
     """The whole sequence at every step, or the prompt in chunks. (PEFT counts from the end of what
     a forward gets, which then is something else.)"""
     inputs = inputs_of(3, 9)
     inputs["input_ids"][0, 6:8] = torch.tensor([5, 6])
     inputs["input_ids"][2, 3] = 7
-    check_generated(road, inputs, ["x", None, "y"], settings, {})
+    check_generated(llama, inputs, ["x", None, "y"], settings, {})
 
 
 def test_beams_keep_their_request_s_beginning(llama) -> None:
@@ -182,9 +175,8 @@ def test_the_default_adapter(llama) -> None:
         llama.cm.set_adapter(None)
 
 
-def test_a_cache_of_the_caller_s(road) -> None:
+def test_a_cache_of_the_caller_s(llama) -> None:
     """Keys of the base serve an adapter that begins behind them. What cannot be known is asked."""
-    llama = road
     ids = torch.randint(8, 61, (2, 8))
     ids[:, 5] = 7
     cache = DynamicCache(config=llama.base.config)
