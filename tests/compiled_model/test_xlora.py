@@ -61,25 +61,24 @@ def mixed(request, tmp_path_factory) -> Mixed:
     return Mixed(request.param, tmp_path_factory.mktemp("adapters"))
 
 
-#: Slow are fields one by one, and the ways to leave out a softmax.
+LAYERWISE = {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3}
+DEEP = {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5}
 FIELDS = [
     {},
-    {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3}
-    | {"top_k_lora": 1, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
-    *(
-        pytest.param(fields, marks=pytest.mark.slow)
-        for fields in (
-            {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
-            {"top_k_lora": 1, "scaling_pass_value": 0.5},
-            {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
-            {"enable_softmax": False, "scaling_pass_value": 1.0},
-            {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
-        )
-    ),
+    {**DEEP, **LAYERWISE, "top_k_lora": 1},
+    DEEP,  # from here on slow: fields by themselves, and the ways to leave out a softmax
+    {"top_k_lora": 1, "scaling_pass_value": 0.5},
+    LAYERWISE,
+    {"enable_softmax": False, "scaling_pass_value": 1.0},
+    {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
 ]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: ",".join(fields) or "defaults")
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(f, marks=[pytest.mark.slow] * (i > 1)) for i, f in enumerate(FIELDS)],
+    ids=lambda fields: ",".join(fields) or "defaults",
+)
 def test_logits_are_pefts(mixed: Mixed, fields) -> None:
     model = mixed.peft(**fields)
     xlora = lorafx.XLora(mixed.served.cm, mixed.folder)

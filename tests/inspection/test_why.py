@@ -166,13 +166,8 @@ def test_guide_a_module_that_was_not_matched(tmp_path: Path) -> None:
     class Plain(nn.Linear):
         """Stands for the class in which the adapter was trained."""
 
-    class Known(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernel = nn.Parameter(torch.randn(6, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.kernel.T
+    class Known(Odd.Mine):
+        pass
 
     torch.manual_seed(0)
     trained = nn.ModuleDict({"up": nn.Linear(6, 6), "mine": Plain(6, 6, bias=False)})

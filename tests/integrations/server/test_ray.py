@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import threading
@@ -20,8 +19,9 @@ import httpx2
 import openai
 import pytest
 import ray
+import served
 from ray import serve
-from served import SMALL, Files, events, free_port, ids_of, plain, question, said, write_files
+from served import SMALL, Files, events, free_port, ids_of, plain, prompts, question, said
 from waiting import LONG, wait_until
 
 from lorafx.integrations.server.ray import RaySettings, build
@@ -82,14 +82,6 @@ class Served:
         raise AssertionError(f"{len(found)} prompts of {adapter} have long answers")
 
 
-def prompts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [
-        " ".join(f"w{draw.randrange(7, 61)}" for _ in range(draw.randrange(1, 12)))
-        for _ in range(count)
-    ]
-
-
 def inside(look: Callable[[Any], Any]) -> dict[str, Any]:
     """What `look` finds in each replica, by the replica's name."""
     found = {}
@@ -136,7 +128,7 @@ def cluster(files: Files, **settings: Any) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    files = write_files(tmp_path_factory.mktemp("ray"), max_position_embeddings=256)
+    files = served.write_files(tmp_path_factory.mktemp("ray"), max_position_embeddings=256)
     deployment = {"health_check_period_s": 1}
     with cluster(
         files, max_adapters=SLOTS, held=HELD, num_replicas=2, deployment=deployment
