@@ -184,8 +184,6 @@ def test_without_the_option_bits_differ(served: Served) -> None:
 
 
 # What cannot hold
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [("lowering", "reference"), ("lowering", "triton"), ("start", "eager"), ("base_graphs", True)],

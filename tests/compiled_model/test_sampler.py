@@ -146,8 +146,6 @@ class Oracle:
 
 
 # --- what is served ---
-
-
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "encoder")) for c in CASES]
 )
@@ -268,8 +266,6 @@ def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
 
 
 # --- what the trainer notices ---
-
-
 def test_training_is_the_same_bit_for_bit():
     """Beside a sampler that answers eagerly, and beside graphs where checkpoints are on."""
 
@@ -416,8 +412,6 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward(in_eager_
 
 
 # --- what is refused, and served ---
-
-
 def test_adapters_merged_by_the_trainer_are_refused_until_they_are_out_again(in_eager_mode):
     model = trainer()
     sampler = sampler_of(model)

@@ -40,8 +40,6 @@ class Captured:
 
 
 # --- nothing is compiled afterwards ---
-
-
 class Warm:
     """`served` is warmed up for `forward` and decoding, with `graphs` graphs."""
 
@@ -144,8 +142,6 @@ def test_example_inputs_of_a_model_without_a_configuration(small) -> None:
 
 
 # --- nothing else changes ---
-
-
 def _state(cm: lorafx.CompiledModel) -> tuple[object, ...]:
     session = cm._session
     store, runtime = session.store, session.program.runtime
@@ -262,8 +258,6 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 # --- what cannot be done ---
-
-
 def test_bad_arguments(plain: Case, llama: Case) -> None:
     cm = plain.compile()
     with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):

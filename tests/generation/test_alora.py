@@ -225,8 +225,6 @@ def test_more_adapters_than_slots_in_waves(llama) -> None:
 
 
 # --- what is refused ---
-
-
 def test_refused_by_name(llama, tmp_path) -> None:
     cm = llama.cm
     inputs = inputs_of(2, 6)

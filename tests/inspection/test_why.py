@@ -148,8 +148,6 @@ def test_the_rules() -> None:
 
 
 # The two faults of the guide
-
-
 def test_guide_an_adapter_that_does_nothing(looked: Any) -> None:
     """The answers of "idle" are those of the base. Why?"""
     cm = looked("llama").cm

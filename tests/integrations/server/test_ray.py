@@ -19,9 +19,19 @@ import httpx2
 import openai
 import pytest
 import ray
-import served
 from ray import serve
-from served import SMALL, Files, events, free_port, ids_of, plain, prompts, question, said
+from served import (
+    SMALL,
+    Files,
+    events,
+    free_port,
+    ids_of,
+    plain,
+    prompts,
+    question,
+    said,
+    write_files,
+)
 from waiting import LONG, wait_until
 
 from lorafx.integrations.server.ray import RaySettings, build
@@ -128,7 +138,7 @@ def cluster(files: Files, **settings: Any) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    files = served.write_files(tmp_path_factory.mktemp("ray"), max_position_embeddings=256)
+    files = write_files(tmp_path_factory.mktemp("ray"), max_position_embeddings=256)
     deployment = {"health_check_period_s": 1}
     with cluster(
         files, max_adapters=SLOTS, held=HELD, num_replicas=2, deployment=deployment

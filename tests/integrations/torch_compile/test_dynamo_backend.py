@@ -31,8 +31,6 @@ feed = FAMILIES["plain"].inputs
 
 
 # --- models without LoRA ---
-
-
 def inference_and_gradients(backend: str, inputs: dict[str, Tensor], **kwargs: Any) -> list[Tensor]:
     """Logits without and with gradients wanted, and the gradients of all parameters."""
     torch._dynamo.reset()
@@ -117,8 +115,6 @@ def test_found_by_its_entry_point_without_an_import() -> None:
 
 
 # --- LoRA by options ---
-
-
 def asking(model: Any, case: Case, **options: Any) -> Any:
     return compiled(model, options={"adapters": case.folders, **REFERENCE, **options})
 
