@@ -39,6 +39,7 @@ def gpt2() -> nn.Module:
 
 
 TARGETS = {llama: ["q_proj", "v_proj", "down_proj"], gpt2: ["c_fc"]}
+SLOWLY = pytest.param(gpt2, marks=pytest.mark.slow)
 
 
 class Routed:
@@ -74,7 +75,7 @@ class Routed:
         return create_arrow_model(copy.deepcopy(self.base), paths, config, more).eval()
 
 
-@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__)
+@pytest.fixture(scope="module", params=[llama, SLOWLY], ids=["llama", "gpt2"])
 def routed(request, tmp_path_factory) -> Routed:
     return Routed(request.param, tmp_path_factory.mktemp("adapters"))
 
@@ -200,14 +201,12 @@ def test_a_route_is_no_adapter(routed: Routed, tmp_path: Path) -> None:
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_waves_have_slots_for_what_routes_choose_from(routed: Routed, start: str) -> None:
-    """Which slots a wave has is chosen before either road."""
+def test_waves_have_slots_for_what_routes_choose_from(routed: Routed) -> None:
     few = lorafx.compile(
         copy.deepcopy(routed.base),
         lorafx.LoraConfig(max_rank=8, max_adapters=3),
         adapters=routed.paths,
-        options={"lowering": "reference", "overflow": "waves", "start": start},
+        options={"lowering": "reference", "overflow": "waves"},
     )
     inputs = inputs_of(5, 4)
     names = [lorafx.Arrow(["a", "b"], 1), "c", lorafx.Arrow(["c", "b"], 2), None, "a"]
