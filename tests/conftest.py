@@ -28,6 +28,8 @@ from torch.fx.experimental import _config as shape_config
 import lorafx
 import lorafx.capture.backend  # and with it all ops, which tests call by their names
 from lorafx.capture.lowering import NodeByNode
+from lorafx.compiled_model.compiled import CompiledModel
+from lorafx.integrations.torch_compile import attached as attaching
 from lorafx.program import promises
 from lorafx.runtime import session
 from lorafx.runtime.beside import process
@@ -98,6 +100,9 @@ _CAPTURING = (lorafx.compile, lorafx.sampler)
 def _capture(*, any_sizes: bool) -> None:
     for entry in _CAPTURING:
         cast(Any, entry).__kwdefaults__["dynamic"] = any_sizes
+    # `lorafx.attach` always captures for any.
+    made = lambda *parts, dynamic: CompiledModel(*parts, dynamic=any_sizes)  # noqa: E731
+    cast(Any, attaching).CompiledModel = made
 
 
 # Graphs are captured for the sizes of the first call, at half the cost of graphs for any batch size
@@ -225,10 +230,15 @@ def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls in eager mode start no processes beside, whose graphs the test does not wait for: each
-    compiles for a second or more."""
-    monkeypatch.setattr(Compilers, "consider", lambda *_: False)
+def compiled_beside() -> None:
+    """Calls in eager mode start processes that compile their graphs."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests do not wait for those graphs, and each process compiles for a second or more."""
+    if "compiled_beside" not in request.fixturenames:
+        monkeypatch.setattr(Compilers, "consider", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -107,8 +107,6 @@ def test_files_that_are_no_configuration(case: str, tmp_path: Path) -> None:
 
 
 # --- what lies where a file should be ---
-
-
 @pytest.mark.parametrize("name", [CONFIG, SAFETENSORS, PICKLED])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
 def test_no_file_in_its_place(name: str, kind: str, tmp_path: Path) -> None:
@@ -131,8 +129,6 @@ def test_paths_that_are_no_folders(folder: str) -> None:
 
 
 # --- anything at all ---
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")

@@ -84,8 +84,6 @@ def test_packed_adapters(name: str, tmp_path: Path) -> None:
 
 
 # --- one forward path ---
-
-
 def test_the_packed_weight_is_never_unpacked(case: Case, tmp_path: Path) -> None:
     """With LoRA each packed projection is one node over the whole weight; without, the base's."""
     model = twins()[1]
@@ -106,8 +104,6 @@ def test_the_packed_weight_is_never_unpacked(case: Case, tmp_path: Path) -> None
 
 
 # --- names ---
-
-
 def test_parts_that_were_not_asked_for_take_no_factors(case: Case) -> None:
     config = lorafx.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj", "in_proj_z"])
     cm = lorafx.compile(twins()[1], config, options=REFERENCE)
@@ -158,8 +154,6 @@ def test_declarations_that_cannot_be(packed: Any, words: str) -> None:
 
 
 # --- B that cannot be split ---
-
-
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [

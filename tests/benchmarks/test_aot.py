@@ -115,9 +115,6 @@ def test_the_committed_summary_is_of_these_sources() -> None:
     assert current, "run: python benchmarks/aot.py --summary docs/kernels.md"
 
 
-# --- what the records would say of an unfit kernel ---
-
-
 REGISTER = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd1, 1;"
 SHARED = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, %rd2, %rd1, 1;"
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from token_adapters import TARGETS, Served, inputs_of, llama
+from token_adapters import Served, bert, inputs_of, llama, opt
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -21,7 +21,11 @@ pytestmark = pytest.mark.any_sizes
 NAMES = ["a0", None, "a1"]
 
 
-@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__)
+#: Gates find their tokens as slots do: in each family, quickly, in test_adapter_slots.
+OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (opt, bert)]
+
+
+@pytest.fixture(scope="module", params=[llama, *OTHERS], ids=["llama", "opt", "bert"])
 def served(request, tmp_path_factory) -> Served:
     return Served(request.param, tmp_path_factory.mktemp("adapters"))
 
@@ -41,8 +45,10 @@ def mix_of(slots: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([(weights * (slots == place)).sum(-1) for place in (0, 2)], -1)
 
 
-def check(served: Served, inputs: dict[str, Tensor], gates: tuple[Tensor, Tensor]) -> Tensor:
-    got = served.cm(**inputs, adapter_names=NAMES, adapter_gates=gates)[0]
+def check(
+    served: Served, inputs: dict[str, Tensor], gates: tuple[Tensor, Tensor], cm=None
+) -> Tensor:
+    got = (cm or served.cm)(**inputs, adapter_names=NAMES, adapter_gates=gates)[0]
     want = served.mixed(mix_of(*gates), **inputs)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     return got
@@ -105,12 +111,38 @@ def test_one_mix_for_a_row_is_a_sum_of_adapters(served: Served) -> None:
     assert served.cm.recompiles == before
     want = served.mixed(mix_of(slots, weights)[:, None].float().expand(-1, 5, -1), **inputs)
     torch.testing.assert_close(served.cm(**inputs, **gates)[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_generated_tokens_have_the_mix_of_their_row(in_eager_mode: None, tmp_path) -> None:
+    served, inputs = Served(llama, tmp_path), inputs_of(3, 5)
+    slots = torch.tensor([[0, 2], [1, -1], [2, 2]])
+    weights = torch.tensor([[0.5, 0.25], [1.0, 1.0], [0.5, 0.5]])
+    sums = [{"a0": 0.5, "a1": 0.25}, None, "a1"]
+    gates = {"adapter_names": NAMES, "adapter_gates": (slots, weights)}
     settings = {"max_new_tokens": 4, "do_sample": False}
     tokens = served.cm.generate(**inputs, **gates, **settings)
     assert torch.equal(tokens, served.cm.generate(**inputs, adapter_names=sums, **settings))
     by_token = slots[:, None].expand(-1, 5, -1), weights[:, None].expand(-1, 5, -1)
     with pytest.raises(lorafx.BatchError, match=r"generate\(\) makes tokens.*give \(B, k\)"):
         served.cm.generate(**inputs, adapter_names=NAMES, adapter_gates=by_token)
+
+
+@pytest.mark.slow
+def test_tokens_behind_a_cache(tmp_path) -> None:
+    """Chunks, and steps of one token, get what the whole gets. (Quickly: test_adapter_slots.)"""
+    served = Served(llama, tmp_path)
+    ids, (slots, weights) = inputs_of(3, 9)["input_ids"], gates_of(3, 9, 2)
+    want = served.mixed(mix_of(slots, weights), input_ids=ids)
+    past = DynamicCache(config=served.base.config)
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
+        got = served.cm(
+            input_ids=ids[:, start:end],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            past_key_values=past,
+            adapter_names=NAMES,
+            adapter_gates=(slots[:, start:end], weights[:, start:end]),
+        )
+        torch.testing.assert_close(got[0], want[:, start:end], rtol=1e-5, atol=1e-5)
 
 
 @ONE_FAMILY
@@ -171,25 +203,8 @@ def test_gates_stand_alone(served: Served) -> None:
         served.cm(**inputs_of(2, 4), adapter_names=["a0", "a1", "zz"], adapter_gates=(S, W))
 
 
-def test_tokens_behind_a_cache(tmp_path) -> None:
-    """Chunks, and steps of one token, get what the whole gets."""
-    served = Served(llama, tmp_path)
-    ids, (slots, weights) = inputs_of(3, 9)["input_ids"], gates_of(3, 9, 2)
-    want = served.mixed(mix_of(slots, weights), input_ids=ids)
-    past = DynamicCache(config=served.base.config)
-    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
-        got = served.cm(
-            input_ids=ids[:, start:end],
-            attention_mask=torch.ones_like(ids[:, :end]),
-            past_key_values=past,
-            adapter_names=NAMES,
-            adapter_gates=(slots[:, start:end], weights[:, start:end]),
-        )
-        torch.testing.assert_close(got[0], want[:, start:end], rtol=1e-5, atol=1e-5)
-
-
-def test_adapters_that_are_not_linear_in_a_weight(tmp_path) -> None:
-    served = Served(llama, tmp_path)
+@ONE_FAMILY
+def test_adapters_that_are_not_linear_in_a_weight(served: Served, tmp_path) -> None:
     wrapped = get_peft_model(
         copy.deepcopy(served.base), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     )
@@ -199,8 +214,7 @@ def test_adapters_that_are_not_linear_in_a_weight(tmp_path) -> None:
         {**served.paths, "dora": str(tmp_path / "dora")},
         options={"lowering": "reference"},
     )
-    served.cm = cm
-    check(served, inputs_of(2, 4), (S, W))  # beside room for magnitudes
+    check(served, inputs_of(2, 4), (S, W), cm)  # beside room for magnitudes
     resident = cm.stats()
     with pytest.raises(lorafx.ConfigError, match="adapter_gates: 'dora' is a DoRA adapter"):
         cm(**inputs_of(2, 4), adapter_names=["a0", None, "dora"], adapter_gates=(S, W))
@@ -211,7 +225,11 @@ def test_adapters_that_are_not_linear_in_a_weight(tmp_path) -> None:
     cm.unmerge()
 
 
-def test_generated_kernels(tmp_path) -> None:
+@pytest.mark.parametrize("code", ["node_by_node", pytest.param(None, marks=pytest.mark.slow)])
+def test_generated_kernels(code: str | None, request, tmp_path) -> None:
+    """The kernels between aten's own operators, and in Inductor's code."""
+    if code is not None:
+        request.getfixturevalue(code)
     served = Served(llama, tmp_path, lowering="inductor")
     for rows, length in ((3, 6), (2, 5)):
         check(served, inputs_of(rows, length), gates_of(rows, length, 2))

@@ -30,7 +30,7 @@ SHORT = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_
 
 @pytest.fixture(scope="module")
 def cm(llama: Any) -> Any:
-    """For what leaves it as it is."""
+    """For what leaves it as it is, or as it was."""
     return llama.compile()
 
 
@@ -77,18 +77,20 @@ def test_names_that_it_has_none_of_are_the_models_own(llama, small):
     assert [*plain] == [*plain._orig_mod]
 
 
-def test_settings_are_heard_by_calls_and_generate(llama):
-    cm = llama.compile()
-    cm.generation_config = transformers.GenerationConfig(**{**SHORT, "max_new_tokens": 1})
+def test_settings_are_heard_by_calls_and_generate(cm, monkeypatch):
+    one_token = transformers.GenerationConfig(**{**SHORT, "max_new_tokens": 1})
+    monkeypatch.setattr(cm, "generation_config", one_token)
     assert cm.generate(**INPUTS, adapter_names=NAMES).shape[1] == INPUTS["input_ids"].shape[1] + 1
     labels = INPUTS["input_ids"]
     before = cm(**INPUTS, labels=labels, adapter_names=NAMES).loss
+    own = cm.loss_function
     cm.loss_function = lambda logits, labels, vocab_size, **_: logits.sum() * 0 + 7
     assert cm(**INPUTS, labels=labels, adapter_names=NAMES).loss.item() == 7 != before.item()
+    cm.loss_function = own
 
 
-def test_hooks_run_once_for_each_forward(llama):
-    cm, seen = llama.compile(), []
+def test_hooks_run_once_for_each_forward(cm, llama):
+    seen = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         seen.append({*kwargs})
@@ -129,8 +131,8 @@ def test_hooks_run_once_for_each_forward(llama):
         cm.register_full_backward_hook(lambda *_: None)
 
 
-def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(llama):
-    cm, given = llama.compile(), []
+def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(cm, llama):
+    given = []
 
     def times(model: Any, **fixed: Any) -> Callable[..., Any]:
         own = model.forward
@@ -174,8 +176,8 @@ def test_a_forward_in_place_of_its_own_is_heard_by_calls_and_generate(llama):
 
 
 @pytest.mark.parametrize("start", ["compiled", "eager"])
-def test_functional_call_has_the_weights_of_the_call(llama, start):
-    cm = llama.compile({"start": start})
+def test_functional_call_has_the_weights_of_the_call(cm, llama, start):
+    cm = cm if start == "compiled" else llama.compile({"start": start})
     before = cm(**INPUTS, adapter_names=NAMES).logits
     own = {name: value.clone() for name, value in cm.state_dict().items()}
     state = {name: value * 1.25 for name, value in own.items()}
@@ -253,8 +255,8 @@ def test_a_module_around_it_has_its_names_too(cm, llama):
     check_mixed(cm, llama, NAMES, INPUTS)
 
 
-def test_its_state_is_loaded_into_it_and_into_other_models(llama):
-    cm, changed = llama.compile(), llama.model()
+def test_its_state_is_loaded_into_it_and_into_other_models(cm, llama):
+    changed = llama.model()
     before = cm(**INPUTS, adapter_names=NAMES).logits
     state = copy.deepcopy(cm.state_dict())
     changed.load_state_dict(state)
@@ -358,8 +360,8 @@ def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
 
 
 @pytest.mark.parametrize("prepare", ["prepare", "prepare in half precision", "hook"])
-def test_accelerate_prepares_it_and_hangs_hooks_on_it(llama, prepare):
-    cm = llama.compile()
+def test_accelerate_prepares_it_and_hangs_hooks_on_it(cm, llama, prepare):
+    cm = llama.compile() if "half" in prepare else cm
     want, dtypes = cm(**INPUTS, adapter_names=NAMES).logits, set()
     if prepare == "hook":
         got = accelerate.hooks.add_hook_to_module(cm, accelerate.hooks.ModelHook())
@@ -374,6 +376,7 @@ def test_accelerate_prepares_it_and_hangs_hooks_on_it(llama, prepare):
     assert found.dtype == torch.float32
     assert (found - want).abs().max() <= (0.1 if "half" in prepare else 0) * want.abs().max()
     if "half" not in prepare:
+        accelerate.hooks.remove_hook_from_module(cm)
         return
     cm.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     # Not tokens: in bfloat16 the two largest logits of a row may be equal.

@@ -72,8 +72,6 @@ def folder(plain, tmp_path) -> Path:
 
 
 # Calls
-
-
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
@@ -145,8 +143,6 @@ def test_blocks_without_the_default_that_overlap(served):
 
 
 # Checkpoints
-
-
 def shorten(folder: Path) -> None:
     state = load_file(folder / WEIGHTS)
     save_file({k: v[:, :-1].contiguous() for k, v in state.items()}, folder / WEIGHTS)
@@ -208,8 +204,6 @@ def test_names_that_no_adapter_can_have(served, plain, name):
 
 
 # Compiling
-
-
 def untouched(model: Any, before: dict[str, int]) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before

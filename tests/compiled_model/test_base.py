@@ -22,9 +22,6 @@ def storages(model: nn.Module) -> int:
     return sum(found.values())
 
 
-# Bit-equal to the base
-
-
 @pytest.mark.parametrize("family", ["llama", "plain"])
 def test_without_adapters_the_reference_is_bit_equal_to_eager(llama, plain, family):
     torch.manual_seed(0)
@@ -48,9 +45,6 @@ def test_without_adapters_inductor_is_bit_equal_to_torch_compile(plain):
     assert torch.equal(cm(**inputs)["logits"], want)
 
 
-# Row independence
-
-
 @pytest.mark.parametrize("lowering", ["reference", "inductor"])
 def test_a_row_does_not_depend_on_its_neighbours_adapters(plain, lowering):
     """Inductor with generated kernels: bit-equal, each row's sums have a fixed order. Reference:
@@ -66,9 +60,6 @@ def test_a_row_does_not_depend_on_its_neighbours_adapters(plain, lowering):
             assert torch.equal(row, one[0])
         else:
             assert error(row, one[0]) <= TOLERANCE
-
-
-# Files, names, classes
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -105,9 +96,6 @@ def test_packed_weights_take_no_more_memory(case_of):
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     assert storages(model) == before
     assert cm.memory()["base"] == before - sum(b.nbytes for b in model.buffers())
-
-
-# What happens to the weights afterwards
 
 
 def test_casting_after_compile_is_refused_where_weights_are_packed(llama):

@@ -11,7 +11,7 @@ from dense_merge import Case, build_case, case_by_targets, check_mixed, random_b
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_logits import StepLogits, answers
-from tiny_models import FAMILIES, VOCAB, token_inputs
+from tiny_models import FAMILIES, VOCAB
 from toolchain import needs_compiler
 from torch import Tensor
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -118,7 +118,9 @@ def test_bits_of_chunks_and_padding(served: Served, rows: int) -> None:
                 assert torch.equal(found[row], served.alone(row, names[row]))
 
 
+@pytest.mark.slow
 def test_bits_of_generate(served: Served) -> None:
+    """Steps with a cache by a call at a time are above, and those of the engine below, quickly."""
     fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     more = {"output_logits": True, "return_dict_in_generate": True}
 
@@ -162,9 +164,9 @@ def test_bits_of_the_engine(served: Served) -> None:
 def test_answers_are_those_of_merged_weights(served: Served) -> None:
     if served.cm.dtype != torch.float32:
         pytest.skip("the oracle has float32")
-    torch.manual_seed(5)
-    for rows in (5, 1):
-        check_mixed(served.cm, served.case, [*NAMES[:rows]], token_inputs(rows, 7))
+    for rows in (5, 1):  # by the graphs of the tests above
+        inputs = {"input_ids": served.prompts[:rows]}
+        check_mixed(served.cm, served.case, [*NAMES[:rows]], inputs)
 
 
 def test_without_the_option_bits_differ(served: Served) -> None:
@@ -182,8 +184,6 @@ def test_without_the_option_bits_differ(served: Served) -> None:
 
 
 # What cannot hold
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [("lowering", "reference"), ("lowering", "triton"), ("start", "eager"), ("base_graphs", True)],

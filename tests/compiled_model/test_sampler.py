@@ -146,9 +146,9 @@ class Oracle:
 
 
 # --- what is served ---
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "llama")) for c in CASES]
+)
 def test_any_order_of_steps_syncs_and_calls(case):
     depth = {"num_hidden_layers": 2} if case == "llama" else {}
     model = trainer(case, base=True, **depth)
@@ -159,7 +159,7 @@ def test_any_order_of_steps_syncs_and_calls(case):
     names = st.lists(st.sampled_from(["x", "y", None]), min_size=3, max_size=3)
     steps = st.sampled_from([("step", False), ("step", True), ("sync", ["x"]), ("sync", None)])
 
-    @settings(max_examples=6)
+    @settings(max_examples=4)
     @given(st.lists(steps | st.tuples(st.just("call"), names), min_size=2, max_size=7), names)
     def check(orders: Any, last: Any) -> None:
         for seed, (order, what) in enumerate([*orders, ("call", last)]):
@@ -266,15 +266,16 @@ def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
 
 
 # --- what the trainer notices ---
-
-
 def test_training_is_the_same_bit_for_bit():
+    """Beside a sampler that answers eagerly, and beside graphs where checkpoints are on."""
+
     def losses(*, sampled: bool, checkpoints: bool) -> tuple[list[Tensor], list[Tensor]]:
         model = trainer(base=True)
         if checkpoints:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        sampler = sampler_of(model) if sampled else None
+        start = "compiled" if checkpoints else "eager"
+        sampler = sampler_of(model, start=start) if sampled else None
         optimizer, found = torch.optim.AdamW(model.parameters(), 1e-2), []
         for seed in range(3):
             if sampler is not None:
@@ -411,8 +412,6 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_trainer_s_forward(in_eager_
 
 
 # --- what is refused, and served ---
-
-
 def test_adapters_merged_by_the_trainer_are_refused_until_they_are_out_again(in_eager_mode):
     model = trainer()
     sampler = sampler_of(model)
@@ -490,6 +489,13 @@ def no_parameter(model: Any) -> None:
     model.get_base_model().model.norm.weight = None
 
 
+@pytest.fixture(scope="module")
+def sampled():
+    """For what is undone."""
+    model = trainer()
+    return model, sampler_of(model)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -500,9 +506,8 @@ def no_parameter(model: Any) -> None:
         (no_parameter, CaptureError, r"norm\.weight has become nothing"),
     ],
 )
-def test_a_base_that_graphs_do_not_fit_is_refused(change, kind, message):
-    model = trainer()
-    sampler = sampler_of(model)
+def test_a_base_that_graphs_do_not_fit_is_refused(sampled, change, kind, message):
+    model, sampler = sampled
     norm, weight = model.get_base_model().model.norm, model.get_base_model().model.norm.weight
     data, before = weight.data, sampler(**INPUTS).logits
     change(model)

@@ -163,7 +163,8 @@ def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     check_mixed(cm, case, [MIX, {"a3": 2.0}, "a0"], inputs)
 
 
-def test_members_of_a_running_call_stay(case: SumCase, served: Any) -> None:
+def test_members_of_a_running_call_stay(in_eager_mode: None, case: SumCase) -> None:
+    served: Any = case.with_room()
     raised = []
 
     def stream(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, error, save_adapter
+from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
 from waiting import LONG
 
 import lorafx
@@ -63,8 +63,7 @@ def test_calls_while_adapters_are_replaced(plain, folders):
     ids = inputs["ids"][rows["x"]]
     wanted = []
     for folder in folders:
-        alone = lorafx.compile(plain.model(), {"x": folder}, options=REFERENCE)
-        wanted.append(alone(ids, adapter_names=["x", "x"])["logits"])
+        wanted.append(Case(plain.base, {"x": folder}).expected(["x", "x"], {"ids": ids}))
     case = {"y": "a0", "z": "a1", None: None}
     others = {n: plain.expected([case[n]], {"ids": inputs["ids"][rows[n]]}) for n in case}
     assert error(first[rows["x"]], wanted[0]) <= TOLERANCE < error(wanted[0], wanted[1])

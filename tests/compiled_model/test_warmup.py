@@ -40,8 +40,6 @@ class Captured:
 
 
 # --- nothing is compiled afterwards ---
-
-
 class Warm:
     """`served` is warmed up for `forward` and decoding, with `graphs` graphs."""
 
@@ -84,10 +82,10 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_generate_compiles_nothing(llama: Case, warm: Warm, size: int) -> None:
-    """Prompts of equal lengths and padded ones, beams, batches of any mix and of none. That one
-    request has graphs of its own, `test_forward_and_decode_compile_nothing` shows quickly."""
+    """Prompts of equal lengths and padded ones, beams, batches of any mix and of none. Of several
+    requests, `test_forward_and_decode_compile_nothing` shows it quickly, step by step."""
     cm = warm.served
     before = cm.recompiles
     cm.warmup(batch_sizes=(size,), lengths=(8,), generate=True)
@@ -144,8 +142,6 @@ def test_example_inputs_of_a_model_without_a_configuration(small) -> None:
 
 
 # --- nothing else changes ---
-
-
 def _state(cm: lorafx.CompiledModel) -> tuple[object, ...]:
     session = cm._session
     store, runtime = session.store, session.program.runtime
@@ -262,8 +258,6 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 # --- what cannot be done ---
-
-
 def test_bad_arguments(plain: Case, llama: Case) -> None:
     cm = plain.compile()
     with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):

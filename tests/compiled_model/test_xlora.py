@@ -20,11 +20,13 @@ pytestmark = pytest.mark.any_sizes
 
 
 class Mixed:
-    def __init__(self, served: Served, folder: Path) -> None:
-        self.served, self.folder = served, folder
-        names = {"0": served.paths["a0"], "1": served.paths["a1"]}
-        for name, path in names.items():
-            served.cm.load_adapter(path, name)
+    def __init__(self, build, folder: Path, **options) -> None:
+        self.served, self.folder = (
+            Served(build, folder, TARGETS[llama], **options),
+            folder / "xlora",
+        )
+        for number in "01":
+            self.served.cm.load_adapter(self.served.paths[f"a{number}"], number)
 
     def peft(self, **fields) -> nn.Module:
         """PEFT's model, saved into the folder."""
@@ -56,20 +58,25 @@ def qwen2() -> nn.Module:
     ids=["llama", "qwen2"],
 )
 def mixed(request, tmp_path_factory) -> Mixed:
-    folder = tmp_path_factory.mktemp("adapters")
-    return Mixed(Served(request.param, folder, TARGETS[llama]), folder / "xlora")
+    return Mixed(request.param, tmp_path_factory.mktemp("adapters"))
+
+
+LAYERWISE = {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3}
+DEEP = {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5}
+FIELDS = [
+    {},
+    {**DEEP, **LAYERWISE, "top_k_lora": 1},
+    DEEP,  # from here on slow: fields by themselves, and the ways to leave out a softmax
+    {"top_k_lora": 1, "scaling_pass_value": 0.5},
+    LAYERWISE,
+    {"enable_softmax": False, "scaling_pass_value": 1.0},
+    {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+]
 
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {},
-        {"xlora_depth": 3, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
-        {"top_k_lora": 1, "scaling_pass_value": 0.5},
-        {"layerwise_scalings": True, "xlora_depth": 2, "scaling_pass_value": 0.3},
-        {"enable_softmax": False, "scaling_pass_value": 1.0},
-        {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
-    ],
+    [pytest.param(f, marks=[pytest.mark.slow] * (i > 1)) for i, f in enumerate(FIELDS)],
     ids=lambda fields: ",".join(fields) or "defaults",
 )
 def test_logits_are_pefts(mixed: Mixed, fields) -> None:
@@ -86,8 +93,7 @@ def test_logits_are_pefts(mixed: Mixed, fields) -> None:
 
 
 def test_what_is_refused(tmp_path_factory) -> None:
-    folder = tmp_path_factory.mktemp("adapters")
-    mixed = Mixed(Served(llama, folder), folder / "xlora")
+    mixed = Mixed(llama, tmp_path_factory.mktemp("adapters"), start="eager", cache=None)
     mixed.peft()
     cm = mixed.served.cm
     xlora, ids = lorafx.XLora(cm, mixed.folder), inputs_of(2, 3)["input_ids"]

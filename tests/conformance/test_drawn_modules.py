@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 import lorafx
 from lorafx.runtime.entry import Entry
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 #: Programs that once found something.
 KEPT: tuple[Program, ...] = (
     Program(("SequenceFirst", "ActingSubclass"), ("", "b"), ("b", "b")),  # a product expands x
@@ -71,9 +69,10 @@ def test_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["right"] > 25
 
 
-@settings(max_examples=20, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(programs)
 def test_compiled(program: Program) -> None:
+    """Each block is compiled above, and thousands of programs are in `test_many`."""
     torch._dynamo.reset()
     judged(program, "compiled")
 

@@ -93,10 +93,20 @@ def own_logging() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_logging")
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_page(
-    path: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_aten: None
+    path: Path,
+    start: str,
+    written: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_aten: None,
+    request: Any,
 ) -> None:
+    """As their readers' first calls do, calls run in eager mode, where they ask for no graph."""
+    if start == "eager":
+        request.getfixturevalue("in_eager_mode")
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)

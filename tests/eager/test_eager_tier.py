@@ -48,7 +48,6 @@ def check_eager(cm: Any) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.usefixtures("nothing_beside")
 def test_mixed_batches_are_right_before_there_is_a_graph(family: str, tmp_path: Path) -> None:
     case = build_case(family, tmp_path)
     cm = case.compile(EAGER)
@@ -58,7 +57,6 @@ def test_mixed_batches_are_right_before_there_is_a_graph(family: str, tmp_path: 
     check_eager(cm)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_reports_tell_of_calls_that_were_answered_eagerly(llama: Case) -> None:
     cm = llama.compile(EAGER)
     check(cm, llama, MIXED, FAMILIES["llama"].inputs(5, 6))
@@ -68,7 +66,6 @@ def test_reports_tell_of_calls_that_were_answered_eagerly(llama: Case) -> None:
     assert "no call has been made" not in told
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_weights_that_autocast_casts(llama: Case) -> None:
     """Here an input has as many elements as a weight, beside a hook of the model's user."""
     cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(4, 6)
@@ -88,7 +85,6 @@ def test_the_first_call_by_generate_knows_the_models_code(llama: Case) -> None:
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.usefixtures("nothing_beside")
 def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beams: int) -> None:
     case = build_case("llama", tmp_path)
     cm, ids = case.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
@@ -103,7 +99,6 @@ def test_generated_tokens_are_each_adapters_own(tmp_path: Path, cache: Any, beam
 @pytest.mark.parametrize(
     "config", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}]
 )
-@pytest.mark.usefixtures("nothing_beside")
 def test_all_that_adapters_hold_is_added(tmp_path: Path, config: dict[str, Any]) -> None:
     base = random_base("llama")
     targets = {"a0": ["q_proj", "down_proj"], "a1": ["v_proj", "o_proj"], "a2": ["k_proj"]}
@@ -126,7 +121,6 @@ def moe(tmp_path: Path) -> Case:
     return case_by_targets(base, tmp_path, targets)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_routed_rows_are_followed(moe: Case) -> None:
     cm = moe.compile(EAGER)
     for _ in range(3):  # other routes, by what is remembered of the first
@@ -135,7 +129,7 @@ def test_routed_rows_are_followed(moe: Case) -> None:
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
-def test_graphs_with_operators_of_transformers_serve(moe: Case) -> None:
+def test_graphs_with_operators_of_transformers_serve(compiled_beside: None, moe: Case) -> None:
     cm, inputs = moe.compile(EAGER), FAMILIES["llama"].inputs(5, 6)
     for _ in range(2):
         check(cm, moe, MIXED, inputs)
@@ -169,7 +163,6 @@ def test_base_rows_keep_their_bits_beside_a_row_that_overflows(plain: Case) -> N
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.usefixtures("nothing_beside")
 def test_inference_mode(llama: Case, cache: str | None) -> None:
     cm, inputs = llama.compile(EAGER), FAMILIES["llama"].inputs(3, 5)
     with torch.inference_mode():
@@ -330,7 +323,6 @@ MODELS = (
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.usefixtures("nothing_beside")
 def test_rows_that_move_are_right_or_refused(model: type[Rows], small: Any) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -408,7 +400,6 @@ def test_a_call_that_needs_a_graph_has_changed_nothing(small: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_adapters_and_mixes_are_remembered_in_bounds(llama: Case) -> None:
     cm = llama.compile(EAGER)
     remembered = cm._entries.tiers._eager._remembered
@@ -446,7 +437,6 @@ def steering(held: str) -> Any:
     return of_last_call
 
 
-@pytest.mark.usefixtures("nothing_beside")
 @pytest.mark.parametrize("held", ["direction", "module"])
 @pytest.mark.parametrize("start", ["eager", "compiled"])
 def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) -> None:
@@ -465,7 +455,6 @@ def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) 
         check_eager(cm)
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_what_a_hook_keeps_of_a_call_belongs_to_its_requests(llama: Case) -> None:
     cm, ids = llama.compile(EAGER), torch.randint(3, VOCAB, (4, 6))
     cm._orig_mod.model.layers[0].register_forward_hook(steering("last call"))

@@ -35,8 +35,6 @@ from torch.nn.utils import prune
 from lorafx.errors import BatchError
 from lorafx.runtime.entry import Entry
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 
 class Asked(Exception):
     """The call asked for a graph."""

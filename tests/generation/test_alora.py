@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from alora_cases import FIXED, TARGETS, Served, inputs_of, one
+from alora_cases import FIXED, Served, inputs_of, one
 from dense_merge import REFERENCE, TOLERANCE, error
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -44,7 +44,7 @@ def gpt2(tmp_path_factory) -> Served:
     return Served("gpt2", tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(params=list(TARGETS))
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def served(request) -> Served:
     return request.getfixturevalue(request.param)
 
@@ -135,7 +135,11 @@ class _Always:
         return forced
 
 
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    # Prompts in chunks, quickly: test_alora_steps.
+    [{"use_cache": False}, pytest.param({"prefill_chunk_size": 4}, marks=pytest.mark.slow)],
+)
 def test_however_generate_hands_over_the_tokens(llama, settings) -> None:
     """The whole sequence at every step, or the prompt in chunks. (PEFT counts from the end of what
     a forward gets, which then is something else.)"""
@@ -221,8 +225,6 @@ def test_more_adapters_than_slots_in_waves(llama) -> None:
 
 
 # --- what is refused ---
-
-
 def test_refused_by_name(llama, tmp_path) -> None:
     cm = llama.cm
     inputs = inputs_of(2, 6)
@@ -328,7 +330,7 @@ def test_behind_routed_experts_it_is_refused(tmp_path) -> None:
     targets = [path for path, _ in base.named_modules() if path.endswith(("q_proj", "v_proj"))]
     plan = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [7]}
     folder = oracle.save_adapter(base, tmp_path / "y", rank=2, targets=targets, gain=4, **plan)
-    cm = lorafx.compile(copy.deepcopy(base), {"y": folder}, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), {"y": folder}, options=REFERENCE, dynamic=False)
     ids = torch.randint(8, 61, (2, 6))
     ids[0, 3] = 7
     with pytest.raises(ProvenanceError, match=r"layers\.1\.self_attn\.q_proj"):

@@ -54,7 +54,8 @@ def prompts(rows: int = len(NAMES), length: int = 5) -> dict[str, torch.Tensor]:
     "kwargs",
     [
         {"do_sample": False},
-        {"do_sample": False, "use_cache": False},
+        # In eager mode, quickly: test_rows_of_prompts.
+        pytest.param({"do_sample": False, "use_cache": False}, marks=pytest.mark.slow),
         {"do_sample": False, "num_beams": 3},
         {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     ],
@@ -104,13 +105,15 @@ def test_positional_prompts_and_the_default_adapter(llama, served):
     assert torch.equal(got, oracle_tokens(llama, ["a3"] * 2, inputs, do_sample=False))
 
 
-def test_encoder_decoder(case_of):
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_encoder_decoder(case_of, start):
+    """Its graphs, but for a cache, are in tests/models/test_oracle.py."""
     case = case_of("t5", num_layers=1, num_decoder_layers=1)
     torch.manual_seed(0)
     inputs = seq2seq_inputs(3, 6)
     del inputs["decoder_input_ids"]
     names = ["a1", None, "a2"]
-    cm = case.compile()
+    cm = case.compile({"start": start, "cache": None})
     for kwargs in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
         got = cm.generate(**inputs, **FIXED, **kwargs, adapter_names=names)
         assert torch.equal(got, oracle_tokens(case, names, inputs, **kwargs))
@@ -148,7 +151,7 @@ def test_what_cannot_be_generated(served, plain):
 
 
 def test_static_caches_keep_their_graphs_when_mixes_change(llama):
-    cm, inputs, static = llama.compile(), prompts(), {"cache_implementation": "static"}
+    cm, inputs, static = llama.compile(dynamic=False), prompts(), {"cache_implementation": "static"}
     none = [None] * len(NAMES)
     for names in (none, NAMES, ["a0", "a0", None, "a2"], none):
         got = cm.generate(**inputs, **FIXED, **static, do_sample=False, adapter_names=names)

@@ -28,7 +28,7 @@ import lorafx
 from lorafx.eager.following import running
 from lorafx.errors import BatchError
 
-pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.any_sizes
 
 NAMES = ["a", None, "b"]
 FIXED = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False, "max_new_tokens": 3}
@@ -162,6 +162,9 @@ def test_rows_that_a_loop_drops_on_its_way(llama, served):
         assert torch.equal(got[row : row + 1], want)
 
 
+@pytest.mark.parametrize(
+    "on_both_roads", ["eager", pytest.param("compiled", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_loop_of_its_own_around_that_of_transformers(llama, on_both_roads):
     """What a loop of transformers returned is followed where code goes on with it."""
 
@@ -249,7 +252,7 @@ def janus() -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("start", ["compiled", "eager"])
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_an_images_rows_with_and_without_its_prompt(tmp_path, start):
     """Janus stacks rows of which only the beginning of the prompt is left behind those with it, and
     calls parts of the model one by one."""

@@ -24,9 +24,6 @@ def features(rows: int, length: int) -> dict[str, Tensor]:
     return {"x": torch.randn(rows, length, K)}
 
 
-# Failures and threads
-
-
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +73,6 @@ def test_calls_from_several_threads_wait_for_one_another(small):
         thread.join()
     assert len(errors) == 160
     assert max(errors) <= 1e-5
-
-
-# Settings, order of calls, processes
 
 
 def test_banks_under_modules_that_are_not_of_torch_nn_have_fixed_sizes(small):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,8 +31,9 @@ def attached(case: Case, options: Mapping[str, Any] | None = None) -> nn.Module:
 
 
 def compiled(model: Any, **kwargs: Any) -> Any:
-    """`torch.compile` with the backend, for any size unless said otherwise."""
-    return torch.compile(model, backend="lorafx", **{"dynamic": True, **kwargs})
+    """`torch.compile` with the backend, for any sizes where the test is marked `any_sizes`."""
+    dynamic = cast(Any, lorafx.compile).__kwdefaults__["dynamic"]
+    return torch.compile(model, backend="lorafx", **{"dynamic": dynamic, **kwargs})
 
 
 @torch.no_grad()

@@ -48,8 +48,6 @@ class Block(nn.Module):
 
 
 # --- calls of modules ---
-
-
 class Plain(Block):
     def forward(self, h: Tensor) -> Tensor:
         return self.a(h)
@@ -298,8 +296,6 @@ class HookedAnew(Block):
 
 
 # --- uses of weights ---
-
-
 class ByFunction(Block):
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.a.weight, self.a.bias)
@@ -552,8 +548,6 @@ class Parametrised(Block):
 
 
 # --- other kinds of sites ---
-
-
 class Embedded(Block):
     def make(self) -> None:
         self.e, self.a = nn.Embedding(V, D), nn.Linear(D, D)
@@ -611,8 +605,6 @@ class ConvolvedInChain(Block):
 
 
 # --- rows ---
-
-
 class SequenceFirst(Block):
     def forward(self, h: Tensor) -> Tensor:
         return self.a(h.transpose(0, 1)).transpose(0, 1)
@@ -737,8 +729,6 @@ class Routed(Block):
 
 
 # --- transforms ---
-
-
 class Vmapped(Block):
     def forward(self, h: Tensor) -> Tensor:
         return torch.vmap(self.a)(h)
@@ -762,8 +752,6 @@ class ByAutograd(Block):
 
 
 # --- state ---
-
-
 class Counting(Block):
     def make(self) -> None:
         self.a, self.calls = nn.Linear(D, D), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -223,6 +224,14 @@ def wait_for(client: httpx2.Client) -> None:
         return True
 
     wait_until(healthy)
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [
+        " ".join(f"w{draw.randrange(7, 61)}" for _ in range(draw.randrange(1, 12)))
+        for _ in range(count)
+    ]
 
 
 def free_port() -> int:

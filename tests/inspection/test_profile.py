@@ -24,7 +24,9 @@ NAMES = ["a1", None, "a3", "a1"]
 Made = tuple[Case, Any, dict[str, torch.Tensor], Profile]
 
 
-@pytest.fixture(scope="module", params=["plain", "vit", "llama"])
+@pytest.fixture(
+    scope="module", params=["plain", "llama", pytest.param("vit", marks=pytest.mark.slow)]
+)
 def made(request: pytest.FixtureRequest, case_of: Callable[..., Case]) -> Made:
     family = request.param
     case = case_of(family)

@@ -148,8 +148,6 @@ def test_the_rules() -> None:
 
 
 # The two faults of the guide
-
-
 def test_guide_an_adapter_that_does_nothing(looked: Any) -> None:
     """The answers of "idle" are those of the base. Why?"""
     cm = looked("llama").cm
@@ -166,13 +164,8 @@ def test_guide_a_module_that_was_not_matched(tmp_path: Path) -> None:
     class Plain(nn.Linear):
         """Stands for the class in which the adapter was trained."""
 
-    class Known(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernel = nn.Parameter(torch.randn(6, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.kernel.T
+    class Known(Odd.Mine):
+        pass
 
     torch.manual_seed(0)
     trained = nn.ModuleDict({"up": nn.Linear(6, 6), "mine": Plain(6, 6, bias=False)})

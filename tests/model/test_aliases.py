@@ -96,9 +96,6 @@ def test_any_of_the_paths_is_a_target(tmp_path: Path) -> None:
     assert [site.path for site in sites] == ["layers.1.mlp.gate"]
 
 
-# Two paths in one adapter
-
-
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -120,9 +117,6 @@ def test_two_paths_in_one_adapter(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"again\.lora_\w.* of first and differ; keep one"):
         lorafx.compile(base, {"b": folder}, options=REFERENCE)
     assert not any(module._forward_hooks for module in base.modules())
-
-
-# Lists, dicts, blocks at several depths
 
 
 class Containers(nn.Module):

@@ -101,8 +101,6 @@ def test_eager_calls_as_well(tmp_path: Path) -> None:
 
 
 # A name that contains lm_head
-
-
 class Named(nn.Module):
     """Modules whose names contain lm_head and that are no output embedding."""
 

@@ -1,7 +1,7 @@
 """Attention by the generated kernel in whole models: prompts, padding, windows, encoders, and steps
 with a cache whose heads queries share.
 
-Inductor's code calls the kernel where heads are shared and in bfloat16 (and, slowly, in a static
+Inductor's code calls the kernel where heads are shared (and, slowly, in bfloat16 and in a static
 cache). The other models differ in what the kernel is given, and run node by node.
 """
 
@@ -52,7 +52,11 @@ def test_prompts_whose_heads_are_shared(tmp_path: Path) -> None:
     ("family", "changes", "prompts"),
     [
         ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 4}, right_padded),
-        ("gemma3", {"sliding_window": 3}, token_inputs),
+        (
+            "gemma3",
+            {"sliding_window": 3, "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            token_inputs,
+        ),
         ("bert", {}, right_padded),
     ],
     ids=["own heads", "window", "encoder"],
@@ -91,9 +95,13 @@ def test_decode_steps(cache: str | None, code: str | None, tmp_path: Path, reque
     assert cm.recompiles == 2
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["node_by_node", pytest.param(None, marks=pytest.mark.slow)])
+def test_bfloat16(code: str | None, tmp_path: Path, request: Any) -> None:
+    if code is not None:
+        request.getfixturevalue(code)
+
     def serve(base: Any, folders: Any, inputs: Any, names: Any) -> Any:
-        cm = lorafx.compile(base, folders, options=BY_INDUCTOR)
+        cm = lorafx.compile(base, folders, options=BY_INDUCTOR, dynamic=False)
         logits = cm(**inputs, adapter_names=names).logits
         assert replaced(cm) == [0 if has_matrix_tiles() else 1]  # torch's own has these tiles
         return logits

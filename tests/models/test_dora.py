@@ -74,9 +74,6 @@ def gains(cm: Any, name: str) -> dict[str, Tensor]:
     return found
 
 
-# Batches
-
-
 def test_mixed_batches_recompile_nothing(cases, served):
     case = cases("llama")
     check_mixed(served, case, NAMES, inputs())
@@ -115,9 +112,6 @@ def test_in_inductors_code(plain, lowering):
     assert "and DoRA's scales" in told
     assert "and DoRA's scales" in str(lorafx.explain(plain.model(), plain.folders["d1"]))
     assert told.count("rescale: 8 edits") == 1
-
-
-# What is kept
 
 
 PlainModelLinears = dict(PlainModel().named_children())
@@ -160,9 +154,6 @@ def test_new_base_weights_are_measured_again(plain):
     cm._session.store.refresh_magnitudes()
     check_mixed(cm, other, NAMES, plain_inputs())
     assert before == (graphs(cm), [g.bank.gains.data_ptr() for g in cm._session.program.groups])
-
-
-# Files
 
 
 @pytest.fixture

@@ -90,9 +90,15 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "block", [OverAll, OverChosen, pytest.param(OverCounts, marks=pytest.mark.slow)]
+    ("block", "start"),
+    [
+        (OverAll, "compiled"),  # each call runs in eager mode, too
+        (OverChosen, "eager"),
+        (OverCounts, "eager"),
+        *(pytest.param(b, "compiled", marks=pytest.mark.slow) for b in (OverChosen, OverCounts)),
+    ],
 )
-def test_experts_in_a_loop(block: type[nn.Module], tmp_path: Path) -> None:
+def test_experts_in_a_loop(block: type[nn.Module], start: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Model(block()).eval().requires_grad_(False)
     randomise(base)
@@ -113,7 +119,7 @@ def test_experts_in_a_loop(block: type[nn.Module], tmp_path: Path) -> None:
         for seed, (name, (targets, dora)) in enumerate(plans.items())
     }
     case = Case(base, folders)
-    cm = case.compile()
+    cm = case.compile({"start": start})
     # Two tokens of the last batch choose four of five experts at most: one gets no rows.
     for names, length in ((["all", None, "dora", "two"], 9), (["dora"], 5), (["all", None], 1)):
         inputs = {"input_ids": torch.randint(0, 50, (len(names), length))}

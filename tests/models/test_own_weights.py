@@ -59,8 +59,6 @@ def graphs(cm: Any) -> int:
 
 
 # Batches
-
-
 def test_mixes_and_new_adapters_recompile_nothing(case, served, tmp_path):
     check_mixed(served, case, NAMES, inputs())
     before = graphs(served)
@@ -157,7 +155,8 @@ def test_trained_tokens_get_the_delta_of_their_module(start, case, tmp_path):
 
 
 @pytest.mark.usefixtures("earlier_objects_frozen")
-def test_continuous_batching(case, served):
+def test_continuous_batching(in_eager_mode, case):
+    served = case.compile()
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     with served.continuous_batching(None, config, warmup=False) as engine:
         seen = StepLogits(engine)
@@ -172,8 +171,6 @@ def test_continuous_batching(case, served):
 
 
 # PEFT models
-
-
 def test_a_peft_model_that_is_taken_over(in_eager_mode, case):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
     wrapped.load_adapter(str(case.folders["head"]), "head")
@@ -190,8 +187,6 @@ def test_a_peft_model_that_is_taken_over(in_eager_mode, case):
 
 
 # What is refused
-
-
 def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
     saved = {"target_modules": QV, "modules_to_save": ["model.norm"]}
     folder = save_own(case.base, tmp_path / "n", seed=1, r=2, **saved)

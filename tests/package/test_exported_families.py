@@ -27,8 +27,7 @@ SIZES: Mapping[str, tuple[set[Any], dict[str, int]]] = {
 
 @pytest.mark.parametrize(
     "family",
-    # A decoder with a cache is quick in test_package.py.
-    ["bert", "vit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "t5", "phi3"))],
+    ["phi3", "vit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "t5", "bert"))],
 )
 def test_mixed_batches_of_other_sizes(case_of: Callable[..., Case], family: str) -> None:
     case, inputs_of = case_of(family), FAMILIES[family].inputs

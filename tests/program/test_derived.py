@@ -91,8 +91,6 @@ def test_under_torch_compile(layer: Case) -> None:
 
 
 # What is refused: never dropped
-
-
 def _scaled(attention: nn.Module) -> None:
     attention.w_uk = attention.w_uk * 0.25
 

@@ -38,8 +38,6 @@ def forms(cm: Any) -> set[str]:
 
 
 # Passes
-
-
 @pytest.mark.parametrize(
     ("passes", "left"),
     [
@@ -66,8 +64,6 @@ def test_without_provenance_mixed_batches_are_refused(plain, inputs):
 
 
 # Dumps
-
-
 def dumped(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "graph-0-lora").iterdir())
 
@@ -151,8 +147,6 @@ def test_explain_tells_of_refusals(tmp_path):
 
 
 # Forms of the configuration
-
-
 def test_example_inputs_that_fail_leave_the_model_unmarked(plain):
     model = plain.model()
     with pytest.raises(TypeError, match="no_such_argument"):

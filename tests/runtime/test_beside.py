@@ -34,6 +34,7 @@ from lorafx.torch_internals.versions import saves_graphs
 
 pytestmark = [
     pytest.mark.any_sizes,
+    pytest.mark.usefixtures("compiled_beside"),
     pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs"),
 ]
 

@@ -49,8 +49,9 @@ def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPat
     check_mixed(cm, plain, NAMES, inputs)
 
 
-def test_of_a_model_that_generates(llama: Case) -> None:
-    cm, inputs = llama.compile(), token_inputs(2, 5)
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_of_a_model_that_generates(llama: Case, start: str) -> None:
+    cm, inputs = llama.compile({"start": start, "cache": None}), token_inputs(2, 5)
     short = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     before = cm.generate(**inputs, **short, adapter_names=["a1", None])
     models = {"a1": llama.alone("a1"), None: llama.base}
@@ -94,7 +95,9 @@ class Layered(nn.Module):
         (nn.Tanh, "forward", lambda _, x: x.sigmoid()),
     ],
 )
-def test_of_the_class_of_a_layer(cls, name, replaced, start, tmp_path, monkeypatch) -> None:
+def test_of_the_class_of_a_layer(
+    compiled_beside, cls, name, replaced, start, tmp_path, monkeypatch
+) -> None:
     torch.manual_seed(0)
     case = case_by_targets(Layered().eval(), tmp_path, {"a": r"up|down", "b": r"up"})
     cm, inputs = case.compile({"start": start}), {"x": torch.randn(3, 8)}

@@ -18,7 +18,7 @@ from lorafx.errors import LorafxWarning, VerifyError
 from lorafx.runtime.beside.comparison import answer_of, bound_of, distance
 from lorafx.torch_internals.versions import saves_graphs
 
-pytestmark = pytest.mark.any_sizes
+pytestmark = [pytest.mark.any_sizes, pytest.mark.usefixtures("compiled_beside")]
 
 needs_saving = pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 

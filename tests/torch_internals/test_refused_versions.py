@@ -126,8 +126,6 @@ def test_a_missing_name_is_said_with_a_way_out(version: str, said: str, faked: A
 
 
 # Shortcuts
-
-
 @pytest.mark.parametrize("version", ["2.99.0", "2.14.0a0+git1234567"])
 def test_shortcuts_are_off_where_torch_is_no_tested_release_and_it_is_said_once(
     version: str, faked: Any, caplog: pytest.LogCaptureFixture

@@ -77,8 +77,6 @@ def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
 
 
 # Tied weights
-
-
 @pytest.mark.parametrize("name", ["both", "embed", "head"])
 def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
     case = tied_case(tmp_path)
@@ -102,8 +100,6 @@ def test_a_tied_weight_that_the_adapter_leaves_alone(tmp_path: Path) -> None:
 
 
 # Weights of an adapter's own
-
-
 def own_inputs() -> dict[str, Tensor]:
     """With a trained token in each row."""
     torch.manual_seed(0)
@@ -152,8 +148,6 @@ def test_a_tied_weight_whose_ends_change_unlike(tmp_path: Path) -> None:
 
 
 # What was made of a weight
-
-
 def test_absorbed_weights_follow(tmp_path: Path) -> None:
     case = case_of(OneLayer, tmp_path)
     model = absorbed(case)
@@ -167,8 +161,6 @@ def test_absorbed_weights_follow(tmp_path: Path) -> None:
 
 
 # Numbers
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -193,8 +185,6 @@ def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 # Quantised weights
-
-
 def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes").nn
     for name, child in list(model.named_children()):

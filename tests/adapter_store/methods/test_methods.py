@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dense_merge import TOLERANCE, check_mixed, error
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error
 from method_files import CONFIGS, MethodCase
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
@@ -85,7 +85,9 @@ def test_trained_tokens_alone(case: MethodCase, targets: Any, tmp_path: Path) ->
     )
     wrapped: Any = peft.get_peft_model(case.model(), config).eval()
     wrapped.save_pretrained(str(tmp_path))
-    cm: Any = lorafx.compile(case.model(), adapters={"a": tmp_path})
+    cm: Any = lorafx.compile(
+        case.model(), adapters={"a": tmp_path}, options=REFERENCE, dynamic=False
+    )
     ids = torch.tensor([[1, 3, 5, 7]])
     got, want = cm(ids, adapter_names=["a"]).logits, wrapped(ids).logits
     assert error(got, want) <= TOLERANCE < error(want, case.base(ids).logits)

@@ -22,8 +22,6 @@ import lorafx
 from lorafx.errors import CapacityError
 from lorafx.op_arguments import bound
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 LLAMA: Mapping[str, peft.PeftConfig] = {
     "a0": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
     "a1": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -61,7 +59,7 @@ def check(case: Case, cm: Any, names: list[Any]) -> None:
     ],
 )
 def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
-    cm = llama.compile({"cache": None, **options}, dynamic=True)
+    cm = llama.compile({"cache": None, **options})
     check(llama, cm, NAMES)
     graphs = cm.recompiles
     check(llama, cm, ["a4", "a3", "a0", None])
@@ -71,7 +69,7 @@ def test_in_both_tiers(llama: MethodCase, options: dict[str, str]) -> None:
 
 def test_turned_inputs_are_read_by_the_product_itself(llama: MethodCase, tmp_path: Path) -> None:
     options = {"start": "compiled", "cache": None, "dump": str(tmp_path)}
-    cm = llama.compile(options, dynamic=True)
+    cm = llama.compile(options)
     check(llama, cm, NAMES)
     stages = cm._session.backend.records[-1].stages
     (graph,) = (stage.graph.graph for stage in stages if stage.name == "replace_rows")
@@ -108,8 +106,9 @@ def test_in_bfloat16(llama: MethodCase) -> None:
         assert errors[0] <= 1.5 * errors[1]
 
 
-def test_in_the_engine(llama: MethodCase) -> None:
-    check_three_requests(llama, llama.compile(dynamic=True))
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_in_the_engine(llama: MethodCase, start: str) -> None:
+    check_three_requests(llama, llama.compile({"start": start, "cache": None}, dynamic=True))
 
 
 def test_behind_torch_compile(llama: MethodCase) -> None:
@@ -171,7 +170,7 @@ def test_sums_have_what_is_added(start: str, tmp_path: Path) -> None:
     configs = {"a0": lokr, "a1": other, "a2": LLAMA["a2"], "a3": LLAMA["a0"], "a4": waves}
     configs["a5"] = third
     case = MethodCase.of_configs("llama", configs, tmp_path)
-    cm = case.compile({"start": start, "cache": None}, dynamic=True)
+    cm = case.compile({"start": start, "cache": None})
     check(case, cm, [{"a0": 0.5, "a2": -2.0}, None, {"a1": 3.0}, "a3"])
     check(case, cm, ["a0", {"a1": -0.5, "a2": 1.0}, {"a0": 1.5}, "a2"])
     check(case, cm, ["a4", {"a4": -0.5, "a2": 1.0}, {"a4": 3.0}, None])

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 import lorafx
 
-pytestmark = pytest.mark.usefixtures("nothing_beside")
-
 ADAPTERS: Mapping[str, peft.PeftConfig] = {
     "oft": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"]),
     "ia3": peft.IA3Config(

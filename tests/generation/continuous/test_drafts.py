@@ -288,7 +288,7 @@ def close(got: Sequence[float], want: Sequence[float]) -> bool:
 
 
 @eagerly
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("right", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_drawn_tokens_have_the_distribution_of_the_model(llama, drafting, right) -> None:
     """Three tokens in a row, by a draft of a likely sequence, or of an unlikely one, by chi²."""
     prompt, count, sampling = [9, 8, 7], 1024, {"temperature": 1.5, "top_k": 3}

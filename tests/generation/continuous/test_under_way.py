@@ -214,7 +214,7 @@ EAGER = {**REFERENCE, "start": "eager", "cache": None}
     ("family", "attention"),
     [("llama", "sdpa"), ("llama", "eager"), ("gemma3", "sdpa"), (GPT_OSS, "eager")],
 )
-def test_first_requests(nothing_beside: None, tmp_path: Path, family: Any, attention: str) -> None:
+def test_first_requests(tmp_path: Path, family: Any, attention: str) -> None:
     """Prompts in chunks, windows, adapters and the base beside each other."""
     case = build_case(family, tmp_path)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_first_requests(nothing_beside: None, tmp_path: Path, family: Any, atten
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
-def test_graphs_take_over_between_steps(llama) -> None:
+def test_graphs_take_over_between_steps(compiled_beside, llama) -> None:
     """They are compiled beside from the engine's start on; requests are answered meanwhile, and
     one that is under way changes tiers."""
     cm = llama.compile(EAGER)

@@ -34,7 +34,7 @@ from lorafx.errors import (
 from lorafx.runtime.loading import load_parts
 
 #: Eager mode beside moves what a pipeline has between two calls of its models.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_beside")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 PARTS = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 
 import openai
 import pytest
-from served import asgi, ask, client_of, gated, idle, ids_of, question, said, serving
+from served import asgi, ask, client_of, gated, idle, ids_of, prompts, question, said, serving
 from waiting import LONG, until
 
 pytestmark = pytest.mark.any_sizes
@@ -21,14 +20,6 @@ def server(files):
     """With graphs, and fewer slots than adapters."""
     with serving(files, graphs=True, max_adapters=3) as server:
         yield server
-
-
-def prompts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [
-        " ".join(f"w{draw.randrange(7, 61)}" for _ in range(draw.randrange(1, 12)))
-        for _ in range(count)
-    ]
 
 
 def test_sixteen_streams_at_once(files, server):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import threading
@@ -21,7 +20,18 @@ import openai
 import pytest
 import ray
 from ray import serve
-from served import SMALL, Files, events, free_port, ids_of, plain, question, said, write_files
+from served import (
+    SMALL,
+    Files,
+    events,
+    free_port,
+    ids_of,
+    plain,
+    prompts,
+    question,
+    said,
+    write_files,
+)
 from waiting import LONG, wait_until
 
 from lorafx.integrations.server.ray import RaySettings, build
@@ -80,14 +90,6 @@ class Served:
             if len(found) == count:
                 return found
         raise AssertionError(f"{len(found)} prompts of {adapter} have long answers")
-
-
-def prompts(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [
-        " ".join(f"w{draw.randrange(7, 61)}" for _ in range(draw.randrange(1, 12)))
-        for _ in range(count)
-    ]
 
 
 def inside(look: Callable[[Any], Any]) -> dict[str, Any]:

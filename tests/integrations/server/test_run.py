@@ -106,7 +106,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
 
 
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
-def test_requests_are_answered_while_graphs_are_compiled(files, monkeypatch):
+def test_requests_are_answered_while_graphs_are_compiled(compiled_beside, files, monkeypatch):
     monkeypatch.setenv("LORAFX_START", "eager")
     path, given = "/v1/completions", {"cache": None, "graphs": True}
     with serving(files, **given) as server:

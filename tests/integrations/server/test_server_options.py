@@ -204,6 +204,7 @@ def test_https_under_a_command_line_of_vllm(files, tmp_path, monkeypatch, capfd)
     line += f" --lora-modules a={files.adapters}/a1 b={files.adapters}/a2 --max-model-len 30"
     line += f" --ssl-certfile {tmp_path}/cert.pem --ssl-keyfile {tmp_path}/key.pem"
     line += " --served-model-name one two --host localhost --uvicorn-log-level info"
+    monkeypatch.setenv("LORAFX_START", "eager")
     small = [part for n, v in SMALL.items() for part in (f"--{n.replace('_', '-')}", str(v))]
     monkeypatch.setattr(sys, "argv", ["lorafx", *line.split(), *small])
 

@@ -37,6 +37,7 @@ feed = FAMILIES["plain"].inputs
 CALLS: dict[str, Callable[[Any], Any]] = {"compiled": compiled, "eager": lambda model: model}
 
 
+@pytest.mark.any_sizes
 @pytest.mark.parametrize("how", CALLS)
 def test_mixes_and_sizes_on_one_graph(plain: Case, how: str) -> None:
     torch.manual_seed(0)
@@ -113,6 +114,7 @@ def test_sums(plain: Case) -> None:
         lorafx.unload_adapter(model, "a0")
 
 
+@pytest.mark.any_sizes
 @pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generate(llama: Case, beams: int) -> None:
     torch.manual_seed(0)

@@ -31,8 +31,6 @@ feed = FAMILIES["plain"].inputs
 
 
 # --- models without LoRA ---
-
-
 def inference_and_gradients(backend: str, inputs: dict[str, Tensor], **kwargs: Any) -> list[Tensor]:
     """Logits without and with gradients wanted, and the gradients of all parameters."""
     torch._dynamo.reset()
@@ -58,7 +56,10 @@ def test_without_lora_it_is_inductor_bit_for_bit(dynamic: bool | None) -> None:
 @pytest.mark.parametrize(
     "mode",
     # That a mode is handed on, the last one shows.
-    [None, pytest.param("reduce-overhead", marks=pytest.mark.slow), "max-autotune-no-cudagraphs"],
+    [
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in (None, "reduce-overhead")),
+        "max-autotune-no-cudagraphs",
+    ],
 )
 def test_a_mode_holds_for_the_base_and_that_of_attach_for_adapters(
     plain: Case, mode: str | None
@@ -114,8 +115,6 @@ def test_found_by_its_entry_point_without_an_import() -> None:
 
 
 # --- LoRA by options ---
-
-
 def asking(model: Any, case: Case, **options: Any) -> Any:
     return compiled(model, options={"adapters": case.folders, **REFERENCE, **options})
 

@@ -38,9 +38,6 @@ def add(p: Problem, *, generated: bool) -> Tensor:
     return y
 
 
-# --- ops, any strides ---
-
-
 @st.composite
 def strided(draw: st.DrawFn, t: Tensor) -> Tensor:
     """`t` with its values in a buffer in which its dimensions lie in another order, at other steps,
@@ -98,9 +95,6 @@ def test_a_transposed_bank_is_refused_by_kernels_and_served_by_aten() -> None:
         assert_delta(laid, add(laid, generated=False))
         with pytest.raises(RuntimeError, match="A and B are not a bank of the kernel's"):
             lora.run_delta_(p.y, p.x, *laid.bank, p.rows, kernel)
-
-
-# --- ops, what they allocate ---
 
 
 def big_problem() -> Problem:

@@ -109,9 +109,6 @@ def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
             assert ["griddepcontrol.wait" in text for text in texts] == [False, arch.overlaps], name
 
 
-# --- concat ---
-
-
 @pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_what_is_no_number_stays_with_its_rows(factor: str, value: float) -> None:
