@@ -23,6 +23,7 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, has_matrix_tiles
 from lorafx.kernels.cpu.cpu_source import ELEMENTS, kernel_source, tile_sizes
 from lorafx.kernels.cpu.kernels import Kernels, with_parallel
+from lorafx.kernels.cpu.weight_mm import product
 from lorafx.kernels.ops.op_library import define, require
 
 # Columns of a unit of work, whose weights stay in a cache while the expert's rows are multiplied.
@@ -117,7 +118,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         return y
     for expert, (start, end) in enumerate(groups):
         if end > start:
-            torch.mm(x[start:end], weight[expert], out=y[start:end])
+            y[start:end] = product(x[start:end], weight[expert].T)
     return y
 
 
@@ -157,12 +158,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     if x_needs:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
     if weight_needs:
-        of_weight = torch.stack(
-            [
-                x[start:end].T @ grad[start:end]
-                for start, end in groups_of("grouped_mm", offs, len(x))
-            ]
-        )
+        groups = groups_of("grouped_mm", offs, len(x))
+        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in groups])
     return of_x, of_weight, None
 
 

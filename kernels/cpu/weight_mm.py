@@ -218,10 +218,7 @@ def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
 
 
 #: Whether oneDNN has instructions for a dtype; aten.mm converts each number by itself otherwise.
-_INSTRUCTIONS = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
+_INSTRUCTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def many_in_float32(library: ctypes.CDLL, dtype: torch.dtype, enabled: bool | None = None) -> None:
@@ -229,7 +226,7 @@ def many_in_float32(library: ctypes.CDLL, dtype: torch.dtype, enabled: bool | No
     Converting takes 0.14 to 0.25 of aten.mm's time for 65 to 1,024 rows, and as long as generated
     code for 64 to 128 (Zen 3, AVX2, one thread, W of 1024 × 1024 to 2816 × 1024)."""
     if enabled is None:
-        supported = getattr(torch.ops.mkldnn, _INSTRUCTIONS[dtype], None)
+        supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{_INSTRUCTIONS[dtype]}_supported", None)
         enabled = supported is not None and not supported()
     library.lorafx_widen_many(dtype_code(dtype), dtype_code(torch.float32) if enabled else 0)
 

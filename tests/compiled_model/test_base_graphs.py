@@ -40,6 +40,16 @@ def test_half_as_many_graphs(llama: Case, served: lorafx.CompiledModel) -> None:
     assert served.recompiles == 2
 
 
+@pytest.mark.slow
+def test_graphs_of_one_request(llama: Case) -> None:
+    cm = llama.compile(options=SHARED)
+    cm.warmup(batch_sizes=(1,), lengths=(6,), generate=False)
+    inputs = token_inputs(1, 7)
+    assert error(cm(**inputs, adapter_names=[None]).logits, base(llama, inputs)) <= 1e-5
+    check_mixed(cm, llama, ["a0"], inputs)
+    assert cm.recompiles == 2
+
+
 def test_merged_weights(llama: Case) -> None:
     torch.manual_seed(0)
     cm, inputs = llama.compile(options=SHARED, dynamic=False), token_inputs(2, 5)

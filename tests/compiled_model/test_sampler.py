@@ -266,7 +266,8 @@ def test_forwards_that_a_trainer_has_put_in_their_places_run_the_copy():
 
 
 # --- what the trainer notices ---
-def test_training_is_the_same_bit_for_bit():
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_training_is_the_same_bit_for_bit(start):
     """Beside a sampler that answers eagerly, and beside graphs where checkpoints are on."""
 
     def losses(*, sampled: bool, checkpoints: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -274,8 +275,8 @@ def test_training_is_the_same_bit_for_bit():
         if checkpoints:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        start = "compiled" if checkpoints else "eager"
-        sampler = sampler_of(model, start=start) if sampled else None
+        begin = "compiled" if checkpoints else start
+        sampler = sampler_of(model, start=begin) if sampled else None
         optimizer, found = torch.optim.AdamW(model.parameters(), 1e-2), []
         for seed in range(3):
             if sampler is not None:

@@ -163,7 +163,9 @@ def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     check_mixed(cm, case, [MIX, {"a3": 2.0}, "a0"], inputs)
 
 
-def test_members_of_a_running_call_stay(in_eager_mode: None, case: SumCase) -> None:
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_members_of_a_running_call_stay(start: str, case: SumCase, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LORAFX_START", start)
     served: Any = case.with_room()
     raised = []
 

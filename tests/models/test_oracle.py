@@ -142,21 +142,28 @@ OTHERS = {
 TABLE = {**FAMILIES, **SMALL, **OTHERS}
 #: Batch and length of each call of one graph.
 CALLS = {"sequence first": ((3, 6), (3, 3), (4, 2))}
+#: Those whose graphs are for one size.
+FIXED = {*OTHERS, "t5"}
 #: `make test-all` has those too that differ from others of them in what no rule depends on.
 ALIKE = {"bert", "gemma3", "phi3", "qwen3"}
 
 
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in TABLE],
+    ("family", "fixed"),
+    [
+        *(
+            pytest.param(name, name in FIXED, marks=[pytest.mark.slow] * (name in ALIKE))
+            for name in TABLE
+        ),
+        pytest.param("t5", False, marks=pytest.mark.slow),
+    ],
 )
-def test_mixed_batches(case_of, tmp_path, family):
+def test_mixed_batches(case_of, tmp_path, family, fixed):
     """Five adapters of unequal ranks and targets, base rows, padding; then another mix, batch and
     length on the same graph; then one adapter for all rows, or a batch of one."""
     torch.manual_seed(1)
     feed = TABLE[family].inputs
     case = case_of(family) if family in FAMILIES else build_case(TABLE[family], tmp_path)
-    fixed = family in OTHERS or family == "t5"
     cm = case.compile(dynamic=not fixed)
     (rows, length), *others = CALLS.get(family, ((len(MIXED), 6), (4, 9)))
     check_mixed(cm, case, MIXED[:rows], feed(rows, length))

@@ -154,9 +154,10 @@ def test_trained_tokens_get_the_delta_of_their_module(start, case, tmp_path):
     assert error(got[1:], case.expected([None], oracle.one_row(x, 1))) <= TOLERANCE
 
 
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("earlier_objects_frozen")
-def test_continuous_batching(in_eager_mode, case):
-    served = case.compile()
+def test_continuous_batching(start, case):
+    served = case.compile({"start": start})
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     with served.continuous_batching(None, config, warmup=False) as engine:
         seen = StepLogits(engine)

@@ -51,9 +51,11 @@ def test_in_mixed_batches_of_one_graph(case: MethodCase, cm: Any) -> None:
     assert cm.recompiles == captured
 
 
+@pytest.mark.parametrize("start", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_generated_tokens_are_those_of_the_merged_models(
-    in_eager_mode: None, case: MethodCase
+    start: str, case: MethodCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LORAFX_START", start)
     cm: Any = case.compile()
     ids = torch.tensor([[3, 5, 7], [3, 5, 7], [2, 4, 6]])
     names = ["oft", None, "hra"]
