@@ -63,7 +63,7 @@ GOALS = {
     ("prefill", 1): 1.04,
     ("prefill", 8): 1.06,
 }
-#: The same with quantised experts (issue 72).
+#: The same with quantised experts.
 STORED_GOAL = 1.15
 GPU_SHAPES = {"decode": (64, 1), "prefill": (8, 1024)}
 #: Least throughput over the base on a GPU, whatever the mix.
