@@ -17,7 +17,7 @@ from lorafx.errors import ConfigError
 #: Options that may have several values after them, or a JSON list of them.
 _SEVERAL = (
     *("--lora-modules", "--served-model-name", "--name", "--allowed-origins"),
-    *("--adapter-weight", "--adapter-running"),
+    *("--adapter-weight", "--adapter-running", "--allowed-media-domains"),
 )
 #: Switches of what is always on here.
 _IMPLIED = (

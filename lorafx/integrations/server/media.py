@@ -1,5 +1,6 @@
-"""Images and sounds in the messages of a chat: read from data URLs and base64, bounded before
-anything is decoded, and made into inputs of the model by its processor.
+"""Images and sounds in the messages of a chat: read from data URLs and base64, or fetched from
+allowed hosts, bounded before anything is decoded, and made into inputs of the model by its
+processor.
 
     {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
     {"type": "input_audio", "input_audio": {"data": "...", "format": "wav"}}
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from lorafx.integrations.server.errors import RequestError
+from lorafx.integrations.server.fetching import FetchError, fetched
 from lorafx.integrations.server.settings import ModelSettings
 
 #: Formats whose sizes Pillow reads without making pixels. WebP's reader takes the memory of two
@@ -86,14 +88,7 @@ class Media:
 
         asked = part.get("image_url")
         url: Any = asked.get("url") if isinstance(asked, dict) else asked
-        head = _URL.match(url[:80]) if isinstance(url, str) else None
-        if head is None:
-            raise _refused(
-                place,
-                f"images come as data:image/png;base64,... (or jpeg, gif); got {url!r:.40}. "
-                "Addresses are not fetched",
-            )
-        data, most = self._bytes(url[head.end() :], place), self._settings.max_pixels
+        data, most = self._image_bytes(url, place), self._settings.max_pixels
         too_large = f"with it the images have more than {most} pixels, which --max-pixels allows"
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)  # only the header
@@ -110,6 +105,19 @@ class Media:
         except Exception as error:  # a hostile file may raise anything
             kinds = ", ".join(_FORMATS)
             raise _refused(place, f"it cannot be read as {kinds}: {error!s:.200}") from error
+
+    def _image_bytes(self, url: object, place: str) -> bytes:
+        text = url if isinstance(url, str) else ""
+        if head := _URL.match(text[:80]):
+            return self._bytes(text[head.end() :], place)
+        if not text.lower().startswith(("http://", "https://")):
+            wanted = "images come as data:image/png;base64,... (or jpeg, gif), or by address"
+            raise _refused(place, f"{wanted}; got {url!r:.40}")
+        domains, most = self._settings.allowed_media_domains, self._settings.max_media_bytes
+        try:
+            return fetched(text, domains, most)
+        except FetchError as error:
+            raise _refused(place, str(error)) from error
 
     def _audio(self, part: Mapping[str, Any], place: str) -> np.ndarray:
         """Samples (T,) from -1 to 1, the mean of all channels."""

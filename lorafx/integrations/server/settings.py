@@ -78,6 +78,7 @@ class ModelSettings(BaseModel):
     )
     max_media: int = _of(16, "The most images and sounds of a request.", ge=0)
     max_media_bytes: int = _of(4 << 20, "The most bytes of an image or a sound.", ge=1)
+    allowed_media_domains: tuple[str, ...] = _of((), "Hosts from which images are fetched.")
     max_pixels: int = _of(1 << 24, "The most pixels of a request's images.", ge=1)
     max_audio_seconds: float = _of(60, "The most seconds of a request's sounds.", gt=0)
     max_queue: _Count = None

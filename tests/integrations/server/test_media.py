@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx2
@@ -30,6 +33,7 @@ from seeing import (
 from served import SMALL, asgi, ask
 from waiting import wait_until
 
+from lorafx.integrations.server import fetching
 from lorafx.integrations.server.run import Opened, opened
 from lorafx.integrations.server.settings import Settings
 from lorafx.runtime.beside.compilers import Compilers
@@ -88,10 +92,79 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = gemma3()
     with _eager():
         case, opening = serving(
-            tmp_path_factory.mktemp("seeing"), made, targets, max_pixels=1000, max_media_bytes=4000
+            tmp_path_factory.mktemp("seeing"),
+            made,
+            targets,
+            max_pixels=1000,
+            max_media_bytes=4000,
+            allowed_media_domains=("localhost",),
         )
         with opening as server:
             yield Seeing(case, made[1], server)
+
+
+PAGES: dict[str, tuple[int, dict[str, str], Callable[[], bytes]]] = {
+    "/a.png": (200, {}, lambda: file_of(image(1))),
+    "/large.png": (200, {}, lambda: bytes(10**6)),
+    "/bomb.png": (200, {}, lambda: _bomb(60, 60)),
+    "/moved.png": (302, {"Location": "/a.png"}, bytes),
+    "/page.png": (200, {"Content-Type": "text/html"}, lambda: b"<html>"),
+    "/none.png": (404, {}, bytes),
+}
+
+
+class Pages(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status, headers, made = PAGES.get(self.path, (200, {}, bytes))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.path == "/slow.png":
+            with suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b".")
+                    time.sleep(0.05)
+        with suppress(OSError):  # the reader has gone
+            self.wfile.write(made())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def pages() -> Iterator[str]:
+    """The address of a host that is allowed."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as host:
+        Thread(target=host.serve_forever, daemon=True).start()
+        yield f"http://localhost:{host.server_port}"
+        host.shutdown()
+
+
+def test_images_at_allowed_addresses(seeing, pages) -> None:
+    for adapter in (None, "tower"):
+        parts = [_address(f"{pages}/a.png"), {"type": "text", "text": "w20"}]
+        got = seeing.ask(parts, adapter or "model", max_tokens=NEW).json()
+        want = seeing.text(adapter, "w20", images=[image(1)])
+        assert got["choices"][0]["message"]["content"] == want
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("large", "more than 4000 bytes, which --max-media-bytes allows"),
+        ("bomb", "--max-pixels"),
+        ("moved", "cannot be fetched: HTTP Error 302"),
+        ("page", "cannot be read as PNG"),
+        ("none", "cannot be fetched: HTTP Error 404"),
+        ("slow", "takes over 0.2 s"),
+    ],
+)
+def test_what_is_refused_of_allowed_addresses(seeing, pages, monkeypatch, page, words) -> None:
+    monkeypatch.setattr(fetching, "MOST_SECONDS", 0.2 if page == "slow" else 60)
+    answer = seeing.ask([_address(f"{pages}/{page}.png")])
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +269,10 @@ def _address(address: str) -> dict[str, Any]:
         (image_part(b"nothing"), "cannot be read as PNG"),
         (image_part(file_of(image(1), "webp")), "cannot be read as PNG"),
         (_address("data:image/png;base64,$$$$"), "no base64"),
-        (_address("http://127.0.0.1/a.png"), "Addresses are not fetched"),
+        (_address("http://127.0.0.1/a.png"), "not one of --allowed-media-domains"),
+        (_address("http://allowed.test@127.0.0.1/a.png"), "its host '127.0.0.1' is not one"),
+        (_address("https://[::1/a.png"), "is no address"),
+        (_address("file:///etc/hostname"), "images come as"),
         (_address("data:text/html;base64,AAAA"), "images come as"),
         ({"type": "image_url"}, "images come as"),
         (sound_part(sound(1)), "the model takes no audio"),
