@@ -74,7 +74,7 @@ def _by_one_kernel(y: Tensor, x: Tensor, parts: Parts, offs: Tensor) -> bool:
     for each output, and few rows."""
     (q, scale, *zero), (E, N, K) = parts, parts[0].shape
     known = q.dtype == torch.int8 and q.is_contiguous() and x.device.type == "cpu"
-    if not known or scale.shape[1:] != (N, 1) or len(x) >= MANY_ROWS * E:
+    if not known or scale.shape not in ((E, N, 1), (1, N, 1)) or len(x) >= MANY_ROWS * E:
         return False
     if any(bool(table.any()) for table in zero):
         return False

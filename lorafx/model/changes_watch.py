@@ -8,7 +8,8 @@ that path, the delta is lost. Each call compares the edges, without a walk over 
 
 Dynamo does not guard on the hooks of a module that has none, so graphs do not notice later ones.
 torch numbers all hooks of a process, so a call only compares one number. Nor does it guard on what
-a class defines, such as the forward of each layer.
+a class defines, such as the forward of each layer, nor, where experts broke a graph, on which
+implementation transformers' switch chose for them.
 
 A weight that wraps other tensors is the same object as long as what it wraps has the same form.
 """
@@ -26,6 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.errors import ReplacedModuleError, some
+from lorafx.model.experts import implementation, is_switched
 from lorafx.model.marks import MARKS
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
@@ -221,6 +223,21 @@ class ObjectWatch:
 
     def _present(self, objects: Sequence[Any]) -> bool:
         return all(map(self._same, self._read(), objects))
+
+
+class SwitchWatch:
+    """The implementations of experts that transformers' switch chooses. `look` gives 0 for those at
+    first, and a number for each other choice: on GPUs `generate` switches to and fro."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        configs = (module.config for module in modules if is_switched(module))
+        self._configs = list({id(config): config for config in configs}.values())
+        self._states: dict[tuple[Any, ...], int] = {}
+        self.look()
+
+    def look(self) -> int:
+        chosen = tuple(implementation(config) for config in self._configs)
+        return self._states.setdefault(chosen, len(self._states))
 
 
 def method_watch(modules: Iterable[nn.Module]) -> ObjectWatch:

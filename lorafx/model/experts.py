@@ -151,17 +151,24 @@ def _stacked_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
+def is_switched(module: nn.Module) -> bool:
+    """Whether transformers' switch chooses the forward of the module."""
+    return isinstance(getattr(module, "has_gate", None), bool) and hasattr(module, "config")
+
+
+def implementation(config: Any) -> Any:
+    """What the switch is at: "eager", "grouped_mm", ..."""
+    return getattr(config, "_experts_implementation", None)
+
+
 def loops(module: nn.Module) -> bool:
     """Whether transformers' switch makes the module run one expert after another in Python."""
-    switched = isinstance(getattr(module, "has_gate", None), bool)
-    config = getattr(module, "config", None)
-    return switched and getattr(config, "_experts_implementation", None) == "eager"
+    return is_switched(module) and implementation(module.config) == "eager"
 
 
 def by_lorafx(module: nn.Module) -> bool:
     """Whether transformers' switch makes `lorafx.layers.experts` the forward of the module."""
-    config = getattr(module, "config", None)
-    return getattr(config, "_experts_implementation", None) == "lorafx"
+    return implementation(getattr(module, "config", None)) == "lorafx"
 
 
 def _matching_pair(

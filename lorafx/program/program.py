@@ -24,7 +24,7 @@ from lorafx.errors import LorafxWarning
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.bank import Bank
-from lorafx.model.changes_watch import HookWatch, SiteWatch, method_watch, weight_watch
+from lorafx.model.changes_watch import HookWatch, SiteWatch, SwitchWatch, method_watch, weight_watch
 from lorafx.model.experts import expert_weights
 from lorafx.model.extras import When
 from lorafx.model.module_graph import Holder, ModuleGraph
@@ -154,6 +154,7 @@ class Program:
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
         self.method_watch = method_watch(module for _, module in self.graph.modules())
+        self.switch_watch = SwitchWatch(module for _, module in self.graph.modules())
         self.pack_watch = PackWatch(self.packed)
         #: What guards of graphs look at, which have no strong reference to it.
         self.watched_places: list[Any] = []
@@ -192,9 +193,9 @@ class Program:
         self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def unguarded_state(self) -> tuple[int, ...]:
-        """The states of sites, hooks, methods and weights, which no guard of a graph compares; 0
-        for those that are as they were when the model was marked."""
-        watches = (self.hook_watch, self.method_watch, self.weight_watch)
+        """The states of sites, hooks, methods, weights and experts' implementations, which no guard
+        of a graph compares; 0 for those that are as they were when the model was marked."""
+        watches = (self.hook_watch, self.method_watch, self.weight_watch, self.switch_watch)
         return self.site_watch.state, *(watch.look() for watch in watches)
 
     def look_at_modules(self) -> None:

@@ -297,8 +297,8 @@ class Entry:
         return tuple(site.path for site in touched) if program.runtime.active else ()
 
 
-#: The state of a model whose modules, hooks, methods and weights have not changed.
-_INITIAL_STATE = (0, 0, 0, 0)
+#: The state of a model of which nothing has changed.
+_INITIAL_STATE = (0, 0, 0, 0, 0)
 
 
 def _base_graphs(session: Session) -> bool | str:

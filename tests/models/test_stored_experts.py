@@ -194,3 +194,20 @@ def test_other_weights_after_compilation(tmp_path: Path) -> None:
     dense.down_proj.data.mul_(2)
     changed = Case(case.base, {"down": case.folders["down"]})
     check_mixed(cm, changed, ["down", None], ids(2))
+
+
+def test_the_switch_is_heard_after_a_call_that_raised(tmp_path: Path) -> None:
+    """torchao has no product for transformers' default. To and fro compiles nothing, as `generate`
+    does on GPUs."""
+    model, case = by_lorafx("int8", "qwen3_moe", tmp_path)
+    model.set_experts_implementation("grouped_mm")
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    graphs = 0
+    for seed in (1, 2):
+        model.set_experts_implementation("grouped_mm")
+        with pytest.raises(NotImplementedError, match=r"transpose"):
+            cm(**ids(2), adapter_names=["down", None])
+        model.set_experts_implementation("lorafx")
+        check_mixed(cm, case, ["down", None], ids(2, seed=seed))
+        graphs = graphs or cm.recompiles
+    assert cm.recompiles == graphs

@@ -59,6 +59,7 @@ def four_bits(kind: str, *, nested: bool) -> Any:
 FORMATS = {
     "int8 by row": affine(torch.int8, (0, 0, 1), None),
     "int8 by row, zeros": affine(torch.int8, (0, 0, 1), torch.int8),
+    "int8 by row of two experts": affine(torch.int8, (2, 0, 1), None),
     "int8 by tensor": affine(torch.int8, (1, 1, 1), None),
     "int8 by 32": affine(torch.int8, (0, 0, 2), torch.float32),
     "int8 by 8": affine(torch.int8, (0, 0, 8), torch.int8),
