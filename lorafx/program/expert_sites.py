@@ -13,7 +13,8 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.model.experts import LOOP
+from lorafx.kernels.cpu.stored_grouped_mm import STORED_GROUPED_MM
+from lorafx.model.experts import LOOP, is_switched
 from lorafx.model.marks import UNPROVED
 from lorafx.model.sites import Site, own_ranges
 from lorafx.model.weight_formats import is_dense
@@ -43,9 +44,12 @@ ALIKE = "alike"
 _NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
 _QUANTISED = (
     "{} holds the weights of its experts in a quantised format, and the kernels that take "
-    "that format compute their products. Call model.set_experts_implementation('lorafx'), which "
-    "multiplies by them as they are stored"
+    "that format compute their products. {}"
 )
+_SWITCHED = (
+    "Call model.set_experts_implementation('lorafx'), which multiplies by them as they are stored"
+)
+_UNSWITCHED = "Its class has no such switch of transformers': leave its experts as plain numbers"
 
 
 def insert_expert_sites(ctx: Context) -> int:
@@ -58,9 +62,11 @@ def insert_expert_sites(ctx: Context) -> int:
             continue
         uses = expert_uses(node, transposed=sites[0].eligible.transposed)
         quantised = item.part or not is_dense(fake_value(node))
-        if quantised and any(use.kind == "unknown" for use in uses):
+        if quantised and not all(map(_as_stored, uses)):
             if id(sites[0]) not in served:  # each part of a tensor subclass is an input
-                ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
+                way_out = _SWITCHED if is_switched(sites[0].module) else _UNSWITCHED
+                reason = _QUANTISED.format(item.label, way_out)
+                ctx.refuse(Refusal(tuple(sites), "always", reason))
             served.update(map(id, sites))
             continue
         for use in uses:
@@ -78,6 +84,11 @@ def insert_expert_sites(ctx: Context) -> int:
         mark.replace_all_uses_with(bound(mark)["y"])
         ctx.graph.erase_node(mark)
     return edits
+
+
+def _as_stored(use: Use) -> bool:
+    """Whether it is the product that reads all parts; others may each be a product with one."""
+    return use.kind != "unknown" and use.node.target is STORED_GROUPED_MM
 
 
 def _owner_of_experts(ctx: Context, sites: list[Site], use: Use) -> Site | Refusal | None:

@@ -196,6 +196,7 @@ def test_other_weights_after_compilation(tmp_path: Path) -> None:
     check_mixed(cm, changed, ["down", None], ids(2))
 
 
+@pytest.mark.slow
 def test_the_switch_is_heard_after_a_call_that_raised(tmp_path: Path) -> None:
     """torchao has no product for transformers' default. To and fro compiles nothing, as `generate`
     does on GPUs."""
