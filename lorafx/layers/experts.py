@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorafx.kernels.cpu.stored_grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import ConfigError
-from lorafx.layers.moe import grouped_product
+from lorafx.layers.moe import grouped_product, sorted_by_expert
 from lorafx.model.stored_experts import parts_of, stored_of
 
 
@@ -27,9 +27,7 @@ def forward(
     hidden_states. An index of E or more, of an expert of another rank, adds nothing where its
     weight is zero. Raises ConfigError for a format of which one expert cannot be read alone."""
     count, top_k = module.num_experts, top_k_index.shape[-1]
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    numbers = torch.arange(count, device=ids.device)
-    ends = torch.searchsorted(ids, numbers, right=True).to(torch.int32)
+    ids, order, ends = sorted_by_expert(top_k_index, count)
     gated = getattr(module, "has_gate", True)
     ids = ids.clamp(max=count - 1)
     x = hidden_states[order // top_k]

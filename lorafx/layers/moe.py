@@ -93,9 +93,7 @@ class FusedMoE(LoadableLayer):
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, self.hidden_size)
         shares, experts = self.route(router_logits.reshape(-1, self.num_experts))
-        ids, order = experts.flatten().sort(stable=True)
-        numbers = torch.arange(self.num_experts, device=ids.device)
-        ends = torch.searchsorted(ids, numbers, right=True).to(torch.int32)
+        _, order, ends = sorted_by_expert(experts, self.num_experts)
         inner = grouped_product(x[order // self.top_k], self.w13_weight.transpose(1, 2), ends)
         gate, up = inner.chunk(2, dim=-1)
         y = grouped_product(F.silu(gate) * up, self.w2_weight.transpose(1, 2), ends)
@@ -163,6 +161,13 @@ class FusedMoE(LoadableLayer):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"tp_size={self.tp_size}"
         )
+
+
+def sorted_by_expert(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen experts in ascending order, where each stood, and where each expert's rows end."""
+    ids, order = experts.flatten().sort(stable=True)
+    numbers = torch.arange(count, device=ids.device)
+    return ids, order, torch.searchsorted(ids, numbers, right=True).to(torch.int32)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -75,9 +75,7 @@ class Media:
     def _bytes(self, data: object, place: str) -> bytes:
         if not isinstance(data, str):
             raise _refused(place, "its data are no string of base64")
-        most = self._settings.max_media_bytes
-        if len(data) * 3 // 4 > most + 2:
-            raise _refused(place, f"it has more than {most} bytes, which --max-media-bytes allows")
+        self._check_bytes(len(data) * 3 // 4 - 2, place)
         try:
             return base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError) as error:
@@ -115,9 +113,15 @@ class Media:
             raise _refused(place, f"{wanted}; got {url!r:.40}")
         domains, most = self._settings.allowed_media_domains, self._settings.max_media_bytes
         try:
-            return fetched(text, domains, most)
+            data = fetched(text, domains, most + 1)
         except FetchError as error:
             raise _refused(place, str(error)) from error
+        self._check_bytes(len(data), place)
+        return data
+
+    def _check_bytes(self, count: int, place: str) -> None:
+        if count > (most := self._settings.max_media_bytes):
+            raise _refused(place, f"it has more than {most} bytes, which --max-media-bytes allows")
 
     def _audio(self, part: Mapping[str, Any], place: str) -> np.ndarray:
         """Samples (T,) from -1 to 1, the mean of all channels."""
