@@ -1,7 +1,8 @@
 """The order of the passes over each captured graph, behind those over the model.
 
 DYNAMO_PASSES     Dynamo's graph, in the words of the model's code   →  what AOTAutograd traces
-GRAPH_PASSES      AOTAutograd's functional ATen graph                →  the same with LoRA
+AOT_PASSES        what AOTAutograd makes of it                       →  the captured graph
+GRAPH_PASSES      this functional ATen graph                         →  the same with LoRA
 LOWERING_PASSES   this graph                                         →  what Inductor makes code of
 """
 
@@ -23,6 +24,7 @@ from lorafx.passes.check_lookups import CheckLookups
 from lorafx.passes.check_order import CheckOrder
 from lorafx.passes.copy_returned_inputs import CopyReturnedInputs
 from lorafx.passes.detach_results import DetachResults
+from lorafx.passes.fold import Fold
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.gate import Gate
 from lorafx.passes.give_out import GiveOut
@@ -30,12 +32,13 @@ from lorafx.passes.joint_graph import JointGraph
 from lorafx.passes.look_up_slots import LookUpSlots
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
-from lorafx.passes.outline.outline import Outline
+from lorafx.passes.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.products import Join, Products
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.rescale import ReplaceRows, Rescale
+from lorafx.passes.unfold import Unfold
 from lorafx.passes.write_back import WriteBack
 from lorafx.passes.write_in_place import WriteInPlace
 from lorafx.program.context import Context
@@ -57,7 +60,10 @@ class GraphPass(Protocol):
 DYNAMO_PASSES: tuple[GraphPass, ...] = (
     CheckLookups(),
     DetachResults(),
+    Fold(),
 )
+
+AOT_PASSES: tuple[GraphPass, ...] = (Unfold(),)
 
 #: `outline` compares layers as they were lowered: those that differ then, by a pinned strategy for
 #: example, are not merged.
@@ -88,9 +94,9 @@ LOWERING_PASSES: tuple[GraphPass, ...] = (
     CopyReturnedInputs(),
 )
 
-_ALL = (*DYNAMO_PASSES, *GRAPH_PASSES, *LOWERING_PASSES)
+_ALL = (*DYNAMO_PASSES, *AOT_PASSES, *GRAPH_PASSES, *LOWERING_PASSES)
 
-#: The places before the first pass over Dynamo's graph, and over AOTAutograd's.
+#: The places before the first of DYNAMO_PASSES, and before the first of GRAPH_PASSES.
 TRACED, CAPTURED = "traced", "captured"
 
 
@@ -125,11 +131,12 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes over the model, those over each graph with the user's (`dynamo`, `graph` and
-    `lowering`), and the names of those that are off. `str()` has one line for each."""
+    """The passes over the model, those over each graph with the user's (`dynamo`, `aot`, `graph`
+    and `lowering`), and the names of those that are off. `str()` has one line for each."""
 
     model: tuple[ModelPass, ...]
     dynamo: tuple[GraphPass, ...]
+    aot: tuple[GraphPass, ...]
     graph: tuple[GraphPass, ...]
     lowering: tuple[GraphPass, ...]
     off: tuple[str, ...] = ()
@@ -138,6 +145,7 @@ class Pipeline:
         sections: dict[str, Sequence[ModelPass | GraphPass]] = {
             "over the model, once": self.model,
             "over what Dynamo makes of each call": self.dynamo,
+            "over what AOTAutograd makes of that": self.aot,
             "over each captured graph": self.graph,
             "over each graph before code is generated": self.lowering,
         }
@@ -167,6 +175,7 @@ def pipeline(options: Options | None = None) -> Pipeline:
             )
     placed = (
         _placed(TRACED, DYNAMO_PASSES, options, users),
+        _placed("", AOT_PASSES, options, users),
         _placed(CAPTURED, GRAPH_PASSES, options, users),
         _placed("", LOWERING_PASSES, options, users),
     )

@@ -44,6 +44,7 @@ from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
+from lorafx.passes.unfold import can_unfold
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
 from lorafx.program.context import Context
@@ -260,6 +261,8 @@ class Backend:
         passes, lowered = pipeline(self.program.options), list[Lowered]()
 
         def compiler(traced: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            if frame.folded and not can_unfold(traced.graph):
+                return traced  # it is traced again
             lowered.append(self._run_passes_and_lower(traced, inputs, frame, record, passes))
             check = None
             if self.program.options.verify == "numeric":
@@ -279,6 +282,10 @@ class Backend:
             timed(record.seconds, "AOTAutograd"),
         ):
             compiled = trace(gm, examples)
+            if not lowered and frame.whole is not None:  # its layers cannot be left out
+                _make_whole(gm, frame.whole)
+                frame.folded = []
+                compiled = trace(gm, examples)
         return checked(record.checks, self.owner, compiled), lowered[-1]
 
     def _run_passes_and_lower(
@@ -293,6 +300,7 @@ class Backend:
         ctx, after = Context(self.program, frame, gm), self._after(record)
         replays = self.lowering.replays
         with timed(record.seconds, "passes"), builds_noted() as built:
+            run_passes(passes.aot, gm, ctx, after)
             after(gm, ctx, CAPTURED)
             run_passes(passes.graph, gm, ctx, after)
         for kernel in sorted(ctx.kernels):
@@ -328,6 +336,17 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
+
+
+def _make_whole(gm: fx.GraphModule, whole: fx.Graph) -> None:
+    """Give a graph the nodes of an older copy of it. Its inputs stay, since Dynamo has notes there."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in reversed(gm.graph.nodes):
+        if node.op != "placeholder":
+            gm.graph.erase_node(node)
+    copies = dict(zip(whole.find_nodes(op="placeholder"), inputs, strict=True))
+    gm.graph.output(gm.graph.graph_copy(whole, copies))
+    gm.recompile()
 
 
 def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:

@@ -19,7 +19,7 @@ from lorafx.capture.lowering import Boxed, Lowering, ReferenceLowering, Stages, 
 from lorafx.capture.record import GraphRecord, Stage
 from lorafx.config import Options
 from lorafx.pass_order import CAPTURED, pipeline
-from lorafx.passes.outline.outline import Outline
+from lorafx.passes.outline import Outline
 from lorafx.passes.products import Join
 from lorafx.passes.provenance import Provenance
 from lorafx.runtime.entry import entered

@@ -21,7 +21,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 
 from lorafx.capture.executable import refusing
 from lorafx.errors import CapacityError, CaptureError, LoweringError, Setting, respelled
-from lorafx.passes.outline.outline import Outline
+from lorafx.passes.outline import Outline
 from lorafx.passes.provenance import Provenance
 
 K = 6

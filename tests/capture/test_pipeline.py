@@ -18,7 +18,7 @@ import lorafx
 from lorafx.capture.compilation import Compilation, Observer
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import CaptureError, VerifyError
-from lorafx.pass_order import DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES
+from lorafx.pass_order import AOT_PASSES, DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES
 
 MIXED = ["a0", None]
 
@@ -82,7 +82,7 @@ def test_each_rewrite_has_a_stage_and_a_report(
     cm = case.compile({"dump": str(dump), **options})
     cm._orig_mod.requires_grad_("detach_results" in shown)
     check(cm, case)
-    everything = [*DYNAMO_PASSES, *GRAPH_PASSES, *LOWERING_PASSES]
+    everything = [*DYNAMO_PASSES, *AOT_PASSES, *GRAPH_PASSES, *LOWERING_PASSES]
     listed, told = str(lorafx.pipeline()), str(cm.explain())
     for item in everything:
         assert f"\n  {item.name} " in listed
@@ -188,7 +188,7 @@ def test_an_observer_is_told_of_each_step(tmp_path: Path) -> None:
     with cm._session.backend.observed_by(noting):
         cm(**inputs(), adapter_names=MIXED)
     graphs = [item.name for item in (*GRAPH_PASSES, *LOWERING_PASSES)]
-    traced = ["traced", *(item.name for item in DYNAMO_PASSES), "captured"]
+    traced = ["traced", *(item.name for item in (*DYNAMO_PASSES, *AOT_PASSES)), "captured"]
     compiled = ["begins graph 0 lora", *traced, *graphs, "compiled", "ends graph 0 lora"]
     assert noting.told == [*compiled, "guarded"]
     (compilation,) = noting.compilations

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from lorafx.pass_order import DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES, MODEL_PASSES
+from lorafx.pass_order import (
+    AOT_PASSES,
+    DYNAMO_PASSES,
+    GRAPH_PASSES,
+    LOWERING_PASSES,
+    MODEL_PASSES,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -37,7 +43,7 @@ def test_every_file_that_is_named_exists(page: str) -> None:
 
 
 LINES = runpy.run_path(str(ROOT / ".ci" / "lines.py"))
-ORDER = (MODEL_PASSES, DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES)
+ORDER = (MODEL_PASSES, DYNAMO_PASSES, (*AOT_PASSES, *GRAPH_PASSES), LOWERING_PASSES)
 MODEL, DYNAMO, GRAPH, LOWERING = ([item.name for item in passes] for passes in ORDER)
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorafx.passes.outline.isomorphism import Stretch, agree, sizes_of, stretch_of
+from lorafx.program.isomorphism import Stretch, agree, sizes_of, stretch_of
 
 pytestmark = pytest.mark.quick
 

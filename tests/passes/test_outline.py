@@ -13,7 +13,7 @@ from lorafx.capture.driver import check_graph
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
-from lorafx.passes.outline.outline import Outline
+from lorafx.passes.outline import Outline
 from lorafx.passes.spec import output_values
 from lorafx.program.bodies import INVOKE
 

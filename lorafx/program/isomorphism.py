@@ -1,4 +1,4 @@
-"""Whether two stretches of a functional graph are the same computation on other operands.
+"""Whether two stretches of a graph are the same computation on other operands.
 
     form(n_0 ... n_k) = for each node: what it calls, with what, and what comes out
                         for each operand: its metadata
@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from lorafx.program.frame import fake_value
 from lorafx.torch_internals.compat import size_hint
 from lorafx.torch_internals.graph_parts import FakeTensor, OperatorBase, unset_fake_temporarily
 
@@ -73,7 +74,7 @@ def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
     sizes: dict[sympy.Symbol, torch.SymInt] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            value = node.meta["val"]
+            value = fake_value(node)
             for size in (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     sizes.setdefault(size.node.expr, size)
@@ -137,12 +138,12 @@ class _FormBuilder:
 
     def result(self, node: fx.Node) -> Hashable:
         """The metadata of a node's result. A node without a fake value has a form of its own."""
-        value = node.meta.get("val", self)
+        value = node.meta.get("val", node.meta.get("example_value", self))
         return ("unknown", _Identity(node)) if value is self else self.value(value)
 
     def aligned(self, operand: fx.Node) -> Hashable:
         """Whether vector loads of it are aligned, which Inductor checks in a body's first call."""
-        value = operand.meta.get("val")
+        value = fake_value(operand)
         if not isinstance(value, Tensor):
             return None
         offset = value.storage_offset()

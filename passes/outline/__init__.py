@@ -1,1 +1,0 @@
-"""outline: repeated layers become calls of one body."""
