@@ -300,7 +300,7 @@ class Backend:
         ctx, after = Context(self.program, frame, gm), self._after(record)
         replays = self.lowering.replays
         with timed(record.seconds, "passes"), builds_noted() as built:
-            run_passes(passes.aot, gm, ctx, after)
+            run_passes(passes.aot, gm, ctx, lambda gm, ctx, done: record.report(done))
             after(gm, ctx, CAPTURED)
             run_passes(passes.graph, gm, ctx, after)
         for kernel in sorted(ctx.kernels):
@@ -339,7 +339,7 @@ class Backend:
 
 
 def _make_whole(gm: fx.GraphModule, whole: fx.Graph) -> None:
-    """Give a graph the nodes of an older copy of it. Its inputs stay, since Dynamo has notes there."""
+    """Give a graph the nodes of an older copy of it. Inputs stay, since Dynamo has notes there."""
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in reversed(gm.graph.nodes):
         if node.op != "placeholder":

@@ -176,12 +176,15 @@ class GraphRecord:
 
     def after(self, gm: fx.GraphModule, ctx: Context, done: PassReport | str) -> None:
         """Note the graph after a pass; before the first one `done` is the name of the stage."""
-        if not isinstance(done, str):
-            self.passes.append(done)
+        self.report(done)
         if self.keeps_stages:
             self.outlined = ctx.outlined
             self._note_sizes(ctx.frame)
             self.stages.append(Stage.of(gm, ctx, done))
+
+    def report(self, done: PassReport | str) -> None:
+        if not isinstance(done, str):
+            self.passes.append(done)
 
     def _note_sizes(self, frame: Frame) -> None:
         # Earlier meanings are kept: a pass may have unified symbols that earlier stages show.

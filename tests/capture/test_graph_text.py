@@ -98,11 +98,11 @@ def test_dumps_are_readable(looked: Any, tmp_path: Path) -> None:
     cm = found.case.compile({"dump": str(tmp_path)})
     cm(**found.inputs, adapter_names=["a1", None, "a0", "a3"])
     folder = tmp_path / "graph-0-lora"
-    graph = (folder / "15-pack.py").read_text()
+    graph = (folder / "16-pack.py").read_text()
     for text in EXPECTED:
         assert text in graph, text
-    assert "_lora:" in (folder / "03-captured.py").read_text()
-    assert "_fused:" in (folder / "14-fuse.py").read_text()
+    assert "_lora:" in (folder / "04-captured.py").read_text()
+    assert "_fused:" in (folder / "15-fuse.py").read_text()
     assert "marks.py" not in graph
 
 
@@ -121,7 +121,7 @@ def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -
     assert "lorafx_kernel" in kernels[0]
     for name in ("graph-0-lora", "graph-1-base"):
         assert "def call(" in (graph.parent / name / "inductor.py").read_text()
-    assert "module_0_fused" in (graph / "15-pack.py").read_text()
+    assert "module_0_fused" in (graph / "16-pack.py").read_text()
     assert "graphs: 2" in (graph.parent / "explain.txt").read_text()
     assert cm.dump(tmp_path / "again")
 
@@ -150,7 +150,7 @@ def test_models_do_not_dump_over_one_another(small: Any, tmp_path: Path, monkeyp
     first, second = tmp_path / "dump", tmp_path / "dump" / "Up-2"
     for folder in (first, second):
         assert "graphs: 1" in (folder / "explain.txt").read_text()
-        assert (folder / "graph-0-lora" / "21-outline.py").exists()
+        assert (folder / "graph-0-lora" / "22-outline.py").exists()
     compiled[0].detach()
     again = case.compile(dynamic=False)
     again(torch.randn(2, 4), adapter_names=["b", None])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafx.pass_order import DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES, MODEL_PASSES
+from lorafx.pass_order import AOT_PASSES, DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES, MODEL_PASSES
 
 pytestmark = pytest.mark.quick
 
@@ -29,7 +29,7 @@ NOT_USED = set(re.findall(r"(\w+) \(\w+\)", WORDS.partition("Not used: ")[2]))
 #: Passes are named by what they do: `LookUpSlots`, `WriteInPlace`.
 PASSES = {
     type(item).__name__
-    for passes in (MODEL_PASSES, DYNAMO_PASSES, GRAPH_PASSES, LOWERING_PASSES)
+    for passes in (MODEL_PASSES, DYNAMO_PASSES, AOT_PASSES, GRAPH_PASSES, LOWERING_PASSES)
     for item in passes
 }
 

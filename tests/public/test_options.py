@@ -69,7 +69,7 @@ def dumped(folder: Path) -> list[str]:
 
 
 BEGINS = ["traced", "captured"]  # Dynamo's graph, and AOTAutograd's
-STAGES = ["traced", "check_lookups", "detach_results", "captured", "look_up_slots"]
+STAGES = ["traced", "check_lookups", "detach_results", "fold", "captured", "look_up_slots"]
 STAGES += ["write_in_place", "match", "give_out", "provenance", "gate", "rescale"]
 STAGES += ["replace_rows", "attend", "attend_dense", "fuse", "pack", "plan", "lower", "products"]
 STAGES += ["join", "check_order", "outline", "write_back", "joint_graph", "copy_returned_inputs"]
@@ -91,7 +91,7 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
         assert dumped(tmp_path / folder) == expected
         assert "sites: 5" in (tmp_path / folder / "explain.txt").read_text()
         assert {"index.html", "model.txt"} <= {path.name for path in (tmp_path / folder).iterdir()}
-    text = (tmp_path / "method" / "graph-0-lora" / "15-pack.diff").read_text()
+    text = (tmp_path / "method" / "graph-0-lora" / "16-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
     assert "lorafx.fused_linear" in text

@@ -96,7 +96,7 @@ def test_logits_of_every_step(
     check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
     assert cm.recompiles == graphs
     for graph in (tmp_path / "dump").glob("graph-*"):
-        text = (graph / "12-attend.py").read_text()  # attention goes request by request
+        text = (graph / "13-attend.py").read_text()  # attention goes request by request
         assert text.count("lorafx.paged_attention.default") == layers
         assert "lorafx.paged_cache.default" not in text
     assert max(seen.steps) == PAGES["max_batch_tokens"]  # prompts were cut into chunks
