@@ -203,10 +203,7 @@ def test_the_graph_is_the_one_without_it(
 @pytest.mark.any_sizes
 @pytest.mark.parametrize(
     "family",
-    [
-        "llama",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "qwen3_moe")),
-    ],
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3"))],
 )
 def test_models_have_the_graphs_without_it(family: str, tmp_path: Path) -> None:
     """Of a prompt and of a step, whose caches have sizes of their own in each layer."""
@@ -219,7 +216,7 @@ def test_models_have_the_graphs_without_it(family: str, tmp_path: Path) -> None:
         tokens.append(cm.generate(**inputs, adapter_names=NAMES, **settings))
 
     cm, graphs = seen(case, run, {})
-    assert max(edits(cm, "unfold")) >= 3
+    assert edits(cm, "unfold") == [3, 3]
     _, whole = seen(case, run, OFF)
     for got_graph, want in zip(graphs.graphs, whole.graphs, strict=True):
         for node, expected in zip(got_graph, want, strict=True):
