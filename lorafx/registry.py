@@ -183,6 +183,9 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
         carries={"out_proj": 2},
     ),
 }
+#: transformers' classes of caches and of what generates, for `class_of_library`.
+CACHE = ("transformers.cache_utils", "Cache")
+MIXIN = ("transformers.generation.utils", "GenerationMixin")
 #: Linears of libraries by their homes: the attributes of K and N, and whether W is (K, N).
 _OF_LIBRARIES = {
     ("transformers.pytorch_utils", "Conv1D"): ("nx", "nf", True),
@@ -395,3 +398,9 @@ def class_of_library(module: str, name: str) -> type | None:
     """A class of a library that is imported, which takes seconds; None if it is not."""
     cls = getattr(sys.modules.get(module), name, None)
     return cls if isinstance(cls, type) else None
+
+
+def is_of_library(value: object, module: str, name: str) -> bool:
+    """Whether a value is of this class of a library."""
+    cls = class_of_library(module, name)
+    return cls is not None and isinstance(value, cls)

@@ -28,6 +28,7 @@ from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import NOBODY, Listed, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
 from lorafx.program.row_handoff import label_arguments
+from lorafx.registry import MIXIN, class_of_library
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session
@@ -180,8 +181,7 @@ _BETWEEN = ("lorafx", "torch.nn.modules.module")
 
 
 def _code(part: str) -> frozenset[CodeType]:
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    return code_of_generate(mixin, part)
+    return code_of_generate(class_of_library(*MIXIN), part)
 
 
 def _loop() -> tuple[FrameType | None, bool]:
