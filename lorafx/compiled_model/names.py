@@ -25,8 +25,8 @@ from torch import nn
 from lorafx.compiled_model.as_module import AsModule
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
+from lorafx.libraries import MIXIN, class_of_library
 from lorafx.model.keywords import BY_ROW, refuse_slips
-from lorafx.registry import MIXIN, class_of_library
 from lorafx.runtime.requests import requests_of
 from lorafx.runtime.resting import adapters_in_use
 from lorafx.torch_internals.compat import untraced

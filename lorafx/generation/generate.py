@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
+from lorafx.libraries import MIXIN, class_of_library, is_of_library
 from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
-from lorafx.registry import MIXIN, class_of_library, is_of_library
 from lorafx.runtime.collection import collection_of_young
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.forwards import CompiledForwards

@@ -23,12 +23,12 @@ from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
 from lorafx.generation.alora import ActivatedForward
+from lorafx.libraries import MIXIN, class_of_library
 from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import NOBODY, Listed, Shared, listed, same_owners
 from lorafx.program.argument_roles import CACHES, PRIMARY, ROW_DIMS, RoleTable, tensor_leaves
 from lorafx.program.row_handoff import label_arguments
-from lorafx.registry import MIXIN, class_of_library
 from lorafx.runtime.entry import Entry
 from lorafx.runtime.requests import Requests
 from lorafx.runtime.session import Session

@@ -22,8 +22,8 @@ from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import RowDim
 from lorafx.errors import BatchError
+from lorafx.libraries import CACHE, is_of_library
 from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
-from lorafx.registry import CACHE, is_of_library
 from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
 

@@ -17,7 +17,7 @@ from torch.distributions import Transform
 
 from lorafx.eager.undo import class_of
 from lorafx.errors import CaptureError
-from lorafx.registry import CACHE, class_of_library
+from lorafx.libraries import CACHE, class_of_library
 
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
 #: Values, and what a result may refer to without calling it.

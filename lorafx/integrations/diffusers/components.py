@@ -20,7 +20,7 @@ from lorafx.errors import (
     LorafxWarning,
     nearest,
 )
-from lorafx.registry import class_of_library
+from lorafx.libraries import class_of_library
 
 
 def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
