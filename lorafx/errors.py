@@ -228,6 +228,8 @@ class LoweringError(LorafxError):
 
 #: Least similarity of two near names by difflib, from 0 to 1. At 0.4 "conv" was near "fc_in".
 _SIMILARITY = 0.6
+#: The lines of a message.
+_MOST_LINES = 100
 #: Longer names are near none: the time of a comparison grows with their length.
 _LONGEST = 1024
 
@@ -237,6 +239,15 @@ def some(names: Iterable[str], most: int = 3) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def itemised(head: str, lines: Iterable[str], end: str = "") -> str:
+    """A message: `head`, different `lines` below it, of which at most a hundred, and `end`."""
+    listed = list(dict.fromkeys(lines))  # a file may name a million modules that the model lacks
+    hidden = len(listed) - _MOST_LINES
+    more = [f"and {hidden} more"] if hidden > 0 else []
+    shown = (f"  - {line}" for line in (*listed[:_MOST_LINES], *more))
+    return "\n".join([f"{head}:", *shown, *([end] if end else [])])
 
 
 def nearest(

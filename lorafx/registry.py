@@ -8,7 +8,6 @@ Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed in
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.errors import ConfigError, nearest
+from lorafx.libraries import class_of_library
 from lorafx.placements import Placements, is_placed
 
 Kind = Literal["linear", "embedding", "experts", "conv"]
@@ -389,9 +389,3 @@ def own_entry(cls: type) -> Eligible | None:
 def registrations() -> tuple[object, ...]:
     """The entries of `register` and `register_oot`."""
     return tuple(_REGISTERED.values())
-
-
-def class_of_library(module: str, name: str) -> type | None:
-    """A class of a library that is imported, which takes seconds; None if it is not."""
-    cls = getattr(sys.modules.get(module), name, None)
-    return cls if isinstance(cls, type) else None

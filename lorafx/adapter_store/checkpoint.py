@@ -30,6 +30,7 @@ from lorafx.errors import (
     CheckpointError,
     ConfigError,
     UnsupportedAdapterError,
+    itemised,
     nearest,
 )
 from lorafx.model.bank import SharedPair
@@ -73,15 +74,15 @@ def _refuse_other_methods(saved: Saved) -> None:
         if method is not None:
             keys_by_method.setdefault(method, []).append(key)
     if keys_by_method:
-        lines = "\n".join(
-            f"  - {method}: {len(keys)} keys, such as {keys[0][:200]!r}"
+        lines = (
+            f"{method}: {len(keys)} keys, such as {keys[0][:200]!r}"
             for method, keys in keys_by_method.items()
         )
-        raise UnsupportedAdapterError(
-            f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A, and "
-            "what can be read into it; "
-            "merge it into a copy of the base model by the library that trained it, or convert it"
+        end = (
+            "lorafx serves sums of s·B A, and what can be read into it; merge it into a copy of "
+            "the base model by the library that trained it, or convert it"
         )
+        raise UnsupportedAdapterError(itemised(f"{saved.where} holds what is no LoRA", lines, end))
 
 
 def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:

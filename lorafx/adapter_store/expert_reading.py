@@ -30,9 +30,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.findings import Findings, Problem, Unsupported, check_shape, check_sound
+from lorafx.adapter_store.findings import Findings, check_shape, check_sound
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import ExpertPlace, Experts, not_selected, saved_sizes
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.experts import Columns, ExpertWeight, Half, unnested
 from lorafx.model.sites import Site

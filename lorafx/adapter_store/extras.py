@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.findings import (
     Findings,
-    Problem,
-    Unsupported,
     check_sound,
     equal,
     path_label,
 )
 from lorafx.adapter_store.peft_keys import TRAINING_KEY, parse, without_prefix
 from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.bank import OwnWeight

@@ -5,15 +5,13 @@ All readers of a file share one `Findings`, so that all problems are reported at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, without_prefix
 from lorafx.adapter_store.places import TARGETS, Places
+from lorafx.adapter_store.problems import DTYPES, Problem, Problems
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.untrusted_files import unsound
 from lorafx.errors import (
@@ -21,40 +19,26 @@ from lorafx.errors import (
     CheckpointError,
     Setting,
     UnsupportedAdapterError,
+    itemised,
     some,
     way_out_by,
 )
 from lorafx.placements import local, share
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-class Problem(Exception):
-    """Why a part of a file cannot be used; `Findings.noting` records it."""
-
-
-class Unsupported(Problem):
-    """A problem because of arithmetic beyond LoRA."""
-
-
-# A file may name a million modules that the model lacks.
-_MOST_PROBLEMS = 100
-
-
-class Findings:
+class Findings(Problems):
     """The checkpoint, the model's places for it, and what does not fit.
 
     Attributes:
-        problems, unsupported: messages; settings: what they name.
+        settings: what messages name.
         no_room: paths of modules whose weight may not be replaced -> how many rows are to be, None
             for all.
         unavailable: saved paths of places that cannot have factors, with the reasons.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
+        super().__init__()
         self.state, self.places, self.max_rank = state, places, max_rank
-        self.problems: list[str] = []
-        self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
         self.no_room: dict[str, int | None] = {}
         self.settings: list[Setting] = []
@@ -91,22 +75,8 @@ class Findings:
             error = UnsupportedAdapterError if self.unsupported else CheckpointError
         base = self.config.base_model
         trained = f", trained for {base!r:.200}," if base else ""
-        if len(problems) > _MOST_PROBLEMS:
-            problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
-        raise error(
-            f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        ).naming(TARGETS, *self.settings)
-
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """A block that records a `Problem`, which ends it."""
-        try:
-            yield
-        except Unsupported as problem:
-            self.unsupported.append(str(problem))
-        except Problem as problem:
-            self.problems.append(str(problem))
+        head = f"adapter {name!r} in {self.state.where}{trained} cannot be loaded"
+        raise error(itemised(head, problems)).naming(TARGETS, *self.settings)
 
     def check_same(self, factor: FactorKey, first: str, label: str) -> None:
         """Raise `Problem` unless the tensor equals that of `first`, the first key for its place."""

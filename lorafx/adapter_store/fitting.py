@@ -20,7 +20,7 @@ from lorafx.adapter_store.stored import (
     measure,
 )
 from lorafx.adapter_store.untrusted_files import unsound
-from lorafx.errors import CapacityError, CheckpointError, way_out_by
+from lorafx.errors import CapacityError, CheckpointError, itemised, way_out_by
 from lorafx.model.bank import Bank, Factors, OwnWeight
 from lorafx.model.extras import EXTRAS
 from lorafx.model.sites import Group, Site
@@ -75,10 +75,8 @@ def fit_to_banks(
         changed[number] = function
         problems += change_beyond_range(groups[number], function)
     if problems:
-        raise CheckpointError(
-            f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        head = f"adapter {adapter.name!r} from {adapter.source} does not fit the banks"
+        raise CheckpointError(itemised(head, problems))
     for g, group_factors in factors.items():
         measure(groups[g], group_factors)
 

@@ -162,9 +162,14 @@ def one_name(value: Any, where: str) -> str | None:
             raise ConfigError(
                 f"{where} gives {name!r} the weight {weight!r:.80}; a weight is a finite number"
             )
+    return named_sum(weights)
+
+
+def named_sum(weights: Mapping[str, float]) -> str | None:
+    """The name of a sum: that of the adapter for a single one at weight 1, None without any."""
     if list(weights.values()) == [1.0]:
         return next(iter(weights))
-    return Mixture(weights)
+    return Mixture(weights) if weights else None
 
 
 def as_number(weight: object) -> float:

@@ -29,7 +29,7 @@ from lorafx.adapter_store.field_checks import Check, Malformed, is_off, json_obj
 from lorafx.adapter_store.methods.method import MERGE as _MERGE
 from lorafx.adapter_store.methods.method import AdapterMethod
 from lorafx.adapter_store.methods.table import METHODS, REFUSED_TYPES, method_of, with_tokens
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError, itemised
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.targets import (
@@ -303,8 +303,7 @@ def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -
     values = with_tokens(values)
     if refused := list(_refusals(values, method)):
         raise UnsupportedAdapterError(
-            f"{where} asks for what lorafx does not do:\n"
-            + "\n".join(f"  - {line}" for line in refused)
+            itemised(f"{where} asks for what lorafx does not do", refused)
         )
     read: dict[str, Any] = {"method": method, "options": {}}
     malformed: list[str] = []
@@ -323,9 +322,7 @@ def _read(values: Mapping[str, Any], where: str, method: AdapterMethod | None) -
         except Malformed as error:
             malformed.append(str(error))
     if malformed:
-        raise CheckpointError(
-            f"{where} is malformed:\n" + "\n".join(f"  - {line}" for line in malformed)
-        )
+        raise CheckpointError(itemised(f"{where} is malformed", malformed))
     return PeftConfig(**read)
 
 

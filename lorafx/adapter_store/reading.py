@@ -17,8 +17,6 @@ from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.extras import ExtrasReading, check_vector
 from lorafx.adapter_store.findings import (
     Findings,
-    Problem,
-    Unsupported,
     check_shape,
     check_sound,
     equal,
@@ -40,6 +38,7 @@ from lorafx.adapter_store.places import (
     SitePart,
     saved_sizes,
 )
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.adapter_store.stored import LoraWeights
 from lorafx.model.candidates import unsupported
 from lorafx.model.convolutions import convolution_of, matrices, unmergeable

@@ -270,7 +270,7 @@ def _read_path(adapter: AdapterSource, path: Path) -> Saved:
     fields = None
     if adapter.config is None and (configured or not folder.is_dir()):
         fields = _parse_if_peft(*raw_fields(folder))
-    file = path if single else _weights_file(folder)
+    file = path if single else weights_file(folder)
     contents = read_file(file)
     after = _stamps(path)
     for name in (file.name, CONFIG_FILE):  # α and factors have to be of the same version
@@ -332,7 +332,9 @@ def _without_ignored(tensors: dict[str, Tensor], ignore: Any, where: str) -> dic
     return tensors
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """The file with the tensors of an adapter's folder. Raises CheckpointError without a certain
+    one."""
     try:
         for name in WEIGHTS:
             if (folder / name).is_file():  # pipes and devices may have no end

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -26,6 +25,7 @@ from torch import nn
 from lorafx.compiled_model.as_module import AsModule
 from lorafx.errors import ConfigError, nearest
 from lorafx.generation.generate import refuse
+from lorafx.libraries import MIXIN, class_of_library
 from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.runtime.requests import requests_of
 from lorafx.runtime.resting import adapters_in_use
@@ -81,7 +81,7 @@ GENERATING = ("heal_tokens",)
 #: `generate`.
 _BASES = (
     ("transformers.modeling_utils", "PreTrainedModel"),
-    ("transformers.generation.utils", "GenerationMixin"),
+    MIXIN,
     ("huggingface_hub", "ModelHubMixin"),
 )
 
@@ -142,12 +142,7 @@ def delegated(compiled: AsModule, name: str) -> Any:
 
 
 def _base_classes() -> list[type]:
-    classes: list[type] = [nn.Module]
-    for module, name in _BASES:
-        base = getattr(sys.modules.get(module), name, None)
-        if isinstance(base, type):
-            classes.append(base)
-    return classes
+    return [nn.Module, *filter(None, (class_of_library(*home) for home in _BASES))]
 
 
 def _served(compiled: AsModule, owner: nn.Module, method: MethodType) -> Callable[..., Any]:

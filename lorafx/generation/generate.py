@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import CaptureError, LorafxError
 from lorafx.generation.alora import generating_forward_of
+from lorafx.libraries import MIXIN, class_of_library, is_of_library
 from lorafx.model.replaced_methods import Replacement
 from lorafx.model.targets import input_embedding
 from lorafx.program.argument_roles import RoleTable
@@ -82,13 +82,13 @@ class CompiledGenerate:
         """`generate` of the model and of models inside it, for calls of them within a call; and
         `generate_batch`, which serves paged caches and is refused. Dynamo guards on the identity of
         these functions, so they are made once."""
-        mixin, model, batching = _mixin(), self._entries.model, "generate_batch"
+        model, batching = self._entries.model, "generate_batch"
         refused: Replacement = (model, batching, functools.partial(refuse, batching, _PAGED))
         replaced: list[Replacement] = [refused] if hasattr(model, batching) else []
         return replaced + [
             (part, "generate", torch.compiler.disable(self._nested_generate(part)))
             for part in model.modules()
-            if (part is model or isinstance(part, mixin))
+            if (part is model or is_of_library(part, *MIXIN))
             and callable(getattr(part, "generate", None))
         ]
 
@@ -181,14 +181,9 @@ class CompiledGenerate:
         return forward
 
 
-def _mixin() -> Any:
-    """transformers' GenerationMixin; an empty tuple if it is not imported."""
-    return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
-
-
 def _overrides(model: nn.Module, method: str) -> bool:
     """Whether the class of `model` has another `method` than transformers' GenerationMixin."""
-    return getattr(type(model), method, None) is not getattr(_mixin(), method, None)
+    return getattr(type(model), method, None) is not getattr(class_of_library(*MIXIN), method, None)
 
 
 def _modalities(

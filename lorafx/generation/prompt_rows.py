@@ -23,6 +23,7 @@ from lorafx.eager.following import Following, counted, unfollowed
 from lorafx.eager.known_labels import KnownLabels
 from lorafx.errors import BatchError
 from lorafx.generation.alora import ActivatedForward
+from lorafx.libraries import MIXIN, class_of_library
 from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real_labels import NOBODY, Listed, Shared, listed, same_owners
@@ -180,8 +181,7 @@ _BETWEEN = ("lorafx", "torch.nn.modules.module")
 
 
 def _code(part: str) -> frozenset[CodeType]:
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    return code_of_generate(mixin, part)
+    return code_of_generate(class_of_library(*MIXIN), part)
 
 
 def _loop() -> tuple[FrameType | None, bool]:

@@ -11,7 +11,6 @@ Arguments that all requests share go to every wave. Everything else is refused b
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ from lorafx.adapter_store.names import adapters_among
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import RowDim
 from lorafx.errors import BatchError
+from lorafx.libraries import CACHE, is_of_library
 from lorafx.program.argument_roles import CACHES, ROW_DIMS, RoleTable
 from lorafx.runtime.forwards import CompiledForwards
 from lorafx.runtime.requests import Names, Requests
@@ -206,7 +206,7 @@ def _join(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         dim = (ROW_DIMS[name] if name in CACHES else 0) or 0
         return _join_rows(waves, name, parts, dim)
-    if isinstance(first, _cache_classes()):
+    if is_of_library(first, *CACHE):
         return _join_caches(waves, name, parts)
     if isinstance(first, _PLAIN):
         if any(part != first for part in parts):
@@ -254,7 +254,7 @@ def _join_sequences(waves: Waves, parts: Sequence[Any], padding: int) -> Tensor:
 def _join_caches(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
     """A cache with the rows of all `parts`, whose layers are transformers' dynamic ones."""
     cache = copy.copy(parts[0])
-    inner = [n for n, value in vars(cache).items() if isinstance(value, _cache_classes())]
+    inner = [n for n, value in vars(cache).items() if is_of_library(value, *CACHE)]
     for attribute in inner:  # of an encoder and a decoder
         caches = [getattr(part, attribute) for part in parts]
         setattr(cache, attribute, _join_caches(waves, name, caches))
@@ -266,7 +266,7 @@ def _join_caches(waves: Waves, name: str, parts: Sequence[Any]) -> Any:
 
 def _join_layers(waves: Waves, name: str, cache: Any, layers: Sequence[Any]) -> Any:
     layer = copy.copy(layers[0])
-    known = isinstance(layer, sys.modules["transformers.cache_utils"].DynamicLayer)
+    known = is_of_library(layer, CACHE[0], "DynamicLayer")
     known &= not getattr(cache, "offloading", False)
     for attribute, value in list(vars(layer).items()):
         values = [getattr(part, attribute) for part in layers]
@@ -307,9 +307,3 @@ def _rebuilt(value: Any, items: Sequence[Any]) -> Any:
         return mapping
     kind: Any = type(value)
     return kind(*items) if hasattr(value, "_fields") else kind(items)
-
-
-def _cache_classes() -> tuple[type, ...]:
-    """transformers' class of caches, if it is imported."""
-    cls = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
-    return () if cls is None else (cls,)

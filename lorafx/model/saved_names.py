@@ -107,10 +107,8 @@ class SavedNames:
         pretrained = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
         if pretrained is None:
             return []
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # before transformers 5 nothing was renamed
-            return []
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
         return list(get_model_conversion_mapping(pretrained))
 
     @cached_property

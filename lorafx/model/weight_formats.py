@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lorafx.libraries import class_of_library
 from lorafx.placements import is_placed, local
-from lorafx.registry import Eligible, class_of_library
+from lorafx.registry import Eligible
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.names import BASE, MOST_GATES, AdapterName, Arrow, Mixture
+from lorafx.adapter_store.names import BASE, MOST_GATES, AdapterName, Arrow, Mixture, named_sum
 from lorafx.errors import BatchError
 from lorafx.model.runtime import Gates
 from lorafx.program.frame import PER_REQUEST, SlotForm
@@ -171,6 +171,4 @@ def _sum(names: Sequence[str | None], mix: Iterable[tuple[int, float]]) -> str |
             continue
         for member, share in name.weights if isinstance(name, Mixture) else ((name, 1.0),):
             weights[member] = weights.get(member, 0.0) + share * weight
-    if list(weights.values()) == [1.0]:
-        return next(iter(weights))
-    return Mixture(weights) if weights else None
+    return named_sum(weights)

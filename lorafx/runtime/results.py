@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from enum import Enum
@@ -18,6 +17,7 @@ from torch.distributions import Transform
 
 from lorafx.eager.undo import class_of
 from lorafx.errors import CaptureError
+from lorafx.libraries import CACHE, class_of_library
 
 _VALUES = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device)
 #: Values, and what a result may refer to without calling it.
@@ -55,7 +55,7 @@ def refuse_code(result: object, name: str) -> None:
 
 @lru_cache(256)
 def _is_plain(cls: type) -> bool:
-    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    cache = class_of_library(*CACHE)
     # A subclass of somebody else may hold anything.
     of_transformers = cls.__module__.partition(".")[0] == "transformers"
     return issubclass(cls, _PLAIN) or (

@@ -239,5 +239,4 @@ def _after_fork() -> None:
         tiers.compilers.forget()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import Arrow
-from lorafx.errors import MatchError
+from lorafx.errors import MatchError, itemised
 from lorafx.model.attachment import marks_on
 from lorafx.model.convolutions import unmergeable
 from lorafx.model.extras import bias_of
@@ -122,9 +122,11 @@ def changes_of(
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:
     return MatchError(
-        f"adapter {name!r} cannot be merged, and nothing has changed:\n"
-        + "\n".join(f"  - {problem}" for problem in problems)
-        + "\nServe it without merging, or take these modules out by exclude_modules"
+        itemised(
+            f"adapter {name!r} cannot be merged, and nothing has changed",
+            problems,
+            "Serve it without merging, or take these modules out by exclude_modules",
+        )
     )
 
 

@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,10 +31,6 @@ from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import weight_shape
 from lorafx.model.module_graph import writing
 from lorafx.model.sites import Group, Site
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Bytes of ΔW that are computed at once: on a CPU, they fit into a cache.
 BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26

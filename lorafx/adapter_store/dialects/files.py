@@ -24,6 +24,7 @@ from lorafx.adapter_store.dialects.spelling import DENOISERS, NamedTensor, Scale
 from lorafx.adapter_store.field_checks import json_object
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import factor_sizes
+from lorafx.adapter_store.problems import finite_number
 from lorafx.adapter_store.saved import AdapterState, Made, Saved
 from lorafx.errors import CheckpointError, UnsupportedAdapterError, nearest, some
 from lorafx.model.module_graph import join
@@ -284,8 +285,7 @@ def _component(
 
 def _alpha_of(key: str, tensor: Tensor) -> float:
     """α from the tensor `key`; CheckpointError unless it is one finite number."""
-    single = tensor.numel() == 1 and not tensor.is_complex()
-    if not (single and math.isfinite(value := float(tensor.item()))):
+    if (value := finite_number(tensor)) is None:
         raise CheckpointError(
             f"{key} must be one finite number, it has shape {tuple(tensor.shape)} and dtype "
             f"{tensor.dtype}"

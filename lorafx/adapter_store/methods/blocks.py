@@ -24,10 +24,9 @@ from lorafx.adapter_store.methods.method import (
     AdapterMethod,
     Given,
     MadeFactors,
-    Misfit,
-    NotServed,
     PlaceSizes,
 )
+from lorafx.adapter_store.problems import Problem, Unsupported
 
 
 def _gralora(given: Given) -> MadeFactors:
@@ -35,7 +34,7 @@ def _gralora(given: Given) -> MadeFactors:
     b = given.take("gralora_B", "k", "r", "N / k")
     k, r, n = b.shape
     if r % k:
-        raise Misfit(
+        raise Problem(
             f"{given.place}: r = {r} is not divisible by the {k} blocks of {k} (gralora_k)"
         )
     # Row (i, j, s) of A' reads the i-th block of x, and column (i, j, s) of B' writes the j-th of y
@@ -64,7 +63,7 @@ def _bdlora(given: Given) -> MadeFactors:
         if not any(isinstance(pattern, str) and pattern in names for pattern in patterns):
             continue
         if not isinstance(count, int) or not 0 < count <= len(factor) or len(factor) % count:
-            raise Misfit(
+            raise Problem(
                 f"{given.place}: the {len(factor)} rows of lora_{letter.upper()} are not those of "
                 f"{checks.short(count)} blocks (nblocks)"
             )
@@ -99,7 +98,7 @@ def _mixed(given: Given, name: str, dims: tuple[str, str], count: int) -> Tensor
         if indices.shape[-1] > 1:
             weights[..., :-1] = given.take(f"{name}_topk_weights", *dims, "topk - 1")
             if not given.meta and float(weights.min()) < 0:
-                raise Misfit(f"{given.key(f'{name}_topk_weights')} has negative numbers")
+                raise Problem(f"{given.key(f'{name}_topk_weights')} has negative numbers")
         weights[..., -1] = 1 - weights[..., :-1].sum(-1)
     return (weights[..., None] * bank[indices]).sum(-2)
 
@@ -130,13 +129,13 @@ def _tinylora(given: Given) -> MadeFactors:
     names = [leaf for leaf in given.tensors if leaf.startswith("tinylora_v.")]
     vectors = {int(leaf.rpartition(".")[2]): given.take(leaf, "u") for leaf in names}
     if sorted(vectors) != list(range(max(len(vectors), 1))):
-        raise Misfit(
+        raise Problem(
             f"{given.place}: the file has not all of tinylora_v, but {checks.short(names)}"
         )
     index = 0
     if len(vectors) > 1:
         if given.option("weight_tying", 0):
-            raise NotServed(
+            raise Unsupported(
                 f"{given.place}: weight_tying = {given.option('weight_tying')} shares several "
                 "vectors by the modules' places in the model, which no file tells; train it with "
                 f"1.0 or 0.0, or {MERGE}"
@@ -155,7 +154,7 @@ def _place_of_p(given: Given, count: int) -> int:
         places = [i for i, other in enumerate(drawn) if torch.equal(other.to(p.dtype), p.cpu())]
         if len(places) == 1:
             return places[0]
-    raise NotServed(
+    raise Unsupported(
         f"{key} is none of those that projection_seed draws, so nothing tells which of {count} "
         f"tinylora_v is the module's; train it with weight_tying=1.0, or {MERGE}"
     )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit
+from lorafx.adapter_store.methods.method import AdapterMethod, Given
 from lorafx.adapter_store.methods.turned import cayley
+from lorafx.adapter_store.problems import Problem
 
 
 def _boft(given: Given) -> ChangedWeight:
@@ -38,7 +39,7 @@ def _lycoris(given: Given) -> ChangedWeight:
     outputs = given.sizes["N"] = _rows_of(given, "oft_blocks", r)
     alpha = given.number("alpha")
     if alpha is None:
-        raise Misfit(
+        raise Problem(
             f"{given.place} has no alpha, LyCORIS's constraint of oft_blocks; write it, 0 for none"
         )
     rescale = (given.take("rescale", "N", "1"),) if "rescale" in given else ()
@@ -63,7 +64,7 @@ def _rows_of(given: Given, leaf: str, r: Tensor) -> int:
     stages = len(r) if r.dim() == 4 else 1
     count, size = r.shape[-3], r.shape[-1]
     if stages > 1 and (size % 2 or count % (1 << (stages - 1))):
-        raise Misfit(
+        raise Problem(
             f"{given.key(leaf)} has shape {tuple(r.shape)}: {count} blocks of {size} are no "
             f"butterfly of {stages} stages"
         )

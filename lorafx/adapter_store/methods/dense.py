@@ -23,10 +23,9 @@ from lorafx.adapter_store.methods.method import (
     AdapterMethod,
     Given,
     MadeFactors,
-    Misfit,
-    NotServed,
     of_delta,
 )
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
@@ -59,7 +58,7 @@ def _randlora(given: Given) -> ChangedWeight:
     b = given.take("randlora_B", "largest side", "all bases", "r")
     bases, side = gammas.shape
     if a.shape[2] < side or b.shape[1] < bases:
-        raise Misfit(
+        raise Problem(
             f"{given.place}: randlora_A has shape {tuple(a.shape)} and randlora_B "
             f"{tuple(b.shape)}, which are not for {bases} bases of {len(lambdas)} and {side} "
             f"numbers (randlora_gamma)"
@@ -103,7 +102,7 @@ def _path(given: Given, letter: str) -> tuple[Tensor, Tensor]:
     if f"{name}.zeros" in given:
         zeros = given.take(f"{name}.zeros", *((rows,) if is_bias else (rows, columns)))
         if not given.meta and bool(zeros.any()):
-            raise Misfit(f"{given.key(f'{name}.zeros')} is not 0 everywhere")
+            raise Problem(f"{given.key(f'{name}.zeros')} is not 0 everywhere")
         return torch.zeros_like(one), one
     r = f"r of {letter}"
     return given.take(f"{name}.Xd", rows, r), given.take(f"{name}.Xu", r, columns)
@@ -138,7 +137,7 @@ def _full(given: Given) -> MadeFactors | ChangedWeight:
     if "diff" in given:
         key, tensor = given.tensors["diff"]
         if tensor.dim() < 2:
-            raise NotServed(
+            raise Unsupported(
                 f"{key} has shape {tuple(tensor.shape)}: whole differences are served at linears "
                 f"and convolutions, not at norms; {MERGE}"
             )

@@ -13,31 +13,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.dialects.spelling import spelt
-from lorafx.adapter_store.methods.method import (
-    MERGE,
-    AdapterMethod,
-    Given,
-    MadeFactors,
-    Misfit,
-    NotServed,
-)
+from lorafx.adapter_store.methods.method import MERGE, AdapterMethod, Given, MadeFactors
 from lorafx.adapter_store.methods.table import METHODS
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse
+from lorafx.adapter_store.problems import Problem, Problems
 from lorafx.adapter_store.saved import Made, Saved
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError, itemised
 from lorafx.model.module_graph import join
 
 #: Keys and tensors of a module, by the ends of the keys.
 Tensors = dict[str, tuple[str, Tensor]]
-_MOST_PROBLEMS = 100
 _KEYS = {method: method.pattern() for method in METHODS}
 #: Names of A and B behind a module: PEFT's, and kohya's where there is no configuration.
 _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
@@ -78,25 +71,21 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
             methods=True,
         )
     config = fields
-    problems: list[Misfit] = []
+    problems = Problems()
     tensors: dict[str, Tensor] = dict(saved.tensors)
     made: dict[str, Made] = {}
     planned: dict[str, tuple[Given, MadeFactors | ChangedWeight]] = {}
     for place, of_module in found.items():
-        try:
+        with problems.noting():
             planned[place] = _read(place, of_module, config, meta=True)
-        except Misfit as problem:
-            problems.append(problem)
     _raise(saved, problems)
     mine = {place for place in planned if _is_wanted(place, saved, config is None)}
     _check_sizes(saved, [planned[place] for place in mine], model)
     for place, (given, result) in planned.items():
         method, leaves, _ = found[place]
         if model is not None and place in mine:
-            try:
+            with problems.noting():
                 given, result = _read(place, found[place], config, meta=False)
-            except Misfit as problem:
-                problems.append(problem)
         for leaf, (key, _) in leaves.items():
             if leaf != "dora_scale" or leaf in given.taken:
                 tensors.pop(key)
@@ -105,7 +94,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
         named = dict(_named(result, _KOHYA if config is None else _PEFT))
         for key in (join(place, name) for name in dict.fromkeys((*_KOHYA, *_PEFT, *named))):
             if key in tensors:
-                problems.append(Misfit(f"{key} stands beside {of}; keep one"))
+                problems.problems.append(f"{key} stands beside {of}; keep one")
         for name, tensor in named.items():
             key = join(place, name)
             tensors[key], made[key] = tensor, Made(method.name, of, weight)
@@ -113,7 +102,7 @@ def as_factors(saved: Saved, model: nn.Module | None = None) -> Saved:
             alpha = torch.tensor(result.scale * result.B.shape[1], dtype=torch.float64)
             tensors[join(place, "alpha")] = alpha
     if chosen is not None and not chosen.switch:
-        problems += _of_lora(chosen, tensors.keys() - made.keys())
+        problems.problems += _of_lora(chosen, tensors.keys() - made.keys())
     _raise(saved, problems)
     for key in {key for of in found.values() for key, _ in of.shared.values()}:
         tensors.pop(key)
@@ -154,12 +143,12 @@ def _found(tensors: Mapping[str, Tensor], chosen: AdapterMethod | None) -> dict[
     return found
 
 
-def _of_lora(chosen: AdapterMethod, keys: Iterable[str]) -> Iterator[Misfit]:
+def _of_lora(chosen: AdapterMethod, keys: Iterable[str]) -> Iterator[str]:
     """Pairs A, B in a file of another method, whose scale nothing says."""
     for key in sorted(keys):
         factor = parse(key)
         if factor is not None and factor.letter in ("A", "B"):
-            yield Misfit(f"{key} is a factor of LoRA, and the configuration names {chosen.name}")
+            yield f"{key} is a factor of LoRA, and the configuration names {chosen.name}"
 
 
 def _named(
@@ -180,7 +169,7 @@ def _read(
 ) -> tuple[Given, MadeFactors | ChangedWeight]:
     method = found.method
     if config is None and not method.lycoris:
-        raise Misfit(
+        raise Problem(
             f"{place} is of {method.name}, which is not known without a configuration; give "
             "the folder with its adapter_config.json, or AdapterSource(..., config=...)"
         )
@@ -193,7 +182,7 @@ def _read(
         if tensor.numel() and not re.fullmatch(method.shared, leaf)
     }
     if unread := full - given.taken - {"alpha", "dora_scale"}:
-        raise Misfit(
+        raise Problem(
             f"{place} has {', '.join(sorted(unread))}, which mean nothing beside "
             f"{', '.join(sorted(given.taken))}; keep one"
         )
@@ -240,15 +229,7 @@ def _low_rank(made: MadeFactors | ChangedWeight) -> MadeFactors:
     return made if isinstance(made, MadeFactors) else MadeFactors(*made.factors())
 
 
-def _raise(saved: Saved, problems: list[Misfit]) -> None:
-    if problems:
-        kind: Any = CheckpointError
-        if any(isinstance(problem, NotServed) for problem in problems):
-            kind = UnsupportedAdapterError
-        raise kind(f"{saved.where} cannot be read:\n" + "\n".join(_lines(problems)))
-
-
-def _lines(problems: list[Misfit]) -> Iterator[str]:
-    yield from (f"  - {problem}" for problem in dict.fromkeys(map(str, problems[:_MOST_PROBLEMS])))
-    if len(problems) > _MOST_PROBLEMS:
-        yield f"  - and {len(problems) - _MOST_PROBLEMS} more"
+def _raise(saved: Saved, found: Problems) -> None:
+    if problems := [*found.unsupported, *found.problems]:
+        kind = UnsupportedAdapterError if found.unsupported else CheckpointError
+        raise kind(itemised(f"{saved.where} cannot be read", problems))

@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafx.adapter_store.changed_weight import ChangedWeight
 from lorafx.adapter_store.field_checks import Check, short
 from lorafx.adapter_store.peft_keys import without_prefix
+from lorafx.adapter_store.problems import DTYPES, Problem, Unsupported, finite_number
 from lorafx.adapter_store.untrusted_files import unsound
 
 if TYPE_CHECKING:
@@ -27,17 +28,8 @@ if TYPE_CHECKING:
 
 MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
 SAVE_PROJECTION = "(save_projection=False); save the adapter with save_projection=True"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Names of adapters that remain in keys of a model in memory.
 _NAMES = r"(?:\.(?!weight(?:\.|$))[^.]+)?"
-
-
-class Misfit(Exception):
-    """Why tensors of a method cannot be read."""
-
-
-class NotServed(Misfit):
-    """The tensors mean what is not served."""
 
 
 class MadeFactors(NamedTuple):
@@ -142,13 +134,13 @@ class Given:
         self, leaf: str, *dims: str, dtype: torch.dtype | None = None, empty: bool = False
     ) -> Tensor:
         """The tensor in `self.dtype`, or as integers in `dtype`; `dims`
-        name its dimensions. Raises `Misfit` if it is absent, or has other sizes or (unless it may
+        name its dimensions. Raises `Problem` if it is absent, or has other sizes or (unless it may
         be `empty`) no numbers."""
         if leaf not in self.tensors:
             if why := self.method.absent.get(leaf.partition(".")[0]):
-                raise NotServed(f"{self.place} has no {leaf}, {why}")
+                raise Unsupported(f"{self.place} has no {leaf}, {why}")
             there = ", ".join(key for key, _ in self.tensors.values())
-            raise Misfit(f"{self.place} has no {leaf}, which belongs to {there}")
+            raise Problem(f"{self.place} has no {leaf}, which belongs to {there}")
         self.taken.add(leaf)
         key, tensor = self.tensors[leaf]
         shape = tuple(tensor.shape)
@@ -156,18 +148,18 @@ class Given:
         fits = len(shape) == len(dims) and (empty or all(shape))
         found = dict(zip(dims, shape, strict=True)) if fits else {}
         if tuple(self.sizes.get(dim, found.get(dim)) for dim in dims) != shape:
-            raise Misfit(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
+            raise Problem(f"{key} has shape {shape}, it needs ({', '.join(map(str, needed))})")
         self.sizes.update(found)
         numbers = tensor.is_floating_point() or tensor.is_complex()
-        if tensor.dtype not in _FLOATS if dtype is None else numbers:
-            raise Misfit(
+        if tensor.dtype not in DTYPES if dtype is None else numbers:
+            raise Problem(
                 f"{key} is {tensor.dtype}, and it needs {dtype or 'floating-point'} numbers"
             )
         dtype = dtype or self.dtype
         if self.meta:
             return torch.empty(shape, dtype=dtype, device="meta")
         if count := unsound(tensor):
-            raise Misfit(f"{key} holds {count} NaN or infinite values")
+            raise Problem(f"{key} holds {count} NaN or infinite values")
         return tensor.to(dtype)
 
     def kernel(self, leaf: str) -> list[str]:
@@ -183,12 +175,12 @@ class Given:
     def indices(
         self, leaf: str, *dims: str, below: int | None = None, empty: bool = False
     ) -> Tensor:
-        """Integers, from 0 on if they are `below` a number; raises `Misfit` as `take`, and for
+        """Integers, from 0 on if they are `below` a number; raises `Problem` as `take`, and for
         others."""
         indices = self.take(leaf, *dims, dtype=torch.int64, empty=empty)
         if below is None or self.meta or not ((indices < 0) | (indices >= below)).any():
             return indices
-        raise Misfit(f"{self.key(leaf)} points outside of the {below} that it may name")
+        raise Problem(f"{self.key(leaf)} points outside of the {below} that it may name")
 
     def number(self, leaf: str) -> float | None:
         """The one finite number that the tensor is; None if it is absent."""
@@ -196,9 +188,8 @@ class Given:
             return None
         self.taken.add(leaf)
         key, tensor = self.tensors[leaf]
-        value = float(tensor.item()) if tensor.numel() == 1 and not tensor.is_complex() else None
-        if value is None or not abs(value) < float("inf"):
-            raise Misfit(f"{key} must be one finite number, it has shape {tuple(tensor.shape)}")
+        if (value := finite_number(tensor)) is None:
+            raise Problem(f"{key} must be one finite number, it has shape {tuple(tensor.shape)}")
         return value
 
     def scale(self, rank: int) -> float | None:
@@ -209,24 +200,24 @@ class Given:
             self.check_rank(rank, ", and the scale α/r depends on it")
             alpha = self.config.scale(self.path, rank) * rank
         if alpha == 0:
-            raise Misfit(
+            raise Problem(
                 f"{key} of {self.place} is 0: libraries disagree whether that is no change or "
                 "α = r; write the one that is meant"
             )
         return None if alpha is None else alpha / rank
 
     def known_scale(self, rank: int) -> float:
-        """`scale`; raises `Misfit` without either."""
+        """`scale`; raises `Problem` without either."""
         scale = self.scale(rank)
         if scale is None:
-            raise Misfit(f"{self.place} has no alpha, and without α the scale is not known")
+            raise Problem(f"{self.place} has no alpha, and without α the scale is not known")
         return scale
 
     def check_rank(self, rank: int, why: str = "") -> None:
-        """Raises `Misfit` unless the configuration, if it names an r here, names this one."""
+        """Raises `Problem` unless the configuration, if it names an r here, names this one."""
         configured = None if self.config is None else self.config.rank(self.path)
         if configured not in (None, rank):
-            raise Misfit(
+            raise Problem(
                 f"{self.place} has rank {rank}, adapter_config.json says {configured} there (r, "
                 f"rank_pattern){why}; correct the configuration"
             )
@@ -236,10 +227,10 @@ class Given:
         return default if self.config is None else self.config.options.get(name, default)
 
     def choice(self, name: str, default: str, among: Iterable[str]) -> str:
-        """A field that names one of these; raises `NotServed` for another value."""
+        """A field that names one of these; raises `Unsupported` for another value."""
         value, names = self.option(name, default), tuple(among)
         if value not in names:
-            raise NotServed(
+            raise Unsupported(
                 f"{self.place}: {name} = {short(value)} is none of {', '.join(names)}; {MERGE}"
             )
         return str(value)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, Misfit, of_delta
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, of_delta
+from lorafx.adapter_store.problems import Problem
 from lorafx.kernels.ops.own_rows import KRONECKER, Structure
 
 #: Fields of LyCORIS's methods in PEFT that nothing but training uses, or that shapes tell.
@@ -108,7 +109,7 @@ def _lokr(given: Given) -> MadeFactors | ChangedWeight:
     if r is None and given.config is not None:
         r = given.config.rank(given.path)
         if r is None:
-            raise Misfit(
+            raise Problem(
                 f"{given.place} has whole matrices, and the scale α/r depends on r, which "
                 "adapter_config.json lacks"
             )

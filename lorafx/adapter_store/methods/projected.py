@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import SAVE_PROJECTION, AdapterMethod, Given, Misfit
+from lorafx.adapter_store.methods.method import SAVE_PROJECTION, AdapterMethod, Given
+from lorafx.adapter_store.problems import Problem
 from lorafx.kernels.ops.own_rows import SHIFTED_OUTPUT, Structure
 
 
@@ -27,7 +28,7 @@ def _deft(given: Given) -> ChangedWeight:
     p = given.take("deft_P", "N", "r")
     kind = given.choice("decomposition_method", "relu", ("relu", "qr"))
     if p.shape[1] > len(p):
-        raise Misfit(f"{given.key('deft_P')} has shape {tuple(p.shape)}, r is over N")
+        raise Problem(f"{given.key('deft_P')} has shape {tuple(p.shape)}, r is over N")
     q, right = (p, p.relu()) if kind == "relu" else (torch.linalg.qr(p).Q,) * 2
     if given.option("para", False):  # it removes alone
         return ChangedWeight(_replaced, (q, right))
@@ -49,7 +50,7 @@ def _beft(given: Given) -> ChangedWeight:
 def _kasa(given: Given) -> ChangedWeight:
     (a, b), diagonal = given.pair("lora"), given.take("lora_diag", "r")
     if len(a) >= min(len(b), a.shape[1]):
-        raise Misfit(
+        raise Problem(
             f"{given.place} has rank {len(a)}, and of so many singular values of W "
             f"({len(b)}, {a.shape[1]}) none would be left"
         )
@@ -64,7 +65,7 @@ def _osf(given: Given) -> ChangedWeight:
         given.take("osf_svd_params.V_low", "m", "K"),
     )
     if len(s) > min(len(u), v.shape[1]):
-        raise Misfit(f"{given.place} has {len(s)} singular values of W ({len(u)}, {v.shape[1]})")
+        raise Problem(f"{given.place} has {len(s)} singular values of W ({len(u)}, {v.shape[1]})")
     return ChangedWeight(_without_smallest, (s[:, None] * v, u))
 
 
@@ -114,7 +115,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def _peanut(given: Given) -> ChangedWeight:
     name, depth = given.choice("act_fn", "relu", _ACTIVATIONS), given.option("depth", 0)
     if depth > len(given.tensors):
-        raise Misfit(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
+        raise Problem(f"{given.place} has {len(given.tensors)} tensors, and depth = {depth}")
     ends = ("peanut_A", *(f"peanut_{c}coders.{i}" for c in ("en", "de") for i in range(depth)))
     first, *hidden = (given.take(e, "r", "r" if i else "N") for i, e in enumerate(ends))
     last = float(given.option("scaling", 1.0)) * given.take("peanut_B", "N", "r")

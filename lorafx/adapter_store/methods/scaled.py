@@ -21,14 +21,8 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import (
-    AdapterMethod,
-    Given,
-    MadeFactors,
-    Misfit,
-    NotServed,
-    PlaceSizes,
-)
+from lorafx.adapter_store.methods.method import AdapterMethod, Given, MadeFactors, PlaceSizes
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.model.bank import SharedPair
 
 _EPS = 1e-5
@@ -96,7 +90,7 @@ def _locon(given: Given) -> MadeFactors:
 
 def _pvera(given: Given) -> MadeFactors | ChangedWeight:
     if given.option("sample_at_inference"):
-        raise NotServed(
+        raise Unsupported(
             "PVeRA with sample_at_inference draws its activations; set it to false in "
             "adapter_config.json, which serves their mean"
         )
@@ -107,7 +101,7 @@ def _pvera(given: Given) -> MadeFactors | ChangedWeight:
     shared_b = given.take("pvera_B", "largest N", "r")
     rank = len(d) // 2
     if 2 * rank != len(d) or shared_b.shape != (max(len(shared_b), len(b)), rank):
-        raise Misfit(
+        raise Problem(
             f"{given.place}: pvera_B has shape {tuple(shared_b.shape)}, it needs ({len(b)} or "
             f"more, {rank}), half of pvera_lambda_d"
         )
@@ -120,7 +114,7 @@ def _vera(given: Given) -> MadeFactors | ChangedWeight:
         return _on_drawn(d, b)
     shared_a, shared_b = given.take("vera_A", "r", "largest K"), given.take("vera_B", "any N", "r")
     if len(shared_b) < len(b):
-        raise Misfit(
+        raise Problem(
             f"{given.place}: vera_B has shape {tuple(shared_b.shape)}, it needs {len(b)} rows"
         )
     return ChangedWeight.scaled_pair(d, b, SharedPair(shared_a, shared_b))
@@ -132,7 +126,7 @@ def _are_drawn(given: Given, *leaves: str) -> bool:
         return True
     for leaf in leaves:
         if leaf not in given:
-            raise Misfit(f"the file has no {leaf}; save the adapter with save_projection=True")
+            raise Problem(f"the file has no {leaf}; save the adapter with save_projection=True")
     return False
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorafx.adapter_store import field_checks as checks
 from lorafx.adapter_store.changed_weight import ChangedWeight
-from lorafx.adapter_store.methods.method import AdapterMethod, Given, Misfit, NotServed
+from lorafx.adapter_store.methods.method import AdapterMethod, Given
+from lorafx.adapter_store.problems import Problem, Unsupported
 from lorafx.kernels.ops.own_rows import TURNED_INPUT, TURNED_OUTPUT, Structure
 from lorafx.model.targets import pattern
 
@@ -29,17 +30,17 @@ def _oft(given: Given) -> ChangedWeight:
     key, (blocks, count) = given.key("oft_R"), r.shape
     size = (1 + math.isqrt(1 + 8 * count)) // 2
     if size * (size - 1) // 2 != count:
-        raise Misfit(
+        raise Problem(
             f"{key} has shape {tuple(r.shape)}: {count} numbers are no triangle above a diagonal"
         )
     shared = given.option("block_share", False)
     if shared and blocks != 1:
-        raise Misfit(f"{key} has {blocks} blocks, and with block_share all are one")
+        raise Problem(f"{key} has {blocks} blocks, and with block_share all are one")
     terms = 0
     if given.option("use_cayley_neumann", True):
         assert given.config is not None
         if given.config.peft_version is None or given.config.peft_version < _NEUMANN:
-            raise NotServed(
+            raise Unsupported(
                 f"{given.place}: use_cayley_neumann meant another series before PEFT 0.18, and "
                 "adapter_config.json names no later peft_version; train it again, or merge it "
                 "into a copy of the base model by PEFT 0.17"
@@ -78,7 +79,7 @@ def cayley(q: Tensor, terms: int = 0) -> Tensor:
 def _ia3(given: Given) -> ChangedWeight:
     path, modules = given.path, given.option("feedforward_modules")
     if modules is None:
-        raise Misfit(
+        raise Problem(
             f"{given.key('ia3_l')} scales inputs or outputs as feedforward_modules says, which "
             "adapter_config.json lacks; name them there"
         )
@@ -100,7 +101,7 @@ def _hra(given: Given) -> ChangedWeight:
     u = given.take("hra_u", "K", "r")
     given.check_rank(u.shape[1])
     if not given.meta and not bool(u.norm(dim=0).all()):
-        raise Misfit(f"{given.key('hra_u')} has a column of zeros, which is no direction")
+        raise Problem(f"{given.key('hra_u')} has a column of zeros, which is no direction")
     return ChangedWeight(partial(_reflected, basis=given.option("apply_GS", False)), (u,))
 
 
@@ -120,7 +121,7 @@ def _turned_pairs(given: Given) -> ChangedWeight:
     variant, group = given.choice("variant", "road_1", _PARTS), given.option("group_size", 64)
     outputs, rest = divmod(2 * len(theta), _PARTS[variant])
     if rest or group % 2 or outputs % group:
-        raise Misfit(
+        raise Problem(
             f"{given.key('road_theta')} has shape {tuple(theta.shape)}, which are no groups "
             f"of {group} outputs (group_size) by {variant}"
         )

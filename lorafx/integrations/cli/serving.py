@@ -42,7 +42,7 @@ def serve(**given: Any) -> None:
 def _parameters() -> Iterator[inspect.Parameter]:
     """Of `serve`, as typer reads them; none where packages of the server are missing."""
     try:
-        from lorafx.integrations.server.settings import Settings
+        from lorafx.integrations.server.settings import Settings, option
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "lorafx":
             raise
@@ -50,11 +50,10 @@ def _parameters() -> Iterator[inspect.Parameter]:
     for name, field in Settings.model_fields.items():
         if name == "aliases":  # further names
             continue
-        option = f"--{name.replace('_', '-')}"
+        words = (option(name), ALSO[name]) if name in ALSO else (option(name),)
         default = None if field.is_required() or field.default == () else field.default
-        words = (option, ALSO[name]) if name in ALSO else (option,)
         if name in OPPOSED:
-            words = (f"{option}/--no{option[1:]}",)
+            words = (f"{option(name)}/--no{option(name)[1:]}",)
         variable = "LORAFX_API_KEY" if name == "api_key" else None
         about = typer.Option(*words, envvar=variable, help=field.description)
         if field.is_required():

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafx import api
-from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
+from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members, named_sum
 from lorafx.adapter_store.saved import Source
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.compiled_model.names import refuse
@@ -290,16 +290,10 @@ def _refuse_scales(arguments: Mapping[str, Any]) -> None:
 
 
 def _with_parts(names: Names, loaded: Sequence[str]) -> Names:
-
-    def with_part(name: str | None) -> str | None:
-        if not isinstance(name, Mixture):
-            return name if name in loaded else None
-        weights = {member: weight for member, weight in name.weights if member in loaded}
-        if list(weights.values()) == [1.0]:
-            return next(iter(weights))
-        return Mixture(weights) if weights else None
-
-    return [with_part(name) for name in names]
+    weights = (
+        name.weights if isinstance(name, Mixture) else ((name or BASE, 1.0),) for name in names
+    )
+    return [named_sum({n: w for n, w in parts if n in loaded}) for parts in weights]
 
 
 def _bind(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from lorafx.errors import (
     LorafxWarning,
     nearest,
 )
+from lorafx.libraries import class_of_library
 
 
 def loadable(pipe: Any, components: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -60,7 +61,7 @@ def encodes_prompts(module: object) -> bool:
 
 def loads_adapters(pipeline: type, method: str) -> bool:
     """Whether `method` is defined by diffusers' loaders of adapters, which change the models."""
-    loader = getattr(sys.modules.get("diffusers.loaders.lora_base"), "LoraBaseMixin", None)
+    loader = class_of_library("diffusers.loaders.lora_base", "LoraBaseMixin")
     if loader is None:
         return False
     owner = next((cls for cls in pipeline.__mro__ if method in vars(cls)), object)

@@ -4,11 +4,14 @@ each as long as its client is there."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 from anyio import CancelScope
+from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.routing import get_route_path
 
 from lorafx.integrations.server.errors import RequestError, error_response
@@ -23,6 +26,22 @@ def is_upload(scope: Any) -> bool:
     """Whether the body of a request is a file of tensors."""
     kind = Headers(scope=scope).get("content-type", "").partition(";")[0]
     return get_route_path(scope) in UPLOADS and kind.strip().lower() == BINARY
+
+
+async def pieces_of(request: Request, most: int | None, option: str) -> AsyncIterator[bytes]:
+    """The body of a request, of at most `most` bytes, as `option` says; None is no limit. Raises
+    RequestError, with status 413 as soon as the body is known to be too large, and ClientDisconnect
+    if its client goes away."""
+    given, read = request.headers.get("content-length", ""), 0
+    size, pieces = int(given) if given.isdigit() else 0, request.stream()
+    while True:
+        if most is not None and max(size, read) > most:
+            text = f"the body has more than {most} bytes, which {option} allows"
+            raise RequestError(text, status=413)
+        if (piece := await anext(pieces, None)) is None:
+            return
+        read += len(piece)
+        yield piece
 
 
 class Queue:
@@ -72,31 +91,14 @@ class Admission:
         try:
             if get_route_path(scope) in GENERATING + ENCODING:
                 self._queue.take(1)
-            body = await self._body(Headers(scope=scope), receive)
+            pieces = pieces_of(Request(scope, receive), self._largest, "--max-body-bytes")
+            body = b"".join([piece async for piece in pieces])
         except RequestError as error:
             await error_response(error)(scope, receive, send)
+        except ClientDisconnect:
+            return
         else:
-            if body is not None:
-                await self._answer(scope, body, receive, send)
-
-    async def _body(self, headers: Headers, receive: Any) -> bytes | None:
-        """The whole body; None if the client goes away before its end. Raises RequestError as soon
-        as it is known to be too large."""
-        given, body, more = headers.get("content-length", ""), bytearray(), True
-        size = int(given) if given.isdigit() else 0
-        while True:
-            if self._largest is not None and max(size, len(body)) > self._largest:
-                text = (
-                    f"the body has more than {self._largest} bytes, which --max-body-bytes allows"
-                )
-                raise RequestError(text, status=413)
-            if not more:
-                return bytes(body)
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+            await self._answer(scope, body, receive, send)
 
     async def _answer(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
         unread = [{"type": "http.request", "body": body, "more_body": False}]

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from lorafx.compiled_model.compiled import CompiledModel
 from lorafx.errors import LorafxError, some
 from lorafx.generation.continuous.manager import AdapterBatchingManager
+from lorafx.integrations.server.admission import pieces_of
 from lorafx.integrations.server.errors import RequestError, message_of
 from lorafx.integrations.server.settings import ModelSettings, Settings
 
@@ -136,21 +137,12 @@ class Control:
         """The body of a request as a file, while the block runs. Raises RequestError, with status
         413 as soon as the body is known to be too large, and 499 if its client goes away."""
         self.refuse_unless_allowed()
-        assert self._most is not None
-        given, size = request.headers.get("content-length", ""), 0
         with NamedTemporaryFile(suffix=".safetensors") as file:
-            chunks = request.stream()
-            while True:
-                if max(size, int(given) if given.isdigit() else 0) > self._most:
-                    text = f"the body has more than {self._most} bytes, which --max-upload-bytes"
-                    raise RequestError(f"{text} allows", status=413)
-                try:
-                    chunk = await anext(chunks, None)
-                except ClientDisconnect as error:
-                    text = "the client went away before the end of the body"
-                    raise RequestError(text, status=499) from error
-                if chunk is None:
-                    break
-                size += file.write(chunk)
+            try:
+                async for piece in pieces_of(request, self._most, "--max-upload-bytes"):
+                    file.write(piece)
+            except ClientDisconnect as error:
+                text = "the client went away before the end of the body"
+                raise RequestError(text, status=499) from error
             file.flush()
             yield Path(file.name)

@@ -94,7 +94,7 @@ class ServedModel:
         for name in (body.get("model"), *adapters_named(body).values(), *summands(body)):
             for adapter in self.settings.may_mean(name) if isinstance(name, str) else ():
                 await self.loading.find(adapter)
-        asked = self.asked_for(body)
+        asked = self._asked_for(body)
         if isinstance(asked, Mixture):
             store = self.engine.forwards.session.store
             try:
@@ -108,6 +108,9 @@ class ServedModel:
         servers; None for the base model. Raises RequestError if it names none, or two, and what
         `check_bounds` raises."""
         check_bounds(body, self.settings)
+        return self._asked_for(body)
+
+    def _asked_for(self, body: Mapping[str, Any]) -> str | None:
         chosen = self.adapter_of(body.get("model"))
         for field, name in adapters_named(body).items():
             adapter = self._named_by(field, name)

@@ -110,7 +110,9 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     its caller first loads the one that a request asks for. Raises ConfigError if the model or its
     tokenizer cannot be loaded or served, and what `lorafx.compile` raises.
     """
-    tokenizer, kind = _tokenizer(settings), _kind(settings)
+    with _readable(settings.model):
+        config = AutoConfig.from_pretrained(settings.model)
+    tokenizer, kind = _tokenizer(settings, config), _kind(settings, config)
     if kind not in _GENERATING and (settings.shares() or settings.guesses()):
         raise ConfigError(
             "--adapter-weight, --adapter-running, --assistant-model and --prompt-lookup-num-tokens "
@@ -120,11 +122,11 @@ def opened(settings: ModelSettings, *, lazily: bool = False) -> Iterator[Opened]
     with progress(f"loading {settings.served_name}"):
         model = _model(settings, kind, settings.model)
     adapters = {} if lazily else dict(settings.found)
-    config = settings.lora_config()
-    if lazily and config.target_modules is None:
-        config = config_covering(config, settings.found, model)
+    lora = settings.lora_config()
+    if lazily and lora.target_modules is None:
+        lora = config_covering(lora, settings.found, model)
     with progress(f"adding {len(adapters)} adapters"):
-        compiled = compile_model(model, config, adapters=adapters, options=settings.options())
+        compiled = compile_model(model, lora, adapters=adapters, options=settings.options())
     serving = _generating if kind in _GENERATING else _encoding
     with serving(compiled, tokenizer, settings, lazily) as served:
         try:
@@ -183,9 +185,7 @@ def _encoding(
     yield ServedModel(compiled, batches, tokenizer, settings, lazily, limits)
 
 
-def _tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
-    with _readable(settings.model):
-        config = AutoConfig.from_pretrained(settings.model)
+def _tokenizer(settings: ModelSettings, config: Any) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
@@ -232,10 +232,8 @@ def _template(given: str) -> str:
         ) from error
 
 
-def _kind(settings: ModelSettings) -> Any:
+def _kind(settings: ModelSettings, config: Any) -> Any:
     """transformers' class of models to load: that generate, that classify, or trunks."""
-    with _readable(settings.model):
-        config = AutoConfig.from_pretrained(settings.model)
     saved = [getattr(transformers, name, None) for name in config.architectures or ()]
 
     def is_saved(kind: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafx.adapter_store.names import BASE, SUMS
-from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning, nearest
+from lorafx.errors import CapacityError, ConfigError, LorafxWarning, nearest
 
 if TYPE_CHECKING:
     from lorafx.config import LoraConfig, Options
@@ -112,7 +112,7 @@ class ModelSettings(BaseModel):
 
     def _check(self) -> None:
         from lorafx.adapter_store.checkpoint import config_of
-        from lorafx.adapter_store.saved import PICKLED, SAFETENSORS, WEIGHTS, is_hub_name
+        from lorafx.adapter_store.saved import is_hub_name, weights_file
 
         key = self.api_key
         if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
@@ -149,10 +149,7 @@ class ModelSettings(BaseModel):
                     f"{name!r} in {path} has rank {rank}, which is more than --max-rank "
                     f"{self.max_rank}; give --max-rank {rank} or more, or leave it out"
                 )
-            if not any((path / file).is_file() for file in WEIGHTS):
-                raise CheckpointError(
-                    f"{path} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
-                )
+            weights_file(path)
 
     @cached_property
     def found(self) -> dict[str, Path]:

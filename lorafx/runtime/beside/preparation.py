@@ -72,5 +72,4 @@ def _wait_for_preparation() -> None:
         _preparation.join()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_for_preparation)
+os.register_at_fork(before=_wait_for_preparation)

@@ -169,7 +169,8 @@ def test_bad_settings_are_refused_before_anything_is_loaded(files, tmp_path, cha
 @pytest.mark.quick
 def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
     assert list(Settings(model=str(files.model), adapters=files.adapters / "a3").found) == ["a3"]
-    shutil.copytree(files.adapters / "a3", tmp_path / "a3")
+    weights = shutil.copytree(files.adapters / "a3", tmp_path / "a3") / "adapter_model.safetensors"
+    weights.rename(weights.with_name("own_name.safetensors"))
     (tmp_path / "notes").mkdir()
     with pytest.warns(LorafxWarning, match="notes"):
         assert list(Settings(model=str(files.model), adapters=tmp_path).found) == ["a3"]
