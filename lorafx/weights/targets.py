@@ -111,10 +111,12 @@ def dtype_refusal(target: Tensor, source: Tensor) -> str:
     if wrapped or source_wrapped:
         if source_wrapped and type(source) in (type(target), type(target.data)):
             alike = _parts_of(source) == _parts_of(target)
-            return "" if alike else "its class has parts of other sizes or settings here"
+            kind = f"its {type(source).__name__} has parts of other sizes or settings"
+            return "" if alike else f"{kind} than the one here; quantise it alike"
         if source_wrapped:
             return f"the checkpoint's is a {type(source).__name__}; give the plain whole tensor"
-        return f"it is kept here as a {type(target.data).__name__}, not as plain numbers"
+        kind = type(target.data).__name__
+        return f"it is kept here as a {kind}, not as plain numbers; give one quantised alike"
     if dtype == new:
         return ""
     if dtype.itemsize == 1 or not dtype.is_floating_point:

@@ -85,15 +85,14 @@ class Box:
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
-        if wrong := dtype_refusal(self.target.tensor, tensor):
-            return wrong
         whole = Box.whole(self.target)
-        if is_wrapped(tensor) and (self.box, self.order, self.take) != (whole.box, whole.order, ()):
+        wrapped = is_wrapped(tensor) and is_wrapped(self.target.tensor)
+        if wrapped and (self.box, self.order, self.take) != (whole.box, whole.order, ()):
             return (
                 f"a {type(tensor).__name__} is written as a whole only, under the name that "
                 "state_dict() has for it here"
             )
-        return ""
+        return dtype_refusal(self.target.tensor, tensor)
 
     def write(self, loaded: Tensor) -> None:
         """Write a tensor of the right shape, cast to the target's dtype, in place."""
