@@ -83,7 +83,9 @@ def turned_from_the_left(x):
     return x + SQUARE @ x
 
 
-@pytest.mark.parametrize(("fn", "expected"), [(heads, 1), (turned, None), (turned_from_the_left, None)])
+@pytest.mark.parametrize(
+    ("fn", "expected"), [(heads, 1), (turned, None), (turned_from_the_left, None)]
+)
 def test_sizes_that_are_as_long_as_the_sequence(fn, expected):
     """In graphs for one size, and where a weight fixes the size."""
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,))
