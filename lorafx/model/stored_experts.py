@@ -127,7 +127,7 @@ class StoredExperts:
 
     def check(self) -> None:
         """Raise ConfigError for a weight whose class lacks an operator of the implementation that
-        transformers' switch is at. Each is tried once, by one row, before a call changes a cache"""
+        transformers' switch is at. Each is tried once, by a row, before a call changes a cache."""
         for path, module, name in self._weights:
             weight, config = module._parameters.get(name), getattr(module, "config", None)
             key = type(module), type(weight), implementation(config)
