@@ -82,7 +82,8 @@ class _Selection:
     def __post_init__(self) -> None:
         self.target = targets.checked(self.config.target_modules, "target_modules")
         self.exclude = targets.checked(self.config.exclude_modules, "exclude_modules")
-        self.saved = targets.Entries(self.config.modules_to_save)
+        saved = self.config.modules_to_save
+        self.saved = saved if isinstance(saved, targets.Entries) else targets.Entries(saved)
         tokens = self.config.trainable_tokens
         self.tokens = tokens if isinstance(tokens, Mapping) else {}
         self.suffixes = [name for name in self.tokens if self.graph.find(name) is None]

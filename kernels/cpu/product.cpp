@@ -1,10 +1,10 @@
 // Sorted rows times the weights of their experts on a CPU: y[m] = W_e x[m] for rows m of expert e,
-// W (E, N, K). For few rows an expert, where the time goes into reading W once. STORED: W is int8, with
-// a scale for each of its rows.
+// W (E, N, K). For few rows an expert, where the time goes into reading W once. STORED: W is int8,
+// with a scale for each of its rows.
 //
 // Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
-// parameters: element types X, W, Y, all the same unless STORED; LANES; K, N; R, the columns of a unit of work; TILE
-// and PLANES as in delta.cpp.
+// parameters: element types X, W, Y, all the same unless STORED; LANES; K, N; R, the columns of a
+// unit of work; TILE and PLANES as in delta.cpp.
 
 typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {  // mirrors grouped_mm.py

@@ -311,7 +311,8 @@ def product_fake(
         _check_tables(op, weight, K, scale, zero)
     require(op, x.shape[1] == K, f"x has {x.shape[1]} columns, weight has {K}")
     require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
-    require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
+    fits = bias is None or (bias.shape == (N,) and bias.dtype == x.dtype)
+    require(op, fits, f"bias is ({N},) of {x.dtype}, as x")
     return x.new_empty(x.shape[0], N)
 
 

@@ -116,7 +116,7 @@ static size_t check_parts(Handle list, int64_t N) {
 
 static bool by_onednn(const Kernel* k, Handle x, const View& xs, Handle w, const View& ws, Handle bias,
                       const View* bs, Handle* y) {
-    if (xs.dtype < 0 || xs.dtype >= DTYPES || (bs && bs->dtype != xs.dtype)) return false;
+    if (xs.dtype < 0 || xs.dtype >= DTYPES) return false;
     Linear linear = __atomic_load_n(linears + xs.dtype, __ATOMIC_ACQUIRE);
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
     if (!linear || M <= (k ? k->most_rows : 0) || !K || !N) return false;
@@ -183,10 +183,11 @@ static Handle dense_product(Handle bias, Handle x, Handle w, Handle list, Delta*
     require(xs.dtype == ws.dtype, "lorafx: x and weight differ in dtype");
     const int64_t M = xs.sizes[0], N = ws.sizes[0], sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
     const View bs(bias ? View((uint64_t)bias) : View());
-    require(!bias || (bs.dim == 1 && bs.sizes[0] == N), "lorafx: bias is not (N,)");
+    require(!bias || (bs.dim == 1 && bs.sizes[0] == N && bs.dtype == xs.dtype),
+            "lorafx: bias is not (N,) of the dtype of x");
     const View* b = bias ? &bs : 0;
     const size_t parts = check_parts(list, N);
-    const Kernel* k = bias && bs.dtype != xs.dtype ? 0 : kernels.find({{xs.dtype, ws.dtype}});
+    const Kernel* k = kernels.find({{xs.dtype, ws.dtype}});
     OwnedTensor y;
     bool added = false;
     if (fixed || !by_onednn(k, x, xs, w, ws, bias, b, &y.tensor)) {

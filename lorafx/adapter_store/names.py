@@ -134,6 +134,12 @@ def members(name: str) -> tuple[str, ...]:
     return tuple(member for member, _ in name.weights) if isinstance(name, Mixture) else (name,)
 
 
+def with_experts(names: Iterable[str]) -> dict[str, None]:
+    """These names, and those that the routes among them choose from."""
+    routes = ((name, name.experts if isinstance(name, Arrow) else ()) for name in names)
+    return {name: None for route, experts in routes for name in (route, *experts)}
+
+
 def one_name(value: Any, where: str) -> str | None:
     """The name that `value` (a name, None for the base, or weights by name) stands for; that of the
     adapter for a single one at weight 1. ConfigError messages begin with `where`."""

@@ -31,11 +31,11 @@ from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.fitting import fit_to_banks, places_of
 from lorafx.adapter_store.names import (
     BASE,
-    Arrow,
     Mixture,
     adapters_among,
     check_name,
     members,
+    with_experts,
 )
 from lorafx.adapter_store.routes import made_of
 from lorafx.adapter_store.stored import (
@@ -141,14 +141,14 @@ class AdapterStore:
 
     @property
     def pinned(self) -> frozenset[str]:
-        """Adapters that keep their slot until unpinned or unloaded."""
+        """Adapters that keep their slot until unpinned or unloaded; those of routes, too."""
         with self._lock:
-            return frozenset(self._pinned)
+            return frozenset(with_experts(self._pinned))
 
     def fits(self, names: frozenset[str]) -> bool:
         """Whether there are slots for all these adapters at once, with those that routes choose
         from, and room for replaced weights."""
-        names |= {n for name in names if isinstance(name, Arrow) for n in name.experts}
+        names = frozenset(with_experts(names))
         with self._lock:
             pinned = self._pinned_beside(names)
             if self._count_owning(names | pinned) > self._own_room:
@@ -243,7 +243,7 @@ class AdapterStore:
         """Keep an adapter in a slot until it is unpinned. Returns the slot."""
         with self._lock:
             self._check_known([name])
-            (slot,) = self.acquire([name])
+            slot, *_ = self.acquire([*with_experts([name])])
             self._pinned.add(name)
             return slot
 
@@ -276,13 +276,20 @@ class AdapterStore:
                     undisturbed(self._restore_contents)
                     raise
 
-    def acquire(self, names: Sequence[str | None], busy: frozenset[int] = frozenset()) -> list[int]:
+    def acquire(
+        self,
+        names: Sequence[str | None],
+        busy: frozenset[int] = frozenset(),
+        *,
+        in_waves: bool = False,
+    ) -> list[int]:
         """The slot of each row's adapter, -1 for None and "__base__". Slots that are `busy` in
-        enclosing calls keep their contents. Raises UnknownAdapterError, CapacityError for too few
-        free slots or ranks, ConfigError for an impossible sum."""
+        enclosing calls keep their contents. Raises UnknownAdapterError, ConfigError for an
+        impossible sum, CapacityError for too few free slots or ranks: `in_waves`, whether the rows
+        may be served in turn, is for its message."""
         with self._lock:
             adapters = adapters_among(names)
-            self.hits += self._give_slots(adapters, busy)
+            self.hits += self._give_slots(adapters, busy, in_waves=in_waves)
             slots = [-1 if name is None or name == BASE else self._slots[name] for name in names]
             self.copy_streams.use({s for n in adapters for s in self._window(n, self._slots[n])})
             return slots
@@ -447,18 +454,18 @@ class AdapterStore:
     def _pinned_beside(self, names: Iterable[str]) -> set[str]:
         """Pinned adapters, but not those of whose versions `names` has only a retired one."""
         replaced = {name.replaced for name in names if isinstance(name, Retired)}
-        return self._pinned - replaced.difference(names)
+        return {*with_experts(self._pinned)} - replaced.difference(names)
 
-    def _give_slots(self, adapters: Sequence[str], busy: frozenset[int]) -> int:
+    def _give_slots(self, adapters: Sequence[str], busy: frozenset[int], *, in_waves: bool) -> int:
         """Give `adapters` slots, sparing `busy` ones. Returns how many already had one."""
         self._forget_released()
         self._check_known(adapters)
         if len(adapters) > self.max_adapters:
-            raise too_many(dict.fromkeys(adapters, 1), self.max_adapters)
+            raise too_many(dict.fromkeys(adapters, 1), self.max_adapters, in_waves=in_waves)
         self._make_sums(adapters)
         widths = {name: self._adapters[name].width for name in adapters}
         if sum(widths.values()) - max(widths.values(), default=0) >= self.max_adapters:
-            raise too_many(widths, self.max_adapters)
+            raise too_many(widths, self.max_adapters, in_waves=in_waves)
         missing = [name for name in adapters if name not in self._slots]
         if missing:
             self.copy_streams.refuse_captured(missing)

@@ -7,21 +7,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from lorafx.errors import CapacityError
 
 
-def too_many(widths: Mapping[str, int], slots: int) -> CapacityError:
-    """The error for a batch whose adapters, of these widths, take more slots than there are."""
+def too_many(widths: Mapping[str, int], slots: int, *, in_waves: bool) -> CapacityError:
+    """The error for a batch whose adapters, of these widths, take more slots than there are.
+    `in_waves`: whether its rows may be served in turn."""
+    waves = ' or Options(overflow="waves")' if in_waves else ""
     if len(widths) > slots:
+        turns = ", which serves requests in turn where each finds slots beside pinned adapters"
         return CapacityError(
             f"the batch has {len(widths)} distinct adapters ({', '.join(widths)}), but "
             f"there are only {slots} slots; split the batch, or compile "
-            f'with LoraConfig(max_adapters={len(widths)}) or Options(overflow="waves"), which '
-            "serves requests in turn where each finds slots beside pinned adapters"
+            f"with LoraConfig(max_adapters={len(widths)}){waves}{turns if waves else ''}"
         )
     needed = sum(widths.values()) - max(widths.values()) + 1
     shown = ", ".join(f"{name} {width}" for name, width in widths.items())
     return CapacityError(
         f"the adapters of the batch take {needed} slots by their ranks ({shown}; one of them may "
         f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
-        f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
+        f"LoraConfig(max_adapters={needed}) or a larger slot_rank{waves}"
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.adapter_store.names import BASE, AdapterName, members, one_name, with_experts
 from lorafx.adapter_store.peft_model import without_wrappers
 from lorafx.adapter_store.saved import Source
 from lorafx.adapter_store.store import AdapterInfo, AdapterStore, info
@@ -420,15 +420,16 @@ class CompiledModel(AsModule):
         self.unload_adapter(name)
 
     def pin_adapter(self, name: str) -> None:
-        """Bring an adapter into a slot now and keep it there. Raises UnknownAdapterError if it is
-        not loaded, CapacityError if every slot is pinned, BatchError inside a forward on this
-        thread, unless it has a slot."""
+        """Bring an adapter, or a route and its adapters, into slots now and keep them there. Raises
+        UnknownAdapterError if it is not loaded, CapacityError if every slot is pinned, BatchError
+        inside a forward on this thread, unless it has a slot."""
         refuse_transformed()
         session = self._session
         session.store.check_known(name)
         # A running call may read the slot that it takes.
-        with session.store.fetch([name], resident=True), session.lock:
-            if session.running.entries and name not in session.store.resident:
+        names = with_experts([name])
+        with session.store.fetch([*names], resident=True), session.lock:
+            if session.running.entries and not names.keys() <= session.store.resident.keys():
                 raise BatchError(
                     f"a forward is running on this thread; pin {name!r} when it has returned"
                 )
@@ -436,7 +437,8 @@ class CompiledModel(AsModule):
             session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
-        """Let a pinned adapter be evicted again. Raises UnknownAdapterError if it is not loaded."""
+        """Let what `pin_adapter` keeps by this name be evicted again. Raises UnknownAdapterError if
+        it is not loaded."""
         self._session.store.unpin(name)
 
     def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:

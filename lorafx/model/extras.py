@@ -82,7 +82,11 @@ def replaceable_rows(
 ) -> int | None:
     """How many rows an adapter may replace in the module at `paths`; None for all of them."""
     with_parents = [parent for path in paths for parent in _with_parents(path)]
-    if modules_to_save and targets.names(modules_to_save, with_parents):
+    if isinstance(modules_to_save, targets.SavedTargets):  # full paths
+        named = not modules_to_save.as_set.isdisjoint(with_parents)
+    else:
+        named = targets.names(modules_to_save, with_parents)
+    if named:
         return None
     counts = (count for name, count in trainable_tokens.items() if targets.names((name,), paths))
     return max(counts, default=0)

@@ -11,14 +11,23 @@ known, such as one that rounds activations, is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.stored_grouped_mm import AFFINE
-from lorafx.model.weight_formats import Bitsandbytes4Parameter, is_dense, is_wrapped
+from lorafx.model.experts import by_lorafx, expert_weights, implementation, is_switched
+from lorafx.model.weight_formats import (
+    Bitsandbytes4Parameter,
+    in_library_format,
+    is_dense,
+    is_wrapped,
+)
+from lorafx.placements import is_placed
 from lorafx.torch_internals.dynamo import assume_constant_result
 
 #: Settings of a wrapper that change none of the numbers that its parts stand for.
@@ -98,3 +107,53 @@ def held_parts(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     if not isinstance(stored, Stored):
         return []
     return list(zip(stored.paths, parts_of(module, stored), strict=True))
+
+
+class StoredExperts:
+    """The weights of a model's experts. Iterated, it gives those that are quantised at present, by
+    the module's path, the module and the attribute."""
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self._weights = [
+            (path, module, weight.name)
+            for path, module in modules
+            for weight in expert_weights(module) or ()
+        ]
+        #: Classes of modules and weights, and implementations, that need no other look.
+        self._known: set[tuple[Any, ...]] = set()
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module, str]]:
+        return (item for item in self._weights if in_library_format(*item[1:]))
+
+    def check(self) -> None:
+        """Raise ConfigError for a weight whose class lacks an operator of the implementation that
+        transformers' switch is at. Each is tried once, by a row, before a call changes a cache."""
+        for path, module, name in self._weights:
+            weight, config = module._parameters.get(name), getattr(module, "config", None)
+            key = type(module), type(weight), implementation(config)
+            if key not in self._known:
+                if is_wrapped(weight) and is_switched(module) and not by_lorafx(module):
+                    _try(path, module, name)
+                self._known.add(key)
+
+
+def _try(path: str, module: Any, name: str) -> None:
+    weight, chosen = module._parameters[name], implementation(module.config)
+    (up, _), device = expert_weights(module) or (None, None), weight.device
+    if up is None or is_placed(weight):
+        return
+    x, first = torch.zeros(1, up.in_features, dtype=weight.dtype, device=device), torch.zeros(1, 1)
+    try:
+        with torch.no_grad():
+            module.forward(x, first.to(device, torch.long), first.to(device, weight.dtype))
+    except NotImplementedError as error:
+        ways = ("lorafx",) if isinstance(stored_of(module, name), Stored) else ("eager",)
+        way = f"call model.set_experts_implementation({ways[0]!r})"
+        if chosen in ways:
+            way = f"replace it by a parameter of lorafx.dequantize(module, {name!r})"
+        raise ConfigError(
+            f"{path}.{name}: {type(weight).__qualname__} has no product for the implementation "
+            f"{chosen!r} of {type(module).__qualname__}; {way}"
+        ) from error
+    except Exception:  # the call's own, if it comes again there
+        return

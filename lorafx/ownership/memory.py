@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lorafx.model.weight_formats import plain_tensors
 from lorafx.ownership.labels import One, Pooled
 from lorafx.ownership.real_labels import (
     POOL,
@@ -92,7 +93,9 @@ class Memory:
             return POOL
         block = self.block(tensor)
         if block is None:
-            return SHARED if self._shared is not None and self._shared(tensor) else None
+            shared, parts = self._shared, [*plain_tensors(tensor)]
+            held = shared is not None and (shared(tensor) or (parts and all(map(shared, parts))))
+            return SHARED if held else None
         if not self._intact(block, tensor):
             return None
         geometry = geometry_of(tensor)

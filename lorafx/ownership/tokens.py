@@ -196,9 +196,13 @@ class Alignment:
     def _contracted(self, node: fx.Node, packet: object) -> States:
         args = bound(node)
         addend, *operands = contractions.PRODUCTS[packet]
-        a, b = (self.of(args[name]) for name in operands)
-        if b[-1] is None and is_multiple(self.shape(args[operands[1]])[-1], self.tokens):
-            b = (*b[:-1], LOST)  # a new dimension of T entries is no list of positions
+        left, right = (args[name] for name in operands)
+        a, b = list(self.of(left)), list(self.of(right))
+        # T entries that a weight makes of positions are no list of positions.
+        for weight, states, dim, contracted in ((left, a, -2, b[-2]), (right, b, -1, a[-1])):
+            made = contracted is not None and self.flow.label(weight) is None
+            if made and is_multiple(self.shape(weight)[dim], self.tokens):
+                states[dim] = LOST
         out = (*(self._common(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-1])
         if not addend:
             return out

@@ -86,8 +86,8 @@ class DerivedTensors:
         view of one: a forward makes new views in every call. A view of a copy counts as one: eager
         mode sees no attribute, only what is made of it, such as its broadcast by `matmul`."""
         whole = tensor._base
-        if whole is None:
-            return self._look(tensor)
+        if whole is None or is_traceable_wrapper_subclass(whole):  # its views may lack operators
+            return self._look(tensor if whole is None else whole)
         if isinstance(whole, nn.Parameter):
             holder = self._holder(whole)
             if holder is not None and holder.is_own_weight:

@@ -25,15 +25,13 @@ from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.changes_watch import HookWatch, SiteWatch, SwitchWatch, method_watch, weight_watch
-from lorafx.model.experts import expert_weights
 from lorafx.model.extras import When
 from lorafx.model.module_graph import Holder, ModuleGraph
 from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.model.stored_experts import held_parts
-from lorafx.model.weight_formats import in_library_format
+from lorafx.model.stored_experts import StoredExperts, held_parts
 from lorafx.ownership.labels import One
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.model_memory import (
@@ -161,13 +159,7 @@ class Program:
         self.model_memory = ModelMemory(lambda: map(local, self._model_tensors()))
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self.weight_watch = weight_watch(self.quantised.wrapped)
-        #: Quantised weights of experts: the module's path, the module, and the attribute.
-        self.stored_experts = [
-            (path, module, weight.name)
-            for path, module in self.graph.modules()
-            for weight in expert_weights(module) or ()
-            if in_library_format(module, weight.name)
-        ]
+        self.stored_experts = StoredExperts(self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that are known to be no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}

@@ -107,6 +107,7 @@ class Entry:
         _fix_image_sizes(named)
         session.program.pack_watch.check()
         session.program.quantised.settle_again()
+        session.program.stored_experts.check()
         runtime = session.program.runtime
         active, warming = bool(runtime.active), session.running.warming
         if active:

@@ -42,7 +42,7 @@ from lorafx.model.bank import SharedPair
 from lorafx.model.extras import class_refusal, token_rooms
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site, has_own_forward
-from lorafx.model.targets import AdapterNames
+from lorafx.model.targets import AdapterNames, Entries, SavedTargets, names
 from lorafx.model_passes import run_model_passes
 from lorafx.passes.alias import Alias
 from lorafx.passes.select import Select
@@ -230,7 +230,9 @@ def request_of(
     if pair is not None:  # with room for factors of other pairs, and of other modules
         config = replace(_config_of(lora_config, states, model), scaled_pair=pair)
     dora, biases = config.use_dora, config.lora_bias
-    whole_modules = dict.fromkeys(config.modules_to_save)
+    given = Entries(config.modules_to_save)
+    found = [p for p, _ in model.named_modules(remove_duplicate=False) if names(given, [p])]
+    whole_modules = dict.fromkeys((*given, *found))
     tokens = token_rooms(config.trainable_tokens, model)
     for state in states.values():
         peft = state.config
@@ -243,7 +245,7 @@ def request_of(
         config,
         use_dora=dora,
         lora_bias=biases,
-        modules_to_save=tuple(whole_modules),
+        modules_to_save=SavedTargets(whole_modules),
         trainable_tokens=tokens,
     )
     from_files = {name: origin for name, origin in origins.items() if origin is not None}

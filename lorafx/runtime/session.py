@@ -359,7 +359,7 @@ class Session:
                 names = [*names, *(n for route in routes_among(names) for n in route.experts)]
             else:
                 refuse_routes(names)
-            slots = self.store.acquire(names, running.slots_in_use)
+            slots = self.store.acquire(names, running.slots_in_use, in_waves=True)
             row_slots: Sequence[int] | Tensor = slots[:count]
             if gates:
                 beside = [n for n in adapters_among(names) if not isinstance(n, Mixture)]

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from lorafx.errors import BaseWeightsError, CheckpointError, ConfigError, some
 from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.model.packing import check_packed
+from lorafx.model.weight_formats import is_wrapped
 from lorafx.runtime.session import Session
 from lorafx.runtime.sharing import refresh_other_models
 from lorafx.weights.copies import outdated_copies
 from lorafx.weights.loadable_layers import LoadableLayer, methods_of
 from lorafx.weights.resolve import Resolver
-from lorafx.weights.targets import Part, Target, WeightShape, memory_key, overlapping
+from lorafx.weights.targets import Part, Target, WeightShape, held, memory_key, overlapping
 from lorafx.weights.weight_places import (
     Conversion,
     ConversionMember,
@@ -95,7 +96,7 @@ class Loading:
         self.missing: list[str] = []
         self._problems: list[str] = []
         self._targets = resolver.names.targets
-        self._storages = {storage_key(target.tensor) for target in self._targets}
+        self._storages = {storage_key(held(target.tensor)) for target in self._targets}
         #: By the checkpoint's name; None for a tensor without a place.
         self._planned: dict[str, _Planned | None] = {}
         #: By target and expert, so that a box is not compared with those of all other experts.
@@ -169,7 +170,7 @@ class Loading:
 
     def _shares_memory(self, meaning: Meaning, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of weights, but not at its own destination."""
-        if storage_key(tensor) not in self._storages:
+        if storage_key(held(tensor)) not in self._storages:
             return False
         places = () if isinstance(meaning, ConversionMember) else meaning.places
         return not (places and places[0].is_at(tensor))
@@ -226,6 +227,8 @@ class Loading:
         items[member.name] = name, tuple(tensor.shape)
         wrong = next((item.wrong for item in group.destinations if item.wrong), "")
         wrong = wrong or _dtype_refusal(group.destinations, tensor)
+        if not wrong and is_wrapped(tensor):
+            wrong = f"a {type(tensor).__name__} is not converted; give the model's own tensor"
         if not wrong and len(items) == len(group.names):
             wrong = group.misfit({member: shape for member, (_, shape) in items.items()})
             if not wrong:
@@ -251,7 +254,8 @@ class Loading:
                     if not _equal(earlier.numbers, tensor[place.take], target.tensor.dtype):
                         return f"the model ties it to {earlier.name}, and their values differ"
                 numbers = None
-                if single and self._resolver.names.name_counts[key] > 1:
+                several = self._resolver.names.name_counts[key] > 1
+                if single and several and not is_wrapped(tensor):
                     numbers = (
                         tensor[place.take] if self._source.stable else tensor[place.take].clone()
                     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorafx.model.module_graph import Holder, ModuleGraph, storage_key
 from lorafx.model.saved_names import SavedNames
-from lorafx.model.weight_formats import is_wrapped
+from lorafx.model.weight_formats import is_wrapped, plain_tensors
 
 WeightShape = tuple[int, ...]
 #: Indices of a part of a checkpoint tensor.
@@ -60,8 +60,14 @@ class WeightNames(SavedNames):
         return self._targets.get((id(module), attribute))
 
 
+def held(tensor: Tensor) -> Tensor:
+    """The tensor whose memory stands for that of `tensor`: the first that a wrapper consists of."""
+    return next(plain_tensors(tensor)) if is_wrapped(tensor) else tensor
+
+
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
     """A key that is equal for tensors with the same numbers in memory."""
+    tensor = held(tensor)
     if storage_key(tensor) < 0:  # a wrapper without a storage of its own
         return (id(tensor),)
     return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -104,10 +110,13 @@ def dtype_refusal(target: Tensor, source: Tensor) -> str:
     wrapped, source_wrapped = map(is_wrapped, (target, source))
     if wrapped or source_wrapped:
         if source_wrapped and type(source) in (type(target), type(target.data)):
-            return ""
+            alike = _parts_of(source) == _parts_of(target)
+            kind = f"its {type(source).__name__} has parts of other sizes or settings"
+            return "" if alike else f"{kind} than the one here; quantise it alike"
         if source_wrapped:
             return f"the checkpoint's is a {type(source).__name__}; give the plain whole tensor"
-        return f"it is kept here as a {type(target.data).__name__}, not as plain numbers"
+        kind = type(target.data).__name__
+        return f"it is kept here as a {kind}, not as plain numbers; give one quantised alike"
     if dtype == new:
         return ""
     if dtype.itemsize == 1 or not dtype.is_floating_point:
@@ -115,3 +124,9 @@ def dtype_refusal(target: Tensor, source: Tensor) -> str:
     if new.itemsize == 1 or not new.is_floating_point:
         return f"the checkpoint's numbers are {new}, which do not become {dtype} without a scale"
     return ""
+
+
+def _parts_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What two wrappers have in common if one can be written into the other, part by part."""
+    names, settings = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return names, settings, [(part.shape, part.dtype) for part in plain_tensors(tensor)]

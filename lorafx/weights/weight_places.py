@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import writing
+from lorafx.model.weight_formats import is_wrapped, plain_tensors
 from lorafx.placements import is_placed, local, own_indices, whole
 from lorafx.weights.loadable_layers import LoadableLayer, Shard
 from lorafx.weights.targets import (
@@ -62,6 +63,8 @@ class Box:
 
     @property
     def view(self) -> Tensor:
+        if is_wrapped(self.target.tensor):  # whole, by `refusal`
+            return self.target.tensor
         index = tuple(slice(r.start, r.stop, r.step) for r in self.box)
         tensor = self.target.tensor.detach()
         return tensor[index].permute(self.order) if index else tensor
@@ -82,6 +85,13 @@ class Box:
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
+        whole = Box.whole(self.target)
+        wrapped = is_wrapped(tensor) and is_wrapped(self.target.tensor)
+        if wrapped and (self.box, self.order, self.take) != (whole.box, whole.order, ()):
+            return (
+                f"a {type(tensor).__name__} is written as a whole only, under the name that "
+                "state_dict() has for it here"
+            )
         return dtype_refusal(self.target.tensor, tensor)
 
     def write(self, loaded: Tensor) -> None:
@@ -90,8 +100,13 @@ class Box:
             if is_placed(self.target.tensor) and loaded is not self.target.tensor:
                 return self._write_share(whole(loaded))
             view = self.view
-            if not same_memory(view, loaded):
+            if same_memory(view, loaded):
+                return
+            if not is_wrapped(view):
                 view.copy_(loaded.reshape(view.shape))
+                return
+            for part, numbers in zip(plain_tensors(view), plain_tensors(loaded), strict=True):
+                part.copy_(numbers)
 
     def _write_share(self, loaded: Tensor) -> None:
         """Write what this rank has of a DTensor, which is cut along one dimension at most."""

@@ -4,6 +4,7 @@ by token."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,22 @@ NAMES = ["a0", None, "a1"]
 
 #: Gates find their tokens as slots do: in each family, quickly, in test_adapter_slots.
 OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (opt, bert)]
+
+
+def test_no_waves_are_offered_where_tokens_have_adapters(tmp_path: Path) -> None:
+    """Rows of other calls may be served in turn."""
+    base = Served(llama, tmp_path)
+    config = lorafx.LoraConfig(max_rank=8, max_adapters=1)
+    cm = lorafx.compile(base.base, config, adapters=base.paths, options={"lowering": "reference"})
+    gates = torch.tensor([[[0, 1]] * 3] * 2), torch.ones(2, 3, 2)
+    for arguments, offered in (
+        ({"adapter_gates": gates}, False),
+        ({"adapter_slots": torch.tensor([[0, 1, 0], [1, 1, 0]])}, False),
+        ({"adapter_names": ["a0", "a1"]}, True),
+    ):
+        with pytest.raises(lorafx.CapacityError, match="only 1 slots") as refused:
+            cm(**inputs_of(2, 3), **arguments)
+        assert ("waves" in str(refused.value)) is offered
 
 
 @pytest.fixture(scope="module", params=[llama, *OTHERS], ids=["llama", "opt", "bert"])

@@ -40,6 +40,16 @@ def test_each_token_gets_its_own_adapter(served: Served) -> None:
     assert served.cm.recompiles == before
 
 
+def test_graphs_for_one_size(tmp_path: Path) -> None:
+    """Of as many tokens as there are heads, or features of a head."""
+    static = Served(llama, tmp_path, dynamic=False)
+    for rows, length in ((4, 4), (2, 8)):
+        slots = torch.tensor([[0, 1, -1, 1] * (length // 4)] * rows)
+        inputs = inputs_of(rows, length)
+        got = static.cm(**inputs, adapter_slots=slots)[0]
+        torch.testing.assert_close(got, static.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
+
+
 @ONE_FAMILY
 def test_slots_of_one_adapter_a_request_are_adapter_names(served: Served) -> None:
     inputs = inputs_of(3, 5)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import lorafx
+from lorafx.adapter_store.names import Mixture
 
 pytestmark = pytest.mark.any_sizes
 
@@ -251,3 +252,22 @@ def test_what_is_refused(routed: Routed, tmp_path: Path) -> None:
         if name == "dora":  # beside a route, a row would lose its magnitudes
             with pytest.raises(lorafx.ConfigError, match="a batch with a route: 'dora' is a DoRA"):
                 other(**inputs, adapter_names=[lorafx.Arrow(["a"], 1), "dora"])
+
+
+def test_a_pinned_route_keeps_its_adapters(tmp_path: Path) -> None:
+    """Under any number of other adapters and sums, until it is unpinned."""
+    routed = Routed(llama, tmp_path)
+    cm, store = routed.cm, routed.cm._session.store
+    for route in (
+        lorafx.Arrow(["a", "b"], top_k=1),
+        lorafx.Arrow(["a", "b"], top_k=1, general=["c"]),
+    ):
+        cm.pin_adapter("a")
+        cm.pin_adapter(route)
+        kept = {"a", route, *route.experts}
+        for weight in range(1, 9):
+            store.acquire([Mixture({"c": weight / 16})])
+        assert store.evictions > 0
+        assert store.pinned == kept <= store.resident.keys()
+        cm.unpin_adapter(route)
+        assert store.pinned == {"a"}

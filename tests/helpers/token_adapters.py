@@ -47,7 +47,7 @@ TARGETS = {
 class Served:
     """A model with two adapters on disk, and its oracle by token."""
 
-    def __init__(self, build, folder: Path, targets=None, **options) -> None:
+    def __init__(self, build, folder: Path, targets=None, *, dynamic=True, **options) -> None:
         torch.manual_seed(0)
         self.base = build().eval()
         self.deltas: list[dict[str, Tensor]] = []
@@ -67,7 +67,7 @@ class Served:
         options = {"lowering": "reference", **options}
         config = lorafx.LoraConfig(max_rank=8, max_adapters=4)
         self.cm = lorafx.compile(
-            copy.deepcopy(self.base), config, adapters=self.paths, options=options
+            copy.deepcopy(self.base), config, adapters=self.paths, options=options, dynamic=dynamic
         )
 
     def oracle(self, slots: Tensor, **inputs: Tensor) -> Tensor:

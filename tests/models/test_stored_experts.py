@@ -3,6 +3,8 @@ graphs and in eager mode; against W + ΔW of the dequantised weights."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from expert_models import MIXED, experts_modules, ids, moe_base, moe_case
-from quantised_experts import check_calls, quantised
+from quantised_experts import QUANTISED, check_calls, quantised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 import lorafx
 from lorafx.errors import ConfigError, MatchError, TargetError
@@ -196,6 +199,63 @@ def test_other_weights_after_compilation(tmp_path: Path) -> None:
     check_mixed(cm, changed, ["down", None], ids(2))
 
 
+@pytest.mark.parametrize(("kind", "chosen"), [("int8", "grouped_mm"), ("int4", "eager")])
+def test_a_product_that_torchao_lacks_is_refused(kind: str, chosen: str, tmp_path: Path) -> None:
+    """By name, before the call has changed a cache."""
+    model, case = quantised(moe_base("qwen3_moe"), kind, tmp_path)
+    model.set_experts_implementation(chosen)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    cache = DynamicCache()
+    for names in (["down", None], [None, None]):
+        with pytest.raises(
+            ConfigError, match=rf"layers\.0\.mlp\.experts\.gate_up_proj: In.*'{chosen}'.*'lorafx'"
+        ):
+            cm(**ids(2), adapter_names=names, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert cm.recompiles == 0
+
+
+@pytest.mark.usefixtures("in_eager_mode")
+@pytest.mark.parametrize("name", ["down", "dense"])
+def test_slices_of_a_weight_without_adapters(name: str, tmp_path: Path) -> None:
+    """Slices of torchao's class, which has no view for a look at the numbers."""
+    model, case = quantised(moe_base("qwen3_moe"), "int8", tmp_path)
+    model.set_experts_implementation("eager")
+    cm = lorafx.compile(model, {name: case.folders[name]}, options=REFERENCE)
+    check_mixed(cm, case, [name, None], ids(2))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_experts_that_are_quantised_after_compilation(kind: str, tmp_path: Path) -> None:
+    """And after a call with the dense ones."""
+    _, case = quantised(moe_base("qwen3_moe"), kind, tmp_path)
+    model = moe_base("qwen3_moe")
+    model.set_experts_implementation("lorafx")
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    dense = cm(**ids(3), adapter_names=["down", "older", None]).logits
+    assert not [*cm._session.program.stored_experts]
+    QUANTISED[kind](model)
+    assert len([*cm._session.program.stored_experts]) == 2
+    check_mixed(cm, case, ["down", "older", None], ids(3))
+    assert error(cm(**ids(3), adapter_names=["down", "older", None]).logits, dense) > TOLERANCE
+
+
+def test_copies_of_a_model(tmp_path: Path) -> None:
+    """Copied and pickled as without lorafx, before it is compiled and while it is."""
+    model, case = by_lorafx("int8", "qwen3_moe", tmp_path)
+    ((_, experts),) = experts_modules(model)
+    with pytest.raises(AttributeError, match="partial"):
+        pickle.dumps(experts.extra_repr)  # torchao's own, which no pickle holds
+    del experts.extra_repr
+    with torch.no_grad():
+        want = model(**ids(2)).logits
+        for compiled in (False, True):
+            if compiled:
+                lorafx.compile(model, {"down": case.folders["down"]}, options=REFERENCE)
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(twin(**ids(2)).logits, want)
+
+
 @pytest.mark.slow
 def test_the_switch_is_heard_after_a_call_that_raised(tmp_path: Path) -> None:
     """torchao has no product for transformers' default. To and fro compiles nothing, as `generate`
@@ -206,7 +266,7 @@ def test_the_switch_is_heard_after_a_call_that_raised(tmp_path: Path) -> None:
     graphs = 0
     for seed in (1, 2):
         model.set_experts_implementation("grouped_mm")
-        with pytest.raises(NotImplementedError, match=r"transpose"):
+        with pytest.raises(ConfigError, match=r"experts\.gate_up_proj: Int8Tensor has no product"):
             cm(**ids(2), adapter_names=["down", None])
         model.set_experts_implementation("lorafx")
         check_mixed(cm, case, ["down", None], ids(2, seed=seed))

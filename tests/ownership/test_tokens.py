@@ -14,6 +14,8 @@ pytestmark = pytest.mark.quick
 
 X = torch.randn(3, 5, 4, dtype=torch.float64)
 WEIGHT = torch.randn(4, 8, dtype=torch.float64)
+WIDE = torch.randn(4, 20, dtype=torch.float64)
+SQUARE = torch.randn(5, 5, dtype=torch.float64)
 IDS = torch.arange(15).view(3, 5)
 TABLE = torch.randn(15, 4, dtype=torch.float64)
 
@@ -63,6 +65,33 @@ def aligned(fn, *examples):
     inputs = inputs_of(gm)
     places = Alignment(gm.graph, flow, batch_of(inputs[:1], 1), {inputs[0]: 1})
     return places, gm.graph.output_node().args[0], label, gm, inputs
+
+
+def heads(x):
+    """Four heads of as many features as there are tokens."""
+    v = (x @ WIDE).unflatten(-1, (4, 5)).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(-2)
+    return x + mixed @ WIDE.T
+
+
+def turned(x):
+    """A weight mixes the tokens."""
+    return x + (x.transpose(1, 2) @ SQUARE).transpose(1, 2)
+
+
+def turned_from_the_left(x):
+    return x + SQUARE @ x
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"), [(heads, 1), (turned, None), (turned_from_the_left, None)]
+)
+def test_sizes_that_are_as_long_as_the_sequence(fn, expected):
+    """In graphs for one size, and where a weight fixes the size."""
+    label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,))
+    (x,) = inputs_of(gm)
+    places = Alignment(gm.graph, flow, batch_of([x], 1), {x: 1})
+    assert places.rows_in_order(gm.graph.output_node().args[0], label, 2) == expected
 
 
 @pytest.mark.parametrize("name", TOKENS)

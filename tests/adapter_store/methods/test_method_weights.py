@@ -430,3 +430,34 @@ def test_a_bias_that_was_trained_besides_is_refused(tmp_path: Path) -> None:
     config = peft.GloraConfig(r=2, bias="glora_only", **TO)
     folder = save(Small(), config, tmp_path / "adapter")
     refused(AdapterSource(folder), r"changes the bias of q_proj.*bias = 'lora_only'")
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.ModuleDict({"head": nn.Linear(8, 32)})
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(input_ids), self.aux["head"](input_ids)
+
+
+@torch.no_grad()
+def test_room_for_a_path_is_not_room_for_its_suffix(tmp_path: Path) -> None:
+    """A file names the module at "head"; a user's "head" names "aux.head", too."""
+    base = TwoHeads().eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.FourierFTConfig(n_frequency=20, target_modules="head", scaling=10.0),
+    )
+    model.save_pretrained(tmp_path)
+    merged_model, x = model.merge_and_unload(), torch.randn(3, 8)
+    for names, rooms in (([], {"head": 6}), (["head"], {"head": 6, "aux.head": 32})):
+        config = lorafx.LoraConfig(target_modules="head", modules_to_save=names)
+        options = {"lowering": "reference"}
+        cm = lorafx.compile(copy.deepcopy(base), config, adapters={"a": tmp_path}, options=options)
+        assert {s.path: s.own_rows for s in cm._session.program.sites if s.own_rows} == rooms
+        got = cm(x, adapter_names=["a", None, "a"])
+        for row, alone in enumerate((merged_model, base, merged_model)):
+            for ours, want in zip(got, alone(x[row : row + 1]), strict=True):
+                torch.testing.assert_close(ours[row : row + 1], want, rtol=1e-5, atol=1e-5)

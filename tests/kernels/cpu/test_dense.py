@@ -226,3 +226,15 @@ def test_bad_operands(bias, change, message) -> None:
         fake = tree_map_only(Tensor, mode.from_tensor, given)
         with pytest.raises((LoweringError, RuntimeError), match=message):
             lora.weight_mm(*fake)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [0, 3, 100])
+def test_a_bias_of_another_dtype_is_refused(rows: int) -> None:
+    """As torch does, for any number of rows."""
+    bias, x, weight = operands(rows, 5, 9, torch.bfloat16)
+    for function in (lora.weight_mm, torch.nn.functional.linear):
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(x, weight, bias.float())
+    with pytest.raises(LoweringError, match=r"bias is \(9,\) of torch.bfloat16"):
+        weight_mm.product_fake(x, weight, bias.float())
