@@ -68,8 +68,8 @@ class Frame:
         #: Inputs added by `match` after the others, by (position of a weight, index among the sites
         #: that share it, field of that site's bank), in order.
         self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
-        #: For each kind of layers that `fold` left out, for each of them, the module calls and lines
-        #: of its nodes in Dynamo's graph.
+        #: For each kind of layers that `fold` left out, for each of them, the origins (`COPIED`) of
+        #: its nodes in Dynamo's graph.
         self.folded: list[list[list[list[Any]]]] = []
         #: Dynamo's graph as it was before `fold`, where that changed it.
         self.whole: fx.Graph | None = None

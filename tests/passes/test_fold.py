@@ -148,8 +148,9 @@ class Conjugated(Layer):
 
     class Model(Model):
         def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = h * 1
             for layer in self.layers:
-                h = torch.cat([(z := layer(h, h)).real, z.imag], dim=-1)
+                h = torch.tanh(torch.cat([(z := layer(h, h)).real, z.imag], dim=-1))
             return {"logits": h}
 
 
@@ -268,7 +269,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (Indexed, 0, 0),
         (Conjugated, 0, 0),
         (OfAnotherType, 1, 3),
-        (Shifted, 1, 3),
+        (Shifted, 1, 2),
         (InOneBuffer, 1, 3),
         (ItsInput, 0, 0),
         (Numbered, 0, 0),
@@ -305,7 +306,7 @@ def test_the_graph_is_the_one_without_it(
     "family",
     [
         "llama",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3", "qwen3_moe")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3")),
     ],
 )
 def test_models_have_the_graphs_without_it(family: str, tmp_path: Path) -> None:
