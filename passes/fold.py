@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.kernels.ops.layer_ops import LAYER_AGAIN, LAYER_BEGIN, LAYER_END
-from lorafx.program.context import Context
+from lorafx.program.context import COPIED, Context
 from lorafx.program.frame import fake_value
 from lorafx.program.isomorphism import Stretch
 from lorafx.program.regions import repeats
@@ -49,7 +49,7 @@ class Fold:
                 if ctx.frame.whole is None:
                     ctx.frame.whole = copy.deepcopy(gm.graph)
                 _fold(gm.graph, stretches, results, replaced, len(ctx.frame.folded))
-                ctx.frame.folded.append([*map(_module_calls, stretches)])
+                ctx.frame.folded.append([*map(_origins, stretches)])
                 claimed.update(node for region in regions for node in region.nodes)
                 edits += 1
         return edits
@@ -68,7 +68,11 @@ def _leaving(stretches: Sequence[Stretch]) -> list[int]:
 
 def _is_possible(stretches: Sequence[Stretch], results: Sequence[int]) -> bool:
     """Whether ops can stand for these stretches: what goes in and out is strided tensors, of which
-    none that comes out shares memory with another, or numbers; no result has a gradient."""
+    none that comes out shares memory with another, or numbers; no result has a gradient. Numbers
+    that AOTAutograd knows of an operand, as of `torch.tensor(2)`, are those of all stretches."""
+    for own in zip(*(stretch.operands for stretch in stretches), strict=True):
+        if len({*own}) > 1 and any(_is_constant(fake_value(node)) for node in own):
+            return False
     for stretch in stretches:
         operands = [fake_value(node) for node in stretch.operands]
         leaving = [fake_value(stretch.nodes[position]) for position in results]
@@ -86,8 +90,13 @@ def _is_possible(stretches: Sequence[Stretch], results: Sequence[int]) -> bool:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, Tensor):  # those of torch.func are no fake ones
-        return isinstance(value, FakeTensor) and value.layout is torch.strided
+        is_strided = isinstance(value, FakeTensor) and value.layout is torch.strided
+        return is_strided and not (value.is_conj() or value.is_neg())  # the ops' results are not
     return not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, FakeTensor) and value.constant is not None
 
 
 def _memory(tensor: Tensor) -> int:
@@ -102,8 +111,8 @@ def _begins(stretch: Stretch) -> fx.Node | None:
     return None
 
 
-def _module_calls(stretch: Stretch) -> list[object]:
-    return [node.meta.get("nn_module_stack") for node in stretch.nodes]
+def _origins(stretch: Stretch) -> list[list[object]]:
+    return [[node.meta.get(name) for name in COPIED] for node in stretch.nodes]
 
 
 def _fold(
@@ -133,9 +142,10 @@ def _fold(
         outside = {*node.users} - inside - {end}
         node.replace_all_uses_with(item, delete_user_cb=outside.__contains__)
         replaced[node] = item
-    for stretch in others:
+    for repeat, stretch in enumerate(others):
         with graph.inserting_before(stretch.nodes[0]):
-            again = graph.call_function(LAYER_AGAIN, (_tensors(stretch, replaced), items, layer))
+            taken = _tensors(stretch, replaced)
+            again = graph.call_function(LAYER_AGAIN, (taken, items, layer, repeat))
         mine = [stretch.nodes[position] for position in tensors]
         values = dict(zip(mine, _items(graph, again, mine), strict=True))
         for position in set(results).difference(tensors):  # sizes, which are equal

@@ -4,25 +4,25 @@
     layer_again(operands)                       →    n_0 ... n_k, on these operands
 
 What stands between the two ops is the layer, since AOTAutograd runs one node after another. Sizes
-are taken from the first layer, to which they are equal.
+are taken from the first layer, to which they are equal. Fake values of views are computed anew, so
+that values share memory as they would without the two ops.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lorafx.kernels.ops.layer_ops import LAYER_AGAIN, LAYER_BEGIN, LAYER_END
-from lorafx.program.context import Context
+from lorafx.program.context import COPIED, Context
 from lorafx.program.frame import fake_value
 from lorafx.program.regions import is_pure
 from lorafx.torch_internals.graph_parts import tree_leaves, tree_map_only
-
-_CALLS = "nn_module_stack"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,18 @@ class Unfold:
     required: bool = True
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        edits = 0
-        for layer in _layers(gm.graph):
-            _put_in(layer, ctx)
-            edits += 1 + len(layer.again)
+        edits, layers = 0, [*_layers(gm.graph)]
+        views = _views_of_results(gm.graph, layers)
+        repeated = [_views_in(layer) for layer in layers]
+        assert ctx.fake_mode is not None
+        with ctx.fake_mode:
+            for layer, inside in zip(layers, repeated, strict=True):
+                views |= _put_in(layer, inside, ctx)
+                edits += 1 + len(layer.again)
+            for node in gm.graph.nodes if views else ():
+                if node in views:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
+                    node.meta["val"] = node.target(*args, **kwargs)
         return edits
 
 
@@ -116,43 +124,80 @@ def _is_size(node: fx.Node) -> bool:
     return bool(leaves) and not any(leaf is None or isinstance(leaf, Tensor) for leaf in leaves)
 
 
-def _put_in(layer: _Layer, ctx: Context) -> None:
-    given = _nodes(layer.end.args[0])
+def _views_of_results(graph: fx.Graph, layers: Sequence[_Layer]) -> set[fx.Node]:
+    """The nodes whose fake values share memory with what the ops give."""
+    ops = [op for layer in layers for op in (layer.begin, layer.end, *layer.again)]
+    given = {memory for op in ops for memory in _memory(op)}
+    return {node for node in graph.nodes if node.op != "output" and given & _memory(node)}
+
+
+def _views_in(layer: _Layer) -> set[fx.Node]:
+    """The nodes of a layer that give views of its operands, or of earlier nodes' results."""
+    seen = {memory for node in (layer.begin, *layer.taken) for memory in _memory(node)}
+    views: set[fx.Node] = set()
+    for node in layer.nodes:
+        memory = _memory(node)
+        if memory & seen:
+            views.add(node)
+        seen |= memory
+    return views
+
+
+def _memory(node: fx.Node) -> set[int]:
+    leaves = tree_leaves(fake_value(node))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if _is_strided(leaf)}
+
+
+def _is_strided(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _put_in(layer: _Layer, views: set[fx.Node], ctx: Context) -> set[fx.Node]:
+    """Put in the repeats of a layer, in which `views` give views; returns their copies."""
+    given, copied = _nodes(layer.end.args[0]), set[fx.Node]()
     first, *others = ctx.frame.folded[layer.number]
-    assert ctx.fake_mode is not None
-    with ctx.fake_mode:
-        for again, calls in zip(layer.again, others, strict=True):
-            copies = _copied(layer, again, dict(zip(map(_key, first), calls, strict=True)))
-            _give(again, [copies[node] for node in given])
-        values = _Values([(fake_value(layer.begin), fake_value(layer.x))])
-        for node in layer.nodes:
-            node.meta["val"] = tree_map_only(Tensor, values.known, fake_value(node))
+    for again in layer.again:  # AOTAutograd leaves out those of which nothing is used
+        number: Any = again.args[3]
+        copies = _copied(layer, again, _origins(first, others[number]))
+        copied |= {copies[node] for node in views if node in copies}
+        _give(again, [copies[node] for node in given])
     _give(layer.end, given)
     layer.begin.replace_all_uses_with(layer.x)
     ctx.graph.erase_node(layer.begin)
+    return copied
 
 
-def _copied(layer: _Layer, again: fx.Node, calls: Mapping[Any, Any]) -> dict[fx.Node, fx.Node]:
-    """Copies of the layer's nodes for a repeat, before its op. `calls` has the module calls of the
-    repeat's nodes by those of the layer's."""
+def _copied(layer: _Layer, again: fx.Node, origins: Mapping[Any, Any]) -> dict[fx.Node, fx.Node]:
+    """Copies of the layer's nodes for a repeat, before its op."""
     copies = {node: partners[0] for node, partners in _partners(layer.taken, again).items()}
-    values = _Values((fake_value(node), fake_value(copy)) for node, copy in copies.items())
     copies[layer.begin] = copies[layer.x]
-    values.add(fake_value(layer.begin), fake_value(copies[layer.x]))
     with again.graph.inserting_before(again):
         for node in layer.nodes:
             if not _is_size(node):
                 copy = again.graph.node_copy(node, lambda source: copies.get(source, source))
-                copy.meta["val"] = tree_map_only(Tensor, values.of, fake_value(node))
-                stack = calls.get(_key(node.meta.get(_CALLS)))
-                if stack is not None:
-                    copy.meta[_CALLS] = stack
+                copy.meta["val"] = tree_map_only(Tensor, _like, fake_value(node))
+                for name in COPIED:
+                    if (origin := origins.get(_key(node.meta.get(name)))) is not None:
+                        copy.meta[name] = origin
                 copies[node] = copy
     return copies
 
 
-def _key(stack: Any) -> Any:
-    return None if stack is None else tuple(stack.items())
+def _like(value: Tensor) -> Tensor:
+    return value.new_empty_strided(value.size(), value.stride())
+
+
+def _origins(first: Sequence[Any], other: Sequence[Any]) -> dict[Any, Any]:
+    """The module calls and lines of a repeat by those of the layer."""
+    return {
+        _key(of_layer): of_repeat
+        for origins in zip(first, other, strict=True)
+        for of_layer, of_repeat in zip(*origins, strict=True)
+    }
+
+
+def _key(origin: Any) -> Any:
+    return tuple(origin.items()) if isinstance(origin, Mapping) else origin
 
 
 def _give(call: fx.Node, results: Sequence[fx.Node]) -> None:
@@ -163,34 +208,3 @@ def _give(call: fx.Node, results: Sequence[fx.Node]) -> None:
             item.replace_all_uses_with(results[index])
             call.graph.erase_node(item)
     call.graph.erase_node(call)
-
-
-class _Values:
-    """Fake tensors of a repeat by those of the layer: views of the same memory stay such."""
-
-    def __init__(self, operands: Iterable[tuple[Any, Any]]) -> None:
-        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        for value, partner in operands:
-            self.add(value, partner)
-
-    def add(self, value: Any, partner: Any) -> None:
-        if isinstance(value, Tensor):
-            self._memory.setdefault(value.untyped_storage()._cdata, (value, partner))
-
-    def of(self, value: Tensor) -> Tensor:
-        """The repeat's fake tensor that stands for this one of the layer."""
-        if value.untyped_storage()._cdata in self._memory:
-            return self.known(value)
-        partner = value.new_empty_strided(value.size(), value.stride())
-        self.add(value, partner)
-        return partner
-
-    def known(self, value: Tensor) -> Tensor:
-        """`of` for a view of an operand; any other tensor itself."""
-        base, partner = self._memory.get(value.untyped_storage()._cdata, (None, value))
-        if base is None:
-            return value
-        offset = value.storage_offset() - base.storage_offset() + partner.storage_offset()
-        if value.dtype is not partner.dtype:
-            partner = partner.view(value.dtype)
-        return partner.as_strided(value.size(), value.stride(), offset)

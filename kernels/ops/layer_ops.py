@@ -36,8 +36,10 @@ def layer_end(results: Sequence[Tensor], operands: Sequence[Tensor], layer: int)
     return [_copy(result) for result in results]
 
 
-def layer_again(operands: Sequence[Tensor], like: Sequence[Tensor], layer: int) -> list[Tensor]:
-    """Zeros like the results of the layer, which `unfold` replaces by the repeat's."""
+def layer_again(
+    operands: Sequence[Tensor], like: Sequence[Tensor], layer: int, repeat: int
+) -> list[Tensor]:
+    """Zeros like the results of the layer, which `unfold` replaces by those of this repeat."""
     return [_like(result).zero_() for result in like]
 
 
@@ -54,9 +56,9 @@ define(
     lowered=True,
 )
 define(
-    "layer_again(Tensor[] operands, Tensor[] like, int layer) -> Tensor[]",
+    "layer_again(Tensor[] operands, Tensor[] like, int layer, int repeat) -> Tensor[]",
     layer_again,
-    lambda operands, like, layer: [_like(result) for result in like],
+    lambda operands, like, *_: [_like(result) for result in like],
     lowered=True,
 )
 LAYER_BEGIN = torch.ops.lorafx.layer_begin.default

@@ -281,10 +281,13 @@ class Backend:
             failing_in("AOTAutograd", CaptureError, KEEP_OUT),
             timed(record.seconds, "AOTAutograd"),
         ):
-            compiled = trace(gm, examples)
-            if not lowered and frame.whole is not None:  # its layers cannot be left out
-                _make_whole(gm, frame.whole)
-                frame.folded = []
+            try:
+                compiled = trace(gm, examples)
+            except Exception:
+                if not frame.folded:
+                    raise
+            if frame.folded:  # layers cannot be left out, or the error may be about their ops
+                _make_whole(gm, frame)
                 compiled = trace(gm, examples)
         return checked(record.checks, self.owner, compiled), lowered[-1]
 
@@ -301,6 +304,7 @@ class Backend:
         replays = self.lowering.replays
         with timed(record.seconds, "passes"), builds_noted() as built:
             run_passes(passes.aot, gm, ctx, lambda gm, ctx, done: record.report(done))
+            frame.folded = []
             after(gm, ctx, CAPTURED)
             run_passes(passes.graph, gm, ctx, after)
         for kernel in sorted(ctx.kernels):
@@ -338,15 +342,17 @@ class Backend:
             yield
 
 
-def _make_whole(gm: fx.GraphModule, whole: fx.Graph) -> None:
-    """Give a graph the nodes of an older copy of it. Inputs stay, since Dynamo has notes there."""
+def _make_whole(gm: fx.GraphModule, frame: Frame) -> None:
+    """Undo `fold`. The graph's inputs stay, since Dynamo has notes there."""
+    assert frame.whole is not None
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in reversed(gm.graph.nodes):
         if node.op != "placeholder":
             gm.graph.erase_node(node)
-    copies = dict(zip(whole.find_nodes(op="placeholder"), inputs, strict=True))
-    gm.graph.output(gm.graph.graph_copy(whole, copies))
+    copies = dict(zip(frame.whole.find_nodes(op="placeholder"), inputs, strict=True))
+    gm.graph.output(gm.graph.graph_copy(frame.whole, copies))
     gm.recompile()
+    frame.folded = []
 
 
 def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:

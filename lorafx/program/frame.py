@@ -68,9 +68,9 @@ class Frame:
         #: Inputs added by `match` after the others, by (position of a weight, index among the sites
         #: that share it, field of that site's bank), in order.
         self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
-        #: For each kind of layers that `fold` left out, for each of them, the module calls of its
-        #: nodes in Dynamo's graph.
-        self.folded: list[list[list[Any]]] = []
+        #: For each kind of layers that `fold` left out, for each of them, the origins (`COPIED`) of
+        #: its nodes in Dynamo's graph.
+        self.folded: list[list[list[list[Any]]]] = []
         #: Dynamo's graph as it was before `fold`, where that changed it.
         self.whole: fx.Graph | None = None
         #: Identities of the modules in whose calls this frame runs: their hooks run after it.

@@ -19,8 +19,10 @@ from lorafx.kernels.ops.layer_ops import LAYER_AGAIN, LAYER_BEGIN, LAYER_END
 from lorafx.ownership.flow import plain_path
 from lorafx.pass_order import CAPTURED, DYNAMO_PASSES
 from lorafx.passes.fold import Fold
+from lorafx.passes.unfold import Unfold
 from lorafx.program.frame import fake_value
 from lorafx.program.isomorphism import stretch_of
+from lorafx.torch_internals.graph_parts import tree_leaves
 
 OFF = {"passes": {"fold": False}}
 NAMES = ["a0", None, "a1"]
@@ -116,9 +118,91 @@ class Given(Layer):
             return {"logits": h}
 
 
+class Unused(Layer):
+    """The second of three is called for nothing."""
+
+    class Model(Model):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = h * 1
+            parts = [layer(h, h) for layer in self.layers]
+            return {"logits": parts[0] + parts[2]}
+
+
+class Indexed(Layer):
+    """AOTAutograd knows the number in `state`, and writes it into the graph."""
+
+    def forward(self, h: Tensor, state: Tensor) -> Tensor:
+        return self.a(h) + self.b(h) * h[:, state].unsqueeze(1)
+
+    class Model(Model):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = h * 1
+            for layer in self.layers:
+                h = torch.tanh(layer(h, torch.tensor(layer.index)))
+            return {"logits": h}
+
+
+class Conjugated(Layer):
+    def forward(self, h: Tensor, state: Tensor) -> Tensor:
+        y = self.a(h) + self.b(h)
+        return torch.view_as_complex(y.reshape(*h.shape[:2], -1, 2)).conj()
+
+    class Model(Model):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = h * 1
+            for layer in self.layers:
+                h = torch.tanh(torch.cat([(z := layer(h, h)).real, z.imag], dim=-1))
+            return {"logits": h}
+
+
+class OfAnotherType(Layer):
+    """Takes a complex view that does not end in adjacent numbers."""
+
+    def forward(self, h: Tensor, state: Tensor) -> Tensor:
+        parts = torch.view_as_real(state.transpose(1, 2)).flatten(-2)
+        return self.a(h) + self.b(h) * parts
+
+    class Model(Model):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = h * 1
+            for layer in self.layers:
+                z = torch.view_as_complex(h.reshape(*h.shape[:2], -1, 2)).transpose(1, 2)
+                h = torch.tanh(layer(h, z))
+            return {"logits": h}
+
+
+class Shifted(Layer):
+    """What follows reads views of its result, which does not begin its memory."""
+
+    def forward(self, h: Tensor, state: Tensor) -> Tensor:
+        return torch.cat([self.a(h), self.b(h)], dim=-1)[..., 1 : 1 + K]
+
+    class Model(Model):
+        def forward(self, h: Tensor) -> dict[str, Tensor]:
+            h = self.layers[0](h, h).transpose(0, 1)[:3].transpose(0, 1)
+            h = self.layers[1](h * 1, h)
+            return {"logits": torch.tanh(self.layers[2](h * 1, h).unsqueeze(1)).squeeze(1)}
+
+
+class InOneBuffer(Layer):
+    """Constants of all layers lie in one tensor, in an order of their own."""
+
+    def forward(self, h: Tensor, state: Tensor) -> Tensor:
+        return self.a(h @ self.u.T) + self.b(h @ self.v.T)
+
+    class Model(Model):
+        def __init__(self, kind: type[Layer]) -> None:
+            super().__init__(kind)
+            parts = torch.randn(6, K, K)
+            for layer, (u, v) in zip(self.layers, [(0, 4), (3, 1), (5, 2)], strict=True):
+                layer.register_buffer("u", parts[u])
+                layer.register_buffer("v", parts[v])
+
+
 class Seen(Observer):
-    """The captured graphs: what each node calls, on which others, in which modules' calls. Sizes
-    are left out: without the passes those of each layer's cache are counted by themselves."""
+    """The captured graphs: what each node calls, on which others, in which modules' calls, from
+    which lines, and what it gives in which memory. Sizes are left out: without the passes those of
+    each layer's cache are counted by themselves."""
 
     def __init__(self) -> None:
         self.graphs: list[list[Any]] = []
@@ -129,14 +213,26 @@ class Seen(Observer):
             nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
             sizes = {node for node in nodes if isinstance(fake_value(node), torch.SymInt)}
             number = dict.fromkeys(sizes, "size")
-            graph = list[Any]()
+            graph, memory = list[Any](), dict[int, int]()
             for node in gm.graph.nodes:
                 calls = (node.meta.get("nn_module_stack") or {}).values()
                 arguments = str(fx.node.map_arg((node.args, node.kwargs), number.__getitem__))
                 if number.setdefault(node, f"n{len(graph)}") != "size":
-                    graph.append((node.target, arguments, [plain_path(path) for path, _ in calls]))
+                    paths = [plain_path(path) for path, _ in calls]
+                    lines = node.op == "placeholder" or node.meta.get("stack_trace")
+                    graph.append((node.target, arguments, paths, lines, places(node, memory)))
             self.graphs.append(graph)
             self.forms.append(stretch_of(gm, nodes).form)
+
+
+def places(node: fx.Node, memory: dict[int, int]) -> list[Any]:
+    """The number of the memory of each tensor that a node gives, and where it begins in it."""
+    leaves = [] if node.op == "output" else tree_leaves(fake_value(node))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [
+        (memory.setdefault(item.untyped_storage()._cdata, len(memory)), str(item.storage_offset()))
+        for item in tensors
+    ]
 
 
 def edits(cm: Any, name: str) -> list[int]:
@@ -170,6 +266,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (IntoAView, 1, 0),
         (IntoAState, 1, 0),
         (Given, 1, 0),
+        (Unused, 1, 2),
+        (Indexed, 0, 0),
+        (Conjugated, 0, 0),
+        (OfAnotherType, 1, 3),
+        (Shifted, 1, 2),
+        (InOneBuffer, 1, 3),
         (ItsInput, 0, 0),
         (Numbered, 0, 0),
     ],
@@ -226,11 +328,31 @@ def test_models_have_the_graphs_without_it(family: str, tmp_path: Path) -> None:
     assert torch.equal(*tokens)
 
 
+def test_where_it_fails_the_whole_graph_is_traced(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    case = hand_case(Model(Layer), tmp_path, a0=["layers.0.a"], a1=["layers.2.b"])
+    h, tries = torch.randn(B, T, K), list[int]()
+
+    def fails(self: Unfold, gm: fx.GraphModule, ctx: Any) -> int:
+        tries.append(len(ctx.frame.folded))
+        if ctx.frame.folded:
+            raise RuntimeError("not today")
+        return 0
+
+    monkeypatch.setattr(Unfold, "run", fails)
+    cm = case.compile(REFERENCE)
+    got = cm(h=h, adapter_names=NAMES)["logits"]
+    assert error(got, case.expected(NAMES, {"h": h})) <= TOLERANCE
+    assert tries == [1, 0]
+
+
 def test_opcheck() -> None:
     x, w = torch.randn(2, 3), torch.randn(4, 5)[:, ::2]
     opcheck(LAYER_BEGIN, (x, [x, w], 0))
     opcheck(LAYER_END, ([x, w.T], [x], 0))
-    opcheck(LAYER_AGAIN, ([w], [x, w.T], 0))
+    opcheck(LAYER_AGAIN, ([w], [x, w.T], 0, 0))
 
 
 def test_what_the_ops_give() -> None:
@@ -241,6 +363,6 @@ def test_what_the_ops_give() -> None:
     assert begun.data_ptr() != x.data_ptr()
     assert torch.equal(ended, w)
     assert ended.stride() == w.stride()
-    (again,) = LAYER_AGAIN([x], [w], 0)
+    (again,) = LAYER_AGAIN([x], [w], 0, 0)
     assert again.stride() == w.stride()
     assert not again.any()
