@@ -332,7 +332,8 @@ def test_where_it_fails_the_whole_graph_is_traced(
     short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    case = hand_case(Model(Layer), tmp_path, a0=["layers.0.a"], a1=["layers.2.b"])
+    paths = [f"layers.{index}.{name}" for index in range(3) for name in "ab"]
+    case = hand_case(Model(Layer), tmp_path, a0=paths, a1=paths)
     h, tries = torch.randn(B, T, K), list[int]()
 
     def fails(self: Unfold, gm: fx.GraphModule, ctx: Any) -> int:
