@@ -73,7 +73,7 @@ OF_INDICES = {"checked_index", "expert_slots", "own_mask"}
 def test_every_op_is_here_or_is_called_by_compiled_graphs_alone() -> None:
     names = {name.partition("::")[2].partition(".")[0] for name in _LIBRARY._op_defs}
     written = {n for n in names if getattr(ops, n).default._schema.is_mutable}
-    lowered = {n for n in names if n.startswith("weight_")} | {"attention"}
+    lowered = {n for n in names if n.startswith(("weight_", "layer_"))} | {"attention"}
     assert names - written - lowered == CALLS.keys() | OF_INDICES
 
 
