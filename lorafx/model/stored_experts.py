@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.stored_grouped_mm import AFFINE
+from lorafx.model.changes_watch import ObjectWatch, SwitchWatch
 from lorafx.model.experts import by_lorafx, expert_weights, implementation, is_switched
 from lorafx.model.weight_formats import (
     Bitsandbytes4Parameter,
@@ -114,11 +115,15 @@ class StoredExperts:
     the module's path, the module and the attribute."""
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._weights = [
+        self._weights = weights = [
             (path, module, weight.name)
             for path, module in modules
             for weight in expert_weights(module) or ()
         ]
+        self._watch = ObjectWatch(lambda: (type(m._parameters.get(n)) for _, m, n in weights))
+        self._switch = SwitchWatch(module for _, module, _ in weights)
+        #: The states of both at the last check.
+        self._checked: tuple[int, int] | None = None
         #: Classes of modules and weights, and implementations, that need no other look.
         self._known: set[tuple[Any, ...]] = set()
 
@@ -128,6 +133,9 @@ class StoredExperts:
     def check(self) -> None:
         """Raise ConfigError for a weight whose class lacks an operator of the implementation that
         transformers' switch is at. Each is tried once, by a row, before a call changes a cache."""
+        state = self._watch.look(), self._switch.look()
+        if state == self._checked:
+            return
         for path, module, name in self._weights:
             weight, config = module._parameters.get(name), getattr(module, "config", None)
             key = type(module), type(weight), implementation(config)
@@ -135,6 +143,7 @@ class StoredExperts:
                 if is_wrapped(weight) and is_switched(module) and not by_lorafx(module):
                     _try(path, module, name)
                 self._known.add(key)
+        self._checked = state
 
 
 def _try(path: str, module: Any, name: str) -> None:
@@ -147,9 +156,9 @@ def _try(path: str, module: Any, name: str) -> None:
         with torch.no_grad():
             module.forward(x, first.to(device, torch.long), first.to(device, weight.dtype))
     except NotImplementedError as error:
-        ways = ("lorafx",) if isinstance(stored_of(module, name), Stored) else ("eager",)
-        way = f"call model.set_experts_implementation({ways[0]!r})"
-        if chosen in ways:
+        best = "lorafx" if isinstance(stored_of(module, name), Stored) else "eager"
+        way = f"call model.set_experts_implementation({best!r})"
+        if chosen == best:
             way = f"replace it by a parameter of lorafx.dequantize(module, {name!r})"
         raise ConfigError(
             f"{path}.{name}: {type(weight).__qualname__} has no product for the implementation "

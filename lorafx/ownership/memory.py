@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorafx.model.weight_formats import plain_tensors
+from lorafx.model.weight_formats import is_wrapped, plain_tensors
 from lorafx.ownership.labels import One, Pooled
 from lorafx.ownership.real_labels import (
     POOL,
@@ -93,15 +93,19 @@ class Memory:
             return POOL
         block = self.block(tensor)
         if block is None:
-            shared, parts = self._shared, [*plain_tensors(tensor)]
-            held = shared is not None and (shared(tensor) or (parts and all(map(shared, parts))))
-            return SHARED if held else None
+            return SHARED if self._is_shared(tensor) else None
         if not self._intact(block, tensor):
             return None
         geometry = geometry_of(tensor)
         if geometry not in block.views:
             block.views[geometry] = self._label_by_others(block, tensor, geometry)
         return block.views[geometry]
+
+    def _is_shared(self, tensor: Tensor) -> bool:
+        shared = self._shared
+        if shared is None or shared(tensor):
+            return shared is not None
+        return is_wrapped(tensor) and all(map(shared, plain_tensors(tensor)))
 
     def computed(self, tensor: Tensor) -> bool:
         """Whether `tensor` has labels in this call, and no untracked write has changed it."""

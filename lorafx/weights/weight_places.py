@@ -85,14 +85,17 @@ class Box:
                 "written; leave it out, or make it contiguous before lorafx is given the "
                 "model"
             )
-        whole = Box.whole(self.target)
-        wrapped = is_wrapped(tensor) and is_wrapped(self.target.tensor)
-        if wrapped and (self.box, self.order, self.take) != (whole.box, whole.order, ()):
+        if is_wrapped(tensor) and is_wrapped(self.target.tensor) and not self._is_whole:
             return (
                 f"a {type(tensor).__name__} is written as a whole only, under the name that "
                 "state_dict() has for it here"
             )
         return dtype_refusal(self.target.tensor, tensor)
+
+    @property
+    def _is_whole(self) -> bool:
+        every = Box.whole(self.target)
+        return (self.box, self.order, self.take) == (every.box, every.order, ())
 
     def write(self, loaded: Tensor) -> None:
         """Write a tensor of the right shape, cast to the target's dtype, in place."""
