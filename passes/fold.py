@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from lorafx.kernels.ops.layer_ops import LAYER_AGAIN, LAYER_BEGIN, LAYER_END
 from lorafx.program.context import COPIED, Context
-from lorafx.program.frame import fake_value
+from lorafx.program.frame import Frame, fake_value
 from lorafx.program.isomorphism import Stretch
 from lorafx.program.regions import repeats
 from lorafx.torch_internals.graph_parts import FakeTensor, tree_leaves
@@ -53,6 +53,19 @@ class Fold:
                 claimed.update(node for region in regions for node in region.nodes)
                 edits += 1
         return edits
+
+
+def undo(gm: fx.GraphModule, frame: Frame) -> None:
+    """Make the graph what it was before. Its inputs stay, since Dynamo has notes there."""
+    assert frame.whole is not None
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in reversed(gm.graph.nodes):
+        if node.op != "placeholder":
+            gm.graph.erase_node(node)
+    copies = dict(zip(frame.whole.find_nodes(op="placeholder"), inputs, strict=True))
+    gm.graph.output(gm.graph.graph_copy(frame.whole, copies))
+    gm.recompile()
+    frame.folded = []
 
 
 def _leaving(stretches: Sequence[Stretch]) -> list[int]:

@@ -34,6 +34,8 @@ class Unfold:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits, layers = 0, [*_layers(gm.graph)]
+        if not layers:
+            return 0
         views = _views_of_results(gm.graph, layers)
         repeated = [_views_in(layer) for layer in layers]
         assert ctx.fake_mode is not None
@@ -41,7 +43,7 @@ class Unfold:
             for layer, inside in zip(layers, repeated, strict=True):
                 views |= _put_in(layer, inside, ctx)
                 edits += 1 + len(layer.again)
-            for node in gm.graph.nodes if views else ():
+            for node in gm.graph.nodes:
                 if node in views:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
                     node.meta["val"] = node.target(*args, **kwargs)

@@ -44,6 +44,7 @@ from lorafx.errors import CaptureError, LoweringError
 from lorafx.kernels.cpu.delta_kernels import builds_noted, built_source
 from lorafx.kernels.triton.build import source_of
 from lorafx.pass_order import CAPTURED, TRACED, Pipeline, pipeline
+from lorafx.passes.fold import undo
 from lorafx.passes.unfold import can_unfold
 from lorafx.placements import is_placed
 from lorafx.program.attention_nodes import writes_caches
@@ -287,7 +288,7 @@ class Backend:
                 if not frame.folded:
                     raise
             if frame.folded:  # layers cannot be left out, or the error may be about their ops
-                _make_whole(gm, frame)
+                undo(gm, frame)
                 compiled = trace(gm, examples)
         return checked(record.checks, self.owner, compiled), lowered[-1]
 
@@ -340,19 +341,6 @@ class Backend:
         failing = failing_in(f"the lowering {name!r}", LoweringError, way_out)
         with failing, timed(record.seconds, name), code:
             yield
-
-
-def _make_whole(gm: fx.GraphModule, frame: Frame) -> None:
-    """Undo `fold`. The graph's inputs stay, since Dynamo has notes there."""
-    assert frame.whole is not None
-    inputs = gm.graph.find_nodes(op="placeholder")
-    for node in reversed(gm.graph.nodes):
-        if node.op != "placeholder":
-            gm.graph.erase_node(node)
-    copies = dict(zip(frame.whole.find_nodes(op="placeholder"), inputs, strict=True))
-    gm.graph.output(gm.graph.graph_copy(frame.whole, copies))
-    gm.recompile()
-    frame.folded = []
 
 
 def _refuse_derivatives(gm: fx.GraphModule, _: Sequence[Any]) -> NoReturn:
