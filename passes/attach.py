@@ -205,7 +205,7 @@ def _group(siblings: list[Site], config: LoraConfig, pair: SharedPair | None) ->
 
 def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
     siblings, offsets, sizes = group.ranges(index)
-    return SiteMark(
+    mark = SiteMark(
         path=site.path,
         runtime=runtime,
         bank=group.bank,
@@ -223,6 +223,9 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         made=bool(maker_of(site.module, site.eligible.weight)),
         window=window_of(site.module) if site.eligible.kind == "conv" else None,
     )
+    known = site.eligible.cls is nn.Linear and not (mark.derived or mark.handler or mark.stored)
+    mark.of_linear = known and mark.is_plain and not mark.made
+    return mark
 
 
 def _one_device(sites: Sequence[Site]) -> torch.device:

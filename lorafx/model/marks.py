@@ -52,6 +52,12 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
     return True
 
 
+@assume_constant_result
+def has_class_forward(module: nn.Module) -> bool:
+    """Whether the module runs its class's forward."""
+    return "forward" not in vars(module)
+
+
 _WAY_OUT = (
     "To export a model with an adapter, call lorafx.export, or export what "
     "export_merged(name, folder) of lorafx.compile writes"
@@ -82,6 +88,8 @@ class SiteMark:
         first: a call of the model may reach this mark before all others.
         siblings, offsets, sizes: for each part of the site, its number in the bank, its first
             column of B, and its number of columns.
+        of_linear: x is the argument and y the output of nn.Linear's forward, and the delta is the
+            low-rank product alone.
         window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so the first eager call
@@ -112,6 +120,7 @@ class SiteMark:
     checked: bool = False
     window: Window | None = None
     first: bool = False
+    of_linear: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -125,8 +134,16 @@ class SiteMark:
             ProvenanceError: an eager forward of a batch that mixes adapters.
             BatchError: an eager forward on another thread than that of the running call.
         """
-        # Few functions are called here: Dynamo traces each, which takes a millisecond a site.
-        runtime, traced = self.runtime, tracing()
+        # Dynamo traces each instruction, in a tenth of a millisecond, and each function that is
+        # called, in one. So the products of most sites have a short way.
+        runtime, bank, traced = self.runtime, self.bank, tracing()
+        if traced and self.of_linear and args and runtime.active and has_class_forward(module):
+            if runtime.graph_passes and derives():
+                return None  # as below
+            factors = bank.A, bank.B, bank.ranks, bank.scales, runtime.slots
+            ranges = self.siblings, self.offsets, self.sizes
+            packed = self.weight, self.bias
+            return torch.ops.lorafx.site(args[0], output, *factors, *ranges, UNPROVED, *packed)
         if not traced and runtime.deltas is not None and runtime.deltas.has_added(self, output):
             return None
         resting = None if traced else runtime.resting

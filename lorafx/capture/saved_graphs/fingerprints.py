@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.model.marks import has_class_forward
 from lorafx.model.stored_experts import stored_of
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.torch_internals.dynamo import derives
@@ -51,8 +52,8 @@ _SIZE_MARKS = (
     *("_dynamo_strict_unbacked_indices", "_dynamo_static_indices"),
 )
 #: What they read follows from the place in the graph and the gradient mode, which is guarded, or is
-#: in the key, as what tensors are made of is.
-_OWN_CONSTANTS = (derives, stored_of)
+#: in the key, as forwards of modules and what tensors are made of are.
+_OWN_CONSTANTS = (derives, has_class_forward, stored_of)
 _MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 
 
