@@ -18,6 +18,7 @@ PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 TRITON_2.13.0 := 3.7.1
 VLLM := .venv-vllm
 CLIENTS := .venv-clients
+GPTQMODEL := $(VENV)/gptqmodel
 # Before 2.13 torch did not take newer ones.
 SETUPTOOLS := setuptools>=77,<82
 
@@ -27,7 +28,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help wheel demo quick test not-slow test-all test-gpu test-vllm vllm test-clients lint docs pictures bench gpu gpu-report gpu-check clean
+.PHONY: help wheel demo quick test not-slow test-all test-gpu test-vllm vllm test-gptqmodel test-clients lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +39,7 @@ help:
 	@echo "make sanitised  the tests of generated C++ under the sanitisers of addresses and undefined behaviour"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make test-vllm the tests inside of vLLM for CPUs, which make vllm installs into .venv-vllm"
+	@echo "make test-gptqmodel  checkpoints of GPTQ and AWQ, by the library that transformers loads them with"
 	@echo "make test-clients  the server as clients of OpenAI's and Anthropic's APIs use it, in .venv-clients"
 	@echo "make docs      the documentation site, into site/; a warning is an error"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
@@ -87,6 +89,9 @@ test-gpu: $(STAMP)
 
 test-vllm: vllm
 	$(VLLM)/bin/python -m pytest tests/integrations/vllm
+
+test-gptqmodel: $(GPTQMODEL)/installed
+	PYTHONPATH=$(GPTQMODEL) $(BIN)/pytest tests/integrations/gptqmodel
 
 # Clients of environments of their own. What came of them is in benchmarks/results/clients.json, of
 # which tests/docs/test_tables.py makes what docs/serving.md says (EXPECTTEST_ACCEPT=1 writes it).
@@ -156,6 +161,10 @@ $(VLLM)/installed: pyproject.toml benchmarks/vllm_requirements.py
 	$(VLLM)/bin/python benchmarks/vllm_requirements.py >$(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install -q torch==2.13.0 -r $(VLLM)/requirements.txt peft==0.21.2 pytest
 	$(VLLM)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+$(GPTQMODEL)/installed: tests/integrations/gptqmodel/requirements.txt $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(GPTQMODEL) -r $<
 	@touch $@
 
 # instructor takes an older openai than the newest, which the others take.

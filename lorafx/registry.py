@@ -2,7 +2,8 @@
 
 Subclasses of a registered class are eligible with it, and the nearest entry along the MRO wins.
 Built in: `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, the packed input projection of
-`nn.MultiheadAttention`, transformers' `Conv1D`, and bitsandbytes' `Linear4bit`, `Linear8bitLt`.
+`nn.MultiheadAttention`, transformers' `Conv1D`, bitsandbytes' `Linear4bit` and `Linear8bitLt`, and
+gptqmodel's linears.
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ _OF_LIBRARIES = {
     ("transformers.pytorch_utils", "Conv1D"): ("nx", "nf", True),
     ("bitsandbytes.nn.modules", "Linear4bit"): ("in_features", "out_features", False),
     ("bitsandbytes.nn.modules", "Linear8bitLt"): ("in_features", "out_features", False),
+    # What transformers loads GPTQ's and AWQ's checkpoints into.
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): ("in_features", "out_features", False),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
 

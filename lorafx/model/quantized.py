@@ -31,6 +31,7 @@ from lorafx.model.weight_formats import (
     Plain,
     WrapperSubclass,
     format_of,
+    is_dense,
 )
 from lorafx.registry import Eligible, lookup
 
@@ -181,12 +182,17 @@ def readable(module: nn.Module, entry: Eligible) -> bool:
 
 @dataclass(frozen=True)
 class QuantisedModules:
-    """Modules of registered classes, with their entries, that compute y = x Wᵀ with a stored W."""
+    """Modules of registered classes, with their entries, that compute y = x Wᵀ with a stored W, in
+    the `dtype` of the model's first plain parameter."""
 
     entries: tuple[tuple[nn.Module, Eligible], ...]
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> QuantisedModules:
+        modules = list(modules)
+        parameters = (p for module in modules for p in module.parameters(recurse=False))
+        dtype = next((p.dtype for p in parameters if is_dense(p)), torch.get_default_dtype())
         entries = ((module, lookup(module)) for module in modules)
         return cls(
             tuple(
@@ -195,18 +201,19 @@ class QuantisedModules:
                 if entry is not None and entry.kind in ("linear", "embedding")
                 if entry.handler is None and not entry.inner
                 if is_stored(module, entry)
-            )
+            ),
+            dtype,
         )
 
     def settle(self) -> None:
         """Make the changes that libraries would make to the weights in a module's first call."""
         for item, module, name in self._of_libraries:
-            item.settle(module, name)
+            item.settle(module, name, self.dtype)
 
     def settle_again(self) -> None:
         """`settle` where something may have undone it; called before each call."""
         for item, module, name in self._to_settle_again:
-            item.settle(module, name)
+            item.settle(module, name, self.dtype)
 
     @property
     def are_wrapped(self) -> bool:

@@ -137,9 +137,11 @@ class Site:
 
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
-    """As `Site.has_own_forward`; also true if the registered forward does more than the product."""
+    """As `Site.has_own_forward`; also true if the registered forward does more than the product.
+    A registered class without a forward leaves the product to its subclasses."""
     forward = getattr(forward_of(module), "__func__", None)
-    return entry.inner or forward is not entry.cls.forward
+    abstract = entry.cls.forward is nn.Module.forward
+    return entry.inner or forward is not (type(module) if abstract else entry.cls).forward
 
 
 def own_ranges(site: Site) -> Ranges:

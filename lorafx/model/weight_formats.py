@@ -5,8 +5,10 @@
     tensor subclass    torchao's and others: `weight.dequantize()`, or x Wᵀ for unit vectors x
     bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
     fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
+    gptqmodel          GPTQ's and AWQ's integers, in a layout of the kernel that multiplies
 
-A format is found by the class of what holds W; no library is imported here.
+A format is found by the class of what holds W; no library is imported here. One file: the table at
+its end, whose order decides, with a short class for each.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ class Format(ABC):
         """Those that may hold the weight, of a module without children."""
         return own_tensors(module)
 
-    def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
-        """Make the next call's changes to the module's tensors now: no graph can capture them."""
+    def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:  # noqa: B027
+        """Make the changes of the next call, with x in `dtype`, to the module's tensors now: no
+        graph can capture them. Most formats have none."""
 
     def can_be_unsettled(self, module: nn.Module, name: str) -> bool:
         """Whether something other than calls undoes `settle`."""
@@ -111,7 +114,7 @@ class Bitsandbytes8(Format):
         weight: Any = getattr(module, name, None)
         return _is(weight, "bitsandbytes.nn.modules", "Int8Params") and weight.dtype == torch.int8
 
-    def settle(self, module: nn.Module, name: str) -> None:
+    def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         # Statistics move from the parameter to the module's state.
         if isinstance(module, nn.Linear) and getattr(module, name).CB is not None:
             module.init_8bit_state()  # type: ignore[operator]
@@ -151,16 +154,16 @@ class Bitsandbytes4(Format):
         functional: Any = sys.modules["bitsandbytes.functional"]
         return functional.dequantize_4bit(data, state)
 
-    def settle(self, module: nn.Module, name: str) -> None:
+    def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         # On CPUs with bfloat16 products the call of one row repacks the weight.
         weight, state = getattr(module, name), self._state(module, name)
         packed = getattr(state, "packing_format_for_cpu", False)
         on_cpu = weight.device.type == "cpu"
         if not isinstance(module, nn.Linear) or not on_cpu or packed or module.training:
             return
-        dtype: Any = getattr(module, "compute_dtype", None) or state.dtype
+        own: Any = getattr(module, "compute_dtype", None) or state.dtype
         with torch.no_grad():
-            module.forward(torch.zeros(1, state.shape[-1], dtype=dtype))
+            module.forward(torch.zeros(1, state.shape[-1], dtype=own))
 
     def can_be_unsettled(self, module: nn.Module, name: str) -> bool:
         # state_dict() undoes the packing.
@@ -293,6 +296,31 @@ class FineGrained8(Format):
         return [getattr(module, name), getattr(module, f"{name}_scale_inv")]
 
 
+class QuantLinear(Format):
+    """gptqmodel's linears, which hold integers, scales and zeros. The first call chooses a kernel
+    by the dtype of x, and may pack them for it."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        return _is(module, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
+
+    def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        tensors = own_tensors(module)
+        if not module.training and tensors and not tensors[0].is_meta:
+            with torch.no_grad():
+                module.forward(tensors[0].new_zeros(1, module.in_features, dtype=dtype))
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        own: Any = copy.deepcopy(module)  # the call may pack the integers
+        scales = next(filter(is_dense, own_tensors(own)))
+        units = torch.eye(own.in_features, device=scales.device)
+        with torch.no_grad():
+            try:
+                y = own.forward(units)  # in float32 nothing is rounded
+            except Exception:  # of a kernel for the dtype of the scales alone
+                y = own.forward(units.to(scales.dtype))
+        return (y if own.bias is None else y - own.bias).T.contiguous()
+
+
 class Plain(Format):
     """Numbers of 16 bits or more in a tensor of no other format, or this rank's part of one."""
 
@@ -317,6 +345,7 @@ LIBRARIES: tuple[Format, ...] = (
     Bitsandbytes4Parameter(),
     WrapperSubclass(),
     FineGrained8(),
+    QuantLinear(),
 )
 #: The first that holds a weight is its format.
 FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
