@@ -304,10 +304,11 @@ class QuantLinear(Format):
         return _is(module, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
 
     def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        inputs: Any = module.in_features
         tensors = own_tensors(module)
         if not module.training and tensors and not tensors[0].is_meta:
             with torch.no_grad():
-                module.forward(tensors[0].new_zeros(1, module.in_features, dtype=dtype))
+                module.forward(tensors[0].new_zeros((1, inputs), dtype=dtype))
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         own: Any = copy.deepcopy(module)  # the call may pack the integers
