@@ -220,6 +220,15 @@ def in_eager_mode() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def road(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where what is compiled answers: in eager mode, and slowly in graphs. For what is dear in
+    graphs, and shown there more cheaply by another test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFX_START", request.param)
+        yield request.param
+
+
 @pytest.fixture
 def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of `lowering="inductor"` run node by node after all passes, by the kernels that lorafx

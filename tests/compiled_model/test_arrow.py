@@ -77,7 +77,7 @@ class Routed:
 
 
 @pytest.fixture(scope="module", params=[llama, SLOWLY], ids=["llama", "gpt2"])
-def routed(request, tmp_path_factory) -> Routed:
+def routed(request, road, tmp_path_factory) -> Routed:
     return Routed(request.param, tmp_path_factory.mktemp("adapters"))
 
 
@@ -89,6 +89,8 @@ def inputs_of(rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+# In graphs, which the others have slowly.
+@pytest.mark.parametrize("road", ["compiled"], indirect=True)
 @torch.no_grad()
 def test_rows_are_those_of_pefts_model(routed: Routed) -> None:
     wide, sharp = lorafx.Arrow(["a", "b", "c"], top_k=2), lorafx.Arrow(["c", "a"], 1, 0.5)

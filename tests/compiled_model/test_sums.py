@@ -91,6 +91,7 @@ def test_as_peft_joins_adapters(case: SumCase, served: Any) -> None:
     assert error(served(**inputs, adapter_names=[MIX, MIX]).logits, want) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("road")
 def test_routed_experts(tmp_path: Path) -> None:
     case = SumCase.of(moe_case("qwen3_moe", tmp_path))
     names = [{"params": 0.7, "older": 0.4}, None, {"older": -0.5}, "down", {"down": 1, "older": 2}]
@@ -137,6 +138,7 @@ def test_the_default(case: SumCase, served: Any) -> None:
         served.set_adapter(None)
 
 
+@pytest.mark.usefixtures("road")
 def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     cm = case.with_room(max_adapters=3)
     inputs, host = feed(3), cm.memory()["host"]
@@ -219,6 +221,7 @@ def test_what_is_no_sum(served: Any, given: Any, kind: type[Exception], said: st
     assert (served._session.store.resident, served.memory(), served.recompiles) == before
 
 
+@pytest.mark.usefixtures("road")
 def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     dora = SumCase.of(family_case("plain", tmp_path / "dora"))
     cm, inputs = dora.compile(), FAMILIES["plain"].inputs(3, 4)

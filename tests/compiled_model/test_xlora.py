@@ -57,7 +57,7 @@ def qwen2() -> nn.Module:
     params=[llama, pytest.param(qwen2, marks=pytest.mark.slow)],
     ids=["llama", "qwen2"],
 )
-def mixed(request, tmp_path_factory) -> Mixed:
+def mixed(request, road, tmp_path_factory) -> Mixed:
     return Mixed(request.param, tmp_path_factory.mktemp("adapters"))
 
 

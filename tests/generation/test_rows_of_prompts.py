@@ -319,6 +319,7 @@ def test_music_of_several_codebooks(tmp_path):
         assert torch.equal(got, case.alone("a").generate(**prompts(), **kwargs))
 
 
+@pytest.mark.usefixtures("road")
 def test_long_speech_whose_rows_end_at_different_times(tmp_path):
     """Whisper goes on with the rows that have not ended, and may generate for some once more. What
     a row says depends on the others there, so all of them run on one merged model."""

@@ -90,6 +90,7 @@ def overflowing(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.usefixtures("road")
 def test_an_adapter_that_overflows_fails_alone(llama, cm, tmp_path) -> None:
     """What is not a number is not hidden by a mask, neither in the step nor in the cache."""
     cm.load_adapter(overflowing(llama.folders["a2"], tmp_path / "huge"), "huge")
@@ -143,6 +144,7 @@ def limited(llama: Case) -> Case:
     return Case(base, llama.folders)
 
 
+@pytest.mark.usefixtures("road")
 def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog) -> None:
     cm = limited.compile()
     eos: dict[str, Any] = {"eos_token_id": -1}

@@ -115,6 +115,7 @@ def test_sums(plain: Case) -> None:
 
 
 @pytest.mark.any_sizes
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generate(llama: Case, beams: int) -> None:
     torch.manual_seed(0)
