@@ -215,10 +215,10 @@ def test_frames_of_others_between_dynamo_and_the_backend(
     torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "rows"),
-    [*(pytest.param(DynamicCache, n, marks=pytest.mark.slow) for n in (1, 3)), (StaticCache, 3)],
+    [(DynamicCache, 1), (DynamicCache, 3), (StaticCache, 3)],
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""

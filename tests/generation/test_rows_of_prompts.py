@@ -63,7 +63,7 @@ def served(llama):
     return llama.compile({"start": "eager"})
 
 
-@pytest.fixture(scope="module", params=["compiled", "eager"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def on_both_roads(request, llama, served):
     return served if request.param == "eager" else llama.compile()
 

@@ -171,7 +171,9 @@ def test_adapters_come_and_go(plain: Case, tmp_path: Any) -> None:
     assert graphs(model) == captured
 
 
-@pytest.mark.parametrize("first", ["attach", "torch.compile", "a call"])
+@pytest.mark.parametrize(
+    "first", ["attach", pytest.param("torch.compile", marks=pytest.mark.slow), "a call"]
+)
 def test_attached_and_detached(plain: Case, first: str) -> None:
     """Nothing is compiled again after a call of the base that follows `detach`."""
     model, inputs = plain.model(), feed(2, 4)
