@@ -91,7 +91,6 @@ def test_as_peft_joins_adapters(case: SumCase, served: Any) -> None:
     assert error(served(**inputs, adapter_names=[MIX, MIX]).logits, want) <= TOLERANCE
 
 
-@pytest.mark.usefixtures("road")
 def test_routed_experts(tmp_path: Path) -> None:
     case = SumCase.of(moe_case("qwen3_moe", tmp_path))
     names = [{"params": 0.7, "older": 0.4}, None, {"older": -0.5}, "down", {"down": 1, "older": 2}]

@@ -368,7 +368,7 @@ def test_a_small_cache_and_few_tokens_a_step(llama, compiled, scheduler) -> None
         assert engine.cache_usage() == 0
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.slow
 @eagerly
 def test_a_draft_ends_where_longrope_changes_all_rotations(eight_of, tmp_path) -> None:
     """A draft beyond that position would have the tokens before it rotated by the longer factors,
