@@ -137,7 +137,6 @@ def test_the_default(case: SumCase, served: Any) -> None:
         served.set_adapter(None)
 
 
-@pytest.mark.usefixtures("road")
 def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     cm = case.with_room(max_adapters=3)
     inputs, host = feed(3), cm.memory()["host"]

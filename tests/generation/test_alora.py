@@ -23,7 +23,7 @@ from lorafx.errors import MatchError, ProvenanceError
 
 pytestmark = [
     pytest.mark.any_sizes,
-    pytest.mark.usefixtures("road", "earlier_objects_frozen"),
+    pytest.mark.usefixtures("road_of_module", "earlier_objects_frozen"),
     pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
 ]
 
@@ -31,18 +31,18 @@ MIX = ("x", "y", None, "plain", "x", "y")
 
 
 @pytest.fixture(scope="module")
-def llama(road, tmp_path_factory) -> Served:
+def llama(road_of_module, tmp_path_factory) -> Served:
     """In graphs, warmed up for several requests of any length. (Quickly in graphs:
     test_alora_steps.)"""
     served = Served("llama", tmp_path_factory.mktemp("adapters"))
-    if road == "compiled":
+    if road_of_module == "compiled":
         served.cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
         served.warmed = served.cm.recompiles
     return served
 
 
 @pytest.fixture(scope="module")
-def gpt2(road, tmp_path_factory) -> Served:
+def gpt2(road_of_module, tmp_path_factory) -> Served:
     return Served("gpt2", tmp_path_factory.mktemp("adapters"))
 
 
@@ -60,7 +60,7 @@ def begun(inputs: dict[str, Tensor]) -> list[int | None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["compiled"], indirect=True)
+@pytest.mark.parametrize("road_of_module", ["compiled"], indirect=True)
 def test_warm_up_knows_of_it(llama) -> None:
     assert llama.warmed == 5  # {prompt, decode} × {base, adapters}, and one per token
     cm, graphs = llama.cm, llama.cm.recompiles

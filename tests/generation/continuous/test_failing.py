@@ -144,7 +144,6 @@ def limited(llama: Case) -> Case:
     return Case(base, llama.folders)
 
 
-@pytest.mark.usefixtures("road")
 def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog) -> None:
     cm = limited.compile()
     eos: dict[str, Any] = {"eos_token_id": -1}
