@@ -220,6 +220,20 @@ def in_eager_mode() -> Iterator[None]:
         yield
 
 
+def _road(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where what is compiled answers: in eager mode, and slowly in graphs. For what is dear in
+    graphs, and shown there more cheaply by another test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAFX_START", request.param)
+        yield request.param
+
+
+_ROADS = ["eager", pytest.param("compiled", marks=pytest.mark.slow)]
+road = pytest.fixture(scope="class", params=_ROADS)(_road)
+#: For files all of whose tests have it: it holds until the file ends.
+road_of_module = pytest.fixture(scope="module", params=_ROADS)(_road)
+
+
 @pytest.fixture
 def node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of `lowering="inductor"` run node by node after all passes, by the kernels that lorafx

@@ -170,6 +170,7 @@ pathlib.Path(sys.argv[2]).write_text(json.dumps(entry))
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_ends_its_process_costs_no_other(tmp_path: Path) -> None:
     """In a process of its own, as jobs are: workers that start workers may do so for ever."""
     file, result = tmp_path / "test_four.py", tmp_path / "entry.json"

@@ -80,6 +80,7 @@ def test_each_token_gets_its_mix(served: Served) -> None:
     assert served.cm.recompiles == before
 
 
+@pytest.mark.slow
 @ONE_FAMILY
 def test_three_gates_take_the_graph_of_four(served: Served) -> None:
     check(served, inputs_of(3, 5), gates_of(3, 5, 4))
@@ -220,6 +221,7 @@ def test_gates_stand_alone(served: Served) -> None:
         served.cm(**inputs_of(2, 4), adapter_names=["a0", "a1", "zz"], adapter_gates=(S, W))
 
 
+@pytest.mark.usefixtures("road")
 @ONE_FAMILY
 def test_adapters_that_are_not_linear_in_a_weight(served: Served, tmp_path) -> None:
     wrapped = get_peft_model(

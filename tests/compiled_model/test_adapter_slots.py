@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from token_adapters import TARGETS, VOCABULARY, Served, bert, inputs_of, llama, opt, token_hook
+from token_adapters import VOCABULARY, Served, bert, inputs_of, llama, opt, token_hook
 from torch import Tensor, nn
 from torch._dynamo import convert_frame
 from transformers import DynamicCache, StaticCache
@@ -18,13 +18,14 @@ import lorafx
 pytestmark = pytest.mark.any_sizes
 
 
-@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__)
+OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (opt, bert)]
+
+
+@pytest.fixture(scope="module", params=[llama, *OTHERS], ids=["llama", "opt", "bert"])
 def served(request, tmp_path_factory) -> Served:
     return Served(request.param, tmp_path_factory.mktemp("adapters"))
 
 
-#: That slots find their tokens in each family, `test_each_token_gets_its_own_adapter` shows.
-OTHERS = [pytest.param(build, marks=pytest.mark.slow) for build in (opt, bert)]
 ONE_FAMILY = pytest.mark.parametrize("served", [llama, *OTHERS], indirect=True)
 
 
@@ -214,9 +215,10 @@ def test_frames_of_others_between_dynamo_and_the_backend(
     torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "rows"),
-    [*(pytest.param(DynamicCache, n, marks=pytest.mark.slow) for n in (1, 3)), (StaticCache, 3)],
+    [(DynamicCache, 1), (DynamicCache, 3), (StaticCache, 3)],
 )
 def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""

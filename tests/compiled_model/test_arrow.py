@@ -105,6 +105,7 @@ def test_rows_are_those_of_pefts_model(routed: Routed) -> None:
     assert routed.cm.recompiles == before
 
 
+@pytest.mark.slow
 @ONE_FAMILY
 def test_a_batch_of_one_and_of_one_route(routed: Routed) -> None:
     arrow, model = lorafx.Arrow(["a", "b", "c"], 2, 0.7), routed.peft("abc", 2, 0.7)
@@ -137,6 +138,7 @@ def _gap(layer: nn.Module) -> float:
     return min(float(first / second) for first, second in values)
 
 
+@pytest.mark.slow
 @ONE_FAMILY
 def test_generating_and_the_default(routed: Routed) -> None:
     arrow, inputs = lorafx.Arrow(["a", "b"], 2, 0.3), inputs_of(3, 5)
@@ -201,6 +203,7 @@ def test_a_route_is_no_adapter(routed: Routed, tmp_path: Path) -> None:
     assert torch.equal(cm(**inputs, adapter_names=[arrow, None])[0], want)
 
 
+@pytest.mark.slow
 @ONE_FAMILY
 def test_waves_have_slots_for_what_routes_choose_from(routed: Routed) -> None:
     few = lorafx.compile(

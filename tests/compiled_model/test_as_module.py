@@ -359,7 +359,10 @@ def test_a_loss_that_is_asked_for_gradients_says_that_there_are_none(cm):
     assert not cm(**INPUTS).logits.requires_grad
 
 
-@pytest.mark.parametrize("prepare", ["prepare", "prepare in half precision", "hook"])
+@pytest.mark.parametrize(
+    "prepare",
+    ["prepare", pytest.param("prepare in half precision", marks=pytest.mark.slow), "hook"],
+)
 def test_accelerate_prepares_it_and_hangs_hooks_on_it(cm, llama, prepare):
     cm = llama.compile() if "half" in prepare else cm
     want, dtypes = cm(**INPUTS, adapter_names=NAMES).logits, set()

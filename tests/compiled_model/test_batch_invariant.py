@@ -92,7 +92,8 @@ def test_bits_in_any_mix(served: Served, requests: list[tuple[int, str | None]])
     assert served.cm.recompiles - graphs <= 1  # that of one request, where no test was before
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
 def test_bits_of_chunks_and_padding(served: Served, rows: int) -> None:
     """The prompt in chunks, down to a token; beside padding on either side."""
     names = [*NAMES[:rows]]
@@ -120,7 +121,6 @@ def test_bits_of_chunks_and_padding(served: Served, rows: int) -> None:
 
 @pytest.mark.slow
 def test_bits_of_generate(served: Served) -> None:
-    """Steps with a cache by a call at a time are above, and those of the engine below, quickly."""
     fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     more = {"output_logits": True, "return_dict_in_generate": True}
 
@@ -138,6 +138,7 @@ def test_bits_of_generate(served: Served) -> None:
             assert torch.equal(many[row], one[0])
 
 
+@pytest.mark.slow
 def test_bits_of_the_engine(served: Served) -> None:
     """What the engine samples from, in chunks of prompts beside other requests, is what a forward
     of the request alone gives; and so are its log-probabilities."""
@@ -169,6 +170,7 @@ def test_answers_are_those_of_merged_weights(served: Served) -> None:
         check_mixed(served.cm, served.case, [*NAMES[:rows]], inputs)
 
 
+@pytest.mark.slow
 def test_without_the_option_bits_differ(served: Served) -> None:
     """A forward of 76 rows is another product's than one of 19."""
     if served.cm.dtype != torch.float32:
@@ -200,21 +202,24 @@ def test_fixed_sizes_are_refused(llama: Case) -> None:
 
 
 def test_operators_are_refused_by_name(tmp_path: Path) -> None:
-    """Before anything runs: attention by torch's products, weights of adapters' own, and weights
-    that lie column by column."""
-    base = random_base("llama", attn_implementation="eager")
+    """Before anything runs: attention by torch's products."""
+    base = random_base("llama", attn_implementation="eager", num_hidden_layers=1)
     case = case_by_targets(base, tmp_path / "eager", {"a": ["q_proj"]})
     cm = lorafx.compile(base, case.folders, options=SAME)
     with pytest.raises(CaptureError, match=r"aten.bmm.*self_attn.*set_attn_implementation"):
         cm(torch.tensor([[3, 4]]), adapter_names=["a"])
-    cm.detach()
-    case = build_case("llama", tmp_path / "llama")
+
+
+@pytest.mark.slow
+def test_other_operators_are_refused_by_name(tmp_path: Path) -> None:
+    """Weights of adapters' own, and weights that lie column by column."""
+    case = build_case("llama", tmp_path / "llama", num_hidden_layers=1)
     room = lorafx.LoraConfig(trainable_tokens=2)
     cm = lorafx.compile(case.base, room, adapters={"a0": case.folders["a0"]}, options=SAME)
     with pytest.raises(CaptureError, match=r"lorafx.own_embedding.*[Ll]eave the option out"):
         cm(torch.tensor([[3, 4]]), adapter_names=["a0"])
     cm.detach()
-    case = build_case(FAMILIES["gpt2"], tmp_path / "gpt2")
+    case = build_case(FAMILIES["gpt2"], tmp_path / "gpt2", n_layer=1)
     cm = lorafx.compile(case.base, case.folders, options=SAME)
     with pytest.raises(CaptureError, match=r"aten.addmm.*c_attn.*[Ll]eave the option out"):
         cm(torch.tensor([[3, 4]]), adapter_names=["a0"])

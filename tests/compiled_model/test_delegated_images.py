@@ -191,6 +191,7 @@ def test_generate_of_a_model_inside_of_the_model(built):
         cm._orig_mod.vision_model(batch["pixel_values"])
 
 
+@pytest.mark.usefixtures("road")
 def test_a_hook_on_a_part_that_generate_calls_by_itself_runs_once(built):
     """That of a site ran in its graph, and around it."""
     cm, alone = built(blip2)

@@ -119,7 +119,9 @@ def test_a_third_argument_by_place_is_refused_with_the_way_to_give_both(llama, f
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2), (False, 3)])
+@pytest.mark.parametrize(
+    ("dynamic", "graphs"), [pytest.param(True, 1, marks=pytest.mark.slow), (None, 2), (False, 3)]
+)
 def test_dynamic_is_as_in_torch_compile(plain, dynamic, graphs):
     cm = lorafx.compile(plain.model(), plain.folders, dynamic=dynamic, options=REFERENCE)
     for rows in (2, 3, 4):

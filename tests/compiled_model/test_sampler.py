@@ -146,6 +146,7 @@ class Oracle:
 
 
 # --- what is served ---
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "llama")) for c in CASES]
 )
@@ -220,6 +221,7 @@ def test_a_default_that_the_trainer_deletes_is_said():
     assert sampler.active_adapter is None
 
 
+@pytest.mark.usefixtures("road")
 def test_a_hook_that_comes_later_runs_in_the_sampler_too():
     model = trainer()
     sampler = sampler_of(model)
@@ -582,6 +584,7 @@ def test_a_sampler_writes_no_weights(write):
         getattr(sampler, write)("x")
 
 
+@pytest.mark.usefixtures("road")
 def test_a_sampler_that_has_ended_leaves_the_trainer_as_it_is():
     model = trainer()
     sampler = sampler_of(model)

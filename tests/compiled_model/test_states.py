@@ -332,7 +332,7 @@ def run(machine: type[Served], examples: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(2, 20), pytest.param(100, 60, marks=pytest.mark.slow)]
+    ("examples", "steps"), [(1, 12), pytest.param(100, 60, marks=pytest.mark.slow)]
 )
 def test_any_order(plain: Case, tmp_path: Path, examples: int, steps: int) -> None:
     case = Case(plain.base, adapters(plain.base, tmp_path))

@@ -219,6 +219,7 @@ def test_what_is_no_sum(served: Any, given: Any, kind: type[Exception], said: st
     assert (served._session.store.resident, served.memory(), served.recompiles) == before
 
 
+@pytest.mark.usefixtures("road")
 def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     dora = SumCase.of(family_case("plain", tmp_path / "dora"))
     cm, inputs = dora.compile(), FAMILIES["plain"].inputs(3, 4)

@@ -38,8 +38,12 @@ DOCS = ROOT / "docs"
 #: Has a test of its own: it makes its models itself, and compiles them as its reader does.
 README = ROOT / "README.md"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "```python" in path.read_text()]
-#: Guides repeat what other pages show.
-RUN = [pytest.param(p, marks=[pytest.mark.slow] * (p.parent.name == "guides")) for p in PAGES]
+#: Guides repeat what other pages show; these pages take a third of all pages' time.
+DEAR = {DOCS / "look_inside.md", DOCS / "sums.md"}
+RUN = [
+    pytest.param(p, marks=[pytest.mark.slow] * (p.parent.name == "guides" or p in DEAR))
+    for p in PAGES
+]
 
 
 def run_block(example: Example) -> None:

@@ -23,7 +23,7 @@ from lorafx.errors import MatchError, ProvenanceError
 
 pytestmark = [
     pytest.mark.any_sizes,
-    pytest.mark.usefixtures("earlier_objects_frozen"),
+    pytest.mark.usefixtures("road_of_module", "earlier_objects_frozen"),
     pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
 ]
 
@@ -31,16 +31,18 @@ MIX = ("x", "y", None, "plain", "x", "y")
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Served:
-    """Warmed up for several requests of any length."""
+def llama(road_of_module, tmp_path_factory) -> Served:
+    """In graphs, warmed up for several requests of any length. (Quickly in graphs:
+    test_alora_steps.)"""
     served = Served("llama", tmp_path_factory.mktemp("adapters"))
-    served.cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
-    served.warmed = served.cm.recompiles
+    if road_of_module == "compiled":
+        served.cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
+        served.warmed = served.cm.recompiles
     return served
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory) -> Served:
+def gpt2(road_of_module, tmp_path_factory) -> Served:
     return Served("gpt2", tmp_path_factory.mktemp("adapters"))
 
 
@@ -57,6 +59,8 @@ def begun(inputs: dict[str, Tensor]) -> list[int | None]:
     return [4, 5, None, 0, None, None]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("road_of_module", ["compiled"], indirect=True)
 def test_warm_up_knows_of_it(llama) -> None:
     assert llama.warmed == 5  # {prompt, decode} × {base, adapters}, and one per token
     cm, graphs = llama.cm, llama.cm.recompiles

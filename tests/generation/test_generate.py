@@ -150,6 +150,7 @@ def test_what_cannot_be_generated(served, plain):
         plain.compile().generate(ids=torch.zeros(1, 2).long())
 
 
+@pytest.mark.slow
 def test_static_caches_keep_their_graphs_when_mixes_change(llama):
     cm, inputs, static = llama.compile(dynamic=False), prompts(), {"cache_implementation": "static"}
     none = [None] * len(NAMES)

@@ -63,7 +63,7 @@ def served(llama):
     return llama.compile({"start": "eager"})
 
 
-@pytest.fixture(scope="module", params=["compiled", "eager"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def on_both_roads(request, llama, served):
     return served if request.param == "eager" else llama.compile()
 
@@ -319,6 +319,7 @@ def test_music_of_several_codebooks(tmp_path):
         assert torch.equal(got, case.alone("a").generate(**prompts(), **kwargs))
 
 
+@pytest.mark.usefixtures("road")
 def test_long_speech_whose_rows_end_at_different_times(tmp_path):
     """Whisper goes on with the rows that have not ended, and may generate for some once more. What
     a row says depends on the others there, so all of them run on one merged model."""

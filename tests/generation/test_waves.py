@@ -59,6 +59,7 @@ def test_refused_by_default(llama, inputs):
         cm(**inputs, adapter_names=NAMES)
 
 
+@pytest.mark.usefixtures("road")
 def test_a_cache_that_is_returned_has_all_rows_and_is_not_taken_back(llama, served, inputs):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     first = served(input_ids=ids[:, :3], attention_mask=mask[:, :3], adapter_names=NAMES)
@@ -94,6 +95,7 @@ def test_generate(llama, eagerly, inputs):
     assert torch.equal(got, torch.cat(rows))
 
 
+@pytest.mark.usefixtures("road")
 def test_generated_rows_are_padded_to_the_longest(llama, eagerly, inputs):
     """Each wave ends when its rows have; the whole is what one batch gives."""
     kwargs = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}

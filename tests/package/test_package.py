@@ -296,6 +296,7 @@ def run_in_cpp(
     )
 
 
+@pytest.mark.slow
 def test_cpp_runs_it_and_exchanges_adapters(
     program: Path, path: str, fresh: lorafx.Package, case: Case, tmp_path: Path
 ) -> None:
@@ -311,6 +312,7 @@ def test_cpp_runs_it_and_exchanges_adapters(
         check(case, rows, inputs, logits)
 
 
+@pytest.mark.slow
 def test_cpp_gets_an_error_for_a_slot_or_an_id_out_of_range(
     program: Path, path: str, fresh: lorafx.Package, tmp_path: Path
 ) -> None:

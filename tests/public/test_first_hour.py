@@ -71,6 +71,7 @@ def run(*command: object) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_wheel_has_its_backend_and_its_command(python: Path) -> None:
     package = python.parents[1] / "lib"
     assert run(python, "-c", BACKEND).startswith(str(package))

@@ -101,6 +101,7 @@ assert cm.recompiles and "lorafx.capture.backend" in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_what_compiles_is_imported_with_the_first_graph(tmp_path: Path) -> None:
     """PEFT is not imported there: with torchao or bitsandbytes it imports Inductor."""
     random_factors(tmp_path, "model.layers.0.self_attn.q_proj", 8, 8)

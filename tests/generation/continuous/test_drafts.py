@@ -160,6 +160,7 @@ def test_sequences_are_those_without_drafts(llama) -> None:
     check_sequences(llama, cm)
 
 
+@pytest.mark.usefixtures("road")
 @eagerly
 def test_windows_have_what_rejected_tokens_took_from_them(eight_of, tmp_path) -> None:
     case = eight_of("gemma3", tmp_path)
@@ -367,6 +368,7 @@ def test_a_small_cache_and_few_tokens_a_step(llama, compiled, scheduler) -> None
         assert engine.cache_usage() == 0
 
 
+@pytest.mark.slow
 @eagerly
 def test_a_draft_ends_where_longrope_changes_all_rotations(eight_of, tmp_path) -> None:
     """A draft beyond that position would have the tokens before it rotated by the longer factors,

@@ -70,7 +70,7 @@ def requests(count: int, adapters: int, seed: int = 0) -> list[tuple[list[int], 
         pytest.param("qwen3", 1, "sdpa", 16, "reference", marks=pytest.mark.slow),
         # One with a window and one without; quickly, in eager mode: test_under_way.
         pytest.param("gemma3", 2, "sdpa", 4, "reference", marks=pytest.mark.slow),
-        (QWEN3_MOE, 1, "sdpa", 4, "reference"),
+        pytest.param(QWEN3_MOE, 1, "sdpa", 4, "reference", marks=pytest.mark.slow),
     ],
 )
 def test_logits_of_every_step(
@@ -112,6 +112,7 @@ def serve(engine: Any, work: Any) -> dict[str, Any]:
     return answers(engine, ids)
 
 
+@pytest.mark.usefixtures("road")
 def test_a_block_is_shared_only_within_one_version_of_an_adapter(llama, cm):
     prompt = [*range(3, 12)]
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:

@@ -90,6 +90,7 @@ def overflowing(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.usefixtures("road")
 def test_an_adapter_that_overflows_fails_alone(llama, cm, tmp_path) -> None:
     """What is not a number is not hidden by a mask, neither in the step nor in the cache."""
     cm.load_adapter(overflowing(llama.folders["a2"], tmp_path / "huge"), "huge")

@@ -236,6 +236,7 @@ def test_first_requests(tmp_path: Path, family: Any, attention: str) -> None:
     assert cm.recompiles == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
 def test_graphs_take_over_between_steps(compiled_beside, llama) -> None:
     """They are compiled beside from the engine's start on; requests are answered meanwhile, and

@@ -102,7 +102,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+def pair(road_of_module: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     made: dict[str, Pair] = {}
     # All first: transformers notes each class of models where graphs have a guard on it.
     pipes = {kind: tiny.pipeline(kind) for kind in tiny.PIPELINES}
@@ -123,7 +123,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
             if kind == "flux":  # what diffusers itself has loaded is taken over
                 with tiny.logged_errors_only():
                     pipe.load_lora_weights(str(given.pop("both")), adapter_name="both")
-            cp = lorafx.compile_pipeline(pipe, given, lora_config=config, options=REFERENCE)
+            options = {**REFERENCE, "start": "compiled" if kind == "sd3" else road_of_module}
+            cp = lorafx.compile_pipeline(pipe, given, lora_config=config, options=options)
             made[kind] = Pair(kind, cp, own, folders)
         return made[kind]
 

@@ -186,6 +186,7 @@ def test_bad_settings_are_refused_before_anything_is_started(files, change, erro
         build(settings_of(files, **change))
 
 
+@pytest.mark.slow
 def test_counts_are_told_to_ray(files, replica, monkeypatch):
     """Each check of a replica's health tells what has come since; sizes are told as they are."""
     told: dict[tuple[str, str], float] = {}

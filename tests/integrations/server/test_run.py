@@ -105,6 +105,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         assert re.search(f"lorafx: {phase}: [0-9.]+ s", shown.err), phase
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not saves_graphs(), reason="this torch cannot save graphs")
 def test_requests_are_answered_while_graphs_are_compiled(compiled_beside, files, monkeypatch):
     monkeypatch.setenv("LORAFX_START", "eager")
@@ -259,6 +260,7 @@ print(resident(range(300, 600)) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this torch")
 def test_kernels_for_many_numbers_of_rows_take_bounded_memory():
     """oneDNN would keep 1,024 kernels of about a megabyte: 180 MB for these 300."""

@@ -115,6 +115,7 @@ def test_sums(plain: Case) -> None:
 
 
 @pytest.mark.any_sizes
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generate(llama: Case, beams: int) -> None:
     torch.manual_seed(0)
@@ -170,7 +171,9 @@ def test_adapters_come_and_go(plain: Case, tmp_path: Any) -> None:
     assert graphs(model) == captured
 
 
-@pytest.mark.parametrize("first", ["attach", "torch.compile", "a call"])
+@pytest.mark.parametrize(
+    "first", ["attach", pytest.param("torch.compile", marks=pytest.mark.slow), "a call"]
+)
 def test_attached_and_detached(plain: Case, first: str) -> None:
     """Nothing is compiled again after a call of the base that follows `detach`."""
     model, inputs = plain.model(), feed(2, 4)

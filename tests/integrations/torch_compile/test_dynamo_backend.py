@@ -246,7 +246,7 @@ def test_an_attached_model_keeps_its_own_options(plain: Case) -> None:
 
 @torch.no_grad()
 def test_every_switch_of_peft_has_its_effect(tmp_path: Path) -> None:
-    base = random_base("llama")
+    base = random_base("llama", num_hidden_layers=1)
     for index, name in enumerate("ab"):
         targets = ["q_proj", "o_proj", "down_proj"]
         save_adapter(base, tmp_path / name, rank=3 + index, seed=index, targets=targets)
