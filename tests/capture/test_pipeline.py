@@ -12,6 +12,7 @@ import pytest
 import torch
 from dense_merge import TOLERANCE, Case, error
 from hand_made import hand_case
+from slowly import each
 from torch import Tensor, fx, nn
 
 import lorafx
@@ -128,7 +129,7 @@ PLACES += ["joint_graph", "copy_returned_inputs"]
 
 
 @pytest.mark.one_road
-@pytest.mark.parametrize("after", PLACES)
+@pytest.mark.parametrize("after", each(2, PLACES))
 def test_a_broken_pass_beside_a_rewrite_is_named(after: str, tmp_path: Path) -> None:
     case = case_of(Model(), tmp_path)
     broken = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from attached import compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, Case, error
+from slowly import few
 from torch import Tensor, nn
 
 import lorafx
@@ -95,11 +96,14 @@ class Experts(Layers):
 
 @pytest.mark.parametrize(
     ("cls", "targets"),
-    [
-        (Reordered, ["first", "w"]),
-        (InPieces, ["first", "w"]),
-        (Experts, ["first", "w.0", "w.1", "w.2", "router"]),
-    ],
+    few(
+        [
+            (Reordered, ["first", "w"]),
+            (InPieces, ["first", "w"]),
+            (Experts, ["first", "w.0", "w.1", "w.2", "router"]),
+        ],
+        Reordered,
+    ),
 )
 def test_rows_that_python_moves_keep_their_owners(small, cls, targets):
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from attached import fresh_dynamo  # noqa: F401  (the fixture)
 from dense_merge import Case, check_mixed
+from slowly import few
 from torch import Tensor, nn
 
 from lorafx.errors import ProvenanceError
@@ -89,7 +90,7 @@ def check_all(cm: Any, case: Case) -> None:
     check_mixed(cm, case, ["b"], inputs(1))
 
 
-@pytest.mark.parametrize("model", GIVEN, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", few(GIVEN, Added), ids=lambda model: model.__name__)
 def test_mixed_batches_on_one_graph(model, small):
     case = small(model, model.sites)
     check_all(case.compile(dynamic=True), case)

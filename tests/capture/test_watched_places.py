@@ -146,6 +146,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
+#: Changes of what others change, too, by another way.
+OFTEN_ALIKE = {"object", "entry", "order of entries", "table", "strides", "buffer", "forward"}
+OFTEN_ALIKE |= {"further module", "of a global", "constant"}
+
 #: Changes after which the graph still serves: it takes parameters and buffers as inputs.
 SAME_GRAPH = (other_weight, other_buffer)
 
@@ -156,7 +160,13 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CONSTANTS, "shift", 0.0)
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(v, id=n, marks=[pytest.mark.slow] * (n in OFTEN_ALIKE))
+        for n, v in CHANGES.items()
+    ],
+)
 @pytest.mark.usefixtures("restored")
 def test_a_change_is_noticed(case: Case, change: Callable[[Any], None]) -> None:
     """The next call is what the changed model computes, and takes as many graphs as with all of
@@ -205,6 +215,7 @@ def test_what_no_graph_reads_changes_nothing(case: Case) -> None:
     assert cm.recompiles == 1
 
 
+@pytest.mark.slow
 def test_a_number_that_each_call_changes(tmp_path) -> None:
     """It takes as many graphs as with all of Dynamo's guards, which make it a size."""
     case = case_of(Counting(), tmp_path)

@@ -138,7 +138,14 @@ def test_what_dies_between_engines_is_collected_by_and_by() -> None:
 
 
 @pytest.mark.usefixtures("nothing_frozen")
-@pytest.mark.parametrize("block", [collection_paused, collection_of_young, collection_of_new])
+@pytest.mark.parametrize(
+    "block",
+    [
+        collection_paused,
+        collection_of_young,
+        pytest.param(collection_of_new, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupt_leaves_collection_on(block: Callable[[], Any]) -> None:
     before = gc.get_threshold()
 

@@ -27,6 +27,8 @@ NAMES = ["a", None, "b", "a"]
 #: Kinds that go the same ways as others do.
 SLOW = (
     "torchao-int4",
+    "torchao-int4-packed",
+    "bitsandbytes-nf4",
     "torchao-int4-groups",
     "torchao-int8-dynamic",
     "torchao-fp8",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ownership_graphs import by_keyword, label_graph, labelled, output_label, taint, trace
+from slowly import each
 from torch import fx
 
 from lorafx.eager.following import Following
@@ -155,7 +156,7 @@ def relabelled(gm: fx.GraphModule, flow: Flow) -> Flow:
     return flow_through(gm.graph, {x: seed}, BatchSymbols.of([x.meta["val"].shape[seed.dim]]))
 
 
-@pytest.mark.parametrize("name", BATCH_FIRST)
+@pytest.mark.parametrize("name", each(3, BATCH_FIRST))
 def test_batch_first(name):
     fn, expected = BATCH_FIRST[name]
     label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,) if "windows" in name else ())

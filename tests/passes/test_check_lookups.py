@@ -13,6 +13,7 @@ import torch
 from attached import attached, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import TOLERANCE, Case, error
 from hand_made import hand_case
+from slowly import few
 from tiny_models import VOCAB, token_inputs
 from torch import nn
 from transformers import StaticCache
@@ -28,7 +29,7 @@ def ids(rows: int = 3, length: int = 4, **wrong: int) -> torch.Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("names", [None, ["a1", None, "a3"]])
+@pytest.mark.parametrize("names", few([None, ["a1", None, "a3"]], None))
 def test_token_ids(case_of: Callable[..., Case], names: Any) -> None:
     cm = case_of("gpt2").compile()
     good = cm(input_ids=ids(), adapter_names=names).logits
@@ -67,6 +68,7 @@ def test_places_behind_a_static_cache(llama: Case) -> None:
         cm(input_ids=ids(), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_models_that_users_compile(llama: Case) -> None:
     model = attached(llama)
     call = compiled(model)
@@ -77,6 +79,7 @@ def test_models_that_users_compile(llama: Case) -> None:
         served(call, model, ["a0", None, "a1"], inputs)
 
 
+@pytest.mark.slow
 def test_saved_graphs(llama: Case, tmp_path: Path) -> None:
     cache, model = tmp_path / "graphs", llama.model()
     cache.mkdir(mode=0o700)

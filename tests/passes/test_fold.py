@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, build_case, error
 from hand_made import hand_case
+from slowly import few
 from tiny_models import FAMILIES
 from torch import Tensor, fx, nn
 from torch.library import opcheck
@@ -257,24 +258,35 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "folded", "unfolded"),
-    [
-        (Layer, 1, 3),
-        (Views, 1, 3),
-        (InItself, 1, 3),
-        (Random, 1, 3),
-        (IntoItsInput, 1, 0),
-        (IntoAView, 1, 0),
-        (IntoAState, 1, 0),
-        (Given, 1, 0),
-        (Unused, 1, 2),
-        (Indexed, 0, 0),
-        (Conjugated, 0, 0),
-        (OfAnotherType, 1, 3),
-        (Shifted, 1, 2),
-        (InOneBuffer, 1, 3),
-        (ItsInput, 0, 0),
-        (Numbered, 0, 0),
-    ],
+    few(
+        [
+            (Layer, 1, 3),
+            (Views, 1, 3),
+            (InItself, 1, 3),
+            (Random, 1, 3),
+            (IntoItsInput, 1, 0),
+            (IntoAView, 1, 0),
+            (IntoAState, 1, 0),
+            (Given, 1, 0),
+            (Unused, 1, 2),
+            (Indexed, 0, 0),
+            (Conjugated, 0, 0),
+            (OfAnotherType, 1, 3),
+            (Shifted, 1, 2),
+            (InOneBuffer, 1, 3),
+            (ItsInput, 0, 0),
+            (Numbered, 0, 0),
+        ],
+        Layer,
+        Views,
+        IntoAState,
+        Given,
+        Conjugated,
+        OfAnotherType,
+        Shifted,
+        InOneBuffer,
+        Numbered,
+    ),
 )
 def test_the_graph_is_the_one_without_it(
     kind: type[Layer], folded: int, unfolded: int, short: None, tmp_path: Path
@@ -302,6 +314,7 @@ def test_the_graph_is_the_one_without_it(
     assert torch.equal(*got)
 
 
+@pytest.mark.slow
 @pytest.mark.any_sizes
 @pytest.mark.parametrize(
     "family",

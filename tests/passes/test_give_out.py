@@ -15,6 +15,7 @@ from graph_text import shown
 from ownership_graphs import BANK, WEIGHT, K, N, batch_of, inputs_of, lora, trace
 from random_programs import STEPS
 from site_graphs import Holder, SiteGraph
+from slowly import each, few
 from torch import nn
 
 from lorafx.ownership.labels import Own
@@ -226,7 +227,7 @@ def equals_requests_alone(gm, fn, batch, time) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", each(2, GIVEN), ids=lambda fn: fn.__name__)
 def test_mixed_batch_equals_requests_run_alone(fn):
     gm, proofs, _ = rewritten(fn)
     assert proofs
@@ -297,9 +298,10 @@ def between(seed: int, length: int):
     return fn
 
 
-def test_random_programs_between_site_and_requests():
+@pytest.mark.parametrize("count", few([4, 8], 4))
+def test_random_programs_between_site_and_requests(count):
     given = 0
-    for seed in range(8):
+    for seed in range(count):
         fn = between(seed, 1 + seed % 5)
         gm, proofs, kept = rewritten(fn)
         proved = all(isinstance(proof, RowMap) for proof in proofs.values())
@@ -311,4 +313,4 @@ def test_random_programs_between_site_and_requests():
             with torch.no_grad():
                 alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(4)])
                 torch.testing.assert_close(gm(x, slots), alone, msg=f"seed {seed}")
-    assert given > 2
+    assert given > count // 4

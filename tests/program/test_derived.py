@@ -13,6 +13,7 @@ import pytest
 import torch
 from absorbed import AbsorbedInForward, OneLayer, absorbed, case_of, parts, post_process, states
 from dense_merge import REFERENCE, Case, case_by_targets, check_mixed, error
+from slowly import few
 from torch import Tensor, nn
 
 import lorafx
@@ -31,7 +32,9 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case_of(OneLayer, tmp_path_factory.mktemp("layer"))
 
 
-@pytest.mark.parametrize(("kept", "product"), [("views", "bmm"), ("permuted copies", "matmul")])
+@pytest.mark.parametrize(
+    ("kept", "product"), few([("views", "bmm"), ("permuted copies", "matmul")], "permuted copies")
+)
 def test_absorbed_weights_carry_the_delta(layer: Case, kept: str, product: str) -> None:
     """Post-processed on the compiled model, before its first call."""
     model = absorbed(layer, product=product)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_merge import Case, check_mixed
+from slowly import few
 from torch import Tensor, nn
 from transformers.integrations import moe
 
@@ -131,7 +132,9 @@ class Block(nn.Module):
         return {"logits": x + self.experts(flat, chosen, weights).view_as(x)}
 
 
-@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize(
+    "name", few(FORMS, "sorted, biases, interleaved, transposed", "all, transposed, undeclared")
+)
 def test_forms(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Block(FORMS[name]).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from bypasses import BATCHES, PAST, REFUSED, case_of, check, compile_prepared
 from dense_merge import check_mixed, error
+from slowly import each
 from torch import Tensor, nn
 
 from lorafx.errors import MatchError
@@ -191,7 +192,7 @@ def test_two_modules_over_one_weight_of_which_one_is_selected(small):
     check_mixed(case.compile(), case, NAMES, features(4, 3))
 
 
-@pytest.mark.parametrize("how", PAST)
+@pytest.mark.parametrize("how", each(2, PAST))
 def test_uses_by_copies_hooks_and_numpy_carry_the_delta(small, how):
     case = case_of(PAST[how], small)
     check(compile_prepared(case), case, BATCHES[0])

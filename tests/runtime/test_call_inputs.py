@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dense_merge import REFERENCE, Case, save_adapter
+from slowly import few
 from tiny_models import token_inputs
 from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
@@ -75,7 +76,7 @@ def test_lists_that_a_model_of_other_names_is_given(plain: Case) -> None:
         cm(ids=IDS, adapter_names=["a1", None])
 
 
-@pytest.mark.parametrize("names", [None, ["a0", None, "a1"]])
+@pytest.mark.parametrize("names", few([None, ["a0", None, "a1"]], None))
 def test_32_bit_integers_run_the_graphs_of_64(llama: Case, names: Any) -> None:
     cm, inputs = llama.compile(), token_inputs(3, 4)
     want = cm(**inputs, adapter_names=names).logits

@@ -15,6 +15,7 @@ import torch
 from dense_merge import TOLERANCE, error
 from oracle import merged, save_adapter
 from safetensors.torch import load_file, save_file
+from slowly import few
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
@@ -177,7 +178,7 @@ SERVED = (
 
 
 @BOTH
-@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("kind", few(SERVED, Grad, Jvp, OfWeights, Forces, OfFunctional))
 @pytest.mark.filterwarnings("ignore")
 def test_each_row_has_its_adapters_derivative(
     kind: type[Energy], start: str, tmp_path: Path
@@ -193,11 +194,16 @@ def test_each_row_has_its_adapters_derivative(
 
 @pytest.mark.parametrize(
     ("kind", "start"),
-    [
-        (MappedHessian, "eager"),
-        pytest.param(MappedHessian, "compiled", marks=pytest.mark.slow),  # of torch's own refusal
-        *((kind, start) for kind in (Updated, Linearized) for start in ("compiled", "eager")),
-    ],
+    few(
+        [
+            (MappedHessian, "eager"),
+            pytest.param(
+                MappedHessian, "compiled", marks=pytest.mark.slow
+            ),  # of torch's own refusal
+            *((kind, start) for kind in (Updated, Linearized) for start in ("compiled", "eager")),
+        ],
+        Updated,
+    ),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_served_is_refused_by_name(
@@ -233,7 +239,7 @@ def _with_other_biases(folder: Path) -> None:
 
 @BOTH
 @pytest.mark.parametrize("adapter", [{"bias": "lora_only"}, {"lora_bias": True}], ids=str)
-@pytest.mark.parametrize("kind", [Jvp, ForwardMode])
+@pytest.mark.parametrize("kind", few([Jvp, ForwardMode], Jvp))
 def test_the_tangent_of_an_adapter_with_a_bias_has_none(
     kind: type[Energy], adapter: dict[str, Any], start: str, tmp_path: Path
 ) -> None:
@@ -297,7 +303,7 @@ class Loop(Branches):
 
 
 @BOTH
-@pytest.mark.parametrize("kind", [Branches, Loop])
+@pytest.mark.parametrize("kind", few([Branches, Loop], Branches))
 @pytest.mark.filterwarnings("ignore")
 def test_a_site_in_the_body_of_an_operator_is_refused(
     kind: type[Energy], start: str, tmp_path: Path

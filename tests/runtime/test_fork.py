@@ -15,6 +15,7 @@ from attached import attached, compiled, fresh_dynamo
 from attached import served as serve
 from dense_merge import Case, error
 from pausing import MIXED, check, meanwhile, pausing, rows, served
+from slowly import few
 from torch import Tensor
 from waiting import LONG
 
@@ -49,13 +50,17 @@ def _in_child(action: Callable[[], None], seconds: int = LONG) -> int:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "what",
-    [
+    few(
+        [
+            "call",
+            "slot",
+            "weights",
+            "merge",
+            *(pytest.param(w, marks=pytest.mark.slow) for w in ("generate", "warm-up")),
+        ],
         "call",
-        "slot",
-        "weights",
         "merge",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("generate", "warm-up")),
-    ],
+    ),
 )
 def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, llama, lm, what):
     """Its locks are held by nobody in the child, and what it was doing is not half done there."""

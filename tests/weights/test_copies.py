@@ -14,6 +14,7 @@ from absorbed import AbsorbedAttention, OneLayer, absorbed, case_of, post_proces
 from dense_merge import REFERENCE, Case, check_mixed, save_adapter
 from expert_models import moe_base
 from namings import new_weights, plain
+from slowly import few
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
@@ -144,7 +145,9 @@ def test_absorbed_views(layer: Case) -> None:
     check_new(cm, layer, 4)
 
 
-@pytest.mark.parametrize("kept", ["copies", "permuted copies", "parameters"])
+@pytest.mark.parametrize(
+    "kept", few(["copies", "permuted copies", "parameters"], "permuted copies")
+)
 def test_absorbed_copies_are_refused(layer: Case, kept: str) -> None:
     """By updates and merges of their weight alone."""
     cm = served_layer(layer, kept)
@@ -162,6 +165,7 @@ def test_absorbed_copies_are_refused(layer: Case, kept: str) -> None:
     assert torch.equal(cm._orig_mod.self_attn.o_proj.weight, fresh[name])
 
 
+@pytest.mark.slow
 def test_what_inductor_compiled(llama: Case) -> None:
     """Weights are inputs of its graphs, none is folded into one or laid out anew, also where the
     process is set to freeze them."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from delta_oracle import sharing_room
+from slowly import each, few
 from triton_cases import BF16, FP16, FP32, LINEARS, STRATEGIES, assert_right, make_case, run
 
 from lorafx.kernels.triton.build import CONCAT, tiles_for
@@ -30,7 +31,7 @@ def spread(batch: int, slots: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", few(BATCHES, "decode", "prefill"))
 @pytest.mark.parametrize("strategy", LINEARS)
 def test_mixes(strategy: str, batch: str, dtype: str) -> None:
     slots, rows = BATCHES[batch]
@@ -43,7 +44,7 @@ def test_mixes(strategy: str, batch: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("slices", "rank"),
-    [(1 + (turn + more) % 3, r) for turn, r in enumerate(RANKS) for more in (0, 1)],
+    each(3, [(1 + (turn + more) % 3, r) for turn, r in enumerate(RANKS) for more in (0, 1)]),
 )
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
@@ -86,7 +87,7 @@ def test_some_of_a_group(strategy: str, siblings: tuple[int, ...]) -> None:
     ("rows", "K"),
     [(17, 520), (18, 512), *(pytest.param(n, 520, marks=pytest.mark.slow) for n in (1, 100))],
 )
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", each(2, STRATEGIES))
 def test_tiles_of_devices(strategy: str, rows: int, K: int) -> None:
     """The heuristic's tiles for GPUs: transposed tiles, parts of K, lanes, sorted rows. What
     several GPUs have alike runs once."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from delta_oracle import random_problem, sharing_room
+from slowly import few
 from triton_cases import (
     BF16,
     CPU,
@@ -73,7 +74,7 @@ def tiles_of(case, strategy: str):
 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(("block_m", "window"), [(16, 0), (16, 64), (32, 64)])
-@pytest.mark.parametrize("block_r", [16, 64])
+@pytest.mark.parametrize("block_r", few([16, 64], 16))
 def test_parts_windows_and_chunks(split: int, block_m: int, window: int, block_r: int) -> None:
     case = make_case(K=96, sizes=(64, 32), slots=SLOTS, rank=8, dtypes=(BF16,) * 3)
     tiles = tiles_of(case, "split")
