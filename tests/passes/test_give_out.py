@@ -298,7 +298,7 @@ def between(seed: int, length: int):
     return fn
 
 
-@pytest.mark.parametrize("count", few([4, 8], 4))
+@pytest.mark.parametrize("count", few([6, 8], 6))
 def test_random_programs_between_site_and_requests(count):
     given = 0
     for seed in range(count):
