@@ -14,6 +14,7 @@ from hand_made import factors, hand_case, merged, random_factors, save
 from hypothesis import given
 from hypothesis import strategies as st
 from packed_models import MAPPING, PACKED_AS, packed_factors, twins
+from slowly import few
 from torch import nn
 
 import lorafx
@@ -65,7 +66,7 @@ def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
     assert "[q_proj 16, k_proj 8, v_proj 8]" in str(cm.explain())
 
 
-@pytest.mark.parametrize("name", list(MAPPING))
+@pytest.mark.parametrize("name", few(MAPPING, "in_proj_qkvz"))
 def test_packed_adapters(name: str, tmp_path: Path) -> None:
     """One A and a B over all slices: on the packed base, and split over a base that is not."""
     apart, packed = twins()

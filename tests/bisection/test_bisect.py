@@ -10,6 +10,7 @@ import pytest
 import torch
 import wrong_passes
 from dense_merge import Case, case_by_targets
+from slowly import few
 from tiny_models import FAMILIES
 from torch import Tensor, fx, nn
 from torch._inductor import config
@@ -34,6 +35,7 @@ def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
     return case.compile({"passes": {"mine": lorafx.After(after, run)}}, dynamic=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
 def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family: str) -> None:
     case = case_of(family)
@@ -58,10 +60,13 @@ def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family:
 
 @pytest.mark.parametrize(
     ("after", "run", "site", "behind"),
-    [
-        ("pack", wrong_passes.double_all, ("embed",), False),
-        ("plan", wrong_passes.double_relu, ("gate",), True),
-    ],
+    few(
+        [
+            ("pack", wrong_passes.double_all, ("embed",), False),
+            ("plan", wrong_passes.double_relu, ("gate",), True),
+        ],
+        "plan",
+    ),
 )
 def test_a_wrong_pass_and_its_site_are_found(
     plain: Case, inputs: Any, after: str, run: Callable[..., int], site: Any, behind: bool

@@ -56,6 +56,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [item.getMessage() for item in caplog.records if item.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_long_compiling_is_warned_of_once_in_a_process(
     plain: Case, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,6 +78,7 @@ def _text(guard: Any) -> str:
     return str(guard.name() if callable(guard.name) else guard.name)
 
 
+@pytest.mark.slow
 def test_no_guard_on_marks_is_checked(
     llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

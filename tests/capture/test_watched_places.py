@@ -205,6 +205,7 @@ def test_what_no_graph_reads_changes_nothing(case: Case) -> None:
     assert cm.recompiles == 1
 
 
+@pytest.mark.slow
 def test_a_number_that_each_call_changes(tmp_path) -> None:
     """It takes as many graphs as with all of Dynamo's guards, which make it a size."""
     case = case_of(Counting(), tmp_path)

@@ -23,6 +23,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model_type"), CASES)
 def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -> None:
     family = next(f for f in tiny.families(kind) if f.model_type == model_type)

@@ -20,6 +20,7 @@ from dense_merge import (
     random_base,
     valid,
 )
+from slowly import few
 from tiny_models import FAMILIES, VOCAB
 from torch import Tensor, nn
 
@@ -128,6 +129,7 @@ def test_routed_rows_are_followed(moe: Case) -> None:
     check_eager(cm)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not saves_graphs(), reason="torch cannot save graphs")
 def test_graphs_with_operators_of_transformers_serve(compiled_beside: None, moe: Case) -> None:
     cm, inputs = moe.compile(EAGER), FAMILIES["llama"].inputs(5, 6)
@@ -437,7 +439,7 @@ def steering(held: str) -> Any:
     return of_last_call
 
 
-@pytest.mark.parametrize("held", ["direction", "module"])
+@pytest.mark.parametrize("held", few(["direction", "module"], "direction"))
 @pytest.mark.parametrize("start", ["eager", "compiled"])
 def test_hooks_that_steer_by_what_they_hold(llama: Case, start: str, held: str) -> None:
     cm, inputs, hook = llama.compile({**EAGER, "start": start}), {}, steering(held)

@@ -163,6 +163,7 @@ def test_graphs_that_were_not_kept_are_said(plain: Case, tmp_path: Path) -> None
     assert page_data(tmp_path / "index.html")[1][0]["stages"] == []
 
 
+@pytest.mark.slow
 def test_a_dump_captures_the_graphs_of_a_call_once_more(plain: Case, tmp_path: Path) -> None:
     cm, inputs = plain.compile(dynamic=False), FAMILIES["plain"].inputs(2, 4)
     rows = ["a0", None]

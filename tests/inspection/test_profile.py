@@ -130,6 +130,7 @@ def test_what_cannot_be_profiled(made: Made) -> None:
         cm.profile(inputs, ["nobody"] * 4)
 
 
+@pytest.mark.slow
 def test_the_graph_is_measured_where_calls_are_answered_eagerly(
     case_of: Callable[..., Case],
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from attached import EAGER, compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
 from dense_merge import REFERENCE, TOLERANCE, Case, case_by_targets, error, random_base
+from slowly import few
 from tiny_models import Family, token_inputs
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def swapped(model: Stack) -> None:
 CHANGES = [by_setattr, the_head, popped, swapped]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", few(CHANGES, by_setattr, swapped))
 def test_what_is_replaced_is_refused_until_it_is_back(
     case: Case, change: Callable[[Stack], None]
 ) -> None:

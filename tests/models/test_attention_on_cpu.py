@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import build_case, check_bfloat16, check_mixed
+from slowly import few
 from tiny_models import right_padded, token_inputs
 from toolchain import needs_compiler
 
@@ -43,6 +44,7 @@ def check_prompts(family: str, changes: dict[str, Any], prompts: Any, folder: Pa
     assert len(replaced(cm)) == 1
 
 
+@pytest.mark.slow
 def test_prompts_whose_heads_are_shared(tmp_path: Path) -> None:
     check_prompts("llama", {"num_hidden_layers": 1}, token_inputs, tmp_path)
 
@@ -50,15 +52,18 @@ def test_prompts_whose_heads_are_shared(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("node_by_node")
 @pytest.mark.parametrize(
     ("family", "changes", "prompts"),
-    [
-        ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 4}, right_padded),
-        (
-            "gemma3",
-            {"sliding_window": 3, "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
-            token_inputs,
-        ),
-        ("bert", {}, right_padded),
-    ],
+    few(
+        [
+            ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 4}, right_padded),
+            (
+                "gemma3",
+                {"sliding_window": 3, "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+                token_inputs,
+            ),
+            ("bert", {}, right_padded),
+        ],
+        "gemma3",
+    ),
     ids=["own heads", "window", "encoder"],
 )
 def test_other_prompts(family: str, changes: dict[str, Any], prompts: Any, tmp_path: Path) -> None:
@@ -67,11 +72,7 @@ def test_other_prompts(family: str, changes: dict[str, Any], prompts: Any, tmp_p
 
 @pytest.mark.parametrize(
     ("cache", "code"),
-    [
-        (None, "node_by_node"),
-        ("static", "node_by_node"),
-        pytest.param("static", None, marks=pytest.mark.slow),  # by Inductor's code
-    ],
+    few([(None, "node_by_node"), ("static", "node_by_node"), ("static", None)], None),
     ids=["dynamic", "static", "static by Inductor"],
 )
 def test_decode_steps(cache: str | None, code: str | None, tmp_path: Path, request: Any) -> None:

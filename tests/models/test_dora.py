@@ -117,6 +117,7 @@ def test_in_inductors_code(plain, lowering):
 PlainModelLinears = dict(PlainModel().named_children())
 
 
+@pytest.mark.slow
 def test_room_can_be_kept_for_later(plain, tmp_path):
     config = lorafx.LoraConfig(target_modules=list(PlainModelLinears), use_dora=True)
     cm = lorafx.compile(plain.model(), config, options=REFERENCE)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from dense_merge import REFERENCE, Case, check_mixed, error
 from expert_models import ids, moe_base, moe_case
 from quantised_experts import check_calls, quantised
+from slowly import few
 from tiny import randomise
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,7 +36,7 @@ def in_a_loop(model_type: str) -> nn.Module:
 
 
 @pytest.mark.usefixtures("in_eager_mode")
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("model_type", few(["qwen3_moe", "mixtral", "gpt_oss"], "gpt_oss"))
 def test_dense_slices(model_type: str, tmp_path: Path) -> None:
     case = moe_case(model_type, tmp_path, in_a_loop(model_type))
     cm = case.compile()
@@ -45,7 +46,7 @@ def test_dense_slices(model_type: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_eager_mode")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize("kind", few(["int8", "fp8", "nf4"], "int8", "nf4"))
 def test_quantised_slices(kind: str, model_type: str, tmp_path: Path) -> None:
     """Against W + ΔW of the dequantised weights. The library's weights stay what they were."""
     model, case = quantised(in_a_loop(model_type), kind, tmp_path)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, error
+from slowly import few
 from torch import Tensor, nn
 
 from lorafx.errors import ProvenanceError
@@ -66,7 +67,7 @@ def one_by_one(m: Rows, x: Tensor) -> Tensor:
     return m.down(out)
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic", few([True, False], True))
 @pytest.mark.parametrize(
     "forward", [halves, halves_that_attend, flipped_and_rolled, permuted, ragged, one_by_one]
 )

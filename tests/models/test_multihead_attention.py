@@ -88,6 +88,7 @@ def test_merging(cm: Any, case: Case) -> None:
         cm.unmerge()
 
 
+@pytest.mark.slow
 def test_other_ways_in(case: Case) -> None:
     """A name of the attention means its output projection too, and a PeftModel is taken over."""
     config = peft.LoraConfig(target_modules=["cross"], r=4)

@@ -145,7 +145,7 @@ CALLS = {"sequence first": ((3, 6), (3, 3), (4, 2))}
 #: Those whose graphs are for one size.
 FIXED = {*OTHERS, "t5"}
 #: `make test-all` has those too that differ from others of them in what no rule depends on.
-ALIKE = {"bert", "gemma3", "phi3", "qwen3"}
+ALIKE = {"bert", "gemma3", "gpt2", "phi3", "qwen3"}
 
 
 @pytest.mark.parametrize(

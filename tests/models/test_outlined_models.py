@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from dense_merge import build_case, check_mixed
 from tiny_models import FAMILIES, token_inputs
@@ -39,6 +40,7 @@ def test_layers_are_one_and_the_results_are_the_same(tmp_path):
     assert "like it as one" not in str(off.explain())
 
 
+@pytest.mark.slow
 def test_two_kinds_of_layer_are_two_bodies(tmp_path):
     """Gemma's layers alternate between a window and the whole sequence."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import transformers
 from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
 from own_weights import own_case, train
 from safetensors.torch import load_file, save_file
+from slowly import few
 from tiny_models import VOCAB, Family, right_padded, token_inputs
 
 import lorafx
@@ -65,10 +66,13 @@ SMALL = {
 
 @pytest.mark.parametrize(
     ("config", "model", "targets"),
-    [
-        (transformers.RobertaConfig, transformers.RobertaForSequenceClassification, ["query"]),
-        (transformers.LlamaConfig, transformers.LlamaForSequenceClassification, ["q_proj"]),
-    ],
+    few(
+        [
+            (transformers.RobertaConfig, transformers.RobertaForSequenceClassification, ["query"]),
+            (transformers.LlamaConfig, transformers.LlamaForSequenceClassification, ["q_proj"]),
+        ],
+        transformers.LlamaConfig,
+    ),
 )
 def test_classifiers(config, model, targets, tmp_path):
     """PEFT saves the head of a classifier unasked: one linear, with a bias or without, or two."""

@@ -91,6 +91,7 @@ def test_gate_and_up_have_factors_of_their_own(shallow: Case, served: Any, tmp_p
         check_mixed(served, case, ["first", "other"], rows)
 
 
+@pytest.mark.slow
 def test_ways_to_compute_the_experts(shallow: Case) -> None:
     """`set_experts_implementation` before compiling, and after it: the switch is noticed."""
     model = shallow.model()
@@ -134,6 +135,7 @@ def test_a_router_changes_the_way_of_its_own_rows(
         check_mixed(served, case, [None, "router", "older", "router"], batch)
 
 
+@pytest.mark.slow
 def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:
     with oracle.by_present_names(shallow.model()) as twin:
         model = oracle.PeftModel.from_pretrained(twin, str(shallow.folders["params"]), "params")

@@ -13,6 +13,7 @@ import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from expert_models import MIXED, experts_modules, ids, moe_base, moe_case
 from quantised_experts import QUANTISED, check_calls, quantised
+from slowly import few
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -35,14 +36,13 @@ def by_lorafx(kind: str, model_type: str, folder: Path) -> tuple[nn.Module, Case
 CASES = [
     ("int8", "qwen3_moe"),
     ("nf4", "gpt_oss"),
-    *(
-        pytest.param(kind, model_type, marks=pytest.mark.slow)
-        for kind, model_type in (("int4", "mixtral"), ("fp8", "gpt_oss"), ("dense", "gpt_oss"))
-    ),
+    ("int4", "mixtral"),
+    ("fp8", "gpt_oss"),
+    ("dense", "gpt_oss"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "model_type"), CASES)
+@pytest.mark.parametrize(("kind", "model_type"), few(CASES, "int8"))
 def test_in_graphs(kind: str, model_type: str, tmp_path: Path) -> None:
     """And in eager mode, by the fixture of both roads. The library's weights stay what they are."""
     model, case = by_lorafx(kind, model_type, tmp_path)
@@ -87,7 +87,7 @@ def test_in_eager_mode(kind: str, model_type: str, tmp_path: Path) -> None:
             cm.merge("down")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", few(["int8", "nf4"], "int8"))
 def test_experts_without_adapters(kind: str, tmp_path: Path) -> None:
     """They are no sites, and what holds them belongs to nobody."""
     model, case = by_lorafx(kind, "mixtral", tmp_path)
@@ -106,7 +106,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
+@pytest.mark.parametrize("kind", few(["dense", "int8", "nf4"], "int8"))
 def test_the_base_alone(kind: str, tmp_path: Path) -> None:
     """Without lorafx.compile: eagerly, and in one graph of torch.compile for all sizes. No operator
     makes the dequantised weights of all experts."""
@@ -149,7 +149,7 @@ def test_rows_of_other_ranks_experts_add_nothing(tmp_path: Path) -> None:
         assert none.shape == (0, hidden)
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("top_k", few([1, 3], 3))
 def test_numbers_of_experts_of_a_token(top_k: int, tmp_path: Path) -> None:
     base = moe_base("qwen3_moe")
     base.config.num_experts_per_tok = top_k
@@ -162,6 +162,7 @@ def test_numbers_of_experts_of_a_token(top_k: int, tmp_path: Path) -> None:
     check_mixed(cm, case, MIXED, ids())
 
 
+@pytest.mark.slow
 def test_the_backend_of_torch_compile(tmp_path: Path) -> None:
     model, case = by_lorafx("int8", "qwen3_moe", tmp_path)
     lorafx.attach(model, {"down": case.folders["down"]}, options=REFERENCE)
@@ -225,7 +226,7 @@ def test_slices_of_a_weight_without_adapters(name: str, tmp_path: Path) -> None:
     check_mixed(cm, case, [name, None], ids(2))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", few(["int8", "nf4"], "int8"))
 def test_experts_that_are_quantised_after_compilation(kind: str, tmp_path: Path) -> None:
     """And after a call with the dense ones."""
     _, case = quantised(moe_base("qwen3_moe"), kind, tmp_path)

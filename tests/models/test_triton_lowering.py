@@ -14,6 +14,7 @@ import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
 from functorch.compile import make_boxed_func
+from slowly import few
 from tiny_models import FAMILIES
 from torch._inductor.utils import run_and_get_code
 
@@ -39,7 +40,7 @@ def strategies(cm: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("strategy", ["split", "epilogue", "gemv", "segments"])
+@pytest.mark.parametrize("strategy", few(["split", "epilogue", "gemv", "segments"], "gemv"))
 def test_each_strategy_gives_the_merged_models_logits(
     plain: Case, strategy: str, request: pytest.FixtureRequest
 ) -> None:
@@ -95,6 +96,7 @@ def written_in_place(code: str) -> None:
             assert re.search(rf"extern_kernels\.(add)?mm\(.*\b{buffer}\b", code)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("node_by_node")
 def test_base_rows_keep_their_bits_whatever_their_neighbours_use(plain: Case) -> None:
     """In one graph, whose products of the base are the same calls for every mix."""

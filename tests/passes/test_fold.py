@@ -303,10 +303,8 @@ def test_the_graph_is_the_one_without_it(
 
 
 @pytest.mark.any_sizes
-@pytest.mark.parametrize(
-    "family",
-    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_models_have_the_graphs_without_it(family: str, tmp_path: Path) -> None:
     """Of a prompt and of a step, whose caches have sizes of their own in each layer."""
     torch.manual_seed(0)

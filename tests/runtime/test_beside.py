@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
+from slowly import few
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
 from torch._dynamo.utils import counters
@@ -282,6 +283,7 @@ def test_a_process_that_nobody_needs(small: Any, monkeypatch: pytest.MonkeyPatch
     assert processes(cm) == []
 
 
+@pytest.mark.slow
 def test_generate(llama: Case) -> None:
     cm = started(llama)
     prompts = {**token_inputs(3, 4), "max_new_tokens": 6, "do_sample": False}
@@ -296,7 +298,7 @@ def test_generate(llama: Case) -> None:
     assert cm.recompiles == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", few([signal.SIGKILL, signal.SIGTERM], signal.SIGKILL))
 def test_a_process_that_is_killed(plain: Case, number: signal.Signals) -> None:
     cm, inputs = started(plain), plain_inputs(3, 5)
     served(cm, plain, inputs)
@@ -545,10 +547,7 @@ if sys.argv[1] == "interrupted":
 
 @pytest.mark.parametrize(
     "way",
-    [
-        *("ended", "killed"),  # it may clean up, or not
-        *(pytest.param(way, marks=pytest.mark.slow) for way in ("interrupted", "terminated")),
-    ],
+    few(["killed", "ended", "interrupted", "terminated"], "killed"),  # it cannot clean up
 )
 def test_no_process_outlives_the_serving_one(way: str) -> None:
     command = [sys.executable, "-c", SCRIPT, way]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import Case, case_by_targets, check_mixed, error
+from slowly import few
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
 
@@ -86,7 +87,7 @@ class Layered(nn.Module):
         return {"logits": self.down(self.act(self.up(x)) * self.up.scale())}
 
 
-@pytest.mark.parametrize("start", ["compiled", "eager"])
+@pytest.mark.parametrize("start", few(["compiled", "eager"], "eager"))
 @pytest.mark.parametrize(
     ("cls", "name", "replaced"),
     [

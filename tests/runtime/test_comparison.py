@@ -79,6 +79,7 @@ def test_calls_stay_eager_where_a_graph_is_lowered_wrongly(
     assert tiers(cm) == ["kept eager"]
 
 
+@pytest.mark.slow
 @needs_saving
 def test_each_run_begins_with_the_calls_own_cache(
     llama: Case, monkeypatch: pytest.MonkeyPatch

@@ -175,7 +175,7 @@ def test_interrupted_anywhere(world: World, what: str, thorough: bool) -> None:
     states = ((0, OLD, act.merged), *act.after)
     world.reset(act.merged)
     graphs = world.cm.recompiles
-    step = max(1, act.step // 20) if thorough else act.step
+    step = max(1, act.step // 20) if thorough else 3 * act.step
     for place, stopped in every_place(lambda: act.run(world), step):
         assert stopped is None or isinstance(stopped, KeyboardInterrupt), (place, stopped)
         if stopped is None:  # inside of a guard Dynamo takes it for one that fails

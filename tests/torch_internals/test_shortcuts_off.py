@@ -73,6 +73,7 @@ def twice(inputs: dict[str, Tensor]) -> Calls:
     return calls
 
 
+@pytest.mark.slow
 @every_setting
 @pytest.mark.parametrize("family", ["gpt2"])
 def test_models_of_transformers(case_of: Callable[[str], Case], family: str, on: list[str]) -> None:

@@ -144,6 +144,7 @@ def test_no_package_holds_one(llama: MethodCase, tmp_path: Path) -> None:
         lorafx.export(llama.model(), None, inputs, tmp_path / "m.pt2", adapters=llama.folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "configs"), [("llama", LLAMA), pytest.param("gpt2", GPT2, marks=pytest.mark.slow)]
 )

@@ -182,6 +182,7 @@ def test_eager_calls_look_for_no_graphs_where_there_is_no_folder(
     assert not looks
 
 
+@pytest.mark.slow
 def test_a_folder_that_nobody_asked_for_fails_and_warns_of_nothing(plain: Case, auto: Path) -> None:
     auto.parent.write_text("a file")
     assert "no folder can be made" in served_quietly(plain)

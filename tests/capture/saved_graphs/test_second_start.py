@@ -182,6 +182,7 @@ print([record.saved for record in cm._session.backend.records])
 """
 
 
+@pytest.mark.slow
 def test_another_process_loads_the_graph(tmp_path: Path) -> None:
     """In which sets have another order, and objects other addresses."""
     script, weights, home = tmp_path / "model.py", tmp_path / "weights.pt", tmp_path / "graphs"
