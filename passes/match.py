@@ -169,6 +169,8 @@ class Match:
                     ctx.refuse(Refusal((marked,), "always", "its own call added no delta"))
                 continue
             owner = _owner(ctx, use)
+            if isinstance(owner, Site):
+                owner = _resized(ctx, owner, use) or owner
             if isinstance(owner, Refusal):
                 ctx.refuse(owner)
             elif owner is not None:
@@ -418,6 +420,15 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     return Refusal(
         tuple(fitting), "always", f"several modules share the weight of this {kind}{where}"
     )
+
+
+def _resized(ctx: Context, site: Site, use: Use) -> Refusal | None:
+    """The refusal of a linear whose weight was replaced by one of other sizes."""
+    now, banks = list(fake_value(use.weight).shape), [site.out_features, site.in_features]
+    whole = use.kind == "linear" and ctx.frame.by_node[use.weight].derived is None
+    if not whole or now in (banks, banks[::-1]):
+        return None
+    return Refusal((site,), "always", f"its weight is {now} now, and its adapters are for {banks}")
 
 
 def _insert(ctx: Context, site: Site, use: Use) -> fx.Node:

@@ -53,9 +53,10 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 
 @assume_constant_result
-def has_class_forward(module: nn.Module) -> bool:
-    """Whether the module runs its class's forward."""
-    return "forward" not in vars(module)
+def is_unchanged(module: nn.Module, *sizes: int) -> bool:
+    """Whether the module runs its class's forward, and its weight has these sizes."""
+    weight = module._parameters.get("weight")
+    return "forward" not in vars(module) and weight is not None and weight.shape == sizes
 
 
 _WAY_OUT = (
@@ -137,7 +138,8 @@ class SiteMark:
         # Dynamo traces each instruction, in a tenth of a millisecond, and each function that is
         # called, in one. So the products of most sites have a short way.
         runtime, bank, traced = self.runtime, self.bank, tracing()
-        if traced and self.of_linear and args and runtime.active and has_class_forward(module):
+        sizes = self.out_features, self.in_features
+        if traced and self.of_linear and args and runtime.active and is_unchanged(module, *sizes):
             if runtime.graph_passes and derives():
                 return None  # as below
             factors = bank.A, bank.B, bank.ranks, bank.scales, runtime.slots

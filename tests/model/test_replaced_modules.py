@@ -123,6 +123,18 @@ def test_what_is_replaced_is_refused_until_it_is_back(
         cm(**inputs(), adapter_names=NAMES)
 
 
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_a_weight_of_other_sizes_is_refused_until_it_is_back(case: Case, start: str) -> None:
+    cm = case.compile({"start": start})
+    head = cm._orig_mod.head
+    kept = dict(head._parameters)
+    head.weight, head.bias = frozen(nn.Linear(8, 7)).parameters()
+    with pytest.raises(lorafx.MatchError, match="head.*7"):
+        cm(**inputs(), adapter_names=NAMES)
+    head._parameters.update(kept)
+    check(cm, case)
+
+
 def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
     cm = case.compile()
     check(cm, case)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.model.marks import has_class_forward
+from lorafx.model.marks import is_unchanged
 from lorafx.model.stored_experts import stored_of
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.torch_internals.dynamo import derives
@@ -53,7 +53,7 @@ _SIZE_MARKS = (
 )
 #: What they read follows from the place in the graph and the gradient mode, which is guarded, or is
 #: in the key, as forwards of modules and what tensors are made of are.
-_OWN_CONSTANTS = (derives, has_class_forward, stored_of)
+_OWN_CONSTANTS = (derives, is_unchanged, stored_of)
 _MAX_DEPTH = 6  # values that are nested deeper are identified by their class
 
 
