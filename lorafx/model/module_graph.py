@@ -53,9 +53,12 @@ class Holder:
 
     @property
     def is_own_weight(self) -> bool:
-        """Whether it is the weight or bias of a module that may be a site, such as a tied head."""
+        """Whether it is the weight or bias of a module that may be a site, such as a tied head; or
+        anything of one that has no such attribute, where it is a part of the weight."""
         entry = lookup(self.module)
-        return entry is not None and self.attribute in (entry.weight, "bias")
+        if entry is None or self.attribute in (entry.weight, "bias"):
+            return entry is not None
+        return not isinstance(getattr(self.module, entry.weight, None), Tensor)
 
 
 def storage_key(tensor: Tensor) -> int:

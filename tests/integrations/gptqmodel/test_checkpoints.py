@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "zero_point": True, "version": "gemm"},
 }
 NAMES = ["a1", None, "a0", "a3"]
+Load = Callable[..., Any]
 
 
 class InOrder(GptqLinear):
@@ -47,7 +48,7 @@ def _packed(kind: str, linear: nn.Linear) -> PackedLinear:
 @pytest.fixture(scope="module", params=CONFIGS)
 def loaded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Case, Callable[[torch.dtype], Any]]:
+) -> tuple[Case, Load]:
     """The case of the dense model that the checkpoint stands for, and what loads it."""
     folder = tmp_path_factory.mktemp("checkpoint")
     case = build_case("llama", folder, **SIZES)
@@ -64,18 +65,19 @@ def loaded(
     state |= {key: value.clone() for key, value in dense if key.rpartition(".")[0] not in layers}
     save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config: Any = case.base.config
-    written = {**config.to_dict(), "architectures": [type(case.base).__name__]}
-    written["quantization_config"] = {"bits": 4, "group_size": GROUP, **CONFIGS[request.param]}
-    (folder / "config.json").write_text(json.dumps(written))
 
-    def load(dtype: torch.dtype) -> Any:
+    def load(dtype: torch.dtype, **quantisation: Any) -> Any:
+        settings = {**config.to_dict(), "architectures": [type(case.base).__name__]}
+        stored = {"bits": 4, "group_size": GROUP, **CONFIGS[request.param], **quantisation}
+        settings["quantization_config"] = stored
+        (folder / "config.json").write_text(json.dumps(settings))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     return case, load
 
 
-def test_mixed_batches(loaded: tuple[Case, Callable[[torch.dtype], Any]]) -> None:
+def test_mixed_batches(loaded: tuple[Case, Load]) -> None:
     """In float32, on one graph whatever the mix; and no first call of a layer makes another."""
     case, load = loaded
     cm = lorafx.compile(load(torch.float32), case.folders, options=REFERENCE, dynamic=True)
@@ -91,7 +93,7 @@ def test_mixed_batches(loaded: tuple[Case, Callable[[torch.dtype], Any]]) -> Non
 
 
 @pytest.mark.parametrize("lowering", ["reference", "inductor"])
-def test_packed_kernels(loaded: tuple[Case, Callable[[torch.dtype], Any]], lowering: str) -> None:
+def test_packed_kernels(loaded: tuple[Case, Load], lowering: str) -> None:
     """In bfloat16 the library packs the integers for torch's kernel in a layer's first call, which
     is before the first graph. The result is as near to fp64 as twice what W + ΔW in bfloat16 is."""
     case, load = loaded
@@ -111,9 +113,7 @@ def test_packed_kernels(loaded: tuple[Case, Callable[[torch.dtype], Any]], lower
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_base_weight(
-    loaded: tuple[Case, Callable[[torch.dtype], Any]], dtype: torch.dtype
-) -> None:
+def test_the_base_weight(loaded: tuple[Case, Load], dtype: torch.dtype) -> None:
     """It is read from whichever layout the kernel has, and not written."""
     case, load = loaded
     model = load(dtype)
@@ -130,9 +130,21 @@ def test_the_base_weight(
     assert torch.equal(lorafx.dequantize(model.get_submodule(path)), weight)
 
 
-def test_a_peft_model(loaded: tuple[Case, Callable[[torch.dtype], Any]]) -> None:
+def test_a_peft_model(loaded: tuple[Case, Load]) -> None:
     """PEFT's wrappers of such linears are taken off, and its adapter is served."""
     case, load = loaded
     wrapped = peft.PeftModel.from_pretrained(load(torch.float32), case.folders["a1"], "a1")
     cm = lorafx.compile(wrapped, options=REFERENCE)
     check_mixed(cm, case, ["a1", None, "a1"], token_inputs(3, 5))
+
+
+def test_a_kernel_that_breaks_graphs(loaded: tuple[Case, Load]) -> None:
+    """As those for other than 4 bits do: each layer is many graphs, whose integers and scales are
+    no copies of another layer's weight."""
+    case, load = loaded
+    if load(torch.float32).config.quantization_config.quant_method != "gptq":
+        pytest.skip("AWQ's has none")
+    model = load(torch.float32, backend="gptq_torch")
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    check_mixed(cm, case, NAMES, token_inputs(4, 5))
+    assert cm.recompiles > 2
