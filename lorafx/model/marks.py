@@ -53,10 +53,13 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 
 @assume_constant_result
-def is_unchanged(module: nn.Module, *sizes: int) -> bool:
-    """Whether the module runs its class's forward, and its weight has these sizes."""
-    weight = module._parameters.get("weight")
-    return "forward" not in vars(module) and weight is not None and weight.shape == sizes
+def is_unchanged(module: nn.Module, mark: SiteMark) -> bool:
+    """Whether nn.Linear's forward runs with a weight of the site's sizes, and no hook changes its
+    output before the mark sees it."""
+    weight, first = module._parameters.get("weight"), next(iter(module._forward_hooks.values()))
+    sizes = mark.out_features, mark.in_features
+    known = getattr(module.forward, "__func__", None) is nn.Linear.forward and first is mark
+    return known and weight is not None and weight.shape == sizes
 
 
 _WAY_OUT = (
@@ -138,8 +141,7 @@ class SiteMark:
         # Dynamo traces each instruction, in a tenth of a millisecond, and each function that is
         # called, in one. So the products of most sites have a short way.
         runtime, bank, traced = self.runtime, self.bank, tracing()
-        sizes = self.out_features, self.in_features
-        if traced and self.of_linear and args and runtime.active and is_unchanged(module, *sizes):
+        if traced and self.of_linear and args and runtime.active and is_unchanged(module, self):
             if runtime.graph_passes and derives():
                 return None  # as below
             factors = bank.A, bank.B, bank.ranks, bank.scales, runtime.slots

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.model.bank import Bank, SharedPair
@@ -138,9 +138,11 @@ class Site:
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
     """As `Site.has_own_forward`; also true if the registered forward does more than the product.
-    A registered class without a forward leaves the product to its subclasses."""
+    A registered class without a forward leaves the product to its subclasses, which is known where
+    they store their weight in a format."""
     forward = getattr(forward_of(module), "__func__", None)
-    abstract = entry.cls.forward is nn.Module.forward
+    plain = isinstance(getattr(module, entry.weight, None), Tensor)
+    abstract = entry.cls.forward is nn.Module.forward and not plain
     return entry.inner or forward is not (type(module) if abstract else entry.cls).forward
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dense_merge
 import pytest
@@ -129,9 +130,29 @@ def test_a_weight_of_other_sizes_is_refused_until_it_is_back(case: Case, start: 
     head = cm._orig_mod.head
     kept = dict(head._parameters)
     head.weight, head.bias = frozen(nn.Linear(8, 7)).parameters()
-    with pytest.raises(lorafx.MatchError, match="head.*7"):
+    with pytest.raises(lorafx.MatchError, match=r"head.*7"):
         cm(**inputs(), adapter_names=NAMES)
     head._parameters.update(kept)
+    check(cm, case)
+
+
+def test_the_first_hook_may_return_anything(case: Case) -> None:
+    cm = case.compile({"start": "compiled"})
+    layer = cm._orig_mod.layers[0][0]
+    layer.register_forward_hook(lambda _module, _args, y: {"y": y}, prepend=True)
+    layer.register_forward_hook(lambda _module, _args, y: y["y"])
+    check(cm, case)
+
+
+def test_a_class_that_is_set_later_may_return_anything(case: Case) -> None:
+    class Listed(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return [super().forward(x)]
+
+    cm = case.compile({"start": "compiled"})
+    layer = cm._orig_mod.layers[0][0]
+    layer.__class__ = Listed
+    layer.register_forward_hook(lambda _module, _args, y: y[0])
     check(cm, case)
 
 

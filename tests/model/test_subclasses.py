@@ -295,3 +295,37 @@ def test_eager_mode_takes_no_output_for_a_product_by_its_numbers(tmp_path: Path)
         x = {"x": gain * torch.randn(4, 3, K)}
         got, want = cm(**x, adapter_names=NAMES)["logits"], case.expected(NAMES, x)
         assert error(got, want) <= TOLERANCE
+
+
+class Abstract(nn.Module):
+    """Its subclasses say how they multiply."""
+
+    in_features, out_features = K, N
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, K))
+
+
+class Product(Abstract):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Scaled(Abstract):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("start", ["eager", "compiled"])
+def test_a_registered_class_without_a_forward(tmp_path: Path, start: str) -> None:
+    """What its subclasses make of the product is looked at, as they have the weight."""
+    lorafx.register(Abstract)
+    try:
+        base = nn.Sequential(nn.Linear(K, K), Product(), nn.Linear(N, K), Scaled())
+        randomise(base.eval().requires_grad_(False))
+        case = hand_case(base, tmp_path, a=["1", "3"], b=["3"])
+        x, cm = torch.randn(4, 3, K), case.compile({"start": start})
+        assert error(cm(x, adapter_names=NAMES), case.expected(NAMES, {"input": x})) <= TOLERANCE
+    finally:
+        lorafx.unregister(Abstract)
