@@ -53,12 +53,13 @@ def refuse_at_rest(runtime: Runtime, path: str) -> bool:
 
 
 @assume_constant_result
-def is_unchanged(module: nn.Module, mark: SiteMark) -> bool:
-    """Whether nn.Linear's forward runs with a weight of the site's sizes, and no hook changes its
-    output before the mark sees it."""
-    weight, first = module._parameters.get("weight"), next(iter(module._forward_hooks.values()))
-    sizes = mark.out_features, mark.in_features
-    known = getattr(module.forward, "__func__", None) is nn.Linear.forward and first is mark
+def is_unchanged(module: nn.Module, *sizes: int) -> bool:
+    """Whether nn.Linear's forward runs with a weight of these sizes, and no hook changes its output
+    before marks see it. (A graph that was given a mark here could not be saved.)"""
+    weight = module._parameters.get("weight")
+    marks = [isinstance(hook, SiteMark) for hook in module._forward_hooks.values()]
+    known = getattr(module.forward, "__func__", None) is nn.Linear.forward
+    known = known and marks == sorted(marks, reverse=True)
     return known and weight is not None and weight.shape == sizes
 
 
@@ -141,7 +142,8 @@ class SiteMark:
         # Dynamo traces each instruction, in a tenth of a millisecond, and each function that is
         # called, in one. So the products of most sites have a short way.
         runtime, bank, traced = self.runtime, self.bank, tracing()
-        if traced and self.of_linear and args and runtime.active and is_unchanged(module, self):
+        shape = self.out_features, self.in_features
+        if traced and self.of_linear and args and runtime.active and is_unchanged(module, *shape):
             if runtime.graph_passes and derives():
                 return None  # as below
             factors = bank.A, bank.B, bank.ranks, bank.scales, runtime.slots
