@@ -15,3 +15,8 @@ def maker_of(module: nn.Module, name: str) -> str:
         return "a parametrisation"
     hooked = bool(module._forward_pre_hooks) and isinstance(vars(module).get(name), Tensor)
     return "a hook" if hooked else ""
+
+
+def has_weight(module: nn.Module, name: str) -> bool:
+    """Whether the weight is a tensor of its name, or is computed whenever it is read."""
+    return is_parametrized(module, name) or isinstance(getattr(module, name, None), Tensor)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import LorafxError, nearest
+from lorafx.model.made_weights import has_weight
 from lorafx.placements import local
 from lorafx.registry import lookup
 
@@ -58,7 +59,7 @@ class Holder:
         entry = lookup(self.module)
         if entry is None or self.attribute in (entry.weight, "bias"):
             return entry is not None
-        return not isinstance(getattr(self.module, entry.weight, None), Tensor)
+        return not has_weight(self.module, entry.weight)
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -14,11 +14,12 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafx.kernels.ops.op_library import Ranges
 from lorafx.model.bank import Bank, SharedPair
 from lorafx.model.experts import ExpertWeight
+from lorafx.model.made_weights import has_weight
 from lorafx.placements import forward_of
 from lorafx.registry import Eligible
 
@@ -141,9 +142,10 @@ def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
     A registered class without a forward leaves the product to its subclasses, which is known where
     they store their weight in a format."""
     forward = getattr(forward_of(module), "__func__", None)
-    plain = isinstance(getattr(module, entry.weight, None), Tensor)
-    abstract = entry.cls.forward is nn.Module.forward and not plain
-    return entry.inner or forward is not (type(module) if abstract else entry.cls).forward
+    registered = entry.cls.forward
+    if registered is nn.Module.forward and not has_weight(module, entry.weight):
+        registered = type(module).forward
+    return entry.inner or forward is not registered
 
 
 def own_ranges(site: Site) -> Ranges:

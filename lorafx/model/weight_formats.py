@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lorafx.libraries import class_of_library
+from lorafx.libraries import is_of_library
 from lorafx.placements import is_placed, local
 from lorafx.registry import Eligible
 from lorafx.torch_internals.graph_parts import is_traceable_wrapper_subclass
@@ -112,7 +112,10 @@ class Bitsandbytes8(Format):
 
     def holds(self, module: nn.Module, name: str) -> bool:
         weight: Any = getattr(module, name, None)
-        return _is(weight, "bitsandbytes.nn.modules", "Int8Params") and weight.dtype == torch.int8
+        return (
+            is_of_library(weight, "bitsandbytes.nn.modules", "Int8Params")
+            and weight.dtype == torch.int8
+        )
 
     def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         # Statistics move from the parameter to the module's state.
@@ -146,7 +149,9 @@ class Bitsandbytes4(Format):
 
     def holds(self, module: nn.Module, name: str) -> bool:
         weight: Any = getattr(module, name, None)
-        return _is(weight, "bitsandbytes.nn.modules", "Params4bit") and weight.bnb_quantized
+        return (
+            is_of_library(weight, "bitsandbytes.nn.modules", "Params4bit") and weight.bnb_quantized
+        )
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
         weight = getattr(module, name)
@@ -251,7 +256,7 @@ class Bitsandbytes4Parameter(Format):
             return None
         makers: Any = module.parametrizations
         maker, *others = makers[name]
-        known = _is(maker, "bitsandbytes.nn.parametrize", "Bnb4bitParametrization")
+        known = is_of_library(maker, "bitsandbytes.nn.parametrize", "Bnb4bitParametrization")
         return maker if known and not others else None
 
 
@@ -280,7 +285,9 @@ class FineGrained8(Format):
 
     def holds(self, module: nn.Module, name: str) -> bool:
         owner = "transformers.integrations.finegrained_fp8"
-        known = _is(module, owner, "FP8Linear") or _is(module, owner, "FP8Experts")
+        known = is_of_library(module, owner, "FP8Linear") or is_of_library(
+            module, owner, "FP8Experts"
+        )
         return known and getattr(module, f"{name}_scale_inv", None) is not None
 
     def dequantize(self, module: nn.Module, name: str) -> Tensor:
@@ -301,7 +308,7 @@ class QuantLinear(Format):
     by the dtype of x, and may pack them for it."""
 
     def holds(self, module: nn.Module, name: str) -> bool:
-        return _is(module, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
+        return is_of_library(module, "gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
 
     def settle(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         inputs: Any = module.in_features
@@ -379,12 +386,6 @@ def format_of(module: nn.Module, name: str) -> Format | None:
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """All tensors that a module without children may store its weight in."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-
-
-def _is(value: Any, module: str, name: str) -> bool:
-    """Whether `value` is an instance of a library's class, without importing the library."""
-    cls = class_of_library(module, name)
-    return cls is not None and isinstance(value, cls)
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
