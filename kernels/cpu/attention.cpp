@@ -73,7 +73,7 @@ INLINE vec exp_of(vec x) {
 }
 
 INLINE float largest(vec a) {
-#if SUM_FOUR
+#if SUM_FOUR && LANES == 16
 #define HALVED(...)                                            \
     {                                                          \
         vec b = __builtin_shufflevector(a, a, __VA_ARGS__);    \

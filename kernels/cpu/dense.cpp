@@ -3,12 +3,14 @@
 // scale and zero are by row, or by row and group of columns.
 //
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
-// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the
-// vectors of sums that registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
-// EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in. Of a STORED weight, W is the type of
-// Q, and S and Z are those of scale and zero; with GROUPED they are applied to each number, else scale is
-// applied to y, and there is no zero. The tiles of a PACKED weight are those of packed.h. All sizes come
-// with the call, so one kernel serves every linear.
+// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or two
+// tiles of rows that take turns at each of W's planes; ACCUMULATORS, the vectors of sums that registers
+// hold; MOST_PLANES of a tile; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
+// EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with SPLIT that is float32 beside
+// a W of bfloat16: a step of x is its even elements, then its odd ones, as W is widened. Of a STORED weight,
+// W is the type of Q, and S and Z are those of scale and zero; with GROUPED they are applied to each number,
+// else scale is applied to y, and there is no zero. The tiles of a PACKED weight are those of packed.h. All
+// sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
@@ -18,9 +20,13 @@
 #if !PACKED
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
-template <int ROWS, bool FIRST> struct Planes {
-    static const bool ONE = FIRST && !STORED && ROWS <= Dot<E, W>::STREAM;
-    static const int VALUE = ONE ? 1 : ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
+static const int PITCH = GROUP + LANES;  // between rows of sums: a tile may write more than its own
+// SHARES: how many tiles share the prefetching of W, for which memory is idle in none; 0 where W is in a
+// cache.
+template <int ROWS, int SHARES> struct Planes {
+    static const bool ONE = SHARES == 1 && !STORED && ROWS <= Dot<E, W>::STREAM;
+    static const int FIT = LANES == 16 ? ACCUMULATORS / ROWS : 15 / (ROWS + 1);
+    static const int VALUE = ONE ? STREAM_PLANES : FIT < MOST_PLANES ? FIT : MOST_PLANES;
     static const int AHEAD = ONE ? STREAM_AHEAD : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
 };
 #endif
@@ -36,9 +42,27 @@ struct Call {
 #if !PACKED
 INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
 
+#if SPLIT
+struct D {
+    static const int STEP = 2 * LANES, PARTS = 2;
+    typedef vec left, right;
+    typedef bits loaded;
+    INLINE vec part(bits a, int i) { return i ? odd(a) : even(a); }
+    INLINE vec add(vec acc, left x, right a) { return fused(acc, x, a); }
+};
+#else
 #if STORED
-typedef Dot<E, E> D;
+struct D : Dot<E, E> {
+#else
+struct D : Dot<E, W> {
+#endif
+    static const int PARTS = 1;
+    typedef right loaded;
+    INLINE right part(right a, int) { return a; }
+};
+#endif
 
+#if STORED
 struct Factors {
     float scale, zero;
 };
@@ -46,40 +70,34 @@ INLINE Factors factors(const Args* g, long at) {
     return {S::one(((const S::T*)g->scale)[at]), HAS_ZERO ? Z::one(((const Z::T*)g->zero)[at]) : 0};
 }
 INLINE vec numbers(const W::T* q, const Factors& f) {
-    vec a = W::widen(load_raw<W::raw>(q));
+    vec a = W::at(q);
     if (HAS_ZERO) a -= f.zero;
     return GROUPED ? a * f.scale : a;
 }
-INLINE D::right weights(const W::T* q, const Factors& f) {  // of a step
+INLINE D::loaded weights(const W::T* q, const Factors& f) {  // of a step
     vec a[D::STEP / LANES];
     UNROLL for (int i = 0; i < D::STEP / LANES; i++) a[i] = numbers(q + i * LANES, f);
-    D::right step;
+    D::loaded step;
     narrow_step(&step, a);
     return step;
 }
 #else
-typedef Dot<E, W> D;
-
 struct Factors {};
 INLINE Factors factors(const Args*, long) { return {}; }
-INLINE D::right weights(const W::T* w, const Factors&) { return load_raw<D::right>(w); }
+INLINE D::loaded weights(const W::T* w, const Factors&) { return load_raw<D::loaded>(w); }
 #endif
-INLINE D::right first_weights(const W::T* w, long count, const Factors& f) {
-    W::T step[D::STEP] = {};
-    memcpy(step, w, count * sizeof *w);
-    return weights(step, f);
-}
 #endif
 
-// Elements between rows of x: an odd number of lines of a cache. Rows that lie 4 KB apart would fight
-// for the same few of them.
+// Elements between rows of x: whole steps, and an odd number of lines of a cache. Rows that lie 4 KB
+// apart would fight for the same few of them.
 INLINE long row_stride(long K) {
-    const long line = 64 / sizeof(E::T), lines = (K + line - 1) / line;
+    const long line = 64 / sizeof(E::T), whole = D::STEP > line ? (long)D::STEP : line;
+    const long lines = (K + whole - 1) / whole * (whole / line);
     return (lines | 1) * line;
 }
 
 #if !PACKED
-// One step of a tile. Registers hold the rows or the planes, whichever are fewer.
+// One step of a tile, or a half of it. Registers hold the rows or the planes, whichever are fewer.
 template <int ROWS, int N>
 INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     if (ROWS <= N) {
@@ -100,74 +118,105 @@ INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
     }
 }
 
-// v[row][n] = W[column + n] · x[row] for ROWS × N pairs; `ahead` are N planes that come later
-template <int ROWS, int N, bool FIRST>
-INLINE void dense_tile(const Call* c, const E::T* x, long column, const W::T* w, const W::T* ahead,
-                       float* v) {
+// Planes of W: where they begin, how far they lie apart, and where their factors are.
+struct Source {
+    const W::T *w, *ahead;  // `ahead` are those that come later
+    long stride, factors;
+};
+
+// v[row][n] = W[n] · x[row] for ROWS × N pairs
+template <int ROWS, int N, int SHARES>
+INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) {
     const long LINE = 64 / sizeof(W::T), AT_ONCE = LINE < D::STEP ? (long)D::STEP : LINE;
-    const long K = c->args->in_features, stride = c->args->w_stride;
-    const long group = GROUPED ? c->args->group : K, groups = GROUPED ? K / group : 1;
+    const long K = c->args->in_features, group = GROUPED ? c->args->group : K;
+    const long groups = s.stride && GROUPED ? K / group : 0;
+    const long whole = K - K % D::STEP;
+    W::T last[N * D::STEP];
     vec acc[ROWS * N] = {};
-    D::right ws[N];
     Factors f[N];
-    long next = 0, at = column * groups;  // the next group, and its factors for the first plane
-    auto add = [&](long k, long count) __attribute__((always_inline)) {
-        if (GROUPED && k == next) {
-            UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, at + n * groups);
-            next += group, at++;
+    long next = 0, at = s.factors;  // the next group, and its factors for the first plane
+    for (long k = 0, stop; k < K; k = stop) {
+        const W::T* w = s.w + k;
+        long apart = s.stride;
+        if (k < whole) {
+            stop = k + AT_ONCE < whole ? k + AT_ONCE : whole;
+            // W streams from memory: tiles prefetch planes ahead, into the first cache and in the order
+            // of addresses unless x fills that cache
+            if (SHARES > 1 || (SHARES && ROWS * sizeof(E::T) <= 24))
+                UNROLL for (int n = 0; n * SHARES < N; n++)
+                    __builtin_prefetch(s.ahead + k * N / SHARES + n * LINE, 0, 3);
+            else if (SHARES)
+                UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(s.ahead + n * s.stride + k, 0, 2);
+        } else {  // less than a step: filled up with zeros
+            memset(last, 0, sizeof last);
+            for (int n = 0; n < N; n++) memcpy(last + n * D::STEP, w + n * apart, (K - k) * sizeof *w);
+            w = last, apart = D::STEP, stop = k + D::STEP;
         }
-        UNROLL for (int n = 0; n < N; n++)
-            ws[n] = count < D::STEP ? first_weights(w + n * stride + k, count, f[n])
-                                    : weights(w + n * stride + k, f[n]);
-        step<ROWS, N>(acc, x + k, c->stride, ws);
-    };
-    long k = 0;
-    for (; k + AT_ONCE <= K; k += AT_ONCE) {
-        // W streams from memory: the first tile prefetches planes ahead, into the first cache and in the
-        // order of addresses unless x fills that cache
-        if (FIRST) UNROLL for (int n = 0; n < N; n++) {
-            if (ROWS * sizeof(E::T) <= 24) __builtin_prefetch(ahead + k * N + n * LINE, 0, 3);
-            else __builtin_prefetch(ahead + n * stride + k, 0, 2);
+        for (long i = k; i < stop; i += D::STEP, w += D::STEP) {
+            if (GROUPED && i == next) {
+                UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, at + n * groups);
+                next += group, at++;
+            }
+            const W::T* again = w;
+            UNROLL for (int part = 0; part < D::PARTS; part++) {
+                D::right ws[N];
+                UNROLL for (int n = 0; n < N; n++) ws[n] = D::part(weights(again + n * apart, f[n]), part);
+                step<ROWS, N>(acc, x + i + part * LANES, c->stride, ws);
+                // The next part loads W again: there are no registers for it.
+                if (D::PARTS > 1) __asm__("" : "+r"(again));
+            }
         }
-        UNROLL for (long i = k; i < k + AT_ONCE; i += D::STEP) add(i, D::STEP);
     }
-    for (; k + D::STEP <= K; k += D::STEP) add(k, D::STEP);
-    if (k < K) add(k, K - k);
-    float sums[ROWS * N + 3];
-    int i = 0;
+    UNROLL for (int row = 0; row < ROWS; row++) {
+        const vec* a = acc + row * N;
+        int n = 0;
 #if SUM_FOUR
-    UNROLL for (; i + 4 <= ROWS * N; i += 4)
-        put_four(sums + i, sum_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]));
+        UNROLL for (; n + 2 < N; n += 4)
+            put_four(v + row * PITCH + n, sum_four(a[n], a[n + 1], a[n + 2], a[n + 3 < N ? n + 3 : n]));
 #endif
-    UNROLL for (; i < ROWS * N; i++) sums[i] = sum(acc[i]);
-    for (int row = 0; row < ROWS; row++) memcpy(v + row * GROUP, sums + row * N, N * sizeof *v);
+        UNROLL for (; n < N; n++) v[row * PITCH + n] = sum(a[n]);
+    }
 }
 
-// y for ROWS rows from `m`, which begin at `x`, and columns [begin, end)
-template <int ROWS, bool FIRST>
-__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, long begin,
-                                              long end) {
+template <int ROWS, int N, int SHARES>
+INLINE void last_tile(const Call* c, const E::T* x, int rows, const Source& s, float* v) {
+    if constexpr (ROWS > 0) {
+        if (rows >= ROWS) dense_tile<ROWS, N, SHARES>(c, x, s, v);
+        else last_tile<ROWS - 1, N, SHARES>(c, x, rows, s, v);
+    }
+}
+
+// y for rows [m, m + rows), which begin at `x`, in tiles of ROWS, and columns [begin, end)
+template <int ROWS, int SHARES>
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int rows,
+                                              long begin, long end) {
     const Args* g = c->args;
-    const long N = g->out_features, stride = g->w_stride;
-    const int PLANES = Planes<ROWS, FIRST>::VALUE, AHEAD = Planes<ROWS, FIRST>::AHEAD;
+    const long K = g->in_features, N = g->out_features, groups = GROUPED ? K / g->group : 0;
+    const int PLANES = Planes<ROWS, SHARES>::VALUE, AHEAD = Planes<ROWS, SHARES>::AHEAD;
     for (long column = begin; column < end; column += GROUP) {
         const int size = end - column < GROUP ? end - column : GROUP;
-        float v[ROWS * GROUP + LANES];
-        int n = 0;
-        for (; n + PLANES <= size; n += PLANES) {
-            const W::T* w = (const W::T*)g->w + (column + n) * stride;
-            const W::T* ahead = column + n + AHEAD + PLANES <= N ? w + AHEAD * stride : w;
-            dense_tile<ROWS, PLANES, FIRST>(c, x, column + n, w, ahead, v + n);
+        float v[BLOCK_ROWS * PITCH], one[BLOCK_ROWS * PITCH];
+        for (int n = 0; n < size;) {
+            // Columns behind the last whole tile are one plane each, PLANES times.
+            const bool whole = n + PLANES <= size, more = column + n + AHEAD + PLANES <= N;
+            const W::T* w = (const W::T*)g->w + (column + n) * g->w_stride;
+            Source s = {w, more ? w + AHEAD * g->w_stride : w, whole ? g->w_stride : 0,
+                        (column + n) * groups};
+            float* to = whole ? v + n : one;
+            dense_tile<ROWS, PLANES, SHARES>(c, x, s, to);
+            if constexpr (ROWS == TILE && SHARES != 1) {
+                s.ahead += PLANES * K / 2;
+                last_tile<BLOCK_ROWS - TILE, PLANES, SHARES>(c, x + ROWS * c->stride, rows - ROWS, s,
+                                                             to + ROWS * PITCH);
+            }
+            for (int row = 0; !whole && row < rows; row++) v[row * PITCH + n] = one[row * PITCH];
+            n += whole ? PLANES : 1;
         }
-        for (; n < size; n++) {
-            const W::T* w = (const W::T*)g->w + (column + n) * stride;
-            dense_tile<ROWS, 1, FIRST>(c, x, column + n, w, w, v + n);
-        }
-        for (int row = 0; row < ROWS; row++) {
+        for (int row = 0; row < rows; row++) {
             Y::T* y = (Y::T*)g->y + (m + row) * N + column;
             for (int i = 0; i < size; i += LANES) {
                 const int count = size - i < LANES ? size - i : LANES;
-                vec part = load_raw<vec>(v + row * GROUP + i);
+                vec part = load_raw<vec>(v + row * PITCH + i);
 #if STORED && !GROUPED
                 const S::T* s = (const S::T*)g->scale + column + i;
                 part *= S::widen(load_first<S::raw>(s, count * sizeof *s));
@@ -188,9 +237,11 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
 template <int ROWS>
 INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, long end) {
     if constexpr (ROWS > 0) {
-        if (rows == ROWS && !m) columns<ROWS, true>(c, x, m, begin, end);
-        else if (rows == ROWS) columns<ROWS, false>(c, x, m, begin, end);
-        else tile<ROWS - 1>(c, x, rows, m, begin, end);
+        if (rows < ROWS) return tile<ROWS - 1>(c, x, rows, m, begin, end);
+        if (m) return columns<ROWS, 0>(c, x, m, rows, begin, end);
+        if constexpr (ROWS == TILE && BLOCK_ROWS > TILE)
+            if (rows > ROWS) return columns<ROWS, 2>(c, x, m, rows, begin, end);
+        columns<ROWS, 1>(c, x, m, rows, begin, end);
     }
 }
 
@@ -198,8 +249,15 @@ INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, lon
 INLINE void pack_row(const Call* c, long m, E::T* out) {
     const long K = c->args->in_features;
     const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
-#if WIDENED
     long k = 0;
+#if SPLIT
+    for (; k < K; k += D::STEP) {
+        const bool whole = k + D::STEP <= K;
+        const bits both = whole ? load_raw<bits>(x + k) : load_first<bits>(x + k, (K - k) * sizeof *x);
+        const vec parts[] = {even(both), odd(both)};
+        memcpy(out + k, parts, sizeof parts);
+    }
+#elif WIDENED
     for (; k + LANES <= K; k += LANES) {
         vec part = X::widen(load_raw<X::raw>(x + k));
         memcpy(out + k, &part, sizeof part);
@@ -207,8 +265,9 @@ INLINE void pack_row(const Call* c, long m, E::T* out) {
     for (; k < K; k++) out[k] = X::one(x[k]);
 #else
     memcpy(out, x, K * sizeof *x);
+    k = K;
 #endif
-    memset(out + K, 0, (c->stride - K) * sizeof *out);
+    memset(out + k, 0, (c->stride - k) * sizeof *out);
 #if PACKED
     sum_groups(c->args, out, (float*)(out + K));
 #endif
@@ -244,8 +303,10 @@ static void run_units(int64_t first, int64_t last, void* context) {
         for (long m = 0; m < M; m++) pack_row(c, m, x + m * c->stride);
     for (int64_t unit = first; unit < last; unit++) {
         const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
-        for (long m = 0; m < M; m += TILE)
-            tile<TILE>(c, x + m * c->stride, M - m < TILE ? M - m : TILE, m, begin, end);
+        for (long m = 0; m < M; m += BLOCK_ROWS) {
+            const int rows = M - m < BLOCK_ROWS ? M - m : BLOCK_ROWS;
+            tile<TILE>(c, x + m * c->stride, rows, m, begin, end);
+        }
         if (e && unit + 1 == last) run_after(c, e, pending, end);
         else if (e && end - pending >= EPILOGUE_COLUMNS) {
             const long stop = end - (end - pending) % (2 * LANES);  // whole pairs of vectors

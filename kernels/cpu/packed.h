@@ -144,14 +144,14 @@ INLINE void store(const Args* g, long m, long begin, long size, const float* pla
 }
 
 // totals += what PARTS vectors of bytes, from byte j of the lines of the group at k, add to ROWS rows
-template <int ROWS, int PARTS, bool FIRST, bool WHOLE, class Call>
+template <int ROWS, int PARTS, int SHARES, bool WHOLE, class Call>
 INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, long line, long j,
                       const Factors& f, float (*totals)[BLOCK]) {
     const long K = c->args->in_features, group = c->args->group;
     vec acc[ROWS][2 * PARTS] = {};
     for (long i = 0; i < group; i += D::STEP / LANES) {
         const uint8_t* p = q + i * line + j;
-        if (FIRST) __builtin_prefetch(p + AHEAD, 0, 3);
+        if (SHARES) __builtin_prefetch(p + AHEAD, 0, 3);
         D::right a[2 * PARTS];
         UNROLL for (int part = 0; part < PARTS; part++)
             if (BY_LINES && WHOLE) decode_whole(a + 2 * part, p - j, j / LANES + part);
@@ -173,9 +173,9 @@ INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, lo
 }
 
 // y for ROWS rows from `m`, which begin at `x`, and columns [begin, end): a block
-template <int ROWS, bool FIRST, class Call>
-__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, long begin,
-                                              long end) {
+template <int ROWS, int SHARES, class Call>
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int,
+                                              long begin, long end) {
     const Args* g = c->args;
     const long K = g->in_features, size = end - begin, line = size / 2;
     const int PARTS = ACCUMULATORS >= 4 * ROWS + 4 ? 2 : 1;
@@ -184,13 +184,13 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
         const uint8_t* q = (const uint8_t*)g->w + begin * K / 2 + k * line;
         Factors f;
         load_factors(&f, g, begin, size, k);
-        if (FIRST) prefetch_factors(g, begin, k);
+        if (SHARES) prefetch_factors(g, begin, k);
         if (size == BLOCK)
             for (long j = 0; j < HALF; j += PARTS * LANES)
-                add_group<ROWS, PARTS, FIRST, true>(c, x, k, q, HALF, j, f, totals);
+                add_group<ROWS, PARTS, SHARES, true>(c, x, k, q, HALF, j, f, totals);
         else
             for (long j = 0; j < line; j += LANES)
-                add_group<ROWS, 1, FIRST, false>(c, x, k, q, line, j, f, totals);
+                add_group<ROWS, 1, SHARES, false>(c, x, k, q, line, j, f, totals);
     }
     for (int row = 0; row < ROWS; row++) store(g, m + row, begin, size, totals[row]);
 }

@@ -113,21 +113,59 @@ struct I8 {
         return __builtin_convertvector(__builtin_convertvector(a, ints), vec);
 #endif
     }
+    INLINE vec at(const T* p) {  // widened as it is loaded
+#if HAS_F16C
+        struct bytes { T of[LANES]; };
+        typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+        ints words;
+        __asm__("vpmovsxbd %1, %0" : "=v"(words) : "m"(*(const bytes*)p));
+        return __builtin_convertvector(words, vec);
+#else
+        return widen(load_raw<raw>(p));
+#endif
+    }
     INLINE float one(T a) { return a; }
 };
 
 // Two bf16 to a 32-bit lane: the even elements and the odd ones.
 INLINE vec even(bits a) { return (vec)(a << 16); }
+#if LANES == 8 && HAS_F16C
+static const bits UPPER = (bits){} + 0xffff0000;
+INLINE vec odd(bits a) {  // the mask in memory: GCC 12 holds it in a register that sums need
+    vec out;
+    __asm__("vpand %1, %2, %0" : "=x"(out) : "m"(UPPER), "x"(a));
+    return out;
+}
+#else
 INLINE vec odd(bits a) { return (vec)(a & 0xffff0000); }
+#endif
 #if HAS_DPBF16
 static const uint16_t INTERLEAVE[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 #endif
 
 // The order of additions is one tree, (low half + high half) down to one lane, in all forms.
-#if LANES == 16 && defined(__has_builtin)
+#if LANES >= 8 && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SUM_FOUR 1
+// sum_four: four sums for the price of one and a half, the halves of all four are added side by side.
+#if LANES == 8
+INLINE float sum(vec a) {
+    a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+    a += __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return a[0] + a[1];
+}
+INLINE vec sum_four(vec a, vec b, vec c, vec d) {
+    vec ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    vec cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11) +
+             __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    vec q = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+            __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    q += __builtin_shufflevector(q, q, 1, 0, 3, 2, 5, 4, 7, 6);
+    return __builtin_shufflevector(q, q, 0, 4, 2, 6, 0, 4, 2, 6);
+}
+#else
 INLINE float sum(vec a) {
     a += __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
@@ -136,7 +174,6 @@ INLINE float sum(vec a) {
     return a[0];
 }
 
-// Four sums for the price of one and a half: the halves of all four are added side by side.
 INLINE vec sum_four(vec a, vec b, vec c, vec d) {
 #define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HIGH_HALVES 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
@@ -152,6 +189,7 @@ INLINE vec sum_four(vec a, vec b, vec c, vec d) {
 }
 #endif
 #endif
+#endif
 #ifndef SUM_FOUR
 INLINE float sum(vec a) {
     float total[LANES];
@@ -164,6 +202,16 @@ INLINE float sum(vec a) {
 
 // ---- one step of a dot product ---------------------------------------------------------------
 
+// acc + x · a
+INLINE vec fused(vec acc, vec x, vec a) {
+#if LANES == 8 && HAS_F16C  // GCC 12 moves sums from register to register, and to the stack
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(x), "x"(a));
+    return acc;
+#else
+    return acc + x * a;
+#endif
+}
+
 // How many planes ahead a tile of one plane prefetches.
 static const int STREAM_AHEAD = 8;
 // STREAM: the most rows of a tile with one plane at a time. With few rows memory is what takes the time, and
@@ -173,7 +221,7 @@ template <class P, class Q> struct Dot {
     static const int STEP = LANES, STREAM = sizeof(typename P::T) == 4 ? 3 : 1;
     typedef typename P::raw left;
     typedef typename Q::raw right;
-    INLINE vec add(vec acc, left x, right a) { return acc + P::widen(x) * Q::widen(a); }
+    INLINE vec add(vec acc, left x, right a) { return fused(acc, P::widen(x), Q::widen(a)); }
 };
 
 template <> struct Dot<BF16, BF16> {
@@ -185,8 +233,7 @@ template <> struct Dot<BF16, BF16> {
         __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(a));
         return acc;
 #else
-        acc += even(x) * even(a);
-        return acc + odd(x) * odd(a);
+        return fused(fused(acc, even(x), even(a)), odd(x), odd(a));
 #endif
     }
 };

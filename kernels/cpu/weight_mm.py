@@ -139,7 +139,7 @@ def source(spec: WeightSpec, isa: Isa) -> str:
     defines: dict[str, object] = {"PACKED": int(is_packed), "STORED": int(is_stored)}
     # Converting x once takes less time than converting it for each column.
     step = ELEMENTS[spec.dtype]
-    if spec.dtype == torch.float16 or (spec.scale is not None and not isa.dpbf16):
+    if not isa.dpbf16 or spec.dtype == torch.float16:
         step = "F32"
     if is_packed:
         defines |= {"BLOCK": packed_block(), "S": elements[spec.scale]}
@@ -151,15 +151,20 @@ def source(spec: WeightSpec, isa: Isa) -> str:
     # Of eight rows, tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of
     # the time of six and two, but 1.07 where integers become float32 (Zen 4, cold weights).
     full = 8 if (isa.dpbf16 if step == "BF16" else not is_stored) else 6
+    tile = full if isa.lanes == 16 else 4
     sizes = {
-        "TILE": full if isa.lanes == 16 else 4,
+        "TILE": tile,
+        "BLOCK_ROWS": 2 * tile if isa.lanes == 8 and not is_packed else tile,
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
+        "MOST_PLANES": 8 if isa.lanes == 16 else 4,
+        "STREAM_PLANES": 1 if isa.lanes == 16 else 2,
         "UNIT_BYTES": UNIT_BYTES,
         "SERIAL_WORK": SERIAL_WORK,
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
     defines = {"E": step, "WIDENED": int(step != ELEMENTS[spec.dtype]), **defines}
+    defines |= {"SPLIT": int(spec.weight == torch.bfloat16 and step == "F32")}
     tiles = ["packed.h"] if is_packed else []
     files = ("vectors.h", "epilogue.h", "dense_args.h", *tiles, "dense.cpp")
     return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files, defines)
