@@ -3,7 +3,7 @@
 // scale and zero are by row, or by row and group of columns.
 //
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
-// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or two
+// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or four
 // tiles of rows that take turns at each of W's planes; ACCUMULATORS, the vectors of sums that registers
 // hold; MOST_PLANES of a tile; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
 // EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with SPLIT that is float32 beside
@@ -179,10 +179,10 @@ INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) 
 }
 
 template <int ROWS, int N, int SHARES>
-INLINE void last_tile(const Call* c, const E::T* x, int rows, const Source& s, float* v) {
+INLINE void some_rows(const Call* c, const E::T* x, int rows, const Source& s, float* v) {
     if constexpr (ROWS > 0) {
         if (rows >= ROWS) dense_tile<ROWS, N, SHARES>(c, x, s, v);
-        else last_tile<ROWS - 1, N, SHARES>(c, x, rows, s, v);
+        else some_rows<ROWS - 1, N, SHARES>(c, x, rows, s, v);
     }
 }
 
@@ -203,12 +203,13 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
             Source s = {w, more ? w + AHEAD * g->w_stride : w, whole ? g->w_stride : 0,
                         (column + n) * groups};
             float* to = whole ? v + n : one;
-            dense_tile<ROWS, PLANES, SHARES>(c, x, s, to);
-            if constexpr (ROWS == TILE && SHARES != 1) {
-                s.ahead += PLANES * K / 2;
-                last_tile<BLOCK_ROWS - TILE, PLANES, SHARES>(c, x + ROWS * c->stride, rows - ROWS, s,
-                                                             to + ROWS * PITCH);
-            }
+            if constexpr (ROWS < TILE || SHARES == 1)
+                dense_tile<ROWS, PLANES, SHARES>(c, x, s, to);
+            else
+                for (int row = 0; row < rows; row += ROWS) {
+                    some_rows<ROWS, PLANES, SHARES>(c, x + row * c->stride, rows - row, s, to + row * PITCH);
+                    s.ahead += PLANES * K / (SHARES ? SHARES : 1);
+                }
             for (int row = 0; !whole && row < rows; row++) v[row * PITCH + n] = one[row * PITCH];
             n += whole ? PLANES : 1;
         }
@@ -239,8 +240,10 @@ INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, lon
     if constexpr (ROWS > 0) {
         if (rows < ROWS) return tile<ROWS - 1>(c, x, rows, m, begin, end);
         if (m) return columns<ROWS, 0>(c, x, m, rows, begin, end);
-        if constexpr (ROWS == TILE && BLOCK_ROWS > TILE)
+        if constexpr (ROWS == TILE && BLOCK_ROWS > TILE) {
+            if (rows > 2 * ROWS) return columns<ROWS, 4>(c, x, m, rows, begin, end);
             if (rows > ROWS) return columns<ROWS, 2>(c, x, m, rows, begin, end);
+        }
         columns<ROWS, 1>(c, x, m, rows, begin, end);
     }
 }

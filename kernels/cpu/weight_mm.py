@@ -152,7 +152,7 @@ def source(spec: WeightSpec, isa: Isa) -> str:
     wide = isa.lanes == 16
     tile = (6 if is_stored and step == "F32" else 8) if wide else 4
     sizes = {
-        **{"TILE": tile, "BLOCK_ROWS": 2 * tile if isa.lanes == 8 and not is_packed else tile},
+        **{"TILE": tile, "BLOCK_ROWS": 4 * tile if isa.lanes == 8 and not is_packed else tile},
         **{"ACCUMULATORS": 24 if wide else 12, "MOST_PLANES": 8 if wide else 4},
         "STREAM_PLANES": 1 if wide else 2,
         "UNIT_BYTES": UNIT_BYTES,
