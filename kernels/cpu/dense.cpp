@@ -5,12 +5,12 @@
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
 // sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or four
 // tiles of rows that take turns at each of W's planes; ACCUMULATORS, the vectors of sums that registers
-// hold; MOST_PLANES of a tile; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK;
-// EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with SPLIT that is float32 beside
-// a W of bfloat16: a step of x is its even elements, then its odd ones, as W is widened. Of a STORED weight,
-// W is the type of Q, and S and Z are those of scale and zero; with GROUPED they are applied to each number,
-// else scale is applied to y, and there is no zero. The tiles of a PACKED weight are those of packed.h. All
-// sizes come with the call, so one kernel serves every linear.
+// hold; MOST_PLANES of a tile; STREAMS, the planes of few rows; UNIT_BYTES, of W that a unit of work keeps
+// in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with
+// SPLIT that is float32 beside a W of bfloat16: a step of x is its even elements, then its odd ones, as W
+// is widened. Of a STORED weight, W is the type of Q, and S and Z are those of scale and zero; with GROUPED
+// they are applied to each number, else scale is applied to y, and there is no zero. The tiles of a PACKED
+// weight are those of packed.h. All sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
@@ -20,14 +20,16 @@
 #if !PACKED
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
-static const int PITCH = GROUP + LANES;  // between rows of sums: a tile may write more than its own
+static const int PITCH = 8;  // between rows of sums
 // SHARES: how many tiles share the prefetching of W, for which memory is idle in none; 0 where W is in a
 // cache.
 template <int ROWS, int SHARES> struct Planes {
-    static const bool ONE = SHARES == 1 && !STORED && ROWS <= Dot<E, W>::STREAM;
+    static const bool FEW = SHARES == 1 && !STORED && ROWS <= (SPLIT ? 2 : Dot<E, W>::STREAM);
+    // Whether planes of a tile lie far apart, each a stream that the CPU itself prefetches.
+    static const bool FAR = FEW && STREAMS > 1;
     static const int FIT = LANES == 16 ? ACCUMULATORS / ROWS : 15 / (ROWS + 1);
-    static const int VALUE = ONE ? STREAM_PLANES : FIT < MOST_PLANES ? FIT : MOST_PLANES;
-    static const int AHEAD = ONE ? STREAM_AHEAD : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
+    static const int VALUE = FEW ? STREAMS : FIT < MOST_PLANES ? FIT : MOST_PLANES;
+    static const int AHEAD = FEW ? STREAM_AHEAD : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
 };
 #endif
 
@@ -121,7 +123,7 @@ INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
 // Planes of W: where they begin, how far they lie apart, and where their factors are.
 struct Source {
     const W::T *w, *ahead;  // `ahead` are those that come later
-    long stride, factors;
+    long stride, factors, groups;
 };
 
 // v[row][n] = W[n] · x[row] for ROWS × N pairs
@@ -129,8 +131,8 @@ template <int ROWS, int N, int SHARES>
 INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) {
     const long LINE = 64 / sizeof(W::T), AT_ONCE = LINE < D::STEP ? (long)D::STEP : LINE;
     const long K = c->args->in_features, group = GROUPED ? c->args->group : K;
-    const long groups = s.stride && GROUPED ? K / group : 0;
     const long whole = K - K % D::STEP;
+    const bool AHEAD = SHARES && !Planes<ROWS, SHARES>::FAR;
     W::T last[N * D::STEP];
     vec acc[ROWS * N] = {};
     Factors f[N];
@@ -142,10 +144,10 @@ INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) 
             stop = k + AT_ONCE < whole ? k + AT_ONCE : whole;
             // W streams from memory: tiles prefetch planes ahead, into the first cache and in the order
             // of addresses unless x fills that cache
-            if (SHARES > 1 || (SHARES && ROWS * sizeof(E::T) <= 24))
+            if (AHEAD && (SHARES > 1 || ROWS * sizeof(E::T) <= 24))
                 UNROLL for (int n = 0; n * SHARES < N; n++)
                     __builtin_prefetch(s.ahead + k * N / SHARES + n * LINE, 0, 3);
-            else if (SHARES)
+            else if (AHEAD)
                 UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(s.ahead + n * s.stride + k, 0, 2);
         } else {  // less than a step: filled up with zeros
             memset(last, 0, sizeof last);
@@ -154,7 +156,7 @@ INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) 
         }
         for (long i = k; i < stop; i += D::STEP, w += D::STEP) {
             if (GROUPED && i == next) {
-                UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, at + n * groups);
+                UNROLL for (int n = 0; n < N; n++) f[n] = factors(c->args, at + n * s.groups);
                 next += group, at++;
             }
             const W::T* again = w;
@@ -192,32 +194,38 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
                                               long begin, long end) {
     const Args* g = c->args;
     const long K = g->in_features, N = g->out_features, groups = GROUPED ? K / g->group : 0;
-    const int PLANES = Planes<ROWS, SHARES>::VALUE, AHEAD = Planes<ROWS, SHARES>::AHEAD;
+    typedef Planes<ROWS, SHARES> P;
+    const int PLANES = P::VALUE, AHEAD = P::AHEAD;
     for (long column = begin; column < end; column += GROUP) {
         const int size = end - column < GROUP ? end - column : GROUP;
-        float v[BLOCK_ROWS * PITCH], one[BLOCK_ROWS * PITCH];
-        for (int n = 0; n < size;) {
+        float v[BLOCK_ROWS * GROUP + LANES], sums[BLOCK_ROWS * PITCH];
+        const int apart = P::FAR ? size / PLANES : 1;
+        for (int n = 0, next; n < size; n = next) {
             // Columns behind the last whole tile are one plane each, PLANES times.
-            const bool whole = n + PLANES <= size, more = column + n + AHEAD + PLANES <= N;
+            const bool whole = P::FAR ? n < apart : n + PLANES <= size;
+            const bool more = column + n + AHEAD + PLANES <= N;
             const W::T* w = (const W::T*)g->w + (column + n) * g->w_stride;
-            Source s = {w, more ? w + AHEAD * g->w_stride : w, whole ? g->w_stride : 0,
-                        (column + n) * groups};
-            float* to = whole ? v + n : one;
+            Source s = {w, more ? w + AHEAD * g->w_stride : w, whole ? apart * g->w_stride : 0,
+                        (column + n) * groups, whole ? apart * groups : 0};
             if constexpr (ROWS < TILE || SHARES == 1)
-                dense_tile<ROWS, PLANES, SHARES>(c, x, s, to);
+                dense_tile<ROWS, PLANES, SHARES>(c, x, s, sums);
             else
                 for (int row = 0; row < rows; row += ROWS) {
-                    some_rows<ROWS, PLANES, SHARES>(c, x + row * c->stride, rows - row, s, to + row * PITCH);
+                    some_rows<ROWS, PLANES, SHARES>(c, x + row * c->stride, rows - row, s,
+                                                    sums + row * PITCH);
                     s.ahead += PLANES * K / (SHARES ? SHARES : 1);
                 }
-            for (int row = 0; !whole && row < rows; row++) v[row * PITCH + n] = one[row * PITCH];
-            n += whole ? PLANES : 1;
+            for (int row = 0; row < rows; row++)
+                for (int i = 0; i < (whole ? PLANES : 1); i++)
+                    v[row * GROUP + n + i * apart] = sums[row * PITCH + i];
+            next = n + (whole && !P::FAR ? PLANES : 1);
+            if (P::FAR && next == apart) next *= PLANES;
         }
         for (int row = 0; row < rows; row++) {
             Y::T* y = (Y::T*)g->y + (m + row) * N + column;
             for (int i = 0; i < size; i += LANES) {
                 const int count = size - i < LANES ? size - i : LANES;
-                vec part = load_raw<vec>(v + row * PITCH + i);
+                vec part = load_raw<vec>(v + row * GROUP + i);
 #if STORED && !GROUPED
                 const S::T* s = (const S::T*)g->scale + column + i;
                 part *= S::widen(load_first<S::raw>(s, count * sizeof *s));

@@ -146,15 +146,15 @@ def source(spec: WeightSpec, isa: Isa) -> str:
     if is_stored:
         defines |= {"HAS_ZERO": int(spec.zero is not None), "W": elements[spec.weight]}
         defines |= {"S": elements[spec.scale], "Z": elements[spec.zero or spec.weight]}
-    # Of eight rows, tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of
-    # the time of six and two, but 1.07 where integers become float32 (Zen 4, cold weights). With 16
-    # registers, two of four in turn take 0.72, 0.81 and 0.83 of one after the other (Zen 3).
+    # Eight rows: tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of six
+    # and two, but 1.07 where integers become float32 (Zen 4, cold weights). With 16 registers two of
+    # four in turn take 0.75 to 0.8 of one by one; four streams for few rows, 0.8 to 0.93 (Zen 3).
     wide = isa.lanes == 16
     tile = (6 if is_stored and step == "F32" else 8) if wide else 4
     sizes = {
         **{"TILE": tile, "BLOCK_ROWS": 4 * tile if isa.lanes == 8 and not is_packed else tile},
         **{"ACCUMULATORS": 24 if wide else 12, "MOST_PLANES": 8 if wide else 4},
-        "STREAM_PLANES": 1 if wide else 2,
+        "STREAMS": 1 if wide else 4,
         "UNIT_BYTES": UNIT_BYTES,
         "SERIAL_WORK": SERIAL_WORK,
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
