@@ -147,8 +147,8 @@ def source(spec: WeightSpec, isa: Isa) -> str:
         defines |= {"HAS_ZERO": int(spec.zero is not None), "W": elements[spec.weight]}
         defines |= {"S": elements[spec.scale], "Z": elements[spec.zero or spec.weight]}
     # Eight rows: tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of six
-    # and two, but 1.07 where integers become float32 (Zen 4, cold weights). With 16 registers two of
-    # four in turn take 0.75 to 0.8 of one by one; four streams for few rows, 0.8 to 0.93 (Zen 3).
+    # and two, but 1.07 where integers become float32 (Zen 4, cold weights). With 16 registers two
+    # of four in turn take 0.75 to 0.8 of one by one; four streams of few rows 0.8 to 0.93 (Zen 3).
     wide = isa.lanes == 16
     tile = (6 if is_stored and step == "F32" else 8) if wide else 4
     sizes = {
