@@ -51,6 +51,7 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
         "PAIRS": isa.pairs,
         "AHEAD": AHEAD,
         "ONE_STREAM": 0,
+        "STREAMS": 1 if isa.lanes == 16 else 4,
         "CHAINED": 0,
         "SERIAL_WORK": SERIAL_WORK,
     }

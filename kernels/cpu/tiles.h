@@ -7,10 +7,11 @@
 // element of v or y depends on K and the rank alone, never on the shape of the tile that computed
 // it, so a row's result is bit-equal whatever its neighbours are.
 
-// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes; `ahead` are the N that come next
+// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes, `apart` from one another; `ahead` are
+// the N that come next, or null where the CPU prefetches them itself
 template <int ROWS, int N>
 INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, float scale,
-                        float* v) {
+                        float* v, long apart = 1) {
     typedef Dot<X, W> D;
     vec acc[ROWS][N] = {};
     long k = 0;
@@ -19,8 +20,9 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
             // A streams from memory: prefetch the next planes
-            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * A_STRIDE + k, 0, N == 1 ? 3 : 2);
-            D::right as = load_raw<D::right>(a + n * A_STRIDE + k);
+            if (ahead && ROWS <= PREFETCH_ROWS)
+                __builtin_prefetch(ahead + n * A_STRIDE + k, 0, N == 1 ? 3 : 2);
+            D::right as = load_raw<D::right>(a + n * apart * A_STRIDE + k);
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
         }
@@ -31,7 +33,7 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         UNROLL for (int row = 0; row < ROWS; row++)
             xs[row] = load_first<D::left>(x[row] + k, tail * sizeof(X::T));
         UNROLL for (int n = 0; n < N; n++) {
-            D::right as = load_first<D::right>(a + n * A_STRIDE + k, tail * sizeof(W::T));
+            D::right as = load_first<D::right>(a + n * apart * A_STRIDE + k, tail * sizeof(W::T));
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
         }
@@ -39,13 +41,14 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
     UNROLL for (int row = 0; row < ROWS; row++) {
         int n = 0;
 #if SUM_FOUR
-        UNROLL for (; n + 4 <= N; n += 4) {
-            vec* p = acc[row] + n;
-            vec four = scale * sum_four(p[0], p[1], p[2], p[3]);
-            memcpy(v + row * R + n, &four, 16);
-        }
+        if (apart == 1)
+            UNROLL for (; n + 4 <= N; n += 4) {
+                vec* p = acc[row] + n;
+                vec four = scale * sum_four(p[0], p[1], p[2], p[3]);
+                memcpy(v + row * R + n, &four, 16);
+            }
 #endif
-        for (; n < N; n++) v[row * R + n] = scale * sum(acc[row][n]);
+        for (; n < N; n++) v[row * R + n * apart] = scale * sum(acc[row][n]);
     }
 }
 
@@ -98,7 +101,13 @@ __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a
     const bool ONE = ONE_STREAM && ROWS <= Dot<X, W>::STREAM;
     const int N = ONE ? 1 : ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
     int p = first;
-    for (; p + N <= rank; p += N) {
+    if constexpr (ONE && STREAMS > 1) {
+        const int apart = (rank - first) / STREAMS;
+        for (; p < first + apart; p++)
+            shrink_tile<ROWS, STREAMS>(x, a + p * A_STRIDE, 0, scale, v + p, apart);
+        p = first + apart * STREAMS;
+    }
+    for (; !(ONE && STREAMS > 1) && p + N <= rank; p += N) {
         const long later = p + (ONE ? STREAM_AHEAD : N);
         const W::T* ahead = later < rank ? a + later * A_STRIDE
                             : next       ? next + (later - rank) * A_STRIDE

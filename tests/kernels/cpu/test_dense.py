@@ -87,8 +87,8 @@ def set_many(onednn: bool | None, float32: bool | None) -> None:
 def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
     """Tiles of every height, columns that fill no group or vector, features that fill no step."""
     weight_mm.GENERATED.load(dense(dtype), isa)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 70):
-        for features, columns in ((1, 1), (40, 130), (129, 47)):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 10, 13, 70):
+        for features, columns in ((1, 1), (40, 130), (129, 47), (17, 3)):
             bias, x, weight = operands(rows, features, columns, dtype)
             check(lora.weight_mm(x, weight), x, weight)
             check(lora.weight_mm(x, weight, bias), x, weight, bias)
