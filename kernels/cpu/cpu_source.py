@@ -50,8 +50,7 @@ def tile_sizes(isa: Isa) -> dict[str, int]:
         "PLANES": isa.planes,
         "PAIRS": isa.pairs,
         "AHEAD": AHEAD,
-        "ONE_STREAM": 0,
-        "STREAMS": 1 if isa.lanes == 16 else 4,
+        "STREAMS": 0,  # planes side by side, as many as registers hold
         "CHAINED": 0,
         "SERIAL_WORK": SERIAL_WORK,
     }

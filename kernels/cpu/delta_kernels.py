@@ -69,7 +69,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "EXPERTS": spec.experts,
         "PREFETCH_ROWS": isa.tile,
         # Of eight adapters a product takes 1.24 instead of 1.30 of none (Zen 3, cold factors).
-        "ONE_STREAM": int(isa.lanes == 8),
+        "STREAMS": isa.streams if isa.lanes == 8 else 0,
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": sum(-(-size // COLUMN_BLOCK) for size in spec.sizes),

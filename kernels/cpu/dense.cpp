@@ -5,12 +5,12 @@
 // Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
 // sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or four
 // tiles of rows that take turns at each of W's planes; ACCUMULATORS, the vectors of sums that registers
-// hold; MOST_PLANES of a tile; STREAMS, the planes of few rows; UNIT_BYTES, of W that a unit of work keeps
-// in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with
-// SPLIT that is float32 beside a W of bfloat16: a step of x is its even elements, then its odd ones, as W
-// is widened. Of a STORED weight, W is the type of Q, and S and Z are those of scale and zero; with GROUPED
-// they are applied to each number, else scale is applied to y, and there is no zero. The tiles of a PACKED
-// weight are those of packed.h. All sizes come with the call, so one kernel serves every linear.
+// hold; STREAMS, the planes of few rows; UNIT_BYTES, of W that a unit of work keeps in a cache;
+// SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type that rows are multiplied in, and with SPLIT that is
+// float32 beside a W of bfloat16: a step of x is its even elements, then its odd ones, as W is widened. Of
+// a STORED weight, W is the type of Q, and S and Z are those of scale and zero; with GROUPED they are
+// applied to each number, else scale is applied to y, and there is no zero. The tiles of a PACKED weight
+// are those of packed.h. All sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
@@ -21,14 +21,15 @@
 // Columns computed at a time, a multiple of every tile's number of planes.
 static const int GROUP = 24, MOST_GROUPS = 4;
 static const int PITCH = 8;  // between rows of sums
-// SHARES: how many tiles share the prefetching of W, for which memory is idle in none; 0 where W is in a
-// cache.
+// SHARES: among how many tiles the prefetching of W is divided, so that memory is idle in none of them; 0
+// where W is in a cache.
 template <int ROWS, int SHARES> struct Planes {
     static const bool FEW = SHARES == 1 && !STORED && ROWS <= (SPLIT ? 2 : Dot<E, W>::STREAM);
     // Whether planes of a tile lie far apart, each a stream that the CPU itself prefetches.
     static const bool FAR = FEW && STREAMS > 1;
-    static const int FIT = LANES == 16 ? ACCUMULATORS / ROWS : 15 / (ROWS + 1);
-    static const int VALUE = FEW ? STREAMS : FIT < MOST_PLANES ? FIT : MOST_PLANES;
+    // 16 registers hold sums, the planes and a row; of 32 there are enough for what is not a sum.
+    static const int FIT = LANES == 16 ? ACCUMULATORS / ROWS : 15 / (ROWS + 1), MOST = LANES == 16 ? 8 : 4;
+    static const int VALUE = FEW ? STREAMS : FIT < MOST ? FIT : MOST;
     static const int AHEAD = FEW ? STREAM_AHEAD : STORED ? 2 * VALUE : VALUE;  // planes, to be prefetched
 };
 #endif

@@ -77,7 +77,7 @@ def source(spec: ProductSpec, isa: Isa) -> str:
         "A_STRIDE": spec.in_features,
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
-        "ONE_STREAM": 1,  # unlike factors and keys, weights are not in a cache
+        "STREAMS": isa.streams,  # unlike factors and keys, weights are not in a cache
     }
     files = ("vectors.h", "tiles.h", "product.cpp")
     defines = {"STORED": int(spec.stored), **({"W": "I8"} if spec.stored else {})}

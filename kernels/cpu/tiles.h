@@ -98,17 +98,16 @@ template <int ROWS>
 __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
                                              float* v, int first, int rank,
                                              const W::T* next = 0) {
-    const bool ONE = ONE_STREAM && ROWS <= Dot<X, W>::STREAM;
-    const int N = ONE ? 1 : ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
+    const bool FEW = STREAMS && ROWS <= Dot<X, W>::STREAM;
+    const int N = FEW ? 1 : ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
     int p = first;
-    if constexpr (ONE && STREAMS > 1) {
+    if constexpr (FEW && STREAMS > 1) {
         const int apart = (rank - first) / STREAMS;
         for (; p < first + apart; p++)
             shrink_tile<ROWS, STREAMS>(x, a + p * A_STRIDE, 0, scale, v + p, apart);
         p = first + apart * STREAMS;
-    }
-    for (; !(ONE && STREAMS > 1) && p + N <= rank; p += N) {
-        const long later = p + (ONE ? STREAM_AHEAD : N);
+    } else for (; p + N <= rank; p += N) {
+        const long later = p + (FEW ? STREAM_AHEAD : N);
         const W::T* ahead = later < rank ? a + later * A_STRIDE
                             : next       ? next + (later - rank) * A_STRIDE
                                          : a + p * A_STRIDE;

@@ -214,9 +214,9 @@ INLINE vec fused(vec acc, vec x, vec a) {
 
 // How many planes ahead a tile of one plane prefetches.
 static const int STREAM_AHEAD = 8;
-// STREAM: the most rows of a tile with one plane at a time. With few rows memory is what takes the time, and
-// it is read faster in one stream than in several that are 4 KB apart; with more it is the loads of x, which
-// planes side by side share, as they do conversions.
+// STREAM: the most rows of a tile with one plane at a time, or with STREAMS that lie far apart. With few rows
+// memory is what takes the time, which is read more slowly in streams that are 4 KB apart; with more it is the
+// loads of x, which planes side by side share, as they do conversions.
 template <class P, class Q> struct Dot {
     static const int STEP = LANES, STREAM = sizeof(typename P::T) == 4 ? 3 : 1;
     typedef typename P::raw left;

@@ -148,13 +148,13 @@ def source(spec: WeightSpec, isa: Isa) -> str:
         defines |= {"S": elements[spec.scale], "Z": elements[spec.zero or spec.weight]}
     # Eight rows: tiles of eight take 0.8 to 0.93 (float32), 0.9 (bfloat16) and 0.76 (int8) of six
     # and two, but 1.07 where integers become float32 (Zen 4, cold weights). With 16 registers two
-    # of four in turn take 0.75 to 0.8 of one by one; four streams of few rows 0.8 to 0.93 (Zen 3).
-    wide = isa.lanes == 16
-    tile = (6 if is_stored and step == "F32" else 8) if wide else 4
+    # of four in turn take 0.75 to 0.8 of one by one (Zen 3).
+    tile = 4 if isa.lanes < 16 else 6 if is_stored and step == "F32" else 8
     sizes = {
-        **{"TILE": tile, "BLOCK_ROWS": 4 * tile if isa.lanes == 8 and not is_packed else tile},
-        **{"ACCUMULATORS": 24 if wide else 12, "MOST_PLANES": 8 if wide else 4},
-        "STREAMS": 1 if wide else 4,
+        "TILE": tile,
+        "BLOCK_ROWS": 4 * tile if isa.lanes == 8 and not is_packed else tile,
+        "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
+        "STREAMS": isa.streams,
         "UNIT_BYTES": UNIT_BYTES,
         "SERIAL_WORK": SERIAL_WORK,
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
