@@ -142,7 +142,7 @@ INLINE void dense_tile(const Call* c, const E::T* x, const Source& s, float* v) 
         const W::T* w = s.w + k;
         long apart = s.stride;
         if (k < whole) {
-            stop = k + AT_ONCE < whole ? k + AT_ONCE : whole;
+            stop = AT_ONCE == D::STEP || k + AT_ONCE < whole ? k + AT_ONCE : whole;
             // W streams from memory: tiles prefetch planes ahead, into the first cache and in the order
             // of addresses unless x fills that cache
             if (AHEAD && (SHARES > 1 || ROWS * sizeof(E::T) <= 24))
