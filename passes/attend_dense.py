@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.kernels.cpu.compiler import has_matrix_tiles
 from lorafx.kernels.cpu.dense_attention import ATTENTION, GENERATED, AttentionForm
 from lorafx.op_arguments import bound, operand
 from lorafx.program.attention_nodes import only_result, same_sizes, scale_of, take_place
 from lorafx.program.context import Context
 from lorafx.program.frame import fake_value
+from lorafx.torch_internals.cpu import has_matrix_tiles
 
 aten = torch.ops.aten
 

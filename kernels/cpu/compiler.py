@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from lorafx.errors import LoweringError
+from lorafx.torch_internals.cpu import has_avx512_bf16, has_matrix_tiles
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
@@ -42,7 +43,8 @@ class Isa:
         lanes: float32 lanes of a vector.
         tile, planes, pairs: rows of a full tile, and the planes of A or pairs of column vectors of
             B with it; tile · planes, and tile · 2 · pairs, accumulators fit into the registers.
-        f16c, dpbf16: whether conversions from float16 and bfloat16 dot products are instructions.
+        f16c, dpbf16, matrix_tiles: whether conversions from float16, dot products of bfloat16 and
+            products of its matrix tiles (AMX) are instructions.
     """
 
     name: str
@@ -53,17 +55,28 @@ class Isa:
     pairs: int
     f16c: bool = False
     dpbf16: bool = False
+    matrix_tiles: bool = False
 
     @property
     def streams(self) -> int:
         """In which few rows read a weight: 4 take 0.8 to 0.93 of one's time (Zen 3, not 4, 5)."""
         return 1 if self.lanes == 16 else 4
 
+    @property
+    def locality(self) -> int:
+        """With which a weight is prefetched: 3 for the first cache, 2 for the second, which takes
+        0.83 of the first's time for one row of float32 and as long for eight (Sapphire Rapids, the
+        kind of CPU that has matrix tiles)."""
+        return 2 if self.matrix_tiles else 3
+
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw")
+_BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
 ISAS = (
-    Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), 16, 6, 4, 2, f16c=True, dpbf16=True),
+    Isa("amx_bf16", _AMX, 16, 6, 4, 2, f16c=True, dpbf16=True, matrix_tiles=True),
+    Isa("avx512_bf16", _BF16, 16, 6, 4, 2, f16c=True, dpbf16=True),
     Isa("avx512", _AVX512, 16, 6, 4, 2, f16c=True),
     Isa("avx2", _AVX2, 8, 4, 2, 1, f16c=True),
     Isa("portable", (), 4, 4, 2, 1),
@@ -74,20 +87,15 @@ def runnable_isas() -> tuple[Isa, ...]:
     """The ISAs that this CPU runs, best first, within torch's limit (ATEN_CPU_CAPABILITY)."""
     level = torch.backends.cpu.get_cpu_capability()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    wide = x86 and level == "AVX512"
     runs = {
-        "avx512_bf16": x86 and level == "AVX512" and has_bf16(),
-        "avx512": x86 and level == "AVX512",
+        "amx_bf16": wide and has_avx512_bf16() and has_matrix_tiles(),
+        "avx512_bf16": wide and has_avx512_bf16(),
+        "avx512": wide,
         "avx2": x86 and level in ("AVX2", "AVX512"),
         "portable": True,
     }
     return tuple(isa for isa in ISAS if runs[isa.name])
-
-
-@functools.cache
-def has_matrix_tiles() -> bool:
-    """Whether torch.mm multiplies bfloat16 by the CPU's matrix tiles (AMX)."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def find_compiler() -> str:
@@ -159,6 +167,7 @@ def best_isa() -> Isa:
     problem = LoweringError("no instruction set")
     for isa in runnable_isas():
         body = '__asm__("vdpbf16ps %zmm0, %zmm0, %zmm0");' if isa.dpbf16 else ""
+        body += '__asm__("tdpbf16ps %tmm0, %tmm1, %tmm2");' if isa.matrix_tiles else ""
         try:
             compile_library(PROBE % body, isa.flags)
         except LoweringError as error:

@@ -9,8 +9,8 @@
 //
 //     y[m, n] = Σ_g scale[g, n] · Σ_k (q[n, k] − 8) x[m, k] + zero[g, n] · Σ_k x[m, k]
 //
-// Before this text stand the preamble that dense.cpp describes, vectors.h, epilogue.h and dense_args.h.
-// In Args, w is the packed integers and scale is (G, N, 2), scale and zero of each group and row.
+// Before this text stand the preamble that dense.cpp describes, vectors.h, epilogue.h, dense_args.h and
+// dense_call.h. In Args, w is the packed integers and scale is (G, N, 2), scale and zero of each group and row.
 
 typedef Dot<E, E> D;
 typedef uint8_t byte_lanes __attribute__((vector_size(LANES)));
@@ -144,7 +144,7 @@ INLINE void store(const Args* g, long m, long begin, long size, const float* pla
 }
 
 // totals += what PARTS vectors of bytes, from byte j of the lines of the group at k, add to ROWS rows
-template <int ROWS, int PARTS, int SHARES, bool WHOLE, class Call>
+template <int ROWS, int PARTS, int SHARES, bool WHOLE>
 INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, long line, long j,
                       const Factors& f, float (*totals)[BLOCK]) {
     const long K = c->args->in_features, group = c->args->group;
@@ -173,7 +173,7 @@ INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, lo
 }
 
 // y for ROWS rows from `m`, which begin at `x`, and columns [begin, end): a block
-template <int ROWS, int SHARES, class Call>
+template <int ROWS, int SHARES>
 __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int,
                                               long begin, long end) {
     const Args* g = c->args;

@@ -18,7 +18,7 @@ from tiny_models import right_padded, token_inputs
 from toolchain import needs_compiler
 
 import lorafx
-from lorafx.kernels.cpu.compiler import has_matrix_tiles
+from lorafx.torch_internals.cpu import has_matrix_tiles
 
 pytestmark = [pytest.mark.any_sizes, needs_compiler]
 
