@@ -64,7 +64,7 @@ INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, lon
     }
 }
 
-#if !MATRIX
+#if !MATRIX || PACKED
 // Elements between rows of x: whole steps, and an odd number of lines of a cache. Rows that lie 4 KB
 // apart would fight for the same few of them.
 INLINE long row_stride(long K) {
@@ -72,7 +72,6 @@ INLINE long row_stride(long K) {
     const long lines = (K + whole - 1) / whole * (whole / line);
     return (lines | 1) * line;
 }
-INLINE long room(long M) { return M; }  // in rows
 INLINE long place(const Call* c, long m) { return m * c->stride; }
 
 // x in the type that it is multiplied in, its rows filled up with zeros.
@@ -103,6 +102,9 @@ INLINE void pack_row(const Call* c, long m, E::T* out) {
 #endif
 }
 #endif
+
+// Rows of x that there is room for: matrix tiles are read whole.
+INLINE long room(long M) { return MATRIX && M > TILE ? (M + TILE - 1) / TILE * TILE : M; }
 
 static void pack_rows(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;

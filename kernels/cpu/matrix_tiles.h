@@ -2,13 +2,11 @@
 //
 // A tile is 16 rows of 64 bytes. One of W is 32 columns of it, as they lie in memory if they are bfloat16,
 // and one of x is 16 pairs of columns with all rows side by side; their product is 16 columns of y with all
-// rows side by side, in float32:
-//
-//     sums[n][m] += Σ_p W[n][2p] x[m][2p] + W[n][2p + 1] x[m][2p + 1]    (tdpbf16ps)
+// rows side by side.
 //
 // The CPU multiplies faster than memory brings W, whatever the number of rows. Integers are widened into
 // buffers, as is what is less than a tile. Before this text stand the preamble that dense.cpp describes,
-// vectors.h, epilogue.h, dense_args.h and dense_call.h.
+// vectors.h, epilogue.h, dense_args.h, dense_call.h and amx.h.
 
 // Columns of y computed at a time, in two tiles.
 static const int GROUP = 32, MOST_GROUPS = 4;
@@ -16,23 +14,11 @@ static const int GROUP = 32, MOST_GROUPS = 4;
 // Rows of x side by side.
 INLINE long pitch(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
 
-INLINE void begin_tiles(const Args* g) {
-    struct {
-        uint8_t palette, start, unused[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shapes = {1};
-    for (int i = 0; i < 5; i++) {
-        shapes.rows[i] = 16;
-        shapes.bytes[i] = i < 2 ? 64 : 4 * pitch(g);
-    }
-    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
-}
-INLINE void end_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
-
 // 0, 1: of W; 2, 3: sums; 4: of x
-#define LOAD_TILE(i, p, bytes)                                               \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #i : : "r"(p), "r"((long)(bytes)) : "memory")
+INLINE void begin_tiles(const Args* g) {
+    const int narrow = 4 * pitch(g);
+    configure({16, 16, 16, 16, 16}, {64, 64, narrow, narrow, narrow});
+}
 
 // `size` rows of W from `n`, of which there may be less than 16, and columns from k
 INLINE void widen_tile(const Args* g, E::T* tile, long n, int size, long k) {
@@ -61,34 +47,33 @@ INLINE void dot_products(const Call* c, const E::T* x, int rows, long column, in
     // W streams from memory: what comes next, into the second cache and in the order of addresses
     const char* ahead = (const char*)(column + 2 * GROUP <= g->out_features ? w + GROUP * g->w_stride : w);
     E::T widened[2][2][16 * D::STEP];
-    __asm__ volatile("tilezero %%tmm2; tilezero %%tmm3" : :);
+    zero_tile<2>(), zero_tile<3>();
     for (long k = 0; k < K; k += D::STEP) {
         if (SHARES)
             UNROLL for (int i = 0; i < GROUP * D::STEP * (int)sizeof *w; i += 64)
                 __builtin_prefetch(ahead + k * GROUP * sizeof *w + i, 0, 2);
         if (!STORED && size == GROUP && k + D::STEP <= K) {
-            LOAD_TILE(0, w + k, bytes);
-            LOAD_TILE(1, (const char*)(w + k) + 16 * bytes, bytes);
+            load_tile<0>(w + k, bytes);
+            load_tile<1>((const char*)(w + k) + 16 * bytes, bytes);
         } else {
             E::T (*tiles)[16 * D::STEP] = widened[k / D::STEP % 2];
             widen_tile(g, tiles[0], column, size, k);
             widen_tile(g, tiles[1], column + 16, size - 16, k);
-            LOAD_TILE(0, tiles[0], 64);
-            LOAD_TILE(1, tiles[1], 64);
+            load_tile<0>(tiles[0], 64);
+            load_tile<1>(tiles[1], 64);
         }
-        LOAD_TILE(4, x + k * pairs, 4 * pairs);
-        __asm__ volatile("tdpbf16ps %%tmm4, %%tmm0, %%tmm2; tdpbf16ps %%tmm4, %%tmm1, %%tmm3" : :);
+        load_tile<4>(x + k * pairs, 4 * pairs);
+        multiply_tiles<2, 0, 4>(), multiply_tiles<3, 1, 4>();
     }
     float sums[GROUP * TILE];
-    __asm__ volatile("tilestored %%tmm2, (%0,%1,1)" : : "r"(sums), "r"(4 * pairs) : "memory");
-    __asm__ volatile("tilestored %%tmm3, (%0,%1,1)" : : "r"(sums + 16 * pairs), "r"(4 * pairs) : "memory");
+    store_tile<2>(sums, 4 * pairs);
+    store_tile<3>(sums + 16 * pairs, 4 * pairs);
     for (int row = 0; row < rows; row++)
         for (int n = 0; n < GROUP; n++) v[row * GROUP + n] = sums[n * pairs + row];
 }
 
 // How x is packed: pairs of columns, up to TILE rows of each side by side.
 INLINE long row_stride(long K) { return (K + D::STEP - 1) / D::STEP * D::STEP; }
-INLINE long room(long M) { return M < TILE ? M : (M + TILE - 1) / TILE * TILE; }  // in rows
 INLINE long place(const Call* c, long m) { return m / TILE * TILE * c->stride + m % TILE * 2; }
 
 INLINE void pack_row(const Call* c, long m, E::T* out) {

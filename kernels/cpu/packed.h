@@ -172,14 +172,12 @@ INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, lo
         }
 }
 
-// y for ROWS rows from `m`, which begin at `x`, and columns [begin, end): a block
+// totals += what a block gives ROWS rows
 template <int ROWS, int SHARES>
-__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int,
-                                              long begin, long end) {
+INLINE void add_block(const Call* c, const E::T* x, long begin, long size, float (*totals)[BLOCK]) {
     const Args* g = c->args;
-    const long K = g->in_features, size = end - begin, line = size / 2;
+    const long K = g->in_features, line = size / 2;
     const int PARTS = ACCUMULATORS >= 4 * ROWS + 4 ? 2 : 1;
-    float totals[ROWS][BLOCK] = {};
     for (long k = 0; k < K; k += g->group) {
         const uint8_t* q = (const uint8_t*)g->w + begin * K / 2 + k * line;
         Factors f;
@@ -192,7 +190,80 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
             for (long j = 0; j < line; j += LANES)
                 add_group<ROWS, 1, SHARES, false>(c, x, k, q, line, j, f, totals);
     }
-    for (int row = 0; row < ROWS; row++) store(g, m + row, begin, size, totals[row]);
+}
+
+#if MATRIX
+// 0 to 3: sums; 4: of x; 5: of W
+INLINE void begin_tiles(const Args* g) {
+    const int M = g->rows < TILE ? g->rows : TILE;
+    configure({M, M, M, M, M, 16}, {64, 64, 64, 64, 64, 64});
+}
+
+template <int N> INLINE void add_tile(const D::right (*tiles)[16]) {
+    load_tile<5>(tiles[N], sizeof **tiles);
+    multiply_tiles<N, 4, 5>();
+}
+
+// The same of a whole block and `rows` rows, in tiles of 16 rows of W and 16 pairs of lines
+template <int SHARES>
+INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, float (*totals)[BLOCK]) {
+    const Args* g = c->args;
+    const long K = g->in_features, group = g->group;
+    const uint8_t* q = (const uint8_t*)g->w + begin * K / 2;
+    D::right numbers[2][BLOCK / 16][16];  // tiles are read while the next ones are written
+    Factors f;
+    auto add_sums = [&](long k) __attribute__((always_inline)) {
+        float sums[TILE][BLOCK];
+        store_tile<0>(sums[0], sizeof *sums), store_tile<1>(sums[0] + 16, sizeof *sums);
+        store_tile<2>(sums[0] + 32, sizeof *sums), store_tile<3>(sums[0] + 48, sizeof *sums);
+        for (int row = 0; row < rows; row++) {
+            const float sum = ((const float*)(x + row * c->stride + K))[k / group];
+            UNROLL for (int n = 0; n < BLOCK; n += LANES) {
+                vec total = load_raw<vec>(totals[row] + n) + sum * load_raw<vec>(f.zero + n);
+                total += load_raw<vec>(f.scale + n) * load_raw<vec>(sums[row] + n);
+                memcpy(totals[row] + n, &total, sizeof total);
+            }
+        }
+    };
+    for (long k = 0; k < K; k += D::STEP) {
+        auto tiles = numbers[k / D::STEP % 2];
+        for (int pair = 0; pair < 16; pair++) {
+            const uint8_t* p = q + (k + 2 * pair) * HALF;
+            if (SHARES) __builtin_prefetch(p + AHEAD, 0, 3);
+            UNROLL for (int half = 0; half < 2; half++) {
+                D::right a[2];
+                decode_whole(a, p, half);
+                tiles[half][pair] = a[0], tiles[half + 2][pair] = a[1];
+            }
+        }
+        if (k % group == 0) {  // the last group's products are ready by now
+            if (k) add_sums(k - group);
+            load_factors(&f, g, begin, BLOCK, k);
+            if (SHARES) prefetch_factors(g, begin, k);
+            zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+        }
+        load_tile<4>(x + k, c->stride * sizeof *x);
+        add_tile<0>(tiles), add_tile<1>(tiles), add_tile<2>(tiles), add_tile<3>(tiles);
+    }
+    add_sums(K - group);
+}
+#endif
+
+// y for rows [m, m + rows), which begin at `x`, and columns [begin, end): a block
+template <int ROWS, int SHARES>
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int rows,
+                                              long begin, long end) {
+    const long size = end - begin;
+    float totals[ROWS][BLOCK] = {};
+#if MATRIX
+    if (size == BLOCK) multiply_block<SHARES>(c, x, rows, begin, totals);
+    else
+        for (int row = 0; row < rows; row++)
+            add_block<1, SHARES>(c, x + row * c->stride, begin, size, totals + row);
+#else
+    add_block<ROWS, SHARES>(c, x, begin, size, totals);
+#endif
+    for (int row = 0; row < rows; row++) store(c->args, m + row, begin, size, totals[row]);
 }
 
 // Σ_k x[k] of each group of a row

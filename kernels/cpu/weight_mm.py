@@ -140,7 +140,7 @@ def source(spec: WeightSpec, isa: Isa) -> str:
     defines: dict[str, object] = {"PACKED": int(is_packed), "STORED": int(is_stored)}
     # Converting x once takes less time than converting it for each column.
     step = ELEMENTS[spec.dtype] if isa.dpbf16 and spec.dtype != torch.float16 else "F32"
-    defines["MATRIX"] = int(matrix := isa.matrix_tiles and step == "BF16" and not is_packed)
+    matrix = isa.matrix_tiles and step == "BF16" and (not is_packed or packed_block() == 64)
     if is_packed:
         defines |= {"BLOCK": packed_block(), "S": elements[spec.scale]}
     else:
@@ -162,11 +162,11 @@ def source(spec: WeightSpec, isa: Isa) -> str:
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
-    defines = {"E": step, "WIDENED": int(step != ELEMENTS[spec.dtype]), **defines}
+    defines |= {"E": step, "WIDENED": int(step != ELEMENTS[spec.dtype]), "MATRIX": int(matrix)}
     defines |= {"SPLIT": int(spec.weight == torch.bfloat16 and step == "F32")}
     tiles = "packed.h" if is_packed else "matrix_tiles.h" if matrix else "planes.h"
-    files = ("vectors.h", "epilogue.h", "dense_args.h", "dense_call.h", tiles, "dense.cpp")
-    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files, defines)
+    heads = ["vectors.h", "epilogue.h", "dense_args.h", "dense_call.h", *["amx.h"] * matrix]
+    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, [*heads, tiles, "dense.cpp"], defines)
 
 
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to
