@@ -14,7 +14,8 @@
 // call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
-// it: a row's result is bit-equal whatever its neighbours are, and however many.
+// it: a row's result is bit-equal whatever its neighbours are, and however many; but for one row alone of
+// a PACKED weight with MATRIX, unless the call is fixed.
 
 #include <sched.h>
 

@@ -18,8 +18,8 @@ widens integers in registers. More are multiplied by aten.mm and addmm, or by on
 faster, and in float32 where aten has no instructions for the dtype; of integers W is then made in
 the dtype of x. The choice is made at each call in C++
 (weight_op.cpp); `fixed` products are always generated. Without a compiler and on other devices aten
-computes all. A row that generated code computes is bit-equal in all such batches. A product of few
-rows and its delta are one parallel region (delta_beside.cpp). No gradient is registered.
+computes all. A row is bit-equal in all batches of generated code, alone only if `fixed`. A product
+of few rows and its delta are one parallel region (delta_beside.cpp). No gradient is registered.
 
     source(spec, isa) = #defines and constants of spec
                         + vectors.h + epilogue.h + dense_args.h + dense_call.h

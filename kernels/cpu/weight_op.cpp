@@ -88,7 +88,7 @@ static bool by_kernel(const Kernel* k, const View& x, const View& w, const View*
     succeeds(torch.data_ptr(y, &data));
     FewRows few = {k->run, {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
                          w.strides[0], (int64_t)thread_count(), torch.parallel, 0, args.scale,
-                         args.zero, args.group}};
+                         args.zero, args.group, fixed}};
     if (!delta) return !k->run(&few.args);
     more.run_delta(delta->operands, delta->rows, delta->kernel, with_epilogue, &few);
     return true;
