@@ -3,20 +3,19 @@
 // A tile is known by its number. The compiler knows nothing of tiles, and keeps the order of what is
 // volatile.
 
+// The rows of each tile, and the bytes of each row, as the CPU reads them; palette 0 is a CPU without tiles.
 struct Shapes {
-    int of[8];
+    uint8_t palette, start, unused[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
 };
-// The rows of each tile, and the bytes of each row.
-INLINE void configure(const Shapes& rows, const Shapes& bytes) {
-    struct {
-        uint8_t palette, start, unused[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shapes = {1};
-    for (int i = 0; i < 8; i++) shapes.rows[i] = rows.of[i], shapes.bytes[i] = bytes.of[i];
-    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+// Other libraries set the shapes of a thread once and for all (ggml), so they get theirs back.
+INLINE Shapes shapes() {
+    Shapes s;
+    __asm__ volatile("sttilecfg %0" : "=m"(s));
+    return s;
 }
-INLINE void end_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
+INLINE void set_shapes(const Shapes& s) { __asm__ volatile("ldtilecfg %0" : : "m"(s) : "memory"); }
 
 template <int I> INLINE void zero_tile() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(I)); }
 template <int I> INLINE void load_tile(const void* p, long apart) {

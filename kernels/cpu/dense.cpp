@@ -137,7 +137,8 @@ static void run_units(int64_t first, int64_t last, void* context) {
     if (c->copies > 1)
         for (long m = 0; m < M; m++) pack_row(c, m, x + place(c, m));
 #if MATRIX
-    begin_tiles(c->args);
+    const Shapes before = shapes();
+    set_shapes(shapes_of(c->args));
 #endif
     for (int64_t unit = first; unit < last; unit++) {
         const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
@@ -153,7 +154,7 @@ static void run_units(int64_t first, int64_t last, void* context) {
         }
     }
 #if MATRIX
-    end_tiles();
+    set_shapes(before);
 #endif
 }
 

@@ -15,9 +15,9 @@ static const int GROUP = 32, MOST_GROUPS = 4;
 INLINE long pitch(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
 
 // 0, 1: of W; 2, 3: sums; 4: of x
-INLINE void begin_tiles(const Args* g) {
-    const int narrow = 4 * pitch(g);
-    configure({16, 16, 16, 16, 16}, {64, 64, narrow, narrow, narrow});
+INLINE Shapes shapes_of(const Args* g) {
+    const uint16_t narrow = 4 * pitch(g);
+    return {1, 0, {}, {64, 64, narrow, narrow, narrow}, {16, 16, 16, 16, 16}};
 }
 
 // `size` rows of W from `n`, of which there may be less than 16, and columns from k

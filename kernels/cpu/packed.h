@@ -194,9 +194,9 @@ INLINE void add_block(const Call* c, const E::T* x, long begin, long size, float
 
 #if MATRIX
 // 0 to 3: sums; 4: of x; 5: of W
-INLINE void begin_tiles(const Args* g) {
-    const int M = g->rows < TILE ? g->rows : TILE;
-    configure({M, M, M, M, M, 16}, {64, 64, 64, 64, 64, 64});
+INLINE Shapes shapes_of(const Args* g) {
+    const uint8_t M = g->rows < TILE ? g->rows : TILE;
+    return {1, 0, {}, {64, 64, 64, 64, 64, 64}, {M, M, M, M, M, 16}};
 }
 
 template <int N> INLINE void add_tile(const D::right (*tiles)[16]) {

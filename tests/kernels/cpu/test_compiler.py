@@ -148,3 +148,26 @@ def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
     assert op is torch.ops.lorafx.add_delta_.default
     op(*arguments)
     assert_delta(p, y)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_matrix_tiles_have_their_shapes_again(dtype: torch.dtype) -> None:
+    """Libraries that set a thread's shapes once and for all (ggml) find them behind a product."""
+    if not compiler.best_isa().matrix_tiles:
+        pytest.skip("a CPU without matrix tiles")
+    code = (
+        'extern "C" void set(const char (*s)[64]) { __asm__ volatile("ldtilecfg %0" :: "m"(*s)); }'
+    )
+    code += 'extern "C" void get(char (*s)[64]) { __asm__ volatile("sttilecfg %0" : "=m"(*s)); }'
+    library = ctypes.CDLL(str(compile_library(code, compiler.best_isa().flags)))
+    shapes = bytes([1, *[0] * 15, 8, *[0] * 31, 3, *[0] * 15])  # one tile, three rows of 8 bytes
+    before, after = ctypes.create_string_buffer(shapes, 64), ctypes.create_string_buffer(64)
+    x, scale = torch.ones(3, 64).bfloat16(), torch.ones(2, 64, 2) if dtype == torch.uint8 else None
+    weight = torch.ones(64, 64 if scale is None else 32).to(dtype)
+    torch.ops.lorafx.weight_mm(x, weight, scale=scale)  # which compiles it
+    library.set(before)
+    torch.ops.lorafx.weight_mm(x, weight, scale=scale)
+    library.get(after)
+    library.set(ctypes.create_string_buffer(64))
+    assert after.raw == shapes
