@@ -23,7 +23,8 @@ from protocol import rows_of, save
 
 import lorafx
 from lorafx.kernels.cpu.dense_attention import ATTENTION, GENERATED, AttentionForm
-from lorafx.kernels.cpu.weight_mm import WEIGHT_MM, WeightSpec, ready
+from lorafx.kernels.cpu.weight_mm import WEIGHT_MM, ready
+from lorafx.kernels.cpu.weight_source import WeightSpec
 
 TITLE = "batch_invariant over without, Llama 1024/2816, r=16, CPU"
 #: (requests, tokens each)

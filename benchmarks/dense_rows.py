@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from protocol import rows_of, save
 
-from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
+from lorafx.kernels.cpu.weight_mm import ready
+from lorafx.kernels.cpu.weight_source import WeightSpec
 
 SHAPES = {"o": (1024, 1024), "up": (2816, 1024), "down": (1024, 2816), "head": (32000, 1024)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -24,7 +24,8 @@ from triton_variants import packed_delta
 
 from lorafx.kernels.cpu import compiler
 from lorafx.kernels.cpu.delta_kernels import build_all
-from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
+from lorafx.kernels.cpu.weight_mm import ready
+from lorafx.kernels.cpu.weight_source import WeightSpec
 
 LAYERS, RANK = 6, 16
 PACKS = {"qkv": (1024, (1024,) * 3), "o": (1024, (1024,)), "gate_up": (1024, (2816,) * 2)}

@@ -33,16 +33,15 @@ import torch
 from torch import fx
 
 from lorafx.kernels.cpu.weight_mm import (
-    LONGEST_STEP,
     MOST_WEIGHTS,
     WEIGHT_MM,
     WEIGHT_MM_DELTA,
     WEIGHT_MMS_DELTA,
-    WeightSpec,
     beats_aten,
     max_rows,
     ready,
 )
+from lorafx.kernels.cpu.weight_source import LONGEST_STEP, WeightSpec
 from lorafx.kernels.ops.op_library import BankArgs
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of, operand
 from lorafx.program.context import Context

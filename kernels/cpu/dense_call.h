@@ -9,6 +9,11 @@ struct Call {
     int64_t begun, done;  // units of the epilogue
 };
 
+#if MATRIX
+// Rows of x in a tile.
+INLINE long pitch(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
+#endif
+
 #if !PACKED
 #if SPLIT
 struct D {

@@ -11,9 +11,6 @@
 // Columns of y computed at a time, in two tiles.
 static const int GROUP = 32, MOST_GROUPS = 4;
 
-// Rows of x side by side.
-INLINE long pitch(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
-
 // 0, 1: of W; 2, 3: sums; 4: of x
 INLINE Shapes shapes_of(const Args* g) {
     const uint16_t narrow = 4 * pitch(g);

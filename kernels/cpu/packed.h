@@ -143,11 +143,20 @@ INLINE void store(const Args* g, long m, long begin, long size, const float* pla
     }
 }
 
+// totals of a row += what the group at k gives LANES places, by its product `sums`
+INLINE void add_scaled(const Call* c, const E::T* x, long k, const Factors& f, long place, vec sums,
+                       float* totals) {
+    const float sum = ((const float*)(x + c->args->in_features))[k / c->args->group];
+    vec total = load_raw<vec>(totals + place) + sum * load_raw<vec>(f.zero + place);
+    total += load_raw<vec>(f.scale + place) * sums;
+    memcpy(totals + place, &total, sizeof total);
+}
+
 // totals += what PARTS vectors of bytes, from byte j of the lines of the group at k, add to ROWS rows
 template <int ROWS, int PARTS, int SHARES, bool WHOLE>
 INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, long line, long j,
                       const Factors& f, float (*totals)[BLOCK]) {
-    const long K = c->args->in_features, group = c->args->group;
+    const long group = c->args->group;
     vec acc[ROWS][2 * PARTS] = {};
     for (long i = 0; i < group; i += D::STEP / LANES) {
         const uint8_t* p = q + i * line + j;
@@ -165,10 +174,7 @@ INLINE void add_group(const Call* c, const E::T* x, long k, const uint8_t* q, lo
     UNROLL for (int row = 0; row < ROWS; row++)
         UNROLL for (int n = 0; n < 2 * PARTS; n++) {
             const long place = j + n / 2 * LANES + n % 2 * HALF;
-            const float sum = ((const float*)(x + row * c->stride + K))[k / group];
-            vec total = load_raw<vec>(totals[row] + place) + sum * load_raw<vec>(f.zero + place);
-            total += load_raw<vec>(f.scale + place) * acc[row][n];
-            memcpy(totals[row] + place, &total, sizeof total);
+            add_scaled(c, x + row * c->stride, k, f, place, acc[row][n], totals[row]);
         }
 }
 
@@ -195,7 +201,7 @@ INLINE void add_block(const Call* c, const E::T* x, long begin, long size, float
 #if MATRIX
 // 0 to 3: sums; 4: of x; 5: of W
 INLINE Shapes shapes_of(const Args* g) {
-    const uint8_t M = g->rows < TILE ? g->rows : TILE;
+    const uint8_t M = pitch(g);
     return {1, 0, {}, {64, 64, 64, 64, 64, 64}, {M, M, M, M, M, 16}};
 }
 
@@ -216,14 +222,9 @@ INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, f
         float sums[TILE][BLOCK];
         store_tile<0>(sums[0], sizeof *sums), store_tile<1>(sums[0] + 16, sizeof *sums);
         store_tile<2>(sums[0] + 32, sizeof *sums), store_tile<3>(sums[0] + 48, sizeof *sums);
-        for (int row = 0; row < rows; row++) {
-            const float sum = ((const float*)(x + row * c->stride + K))[k / group];
-            UNROLL for (int n = 0; n < BLOCK; n += LANES) {
-                vec total = load_raw<vec>(totals[row] + n) + sum * load_raw<vec>(f.zero + n);
-                total += load_raw<vec>(f.scale + n) * load_raw<vec>(sums[row] + n);
-                memcpy(totals[row] + n, &total, sizeof total);
-            }
-        }
+        for (int row = 0; row < rows; row++)
+            UNROLL for (int n = 0; n < BLOCK; n += LANES)
+                add_scaled(c, x + row * c->stride, k, f, n, load_raw<vec>(sums[row] + n), totals[row]);
     };
     for (long k = 0; k < K; k += D::STEP) {
         auto tiles = numbers[k / D::STEP % 2];

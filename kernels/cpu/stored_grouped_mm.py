@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.cpu.grouped_mm import GENERATED, MANY_ROWS, ProductSpec, groups_of, run
-from lorafx.kernels.cpu.weight_mm import LONGEST_STEP, WEIGHT_MM
+from lorafx.kernels.cpu.weight_mm import WEIGHT_MM
+from lorafx.kernels.cpu.weight_source import LONGEST_STEP
 from lorafx.kernels.ops.op_library import define, require
 
 AFFINE = "affine"

@@ -17,13 +17,11 @@ On a CPU few rows are multiplied by generated code that reads the weight once (d
 widens integers in registers. More are multiplied by aten.mm and addmm, or by oneDNN if that is
 faster, and in float32 where aten has no instructions for the dtype; of integers W is then made in
 the dtype of x. The choice is made at each call in C++
-(weight_op.cpp); `fixed` products are always generated. Without a compiler and on other devices aten
-computes all. A row is bit-equal in all batches of generated code, alone only if `fixed`. A product
-of few rows and its delta are one parallel region (delta_beside.cpp). No gradient is registered.
-
-    source(spec, isa) = #defines and constants of spec
-                        + vectors.h + epilogue.h + dense_args.h + dense_call.h
-                        + planes.h, packed.h or matrix_tiles.h + dense.cpp
+(weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler
+and on other devices aten computes all. A row that generated code computes is bit-equal in all such
+batches, but one row alone of packed integers on matrix tiles only if `fixed` (packed.h). For few
+rows a product and its delta are one parallel region (delta_beside.cpp), with the same bits. No
+gradient is registered.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,137 +37,27 @@ from torch import Tensor
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas, torch_function
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
-    INTEGERS,
-    SERIAL_WORK,
-    Key,
     add_kernel,
     address,
     dtype_code,
-    dtype_of,
-    kernel_source,
     loader,
     register,
 )
 from lorafx.kernels.cpu.delta_kernels import dispatcher
 from lorafx.kernels.cpu.kernels import WIDE, Kernels
+from lorafx.kernels.cpu.weight_source import LONGEST_STEP, PACKED, WeightSpec, source
 from lorafx.kernels.ops.linear_ops import KERNELS
 from lorafx.kernels.ops.op_library import BANK, BankArgs, check_bank, check_rows, define, require
 from lorafx.kernels.ops.own_rows import PRODUCTS
 from lorafx.torch_internals.cpu import has_matrix_tiles
-from lorafx.torch_internals.graph_parts import unset_fake_temporarily
 
 aten = torch.ops.aten
 
-#: Bytes of W in a unit of work, which stay in a cache of the core for later tiles of rows.
-UNIT_BYTES = 1 << 18
-#: Columns of y per step of an epilogue; 64 to 1024 are as good (Zen 4, 16 rows, float32).
-EPILOGUE_COLUMNS = 256
-#: How often a thread checks whether the others are done before it yields.
-SPINS = 1 << 10
-#: Elements of the longest step of a kernel, which no group may cut.
-LONGEST_STEP = 32
-#: The dtype of bytes that hold two integers each.
-PACKED = torch.uint8
 #: Weights that weight_mms_delta takes.
 MOST_WEIGHTS = 8
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """Dtypes of x, of W or its integers, of scale and zero, and whether those two are applied to
-    each number, not to y."""
-
-    dtype: torch.dtype
-    weight: torch.dtype
-    scale: torch.dtype | None = None
-    zero: torch.dtype | None = None
-    grouped: bool = False
-
-    @classmethod
-    def of(
-        cls, x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None
-    ) -> WeightSpec | None:
-        """None if no kernel is generated; the tensors may be fake."""
-        if scale is None:
-            return cls(x.dtype, weight.dtype)._if_generated()
-        grouped = zero is not None or scale.dim() == 3 or scale.shape[1] > 1
-        dtypes = x.dtype, weight.dtype, scale.dtype, None if zero is None else zero.dtype
-        return cls(*dtypes, grouped)._if_generated()
-
-    def _if_generated(self) -> WeightSpec | None:
-        integers = self.weight in INTEGERS or (self.weight == PACKED and packed_block() > 0)
-        known = integers if self.scale else self.weight == self.dtype
-        zeros = {None, *ELEMENTS, *INTEGERS}
-        floats = {self.dtype, self.scale or self.dtype} <= ELEMENTS.keys()
-        return self if known and floats and self.zero in zeros else None
-
-    @property
-    def key(self) -> Key:
-        """The key by which weight_op.cpp finds the kernel."""
-        tables = (
-            0 if dtype is None else dtype_code(dtype) + 1 for dtype in (self.scale, self.zero)
-        )
-        return dtype_code(self.dtype), dtype_code(self.weight), *tables, int(self.grouped)
-
-    @classmethod
-    def of_key(cls, key: Key) -> WeightSpec | None:
-        dtype, weight, scale, zero = map(dtype_of, (*key[:2], key[2] - 1, key[3] - 1))
-        if dtype and weight:
-            return cls(dtype, weight, scale, zero, bool(key[4]))._if_generated()
-        return None
-
-
-@functools.cache
-def packed_block() -> int:
-    """The rows of a block as torch packs integers of four bits in this process; 0 if packed.h does
-    not read it."""
-    with unset_fake_temporarily():
-        for block in (64, 32):
-            q = torch.arange(2 * block, dtype=torch.int32).pow(2).remainder(13).view(block, 2)
-            lines = (q[: block // 2] | q[block // 2 :] << 4).T
-            packed = aten._convert_weight_to_int4pack_for_cpu(q, 1)
-            if torch.equal(packed.view(lines.shape), lines.to(PACKED)):
-                return block
-    return 0
-
-
-def source(spec: WeightSpec, isa: Isa) -> str:
-    is_packed, is_stored = spec.weight == PACKED, spec.scale is not None and spec.weight != PACKED
-    elements: dict[Any, str] = {**ELEMENTS, **INTEGERS}
-    defines: dict[str, object] = {"PACKED": int(is_packed), "STORED": int(is_stored)}
-    # Converting x once takes less time than converting it for each column.
-    step = ELEMENTS[spec.dtype] if isa.dpbf16 and spec.dtype != torch.float16 else "F32"
-    matrix = isa.matrix_tiles and step == "BF16" and (not is_packed or packed_block() == 64)
-    if is_packed:
-        defines |= {"BLOCK": packed_block(), "S": elements[spec.scale]}
-    else:
-        defines |= {"GROUPED": int(spec.grouped)}
-    if is_stored:
-        defines |= {"HAS_ZERO": int(spec.zero is not None), "W": elements[spec.weight]}
-        defines |= {"S": elements[spec.scale], "Z": elements[spec.zero or spec.weight]}
-    # Eight rows: tiles of eight take 0.76 (int8) to 0.9 of six and two, but 1.07 where integers
-    # become float32 (Zen 4). With 16 registers two of four in turn take 0.75 to 0.8 (Zen 3).
-    tile = 4 if isa.lanes < 16 else 6 if is_stored and step == "F32" else 16 if matrix else 8
-    sizes = {
-        "TILE": tile,
-        "BLOCK_ROWS": 4 * tile if isa.lanes == 8 and not is_packed else tile,
-        "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
-        "STREAMS": isa.streams,
-        "LOCALITY": isa.locality,
-        "UNIT_BYTES": UNIT_BYTES,
-        "SERIAL_WORK": SERIAL_WORK,
-        "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
-        "SPINS": SPINS,
-    }
-    defines |= {"E": step, "WIDENED": int(step != ELEMENTS[spec.dtype]), "MATRIX": int(matrix)}
-    defines |= {"SPLIT": int(spec.weight == torch.bfloat16 and step == "F32")}
-    tiles = "packed.h" if is_packed else "matrix_tiles.h" if matrix else "planes.h"
-    heads = ["vectors.h", "epilogue.h", "dense_args.h", "dense_call.h", *["amx.h"] * matrix]
-    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, [*heads, tiles, "dense.cpp"], defines)
-
-
 #: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to
-#: 16 rows, 0.85 for 64, and about as long for 128 (Zen 4, one thread, cold weights).
+#: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
+#: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
 MAX_ROWS = 64
 #: The same for bfloat16 where aten.mm alone uses matrix tiles: 0.8 of its time for eight rows, 1.46
 #: for 16. By tiles of its own it takes 0.55 for eight, 0.68 for 64 (Sapphire Rapids, two threads).
@@ -195,7 +82,7 @@ WEIGHT_OPS = ("epilogue.h", "dense_args.h", "weight_op.cpp")
 
 @functools.cache
 def op_library() -> ctypes.CDLL:
-    shims = (  # as in `struct WeightShims`
+    shims = (  # in the order of `struct WeightShims`
         "aoti_torch__reinterpret_tensor",
         "aoti_torch_cpu_mm_out",
         "aoti_torch_cpu_addmm_out",
@@ -214,7 +101,8 @@ def op_library() -> ctypes.CDLL:
 
 def many_by_onednn(library: ctypes.CDLL, enabled: bool | None = None) -> None:
     """Multiply many float32 rows by oneDNN, or by MKL; None chooses the faster one. If MKL has only
-    general code, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4)."""
+    general code, oneDNN takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, cold weights), and
+    0.43 to 1.09 for 72 to 2,048 with AVX2 alone (Zen 3, least where the weight is widest)."""
     if enabled is None:
         enabled = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
     linear = torch_function("aoti_torch_cpu__linear_pointwise") if enabled else None
@@ -227,7 +115,8 @@ _INSTRUCTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def many_in_float32(library: ctypes.CDLL, dtype: torch.dtype, enabled: bool | None = None) -> None:
     """Multiply many rows of a dtype in float32; None does so where aten has no instructions for it.
-    Converting takes 0.14 to 0.25 of aten.mm's time for 65 to 1,024 rows (Zen 3, one thread)."""
+    Converting takes 0.14 to 0.25 of aten.mm's time for 65 to 1,024 rows, and as long as generated
+    code for 64 to 128 (Zen 3, AVX2, one thread, W of 1024 × 1024 to 2816 × 1024)."""
     if enabled is None:
         supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{_INSTRUCTIONS[dtype]}_supported", None)
         enabled = supported is not None and not supported()
@@ -246,7 +135,8 @@ GENERATED = Kernels("products of few rows stay with aten", source, _enter, lanes
 
 
 def ready(spec: WeightSpec | None) -> bool:
-    """Whether there are kernels of `spec` and of its dtype, for many rows; both are compiled."""
+    """Whether there is a kernel of `spec`, and one of its dtype, which multiplies many rows; both
+    are compiled and loaded."""
     if spec is None:
         return False
     return bool(GENERATED.ready(WeightSpec(spec.dtype, spec.dtype)) and GENERATED.ready(spec))
@@ -362,7 +252,8 @@ def products_and_deltas(
     kernels: Sequence[int],
     fixed: bool = False,
 ) -> list[Tensor]:
-    """`product_and_delta` of each weight, its scale and zero behind it, in less time."""
+    """`product_and_delta` of each weight, its scale and zero behind it; one call takes less time
+    than several."""
     parts, tables = len(kernels), len(weights) // max(len(kernels), 1)
     fits = parts > 0 and tables * parts == len(weights) and len(biases) in (0, parts)
     require("weight_mms_delta", fits, "weights, biases and kernels differ in number")

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from lorafx.capture.lowering import Boxed, NodeByNode
 from lorafx.capture.saved_graphs.fingerprints import Undescribed
 from lorafx.kernels.cpu.delta_kernels import build, build_all
-from lorafx.kernels.cpu.weight_mm import WeightSpec, ready
+from lorafx.kernels.cpu.weight_mm import ready
+from lorafx.kernels.cpu.weight_source import WeightSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.program.program import Program
 from lorafx.torch_internals.frames import outside_of_frames

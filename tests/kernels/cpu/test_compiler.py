@@ -15,13 +15,13 @@ from full_disk import no_file_over
 from toolchain import needs_compiler
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import compiler, delta_kernels, dense_attention, weight_mm
+from lorafx.kernels.cpu import compiler, delta_kernels, dense_attention, weight_mm, weight_source
 from lorafx.kernels.cpu.compiler import compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import op_source
 from lorafx.kernels.cpu.delta_kernels import build, delta_call
 from lorafx.kernels.cpu.dense_attention import AttentionForm
 from lorafx.kernels.cpu.kernels import Kernels
-from lorafx.kernels.cpu.weight_mm import WeightSpec
+from lorafx.kernels.cpu.weight_source import WeightSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -69,9 +69,9 @@ def test_nothing_is_narrowed_which_clang_refuses(
     packed = WeightSpec(torch.bfloat16, torch.uint8, torch.bfloat16, None, grouped=True)
     sources = [
         delta_kernels.source(_spec(16), isa),
-        weight_mm.source(WeightSpec(torch.bfloat16, torch.bfloat16), isa),
+        weight_source.source(WeightSpec(torch.bfloat16, torch.bfloat16), isa),
         dense_attention.source(keys, isa),
-        weight_mm.source(packed, isa),
+        weight_source.source(packed, isa),
     ]
     ops = delta_kernels.DISPATCHER, dense_attention.ATTENTION_OPS, weight_mm.WEIGHT_OPS
     for source in (*sources, *map(op_source, ops)):

@@ -16,7 +16,7 @@ from waiting import LONG
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.weight_mm import WeightSpec
+from lorafx.kernels.cpu.weight_source import WeightSpec
 
 lora = torch.ops.lorafx
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,7 +122,7 @@ def test_many_rows_in_float32(dtype: torch.dtype, float32: bool) -> None:
         check(lora.weight_mm(x, weight, bias), x, weight, bias)
         apart, columns = x.T.contiguous().T, weight.T.contiguous().T  # of stride M, and N
         check(lora.weight_mm(apart, columns, bias[:1].expand(600)), x, weight, bias[:1].expand(600))
-        form = weight_mm.WeightSpec(dtype, torch.int8, torch.float32)
+        form = WeightSpec(dtype, torch.int8, torch.float32)
         assert weight_mm.ready(form)
         q, scale = torch.randint(-9, 9, weight.shape, dtype=torch.int8), torch.rand(600, 1)
         check(lora.weight_mm(x, q, scale=scale), x, (q * scale).to(dtype))
@@ -137,6 +137,7 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     together = lora.weight_mm(x, weight)
     for rows in (1, 2, 3, 5, 6, 7, 11, 32):
         assert torch.equal(lora.weight_mm(x[:rows], weight), together[:rows])
+    assert torch.equal(lora.weight_mm(x[5:6], weight), together[5:6])
     x[4] = torch.inf  # which no neighbour has a part of
     assert torch.equal(lora.weight_mm(x, weight)[5:], together[5:])
 
@@ -184,7 +185,8 @@ def test_opcheck(bias: bool, sizes: list[int]) -> None:
 def test_a_graph_of_another_process_loads_the_kernel_of_its_dtype() -> None:
     program = """
 import torch
-from lorafx.kernels.cpu.weight_mm import GENERATED, WeightSpec, ready
+from lorafx.kernels.cpu.weight_mm import GENERATED, ready
+from lorafx.kernels.cpu.weight_source import WeightSpec
 assert ready(WeightSpec(torch.float32, torch.float32))
 x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16)
 torch.ops.lorafx.weight_mm(x, weight)

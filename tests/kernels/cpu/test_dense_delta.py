@@ -9,7 +9,7 @@ from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.kernels.cpu import delta_kernels, weight_mm
-from lorafx.kernels.cpu.weight_mm import WeightSpec
+from lorafx.kernels.cpu.weight_source import WeightSpec
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("threads")]
 

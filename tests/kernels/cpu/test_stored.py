@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu import delta_kernels, weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.weight_mm import WeightSpec
+from lorafx.kernels.cpu.weight_source import WeightSpec
 from lorafx.kernels.ops.op_library import flat
 
 lora = torch.ops.lorafx
