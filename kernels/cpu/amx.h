@@ -9,7 +9,7 @@ struct Shapes {
     uint16_t bytes[16];
     uint8_t rows[16];
 };
-// Other libraries set the shapes of a thread once and for all (ggml), so they get theirs back.
+// Other libraries set the shapes of a thread once and for all (ggml), so run_units gives them back.
 INLINE Shapes shapes() {
     Shapes s;
     __asm__ volatile("sttilecfg %0" : "=m"(s));

@@ -44,7 +44,10 @@ class Isa:
         tile, planes, pairs: rows of a full tile, and the planes of A or pairs of column vectors of
             B with it; tile · planes, and tile · 2 · pairs, accumulators fit into the registers.
         f16c, dpbf16, matrix_tiles: whether conversions from float16, dot products of bfloat16 and
-            products of its matrix tiles (AMX) are instructions.
+            of bytes, and products of matrix tiles in bfloat16 (AMX) are instructions.
+        locality: with which a weight is prefetched: 3 for the first cache, 2 for the second, which
+            takes 0.83 of the first's time for one row of float32 and as long for eight (Sapphire
+            Rapids, the kind of CPU that has matrix tiles).
     """
 
     name: str
@@ -56,26 +59,20 @@ class Isa:
     f16c: bool = False
     dpbf16: bool = False
     matrix_tiles: bool = False
+    locality: int = 3
 
     @property
     def streams(self) -> int:
         """In which few rows read a weight: 4 take 0.8 to 0.93 of one's time (Zen 3, not 4, 5)."""
         return 1 if self.lanes == 16 else 4
 
-    @property
-    def locality(self) -> int:
-        """With which a weight is prefetched: 3 for the first cache, 2 for the second, which takes
-        0.83 of the first's time for one row of float32 and as long for eight (Sapphire Rapids, the
-        kind of CPU that has matrix tiles)."""
-        return 2 if self.matrix_tiles else 3
-
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw")
-_BF16 = (*_AVX512, "-mavx512bf16")
+_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
 ISAS = (
-    Isa("amx_bf16", _AMX, 16, 6, 4, 2, f16c=True, dpbf16=True, matrix_tiles=True),
+    Isa("amx_bf16", _AMX, 16, 6, 4, 2, f16c=True, dpbf16=True, matrix_tiles=True, locality=2),
     Isa("avx512_bf16", _BF16, 16, 6, 4, 2, f16c=True, dpbf16=True),
     Isa("avx512", _AVX512, 16, 6, 4, 2, f16c=True),
     Isa("avx2", _AVX2, 8, 4, 2, 1, f16c=True),

@@ -2,8 +2,10 @@
 // the reading of W. A STORED weight is integers, W = (Q − zero) · scale, that are widened in registers;
 // scale and zero are by row, or by row and group of columns.
 //
-// Before this text stand the generated preamble, vectors.h, epilogue.h, dense_args.h, dense_call.h and the
-// tiles: planes.h, of a PACKED weight packed.h, with MATRIX matrix_tiles.h. The preamble sets the parameters:
+// Before this text stand the generated preamble, vectors.h, epilogue.h, dense_args.h, dense_call.h, the tiles
+// and how x is packed for them: planes.h and dense_rows.h, with MATRIX matrix_tiles.h behind amx.h; of a PACKED
+// weight packed.h, with MATRIX behind amx.h, and dense_rows.h; with DIGITS digits.h. The preamble sets the
+// parameters:
 // element types X, W, Y; LANES; TILE, the rows of a full tile; BLOCK_ROWS, one or four tiles of rows that
 // take turns at each of W's planes; ACCUMULATORS, the vectors of sums that registers hold; STREAMS, the
 // planes of few rows; LOCALITY, for which cache W is prefetched; UNIT_BYTES, of W that a unit of work keeps
@@ -15,11 +17,30 @@
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many; but for one row alone of
-// a PACKED weight with MATRIX, unless the call is fixed.
+// integers with DIGITS, unless the call is fixed.
 
 #include <sched.h>
 
-#if !PACKED
+#if PACKED
+// y for rows [m, m + rows), which begin at `x`, and columns [begin, end): a block
+template <int ROWS, int SHARES>
+__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int rows,
+                                              long begin, long end) {
+    const long size = end - begin;
+    float totals[ROWS][BLOCK] = {};
+#if DIGITS
+    if (Digits* d = digits_of(c, x); d && size == BLOCK) multiply_digits(c->args, d, begin, *totals);
+    else
+#endif
+#if MATRIX
+    if (size == BLOCK) multiply_block<SHARES, true>(c, x, rows, begin, size, totals);
+    else multiply_block<SHARES, false>(c, x, rows, begin, size, totals);
+#else
+    add_block<ROWS, SHARES>(c, x, begin, size, totals);
+#endif
+    for (int row = 0; row < rows; row++) store(c->args, m + row, begin, size, totals[row]);
+}
+#else
 // y for rows [m, m + rows), which begin at `x`, and columns [begin, end)
 template <int ROWS, int SHARES>
 __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int rows,
@@ -29,7 +50,11 @@ __attribute__((noinline)) static void columns(const Call* c, const E::T* x, long
     for (long column = begin; column < end; column += GROUP) {
         const int size = end - column < GROUP ? end - column : GROUP;
         float v[BLOCK_ROWS * GROUP + LANES];
-        dot_products<ROWS, SHARES>(c, x, rows, column, size, v);
+#if DIGITS
+        if (Digits* d = digits_of(c, x)) multiply_digits(g, d, column, size, v);
+        else
+#endif
+            dot_products<ROWS, SHARES>(c, x, rows, column, size, v);
         for (int row = 0; row < rows; row++) {
             Y::T* y = (Y::T*)g->y + (m + row) * N + column;
             for (int i = 0; i < size; i += LANES) {
@@ -65,51 +90,18 @@ INLINE void tile(const Call* c, const E::T* x, int rows, long m, long begin, lon
     }
 }
 
-#if !MATRIX || PACKED
-// Elements between rows of x: whole steps, and an odd number of lines of a cache. Rows that lie 4 KB
-// apart would fight for the same few of them.
-INLINE long row_stride(long K) {
-    const long line = 64 / sizeof(E::T), whole = D::STEP > line ? (long)D::STEP : line;
-    const long lines = (K + whole - 1) / whole * (whole / line);
-    return (lines | 1) * line;
-}
-INLINE long place(const Call* c, long m) { return m * c->stride; }
-
-// x in the type that it is multiplied in, its rows filled up with zeros.
-INLINE void pack_row(const Call* c, long m, E::T* out) {
-    const long K = c->args->in_features;
-    const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
-    long k = 0;
-#if SPLIT
-    for (; k < K; k += D::STEP) {
-        const bool whole = k + D::STEP <= K;
-        const bits both = whole ? load_raw<bits>(x + k) : load_first<bits>(x + k, (K - k) * sizeof *x);
-        const vec parts[] = {even(both), odd(both)};
-        memcpy(out + k, parts, sizeof parts);
-    }
-#elif WIDENED
-    for (; k + LANES <= K; k += LANES) {
-        vec part = X::widen(load_raw<X::raw>(x + k));
-        memcpy(out + k, &part, sizeof part);
-    }
-    for (; k < K; k++) out[k] = X::one(x[k]);
-#else
-    memcpy(out, x, K * sizeof *x);
-    k = K;
-#endif
-    memset(out + k, 0, (c->stride - k) * sizeof *out);
-#if PACKED
-    sum_groups(c->args, out, (float*)(out + K));
-#endif
-}
-#endif
-
 // Rows of x that there is room for: matrix tiles are read whole.
 INLINE long room(long M) { return MATRIX && M > TILE ? (M + TILE - 1) / TILE * TILE : M; }
 
+INLINE void pack(const Call* c, long first, long last, E::T* x) {
+    for (long m = first; m < last; m++) pack_row(c, m, x + place(c, m));
+#if DIGITS
+    if (by_digits(c->args)) write_digits(c, x);
+#endif
+}
 static void pack_rows(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;
-    for (int64_t m = first; m < last; m++) pack_row(c, m, c->x + place(c, m));
+    pack(c, first, last, c->x);
 }
 
 // Threads take units in order, so that none waits for a unit that no thread has begun.
@@ -133,9 +125,8 @@ static void run_units(int64_t first, int64_t last, void* context) {
     long pending = first * c->columns;  // the first column that the epilogue waits for
     const long M = c->args->rows, N = c->args->out_features;
     // A thread's range is at least its share of the units, so each has a copy of its own.
-    E::T* x = c->x + first * c->copies / c->units * room(M) * c->stride;
-    if (c->copies > 1)
-        for (long m = 0; m < M; m++) pack_row(c, m, x + place(c, m));
+    E::T* x = c->x + first * c->copies / c->units * c->space;
+    if (c->copies > 1) pack(c, 0, M, x);
 #if MATRIX
     const Shapes before = shapes();
     set_shapes(shapes_of(c->args));
@@ -164,8 +155,12 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
     const long sums = PACKED ? K / g->group * sizeof(float) / sizeof(E::T) : 0;  // behind a row
     // Writing to lines of a cache that other threads have read takes longer than a copy: one for each.
-    Call c = {g, 0, row_stride(K + sums), serial || M > 2 * TILE ? 1 : g->threads, GROUP, 0, 0, 0};
-    void* space = malloc(c.copies * room(M) * c.stride * sizeof(E::T) + 64);
+    Call c = {g, 0, row_stride(K + sums), serial || M > 2 * TILE ? 1 : g->threads, 0, GROUP, 0, 0, 0};
+    c.space = room(M) * c.stride;
+#if DIGITS
+    if (by_digits(g)) c.space = digits_at(&c) + digit_bytes(g) / sizeof(E::T);
+#endif
+    void* space = malloc(c.copies * c.space * sizeof(E::T) + 64);
     if (!space) return 1;
     c.x = (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63);
     for (int i = MOST_GROUPS; i > 1; i--)  // as many columns as a cache and the threads allow

@@ -13,5 +13,6 @@ struct Args {
     // Of integers W: (N, in_features / group), contiguous, zero may be null. Of packed ones scale has both.
     const void *scale, *zero;
     int64_t group;
-    int64_t fixed;  // whether a row's bits must not depend on how many there are
+    // Whether a row's bits must not depend on how many there are: one row alone of integers may have others.
+    int64_t fixed;
 };

@@ -4,14 +4,14 @@
 struct Call {
     const Args* args;
     E::T* x;  // `copies` of all rows, as pack_row writes them
-    long stride, copies;  // `stride`: elements of a row
+    long stride, copies, space;  // elements of a row; copies; elements of a copy
     long columns, units;  // columns of a unit of work, and how many units there are
     int64_t begun, done;  // units of the epilogue
 };
 
 #if MATRIX
 // Rows of x in a tile.
-INLINE long pitch(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
+INLINE long tile_rows(const Args* g) { return g->rows < TILE ? g->rows : TILE; }
 #endif
 
 #if !PACKED

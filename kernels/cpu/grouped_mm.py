@@ -32,12 +32,12 @@ UNIT = 64
 #: Rows per expert from which on torch.mm is as fast as the generated kernel, which is 2 to 5 times
 #: as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16, 32 and 64
 #: experts of 384 × 1024 to 1024 × 768). Below it the order of a row's sums is fixed, from there on
-#: it is that of torch.mm.
+#: it is that of weight_mm, and for experts with more than its MAX_ROWS that of torch.mm.
 MANY_ROWS = 256
 #: The same for bfloat16 on a CPU with matrix tiles, which products of one expert use: by them it
 #: takes 1.2 to 1.3 of the kernel's time for four rows, 0.72 to 0.93 for eight, 0.6 for 16 (Sapphire
 #: Rapids, two threads, 64 experts of 384 × 1024 and 1024 × 768).
-MANY_ROWS_WITH_TILES = 8
+MANY_ROWS_BESIDE_TILES = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[2])
     y[groups[-1][1] if groups else 0 :].zero_()
     matrix_tiles = x.dtype == torch.bfloat16 and has_matrix_tiles()
-    many = (MANY_ROWS_WITH_TILES if matrix_tiles else MANY_ROWS) * len(groups)
+    many = (MANY_ROWS_BESIDE_TILES if matrix_tiles else MANY_ROWS) * len(groups)
     kernel = kernel_of(x, weight) if len(x) < many else None
     if kernel is not None:
         run(y, x, weight, offs, *kernel)

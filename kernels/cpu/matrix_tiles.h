@@ -4,7 +4,7 @@
 // and one of x is 16 pairs of columns with all rows side by side; their product is 16 columns of y with all
 // rows side by side.
 //
-// The CPU multiplies faster than memory brings W, whatever the number of rows. Integers are widened into
+// The CPU multiplies 16 rows faster than memory brings W, so fewer need no tiles of their own. Integers are widened into
 // buffers, as is what is less than a tile. Before this text stand the preamble that dense.cpp describes,
 // vectors.h, epilogue.h, dense_args.h, dense_call.h and amx.h.
 
@@ -13,7 +13,7 @@ static const int GROUP = 32, MOST_GROUPS = 4;
 
 // 0, 1: of W; 2, 3: sums; 4: of x
 INLINE Shapes shapes_of(const Args* g) {
-    const uint16_t narrow = 4 * pitch(g);
+    const uint16_t narrow = 4 * tile_rows(g);
     return {1, 0, {}, {64, 64, narrow, narrow, narrow}, {16, 16, 16, 16, 16}};
 }
 
@@ -36,10 +36,10 @@ INLINE void widen_tile(const Args* g, E::T* tile, long n, int size, long k) {
 }
 
 // v[row * GROUP + n] = W[column + n] · x[row] for `rows` rows and `size` columns
-template <int, int SHARES>
+template <int, int SHARES>  // as in planes.h
 INLINE void dot_products(const Call* c, const E::T* x, int rows, long column, int size, float* v) {
     const Args* g = c->args;
-    const long K = g->in_features, bytes = g->w_stride * sizeof(W::T), pairs = pitch(g);
+    const long K = g->in_features, bytes = g->w_stride * sizeof(W::T), pairs = tile_rows(g);
     const W::T* w = (const W::T*)g->w + column * g->w_stride;
     // W streams from memory: what comes next, into the second cache and in the order of addresses
     const char* ahead = (const char*)(column + 2 * GROUP <= g->out_features ? w + GROUP * g->w_stride : w);
@@ -48,7 +48,7 @@ INLINE void dot_products(const Call* c, const E::T* x, int rows, long column, in
     for (long k = 0; k < K; k += D::STEP) {
         if (SHARES)
             UNROLL for (int i = 0; i < GROUP * D::STEP * (int)sizeof *w; i += 64)
-                __builtin_prefetch(ahead + k * GROUP * sizeof *w + i, 0, 2);
+                __builtin_prefetch(ahead + k * GROUP * sizeof *w + i, 0, LOCALITY);
         if (!STORED && size == GROUP && k + D::STEP <= K) {
             load_tile<0>(w + k, bytes);
             load_tile<1>((const char*)(w + k) + 16 * bytes, bytes);
@@ -74,7 +74,7 @@ INLINE long row_stride(long K) { return (K + D::STEP - 1) / D::STEP * D::STEP; }
 INLINE long place(const Call* c, long m) { return m / TILE * TILE * c->stride + m % TILE * 2; }
 
 INLINE void pack_row(const Call* c, long m, E::T* out) {
-    const long K = c->args->in_features, apart = 2 * pitch(c->args);
+    const long K = c->args->in_features, apart = 2 * tile_rows(c->args);
     const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
     long k = 0;
     for (; k + 2 <= K; k += 2, out += apart) memcpy(out, x + k, 2 * sizeof *out);

@@ -10,7 +10,7 @@
 //     y[m, n] = Σ_g scale[g, n] · Σ_k (q[n, k] − 8) x[m, k] + zero[g, n] · Σ_k x[m, k]
 //
 // Before this text stand the preamble that dense.cpp describes, vectors.h, epilogue.h, dense_args.h and
-// dense_call.h. In Args, w is the packed integers and scale is (G, N, 2), scale and zero of each group and row.
+// dense_call.h, and amx.h with MATRIX. In Args, w is the packed integers and scale is (G, N, 2), scale and zero of each group and row.
 
 typedef Dot<E, E> D;
 typedef uint8_t byte_lanes __attribute__((vector_size(LANES)));
@@ -201,7 +201,7 @@ INLINE void add_block(const Call* c, const E::T* x, long begin, long size, float
 #if MATRIX
 // 0 to 3: sums; 4: of x; 5: of W
 INLINE Shapes shapes_of(const Args* g) {
-    const uint8_t M = pitch(g);
+    const uint8_t M = tile_rows(g);
     return {1, 0, {}, {64, 64, 64, 64, 64, 64}, {M, M, M, M, M, 16}};
 }
 
@@ -210,11 +210,12 @@ template <int N> INLINE void add_tile(const D::right (*tiles)[16]) {
     multiply_tiles<N, 4, 5>();
 }
 
-// The same of a whole block and `rows` rows, in tiles of 16 rows of W and 16 pairs of lines
-template <int SHARES>
-INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, float (*totals)[BLOCK]) {
+// totals += what a block gives `rows` rows, in tiles of 16 rows of W and 16 pairs of lines
+template <int SHARES, bool WHOLE>
+INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, long size,
+                           float (*totals)[BLOCK]) {
     const Args* g = c->args;
-    const long K = g->in_features, group = g->group;
+    const long K = g->in_features, group = g->group, line = WHOLE ? HALF : size / 2;
     const uint8_t* q = (const uint8_t*)g->w + begin * K / 2;
     D::right numbers[2][BLOCK / 16][16];  // tiles are read while the next ones are written
     Factors f;
@@ -229,17 +230,19 @@ INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, f
     for (long k = 0; k < K; k += D::STEP) {
         auto tiles = numbers[k / D::STEP % 2];
         for (int pair = 0; pair < 16; pair++) {
-            const uint8_t* p = q + (k + 2 * pair) * HALF;
+            const uint8_t* p = q + (k + 2 * pair) * line;
             if (SHARES) __builtin_prefetch(p + AHEAD, 0, 3);
             UNROLL for (int half = 0; half < 2; half++) {
-                D::right a[2];
-                decode_whole(a, p, half);
+                const long j = half * LANES;
+                D::right a[2] = {};
+                if (WHOLE) decode_whole(a, p, half);
+                else if (j < line) decode(a, p + j, line, at_once(line - j));
                 tiles[half][pair] = a[0], tiles[half + 2][pair] = a[1];
             }
         }
         if (k % group == 0) {  // the last group's products are ready by now
             if (k) add_sums(k - group);
-            load_factors(&f, g, begin, BLOCK, k);
+            load_factors(&f, g, begin, size, k);
             if (SHARES) prefetch_factors(g, begin, k);
             zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
         }
@@ -249,25 +252,6 @@ INLINE void multiply_block(const Call* c, const E::T* x, int rows, long begin, f
     add_sums(K - group);
 }
 #endif
-
-// y for rows [m, m + rows), which begin at `x`, and columns [begin, end): a block
-template <int ROWS, int SHARES>
-__attribute__((noinline)) static void columns(const Call* c, const E::T* x, long m, int rows,
-                                              long begin, long end) {
-    const long size = end - begin;
-    float totals[ROWS][BLOCK] = {};
-#if MATRIX
-    // One row alone takes 1.0 to 1.35 of a vector's time in tiles, two take 0.7, eight 0.3.
-    if (size == BLOCK && (c->args->rows > 1 || c->args->fixed))
-        multiply_block<SHARES>(c, x, rows, begin, totals);
-    else
-        for (int row = 0; row < rows; row++)
-            add_block<1, SHARES>(c, x + row * c->stride, begin, size, totals + row);
-#else
-    add_block<ROWS, SHARES>(c, x, begin, size, totals);
-#endif
-    for (int row = 0; row < rows; row++) store(c->args, m + row, begin, size, totals[row]);
-}
 
 // Σ_k x[k] of each group of a row
 INLINE void sum_groups(const Args* g, const E::T* x, float* sums) {

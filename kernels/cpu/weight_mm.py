@@ -19,9 +19,9 @@ faster, and in float32 where aten has no instructions for the dtype; of integers
 the dtype of x. The choice is made at each call in C++
 (weight_op.cpp), so no graph depends on M; `fixed` products are always generated. Without a compiler
 and on other devices aten computes all. A row that generated code computes is bit-equal in all such
-batches, but one row alone of packed integers on matrix tiles only if `fixed` (packed.h). For few
-rows a product and its delta are one parallel region (delta_beside.cpp), with the same bits. No
-gradient is registered.
+batches, but one row alone of integers, which is multiplied by its digits (digits.h), only if
+`fixed`. For few rows a product and its delta are one parallel region (delta_beside.cpp), with the
+same bits. No gradient is registered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.cpu.compiler import Isa, runnable_isas, torch_function
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import Isa, best_isa, torch_function
 from lorafx.kernels.cpu.cpu_source import (
     ELEMENTS,
     add_kernel,
@@ -61,7 +62,7 @@ MOST_WEIGHTS = 8
 MAX_ROWS = 64
 #: The same for bfloat16 where aten.mm alone uses matrix tiles: 0.8 of its time for eight rows, 1.46
 #: for 16. By tiles of its own it takes 0.55 for eight, 0.68 for 64 (Sapphire Rapids, two threads).
-MAX_ROWS_WITHOUT_TILES = 8
+MAX_ROWS_BESIDE_TILES = 8
 
 
 def beats_aten(rows: int, dtype: torch.dtype) -> bool:
@@ -73,8 +74,16 @@ def max_rows(dtype: torch.dtype) -> int:
     """The number of rows up to which the generated kernel is used; 0 if there is none."""
     if dtype not in ELEMENTS:
         return 0
-    few = dtype == torch.bfloat16 and has_matrix_tiles() and not runnable_isas()[0].matrix_tiles
-    return MAX_ROWS_WITHOUT_TILES if few else MAX_ROWS
+    few = dtype == torch.bfloat16 and has_matrix_tiles() and not _generates_tiles()
+    return MAX_ROWS_BESIDE_TILES if few else MAX_ROWS
+
+
+def _generates_tiles() -> bool:
+    """Whether the compiler knows matrix tiles, if there is one."""
+    try:
+        return best_isa().matrix_tiles
+    except LoweringError:
+        return False
 
 
 WEIGHT_OPS = ("epilogue.h", "dense_args.h", "weight_op.cpp")

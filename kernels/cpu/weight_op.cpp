@@ -35,7 +35,7 @@ struct WeightShims {  // the order of _SHIMS in cpu_source.py, then of `op_libra
 static WeightShims more;
 
 struct Kernel {
-    Key key;  // WeightSpec.key of weight_mm.py
+    Key key;  // WeightSpec.key of weight_source.py
     int32_t (*run)(const Args*);  // null where no kernel is generated
     void (*widen)(const Args*);   // null for a dense weight
     int64_t most_rows;

@@ -1,8 +1,11 @@
 """The text of a generated kernel of `lorafx::weight_mm` for few rows, and what it is generated for.
 
 source(spec, isa) = #defines and constants of spec
-                    + vectors.h + epilogue.h + dense_args.h + dense_call.h (+ amx.h)
-                    + planes.h, packed.h or matrix_tiles.h + dense.cpp
+                    + vectors.h + epilogue.h + dense_args.h + dense_call.h
+                    + one of   planes.h + dense_rows.h           vectors
+                               amx.h + matrix_tiles.h            matrix tiles
+                               [amx.h +] packed.h + dense_rows.h packed integers, by both
+                    + [digits.h] + dense.cpp
 """
 
 from __future__ import annotations
@@ -128,8 +131,13 @@ def source(spec: WeightSpec, isa: Isa) -> str:
         "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
         "SPINS": SPINS,
     }
+    bytewise = packed_block() == 64 if is_packed else is_stored and not spec.grouped
+    digits = bytewise and isa.dpbf16 and spec.dtype.itemsize == 2
+    defines |= {"DIGITS": int(digits)}
     defines |= {"E": step, "WIDENED": int(step != ELEMENTS[spec.dtype]), "MATRIX": int(matrix)}
     defines |= {"SPLIT": int(spec.weight == torch.bfloat16 and step == "F32")}
     tiles = "packed.h" if is_packed else "matrix_tiles.h" if matrix else "planes.h"
     heads = ["vectors.h", "epilogue.h", "dense_args.h", "dense_call.h", *["amx.h"] * matrix]
-    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, [*heads, tiles, "dense.cpp"], defines)
+    layout = [] if tiles == "matrix_tiles.h" else ["dense_rows.h"]
+    files = [*heads, tiles, *layout, *["digits.h"] * digits, "dense.cpp"]
+    return kernel_source(spec, isa, (spec.dtype,) * 3, sizes, files, defines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from waiting import LONG
 
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.cpu import weight_mm
+from lorafx.kernels.cpu import compiler, weight_mm
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu.weight_source import WeightSpec
 
@@ -105,6 +106,17 @@ def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
         bias, x, weight = operands(rows, 33, 47, dtype)
         check(lora.weight_mm(x, weight, sizes=sizes), x, weight)
         check(lora.weight_mm(x, weight, bias, sizes=sizes), x, weight, bias)
+
+
+def test_few_rows_where_only_aten_has_matrix_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is too old for them, or there is none."""
+    vectors = next(isa for isa in compiler.ISAS if isa.name == "avx512_bf16")
+    monkeypatch.setattr(weight_mm, "has_matrix_tiles", lambda: True)
+    monkeypatch.setattr(weight_mm, "best_isa", lambda: vectors)
+    assert weight_mm.max_rows(torch.bfloat16) == weight_mm.MAX_ROWS_BESIDE_TILES
+    assert weight_mm.max_rows(torch.float32) == weight_mm.MAX_ROWS
+    monkeypatch.setattr(weight_mm, "best_isa", Mock(side_effect=LoweringError("no compiler")))
+    assert weight_mm.max_rows(torch.bfloat16) == weight_mm.MAX_ROWS_BESIDE_TILES
 
 
 @needs_compiler
