@@ -117,49 +117,55 @@ INLINE vec whole_sum(const ints* acc) {
 }
 
 #if PACKED
-// Four lines of a block, of 16 rows a vector: a lane has a row's four numbers.
+// Four lines of a block, of 16 rows a vector: a lane has a row's four numbers. Of the first half of rows they
+// stand beside those of the second, which are multiplied by 16.
 #define BYTE_PAIRS 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15
 static const uint8_t PAIRS_OF_LINES[] = {BYTE_PAIRS, BYTE_PAIRS, BYTE_PAIRS, BYTE_PAIRS};
 INLINE void four_lines(bits* q, const uint8_t* p) {
     const bits order = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};
     const bits bytes = load_raw<bits>(PAIRS_OF_LINES);
-    bits pairs[2], low, high;
+    bits pairs[2];
     UNROLL for (int i = 0; i < 2; i++) {
         __asm__("vpermd %1, %2, %0" : "=v"(pairs[i]) : "v"(load_raw<bits>(p + i * BYTES)), "v"(order));
         __asm__("vpshufb %2, %1, %0" : "=v"(pairs[i]) : "v"(pairs[i]), "v"(bytes));
     }
-    __asm__("vpunpcklwd %2, %1, %0" : "=v"(low) : "v"(pairs[0]), "v"(pairs[1]));
-    __asm__("vpunpckhwd %2, %1, %0" : "=v"(high) : "v"(pairs[0]), "v"(pairs[1]));
-    q[0] = low & 0x0f0f0f0f, q[1] = high & 0x0f0f0f0f;
-    q[2] = low >> 4 & 0x0f0f0f0f, q[3] = high >> 4 & 0x0f0f0f0f;
+    __asm__("vpunpcklwd %2, %1, %0" : "=v"(q[0]) : "v"(pairs[0]), "v"(pairs[1]));
+    __asm__("vpunpckhwd %2, %1, %0" : "=v"(q[1]) : "v"(pairs[0]), "v"(pairs[1]));
+    q[2] = q[0] & 0xf0f0f0f0, q[3] = q[1] & 0xf0f0f0f0;
 }
 
 // totals += W x for the rows of a whole block
 INLINE void multiply_digits(const Args* g, Digits* d, long begin, float* totals) {
     const long size = g->group;
     const uint8_t* x = digits(g, d);
-    vec sums[BLOCK / LANES] = {};
+    const int VECTORS = BLOCK / LANES;
+    vec sums[VECTORS] = {};
     for (long at = 0; at < d->count; at++, x += PLACES * size) {
         const Chunk* c = chunks(d) + at;
         const uint8_t* q = (const uint8_t*)g->w + begin * g->in_features / 2 + c->k * HALF;
         Factors f;
         load_factors(&f, g, begin, BLOCK, c->k);
         prefetch_factors(g, begin, c->k);
-        ints acc[BLOCK / LANES][PLACES];
-        UNROLL for (int n = 0; n < BLOCK / LANES; n++)
-            UNROLL for (int p = 0; p < PLACES; p++) acc[n][p] = (ints){} - 8 * c->sums[p];
+        ints acc[VECTORS][PLACES];  // of q − 8: in the second half times 16, in the first plus these
+        UNROLL for (int n = 0; n < VECTORS; n++)
+            UNROLL for (int p = 0; p < PLACES; p++)
+                acc[n][p] = (ints){} - (n < VECTORS / 2 ? 136 : 128) * c->sums[p];
         for (long i = 0; i < size; i += 4, q += 2 * BYTES) {
             UNROLL for (int line = 0; line < 2; line++) __builtin_prefetch(q + AHEAD + line * BYTES, 0, 3);
-            bits a[BLOCK / LANES];
+            bits a[VECTORS];
             four_lines(a, q);
             UNROLL for (int p = 0; p < PLACES; p++) {
                 const bits four = (bits){} + load_raw<uint32_t>(x + p * size + i);
-                UNROLL for (int n = 0; n < BLOCK / LANES; n++) acc[n][p] = dot_bytes(acc[n][p], a[n], four);
+                UNROLL for (int n = 0; n < VECTORS; n++) acc[n][p] = dot_bytes(acc[n][p], a[n], four);
             }
         }
-        UNROLL for (int n = 0; n < BLOCK / LANES; n++) {
+        UNROLL for (int n = 0; n < VECTORS; n++) {
+            const bool first = n < VECTORS / 2;
+            if (first)
+                UNROLL for (int p = 0; p < PLACES; p++) acc[n][p] -= acc[n + VECTORS / 2][p];
             sums[n] += c->sum * load_raw<vec>(f.zero + n * LANES);
-            sums[n] += load_raw<vec>(f.scale + n * LANES) * (c->scale * whole_sum(acc[n]));
+            const float scale = first ? c->scale : c->scale / 16;
+            sums[n] += load_raw<vec>(f.scale + n * LANES) * (scale * whole_sum(acc[n]));
         }
     }
     memcpy(totals, sums, sizeof sums);
