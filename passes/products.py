@@ -120,9 +120,9 @@ def _pays(product: Product) -> bool:
     if product.bias is not None and fake_value(product.bias).dtype != x.dtype:
         return False
     spec, rows = _spec_of(product._asdict()), x.shape[0]
-    if product.fixed or not isinstance(rows, int) or rows <= max_rows(x.dtype):
+    if product.fixed or not isinstance(rows, int) or rows <= max_rows(spec):
         return ready(spec)
-    return product.scale is None and ready(spec) and beats_aten(rows, x.dtype)
+    return product.scale is None and ready(spec) and beats_aten(x.dtype)
 
 
 def _spec_of(call: Mapping[str, Any]) -> WeightSpec | None:

@@ -63,19 +63,25 @@ MAX_ROWS = 64
 #: The same for bfloat16 where aten.mm alone uses matrix tiles: 0.8 of its time for eight rows, 1.46
 #: for 16. By tiles of its own it takes 0.55 for eight, 0.68 for 64 (Sapphire Rapids, two threads).
 MAX_ROWS_BESIDE_TILES = 8
+#: The same for integers by tiles, which take 0.6 (8 bits) and 0.4 to 0.5 (4 bits) of the time of
+#: making W in bfloat16 and of aten.mm for 256 rows, 0.3 and 0.2 for 65.
+MAX_ROWS_OF_INTEGERS_BY_TILES = 256
 
 
-def beats_aten(rows: int, dtype: torch.dtype) -> bool:
-    """Whether something else than aten multiplies this many rows, if `ready`."""
-    return rows <= max_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
+def beats_aten(dtype: torch.dtype) -> bool:
+    """Whether something else than aten multiplies more rows, if `ready`."""
+    return bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
-def max_rows(dtype: torch.dtype) -> int:
+def max_rows(spec: WeightSpec | None) -> int:
     """The number of rows up to which the generated kernel is used; 0 if there is none."""
-    if dtype not in ELEMENTS:
+    if spec is None or spec.dtype not in ELEMENTS:
         return 0
-    few = dtype == torch.bfloat16 and has_matrix_tiles() and not _generates_tiles()
-    return MAX_ROWS_BESIDE_TILES if few else MAX_ROWS
+    if spec.dtype != torch.bfloat16 or not has_matrix_tiles():
+        return MAX_ROWS
+    if not _generates_tiles():
+        return MAX_ROWS_BESIDE_TILES
+    return MAX_ROWS if spec.scale is None else MAX_ROWS_OF_INTEGERS_BY_TILES
 
 
 def _generates_tiles() -> bool:
@@ -134,7 +140,7 @@ def many_in_float32(library: ctypes.CDLL, dtype: torch.dtype, enabled: bool | No
 
 def _enter(spec: WeightSpec, isa: Isa, library: ctypes.CDLL) -> bool:
     functions = library.lorafx_kernel, getattr(library, "lorafx_widen", None)
-    add_kernel(op_library(), spec.key, *map(address, functions), max_rows(spec.dtype))
+    add_kernel(op_library(), spec.key, *map(address, functions), max_rows(spec))
     if spec == WeightSpec(spec.dtype, spec.dtype):
         PRODUCTS[spec.dtype] = WEIGHT_MM
     return True

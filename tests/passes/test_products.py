@@ -15,7 +15,7 @@ from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
 
-from lorafx.kernels.cpu.weight_mm import many_in_float32, max_rows, op_library
+from lorafx.kernels.cpu.weight_mm import MAX_ROWS, many_in_float32, op_library
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
@@ -111,9 +111,9 @@ def scaled(g: SiteGraph, x: fx.Node) -> fx.Node:
 @pytest.mark.parametrize(
     ("build", "rows", "dtype", "edits"),
     [
-        (many, max_rows(torch.float32), torch.float32, 1),
-        (many, max_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
-        (many, max_rows(torch.float16) + 1, torch.float16, 1),
+        (many, MAX_ROWS, torch.float32, 1),
+        (many, MAX_ROWS + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
+        (many, MAX_ROWS + 1, torch.float16, 1),
         (many, 3, torch.float64, 0),
         (scaled, 3, torch.float32, 0),
     ],

@@ -75,7 +75,7 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype, monkeypatch) -> None:
     assert WeightSpec.of_key(spec.key) == spec
     assert weight_mm.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 8, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        monkeypatch.setattr(weight_mm, "max_rows", lambda dtype, most=most: most)
+        monkeypatch.setattr(weight_mm, "max_rows", lambda spec, most=most: most)
         weight_mm.GENERATED.load(spec, isa)
         for features, columns, group in (
             (32, 64, 32),
@@ -91,7 +91,7 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype, monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
-    _, x, weight = operands(weight_mm.max_rows(dtype), 256, 80, 64, dtype)
+    _, x, weight = operands(weight_mm.max_rows(spec_of(dtype)), 256, 80, 64, dtype)
     together = mm(x, weight)
     for rows in (2, 3, 5, 6, 7, 8, 11, 32):
         assert torch.equal(mm(x[:rows], weight), together[:rows])

@@ -82,7 +82,7 @@ def test_generated_kernels(isa: Isa, form, monkeypatch) -> None:
     assert WeightSpec.of_key(spec.key) == spec
     assert weight_mm.ready(spec)
     for most, rows in ((10**6, (1, 2, 3, 4, 5, 6, 7, 13, 70)), (0, (2, 70))):  # 0: W is widened
-        monkeypatch.setattr(weight_mm, "max_rows", lambda dtype, most=most: most)
+        monkeypatch.setattr(weight_mm, "max_rows", lambda spec, most=most: most)
         weight_mm.GENERATED.load(spec, isa)
         for count in rows:
             for features, columns in ((128, 47), (384, 130)) + ((129, 1), (1, 9)) * (form[3] == 1):
@@ -94,7 +94,7 @@ def test_generated_kernels(isa: Isa, form, monkeypatch) -> None:
 @needs_compiler
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_row_is_the_same_in_every_batch(form) -> None:
-    _, x, weight = operands(weight_mm.max_rows(form[0]), 256, 75, form)
+    _, x, weight = operands(weight_mm.max_rows(spec_of(form)), 256, 75, form)
     together = mm(x, weight)
     for rows in (2, 3, 5, 6, 7, 11, 32):
         assert torch.equal(mm(x[:rows], weight), together[:rows])
